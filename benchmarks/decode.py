@@ -73,16 +73,7 @@ def compare(options: argparse.Namespace, reference: str) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     sides = {
         name: subprocess.Popen(
-            [
-                sys.executable,
-                __file__,
-                "--side",
-                name,
-                reference,
-                *shared,
-                "--prompts",
-                *map(str, options.prompts),
-            ],
+            [sys.executable, __file__, "--side", name, reference, *shared, "--prompts", *map(str, options.prompts)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -21,14 +21,7 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
-from deltaw.kernels.decode import (
-    Decoder,
-    DecoderBlock,
-    DecoderLinear,
-    DecoderNorm,
-    DecoderNorms,
-    PackedAdapter,
-)
+from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms, PackedAdapter
 from deltaw.kernels.decode_reference import HEAD
 
 

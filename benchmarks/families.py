@@ -77,10 +77,7 @@ def main() -> None:
         pairs = [[timed(side) for side in sides] for _ in range(repeats)]
         mine, theirs = (statistics.median(p[i] for p in pairs) for i in (0, 1))
         ratio = statistics.median(p[1] / p[0] for p in pairs)
-        print(
-            f"{name:26} deltaw {mine * 1e3:7.0f} ms, PEFT {theirs * 1e3:7.0f} ms, {ratio:.2f} times",
-            flush=True,
-        )
+        print(f"{name:26} deltaw {mine * 1e3:7.0f} ms, PEFT {theirs * 1e3:7.0f} ms, {ratio:.2f} times", flush=True)
 
 
 def timed(step: Callable[[], object]) -> float:

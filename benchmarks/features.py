@@ -64,8 +64,7 @@ def main() -> None:
             shown = ", ".join(f"{s:.2f} s" for s in seconds)
             later = max(seconds[1:])
             print(
-                f"{name:14} epochs of {per_epoch} steps: {shown}; first / later: {seconds[0] / later:.0f}",
-                flush=True,
+                f"{name:14} epochs of {per_epoch} steps: {shown}; first / later: {seconds[0] / later:.0f}", flush=True
             )
     kept, plain = outcomes[True], outcomes[False]
     loss = max(abs(a - b) for a, b in zip(kept[1], plain[1], strict=True))

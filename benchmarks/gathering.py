@@ -40,8 +40,7 @@ def main() -> None:
         options = ["--width", str(given.width), "--rounds", str(given.rounds)]
         running = [
             subprocess.Popen(
-                [sys.executable, __file__, "--worker", *options],
-                env=os.environ | shared | {"RANK": str(rank)},
+                [sys.executable, __file__, "--worker", *options], env=os.environ | shared | {"RANK": str(rank)}
             )
             for rank in range(processes)
         ]

@@ -74,9 +74,7 @@ def main() -> None:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One side in a new process."""
     done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)],
-        capture_output=True,
-        text=True,
+        [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)], capture_output=True, text=True
     )
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):

@@ -35,10 +35,7 @@ DECODERS: dict[str, tuple[str, str, int, str, dict]] = {
     "gemma2": ("Gemma2", "Gemma2Config", 256000, "unigram", {**WIDE, "head_dim": 64, "sliding_window": 64}),
     "gemma3": ("Gemma3", "Gemma3TextConfig", 262144, "bpe", {**WIDE, "head_dim": 64, "sliding_window": 64}),
 }
-ENCODERS = {
-    "bert": ("Bert", 30522, "bpe"),
-    "roberta": ("XLMRoberta", 250002, "unigram"),
-}
+ENCODERS = {"bert": ("Bert", 30522, "bpe"), "roberta": ("XLMRoberta", 250002, "unigram")}
 NAMES = ("smollm2", *DECODERS, *ENCODERS, "vit")
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}<sep>{{ m['content'] }}<eos>{% endfor %}"

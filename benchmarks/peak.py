@@ -23,11 +23,7 @@ LOOPS = {
         ("asimddp", "int8_sdot", 12 * 32),
     ],
     "bf16": [("avx512_bf16", "bf16_dot512", 12 * 64), ("bf16", "bf16_bfmmla", 12 * 32)],
-    "fp32": [
-        ("avx512f", "fp32_fma512", 12 * 32),
-        ("fma", "fp32_fma256", 12 * 16),
-        ("asimd", "fp32_fmla", 12 * 8),
-    ],
+    "fp32": [("avx512f", "fp32_fma512", 12 * 32), ("fma", "fp32_fma256", 12 * 16), ("asimd", "fp32_fmla", 12 * 8)],
 }
 # Units whose rate no loop here measures: the peak of a kind is unknown where the processor has one.
 TILES = {"int8": "amx_int8", "bf16": "amx_bf16"}
@@ -52,9 +48,7 @@ def peaks(threads: int) -> dict[str, Peak]:
         built = Path(folder) / "peak.so"
         source = Path(__file__).with_name("peak.c")
         done = subprocess.run(
-            [compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(built)],
-            capture_output=True,
-            text=True,
+            [compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(built)], capture_output=True, text=True
         )
         if done.returncode:
             why = f"peak.c does not compile: {done.stderr.strip().splitlines()[-1][:100]}"

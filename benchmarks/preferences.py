@@ -35,11 +35,7 @@ SIDES: dict[str, dict] = {
     **{f"deltaw {p}": {"side": "deltaw", "precision": p} for p in ("auto", "int8", "bf16", "fp32")},
     "deltaw auto, sharing off": {"side": "deltaw", "precision": "auto", "share": False},
     **{
-        f"TRL {precision}{', ' if how else ''}{how}": {
-            "side": "trl",
-            "precision": precision,
-            "reference": key,
-        }
+        f"TRL {precision}{', ' if how else ''}{how}": {"side": "trl", "precision": precision, "reference": key}
         for precision in ("fp32", "bf16")
         for how, key in (("", "adapter off"), ("reference first", "first"), ("second model", "model"))
     },
@@ -80,11 +76,7 @@ def measured(name: str, given: argparse.Namespace, threads: int) -> dict[str, li
         work = Path(scratch)
         write_pairs(name, given.pairs, work / "pairs.jsonl")
         settings = DataSettings(
-            train=str(work / "pairs.jsonl"),
-            template=TEMPLATES[name],
-            eval=None,
-            max_length=512,
-            long_rows="cut",
+            train=str(work / "pairs.jsonl"), template=TEMPLATES[name], eval=None, max_length=512, long_rows="cut"
         )
         pairs = prepare_pairs(settings, loaded.tokenizer).train
         del loaded

@@ -61,10 +61,7 @@ def main() -> None:
                 **SIDES[name],
             }
             found.setdefault(name, []).append(run(job, {}, __file__))
-            print(
-                f"round {number + 1}: {name:18} {found[name][-1]['tokens_per_second']:8.1f} tokens/s",
-                flush=True,
-            )
+            print(f"round {number + 1}: {name:18} {found[name][-1]['tokens_per_second']:8.1f} tokens/s", flush=True)
     print(*table(found), sep="\n")
     print_machine(threads)
     if arguments.json:
@@ -99,10 +96,7 @@ def bitsandbytes_side(job: dict[str, Any]) -> dict[str, Any]:
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
     quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
         job["folder"], dtype=dtype, quantization_config=quantized, device_map="cpu"

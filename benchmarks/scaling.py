@@ -102,11 +102,7 @@ def child(job: dict) -> dict:
     result = fit(settings)
     steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     best = min(step["seconds"] for step in steps if "seconds" in step)
-    return {
-        "speed": length / best,
-        "peak": result.peak_memory_bytes,
-        "planned": result.planned_memory_bytes or 0,
-    }
+    return {"speed": length / best, "peak": result.peak_memory_bytes, "planned": result.planned_memory_bytes or 0}
 
 
 def make_model(size: str, folder: Path) -> str:

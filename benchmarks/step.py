@@ -44,12 +44,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "peft-bf16-factors": {"side": "peft", "precision": "bf16", "bf16_factors": True},
     "peft-fp32": {"side": "peft", "precision": "fp32"},
     "peft-bf16-compiled": {"side": "peft", "precision": "bf16", "compiled": True},
-    "peft-bf16-factors-compiled": {
-        "side": "peft",
-        "precision": "bf16",
-        "bf16_factors": True,
-        "compiled": True,
-    },
+    "peft-bf16-factors-compiled": {"side": "peft", "precision": "bf16", "bf16_factors": True, "compiled": True},
     "peft-fp32-compiled": {"side": "peft", "precision": "fp32", "compiled": True},
     "peft-bf16-checkpointing": {"side": "peft", "precision": "bf16", "checkpointing": True},
 }
@@ -59,11 +54,7 @@ USUAL = [
     *("peft-bf16-compiled", "peft-bf16-factors-compiled", "peft-fp32-compiled"),
 ]
 # What confines torch, MKL and oneDNN to AVX2; bf16 is emulated there, and the compiler may ignore them.
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-}
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 AVX2_OF = {"floor": AVX2, "peft": AVX2, "deltaw": {**AVX2, "DELTAW_KERNELS": "avx2"}}
 USUAL_AVX2 = ["floor-fp32", "deltaw-auto", "deltaw-fp32", "deltaw-int8", "peft-fp32"]
 # Bytes of a weight while it is loaded and used, with some room for activations on top.

@@ -300,11 +300,7 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
 def speeds(seconds: list[float], tokens: int) -> dict[str, Any]:
     """The time of the first step, and tokens per second at the median of the others."""
     rest = seconds[1:] or seconds
-    return {
-        "tokens_per_second": tokens / statistics.median(rest),
-        "first_step": seconds[0],
-        "seconds": seconds,
-    }
+    return {"tokens_per_second": tokens / statistics.median(rest), "first_step": seconds[0], "seconds": seconds}
 
 
 def memory_above(resident: int) -> dict[str, Any]:

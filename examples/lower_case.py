@@ -26,11 +26,7 @@ def main() -> None:
         if 40 <= len(text) <= 200 and text != text.lower():
             films.setdefault(row["movie_name"].replace("_", " "), text)
     pairs = [
-        {
-            "prompt": f"Write what a critic might say about the film {film}.",
-            "chosen": text.lower(),
-            "rejected": text,
-        }
+        {"prompt": f"Write what a critic might say about the film {film}.", "chosen": text.lower(), "rejected": text}
         for film, text in films.items()
     ]
     Path("lower-case.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")

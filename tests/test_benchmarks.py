@@ -138,12 +138,7 @@ def test_sides_take_turns(tmp_path, capsys):
     script = tmp_path / "side.py"
     script.write_text(SIDE)
     jobs = {
-        name: {
-            "model": "qwen2.5-0.5b",
-            "threads": 1,
-            "steps": 3 * step_sides.STEPS_OF_A_TURN,
-            "seconds": seconds,
-        }
+        name: {"model": "qwen2.5-0.5b", "threads": 1, "steps": 3 * step_sides.STEPS_OF_A_TURN, "seconds": seconds}
         for name, seconds in (("deltaw-auto", 1), ("peft-bf16", 4))
     }
     found = step_sides.run_in_turns(jobs, {name: {} for name in jobs}, str(script))

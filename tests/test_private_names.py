@@ -310,9 +310,7 @@ def test_hooks_are_seen_and_taken_away_by_number(monkeypatch: pytest.MonkeyPatch
     assert not torch_private.are_hooked([vars(module)])
 
 
-def test_a_convolution_with_a_forward_of_its_own_is_told_without_the_name(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_convolution_with_a_forward_of_its_own_is_told_without_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(nn.Conv1d):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return input

@@ -15,15 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.tensor_files import (
-    CODES,
-    Entry,
-    TensorFile,
-    TensorWriter,
-    read_header,
-    save_tensors,
-    write_tensors,
-)
+from deltaw.tensor_files import CODES, Entry, TensorFile, TensorWriter, read_header, save_tensors, write_tensors
 
 TENSORS = {
     "wide": torch.randn(5, 3),

@@ -277,8 +277,7 @@ def classifier_of(family: str) -> nn.Module:
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}For{kind}Classification")(base.config)
     model.load_state_dict(
-        {f"{model.base_model_prefix}.{name}": tensor for name, tensor in base.state_dict().items()},
-        strict=False,
+        {f"{model.base_model_prefix}.{name}": tensor for name, tensor in base.state_dict().items()}, strict=False
     )
     return model.eval().requires_grad_(False)
 

@@ -25,11 +25,7 @@ _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 def _gemma3() -> transformers.PretrainedConfig:
     return transformers.Gemma3TextConfig(
-        **_SHAPE,
-        **_IDS,
-        head_dim=8,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"],
+        **_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     )
 
 
@@ -42,12 +38,7 @@ CAUSAL = {
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),
     "neox": lambda: transformers.GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **_IDS,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **_IDS
     ),
     "phi": lambda: transformers.PhiConfig(**_SHAPE, **_IDS),
     "phi3": lambda: transformers.Phi3Config(**_SHAPE, **_IDS),

@@ -168,9 +168,7 @@ def require_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
     for file, state in zip(files, before, strict=True):
         if file_state(file) != state:
             raise UserError(
-                "the file changes while it is read",
-                where=str(file),
-                hint="wait until it is written, and try again",
+                "the file changes while it is read", where=str(file), hint="wait until it is written, and try again"
             )
 
 

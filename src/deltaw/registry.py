@@ -100,9 +100,7 @@ class Registry(Generic[Entry]):
         self.load_plugins()
         if name not in self._entries:
             raise UserError(
-                f"there is no {self._kind} '{name}'",
-                where=where or self._kind,
-                hint=did_you_mean(name, self._entries),
+                f"there is no {self._kind} '{name}'", where=where or self._kind, hint=did_you_mean(name, self._entries)
             )
         return self._entries[name]
 

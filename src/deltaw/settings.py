@@ -127,8 +127,7 @@ class TrainSettings(BaseModel):
 
     # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
     learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto", "search"] = Field(
-        "auto",
-        description="peak learning rate of AdamW; auto: the method's usual one; search: by a range test",
+        "auto", description="peak learning rate of AdamW; auto: the method's usual one; search: by a range test"
     )
     b_rate: float = Field(1.0, gt=0, le=1e4, description="LoRA+: factor on the learning rate of B")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
@@ -143,8 +142,7 @@ class TrainSettings(BaseModel):
         "auto", description="the most tokens in a microbatch; more needs more memory"
     )
     share_prefixes: bool | Literal["auto"] = Field(
-        "auto",
-        description="compute prefixes that rows share once; auto: unless lora.dropout",
+        "auto", description="compute prefixes that rows share once; auto: unless lora.dropout"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="learning rate after the warm-up: constant, or decayed to zero"
@@ -159,8 +157,7 @@ class TrainSettings(BaseModel):
         "outputs on disk; auto: if rows are seen again",
     )
     checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        False,
-        description="activation checkpointing of all blocks; a number: of so many blocks",
+        False, description="activation checkpointing of all blocks; a number: of so many blocks"
     )
     approximate: Literal["auto", "off"] = Field(
         "auto",
@@ -212,8 +209,7 @@ class TrainSettings(BaseModel):
     )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
     not_finite: Literal["stop", "skip"] = Field(
-        "stop",
-        description="a step whose loss or gradient is not a finite number: stop with a diagnosis, or skip it",
+        "stop", description="a step whose loss or gradient is not a finite number: stop with a diagnosis, or skip it"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows")
 
@@ -505,9 +501,7 @@ def _read_yaml(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"cannot read the settings: {error.strerror}",
-            where=str(path),
-            hint="give the path of a YAML file",
+            f"cannot read the settings: {error.strerror}", where=str(path), hint="give the path of a YAML file"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError("the settings are not UTF-8 text", where=str(path), hint="give a YAML file") from error
@@ -560,10 +554,7 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             parent = key.rpartition(".")[0]
-            there = [k for k in known if k.startswith(f"{parent}.")] or [
-                *known,
-                *(s.strip(".") for s in sections),
-            ]
+            there = [k for k in known if k.startswith(f"{parent}.")] or [*known, *(s.strip(".") for s in sections)]
             problems.append(f"unknown key '{key}'")
             hints.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
         elif problem["type"] == "missing" and key == ".".join(parts):

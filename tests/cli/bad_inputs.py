@@ -537,16 +537,7 @@ def flags_that_cannot_be_used(draw: random.Random, bench: Bench, number: int) ->
 
 # --- Paths -----------------------------------------------------------------------------------------------
 
-NAMES = [
-    "[x].jsonl",
-    "a\nb.jsonl",
-    "x" * 300 + ".jsonl",
-    "%s{0}.jsonl",
-    " ",
-    "*.jsonl",
-    "\\",
-    "a\x1b[31m.jsonl",
-]
+NAMES = ["[x].jsonl", "a\nb.jsonl", "x" * 300 + ".jsonl", "%s{0}.jsonl", " ", "*.jsonl", "\\", "a\x1b[31m.jsonl"]
 
 
 @family(24)
@@ -568,15 +559,7 @@ def data_that_is_not_there(draw: random.Random, bench: Bench, number: int) -> Ba
         name = word = str(place / "folder.jsonl")
     elif kind == 3:
         name = word = draw.choice(
-            [
-                "pypi:",
-                "pypi:x",
-                "pypi:x==",
-                "pypi:x==1/../../y",
-                "no such thing",
-                "a/b/c/d",
-                "http://x/y.jsonl",
-            ]
+            ["pypi:", "pypi:x", "pypi:x==", "pypi:x==1/../../y", "no such thing", "a/b/c/d", "http://x/y.jsonl"]
         )
     elif kind == 4:
         name = place / "rows.jsonl" / "inner.jsonl"
@@ -673,8 +656,7 @@ def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> B
         template = draw.choice(["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "", "{{ no.such }}"])
         (model / "chat_template.jinja").write_text(template)
         return Bad(
-            [*bench.trains_on(bench.rows, **{"data.template": "chat"}), "--model", str(model)],
-            [("template", "model")],
+            [*bench.trains_on(bench.rows, **{"data.template": "chat"}), "--model", str(model)], [("template", "model")]
         )
     verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind in (2, 3, 6, 7) else [])])
     if verb in ("train", "plan"):

@@ -61,22 +61,13 @@ LINES = {
     "a row that is a list": ('{"text": "a"}\n\n[1]\n', ["line 3", "object"]),
     "an empty file": ("", ["empty"]),
     "columns that nobody knows": ('{"left": "a", "right": "b"}\n', ["left", "rows.jsonl"]),
-    "a value that is no text": (
-        '{"prompt": "a", "completion": "b"}\n{"prompt": 5, "completion": []}\n',
-        ["row 2"],
-    ),
+    "a value that is no text": ('{"prompt": "a", "completion": "b"}\n{"prompt": 5, "completion": []}\n', ["row 2"]),
     "a column that is missing in one row": (
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
         ["row 2", "completion"],
     ),
-    "roles out of order": (
-        json.dumps({"messages": [said("user"), said("assistant"), said("assistant")]}),
-        ["row 1"],
-    ),
-    "a role that nobody knows": (
-        json.dumps({"messages": [said("user"), said("oracle")]}),
-        ["row 1", "oracle"],
-    ),
+    "roles out of order": (json.dumps({"messages": [said("user"), said("assistant"), said("assistant")]}), ["row 1"]),
+    "a role that nobody knows": (json.dumps({"messages": [said("user"), said("oracle")]}), ["row 1", "oracle"]),
     "no turn of an assistant": (json.dumps({"messages": [said("user")]}), ["row 1", "assistant"]),
     "no answer at all": ('{"prompt": "a", "completion": ""}\n' * 2, []),
 }
@@ -112,12 +103,7 @@ def test_a_row_that_is_too_long_is_named_with_the_length_that_would_fit(refuses,
 def classifier(tmp_path):
     """A text model whose files hold a head of three outputs."""
     config = BertConfig(
-        vocab_size=259,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_labels=3,
+        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3
     )
     BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
     byte_tokenizer().save_pretrained(tmp_path / "classifier")
@@ -338,12 +324,7 @@ def copied(finished_run, tmp_path):
 
 def test_adapters_that_cannot_be_read(call, copied):
     def refused(*words):
-        for verb in (
-            ["eval", copied],
-            ["generate", copied, "--prompt", "x"],
-            ["chat", copied],
-            ["inspect", copied],
-        ):
+        for verb in (["eval", copied], ["generate", copied, "--prompt", "x"], ["chat", copied], ["inspect", copied]):
             assert_refused(call(*verb, stdin="x\n"), *words)
 
     whole = (copied / WEIGHTS).read_bytes()

@@ -21,12 +21,7 @@ def offered(words: str, number: int) -> list[str]:
         "finally:\n"
         "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    environment = {
-        **os.environ,
-        "_DELTAW_COMPLETE": "bash_complete",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(number),
-    }
+    environment = {**os.environ, "_DELTAW_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     return done.stdout.split()

@@ -173,11 +173,7 @@ def test_a_model_that_would_never_learn_to_stop_is_an_error(call, thinker, tmp_p
 
 def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
     train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
-    apart = [
-        train[4],
-        {"prompt": "What is 5?", "completion": "Five."},
-        {"prompt": "New?", "completion": "Yes."},
-    ]
+    apart = [train[4], {"prompt": "What is 5?", "completion": "Five."}, {"prompt": "New?", "completion": "Yes."}]
     files = write(tmp_path / "d.jsonl", train), write(tmp_path / "t.jsonl", apart)
     ended = call("data", "check", files[0], "--data.eval", files[1], "--model", thinker)
     assert ended.status == 0
@@ -228,11 +224,7 @@ def test_settings_come_from_a_file_or_a_run(call, thinker, file, tmp_path, finis
 
 def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     rows = [{"text": f"film {n}", "label": "good" if n % 3 else "bad"} for n in range(40)]
-    rows += [
-        {"text": "film 3", "label": "good"},
-        {"text": "rare film", "label": "odd"},
-        {"text": 3, "label": "good"},
-    ]
+    rows += [{"text": "film 3", "label": "good"}, {"text": "rare film", "label": "odd"}, {"text": 3, "label": "good"}]
     rows += [{"text": "rarer film", "label": "odd"}, rows[0]]
     path = write(tmp_path / "d.jsonl", rows)
     flags = ("--model", thinker, "--task", "sequence-classification")

@@ -36,16 +36,7 @@ def images(tmp_path_factory):
     rows = (",".join(map(str, [*range(n, n + 64), n % 2])) for n in range(12))
     (folder / "pixels.csv").write_text("\n".join(rows) + "\n")
     data = folder / "pixels.csv"
-    return [
-        "--model",
-        folder / "vit",
-        "--task",
-        "image-classification",
-        "--data",
-        data,
-        "--precision",
-        "fp32",
-    ]
+    return ["--model", folder / "vit", "--task", "image-classification", "--data", data, "--precision", "fp32"]
 
 
 def assert_refused(ended, *words):

@@ -19,13 +19,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another k
 
 def resumable(flags, run, **instead):
     # Short steps: what the process is killed in is mostly an evaluation or a checkpoint.
-    given = {
-        "train__epochs": 150,
-        "train__checkpoint_every": 7,
-        "train__eval_every": 20,
-        "data.eval": 2,
-        **instead,
-    }
+    given = {"train__epochs": 150, "train__checkpoint_every": 7, "train__eval_every": 20, "data.eval": 2, **instead}
     return flags(run, **given)
 
 
@@ -123,12 +117,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(flags, tmp_path, call):
     run = tmp_path / "run"
     assert call("train", *flags(run)).status == 0
     before = tree(run)
-    for changes in (
-        ["--train.batch_size", 2],
-        ["--train.seed", 5],
-        ["--method", "head"],
-        ["--train.epochs", 0.1],
-    ):
+    for changes in (["--train.batch_size", 2], ["--train.seed", 5], ["--method", "head"], ["--train.epochs", 0.1]):
         assert call("train", "--resume", run, "--train.epochs", 3, *changes).status == 2
         assert tree(run) == before
     for damage in (b"", b"{}", b"\xff" * 30):

@@ -28,12 +28,7 @@ def test_runs_are_listed_with_their_state(call, folder):
     ended = call("runs")
     assert ended.status == 0 and ended.err == ""
     lines = {line.split()[0]: line for line in ended.out.splitlines() if line.strip()}
-    for name, state in {
-        "one": "finished",
-        "two": "interrupted",
-        "broken": "failed",
-        "old": "unknown",
-    }.items():
+    for name, state in {"one": "finished", "two": "interrupted", "broken": "failed", "old": "unknown"}.items():
         assert state in lines[name], name
     assert "exact match 80.0%" in lines["one"] and "not a run" not in ended.out
     assert max(len(line) for line in ended.out.splitlines()) <= 80

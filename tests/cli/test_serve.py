@@ -68,8 +68,7 @@ class Process:
 
 
 @pytest.mark.parametrize(
-    ("sig", "status"),
-    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ("sig", "status"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> None:
     server = Process(str(base), "--port", "0", "--name", "tiny", "--precision", "fp32", "--cache-memory", "64MB")
@@ -126,11 +125,7 @@ def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_options_that_cannot_be_meant(
-    arguments: list[str],
-    told: str,
-    base: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], told: str, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DELTAW_API_KEY", raising=False)
     with pytest.raises(SystemExit) as ended:
@@ -157,12 +152,7 @@ def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DELTAW_API_KEY", "from-the-environment")
     file = tmp_path / "keys"
     file.write_text("# of the team\nfirst-key-1\n\n second-key-2 \n")
-    assert read_keys(["given-key-0"], file) == (
-        "given-key-0",
-        "first-key-1",
-        "second-key-2",
-        "from-the-environment",
-    )
+    assert read_keys(["given-key-0"], file) == ("given-key-0", "first-key-1", "second-key-2", "from-the-environment")
 
 
 def test_every_option_is_in_the_docs() -> None:

@@ -28,12 +28,7 @@ ASKED: dict[str, Any] = {
     "max_tokens": 32,
     "temperature": 0,
 }
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"enum": ["b", "c"]}},
-    "required": ["a"],
-    "additionalProperties": False,
-}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["b", "c"]}}, "required": ["a"], "additionalProperties": False}
 AS_JSON = ASKED | {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 

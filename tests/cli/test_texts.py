@@ -81,14 +81,7 @@ def test_texts_of_adapter_and_base_are_the_models_own(generate: Callable[..., li
 def test_what_decodes_is_said_and_both_say_the_same(
     call: Call, finished_run: Path, request: pytest.FixtureRequest
 ) -> None:
-    command = (
-        *GENERATE,
-        finished_run,
-        *asked(*PROMPTS),
-        "--base",
-        "--stop",
-        "q",
-    )
+    command = (*GENERATE, finished_run, *asked(*PROMPTS), "--base", "--stop", "q")
     by_engine = call(*command)
     assert "the decoding engine writes" in by_engine.err
     assert "transformers" not in by_engine.err
@@ -118,10 +111,7 @@ def test_flags_reach_the_sampler(
     # Each of these leaves the likeliest token alone.
     for flags in (("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1)):
         assert texts("--temperature", 5, "--seed", 1, *flags) == greedy
-    for flags in (
-        ("--repetition-penalty", 50),
-        ("--presence-penalty", 2, "--frequency-penalty", 2),
-    ):
+    for flags in (("--repetition-penalty", 50), ("--presence-penalty", 2, "--frequency-penalty", 2)):
         assert texts("--max-new-tokens", 30, *flags) != texts("--max-new-tokens", 30)
 
 

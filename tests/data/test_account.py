@@ -60,10 +60,7 @@ def test_rows_that_cannot_be_used_are_skipped_listed_and_counted_by_reason(write
     }
     assert accounted(prepared.report) == prepared.report.rows_read == 8
     listed = {str(line["where"]): line for line in prepared.skipped.lines()}
-    assert set(listed) == {f"{path}, row {n}" for n in (4, 5, 7)} | {
-        f"{path}, row 3, turn 2",
-        f"{path}, row 6, turn 2",
-    }
+    assert set(listed) == {f"{path}, row {n}" for n in (4, 5, 7)} | {f"{path}, row 3, turn 2", f"{path}, row 6, turn 2"}
     assert listed[f"{path}, row 4"]["row"] == {"messages": "no list"}
     said = "\n".join(prepared.report.lines())
     assert "1 row skipped: turns out of order" in said

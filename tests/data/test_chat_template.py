@@ -91,11 +91,7 @@ def test_the_date_is_that_of_the_settings_and_todays_by_default() -> None:
 
 
 def test_the_date_changes_nothing_else_of_a_template() -> None:
-    for template in (
-        "\n{{ strftime_now('%Y') }}|{{ strftime_now( \"%d\" ) }}",
-        "{{ strftime_now(x) }}",
-        "{{ 1 }}",
-    ):
+    for template in ("\n{{ strftime_now('%Y') }}|{{ strftime_now( \"%d\" ) }}", "{{ strftime_now(x) }}", "{{ 1 }}"):
         dated = with_date(template, "2026-01-31")
         assert dated.endswith(template)
     with pytest.raises(UserError, match=r"data\.date is 'tomorrow'"):

@@ -9,16 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.formats import (
-    Conversation,
-    Pair,
-    Record,
-    Text,
-    choose_form,
-    forms,
-    read_records,
-    unused_columns,
-)
+from deltaw.data.formats import Conversation, Pair, Record, Text, choose_form, forms, read_records, unused_columns
 from deltaw.data.messages import read_prompt
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError
@@ -109,8 +100,7 @@ def test_other_names_of_columns() -> None:
 
 def test_alpaca_with_and_without_input() -> None:
     first, second = read(
-        {"instruction": "do", "input": "it", "output": "done"},
-        {"instruction": "do", "input": "", "output": "no"},
+        {"instruction": "do", "input": "it", "output": "done"}, {"instruction": "do", "input": "", "output": "no"}
     )
     assert contents(first) == [("user", "do\n\nit", False), ("assistant", "done", True)]
     assert contents(second) == [("user", "do", False), ("assistant", "no", True)]

@@ -148,10 +148,7 @@ def test_a_single_turn_is_the_beginning_of_two(family: str) -> None:
     first = TWO_TURNS[family][0]
     expected = first[: first.index("»") + 1]
     assert examples(family, talk(ANSWERS[0])) == [expected]
-    assert examples(family, Pair("Capital of Peru?", "Lima."))[0] in (
-        expected,
-        "Capital of Peru?«Lima.<|endoftext|>»",
-    )
+    assert examples(family, Pair("Capital of Peru?", "Lima."))[0] in (expected, "Capital of Peru?«Lima.<|endoftext|>»")
 
 
 @pytest.mark.parametrize("family", [family for family in TWO_TURNS if family != "base"])
@@ -282,9 +279,7 @@ TRAINED_CALLS = {
         [f"<think>\n\n</think>\n\n<tool_call>\n{CALL}\n</tool_call><|im_end|>"],
         ["<think>\n\n</think>\n\nNoon.<|im_end|>"],
     ],
-    "llama3.2": [
-        ['{"name": "clock", "parameters": {"zone": "PET"}}<|eot_id|>', "Noon.<|eot_id|>"],
-    ],
+    "llama3.2": [['{"name": "clock", "parameters": {"zone": "PET"}}<|eot_id|>', "Noon.<|eot_id|>"]],
     "mistral3": [[f'[TOOL_CALLS] [{CALL[:-1]}, "id": "abcdefghi"}}]</s>', " Noon.</s>"]],
 }
 

@@ -25,10 +25,7 @@ def occurrences(prepared, tokenizer) -> Counter[str]:
     return Counter(tokenizer.decode(e.tokens, skip_special_tokens=True) for e in prepared.train)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 40), st.floats(0.05, 4)), min_size=1, max_size=4),
-    st.integers(0, 2**40),
-)
+@given(st.lists(st.tuples(st.integers(0, 40), st.floats(0.05, 4)), min_size=1, max_size=4), st.integers(0, 2**40))
 def test_a_weight_is_how_often_rows_are_seen(sources, seed):
     source_of = np.repeat(np.arange(len(sources)), [count for count, _ in sources])
     rows = np.arange(len(source_of)) * 3
@@ -44,11 +41,7 @@ def test_a_weight_is_how_often_rows_are_seen(sources, seed):
 
 
 def test_sources_are_read_one_after_another_each_with_its_weight(write, tokenizer):
-    a, b, c = (
-        write(texts("a", 4), "a.jsonl"),
-        write(texts("b", 3), "b.jsonl"),
-        write(texts("c", 10), "c.jsonl"),
-    )
+    a, b, c = (write(texts("a", 4), "a.jsonl"), write(texts("b", 3), "b.jsonl"), write(texts("c", 10), "c.jsonl"))
     train = [a, {"from": b, "weight": 2}, {"from": c, "weight": 0.5}]
     prepared = prepare(DataSettings(train, eval=None), tokenizer, seed=1)
     times = occurrences(prepared, tokenizer)
@@ -83,10 +76,7 @@ def test_a_row_of_two_sources_is_a_duplicate_and_held_out_rows_have_no_weight(wr
 def test_each_source_may_have_columns_and_a_form_of_its_own(write, tokenizer):
     a = write([{"question": "q", "reply": "r", "text": "t"}], "a.jsonl")
     b = write([{"text": "plain", "prompt": "p", "completion": "c"}], "b.jsonl")
-    train = [
-        {"from": a, "columns": {"prompt": "question", "completion": "reply"}},
-        {"from": b, "form": "text"},
-    ]
+    train = [{"from": a, "columns": {"prompt": "question", "completion": "reply"}}, {"from": b, "form": "text"}]
     prepared = prepare(DataSettings(train, eval=None), tokenizer)
     first, second = (tokenizer.decode(example.tokens) for example in prepared.train)
     assert "q<|im_end|>" in first and first.endswith("r<|im_end|>") and second == "plain<|im_end|>"

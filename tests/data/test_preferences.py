@@ -47,12 +47,7 @@ def texts(pair):
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        PLAIN,
-        {"chosen": "paint it red", "rejected": "paint it blue"},
-    ],
-    ids=["prompt", "no prompt"],
+    "row", [PLAIN, {"chosen": "paint it red", "rejected": "paint it blue"}], ids=["prompt", "no prompt"]
 )
 def test_plain_text_with_and_without_a_prompt(read, row):
     (pair,) = read([row], template="plain").train

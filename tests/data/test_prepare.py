@@ -50,12 +50,7 @@ def test_an_example_has_tokens_labels_prompt_and_answer(write: Write) -> None:
     assert TOKENIZER.decode(example.tokens) == text
     assert TOKENIZER.decode(example.tokens[example.is_label]) == "yes<|im_end|>"
     assert TOKENIZER.decode(example.tokens[: example.prompt_length]) == text.removesuffix("yes<|im_end|>")
-    assert (example.row, example.answer, len(example), example.label_count) == (
-        1,
-        "yes",
-        example.tokens.size,
-        4,
-    )
+    assert (example.row, example.answer, len(example), example.label_count) == (1, "yes", example.tokens.size, 4)
 
 
 def test_one_row_is_trained_on_and_none_held_out(write: Write) -> None:

@@ -39,11 +39,7 @@ CONVERSATIONS = {
 
 def _theirs(template: str, messages: list, tools: list, special: dict, generation: bool) -> str:
     found = render_jinja_template(
-        [messages],
-        tools=tools or None,
-        chat_template=template,
-        add_generation_prompt=generation,
-        **special,
+        [messages], tools=tools or None, chat_template=template, add_generation_prompt=generation, **special
     )
     return found[0][0]
 

@@ -47,9 +47,7 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     read = ChunkReader.read
     monkeypatch.setattr(
-        ChunkReader,
-        "read",
-        lambda self, rows, indices: counts.append(len(indices)) or read(self, rows, indices),
+        ChunkReader, "read", lambda self, rows, indices: counts.append(len(indices)) or read(self, rows, indices)
     )
     return counts
 

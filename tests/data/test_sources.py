@@ -120,8 +120,7 @@ def test_bytes_that_are_not_utf8_are_named_by_line(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("d.jsonl", "\n\n"), ("d.json", ""), ("d.json", "[]"), ("d.csv", ""), ("d.csv", "text\n")],
+    ("name", "content"), [("d.jsonl", "\n\n"), ("d.json", ""), ("d.json", "[]"), ("d.csv", ""), ("d.csv", "text\n")]
 )
 def test_an_empty_file_is_refused(name: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / name

@@ -183,9 +183,7 @@ def test_thoughts_that_the_template_adds_to_a_single_answer_are_learned() -> Non
 
 
 @pytest.mark.parametrize("template", [THINKS_LAST, HARMONY])
-def test_answers_that_are_rendered_otherwise_when_more_follows_are_examples_of_their_own(
-    template: str,
-) -> None:
+def test_answers_that_are_rendered_otherwise_when_more_follows_are_examples_of_their_own(template: str) -> None:
     conversation = talk("a", "final", "c", "final")
     first, second = unrolled(conversation, template)
     assert labeled(first) == labeled(second)
@@ -288,10 +286,7 @@ def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
 
 def test_arguments_of_calls_are_given_as_text_to_a_template_that_wants_it() -> None:
     calls = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
-    messages = (
-        {"role": "user", "content": "time?"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-    )
+    messages = ({"role": "user", "content": "time?"}, {"role": "assistant", "content": "", "tool_calls": calls})
     joins = CHATML.replace(
         "{{ m.content }}",
         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}",

@@ -56,12 +56,7 @@ def test_an_error_keeps_its_kind_place_and_reason() -> None:
     with pytest.raises(BadRowError) as refused:
         list(results)
     error = refused.value
-    assert (error.what, error.reason, error.where, error.hint) == (
-        "it is bad",
-        "badness",
-        "row 3",
-        "remove it",
-    )
+    assert (error.what, error.reason, error.where, error.hint) == ("it is bad", "badness", "row 3", "remove it")
     assert "it is bad" in str(error) and "row 3" in str(error)
 
 

@@ -57,10 +57,7 @@ def test_a_search_ends_after_four_rates_with_the_least_loss(usual, drawn):
 
 
 def test_rates_are_read_by_method():
-    assert parse_rates(["lora=1e-4, 3e-4", "head=0.01"], ["lora", "head"]) == {
-        "lora": [1e-4, 3e-4],
-        "head": [0.01],
-    }
+    assert parse_rates(["lora=1e-4, 3e-4", "head=0.01"], ["lora", "head"]) == {"lora": [1e-4, 3e-4], "head": [0.01]}
 
 
 @pytest.mark.parametrize(

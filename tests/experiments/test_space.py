@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.experiments.tune import (
-    Range,
-    Values,
-    applied,
-    check_space,
-    default_space,
-    parse_space,
-    present,
-)
+from deltaw.experiments.tune import Range, Values, applied, check_space, default_space, parse_space, present
 from deltaw.settings import RunConfig
 
 

@@ -24,11 +24,7 @@ def search(here, study_settings, tmp_path):
         here.asked = []
         config = RunConfig.read(study_settings(tmp_path / "run", **changes))
         tuning = tune(
-            config,
-            trials=trials,
-            folder=tmp_path / "out",
-            search=search,
-            say=Console(file=out, width=200).print,
+            config, trials=trials, folder=tmp_path / "out", search=search, say=Console(file=out, width=200).print
         )
         return tuning, out.getvalue(), [what for what in here.asked if what.startswith("trial")]
 
@@ -133,10 +129,7 @@ def test_a_storage_that_is_no_database_is_refused(here, study_settings, tmp_path
 
 def test_what_was_learned_is_said():
     trials = [TrialResult(n, {"lora.rank": r}, loss, "done") for n, (r, loss) in enumerate([(8, 2.0), (16, 1.5)])]
-    trials += [
-        TrialResult(2, {"lora.rank": 16}, 1.505, "done"),
-        TrialResult(3, {"lora.rank": 4}, None, "diverged"),
-    ]
+    trials += [TrialResult(2, {"lora.rank": 16}, 1.505, "done"), TrialResult(3, {"lora.rank": 4}, None, "diverged")]
     tuning = Tuning("out", "lora", {"lora.rank": "[4, 8, 16]"}, trials, 0, {"lora.rank": 0.75}, {"lora.rank": "high"})
     text = "\n".join(lessons(tuning))
     assert "Trial 1 is best: loss 1.5000 with lora.rank 16." in text

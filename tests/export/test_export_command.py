@@ -60,11 +60,7 @@ def test_folders_of_the_other_formats(run: Path, tmp_path: Path, name: str, caps
     ],
 )
 def test_what_is_not_exported_is_refused(
-    run: Path,
-    tmp_path: Path,
-    arguments: tuple[str, ...],
-    told: str,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, tmp_path: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed("export", run, *arguments, "--output", tmp_path / "out") == 2
     assert told in capsys.readouterr().err

@@ -86,10 +86,7 @@ def test_scores_of_sentencepiece_follow_the_merges() -> None:
 
 def test_llama3_divisors_are_those_of_transformers() -> None:
     config = LlamaConfig(
-        hidden_size=128,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        rope_parameters=models.LLAMA3_ROPE,
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=1024, rope_parameters=models.LLAMA3_ROPE
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)

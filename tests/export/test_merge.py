@@ -14,26 +14,13 @@ from deltaw.export.merge import MergeOptions, merge_run
 from deltaw.export.merged import merged_tensors
 from deltaw.methods.files import method_of_folder
 from deltaw.methods.registry import entry_of
-from tests.export.merge_cases import (
-    TOKENS,
-    adapter_folder,
-    base_folder,
-    loaded,
-    logits,
-    moved,
-    off,
-    pair,
-    text_base,
-)
+from tests.export.merge_cases import TOKENS, adapter_folder, base_folder, loaded, logits, moved, off, pair, text_base
 from tests.tiny_models import CAUSAL
 
 FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "dora": ("llama", {"dora": True}),
     "dora on Conv1D": ("gpt2", {"dora": True}),
-    "patterns, rslora": (
-        "llama",
-        {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
-    ),
+    "patterns, rslora": ("llama", {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}),
     "embedding, tied": ("gpt2", {"target_modules": ["wte"]}),
     "dora on a tied embedding": ("gpt2", {"target_modules": ["wte"], "dora": True}),
     "scaled embedding": ("gemma3", {"target_modules": ["embed_tokens"]}),
@@ -241,11 +228,7 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a soft prompt is no weight"):
         merge_run(tmp_path / "prompt", tmp_path / "out")
     activated = adapter_folder(
-        base,
-        tmp_path / "activated",
-        activation="completion",
-        invocation_tokens=[5, 6],
-        target_modules=["q_proj"],
+        base, tmp_path / "activated", activation="completion", invocation_tokens=[5, 6], target_modules=["q_proj"]
     )
     with pytest.raises(UserError, match="only from its invocation sequence on"):
         merge_run(activated, tmp_path / "out")
@@ -283,10 +266,7 @@ def test_a_classifier_becomes_one(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
     attach(model, LoRAConfig(rank=4, train_modules=["score"]), seed=0)
     save_adapter(
-        moved(model),
-        tmp_path / "adapter",
-        base_model=str(base),
-        metadata={"deltaw.classes": '["a", "b", "c"]'},
+        moved(model), tmp_path / "adapter", base_model=str(base), metadata={"deltaw.classes": '["a", "b", "c"]'}
     )
     result = merge_run(tmp_path / "adapter", tmp_path / "out")
     assert result.same_base is True and result.dropped == ["lm_head.weight"]

@@ -132,11 +132,7 @@ print(peak_resident_bytes() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
 def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(case: tuple[Path, Path], tmp_path: Path) -> None:
     base = text_base(
-        tmp_path / "base",
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=10,
-        max_position_embeddings=64,
+        tmp_path / "base", hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, max_position_embeddings=64
     )
     model = loaded(base)
     model.save_pretrained(base, max_shard_size="70MB")

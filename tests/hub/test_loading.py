@@ -150,10 +150,7 @@ def test_encoder_without_language_head_is_refused_as_causal_model(encoder: Path)
 
 def test_code_that_came_with_a_model_is_not_run_unasked(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    config |= {
-        "model_type": "mine",
-        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"},
-    }
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}}
     (copied / "config.json").write_text(json.dumps(config))
     (copied / "code.py").write_text("raise SystemExit('was run')")
     with pytest.raises(UserError, match="not run unasked") as raised:

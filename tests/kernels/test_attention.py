@@ -24,11 +24,7 @@ def trees(draw):
 
 def random_inputs(layout, heads=4, key_heads=2, size=8, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        (heads, layout.length, size),
-        (key_heads, layout.length, size),
-        (key_heads, layout.length, size),
-    ]
+    shapes = [(heads, layout.length, size), (key_heads, layout.length, size), (key_heads, layout.length, size)]
     return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
 
 

@@ -50,16 +50,7 @@ def test_forward_and_backward_equal_the_reference(size, dtype, rank, by_column):
     wide = weight.double()
     y, h = products.linear(t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"])
     y_exact, h_exact = products.linear_reference(
-        exact["x"],
-        wide,
-        by_column,
-        None,
-        None,
-        exact["bias"],
-        exact["lora_A"],
-        exact["lora_B"],
-        0.5,
-        exact["added"],
+        exact["x"], wide, by_column, None, None, exact["bias"], exact["lora_A"], exact["lora_B"], 0.5, exact["added"]
     )
     close(y, y_exact, dtype)
     close(h, h_exact, dtype)

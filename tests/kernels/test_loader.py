@@ -57,8 +57,7 @@ def test_the_best_variant_that_was_built_is_used_unless_one_is_forced(afresh, mo
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [(variants.VARIABLE, "none"), (variants.VARIABLE, "torch"), (variants.OFF, "0")],
+    ("variable", "value"), [(variants.VARIABLE, "none"), (variants.VARIABLE, "torch"), (variants.OFF, "0")]
 )
 def test_kernels_are_switched_off(afresh, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)

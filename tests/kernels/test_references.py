@@ -40,12 +40,7 @@ def test_a_norm(centered):
 def test_an_activation(kind):
     gate, up, grad = (3 * numbers(5, 9, seed=s) for s in range(3))
     leaves = [t.clone().requires_grad_() for t in (gate, up)]
-    own = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "relu": F.relu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    }
+    own = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
     exact = own[kind](leaves[0]) * leaves[1]
     same(rows.activation_reference(gate, up, kind), exact.detach())
     exact.backward(grad)
@@ -71,20 +66,13 @@ def test_rotary_positions_turn_pairs_of_numbers():
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_cross_entropy(softcap):
-    logits, targets, weights = (
-        4 * numbers(5, 11),
-        torch.tensor([0, 10, 3, 3, 7]),
-        torch.rand(5, dtype=torch.float64),
-    )
+    logits, targets, weights = (4 * numbers(5, 11), torch.tensor([0, 10, 3, 3, 7]), torch.rand(5, dtype=torch.float64))
     leaf = logits.clone().requires_grad_()
     z = leaf * 0.5 if softcap == 0 else softcap * torch.tanh(leaf * 0.5 / softcap)
     exact = torch.logsumexp(z, -1) - z.gather(1, targets[:, None])[:, 0]
     (exact * weights).sum().backward()
     ours = logits.clone()
-    same(
-        rows.cross_entropy_reference_(ours, targets, weights, scale=0.5, softcap=softcap, grad=True),
-        exact.detach(),
-    )
+    same(rows.cross_entropy_reference_(ours, targets, weights, scale=0.5, softcap=softcap, grad=True), exact.detach())
     same(ours, leaf.grad)
 
 

@@ -21,12 +21,7 @@ def test_a_norm_and_its_gradient(shape, dtype, centered, offset):
     count, size = shape
     x, weight, grad, added = (
         t.to(dtype)
-        for t in (
-            numbers(count, size),
-            numbers(size),
-            numbers(count, size, seed=1),
-            numbers(count, size, seed=2),
-        )
+        for t in (numbers(count, size), numbers(size), numbers(count, size, seed=1), numbers(count, size, seed=2))
     )
     bias = numbers(size, seed=3).to(dtype) if centered else None
     how = {"offset": offset, "eps": 1e-2, "centered": centered}

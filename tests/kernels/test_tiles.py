@@ -70,14 +70,7 @@ def test_the_kernels_tests_pass_in_tiles(emulated: Path):
     here = Path(__file__).parent
     environment = {**os.environ, with_library.VARIABLE: str(emulated)}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "tests.kernels.with_library",
-            *(here / name for name in SUITE),
-        ],
+        [sys.executable, "-m", "pytest", "-p", "tests.kernels.with_library", *(here / name for name in SUITE)],
         cwd=here.parents[1],
         env=environment,
         capture_output=True,

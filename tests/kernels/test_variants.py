@@ -122,12 +122,7 @@ def test_the_command_line_refuses_a_variant_of_another_machine():
 
 
 def test_the_size_of_a_cores_second_level_cache(tmp_path):
-    levels = [
-        ("1", "Data", "48K"),
-        ("1", "Instruction", "32K"),
-        ("2", "Unified", "2M"),
-        ("3", "Unified", "260M"),
-    ]
+    levels = [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2M"), ("3", "Unified", "260M")]
     assert second_level_cache(tmp_path) is None
     for number, (level, kind, size) in enumerate(levels):
         folder = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{number}"

@@ -46,12 +46,7 @@ def _t5() -> nn.Module:
 
 def _vit() -> nn.Module:
     config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=16,
-        patch_size=8,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
     )
     return transformers.ViTForImageClassification(config)
 

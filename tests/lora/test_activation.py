@@ -65,11 +65,7 @@ def test_peft_gives_equal_logits_and_texts_from_a_saved_adapter(family, ids, tmp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_of_peft_gives_equal_logits(family, ids, tmp_path):
     config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        alora_invocation_tokens=INVOCATION,
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=INVOCATION
     )
     theirs = _filled(get_peft_model(causal_model(family), config)).eval()
     theirs.save_pretrained(tmp_path)

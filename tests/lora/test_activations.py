@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.errors import UserError
-from deltaw.lora import (
-    LoRAConfig,
-    attach,
-    count_parameters,
-    initialize_from_activations,
-    load_adapter,
-    save_adapter,
-)
+from deltaw.lora import LoRAConfig, attach, count_parameters, initialize_from_activations, load_adapter, save_adapter
 from tests.lora.models import inputs, peft_factors, tiny
 
 

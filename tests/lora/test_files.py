@@ -112,11 +112,7 @@ _PEFT_SETTINGS = {
     "plain": ("llama", {"target_modules": "all-linear"}),
     "patterns": (
         "llama",
-        {
-            "target_modules": ["q_proj", "up_proj"],
-            "rank_pattern": {"q_proj": 2},
-            "alpha_pattern": {"up_proj": 3},
-        },
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
     ),
     "expression": ("qwen3", {"target_modules": r".*\.(q|v)_proj", "use_rslora": True}),
     "layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
@@ -330,14 +326,7 @@ def test_settings_that_change_the_mathematics_are_refused_by_name(settings, name
 
 def test_settings_without_effect_are_passed_over(tmp_path):
     save_adapter(_trained("llama"), tmp_path)
-    _rewrite(
-        tmp_path,
-        of_tomorrow=None,
-        of_yesterday=False,
-        more=[],
-        loftq_config={"loftq_bits": 4},
-        revision="main",
-    )
+    _rewrite(tmp_path, of_tomorrow=None, of_yesterday=False, more=[], loftq_config={"loftq_bits": 4}, revision="main")
     load_adapter(tiny("llama"), tmp_path)
 
 

@@ -10,16 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach
-from tests.lora.models import (
-    FAMILIES,
-    copy_to_peft,
-    inputs,
-    ours_as_peft,
-    peft_factors,
-    randomise,
-    tiny,
-    with_peft,
-)
+from tests.lora.models import FAMILIES, copy_to_peft, inputs, ours_as_peft, peft_factors, randomise, tiny, with_peft
 
 
 @torch.no_grad()

@@ -146,16 +146,11 @@ _CASES = {
     "tokens": _Case(lambda: tiny("llama"), {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 40]}),
     "tokens tied": _Case(lambda: tiny("gemma3"), {"target_modules": ["q_proj"], "trainable_token_indices": [7, 4, 11]}),
     "tokens by name": _Case(
-        lambda: tiny("gpt2"),
-        {"target_modules": ["c_fc"], "trainable_token_indices": {"wte": [3, 8], "wpe": [2]}},
+        lambda: tiny("gpt2"), {"target_modules": ["c_fc"], "trainable_token_indices": {"wte": [3, 8], "wpe": [2]}}
     ),
     "tokens and experts": _Case(
         lambda: mixture("mixtral", tie_word_embeddings=True),
-        {
-            "target_modules": [],
-            "target_parameters": ["experts.gate_up_proj"],
-            "trainable_token_indices": [6, 12],
-        },
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "trainable_token_indices": [6, 12]},
     ),
     "bias on B": _Case(lambda: tiny("vit"), {"target_modules": ["q_proj", "fc1"], "lora_bias": True}),
     "bias on B of all kinds": _Case(_Mixed, {"target_modules": ["inner", "wide", "conv", "nobias"], "lora_bias": True}),

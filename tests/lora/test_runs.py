@@ -14,10 +14,7 @@ from tests.tiny_models import causal_model
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # Which tokens are trained is up to the tokenizer.
 _RUNS = {
-    "experts": (
-        "mixtral",
-        {"target_modules": ["q_proj"], "target_parameters": _EXPERTS},
-    ),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}),
     "a fused block's weight": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]}),
     "tokens of a tied head": ("gemma3", {"target_modules": ["q_proj"], "trainable_token_indices": []}),
     "tokens alone": ("llama", {"target_modules": [], "trainable_token_indices": []}),

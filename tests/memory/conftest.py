@@ -42,10 +42,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         num_attention_heads=4, num_labels=5,
     ),
 }  # fmt: skip
-AUTO = {
-    "bert": transformers.AutoModelForSequenceClassification,
-    "vit": transformers.AutoModelForImageClassification,
-}
+AUTO = {"bert": transformers.AutoModelForSequenceClassification, "vit": transformers.AutoModelForImageClassification}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -62,10 +62,7 @@ def test_attention(dtype, lengths, heads, key_heads, size):
     k, v = (random(layout.length, key_heads, size, dtype=dtype) for _ in range(2))
     rest = (layout.segments(), 0, True, 0.1, 0.0, None)
     out, logs = ops.attention(q, k, v, *rest)
-    for operator, args in (
-        (ops.attention, (q, k, v, *rest)),
-        (ops.attention_backward, (q, q, k, v, out, logs, *rest)),
-    ):
+    for operator, args in ((ops.attention, (q, k, v, *rest)), (ops.attention_backward, (q, q, k, v, out, logs, *rest))):
         agree(arena_bytes(operator.default, args, {}), held(operator, args))
 
 

@@ -24,15 +24,9 @@ PRODUCTS: dict[str, tuple[Callable[[], object], int]] = {
     "addmm": (lambda: torch.addmm(torch.ones(5), torch.ones(3, 4), torch.ones(4, 5)), 2 * 3 * 4 * 5),
     "addmm_": (lambda: torch.ones(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5)), 2 * 3 * 4 * 5),
     "bmm": (lambda: torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
-    "baddbmm_": (
-        lambda: torch.ones(2, 3, 5).baddbmm_(torch.ones(2, 3, 4), torch.ones(2, 4, 5)),
-        2 * 2 * 3 * 4 * 5,
-    ),
+    "baddbmm_": (lambda: torch.ones(2, 3, 5).baddbmm_(torch.ones(2, 3, 4), torch.ones(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
     "linear": (lambda: F.linear(torch.ones(3, 4), torch.ones(5, 4)), 2 * 3 * 4 * 5),
-    "convolution": (
-        lambda: F.conv2d(torch.ones(1, 2, 8, 8), torch.ones(6, 2, 4, 4), stride=4),
-        2 * 4 * 6 * 32,
-    ),
+    "convolution": (lambda: F.conv2d(torch.ones(1, 2, 8, 8), torch.ones(6, 2, 4, 4), stride=4), 2 * 4 * 6 * 32),
 }
 
 

@@ -334,8 +334,7 @@ def test_it_is_prepared_on_tensors_on_fake_tensors():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"length": 0}, {"init": "text"}, {"text": "without init"}, {"init": "noise"}, {"lenght": 4}],
+    "settings", [{"length": 0}, {"init": "text"}, {"text": "without init"}, {"init": "noise"}, {"lenght": 4}]
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises((UserError, pydantic.ValidationError)):

@@ -172,12 +172,7 @@ EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "embeddings": EMBEDDINGS,
 }
 CASES = [(extra, family) for extra, families in EXTRAS.items() for family in families]
-TARGETS = {
-    "gpt2": ["c_attn"],
-    "neox": ["query_key_value"],
-    "phi3": ["qkv_proj"],
-    "phi": ["q_proj", "dense"],
-}
+TARGETS = {"gpt2": ["c_attn"], "neox": ["query_key_value"], "phi3": ["qkv_proj"], "phi": ["q_proj", "dense"]}
 
 
 def lora_with(family: str, **settings: object) -> LoRA:

@@ -41,10 +41,5 @@ class Norms(InPlace):
 
 
 ENTRY = MethodEntry(
-    "norms",
-    Norms,
-    NormsSettings,
-    "the norms of the blocks",
-    search=("norms.above=[0, 1]",),
-    compared=True,
+    "norms", Norms, NormsSettings, "the norms of the blocks", search=("norms.above=[0, 1]",), compared=True
 )

@@ -167,12 +167,7 @@ def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> di
             "limit_bytes": 16_000_000_000,
         },
         "versions": {"deltaw": "0.0", "torch": "2.9"},
-        "machine": {
-            "processor": "a processor",
-            "processors": 2,
-            "memory_bytes": 16_000_000_000,
-            "system": "Linux",
-        },
+        "machine": {"processor": "a processor", "processors": 2, "memory_bytes": 16_000_000_000, "system": "Linux"},
         **({"result": result} if done else {}),
         **({"error": {"what": f"it diverged {text}", "hint": "lower the rate"}} if state == "failed" else {}),
     }

@@ -104,13 +104,7 @@ def test_sizes_and_times_are_short():
         "538 MB",
         "1.23 GB",
     ]
-    assert [duration(s) for s in (1.23, 42.4, 412, 765, 9000)] == [
-        "1.2 s",
-        "42 s",
-        "6.9 min",
-        "13 min",
-        "2.5 h",
-    ]
+    assert [duration(s) for s in (1.23, 42.4, 412, 765, 9000)] == ["1.2 s", "42 s", "6.9 min", "13 min", "2.5 h"]
 
 
 def test_the_figure_is_the_same_however_many_methods_there_are(tmp_path):

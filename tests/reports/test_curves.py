@@ -7,14 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.reports.page.svg import (
-    evenly,
-    is_logarithmic,
-    linear_ticks,
-    log_ticks,
-    smoothed,
-    thinned,
-)
+from deltaw.reports.page.svg import evenly, is_logarithmic, linear_ticks, log_ticks, smoothed, thinned
 
 
 def test_a_thinned_curve_keeps_its_ends_and_every_peak():

@@ -160,12 +160,7 @@ CASES = {
     "a driver without a GPU": ({"nvidia_driver": True}, "warning", "a build without CUDA", "CUDA build"),
     "an old GPU": ({"gpus": [Gpu("T4", 16 * 10**9, 10**9, (7, 5))]}, "note", "no native bf16", None),
     "a variable": ({"environment": {"DELTAW_CACHE": "/c"}}, "note", "DELTAW_CACHE is set", None),
-    "a misspelled variable": (
-        {"environment": {"DELTAW_KERNEL": "x"}},
-        "warning",
-        "DELTAW_KERNEL",
-        "KERNELS?",
-    ),
+    "a misspelled variable": ({"environment": {"DELTAW_KERNEL": "x"}}, "warning", "DELTAW_KERNEL", "KERNELS?"),
 }
 
 

@@ -68,11 +68,7 @@ def text_of(report: AdapterReport) -> str:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 40),
-    m=st.integers(1, 40),
-    r=st.integers(1, 12),
-    seed=st.integers(0, 99),
-    scale=st.floats(0.1, 8),
+    n=st.integers(1, 40), m=st.integers(1, 40), r=st.integers(1, 12), seed=st.integers(0, 99), scale=st.floats(0.1, 8)
 )
 def test_norm_and_singular_values_equal_those_of_the_dense_update(
     n: int, m: int, r: int, seed: int, scale: float
@@ -92,8 +88,7 @@ def test_norm_and_singular_values_equal_those_of_the_dense_update(
 def test_grouped_convolution_is_measured_group_by_group() -> None:
     a, b = torch.randn(4, 3, 3, 3), torch.randn(10, 2, 1, 1)
     dense = torch.block_diag(
-        b[:5].flatten(1).double() @ a[:2].flatten(1).double(),
-        b[5:].flatten(1).double() @ a[2:].flatten(1).double(),
+        b[:5].flatten(1).double() @ a[:2].flatten(1).double(), b[5:].flatten(1).double() @ a[2:].flatten(1).double()
     )
     expected = torch.linalg.svdvals(dense)[:4]
     torch.testing.assert_close(singular_values(a, b, 1.0), expected, rtol=1e-9, atol=1e-9)

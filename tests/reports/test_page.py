@@ -33,15 +33,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "exact match 80.0% 95 % interval 72.0% to 86.0%" in told
     assert "peak memory 1.01 GB planned 1.02 GB" in told
     assert "16,000" not in told and "The machine gives 16.00 GB" in told
-    for heading in (
-        "Result",
-        "Training",
-        "Answers",
-        "Memory",
-        "Data",
-        "What changed in the model",
-        "Settings",
-    ):
+    for heading in ("Result", "Training", "Answers", "Memory", "Data", "What changed in the model", "Settings"):
         assert heading in told
     assert "before training no idea ✗ not as expected" in told and "step 60 answer 60 ✓ as expected" in told
     assert "2 answers in between, row 7" in told

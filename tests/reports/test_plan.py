@@ -31,13 +31,7 @@ SIZES = dict(zip(KINDS, (2698, 1234, 2345, 4680, 1912, 49, 1, 312), strict=True)
 def plan(method: str, trained: int, scale: float = 1.0) -> Plan:
     parts = {kind: int(size * MB * scale) for kind, size in SIZES.items()}
     peak = sum(parts.values())
-    resident = {
-        "process": 420 * MB,
-        "tensors": peak,
-        "kernels": 200 * MB,
-        "allocator": 90 * MB,
-        "saving": 41 * MB,
-    }
+    resident = {"process": 420 * MB, "tensors": peak, "kernels": 200 * MB, "allocator": 90 * MB, "saving": 41 * MB}
     return Plan(
         method=method,
         total_parameters=1_235_814_400,

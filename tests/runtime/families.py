@@ -62,12 +62,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: object)
 
 def encoder_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A backbone that sees both ways, frozen."""
-    settings = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    }
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     if family == "DistilBert":
         settings = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
     if family == "ViT":

@@ -322,8 +322,7 @@ def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "layers", "one"),
-    [("Llama", 21, "layers.0.self_attn.q_proj"), ("GPT2", 12, "h.0.attn.c_attn")],
+    ("family", "layers", "one"), [("Llama", 21, "layers.0.self_attn.q_proj"), ("GPT2", 12, "h.0.attn.c_attn")]
 )
 def test_weights_in_int8_stay_near_and_say_what_they_cost(family, layers, one):
     model = model_of(family, hidden_size=128, intermediate_size=256)

@@ -14,13 +14,7 @@ from deltaw.errors import UserError
 from deltaw.serving.encoders import Encoders, open_classifiers, open_embedder, pooled, sees_both_ways, what_it_serves
 from deltaw.training.origin import open_run
 from tests.byte_models import byte_tokenizer
-from tests.serving.encoder_models import (
-    TEXTS,
-    bert_config,
-    train_classifier,
-    write_bert,
-    write_llama,
-)
+from tests.serving.encoder_models import TEXTS, bert_config, train_classifier, write_bert, write_llama
 
 
 @pytest.fixture(scope="module")

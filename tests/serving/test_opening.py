@@ -25,11 +25,7 @@ from tests.tiny_models import causal_model
 
 METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
 BESIDE = ("lora", "prompt")
-CHANGES = {
-    "last": {"last": {"blocks": 1}},
-    "prompt": {"prompt": {"length": 4}},
-    "random": {"random": {"weights": 0.2}},
-}
+CHANGES = {"last": {"last": {"blocks": 1}}, "prompt": {"prompt": {"length": 4}}, "random": {"random": {"weights": 0.2}}}
 OPENING = [13, 14, 15]
 
 

@@ -14,11 +14,7 @@ from deltaw.runtime.generation import TextPieces
 from deltaw.serving.running import WrittenText, validate_stops
 from tests.byte_models import byte_tokenizer
 
-TEXTS = [
-    "a plain text of plain words, and more of them",
-    "Ünïcode — 漢字 🙂🙃 end",
-    "aa ab aab \n\n  two  spaces",
-]
+TEXTS = ["a plain text of plain words, and more of them", "Ünïcode — 漢字 🙂🙃 end", "aa ab aab \n\n  two  spaces"]
 
 
 def merged_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,11 +43,7 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
-TOKENIZERS = {
-    "bytes": byte_tokenizer(),
-    "merged": merged_tokenizer(),
-    "fallback": fallback_tokenizer(),
-}
+TOKENIZERS = {"bytes": byte_tokenizer(), "merged": merged_tokenizer(), "fallback": fallback_tokenizer()}
 BYTE_LEVEL = ["bytes", "merged"]
 
 

@@ -405,8 +405,7 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_pat
 def test_the_apart_run_and_the_masked_run_train_the_same(settings, tmp_path, monkeypatch):
     apart = fit(settings(output=str(tmp_path / "apart")))
     monkeypatch.setattr(
-        "deltaw.training.session.stored_prompts",
-        lambda *of, **how: (None, Choice("masked", "as a test has it")),
+        "deltaw.training.session.stored_prompts", lambda *of, **how: (None, Choice("masked", "as a test has it"))
     )
     whole = fit(settings(output=str(tmp_path / "whole")))
     assert apart.outcome.computed_tokens < whole.outcome.computed_tokens
@@ -426,10 +425,7 @@ def test_text_and_ids_and_endings_of_plain_prompts_invoke(settings, tmp_path):
     answer, colon = (tokenizer(text)["input_ids"] for text in ("Answer:", ":"))
     for given, expected in ((None, "? Answer:"), ("Answer:", "Answer:"), (colon, ":")):
         config = RunConfig.read(
-            settings(
-                data={"train": str(file), "template": "plain"},
-                lora={"invocation_tokens": given},
-            )
+            settings(data={"train": str(file), "template": "plain"}, lora={"invocation_tokens": given})
         )
         task, data = read_data(config)
         model = load_for(config, task, data).model

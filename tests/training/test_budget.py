@@ -152,11 +152,7 @@ def test_where_nothing_fits_the_least_is_said_after_few_plans(planner, find):
     assert f"{least:,} bytes" in refused.value.what and "100 bytes" in refused.value.what
     assert "--methods" in refused.value.hint
     tried = {(c.method, c.lora.rank, c.train.checkpointing) for c in planner.asked}
-    assert tried == {
-        *itertools.product(["lora"], RANKS, [False, True]),
-        ("bias", 16, False),
-        ("bias", 16, True),
-    }
+    assert tried == {*itertools.product(["lora"], RANKS, [False, True]), ("bias", 16, False), ("bias", 16, True)}
     assert len(planner.asked) == 2 * len(tried)
 
 

@@ -439,13 +439,7 @@ def test_checkpoints_by_time(tmp_path, settings, monkeypatch):
         def on_step(self, step):
             clock[0] += 25.0
 
-    train = {
-        **TRAIN,
-        "checkpoint_every": None,
-        "checkpoint_minutes": 1.0,
-        "keep_checkpoints": 9,
-        "eval_every": None,
-    }
+    train = {**TRAIN, "checkpoint_every": None, "checkpoint_minutes": 1.0, "keep_checkpoints": 9, "eval_every": None}
     result = deltaw.fit(settings(tmp_path / "run", train=train), callback=Slow())
     assert [path.name for path in result.checkpoints] == [f"step-{n:06d}" for n in (3, 6, 9, 12)]
 

@@ -124,15 +124,7 @@ def test_kept_general_answers_are_read_with_the_rest(unread):
     batcher = CausalMicroBatcher(1000, True, False, "meta")
     keep = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
     with packed_rows(model):
-        train(
-            objective,
-            parameters,
-            examples(),
-            batcher,
-            learning_rate=1e-3,
-            total_steps=2,
-            add_gradients=keep,
-        )
+        train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=2, add_gradients=keep)
     assert unread == [3, 3]
 
 
@@ -264,15 +256,7 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
     try:
         with packed_rows(model):
             parameters = [p for _, p in method.parameters(model)]
-            train(
-                objective,
-                parameters,
-                examples(),
-                batcher,
-                learning_rate=1e-3,
-                total_steps=6,
-                on_step=watch,
-            )
+            train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=6, on_step=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

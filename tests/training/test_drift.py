@@ -20,12 +20,7 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Callback
 from deltaw.training.drift import LARGE, Drift, answers_side_by_side, drift_of, measure_drift
 from deltaw.training.evaluation import general
-from deltaw.training.evaluation.general import (
-    ANSWER_TOKENS,
-    NoGeneralAnswers,
-    general_answers,
-    identity_of,
-)
+from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from deltaw.training.origin import open_run
@@ -265,11 +260,7 @@ def test_keeping_general_answers_limits_drift(settings, roomy_folder, tmp_path):
     for weight in (0, 2):
         heard = Heard()
         runs[weight] = fit(
-            settings(
-                tmp_path / f"kept-{weight}",
-                model=str(roomy_folder),
-                train={**changes, "keep_general": weight},
-            ),
+            settings(tmp_path / f"kept-{weight}", model=str(roomy_folder), train={**changes, "keep_general": weight}),
             callback=heard,
         )
         assert not any("no memory plan" in line for line in heard.lines)
@@ -304,12 +295,7 @@ def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
     model = moved(causal_model("llama"), 0.3)
     rows = made_up_answers(5, VOCABULARY)
     keep = KeepGeneral(
-        CausalObjective(model),
-        CausalMicroBatcher(64, True, False, "cpu"),
-        rows,
-        weight=0.7,
-        seed=3,
-        per_step=2,
+        CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, weight=0.7, seed=3, per_step=2
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     with packed_rows(model):

@@ -69,10 +69,7 @@ def vit_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def feelings_file(tmp_path_factory):
-    words = {
-        "good": ["fine", "great", "lovely", "superb", "neat"],
-        "bad": ["poor", "dull", "awful", "weak", "sad"],
-    }
+    words = {"good": ["fine", "great", "lovely", "superb", "neat"], "bad": ["poor", "dull", "awful", "weak", "sad"]}
     rows = [{"text": f"it is {w}", "label": label} for label, ws in words.items() for w in ws]
     return write_rows(tmp_path_factory.mktemp("rows") / "feelings.jsonl", rows)
 

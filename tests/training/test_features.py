@@ -162,14 +162,7 @@ def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)
     model.disable_input_require_grads()
-    both_ways(
-        model,
-        CausalObjective,
-        CausalMicroBatcher(64, True, False, "cpu"),
-        causal_rows(),
-        tmp_path,
-        packed_rows,
-    )
+    both_ways(model, CausalObjective, CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), tmp_path, packed_rows)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +231,7 @@ def test_from_the_second_epoch_on_the_prefix_does_not_run(tmp_path):
     for model in (train_head(causal_model("llama"), "lm_head"), lora_above(causal_model("llama"))):
         with packed_rows(model):
             cached, _ = cached_prefix(
-                model,
-                CausalObjective(model),
-                CausalMicroBatcher(64, True, False, "cpu"),
-                rows,
-                folder=tmp_path,
+                model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=tmp_path
             )
             run(model, cached.objective, cached.batcher, rows, steps=3)
             calls = forwards(model)
@@ -354,11 +343,7 @@ def test_where_training_reaches_down_there_is_no_cache(tmp_path):
     attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
     with packed_rows(model):
         cached, choice = cached_prefix(
-            model,
-            CausalObjective(model),
-            CausalMicroBatcher(64, True, False, "cpu"),
-            causal_rows(),
-            folder=tmp_path,
+            model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), folder=tmp_path
         )
     assert cached is None and choice.value == "off"
 
@@ -372,11 +357,7 @@ def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
     second.register_forward_pre_hook(lambda m, args: (args[0] + seen.pop("it"), *args[1:]))
     with packed_rows(model):
         cached, choice = cached_prefix(
-            model,
-            CausalObjective(model),
-            CausalMicroBatcher(64, True, False, "cpu"),
-            causal_rows(),
-            folder=tmp_path,
+            model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), folder=tmp_path
         )
     assert cached is None and "resumed there" in choice.why
 

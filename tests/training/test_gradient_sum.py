@@ -18,8 +18,7 @@ from deltaw.training.parallel.group import GradientSum, _ranges
 from deltaw.training.state import MasterWeights
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this torch has no gloo",
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
 )
 
 

@@ -131,11 +131,7 @@ def test_a_model_that_sees_its_padding_is_refused():
 @pytest.mark.parametrize(("family", "has_bias"), [("bert", True), ("roberta", True), ("llama", False)])
 def test_a_regression_starts_at_the_mean_where_its_head_has_a_bias(family: str, has_bias: bool):
     model = model_of(family, outputs=1)
-    head = {
-        "bert": ["classifier"],
-        "roberta": ["classifier.dense", "classifier.out_proj"],
-        "llama": ["score"],
-    }
+    head = {"bert": ["classifier"], "roberta": ["classifier.dense", "classifier.out_proj"], "llama": ["score"]}
     assert start_at_mean(model, head[family], [70.0, 90.0]) == has_bias
     if has_bias:
         objective = LabelObjective(model, "regression")

@@ -61,12 +61,7 @@ class Run:
 
         with packed_rows(self.model):
             self.outcome = train(
-                self.objective,
-                [p for _, p in self.parameters],
-                self.rows,
-                self.batcher,
-                on_step=note,
-                **self.settings,
+                self.objective, [p for _, p in self.parameters], self.rows, self.batcher, on_step=note, **self.settings
             )
         return self
 
@@ -95,13 +90,7 @@ def test_epochs_differ_in_their_order_and_seeds_too():
 
 @pytest.mark.parametrize(
     ("rows", "batch", "epochs", "most", "steps"),
-    [
-        (10, 4, 1, None, 3),
-        (10, 4, 0.5, None, 2),
-        (10, 4, 0.01, None, 1),
-        (10, 4, 3, 5, 5),
-        (1, 16, 1, None, 1),
-    ],
+    [(10, 4, 1, None, 3), (10, 4, 0.5, None, 2), (10, 4, 0.01, None, 1), (10, 4, 3, 5, 5), (1, 16, 1, None, 1)],
 )
 def test_steps_follow_from_epochs_unless_they_are_given(rows, batch, epochs, most, steps):
     assert count_steps(rows, batch, epochs, most) == steps

@@ -72,10 +72,7 @@ def adapted(family, method, seed=0):
     return model
 
 
-METHODS = {
-    "frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)),
-    "trained head": lambda: Full(None),
-}
+METHODS = {"frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)), "trained head": lambda: Full(None)}
 
 
 @pytest.mark.parametrize("method", list(METHODS))

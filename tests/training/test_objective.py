@@ -22,15 +22,7 @@ def rows(seed=0):
         return random.integers(3, VOCABULARY, count).tolist()
 
     stem, middle = draw(9), draw(6)
-    made = [
-        stem + draw(4),
-        stem + middle + draw(3),
-        stem + middle + draw(5),
-        stem + middle,
-        stem,
-        draw(17),
-        draw(2),
-    ]
+    made = [stem + draw(4), stem + middle + draw(3), stem + middle + draw(5), stem + middle, stem, draw(17), draw(2)]
     made.append(list(made[0]))
     examples = []
     for number, tokens in enumerate(made, 1):

@@ -9,19 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.training.optimizer import (
-    SCHEDULES,
-    RisingRates,
-    Schedule,
-    adamw,
-    learning_rate_factor,
-    warmup_steps,
-)
+from deltaw.training.optimizer import SCHEDULES, RisingRates, Schedule, adamw, learning_rate_factor, warmup_steps
 
 
 @pytest.mark.parametrize(
-    ("warmup", "total", "steps"),
-    [(0.0, 10, 0), (0.03, 100, 3), (0.03, 10, 1), (0.5, 7, 4), (1, 10, 1), (5.0, 9, 5)],
+    ("warmup", "total", "steps"), [(0.0, 10, 0), (0.03, 100, 3), (0.03, 10, 1), (0.5, 7, 4), (1, 10, 1), (5.0, 9, 5)]
 )
 def test_warmup_below_one_is_a_share_and_from_one_a_number(warmup, total, steps):
     assert warmup_steps(warmup, total) == steps

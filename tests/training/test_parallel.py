@@ -31,8 +31,7 @@ from tests.kernels.conftest import compiled_only
 ADAPTER = "adapter_model.safetensors"
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this torch has no gloo",
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
 )
 
 
@@ -204,12 +203,7 @@ def test_a_killed_process_leaves_a_checkpoint_and_another_number_goes_on(setting
     made["train"] |= {"checkpoint_every": 1000}  # none is due before the process is lost
     path = write_settings(tmp_path / "run.yaml", made)
     port = free_port()
-    zero, one = ended(
-        [
-            start(0, 2, port, ["train", path]),
-            start(1, 2, port, ["train", path], DIES_AT="3"),
-        ]
-    )
+    zero, one = ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DIES_AT="3")])
     assert one[0] == -9 and zero[0] == 2, (zero, one)
     assert "another of the 2 processes ended" in zero[2] and "Traceback" not in zero[2]
     assert max(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")) == "step-000003"
@@ -276,17 +270,13 @@ def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_pa
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
         write_rows(
-            tmp_path / str(rank) / "rows.jsonl",
-            [{"prompt": f"a{n}", "completion": str(rank)} for n in range(9)],
+            tmp_path / str(rank) / "rows.jsonl", [{"prompt": f"a{n}", "completion": str(rank)} for n in range(9)]
         )
     made = settings(tmp_path / "run") | {"data": {"train": "rows.jsonl"}}
     path = write_settings(tmp_path / "run.yaml", made)
     port = free_port()
     zero, one = ended([start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)])
-    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (
-        zero,
-        one,
-    )
+    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (zero, one)
     assert zero[0] == 2 and "another of the 2 processes ended" in zero[2]
 
 

@@ -12,14 +12,7 @@ from deltaw.training.features.store import Shape, open_store
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import Group
 from tests.conftest import laid_over, write_rows
-from tests.training.test_parallel import (
-    assert_same_run,
-    of,
-    pytestmark,
-    train,
-    uneven,
-    write_settings,
-)
+from tests.training.test_parallel import assert_same_run, of, pytestmark, train, uneven, write_settings
 
 __all__ = ["pytestmark", "uneven"]
 KINDS = {

@@ -23,8 +23,7 @@ from tests.training.test_parallel import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this torch has no gloo",
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
 )
 METHODS = {
     "accumulated": {"train": {"tokens_per_pass": 64}},

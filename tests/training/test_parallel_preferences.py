@@ -22,19 +22,10 @@ from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
-from tests.training.test_parallel import (
-    assert_same_run,
-    ended,
-    free_port,
-    metrics,
-    start,
-    train,
-    write_settings,
-)
+from tests.training.test_parallel import assert_same_run, ended, free_port, metrics, start, train, write_settings
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this torch has no gloo",
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
 )
 KINDS = {
     "dpo": {"task": "preference", "preference": {"loss": "dpo", "label_smoothing": 0.1}},
@@ -65,16 +56,10 @@ def files(tmp_path_factory):
     rewards = [row | {"margin": 0.25 * (n % 3)} for n, row in enumerate(pairs)]
 
     def written(name, rows):
-        return (
-            write_rows(folder / f"{name}.jsonl", rows[:11]),
-            write_rows(folder / f"{name}-eval.jsonl", rows[11:]),
-        )
+        return (write_rows(folder / f"{name}.jsonl", rows[:11]), write_rows(folder / f"{name}-eval.jsonl", rows[11:]))
 
     of_pairs = written("pairs", pairs)
-    return dict.fromkeys(KINDS, of_pairs) | {
-        "kto": written("answers", answers),
-        "reward": written("rewards", rewards),
-    }
+    return dict.fromkeys(KINDS, of_pairs) | {"kto": written("answers", answers), "reward": written("rewards", rewards)}
 
 
 @pytest.fixture
@@ -275,8 +260,5 @@ def test_pairs_that_differ_between_processes_are_refused_before_they_compute_tog
     port = free_port()
     both = [start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)]
     zero, one = ended(both)
-    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (
-        zero,
-        one,
-    )
+    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (zero, one)
     assert zero[0] == 2 and "another of the 2 processes ended" in zero[2]

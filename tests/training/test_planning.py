@@ -19,15 +19,7 @@ import safetensors
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig, ViTModel
 
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
@@ -184,8 +176,7 @@ def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_o
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "method"),
-    [("bert", "regression", "lora"), ("llama", "sequence-classification", "prompt")],
+    ("family", "task", "method"), [("bert", "regression", "lora"), ("llama", "sequence-classification", "prompt")]
 )
 def test_other_tasks_are_planned_alike(family, task, method, config_of, tmp_path):
     rows = ({"text": f"{n:02}" * 15, "label": n % 2} for n in range(26))

@@ -289,11 +289,7 @@ def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
 
 def test_prefixes_computed_once_and_microbatches_change_no_run(preferring, tmp_path):
     runs = {}
-    for name, train in {
-        "one": {},
-        "small": {"tokens_per_pass": 80},
-        "apart": {"share_prefixes": False},
-    }.items():
+    for name, train in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
         runs[name] = fit(preferring(tmp_path / name, train={"epochs": 3, **train})).output
     one = [line["loss"] for line in metrics(runs["one"]) if "loss" in line]
     for name in ("small", "apart"):

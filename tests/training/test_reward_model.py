@@ -121,12 +121,7 @@ def test_the_loss_is_that_of_trls_trainer(tmp_path):
 
 def rows_with(margin=True):
     return [
-        {
-            "prompt": f"paint it {c}",
-            "chosen": c[0] * 3,
-            "rejected": c[1:3] + "!",
-            **({"margin": 0.5} if margin else {}),
-        }
+        {"prompt": f"paint it {c}", "chosen": c[0] * 3, "rejected": c[1:3] + "!", **({"margin": 0.5} if margin else {})}
         for c in COLORS
     ]
 

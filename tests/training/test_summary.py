@@ -91,10 +91,7 @@ def test_rows_are_shown_with_the_mask_that_is_trained(settings, tmp_path):
     mask = np.zeros(len(tokens), bool)
     mask[-4:] = True
     virtual = np.r_[np.array([len(tokenizer), len(tokenizer) + 1], dtype=np.int32), tokens]
-    rows = [
-        Example(3, tokens, mask, 0, None),
-        Example(5, virtual, np.r_[np.zeros(2, bool), mask], 0, None),
-    ]
+    rows = [Example(3, tokens, mask, 0, None), Example(5, virtual, np.r_[np.zeros(2, bool), mask], 0, None)]
     first, second = example_rows(rows, tokenizer, None)
     assert (first["row"], first["tokens"], first["label_tokens"]) == (3, len(tokens), 4)
     assert "".join(piece["text"] for piece in first["pieces"]) == text

@@ -131,10 +131,7 @@ DATA = {
         [{"question": f"{n}?", "answer": str(n)} for n in range(8)],
         {"columns": {"prompt": "question", "completion": "answer"}},
     ),
-    "long rows cut": (
-        [{"text": "x" * 10 * n + str(n)} for n in range(1, 9)],
-        {"long_rows": "cut", "max_length": 30},
-    ),
+    "long rows cut": ([{"text": "x" * 10 * n + str(n)} for n in range(1, 9)], {"long_rows": "cut", "max_length": 30}),
     "duplicates": ([{"text": f"twice {n // 2}"} for n in range(8)], {"duplicates": "keep"}),
 }
 

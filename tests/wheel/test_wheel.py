@@ -29,12 +29,7 @@ pytestmark = [
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     done = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
+        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -90,18 +85,7 @@ def test_a_wheel_runs_without_a_compiler(wheel, tmp_path):
     """In a Python of its own, which finds torch where this one has it, and deltaw in the wheel alone."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        wheel,
-    )
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
     (site / "torch.pth").write_text(sysconfig.get_path("platlib") + "\n")
     (tmp_path / "bin").mkdir()

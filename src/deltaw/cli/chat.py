@@ -44,12 +44,7 @@ def command(
         from deltaw.serving.opening import base_engine
         from deltaw.training.origin import open_run
     opened = open_run(
-        run,
-        model=model,
-        precision=precision,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        say=notes.print,
+        run, model=model, precision=precision, device=device, trust_remote_code=trust_remote_code, say=notes.print
     )
     opened.require_generation()
 
@@ -89,12 +84,7 @@ def _asked() -> str | None:
 
 
 def _answer(
-    opened: InferenceSession,
-    engine: Engine,
-    adapter: str | None,
-    talk: list[dict],
-    how: TextSettings,
-    name: str,
+    opened: InferenceSession, engine: Engine, adapter: str | None, talk: list[dict], how: TextSettings, name: str
 ) -> str:
     """Write the next answer of ``name``, and show it as it comes."""
     from deltaw.data import encode_prompt

@@ -27,12 +27,7 @@ def command() -> None:
 @settings_flags
 @json_flag
 def show(
-    file: str | None,
-    row: int | None,
-    count: int | None,
-    settings: str | None,
-    as_json: bool,
-    **given: str | None,
+    file: str | None, row: int | None, count: int | None, settings: str | None, as_json: bool, **given: str | None
 ) -> None:
     """Show what rows of FILE become: their tokens as text, and which of them are trained on.
 

@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
-@click.option(
-    "--task",
-    default=None,
-    type=click.Choice(tasks.names()),
-    help="what a bare model is to do",
-)
+@click.option("--task", default=None, type=click.Choice(tasks.names()), help="what a bare model is to do")
 @model_flags
 @json_flag
 def command(

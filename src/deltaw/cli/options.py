@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable)
 # Settings whose values are files or folders, for a shell that completes them.
-FILES = {
-    "model": "file",
-    "data.train": "file",
-    "data.eval": "file",
-    "data.chat_template": "file",
-    "output": "dir",
-}
+FILES = {"model": "file", "data.train": "file", "data.eval": "file", "data.chat_template": "file", "output": "dir"}
 
 
 def settings_flags(command: Command) -> Command:
@@ -95,10 +89,7 @@ def print_json(value: object) -> None:
 
 def json_flag(command: Command) -> Command:
     return click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="one JSON object on standard output, the rest on standard error",
+        "--json", "as_json", is_flag=True, help="one JSON object on standard output, the rest on standard error"
     )(command)
 
 
@@ -152,9 +143,7 @@ def as_text(given: str, where: str) -> str:
 def base_flags(command: Command) -> Command:
     """Flags of the verbs that need a run's base model: which one, and whether its own code is run."""
     command = click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        help="run Python code that comes with the base model; only if you know it",
+        "--trust-remote-code", is_flag=True, help="run Python code that comes with the base model; only if you know it"
     )(command)
     return click.option(
         "--model",
@@ -168,10 +157,7 @@ def model_flags(command: Command) -> Command:
     """Flags of the verbs that open a run: its base model, and how it is loaded."""
     command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
     command = click.option(
-        "--precision",
-        default="auto",
-        help="auto, bf16, fp32, int8, gguf, nf4",
-        shell_complete=completing("precision"),
+        "--precision", default="auto", help="auto, bf16, fp32, int8, gguf, nf4", shell_complete=completing("precision")
     )(command)
     return base_flags(command)
 

@@ -29,9 +29,7 @@ def command(names: tuple[str, ...], output: str | None, report: bool, as_json: b
     if output is not None:
         if len(records) < 2:
             raise UserError(
-                "a comparison needs two runs",
-                where="--output",
-                hint="name two or more: deltaw runs ONE OTHER",
+                "a comparison needs two runs", where="--output", hint="name two or more: deltaw runs ONE OTHER"
             )
         from deltaw.durable import write_text
 

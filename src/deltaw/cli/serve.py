@@ -63,11 +63,7 @@ def _limit_flags(command: Command) -> Command:
     help="let requests load adapters from below this folder, and unload them",
 )
 @click.option(
-    "--max-adapters",
-    default=1000,
-    show_default=True,
-    type=click.IntRange(1),
-    help="names of adapters at once",
+    "--max-adapters", default=1000, show_default=True, type=click.IntRange(1), help="names of adapters at once"
 )
 @click.option(
     "--share-cache", is_flag=True, help="let API keys share computed prompts; each can tell what others asked"
@@ -80,9 +76,7 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--log-prompts", is_flag=True, help="log what was asked too")
 @click.option("--running", default=64, show_default=True, type=click.IntRange(1), help="texts written at once")
 @click.option(
-    "--cache-memory",
-    default=None,
-    help="for keys and values, such as 2GB  [default: a quarter of what is free]",
+    "--cache-memory", default=None, help="for keys and values, such as 2GB  [default: a quarter of what is free]"
 )
 @click.option("--adapter-memory", default="1GB", show_default=True, help="for adapters; others wait on disk")
 @click.option("--no-page", is_flag=True, help="no chat page at /")
@@ -146,13 +140,7 @@ def command(
         cache_bytes=cache,
         adapter_bytes=room,
     )
-    served = open_any(
-        base,
-        folders,
-        opening,
-        settings.limits,
-        say=notes.print,
-    )
+    served = open_any(base, folders, opening, settings.limits, say=notes.print)
     try:
         app, desk = create_app(served, settings)
         for line in settings.described():

@@ -74,18 +74,11 @@ class TextSettings:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(
-                f"the JSON schema cannot be read: {reason}",
-                where=str(self.json_schema),
-                hint="name a JSON file",
+                f"the JSON schema cannot be read: {reason}", where=str(self.json_schema), hint="name a JSON file"
             ) from error
 
     def request(
-        self,
-        tokens: np.ndarray,
-        adapter: str | None = None,
-        *,
-        number: int = 0,
-        logprobs: int | None = None,
+        self, tokens: np.ndarray, adapter: str | None = None, *, number: int = 0, logprobs: int | None = None
     ) -> Request:
         """A request for one text.
 
@@ -148,16 +141,10 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
             help="make tokens of the prompt and the text less likely; 1: no change",
         ),
         click.option(
-            "--presence-penalty",
-            default=0.0,
-            type=penalty,
-            help="taken from the logits of tokens that the text has",
+            "--presence-penalty", default=0.0, type=penalty, help="taken from the logits of tokens that the text has"
         ),
         click.option(
-            "--frequency-penalty",
-            default=0.0,
-            type=penalty,
-            help="the same, for each time that the text has them",
+            "--frequency-penalty", default=0.0, type=penalty, help="the same, for each time that the text has them"
         ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(-(2**63), 2**63 - 1)),
         click.option("--stop", multiple=True, help="end texts before this string; may be given several times"),

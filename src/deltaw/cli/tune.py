@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import click
 
-from deltaw.cli.options import (
-    cluster_flags,
-    cluster_of,
-    console,
-    json_flag,
-    nested,
-    print_json,
-    settings_flags,
-)
+from deltaw.cli.options import cluster_flags, cluster_of, console, json_flag, nested, print_json, settings_flags
 
 
 @click.command("tune")

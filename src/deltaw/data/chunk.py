@@ -130,11 +130,7 @@ class _Part:
                 content = str(self.conversation.messages[row.turns[kept - 1]]["content"])
                 pieces.append(
                     Encoded(
-                        row.tokens[:stop],
-                        row.spans[:kept],
-                        start,
-                        encoder.without_marks(content),
-                        row.turns[:kept],
+                        row.tokens[:stop], row.spans[:kept], start, encoder.without_marks(content), row.turns[:kept]
                     )
                 )
         return pieces

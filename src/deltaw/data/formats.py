@@ -51,10 +51,7 @@ class Pair:
     def conversation(self) -> Conversation:
         """The same as a conversation with one question."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        messages += [
-            {"role": "user", "content": self.prompt},
-            {"role": "assistant", "content": self.completion},
-        ]
+        messages += [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
         return Conversation(tuple(messages), (False,) * (len(messages) - 1) + (True,))
 
 
@@ -145,11 +142,7 @@ def unused_columns(rows: HasColumns, form: Form, columns: Mapping[str, str]) -> 
 
 
 def read_records(
-    rows: Rows,
-    indices: Sequence[int],
-    form: Form,
-    columns: Mapping[str, str],
-    on_bad: Refuse = refuse,
+    rows: Rows, indices: Sequence[int], form: Form, columns: Mapping[str, str], on_bad: Refuse = refuse
 ) -> list[Record | None]:
     """The rows at ``indices`` as records; None for one that ``on_bad`` was told of.
 
@@ -248,10 +241,7 @@ def _read_alpaca(row: Row, where: str) -> Conversation:
     instruction = text_of(row["instruction"], "instruction", where)
     given = row.get("input")
     given = "" if given is None else text_of(given, "input", where)
-    question: Message = {
-        "role": "user",
-        "content": f"{instruction}\n\n{given}" if given.strip() else instruction,
-    }
+    question: Message = {"role": "user", "content": f"{instruction}\n\n{given}" if given.strip() else instruction}
     answer: Message = {"role": "assistant", "content": text_of(row["output"], "output", where)}
     return conversation(_with_system(_system(row, where), [question]), [answer], where)
 
@@ -313,10 +303,7 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
                 where=place,
                 hint=did_you_mean(speaker, _SHAREGPT_ROLES),
             )
-        message: Message = {
-            "role": _SHAREGPT_ROLES[speaker],
-            "content": text_of(turn["value"], "value", place),
-        }
+        message: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text_of(turn["value"], "value", place)}
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
         messages.append(message)

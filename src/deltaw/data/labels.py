@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltaw.data.chunk import LongRows
-from deltaw.data.classes import (
-    LabelColumns,
-    class_name,
-    class_numbers,
-    empty_label,
-    find_columns,
-    number,
-)
+from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
 from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pixels import ImageExample, image_rows, read_images
@@ -226,12 +219,7 @@ class _Reader:
         return examples, usable, replace(report, bad_rows=dict(self.bad.counts - self._known))
 
     def _images(
-        self,
-        rows: Rows,
-        usable: Sequence[int],
-        labels: Sequence[int | float],
-        columns: LabelColumns,
-        report: Report,
+        self, rows: Rows, usable: Sequence[int], labels: Sequence[int | float], columns: LabelColumns, report: Report
     ) -> tuple[list[AnyExample], list[int], Report]:
         numbers = [int(label) for label in labels]
         found = read_images(rows, usable, columns, numbers, lambda k, e: self._skip(rows, usable[k], e))
@@ -278,12 +266,7 @@ class _Reader:
         self.bad.add(error, rows[index][1])
 
     def _texts(
-        self,
-        rows: Rows,
-        usable: Sequence[int],
-        labels: Sequence[int | float],
-        columns: LabelColumns,
-        report: Report,
+        self, rows: Rows, usable: Sequence[int], labels: Sequence[int | float], columns: LabelColumns, report: Report
     ) -> tuple[list[AnyExample], list[int], Report]:
         limit, long_rows = self.settings.max_length, self.settings.long_rows
         tokenize = _Tokenizing(self.tokenizer, limit, columns)

@@ -93,11 +93,7 @@ def columns_are_known(columns: Mapping[str, str], where: str) -> None:
     known = known_columns()
     for name in columns:
         if name not in known:
-            raise UserError(
-                f"deltaw reads no column '{name}'",
-                where=f"{where}.{name}",
-                hint=did_you_mean(name, known),
-            )
+            raise UserError(f"deltaw reads no column '{name}'", where=f"{where}.{name}", hint=did_you_mean(name, known))
 
 
 def weighted(rows: np.ndarray, source_of: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:

@@ -53,9 +53,7 @@ class Piece:
 
 
 def pieces(
-    tokens: np.ndarray | Sequence[int],
-    is_label: np.ndarray | Sequence[bool],
-    tokenizer: PreTrainedTokenizerBase,
+    tokens: np.ndarray | Sequence[int], is_label: np.ndarray | Sequence[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[Piece]:
     """The tokens as pieces, whose texts together are all of the text.
 

@@ -125,11 +125,7 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
 
 
 def read_images(
-    rows: Rows,
-    indices: Sequence[int],
-    columns: LabelColumns,
-    labels: Sequence[int],
-    on_bad: Refuse = refuse,
+    rows: Rows, indices: Sequence[int], columns: LabelColumns, labels: Sequence[int], on_bad: Refuse = refuse
 ) -> list[ImageExample | None]:
     """The images of the rows at ``indices``, whose classes are ``labels``; None for one that ``on_bad`` was
     told of.
@@ -295,9 +291,7 @@ def _array(value: object, where: str) -> np.ndarray:
         numbers = np.asarray(value).astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(
-            f"the pixels are not an array of numbers: {error}",
-            where=where,
-            hint="give height × width numbers",
+            f"the pixels are not an array of numbers: {error}", where=where, hint="give height × width numbers"
         ) from error
     pixels = np.nan_to_num(numbers, nan=-1.0).clip(-1, 256).astype(np.int16)
     if numbers.size == 0 or pixels.min() < 0 or pixels.max() > 255 or (pixels != numbers).any():

@@ -57,11 +57,7 @@ class AnswerReader(abc.ABC):
 
     def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, bad: BadRows, say: Say) -> None:
         refused = {
-            "data.long_rows": (
-                settings.long_rows == "split",
-                f"{self.noun} cannot be divided",
-                "cut or drop",
-            ),
+            "data.long_rows": (settings.long_rows == "split", f"{self.noun} cannot be divided", "cut or drop"),
             "data.form": (settings.form != "auto", f"{self.noun} has one form", "auto"),
         }
         for key, (is_refused, what, right) in refused.items():
@@ -207,12 +203,7 @@ class AnswerReader(abc.ABC):
         ]
 
     def _group(
-        self,
-        rows: Rows,
-        index: int,
-        encoded: list[list[Encoded]],
-        account: Account,
-        long: LongRows,
+        self, rows: Rows, index: int, encoded: list[list[Encoded]], account: Account, long: LongRows
     ) -> RowGroup | None:
         """A row; None if it is dropped, which is counted."""
         where, (number, row) = rows.place(index), rows[index]
@@ -604,11 +595,7 @@ def _desired(label: object, where: str) -> bool:
 
 
 def _read_file(
-    reference: str,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    bad: BadRows | None,
-    say: Say,
+    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, bad: BadRows | None, say: Say
 ) -> tuple[list[RowGroup], Report]:
     reader = _UnpairedReader(settings, tokenizer, BadRows(settings.bad_rows) if bad is None else bad, say)
     rows = reader.open(reference)

@@ -525,12 +525,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self._own["round"](value, precision, method)
 
     def _tojson(
-        self,
-        x: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
+        self, x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
         """As transformers has it: not made for HTML, with the options of ``json.dumps``."""
         weight, depth = self._weight(x)

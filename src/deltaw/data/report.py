@@ -339,14 +339,8 @@ class Report:
         lines += self._lines_of_examples()
         losses = [
             (self.not_chosen, "skipped: data.rows asks for fewer"),
-            (
-                self.duplicates,
-                ("kept" if self.duplicates_kept else "dropped") + ": the same as an earlier row",
-            ),
-            (
-                self.dropped_long,
-                f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)",
-            ),
+            (self.duplicates, ("kept" if self.duplicates_kept else "dropped") + ": the same as an earlier row"),
+            (self.dropped_long, f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)"),
             (self.other_classes, "dropped: their class is not in data.classes"),
             (self.without_label, "dropped: no label (an empty answer, or all of it truncated)"),
             (

@@ -71,9 +71,7 @@ def are_pairs(train: Train, settings: DataSettings) -> bool:
     if set(PAIR_COLUMNS) <= set(columns):
         return True
     stream = open_source(
-        sources_of(train)[0].reference,
-        BadRows("skip").add_unreadable,
-        max_bytes=settings.max_row_bytes,
+        sources_of(train)[0].reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes
     )
     stream.scan()
     first = next(iter(stream.chunks()), None)
@@ -161,10 +159,7 @@ class _RewardReader(PairReader):
             return found
         texts = [_texts(record) for record in records if record is not None]
         encoded = self.tokenizer(
-            [prompt for prompt, _ in texts],
-            [answer for _, answer in texts],
-            return_attention_mask=False,
-            verbose=False,
+            [prompt for prompt, _ in texts], [answer for _, answer in texts], return_attention_mask=False, verbose=False
         )
         for place, (number, ids) in enumerate(zip(numbers, encoded["input_ids"], strict=True)):
             of_text = encoded.sequence_ids(place)

@@ -310,13 +310,7 @@ class TableReader:
     """
 
     def __init__(
-        self,
-        file: IO[bytes],
-        name: str,
-        delimiter: str,
-        on_bad: OnBad | None = None,
-        *,
-        max_bytes: int = MAX_ROW_BYTES,
+        self, file: IO[bytes], name: str, delimiter: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES
     ) -> None:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         self._name = name
@@ -575,9 +569,7 @@ def _no_list(text: _Text, name: str) -> UserError:
     value, _ = text.value("the file is not a list of objects, and its first value", name)
     if isinstance(value, dict) and text.peek():
         return UserError(
-            "the file is not a list of objects",
-            where=name,
-            hint="it looks like one object per line: name it .jsonl",
+            "the file is not a list of objects", where=name, hint="it looks like one object per line: name it .jsonl"
         )
     inside = [key for key, found in value.items() if isinstance(found, list)] if isinstance(value, dict) else []
     hint = f"; extract the list under '{inside[0]}'" if inside else ""

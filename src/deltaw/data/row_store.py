@@ -250,12 +250,7 @@ class DiskRows:
     """
 
     def __init__(
-        self,
-        file: IO[bytes],
-        name: str,
-        *,
-        grouped: bool,
-        on_damage: Callable[[], object] = lambda: None,
+        self, file: IO[bytes], name: str, *, grouped: bool, on_damage: Callable[[], object] = lambda: None
     ) -> None:
         self._file = file
         self._name = name

@@ -189,12 +189,7 @@ class RowStream:
     """
 
     def __init__(
-        self,
-        name: str,
-        parts: Sequence[Part],
-        *,
-        on_bad: OnBad | None = None,
-        max_bytes: int = MAX_ROW_BYTES,
+        self, name: str, parts: Sequence[Part], *, on_bad: OnBad | None = None, max_bytes: int = MAX_ROW_BYTES
     ) -> None:
         self.name = name
         self.columns: list[str] = []

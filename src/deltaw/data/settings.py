@@ -52,8 +52,7 @@ class DataSettings:
         },
     )
     max_length: int = field(
-        default=2048,
-        metadata={"description": "the most tokens in a row", "json_schema_extra": {"minimum": 2}},
+        default=2048, metadata={"description": "the most tokens in a row", "json_schema_extra": {"minimum": 2}}
     )
     long_rows: Literal["error", "cut", "drop", "split"] = field(
         default="error",
@@ -87,8 +86,7 @@ class DataSettings:
         metadata={"description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"},
     )
     chat_template: str | None = field(
-        default=None,
-        metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
+        default=None, metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"}
     )
     date: str | None = field(
         default=None,
@@ -123,8 +121,7 @@ class DataSettings:
         },
     )
     group: str | None = field(
-        default=None,
-        metadata={"description": "a column: rows with the same value are all trained on or all held out"},
+        default=None, metadata={"description": "a column: rows with the same value are all trained on or all held out"}
     )
     cache: bool | Literal["auto"] = field(
         default="auto",
@@ -195,8 +192,7 @@ def held_out_number(share: EvalSets) -> float:
     number = float(share)
     if not math.isfinite(number) or number < 0 or (number > 1 and number != int(number)):
         raise UserError(
-            f"data.eval is {share}",
-            hint="give a share below 1, a whole number of rows, a file, or null for none",
+            f"data.eval is {share}", hint="give a share below 1, a whole number of rows, a file, or null for none"
         )
     return number
 
@@ -228,9 +224,7 @@ def _check_sets(sets: dict[str, float | str]) -> None:
     for name in drawn:
         if held_out_number(sets[name]) == 0:
             raise UserError(
-                f"the set '{name}' has no rows",
-                where=f"data.eval.{name}",
-                hint="give a share, or leave it out",
+                f"the set '{name}' has no rows", where=f"data.eval.{name}", hint="give a share, or leave it out"
             )
     empty = [name for name in sets if not name.strip()]
     if empty:

@@ -105,9 +105,7 @@ def _files(path: Path, name: str) -> list[tuple[Path, str]]:
     if not path.is_dir():
         if kind_of(path) is None:
             raise UserError(
-                f"a file that ends in '{path.suffix}' cannot be read as data",
-                where=name,
-                hint=f"give {KNOWN}",
+                f"a file that ends in '{path.suffix}' cannot be read as data", where=name, hint=f"give {KNOWN}"
             )
         return [(path, name)]
     return [(file, f"{name.rstrip('/')}/{file.relative_to(path).as_posix()}") for file in _inside(path, name)]
@@ -215,9 +213,7 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"there is no such file, and no data set could be loaded: {said}",
-            where=reference,
-            hint=hint,
+            f"there is no such file, and no data set could be loaded: {said}", where=reference, hint=hint
         ) from error
     if not len(found):
         raise UserError("the data set is empty: it has no row", where=reference, hint="name another split")
@@ -278,9 +274,7 @@ def check_group(name: str, columns: Sequence[str], column: str | None) -> None:
     """Raise a UserError if a file of these columns lacks that of ``data.group``."""
     if column is not None and column not in columns:
         raise UserError(
-            f"the file has no column '{column}'",
-            where=f"data.group for {name}",
-            hint=did_you_mean(column, columns),
+            f"the file has no column '{column}'", where=f"data.group for {name}", hint=did_you_mean(column, columns)
         )
 
 
@@ -338,11 +332,7 @@ class Division:
 
 
 def division(
-    keys: np.ndarray,
-    groups: np.ndarray | None,
-    settings: DataSettings,
-    seed: int,
-    linked: np.ndarray | None = None,
+    keys: np.ndarray, groups: np.ndarray | None, settings: DataSettings, seed: int, linked: np.ndarray | None = None
 ) -> Division:
     """Drop duplicates, and draw the rows that are held out.
 

@@ -81,11 +81,7 @@ def facts_of(
         "format": FORMAT,
         "made by": versions(MADE_BY),
         "sources": [
-            [
-                content,
-                settings.columns if source.columns is None else source.columns,
-                source.form or settings.form,
-            ]
+            [content, settings.columns if source.columns is None else source.columns, source.form or settings.form]
             for source, content in zip(sources, contents, strict=True)
         ],
         "settings": {key: value for key, value in values.items() if key not in _WITHOUT},
@@ -607,12 +603,7 @@ class _Reading:
 
     @classmethod
     def of(
-        cls,
-        sources: Sequence[Source],
-        settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        say: Say,
+        cls, sources: Sequence[Source], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, say: Say
     ) -> _Reading:
         bad = BadRows(settings.bad_rows)
         encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)

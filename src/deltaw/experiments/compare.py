@@ -372,10 +372,7 @@ def _entry(
     if asked is None and not isinstance(fixed, str):
         asked = [float(fixed)]
     config = config.model_copy(update={"method": method, "output": str(place.path / method)})
-    settings = settings_of(config, without=OWN) | {
-        "share of the budget for tuning": share,
-        "procedure": PROCEDURE,
-    }
+    settings = settings_of(config, without=OWN) | {"share of the budget for tuning": share, "procedure": PROCEDURE}
     piece = place.piece(method)
     if piece and (lines := changed(piece.get("settings"), settings)):
         say(f"{method} starts anew: {'; '.join(lines[:4])}")
@@ -460,9 +457,7 @@ def _run(entry: Entry, seed: int, stored: Stored) -> None:
 
 
 def _write(
-    comparison: Comparison,
-    place: ExperimentFolder,
-    draw: Callable[[Comparison, Path], None] | None = None,
+    comparison: Comparison, place: ExperimentFolder, draw: Callable[[Comparison, Path], None] | None = None
 ) -> None:
     place.write_json(NUMBERS, as_json(comparison))
     if draw is not None:

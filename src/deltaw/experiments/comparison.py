@@ -519,9 +519,7 @@ def _compared(
         return result
     if baseline is not None and baseline.shape[1] == ours.shape[1]:
         result = replace(
-            result,
-            over_constant=float((ours - baseline).mean()),
-            over_constant_interval=interval_of(ours - baseline),
+            result, over_constant=float((ours - baseline).mean()), over_constant_interval=interval_of(ours - baseline)
         )
     if theirs is None or theirs.shape[1] != ours.shape[1]:
         return result

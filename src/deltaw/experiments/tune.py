@@ -181,9 +181,7 @@ def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
         space[key] = _domain(key, value, text)
     if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
         raise UserError(
-            f"lora.alpha and {ALPHA_PER_RANK} exclude each other",
-            where="--search",
-            hint="leave one of them out",
+            f"lora.alpha and {ALPHA_PER_RANK} exclude each other", where="--search", hint="leave one of them out"
         )
     return space
 
@@ -198,9 +196,7 @@ def _domain(key: str, value: str, text: str) -> Range | Values:
             raise UserError(f"'{text}' is not a list of values", where="--search", hint=_EXAMPLE)
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
             raise UserError(
-                f"'{text}' holds a list, or a value twice",
-                where="--search",
-                hint="list plain values, once each",
+                f"'{text}' holds a list, or a value twice", where="--search", hint="list plain values, once each"
             )
         return Values(tuple(values))
     log = value.endswith(":log")
@@ -612,15 +608,7 @@ class _Search:
     """
 
     def __init__(
-        self,
-        study: optuna.Study,
-        config: RunConfig,
-        space: Space,
-        *,
-        share: float,
-        trials: int,
-        log: Path,
-        pace: Pace,
+        self, study: optuna.Study, config: RunConfig, space: Space, *, share: float, trials: int, log: Path, pace: Pace
     ) -> None:
         self._study, self._config, self._space = study, config, space
         self._share, self._trials, self._log, self._pace = share, trials, log, pace

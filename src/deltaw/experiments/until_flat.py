@@ -236,11 +236,7 @@ def until_flat(
             training.after(step.step)
 
         outcome = session.train(
-            on_begin=training.begin,
-            on_step=step_done,
-            total_steps=training.most,
-            learning_rate=rate,
-            rows=rows,
+            on_begin=training.begin, on_step=step_done, total_steps=training.most, learning_rate=rate, rows=rows
         )
         curve = training.curve
         curve.outcome, curve.best_step, curve.best_loss = outcome, best.step, best.loss

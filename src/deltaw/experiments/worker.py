@@ -147,12 +147,7 @@ class Trial:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        say: Say = silent,
-        known: tuple[Task, RunData] | None = None,
-        *,
-        once: bool = False,
+        self, config: RunConfig, say: Say = silent, known: tuple[Task, RunData] | None = None, *, once: bool = False
     ) -> None:
         # Features of frozen layers are computed once for all repetitions.
         self.config = with_features(config)

@@ -336,12 +336,7 @@ def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:
             trained.append(Trained(names, Replaced(value.detach()), tuple(value.shape), new=True))
     metadata = read_adapter(folder).metadata
     return AdapterChanges(
-        folder,
-        "lora",
-        trained,
-        metadata.get(FINGERPRINT_KEY),
-        frozenset(replaced),
-        dict(record.copies),
+        folder, "lora", trained, metadata.get(FINGERPRINT_KEY), frozenset(replaced), dict(record.copies)
     )
 
 

@@ -71,12 +71,7 @@ class _Made:
 
 
 def write_adapter(
-    run: str | Path,
-    output: str | Path,
-    options: MergeOptions,
-    *,
-    rank: int | None,
-    say: Say = lambda line: None,
+    run: str | Path, output: str | Path, options: MergeOptions, *, rank: int | None, say: Say = lambda line: None
 ) -> AdapterResult:
     """Write one adapter in place of one or several.
 

@@ -179,17 +179,7 @@ FORMAT = "mlx"
 WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<inside>.+)")
 # Families whose modules mlx-lm names as transformers does.
-_SAME_NAMES = (
-    "llama",
-    "mistral",
-    "smollm3",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-)
+_SAME_NAMES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 
 
 def export_mlx(
@@ -380,9 +370,7 @@ def _gguf(
     known: Iterable[str] = ADAPTER_KINDS if format_name == "gguf-adapter" else KINDS
     if kind not in known:
         raise UserError(
-            f"{format_name} does not store numbers as '{kind}'",
-            where="--type",
-            hint=f"there is {', '.join(known)}",
+            f"{format_name} does not store numbers as '{kind}'", where="--type", hint=f"there is {', '.join(known)}"
         )
     in_folder = output.suffix.lower() != ".gguf"
     name = f"{run.resolve().name}-{kind}.gguf"

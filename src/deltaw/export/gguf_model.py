@@ -415,9 +415,7 @@ def export_gguf_adapter(
     """
     if kind not in ADAPTER_KINDS:
         raise UserError(
-            f"an adapter's factors are not stored as '{kind}'",
-            where="--type",
-            hint=did_you_mean(kind, ADAPTER_KINDS),
+            f"an adapter's factors are not stored as '{kind}'", where="--type", hint=did_you_mean(kind, ADAPTER_KINDS)
         )
     require_lora(run, ADAPTER_FORMAT)
     base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)

@@ -305,11 +305,7 @@ def merge_run(
         job = stack.enter_context(prepared(Path(run), options, say))
         try:
             merged: MergedModel | None = assemble(
-                job.base,
-                job.adapters,
-                job.trained,
-                precision=options.precision,
-                other_base=options.other_base,
+                job.base, job.adapters, job.trained, precision=options.precision, other_base=options.other_base
             )
             why = None
         except NotByName as reason:

@@ -116,9 +116,7 @@ def read_settings(folder: Path) -> dict[str, object]:
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the model's config.json cannot be read: {error}",
-            where=str(folder),
-            hint="fetch or copy the model again",
+            f"the model's config.json cannot be read: {error}", where=str(folder), hint="fetch or copy the model again"
         ) from error
     quantized = settings.get("quantization_config")
     if quantized:
@@ -627,10 +625,7 @@ def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> l
             # Wider types first, so that each tensor lies aligned to its type.
             ordered = sorted(shard, key=lambda output: -output.dtype.itemsize)
             entries = [Entry(output.name, output.dtype, output.shape) for output in ordered]
-            with (
-                (folder / name).open("wb") as file,
-                TensorWriter(file, entries, {"format": "pt"}) as writer,
-            ):
+            with (folder / name).open("wb") as file, TensorWriter(file, entries, {"format": "pt"}) as writer:
                 for output in ordered:
                     for rows in output.blocks():
                         writer.write(rows)

@@ -78,11 +78,7 @@ class KernelChoice:
         if ways.kernels is None:
             return ()
         int8 = ways.int8 != TORCH and self.rate("int8") > MARGIN_OF_INT8 * self.rate("bf16")
-        faster = {
-            "int8_gradients": int8 and ways.bf16 != TORCH,
-            "int8_logits": int8,
-            "summed_classes": True,
-        }
+        faster = {"int8_gradients": int8 and ways.bf16 != TORCH, "int8_logits": int8, "summed_classes": True}
         return tuple(name for name in APPROXIMATIONS if faster[name] and variants.is_left_in(name))
 
     def rate(self, stored: str) -> float:

@@ -342,22 +342,12 @@ class _Operands:
 
     def forward(self, rows: int) -> None:
         linear.linear(
-            self.left[self.inputs][:rows],
-            self.weight(),
-            True,
-            self.scale,
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
+            self.left[self.inputs][:rows], self.weight(), True, self.scale, lora_A=self.lora_A, lora_B=self.lora_B
         )
 
     def backward(self, rows: int) -> None:
         linear.linear_backward(
-            self.left[self.outputs][:rows],
-            self.weight(),
-            True,
-            self.scale,
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
+            self.left[self.outputs][:rows], self.weight(), True, self.scale, lora_A=self.lora_A, lora_B=self.lora_B
         )
 
 

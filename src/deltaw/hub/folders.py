@@ -75,16 +75,12 @@ def shards_of(index: Path) -> list[str]:
         files = sorted({str(file) for file in weights.values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
-            f"the index of the weights cannot be read: {error}",
-            where=str(index),
-            hint="fetch or copy the model again",
+            f"the index of the weights cannot be read: {error}", where=str(index), hint="fetch or copy the model again"
         ) from error
     for file in files:
         if Path(file).name != file or file in ("", ".", ".."):
             raise UserError(
-                f"the index names the file '{file}', which is not in the model's folder",
-                where=str(index),
-                hint=_SOURCE,
+                f"the index names the file '{file}', which is not in the model's folder", where=str(index), hint=_SOURCE
             )
     return files
 
@@ -415,11 +411,7 @@ def _snapshot(model_id: str, revision: str | None, patterns: list[str], *, local
     from huggingface_hub import snapshot_download
 
     fetched = snapshot_download(
-        model_id,
-        revision=revision,
-        allow_patterns=patterns,
-        ignore_patterns=_NOT_FETCHED,
-        local_files_only=local,
+        model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED, local_files_only=local
     )
     return Path(fetched)
 

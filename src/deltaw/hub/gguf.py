@@ -193,12 +193,7 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
                 rows, columns = _shape(tensor)
                 found.entries.append(
                     BlockEntry(
-                        name,
-                        tensor.tensor_type.name,
-                        rows,
-                        columns,
-                        int(tensor.data_offset),
-                        None if whole else key,
+                        name, tensor.tensor_type.name, rows, columns, int(tensor.data_offset), None if whole else key
                     )
                 )
                 continue
@@ -633,9 +628,7 @@ def convert_here(path: str, dtype: str, into: str) -> int:
 def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     if importlib.util.find_spec("accelerate") is None:
         raise UserError(
-            "reading a .gguf file needs the package 'accelerate'",
-            where=str(path),
-            hint="pip install accelerate",
+            "reading a .gguf file needs the package 'accelerate'", where=str(path), hint="pip install accelerate"
         )
     # Newer versions of transformers can keep the blocks packed; a trained model needs them unpacked.
     packed = getattr(transformers, "GgufConfig", None)

@@ -56,10 +56,7 @@ def unfilled(
         try:
             with no_init_weights():
                 model = auto.from_config(
-                    config,
-                    dtype=dtype_of(dtype),
-                    attn_implementation=attention,
-                    trust_remote_code=trust_remote_code,
+                    config, dtype=dtype_of(dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
                 )
             break
         except (ValueError, OSError, RuntimeError, KeyError) as error:
@@ -129,13 +126,7 @@ class Weights(Protocol):
     attention that it ended up with."""
 
     def __call__(
-        self,
-        folder: Path,
-        config: PretrainedConfig,
-        task: str,
-        dtype: str,
-        attention: str,
-        trust_remote_code: bool,
+        self, folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
     ) -> tuple[PreTrainedModel, list[str], Choice[str]]: ...
 
 
@@ -265,9 +256,7 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
             raise asks_for_code(folder) from error
         hint = "a newer version of transformers may know the model, or config.json is damaged"
         raise UserError(
-            f"the model's config.json cannot be used: {first_line(_reason(error))}",
-            where=str(folder),
-            hint=hint,
+            f"the model's config.json cannot be used: {first_line(_reason(error))}", where=str(folder), hint=hint
         ) from error
 
 

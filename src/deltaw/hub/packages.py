@@ -220,9 +220,7 @@ def _select(names: list[str], path: str, wanted: PackageReference) -> list[str]:
     hint = "did you mean " + " or ".join(f"'{name}'" for name in same[:3]) + "?" if same else ""
     shown = [name for name in names if ".dist-info/" not in name and not name.endswith((".py", ".pyc"))]
     raise UserError(
-        f"the package has no member '{path}'",
-        where=f"{SCHEME}{wanted.pin}",
-        hint=hint or did_you_mean(path, shown),
+        f"the package has no member '{path}'", where=f"{SCHEME}{wanted.pin}", hint=hint or did_you_mean(path, shown)
     )
 
 

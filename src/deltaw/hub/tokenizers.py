@@ -20,22 +20,9 @@ from deltaw.host.memory import trim_memory
 from deltaw.hub.folders import asks_for_code, first_line, local_folder, require_own_files, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 # What else a tokenizer's behavior depends on.
-_BESIDE = (
-    "config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-)
+_BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _BUILT: weakref.WeakValueDictionary[tuple[object, ...], PreTrainedTokenizerBase] = weakref.WeakValueDictionary()
 
 

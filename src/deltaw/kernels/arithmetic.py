@@ -110,9 +110,7 @@ def default_of(kernels: str, library: ctypes.CDLL, forced: str | None = None) ->
     if forced is not None and not any(forced in of for of in ways.values()):
         known = sorted({way for of in ways.values() for way in of})
         raise UserError(
-            f"kernels '{kernels}' have no arithmetic '{forced}'",
-            where=VARIABLE,
-            hint=f"they have {', '.join(known)}",
+            f"kernels '{kernels}' have no arithmetic '{forced}'", where=VARIABLE, hint=f"they have {', '.join(known)}"
         )
     return Arithmetic(kernels).but({s: forced if forced in of else of[0] for s, of in ways.items()})
 

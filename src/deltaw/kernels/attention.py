@@ -283,11 +283,7 @@ def _tried(
 
 
 def _tried_on(
-    layout: Layout,
-    inputs: tuple[Tensor, ...],
-    reference: Callable[..., Tensor],
-    window: bool,
-    softcap: float | None,
+    layout: Layout, inputs: tuple[Tensor, ...], reference: Callable[..., Tensor], window: bool, softcap: float | None
 ) -> str | None:
     device, dtype, size = inputs[0].device, inputs[0].dtype, inputs[0].shape[-1]
     layout.device = device
@@ -362,14 +358,7 @@ def packed_attention(
     if causal:
         _check_inputs(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, None)
         served = attend_compiled(
-            query,
-            key,
-            value,
-            layout,
-            packed_attention_reference,
-            scaling=scaling,
-            window=window,
-            softcap=softcap,
+            query, key, value, layout, packed_attention_reference, scaling=scaling, window=window, softcap=softcap
         )
         if served is not None:
             return served
@@ -415,16 +404,7 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[override]
         query, key, value, out, *kept = ctx.saved_tensors
-        grads = attend_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            kept,
-            ctx.layout,
-            **ctx.how,
-        )
+        grads = attend_backward(grad_out, query, key, value, out, kept, ctx.layout, **ctx.how)
         return *grads, None, None, None, None, None
 
 

@@ -139,13 +139,7 @@ class Block:
     """
 
     def __init__(
-        self,
-        attention: AttentionTensors,
-        mlp: MLPTensors,
-        *,
-        dtype: torch.dtype,
-        parallel: bool,
-        turned: int,
+        self, attention: AttentionTensors, mlp: MLPTensors, *, dtype: torch.dtype, parallel: bool, turned: int
     ) -> None:
         self._made_of = attention, mlp, dtype, parallel, turned
         self._places = _places(attention, mlp)
@@ -193,12 +187,7 @@ class Block:
         return Block(attention, mlp, dtype=dtype, parallel=parallel, turned=turned)
 
     def forward(
-        self,
-        x: Tensor,
-        segments: Tensor,
-        cosine: Tensor | None,
-        sine: Tensor | None,
-        picked: Tensor | None = None,
+        self, x: Tensor, segments: Tensor, cosine: Tensor | None, sine: Tensor | None, picked: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """y (T or P, hidden) of x (T, hidden), and what :meth:`backward` wants.
 

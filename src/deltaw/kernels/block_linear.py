@@ -328,12 +328,7 @@ def quantize_nf4(weight: Tensor) -> BlockWeight:
     group_scale = groups.abs().amax(1)
     eight_bits = _nearest(_over(groups, group_scale), dynamic_codes().to(weight.device)).flatten()
     return BlockWeight(
-        data.view(rows, -1),
-        "NF4",
-        columns,
-        eight_bits[: len(largest)].view(rows, -1).contiguous(),
-        group_scale,
-        offset,
+        data.view(rows, -1), "NF4", columns, eight_bits[: len(largest)].view(rows, -1).contiguous(), group_scale, offset
     )
 
 

@@ -268,12 +268,7 @@ class Layout:
                     places[n, :height], key_places[n, :width] = rows, columns
                     slots[rows] = filled + n * queries + np.arange(height)
                     seen[n, :height, :width] = self._visible(
-                        ancestry,
-                        segments[rows],
-                        segments[columns],
-                        positions[rows],
-                        positions[columns],
-                        window,
+                        ancestry, segments[rows], segments[columns], positions[rows], positions[columns], window
                     )
                     seen[n, :height, width:] = False
                 used = [t.stop - t.start for t in part] + [0] * (count - len(part))
@@ -290,11 +285,7 @@ class Layout:
         hidden_rows.reshape(count * queries, -1)[filling] = False
         hidden_columns = hidden_rows.any(axis=(0, 1))
         first = int(np.argmax(hidden_columns)) if hidden_columns.any() else seen.shape[2]
-        return TileBatch(
-            self._tensor(keys),
-            self._tensor(np.ascontiguousarray(hidden_rows[:, :, first:])),
-            queries,
-        )
+        return TileBatch(self._tensor(keys), self._tensor(np.ascontiguousarray(hidden_rows[:, :, first:])), queries)
 
     def _tensor(self, places: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(places), self.device)

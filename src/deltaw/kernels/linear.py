@@ -286,19 +286,7 @@ def _laid_out(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _compute_linear(
-    x,
-    weight,
-    by_column,
-    scale,
-    smooth_scales,
-    bias,
-    lora_A,
-    lora_B,
-    scaling,
-    added,
-    x_int8,
-    x_scales,
-    in_blocks,
+    x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8, x_scales, in_blocks
 ):  # type: ignore[no-untyped-def]
     compiled = can_multiply(x, weight, lora_A, by_column, scale is not None) and _are(x.dtype, added)
     compiled = compiled and _are(torch.float32, scale, smooth_scales, lora_B, x_scales)

@@ -66,10 +66,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_set_cache": [_L],
     "dw_release": [],
     "dw_scratch_held": [_I],
-    "dw_linear": [
-        *(_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _I),
-        *(_P, _P, _L, _F, _P, _P, _P, _I, _I, _P, _P),
-    ],
+    "dw_linear": [*(_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _I), *(_P, _P, _L, _F, _P, _P, _P, _I, _I, _P, _P)],
     "dw_linear_backward": [_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _P, _L, _F, *[_P] * 5],
     "dw_factors_backward": [_I, _L, _L, _L, _L, _P, _P, _P, _P, _F, _P, _P],
     "dw_class_gradient": [_L, _L, _L, *[_P] * 6],

@@ -21,10 +21,7 @@ _LIBRARY = torch.library.Library("deltaw", "DEF")
 
 
 def define(
-    schema: str,
-    compute: Callable[..., Any],
-    shapes: Callable[..., Any],
-    operations: Callable[..., int] | None = None,
+    schema: str, compute: Callable[..., Any], shapes: Callable[..., Any], operations: Callable[..., int] | None = None
 ) -> Any:
     """Register an operator ``deltaw::name``.
 

@@ -96,12 +96,9 @@ def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
 def activation_reference(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """The reference implementation of :func:`activation`."""
     wide = _wide(gate)
-    f = {
-        "silu": F.silu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "gelu": F.gelu,
-        "relu": F.relu,
-    }[kind](wide)
+    f = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}[kind](
+        wide
+    )
     return (f if up is None else f * _wide(up)).to(gate.dtype)
 
 

@@ -251,9 +251,7 @@ def adopt(cls: type[_Module], module: nn.Module) -> _Module:
 
 
 def with_tensors(
-    module: _Module,
-    parameters: Mapping[str, nn.Parameter],
-    buffers: Mapping[str, Tensor | None] | None = None,
+    module: _Module, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor | None] | None = None
 ) -> _Module:
     """A copy of a module that has these parameters, and these buffers or its own.
 

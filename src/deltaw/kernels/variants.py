@@ -160,9 +160,7 @@ def asked(environment: Mapping[str, str] | None = None) -> Asked:
         )
     if off and not switched_off:
         raise UserError(
-            f"{said} and {OFF}=0 contradict each other",
-            where=VARIABLE,
-            hint=f"unset one of {VARIABLE} and {OFF}",
+            f"{said} and {OFF}=0 contradict each other", where=VARIABLE, hint=f"unset one of {VARIABLE} and {OFF}"
         )
     return Asked(NONE if switched_off else None if name == ANY else name, arithmetic or None, said)
 
@@ -185,9 +183,7 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
     lacking = found.lacking(flags, of_machine)
     if lacking:
         raise UserError(
-            f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}",
-            where=VARIABLE,
-            hint=hint,
+            f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}", where=VARIABLE, hint=hint
         )
     if not file_of(found).is_file():
         raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=hint)

@@ -86,9 +86,7 @@ def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
         if not bool((layer.lora_B == 0).all()):
             raise UserError(
-                f"'{name}' is trained already",
-                where="init",
-                hint="call initialize_from_activations right after attach",
+                f"'{name}' is trained already", where="init", hint="call initialize_from_activations right after attach"
             )
     width = 2 * max(layer.rank for _, layer in layers) + 8
     watch = _Watch(width, torch.Generator().manual_seed(seed))

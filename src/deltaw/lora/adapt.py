@@ -98,12 +98,7 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> 
 
 
 def attach_selected(
-    model: nn.Module,
-    config: LoRAConfig,
-    selection: Selection,
-    *,
-    seed: int | None = None,
-    filled: bool = True,
+    model: nn.Module, config: LoRAConfig, selection: Selection, *, seed: int | None = None, filled: bool = True
 ) -> Summary:
     """:func:`attach` with the selection made; ``filled=False`` leaves zeros, for a file to fill."""
     parameters = list(model.named_parameters())
@@ -199,23 +194,14 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def _adapt(
-    model: nn.Module,
-    target: Target,
-    record: Attachment,
-    init: str | None,
-    generator: torch.Generator | None,
+    model: nn.Module, target: Target, record: Attachment, init: str | None, generator: torch.Generator | None
 ) -> None:
     """Make the adapted layer over ``target``, or both updates of an attention; a refusal names it."""
     config = record.config
     try:
         if isinstance(target.module, nn.MultiheadAttention):
             updates = adapt_attention(
-                target.module,
-                target.rank,
-                target.alpha,
-                rslora=config.rslora,
-                init=init,
-                generator=generator,
+                target.module, target.rank, target.alpha, rslora=config.rslora, init=init, generator=generator
             )
             for key, update in zip(ATTENTION_KEYS, updates, strict=True):
                 record.parameters.append(ParameterUpdate(target.names, target.module, key, update, True))

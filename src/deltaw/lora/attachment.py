@@ -337,9 +337,7 @@ def unmerge(model: nn.Module) -> None:
     for name, layer in merged:
         if layer._unmerged_weight is None:
             raise UserError(
-                "the weights from before the merge were not kept",
-                where=name,
-                hint="merge with keep_original=True",
+                "the weights from before the merge were not kept", where=name, hint="merge with keep_original=True"
             )
     for _, layer in merged:
         layer.unset_merged()

@@ -57,8 +57,7 @@ class LoRAConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     rank: int = field(
-        default=16,
-        metadata={"description": "rank r of ΔW = scaling · A·B", "json_schema_extra": {"minimum": 1}},
+        default=16, metadata={"description": "rank r of ΔW = scaling · A·B", "json_schema_extra": {"minimum": 1}}
     )
     alpha: float = field(
         default=32.0,
@@ -111,8 +110,7 @@ class LoRAConfig:
     )
     rslora: bool = field(default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"})
     dora: bool = field(
-        default=False,
-        metadata={"description": "train the norm of every output's weights apart from their direction"},
+        default=False, metadata={"description": "train the norm of every output's weights apart from their direction"}
     )
     bias: str = field(
         default="none",
@@ -122,8 +120,7 @@ class LoRAConfig:
         },
     )
     lora_bias: bool = field(
-        default=False,
-        metadata={"description": "train a bias on B as well, added to each adapted layer's output"},
+        default=False, metadata={"description": "train a bias on B as well, added to each adapted layer's output"}
     )
     target_parameters: list[str] = field(
         default_factory=list,
@@ -246,9 +243,7 @@ class LoRAConfig:
         if self.lora_bias and (self.dora or self.init != "uniform"):
             other = "dora" if self.dora else f"init '{self.init}'"
             raise UserError(
-                f"lora_bias and {other} do not go together",
-                where="lora_bias",
-                hint="leave one of the two out",
+                f"lora_bias and {other} do not go together", where="lora_bias", hint="leave one of the two out"
             )
         for key in ("dropout", "dora", "lora_bias"):
             if self.target_parameters and getattr(self, key):
@@ -281,9 +276,7 @@ class LoRAConfig:
                 )
             if name in values:
                 raise UserError(
-                    f"'{name}' is given twice, also under PEFT's name",
-                    where=str(key),
-                    hint="leave one of the two out",
+                    f"'{name}' is given twice, also under PEFT's name", where=str(key), hint="leave one of the two out"
                 )
             if name == "init" and isinstance(value, bool):
                 value = "uniform"
@@ -309,17 +302,13 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{0,9}))?\s*", part)
         if not match:
             raise UserError(
-                f"'{layers}' is no list of layers",
-                where="layers",
-                hint="write '16-', '0-7', '3', '0-3,8' or [1, 2]",
+                f"'{layers}' is no list of layers", where="layers", hint="write '16-', '0-7', '3', '0-3,8' or [1, 2]"
             )
         first = int(match[1])
         last = first if match[2] is None else (int(match[3]) if match[3] else None)
         if last is not None and last < first:
             raise UserError(
-                f"layers '{part.strip()}' ends before it begins",
-                where="layers",
-                hint=f"write '{last}-{first}'",
+                f"layers '{part.strip()}' ends before it begins", where="layers", hint=f"write '{last}-{first}'"
             )
         ranges.append((first, last))
     return ranges
@@ -337,9 +326,7 @@ def _layers(value: object) -> str | list[int] | None:
     if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
         return numbers or None
     raise UserError(
-        f"layers cannot be {value!r}",
-        where="layers",
-        hint="write '16-', '0-7', '3', or a list of numbers from 0",
+        f"layers cannot be {value!r}", where="layers", hint="write '16-', '0-7', '3', or a list of numbers from 0"
     )
 
 

@@ -166,9 +166,7 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
     if library_of(module) is not None:
         if lora_bias:
             raise UserError(
-                f"lora_bias is not for weights that are {quantized_as(module)}",
-                where="lora_bias",
-                hint="leave it out",
+                f"lora_bias is not for weights that are {quantized_as(module)}", where="lora_bias", hint="leave it out"
             )
         return LoRAForeignLinear.from_linear
     if isinstance(module, nn.Linear):

@@ -59,15 +59,11 @@ class LoRALayer(AdaptedLayer):
         """Freeze what the layer has, and add factors of ``shapes``."""
         if rank < 1:
             raise UserError(
-                f"rank must be a whole number of at least 1, not {rank}",
-                where="rank",
-                hint="give rank 16, say",
+                f"rank must be a whole number of at least 1, not {rank}", where="rank", hint="give rank 16, say"
             )
         if not 0.0 <= dropout < 1.0:
             raise UserError(
-                f"dropout must be at least 0 and below 1, not {dropout}",
-                where="dropout",
-                hint="give 0.05, say",
+                f"dropout must be at least 0 and below 1, not {dropout}", where="dropout", hint="give 0.05, say"
             )
         for parameter in own_parameters(self).values():
             if parameter is not None:
@@ -364,14 +360,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if not self.adapting:
             return closed_form.embedding_rows(input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq)
         return closed_form.embedding(
-            input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            scale,
-            self.padding_idx,
-            self.scale_grad_by_freq,
+            input, self.weight, self.lora_A, self.lora_B, self.scaling, scale, self.padding_idx, self.scale_grad_by_freq
         )
 
     @torch.no_grad()

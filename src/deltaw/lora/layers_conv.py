@@ -94,10 +94,7 @@ class LoRAConv(LoRALayer):
                 hint=f"use {-(-rank // self.groups) * self.groups}, or leave the layer out",
             )
         kernel = tuple(self.kernel_size)
-        return (
-            (rank, self.in_channels, *kernel),
-            (self.out_channels, rank // self.groups, *(1 for _ in kernel)),
-        )
+        return ((rank, self.in_channels, *kernel), (self.out_channels, rank // self.groups, *(1 for _ in kernel)))
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, …) to (batch, out_channels, …), the batch may be missing."""

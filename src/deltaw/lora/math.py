@@ -84,12 +84,7 @@ def linear_reference(
 
 
 def update_at(
-    x: Tensor,
-    places: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
+    x: Tensor, places: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """scaling · dropout(x)·A·B at some tokens, and 0 at the others; by autograd.
 

@@ -64,10 +64,7 @@ class FileUpdate:
         """A (r, in) and B (out, r) of each expert; one pair, in the file's shapes, where there are none."""
         if self.experts is None:
             return [(self.factor_A, self.factor_B)]
-        stacks = (
-            from_peft(self.factor_A, "lora_A", self.experts),
-            from_peft(self.factor_B, "lora_B", self.experts),
-        )
+        stacks = (from_peft(self.factor_A, "lora_A", self.experts), from_peft(self.factor_B, "lora_B", self.experts))
         return [(a.t(), b.t()) for a, b in zip(*stacks, strict=True)]
 
 

@@ -371,11 +371,7 @@ def _targeted(
 
 
 def _match_targets(
-    model: nn.Module,
-    config: LoRAConfig,
-    modules: list[Named],
-    matches: dict[str, tuple[str, ...]],
-    strict: bool,
+    model: nn.Module, config: LoRAConfig, modules: list[Named], matches: dict[str, tuple[str, ...]], strict: bool
 ) -> list[Named]:
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted in KEYWORDS:
@@ -518,8 +514,7 @@ def _refuse_unsupported(model: nn.Module, config: LoRAConfig, chosen: list[Named
         reason = read_directly(model, name, by_name.get(parent, model)) or refusal(named.module)
         if reason is None and isinstance(named.module, nn.MultiheadAttention):
             reason = next(
-                (f"nn.MultiheadAttention has no {key}" for key in _NOT_OF_ATTENTION if getattr(config, key)),
-                None,
+                (f"nn.MultiheadAttention has no {key}" for key in _NOT_OF_ATTENTION if getattr(config, key)), None
             )
         if reason is None:
             continue

@@ -125,19 +125,7 @@ def multiply(
         return block_linear(x, stored, bias, lora_A, lora_B, scaling, added)
     scale, columns, in_blocks = stored or (None, None, False)
     return plain.linear(
-        x,
-        weight,
-        by_column,
-        scale,
-        columns,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        added,
-        x_int8,
-        x_scales,
-        in_blocks,
+        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales, in_blocks
     )
 
 

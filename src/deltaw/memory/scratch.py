@@ -53,14 +53,7 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def _room_of_linear(
-    x: Tensor,
-    weight: Tensor,
-    by_column: bool,
-    int8: bool,
-    in_blocks: bool,
-    rank: int,
-    backward: bool,
-    need_x: bool,
+    x: Tensor, weight: Tensor, by_column: bool, int8: bool, in_blocks: bool, rank: int, backward: bool, need_x: bool
 ) -> int:
     out, inputs = weight.shape if by_column else weight.shape[::-1]
     return loader.kernels().dw_linear_room(

@@ -135,11 +135,7 @@ class MethodBase:
 
     @classmethod
     def from_run(
-        cls: type[Made],
-        section: object,
-        *,
-        train: TrainOptions | None,
-        tokenizer: PreTrainedTokenizerBase | None,
+        cls: type[Made], section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> Made:
         """See :class:`deltaw.methods.registry.Implementation`."""
         return cls() if section is None else cls(section)

@@ -207,9 +207,7 @@ def text_or_none(value: object) -> str | None:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"the adapter's weights are damaged or cannot be read: {error}",
-        where=str(path),
-        hint="save or copy it again",
+        f"the adapter's weights are damaged or cannot be read: {error}", where=str(path), hint="save or copy it again"
     )
 
 

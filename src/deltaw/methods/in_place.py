@@ -408,9 +408,7 @@ class Last(InPlace):
         found = blocks_of(model)
         if found is None:
             raise UserError(
-                f"a {type(model).__name__} has no list of blocks",
-                where="method",
-                hint="choose another method",
+                f"a {type(model).__name__} has no list of blocks", where="method", hint="choose another method"
             )
         name, blocks = found
         if self.blocks > len(blocks):

@@ -152,9 +152,7 @@ def put_loaded(
         shape = None if like is None else tuple(like.shape[:1] if before is None else like.shape)
         if like is None or tuple(tensor.shape) != shape:
             raise UserError(
-                f"'{name}' is {tuple(tensor.shape)} in the adapter and {shape} in the model",
-                where=where,
-                hint=hint,
+                f"'{name}' is {tuple(tensor.shape)} in the adapter and {shape} in the model", where=where, hint=hint
             )
         now = nn.Parameter(tensor.to(device=like.device, dtype=like.dtype), requires_grad=False)
         places.append(ParameterPlace(names, spots, before, now))

@@ -329,9 +329,7 @@ class Prompt(MethodBase):
         ids = [int(i) for i in self.tokenizer(text)["input_ids"]]
         if not ids or max(ids) >= vocabulary:
             raise UserError(
-                "prompt.text has no tokens of the model's vocabulary",
-                where="prompt.text",
-                hint="give another text",
+                "prompt.text has no tokens of the model's vocabulary", where="prompt.text", hint="give another text"
             )
         if len(ids) == length:
             said = "initialized with prompt.text"

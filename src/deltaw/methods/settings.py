@@ -29,8 +29,7 @@ class HeadSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     modules: list[str] | None = field(
-        default=None,
-        metadata={"description": "modules trained by method head; null: the model's output layer"},
+        default=None, metadata={"description": "modules trained by method head; null: the model's output layer"}
     )
 
 
@@ -44,12 +43,10 @@ class InputSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     modules: list[str] | None = field(
-        default=None,
-        metadata={"description": "modules trained by method input; null: the model's input layer"},
+        default=None, metadata={"description": "modules trained by method input; null: the model's input layer"}
     )
     tokens: list[str] | None = field(
-        default=None,
-        metadata={"description": "train the embeddings of these tokens only, and no other rows"},
+        default=None, metadata={"description": "train the embeddings of these tokens only, and no other rows"}
     )
 
     def __post_init__(self) -> None:
@@ -72,10 +69,7 @@ class PromptSettings:
 
     length: int = field(
         default=20,
-        metadata={
-            "description": "virtual tokens prepended to every row",
-            "json_schema_extra": {"minimum": 1},
-        },
+        metadata={"description": "virtual tokens prepended to every row", "json_schema_extra": {"minimum": 1}},
     )
     init: Literal["random", "text"] = field(
         default="random",
@@ -84,8 +78,7 @@ class PromptSettings:
         },
     )
     text: str | None = field(
-        default=None,
-        metadata={"description": "text for init: text; repeated or truncated to prompt.length tokens"},
+        default=None, metadata={"description": "text for init: text; repeated or truncated to prompt.length tokens"}
     )
 
     def __post_init__(self) -> None:
@@ -95,9 +88,7 @@ class PromptSettings:
             raise UserError(f"prompt.init is '{self.init}'", hint="give random or text")
         if (self.init == "text") != bool(self.text):
             raise UserError(
-                "prompt.init text and prompt.text belong together",
-                where="prompt.text",
-                hint="give both, or neither",
+                "prompt.init text and prompt.text belong together", where="prompt.text", hint="give both, or neither"
             )
 
 
@@ -157,10 +148,7 @@ class LastSettings:
 
     blocks: int = field(
         default=2,
-        metadata={
-            "description": "blocks trained by method last, from the top",
-            "json_schema_extra": {"minimum": 1},
-        },
+        metadata={"description": "blocks trained by method last, from the top", "json_schema_extra": {"minimum": 1}},
     )
 
     def __post_init__(self) -> None:
@@ -170,11 +158,7 @@ class LastSettings:
 
 register(
     MethodEntry(
-        "last",
-        "deltaw.methods.in_place:Last",
-        LastSettings,
-        "the last blocks",
-        search=("last.blocks=[1, 2, 4]",),
+        "last", "deltaw.methods.in_place:Last", LastSettings, "the last blocks", search=("last.blocks=[1, 2, 4]",)
     )
 )
 

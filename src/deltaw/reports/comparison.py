@@ -318,10 +318,7 @@ def rate_figure(search: RateSearch) -> str:
     marks = "".join(
         _mark(x(rate), name, color, row)
         for row, (rate, name, color) in enumerate(
-            [
-                (search.chosen, f"chosen {search.chosen:.2g}", CHOSEN),
-                (search.usual, f"usual {search.usual:.2g}", USUAL),
-            ]
+            [(search.chosen, f"chosen {search.chosen:.2g}", CHOSEN), (search.usual, f"usual {search.usual:.2g}", USUAL)]
         )
     )
     description = f"{search.why}. Loss {smoothed[0]:.4f} at rate {rates[0]:.2g}, lowest {min(smoothed):.4f}."
@@ -350,10 +347,7 @@ def _mark(at: float, text: str, color: str, row: int) -> str:
 
 
 def _axes(
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-    logs: tuple[float, float],
-    losses: tuple[float, float],
+    x: Callable[[float], float], y: Callable[[float], float], logs: tuple[float, float], losses: tuple[float, float]
 ) -> str:
     """Both axes with their labels: powers of ten, and five losses."""
     ink, grid, foot = "#222222", "#dddddd", HEIGHT - BOTTOM

@@ -460,10 +460,7 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
     chosen = facts.kernels.arithmetic.kernels
     if forced.kernels == NONE:
         yield Finding(
-            "warning",
-            "kernels",
-            f"compiled kernels are switched off ({forced.said})",
-            f"unset {VARIABLE} and {OFF}",
+            "warning", "kernels", f"compiled kernels are switched off ({forced.said})", f"unset {VARIABLE} and {OFF}"
         )
         return
     runs = [variant for variant in facts.variants if not variant.lacking]
@@ -554,10 +551,7 @@ def _now(facts: Facts) -> Iterator[Finding]:
         )
     elif facts.measured.disturbed:
         yield Finding(
-            "note",
-            "rates",
-            "other programs disturbed the measurement",
-            "measure again while the machine is idle",
+            "note", "rates", "other programs disturbed the measurement", "measure again while the machine is idle"
         )
 
 
@@ -644,10 +638,7 @@ def _version_findings(facts: Facts) -> Iterator[Finding]:
         )
     for package in missing:
         yield Finding(
-            "problem",
-            "versions",
-            f"{package.name} is missing",
-            f"pip install '{package.name}{package.wanted}'",
+            "problem", "versions", f"{package.name} is missing", f"pip install '{package.name}{package.wanted}'"
         )
     if needed and not wrong and not missing:
         yield Finding("ok", "versions", f"all {len(needed)} packages that deltaw needs fit")

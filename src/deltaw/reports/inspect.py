@@ -599,10 +599,7 @@ def _compared_layer(
     theirs: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[LayerComparison, float]:
     """One module, and ⟨ΔW₁, ΔW₂⟩; experts count together, their angles as means."""
-    norms = (
-        root_sum_of_squares(norm(*pair) for pair in ours),
-        root_sum_of_squares(norm(*pair) for pair in theirs),
-    )
+    norms = (root_sum_of_squares(norm(*pair) for pair in ours), root_sum_of_squares(norm(*pair) for pair in theirs))
     product = sum(inner(a, b) for a, b in zip(ours, theirs, strict=True))
     outputs, inputs = [], []
     for (left, right), (other_left, other_right) in zip(ours, theirs, strict=True):

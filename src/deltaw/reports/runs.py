@@ -122,10 +122,7 @@ def result_rows(records: Sequence[RecordedRun]) -> Numbers:
         ("tokens a second", [_or_empty(record.tokens_per_second, count) for record in records]),
         ("peak memory", [_or_empty(record.peak_bytes, gigabytes) for record in records]),
         ("planned memory", [_or_empty(record.planned_bytes, gigabytes) for record in records]),
-        (
-            "trained parameters",
-            [_or_empty(record.result.get("trained_parameters"), count) for record in records],
-        ),
+        ("trained parameters", [_or_empty(record.result.get("trained_parameters"), count) for record in records]),
         ("began", [when(record.started) for record in records]),
     ]
     kept = [(name, *cells) for name, cells in rows if any(cells)]

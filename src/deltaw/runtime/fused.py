@@ -378,14 +378,7 @@ def _of_adapted(layers: Sequence[Projection], grads: Sequence[Tensor | None]) ->
 # Outputs of a block are computed at the places that are asked for where these are at most this share of all.
 FEW = 0.9
 # What a block may be called with; anything else that is not None or False is left to its own code.
-_KNOWN = {
-    "attention_mask",
-    "position_ids",
-    "position_embeddings",
-    "packed_layout",
-    "use_cache",
-    "cache_position",
-}
+_KNOWN = {"attention_mask", "position_ids", "position_embeddings", "packed_layout", "use_cache", "cache_position"}
 _TRAINED = attrgetter("requires_grad")
 
 

@@ -382,9 +382,7 @@ def _decoder(model: PreTrainedModel) -> GenerationMixin:
     """
     if not isinstance(model, GenerationMixin):
         raise UserError(
-            f"a {type(model).__name__} does not generate text",
-            where="model",
-            hint="give a causal language model",
+            f"a {type(model).__name__} does not generate text", where="model", hint="give a causal language model"
         )
     return model
 

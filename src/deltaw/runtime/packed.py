@@ -136,14 +136,7 @@ def _attend_padded(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
-    out = packed_attention(
-        q.transpose(0, 1),
-        k.transpose(0, 1),
-        v.transpose(0, 1),
-        layout,
-        scaling=told,
-        causal=False,
-    )
+    out = packed_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), layout, scaling=told, causal=False)
     return out.transpose(0, 1).unflatten(0, (query.shape[0], query.shape[2])), None
 
 

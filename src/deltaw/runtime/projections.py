@@ -107,15 +107,7 @@ class Projection:
     def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
         """∂L/∂x plus ``added``, and the narrow gradient that :meth:`factors_backward` wants."""
         return multiply_backward(
-            grad,
-            self.weight,
-            self.stored,
-            self.by_column,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            added,
-            need_x,
+            grad, self.weight, self.stored, self.by_column, self.lora_A, self.lora_B, self.scaling, added, need_x
         )
 
     def factors_backward(

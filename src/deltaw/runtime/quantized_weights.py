@@ -141,10 +141,7 @@ def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]
 
 
 def _change(
-    layers: list[tuple[str, nn.Module, str, nn.Module]],
-    inputs: dict[int, Tensor],
-    report: Int8Report,
-    *_: object,
+    layers: list[tuple[str, nn.Module, str, nn.Module]], inputs: dict[int, Tensor], report: Int8Report, *_: object
 ) -> None:
     """After a block's own forward: its layers in int8, and its weights given back."""
     together: dict[int, list[tuple[str, nn.Module, str, nn.Module]]] = {}

@@ -388,15 +388,7 @@ _HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate", "up", "down"))
 # What differs from one block to the next of the same kind, or hangs on sizes.
-_OF_A_LAYER = (
-    "layer_idx",
-    "layer_number",
-    "scaling",
-    "training",
-    "gradient_checkpointing",
-    "enabled",
-    "merged",
-)
+_OF_A_LAYER = ("layer_idx", "layer_number", "scaling", "training", "gradient_checkpointing", "enabled", "merged")
 Signature = tuple[tuple[str, ...], ...]
 
 

@@ -62,13 +62,7 @@ class ShardedLoader:
         self._group, self._wire, self._rounded = group, wire, rounded
 
     def __call__(
-        self,
-        folder: Path,
-        config: PretrainedConfig,
-        task: str,
-        dtype: str,
-        attention: str,
-        trust_remote_code: bool,
+        self, folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
     ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
         """The model, the names of the tensors that its files lack, and its attention.
 
@@ -108,12 +102,7 @@ class ShardedBlocks:
     """
 
     def __init__(
-        self,
-        blocks: list[nn.Module],
-        prefix: str,
-        weights: StoredWeights,
-        group: dist.ProcessGroup,
-        wire: Wire,
+        self, blocks: list[nn.Module], prefix: str, weights: StoredWeights, group: dist.ProcessGroup, wire: Wire
     ) -> None:
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -246,12 +235,7 @@ class ShardedBlocks:
         own = dict(self._blocks[number].named_parameters())
         rows = {
             name: DTensor.from_local(
-                value,
-                self._mesh,
-                [Shard(0)],
-                run_check=False,
-                shape=own[name].shape,
-                stride=own[name].stride(),
+                value, self._mesh, [Shard(0)], run_check=False, shape=own[name].shape, stride=own[name].stride()
             )
             for name, value in values.items()
         }
@@ -386,7 +370,5 @@ def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.Proce
 
 def _no_blocks(folder: Path, why: str) -> UserError:
     return UserError(
-        f"the model cannot be divided among processes: {why}",
-        where=str(folder),
-        hint="set train.sharding: none",
+        f"the model cannot be divided among processes: {why}", where=str(folder), hint="set train.sharding: none"
     )

@@ -282,9 +282,7 @@ class AdapterBank:
             with self._changed:
                 if name in self._names:
                     raise UserError(
-                        f"there is an adapter '{name}' already",
-                        where=name,
-                        hint="swap it, or remove it first",
+                        f"there is an adapter '{name}' already", where=name, hint="swap it, or remove it first"
                     )
             return self._put(name, folder, pinned)
 
@@ -471,7 +469,5 @@ class AdapterBank:
 def _refuse_name(name: str) -> None:
     if not name or len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
         raise UserError(
-            f"'{name[:40]}' cannot name an adapter",
-            where="name",
-            hint=f"give 1 to {LONGEST_NAME} printable characters",
+            f"'{name[:40]}' cannot name an adapter", where="name", hint=f"give 1 to {LONGEST_NAME} printable characters"
         )

@@ -569,12 +569,7 @@ class Matcher:
     """
 
     def __init__(
-        self,
-        process: ConstraintProcess,
-        number: int,
-        vocabulary: int,
-        ends: Sequence[int],
-        own_ends: Sequence[int],
+        self, process: ConstraintProcess, number: int, vocabulary: int, ends: Sequence[int], own_ends: Sequence[int]
     ) -> None:
         self.number, self.late = number, False
         self.process = process

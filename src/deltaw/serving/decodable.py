@@ -271,11 +271,7 @@ def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
 
 
 def difference(
-    made: Decodable,
-    model: PreTrainedModel,
-    *,
-    adapter: ActiveAdapter | None = None,
-    tokens: Tensor | None = None,
+    made: Decodable, model: PreTrainedModel, *, adapter: ActiveAdapter | None = None, tokens: Tensor | None = None
 ) -> float:
     """The relative difference (of norms) between a decoder's logits and the model's own.
 

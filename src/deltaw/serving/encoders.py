@@ -426,12 +426,7 @@ def open_embedder(
         UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
     """
     loaded = load(
-        reference,
-        task="features",
-        precision=precision,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        say=say,
+        reference, task="features", precision=precision, device=device, trust_remote_code=trust_remote_code, say=say
     )
     if loaded.tokenizer is None:
         raise UserError("the model's folder holds no tokenizer", where=reference)

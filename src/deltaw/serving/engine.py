@@ -213,9 +213,7 @@ class Engine:
             raise UserError("the prompt is empty", where="prompt", hint="give it a token at least")
         if tokens.min() < 0 or tokens.max() >= known:
             raise UserError(
-                "the prompt has a token that does not exist",
-                where="prompt",
-                hint=f"token ids are 0 to {known - 1}",
+                "the prompt has a token that does not exist", where="prompt", hint=f"token ids are 0 to {known - 1}"
             )
         virtual = 0 if facts is None else facts.virtual_tokens
         room = self.positions - len(tokens) - virtual

@@ -184,9 +184,7 @@ class FallbackWork:
             return tokens
         matchers = {n: m for n, row in enumerate(rows) if (m := runs[row].matcher) is not None}
         chosen = choose(
-            logits.numpy(force=True)[rows],
-            [runs[row].sampler for row in rows],
-            masks(matchers) if matchers else None,
+            logits.numpy(force=True)[rows], [runs[row].sampler for row in rows], masks(matchers) if matchers else None
         )
         self._tokens += len(rows)
         for row, token, logprob in zip(rows, chosen.tokens.tolist(), chosen.logprobs, strict=True):
@@ -296,10 +294,7 @@ class SessionWriter:
         self._engine: Engine | None = None
 
     def __call__(
-        self,
-        prompts: Sequence[np.ndarray],
-        max_new_tokens: int,
-        on_progress: Callable[[int, int], None] | None,
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, on_progress: Callable[[int, int], None] | None
     ) -> list[str]:
         """The texts behind prompts (each (length,) token ids, virtual ones left out), in their order."""
         session = self._session

@@ -327,10 +327,7 @@ class Approximations:
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint. Which are on is part of the arithmetic of the training's state."""
-        return {
-            "measured": None if self.measured is None else asdict(self.measured),
-            "off_since": self.off_since,
-        }
+        return {"measured": None if self.measured is None else asdict(self.measured), "off_since": self.off_since}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""

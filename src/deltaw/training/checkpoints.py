@@ -364,12 +364,7 @@ class Checkpoints:
         try:
             lines = self._sync()
             saved = state.view()
-            values = {
-                **self.about,
-                "training": saved.values,
-                "metrics_lines": lines,
-                **self.beside(),
-            }
+            values = {**self.about, "training": saved.values, "metrics_lines": lines, **self.beside()}
             draft = write(self.folder, step, values, saved.tensors)
         except OSError as error:
             raise self._cannot_write(step, error) from error

@@ -337,13 +337,7 @@ def load_for(
 
 
 def _train(
-    session: Session,
-    folder: RunFolder,
-    record: RunRecord,
-    monitor: Monitor,
-    callback: Callback,
-    *,
-    go_on: bool,
+    session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, callback: Callback, *, go_on: bool
 ) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
     trained. Without ``go_on`` it ends before the first step."""

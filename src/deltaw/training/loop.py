@@ -388,10 +388,7 @@ class _Loop:
 
 
 def _gradients(
-    objective: AnyObjective,
-    batches: Iterable[Any],
-    units: int,
-    stopped: Callable[[], bool],
+    objective: AnyObjective, batches: Iterable[Any], units: int, stopped: Callable[[], bool]
 ) -> StepSums | None:
     """Add up the gradients of the mean loss over a step's rows, microbatch by microbatch; None where it was
     asked to stop before or on the way. Nothing waits for the device."""

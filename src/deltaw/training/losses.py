@@ -274,12 +274,7 @@ class PreferenceLoss:
 
 def named(accuracy: float, chosen: float, rejected: float) -> dict[str, float]:
     """Metrics of rewards by their names."""
-    return {
-        "accuracy": accuracy,
-        "margin": chosen - rejected,
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-    }
+    return {"accuracy": accuracy, "margin": chosen - rejected, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -289,9 +284,7 @@ def log1mexp(x: Tensor) -> Tensor:
     near = x > -math.log(2)
     # Each branch is given values that are in its range, so that the other's gradient is no nan.
     return torch.where(
-        near,
-        torch.log(-torch.expm1(x.clamp(min=-math.log(2)))),
-        torch.log1p(-torch.exp(x.clamp(max=-math.log(2)))),
+        near, torch.log(-torch.expm1(x.clamp(min=-math.log(2)))), torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
     )
 
 

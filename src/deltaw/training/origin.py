@@ -99,8 +99,7 @@ class FoundFolder:
         if (here := already_here(name)) is not None:
             return here
         raise _foreign(
-            self.folder / SETTINGS if self.run is not None else self.folder / ADAPTER_CONFIG,
-            {"model": name},
+            self.folder / SETTINGS if self.run is not None else self.folder / ADAPTER_CONFIG, {"model": name}
         )
 
     def require_rows(self) -> None:
@@ -232,9 +231,7 @@ def _no_adapter(folder: Path) -> UserError:
             hint=f"train it again: deltaw train {folder / SETTINGS}",
         )
     return UserError(
-        f"there is no adapter in '{folder}'",
-        where=str(folder),
-        hint="name a run's folder, or an adapter's",
+        f"there is no adapter in '{folder}'", where=str(folder), hint="name a run's folder, or an adapter's"
     )
 
 

@@ -100,12 +100,7 @@ class Diagnosis:
         return "run again, the rows give finite numbers: they are too large only when added up"
 
     def _save(
-        self,
-        name: str,
-        found: NotFinite,
-        items: Sequence[Any],
-        numbers: Sequence[int],
-        lines: Sequence[str],
+        self, name: str, found: NotFinite, items: Sequence[Any], numbers: Sequence[int], lines: Sequence[str]
     ) -> None:
         rows = [row for item in items for row in rows_of(item)]
         tensors: dict[str, Tensor] = {}
@@ -402,12 +397,7 @@ class RunRecord:
             every=settings.checkpoint_every,
             minutes=settings.checkpoint_minutes,
             keep=settings.keep_checkpoints,
-            about={
-                "settings": self._settings,
-                "choices": dict(choices),
-                "rows": dict(rows),
-                "model": session.identity,
-            },
+            about={"settings": self._settings, "choices": dict(choices), "rows": dict(rows), "model": session.identity},
             extras=self.extras,
             sync=folder.sync_metrics,
         )

@@ -60,15 +60,7 @@ FREE = {
     "train.not_finite",
 }
 # No run chooses them itself: a checkpoint from somewhere else that says so is not believed.
-NEVER_CHOSEN = {
-    "model",
-    "data.train",
-    "data.eval",
-    "data.chat_template",
-    "track",
-    "trust_remote_code",
-    "output",
-}
+NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code", "output"}
 # May change, but then the steps to come are rounded in another way.
 ROUNDING = {
     "device",

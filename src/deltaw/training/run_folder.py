@@ -237,11 +237,7 @@ class RunFolder:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        lock: RunLock | None = None,
-        lines_kept: int | None = None,
+        self, path: str | os.PathLike[str], *, lock: RunLock | None = None, lines_kept: int | None = None
     ) -> None:
         self.path = Path(path)
         goes_on = lines_kept is not None

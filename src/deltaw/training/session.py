@@ -40,11 +40,7 @@ from deltaw.training.approximations import (
 )
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import (
-    NoGeneralAnswers,
-    general_answers,
-    identity_of,
-)
+from deltaw.training.evaluation.general import NoGeneralAnswers, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
@@ -468,9 +464,7 @@ def _take_general_answers(session: Session) -> None:
         answers = session.general_answers(KEPT)
     except NoGeneralAnswers as reason:
         raise UserError(
-            f"general answers cannot be kept: {reason}",
-            where="train.keep_general",
-            hint="set train.keep_general: 0",
+            f"general answers cannot be kept: {reason}", where="train.keep_general", hint="set train.keep_general: 0"
         ) from reason
     session.general = [as_seen(answer, session.method) for answer in answers]
     session.said.append(

@@ -140,10 +140,7 @@ def model_card(
         "",
     ]
     if method in OF_PEFT:
-        lines += [
-            "The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.",
-            "",
-        ]
+        lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
     write_text(folder / "README.md", "\n".join(lines))
 
 

@@ -145,10 +145,7 @@ class TrackingCallback(Callback):
         self._log(values, step.step)
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._log(
-            {f"eval/{name.replace(' ', '/')}": value for name, value in evaluation.named_metrics().items()},
-            step,
-        )
+        self._log({f"eval/{name.replace(' ', '/')}": value for name, value in evaluation.named_metrics().items()}, step)
 
     def close(self) -> None:
         """Let the tracker write what it holds. Called once the run is over."""

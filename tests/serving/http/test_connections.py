@@ -118,11 +118,7 @@ def test_a_kept_connection_serves_again_within_its_time(start: Callable[..., Run
         for _ in range(2):
             slow = client.post(
                 "/v1/chat/completions",
-                json={
-                    "model": "base",
-                    "messages": [{"role": "user", "content": "be slow"}],
-                    "max_tokens": 25,
-                },
+                json={"model": "base", "messages": [{"role": "user", "content": "be slow"}], "max_tokens": 25},
             )
             assert slow.status_code == 200  # longer than the header's time
 

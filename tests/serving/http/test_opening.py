@@ -143,10 +143,7 @@ def test_hostile_adapters_are_refused_while_others_are_answered(
 def test_a_schema_binds_the_text(server: Running) -> None:
     pytest.importorskip("llguidance", reason="constraints need llguidance: it is in the extra 'serve'")
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
-    form = {
-        "type": "json_schema",
-        "json_schema": {"name": "a", "schema": {**schema, "additionalProperties": False}},
-    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {**schema, "additionalProperties": False}}}
     asked = ASKED | {"model": "clerk", "response_format": form, "max_tokens": 60, "temperature": 1, "seed": 5}
     with server.client() as client:
         choice = client.post(CHAT, json=asked).json()["choices"][0]

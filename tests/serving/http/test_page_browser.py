@@ -20,10 +20,7 @@ from playwright.sync_api import Browser, Page, expect  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
 from tests.serving.http.page_server import ANSWERS, BASE, PageServer, served  # noqa: E402
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")]
 SIZES = {390: 844, 1440: 900}
 
 

@@ -50,12 +50,7 @@ def test_no_generated_request_is_a_fault(start: Callable[..., Running], tmp_path
         status_code_conformance,
     )
 
-    checks = [
-        not_a_server_error,
-        content_type_conformance,
-        response_schema_conformance,
-        status_code_conformance,
-    ]
+    checks = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
     (tmp_path / "poet").mkdir()
     (tmp_path / "poet" / "adapter_config.json").write_text("{}")
     server = start(ServerSettings(port=0, adapters_from=tmp_path), "fixed")

@@ -142,15 +142,7 @@ def test_a_budget_that_is_over_before_the_first_step_is_the_users_to_mend():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [
-        ("90s", 90),
-        ("30m", 1800),
-        ("2h", 7200),
-        ("1h30m", 5400),
-        ("1.5h", 5400),
-        ("1d", 86400),
-        ("1h 5m", 3900),
-    ],
+    [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("1d", 86400), ("1h 5m", 3900)],
 )
 def test_durations(text, seconds):
     assert duration_seconds(text) == seconds

@@ -330,9 +330,7 @@ def spectrum_figure(learned: Learned) -> Figure:
             log=True,
         ),
         Numbers(
-            "Singular values by kind of module",
-            ("kind", "largest singular value", "effective rank, median"),
-            by_kind,
+            "Singular values by kind of module", ("kind", "largest singular value", "effective rank, median"), by_kind
         ),
         [(swatch("c2"), "median of the modules"), (swatch("c1 thin"), "one module")],
     )

@@ -35,12 +35,7 @@ def curve_figures(record: RecordedRun) -> list[Figure]:
     figures: list[Figure | None] = [loss_figure(record), *metric_figures(record)]
     columns: list[tuple[str, str, str, str]] = [
         ("learning_rate", "Learning rate", "The learning rate that each step used.", "learning rate"),
-        (
-            "gradient_norm",
-            "Gradient norm",
-            "The norm of each step's gradient before it was clipped.",
-            "gradient norm",
-        ),
+        ("gradient_norm", "Gradient norm", "The norm of each step's gradient before it was clipped.", "gradient norm"),
     ]
     for name, title, text, unit in columns:
         figures.append(column_figure(record, name, title, text, unit, smooth=name == "gradient_norm"))

@@ -15,17 +15,7 @@ from deltaw.reports.page.learned import learned_figures, what_was_learned
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
 from deltaw.reports.page.svg import Numbers, smoothed
 from deltaw.reports.recorded import KILLED, RecordedRun, SampleAnswer, number, numbers
-from deltaw.reports.wording import (
-    count,
-    duration,
-    gigabytes,
-    metric_name,
-    metric_value,
-    rate,
-    short,
-    shown,
-    when,
-)
+from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
 from deltaw.settings import settings as all_settings
 from deltaw.training.drift import LARGE
 from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next_commands

@@ -250,12 +250,7 @@ def _path(curve: Curve, along: Callable[[float], float], down: Callable[[float],
 
 
 def _x_axis(
-    left: float,
-    right: float,
-    along: Callable[[float], float],
-    name: Callable[[float], str],
-    height: int,
-    log: bool,
+    left: float, right: float, along: Callable[[float], float], name: Callable[[float], str], height: int, log: bool
 ) -> Markup:
     ticks = log_ticks(left, right, 4) if log else linear_ticks(left, right, 4)
     pieces = []

@@ -240,11 +240,7 @@ class EventStream(Response):
     """
 
     def __init__(
-        self,
-        events: AsyncIterator[dict[str, object]],
-        texts: Texts,
-        desk: Desk,
-        failed: Callable[[ApiError], None],
+        self, events: AsyncIterator[dict[str, object]], texts: Texts, desk: Desk, failed: Callable[[ApiError], None]
     ) -> None:
         super().__init__(None, 200, media_type="text/event-stream")
         self._events = events

@@ -90,11 +90,7 @@ def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk 
         middleware=layers,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
-        exception_handlers={
-            ApiError: on_api_error,
-            UserError: on_user_error,
-            HTTPException: on_http_error,
-        },
+        exception_handlers={ApiError: on_api_error, UserError: on_user_error, HTTPException: on_http_error},
     )
     app.include_router(operations_router(served, desk, metrics))
     app.include_router(models_router(served))

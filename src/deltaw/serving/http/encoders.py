@@ -147,11 +147,7 @@ def classify_router(encoders: Encoders, limits: Limits) -> APIRouter:
 
 
 async def _computed(
-    encoders: Encoders,
-    name: str,
-    given: str | list[str] | list[int] | list[list[int]],
-    record: Record,
-    limits: Limits,
+    encoders: Encoders, name: str, given: str | list[str] | list[int] | list[list[int]], record: Record, limits: Limits
 ) -> Tensor:
     """The outputs of all texts of a request, (texts, width)."""
     record.model = name

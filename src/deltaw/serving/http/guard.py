@@ -134,10 +134,7 @@ _OTHERS = ("uvicorn", "uvicorn.error")
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-        line: dict[str, object] = {
-            "time": moment.isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-        }
+        line: dict[str, object] = {"time": moment.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
         fields = getattr(record, "fields", None)
         line |= fields if isinstance(fields, dict) else {"event": record.getMessage()}
         if record.exc_info:
@@ -341,17 +338,13 @@ class Guard:
         headers = Headers(scope=scope)
         if self._check_hosts and not self._known_host(headers.get("host", "")):
             return ApiError(
-                403,
-                "the Host header names another host: start the server with --allow-host",
-                code="wrong_host",
+                403, "the Host header names another host: start the server with --allow-host", code="wrong_host"
             )
         if self._keys and scope["path"] not in self._open:
             number = self._key_of(headers)
             if not number:
                 return ApiError(
-                    401,
-                    "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
+                    401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key"
                 )
             if self._apart:
                 record_of(scope).owner = number

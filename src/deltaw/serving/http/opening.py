@@ -178,14 +178,7 @@ def _by_decoder(
         bank.close()
 
     return Served(
-        name,
-        engine,
-        prompts,
-        reference=base,
-        positions=engine.positions,
-        shelf=bank,
-        load=load,
-        closed=close,
+        name, engine, prompts, reference=base, positions=engine.positions, shelf=bank, load=load, closed=close
     )
 
 

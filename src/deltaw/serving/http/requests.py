@@ -529,10 +529,7 @@ class Message(Fields):
         """The message as chat templates take it."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        turn: dict[str, object] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": text,
-        }
+        turn: dict[str, object] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         for key in ("name", "tool_call_id", "reasoning_content"):
             if getattr(self, key) is not None:
                 turn[key] = getattr(self, key)
@@ -657,7 +654,7 @@ class CompletionRequest(TextFields):
     """The body of ``/v1/completions``."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
-        "suffix": (("",), "texts are written at the end of a prompt"),
+        "suffix": (("",), "texts are written at the end of a prompt")
     }
 
     prompt: (

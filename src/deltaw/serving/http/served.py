@@ -163,11 +163,7 @@ def models_router(served: Served) -> APIRouter:
         names = [served.name, *sorted(served.adapters())]
         return json_response({"object": "list", "data": [entry(name) for name in names]})
 
-    @router.get(
-        "/v1/models/{model:path}",
-        summary="One model",
-        responses=answer("The model") | TOLD | refusals(404),
-    )
+    @router.get("/v1/models/{model:path}", summary="One model", responses=answer("The model") | TOLD | refusals(404))
     async def model(model: str) -> Response:
         if model != served.name and model not in served.adapters():
             raise ApiError(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
@@ -200,8 +196,7 @@ def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> A
                 known = served.adapters()
                 if name not in known and len(known) >= settings.max_adapters:
                     raise UserError(
-                        f"{len(known)} adapters are loaded, and {settings.max_adapters} may be",
-                        hint="unload one first",
+                        f"{len(known)} adapters are loaded, and {settings.max_adapters} may be", hint="unload one first"
                     )
                 put = shelf.swap if asked.load_inplace and name in known else shelf.add
                 await asyncio.get_running_loop().run_in_executor(None, put, name, folder)

@@ -119,11 +119,7 @@ class _LimitedConnection(H11Protocol):
             return
         body = json.dumps(error.body).encode()
         headers = {**error.headers, "Content-Type": "application/json", "Content-Length": str(len(body))}
-        lines = [
-            f"HTTP/1.1 {error.status} Refused",
-            *(f"{k}: {v}" for k, v in headers.items()),
-            "Connection: close",
-        ]
+        lines = [f"HTTP/1.1 {error.status} Refused", *(f"{k}: {v}" for k, v in headers.items()), "Connection: close"]
         self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         self.transport.close()
 
@@ -247,11 +243,7 @@ class Server(uvicorn.Server):
 
 
 def run(
-    app: FastAPI,
-    desk: Desk | None,
-    settings: ServerSettings,
-    bound: socket.socket,
-    ready: Callable[[], None],
+    app: FastAPI, desk: Desk | None, settings: ServerSettings, bound: socket.socket, ready: Callable[[], None]
 ) -> bool:
     """Serve until a signal comes.
 

@@ -185,11 +185,7 @@ class Evaluation:
             return None
         interval = None if self.interval is None else [float(bound) for bound in self.interval]
         value = self.metrics[self.main]
-        return {
-            "metric": self.main,
-            "value": value if math.isfinite(value) else None,
-            "interval": interval,
-        }
+        return {"metric": self.main, "value": value if math.isfinite(value) else None, "interval": interval}
 
 
 def mean_interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -120,10 +120,7 @@ def general_answers(
 
 
 def _written(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[np.ndarray],
-    batch_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], batch_tokens: int
 ) -> list[list[int]]:
     """The answers' tokens, terminators included."""
     with working("letting the base model answer general questions", len(prompts)) as advance:

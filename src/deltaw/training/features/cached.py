@@ -368,12 +368,7 @@ class LabelTokens(_Feed):
             yield CachedBatch(batch, take)
 
     def _read(
-        self,
-        rows: Sequence[Any],
-        places: np.ndarray,
-        batcher: AnyBatcher,
-        index: RowIndex,
-        store: FeatureStore,
+        self, rows: Sequence[Any], places: np.ndarray, batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Tensor:
         self._compute_missing(rows, batcher, index, store)
         return to_device(store.read(places), self.device)[None]

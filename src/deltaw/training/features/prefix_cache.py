@@ -247,20 +247,9 @@ LEAST_FROZEN = 1 / 8
 MEMORY_BYTES = 256 * 2**20
 # From so many rows on, their features are estimated before all are looked at.
 MANY_ROWS = 200_000
-MADE_BY = (
-    *("torch", "transformers"),
-    *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.training.features"),
-)
+MADE_BY = (*("torch", "transformers"), *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.training.features"))
 # What a configuration says that no feature depends on.
-IRRELEVANT = {
-    READ_FROM,
-    "transformers_version",
-    "architectures",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "use_cache",
-}
+IRRELEVANT = {READ_FROM, "transformers_version", "architectures", "id2label", "label2id", "problem_type", "use_cache"}
 
 
 def cached_prefix(

@@ -321,9 +321,7 @@ def _locked(cache: Cache, key: str) -> tuple[str, FileLock]:
         if lock is not None:
             return name, lock
     raise UserError(
-        f"{COPIES} runs work with the same features",
-        where=str(cache.folder),
-        hint="wait until one of them is done",
+        f"{COPIES} runs work with the same features", where=str(cache.folder), hint="wait until one of them is done"
     )
 
 

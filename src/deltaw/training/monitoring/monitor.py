@@ -365,9 +365,7 @@ def check_monitored(config: RunConfig, task: Task, data: RunData) -> None:
             )
     if train.eval_answers and (task.has_pairs or not task.writes_text):
         raise UserError(
-            f"written answers are not scored for the task {task.name}",
-            where="train.eval_answers",
-            hint="set it to 0",
+            f"written answers are not scored for the task {task.name}", where="train.eval_answers", hint="set it to 0"
         )
 
 

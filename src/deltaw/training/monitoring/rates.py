@@ -242,11 +242,7 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
         warnings.simplefilter("ignore", UntrainedParameterWarning)  # the training itself says so
         try:
             outcome = session.train(
-                schedule=schedule,
-                total_steps=steps,
-                on_step=on_step,
-                should_stop=should_stop,
-                ended=has_run_away,
+                schedule=schedule, total_steps=steps, on_step=on_step, should_stop=should_stop, ended=has_run_away
             )
             if outcome.interrupted:
                 return None

@@ -320,15 +320,7 @@ def _join(who: Told) -> Group:
             hint="let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes",
         ) from error
     assert orders is not None and gradients is not None
-    return Group(
-        who.rank,
-        who.size,
-        who.local_size,
-        orders,
-        gradients,
-        seconds=who.seconds,
-        local_rank=who.local_rank,
-    )
+    return Group(who.rank, who.size, who.local_size, orders, gradients, seconds=who.seconds, local_rank=who.local_rank)
 
 
 def _store(who: Told) -> dist.Store:
@@ -440,9 +432,7 @@ def _number(found: Mapping[str, str], name: str, default: int | None, *, least: 
         return default
     if not text.isdigit() or int(text) < least:
         raise UserError(
-            f"{name}={text} is no whole number from {least} on",
-            where="the environment",
-            hint="let torchrun set it",
+            f"{name}={text} is no whole number from {least} on", where="the environment", hint="let torchrun set it"
         )
     return int(text)
 

@@ -107,12 +107,7 @@ class Remembered:
         Args:
             measured: kind, key and state of each remembered result that the plan rests on.
         """
-        told = {
-            "plan": plan.kept(),
-            "rows": digest_of(rows),
-            "lines": list(lines),
-            "measured": list(measured),
-        }
+        told = {"plan": plan.kept(), "rows": digest_of(rows), "lines": list(lines), "measured": list(measured)}
         remember(KIND, self.key, told, MADE_BY)
 
     def keep_refusal(self, error: UserError, rows: Iterable[Any]) -> None:

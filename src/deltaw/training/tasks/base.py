@@ -170,11 +170,7 @@ class Task(abc.ABC):
         return named
 
     def referenced(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[Any],
-        batcher: AnyBatcher,
-        processes: Reducer = ALONE,
+        self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher, processes: Reducer = ALONE
     ) -> Sequence[Any]:
         """The rows with what their loss needs to know of the base model; most losses need nothing.
 

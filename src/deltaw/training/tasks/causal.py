@@ -45,10 +45,7 @@ class Writer(Protocol):
     """Writes greedy completions; what an evaluation is given instead of transformers' decoding."""
 
     def __call__(
-        self,
-        prompts: Sequence[np.ndarray],
-        max_new_tokens: int,
-        on_progress: Callable[[int, int], None] | None,
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, on_progress: Callable[[int, int], None] | None
     ) -> list[str]:
         """The texts behind prompts of token ids, virtual ones among them, in their order."""
 
@@ -145,12 +142,7 @@ def answers(
         completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
         written = [completion.text for completion in completions]
     return [
-        Answer(
-            row=e.row,
-            question=_question(tokenizer, e),
-            expected=e.answer or "",
-            written=text,
-        )
+        Answer(row=e.row, question=_question(tokenizer, e), expected=e.answer or "", written=text)
         for e, text in zip(asked, written, strict=True)
     ]
 
@@ -439,10 +431,7 @@ class PreferenceTask(CausalTask):
     evaluation_asks = "token_log_probs"
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        say: Say = silent,
-        settings: PreferenceSettings | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, say: Say = silent, settings: PreferenceSettings | None = None
     ) -> None:
         super().__init__(tokenizer, say)
         self.settings = settings or PreferenceSettings.model_validate({})
@@ -474,11 +463,7 @@ class PreferenceTask(CausalTask):
         return batcher, chosen
 
     def referenced(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[Any],
-        batcher: AnyBatcher,
-        processes: Reducer = ALONE,
+        self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher, processes: Reducer = ALONE
     ) -> Sequence[RowGroup]:
         if not self.settings.has_reference or not len(rows):
             return rows

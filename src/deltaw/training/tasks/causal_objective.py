@@ -242,12 +242,7 @@ def _by_all_classes(
 
 
 def _logits_by_parts(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    stored: Stored | None,
-    rough: RoughHead | None,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, stored: Stored | None, rough: RoughHead | None
 ) -> Callable[[slice], Tensor]:
     """Logits of a part of the rows: in int8 with int8-quantized weights, else where that is accurate enough
     and there are rows enough to be worth it."""
@@ -331,12 +326,7 @@ def _even_chunk(rows: int, most: int) -> int:
 
 
 def head_log_probs(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Callable[[Tensor], Tensor],
-    parameters: Sequence[Tensor],
-    *,
-    chunk: int,
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], *, chunk: int
 ) -> Tensor:
     """log softmax(head(hiddenᵢ)) at targetᵢ of any head; the backward recomputes each chunk's logits.
 

@@ -303,10 +303,7 @@ class LabelEvaluation(Evaluation):
 
 
 def evaluate_labels(
-    objective: LabelObjective,
-    examples: Sequence[AnyExample],
-    batcher: LabelMicroBatcher,
-    classes: Sequence[str] = (),
+    objective: LabelObjective, examples: Sequence[AnyExample], batcher: LabelMicroBatcher, classes: Sequence[str] = ()
 ) -> LabelEvaluation:
     """Evaluate a model on labeled rows.
 
@@ -453,13 +450,7 @@ class LabelTask(Task):
             # A head for these very classes keeps the order of its outputs.
             prepared = self._prepare(settings, seed, self.named)
         self._check_outputs(prepared.classes)
-        return RunData(
-            prepared.train,
-            prepared.held_out,
-            prepared.report,
-            prepared.classes,
-            skipped=prepared.skipped,
-        )
+        return RunData(prepared.train, prepared.held_out, prepared.report, prepared.classes, skipped=prepared.skipped)
 
     def are_pairs(self, train: Any, settings: DataSettings) -> bool:
         """Whether the rows are pairs of answers, of which a reward is learned."""
