@@ -32,8 +32,7 @@ COMMANDS = {
     "decode": ("decode.py", "--rounds", "3"),
 }
 MORE = "<!-- more figures -->"  # where the section of a new processor goes
-Row = tuple[str, str, str, str, str, str]
-HEAD: Row = ("benchmark", "side", "speed", "times the peer's best", "peak memory", "held-out loss")
+HEAD = ("benchmark", "side", "speed", "times the peer's best", "peak memory", "held-out loss")
 
 
 def main() -> None:
@@ -62,8 +61,7 @@ def commit() -> str:
 
 def section(found: dict[str, Any], date: str) -> str:
     """One table of everything that was measured, with date, commit, machine and commands below."""
-    rows = [HEAD, ("---", "---", *["---:"] * 4)]
-    rows += [row for name, values in found.items() for row in ROWS[name](values)]
+    rows = [HEAD, ("---", "---", *["---:"] * 4), *(row for name in found for row in ROWS[name](found[name]))]
     commands = ", ".join(f"`benchmarks/{' '.join(COMMANDS[name])}`" for name in found)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     about = f"{date}, commit {commit()}; {commands}; medians."
@@ -79,14 +77,14 @@ def with_section(page: str, processor: str, text: str) -> str:
     return page.replace(MORE, f"{whole}\n\n{MORE}")
 
 
-def step_rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
+def step_rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, ...]]:
     rates = {name: [run["tokens_per_second"] for run in runs] for name, runs in found.items()}
     for name, runs in found.items():
         peak = _gigabytes(runs) if "peak_bytes" in runs[0] else ""  # the floor has none
         yield "step", name, f"{statistics.median(rates[name]):.0f} tokens/s", _times(rates, name, "peft"), peak, ""
 
 
-def sft_rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[Row]:
+def sft_rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[tuple[str, ...]]:
     for data, results in found.items():
         for size in dict.fromkeys(key.split("|")[0] for key in results):
             sides = {key.split("|")[1]: runs for key, runs in results.items() if key.split("|")[0] == size}
@@ -98,7 +96,7 @@ def sft_rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[Row]
                 yield f"{data}, {size} rows per step", name, speed, times, _gigabytes(runs), loss
 
 
-def decode_rows(found: dict[str, dict[str, list[float]]]) -> Iterator[Row]:
+def decode_rows(found: dict[str, dict[str, list[float]]]) -> Iterator[tuple[str, ...]]:
     for count, rates in found.items():
         for name in rates:
             speed, times = f"{statistics.median(rates[name]):.0f} tokens/s", _times(rates, name, "llama.cpp")
