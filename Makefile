@@ -9,7 +9,8 @@
 #                  `make sanitize-tiles`: of products in tiles, emulated)
 #   make kernels-arm  the same tests of the variants for ARM, under an emulator of such a processor (Debian's packages
 #                  g++-aarch64-linux-gnu and qemu-user); on an ARM machine `make sanitize-all` needs none
-#   make bench     the figures of the README, beside the peers
+#   make bench     real rows, compared with TRL and PEFT
+#   make figures   measure this machine, and write the table into docs/performance.md
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -19,7 +20,7 @@ BIN    := $(VENV)/bin
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow test-variants lint bench sanitize sanitize-all sanitize-tiles kernels-arm clean
+.PHONY: demo test test-slow test-variants lint bench figures sanitize sanitize-all sanitize-tiles kernels-arm clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -48,6 +49,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/sft.py
+
+figures: $(VENV)/.bench
+	$(BIN)/python benchmarks/figures.py
 
 # ---- the kernels under sanitizers: those of one variant and their tests as one program
 VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants

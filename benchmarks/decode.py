@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="new tokens behind each prompt")
     parser.add_argument("--precision", default="int8", help="of deltaw's weights")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--json", type=Path, default=None, help="also write each round's tokens a second to this file")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -63,12 +64,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         reference = SMOLLM2 if options.model == "smollm2" else random_qwen(Path(folder))
-        compare(options, reference)
+        found = compare(options, reference)
     print_machine(options.threads)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
 
 
-def compare(options: argparse.Namespace, reference: str) -> None:
-    """Start every side, and let them write in turn."""
+def compare(options: argparse.Namespace, reference: str) -> dict[int, dict[str, list[float]]]:
+    """Start every side, and let them write in turn: tokens a second by number of prompts, side and round."""
     shared = ["--precision", options.precision, "--threads", str(options.threads), "--new", str(options.new)]
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     sides = {
@@ -81,11 +84,12 @@ def compare(options: argparse.Namespace, reference: str) -> None:
         )
         for name in options.sides
     }
+    found: dict[int, dict[str, list[float]]] = {}
     try:
         for name, side in sides.items():
             print(f"{name}: {answer(side)}", flush=True)
         for count in options.prompts:
-            rates: dict[str, list[float]] = {name: [] for name in sides}
+            rates = found[count] = {name: [] for name in sides}
             for number in range(options.rounds + 1):
                 order = list(sides) if number % 2 else list(sides)[::-1]
                 for name in order:
@@ -97,6 +101,7 @@ def compare(options: argparse.Namespace, reference: str) -> None:
         for side in sides.values():
             side.kill()
             side.wait()
+    return found
 
 
 def show(count: int, new: int, rates: dict[str, list[float]]) -> None:

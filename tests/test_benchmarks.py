@@ -26,7 +26,7 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks import one another as scripts of one folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("communication", "machine", "step", "step_models", "step_sides", "products", "peak"):
+    for name in ("communication", "figures", "machine", "step", "step_models", "step_sides", "products", "peak"):
         sys.modules.pop(name, None)
 
 
@@ -221,3 +221,41 @@ def test_sums_hide_behind_the_backward_but_for_one_range():
     # A base of any size is gathered twice while so many tokens are computed.
     tokens = communication.least_tokens(2.0, 4e14, bandwidth)
     assert 4 * 7e9 * tokens / 4e14 == pytest.approx(2 * 2.0 * 7e9 / bandwidth)
+
+
+def test_figures_of_a_processor_become_one_table_that_another_run_replaces():
+    import figures
+
+    found = {
+        "step": {
+            "floor-bf16": [{"tokens_per_second": 90.0}],
+            "deltaw-auto": [{"tokens_per_second": 80.0, "peak_bytes": 1.5e9}],
+            "peft-fp32": [{"tokens_per_second": 20.0, "peak_bytes": 3e9}],
+            "peft-bf16": [{"tokens_per_second": 40.0, "peak_bytes": 2e9}],
+        },
+        "sft": {
+            "sarcasm": {
+                "8|deltaw auto": [{"rows_per_second": 30.0, "peak_bytes": 1e9, "held_out_loss": 0.341}],
+                "8|TRL fp32": [{"rows_per_second": 3.0, "peak_bytes": 4e9, "held_out_loss": 0.342}],
+            }
+        },
+        "decode": {"16": {"deltaw": [800.0, 900.0], "llama.cpp": [200.0, 300.0]}},
+    }
+    text = figures.section(found, "2026-11-28")
+    assert "| step | deltaw-auto | 80 tokens/s | 2.00 | 1.50 GB |  |" in text
+    assert "| sarcasm, 8 rows per step | deltaw auto | 30.0 rows/s | 10.00 | 1.00 GB | 0.3410 |" in text
+    assert "| decoding, prompts at once: 16 | deltaw | 850 tokens/s | 3.50 |  |  |" in text
+    assert f"2026-11-28, commit {figures.commit()}; `benchmarks/step.py`" in text and processor_name() in text
+    page = figures.PAGE.read_text(encoding="utf-8")
+    once = figures.with_section(page, "a processor", "old")
+    both = figures.with_section(figures.with_section(once, "another", "other"), "a processor", text)
+    assert "old\n" not in both and both.count(text) == both.count("other\n<!--") == 1
+    assert both.startswith(page.partition(figures.MORE)[0]) and both.count(figures.MORE) == 1
+
+
+def test_figures_ask_the_benchmarks_for_json_in_the_flags_that_they_have():
+    import figures
+
+    for script, *flags in figures.COMMANDS.values():
+        text = (FOLDER / script).read_text(encoding="utf-8")
+        assert all(f'"{flag}"' in text for flag in ["--json", *flags] if flag.startswith("--"))

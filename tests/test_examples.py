@@ -30,7 +30,7 @@ from tests.tiny_models import VOCABULARY, causal_model
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
