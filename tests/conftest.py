@@ -1,12 +1,14 @@
 """Fixtures for tests of whole runs: a tiny model in a folder, rows in a file, and a finished run.
 
 No test uses the network or the user's cache, or measures the machine: what is chosen by measuring is the same
-on every machine that has it. Tests of measuring ask for it themselves.
+on every machine that has it. Tests of measuring ask for it themselves. Nothing is flushed to the disk, and runs of
+one kind share a plan, unless a test is marked ``planned``: most of a tiny run's time would go there.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +18,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from deltaw.memory.plan import Plan
+from deltaw.settings import RunConfig
+from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.tasks.base import RunData, Task
 from tests.byte_models import byte_tokenizer, tiny_llama
 
 # The same examples and random numbers in every run: what fails once fails again.
@@ -34,6 +40,17 @@ THREADS = int(os.environ.get("DELTAW_TEST_THREADS", "1"))
 COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
 
 
+_PLANS: dict[tuple[object, ...], Plan] = {}
+
+
+def shared_plan(config: RunConfig, task: Task, data: RunData, *, processes: int = 1) -> Plan:
+    """The plan of the first run with this model, task, method and precision."""
+    key = (config.model, config.task, config.method, config.precision, processes)
+    if config.memory is not None or key not in _PLANS:
+        _PLANS[key] = plan_run(config, task, data, processes=processes)
+    return _PLANS[key]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Isolate tests from the user's cache, the network and the machine's rates, and use one thread; runs that
@@ -43,7 +60,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
         monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
+        monkeypatch.setattr("deltaw.training.fit.plan_run", shared_plan)
+        monkeypatch.setattr(os, "fsync", lambda handle: None)
+        # A run collects garbage, and would walk through all the objects of torch and of pytest each time.
+        gc.collect()
+        gc.freeze()
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("planned"):
+        monkeypatch.setattr("deltaw.training.fit.plan_run", plan_run)
 
 
 @pytest.fixture(autouse=True)

@@ -394,6 +394,7 @@ def cannot_be_simulated(*_: object, **__: object) -> Plan:
     raise RuntimeError("a kernel without a shape")
 
 
+@pytest.mark.planned
 def test_a_run_says_its_plan_and_is_the_same_without_one(settings, tmp_path, monkeypatch):
     result, said = trained(settings(tmp_path / "with"))
     assert "planned memory: " in said and "most of it: " in said
@@ -419,6 +420,7 @@ def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(set
     assert "of 1 kB" in said and weights(result.output)
 
 
+@pytest.mark.planned
 def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_path, monkeypatch):
     def load(*_: object, **__: object) -> PreTrainedModel:
         raise AssertionError("the model was loaded")
