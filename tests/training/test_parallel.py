@@ -1,5 +1,5 @@
 """Several processes that train as one: the same losses and factors, what travels, and what becomes of the
-run where a process is lost. Each test but the first starts processes of its own, which takes seconds."""
+run where a process is lost."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import deal
 from deltaw.training.parallel.joining import told
+from tests import processes
 from tests.conftest import write_rows
 from tests.kernels.conftest import compiled_only
 
@@ -41,8 +42,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str) -> subprocess.Popen:
-    environment = os.environ | {
+def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str) -> processes.Process:
+    environment = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
@@ -50,27 +51,19 @@ def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str)
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "DELTAW_PEER_SECONDS": "120",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         **extra,
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.parallel_worker", *map(str, arguments)],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return processes.start("-m", "tests.training.parallel_worker", *arguments, cwd=folder, env=environment)
 
 
-def ended(processes) -> list[tuple[int, str, str]]:
+def ended(started) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each; none is left behind."""
     try:
-        told = [process.communicate(timeout=240) for process in processes]
+        told = [process.communicate(timeout=240) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, told, strict=True)]
+    return [(p.returncode, *texts) for p, texts in zip(started, told, strict=True)]
 
 
 def write_settings(path: Path, settings: dict) -> Path:
