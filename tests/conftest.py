@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,19 @@ def laid_over(below: Mapping[str, object], above: Mapping[str, object]) -> dict:
         both = isinstance(value, Mapping) and isinstance(known, Mapping)
         merged[key] = laid_over(known, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def diagonal(*axes: Iterable[object]) -> list[Any]:
+    """Every combination of parameters; all but enough to have each value of each axis once are slow."""
+    lists = [list(axis) for axis in axes]
+    quick = {tuple(n % len(values) for values in lists) for n in range(max(map(len, lists)))}
+    return [
+        pytest.param(
+            *(values[place] for values, place in zip(lists, places, strict=True)),
+            marks=[] if places in quick else pytest.mark.slow,
+        )
+        for places in itertools.product(*(range(len(values)) for values in lists))
+    ]
 
 
 @pytest.fixture(scope="session")

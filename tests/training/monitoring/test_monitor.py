@@ -87,11 +87,11 @@ def test_a_run_that_keeps_improving_is_not_stopped(settings, tmp_path):
         ("lora", {"rank": 4}),
         ("head", {}),
         ("prompt", {"length": 2}),
-        ("bias", {}),
-        ("random", {"weights": 500}),
         ("full", {}),
-        ("input", {}),
-        ("last", {"blocks": 1}),
+        pytest.param("bias", {}, marks=pytest.mark.slow),
+        pytest.param("random", {"weights": 500}, marks=pytest.mark.slow),
+        pytest.param("input", {}, marks=pytest.mark.slow),
+        pytest.param("last", {"blocks": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, worst, method, section):

@@ -16,6 +16,7 @@ from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
 from deltaw.training.session import assemble, read_data
 from tests.byte_models import byte_tokenizer, tiny_gpt2
+from tests.conftest import diagonal
 
 ADAPTER = "adapter_model.safetensors"
 METHODS = [
@@ -46,11 +47,9 @@ def session_of(settings):
     return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("method", "section"), METHODS)
-def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
-    settings, tmp_path, gpt2, method, section, precision
-):
+@pytest.mark.parametrize(("chosen", "precision"), diagonal(METHODS, ["fp32", "bf16"]))
+def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(settings, tmp_path, gpt2, chosen, precision):
+    method, section = chosen
     changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
     if section:
         changes[method] = section
