@@ -40,7 +40,7 @@ class Process:
     """A forked process: as much of :class:`subprocess.Popen` as tests use."""
 
     def __init__(self, arguments: Sequence[str], env: Mapping[str, str], cwd: str | os.PathLike[str] | None) -> None:
-        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._output, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         reading, self._input = os.pipe()
         self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         message = {"arguments": list(arguments), "env": dict(env), "cwd": os.fspath(cwd or os.getcwd())}

@@ -178,8 +178,6 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
     assert [line for line in err.splitlines() if not line.startswith(known)] == []
     assert any(line.startswith("kernels: ") and ", fp32 products " in line for line in err.splitlines())
 
-    out, err = in_a_fresh_interpreter(
-        "generate", tmp_path / "run", "--max-new-tokens", "2", stdin="paint it red\n"
-    )
+    out, err = in_a_fresh_interpreter("generate", tmp_path / "run", "--max-new-tokens", "2", stdin="paint it red\n")
     assert "Warning" not in err and "adapted" in err
     assert byte_tokenizer().encode(out) is not None

@@ -34,7 +34,6 @@ from deltaw.training.approximations import (
     rows_to_look_at,
     steps_between,
 )
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit, load_for
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
@@ -43,6 +42,7 @@ from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import laid_over, write_rows
 from tests.kernels.conftest import compiled_only
 from tests.tiny_models import CAUSAL, PADDED, causal_model
+from tests.training.runs import Told, metrics
 
 GRADIENTS = "int8_gradients"
 COLUMNS = 8  # of 256 that are rescaled
@@ -223,31 +223,24 @@ def test_what_is_off_computes_with_products_in_bf16(off, bf16_run, monkeypatch):
     assert (fit(bf16_run("never")).output / ADAPTER_WEIGHTS).read_bytes() == bits[1]
 
 
-class Told(Callback):
-    """Keeps lines; after some step it rescales the base model's columns."""
+class Changing(Told):
+    """After some step it rescales the base model's columns."""
 
     def __init__(self, change_after: int | None = None, stop_after: int | None = None) -> None:
-        self.lines: list[str] = []
-        self.change_after, self.stop_after = change_after, stop_after
-        self.stopping = False
+        super().__init__(stop_after)
+        self.change_after = change_after
         self.model: torch.nn.Module | None = None
 
-    def on_line(self, line):
-        self.lines.append(line)
-
     def on_step(self, step):
+        super().on_step(step)
         if step.step == self.change_after:
             rescale(self.model, 64)
-        self.stopping = step.step == self.stop_after
-
-    def should_stop(self):
-        return self.stopping
 
 
 @compiled_only
 def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
     monkeypatch.setattr(approximations, "SHARE", 1e9)  # looked at before each step
-    told = Told(change_after=2)
+    told = Changing(change_after=2)
 
     def loading(*args, **named):
         loaded = load_for(*args, **named)
@@ -259,15 +252,14 @@ def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
     assert [line for line in told.lines if line.startswith("not approximate from step 3 on: gradients")]
     assert done.approximations["off_since_step"] == 3 and GRADIENTS not in done.approximations["used"]
     assert done.arithmetic[GRADIENTS] == "no"
-    metrics = [json.loads(line) for line in (done.output / "metrics.jsonl").read_text().splitlines()]
-    (noted,) = [line for line in metrics if "approximations" in line]
+    (noted,) = metrics(done.output, "approximations")
     assert noted["step"] == 3 and GRADIENTS not in noted["approximations"]["used"]
     assert (
         "approximate: auto  # off: gradients of frozen layers in int8: the gradient"
         in (done.output / "run.yaml").read_text()
     )
     # What no longer is approximate stays so when the run goes on.
-    again = Told()
+    again = Changing()
     longer = fit({"train": {"max_steps": 6}}, resume=done.output, callback=again)
     assert longer.approximations["used"] == [] and longer.approximations["off_since_step"] == 3
     assert not [line for line in again.lines if "approximate" in line]
@@ -301,7 +293,7 @@ def test_a_run_goes_on_as_it_computed_and_looks_no_further(bf16_run, monkeypatch
     # A setting that turns them off does, also then, and is said.
     monkeypatch.setattr(GradientCheck, "choose", chosen)
     fit(bf16_run("turned off"), callback=Told(stop_after=2))
-    told = Told()
+    told = Changing()
     with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
         off = fit(bf16_run("turned off", train={"approximate": "off"}), callback=told)
     assert off.approximations["used"] == []

@@ -17,7 +17,6 @@ from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach, disabled
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.callbacks import Callback
 from deltaw.training.drift import LARGE, Drift, answers_side_by_side, drift_of, measure_drift
 from deltaw.training.evaluation import general
 from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, general_answers, identity_of
@@ -28,6 +27,7 @@ from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.runs import Told, metrics
 from tests.training.test_every_method import CHANGES, METHODS
 
 PROMPTS = MEASURED[:10]
@@ -40,14 +40,6 @@ def roomy_folder(tmp_path_factory):
     tiny_llama(initializer_range=0.3, max_position_embeddings=512).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-class Heard(Callback):
-    def __init__(self):
-        self.lines = []
-
-    def on_line(self, line):
-        self.lines.append(line)
 
 
 def made_up_answers(count, vocabulary, seed=0):
@@ -139,8 +131,7 @@ def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, tm
     expected = by_hand(bare.model, rows, contextlib.nullcontext)[0]
     assert result.drift.base_loss == pytest.approx(expected, rel=1e-4)
     assert json.loads(json.dumps(result.as_dict()))["drift"]["answers"] == len(rows) == result.drift.answers
-    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1] == {"step": result.outcome.steps, "drift": result.drift.as_dict()}
+    assert metrics(result.output)[-1] == {"step": result.outcome.steps, "drift": result.drift.as_dict()}
     assert "| drift | general answers' loss" in (result.output / "README.md").read_text()
 
 
@@ -228,13 +219,13 @@ def test_a_model_without_a_template_continues_plain_prompts():
 
 
 def test_what_cannot_be_measured_is_said(settings, roomy_folder, tmp_path):
-    heard = Heard()
+    heard = Told()
     result = fit(settings(tmp_path / "small", model=str(roomy_folder)), callback=heard)
     assert result.drift is None and result.as_dict()["drift"] is None
-    assert any(line.startswith("drift: not measured (a model of") for line in heard.lines)
-    heard = Heard()
+    assert "drift: not measured (a model of" in heard
+    heard = Told()
     result = fit(settings(tmp_path / "off", model=str(roomy_folder), train={"drift": False}), callback=heard)
-    assert result.drift is None and not any("drift" in line for line in heard.lines)
+    assert result.drift is None and "drift" not in heard
     with pytest.raises(NoGeneralAnswers, match="64 positions"):
         general_answers(tiny_llama(max_position_embeddings=64), byte_tokenizer(), PROMPTS, identity=None)
 
@@ -258,19 +249,17 @@ def test_keeping_general_answers_limits_drift(settings, roomy_folder, tmp_path):
     changes = {"drift": True, "epochs": 6, "learning_rate": 3e-2}
     runs = {}
     for weight in (0, 2):
-        heard = Heard()
+        heard = Told()
         runs[weight] = fit(
             settings(tmp_path / f"kept-{weight}", model=str(roomy_folder), train={**changes, "keep_general": weight}),
             callback=heard,
         )
-        assert not any("no memory plan" in line for line in heard.lines)
-        assert any(line.startswith("keep_general 2: ") for line in heard.lines) == bool(weight)
+        assert "no memory plan" not in heard
+        assert ("keep_general 2: " in heard) == bool(weight)
     without, kept = runs[0], runs[2]
     assert kept.drift.loss < without.drift.loss - 0.1
     assert kept.outcome.rows == without.outcome.rows and kept.outcome.tokens == without.outcome.tokens
-    lines = (kept.output / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["general_loss"] for line in lines[: kept.outcome.steps]]
-    assert all(loss > 0 for loss in losses)
+    assert all(line["general_loss"] > 0 for line in metrics(kept.output)[: kept.outcome.steps])
     assert "general_loss" not in (without.output / "metrics.jsonl").read_text()
 
 

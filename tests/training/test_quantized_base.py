@@ -4,7 +4,6 @@ weights that the blocks stand for."""
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 
 import pytest
@@ -27,6 +26,7 @@ from deltaw.training.origin import open_run
 from deltaw.training.planning.plan_run import plan
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.hub.test_gguf import write_gguf
+from tests.training.runs import losses
 
 BF16 = 2.0**-8
 
@@ -45,11 +45,6 @@ def wide_folder(tmp_path_factory):
     tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if "computed_tokens" in entry]
 
 
 def short(settings, folder, model, precision, **changes):

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from deltaw.data import prepare
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.origin import open_run
 from deltaw.training.tasks.causal import evaluate_causal
@@ -20,6 +19,7 @@ from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
+from tests.training.runs import Told
 
 
 def loss_when_opened(folder):
@@ -79,26 +79,16 @@ def test_models_of_other_kinds_are_loaded_as_they_were_trained(settings, tmp_pat
     assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
 
 
-class Lines(Callback):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def on_line(self, line: str) -> None:
-        self.said.append(line)
-
-
 def test_gpt2_trains_in_int8_and_its_adapter_serves_other_precisions(settings, tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     losses = {}
     for precision in ("bf16", "int8"):
-        lines = Lines()
+        lines = Told()
         changes = {"train": {"epochs": 4}, "model": str(tmp_path / "model"), "precision": precision}
         result = fit(settings(tmp_path / precision, **changes), callback=lines)
         losses[precision], opened = loss_when_opened(result.output)
-        said = any("of 8 layers are int8-quantized" in line for line in lines.said)
+        said = "of 8 layers are int8-quantized" in lines
         assert said is (precision == "int8")
         layer = opened.model.base_model.h[0].attn.c_attn
         assert type(layer) is LoRAConv1D and layer.weight.dtype == torch.float32
