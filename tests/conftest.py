@@ -24,7 +24,7 @@ from deltaw.memory.plan import Plan
 from deltaw.settings import RunConfig
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.base import RunData, Task
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_gpt2, tiny_llama
 
 # The same examples and random numbers in every run: what fails once fails again.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -85,9 +85,20 @@ def _own_random_numbers() -> None:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained Llama of two blocks with a byte-level tokenizer and a ChatML template."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_llama(initializer_range=0.3).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tiny_llama(initializer_range=0.3), folder)
+
+
+@pytest.fixture(scope="session")
+def roomy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with positions enough for general prompts in bytes."""
+    folder = tmp_path_factory.mktemp("base") / "roomy"
+    return saved(tiny_llama(initializer_range=0.3, max_position_embeddings=512), folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2, whose layers have biases and another layout, and whose head is its embedding."""
+    return saved(tiny_gpt2(), tmp_path_factory.mktemp("base") / "gpt2")
 
 
 @pytest.fixture(scope="session")

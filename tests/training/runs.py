@@ -13,10 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from deltaw.reports.progress import TerminalCallback
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import Result, fit
+from deltaw.training.fit import Result, fit, load_for
 from deltaw.training.origin import InferenceSession, open_run
+from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step
 
 ADAPTER = "adapter_model.safetensors"
@@ -83,3 +85,11 @@ def fit_aloud(settings: Mapping[str, Any]) -> tuple[Result, str]:
     """A run's result, and what it said to a terminal."""
     said = Console(file=io.StringIO(), width=500)
     return fit(settings, callback=TerminalCallback(said)), said.file.getvalue()
+
+
+def session_of(settings: Mapping[str, Any], **how: Any) -> Session:
+    """A run that is put together and not trained yet."""
+    config = RunConfig.read(settings)
+    task, data = read_data(config)
+    loaded = load_for(config, task, data)
+    return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, **how)

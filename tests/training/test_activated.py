@@ -21,23 +21,21 @@ from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime import partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
-from deltaw.settings import RunConfig
 from deltaw.training.features import prompts as prompt_store
 from deltaw.training.features import store
 from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
-from deltaw.training.fit import fit, load_for
+from deltaw.training.fit import fit
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.origin import score_run
 from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.seen import resolve_invocation
-from deltaw.training.session import assemble, read_data
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
-from tests.training.runs import metrics, opened
+from tests.training.runs import metrics, opened, session_of
 
 INVOCATION = [5, 7, 9]
 FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "qwen3", "neox", "phi3", "cohere")
@@ -424,12 +422,9 @@ def test_text_and_ids_and_endings_of_plain_prompts_invoke(settings, tmp_path):
     tokenizer = byte_tokenizer()
     answer, colon = (tokenizer(text)["input_ids"] for text in ("Answer:", ":"))
     for given, expected in ((None, "? Answer:"), ("Answer:", "Answer:"), (colon, ":")):
-        config = RunConfig.read(
+        session = session_of(
             settings(data={"train": str(file), "template": "plain"}, lora={"invocation_tokens": given})
         )
-        task, data = read_data(config)
-        model = load_for(config, task, data).model
-        session = assemble(config, task, data, model, device="cpu")
         found = session.chosen["lora.invocation_tokens"]
         assert tokenizer.decode(found.value) == expected
         assert all(row.active_from == row.prompt_length - len(found.value) for row in session.data.train)

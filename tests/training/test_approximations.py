@@ -16,7 +16,6 @@ from transformers import BertConfig, BertModel
 
 from deltaw.host.kernel_choice import KernelChoice
 from deltaw.kernels import loader
-from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.variants import LEFT_OUT_BY
 from deltaw.lora import LoRAConfig, attach
@@ -36,13 +35,13 @@ from deltaw.training.approximations import (
 )
 from deltaw.training.fit import fit, load_for
 from deltaw.training.process import guest
-from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.session import Session
 from deltaw.training.state import ArithmeticChangedWarning
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 from tests.conftest import laid_over, write_rows
 from tests.kernels.conftest import compiled_only
 from tests.tiny_models import CAUSAL, PADDED, causal_model
-from tests.training.runs import Told, metrics
+from tests.training.runs import Told, metrics, session_of
 
 GRADIENTS = "int8_gradients"
 COLUMNS = 8  # of 256 that are rescaled
@@ -78,8 +77,7 @@ def bases(tmp_path_factory):
                 initializer_range=0.05,
             ).bfloat16()
             rescale(model, factor)
-            model.save_pretrained(path)
-            byte_tokenizer().save_pretrained(path)
+            saved(model, path)
         return path
 
     return folder
@@ -108,13 +106,6 @@ def bf16_run(settings, long_rows, bases, tmp_path):
         return settings(tmp_path / name, **laid_over(plain, changes))
 
     return make
-
-
-def session_of(settings: dict, offered=APPROXIMATIONS) -> Session:
-    config = RunConfig.read(settings)
-    task, data = read_data(config)
-    loaded = load_for(config, task, data)
-    return assemble(config, task, data, loaded.model, device="cpu", offered=offered)
 
 
 def gradient(session: Session, rows) -> torch.Tensor:
@@ -351,8 +342,7 @@ def test_labels_are_looked_at_too(bf16_run, tmp_path):
         vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=64, initializer_range=0.05,
     )  # fmt: skip
-    BertModel(config).bfloat16().save_pretrained(tmp_path / "bert")
-    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    saved(BertModel(config).bfloat16(), tmp_path / "bert")
     rows = [{"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60)]
     path = write_rows(tmp_path / "labels.jsonl", rows)
     changes = {
@@ -436,8 +426,7 @@ def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp
     model = tiny_llama(vocab_size=8400, num_hidden_layers=3, initializer_range=0.1, **changes)
     with torch.no_grad():
         model.lm_head.weight.normal_(std=spread / 8)
-    model.bfloat16().save_pretrained(tmp_path / "alike")
-    byte_tokenizer().save_pretrained(tmp_path / "alike")
+    saved(model.bfloat16(), tmp_path / "alike")
     with guest():
         session = session_of(bf16_run("alike", model=str(tmp_path / "alike")), offered=["summed_classes"])
     assert (session.approximations.names == ("summed_classes",)) == taken, session.said

@@ -33,15 +33,6 @@ from tests.training.test_every_method import CHANGES, METHODS
 PROMPTS = MEASURED[:10]
 
 
-@pytest.fixture(scope="module")
-def roomy_folder(tmp_path_factory):
-    """A tiny model with positions enough for general prompts in bytes."""
-    folder = tmp_path_factory.mktemp("base") / "roomy"
-    tiny_llama(initializer_range=0.3, max_position_embeddings=512).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def made_up_answers(count, vocabulary, seed=0):
     generator = np.random.default_rng(seed)
     rows = []

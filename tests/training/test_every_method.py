@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from deltaw.errors import UserError
 from deltaw.training.fit import fit
 from deltaw.training.origin import score_run
-from tests.byte_models import byte_tokenizer
+from tests.byte_models import saved
 from tests.conftest import laid_over, write_rows
 from tests.training.runs import adapter, fit_aloud, losses, opened
 
@@ -35,9 +35,7 @@ def bert_folder(tmp_path_factory):
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    BertModel(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(BertModel(config), folder)
 
 
 @pytest.fixture(scope="module")

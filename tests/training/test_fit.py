@@ -27,7 +27,7 @@ from deltaw.training.fit import fit
 from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.byte_models import byte_tokenizer, tiny_gpt2
+from tests.byte_models import saved
 from tests.conftest import write_rows
 from tests.tiny_models import causal_model
 from tests.training.runs import ADAPTER, fit_aloud, metrics, opened
@@ -129,8 +129,7 @@ def test_a_model_that_cannot_run_flat_rows_is_trained_on_padded_ones_and_the_run
     model = tmp_path / "bloom"
     torch.manual_seed(0)
     bloom = BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0)
-    BloomForCausalLM(bloom).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    saved(BloomForCausalLM(bloom), model)
     result, said = fit_aloud(settings(tmp_path / "run", model=str(model), train={"epochs": 3}))
     assert "padded rows" in said and "common beginnings" not in said
     losses = [line["loss"] for line in metrics(result.output) if "loss" in line]
@@ -218,13 +217,10 @@ def test_weights_that_are_infinite_are_noticed_at_the_first_step(settings, model
     assert not any(t.any() for name, t in factors.items() if "lora_B" in name)
 
 
-def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written(settings, tmp_path):
-    model = tmp_path / "gpt2"
-    tiny_gpt2().save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written(settings, tmp_path, gpt2_folder):
     rows = write_rows(tmp_path / "long.jsonl", [{"text": "a" * 200}, {"text": "b" * 20}])
     for share in (None, 1):
         with pytest.raises(UserError, match="128 positions") as refused:
-            fit(settings(tmp_path / "run", model=str(model), data={"train": str(rows), "eval": share}))
+            fit(settings(tmp_path / "run", model=str(gpt2_folder), data={"train": str(rows), "eval": share}))
         assert "data.max_length: 128" in (refused.value.hint or "")
     assert not (tmp_path / "run").exists()

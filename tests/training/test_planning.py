@@ -31,7 +31,7 @@ from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
 from deltaw.working import listening
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import byte_tokenizer, saved, tiny_llama
 from tests.conftest import RATES, laid_over, write_rows
 from tests.training.runs import fit_aloud, outcome
 
@@ -292,8 +292,7 @@ def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
 @pytest.fixture(scope="module")
 def wordy(folders):
     """A model with a large vocabulary."""
-    tiny_llama(**SHAPE, vocab_size=6000).save_pretrained(folders / "wordy")
-    byte_tokenizer().save_pretrained(folders / "wordy")
+    saved(tiny_llama(**SHAPE, vocab_size=6000), folders / "wordy")
     return str(folders / "wordy")
 
 
@@ -347,8 +346,7 @@ def test_no_weight_is_read(family, config_of, folders, tmp_path, monkeypatch):
 
 
 def test_a_pooler_that_the_files_do_not_hold_is_trained_and_planned(config_of, tmp_path):
-    BertModel(BertConfig(vocab_size=259, **SHAPE), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    saved(BertModel(BertConfig(vocab_size=259, **SHAPE), add_pooling_layer=False), tmp_path / "bert")
     plan, _, total, trained = compare(config_of("bert", "head", model=str(tmp_path / "bert")))
     width = SHAPE["hidden_size"]
     assert (plan.total_parameters, plan.trained_parameters) == (total, trained)

@@ -72,14 +72,10 @@ def test_a_run_that_keeps_improving_is_not_stopped(settings, tmp_path):
         pytest.param("last", {"blocks": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, worst, method, section):
+def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method, section):
     model = {}
     if method == "bias":
-        from tests.byte_models import byte_tokenizer, tiny_gpt2
-
-        tiny_gpt2().save_pretrained(tmp_path / "gpt2")
-        byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-        model = {"model": str(tmp_path / "gpt2")}
+        model = {"model": str(gpt2_folder)}
     name = {} if not section else {method: section}
     told = Told()
     changes = {**model, "method": method, **name, "train": {**RUINED, "epochs": 4, "adapter": "best"}}

@@ -7,16 +7,13 @@ import json
 import pytest
 import torch
 
-from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
-from deltaw.training.fit import fit, load_for
+from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
-from deltaw.training.session import assemble, read_data
-from tests.byte_models import byte_tokenizer, tiny_gpt2
 from tests.conftest import diagonal
-from tests.training.runs import Told, adapter, metrics
+from tests.training.runs import Told, adapter, metrics, session_of
 
 METHODS = [
     ("lora", {"rank": 4, "dropout": 0.1}),
@@ -31,29 +28,16 @@ METHODS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpt2")
-    tiny_gpt2().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def session_of(settings):
-    config = RunConfig.read(settings)
-    task, data = read_data(config)
-    loaded = load_for(config, task, data)
-    return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
-
-
 @pytest.mark.parametrize(("chosen", "precision"), diagonal(METHODS, ["fp32", "bf16"]))
-def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(settings, tmp_path, gpt2, chosen, precision):
+def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
+    settings, tmp_path, gpt2_folder, chosen, precision
+):
     method, section = chosen
     changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
     if section:
         changes[method] = section
     if method == "bias":
-        changes["model"] = gpt2
+        changes["model"] = str(gpt2_folder)
     session = session_of(settings(tmp_path / "run", **changes))
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     random = torch.get_rng_state()
