@@ -12,9 +12,8 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -40,6 +39,34 @@ RATES = {
 # Threads of runs in tests; `make test-variants` repeats all with two.
 THREADS = int(os.environ.get("DELTAW_TEST_THREADS", "1"))
 COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what the quick set leaves out of products of parameters."""
+    for marker, together in (("each_value", 1), ("each_pair", 2)):
+        products: dict[str, list[pytest.Function]] = {}
+        for item in items:
+            marked = isinstance(item, pytest.Function) and item.get_closest_marker(marker)
+            if marked and not item.get_closest_marker("slow"):
+                products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for members in products.values():
+            for item in set(members) - set(covering(members, together)):
+                item.add_marker(pytest.mark.slow)
+
+
+def covering(members: Sequence[pytest.Function], together: int) -> list[pytest.Function]:
+    """Few of a test's members that have all values of its parameters, or all pairs of them; chosen greedily."""
+    has = {}
+    for item in members:
+        values = sorted(item.callspec.indices.items())
+        has[item] = set(itertools.combinations(values, min(together, len(values))))
+    missing, chosen = set().union(*has.values()), []
+    while missing:
+        best = max(members, key=lambda item: len(has[item] & missing))
+        chosen.append(best)
+        missing -= has[best]
+    return chosen
 
 
 _PLANS: dict[tuple[object, ...], Plan] = {}
@@ -123,19 +150,6 @@ def laid_over(below: Mapping[str, object], above: Mapping[str, object]) -> dict:
         both = isinstance(value, Mapping) and isinstance(known, Mapping)
         merged[key] = laid_over(known, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def diagonal(*axes: Iterable[object]) -> list[Any]:
-    """Every combination of parameters; all but enough to have each value of each axis once are slow."""
-    lists = [list(axis) for axis in axes]
-    quick = {tuple(n % len(values) for values in lists) for n in range(max(map(len, lists)))}
-    return [
-        pytest.param(
-            *(values[place] for values, place in zip(lists, places, strict=True)),
-            marks=[] if places in quick else pytest.mark.slow,
-        )
-        for places in itertools.product(*(range(len(values)) for values in lists))
-    ]
 
 
 @pytest.fixture(scope="session")

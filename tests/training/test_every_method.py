@@ -129,7 +129,10 @@ def test_classes_of_text(method, bert_folder, feelings_file, tmp_path):
     assert result.evaluation.confusion.sum() == 3
 
 
-@pytest.mark.parametrize("method", ["lora", "head", "bias", "random", "last", "full", "input"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "head", "random", "full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bias", "last", "input"))],
+)
 def test_classes_of_images(method, vit_folder, pixels_file, tmp_path):
     settings = of_task("image-classification", vit_folder, pixels_file, tmp_path / "run", method)
     _, run, _ = trains_and_opens_again(settings)
@@ -180,6 +183,7 @@ def test_images_have_no_soft_prompt(vit_folder, pixels_file, tmp_path):
         fit(settings)
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 @pytest.mark.parametrize("task", ["sequence-classification", "regression"])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])

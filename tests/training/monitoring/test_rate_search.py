@@ -12,7 +12,6 @@ from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
-from tests.conftest import diagonal
 from tests.training.runs import Told, adapter, metrics, session_of
 
 METHODS = [
@@ -28,11 +27,12 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize(("chosen", "precision"), diagonal(METHODS, ["fp32", "bf16"]))
+@pytest.mark.each_value
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("method", "section"), METHODS)
 def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
-    settings, tmp_path, gpt2_folder, chosen, precision
+    settings, tmp_path, gpt2_folder, method, section, precision
 ):
-    method, section = chosen
     changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
     if section:
         changes[method] = section
