@@ -1,6 +1,6 @@
 # What a person types. Each target sets up its own virtual environment where none stands.
 #   make demo      fine-tune a real model on a real task and show what it learned
-#   make test      the tests (`make test-slow`: those that take minutes; `make test-variants`: all quick ones with each
+#   make test      the tests (`make test-slow`: the rest of what docs/development.md lists; `make test-variants`: with each
 #                  variant of the kernels that this machine runs, with tiles emulated, and without kernels, with one
 #                  and two threads, which takes hours)
 #   make lint      style and types
@@ -15,6 +15,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Two processes with two threads each share two cores: threads that wait must not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 # What the compiled kernels are made of: a change of one makes the next target install, and so build, them again.
 CSRC    := src/deltaw/kernels/csrc
@@ -29,17 +31,17 @@ demo: $(VENV)/.run
 	@cat examples/next-steps.txt
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-variants: $(VENV)/.dev
 	DELTAW_EMULATED_TILES=1 DELTAW_VARIANTS=amx $(BIN)/python setup.py --quiet build_ext --inplace
 	set -e; for variant in $$($(VARIANTS) allowed) none amx-emulated; do for threads in 1 2; do \
 	  echo "== kernels $$variant, $$threads thread(s)"; \
 	  case $$variant in amx-emulated) emulated=1; kernels=amx;; *) emulated=0; kernels=$$variant;; esac; \
-	  DELTAW_EMULATED_TILES=$$emulated DELTAW_KERNELS=$$kernels DELTAW_TEST_THREADS=$$threads $(BIN)/python -m pytest -n 2; \
+	  DELTAW_EMULATED_TILES=$$emulated DELTAW_KERNELS=$$kernels DELTAW_TEST_THREADS=$$threads $(PYTEST) -n 2 --dist worksteal; \
 	done; done
 
 lint: $(VENV)/.dev

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -50,3 +59,10 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=0, initializer_range=0.4
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """The folder, with the model and the byte-level tokenizer in it."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -19,7 +19,7 @@ import torch  # noqa: F401
 import transformers  # noqa: F401
 
 import deltaw.private_names as private_names
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 
 
 def without(names: list[str]) -> None:
@@ -69,8 +69,7 @@ def run(folder: Path, output: Path, method: str) -> dict[str, object]:
 def main() -> None:
     """``python -m tests.private_run FOLDER CASES``: a file of JSON for each case, a method and some names."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    tiny_llama(initializer_range=0.3).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    saved(tiny_llama(initializer_range=0.3), folder / "model")
     colors = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
     rows = "".join(json.dumps({"prompt": f"paint it {c}", "completion": c[0]}) + "\n" for c in colors)
     (folder / "rows.jsonl").write_text(rows)

@@ -24,7 +24,7 @@ from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.byte_models import byte_tokenizer
+from tests.byte_models import saved
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
 
@@ -188,9 +188,7 @@ def _tiny_encoder(folder: Path) -> Path:
         num_attention_heads=4,
         max_position_embeddings=64,
     )
-    BertModel(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(BertModel(config), folder)
 
 
 def _reviews(path: Path) -> Path:

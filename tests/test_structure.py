@@ -145,7 +145,20 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(found)
 
 
-MODULES, IMPORTS = all_imports(SOURCE)
+@pytest.fixture(scope="module")
+def program() -> tuple[set[str], list[Import]]:
+    """The modules of deltaw and everything that they import."""
+    return all_imports(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def modules(program: tuple[set[str], list[Import]]) -> set[str]:
+    return program[0]
+
+
+@pytest.fixture(scope="module")
+def imports(program: tuple[set[str], list[Import]]) -> list[Import]:
+    return program[1]
 
 
 def _own(imports: list[Import]) -> list[Import]:
@@ -163,30 +176,30 @@ def upward(imports: list[Import]) -> list[str]:
     ]
 
 
-def test_every_package_has_a_level() -> None:
-    assert {_package_of(module) for module in MODULES} <= set(LEVEL)
-    assert {_package_of(i.target) for i in _own(IMPORTS)} <= set(LEVEL)
+def test_every_package_has_a_level(modules: set[str], imports: list[Import]) -> None:
+    assert {_package_of(module) for module in modules} <= set(LEVEL)
+    assert {_package_of(i.target) for i in _own(imports)} <= set(LEVEL)
 
 
-def test_imports_between_packages_run_downward() -> None:
-    found = upward(IMPORTS)
+def test_imports_between_packages_run_downward(imports: list[Import]) -> None:
+    found = upward(imports)
     assert not found, "\n".join(found)
 
 
-def test_modules_do_not_import_one_another_in_a_circle() -> None:
+def test_modules_do_not_import_one_another_in_a_circle(imports: list[Import]) -> None:
     graph: dict[str, set[str]] = {}
-    for i in _own(IMPORTS):
+    for i in _own(imports):
         if not i.type_only:
             graph.setdefault(i.module, set()).add(i.target)
     found = circles(graph)
     assert not found, "\n".join(", ".join(group) for group in found)
 
 
-def test_training_does_not_print() -> None:
+def test_training_does_not_print(imports: list[Import]) -> None:
     printers = ("rich", "click", "deltaw.reports")
     found = [
         str(i)
-        for i in IMPORTS
+        for i in imports
         if _package_of(i.module) == "training"
         and any(i.target == name or i.target.startswith(f"{name}.") for name in printers)
     ]
@@ -198,7 +211,7 @@ def test_training_does_not_print() -> None:
 
 
 @pytest.mark.parametrize("package", ["kernels", "lora"])
-def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str) -> None:
+def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str, imports: list[Import]) -> None:
     below = ("errors", "private_names", "contained", "durable", "named", "tensor_files", "kernels", package)
     own = {f"deltaw.{name}" for name in below}
 
@@ -207,7 +220,7 @@ def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str) ->
             return ".".join(target.split(".")[:2]) in own
         return target.split(".")[0] in FOUNDATION | sys.stdlib_module_names
 
-    found = [str(i) for i in IMPORTS if _package_of(i.module) == package and not allowed(i.target)]
+    found = [str(i) for i in imports if _package_of(i.module) == package and not allowed(i.target)]
     assert not found, "\n".join(found)
 
 
@@ -273,9 +286,9 @@ def test_the_pages_for_developers_name_files_that_exist() -> None:
     assert not missing, "\n".join(missing)
 
 
-def test_the_architecture_page_describes_every_package() -> None:
+def test_the_architecture_page_describes_every_package(modules: set[str]) -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    packages = {m.removeprefix("deltaw.") for m in MODULES if (PACKAGE / m[7:].replace(".", "/")).is_dir()}
+    packages = {m.removeprefix("deltaw.") for m in modules if (PACKAGE / m[7:].replace(".", "/")).is_dir()}
     packages -= {"", "deltaw"}
     assert len(packages) > 10
     missing = [package for package in sorted(packages) if f"| `{package}` |" not in page]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
+from tests import processes
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,9 @@ def flags(model_folder: Path, rows_file: Path) -> Callable[..., list[str]]:
     return make
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object) -> processes.Process:
     """``deltaw`` in a process of its own, its streams kept apart."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from deltaw.cli import main; main()", *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    return processes.start("-m", "deltaw", *arguments)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

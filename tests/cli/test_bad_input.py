@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import byte_tokenizer, saved, tiny_llama
 from tests.cli.conftest import tree
 from tests.conftest import write_rows
 
@@ -105,9 +105,7 @@ def classifier(tmp_path):
     config = BertConfig(
         vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3
     )
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
-    byte_tokenizer().save_pretrained(tmp_path / "classifier")
-    return tmp_path / "classifier"
+    return saved(BertForSequenceClassification(config), tmp_path / "classifier")
 
 
 def labeled(path, *labels):
@@ -388,6 +386,5 @@ def test_a_loss_that_is_not_finite_is_no_result(call, model_folder, rows_file, t
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    model.save_pretrained(tmp_path / "nan")
-    byte_tokenizer().save_pretrained(tmp_path / "nan")
+    saved(model, tmp_path / "nan")
     assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "nan", "hint")

@@ -7,14 +7,6 @@ import json
 import pytest
 
 from deltaw.training.evaluation.general_prompts import MEASURED
-from tests.byte_models import byte_tokenizer, tiny_llama
-
-
-@pytest.fixture
-def roomy_folder(tmp_path):
-    tiny_llama(initializer_range=0.3, max_position_embeddings=512).save_pretrained(tmp_path / "roomy")
-    byte_tokenizer().save_pretrained(tmp_path / "roomy")
-    return tmp_path / "roomy"
 
 
 def test_train_and_eval_show_drift_and_answers_side_by_side(call, flags, roomy_folder, tmp_path):

@@ -12,13 +12,14 @@ import yaml
 
 from deltaw.settings import settings as all_settings
 from tests.byte_models import byte_tokenizer
-from tests.cli.conftest import start, tree
+from tests.cli.conftest import tree
 
 
-def finished(process, stdin=""):
-    out, err = process.communicate(stdin, timeout=120)
-    assert process.returncode == 0, err
-    return out, err
+def in_a_fresh_interpreter(*arguments, stdin=""):
+    command = [sys.executable, "-m", "deltaw", *map(str, arguments)]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_from_training_to_talk(call, flags, tmp_path, rows_file):
@@ -144,7 +145,7 @@ def test_help_does_not_wait_for_the_model_library():
 
 def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
     """Streams as a shell sees them: no advice, progress bars or warnings of the libraries below."""
-    out, err = finished(start("train", *flags(tmp_path / "run", train__checkpointing="true"), "--json"))
+    out, err = in_a_fresh_interpreter("train", *flags(tmp_path / "run", train__checkpointing="true"), "--json")
     json.loads(out)
     known = (
         "device: cpu",
@@ -177,6 +178,6 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
     assert [line for line in err.splitlines() if not line.startswith(known)] == []
     assert any(line.startswith("kernels: ") and ", fp32 products " in line for line in err.splitlines())
 
-    out, err = finished(start("generate", tmp_path / "run", "--max-new-tokens", "2"), stdin="paint it red\n")
+    out, err = in_a_fresh_interpreter("generate", tmp_path / "run", "--max-new-tokens", "2", stdin="paint it red\n")
     assert "Warning" not in err and "adapted" in err
     assert byte_tokenizer().encode(out) is not None

@@ -218,6 +218,7 @@ def no_reference(monkeypatch):
     monkeypatch.setattr(decode, "reference_step", None)
 
 
+@pytest.mark.each_pair
 @compiled_only
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMS)

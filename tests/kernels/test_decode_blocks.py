@@ -75,6 +75,7 @@ def steps_of() -> list[Rows]:
     ]
 
 
+@pytest.mark.each_pair
 @compiled_only
 @pytest.mark.parametrize("name", [*FORMATS, "mixed"])
 @pytest.mark.parametrize("form", FORMS)
@@ -93,6 +94,7 @@ def test_steps_over_blocks_are_those_over_their_numbers(form, name, monkeypatch)
     assert float(expected[0].std()) > 0.01
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", FORMATS)
 def test_steps_over_blocks_are_the_reference_implementations(kernels, name):
     of, plain = in_blocks(decoder(FORM), [name])

@@ -50,6 +50,7 @@ def gradients(function, inputs, layout, **how):
     return [out.detach(), *torch.autograd.grad(out, leaves, slope.to(out))]
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("window", [None, 11])
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -106,6 +106,7 @@ def test_where_all_classes_are_likely_the_reference_is_exact(change):
     torch.testing.assert_close(slopes, expected_slopes)
 
 
+@pytest.mark.each_pair
 @compiled_only
 @pytest.mark.parametrize("change", [{}, {"biased": True}, {"softcap": 12.0}])
 def test_it_is_near_the_exact_gradient_and_its_sum_is_nearer(change, threads):
@@ -168,6 +169,7 @@ def test_the_same_bits_on_one_thread_and_on_two():
         assert torch.equal(found[0][1], other[1])
 
 
+@pytest.mark.each_pair
 @compiled_only
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 192), (50, 16), (330, 20), (330, 100), (600, 16)])

@@ -21,22 +21,21 @@ from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime import partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
-from deltaw.settings import RunConfig
 from deltaw.training.features import prompts as prompt_store
 from deltaw.training.features import store
 from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
-from deltaw.training.fit import fit, load_for
+from deltaw.training.fit import fit
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.origin import score_run
 from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.seen import resolve_invocation
-from deltaw.training.session import assemble, read_data
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
+from tests.training.runs import metrics, opened, session_of
 
 INVOCATION = [5, 7, 9]
 FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "qwen3", "neox", "phi3", "cohere")
@@ -371,13 +370,12 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_pat
     assert saved["alora_invocation_tokens"] == invocation
     told = (result.output / "run.yaml").read_text()
     assert "opens the answer in the chat template" in told and "keep_features: auto  # kept" in told
-    steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if "computed_tokens" in step]
+    steps = metrics(result.output, "computed_tokens")
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["computed_tokens"] < 0.5 * steps[0]["computed_tokens"]
 
-    opened = open_run(str(result.output), say=lambda line: None, device="cpu", precision="fp32")
-    examples, _ = opened.task.read_file(settings()["data"]["train"], opened.data, None)
+    run = opened(result.output)
+    examples, _ = run.task.read_file(settings()["data"]["train"], run.data, None)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), result.output)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     losses, labels = [0.0, 0.0], 0
@@ -386,19 +384,19 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_pat
         at = np.flatnonzero(row.is_label)
         labels += len(at)
         with torch.no_grad():
-            ours, peft, bare = (m(input_ids=ids).logits[0] for m in (opened.model, theirs.eval(), base.eval()))
+            ours, peft, bare = (m(input_ids=ids).logits[0] for m in (run.model, theirs.eval(), base.eval()))
         torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
         for number, logits in enumerate((peft, bare)):
             losses[number] -= float(logits.log_softmax(-1)[at - 1, ids[0, at]].sum())
-    score = score_run(opened, examples, max_new_tokens=4)
-    batcher, _ = choose_causal_batcher(opened.model, examples, device="cpu")
+    score = score_run(run, examples, max_new_tokens=4)
+    batcher, _ = choose_causal_batcher(run.model, examples, device="cpu")
     assert not batcher.padded  # that the adapter is on the model does not keep its rows from being packed
     assert score.metrics["loss"] == pytest.approx(losses[0] / labels, rel=1e-4)
     prompt = examples[0].tokens[: examples[0].prompt_length]
-    assert opened.not_invoked([prompt]) is None
-    assert "1 of 2 prompts do not have '<|im_start|>assistant" in opened.not_invoked([prompt, prompt[:3]])
-    with opened.base():
-        bare_score = score_run(opened, examples, max_new_tokens=4)
+    assert run.not_invoked([prompt]) is None
+    assert "1 of 2 prompts do not have '<|im_start|>assistant" in run.not_invoked([prompt, prompt[:3]])
+    with run.base():
+        bare_score = score_run(run, examples, max_new_tokens=4)
     assert bare_score.metrics["loss"] == pytest.approx(losses[1] / labels, rel=1e-4)
 
 
@@ -424,12 +422,9 @@ def test_text_and_ids_and_endings_of_plain_prompts_invoke(settings, tmp_path):
     tokenizer = byte_tokenizer()
     answer, colon = (tokenizer(text)["input_ids"] for text in ("Answer:", ":"))
     for given, expected in ((None, "? Answer:"), ("Answer:", "Answer:"), (colon, ":")):
-        config = RunConfig.read(
+        session = session_of(
             settings(data={"train": str(file), "template": "plain"}, lora={"invocation_tokens": given})
         )
-        task, data = read_data(config)
-        model = load_for(config, task, data).model
-        session = assemble(config, task, data, model, device="cpu")
         found = session.chosen["lora.invocation_tokens"]
         assert tokenizer.decode(found.value) == expected
         assert all(row.active_from == row.prompt_length - len(found.value) for row in session.data.train)

@@ -16,7 +16,6 @@ from transformers import BertConfig, BertModel
 
 from deltaw.host.kernel_choice import KernelChoice
 from deltaw.kernels import loader
-from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.variants import LEFT_OUT_BY
 from deltaw.lora import LoRAConfig, attach
@@ -34,15 +33,15 @@ from deltaw.training.approximations import (
     rows_to_look_at,
     steps_between,
 )
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit, load_for
 from deltaw.training.process import guest
-from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.session import Session
 from deltaw.training.state import ArithmeticChangedWarning
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 from tests.conftest import laid_over, write_rows
 from tests.kernels.conftest import compiled_only
 from tests.tiny_models import CAUSAL, PADDED, causal_model
+from tests.training.runs import Told, metrics, session_of
 
 GRADIENTS = "int8_gradients"
 COLUMNS = 8  # of 256 that are rescaled
@@ -78,8 +77,7 @@ def bases(tmp_path_factory):
                 initializer_range=0.05,
             ).bfloat16()
             rescale(model, factor)
-            model.save_pretrained(path)
-            byte_tokenizer().save_pretrained(path)
+            saved(model, path)
         return path
 
     return folder
@@ -108,13 +106,6 @@ def bf16_run(settings, long_rows, bases, tmp_path):
         return settings(tmp_path / name, **laid_over(plain, changes))
 
     return make
-
-
-def session_of(settings: dict, offered=APPROXIMATIONS) -> Session:
-    config = RunConfig.read(settings)
-    task, data = read_data(config)
-    loaded = load_for(config, task, data)
-    return assemble(config, task, data, loaded.model, device="cpu", offered=offered)
 
 
 def gradient(session: Session, rows) -> torch.Tensor:
@@ -223,31 +214,24 @@ def test_what_is_off_computes_with_products_in_bf16(off, bf16_run, monkeypatch):
     assert (fit(bf16_run("never")).output / ADAPTER_WEIGHTS).read_bytes() == bits[1]
 
 
-class Told(Callback):
-    """Keeps lines; after some step it rescales the base model's columns."""
+class Changing(Told):
+    """After some step it rescales the base model's columns."""
 
     def __init__(self, change_after: int | None = None, stop_after: int | None = None) -> None:
-        self.lines: list[str] = []
-        self.change_after, self.stop_after = change_after, stop_after
-        self.stopping = False
+        super().__init__(stop_after)
+        self.change_after = change_after
         self.model: torch.nn.Module | None = None
 
-    def on_line(self, line):
-        self.lines.append(line)
-
     def on_step(self, step):
+        super().on_step(step)
         if step.step == self.change_after:
             rescale(self.model, 64)
-        self.stopping = step.step == self.stop_after
-
-    def should_stop(self):
-        return self.stopping
 
 
 @compiled_only
 def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
     monkeypatch.setattr(approximations, "SHARE", 1e9)  # looked at before each step
-    told = Told(change_after=2)
+    told = Changing(change_after=2)
 
     def loading(*args, **named):
         loaded = load_for(*args, **named)
@@ -259,15 +243,14 @@ def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
     assert [line for line in told.lines if line.startswith("not approximate from step 3 on: gradients")]
     assert done.approximations["off_since_step"] == 3 and GRADIENTS not in done.approximations["used"]
     assert done.arithmetic[GRADIENTS] == "no"
-    metrics = [json.loads(line) for line in (done.output / "metrics.jsonl").read_text().splitlines()]
-    (noted,) = [line for line in metrics if "approximations" in line]
+    (noted,) = metrics(done.output, "approximations")
     assert noted["step"] == 3 and GRADIENTS not in noted["approximations"]["used"]
     assert (
         "approximate: auto  # off: gradients of frozen layers in int8: the gradient"
         in (done.output / "run.yaml").read_text()
     )
     # What no longer is approximate stays so when the run goes on.
-    again = Told()
+    again = Changing()
     longer = fit({"train": {"max_steps": 6}}, resume=done.output, callback=again)
     assert longer.approximations["used"] == [] and longer.approximations["off_since_step"] == 3
     assert not [line for line in again.lines if "approximate" in line]
@@ -301,7 +284,7 @@ def test_a_run_goes_on_as_it_computed_and_looks_no_further(bf16_run, monkeypatch
     # A setting that turns them off does, also then, and is said.
     monkeypatch.setattr(GradientCheck, "choose", chosen)
     fit(bf16_run("turned off"), callback=Told(stop_after=2))
-    told = Told()
+    told = Changing()
     with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
         off = fit(bf16_run("turned off", train={"approximate": "off"}), callback=told)
     assert off.approximations["used"] == []
@@ -359,8 +342,7 @@ def test_labels_are_looked_at_too(bf16_run, tmp_path):
         vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=64, initializer_range=0.05,
     )  # fmt: skip
-    BertModel(config).bfloat16().save_pretrained(tmp_path / "bert")
-    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    saved(BertModel(config).bfloat16(), tmp_path / "bert")
     rows = [{"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60)]
     path = write_rows(tmp_path / "labels.jsonl", rows)
     changes = {
@@ -444,8 +426,7 @@ def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp
     model = tiny_llama(vocab_size=8400, num_hidden_layers=3, initializer_range=0.1, **changes)
     with torch.no_grad():
         model.lm_head.weight.normal_(std=spread / 8)
-    model.bfloat16().save_pretrained(tmp_path / "alike")
-    byte_tokenizer().save_pretrained(tmp_path / "alike")
+    saved(model.bfloat16(), tmp_path / "alike")
     with guest():
         session = session_of(bf16_run("alike", model=str(tmp_path / "alike")), offered=["summed_classes"])
     assert (session.approximations.names == ("summed_classes",)) == taken, session.said

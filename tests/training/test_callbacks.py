@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.training.callbacks import Callback, Lines
+from tests.training.runs import metrics
 
 
 class Noted(Callback):
@@ -62,9 +62,7 @@ def test_everything_is_told_in_order(settings, tmp_path):
     assert noted.steps == [1, 2, 3, 4, 5, 6] and noted.outcome is result.outcome
     assert [step for step, _ in noted.evaluations] == [4, 6]
     assert noted.evaluations[-1][1] == result.evaluation.metrics["loss"]
-    lines = (result.output / "metrics.jsonl").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [(t["step"], t["eval"]["loss"]) for t in told if "eval" in t] == noted.evaluations
+    assert [(t["step"], t["eval"]["loss"]) for t in metrics(result.output, "eval")] == noted.evaluations
     assert (result.output / "README.md").is_file()
 
 

@@ -17,37 +17,19 @@ from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach, disabled
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.callbacks import Callback
 from deltaw.training.drift import LARGE, Drift, answers_side_by_side, drift_of, measure_drift
 from deltaw.training.evaluation import general
 from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
-from deltaw.training.origin import open_run
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.runs import Told, metrics, opened
 from tests.training.test_every_method import CHANGES, METHODS
 
 PROMPTS = MEASURED[:10]
-
-
-@pytest.fixture(scope="module")
-def roomy_folder(tmp_path_factory):
-    """A tiny model with positions enough for general prompts in bytes."""
-    folder = tmp_path_factory.mktemp("base") / "roomy"
-    tiny_llama(initializer_range=0.3, max_position_embeddings=512).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-class Heard(Callback):
-    def __init__(self):
-        self.lines = []
-
-    def on_line(self, line):
-        self.lines.append(line)
 
 
 def made_up_answers(count, vocabulary, seed=0):
@@ -118,13 +100,23 @@ def test_an_untrained_adapter_has_not_drifted():
     assert drift.same == 1 and not drift.large and len(drift.lines()) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, tmp_path):
+@pytest.fixture(scope="module")
+def bare_loss(roomy_folder):
+    """The base model's own loss on general answers: of a model that no method ever touched; and their number."""
+    bare = opened(roomy_folder)
+    rows = general_answers(bare.model, bare.tokenizer, MEASURED, identity=None)
+    return by_hand(bare.model, rows, contextlib.nullcontext)[0], len(rows)
+
+
+SELDOM = ("input", "bias", "random", "last")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in METHODS])
+def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, bare_loss, tmp_path):
     changes = {"model": str(roomy_folder), "method": method, **CHANGES.get(method, {})}
     changes["train"] = {"drift": True, "epochs": 2}
     result = fit(settings(tmp_path / "run", **changes))
-    opened = open_run(str(result.output), precision="fp32", say=lambda line: None)
-    again = drift_of(opened)
+    again = drift_of(opened(result.output))
     for name in ("base_loss", "loss", "same"):
         assert getattr(again, name) == pytest.approx(getattr(result.drift, name), rel=1e-3, abs=1e-5)
     assert again.divergence > 0
@@ -133,25 +125,21 @@ def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, tm
     else:
         assert method in ("head", "input", "last", "full")  # they keep no base model to compare with
     assert result.drift.loss != result.drift.base_loss
-    # The base model's own loss: of a model that no method ever touched.
-    bare = open_run(str(roomy_folder), precision="fp32", say=lambda line: None)
-    rows = general_answers(bare.model, bare.tokenizer, MEASURED, identity=None)
-    expected = by_hand(bare.model, rows, contextlib.nullcontext)[0]
+    expected, answers = bare_loss
     assert result.drift.base_loss == pytest.approx(expected, rel=1e-4)
-    assert json.loads(json.dumps(result.as_dict()))["drift"]["answers"] == len(rows) == result.drift.answers
-    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1] == {"step": result.outcome.steps, "drift": result.drift.as_dict()}
+    assert json.loads(json.dumps(result.as_dict()))["drift"]["answers"] == answers == result.drift.answers
+    assert metrics(result.output)[-1] == {"step": result.outcome.steps, "drift": result.drift.as_dict()}
     assert "| drift | general answers' loss" in (result.output / "README.md").read_text()
 
 
 def test_answers_side_by_side_are_the_models_own(settings, roomy_folder, tmp_path):
     run = fit(settings(tmp_path / "run", model=str(roomy_folder), train={"drift": True, "epochs": 4})).output
-    opened = open_run(str(run), precision="fp32", say=lambda line: None)
-    pairs = answers_side_by_side(opened, 3)
+    session = opened(run)
+    pairs = answers_side_by_side(session, 3)
     prompts = [pair.prompt for pair in pairs]
     assert len(pairs) == 3 and set(prompts) <= set(MEASURED)
-    with opened.base():
-        rows = general_answers(opened.model, opened.tokenizer, prompts * 3, identity=None)
+    with session.base():
+        rows = general_answers(session.model, session.tokenizer, prompts * 3, identity=None)
     assert [pair.base for pair in pairs] == [row.answer for row in rows[:3]]
 
 
@@ -228,13 +216,13 @@ def test_a_model_without_a_template_continues_plain_prompts():
 
 
 def test_what_cannot_be_measured_is_said(settings, roomy_folder, tmp_path):
-    heard = Heard()
+    heard = Told()
     result = fit(settings(tmp_path / "small", model=str(roomy_folder)), callback=heard)
     assert result.drift is None and result.as_dict()["drift"] is None
-    assert any(line.startswith("drift: not measured (a model of") for line in heard.lines)
-    heard = Heard()
+    assert "drift: not measured (a model of" in heard
+    heard = Told()
     result = fit(settings(tmp_path / "off", model=str(roomy_folder), train={"drift": False}), callback=heard)
-    assert result.drift is None and not any("drift" in line for line in heard.lines)
+    assert result.drift is None and "drift" not in heard
     with pytest.raises(NoGeneralAnswers, match="64 positions"):
         general_answers(tiny_llama(max_position_embeddings=64), byte_tokenizer(), PROMPTS, identity=None)
 
@@ -258,19 +246,17 @@ def test_keeping_general_answers_limits_drift(settings, roomy_folder, tmp_path):
     changes = {"drift": True, "epochs": 6, "learning_rate": 3e-2}
     runs = {}
     for weight in (0, 2):
-        heard = Heard()
+        heard = Told()
         runs[weight] = fit(
             settings(tmp_path / f"kept-{weight}", model=str(roomy_folder), train={**changes, "keep_general": weight}),
             callback=heard,
         )
-        assert not any("no memory plan" in line for line in heard.lines)
-        assert any(line.startswith("keep_general 2: ") for line in heard.lines) == bool(weight)
+        assert "no memory plan" not in heard
+        assert ("keep_general 2: " in heard) == bool(weight)
     without, kept = runs[0], runs[2]
     assert kept.drift.loss < without.drift.loss - 0.1
     assert kept.outcome.rows == without.outcome.rows and kept.outcome.tokens == without.outcome.tokens
-    lines = (kept.output / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["general_loss"] for line in lines[: kept.outcome.steps]]
-    assert all(loss > 0 for loss in losses)
+    assert all(line["general_loss"] > 0 for line in metrics(kept.output)[: kept.outcome.steps])
     assert "general_loss" not in (without.output / "metrics.jsonl").read_text()
 
 

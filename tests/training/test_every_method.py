@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
-
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, ViTConfig, ViTModel
 
 from deltaw.errors import UserError
-from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import fit
-from deltaw.training.origin import open_run, score_run
-from tests.byte_models import byte_tokenizer
+from deltaw.training.origin import score_run
+from tests.byte_models import saved
 from tests.conftest import laid_over, write_rows
+from tests.training.runs import adapter, fit_aloud, losses, opened
 
 METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
 CHANGES = {
@@ -25,10 +20,6 @@ CHANGES = {
     "prompt": {"prompt": {"length": 4}},
     "random": {"random": {"weights": 0.05}},
 }
-
-
-def quiet(line: str) -> None:
-    """Nobody reads along."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +35,7 @@ def bert_folder(tmp_path_factory):
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    BertModel(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(BertModel(config), folder)
 
 
 @pytest.fixture(scope="module")
@@ -109,50 +98,52 @@ def of_task(task, model, rows, output, method, **more):
 
 
 def trains_and_opens_again(settings):
-    said = Console(file=io.StringIO(), width=500)
-    result = fit(settings, callback=TerminalCallback(said))
-    opened = open_run(str(result.output), precision="fp32", device="cpu", say=quiet)
-    held_out = opened.task.read(opened.config.data, seed=0).held_out
-    again = score_run(opened, held_out).evaluation
+    result, said = fit_aloud(settings)
+    run = opened(result.output)
+    held_out = run.task.read(run.config.data, seed=0).held_out
+    again = score_run(run, held_out).evaluation
     assert again.metrics.keys() == result.evaluation.metrics.keys()
     for name, value in result.evaluation.metrics.items():
         assert again.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
-    with opened.base():
-        base = score_run(opened, held_out).evaluation.metrics
+    with run.base():
+        base = score_run(run, held_out).evaluation.metrics
     # Were nothing trained, the same numbers would come back from an empty file.
     assert base != pytest.approx(result.evaluation.metrics, rel=2e-4, nan_ok=True)
-    return result, opened, said.file.getvalue()
+    return result, run, said
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_text_to_be_generated(method, settings, tmp_path):
-    result, opened, _ = trains_and_opens_again(
+    result, run, _ = trains_and_opens_again(
         laid_over(settings(tmp_path / "run", method=method, train={"epochs": 2}), CHANGES.get(method, {}))
     )
-    assert result.trained_parameters > 0 and opened.method.name == method
+    assert result.trained_parameters > 0 and run.method.name == method
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_classes_of_text(method, bert_folder, feelings_file, tmp_path):
     settings = of_task("sequence-classification", bert_folder, feelings_file, tmp_path / "run", method)
-    result, opened, _ = trains_and_opens_again(settings)
-    assert opened.classes == ("bad", "good")
+    result, run, _ = trains_and_opens_again(settings)
+    assert run.classes == ("bad", "good")
     assert {"accuracy", "macro_f1", "matthews", "loss"} <= result.evaluation.metrics.keys()
     assert result.evaluation.confusion.sum() == 3
 
 
-@pytest.mark.parametrize("method", ["lora", "head", "bias", "random", "last", "full", "input"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "head", "random", "full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bias", "last", "input"))],
+)
 def test_classes_of_images(method, vit_folder, pixels_file, tmp_path):
     settings = of_task("image-classification", vit_folder, pixels_file, tmp_path / "run", method)
-    _, opened, _ = trains_and_opens_again(settings)
-    assert opened.classes == ("0", "1")
+    _, run, _ = trains_and_opens_again(settings)
+    assert run.classes == ("0", "1")
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_numbers(method, bert_folder, lengths_file, tmp_path):
     settings = of_task("regression", bert_folder, lengths_file, tmp_path / "run", method)
-    result, opened, _ = trains_and_opens_again(settings)
-    assert {"rmse", "pearson", "spearman"} <= result.evaluation.metrics.keys() and opened.classes is None
+    result, run, _ = trains_and_opens_again(settings)
+    assert {"rmse", "pearson", "spearman"} <= result.evaluation.metrics.keys() and run.classes is None
 
 
 def test_decoders_tell_classes_too(model_folder, feelings_file, tmp_path):
@@ -161,7 +152,7 @@ def test_decoders_tell_classes_too(model_folder, feelings_file, tmp_path):
 
 
 def test_kept_features_give_the_same_adapter(bert_folder, feelings_file, tmp_path):
-    losses = []
+    found = []
     for keep in (True, False):
         settings = of_task(
             "sequence-classification",
@@ -171,21 +162,19 @@ def test_kept_features_give_the_same_adapter(bert_folder, feelings_file, tmp_pat
             "head",
             train={"keep_features": keep, "epochs": 5},
         )
-        said = Console(file=io.StringIO(), width=500)
-        result = fit(settings, callback=TerminalCallback(said))
-        assert ("computed once" in said.file.getvalue()) is keep
-        lines = (result.output / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        result, said = fit_aloud(settings)
+        assert ("computed once" in said) is keep
+        found.append(losses(result.output))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_label_never_seen_in_training_is_refused(bert_folder, feelings_file, tmp_path):
     settings = of_task("sequence-classification", bert_folder, feelings_file, tmp_path / "run", "head")
     result = fit(settings)
-    opened = open_run(str(result.output), precision="fp32", device="cpu", say=quiet)
+    run = opened(result.output)
     other = write_rows(tmp_path / "other.jsonl", [{"text": "so so", "label": "middling"}])
     with pytest.raises(UserError, match="middling"):
-        opened.task.read_file(str(other), opened.data, opened.classes)
+        run.task.read_file(str(other), run.data, run.classes)
 
 
 def test_images_have_no_soft_prompt(vit_folder, pixels_file, tmp_path):
@@ -194,6 +183,7 @@ def test_images_have_no_soft_prompt(vit_folder, pixels_file, tmp_path):
         fit(settings)
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 @pytest.mark.parametrize("task", ["sequence-classification", "regression"])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -203,25 +193,19 @@ def test_peft_loads_the_adapter_with_its_head(
     folder = bert_folder if kind == "encoder" else model_folder
     rows = feelings_file if task == "sequence-classification" else lengths_file
     result = fit(of_task(task, folder, rows, tmp_path / "run", method))
-    opened = open_run(str(result.output), precision="fp32", device="cpu", say=quiet)
-    example = opened.example(opened.task.read(opened.config.data, seed=0).held_out[0])
-    batcher, _ = opened.task.batcher(
-        opened.model,
-        [example],
-        device="cpu",
-        tokens_per_pass="auto",
-        share="auto",
-        method_shares=True,
-        virtual_tokens=0,
+    run = opened(result.output)
+    example = run.example(run.task.read(run.config.data, seed=0).held_out[0])
+    batcher, _ = run.task.batcher(
+        run.model, [example], device="cpu", tokens_per_pass="auto", share="auto", method_shares=True, virtual_tokens=0
     )
-    objective = opened.task.objective(opened.model)
+    objective = run.task.objective(run.model)
     with torch.no_grad():
         ours = objective.predictions(next(iter(batcher.batches([example]))))
     labels = 1 if task == "regression" else 2
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
     base.config.pad_token_id = 0
     theirs = PeftModel.from_pretrained(base.eval(), result.output)
-    tokens = torch.from_numpy(example.tokens[opened.virtual_tokens :].astype("int64"))[None]
+    tokens = torch.from_numpy(example.tokens[run.virtual_tokens :].astype("int64"))[None]
     with torch.no_grad():
         logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(ours.flatten(), logits.flatten(), rtol=1e-4, atol=1e-5)
@@ -251,6 +235,6 @@ def test_lora_plus_trains_b_faster(settings, tmp_path):
     norms = []
     for ratio in (1.0, 16.0):
         result = fit(settings(tmp_path / str(ratio), train={"b_rate": ratio, "max_steps": 3}))
-        tensors = load_file(result.output / "adapter_model.safetensors")
+        tensors = adapter(result.output)
         norms.append(sum(float(t.norm()) for name, t in tensors.items() if "lora_B" in name))
     assert norms[1] > 8 * norms[0]

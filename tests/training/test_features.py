@@ -128,6 +128,7 @@ def forwards(model):
     return calls
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "cohere", "neox"])
 @pytest.mark.parametrize("way", ["shared", "flat", "padded"])
 def test_a_causal_head_trains_the_same(family, way, tmp_path):
@@ -138,6 +139,7 @@ def test_a_causal_head_trains_the_same(family, way, tmp_path):
     assert choice.value == "all but the output head"
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3", "mixtral"])
 @pytest.mark.parametrize("way", ["shared", "flat", "padded"])
 def test_adapters_on_the_upper_blocks_train_the_same(family, way, tmp_path):

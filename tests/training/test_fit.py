@@ -24,30 +24,17 @@ from deltaw.reports.progress import TerminalCallback
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit
-from deltaw.training.origin import open_run
 from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.byte_models import byte_tokenizer, tiny_gpt2
+from tests.byte_models import saved
 from tests.conftest import write_rows
 from tests.tiny_models import causal_model
-
-ADAPTER = "adapter_model.safetensors"
-
-
-def told(settings):
-    """The run's result and everything it said."""
-    said = Console(file=io.StringIO(), width=500)
-    result = fit(settings, callback=TerminalCallback(said))
-    return result, said.file.getvalue()
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from tests.training.runs import ADAPTER, fit_aloud, metrics, opened
 
 
 def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
-    result, said = told(settings(tmp_path / "run", train={"epochs": 2}))
+    result, said = fit_aloud(settings(tmp_path / "run", train={"epochs": 2}))
     assert {path.name for path in result.output.iterdir()} == {
         "README.md",
         ADAPTER,
@@ -102,14 +89,14 @@ def test_the_same_seed_gives_the_same_adapter_to_the_byte(settings, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_the_adapter_gives_the_same_logits_in_peft(finished_run, model_folder):
     tokens = torch.arange(20)[None] + 5
-    opened = open_run(str(finished_run), precision="fp32", device="cpu", say=lambda line: None)
+    run = opened(finished_run)
     with torch.no_grad():
-        ours = opened.model(tokens).logits
+        ours = run.model(tokens).logits
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         before = base(tokens).logits.clone()
         theirs = PeftModel.from_pretrained(base, str(finished_run)).eval()(tokens).logits
-        with opened.base():
-            torch.testing.assert_close(opened.model(tokens).logits, before)
+        with run.base():
+            torch.testing.assert_close(run.model(tokens).logits, before)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, before, atol=1e-2)
 
@@ -142,9 +129,8 @@ def test_a_model_that_cannot_run_flat_rows_is_trained_on_padded_ones_and_the_run
     model = tmp_path / "bloom"
     torch.manual_seed(0)
     bloom = BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0)
-    BloomForCausalLM(bloom).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    result, said = told(settings(tmp_path / "run", model=str(model), train={"epochs": 3}))
+    saved(BloomForCausalLM(bloom), model)
+    result, said = fit_aloud(settings(tmp_path / "run", model=str(model), train={"epochs": 3}))
     assert "padded rows" in said and "common beginnings" not in said
     losses = [line["loss"] for line in metrics(result.output) if "loss" in line]
     assert losses[-1] < losses[0]
@@ -152,10 +138,10 @@ def test_a_model_that_cannot_run_flat_rows_is_trained_on_padded_ones_and_the_run
 
 
 def test_dropout_turns_sharing_off_unless_it_is_asked_for(settings, tmp_path):
-    result, said = told(settings(tmp_path / "run", lora={"dropout": 0.1}))
+    result, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}))
     assert "common beginnings" not in said
     assert "share_prefixes: auto  # False: dropout would" in (result.output / "run.yaml").read_text()
-    shared, said = told(settings(tmp_path / "run", lora={"dropout": 0.1}, train={"share_prefixes": True}))
+    shared, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}, train={"share_prefixes": True}))
     assert "shared prefixes computed once" in said
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
 
@@ -169,7 +155,7 @@ def test_dropout_changes_the_training(settings, tmp_path):
 
 
 def test_a_run_in_bf16_trains_factors_in_fp32(settings, tmp_path):
-    result, said = told(settings(tmp_path / "run", precision="bf16", train={"epochs": 3}))
+    result, said = fit_aloud(settings(tmp_path / "run", precision="bf16", train={"epochs": 3}))
     assert "precision: bf16" in said
     losses = [line["loss"] for line in metrics(result.output) if "loss" in line]
     assert losses[-1] < losses[0]
@@ -231,13 +217,10 @@ def test_weights_that_are_infinite_are_noticed_at_the_first_step(settings, model
     assert not any(t.any() for name, t in factors.items() if "lora_B" in name)
 
 
-def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written(settings, tmp_path):
-    model = tmp_path / "gpt2"
-    tiny_gpt2().save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written(settings, tmp_path, gpt2_folder):
     rows = write_rows(tmp_path / "long.jsonl", [{"text": "a" * 200}, {"text": "b" * 20}])
     for share in (None, 1):
         with pytest.raises(UserError, match="128 positions") as refused:
-            fit(settings(tmp_path / "run", model=str(model), data={"train": str(rows), "eval": share}))
+            fit(settings(tmp_path / "run", model=str(gpt2_folder), data={"train": str(rows), "eval": share}))
         assert "data.max_length: 128" in (refused.value.hint or "")
     assert not (tmp_path / "run").exists()

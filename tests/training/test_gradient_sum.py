@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.training.parallel import group as gradient_sum
 from deltaw.training.parallel.group import GradientSum, _ranges
 from deltaw.training.state import MasterWeights
+from tests.training.parallel_runs import needs_gloo
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(autouse=True)

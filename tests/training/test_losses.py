@@ -75,6 +75,7 @@ def adapted(family, method, seed=0):
 METHODS = {"frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)), "trained head": lambda: Full(None)}
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
 @pytest.mark.parametrize("way", ["shared", "apart", "padded"])

@@ -1,5 +1,5 @@
 """Several processes that train as one: the same losses and factors, what travels, and what becomes of the
-run where a process is lost. Each test but the first starts processes of its own, which takes seconds."""
+run where a process is lost."""
 
 from __future__ import annotations
 
@@ -15,108 +15,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
 
 from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import deal
 from deltaw.training.parallel.joining import told
 from tests.conftest import write_rows
 from tests.kernels.conftest import compiled_only
-
-ADAPTER = "adapter_model.safetensors"
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+from tests.training.parallel_runs import (
+    assert_same_run,
+    ended,
+    free_port,
+    needs_gloo,
+    start,
+    train,
+    train_all,
+    train_two,
+    trains_as_one,
+    write_settings,
 )
+from tests.training.runs import ADAPTER, Told, adapter, metrics
 
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str) -> subprocess.Popen:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DELTAW_PEER_SECONDS": "120",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-        **extra,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.parallel_worker", *map(str, arguments)],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(processes) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each; none is left behind."""
-    try:
-        told = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, told, strict=True)]
-
-
-def write_settings(path: Path, settings: dict) -> Path:
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def train(path: Path, size: int, **extra: str) -> list[tuple[int, str, str]]:
-    port = free_port()
-    return ended([start(rank, size, port, ["train", path], **extra) for rank in range(size)])
-
-
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    """Eleven rows of 8 to 70 tokens, most of which begin alike, and four others to evaluate on."""
-    folder = tmp_path_factory.mktemp("uneven")
-    rows = [{"prompt": f"say {'very ' * (n % 4)}{n}", "completion": "word " * (1 + 5 * n % 9)} for n in range(15)]
-    return write_rows(folder / "train.jsonl", rows[:11]), write_rows(folder / "eval.jsonl", rows[11:])
-
-
-def of(settings, uneven, output: Path, **changes) -> dict:
-    made = settings(output, data={"train": str(uneven[0]), "eval": str(uneven[1])}, **changes)
-    made["train"] |= {"batch_size": 5, "epochs": 2, "eval_every": 2, "checkpoint_every": 1, "samples": 1}
-    return made
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Losses, evaluations and factors agree up to the order of sums in fp32."""
-    ours, theirs = metrics(one), metrics(other)
-    assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        for key in ("loss", "gradient_norm", "learning_rate"):
-            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5)
-        for key in ("step", "rows", "tokens", "label_tokens"):
-            assert a.get(key) == b.get(key)
-        if "eval" in a:
-            assert a["eval"] == pytest.approx(b["eval"], rel=1e-5)
-    factors, expected = load_file(one / ADAPTER), load_file(other / ADAPTER)
-    assert factors.keys() == expected.keys()
-    norm = torch.cat([t.flatten() for t in expected.values()]).norm()
-    off = torch.cat([(factors[name] - expected[name]).flatten() for name in expected]).norm()
-    assert off <= 1e-5 * norm
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = needs_gloo
 
 
 def example(tokens) -> Example:
@@ -173,37 +95,31 @@ def test_a_call_in_python_does_not_train_once_in_each_process(settings, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_as_one_and_only_factors_travel(settings, uneven, tmp_path):
-    fit(of(settings, uneven, tmp_path / "one"))
+def test_two_processes_train_as_one_and_only_factors_travel(of, tmp_path):
+    fit(of(tmp_path / "one"))
     counted = tmp_path / "counted"
-    path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "two"))
+    path = write_settings(tmp_path / "run.yaml", of(tmp_path / "two"))
     zero, one = train(path, 2, COUNTED=str(counted))
     assert zero[0] == 0 and one == (0, "", ""), (zero, one)
     assert "2 processes" in zero[1]
     assert_same_run(tmp_path / "two", tmp_path / "one")
     sums = [json.loads(line) for line in counted.read_text().splitlines()]
-    factors = sum(t.numel() * 4 for t in load_file(tmp_path / "one" / ADAPTER).values())
+    factors = sum(t.numel() * 4 for t in adapter(tmp_path / "one").values())
     ranges = [size for dtype, size in sums if dtype == "torch.float32"]
     assert sum(ranges) == factors * 2 * 6 and len(ranges) > 2 * 6  # both processes, six steps
     assert all(size <= 64 for dtype, size in sums if dtype == "torch.float64")
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one_though_a_step_has_fewer_rows(settings, uneven, tmp_path):
-    fit(of(settings, uneven, tmp_path / "one"))
-    path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "four"))
-    told = train(path, 4)
-    assert [status for status, *_ in told] == [0, 0, 0, 0], told
-    assert_same_run(tmp_path / "four", tmp_path / "one")
+def test_four_processes_train_as_one_though_a_step_has_fewer_rows(of, tmp_path):
+    trains_as_one(of(tmp_path / "one"), of(tmp_path / "four"), 4)
 
 
-def test_a_killed_process_leaves_a_checkpoint_and_another_number_goes_on(settings, uneven, tmp_path):
-    fit(of(settings, uneven, tmp_path / "whole"))
-    made = of(settings, uneven, tmp_path / "run")
-    made["train"] |= {"checkpoint_every": 1000}  # none is due before the process is lost
+def test_a_killed_process_leaves_a_checkpoint_and_another_number_goes_on(of, tmp_path):
+    fit(of(tmp_path / "whole"))
+    made = of(tmp_path / "run", train={"checkpoint_every": 1000})  # none is due before the process is lost
     path = write_settings(tmp_path / "run.yaml", made)
-    port = free_port()
-    zero, one = ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DIES_AT="3")])
+    zero, one = train_two(path, DIES_AT="3")
     assert one[0] == -9 and zero[0] == 2, (zero, one)
     assert "another of the 2 processes ended" in zero[2] and "Traceback" not in zero[2]
     assert max(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")) == "step-000003"
@@ -213,21 +129,11 @@ def test_a_killed_process_leaves_a_checkpoint_and_another_number_goes_on(setting
 
 
 @pytest.mark.slow
-def test_a_run_of_one_goes_on_with_two_processes(settings, uneven, tmp_path):
-    class AfterTwo(Callback):
-        steps = 0
-
-        def on_step(self, step):
-            self.steps = step.step
-
-        def should_stop(self):
-            return self.steps == 2
-
-    fit(of(settings, uneven, tmp_path / "whole"))
-    made = of(settings, uneven, tmp_path / "run")
-    assert fit(made, callback=AfterTwo()).interrupted
-    told = train(write_settings(tmp_path / "run.yaml", made), 2)
-    assert [status for status, *_ in told] == [0, 0], told
+def test_a_run_of_one_goes_on_with_two_processes(of, tmp_path):
+    fit(of(tmp_path / "whole"))
+    made = of(tmp_path / "run")
+    assert fit(made, callback=Told(stop_after=2)).interrupted
+    train_all(write_settings(tmp_path / "run.yaml", made))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -265,7 +171,7 @@ def test_other_verbs_are_refused_by_name(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_path):
+def test_rows_that_differ_between_processes_are_refused(settings, tmp_path):
     """As where each node has a file of its own."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
@@ -281,10 +187,9 @@ def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_pa
 
 
 @compiled_only
-def test_a_process_that_is_told_to_compute_otherwise_is_refused(settings, uneven, tmp_path):
-    path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "run"))
-    port = free_port()
-    zero, one = ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DELTAW_KERNELS="none")])
+def test_a_process_that_is_told_to_compute_otherwise_is_refused(of, tmp_path):
+    path = write_settings(tmp_path / "run.yaml", of(tmp_path / "run"))
+    zero, one = train_two(path, DELTAW_KERNELS="none")
     assert one[0] == 2 and "process 1 of 2: it computes with no kernels" in one[2], (zero, one)
     assert "DELTAW_KERNELS=none is set there" in one[2] and "Traceback" not in one[2]
     assert zero[0] == 2 and not (tmp_path / "run").exists()
@@ -292,7 +197,7 @@ def test_a_process_that_is_told_to_compute_otherwise_is_refused(settings, uneven
 
 @pytest.mark.slow
 @compiled_only
-def test_all_processes_compute_as_the_first_from_the_start_and_later(settings, uneven, tmp_path):
+def test_all_processes_compute_as_the_first_from_the_start_and_later(of, tmp_path):
     """A processor that would choose other products takes those of process 0, which takes those that the run
     began with."""
     rates = {
@@ -303,7 +208,7 @@ def test_all_processes_compute_as_the_first_from_the_start_and_later(settings, u
     otherwise = json.dumps({"*": rates})
 
     def run(name: str, measured: list[dict[str, str]], **extra: str) -> dict:
-        made = of(settings, uneven, tmp_path / name, precision="bf16")
+        made = of(tmp_path / name, precision="bf16")
         path = write_settings(tmp_path / f"{name}.yaml", made)
         port = free_port()
         pair = [start(rank, 2, port, ["train", path, "--json"], **env, **extra) for rank, env in enumerate(measured)]
@@ -327,9 +232,9 @@ def test_all_processes_compute_as_the_first_from_the_start_and_later(settings, u
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step(settings, uneven, tmp_path):
-    made = of(settings, uneven, tmp_path / "run")
-    made["train"] |= {"epochs": 5000, "eval_every": None, "checkpoint_every": None, "samples": 0}
+def test_a_signal_to_one_process_stops_all_after_the_same_step(of, tmp_path):
+    rarely = {"epochs": 5000, "eval_every": None, "checkpoint_every": None, "samples": 0}
+    made = of(tmp_path / "run", train=rarely)
     path = write_settings(tmp_path / "run.yaml", made)
     port = free_port()
     both = [start(rank, 2, port, ["train", path]) for rank in range(2)]
@@ -352,12 +257,8 @@ def test_a_classifier_trains_and_is_evaluated_by_two_processes(settings, tmp_pat
     made = settings(tmp_path / "one", task="sequence-classification")
     made["data"] = {"train": str(file), "eval": 5}
     made["train"] |= {"batch_size": 4, "epochs": 2, "eval_every": 1, "adapter": "best"}
-    one = fit(made)
-    path = write_settings(tmp_path / "run.yaml", made | {"output": str(tmp_path / "two")})
-    told = train(path, 2)
-    assert [status for status, *_ in told] == [0, 0], told
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    assert one.evaluation.metrics
+    trains_as_one(made, made | {"output": str(tmp_path / "two")})
+    assert "accuracy" in metrics(tmp_path / "one", "eval")[-1]["eval"]
 
 
 @contextlib.contextmanager
@@ -390,9 +291,9 @@ def two_hosts():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs the command ip, of Linux")
-def test_two_hosts_started_by_torchrun_train_as_one(settings, uneven, tmp_path):
-    fit(of(settings, uneven, tmp_path / "one"))
-    path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "two"))
+def test_two_hosts_started_by_torchrun_train_as_one(of, tmp_path):
+    fit(of(tmp_path / "one"))
+    path = write_settings(tmp_path / "run.yaml", of(tmp_path / "two"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     with two_hosts() as hosts:
         both = [

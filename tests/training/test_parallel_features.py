@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from deltaw.errors import UserError
 from deltaw.training.features import store as stores
@@ -12,9 +13,9 @@ from deltaw.training.features.store import Shape, open_store
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import Group
 from tests.conftest import laid_over, write_rows
-from tests.training.test_parallel import assert_same_run, of, pytestmark, train, uneven, write_settings
+from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, write_settings
 
-__all__ = ["pytestmark", "uneven"]
+pytestmark = needs_gloo
 KINDS = {
     "every token": {"lora": {"layers": [1]}},
     "predictors": {"method": "head"},
@@ -24,9 +25,8 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_share_the_features_of_a_machine_and_train_as_one(settings, uneven, tmp_path, kind, monkeypatch):
-    made = laid_over(of(settings, uneven, tmp_path / "one"), KINDS[kind])
-    made["train"] |= {"keep_features": True, "samples": 0}
+def test_two_processes_share_the_features_of_a_machine_and_train_as_one(of, tmp_path, kind, monkeypatch):
+    made = of(tmp_path / "one", **laid_over(KINDS[kind], {"train": {"keep_features": True, "samples": 0}}))
     if kind == "head":
         rows = [{"text": "word " * (1 + n % 7) + "no" * (n % 2), "label": "ab"[n % 2]} for n in range(14)]
         made["data"] = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 5}
@@ -34,9 +34,7 @@ def test_two_processes_share_the_features_of_a_machine_and_train_as_one(settings
     fit(made)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of two"))
     path = write_settings(tmp_path / "run.yaml", made | {"output": str(tmp_path / "two")})
-    told = train(path, 2)
-    assert [status for status, *_ in told] == [0, 0], told
-    assert "features computed once for each row" in told[0][1]
+    assert "features computed once for each row" in train_all(path)[0]
     assert_same_run(tmp_path / "two", tmp_path / "one")
     (one,), (two,) = (
         [p for p in (tmp_path / name / "features").iterdir() if p.is_dir()] for name in ("of one", "of two")
@@ -61,8 +59,6 @@ class Told(Group):
 
 
 def test_what_one_process_stores_another_reads_and_marks(tmp_path):
-    import torch
-
     shape, texts = Shape.of(4, 8, 3, torch.float32), {}
     lead, other = Sharing(Told(0, texts)), Sharing(Told(1, texts))
     assert lead.leads and not other.leads

@@ -22,11 +22,19 @@ from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
-from tests.training.test_parallel import assert_same_run, ended, free_port, metrics, start, train, write_settings
-
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+from tests.training.parallel_runs import (
+    assert_same_run,
+    ended,
+    free_port,
+    needs_gloo,
+    start,
+    train_all,
+    trains_as_one,
+    write_settings,
 )
+from tests.training.runs import metrics
+
+pytestmark = needs_gloo
 KINDS = {
     "dpo": {"task": "preference", "preference": {"loss": "dpo", "label_smoothing": 0.1}},
     "ipo": {"task": "preference", "preference": {"loss": "ipo"}},
@@ -86,11 +94,8 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 
 def compared(made, kind: str, folder: Path, size: int, **of_train) -> None:
-    fit(made(kind, folder / "one", **of_train))
-    path = write_settings(folder / "run.yaml", made(kind, folder / "several", **of_train))
-    told = train(path, size)
-    assert [status for status, *_ in told] == [0] * size, told
-    assert_same_training(folder / "several", folder / "one")
+    one, several = (made(kind, folder / name, **of_train) for name in ("one", "several"))
+    trains_as_one(one, several, size, same=assert_same_training)
     if kind == "kto":  # else its distance, bounded by 0, would say nothing
         assert max(line.get("kl", 0.0) for line in metrics(folder / "one")) > 1e-2
 
@@ -121,8 +126,7 @@ def test_a_run_whose_process_was_killed_goes_on_with_another_number(made, tmp_pa
     told = ended([start(rank, 2, port, ["train", path], **dying.get(rank, {})) for rank in range(2)])
     assert told[killed][0] == -signal.SIGKILL and told[1 - killed][0] == 2, told
     if size > 1:
-        told = train(path, size)
-        assert [status for status, *_ in told] == [0] * size, told
+        train_all(path, size)
     else:
         assert fit(path).resumed_from_step in (2, 3)
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]

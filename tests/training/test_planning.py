@@ -5,7 +5,6 @@ The models are small, but large enough that tensors outweigh what a kernel takes
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -17,7 +16,6 @@ from typing import NamedTuple
 import pytest
 import safetensors
 import torch
-from rich.console import Console
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig, ViTModel
 
@@ -27,15 +25,15 @@ from deltaw.kernels import loader
 from deltaw.lora.stored import weight_scales
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import KINDS, PHASES, Plan
-from deltaw.reports.progress import TerminalCallback
 from deltaw.settings import RunConfig
-from deltaw.training.fit import Result, fit, load_for, read_data
+from deltaw.training.fit import fit, load_for, read_data
 from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
 from deltaw.working import listening
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import byte_tokenizer, saved, tiny_llama
 from tests.conftest import RATES, laid_over, write_rows
+from tests.training.runs import fit_aloud, outcome
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 TASKS = {"llama": "causal-lm", "bert": "sequence-classification", "vit": "image-classification"}
@@ -294,8 +292,7 @@ def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
 @pytest.fixture(scope="module")
 def wordy(folders):
     """A model with a large vocabulary."""
-    tiny_llama(**SHAPE, vocab_size=6000).save_pretrained(folders / "wordy")
-    byte_tokenizer().save_pretrained(folders / "wordy")
+    saved(tiny_llama(**SHAPE, vocab_size=6000), folders / "wordy")
     return str(folders / "wordy")
 
 
@@ -349,8 +346,7 @@ def test_no_weight_is_read(family, config_of, folders, tmp_path, monkeypatch):
 
 
 def test_a_pooler_that_the_files_do_not_hold_is_trained_and_planned(config_of, tmp_path):
-    BertModel(BertConfig(vocab_size=259, **SHAPE), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    saved(BertModel(BertConfig(vocab_size=259, **SHAPE), add_pooling_layer=False), tmp_path / "bert")
     plan, _, total, trained = compare(config_of("bert", "head", model=str(tmp_path / "bert")))
     width = SHAPE["hidden_size"]
     assert (plan.total_parameters, plan.trained_parameters) == (total, trained)
@@ -381,21 +377,13 @@ def test_the_dry_run_does_not_tell_of_evaluations_and_drift(config_of):
 # --- a run begins with its plan --------------------------------------------------------------------------
 
 
-def trained(settings: dict) -> tuple[Result, str]:
-    said = Console(file=io.StringIO(), width=500)
-    return fit(settings, callback=TerminalCallback(said)), said.file.getvalue()
-
-
-def weights(run: Path) -> bytes:
-    return (run / "adapter_model.safetensors").read_bytes()
-
-
 def cannot_be_simulated(*_: object, **__: object) -> Plan:
     raise RuntimeError("a kernel without a shape")
 
 
+@pytest.mark.planned
 def test_a_run_says_its_plan_and_is_the_same_without_one(settings, tmp_path, monkeypatch):
-    result, said = trained(settings(tmp_path / "with"))
+    result, said = fit_aloud(settings(tmp_path / "with"))
     assert "planned memory: " in said and "most of it: " in said
     told = json.loads(json.dumps(result.as_dict()))
     assert type(told["planned_memory_bytes"]) is int
@@ -403,10 +391,10 @@ def test_a_run_says_its_plan_and_is_the_same_without_one(settings, tmp_path, mon
     assert told["trained_parameters"] == result.plan.trained_parameters
 
     monkeypatch.setattr("deltaw.training.fit.plan_run", cannot_be_simulated)
-    result, said = trained(settings(tmp_path / "without"))
+    result, said = fit_aloud(settings(tmp_path / "without"))
     assert "no memory plan" in said and "a kernel without a shape" in said and "planned memory" not in said
     assert result.plan is None and result.as_dict()["planned_memory_bytes"] is None
-    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
 
 
 def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(settings, tmp_path, monkeypatch):
@@ -415,10 +403,11 @@ def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(set
         fit(settings(tmp_path / "run"))
     assert "force" in refused.value.hint and "--budget" in refused.value.hint
     assert not list(tmp_path.iterdir())
-    result, said = trained(settings(tmp_path / "run", force=True))
-    assert "of 1 kB" in said and weights(result.output)
+    result, said = fit_aloud(settings(tmp_path / "run", force=True))
+    assert "of 1 kB" in said and outcome(result.output)
 
 
+@pytest.mark.planned
 def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_path, monkeypatch):
     def load(*_: object, **__: object) -> PreTrainedModel:
         raise AssertionError("the model was loaded")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,16 +17,16 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.losses import PreferenceLoss, log1mexp
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.origin import score_run
 from deltaw.training.session import Session
 from deltaw.training.tasks.causal import PreferenceTask
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
+from tests.training.runs import Told, losses, metrics, opened
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_losses import METHODS, adapted, gradients, log_prob, pairs
 
@@ -243,10 +242,6 @@ def preferring(settings, pairs_file):
     return make
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
 def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_path, loss):
     train = {"epochs": 12, "eval_every": 1}
@@ -266,24 +261,24 @@ def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_pa
 
 def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
     result = fit(preferring(tmp_path / "run", train={"epochs": 6}))
-    opened = open_run(str(result.output), precision="fp32", device="cpu", say=lambda line: None)
-    assert isinstance(opened.task, PreferenceTask) and opened.task.writes_text
-    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
-    exact = open_run(str(model_folder), precision="fp32", device="cpu", say=lambda line: None).model
+    run = opened(result.output)
+    assert isinstance(run.task, PreferenceTask) and run.task.writes_text
+    held_out = run.task.read(run.config.data, seed=run.config.data_seed).held_out
+    exact = opened(model_folder).model
     alone = CausalMicroBatcher(10_000, False, False, "cpu")
-    with opened.base():
-        referenced = opened.task.referenced(opened.model, held_out, alone)
+    with run.base():
+        referenced = run.task.referenced(run.model, held_out, alone)
     with torch.no_grad():
         base = [[float(log_prob(exact, row)) for row in pair.rows] for pair in held_out]
-        adapted_sums = [[float(log_prob(opened.model, row)) for row in pair.rows] for pair in held_out]
+        adapted_sums = [[float(log_prob(run.model, row)) for row in pair.rows] for pair in held_out]
     found = [[row.reference for row in pair.rows] for pair in referenced]
     assert np.array(found) == pytest.approx(np.array(base), rel=1e-5)
     margins = 0.1 * ((np.array(adapted_sums) - base) @ [1, -1])
-    score = score_run(opened, held_out).evaluation.metrics
+    score = score_run(run, held_out).evaluation.metrics
     assert score["margin"] == pytest.approx(margins.mean(), rel=1e-4)
     assert score["margin"] == pytest.approx(result.evaluation.metrics["margin"], rel=1e-4)
-    with opened.base():
-        at_base = score_run(opened, held_out).evaluation.metrics
+    with run.base():
+        at_base = score_run(run, held_out).evaluation.metrics
     assert at_base["accuracy"] == 0.5 and at_base["margin"] == 0 and abs(margins.mean()) > 0.05
 
 
@@ -291,10 +286,9 @@ def test_prefixes_computed_once_and_microbatches_change_no_run(preferring, tmp_p
     runs = {}
     for name, train in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
         runs[name] = fit(preferring(tmp_path / name, train={"epochs": 3, **train})).output
-    one = [line["loss"] for line in metrics(runs["one"]) if "loss" in line]
+    one = losses(runs["one"])
     for name in ("small", "apart"):
-        other = [line["loss"] for line in metrics(runs[name]) if "loss" in line]
-        assert other == pytest.approx(one, rel=1e-4), name
+        assert losses(runs[name]) == pytest.approx(one, rel=1e-4), name
     computed = {name: metrics(run)[0]["computed_tokens"] for name, run in runs.items()}
     assert computed["one"] < 0.6 * computed["apart"]
 
@@ -305,18 +299,7 @@ def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, lo
     given = {"train": train, "preference": {"loss": loss}}
     fit(preferring(tmp_path / "whole", **given))
     run = tmp_path / "run"
-
-    class Stop(Callback):
-        def __init__(self):
-            self.steps = 0
-
-        def on_step(self, step):
-            self.steps += 1
-
-        def should_stop(self):
-            return self.steps >= 5
-
-    assert fit(preferring(run, **given), callback=Stop()).interrupted
+    assert fit(preferring(run, **given), callback=Told(stop_after=5)).interrupted
     done = fit(preferring(run, **given))
     assert done.resumed_from_step >= 4
     assert_same_run(run, tmp_path / "whole")

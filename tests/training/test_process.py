@@ -33,6 +33,14 @@ def everything():
     }
 
 
+@pytest.fixture(autouse=True)
+def _nothing_frozen():
+    """The tests' own objects are frozen for speed; with any, a run freezes none."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 @pytest.fixture
 def own_process():
     """A process with choices of its own, which differ from what a run chooses."""

@@ -4,7 +4,6 @@ weights that the blocks stand for."""
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 
 import pytest
@@ -25,8 +24,9 @@ from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.training.fit import fit
 from deltaw.training.origin import open_run
 from deltaw.training.planning.plan_run import plan
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 from tests.hub.test_gguf import write_gguf
+from tests.training.runs import losses
 
 BF16 = 2.0**-8
 
@@ -42,14 +42,7 @@ def gguf_file(tmp_path_factory):
 def wide_folder(tmp_path_factory):
     """A Llama whose rows divide into NF4's blocks."""
     folder = tmp_path_factory.mktemp("wide") / "model"
-    tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if "computed_tokens" in entry]
+    return saved(tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.2), folder)
 
 
 def short(settings, folder, model, precision, **changes):
@@ -134,8 +127,7 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
             changed += not torch.equal(weight, module.plain_weight())
             weight.data.copy_(module.plain_weight())
     assert changed == 14
-    plain.save_pretrained(tmp_path / "rounded")
-    byte_tokenizer().save_pretrained(tmp_path / "rounded")
+    saved(plain, tmp_path / "rounded")
     ours = fit(short(settings, tmp_path / "nf4", wide_folder, "nf4")).output
     own = fit(short(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16")).output
     assert losses(ours) == pytest.approx(losses(own), rel=1e-2)

@@ -21,6 +21,7 @@ from deltaw.training.origin import open_run, score_run
 from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
+from tests.training.runs import metrics
 from tests.training.test_label_objective import model_of
 from tests.training.test_losses import gradients
 
@@ -151,10 +152,9 @@ def test_a_run_learns_which_answer_is_better_and_is_read_again(kind, settings, t
             train={"epochs": 25, "eval_every": 1},
         )
     )
-    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    evals = [line["eval"] for line in lines if "eval" in line]
+    evals = [line["eval"] for line in metrics(result.output, "eval")]
     assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["accuracy"] == 1
-    steps = [line for line in lines if "learning_rate" in line]
+    steps = metrics(result.output, "learning_rate")
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
     settings_of_adapter = json.loads((result.output / "adapter_config.json").read_text())
     assert settings_of_adapter["task_type"] == "SEQ_CLS" and settings_of_adapter["modules_to_save"]

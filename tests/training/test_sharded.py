@@ -18,46 +18,34 @@ from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
 from deltaw.kernels import loader
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.parallel.joining import as_sharded
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
-from tests.conftest import write_rows
-from tests.training.test_parallel import (
-    ADAPTER,
+from tests.conftest import laid_over, write_rows
+from tests.training.parallel_runs import (
     assert_same_run,
-    ended,
-    free_port,
-    metrics,
-    of,
-    pytestmark,
-    start,
+    needs_gloo,
     train,
-    uneven,
+    train_all,
+    train_two,
+    trains_as_one,
     write_settings,
 )
+from tests.training.runs import Told, adapter, losses, metrics
 
-__all__ = ["pytestmark", "uneven"]
-
-
-def sharded(settings, uneven, output, **changes) -> dict:
-    made = of(settings, uneven, output, **changes)
-    made["train"] |= {"sharding": "base"}
-    return made
+pytestmark = needs_gloo
 
 
-def test_two_processes_with_half_of_the_base_each_train_as_one(settings, uneven, tmp_path):
+@pytest.fixture
+def sharded(of):
+    return lambda output, **changes: of(output, **laid_over({"train": {"sharding": "base"}}, changes))
+
+
+def test_two_processes_with_half_of_the_base_each_train_as_one(of, sharded, tmp_path):
     """Microbatches of few tokens, so that one process has more of them than the other."""
-    made = of(settings, uneven, tmp_path / "one")
-    made["train"] |= {"tokens_per_pass": 60}
-    fit(made)
-    divided = sharded(settings, uneven, tmp_path / "two")
-    divided["train"] |= {"tokens_per_pass": 60}
-    held = tmp_path / "held"
-    zero, one = train(write_settings(tmp_path / "run.yaml", divided), 2, HELD=str(held))
-    assert zero[0] == 0 and one == (0, "", ""), (zero, one)
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    few, held = {"train": {"tokens_per_pass": 60}}, tmp_path / "held"
+    trains_as_one(of(tmp_path / "one", **few), sharded(tmp_path / "two", **few), HELD=str(held))
     shares = [json.loads(line) for line in held.read_text().splitlines()]
     divided = [fused for own, whole, fused in shares if own <= 0.51 * whole]
     assert divided == [True] * (2 * 6)  # six steps; others are of the dry run
@@ -65,78 +53,56 @@ def test_two_processes_with_half_of_the_base_each_train_as_one(settings, uneven,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_four_processes_and_blocks_that_run_twice(settings, uneven, tmp_path, checkpointing):
-    made = of(settings, uneven, tmp_path / "one")
-    made["train"] |= {"checkpointing": checkpointing}
-    fit(made)
-    made = sharded(settings, uneven, tmp_path / "four")
-    made["train"] |= {"checkpointing": checkpointing}
-    told = train(write_settings(tmp_path / "run.yaml", made), 4)
-    assert [status for status, *_ in told] == [0, 0, 0, 0], told
-    assert_same_run(tmp_path / "four", tmp_path / "one")
+def test_four_processes_and_blocks_that_run_twice(of, sharded, tmp_path, checkpointing):
+    twice = {"train": {"checkpointing": checkpointing}}
+    trains_as_one(of(tmp_path / "one", **twice), sharded(tmp_path / "four", **twice), 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
-def test_weights_are_divided_as_they_are_stored(settings, uneven, tmp_path, precision):
+def test_weights_are_divided_as_they_are_stored(of, sharded, tmp_path, precision):
     """Each process rounds less exactly than fp32; losses agree as far as that."""
-    fit(of(settings, uneven, tmp_path / "one", precision=precision))
-    made = sharded(settings, uneven, tmp_path / "two", precision=precision)
+
+    def agree(two, one):
+        assert losses(two) == pytest.approx(losses(one), rel=2e-2)
+        assert adapter(two).keys() == adapter(one).keys()
+
+    one, two = (made(tmp_path / name, precision=precision) for made, name in ((of, "one"), (sharded, "two")))
     held = tmp_path / "held"
-    told = train(write_settings(tmp_path / "run.yaml", made), 2, HELD=str(held))
-    assert [status for status, *_ in told] == [0, 0], told
+    said = trains_as_one(one, two, same=agree, HELD=str(held))
     if precision == "bf16" and loader.library() is not None:  # compared with fp32 a gathered block at a time
-        assert "\napproximate: gradients of frozen layers in int8" in told[0][1], told[0][1]
-    ours, theirs = ([x["loss"] for x in metrics(tmp_path / f) if "loss" in x] for f in ("two", "one"))
-    assert ours == pytest.approx(theirs, rel=2e-2)
+        assert "\napproximate: gradients of frozen layers in int8" in said, said
     shares = [json.loads(line) for line in held.read_text().splitlines()]
     assert sum(own <= 0.51 * whole for own, whole, _ in shares) == 2 * 6
-    assert load_file(tmp_path / "two" / ADAPTER).keys() == load_file(tmp_path / "one" / ADAPTER).keys()
 
 
 @pytest.mark.slow
-def test_a_killed_process_and_another_number_without_sharding(settings, uneven, tmp_path):
-    fit(of(settings, uneven, tmp_path / "whole"))
-    made = sharded(settings, uneven, tmp_path / "run")
-    made["train"] |= {"checkpoint_every": 1000}
+def test_a_killed_process_and_another_number_without_sharding(of, sharded, tmp_path):
+    fit(of(tmp_path / "whole"))
+    made = sharded(tmp_path / "run", train={"checkpoint_every": 1000})
     path = write_settings(tmp_path / "run.yaml", made)
-    port = free_port()
-    zero, one = ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DIES_AT="3")])
+    zero, one = train_two(path, DIES_AT="3")
     assert one[0] == -9 and zero[0] == 2, (zero, one)
     assert "another of the 2 processes ended" in zero[2] and "Traceback" not in zero[2]
-    told = train(path, 3)
-    assert [status for status, *_ in told] == [0, 0, 0], told
-    assert "goes on from step 3" in told[0][1]
+    assert "goes on from step 3" in train_all(path, 3)[0]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     # One process, and the whole model in it, takes the same run further.
     assert fit(made | {"output": str(tmp_path / "run")}, fresh=True).resumed_from_step is None
 
 
 @pytest.mark.slow
-def test_answers_and_drift_gather_while_the_others_wait(settings, uneven, tmp_path):
+def test_answers_and_drift_gather_while_the_others_wait(sharded, tmp_path):
     """Process 0 writes answers by itself: each gathering is ordered."""
-    made = sharded(settings, uneven, tmp_path / "run")
-    made["train"] |= {"eval_answers": 2, "samples": 2}
-    told = train(write_settings(tmp_path / "run.yaml", made), 2)
-    assert [status for status, *_ in told] == [0, 0], told
+    made = sharded(tmp_path / "run", train={"eval_answers": 2, "samples": 2})
+    train_all(write_settings(tmp_path / "run.yaml", made))
     assert any("written_exact_match" in line.get("eval", {}) for line in metrics(tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_run_is_refused_in_words(settings, uneven, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_in_words(sharded, tmp_path):
     """Of other rows, and of another model: by process 0, before it writes; the others end with it."""
-
-    class AfterTwo(Callback):
-        steps = 0
-
-        def on_step(self, step):
-            self.steps = step.step
-
-        def should_stop(self):
-            return self.steps == 2
-
-    made = sharded(settings, uneven, tmp_path / "run")
-    assert fit(made, callback=AfterTwo()).interrupted
+    made = sharded(tmp_path / "run")
+    assert fit(made, callback=Told(stop_after=2)).interrupted
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     rows = write_rows(tmp_path / "other.jsonl", ({"prompt": f"p{n}", "completion": "c"} for n in range(11)))
     other = tmp_path / "model"
@@ -172,8 +138,8 @@ def test_what_needs_whole_weights_is_refused_by_name(settings, tmp_path, changes
     assert named in f"{refused.value.what} {refused.value.where}"
 
 
-def test_a_refusal_ends_all_processes_before_anything_loads(settings, uneven, tmp_path):
-    made = sharded(settings, uneven, tmp_path / "run", lora={"dora": True})
+def test_a_refusal_ends_all_processes_before_anything_loads(sharded, tmp_path):
+    made = sharded(tmp_path / "run", lora={"dora": True})
     zero, one = train(write_settings(tmp_path / "run.yaml", made), 2)
     assert zero[0] == 2 and "lora.dora" in zero[2] and "Traceback" not in zero[2]
     assert one == (2, "", "") and not (tmp_path / "run").exists()
@@ -195,8 +161,8 @@ def test_rows_read_from_the_files_are_those_of_the_model(model_folder):
     assert all(torch.equal(p, whole[own]) for own, p in model.named_parameters())
 
 
-def test_a_plan_knows_the_share_of_a_process(settings, uneven, tmp_path):
-    config = RunConfig.read(sharded(settings, uneven, tmp_path / "run"))
+def test_a_plan_knows_the_share_of_a_process(sharded, tmp_path):
+    config = RunConfig.read(sharded(tmp_path / "run"))
     task, data = read_data(config)
     whole, each = (plan_run(config, task, data, processes=count) for count in (1, 8))
     blocks, largest = whole.block_bytes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -17,6 +15,7 @@ from deltaw.training.fit import fit
 from deltaw.training.planning.remembered import digest_of
 from deltaw.training.session import read_data
 from deltaw.training.tasks import causal_batcher
+from tests.training.runs import metrics
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -32,7 +31,7 @@ def kind(request):
 
 
 def outcome(result):
-    steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics(result.output)
     for step in steps:
         for key in [key for key in step if "second" in key]:
             del step[key]

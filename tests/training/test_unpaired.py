@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +13,13 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.losses import RowLogProbs, UnpairedLoss
 from deltaw.training.origin import open_run, score_run
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
+from tests.training.runs import Told, metrics
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_losses import gradients, log_prob
 
@@ -136,10 +135,6 @@ def judging(settings, answers_file):
     return make
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_shifts_the_rewards_of_answers_that_it_did_not_see(judging, tmp_path):
     result = fit(judging(tmp_path / "run", train={"epochs": 12, "eval_every": 1}))
     lines = metrics(result.output)
@@ -183,16 +178,7 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
     )
     assert other == pytest.approx(one, rel=1e-4)
 
-    class Stop(Callback):
-        steps = 0
-
-        def on_step(self, step):
-            self.steps += 1
-
-        def should_stop(self):
-            return self.steps >= 3
-
-    assert fit(judging(tmp_path / "run", **given), callback=Stop()).interrupted
+    assert fit(judging(tmp_path / "run", **given), callback=Told(stop_after=3)).interrupted
     assert fit(judging(tmp_path / "run", **given)).resumed_from_step >= 2
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 

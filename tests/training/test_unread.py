@@ -6,7 +6,7 @@ import pytest
 
 from deltaw.settings import RunConfig
 from deltaw.training.planning.plan_run import REGION, plan
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 
 ENTRIES, WIDTH = 40_000, 32
 
@@ -16,8 +16,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("wide")
     for name, tied in (("untied", False), ("tied", True)):
         model = tiny_llama(hidden_size=WIDTH, vocab_size=ENTRIES, tie_word_embeddings=tied)
-        model.save_pretrained(made / name)
-        byte_tokenizer().save_pretrained(made / name)
+        saved(model, made / name)
     rows = "".join(f'{{"prompt": "row {n}", "completion": "answer {n}"}}\n' for n in range(20))
     (made / "rows.jsonl").write_text(rows)
     return made

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 from deltaw.data import prepare
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.origin import open_run
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
+from tests.byte_models import saved, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
+from tests.training.runs import Told
 
 
 def loss_when_opened(folder):
@@ -71,34 +71,21 @@ def test_an_adapter_of_any_kind_is_loaded_as_it_was_trained(settings, tmp_path, 
 @pytest.mark.parametrize("tied", ["llama whose head is its embedding", "gpt2"])
 def test_models_of_other_kinds_are_loaded_as_they_were_trained(settings, tmp_path, tied, share):
     model = tiny_gpt2() if tied == "gpt2" else tiny_llama(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    saved(model, tmp_path / "model")
     changes = {"train": {"epochs": 3, "share_prefixes": share}, "model": str(tmp_path / "model")}
     result = fit(settings(tmp_path / "run", **changes))
     loss, _ = loss_when_opened(result.output)
     assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
 
 
-class Lines(Callback):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def on_line(self, line: str) -> None:
-        self.said.append(line)
-
-
-def test_gpt2_trains_in_int8_and_its_adapter_serves_other_precisions(settings, tmp_path):
-    tiny_gpt2().save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+def test_gpt2_trains_in_int8_and_its_adapter_serves_other_precisions(settings, tmp_path, gpt2_folder):
     losses = {}
     for precision in ("bf16", "int8"):
-        lines = Lines()
-        changes = {"train": {"epochs": 4}, "model": str(tmp_path / "model"), "precision": precision}
+        lines = Told()
+        changes = {"train": {"epochs": 4}, "model": str(gpt2_folder), "precision": precision}
         result = fit(settings(tmp_path / precision, **changes), callback=lines)
         losses[precision], opened = loss_when_opened(result.output)
-        said = any("of 8 layers are int8-quantized" in line for line in lines.said)
+        said = "of 8 layers are int8-quantized" in lines
         assert said is (precision == "int8")
         layer = opened.model.base_model.h[0].attn.c_attn
         assert type(layer) is LoRAConv1D and layer.weight.dtype == torch.float32

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from deltaw.data.settings import DataSettings, drawn_set, eval_sets
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.monitoring import best as best_score
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.origin import score_run
 from tests.conftest import COLORS, write_rows
+from tests.training.runs import Told, adapter, metrics, opened
 
-ADAPTER = "adapter_model.safetensors"
 RUINED = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 8, "eval_every": 2}
 
 
@@ -28,25 +25,6 @@ def contrary(tmp_path_factory):
     """Rows with other answers than those that are trained on, so that training soon makes them unlikely."""
     rows = [{"prompt": f"paint it {c}", "completion": "z"} for c in COLORS[:4]]
     return {"eval": str(write_rows(tmp_path_factory.mktemp("contrary") / "rows.jsonl", rows))}
-
-
-class Told(Callback):
-    def __init__(self):
-        self.lines, self.samples, self.evaluations = [], [], []
-
-    def on_line(self, line):
-        self.lines.append(line)
-
-    def on_samples(self, step, samples):
-        self.samples.append((step, samples))
-
-    def on_evaluation(self, step, evaluation):
-        self.evaluations.append((step, evaluation))
-
-
-def metrics(folder, key=None):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return lines if key is None else [line for line in lines if key in line]
 
 
 def losses_by_step(folder):
@@ -87,21 +65,17 @@ def test_a_run_that_keeps_improving_is_not_stopped(settings, tmp_path):
         ("lora", {"rank": 4}),
         ("head", {}),
         ("prompt", {"length": 2}),
-        ("bias", {}),
-        ("random", {"weights": 500}),
         ("full", {}),
-        ("input", {}),
-        ("last", {"blocks": 1}),
+        pytest.param("bias", {}, marks=pytest.mark.slow),
+        pytest.param("random", {"weights": 500}, marks=pytest.mark.slow),
+        pytest.param("input", {}, marks=pytest.mark.slow),
+        pytest.param("last", {"blocks": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, worst, method, section):
+def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method, section):
     model = {}
     if method == "bias":
-        from tests.byte_models import byte_tokenizer, tiny_gpt2
-
-        tiny_gpt2().save_pretrained(tmp_path / "gpt2")
-        byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-        model = {"model": str(tmp_path / "gpt2")}
+        model = {"model": str(gpt2_folder)}
     name = {} if not section else {method: section}
     told = Told()
     changes = {**model, "method": method, **name, "train": {**RUINED, "epochs": 4, "adapter": "best"}}
@@ -114,23 +88,17 @@ def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, wo
     assert result.evaluation.metrics["loss"] == pytest.approx(losses[best], rel=1e-6)
     assert len(list((result.output / "best").iterdir())) == 1
     for folder, step in [(result.output, best), (result.output / "last", last)]:
-        opened = open_run(
-            str(folder),
-            model=model.get("model", settings(tmp_path)["model"]),
-            precision="fp32",
-            device="cpu",
-            say=lambda line: None,
-        )
+        run = opened(folder, model=model.get("model", settings(tmp_path)["model"]))
         config = RunConfig.read(result.output / "run.yaml")
-        rows = opened.task.read(config.data, seed=0).held_out
-        assert score_run(opened, rows).metrics["loss"] == pytest.approx(losses[step], rel=1e-4)
-    assert any(f"the adapter is that of step {best}" in line for line in told.lines)
+        rows = run.task.read(config.data, seed=0).held_out
+        assert score_run(run, rows).metrics["loss"] == pytest.approx(losses[step], rel=1e-4)
+    assert f"the adapter is that of step {best}" in told
 
 
 def test_a_best_adapter_that_is_the_last_is_in_both_places(settings, tmp_path):
     train = {"learning_rate": 1e-3, "eval_every": 1, "adapter": "best", "epochs": 2}
     result = fit(settings(tmp_path / "run", train=train))
-    top, last = (load_file(folder / ADAPTER) for folder in (result.output, result.output / "last"))
+    top, last = adapter(result.output), adapter(result.output / "last")
     assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
@@ -142,7 +110,7 @@ def test_an_interrupted_run_has_its_best_adapter_too(settings, tmp_path, worst):
     train = {**RUINED, "adapter": "best"}
     result = fit(settings(tmp_path / "run", train=train), callback=Stops())
     assert result.interrupted and result.best["step"] < result.outcome.steps
-    top, last = (load_file(folder / ADAPTER) for folder in (result.output, result.output / "last"))
+    top, last = adapter(result.output), adapter(result.output / "last")
     assert not all(torch.equal(top[name], last[name]) for name in top)
     assert (result.output / "best").is_dir(), "a run that goes on needs it"
 
@@ -153,7 +121,7 @@ def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp
     train = {"epochs": 4, "learning_rate": 1e-4, **train}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
     assert [line["step"] for line in metrics(result.output, "eval")] == [3, 6, 9, 12]
-    assert any("evaluating every 3 steps" in line for line in told.lines)
+    assert "evaluating every 3 steps" in told
     assert "eval_every: null  # 3: " in (result.output / "run.yaml").read_text()
     assert RunConfig.read(result.output / "run.yaml").train.eval_every is None
 
@@ -181,7 +149,7 @@ def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, 
     assert answer["eval"] == metrics(result.output, "eval")[-1]["eval"]
     assert answer["score"]["value"] == answer["eval"]["others"]["exact_match"]
     assert result.best["value"] == min(line["eval"]["others"]["loss"] for line in metrics(result.output, "eval"))
-    assert any("evaluation set 'others': 4 rows" in line for line in told.lines)
+    assert "evaluation set 'others': 4 rows" in told
     assert "held-out held_out loss" in (result.output / "README.md").read_text()
     assert RunConfig.read(result.output / "run.yaml").data.eval == data["eval"]
 
@@ -191,9 +159,9 @@ def test_a_set_is_evaluated_as_it_would_be_alone(settings, tmp_path):
     several = fit(settings(tmp_path / "several", data={"eval": {"drawn": 3, "other": str(other)}})).as_dict()
     drawn = fit(settings(tmp_path / "drawn", data={"eval": 3})).as_dict()
     assert several["eval"]["drawn"] == pytest.approx(drawn["eval"])
-    opened = open_run(str(tmp_path / "several"), precision="fp32", device="cpu", say=lambda line: None)
-    rows, _ = opened.task.read_file(str(other), DataSettings(train="unused"), None)
-    assert several["eval"]["other"]["loss"] == pytest.approx(score_run(opened, rows).metrics["loss"], rel=1e-4)
+    run = opened(tmp_path / "several")
+    rows, _ = run.task.read_file(str(other), DataSettings(train="unused"), None)
+    assert several["eval"]["other"]["loss"] == pytest.approx(score_run(run, rows).metrics["loss"], rel=1e-4)
 
 
 def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_file):
@@ -201,7 +169,7 @@ def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_fil
     shutil.copy(rows_file, tmp_path / "same.jsonl")
     data = {"eval": {"held_out": 2, "same": str(tmp_path / "same.jsonl")}}
     fit(settings(tmp_path / "run", data=data, train={"max_steps": 1}), callback=told)
-    assert any("8 of them are also training rows" in line for line in told.lines)
+    assert "8 of them are also training rows" in told
 
 
 @pytest.mark.parametrize(
@@ -253,8 +221,8 @@ def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
         return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
 
     assert losses(plain) == losses(watched)
-    last = watched.output / "last" / ADAPTER
-    assert all(torch.equal(tensor, load_file(last)[name]) for name, tensor in load_file(plain.output / ADAPTER).items())
+    last = adapter(watched.output / "last")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in adapter(plain.output).items())
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])
@@ -271,10 +239,10 @@ def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_pat
         assert sample["prompt"].removeprefix("paint it ").startswith(sample["expected"])
     model, folder = settings(tmp_path)["model"], result.output
     for reference, line in [(model, lines[0]), (str(folder), lines[-1])]:
-        opened = open_run(reference, precision="fp32", device="cpu", say=lambda line: None)
-        rows = opened.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out
+        run = opened(reference)
+        rows = run.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out
         (row,) = [row for row in rows if row.row == line["samples"][0]["row"]]
-        (answer,) = score_run(opened, [row], max_new_tokens=16).answers
+        (answer,) = score_run(run, [row], max_new_tokens=16).answers
         assert answer.written == line["samples"][0]["answer"]
 
 

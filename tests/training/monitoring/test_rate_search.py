@@ -6,18 +6,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
-from deltaw.training.fit import fit, load_for
+from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
-from deltaw.training.session import assemble, read_data
-from tests.byte_models import byte_tokenizer, tiny_gpt2
+from tests.training.runs import Told, adapter, metrics, session_of
 
-ADAPTER = "adapter_model.safetensors"
 METHODS = [
     ("lora", {"rank": 4, "dropout": 0.1}),
     ("lora", {"rank": 4, "dora": True}),
@@ -31,31 +27,17 @@ METHODS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpt2")
-    tiny_gpt2().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def session_of(settings):
-    config = RunConfig.read(settings)
-    task, data = read_data(config)
-    loaded = load_for(config, task, data)
-    return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
-
-
+@pytest.mark.each_value
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("method", "section"), METHODS)
 def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
-    settings, tmp_path, gpt2, method, section, precision
+    settings, tmp_path, gpt2_folder, method, section, precision
 ):
     changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
     if section:
         changes[method] = section
     if method == "bias":
-        changes["model"] = gpt2
+        changes["model"] = str(gpt2_folder)
     session = session_of(settings(tmp_path / "run", **changes))
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     random = torch.get_rng_state()
@@ -70,29 +52,21 @@ def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
 
 
 def test_a_run_that_searches_is_the_run_with_the_rate_that_it_found(settings, tmp_path):
-    lines = []
-
-    class Told(Callback):
-        found = None
-
-        def on_line(self, line):
-            lines.append(line)
-
+    class Found(Told):
         def on_rate_search(self, search, folder):
             self.found = (search, folder)
 
-    told = Told()
+    told = Found()
     result = fit(settings(tmp_path / "search", train={"learning_rate": "search", "epochs": 3}), callback=told)
     search, folder = told.found
     written = json.loads((result.output / "learning_rate.json").read_text())
     assert written == search.as_dict() and folder == result.output
     assert f"learning_rate: search  # {search.chosen}: " in (result.output / "run.yaml").read_text()
-    assert any(line.startswith(f"learning rate {search.chosen:g}: ") for line in lines)
+    assert f"learning rate {search.chosen:g}: " in told
     same = fit(settings(tmp_path / "same", train={"learning_rate": search.chosen, "epochs": 3}))
-    ours, theirs = (load_file(run.output / ADAPTER) for run in (result, same))
+    ours, theirs = adapter(result.output), adapter(same.output)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 10))
+    assert [line["step"] for line in metrics(result.output, "loss")] == list(range(1, 10))
 
 
 def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):

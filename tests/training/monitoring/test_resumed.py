@@ -12,13 +12,12 @@ import shutil
 import pytest
 
 import deltaw
-from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.monitoring import best as best_score
 from deltaw.training.monitoring import rates
 from tests.training.copies import copied
+from tests.training.runs import ADAPTER, Told, outcome
 
-ADAPTER = "adapter_model.safetensors"
 TRAIN = {
     "epochs": 5,
     "learning_rate": 2e-2,
@@ -31,14 +30,12 @@ TRAIN = {
 }
 
 
-class Killed(Callback):
-    """Copies the run's folder after steps and within evaluations; what was said since."""
+class Killed(Told):
+    """Copies the run's folder after steps and within evaluations."""
 
     def __init__(self, run=None, into=None, moments=()):
-        self.run, self.into, self.moments, self.lines = run, into, set(moments), []
-
-    def on_line(self, line):
-        self.lines.append(line)
+        super().__init__()
+        self.run, self.into, self.moments = run, into, set(moments)
 
     def on_step(self, step):
         self._take("step", step.step)
@@ -49,13 +46,6 @@ class Killed(Callback):
     def _take(self, *moment):
         if moment in self.moments:
             copied(self.run, self.into / f"{moment[0]}-{moment[1]}")
-
-
-def outcome_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds", None)
-    return lines, (folder / ADAPTER).read_bytes()
 
 
 def goes_on(copy, run):
@@ -72,14 +62,14 @@ def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path,
     told = settings(run, train={**TRAIN, "adapter": adapter})
     moments = [("step", 5), ("evaluation", 9), ("step", 14), ("evaluation", 15)]
     whole = fit(told, callback=Killed(run, tmp_path, moments))
-    expected, best = outcome_of(run), whole.as_dict()["best"]
+    expected, best = outcome(run), whole.as_dict()["best"]
     assert best["step"] < 9 and (run / "last").is_dir() == (adapter == "best")
     last = (run / "last" / ADAPTER).read_bytes() if adapter == "best" else None
     for kind, step in moments:
         goes_on(tmp_path / f"{kind}-{step}", run)
         result = fit(told)
         assert result.resumed_from_step is not None
-        assert outcome_of(run) == expected and result.as_dict()["best"] == best
+        assert outcome(run) == expected and result.as_dict()["best"] == best
         assert result.evaluation.metrics == pytest.approx(whole.evaluation.metrics)
         if last is not None:
             assert (run / "last" / ADAPTER).read_bytes() == last
@@ -92,11 +82,11 @@ def test_a_killed_run_stops_early_where_it_would_have(settings, tmp_path, monkey
     moments = [("step", 8), ("evaluation", 9)]
     whole = fit(told, callback=Killed(run, tmp_path, moments))
     assert whole.outcome.steps == 9 and whole.best["step"] == 3
-    expected = outcome_of(run)
+    expected = outcome(run)
     for kind, step in moments:
         goes_on(tmp_path / f"{kind}-{step}", run)
         result = fit(told)
-        assert outcome_of(run) == expected
+        assert outcome(run) == expected
         assert (result.outcome.steps, result.stopped_early) == (9, whole.stopped_early)
 
 
@@ -104,12 +94,12 @@ def test_a_killed_run_does_not_search_its_rate_again(settings, tmp_path, monkeyp
     run = tmp_path / "run"
     told = settings(run, train={**TRAIN, "learning_rate": "search"})
     fit(told, callback=Killed(run, tmp_path, [("step", 2), ("step", 6)]))
-    expected, rate = outcome_of(run), json.loads((run / "learning_rate.json").read_text())["chosen"]
+    expected, rate = outcome(run), json.loads((run / "learning_rate.json").read_text())["chosen"]
     monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
     for step in (2, 6):
         goes_on(tmp_path / f"step-{step}", run)
         fit(told)
-        assert outcome_of(run) == expected
+        assert outcome(run) == expected
         assert f"learning_rate: search  # {rate}: " in (run / "run.yaml").read_text()
 
 
@@ -122,25 +112,15 @@ def test_a_finished_run_that_is_trained_further_remembers_its_best(settings, tmp
     second = deltaw.fit({"train": {"epochs": 7}}, resume=run, callback=killed)
     assert second.outcome.steps == 21 and second.best == first.best
     assert (run / ADAPTER).read_bytes() == adapter
-    assert not any("gone" in line for line in killed.lines)
+    assert "gone" not in killed
 
 
 def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings, tmp_path):
     run, killed = tmp_path / "run", Killed()
-
-    class Stop(Callback):
-        steps = 0
-
-        def on_step(self, step):
-            self.steps = step.step
-
-        def should_stop(self):
-            return self.steps >= 8
-
-    fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=Stop())
+    fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=Told(stop_after=8))
     shutil.rmtree(run / "best")
     result = fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=killed)
-    assert any("are gone: the best is sought anew" in line for line in killed.lines)
+    assert "are gone: the best is sought anew" in killed
     assert result.best["step"] > 8
 
 

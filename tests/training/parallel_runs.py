@@ -1,0 +1,101 @@
+"""Several processes that train as one, started as ``torchrun`` does, and compared with one process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from deltaw.training.fit import fit
+from tests import processes
+from tests.training.runs import adapter, metrics
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str) -> processes.Process:
+    environment = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DELTAW_PEER_SECONDS": "120",
+        **extra,
+    }
+    return processes.start("-m", "tests.training.parallel_worker", *arguments, cwd=folder, env=environment)
+
+
+def ended(started) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each; none is left behind."""
+    try:
+        told = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(started, told, strict=True)]
+
+
+def write_settings(path: Path, settings: dict) -> Path:
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def train(path: Path, size: int, **extra: str) -> list[tuple[int, str, str]]:
+    port = free_port()
+    return ended([start(rank, size, port, ["train", path], **extra) for rank in range(size)])
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Losses, evaluations and factors agree up to the order of sums in fp32."""
+    ours, theirs = metrics(one), metrics(other)
+    assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "gradient_norm", "learning_rate"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5)
+        for key in ("step", "rows", "tokens", "label_tokens"):
+            assert a.get(key) == b.get(key)
+        if "eval" in a:
+            assert a["eval"] == pytest.approx(b["eval"], rel=1e-5)
+    factors, expected = adapter(one), adapter(other)
+    assert factors.keys() == expected.keys()
+    norm = torch.cat([t.flatten() for t in expected.values()]).norm()
+    off = torch.cat([(factors[name] - expected[name]).flatten() for name in expected]).norm()
+    assert off <= 1e-5 * norm
+
+
+def train_two(path: Path, **of_second: str) -> list[tuple[int, str, str]]:
+    """Two processes, of which the second has more in its environment: when it dies, for example."""
+    port = free_port()
+    return ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], **of_second)])
+
+
+def train_all(path: Path, size: int = 2, **extra: str) -> list[str]:
+    """What each of several processes said that all came to their end."""
+    told = train(path, size, **extra)
+    assert [status for status, *_ in told] == [0] * size, told
+    return [said for _, said, _ in told]
+
+
+def trains_as_one(
+    one: dict, several: dict, size: int = 2, same: Callable[[Path, Path], None] = assert_same_run, **extra: str
+) -> str:
+    """One process and several come to the same run; what the first of these said."""
+    fit(one)
+    output = Path(several["output"])
+    said = train_all(write_settings(output.with_suffix(".yaml"), several), size, **extra)
+    same(output, Path(one["output"]))
+    return said[0]
