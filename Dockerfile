@@ -3,7 +3,7 @@
 #   docker run --rm -p 8000:8000 -e DELTAW_API_KEY -v ./model:/models/base:ro deltaw /models/base
 
 FROM python:3.12-slim AS build
-# The compiler builds the kernels for every processor that they are written for; it stays behind.
+# The compiler builds the kernels for every processor that they are written for, as in any wheel; it stays behind.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

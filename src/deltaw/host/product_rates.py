@@ -30,7 +30,7 @@ from deltaw.kernels import linear, loader, quantize
 from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, offered
 from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
 from deltaw.kernels.torch_private import without_dispatch
-from deltaw.kernels.variants import MEASURED, asked
+from deltaw.kernels.variants import MEASURED, asked, best_of_families
 
 # ---- Facts about the processor: its name and its cores, and whether another device multiplies bf16 natively.
 #
@@ -240,10 +240,7 @@ def contenders() -> list[str]:
         return []
     if asked().kernels is not None:
         return [forced]
-    best: dict[str, str] = {}
-    for variant in loader.usable():
-        best.setdefault(variant.family, variant.name)
-    return [name for family, name in best.items() if family != "generic"] or list(best.values())
+    return [variant.name for variant in best_of_families(loader.usable())]
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,22 @@ def allowed(flags: Iterable[str], of_machine: str | None = None) -> list[Variant
     return [v for v in for_machine(of_machine) if not v.lacking(has, machine(of_machine))]
 
 
+def best_of_families(of: Iterable[Variant]) -> list[Variant]:
+    """Those that are worth measuring, of variants with the best first: each family's best, and ``generic``
+    where there is no other."""
+    best: dict[str, Variant] = {}
+    for variant in of:
+        best.setdefault(variant.family, variant)
+    return [variant for variant in best.values() if variant.family != "generic"] or list(best.values())
+
+
+def worth_building(flags: Iterable[str], of_machine: str | None = None) -> list[Variant]:
+    """The variants that a processor with ``flags`` chooses from, and ``generic``, which still runs if the files
+    come to another."""
+    *others, generic = allowed(flags, of_machine)
+    return list(dict.fromkeys([*best_of_families([*others, generic]), generic]))
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the user forces: None where that is left to be measured.
@@ -186,7 +202,8 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
             f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}", where=VARIABLE, hint=hint
         )
     if not file_of(found).is_file():
-        raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=hint)
+        build = f"to build them: DELTAW_VARIANTS={name} pip install -e . in a checkout"
+        raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=f"{hint}; {build}")
     return found
 
 

@@ -475,6 +475,8 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
         )
         return
     yield Finding("ok", "kernels", f"compiled kernels: {chosen}")
+    if left_out := [variant.name for variant in runs[1:] if not variant.built]:
+        yield Finding("ok", "kernels", f"not built, though this processor runs them too: {', '.join(left_out)}")
     if forced.said:
         yield Finding("note", "kernels", f"kernels are forced by {forced.said}", f"unset {VARIABLE} to measure")
     best = runs[0]

@@ -9,6 +9,13 @@
 
 namespace deltaw {
 
+// Over the units of a block. Where vectors have no instructions of their own a unit is long, and longer to compile.
+#if defined(__AVX2__) || defined(__ARM_NEON)
+#define DW_EACH_UNIT(Of) _Pragma("GCC unroll 8") for (int unit = 0; unit < Of::NUMBERS / UNIT; unit++)
+#else
+#define DW_EACH_UNIT(Of) _Pragma("GCC unroll 2") for (int unit = 0; unit < Of::NUMBERS / UNIT; unit++)
+#endif
+
 // 32 numbers of a weight as a bf16 Dot's right side takes them.
 template <class Dot>
 struct UnitOf {
@@ -35,8 +42,7 @@ inline __attribute__((always_inline)) void block_dots(const typename Dot::Left *
         const typename Dot::Left *const left = x + block * Of::NUMBERS;
 #pragma GCC unroll 4
         for (int c = 0; c < COLS; c++)
-#pragma GCC unroll 8
-            for (int unit = 0; unit < Of::NUMBERS / UNIT; unit++) {
+            DW_EACH_UNIT(Of) {
                 F16 numbers[2];
                 w.read_unit(row + c, block, unit, numbers);
                 const UnitOf<Dot> right(numbers);
@@ -69,13 +75,14 @@ __attribute__((noinline)) void write_numbers(const BlockRows<FORMAT> &w, int64_t
         for (int64_t block = 0; block * Of::NUMBERS < depth; block++, room += Of::NUMBERS) {
             const char *const ahead = (const char *)w.at(first + c, block) + 1024;
             for (int i = 0; i < Of::BYTES; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-#pragma GCC unroll 8
-            for (int unit = 0; unit < Of::NUMBERS / UNIT; unit++) {
+            DW_EACH_UNIT(Of) {
                 F16 numbers[2];
                 w.read_unit(first + c, block, unit, numbers);
                 store_i(room + unit * UNIT, bf16_bits_of_both(numbers[0], numbers[1]));
             }
         }
 }
+
+#undef DW_EACH_UNIT
 
 }  // namespace deltaw

@@ -180,6 +180,18 @@ DW_INLINE void store_i(void *p, I16 a, First f) {
     if (f.n == 16) store_i(p, a);
     else memcpy(p, &a, f.n * 4);
 }
+// 16 narrow numbers, by the compiler's own conversion.
+template <class T>
+DW_INLINE I16 widened(const T *p) {
+    typedef T narrow __attribute__((vector_size(LANES * sizeof(T))));
+    I16 a;
+    DW_EACH {
+        narrow part;
+        memcpy(&part, p + i * LANES, sizeof(part));
+        a.p[i] = __builtin_convertvector(part, vi);
+    }
+    return a;
+}
 #if DW_VECTOR_BYTES == 32
 DW_INLINE I16 load_u16(const bf16 *p) {
     I16 a;
@@ -203,9 +215,7 @@ DW_INLINE void store_u16(bf16 *p, I16 a) {
 }
 #else
 DW_INLINE I16 load_u16(const bf16 *p) {
-    I16 a;
-    DW_EACH for (int j = 0; j < LANES; j++) a.p[i][j] = p[i * LANES + j];
-    return a;
+    return widened(p);
 }
 DW_INLINE void store_u16(bf16 *p, I16 a) { DW_EACH for (int j = 0; j < LANES; j++) p[i * LANES + j] = (bf16)a.p[i][j]; }
 #endif
@@ -232,9 +242,7 @@ DW_INLINE I16 load_bytes(const T *p) {
     const uint16x8_t low = vmovl_u8(vget_low_u8(b)), high = vmovl_high_u8(b);
     return {{(vi)vmovl_u16(vget_low_u16(low)), (vi)vmovl_high_u16(low), (vi)vmovl_u16(vget_low_u16(high)), (vi)vmovl_high_u16(high)}};
 #else
-    I16 a;
-    DW_EACH for (int j = 0; j < LANES; j++) a.p[i][j] = p[i * LANES + j];
-    return a;
+    return widened(p);
 #endif
 }
 DW_INLINE I16 load_u8(const uint8_t *p) { return load_bytes(p); }
