@@ -20,8 +20,7 @@ from deltaw import private_names
 from deltaw.errors import UserError
 from deltaw.kernels import torch_private
 from deltaw.lora import LoRALinear
-from deltaw.lora.layers_bias import LoRABiasLinear
-from deltaw.lora.layers_dora import DoRALinear
+from deltaw.lora.layers import DoRALinear, LoRABiasLinear
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deltaw"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.cli import main
 from deltaw.hub.loading import load
-from deltaw.lora.layers_blocks import BlockLinear
+from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4, round_to_nf4
 from deltaw.serving.opening import open_engine
 from deltaw.training.origin import InferenceSession, open_run

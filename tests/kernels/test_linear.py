@@ -14,7 +14,7 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
 from deltaw.kernels.decode_reference import DecoderLinear
 from deltaw.lora import stored
-from deltaw.lora.layers_int8 import Int8Linear
+from deltaw.lora.layers_quantized import Int8Linear
 from tests.kernels.conftest import close, compiled_only
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -11,7 +11,7 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import quantize
 from deltaw.kernels.block_linear import quantize_nf4
 from deltaw.kernels.head_gradient import class_gradient_
-from deltaw.lora.layers_int8 import Int8Linear
+from deltaw.lora.layers_quantized import Int8Linear
 from tests.kernels.test_decode import Form, Rows, decoder, new_pages, table_of
 from tests.kernels.test_head_gradient import Head
 from tests.kernels.test_linear import numbers

@@ -29,7 +29,7 @@ from deltaw.lora import (
     save_adapter,
     unmerge,
 )
-from deltaw.lora.layers_dora import DoRALayer
+from deltaw.lora.layers import DoRALayer
 from deltaw.lora.math_dora import weight_norm
 from tests.lora.models import copy_to_peft, inputs, ours_as_peft, peft_factors, randomise, tiny, with_peft
 

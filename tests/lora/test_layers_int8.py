@@ -17,7 +17,7 @@ from deltaw.lora import LoRAConfig, attach, load_adapter, merge, save_adapter, u
 from deltaw.lora.attachment import adapted_layers
 from deltaw.lora.kinds import is_conv1d, refusal
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
-from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
+from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear
 from deltaw.runtime.quantized_weights import quantize_int8
 from tests.lora.models import inputs, randomise, tiny
 

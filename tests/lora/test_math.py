@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from deltaw.lora import LoRAEmbedding, LoRALinear
-from deltaw.lora.math import embedding, embedding_reference, linear, linear_reference
+from deltaw.lora.math import Lookup, embedding, embedding_reference, linear, linear_reference
 
 
 def _operands(shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def test_embedding_has_right_first_and_second_derivatives():
     )
 
     def call(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return embedding(ids, weight, lora_A, lora_B, 0.7, embed_scale=3.0)
+        return embedding(ids, weight, lora_A, lora_B, 0.7, Lookup(3.0))
 
     assert torch.autograd.gradcheck(call, factors)
     assert torch.autograd.gradgradcheck(call, factors)
@@ -124,7 +124,7 @@ def test_embedding_equals_its_reference(scale, padding_idx, by_frequency):
     weight = torch.randn(6, 5)
     lora_A, lora_B = torch.randn(6, 2, requires_grad=True), torch.randn(2, 5, requires_grad=True)
     results = [
-        call(ids, weight, lora_A, lora_B, 0.7, scale, padding_idx, by_frequency)
+        call(ids, weight, lora_A, lora_B, 0.7, Lookup(scale, padding_idx, by_frequency))
         for call in (embedding, embedding_reference)
     ]
     torch.testing.assert_close(*results)

@@ -63,7 +63,7 @@ def test_attention(dtype, lengths, heads, key_heads, size):
     rest = (layout.segments(), 0, True, 0.1, 0.0, None)
     out, logs = ops.attention(q, k, v, *rest)
     for operator, args in ((ops.attention, (q, k, v, *rest)), (ops.attention_backward, (q, q, k, v, out, logs, *rest))):
-        agree(arena_bytes(operator.default, args, {}), held(operator, args))
+        agree(arena_bytes(operator.default, args), held(operator, args))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -84,7 +84,7 @@ def test_products(cache, dtype, rows, n_in, n_out):
         (ops.linear_backward, backward),
         (ops.factors_backward, (x, h, grad, narrow, 1.0)),
     ):
-        agree(arena_bytes(operator.default, args, {}), held(operator, args))
+        agree(arena_bytes(operator.default, args), held(operator, args))
 
 
 @pytest.mark.parametrize("by_column", [True, False])
@@ -94,9 +94,9 @@ def test_gradients_in_int8_with_a_bf16_weight(cache, rows, n_in, n_out, by_colum
     weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
     for in_int8 in (True, False):
         args = (grad, weight, by_column, None, None, None, None, 1.0, None, True, in_int8)
-        agree(arena_bytes(ops.linear_backward.default, args, {}), held(ops.linear_backward, args))
+        agree(arena_bytes(ops.linear_backward.default, args), held(ops.linear_backward, args))
         rounded = grad.numel() + 4 * rows * -(-n_out // 128)
-        assert scratch_bytes(ops.linear_backward.default, args, {}) == (rounded if in_int8 else 0)
+        assert scratch_bytes(ops.linear_backward.default, args) == (rounded if in_int8 else 0)
 
 
 def test_the_gradient_of_classes_and_cross_entropy(cache):
@@ -104,9 +104,9 @@ def test_the_gradient_of_classes_and_cross_entropy(cache):
     grad, weight = random(rows, classes).softmax(-1), random(classes, width)
     targets, scale = torch.arange(rows), torch.rand(classes) + 0.1
     args = (grad, targets, weight, scale)
-    agree(arena_bytes(ops.class_gradient_.default, args, {}), held(ops.class_gradient_, args))
+    agree(arena_bytes(ops.class_gradient_.default, args), held(ops.class_gradient_, args))
     args = (grad, targets, torch.ones(rows), 1.0, 0.0, True)
-    agree(arena_bytes(ops.cross_entropy_.default, args, {}), held(ops.cross_entropy_, args))
+    agree(arena_bytes(ops.cross_entropy_.default, args), held(ops.cross_entropy_, args))
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])
@@ -117,16 +117,16 @@ def test_the_gradient_of_a_head(rows):
     slopes, shares = torch.empty_like(hidden), torch.empty(rows)
     unlikely = logits.new_empty(head_gradient.groups(rows), classes)
     args = (logits, torch.arange(rows), hidden, weight, None, 1.0, 0.0, slopes, shares, unlikely)
-    agree(arena_bytes(ops.head_gradient_.default, args, {}), held(ops.head_gradient_, args))
+    agree(arena_bytes(ops.head_gradient_.default, args), held(ops.head_gradient_, args))
 
 
 def test_nothing_is_added_without_the_kernels(monkeypatch):
     layout = Layout.of_lengths([500])
     q = random(500, 4, 64)
     args = (q, q, q, layout.segments(), 0, True, 0.1, 0.0, None)
-    assert arena_bytes(ops.attention.default, args, {}) > 0
+    assert arena_bytes(ops.attention.default, args) > 0
     monkeypatch.setattr(loader, "library", lambda: None)
-    assert arena_bytes(ops.attention.default, args, {}) == 0
+    assert arena_bytes(ops.attention.default, args) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,8 +145,8 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
         for operator, args in ((ops.linear, forward), (ops.linear_backward, backward)):
             results = sum(t.numel() * t.element_size() for t in operator(*args))
             peak = peak_tensor_bytes(lambda operator=operator, args=args: operator(*args), alive=alive)
-            planned = scratch_bytes(operator.default, args, {})
-            assert arena_bytes(operator.default, args, {}) == 0
+            planned = scratch_bytes(operator.default, args)
+            assert arena_bytes(operator.default, args) == 0
             found = peak - held_before - results
             # Nothing is planned of what oneDNN's products in 16 bits hold: where tiles multiply, a copy of
             # the weight or of a part of it.
@@ -165,7 +165,7 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
     args = (logits, targets, weights, 1.0, softcap, with_gradient)
     peak = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=[logits, targets, weights])
     held_before = sum(t.numel() * t.element_size() for t in (logits, targets, weights))
-    assert scratch_bytes(ops.cross_entropy_.default, args, {}) == pytest.approx(peak - held_before, rel=0.01)
+    assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(peak - held_before, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -179,4 +179,4 @@ def test_products_with_weights_in_blocks(cache, dtype, rows):
         (ops.block_linear, (x, *blocks, None, A, B, 1.0, None)),
         (ops.block_linear_backward, (grad, *blocks, A, B, 1.0, None, True)),
     ):
-        agree(arena_bytes(operator.default, args, {}), held(operator, args))
+        agree(arena_bytes(operator.default, args), held(operator, args))

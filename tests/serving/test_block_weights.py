@@ -13,7 +13,7 @@ from torch import nn
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.lora import load_adapter
-from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
+from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
 from deltaw.serving.decodable import decodable, tolerance

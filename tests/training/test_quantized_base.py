@@ -17,8 +17,8 @@ from deltaw.hub.loading import load
 from deltaw.kernels import block_linear
 from deltaw.lora import LoRAConfig, attach, detach, merge
 from deltaw.lora.fingerprint import base_fingerprint
-from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
-from deltaw.lora.layers_foreign import LoRAForeignLinear
+from deltaw.lora.layers import LoRAForeignLinear
+from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.lora.stored import block_weight, count_numbers
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.training.fit import fit

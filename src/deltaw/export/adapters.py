@@ -23,12 +23,8 @@ from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment, attached
 from deltaw.lora.files import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
-from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer
-from deltaw.lora.layers_bias import LoRABias
-from deltaw.lora.layers_conv import LoRAConv
-from deltaw.lora.layers_dora import DoRALayer
-from deltaw.lora.layers_parameter import LoRAParameter
-from deltaw.lora.layers_tokens import TrainedTokens
+from deltaw.lora.layers import DoRALayer, LoRABias, LoRAConv, LoRAConv1D, LoRAEmbedding, LoRALayer
+from deltaw.lora.layers_parts import LoRAParameter, TrainedTokens
 from deltaw.methods import registry
 from deltaw.methods.base import ADAPTER_CONFIG, REPLACED_KEY
 from deltaw.methods.files import metadata_of, read_config, read_trained
@@ -368,7 +364,7 @@ def factors_of(layer: LoRALayer) -> Factors:
     if isinstance(layer, LoRAConv):
         return Factors(factor_B.flatten(1) * layer.scaling, factor_A.flatten(1), shape)
     rows_are_inputs = isinstance(layer, LoRAConv1D | LoRAEmbedding) or (
-        isinstance(layer, LoRAParameter) and layer.is_in_out
+        isinstance(layer, LoRAParameter) and layer.weight_is_in_out
     )
     if rows_are_inputs:
         return Factors(factor_A * layer.scaling, factor_B, shape)

@@ -29,11 +29,9 @@ from deltaw.lora.adapt import attach_selected
 from deltaw.lora.attachment import attached
 from deltaw.lora.fingerprint import same_base
 from deltaw.lora.kinds import refusal
-from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer
-from deltaw.lora.layers_bias import LoRABias
-from deltaw.lora.layers_conv import LoRAConv
-from deltaw.lora.layers_parameter import LoRAParameter
-from deltaw.lora.select import ParameterTarget, Selection, Target
+from deltaw.lora.layers import LoRABias, LoRAConv, LoRAConv1D, LoRAEmbedding, LoRALayer
+from deltaw.lora.layers_parts import LoRAParameter
+from deltaw.lora.select import Selection, Target
 from deltaw.tensor_files import row_blocks
 from deltaw.training.run_folder import SETTINGS
 from deltaw.working import working
@@ -173,7 +171,7 @@ def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, _Made]:
                 hint="merge the adapters into the model instead",
             )
         else:
-            selection.parameters.append(ParameterTarget(names, module, attribute, most, float(most)))
+            selection.parameters.append(Target(names, module, most, float(most), attribute))
     config = LoRAConfig(
         rank=most,
         alpha=float(most),
@@ -255,7 +253,7 @@ def _fill(layer: LoRALayer, factors: Factors, rank: int) -> None:
         kernel = layer.lora_A.shape[2:]
         factor_A = right.view(rank, -1, *kernel)
         factor_B = left.view(-1, rank, *(1 for _ in kernel))
-    elif isinstance(layer, LoRAConv1D | LoRAEmbedding) or (isinstance(layer, LoRAParameter) and layer.is_in_out):
+    elif isinstance(layer, LoRAConv1D | LoRAEmbedding) or (isinstance(layer, LoRAParameter) and layer.weight_is_in_out):
         factor_A, factor_B = left, right
     else:
         factor_A, factor_B = right.transpose(-1, -2), left.transpose(-1, -2)

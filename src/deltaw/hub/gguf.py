@@ -47,7 +47,7 @@ from deltaw.hub.transformers_private import forget_origin, settle
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import Values, note_values, values_of_blocks
-from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
+from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 

@@ -16,18 +16,7 @@ if TYPE_CHECKING:
     from deltaw.lora.config import LoRAConfig
     from deltaw.lora.files import load_adapter, read_adapter, save_adapter
     from deltaw.lora.fingerprint import OtherBaseModelWarning
-    from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
-    from deltaw.lora.layers_bias import (
-        LoRABias,
-        LoRABiasConv,
-        LoRABiasConv1D,
-        LoRABiasConv1d,
-        LoRABiasConv2d,
-        LoRABiasConv3d,
-        LoRABiasLinear,
-    )
-    from deltaw.lora.layers_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
-    from deltaw.lora.layers_dora import (
+    from deltaw.lora.layers import (
         DoRAConv,
         DoRAConv1D,
         DoRAConv1d,
@@ -36,9 +25,23 @@ if TYPE_CHECKING:
         DoRAEmbedding,
         DoRALayer,
         DoRALinear,
+        LoRABias,
+        LoRABiasConv,
+        LoRABiasConv1D,
+        LoRABiasConv1d,
+        LoRABiasConv2d,
+        LoRABiasConv3d,
+        LoRABiasLinear,
+        LoRAConv,
+        LoRAConv1D,
+        LoRAConv1d,
+        LoRAConv2d,
+        LoRAConv3d,
+        LoRAEmbedding,
+        LoRALayer,
+        LoRALinear,
     )
-    from deltaw.lora.layers_parameter import LoRAParameter
-    from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
+    from deltaw.lora.layers_parts import LoRAParameter, TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
 
 __all__ = [
     "ActivationInit",
@@ -95,12 +98,12 @@ _MODULES = {
     "attachment": "ParameterCount adapter_parameters count_parameters is_factor_B merge unmerge",
     "files": "load_adapter read_adapter save_adapter",
     "fingerprint": "OtherBaseModelWarning",
-    "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
-    "layers_bias": "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d LoRABiasLinear",
-    "layers_conv": "LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d",
-    "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
-    "layers_parameter": "LoRAParameter",
-    "layers_tokens": "TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
+    "layers": (
+        "LoRALayer LoRALinear LoRAConv1D LoRAEmbedding LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d LoRABias "
+        "LoRABiasLinear LoRABiasConv1D LoRABiasConv LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d DoRALayer "
+        "DoRALinear DoRAConv1D DoRAEmbedding DoRAConv DoRAConv1d DoRAConv2d DoRAConv3d"
+    ),
+    "layers_parts": "LoRAParameter TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

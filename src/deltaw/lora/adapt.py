@@ -34,11 +34,10 @@ from deltaw.lora.attachment import (
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
-from deltaw.lora.kinds import adapter_for, is_linear
-from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
-from deltaw.lora.layers_tokens import trained_tokens_of
+from deltaw.lora.kinds import adapter_for, is_linear, own_head
+from deltaw.lora.layers_parts import ATTENTION_KEYS, LoRAParameter, adapt_attention, trained_tokens_of
 from deltaw.lora.places import Replacement, spots_of
-from deltaw.lora.select import ParameterTarget, Selection, Target, TokenTarget, select
+from deltaw.lora.select import Selection, Target, TokenTarget, select
 
 
 @dataclass(frozen=True)
@@ -220,9 +219,7 @@ def _adapt(
     record.layers.append(_replacement(model, target.names, target.module, layer))
 
 
-def _adapt_parameter(
-    target: ParameterTarget, record: Attachment, init: str | None, generator: torch.Generator | None
-) -> None:
+def _adapt_parameter(target: Target, record: Attachment, init: str | None, generator: torch.Generator | None) -> None:
     """Make the update of a parameter; a refusal names it."""
     try:
         layer = LoRAParameter(
@@ -252,7 +249,7 @@ def _refuse_activation(model: nn.Module, config: LoRAConfig, selection: Selectio
             where="invocation_tokens",
             hint="give ids, such as tokenizer('<|im_start|>assistant').input_ids",
         )
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = own_head(model)
     for target in selection.targets:
         if not is_linear(target.module) or target.module is head:
             what = "the output head" if target.module is head else f"a {type(target.module).__name__}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import own_parameters
 
 # ---- Activated LoRA: the tokens on which an adapter acts (Greenewald et al., arXiv 2504.12397).
 #
@@ -166,6 +167,17 @@ class AdaptedLayer(nn.Module):
     enabled: bool
     merged: bool
     _unmerged_weight: Tensor | None
+
+    def _freeze(self, **attributes: object) -> None:
+        """Freeze what the layer has, and begin with an update that is on and not merged."""
+        for parameter in own_parameters(self).values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        # Plain attributes go past nn.Module's own bookkeeping, which takes its time over ten thousand layers.
+        vars(self).update(attributes, enabled=True, merged=False, _unmerged_weight=None)
+
+    def _take_over(self, module: nn.Module) -> None:
+        """Note what only ``module``, the base layer, knows."""
 
     @property
     def adapting(self) -> bool:

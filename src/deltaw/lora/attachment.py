@@ -19,7 +19,7 @@ from deltaw.lora.adapted import Activation, AdaptedLayer
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
-from deltaw.lora.layers_parameter import LoRAParameter
+from deltaw.lora.layers_parts import LoRAParameter
 from deltaw.lora.places import Replacement
 from deltaw.lora.stored import weight_shape
 

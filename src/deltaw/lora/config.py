@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.expressions import check_expressions
+
+Number = TypeVar("Number", int, float)
 
 CHANGING_INITS = ("pissa", "olora")
 """Initializations that take a share out of W."""
@@ -46,6 +48,20 @@ def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
+def setting(default: Any, description: str, **schema: Any) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: its value, or ``dict`` or ``list`` for an empty one.
+        description: for ``--help``.
+        schema: what the type does not say, for the JSON schema.
+    """
+    metadata = {"description": description, **({"json_schema_extra": schema} if schema else {})}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
 class LoRAConfig:
     """What is adapted, and how.
@@ -56,107 +72,53 @@ class LoRAConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    rank: int = field(
-        default=16, metadata={"description": "rank r of ΔW = scaling · A·B", "json_schema_extra": {"minimum": 1}}
+    rank: int = setting(16, "rank r of ΔW = scaling · A·B", minimum=1)
+    alpha: float = setting(32.0, "scaling is alpha / rank, or alpha / √rank with rslora", exclusiveMinimum=0)
+    dropout: float = setting(
+        0.0, "share of the adapter's inputs set to zero while training, 0 ≤ p < 1", minimum=0, exclusiveMaximum=1
     )
-    alpha: float = field(
-        default=32.0,
-        metadata={
-            "description": "scaling is alpha / rank, or alpha / √rank with rslora",
-            "json_schema_extra": {"exclusiveMinimum": 0},
-        },
+    target_modules: str | list[str] = setting(
+        "all-linear", "'all-linear', 'attention', 'mlp', a list of name endings, or a regular expression for full names"
     )
-    dropout: float = field(
-        default=0.0,
-        metadata={
-            "description": "share of the adapter's inputs set to zero while training, 0 ≤ p < 1",
-            "json_schema_extra": {"minimum": 0, "exclusiveMaximum": 1},
-        },
+    exclude_modules: str | list[str] | None = setting(
+        None, "name endings (with all below them) or a regular expression, not adapted"
     )
-    target_modules: str | list[str] = field(
-        default="all-linear",
-        metadata={
-            "description": "'all-linear', 'attention', 'mlp', a list of name endings, or a regular "
-            "expression for full names"
-        },
+    layers: str | list[int] | None = setting(
+        None,
+        "layers to adapt, such as '16-', '0-7', '3' or [1, 2]",
+        anyOf=[{"type": "string"}, _NUMBER, {"type": "array", "items": _NUMBER}, {"type": "null"}],
     )
-    exclude_modules: str | list[str] | None = field(
-        default=None,
-        metadata={"description": "name endings (with all below them) or a regular expression, not adapted"},
+    rank_pattern: dict[str, int] = setting(dict, "other ranks, by an expression for the ending of a module's name")
+    alpha_pattern: dict[str, float] = setting(dict, "other alphas, by an expression for the ending of a module's name")
+    init: str = setting(
+        "uniform", "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva", enum=list(INITS)
     )
-    layers: str | list[int] | None = field(
-        default=None,
-        metadata={
-            "description": "layers to adapt, such as '16-', '0-7', '3' or [1, 2]",
-            "json_schema_extra": {
-                "anyOf": [{"type": "string"}, _NUMBER, {"type": "array", "items": _NUMBER}, {"type": "null"}]
-            },
-        },
+    rslora: bool = setting(False, "scale by alpha / √rank instead of alpha / rank")
+    dora: bool = setting(False, "train the norm of every output's weights apart from their direction")
+    bias: str = setting("none", "biases trained as well: none, all, or lora_only", enum=list(BIASES))
+    lora_bias: bool = setting(False, "train a bias on B as well, added to each adapted layer's output")
+    target_parameters: list[str] = setting(
+        list,
+        "parameters of two or three dimensions to adapt, by the ending of their full name, such as "
+        "'experts.gate_up_proj'",
+        **_ONE_OR_MORE,
     )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"description": "other ranks, by an expression for the ending of a module's name"},
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        None, "ids of tokens whose embeddings are trained, or such lists by the ending of a module's name"
     )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"description": "other alphas, by an expression for the ending of a module's name"},
+    train_modules: list[str] = setting(
+        list, "extra trainable modules, trained in full, by the ending of their name", **_ONE_OR_MORE
     )
-    init: str = field(
-        default="uniform",
-        metadata={
-            "description": "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva",
-            "json_schema_extra": {"enum": list(INITS)},
-        },
+    activation: str = setting(
+        "always",
+        "tokens on which the adapter acts: always (all), or completion (from the invocation sequence on, the "
+        "start of the answer; Activated LoRA)",
+        enum=list(ACTIVATIONS),
     )
-    rslora: bool = field(default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"})
-    dora: bool = field(
-        default=False, metadata={"description": "train the norm of every output's weights apart from their direction"}
-    )
-    bias: str = field(
-        default="none",
-        metadata={
-            "description": "biases trained as well: none, all, or lora_only",
-            "json_schema_extra": {"enum": list(BIASES)},
-        },
-    )
-    lora_bias: bool = field(
-        default=False, metadata={"description": "train a bias on B as well, added to each adapted layer's output"}
-    )
-    target_parameters: list[str] = field(
-        default_factory=list,
-        metadata={
-            "description": "parameters of two or three dimensions to adapt, by the ending of their full "
-            "name, such as 'experts.gate_up_proj'",
-            "json_schema_extra": _ONE_OR_MORE,
-        },
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={
-            "description": "ids of tokens whose embeddings are trained, or such lists by the ending of a module's name"
-        },
-    )
-    train_modules: list[str] = field(
-        default_factory=list,
-        metadata={
-            "description": "extra trainable modules, trained in full, by the ending of their name",
-            "json_schema_extra": _ONE_OR_MORE,
-        },
-    )
-    activation: str = field(
-        default="always",
-        metadata={
-            "description": "tokens on which the adapter acts: always (all), or completion (from the "
-            "invocation sequence on, the start of the answer; Activated LoRA)",
-            "json_schema_extra": {"enum": list(ACTIVATIONS)},
-        },
-    )
-    invocation_tokens: list[int] | str | None = field(
-        default=None,
-        metadata={
-            "description": "the sequence that switches an activated adapter on, as token ids or text; null: "
-            "what opens the answer in the chat template, or ends all prompts"
-        },
+    invocation_tokens: list[int] | str | None = setting(
+        None,
+        "the sequence that switches an activated adapter on, as token ids or text; null: what opens the answer "
+        "in the chat template, or ends all prompts",
     )
 
     def __post_init__(self) -> None:
@@ -164,7 +126,7 @@ class LoRAConfig:
         self.alpha = _positive("alpha", self.alpha)
         self.dropout = _number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout cannot be {self.dropout}", where="dropout", hint="give a share from 0 to below 1")
+            raise _cannot_be("dropout", self.dropout, "give a share from 0 to below 1")
         self.target_modules = _names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _names("exclude_modules", self.exclude_modules) or None
@@ -177,20 +139,14 @@ class LoRAConfig:
                 hint="write 'all-linear', 'attention', 'mlp', or a list of module names",
             )
         self.layers = _layers(self.layers)
-        self.rank_pattern = {
-            _text("rank_pattern", key): _whole_number(f"rank_pattern['{key}']", value)
-            for key, value in _mapping("rank_pattern", self.rank_pattern).items()
-        }
-        self.alpha_pattern = {
-            _text("alpha_pattern", key): _positive(f"alpha_pattern['{key}']", value)
-            for key, value in _mapping("alpha_pattern", self.alpha_pattern).items()
-        }
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _whole_number)
+        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _positive)
         self._check_expressions()
         _one_of("init", self.init, INITS)
         _one_of("bias", self.bias, BIASES)
         for key in ("rslora", "dora", "lora_bias"):
             if not isinstance(getattr(self, key), bool):
-                raise UserError(f"{key} cannot be {getattr(self, key)!r}", where=key, hint="give true or false")
+                raise _cannot_be(key, getattr(self, key), "give true or false")
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
         if self.init == "orthogonal" and odd:
             raise UserError(
@@ -280,8 +236,6 @@ class LoRAConfig:
                 )
             if name == "init" and isinstance(value, bool):
                 value = "uniform"
-            if name == "layers" and isinstance(value, int) and not isinstance(value, bool):
-                value = [value]
             if value is not None:
                 values[name] = value
                 if key == "alora_invocation_tokens":
@@ -315,19 +269,16 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
 
 
 def _layers(value: object) -> str | list[int] | None:
-    if value is None:
-        return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]
     if isinstance(value, str):
         parse_layers(value)
+    if value is None or isinstance(value, str):
         return value
+    if _is_number(value):
+        value = [value]
     numbers: list[int] = list(value) if isinstance(value, list | tuple | range) else [-1]
-    if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
+    if all(map(_is_number, numbers)):
         return numbers or None
-    raise UserError(
-        f"layers cannot be {value!r}", where="layers", hint="write '16-', '0-7', '3', or a list of numbers from 0"
-    )
+    raise _cannot_be("layers", value, "write '16-', '0-7', '3', or a list of numbers from 0")
 
 
 def _names(key: str, value: object) -> str | list[str]:
@@ -338,7 +289,7 @@ def _names(key: str, value: object) -> str | list[str]:
         if any(not entry for entry in ordered):
             raise UserError(f"{key} holds an empty name", where=key, hint="leave it out")
         return list(dict.fromkeys(ordered))
-    raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a text or a list of texts")
+    raise _cannot_be(key, value, "give a text or a list of texts")
 
 
 def _entries(key: str, value: object) -> list[str]:
@@ -359,31 +310,20 @@ def _invocation(value: object) -> list[int] | str | None:
     if value is None or (isinstance(value, str) and value):
         return value
     numbers = list(value) if isinstance(value, list | tuple) else []
-    if numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+    if numbers and all(map(_is_number, numbers)):
         return numbers
-    raise UserError(
-        f"invocation_tokens cannot be {value!r}",
-        where="invocation_tokens",
-        hint="give token ids, such as [1, 520, 198], or the text that opens an answer",
-    )
+    hint = "give token ids, such as [1, 520, 198], or the text that opens an answer"
+    raise _cannot_be("invocation_tokens", value, hint)
 
 
 def _ids(value: object) -> list[int]:
-    numbers: list[object] = list(value) if isinstance(value, list | tuple | set | range) else [value]
-    ids = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
-    if len(ids) < len(numbers) or any(number < 0 for number in ids):
-        raise UserError(
-            f"trainable_token_indices cannot be {value!r}",
-            where="trainable_token_indices",
-            hint="give a list of token ids, or one for each embedding: {embed_tokens: [5, 6]}",
-        )
+    ids: list[int] = list(value) if isinstance(value, list | tuple | set | range) else [value]  # type: ignore[list-item]
+    key = "trainable_token_indices"
+    if not all(map(_is_number, ids)):
+        raise _cannot_be(key, value, "give a list of token ids, or one for each embedding: {embed_tokens: [5, 6]}")
     twice = [number for number in ids if ids.count(number) > 1]
     if twice:
-        raise UserError(
-            f"trainable_token_indices holds {twice[0]} twice",
-            where="trainable_token_indices",
-            hint="name each token once",
-        )
+        raise UserError(f"{key} holds {twice[0]} twice", where=key, hint="name each token once")
     return ids
 
 
@@ -393,33 +333,41 @@ def _text(key: str, value: object) -> str:
     return value
 
 
-def _mapping(key: str, value: object) -> Mapping[str, object]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give names with numbers: {q_proj: 8}")
-    return value
+def _pattern(key: str, value: object, check: Callable[[str, object], Number]) -> dict[str, Number]:
+    """Values by expressions, each of them checked."""
+    if value is not None and not isinstance(value, Mapping):
+        raise _cannot_be(key, value, "give names with numbers: {q_proj: 8}")
+    return {_text(key, name): check(f"{key}['{name}']", number) for name, number in (value or {}).items()}
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a whole number from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a number")
+        raise _cannot_be(key, value, "give a number")
     return float(value)
 
 
 def _positive(key: str, value: object) -> float:
     number = _number(key, value)
     if number <= 0:
-        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a number above 0")
+        raise _cannot_be(key, value, "give a number above 0")
     return number
 
 
 def _whole_number(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a whole number of at least 1")
+    if not isinstance(value, int) or not _is_number(value) or value < 1:
+        raise _cannot_be(key, value, "give a whole number of at least 1")
     return value
 
 
 def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{key} cannot be {value!r}", where=key, hint=did_you_mean(str(value), choices))
+        raise _cannot_be(key, value, did_you_mean(str(value), choices))
+
+
+def _cannot_be(key: str, value: object, hint: str) -> UserError:
+    return UserError(f"{key} cannot be {value!r}", where=key, hint=hint)

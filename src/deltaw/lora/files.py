@@ -29,7 +29,7 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_of_base
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.matching import Named, modules_once, values_by_pattern
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.select import ExtraModule, Selection, Target, select
+from deltaw.lora.select import Selection, Target, select
 from deltaw.tensor_files import TensorFile, save_tensors
 
 # ---- The tensors of an adapter's file as a model has them, made one by one while the file is written.
@@ -342,7 +342,7 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     return Selection(chosen, extra, selection.parameters, selection.tokens, selection.matches)
 
 
-def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]) -> list[ExtraModule]:
+def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]) -> list[Named]:
     """The extra trainable modules that the file has tensors for; PEFT matches them by how the name ends."""
     if not config.train_modules:
         return []
@@ -354,7 +354,7 @@ def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: l
         if named.names[0] in parents and any(named.names[0].endswith(entry) for entry in config.train_modules)
     ]
     below = {id(inner) for named in found for inner in named.module.modules() if inner is not named.module}
-    return [ExtraModule(named.names, named.module) for named in found if id(named.module) not in below]
+    return [named for named in found if id(named.module) not in below]
 
 
 def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, where: str) -> None:

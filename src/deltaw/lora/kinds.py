@@ -7,7 +7,6 @@ name, never skipped: an adapter that is silently not applied is worse than none.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -17,14 +16,24 @@ from torch.nn.parameter import UninitializedParameter
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import convolves_as, own_buffers, own_parameters, with_tensors
 from deltaw.lora.adapted import AdaptedLayer
-from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
-from deltaw.lora.layers_bias import LoRABiasConv, LoRABiasConv1D, LoRABiasLinear
-from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
-from deltaw.lora.layers_conv import Convolution, LoRAConv
-from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
-from deltaw.lora.layers_foreign import LoRAForeignLinear
-from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
-from deltaw.lora.layers_parameter import attention_refusal
+from deltaw.lora.layers import (
+    Convolution,
+    DoRAConv,
+    DoRAConv1D,
+    DoRAEmbedding,
+    DoRALinear,
+    LoRABiasConv,
+    LoRABiasConv1D,
+    LoRABiasLinear,
+    LoRAConv,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAForeignLinear,
+    LoRALayer,
+    LoRALinear,
+)
+from deltaw.lora.layers_parts import attention_refusal
+from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear, Int8Conv1D, Int8Linear
 from deltaw.lora.stored import library_of, quantized_as
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,6 +52,18 @@ def is_conv1d(module: nn.Module) -> bool:
     if isinstance(module, Int8Conv1D):
         return True
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in own_parameters(module)
+
+
+def own_head(model: nn.Module) -> nn.Module | None:
+    """The output head that a model names itself."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def own_embedding(model: nn.Module) -> nn.Module | None:
+    """The input embedding that a model names itself."""
+    getter = getattr(model, "get_input_embeddings", None)
+    return getter() if callable(getter) else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -157,7 +178,8 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
 
     Not for ``nn.MultiheadAttention``, which has two updates and no adapted layer.
     """
-    if dora and (kept := quantized_as(module)) is not None:
+    kept = quantized_as(module)
+    if dora and kept is not None:
         raise UserError(
             f"DoRA needs the norms of its weights, which are {kept} here",
             where="dora",
@@ -165,9 +187,7 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
         )
     if library_of(module) is not None:
         if lora_bias:
-            raise UserError(
-                f"lora_bias is not for weights that are {quantized_as(module)}", where="lora_bias", hint="leave it out"
-            )
+            raise UserError(f"lora_bias is not for weights that are {kept}", where="lora_bias", hint="leave it out")
         return LoRAForeignLinear.from_linear
     if isinstance(module, nn.Linear):
         return (LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear).from_linear
@@ -178,22 +198,7 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
                 where="lora_bias",
                 hint="leave the embedding out of target_modules",
             )
-        return functools.partial(_embedding, DoRAEmbedding if dora else LoRAEmbedding)
+        return (DoRAEmbedding if dora else LoRAEmbedding).from_embedding
     if isinstance(module, Convolution):
         return (LoRABiasConv if lora_bias else DoRAConv if dora else LoRAConv).from_conv
     return (LoRABiasConv1D if lora_bias else DoRAConv1D if dora else LoRAConv1D).from_conv1d
-
-
-def _embedding(
-    kind: type[LoRAEmbedding],
-    module: nn.Embedding,
-    rank: int,
-    alpha: float = 1.0,
-    *,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    init: str | None = "uniform",
-    generator: torch.Generator | None = None,
-) -> LoRALayer:
-    """An embedding has no adapter dropout; the setting is for the other layers."""
-    return kind.from_embedding(module, rank, alpha, rslora=rslora, init=init, generator=generator)

@@ -8,13 +8,13 @@ derivation stands in ``docs/method.md``. Each function has a reference implement
 composed of torch's operations. Tests hold the two together, and the reference is used where a closed form
 cannot be: when W itself is trained, and under ``torch.func`` transforms.
 
-It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers_conv``: their
+It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers``: their
 A·x is itself a convolution, whose backward torch already has in closed form.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,7 @@ def linear(
     Returns:
         (..., out).
     """
-    device = x.device.type
-    if autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocasted(x)
     mask = None
     if dropout > 0.0:
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
@@ -216,65 +214,58 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
 
 
+class Lookup(NamedTuple):
+    """How an embedding looks its rows up.
+
+    Attributes:
+        scale: what the base layer multiplies its rows with (Gemma's √dim).
+        padding_idx: the row that gets no gradient.
+        by_frequency: divide the gradient of a row by how often it stands in the ids.
+    """
+
+    scale: float | Tensor | None = None
+    padding_idx: int | None = None
+    by_frequency: bool = False
+
+    def __call__(self, ids: Tensor, table: Tensor) -> Tensor:
+        """table[ids], without the scale."""
+        return F.embedding(ids, table, self.padding_idx, scale_grad_by_freq=self.by_frequency)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """``values`` times the base layer's own scale, in the type of ``values``."""
+        # A tensor is cast to that type and a plain number is not: so do the layers that have one.
+        scale = self.scale.to(values.dtype) if isinstance(self.scale, Tensor) else self.scale
+        return values if scale is None else values * scale
+
+
+AS_IT_IS = Lookup()
+
+
 def embedding(
-    ids: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    embed_scale: float | Tensor | None = None,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = AS_IT_IS
 ) -> Tensor:
-    """y = c · (W[ids] + scaling · A[ids]·B), with c = ``embed_scale`` or 1.
+    """y = c · (W[ids] + scaling · A[ids]·B), with c the lookup's scale, or 1.
 
     Args:
         ids: (...) of integers below the vocabulary's size.
         weight: (vocabulary, dim); frozen.
         lora_A: (vocabulary, r).
         lora_B: (r, dim).
-        embed_scale: what the base layer multiplies its rows with (Gemma's √dim).
-        padding_idx: the row of A that gets no gradient.
-        scale_grad_by_freq: divide the gradient of a row of A by how often it stands in ``ids``.
 
     Returns:
         (..., dim) in the type of ``weight``.
     """
-    if needs_reference(weight):
-        return embedding_reference(ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq)
-    return _Embedding.apply(ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq)
+    call = embedding_reference if needs_reference(weight) else _Embedding.apply
+    return call(ids, weight, lora_A, lora_B, scaling, lookup)
 
 
 def embedding_reference(
-    ids: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    embed_scale: float | Tensor | None = None,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = AS_IT_IS
 ) -> Tensor:
     """The reference implementation of :func:`embedding`."""
-    base = embedding_rows(ids, weight, embed_scale, padding_idx, scale_grad_by_freq)
-    h = F.embedding(ids, lora_A, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
-    delta = h.to(base.dtype) @ (lora_B * scaling).to(base.dtype)
-    return base + (delta if embed_scale is None else delta * embed_scale)
-
-
-def embedding_rows(
-    ids: Tensor,
-    weight: Tensor,
-    embed_scale: float | Tensor | None = None,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
-    """The base layer's own output, c · W[ids]."""
-    rows = F.embedding(ids, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
-    if embed_scale is None:
-        return rows
-    # A tensor is cast to the weight's type and a plain number is not: so do the layers that have one.
-    return rows * (embed_scale.to(weight.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+    base = lookup.scaled(lookup(ids, weight))
+    delta = lookup(ids, lora_A).to(base.dtype) @ (lora_B * scaling).to(base.dtype)
+    return base + (delta if lookup.scale is None else delta * lookup.scale)
 
 
 class _Embedding(torch.autograd.Function):
@@ -282,54 +273,36 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        ids: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        embed_scale: float | Tensor | None,
-        padding_idx: int | None,
-        scale_grad_by_freq: bool,
+        ctx: Any, ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup
     ) -> Tensor:
         flat = ids.reshape(-1)
-        y = embedding_rows(flat, weight, embed_scale)
-        factor = _with_scale(lora_B * scaling, embed_scale)
+        y = lookup.scaled(F.embedding(flat, weight))
         h = F.embedding(flat, lora_A).to(y.dtype)
-        y.addmm_(h, factor.to(y.dtype))
+        y.addmm_(h, lookup.scaled(lora_B * scaling).to(y.dtype))
         ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
-        ctx.scaling = scaling
-        ctx.embed_scale = embed_scale
-        ctx.padding_idx = -1 if padding_idx is None else padding_idx
-        ctx.scale_grad_by_freq = scale_grad_by_freq
+        ctx.scaling, ctx.lookup = scaling, lookup
         return shaped(y, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, h, lora_A, lora_B = ctx.saved_tensors
+        lookup: Lookup = ctx.lookup
         grad_y = grads[0].reshape(ids.numel(), grads[0].shape[-1])
         grad_A = grad_B = None
         flat = ids.reshape(-1)
         if ctx.needs_input_grad[2]:
-            factor = _with_scale(lora_B * ctx.scaling, ctx.embed_scale)
+            factor = lookup.scaled(lora_B * ctx.scaling)
             narrow = (grad_y @ factor.to(grad_y.dtype).t()).to(lora_A.dtype)
+            padding_idx = -1 if lookup.padding_idx is None else lookup.padding_idx
             grad_A = torch.ops.aten.embedding_dense_backward(
-                narrow, flat, lora_A.shape[0], ctx.padding_idx, ctx.scale_grad_by_freq
+                narrow, flat, lora_A.shape[0], padding_idx, lookup.by_frequency
             )
         if ctx.needs_input_grad[3]:
             if torch.is_grad_enabled():
                 # As in _Linear: a second gradient needs h as a function of A.
-                padding_idx = None if ctx.padding_idx < 0 else ctx.padding_idx
-                h = F.embedding(flat, lora_A, padding_idx).to(grad_y.dtype)
-            grad_B = _with_scale((h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling, ctx.embed_scale)
-        return None, None, grad_A, grad_B, None, None, None, None
-
-
-def _with_scale(small: Tensor, embed_scale: float | Tensor | None) -> Tensor:
-    """``small`` times the base layer's own scale, in the type of ``small``."""
-    if embed_scale is None:
-        return small
-    return small * (embed_scale.to(small.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+                h = F.embedding(flat, lora_A, lookup.padding_idx).to(grad_y.dtype)
+            grad_B = lookup.scaled((h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling)
+        return None, None, grad_A, grad_B, None, None
 
 
 def scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -354,6 +327,14 @@ def rows_of(x: Tensor) -> int:
 def autocast_is_on(device: str) -> bool:
     """Whether products on ``device`` are cast; torch cannot be asked for the meta device."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """``x`` in autocast's type where that is on, as ``nn.Linear`` takes it."""
+    device = x.device.type
+    if autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def needs_reference(weight: Tensor) -> bool:

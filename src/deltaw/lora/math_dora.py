@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels.linear import plus_product
-from deltaw.lora.math import autocast_is_on, needs_reference, rows_of, scaled, shaped
+from deltaw.lora.math import autocast_is_on, autocasted, needs_reference, rows_of, scaled, shaped
 
 BLOCK = 1 << 20
 """Elements that are brought to another precision at a time."""
@@ -97,9 +97,7 @@ def dora_linear(
     Returns:
         (..., out).
     """
-    device = x.device.type
-    if autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocasted(x)
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout > 0.0 else None
     call = dora_linear_reference if needs_reference(weight) else _DoRALinear.apply
     keep = 1.0 - dropout

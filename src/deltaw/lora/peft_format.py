@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment
-from deltaw.lora.config import CHANGING_INITS, LoRAConfig
+from deltaw.lora.config import CHANGING_INITS, PEFT_NAMES, LoRAConfig
 from deltaw.lora.initialize import from_peft, to_peft
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
+from deltaw.lora.matching import endings
 
 # ---- Where PEFT's files have what a model trains: its wrappers nest, and each adds a part to the names below it.
 #
@@ -150,27 +153,8 @@ DEFAULTS: dict[str, object] = {
 }
 """Every key of PEFT's own file, and the value that it has there where nothing was set."""
 
-_READ = frozenset(
-    {
-        "alora_invocation_tokens",
-        "alpha_pattern",
-        "bias",
-        "exclude_modules",
-        "init_lora_weights",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "modules_to_save",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "target_parameters",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-    }
-)
+_NAMES = {ours: theirs for theirs, ours in PEFT_NAMES.items()}
+_READ = {_NAMES.get(field.name, field.name) for field in fields(LoRAConfig)} & DEFAULTS.keys()
 _NO_MATHEMATICS = frozenset(
     {
         "auto_mapping",
@@ -359,12 +343,12 @@ def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | 
     for all full names is returned instead.
     """
     wanted = list(adapted)
-    inside, everywhere = _count_endings(wanted), _count_endings(names)
+    inside, everywhere = (Counter(end for name in group for end in endings(name)) for group in (wanted, names))
     entries: set[str] = set()
     for name in wanted:
-        exact = [end for end in _endings(name) if inside[end] == everywhere.get(end)]
+        exact = [end for end in endings(name) if inside[end] == everywhere[end]]
         if not exact:
-            return "|".join(_escaped(full) for full in sorted(wanted))
+            return "|".join(full.replace(".", r"\.") for full in sorted(wanted))
         entries.add(exact[-1])
     return sorted(entries)
 
@@ -373,30 +357,11 @@ def _extra_entries(names: list[str], whole: list[str]) -> list[str]:
     """Entries for extra trainable modules; PEFT matches them by how the name ends, dot or no dot."""
     entries = []
     for name in whole:
-        ends = [end for end in _endings(name) if all(n in whole for n in names if n.endswith(end))]
+        ends = [end for end in endings(name) if all(n in whole for n in names if n.endswith(end))]
         entries.append(ends[-1] if ends else name)
     return sorted(set(entries))
 
 
-def _endings(name: str) -> Iterator[str]:
-    """The name, then without its first part, and so on: the shortest comes last."""
-    parts = name.split(".")
-    for start in range(len(parts)):
-        yield ".".join(parts[start:])
-
-
-def _count_endings(names: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        for end in _endings(name):
-            counts[end] = counts.get(end, 0) + 1
-    return counts
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
-
-
 def _plain(value: float) -> float | int:
-    """ExtraModule numbers as JSON integers: some readers take no others for alpha."""
+    """Whole numbers as JSON integers: some readers take no others for alpha."""
     return int(value) if float(value).is_integer() else value

@@ -54,10 +54,10 @@ class FileUpdate:
     path: str
     rank: int
     scaling: float
-    times: int
-    experts: int | None
     factor_A: Tensor
     factor_B: Tensor
+    times: int = 1
+    experts: int | None = None
     certain: bool = True
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -128,7 +128,8 @@ def _updates(factors: Mapping[str, Factors], config: LoRAConfig, twice: bool) ->
             rank = factors[path]["A"].shape[0]
             alpha = meant.alpha(owner)
             times = 2 if twice and attention is not None else 1
-            yield _update(module, path, rank, scaling(rank, alpha, config.rslora), factors[path], times=times)
+            factor = scaling(rank, alpha, config.rslora)
+            yield FileUpdate(module, path, rank, factor, factors[path]["A"], factors[path]["B"], times=times)
 
 
 def _of_parameters(
@@ -149,30 +150,18 @@ def _of_parameters(
     if not best:
         for path, row in zip(paths, rows, strict=True):
             factor = scaling(row, meant.config.alpha, meant.config.rslora)
-            yield _update(module, path, row, factor, factors[path], certain=False)
+            yield FileUpdate(module, path, row, factor, factors[path]["A"], factors[path]["B"], certain=False)
         return
     order, ranks, alphas = best[0]
     certain = all(fit[1:] == (ranks, alphas) for fit in best)
     for number, (path, rank, alpha) in enumerate(zip(paths, ranks, alphas, strict=True)):
         name = order[0] if len(best) == 1 and len(order) == 1 else f"{module} #{number + 1}"
-        experts = factors[path]["A"].shape[0] // rank
+        count = factors[path]["A"].shape[0] // rank
+        experts = count if count > 1 else None
         factor = scaling(rank, alpha, meant.config.rslora)
-        yield _update(name, path, rank, factor, factors[path], experts=experts, certain=certain)
-
-
-def _update(
-    name: str,
-    path: str,
-    rank: int,
-    factor: float,
-    pair: Factors,
-    *,
-    times: int = 1,
-    experts: int = 1,
-    certain: bool = True,
-) -> FileUpdate:
-    count = experts if experts > 1 else None
-    return FileUpdate(name, path, rank, factor, times, count, pair["A"], pair["B"], certain)
+        yield FileUpdate(
+            name, path, rank, factor, factors[path]["A"], factors[path]["B"], experts=experts, certain=certain
+        )
 
 
 class _Meant:

@@ -1,6 +1,6 @@
 """Frozen weights that are stored as something else than a matrix of numbers, and their products.
 
-Two forms: int8 with scales (``layers_int8``) and blocks of few bits (``layers_blocks``). A module keeps what
+Two forms: int8 with scales (``layers_quantized``) and blocks of few bits (``layers_quantized``). A module keeps what
 belongs to its weight in attributes and buffers of its own, so that whatever adopts the module has it too.
 What multiplies with a frozen weight asks here for its form and calls :func:`multiply`; a plain weight has no
 form.

@@ -11,14 +11,13 @@ Knows kernels and shapes; not models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from deltaw.kernels import attention, block_linear, head_gradient, linear, loader, quantize, rows
-from deltaw.kernels import head_gradient as class_gradient
 from deltaw.kernels.block_linear import FORMATS
 from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
@@ -35,16 +34,18 @@ from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
 # Importing them defines the operators.
 
-assert attention and block_linear and class_gradient and head_gradient and linear and rows
+assert attention and block_linear and head_gradient and linear and rows
 
 _ops = torch.ops.deltaw
+Arguments: TypeAlias = tuple[Any, ...]
+Rule: TypeAlias = Callable[[Arguments], int]
 
 
 def _up(count: int, to: int) -> int:
     return -(-count // to) * to
 
 
-def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _linear(args: Arguments) -> int:
     x, weight, by_column, scale, _, _, lora_A = args[:7]
     if not _multiplied(x, scale):
         return 0
@@ -62,29 +63,16 @@ def _room_of_linear(
     )  # fmt: skip
 
 
-def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The input in int8 with its scales, made where the caller has none."""
-    return _int8_bytes(args[0], args[12]) if args[3] is not None and args[10] is None else 0
-
-
 def _int8_bytes(x: Tensor, in_blocks: bool) -> int:
     return x.numel() + 4 * math.prod(quantize.scales_shape(x, in_blocks))
 
 
-def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _linear_backward(args: Arguments) -> int:
     grad, weight, by_column, scale, _, lora_A = args[:6]
     if not _multiplied(grad, scale):
         return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
     return _room_of_linear(grad, weight, by_column, scale is not None or args[10], True, rank, True, args[9])
-
-
-def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return _room_of_blocks(args, args[8], False, False)
-
-
-def _block_linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return _room_of_blocks(args, args[7], True, args[11])
 
 
 def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool, need_x: bool) -> int:
@@ -97,43 +85,29 @@ def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool
     )  # fmt: skip
 
 
-def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The gradient in int8 with a scale for each block of a row."""
-    return _int8_bytes(args[0], True) if (args[3] is not None or args[10]) and args[9] else 0
-
-
-def _factors_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _factors_backward(args: Arguments) -> int:
     x, h = args[:2]
     return loader.kernels().dw_factors_room(loader.number(x.dtype), *h.shape)
 
 
-def _class_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _class_gradient(args: Arguments) -> int:
     grad, _, weight = args[:3]
     return loader.kernels().dw_class_gradient_room(*grad.shape, weight.shape[1])
 
 
-def _class_scales(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _class_scales(args: Arguments) -> int:
     """A scale for each block of classes."""
     rows, classes = args[0].shape
     return rows * -(-classes // INT8_BLOCK) * 4
 
 
-def _head_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _head_gradient(args: Arguments) -> int:
     return loader.kernels().dw_head_gradient_room(*args[2].shape)
 
 
-def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _cross_entropy(args: Arguments) -> int:
     logits, with_gradient = args[0], args[5]
     return torch.get_num_threads() * _up(logits.shape[1], 16) * 4 if with_gradient else 0
-
-
-def _attention_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    query, _, value = args[:3]
-    return _room_of_attention("dw_attention_room", query, value)
-
-
-def _attention_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return _room_of_attention("dw_attention_backward_room", args[1], args[3])
 
 
 def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:
@@ -143,7 +117,7 @@ def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:
     return room(loader.number(query.dtype), length, heads, key_heads, depth, width)
 
 
-def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _cross_entropy_reference(args: Arguments) -> int:
     """Without the kernel: the scaled logits and their log-softmax, with a soft cap the logits before it, of a
     half type a wide copy, and for a gradient the slopes of two of them."""
     logits, softcap, with_gradient = args[0], args[4], args[5]
@@ -153,20 +127,22 @@ def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return copies * logits.numel() * max(4, logits.dtype.itemsize)
 
 
-def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _linear_tensors(args: Arguments) -> int:
     """Of a product: the rounded input, or what the reference makes where torch computes products."""
     x, weight, by_column, scale, _, bias, lora_A, lora_B, _, added = args[:10]
     if _multiplied(x, scale):
-        return _rounded_input(args, kwargs)
+        made = scale is not None and args[10] is None  # the input in int8, where the caller has none
+        return _int8_bytes(x, args[12]) if made else 0
     outputs = weight.shape[0 if by_column else 1]
     return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None)
 
 
-def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _linear_backward_tensors(args: Arguments) -> int:
     """Of a product's gradient: the rounded gradient, or what the reference makes."""
     grad, weight, by_column, scale, _, lora_A, lora_B, _, added, need_x = args[:10]
     if _multiplied(grad, scale):
-        return _rounded_gradient(args, kwargs)
+        # The gradient in int8 with a scale for each block of a row.
+        return _int8_bytes(grad, True) if (scale is not None or args[10]) and need_x else 0
     inputs = weight.shape[1 if by_column else 0] if need_x else 0
     inside = _reference_bytes(grad, weight, scale, inputs, (lora_A, lora_B), added is not None)
     if scale is None or not inputs:
@@ -175,7 +151,7 @@ def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
 
 
-def _block_linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _block_linear_tensors(args: Arguments) -> int:
     """Of a product with a weight in blocks where torch computes it: some rows as numbers, and theirs of the
     result."""
     x, data, _, _, _, _, columns, bias, lora_A, lora_B, _, added = args[:12]
@@ -186,7 +162,7 @@ def _block_linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> i
     return max(later, most * columns * (2 + size * (size != 2)) + x.shape[0] * most * size)
 
 
-def _block_linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _block_linear_backward_tensors(args: Arguments) -> int:
     """Of its gradient: sums in fp32, what is added to them, and some rows of the weight as numbers."""
     grad, data, _, _, _, _, columns, lora_A, lora_B, _, added, need_x = args[:12]
     if _multiplied(grad, None):
@@ -231,35 +207,29 @@ def _compiled(first: Tensor) -> bool:
     return served and loader.library() is not None
 
 
-def _where_compiled(
-    rule: Callable[[tuple[Any, ...], Mapping[str, Any]], int],
-) -> Callable[[tuple[Any, ...], Mapping[str, Any]], int]:
+def _where_compiled(rule: Rule) -> Rule:
     """The rule where the kernels run: tensors on the processor, in a type that they take."""
-
-    def scratch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        return rule(args, kwargs) if _compiled(args[0]) else 0
-
-    return scratch
+    return lambda args: rule(args) if _compiled(args[0]) else 0
 
 
 # Bytes that an operator's arenas hold at its peak.
-ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+ARENAS: dict[object, Rule] = {
     operator.default: _where_compiled(rule)
     for operator, rule in (
         (_ops.linear, _linear),
         (_ops.linear_backward, _linear_backward),
-        (_ops.block_linear, _block_linear),
-        (_ops.block_linear_backward, _block_linear_backward),
+        (_ops.block_linear, lambda args: _room_of_blocks(args, args[8], False, False)),
+        (_ops.block_linear_backward, lambda args: _room_of_blocks(args, args[7], True, args[11])),
         (_ops.factors_backward, _factors_backward),
         (_ops.class_gradient_, _class_gradient),
         (_ops.head_gradient_, _head_gradient),
         (_ops.cross_entropy_, _cross_entropy),
-        (_ops.attention, _attention_forward),
-        (_ops.attention_backward, _attention_backward),
+        (_ops.attention, lambda args: _room_of_attention("dw_attention_room", args[0], args[2])),
+        (_ops.attention_backward, lambda args: _room_of_attention("dw_attention_backward_room", args[1], args[3])),
     )
 }
 # Bytes of the tensors that an operator makes for itself.
-TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+TENSORS: dict[object, Rule] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
     _ops.linear.default: _linear_tensors,
     _ops.linear_backward.default: _linear_backward_tensors,
@@ -269,10 +239,10 @@ TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
 }
 
 
-def arena_bytes(func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def arena_bytes(func: object, args: Arguments) -> int:
     """What the kernels' arenas hold at the peak of ``func``, over all threads; 0 for other operators."""
     rule = ARENAS.get(func)
-    return 0 if rule is None else rule(args, kwargs)
+    return 0 if rule is None else rule(args)
 
 
 # ---- scratch
@@ -281,10 +251,10 @@ def arena_bytes(func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 _aten = torch.ops.aten
 
 
-def scratch_bytes(func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def scratch_bytes(func: object, args: Arguments) -> int:
     """Tensors that ``func`` allocates in addition to its result, at its own peak, in bytes."""
     rule = _SCRATCH.get(func)
-    return 0 if rule is None else rule(args, kwargs)
+    return 0 if rule is None else rule(args)
 
 
 def _flash_tiles(query: Tensor, key: Tensor) -> tuple[int, int]:
@@ -294,7 +264,7 @@ def _flash_tiles(query: Tensor, key: Tensor) -> tuple[int, int]:
     return min(queries, length), min(512, key.shape[2])
 
 
-def _flash_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _flash_forward(args: Arguments) -> int:
     query, key = args[:2]
     queries, keys = _flash_tiles(query, key)
     # Each thread holds fp32 scores, two numbers a row and the output; of half types also a rounded copy.
@@ -304,7 +274,7 @@ def _flash_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return torch.get_num_threads() * room
 
 
-def _flash_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _flash_backward(args: Arguments) -> int:
     grad, query, key = args[:3]
     queries, keys = _flash_tiles(query, key)
     # Scores and their gradient, and of half types a rounded copy of both.
@@ -314,13 +284,13 @@ def _flash_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return room
 
 
-def _mean(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _mean(args: Arguments) -> int:
     # The mean of a half type is taken of a whole copy in fp32.
     values = args[0]
     return values.numel() * 4 if values.is_floating_point() and values.dtype.itemsize == 2 else 0
 
 
-def _pointwise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _pointwise(args: Arguments) -> int:
     """Inputs of different types are first copied, each as a whole, into the type they have in common."""
     first, second = args[0], args[1]
     if not isinstance(second, Tensor) or first.dtype == second.dtype:
@@ -329,15 +299,15 @@ def _pointwise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return sum(t.numel() * common.itemsize for t in (first, second) if t.dtype != common and t.dim())
 
 
-def _in_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _in_place(args: Arguments) -> int:
     """As :func:`_pointwise`; a first input that is copied takes the result in another copy."""
     first, second = args[0], args[1]
     common = torch.result_type(first, second)
     back = first.numel() * common.itemsize if first.dtype != common else 0
-    return _pointwise(args, kwargs) + back
+    return _pointwise(args) + back
 
 
-_SCRATCH: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+_SCRATCH: dict[object, Rule] = {
     **TENSORS,
     **({FLASH_FORWARD.default: _flash_forward} if FLASH_FORWARD else {}),
     **({FLASH_BACKWARD.default: _flash_backward} if FLASH_BACKWARD else {}),

@@ -98,7 +98,7 @@ class Answers:
                 return self._norms(args, kwargs)
         parts: list[Hashable] = [func]
         tensors: list[Tensor] = []
-        if not _describe(args, parts, tensors) or not _describe_named(kwargs, parts, tensors):
+        if not _describe(args, parts, tensors) or not _describe((*kwargs, *kwargs.values()), parts, tensors):
             return func(*args, **kwargs)
         key = tuple(parts)
         if key not in self._known:
@@ -195,11 +195,6 @@ def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool
         else:
             return False
     return True
-
-
-def _describe_named(values: dict[str, Any], parts: list[Hashable], tensors: list[Tensor]) -> bool:
-    parts.extend(values)
-    return _describe(values.values(), parts, tensors)
 
 
 def _outputs(func: Callable[..., Any], result: Any, tensors: list[Tensor]) -> tuple[type, list[_Output]] | None:
@@ -352,8 +347,8 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and phase == _BACKWARD and _called_by_engine(sys._getframe(1)):
             self._pending = (self._life(args[0]), self._now)
         else:
-            self._note_peak(scratch_bytes(func, args, kwargs))
-        self._arenas = max(self._arenas, arena_bytes(func, args, kwargs))
+            self._note_peak(scratch_bytes(func, args))
+        self._arenas = max(self._arenas, arena_bytes(func, args))
         self._line.append((phase, self._now))
         return result
 

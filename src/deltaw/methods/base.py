@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
@@ -130,15 +130,21 @@ class MethodBase:
     invocation_given: Sequence[int] | str | None = None
     invocation: Sequence[int] | None = None
 
-    def __init__(self, settings: object = None) -> None:
-        self.settings = settings
+    section: type | None = None
+    """The class of its settings."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings: Any = self.section() if settings is None and self.section is not None else settings
 
     @classmethod
     def from_run(
         cls: type[Made], section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> Made:
         """See :class:`deltaw.methods.registry.Implementation`."""
-        return cls() if section is None else cls(section)
+        made = cls() if section is None else cls(section)
+        made.tokenizer = tokenizer
+        return made
 
     def invoke_by(self, tokens: Sequence[int]) -> None:
         """Nothing: most methods act on all tokens."""

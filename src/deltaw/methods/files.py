@@ -6,14 +6,14 @@ PEFT does not read it. This module knows no models.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from deltaw import durable
@@ -58,14 +58,9 @@ def write_trained(
     Raises:
         UserError: the folder cannot be written.
     """
-    config = {
-        "method": method,
-        "base_model_name_or_path": base_model,
-        "settings": dict(settings),
-        "tied": {name: list(others) for name, others in tied.items()},
-        "deltaw_version": __version__,
-    }
-    write_adapter(folder, tensors, config, metadata)
+    kept = {name: list(others) for name, others in tied.items()}
+    config = {"method": method, "base_model_name_or_path": base_model, "settings": dict(settings), "tied": kept}
+    write_adapter(folder, tensors, {**config, "deltaw_version": __version__}, metadata)
 
 
 def write_adapter(
@@ -147,10 +142,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             where=str(folder / _PICKLED),
             hint=f"ask its author to save it again as {ADAPTER_WEIGHTS}",
         )
-    try:
-        return dict(safetensors.torch.load_file(path))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def metadata_of(folder: Path) -> dict[str, str]:
@@ -162,11 +155,8 @@ def metadata_of(folder: Path) -> dict[str, str]:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         return {}  # whoever loads the adapter says so
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def classes_of(folder: Path) -> tuple[str, ...] | None:
@@ -192,10 +182,17 @@ def outputs_of(folder: Path) -> int | None:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         return None  # whoever loads the adapter says so
+    with _opened(path) as file:
+        names = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118
+        return int(file.get_slice(names[-1]).get_shape()[0]) if names else None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of weights, while it is read."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118
-            return int(file.get_slice(names[-1]).get_shape()[0]) if names else None
+            yield file
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from error
 

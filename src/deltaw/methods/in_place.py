@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.lora.adapted import factor_dtype
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
-from deltaw.lora.kinds import is_linear
+from deltaw.lora.kinds import is_linear, own_embedding, own_head
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import REPLACED_KEY, MethodBase
@@ -36,7 +36,6 @@ from deltaw.methods.parameters import (
     put_loaded,
     train_places,
 )
-from deltaw.methods.registry import TrainOptions
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.runtime.recognition import blocks_of
 
@@ -76,7 +75,7 @@ class Subset:
         at = indices.to(device=weight.device, dtype=torch.int32)
         with torch.no_grad():
             before = weight.data.view(-1).index_select(0, at)
-        values = nn.Parameter(before.to(_value_type(weight), copy=True))
+        values = nn.Parameter(before.to(factor_dtype(weight), copy=True))
         self._parts.append(_Part(place.name, weight, at, values, before))
 
         def take(parameter: Tensor) -> None:
@@ -155,10 +154,6 @@ class Subset:
 def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """weight.flatten()[indices] = values, rounded to the weight's dtype."""
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
-
-
-def _value_type(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 # ---- in place
@@ -339,8 +334,7 @@ class Bias(InPlace):
 
 def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The linear layers below the output head."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = own_head(model)
     excluded = tuple(extra_modules)
     return [
         (name, module)
@@ -373,19 +367,16 @@ class Head(InPlace):
     """Train ``head.modules``, by default the model's output layer."""
 
     name = "head"
+    section = HeadSettings
     usual_rate = 1e-3
-
-    def __init__(self, settings: HeadSettings | None = None) -> None:
-        super().__init__(settings or HeadSettings())
-        self.modules = (settings or HeadSettings()).modules
+    settings: HeadSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        if self.modules:
-            return inside(modules_named(model, self.modules, "head.modules"), names_of(model))
+        if self.settings.modules:
+            return inside(modules_named(model, self.settings.modules, "head.modules"), names_of(model))
         if extra_modules:
             return []  # a classifier, which every method trains, is the head itself
-        getter = getattr(model, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
+        head = own_head(model)
         if head is None:
             return []
         return inside([name for name, module in model.named_modules() if module is head], names_of(model))
@@ -398,11 +389,9 @@ class Last(InPlace):
     """Train ``last.blocks`` blocks, counted from the top."""
 
     name = "last"
+    section = LastSettings
     usual_rate = 5e-5
-
-    def __init__(self, settings: LastSettings | None = None) -> None:
-        super().__init__(settings or LastSettings())
-        self.blocks = (settings or LastSettings()).blocks
+    settings: LastSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         found = blocks_of(model)
@@ -411,13 +400,13 @@ class Last(InPlace):
                 f"a {type(model).__name__} has no list of blocks", where="method", hint="choose another method"
             )
         name, blocks = found
-        if self.blocks > len(blocks):
+        if self.settings.blocks > len(blocks):
             raise UserError(
-                f"last.blocks asks for {self.blocks} blocks, and the model has {len(blocks)}",
+                f"last.blocks asks for {self.settings.blocks} blocks, and the model has {len(blocks)}",
                 where="last.blocks",
                 hint=f"give at most {len(blocks)}",
             )
-        return inside([f"{name}.{i}" for i in range(len(blocks) - self.blocks, len(blocks))], names_of(model))
+        return inside([f"{name}.{i}" for i in range(len(blocks) - self.settings.blocks, len(blocks))], names_of(model))
 
 
 # ---- Train a random subset of the weights, as many as asked for, spread evenly over all parameters.
@@ -429,11 +418,9 @@ class Random(SubsetInPlace):
     """Train ``random.weights`` of the model's weights."""
 
     name = "random"
+    section = RandomSettings
     usual_rate = 5e-4
-
-    def __init__(self, settings: RandomSettings | None = None) -> None:
-        super().__init__(settings or RandomSettings())
-        self.weights = (settings or RandomSettings()).weights
+    settings: RandomSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         extra = set(inside(extra_modules, names_of(model)))
@@ -462,7 +449,7 @@ class Random(SubsetInPlace):
     def _counts(self, sizes: list[int]) -> list[int]:
         """How many weights of each parameter: proportional to its size, and exactly as many as asked."""
         total = sum(sizes)
-        wanted = round(self.weights * total) if self.weights < 1 else int(self.weights)
+        wanted = round(self.settings.weights * total) if self.settings.weights < 1 else int(self.settings.weights)
         if not 1 <= wanted <= total:
             raise UserError(
                 f"random.weights asks for {wanted:,} weights, and there are {total:,}",
@@ -483,32 +470,21 @@ class Input(SubsetInPlace):
     """Train ``input.modules``, by default the input layer; or only the rows of ``input.tokens`` in it."""
 
     name = "input"
+    section = InputSettings
     usual_rate = 5e-4
-
-    def __init__(self, settings: InputSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        settings = settings or InputSettings()
-        super().__init__(settings)
-        self.modules = settings.modules
-        self.tokens = settings.tokens
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_run(
-        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Input:
-        return cls(section if isinstance(section, InputSettings) else None, tokenizer)
+    settings: InputSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        if self.tokens:
+        if self.settings.tokens:
             return []
-        if self.modules:
-            return inside(modules_named(model, self.modules, "input.modules"), names_of(model))
+        if self.settings.modules:
+            return inside(modules_named(model, self.settings.modules, "input.modules"), names_of(model))
         return inside([_input_layer(model)], names_of(model))
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
-        if not self.tokens:
+        if not self.settings.tokens:
             return super().start(model, extra_modules, seed)
-        rows = torch.tensor(sorted({self._token_id(token) for token in self.tokens}), dtype=torch.int32)
+        rows = torch.tensor(sorted({self._token_id(token) for token in self.settings.tokens}), dtype=torch.int32)
         name = f"{_input_layer(model)}.weight"
         # The rows are trained in the embedding; a tied output layer stays as it is.
         places = train_places(model, [name, *inside(extra_modules, names_of(model))])
@@ -518,9 +494,9 @@ class Input(SubsetInPlace):
         return [place for place in places if place is not embedding]
 
     def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
-        if not self.tokens:
+        if not self.settings.tokens:
             return super().summary(model, total, extra_modules)
-        count = len(set(self.tokens))
+        count = len(set(self.settings.tokens))
         trained = sum(p.numel() for _, p in self.parameters(model))
         return f"input: the embeddings of {count} token{'s' if count != 1 else ''} trained, {trained:,} parameters"
 
@@ -546,8 +522,7 @@ class Input(SubsetInPlace):
 
 def _input_layer(model: nn.Module) -> str:
     """The name of the module that reads the input."""
-    getter = getattr(model, "get_input_embeddings", None)
-    layer = getter() if callable(getter) else None
+    layer = own_embedding(model)
     for name, module in model.named_modules():
         if module is layer and name:
             return name

@@ -29,7 +29,6 @@ from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MethodBase
 from deltaw.methods.files import metadata_of, read_config, read_tensors, text_or_none, write_adapter
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
-from deltaw.methods.registry import TrainOptions
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.virtual_tokens import (
     VirtualTokens,
@@ -188,24 +187,20 @@ class Prompt(MethodBase):
     """
 
     name = "prompt"
+    section = PromptSettings
+    settings: PromptSettings
     usual_rate = 0.03
     falls_with_width = False
 
     def __init__(
         self, settings: PromptSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        self.settings: PromptSettings = settings or PromptSettings()
+        super().__init__(settings)
         self.tokenizer = tokenizer
         self.virtual_tokens = self.settings.length
         self._places: list[ParameterPlace] = []
         self._virtual_ids: np.ndarray | None = None
         self._base_fingerprint: str | None = None
-
-    @classmethod
-    def from_run(
-        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Prompt:
-        return cls(section if isinstance(section, PromptSettings) else None, tokenizer)
 
     def prepare(
         self,

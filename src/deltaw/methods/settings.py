@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from deltaw.errors import UserError
-from deltaw.lora.config import LoRAConfig
+from deltaw.lora.config import LoRAConfig, setting
 from deltaw.methods.registry import MethodEntry, register
 
 register(
@@ -28,9 +28,7 @@ class HeadSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    modules: list[str] | None = field(
-        default=None, metadata={"description": "modules trained by method head; null: the model's output layer"}
-    )
+    modules: list[str] | None = setting(None, "modules trained by method head; null: the model's output layer")
 
 
 register(MethodEntry("head", "deltaw.methods.in_place:Head", HeadSettings, "the output layer alone", compared=True))
@@ -42,12 +40,8 @@ class InputSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    modules: list[str] | None = field(
-        default=None, metadata={"description": "modules trained by method input; null: the model's input layer"}
-    )
-    tokens: list[str] | None = field(
-        default=None, metadata={"description": "train the embeddings of these tokens only, and no other rows"}
-    )
+    modules: list[str] | None = setting(None, "modules trained by method input; null: the model's input layer")
+    tokens: list[str] | None = setting(None, "train the embeddings of these tokens only, and no other rows")
 
     def __post_init__(self) -> None:
         if self.modules and self.tokens:
@@ -67,19 +61,11 @@ class PromptSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    length: int = field(
-        default=20,
-        metadata={"description": "virtual tokens prepended to every row", "json_schema_extra": {"minimum": 1}},
+    length: int = setting(20, "virtual tokens prepended to every row", minimum=1)
+    init: Literal["random", "text"] = setting(
+        "random", "the vectors are initialized with token embeddings: of random tokens, or of prompt.text"
     )
-    init: Literal["random", "text"] = field(
-        default="random",
-        metadata={
-            "description": "the vectors are initialized with token embeddings: of random tokens, or of prompt.text"
-        },
-    )
-    text: str | None = field(
-        default=None, metadata={"description": "text for init: text; repeated or truncated to prompt.length tokens"}
-    )
+    text: str | None = setting(None, "text for init: text; repeated or truncated to prompt.length tokens")
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -113,12 +99,8 @@ class RandomSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    weights: float = field(
-        default=0.01,
-        metadata={
-            "description": "weights trained by method random: a share (below 1), or a number of them",
-            "json_schema_extra": {"exclusiveMinimum": 0},
-        },
+    weights: float = setting(
+        0.01, "weights trained by method random: a share (below 1), or a number of them", exclusiveMinimum=0
     )
 
     def __post_init__(self) -> None:
@@ -146,10 +128,7 @@ class LastSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    blocks: int = field(
-        default=2,
-        metadata={"description": "blocks trained by method last, from the top", "json_schema_extra": {"minimum": 1}},
-    )
+    blocks: int = setting(2, "blocks trained by method last, from the top", minimum=1)
 
     def __post_init__(self) -> None:
         if self.blocks < 1:

@@ -73,18 +73,27 @@ class HalfNorms:
 
 
 @dataclass
-class AttentionHalf:
-    """What the first half of a block is made of.
-
-    Args:
-        inputs: queries', keys' and values' projections, or one that gives all.
-        grouped: how one projection holds them; see :func:`deltaw.runtime.projections.head_views`.
-        how: what attention is told: scaling, window, softcap, causal.
-    """
+class Half:
+    """What a half of a block is made of: its norms, the projections of its input, and that of its output."""
 
     norms: HalfNorms
     inputs: Sequence[Projection]
     output: Projection
+
+    @property
+    def projections(self) -> list[Projection]:
+        return [*self.inputs, self.output]
+
+
+@dataclass
+class AttentionHalf(Half):
+    """The first half of a block; its inputs are queries', keys' and values' projections, or one that gives all.
+
+    Args:
+        grouped: how one projection holds them; see :func:`deltaw.runtime.projections.head_views`.
+        how: what attention is told: scaling, window, softcap, causal.
+    """
+
     heads: int
     key_heads: int
     head_size: int
@@ -93,29 +102,17 @@ class AttentionHalf:
     key_norm: Norm | None
     how: dict[str, Any]
 
-    @property
-    def projections(self) -> list[Projection]:
-        return [*self.inputs, self.output]
-
 
 @dataclass
-class MLPHalf:
-    """What the second half of a block is made of.
+class MLPHalf(Half):
+    """The second half of a block; its inputs are gate and up, or one layer, which gives both where ``gated``.
 
     Args:
-        inputs: gate and up; or one layer, which gives both where ``gated``.
         kind: of the activation, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
     """
 
-    norms: HalfNorms
-    inputs: Sequence[Projection]
-    output: Projection
     gated: bool
     kind: str
-
-    @property
-    def projections(self) -> list[Projection]:
-        return [*self.inputs, self.output]
 
 
 @dataclass
@@ -416,9 +413,8 @@ class FusedNorm:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight = own_parameters(self.module).get("weight")
-        if weight is None or weight.dtype != hidden_states.dtype or not _on_processor(hidden_states):
-            return self.own(hidden_states)
-        if any(p is not None and p.requires_grad for p in own_parameters(self.module).values()):
+        trained = any(p is not None and p.requires_grad for p in own_parameters(self.module).values())
+        if trained or weight is None or weight.dtype != hidden_states.dtype or not _on_processor(hidden_states):
             return self.own(hidden_states)
         ids = [id(tensor) for tensor in own_parameters(self.module).values()]
         if self._made[0] != ids:
@@ -569,7 +565,9 @@ class FusedBlock:
             return False
         if any(own_parameters(norm)["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
             return False
-        if not self.roles.attention.causal and not _compiled_serves(hidden, self.roles):
+        # The compiled kernel alone lets tokens see both ways.
+        attention = self.roles.attention
+        if not attention.causal and not (serves_compiled(hidden) and attention.head_size % 2 == 0):
             return False
         factors = {
             id(factor)
@@ -587,12 +585,7 @@ class FusedBlock:
             return None
         layers = [Projection(layer) for layer in self._layers]
         count = len(attention.inputs)
-        how = {
-            "scaling": self.told.scaling,
-            "window": self.told.window,
-            "softcap": self.told.softcap,
-            "causal": attention.causal,
-        }
+        how = {**vars(self.told), "causal": attention.causal}
         first = AttentionHalf(
             _half_norms(attention.norms, norms),
             layers[:count],
@@ -655,11 +648,6 @@ class FusedBlock:
 
 def _half_norms(places: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
     return HalfNorms(*(norms.get(path or "") for path in (places.before, places.after, places.post)))
-
-
-def _compiled_serves(hidden: Tensor, roles: BlockRoles) -> bool:
-    """Whether the compiled kernel takes the attention, which alone lets tokens see both ways."""
-    return serves_compiled(hidden) and roles.attention.head_size % 2 == 0
 
 
 def _on_processor(hidden: Tensor) -> bool:

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw.host.choices import Choice
-from deltaw.kernels import loader
 from deltaw.kernels.torch_private import own_modules
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
 from deltaw.runtime.recognition import (
@@ -32,11 +31,10 @@ from deltaw.runtime.recognition import (
     Call,
     Signature,
     Told,
+    asked_once,
     blocks_of,
     norm_form,
-    real_tensors,
     signature,
-    small_copy,
     verified,
 )
 
@@ -179,7 +177,7 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
         return FusedBlocks([], Choice(False, "the model has no list of blocks"))
     place, listed = found
     try:
-        recognized = _recognized(backbone, mode)
+        recognized = asked_once(_RECOGNIZED, backbone, lambda small: _verified_kinds(small, mode), mode.name)
         if not recognized.kinds:
             return FusedBlocks([], Choice(False, recognized.why))
         with mode.attention(model), torch.no_grad(), noting() as notes:
@@ -213,17 +211,6 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
 
 
 _RECOGNIZED: dict[tuple[Any, ...], Recognized] = {}
-
-
-def _recognized(backbone: PreTrainedModel, mode: Mode) -> Recognized:
-    """The kinds of block of a small copy of this backbone, remembered by class and configuration."""
-    config = backbone.config.to_json_string(use_diff=False)
-    exact = loader.arithmetic().approximating(())
-    key = (type(backbone), config, mode.name, loader.library() is not None, exact)
-    if key not in _RECOGNIZED:
-        with real_tensors():
-            _RECOGNIZED[key] = _verified_kinds(small_copy(backbone), mode)
-    return _RECOGNIZED[key]
 
 
 def _verified_kinds(small: PreTrainedModel, mode: Mode) -> Recognized:

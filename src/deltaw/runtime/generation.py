@@ -35,6 +35,7 @@ from deltaw.hub.gguf import terminators
 from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.hub.quiet import quiet
 from deltaw.kernels.linear import linear
+from deltaw.runtime.recognition import forward_replaced
 
 # ---- The text of a model's tokens, given out as it becomes certain.
 #
@@ -230,7 +231,7 @@ def stream(
                 attention_mask=mask,
                 generation_config=config,
                 streamer=tokens,
-                stopping_criteria=StoppingCriteriaList([_Closed(tokens.closed)]),
+                stopping_criteria=StoppingCriteriaList([_Stopped(tokens.closed.is_set)]),
             )
         except BaseException as error:  # handed to the reader, who raises it
             tokens.queue.put(error)
@@ -282,7 +283,7 @@ def decode_by(
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([chosen]),  # type: ignore[list-item]
-            stopping_criteria=StoppingCriteriaList([_Ended(ended)]),
+            stopping_criteria=StoppingCriteriaList([_Stopped(lambda: ended)]),
         )
 
 
@@ -367,11 +368,8 @@ def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
         logits, _ = linear(hidden.flatten(0, -2), head.weight, bias=head.bias)
         return logits.unflatten(0, hidden.shape[:-1])
 
-    vars(head)["forward"] = forward
-    try:
+    with forward_replaced(head, forward):
         yield
-    finally:
-        del vars(head)["forward"]
 
 
 def _decoder(model: PreTrainedModel) -> GenerationMixin:
@@ -464,25 +462,15 @@ class _Tokens(BaseStreamer):
         """Nothing to do: the end is put once ``generate`` has returned."""
 
 
-class _Ended(StoppingCriteria):
-    """Stops rows whose texts have ended."""
+class _Stopped(StoppingCriteria):
+    """Stops the rows of which ``stopped`` is true, or all of them."""
 
-    def __init__(self, ended: Tensor) -> None:
-        self._rows = ended
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        return self._rows.clone()
-
-
-class _Closed(StoppingCriteria):
-    """Stops the decoding once the reader has gone."""
-
-    def __init__(self, closed: threading.Event) -> None:
-        self._closed = closed
+    def __init__(self, stopped: Callable[[], Tensor | bool]) -> None:
+        self._stopped = stopped
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        rows = input_ids.shape[0]
-        return torch.full((rows,), self._closed.is_set(), dtype=torch.bool, device=input_ids.device)
+        rows = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return rows | self._stopped()
 
 
 def _pieces(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Iterator[str]:

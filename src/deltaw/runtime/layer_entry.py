@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from deltaw.runtime.recognition import blocks_of
+from deltaw.runtime.recognition import blocks_of, forward_replaced
 
 # Bytes of a weight that are hashed, and copied from a device, at a time.
 HASHED_AT_ONCE = 64 * 2**20
@@ -128,7 +128,7 @@ class BlockEntry:
 
         with contextlib.ExitStack() as stack:
             for block in self._passed:
-                stack.enter_context(_forward_replaced(block, passed_over))
+                stack.enter_context(forward_replaced(block, passed_over))
             yield
 
 
@@ -144,7 +144,7 @@ class BackboneEntry:
     @contextlib.contextmanager
     def entering(self, hidden: Tensor) -> Iterator[None]:
         output = BaseModelOutput(last_hidden_state=hidden)
-        with _forward_replaced(self._backbone, lambda *args, **kwargs: output):
+        with forward_replaced(self._backbone, lambda *args, **kwargs: output):
             yield
 
 
@@ -185,7 +185,7 @@ class HeadEntry:
         output = self._answer(hidden.shape[0])
         hook = self._module.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         try:
-            with _forward_replaced(self._backbone, lambda *args, **kwargs: output):
+            with forward_replaced(self._backbone, lambda *args, **kwargs: output):
                 yield
         finally:
             hook.remove()
@@ -196,7 +196,7 @@ def frozen_digest(model: PreTrainedModel, level: Level) -> str:
     above: set[int] = set()
     found = blocks_of(model.base_model)
     if level.kind == "block" and found is not None:
-        above = {id(t) for block in list(found[1])[level.index :] for t in _tensors_of(block)}
+        above = {id(t) for block in list(found[1])[level.index :] for t in (*block.parameters(), *block.buffers())}
     named = [*model.named_parameters(), *model.named_buffers()]
     below = [(name, t) for name, t in named if not t.requires_grad and id(t) not in above]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -245,20 +245,6 @@ def _frozen(value: object) -> Tensor:
     return value.detach()
 
 
-@contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """While open, ``module`` answers with ``forward``; hooks and whatever else stands around it stay."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
-
-
 def _answer_like(output: object) -> Callable[[int], object]:
     """Makes a backbone's output for any number of rows: zeros in the form of ``output``, one token a row."""
 
@@ -281,11 +267,6 @@ def _answer_like(output: object) -> Callable[[int], object]:
 
 def _zeros(rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device).expand(rows, *shape)
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _digest(tensor: Tensor) -> bytes:

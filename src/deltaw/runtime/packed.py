@@ -31,7 +31,7 @@ from deltaw.kernels.layout import Layout
 from deltaw.lora.adapted import PLACES, Activation
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
 from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
-from deltaw.runtime.recognition import TOLERANCE, real_tensors, small_copy
+from deltaw.runtime.recognition import TOLERANCE, asked_once
 
 # ---- Switching a model to another attention function for a while, wherever its modules look that up.
 #
@@ -222,13 +222,7 @@ def _sample(model: PreTrainedModel) -> dict[str, Any]:
     return {**inputs, "use_cache": False} if cached else inputs
 
 
-@contextlib.contextmanager
-def _padded_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    with padded_rows(model, fused=False):
-        yield
-
-
-PADDED = Mode("padded", _padded_layout_of_call, _padded_attention_of, _sample)
+PADDED = Mode("padded", _padded_layout_of_call, functools.partial(padded_rows, fused=False), _sample)
 
 
 # ---- packed
@@ -359,7 +353,7 @@ def can_pack(model: PreTrainedModel) -> Choice:
     if "position_ids" not in inspect.signature(backbone_of(model).forward).parameters:
         return Choice(False, f"{name} takes no positions")
     try:
-        difference = _difference(backbone_of(model))
+        difference = asked_once(_DIFFERENCES, backbone_of(model), _packed_against_apart)
     except Exception as error:
         return Choice(False, f"{name} cannot be compared ({type(error).__name__}: {str(error)[:100]})")
     if not difference < TOLERANCE:
@@ -393,18 +387,9 @@ def _reached(model: PreTrainedModel) -> int:
 _DIFFERENCES: dict[tuple[Any, ...], float] = {}
 
 
-def _difference(backbone: PreTrainedModel) -> float:
-    """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own,
-    on a small fp32 copy; remembered by class and configuration."""
-    config = backbone.config.to_json_string(use_diff=False)
-    key = (type(backbone), config, loader.library() is not None, loader.arithmetic().approximating(()))
-    if key not in _DIFFERENCES:
-        with real_tensors(), torch.no_grad():
-            _DIFFERENCES[key] = _packed_against_apart(small_copy(backbone))
-    return _DIFFERENCES[key]
-
-
+@torch.no_grad()
 def _packed_against_apart(small: PreTrainedModel) -> float:
+    """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own."""
     layout, inputs = sample_rows(small, TREE)
     stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
     apart = [
@@ -424,10 +409,9 @@ def _packed_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) 
     return layout
 
 
-@contextlib.contextmanager
-def _packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    with packed_rows(model, fused=False):
-        yield
-
-
-PACKED = Mode("packed", _packed_layout_of_call, _packed_attention_of, lambda model: sample_rows(model, TREE)[1])
+PACKED = Mode(
+    "packed",
+    _packed_layout_of_call,
+    functools.partial(packed_rows, fused=False),
+    lambda model: sample_rows(model, TREE)[1],
+)

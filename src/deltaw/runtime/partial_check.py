@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.host.choices import Choice
-from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.lora.adapted import PLACES
 from deltaw.runtime.packed import TREE, backbone_of, packed_rows, sample_rows
 from deltaw.runtime.partial import PartialLayout
-from deltaw.runtime.recognition import TOLERANCE, real_tensors, small_copy
+from deltaw.runtime.recognition import TOLERANCE, asked_once
 
 # Tokens at the end of a row that the adapter of the sample acts on.
 ACTIVE = 3
@@ -31,17 +30,13 @@ _DIFFERENCES: dict[tuple[Any, ...], float] = {}
 
 def can_run_apart(model: PreTrainedModel) -> Choice[bool]:
     """Whether tokens before the adapter's act can run first, their keys and values standing for them."""
-    backbone = backbone_of(model)
     name = type(model).__name__
-    key = (type(backbone), backbone.config.to_json_string(use_diff=False), loader.library() is not None)
     try:
-        if key not in _DIFFERENCES:
-            with real_tensors():
-                _DIFFERENCES[key] = _apart_against_whole(small_copy(backbone))
+        found = asked_once(_DIFFERENCES, backbone_of(model), _apart_against_whole)
     except Exception as error:  # whatever a foreign model raises here, it can run whole rows
         return Choice(False, f"{name} cannot run prompts apart ({type(error).__name__}: {str(error)[:100]})")
-    difference = f"relative difference {_DIFFERENCES[key]:.1e}"
-    if not _DIFFERENCES[key] < TOLERANCE:
+    difference = f"relative difference {found:.1e}"
+    if not found < TOLERANCE:
         return Choice(False, f"{name} gives something else if prompts run apart ({difference})")
     return Choice(True, f"{name} gives the same if prompts run apart ({difference})")
 

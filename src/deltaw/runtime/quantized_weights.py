@@ -15,9 +15,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,9 @@ from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
 from deltaw.kernels.quantize import quantized_reference, quantized_rows, spread_scales
 from deltaw.lora.fingerprint import has_values
-from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
+from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d, own_embedding
 from deltaw.lora.layers import LoRALinear
-from deltaw.lora.layers_blocks import can_be_nf4, in_nf4
-from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
+from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, can_be_nf4, in_nf4
 from deltaw.runtime.recognition import blocks_of
 
 # A layer keeps its weights where rounding to bytes moves its outputs by more than this share of their norm.
@@ -84,16 +83,16 @@ def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> 
         return report
     prefix, blocks = found
     if run is None:
-        for _, parent, child, linear in _layers(prefix, blocks):
+        for held in _held(prefix, blocks, _can_be_int8):
             report.layers += 1
-            setattr(parent, child, _in_int8(linear))
+            held.replace(_in_int8(held.layer))
         return report
     handles: list[Any] = []
     for number, block in enumerate(blocks):
         inputs: dict[int, Tensor] = {}
-        layers = list(_layers(f"{prefix}.{number}", block))
-        for _, _, _, linear in layers:
-            handles.append(linear.register_forward_pre_hook(functools.partial(_note, inputs)))
+        layers = _held(f"{prefix}.{number}", block, _can_be_int8)
+        for held in layers:
+            handles.append(held.layer.register_forward_pre_hook(functools.partial(_note, inputs)))
         handles.append(block.register_forward_hook(functools.partial(_change, layers, inputs, report)))
     try:
         with torch.no_grad():
@@ -104,23 +103,36 @@ def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> 
     return report
 
 
-def _layers(prefix: str, root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """Name, parent, name in it, and layer of each linear layer that can be kept in int8."""
-    layers = []
-    for name, module in root.named_modules():
-        for child, layer in module.named_children():
-            if _can_be_int8(layer):
-                layers.append((".".join(filter(None, (prefix, name, child))), module, child, layer))
-    return layers
+class _Held(NamedTuple):
+    """A layer of the model, and who holds it: its name, its parent, and its name there."""
+
+    name: str
+    parent: nn.Module
+    child: str
+    layer: nn.Module
+
+    def replace(self, other: nn.Module) -> None:
+        """Put another layer in its place."""
+        setattr(self.parent, self.child, other)
+
+
+def _held(prefix: str, root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[_Held]:
+    """The layers below ``root``, the module ``prefix`` of the model, that are wanted."""
+    return [
+        _Held(".".join(filter(None, (prefix, name, child))), module, child, layer)
+        for name, module in root.named_modules()
+        for child, layer in module.named_children()
+        if wanted(layer)
+    ]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear or type(layer).__name__ in PLAIN_LINEAR_CLASSES
 
 
 def _can_be_int8(layer: nn.Module) -> bool:
-    kind = type(layer)
-    if isinstance(layer, Int8Conv1D) or not (
-        kind is nn.Linear or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(layer)
-    ):
-        return False
-    return all(size % 4 == 0 for size in layer.get_parameter("weight").shape)
+    linear = _is_plain(layer) or (is_conv1d(layer) and not isinstance(layer, Int8Conv1D))
+    return linear and all(size % 4 == 0 for size in layer.get_parameter("weight").shape)
 
 
 def _in_int8(layer: nn.Module, columns: Tensor | None = None, in_blocks: bool = False) -> nn.Module:
@@ -140,25 +152,23 @@ def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]
         inputs[id(module)] = args[0].detach().flatten(0, -2)[:TOKENS]
 
 
-def _change(
-    layers: list[tuple[str, nn.Module, str, nn.Module]], inputs: dict[int, Tensor], report: Int8Report, *_: object
-) -> None:
+def _change(layers: list[_Held], inputs: dict[int, Tensor], report: Int8Report, *_: object) -> None:
     """After a block's own forward: its layers in int8, and its weights given back."""
-    together: dict[int, list[tuple[str, nn.Module, str, nn.Module]]] = {}
-    for layer in layers:
-        if id(layer[3]) in inputs:
-            together.setdefault(inputs[id(layer[3])].data_ptr(), []).append(layer)
+    together: dict[int, list[_Held]] = {}
+    for held in layers:
+        if id(held.layer) in inputs:
+            together.setdefault(inputs[id(held.layer)].data_ptr(), []).append(held)
     for sharing in together.values():
-        x = inputs[id(sharing[0][3])].float()
-        columns, in_blocks, errors = _best(x, [linear for *_, linear in sharing])
-        for (name, parent, child, linear), error in zip(sharing, errors, strict=True):
+        x = inputs[id(sharing[0].layer)].float()
+        columns, in_blocks, errors = _best(x, [held.layer for held in sharing])
+        for held, error in zip(sharing, errors, strict=True):
             report.layers += 1
-            report.errors[name] = error
+            report.errors[held.name] = error
             if error > LARGEST_ERROR:
-                report.kept[name] = error
+                report.kept[held.name] = error
                 continue
-            setattr(parent, child, _in_int8(linear, columns, in_blocks))
-            give_back(linear.get_parameter("weight"))
+            held.replace(_in_int8(held.layer, columns, in_blocks))
+            give_back(held.layer.get_parameter("weight"))
     inputs.clear()
 
 
@@ -257,12 +267,12 @@ def quantize_nf4(model: nn.Module) -> Nf4Report:
         model: frozen, without adapters.
     """
     report = Nf4Report()
-    for module, child, layer, name in _linear_layers(model):
+    for held, layer in _linear_layers(model):
         report.layers += 1
         if not can_be_nf4(layer):
-            report.kept.append(name)
+            report.kept.append(held.name)
             continue
-        setattr(module, child, in_nf4(layer))
+        held.replace(in_nf4(layer))
         give_back(layer.weight)
     return report
 
@@ -277,27 +287,19 @@ def round_to_nf4(model: nn.Module) -> int:
     Returns:
         how many layers.
     """
-    count = 0
-    for _, _, layer, _ in _linear_layers(model, adapted=True):
-        if can_be_nf4(layer):
-            layer.weight.copy_(rounded_nf4(layer.weight.to(torch.bfloat16)).dequantized(torch.bfloat16))
-            count += 1
-    return count
+    layers = [layer for _, layer in _linear_layers(model, adapted=True) if can_be_nf4(layer)]
+    for layer in layers:
+        layer.weight.copy_(rounded_nf4(layer.weight.to(torch.bfloat16)).dequantized(torch.bfloat16))
+    return len(layers)
 
 
-def _linear_layers(model: nn.Module, adapted: bool = False) -> Iterator[tuple[nn.Module, str, nn.Linear, str]]:
-    """The linear layers of the blocks: who holds each, by which name; the layer, and its whole name."""
+def _linear_layers(model: nn.Module, adapted: bool = False) -> list[tuple[_Held, nn.Linear]]:
+    """The linear layers of the blocks, and with ``adapted`` those under an adapter."""
     found = blocks_of(model)
     if found is None:
-        return
-    prefix, blocks = found
-    for name, module in list(blocks.named_modules()):
-        for child, layer in list(module.named_children()):
-            known = type(layer) is nn.Linear or type(layer).__name__ in PLAIN_LINEAR_CLASSES
-            if not known and not (adapted and type(layer) is LoRALinear):
-                continue
-            assert isinstance(layer, nn.Linear)
-            yield module, child, layer, ".".join(filter(None, (prefix, name, child)))
+        return []
+    every = _held(*found, lambda layer: _is_plain(layer) or (adapted and type(layer) is LoRALinear))
+    return [(held, held.layer) for held in every if isinstance(held.layer, nn.Linear)]
 
 
 # ---- Large frozen weights of a training in large pages of memory.
@@ -336,8 +338,7 @@ def use_large_pages(model: nn.Module) -> int:
 def _large_weights(model: nn.Module) -> list[Tensor]:
     """Each once, however many names it has."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embedding, "weight", None)
+    rows = getattr(own_embedding(model), "weight", None)
     if rows is not None and sum(tensor is rows for _, tensor in tensors) > 1:
         rows = None
     found = {id(tensor): tensor for _, tensor in tensors if tensor is not rows and _is_large(tensor)}

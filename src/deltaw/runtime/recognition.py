@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,13 @@ from transformers.initialization import no_init_weights
 
 from deltaw.hub.quiet import quiet
 from deltaw.hub.transformers_private import made_from_config
+from deltaw.kernels import loader
 from deltaw.kernels.torch_private import own_modules, own_parameters, with_tensors, without_dispatch
 from deltaw.lora.kinds import is_conv1d
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.lora.stored import stored_form, weight_shape
+
+Answer = TypeVar("Answer")
 
 # ---- The blocks of a model: the one list of like modules that its input goes through.
 
@@ -215,7 +218,11 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
 
 def by_column(layer: nn.Module) -> bool:
     """Whether the weight is (out, in), as of ``nn.Linear`` and quantized; else (in, out), as ``Conv1D``."""
-    return stored_form(layer) is not None or not (isinstance(layer, LoRAConv1D) or is_conv1d(layer))
+    return stored_form(layer) is not None or not _is_conv1d(layer)
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    return isinstance(layer, LoRAConv1D) or is_conv1d(layer)
 
 
 def activation_kind(module: nn.Module) -> str | None:
@@ -255,6 +262,21 @@ def norm_form(module: nn.Module) -> NormForm | None:
                 if isinstance(own, Tensor) and torch.allclose(own, given, rtol=1e-4, atol=1e-5):
                     return NormForm(eps, offset, centered)
     return None
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, ``module`` answers with ``forward``; hooks and whatever else stands around it stay."""
+    table = vars(module)
+    before = table.get("forward")
+    table["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del table["forward"]
+        else:
+            table["forward"] = before
 
 
 @contextlib.contextmanager
@@ -298,6 +320,19 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
             _fill(name, parameter.data, generator)
         made.tie_weights()
     return made.requires_grad_(False).eval()
+
+
+def asked_once(
+    known: dict[Any, Answer], model: PreTrainedModel, ask: Callable[[PreTrainedModel], Answer], of: str = ""
+) -> Answer:
+    """What ``ask`` finds out on a small copy of a backbone; remembered in ``known`` by what it can depend on: class
+    and configuration, how products are computed, and what it is asked ``of``."""
+    arithmetic = loader.library() is not None, loader.arithmetic().approximating(())
+    key = (type(model), model.config.to_json_string(use_diff=False), of, *arithmetic)
+    if key not in known:
+        with real_tensors():
+            known[key] = ask(small_copy(model))
+    return known[key]
 
 
 def small_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -422,7 +457,7 @@ def signature(block: nn.Module) -> Signature:
 def _kind_of(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.Linear):
         return ("linear", str(own_parameters(module).get("bias") is not None))
-    if isinstance(module, LoRAConv1D) or is_conv1d(module):
+    if _is_conv1d(module):
         return ("conv1d",)
     kind = type(module)
     return (
@@ -432,7 +467,7 @@ def _kind_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def _flags_of(module: nn.Module) -> Iterator[str]:
-    if isinstance(module, nn.Linear) or is_conv1d(module) or isinstance(module, LoRAConv1D):
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
         return
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name in _OF_A_LAYER:
@@ -445,7 +480,7 @@ def _flags_of(module: nn.Module) -> Iterator[str]:
 def candidates(block: nn.Module) -> Iterator[BlockRoles] | str:
     """Descriptions that the names and sizes of a block's parts allow, likeliest first; or what it lacks."""
     modules = dict(block.named_modules())
-    linear = {path: m for path, m in modules.items() if _is_linear(m)}
+    linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or _is_conv1d(m)}
     found = _attention_inputs(linear)
     if found is None:
         return "no attention with projections of queries, keys and values"
@@ -475,29 +510,18 @@ def candidates(block: nn.Module) -> Iterator[BlockRoles] | str:
     if any(id(p) not in known for p in block.parameters()):
         return "parameters besides its norms and projections"
     causal = vars(part(block, holder)).get("is_causal", True) is not False
-    return _combined(inputs, outputs[0], shapes, activations[0], wide, heads, head_size, causal)
-
-
-def _combined(
-    inputs: tuple[str, ...],
-    output: str,
-    shapes: list[tuple[tuple[str, ...], str, bool]],
-    activation: str,
-    wide: list[str],
-    heads: list[str],
-    head_size: int,
-    causal: bool,
-) -> Iterator[BlockRoles]:
     splits: tuple[Split, ...] = ("apart",) if len(inputs) == 3 else ("stacked", "grouped")
     query_norm, key_norm = heads or (None, None)
-    for rotary, (first, second, parallel), split, (into, out, gated) in itertools.product(
-        (True, False), list(_norm_places(wide)), splits, shapes
-    ):
-        yield BlockRoles(
-            AttentionRoles(inputs, output, first, split, head_size, query_norm, key_norm, rotary, causal),
-            MLPRoles(into, out, second, gated, activation),
+    return (
+        BlockRoles(
+            AttentionRoles(inputs, outputs[0], first, split, head_size, query_norm, key_norm, rotary, causal),
+            MLPRoles(into, out, second, gated, activations[0]),
             parallel,
         )
+        for rotary, (first, second, parallel), split, (into, out, gated) in itertools.product(
+            (True, False), list(_norm_places(wide)), splits, shapes
+        )
+    )
 
 
 def _norm_places(wide: list[str]) -> Iterator[tuple[Norms, Norms, bool]]:
@@ -513,12 +537,6 @@ def _norm_places(wide: list[str]) -> Iterator[tuple[Norms, Norms, bool]]:
     if len(wide) == 4:
         yield Norms(wide[0], wide[1]), Norms(wide[2], wide[3]), False
         yield Norms(wide[0], wide[2]), Norms(wide[1], wide[3]), False
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, LoRAConv1D) or is_conv1d(module):
-        return True
-    return isinstance(module, nn.Linear)
 
 
 def _attention_inputs(linear: dict[str, nn.Module]) -> tuple[tuple[str, ...], str] | None:

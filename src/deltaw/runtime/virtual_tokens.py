@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import adopt
+from deltaw.lora import kinds
+from deltaw.lora.adapted import factor_dtype
 from deltaw.lora.places import Place, Replacement, as_before, spots_holding
 from deltaw.lora.stored import weight_shape
 
@@ -65,8 +67,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"a {name} reads rows of tokens in two places", where="method", hint=hint)
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    embedding = kinds.own_embedding(model)
     weight = getattr(embedding, "weight", None)
     if not isinstance(embedding, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
         raise UserError(f"a {name} does not say which module is its token embedding", where="method", hint=hint)
@@ -107,9 +108,7 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
             hint="is it the base model that the prompt was trained on?",
         )
     layer = adopt(_class_over(type(embedding)), embedding)
-    # Updates are smaller than what half precision resolves, so the table is fp32 whatever the weight is.
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
+    layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=factor_dtype(weight), copy=True))
     layer.first_id = int(weight.shape[0])
     names = tuple(name for name, module in model.named_modules() if module is embedding)
     place = Replacement(names, spots_holding(model, embedding), embedding, layer)

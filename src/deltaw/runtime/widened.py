@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.stored import library_of_tensor
 from deltaw.runtime.fused import FusedBlock
-from deltaw.runtime.recognition import blocks_of
+from deltaw.runtime.recognition import blocks_of, forward_replaced
 
 HALF = (torch.bfloat16, torch.float16)
 # How transformers calls what a block is given first.
@@ -43,10 +43,10 @@ def widened(model: nn.Module, *, apart: Iterable[nn.Module] = ()) -> Iterator[No
     with contextlib.ExitStack() as stack:
         for module in outside:
             if isinstance(module, nn.Embedding):  # its rows are the same numbers in fp32
-                stack.enter_context(_forward_of(module, _wide_outputs(module.forward)))
+                stack.enter_context(forward_replaced(module, _then_wide(module.forward)))
         stack.enter_context(_wide_parameters([m for m in outside if not isinstance(m, nn.Embedding)]))
         for block in blocks:
-            stack.enter_context(_forward_of(block, _wide_block(block)))
+            stack.enter_context(forward_replaced(block, _wide_block(block)))
         yield
 
 
@@ -109,25 +109,8 @@ def _wide_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
             changed_table[name] = parameter
 
 
-def _wide_outputs(own: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return _wide(own(*args, **kwargs))
-
-    return forward
-
-
-@contextlib.contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``module`` has this forward."""
-    before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]
+def _then_wide(own: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _wide(own(*args, **kwargs))
 
 
 def _wide(value: Any) -> Any:

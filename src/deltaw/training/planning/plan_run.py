@@ -33,7 +33,7 @@ from deltaw.hub.loading import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
-from deltaw.lora.layers_blocks import BlockEmbedding
+from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_numbers
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate

@@ -34,7 +34,7 @@ from deltaw.kernels.head_gradient import (
 from deltaw.kernels.linear import linear_backward
 from deltaw.kernels.rows import cross_entropy_
 from deltaw.lora.fingerprint import has_values
-from deltaw.lora.layers_blocks import BlockLinear
+from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.lora.stored import Scales, Stored, block_weight, multiply, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs, Watched

@@ -1,7 +1,7 @@
-"""ΔW of a parameter that a module's own code uses: fused experts, the projections of nn.MultiheadAttention.
+"""What is adapted below the level of a layer: a parameter that a module's own code uses, and rows of embeddings.
 
-There is no layer whose forward could be replaced. So while the module runs, its attribute is W + ΔW in place
-of W:
+**A parameter** of fused experts, or of ``nn.MultiheadAttention``, has no layer whose forward could be replaced. So
+while the module runs, its attribute is W + ΔW in place of W:
 
     weight (out, in):                  W + scaling · (A·B)ᵀ          A (in, r), B (r, out)
     weight (experts, out, in):         for each expert alike         A (experts, in, r), B (experts, r, out)
@@ -12,19 +12,33 @@ the module's own code keeps its weight for that. Its gradient is what the module
 weight, and A and B take theirs from it. There is no adapter dropout: an input of the update is not known
 here.
 
+**Rows of a few tokens** of a frozen embedding, and of an output head that is tied to it, are trained as
+``trained_tokens`` (k, dim), in fp32 whatever the weight is; W keeps the old ones and is never written to, so no
+gradient of W's size is ever made:
+
+    embedding:   y[i] = trained[j] if ids[i] is trained token j, else W[ids[i]]
+    linear head: y = x·Wᵀ + b, and y[:, token j] = x·trained[j] + b[token j]
+
+The rows are PEFT's ``trainable_token_indices``: values, not differences.
+
 It knows one parameter and the module that runs; nothing of names, files or selection.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from deltaw.kernels.torch_private import own_parameters, remove_forward_hooks
-from deltaw.lora.layers import LoRALayer
+from deltaw.kernels.torch_private import adopt, own_parameters, remove_forward_hooks
+from deltaw.lora.adapted import AdaptedLayer, factor_dtype
+from deltaw.lora.layers import LoRALayer, ScaledEmbedding
 from deltaw.lora.math_dora import without_autocast
+
+_Tokens = TypeVar("_Tokens", bound="TrainedTokens")
 
 ATTENTION_KEYS = ("lora_in_proj_weight", "lora_out_proj_weight")
 """What the updates of an ``nn.MultiheadAttention`` are called as its children."""
@@ -48,7 +62,6 @@ class LoRAParameter(LoRALayer):
     is_layer = False
 
     attribute: str
-    is_in_out: bool
     _holder: nn.Module
     _runner: nn.Module | None
     _hooks: tuple[int, ...]
@@ -68,12 +81,14 @@ class LoRAParameter(LoRALayer):
         super().__init__()
         # Not as a child: the parameter stays where it is.
         vars(self).update(_holder=holder, attribute=attribute, _runner=None, _hooks=())
-        shape = self.weight.shape
-        experts = shape[0] if len(shape) == 3 else None
-        vars(self).update(experts=experts, is_in_out=is_in_out and experts is not None)
-        n_in, n_out = (shape[-2], shape[-1]) if self.is_in_out else (shape[-1], shape[-2])
-        stack = tuple(shape[:-2])
-        self._begin(((*stack, n_in, rank), (*stack, rank, n_out)), rank, alpha, 0.0, rslora, init, generator)
+        experts = self.weight.shape[0] if self.weight.dim() == 3 else None
+        vars(self).update(experts=experts, weight_is_in_out=is_in_out and experts is not None)
+        self._begin(rank, alpha, 0.0, rslora, init, generator)
+
+    def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *stack, n_in, n_out = self.weight.shape
+        n_in, n_out = (n_in, n_out) if self.weight_is_in_out else (n_out, n_in)
+        return (*stack, n_in, rank), (*stack, rank, n_out)
 
     @property
     def holder(self) -> nn.Module:
@@ -94,19 +109,12 @@ class LoRAParameter(LoRALayer):
         # Autocast would round W and the product apart, and the module's own product casts the sum anyway.
         with without_autocast(weight.device.type):
             factor_A, factor_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            if self.is_in_out:
+            if self.weight_is_in_out:
                 left, right = factor_A, factor_B
             else:
                 left, right = factor_B.transpose(-1, -2), factor_A.transpose(-1, -2)
             add = torch.baddbmm if weight.dim() == 3 else torch.addmm
             return add(weight, left, right, alpha=self.scaling)
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """ΔW in the layout of the parameter, in fp32 (fp64 for an fp64 parameter)."""
-        if self.is_in_out:
-            return (self.lora_A @ self.lora_B).mul_(self.scaling)
-        return (self.lora_B.transpose(-1, -2) @ self.lora_A.transpose(-1, -2)).mul_(self.scaling)
 
     def watch(self, runner: nn.Module) -> None:
         """From now on ``runner``, whose forward reads the parameter, computes with W + ΔW."""
@@ -164,18 +172,105 @@ def attention_refusal(attention: nn.MultiheadAttention) -> str | None:
 
 
 def adapt_attention(
-    attention: nn.MultiheadAttention,
-    rank: int,
-    alpha: float,
-    *,
-    rslora: bool,
-    init: str | None,
-    generator: torch.Generator | None,
+    attention: nn.MultiheadAttention, rank: int, alpha: float, **how: Any
 ) -> tuple[LoRAParameter, LoRAParameter]:
-    """The updates of ``in_proj_weight`` (3·dim, dim), and of ``out_proj``'s weight (dim, dim)."""
-    out = LoRAParameter(attention.out_proj, "weight", rank, alpha, rslora=rslora, init=init, generator=generator)
-    into = LoRAParameter(attention, "in_proj_weight", rank, alpha, rslora=rslora, init=init, generator=generator)
-    if init is not None:
+    """The updates of ``in_proj_weight`` (3·dim, dim), and of ``out_proj``'s weight (dim, dim); ``how`` is
+    :class:`LoRAParameter`'s ``rslora``, ``init`` and ``generator``."""
+    out = LoRAParameter(attention.out_proj, "weight", rank, alpha, **how)
+    into = LoRAParameter(attention, "in_proj_weight", rank, alpha, **how)
+    if how["init"] is not None:
         # PEFT draws the output projection's factors a second time; so one seed gives the same ones.
-        out = LoRAParameter(attention.out_proj, "weight", rank, alpha, rslora=rslora, init=init, generator=generator)
+        out = LoRAParameter(attention.out_proj, "weight", rank, alpha, **how)
     return into, out
+
+
+class TrainedTokens(AdaptedLayer):
+    """What an embedding and a head with trained rows share.
+
+    Attributes:
+        tokens: (k), whose rows are trained, on the CPU.
+        trained_tokens: (k, dim), their rows.
+    """
+
+    trained: tuple[str, ...] = ("trained_tokens",)
+
+    tokens: Tensor
+    trained_tokens: nn.Parameter
+
+    @classmethod
+    def from_module(
+        cls: type[_Tokens], module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None
+    ) -> _Tokens:
+        """The layer over ``module``'s own weight; with ``follows`` it takes that layer's rows."""
+        layer = adopt(cls, module)
+        layer._take_over(module)
+        layer._begin(tokens, follows)
+        return layer
+
+    from_embedding = from_linear = from_module
+
+    def _begin(self, tokens: Sequence[int], follows: TrainedTokens | None) -> None:
+        """Take the rows that W has, or with ``follows`` that layer's."""
+        self._freeze(follows=follows)
+        if follows is not None:
+            self.register_buffer("tokens", follows.tokens, persistent=False)
+            self.trained_tokens = follows.trained_tokens
+            return
+        weight = self.weight
+        # On the meta device too, it is known which rows are trained.
+        device = "cpu" if weight.is_meta else weight.device
+        self.register_buffer("tokens", torch.tensor(list(tokens), dtype=torch.long, device=device), persistent=False)
+        with torch.no_grad():
+            rows = weight.detach().index_select(0, self.tokens.to(weight.device)).to(factor_dtype(weight))
+        self.trained_tokens = nn.Parameter(rows)
+
+    @property
+    def adapting(self) -> bool:
+        """Whether ``forward`` takes the trained rows itself."""
+        leader = self.follows or self
+        return leader.enabled and not leader.merged
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W with the trained rows, rounded once to its type."""
+        return self.weight.index_copy(0, self.tokens, self.trained_tokens.to(self.weight.dtype))
+
+    def extra_repr(self) -> str:
+        """The base layer's line and the number of trained rows."""
+        return f"{super().extra_repr()}, trained_tokens={len(self.tokens)}"
+
+
+class TrainedTokensEmbedding(TrainedTokens, ScaledEmbedding):
+    """An embedding with trained rows; a scale of the base layer's own applies to them too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) of token ids to (..., dim)."""
+        rows = self.base_rows(input)
+        if not self.adapting:
+            return rows
+        # (..., k): at most one of a token's entries is set.
+        which = input.unsqueeze(-1) == self.tokens
+        own = F.embedding(which.to(torch.uint8).argmax(-1), self.trained_tokens.to(self.weight.dtype))
+        return torch.where(which.any(-1, keepdim=True), self.lookup.scaled(own), rows)
+
+
+class TrainedTokensLinear(TrainedTokens, nn.Linear):
+    """A linear layer of which the rows of a few outputs are trained."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        y = F.linear(input, self.weight, self.bias)
+        if not self.adapting:
+            return y
+        bias = None if self.bias is None else self.bias.index_select(0, self.tokens)
+        own = F.linear(input, self.trained_tokens.to(self.weight.dtype), bias)
+        return y.index_copy(-1, self.tokens, own.to(y.dtype))
+
+
+def trained_tokens_of(module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None) -> TrainedTokens:
+    """The layer over an embedding or a linear layer; with ``follows`` it takes that layer's rows."""
+    if isinstance(module, nn.Embedding):
+        return TrainedTokensEmbedding.from_embedding(module, tokens, follows)
+    if isinstance(module, nn.Linear):
+        return TrainedTokensLinear.from_linear(module, tokens, follows)
+    raise TypeError(f"a {type(module).__name__} has no rows of tokens")
