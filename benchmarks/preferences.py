@@ -26,7 +26,7 @@ from machine import print_machine
 from preference_rows import TEMPLATES, write_pairs
 
 from deltaw.data import DataSettings
-from deltaw.data.preferences import prepare_pairs
+from deltaw.data.preferences import PairReader
 from deltaw.host.choices import choose_threads
 from deltaw.hub.loading import load
 
@@ -78,7 +78,7 @@ def measured(name: str, given: argparse.Namespace, threads: int) -> dict[str, li
         settings = DataSettings(
             train=str(work / "pairs.jsonl"), template=TEMPLATES[name], eval=None, max_length=512, long_rows="cut"
         )
-        pairs = prepare_pairs(settings, loaded.tokenizer).train
+        pairs = PairReader(settings, loaded.tokenizer).prepared().train
         del loaded
         rows = [
             [{"tokens": row.tokens.tolist(), "is_label": row.is_label.tolist()} for row in pair.rows] for pair in pairs

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from deltaw.data import DataSettings
-from deltaw.data.labels import prepare_label_file, prepare_labeled
+from deltaw.data.labels import LabelReader
 from deltaw.data.report import BadRowError
 from deltaw.errors import UserError
 from tests.data.chat_templates import tokenizer_of
@@ -39,9 +39,9 @@ BAD: list[tuple[dict[str, object], str]] = [
 def test_a_row_that_cannot_be_used_is_an_error_or_skipped(tmp_path: Path, row, reason) -> None:
     path = written(tmp_path / "d.jsonl", [*good(), row])
     with pytest.raises(UserError) as refused:
-        prepare_labeled(DataSettings(path), TOKENIZER, CLASSES)
+        LabelReader(DataSettings(path), TOKENIZER, CLASSES).prepared()
     assert str(refused.value.where) == f"{path}, row 7"
-    prepared = prepare_labeled(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, CLASSES)
+    prepared = LabelReader(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, CLASSES).prepared()
     report = prepared.report
     assert [example.row for example in prepared.train] == [1, 2, 3, 4, 5, 6]
     assert (report.rows_read, report.rows_kept, report.bad_rows) == (7, 6, {reason: 1})
@@ -54,8 +54,8 @@ def test_numbers_that_are_none_are_skipped(tmp_path: Path) -> None:
     rows += [{"text": "x", "label": "many"}, {"text": "x", "label": None}]
     path = written(tmp_path / "d.jsonl", rows)
     with pytest.raises(BadRowError, match="must be a finite number"):
-        prepare_labeled(DataSettings(path), TOKENIZER, "regression")
-    prepared = prepare_labeled(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, "regression")
+        LabelReader(DataSettings(path), TOKENIZER, "regression").prepared()
+    prepared = LabelReader(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, "regression").prepared()
     assert (len(prepared.train), prepared.report.skipped) == (6, 2)
 
 
@@ -63,8 +63,8 @@ def test_rows_of_a_table_with_missing_cells_are_skipped_and_counted(tmp_path: Pa
     path = tmp_path / "d.csv"
     path.write_text("text,label\n" + "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(6)) + "alone\nfilm 9,a\n")
     with pytest.raises(UserError, match="row 7 has 1 cells"):
-        prepare_labeled(DataSettings(str(path)), TOKENIZER, CLASSES)
-    prepared = prepare_labeled(DataSettings(str(path), bad_rows="skip", eval=None), TOKENIZER, CLASSES)
+        LabelReader(DataSettings(str(path)), TOKENIZER, CLASSES).prepared()
+    prepared = LabelReader(DataSettings(str(path), bad_rows="skip", eval=None), TOKENIZER, CLASSES).prepared()
     assert [example.row for example in prepared.train] == [1, 2, 3, 4, 5, 6, 8]
     assert (prepared.report.rows_read, prepared.report.skipped) == (8, 1)
 
@@ -77,8 +77,8 @@ def test_broken_images_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "images" / "a" / "9.png").write_bytes(b"no image")
     folder = str(tmp_path / "images")
     with pytest.raises(UserError, match="cannot be decoded"):
-        prepare_labeled(DataSettings(folder), None, "image-classification")
-    prepared = prepare_labeled(DataSettings(folder, bad_rows="skip", eval=None), None, "image-classification")
+        LabelReader(DataSettings(folder), None, "image-classification").prepared()
+    prepared = LabelReader(DataSettings(folder, bad_rows="skip", eval=None), None, "image-classification").prepared()
     assert len(prepared.train) == 6
     assert prepared.report.bad_rows == {"an image that cannot be read": 1}
     (line,) = prepared.skipped.lines()
@@ -89,14 +89,14 @@ def test_an_evaluation_file_is_counted_on_its_own(tmp_path: Path) -> None:
     train = written(tmp_path / "d.jsonl", [*good(), BAD[0][0]])
     apart = written(tmp_path / "t.jsonl", [*good(2), BAD[1][0], BAD[1][0]])
     settings = DataSettings(train, bad_rows="skip", eval=apart)
-    prepared = prepare_labeled(settings, TOKENIZER, CLASSES)
+    prepared = LabelReader(settings, TOKENIZER, CLASSES).prepared()
     assert prepared.report.skipped == 1
     assert prepared.report.evaluation is not None and prepared.report.evaluation.skipped == 2
     assert len(prepared.skipped) == 3
-    assert len(prepare_label_file(apart, settings, TOKENIZER, CLASSES, ("a", "b"))[0]) == 2
+    assert len(LabelReader(settings, TOKENIZER, CLASSES, classes=("a", "b")).file(apart)[0]) == 2
 
 
 def test_labeled_rows_cannot_be_divided(tmp_path: Path) -> None:
     path = written(tmp_path / "d.jsonl", good())
     with pytest.raises(UserError, match="cannot be divided"):
-        prepare_labeled(DataSettings(path, long_rows="split"), TOKENIZER, CLASSES)
+        LabelReader(DataSettings(path, long_rows="split"), TOKENIZER, CLASSES).prepared()

@@ -20,10 +20,10 @@ from PIL import Image
 from deltaw.data import DataSettings, arrow_rows, pixels, prepare, row_files, sources
 from deltaw.data.classes import LabelColumns
 from deltaw.data.images import ImageEncoder
-from deltaw.data.labels import prepare_labeled
+from deltaw.data.labels import LabelReader
 from deltaw.data.pixels import ImageExample, image_rows, read_images
 from deltaw.data.report import TOO_LONG
-from deltaw.data.reward_pairs import prepare_rewards
+from deltaw.data.reward_pairs import RewardReader
 from deltaw.data.row_files import LEVELS
 from deltaw.data.sources import choose, open_source, read_rows
 from deltaw.errors import UserError
@@ -182,8 +182,8 @@ def test_the_setting_reaches_every_reader(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     for read in (
         lambda settings: prepare(settings, tokenizer),
-        lambda settings: prepare_labeled(settings, tokenizer, "sequence-classification"),
-        lambda settings: prepare_rewards(settings, tokenizer),
+        lambda settings: LabelReader(settings, tokenizer, "sequence-classification").prepared(),
+        lambda settings: RewardReader(settings, tokenizer).prepared(),
     ):
         with pytest.raises(UserError, match="line 1 has more than the 99 bytes"):
             read(short)
@@ -366,7 +366,7 @@ def test_half_a_surrogate_pair_is_a_bad_row_wherever_it_stands(tmp_path: Path) -
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "\\ud800", "label": 1}\n{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n')
     settings = DataSettings(str(path), eval=None, bad_rows="skip")
-    assert len(prepare_labeled(settings, make_tokenizer(), "regression").train) == 2
+    assert len(LabelReader(settings, make_tokenizer(), "regression").prepared().train) == 2
 
 
 def test_numbers_beyond_floats_are_no_labels(tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_numbers_beyond_floats_are_no_labels(tmp_path: Path) -> None:
     huge = "9" * 4000
     path.write_text(f'{{"prompt": "p", "chosen": "a", "rejected": "b", "margin": {huge}}}\n')
     with pytest.raises(UserError, match="'margin' must be a number"):
-        prepare_rewards(DataSettings(str(path), eval=None), make_tokenizer())
+        RewardReader(DataSettings(str(path), eval=None), make_tokenizer()).prepared()
     path.write_text(f'{{"text": "a", "label": {huge}}}\n{{"text": "b", "label": 1}}\n')
     assert look_at(str(path)).task == "sequence-classification"
 

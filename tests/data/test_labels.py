@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from deltaw.data import DataSettings
 from deltaw.data.classes import check_classes
-from deltaw.data.labels import prepare_label_file, prepare_labeled
+from deltaw.data.labels import LabelReader
 from deltaw.errors import UserError
 from tests.data.label_models import word_tokenizer
 
@@ -26,7 +26,7 @@ def rows_of(*labels, column="label"):
 def prepared(train, task=CLASSIFY, **settings):
     classes = settings.pop("trained", None)
     chosen = DataSettings(train=train, **{"eval": None, **settings})
-    return prepare_labeled(chosen, TOKENIZER, task, classes=classes)
+    return LabelReader(chosen, TOKENIZER, task, classes=classes).prepared()
 
 
 def refusal(train, task=CLASSIFY, **settings) -> UserError:
@@ -68,7 +68,7 @@ def test_a_misspelt_class_does_not_drop_all_its_rows_in_silence(write):
 def test_a_label_never_seen_in_training_is_named_with_its_row(write):
     path = write(rows_of("a", "c"), "test.jsonl")
     with pytest.raises(UserError) as caught:
-        prepare_label_file(path, DataSettings(train="x"), TOKENIZER, CLASSIFY, ("a", "b"))
+        LabelReader(DataSettings(train="x"), TOKENIZER, CLASSIFY, classes=("a", "b")).file(path)
     assert "'c' was not seen in training" in caught.value.what
     assert "row 2" in str(caught.value.where) and "'a', 'b'" in str(caught.value.hint)
     training = write(rows_of("a", "b", "a"), "train.jsonl")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.data import DataSettings, prepare
-from deltaw.data.labels import prepare_labeled
+from deltaw.data.labels import LabelReader
 from deltaw.data.mixture import shown, weighted
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
@@ -93,11 +93,11 @@ def test_chosen_rows_are_drawn_over_all_sources(write, tokenizer):
 def test_labeled_rows_come_from_several_sources_too(write):
     a = write([{"text": "good film", "label": "x"}], "a.jsonl")
     b = write([{"text": "bad film", "label": "y"}], "b.jsonl")
-    found = prepare_labeled(DataSettings([a, b], eval=None), word_tokenizer(), "sequence-classification")
+    found = LabelReader(DataSettings([a, b], eval=None), word_tokenizer(), "sequence-classification").prepared()
     assert [example.label for example in found.train] == [0, 1]
     with pytest.raises(UserError, match="no weight"):
         weighted_source = DataSettings([a, {"from": b, "weight": 2}], eval=None)
-        prepare_labeled(weighted_source, word_tokenizer(), "sequence-classification")
+        LabelReader(weighted_source, word_tokenizer(), "sequence-classification").prepared()
 
 
 @pytest.mark.parametrize(

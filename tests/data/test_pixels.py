@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import ViTConfig
 
 from deltaw.data import DataSettings
-from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
-from deltaw.data.labels import prepare_labeled
+from deltaw.data.images import ImageEncoder
+from deltaw.data.labels import LabelReader
 from deltaw.errors import UserError
 
 TASK = "image-classification"
@@ -67,7 +67,7 @@ def vit(folder: Path, channels: int = 3, **preprocessor: object) -> Path:
 
 
 def prepared(train: object, **settings):
-    return prepare_labeled(DataSettings(train=str(train), **{"eval": None, **settings}), None, TASK)
+    return LabelReader(DataSettings(train=str(train), **{"eval": None, **settings}), None, TASK).prepared()
 
 
 def refusal(train: object, **settings) -> UserError:
@@ -197,7 +197,7 @@ def test_arrays_of_different_shapes_are_refused_with_their_row(write):
 
 def test_without_a_preprocessor_images_are_resized_to_minus_one_to_one(tmp_path: Path, tree: Path):
     encoder = ImageEncoder(vit(tmp_path / "m"))
-    examples = prepare_images(DataSettings(train=str(tree), eval=None), encoder).train
+    examples = LabelReader(DataSettings(train=str(tree), eval=None), None, TASK, encoder=encoder).prepared().train
     pixels = encoder.encode(examples)
     assert pixels.shape == (6, 3, 8, 8) and pixels.dtype == torch.float32
     whole = picture(0).resize((8, 8), Image.Resampling.BILINEAR)
@@ -224,10 +224,10 @@ def test_grey_and_coloured_images_get_the_models_channels(tmp_path: Path, channe
 
 def test_a_preprocessor_that_does_not_resize_takes_one_size_only(tmp_path: Path, tree: Path):
     encoder = ImageEncoder(vit(tmp_path / "m", do_resize=False))
-    assert len(prepare_images(DataSettings(train=str(tree), eval=None), encoder).train) == 6
+    assert len(LabelReader(DataSettings(train=str(tree), eval=None), None, TASK, encoder=encoder).prepared().train) == 6
     picture(99, size=(9, 4)).save(tree / "dog" / "wide.png")
     with pytest.raises(UserError) as caught:
-        prepare_image_file(str(tree), DataSettings(train="x"), encoder, ("cat", "dog"))
+        LabelReader(DataSettings(train="x"), None, TASK, classes=("cat", "dog"), encoder=encoder).file(str(tree))
     assert "4×9" in caught.value.what and str(caught.value.where).endswith("wide.png")
 
 

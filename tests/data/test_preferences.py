@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import RowGroup
-from deltaw.data.preferences import prepare_pair_file, prepare_pairs, records_of
+from deltaw.data.preferences import PairReader, records_of
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
@@ -33,7 +33,7 @@ def read(tmp_path):
     def make(rows, **settings):
         path = write_rows(tmp_path / "pairs.jsonl", rows)
         given = {"eval": None, **settings}
-        return prepare_pairs(DataSettings(train=str(path), **given), byte_tokenizer())
+        return PairReader(DataSettings(train=str(path), **given), byte_tokenizer()).prepared()
 
     return make
 
@@ -152,7 +152,7 @@ def test_pairs_of_one_prompt_are_on_one_side_of_the_split(read):
 
 def test_a_file_to_evaluate_on_keeps_duplicates(tmp_path):
     path = write_rows(tmp_path / "e.jsonl", [PLAIN, PLAIN])
-    pairs, report = prepare_pair_file(str(path), DataSettings(train="x"), byte_tokenizer())
+    pairs, report = PairReader(DataSettings(train="x"), byte_tokenizer()).file(str(path))
     assert len(pairs) == 2 and report.duplicates == 1 and report.duplicates_kept
 
 
@@ -169,7 +169,8 @@ def test_the_data_check_and_single_rows_know_pairs(tmp_path, settings):
     config = settings(tmp_path / "run", task="preference", data={"train": str(path), "eval": None})
     found = {finding.name: finding for finding in check_data(RunConfig.read(config)).findings}
     assert found["bad_rows"].level == "error" and found["duplicates"].count == 1
-    assert found["contradictions"].count == 2 and found["longer_chosen"].count == 22
+    assert found["contradictions"].count == 1 and len(found["contradictions"].rows) == 2
+    assert found["longer_chosen"].count == 22
     (row,) = shown_rows(RunConfig.read(config), 3, 1)
     assert row.row == 3 and len(row.examples) == 2 and "chosen" in row.notes[0]
     assert next(piece.text for piece in row.examples[1].pieces if piece.label) == "blue"

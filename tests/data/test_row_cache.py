@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.cache import Cache
-from deltaw.data import DataSettings, Prepared, prepare, prepare_file, row_stream, stored_rows
+from deltaw.data import DataSettings, RunData, prepare, prepare_file, row_stream, stored_rows
 from deltaw.data.chunk import ChunkReader
 from deltaw.data.row_store import DiskRows, MemoryRows
 from deltaw.data.stored_rows import RowCache
@@ -24,7 +24,7 @@ from tests.caches import other_text, other_version
 from tests.data.conftest import CHATML, make_tokenizer
 
 TOKENIZER = make_tokenizer()
-Read = Callable[..., Prepared]
+Read = Callable[..., RunData]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def reading(data: Path, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: in
     return prepared, said
 
 
-def content(prepared: Prepared) -> list[tuple[int, bytes, bytes, int, str | None]]:
+def content(prepared: RunData) -> list[tuple[int, bytes, bytes, int, str | None]]:
     return [
         (e.row, e.tokens.tobytes(), e.is_label.tobytes(), e.prompt_length, e.answer)
         for e in [*prepared.train, *prepared.held_out]

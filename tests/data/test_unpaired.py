@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltaw.data import DataSettings
-from deltaw.data.preferences import prepare_unpaired
+from deltaw.data.preferences import UnpairedReader
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data, shown_rows
@@ -20,7 +20,7 @@ def read(tmp_path):
     def prepare(rows, **settings):
         path = write_rows(tmp_path / "answers.jsonl", rows)
         given = {"eval": None, "template": "plain", **settings}
-        return prepare_unpaired(DataSettings(train=str(path), **given), TOKENIZER)
+        return UnpairedReader(DataSettings(train=str(path), **given), TOKENIZER).prepared()
 
     return prepare
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from deltaw.data import DataSettings
 from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
-from deltaw.data.reward_pairs import RewardPair, prepare_reward_file, prepare_rewards
+from deltaw.data.reward_pairs import RewardPair, RewardReader
 from deltaw.errors import UserError
 from deltaw.runtime.packed import padded_rows
 from deltaw.training.fit import fit
@@ -188,7 +188,7 @@ def test_texts_of_an_encoder_are_told_apart_and_margins_are_numbers(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     path = write_rows(tmp_path / "pairs.jsonl", rows_with())
-    prepared = prepare_rewards(DataSettings(train=str(path), eval=None), tokenizer)
+    prepared = RewardReader(DataSettings(train=str(path), eval=None), tokenizer).prepared()
     first = prepared.train[0]
     assert first.margin == 0.5 and [row.label for row in first.rows] == [0.5, 0.5]
     row = first.rows[0]
@@ -197,6 +197,6 @@ def test_texts_of_an_encoder_are_told_apart_and_margins_are_numbers(tmp_path):
     assert prepared.report.unused_columns == ()
     bad = write_rows(tmp_path / "bad.jsonl", [*rows_with(), {**rows_with()[0], "margin": "much"}])
     with pytest.raises(UserError, match="'margin' must be a number"):
-        prepare_reward_file(str(bad), DataSettings(train=str(bad)), tokenizer)
-    kept, report = prepare_reward_file(str(bad), DataSettings(train=str(bad), bad_rows="skip"), tokenizer)
+        RewardReader(DataSettings(train=str(bad)), tokenizer).file(str(bad))
+    kept, report = RewardReader(DataSettings(train=str(bad), bad_rows="skip"), tokenizer).file(str(bad))
     assert len(kept) == len(COLORS) and report.skipped == 1

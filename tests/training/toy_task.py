@@ -1,39 +1,33 @@
 """A task as somebody outside of the library writes one: learn which of two answers is preferred.
 
-Rows are ``{"prompt": …, "chosen": …, "rejected": …}``. This file and its entry are all of it.
+Rows are ``{"prompt": …, "chosen": …, "rejected": …}``. This file is all of it: how a row is read, the loss, the
+metric, and the entry by which everything else knows the task.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from deltaw.data import Example, Report, read_rows
+from deltaw.data import BadRowError, Example, RowReader
 from deltaw.data.example import RowGroup
 from deltaw.tasks import TaskEntry
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.tasks.base import RunData
 from deltaw.training.tasks.causal import CausalTask
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.training.toy_preference import Preference
 
 
-class PreferenceTask(CausalTask):
-    """Prefer the chosen answer; evaluated by the share of pairs whose chosen answer is the likelier one."""
+class Pairs(RowReader):
+    """One row in, a group of two examples out, or a reason why not."""
 
-    name = "toy-preference"
+    form = "toy pairs"
+    needs = ("prompt", "chosen", "rejected")
 
-    def read(self, settings, *, seed):
-        groups, report = self.read_file(settings.train, settings, None)
-        count = int(settings.eval)
-        return RunData(groups[:-count], groups[-count:], report)
-
-    def read_file(self, reference, settings, classes):
-        groups = [self._pair(number, row) for number, row in read_rows(reference)]
-        report = Report(reference, "pairs", "plain", rows_read=len(groups), rows_kept=len(groups))
-        return groups, report
-
-    def _pair(self, number, row):
+    def example(self, row, number, where):
+        if row["chosen"] == row["rejected"]:
+            raise BadRowError("both answers are the same", reason="nothing to prefer", where=where)
         prompt = self.tokenizer.encode(row["prompt"])
         rows = []
         for key in ("chosen", "rejected"):
@@ -41,18 +35,30 @@ class PreferenceTask(CausalTask):
             rows.append(Example(number, tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), row[key]))
         return RowGroup(tuple(rows))
 
+
+class PreferenceTask(CausalTask):
+    """Prefer the chosen answer; evaluated by the share of pairs whose chosen answer is the likelier one."""
+
+    name = "toy-preference"
+    has_pairs = True
+
+    def reader(self, settings, classes=None):
+        return Pairs(settings, self.tokenizer)
+
     def objective(self, model):
         return CausalObjective(model, Preference())
 
     def evaluate(self, objective, examples, batcher, classes=None):
-        right = []
-        for batch in batcher.batches(examples):
-            losses, _ = objective.evaluate_rows(batch)
-            told = RowLogProbs.of(batch, -losses)
-            chosen, rejected = told.grouped(told.sums()).unbind(1)
-            right += (chosen > rejected).tolist()
+        right, total = [], 0.0
+        with torch.no_grad():
+            for batch in batcher.batches(examples):
+                told = RowLogProbs.of(batch, objective.token_log_probs(batch))
+                chosen, rejected = told.grouped(told.sums()).unbind(1)
+                right += (chosen > rejected).tolist()
+                total += float(objective.loss(told))
         rows = np.asarray(right, np.float64)
-        return Evaluation({"preferred": float(rows.mean())}, "preferred", True, rows, mean_interval(rows))
+        metrics = {"loss": total / len(rows), "preferred": float(rows.mean())}
+        return Evaluation(metrics, "preferred", True, rows, mean_interval(rows))
 
 
 ENTRY = TaskEntry("toy-preference", PreferenceTask, "AutoModelForCausalLM", "generate text")

@@ -16,6 +16,7 @@ from deltaw.data.example import Example
 from deltaw.data.formats import Form, Pair, Record, Text, read_records
 from deltaw.data.messages import Conversation, without_blank_answers
 from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.row_store import key_of
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoded, Encoder
@@ -203,6 +204,17 @@ class LongRows:
         )
 
 
+def nothing_left(name: str, account: Account, skipped: int, hint: str) -> UserError:
+    """The error for a file of which no row can be used."""
+    unusable = f", {skipped:,} cannot be used" if skipped else ""
+    return UserError(
+        f"no row is left to train on: {account.dropped_long:,} are too long, and {account.without_label:,} have no "
+        f"label{unusable}",
+        where=name,
+        hint=hint,
+    )
+
+
 class ChunkReader:
     """Makes examples of at most ``data.max_length`` tokens, which have labels, of the rows of one source.
 
@@ -252,11 +264,6 @@ class ChunkReader:
             found.append(examples)
         return found
 
-    def check(self) -> None:
-        """Raise a UserError if rows are too long and that is an error."""
-        if self.long.count:
-            raise self.long.error(self._settings.max_length)
-
     def _examples(self, number: int, record: Record, parts: list[Encoded], where: str) -> list[Example]:
         limit, account = self._settings.max_length, self.account
         longest = max(len(part.tokens) for part in parts)
@@ -269,32 +276,40 @@ class ChunkReader:
             account.unrolled += 1
             account.unrolled_examples += len(parts)
         account.trailing_turns += getattr(record, "trailing", 0) > 0
-        examples = [self._example(number, part, where) for part in parts]
-        return [example for example in examples if example is not None]
+        found = (limited((example_of(number, part),), where, self._settings, account, self.long) for part in parts)
+        return [example for examples in found for example in examples or ()]
 
-    def _example(self, number: int, part: Encoded, where: str) -> Example | None:
-        """One example; None if it is dropped, which is counted."""
-        limit, account, long_rows = self._settings.max_length, self.account, self._settings.long_rows
-        example = example_of(number, part)
-        excess = len(example) - limit
-        if excess > 0 and long_rows == "error":
-            self.long.add(where, len(example))
-            return None
-        if excess > 0 and long_rows == "drop":
-            account.dropped_long += 1
-            account.labels_dropped += example.label_count
-            return None
-        if excess > 0:
-            whole = example.label_count
-            example = example.shortened(limit)
-            account.labels_cut += whole - example.label_count
-        if not example.label_count:
-            account.without_label += 1
-            return None
-        if excess > 0:
-            account.cut += 1
-            account.tokens_cut += excess
-        return example
+
+def limited(
+    examples: tuple[Example, ...], where: str, settings: DataSettings, account: Account, long: LongRows
+) -> tuple[Example, ...] | None:
+    """The examples that one loss sees together with at most ``data.max_length`` tokens each; None if they are
+    dropped, which is counted."""
+    limit, longest = settings.max_length, max(map(len, examples))
+    labels = sum(example.label_count for example in examples)
+    if longest > limit and settings.long_rows == "error":
+        long.add(where, longest)
+        return None
+    if longest > limit and settings.long_rows == "drop":
+        account.dropped_long += 1
+        account.labels_dropped += labels
+        return None
+    shortened = examples
+    if longest > limit:
+        shortened = tuple(example.shortened(limit) for example in examples)
+        account.labels_cut += labels - sum(example.label_count for example in shortened)
+    if not all(example.label_count for example in shortened) or not differ(shortened):
+        account.without_label += 1  # or nothing is left that distinguishes the answers
+        return None
+    if longest > limit:
+        account.cut += 1
+        account.tokens_cut += sum(map(len, examples)) - sum(map(len, shortened))
+    return shortened
+
+
+def differ(examples: tuple[Example, ...]) -> bool:
+    """Whether no two examples are the same tokens with the same labels."""
+    return len(examples) == 1 or len({key_of(example) for example in examples}) == len(examples)
 
 
 def example_of(number: int, part: Encoded) -> Example:

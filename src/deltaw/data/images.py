@@ -17,46 +17,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
 from deltaw.data.example import RowGroup
-from deltaw.data.labels import AnyExample, LabeledExample, PreparedLabels, prepare_label_file, prepare_labeled
-from deltaw.data.mixture import shown
+from deltaw.data.labels import AnyExample, LabeledExample
 from deltaw.data.packing import cut_by_length, microbatch_cost, side_by_side
 from deltaw.data.pixels import ImageExample
-from deltaw.data.report import Report
-from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.hub.folders import asks_for_code
 from deltaw.kernels.transfer import to_device
 
-_TASK = "image-classification"
 _PREPROCESSOR = "preprocessor_config.json"
-
-
-def prepare_images(
-    settings: DataSettings, encoder: ImageEncoder, *, seed: int = 0, classes: Sequence[str] | None = None
-) -> PreparedLabels:
-    """As :func:`deltaw.data.labels.prepare_labeled`, and check that ``encoder`` accepts the images.
-
-    Raises:
-        UserError: the data cannot be used; the message names the file and the row.
-    """
-    prepared = prepare_labeled(settings, None, _TASK, seed=seed, classes=classes)
-    encoder.check(prepared.train, shown(settings.train))
-    encoder.check(prepared.held_out, prepared.report.held_out_source or shown(settings.train))
-    return prepared
-
-
-def prepare_image_file(
-    reference: str, settings: DataSettings, encoder: ImageEncoder, classes: Sequence[str] | None
-) -> tuple[list[ImageExample], Report]:
-    """As :func:`deltaw.data.labels.prepare_label_file`, and check that ``encoder`` accepts the images.
-
-    Raises:
-        UserError: the data cannot be used, or a label is none of the classes; the message names file and row.
-    """
-    examples, report = prepare_label_file(reference, settings, None, _TASK, classes)
-    images = [example for example in examples if isinstance(example, ImageExample)]
-    encoder.check(images, reference)
-    return images, report
 
 
 class ImageEncoder:

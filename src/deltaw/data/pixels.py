@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,10 +60,6 @@ class ImageExample:
     @property
     def label_count(self) -> int:
         return 1
-
-    def key(self) -> bytes:
-        """Equal for duplicates: rows with the same image and class."""
-        return self.digest + self.label.to_bytes(8, "little")
 
     def decoded(self) -> Image.Image:
         """The image, upright.
@@ -126,7 +122,7 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
 
 def read_images(
     rows: Rows, indices: Sequence[int], columns: LabelColumns, labels: Sequence[int], on_bad: Refuse = refuse
-) -> list[ImageExample | None]:
+) -> Iterator[ImageExample | None]:
     """The images of the rows at ``indices``, whose classes are ``labels``; None for one that ``on_bad`` was
     told of.
 
@@ -134,7 +130,6 @@ def read_images(
         UserError: an image cannot be read, or the arrays of a file differ in shape; with the row or path.
     """
     read = _TableReader(rows, columns) if columns.pixels else _ColumnReader(rows, str(columns.image))
-    examples: list[ImageExample | None] = []
     shape: tuple[int, ...] | None = None
     for place, (index, label) in enumerate(zip(indices, labels, strict=True)):
         try:
@@ -142,12 +137,11 @@ def read_images(
         except UserError as error:
             reason = "an image that cannot be read"
             on_bad(place, BadRowError(error.what, reason=reason, where=error.where, hint=error.hint))
-            examples.append(None)
+            yield None
             continue
         if is_array and isinstance(example.image, np.ndarray):
             shape = example.image.shape
-        examples.append(example)
-    return examples
+        yield example
 
 
 def _read_image(

@@ -7,39 +7,34 @@ training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deltaw.data.check import Check, check_facts, collect
+from deltaw.data.chunk import Account, ChunkReader
+from deltaw.data.formats import Form, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
+from deltaw.data.packing import pieces
 from deltaw.data.report import BadRows, Report, Say, silent
+from deltaw.data.row_reader import UNLIMITED, RunData, ShownExample, ShownRow
 from deltaw.data.row_store import RowView
+from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings, held_out_reference
-from deltaw.data.sources import Division, count_duplicates, count_overlap, division, with_division
+from deltaw.data.sources import Division, count_duplicates, count_overlap, division, open_source, with_division
 from deltaw.data.stored_rows import Read, read_stored
 from deltaw.data.templates import Encoder, TemplateName
+from deltaw.hub.gguf import terminators_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Examples to train on, examples held out for evaluation, the report on all rows, and those that were
-    skipped because they cannot be used."""
-
-    train: RowView
-    held_out: RowView
-    report: Report
-    skipped: BadRows
-
-
-def prepare(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent
-) -> Prepared:
+def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent) -> RunData:
     """Read and render the data of a run.
 
     Args:
@@ -70,7 +65,7 @@ def prepare(
         overlap = count_overlap(rows.keys()[divided.train], held_out.store.keys())
         report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
     longest = max(int(side.lengths.max(initial=0)) for side in (train, held_out))
-    return Prepared(train, held_out, replace(report, held_out=len(held_out), longest=longest), bad)
+    return RunData(train, held_out, replace(report, held_out=len(held_out), longest=longest), bad)
 
 
 def prepare_file(
@@ -107,6 +102,65 @@ def prepare_file(
     )
 
 
+class TextReader:
+    """The rows of a causal model, see :class:`deltaw.data.row_reader.Reader`.
+
+    Args:
+        folder: of the model, which names the tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        folder: Path | None = None,
+        say: Say = silent,
+    ) -> None:
+        self._settings, self._tokenizer, self._folder, self._say = settings, tokenizer, folder, say
+
+    def prepared(self, seed: int = 0) -> RunData:
+        return prepare(self._settings, self._tokenizer, seed=seed, say=self._say)
+
+    def file(self, reference: str) -> tuple[RowView, Report]:
+        return prepare_file(reference, self._settings, self._tokenizer, say=self._say)
+
+    def check(self, apart: Sequence[str]) -> Check:
+        settings, tokenizer = self._settings, self._tokenizer
+        ends = terminators_in(self._folder, tokenizer) if self._folder else [int(tokenizer.eos_token_id)]
+        names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
+        facts = collect(settings.train, settings, tokenizer, ends)
+        held_out = [(name, collect(name, settings, tokenizer, ends)) for name in apart]
+        return check_facts(facts, settings, shown(settings.train), end_names=names, held_out=held_out)
+
+    def rows(self) -> Iterator[ShownRow]:
+        settings = self._settings
+        encoder = Encoder(self._tokenizer, settings.template, settings.labels, settings.date)
+        for source in sources_of(settings.train):
+            stream = open_source(source.reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes)
+            stream.scan()
+            own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
+            for chunk in stream.chunks():
+                form = choose_form(chunk, source.form or settings.form, own.columns)
+                for index in range(len(chunk)):
+                    yield self._row(encoder, form, own, chunk, index)
+
+    def _row(self, encoder: Encoder, form: Form, settings: DataSettings, rows: Rows, index: int) -> ShownRow:
+        refuses, bad = settings.long_rows == "error", BadRows("skip")
+        reader = ChunkReader(encoder, form, replace(settings, max_length=UNLIMITED) if refuses else settings, bad)
+        (examples,) = reader.read(rows, [index])
+        found = []
+        for example in examples:
+            parts = tuple(pieces(example.tokens, example.is_label, self._tokenizer))
+            found.append(ShownExample(len(example), example.label_count, parts))
+        done = "refused" if settings.bad_rows == "error" else "skipped"
+        notes = [f"{done}: {line['error']}" for line in bad.lines()]
+        if any(len(example) > settings.max_length for example in examples):
+            notes.append(f"refused: longer than data.max_length ({settings.max_length:,} tokens)")
+        notes += _notes_of(reader.account, settings.max_length)
+        return ShownRow(rows.number(index), rows.place(index), tuple(found), tuple(notes))
+
+
 def encode_prompt(
     prompt: str | list[dict[str, object]],
     settings_or_template: DataSettings | TemplateName,
@@ -130,6 +184,23 @@ def encode_prompt(
         template, date = settings, None
     messages = prompt if isinstance(prompt, str) else read_prompt(prompt, "the prompt")
     return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
+
+
+def _notes_of(account: Account, limit: int) -> Iterator[str]:
+    if account.unrolled:
+        yield f"{account.unrolled_examples} examples, since the template rewrites earlier turns"
+    if account.split:
+        yield f"divided into {account.split_examples} examples of at most {limit:,} tokens"
+    if account.cut:
+        lost = f"{account.tokens_cut:,} lost, {account.labels_cut:,} of them labels"
+        yield f"truncated to {limit:,} tokens: {lost}"
+    if account.dropped_long:
+        lost = f"{account.labels_dropped:,} labels lost"
+        yield f"dropped: longer than data.max_length ({limit:,} tokens), {lost}"
+    if account.without_label:
+        yield "dropped: no label"
+    if account.trailing_turns:
+        yield "truncated after the assistant's last turn: nothing answers what follows"
 
 
 def _counted(report: Report, read: Read, train: RowView, divided: Division, sources: Sequence[Source]) -> Report:

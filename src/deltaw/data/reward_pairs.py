@@ -9,9 +9,8 @@ special tokens. It knows neither models nor batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,15 +19,12 @@ from deltaw.data.formats import PAIR_COLUMNS, Pair, Record
 from deltaw.data.labels import LabeledExample
 from deltaw.data.messages import WRONG_TYPE, Conversation
 from deltaw.data.mixture import Train, sources_of
-from deltaw.data.preferences import PairReader, prompts_of
-from deltaw.data.report import BadRowError, BadRows, Refuse, Report, Say, silent
+from deltaw.data.preferences import PairReader
+from deltaw.data.report import BadRowError, BadRows, Refuse
 from deltaw.data.rows import Row
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import check_group, choose, divide, evaluated, groups_of, open_source
+from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,20 +44,6 @@ class RewardPair(RowGroup):
         """A pair counts once."""
         return 1
 
-    def key(self) -> bytes:
-        """Equal for duplicates."""
-        return b"".join(row.tokens.tobytes() + b"\0" for row in self.rows)
-
-
-@dataclass(frozen=True)
-class PreparedRewards:
-    """Pairs to train on, pairs held out, the report on all rows, and those that cannot be used."""
-
-    train: list[RewardPair]
-    held_out: list[RewardPair]
-    report: Report
-    skipped: BadRows
-
 
 def are_pairs(train: Train, settings: DataSettings) -> bool:
     """Whether the rows have a chosen and a rejected answer, by the columns of their first source."""
@@ -70,82 +52,13 @@ def are_pairs(train: Train, settings: DataSettings) -> bool:
         return False
     if set(PAIR_COLUMNS) <= set(columns):
         return True
-    stream = open_source(
-        sources_of(train)[0].reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes
-    )
+    source, most = sources_of(train)[0].reference, settings.max_row_bytes
+    stream = open_source(source, BadRows("skip").add_unreadable, max_bytes=most)
     stream.scan()
-    first = next(iter(stream.chunks()), None)
-    if first is None:
-        return False
-    return set(PAIR_COLUMNS) <= (set(first.columns) - set(columns.values())) | set(columns)
+    return set(PAIR_COLUMNS) <= (set(stream.columns) - set(columns.values())) | set(columns)
 
 
-def prepare_rewards(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent
-) -> PreparedRewards:
-    """Read the pairs of a run.
-
-    Args:
-        settings: the ``data:`` section. tokenizer: of the model to be trained.
-        seed: for choosing rows (``rows``) and holding rows out. say: told how far a long reading is.
-
-    Raises:
-        UserError: the data cannot be used; the message names the file and the row.
-    """
-    reader = _RewardReader(settings, tokenizer, BadRows(settings.bad_rows), say)
-    rows = reader.open(settings.train)
-    check_group(rows.name, rows.columns, settings.group)
-    pairs, kept, report = reader.read(rows, choose(len(rows), settings.rows, seed))
-    of_rows = groups_of(rows, kept, settings.group) if settings.group else prompts_of(pairs)
-    groups: list[Hashable] = list(of_rows)
-    train, held_out, report = divide(
-        pairs,
-        groups,
-        report,
-        settings,
-        seed=seed,
-        key=_key,
-        read_apart=lambda name: reward_examples(name, settings, tokenizer, reader.bad, say=say),
-    )
-    return PreparedRewards(_labeled(train), _labeled(held_out), _with_longest(report, train), reader.bad)
-
-
-def prepare_reward_file(
-    reference: str,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    bad: BadRows | None = None,
-    *,
-    say: Say = silent,
-) -> tuple[list[RewardPair], Report]:
-    """Read one file as evaluation data, with all its pairs, duplicates included.
-
-    Args:
-        bad: also told of rows that cannot be used.
-
-    Raises:
-        UserError: the data cannot be used; the message names the file and the row.
-    """
-    pairs, report = reward_examples(reference, settings, tokenizer, bad, say=say)
-    return _labeled(pairs), _with_longest(report, pairs)
-
-
-def reward_examples(
-    reference: Train,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    bad: BadRows | None = None,
-    *,
-    say: Say = silent,
-) -> tuple[list[RowGroup], Report]:
-    """A file's pairs with their prompts told from their answers."""
-    reader = _RewardReader(settings, tokenizer, BadRows(settings.bad_rows) if bad is None else bad, say)
-    rows = reader.open(reference)
-    pairs, _, report = reader.read(rows, range(len(rows)))
-    return pairs, evaluated(pairs, report, _key)
-
-
-class _RewardReader(PairReader):
+class RewardReader(PairReader):
     """Reads files of pairs for a classifier."""
 
     can_use = (*PairReader.can_use, "margin")
@@ -158,6 +71,7 @@ class _RewardReader(PairReader):
         if not numbers:
             return found
         texts = [_texts(record) for record in records if record is not None]
+        assert self.tokenizer is not None
         encoded = self.tokenizer(
             [prompt for prompt, _ in texts], [answer for _, answer in texts], return_attention_mask=False, verbose=False
         )
@@ -170,8 +84,17 @@ class _RewardReader(PairReader):
                 found[number].append(Encoded(list(ids), spans, begin, texts[place][1]))
         return found
 
-    def group(self, examples: tuple[Example, ...], row: Row) -> RowGroup:
-        return RewardPair(examples, _margin(row.get("margin"), examples[0].row))
+    def group(self, examples: tuple[Example, ...], row: Row, where: str) -> RowGroup:
+        return RewardPair(examples, _margin(row.get("margin"), where))
+
+    def completed(self, items: list[RowGroup], seed: int) -> list[RewardPair]:
+        """Pairs as a classifier reads them."""
+        found = []
+        for pair in items:
+            assert isinstance(pair, RewardPair)
+            rows = tuple(LabeledExample(row.row, row.tokens, pair.margin, _segments(row)) for row in pair.rows)
+            found.append(RewardPair(rows, pair.margin))  # type: ignore[arg-type]
+        return found
 
 
 def _texts(record: Record) -> tuple[str, str]:
@@ -183,7 +106,7 @@ def _texts(record: Record) -> tuple[str, str]:
     return "\n".join(before), last
 
 
-def _margin(value: object, row: int) -> float:
+def _margin(value: object, where: str) -> float:
     """A row's margin; 0 where it has none.
 
     Raises:
@@ -199,20 +122,10 @@ def _margin(value: object, row: int) -> float:
         raise BadRowError(
             f"'margin' must be a number but is {str(value)[:40]!r}",
             reason=WRONG_TYPE,
-            where=f"row {row}",
+            where=where,
             hint="by how much the chosen answer is better; leave the column out for 0",
         )
     return margin
-
-
-def _labeled(pairs: Sequence[RowGroup]) -> list[RewardPair]:
-    """Pairs as a classifier reads them."""
-    found = []
-    for pair in pairs:
-        assert isinstance(pair, RewardPair)
-        rows = tuple(LabeledExample(row.row, row.tokens, pair.margin, _segments(row)) for row in pair.rows)
-        found.append(RewardPair(rows, pair.margin))  # type: ignore[arg-type]
-    return found
 
 
 def _segments(row: Example) -> np.ndarray:
@@ -220,13 +133,3 @@ def _segments(row: Example) -> np.ndarray:
     segments = np.zeros(len(row), np.int8)
     segments[row.prompt_length :] = 1
     return segments
-
-
-def _key(pair: RowGroup) -> bytes:
-    assert isinstance(pair, RewardPair)
-    return pair.key()
-
-
-def _with_longest(report: Report, pairs: Sequence[RowGroup]) -> Report:
-    """The report with the longest answer's tokens, prompt included, in place of the longest pair's."""
-    return replace(report, longest=max((len(row) for pair in pairs for row in pair.rows), default=0))

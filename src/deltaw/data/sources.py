@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 
 from deltaw.contained import require_contained
+from deltaw.data.example import RowGroup
 from deltaw.data.report import MAX_ROW_BYTES, Report
 from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream
@@ -402,7 +403,7 @@ def divide(
         report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
     else:
         held_out = [examples[place] for place in divided.held_out.tolist()]
-    longest = max(len(example) for example in [*train, *held_out])
+    longest = max(map(_longest, [*train, *held_out]))
     return train, held_out, replace(counted(report, train), held_out=len(held_out), longest=longest)
 
 
@@ -427,8 +428,13 @@ def counted(report: Report, examples: Sequence[Kept]) -> Report:
         rows_kept=len(examples),
         tokens=sum(len(example) for example in examples),
         label_tokens=sum(example.label_count for example in examples),
-        longest=max(len(example) for example in examples),
+        longest=max(map(_longest, examples)),
     )
+
+
+def _longest(example: Kept) -> int:
+    """Tokens of an example, or of the longest row of a group."""
+    return max(map(len, example.rows)) if isinstance(example, RowGroup) else len(example)
 
 
 def first_places(keys: np.ndarray) -> np.ndarray:

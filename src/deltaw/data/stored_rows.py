@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from deltaw.cache import Cache, versions
-from deltaw.data.chunk import Account, ChunkReader, LongRows
+from deltaw.data.chunk import Account, ChunkReader, LongRows, nothing_left
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
@@ -706,7 +706,8 @@ class _Reading:
             UserError: none is left.
         """
         if not kept:
-            raise _nothing_left(self.name, account.dropped_long, account.without_label, len(self.bad))
+            hint = "raise data.max_length, or check the answers: empty and truncated ones have no label"
+            raise nothing_left(self.name, account, len(self.bad), hint)
         names = dict.fromkeys(form.name for form in forms)
         templates = dict.fromkeys("plain" if form.name == "text" else self.encoder.template for form in forms)
         unused: dict[str, None] = {}
@@ -757,12 +758,3 @@ def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
         return range(count)
     first, last = np.searchsorted(chosen, [begin, begin + count])
     return [index - begin for index in chosen[first:last]]
-
-
-def _nothing_left(name: str, dropped: int, without_label: int, skipped: int) -> UserError:
-    unusable = f", {skipped:,} cannot be used" if skipped else ""
-    return UserError(
-        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label" + unusable,
-        where=name,
-        hint="raise data.max_length, or check the answers: empty and truncated ones have no label",
-    )

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from deltaw.data.check import Check, Finding, Lengths
 from deltaw.data.packing import Piece
-from deltaw.training.data_view import ShownExample, ShownRow
+from deltaw.data.row_reader import ShownExample, ShownRow
 
 # Characters of the longest bar, and what a bar may end in, by eighths.
 _WIDTH = 36

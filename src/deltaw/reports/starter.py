@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,9 +237,9 @@ def _longest(rows: Rows, reference: str, model: str | None, task: str) -> tuple[
 
 def _counted(reference: str, folder: Path, task: str) -> int | None:
     """The longest row in the tokens of the model in ``folder``; None where it has no tokenizer."""
-    from deltaw.data.labels import prepare_label_file
-    from deltaw.data.preferences import prepare_pair_file, prepare_unpaired_file
-    from deltaw.data.prepare import prepare_file
+    from deltaw.data.labels import LabelReader
+    from deltaw.data.preferences import PairReader, UnpairedReader
+    from deltaw.data.prepare import TextReader
     from deltaw.hub.tokenizers import tokenizer_in
 
     tokenizer = tokenizer_in(folder)
@@ -247,14 +247,11 @@ def _counted(reference: str, folder: Path, task: str) -> int | None:
         return None
     settings = DataSettings(train=reference, max_length=_ANYTHING)
     if task == "preference":
-        pairs = _are_pairs(read_rows(reference))
-        prepare = prepare_pair_file if pairs else prepare_unpaired_file
-        return prepare(reference, settings, tokenizer)[1].longest
-    if task == DEFAULT_TASK:
-        examples: Sequence = prepare_file(reference, settings, tokenizer)[0]
-    else:
-        examples = prepare_label_file(reference, settings, tokenizer, task, None)[0]
-    return max(len(example) for example in examples)
+        kind = PairReader if _are_pairs(read_rows(reference)) else UnpairedReader
+        return kind(settings, tokenizer).file(reference)[1].longest
+    text = task == DEFAULT_TASK
+    reader = TextReader(settings, tokenizer) if text else LabelReader(settings, tokenizer, task)
+    return reader.file(reference)[1].longest
 
 
 def _estimated(value: object) -> int:

@@ -7,9 +7,9 @@ Everything above this package treats tasks alike. A new one is a class in a file
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
-from deltaw.data.packing import joined
-from deltaw.data.report import BadRows, Report
+from deltaw.data.report import Report
+from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
@@ -29,48 +29,6 @@ from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The rows of a run.
-
-    Attributes:
-        train, held_out: rows, or groups of rows.
-        eval_sets: all sets of held-out rows by name, the first of which is ``held_out``; empty where
-            ``data.eval`` gives no names.
-        report: the account of all rows.
-        classes: names of the classes in the order of the model's outputs; None where there are none.
-        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
-            where nobody measured it.
-        skipped: rows that cannot be used (``data.bad_rows: skip``).
-    """
-
-    train: Sequence[Any]
-    held_out: Sequence[Any]
-    report: Report
-    classes: tuple[str, ...] | None = None
-    read_peak_bytes: int = 0
-    skipped: BadRows | None = None
-    eval_sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-
-    @property
-    def sets(self) -> Mapping[str, Sequence[Any]]:
-        """The sets of held-out rows by name, in their order; one set without a name is called ''."""
-        return self.eval_sets or ({"": self.held_out} if len(self.held_out) else {})
-
-    @property
-    def every(self) -> Sequence[Any]:
-        """All rows, those to train on first."""
-        return joined(self.train, *(self.sets.values() or [self.held_out]))
-
-    def mapped(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> RunData:
-        """With all rows as ``change`` makes them."""
-        held_out = change(self.held_out)
-        others = [(name, rows) for name, rows in self.eval_sets.items() if rows is not self.held_out]
-        changed = {name: change(rows) for name, rows in others}
-        sets = {name: changed.get(name, held_out) for name in self.eval_sets}
-        return replace(self, train=change(self.train), held_out=held_out, eval_sets=sets)
 
 
 @dataclass(frozen=True)
@@ -131,14 +89,19 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
+    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> Reader:
+        """How the rows of ``settings.train`` are read, such as a :class:`deltaw.data.row_reader.RowReader`;
+        ``classes`` are those of the trained adapter."""
+
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         """The rows of a run."""
+        return self.reader(settings).prepared(seed)
 
-    @abc.abstractmethod
     def read_file(
         self, reference: str, settings: DataSettings, classes: Sequence[str] | None
     ) -> tuple[Sequence[Any], Report]:
         """One file to evaluate on; ``classes`` are those of the trained adapter."""
+        return self.reader(replace(settings, train=reference), classes).file(reference)
 
     def outputs(self, data: RunData) -> int | None:
         """How many outputs the model's head must have; None where the model itself says so."""
@@ -201,7 +164,8 @@ class Task(abc.ABC):
         batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
-        """How well the model does on examples; ``classes`` are the names of its outputs."""
+        """How well the model does on examples; ``classes`` are the names of its outputs. Comparisons and searches
+        minimize the metric ``loss``, or ``mse`` where there is none."""
 
 
 def task_of(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.data import prepare, prepare_file
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.packing import Item, rows_of
-from deltaw.data.preferences import prepare_pair_file, prepare_pairs, prepare_unpaired, prepare_unpaired_file
-from deltaw.data.report import Report
+from deltaw.data.preferences import PairReader, UnpairedReader
+from deltaw.data.prepare import TextReader
+from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
@@ -33,7 +34,7 @@ from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.losses import PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named, named_answers
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.tasks.base import ModelFiles, RunData, Task
+from deltaw.training.tasks.base import ModelFiles, Task
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -210,6 +211,7 @@ class CausalTask(Task):
     name = "causal-lm"
     writes_text = True
     shares_evaluation = True
+    folder: Path | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say = silent) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -217,17 +219,16 @@ class CausalTask(Task):
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> CausalTask:
-        return cls(files.tokenizer(), files.say)
+        task = cls(files.tokenizer(), files.say)
+        task.folder = files.folder
+        return task
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
-        prepared = prepare(settings, self.tokenizer, seed=seed, say=self._say)
-        return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
+        return super().read(settings, seed=seed)
 
-    def read_file(
-        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
-    ) -> tuple[Sequence[Any], Report]:
-        return prepare_file(reference, settings, self.tokenizer, say=self._say)
+    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> Reader:
+        return TextReader(settings, self.tokenizer, folder=self.folder, say=self._say)
 
     def batcher(
         self,
@@ -440,17 +441,11 @@ class PreferenceTask(CausalTask):
     def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
         return cls(files.tokenizer(), files.say, files.preference)
 
-    def read(self, settings: DataSettings, *, seed: int) -> RunData:
-        self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
-        prepare = prepare_unpaired if self.settings.is_unpaired else prepare_pairs
-        prepared = prepare(settings, self.tokenizer, seed=seed, say=self._say)
-        return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
-
-    def read_file(
-        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
-    ) -> tuple[Sequence[Any], Report]:
-        prepare = prepare_unpaired_file if self.settings.is_unpaired else prepare_pair_file
-        return prepare(reference, settings, self.tokenizer, say=self._say)
+    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> Reader:
+        if not self.settings.is_unpaired:
+            return PairReader(settings, self.tokenizer, say=self._say)
+        weights = self.settings.desirable_weight, self.settings.undesirable_weight
+        return UnpairedReader(settings, self.tokenizer, say=self._say, weights=weights)
 
     def batcher(self, model: PreTrainedModel, *args: Any, **named: Any) -> tuple[Any, dict[str, Choice]]:
         batcher, chosen = super().batcher(model, *args, **named)

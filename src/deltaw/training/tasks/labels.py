@@ -16,11 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
 from deltaw.data.example import RowGroup
-from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher, prepare_image_file, prepare_images
-from deltaw.data.labels import AnyExample, PreparedLabels, prepare_label_file, prepare_labeled
+from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
+from deltaw.data.labels import AnyExample, LabelReader
 from deltaw.data.pixels import ImageExample
-from deltaw.data.report import Report
-from deltaw.data.reward_pairs import RewardPair, are_pairs, prepare_reward_file, prepare_rewards
+from deltaw.data.reward_pairs import RewardPair, RewardReader, are_pairs
+from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
@@ -36,7 +36,7 @@ from deltaw.training.evaluation.base import (
 )
 from deltaw.training.losses import PairLosses, StepMetrics, named
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.tasks.base import ModelFiles, RunData, Task
+from deltaw.training.tasks.base import ModelFiles, Task
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
 
 # ---- How labeled rows become microbatches: how many tokens, what pads them, and why.
@@ -437,28 +437,26 @@ class LabelTask(Task):
         config = read_config(files.folder, "sequence-classification", None, files.trust_remote_code)
         return cls(name, tokenizer, None, named, own_outputs(config), model)
 
+    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> LabelReader | RewardReader:
+        if self.name == "sequence-classification" and are_pairs(settings.train, settings):
+            assert self.tokenizer is not None  # texts are not read without one
+            self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
+            return RewardReader(settings, self.tokenizer)
+        return LabelReader(settings, self.tokenizer, self.name, classes=classes, encoder=self.encoder)
+
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
-        if self.are_pairs(settings.train, settings):
-            self.tokenizer = with_chat_template(self._text_tokenizer(), settings.chat_template)
+        reader = self.reader(settings)
+        if isinstance(reader, RewardReader):
             self._check_reward_head()
-            pairs = prepare_rewards(settings, self.tokenizer, seed=seed)
-            return RunData(pairs.train, pairs.held_out, pairs.report, skipped=pairs.skipped)
-        prepared = self._prepare(settings, seed, None)
-        found = prepared.classes
-        unordered = settings.classes is None and found is not None and found != self.named
-        if unordered and self.named is not None and set(found or ()) == set(self.named):
+            return reader.prepared(seed)
+        data = reader.prepared(seed)
+        found = data.classes
+        reordered = found is not None and self.named is not None and set(found) == set(self.named)
+        if reordered and settings.classes is None and found != self.named:
             # A head for these very classes keeps the order of its outputs.
-            prepared = self._prepare(settings, seed, self.named)
-        self._check_outputs(prepared.classes)
-        return RunData(prepared.train, prepared.held_out, prepared.report, prepared.classes, skipped=prepared.skipped)
-
-    def are_pairs(self, train: Any, settings: DataSettings) -> bool:
-        """Whether the rows are pairs of answers, of which a reward is learned."""
-        return self.name == "sequence-classification" and are_pairs(train, settings)
-
-    def _text_tokenizer(self) -> PreTrainedTokenizerBase:
-        assert self.tokenizer is not None  # texts are not read without one
-        return self.tokenizer
+            data = self.reader(settings, self.named).prepared(seed)
+        self._check_outputs(data.classes)
+        return data
 
     def _check_reward_head(self) -> None:
         if self._own_outputs not in (None, 1):
@@ -480,21 +478,6 @@ class LabelTask(Task):
                 where=self._model,
                 hint="set task: sequence-classification, or take a model without a head",
             )
-
-    def _prepare(self, settings: DataSettings, seed: int, classes: Sequence[str] | None) -> PreparedLabels:
-        if self.encoder is not None:
-            return prepare_images(settings, self.encoder, seed=seed, classes=classes)
-        return prepare_labeled(settings, self.tokenizer, self.name, seed=seed, classes=classes)
-
-    def read_file(
-        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
-    ) -> tuple[Sequence[Any], Report]:
-        if self.encoder is not None:
-            return prepare_image_file(reference, settings, self.encoder, classes)
-        if self.are_pairs(reference, settings):
-            self.tokenizer = with_chat_template(self._text_tokenizer(), settings.chat_template)
-            return prepare_reward_file(reference, settings, self.tokenizer)
-        return prepare_label_file(reference, settings, self.tokenizer, self.name, classes)
 
     def outputs(self, data: RunData) -> int | None:
         return 1 if data.classes is None else len(data.classes)

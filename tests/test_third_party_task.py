@@ -1,4 +1,4 @@
-"""Tasks register in one place: settings, flags, plans and runs follow."""
+"""A task in a file of its own registers in one place: settings, checks, plans, runs, resuming, comparisons follow."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import pytest
 
 import deltaw
 from deltaw import tasks
+from deltaw.cli import main
 from deltaw.errors import UserError
+from deltaw.experiments.compare import compare
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Lines
+from deltaw.training.callbacks import Callback, Lines
+from deltaw.training.data_view import check_data, shown_rows
 from deltaw.training.origin import open_run
-from tests.conftest import write_rows
+from deltaw.training.session import read_data
+from tests.conftest import laid_over, write_rows
+from tests.experiments.conftest import use_worker_here
 from tests.training.toy_task import ENTRY, PreferenceTask
 
 BUILT_IN = ("causal-lm", "preference", "sequence-classification", "regression", "image-classification")
@@ -30,11 +35,12 @@ def run_settings(settings, tmp_path):
     """Answers in capitals are preferred."""
     words = ("red", "blue", "green", "black", "white", "pink", "gray", "teal")
     rows = [{"prompt": f"say {w}: ", "chosen": w.upper(), "rejected": w.title()} for w in words]
-    file = write_rows(tmp_path / "pairs.jsonl", rows)
-    train = {"epochs": 8, "batch_size": 3}
-    return lambda **changes: settings(
-        tmp_path / "run", task="toy-preference", data={"train": str(file), "eval": 2}, train=train, **changes
-    )
+    bad = [{"prompt": "say it: ", "chosen": "it", "rejected": "it"}, {"prompt": "say it: ", "chosen": "it"}]
+    file = write_rows(tmp_path / "pairs.jsonl", [*rows, rows[0], *bad])
+    data = {"train": str(file), "eval": 2, "bad_rows": "skip"}
+    train = {"epochs": 8, "batch_size": 3, "checkpoint_every": 5}
+    plain = {"task": "toy-preference", "data": data, "train": train}
+    return lambda **changes: settings(tmp_path / "run", **laid_over(plain, changes))
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "head"])
@@ -52,6 +58,51 @@ def test_a_task_in_a_file_of_its_own_trains_saves_and_is_opened_again(toy, run_s
     assert isinstance(opened.task, PreferenceTask)
     assert RunConfig.read(result.output / "run.yaml").task == "toy-preference"
     opened.require_generation()  # it writes text, as any language model does
+
+
+def test_rows_that_cannot_be_used_are_skipped_checked_and_shown(toy, run_settings):
+    config = RunConfig.read(run_settings())
+    _, data = read_data(config)
+    assert (len(data.train), len(data.held_out), data.report.duplicates) == (6, 2, 1)
+    assert data.report.bad_rows == {"nothing to prefer": 1, "'rejected' is missing": 1}
+    check = check_data(config)
+    found = {finding.name: finding.count for finding in check.findings}
+    assert check.usable and check.form == "toy pairs" and found == {"bad_rows": 1, "duplicates": 1}
+    (row,) = shown_rows(config, 2, 1)
+    texts = ["".join(piece.text for piece in example.pieces) for example in row.examples]
+    assert texts == ["say blue: BLUE", "say blue: Blue"]
+    long = RunConfig.read(run_settings(), {"data": {"max_length": 12}})
+    with pytest.raises(UserError, match="longer than 12 tokens"):
+        read_data(long)
+    (finding,) = (f for f in check_data(long).findings if f.name == "long_rows")
+    assert finding.level == "error" and finding.count > 0
+
+
+def test_a_run_that_is_interrupted_goes_on_as_the_same_run(toy, run_settings):
+    class Stop(Callback):
+        seen = 0
+
+        def on_step(self, step):
+            self.seen += 1
+
+        def should_stop(self):
+            return self.seen >= 5
+
+    assert deltaw.fit(run_settings(), callback=Stop()).interrupted
+    result = deltaw.fit(run_settings())
+    assert result.resumed_from_step == 5 and not result.interrupted and result.outcome.rows == 8 * 6
+
+
+def test_methods_are_compared_on_it_and_its_runs_are_evaluated(toy, run_settings, tmp_path, monkeypatch, capsys):
+    use_worker_here(monkeypatch)
+    config = RunConfig.read(run_settings(train={"epochs": 1}))
+    done = compare(config, ["lora", "last"], folder=tmp_path / "out", seeds=1)
+    assert {result.method for result in done.results} == {"lora", "last"} and done.metric == "preferred"
+    run = deltaw.fit(config).output
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(run), "--data", str(config.data.train), "--json"])
+    assert not ended.value.code and "preferred" in json.loads(capsys.readouterr().out)["eval"]
 
 
 def test_its_plan_is_made_and_the_settings_know_its_name(toy, run_settings):
