@@ -132,9 +132,9 @@ def speed(settings: dict, steps: int) -> dict[str, object]:
     """Rows a second of both sides, their forward and backward, step by step in turn."""
     sessions = {name: session_of(settings, activation) for name, activation in SIDES.items()}
     plain, activated = sessions.values()
-    if activated.prefix is None:
+    if activated.feed.store is None:
         raise SystemExit(f"prompts do not run apart here: {activated.chosen['train.keep_features']}")
-    activated.prefix.store.forget()  # of an earlier call
+    activated.feed.store.forget()  # of an earlier call
     rows = activated.data.train
     prompts = sum(row.active_from for row in rows) / sum(len(row) for row in rows)
     print(f"{len(rows)} rows of {sum(map(len, rows)) / len(rows):.0f} tokens, {prompts:.1%} of them prompts")
@@ -145,12 +145,11 @@ def speed(settings: dict, steps: int) -> dict[str, object]:
     for epoch in ("first epoch", "later epoch", "later epoch"):
         for number in range(steps):
             for name, session in sessions.items():
-                way = session.prefix or session
                 chosen = rows_of_step(session.data.train, number, size, 0)
                 with session.running():
                     start = time.perf_counter()
-                    for batch in way.batcher.batches(chosen):
-                        way.objective(batch).backward()
+                    for batch in session.feed.batches(chosen):
+                        session.objective(batch).backward()
                     taken = time.perf_counter() - start
                 seconds.setdefault(name, {}).setdefault(epoch, []).append(taken)
     measured: dict[str, object] = {"prompts": prompts}

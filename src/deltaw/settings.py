@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from deltaw.lora.config import LoRAConfig
 
 
-# ---- The ``preference:`` section of a run: which loss answers are trained with, and its numbers.
-
-
 LossName = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
 # Those that measure the model against a reference: the base model.
 WITH_REFERENCE = ("dpo", "ipo", "kto")
@@ -72,25 +69,16 @@ class PreferenceSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> PreferenceSettings:
-        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
-            raise UserError(
-                f"the loss '{self.loss}' has no label smoothing",
-                where="preference.label_smoothing",
-                hint="set it to 0, or preference.loss: dpo",
-            )
-        if self.gamma is not None and self.loss != "simpo":
-            raise UserError(
-                f"the loss '{self.loss}' has no margin",
-                where="preference.gamma",
-                hint="remove it, or set preference.loss: simpo",
-            )
-        for name in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, name) != 1 and self.loss != "kto":
-                raise UserError(
-                    f"the loss '{self.loss}' weighs all answers alike",
-                    where=f"preference.{name}",
-                    hint="set it to 1, or preference.loss: kto",
-                )
+        kto = ("kto",)
+        unused = {
+            "label_smoothing": (0, ("dpo", "simpo"), "has no label smoothing", "set it to 0, or preference.loss: dpo"),
+            "gamma": (None, ("simpo",), "has no margin", "remove it, or set preference.loss: simpo"),
+            "desirable_weight": (1, kto, "weighs all answers alike", "set it to 1, or preference.loss: kto"),
+            "undesirable_weight": (1, kto, "weighs all answers alike", "set it to 1, or preference.loss: kto"),
+        }
+        for name, (neutral, losses, what, hint) in unused.items():
+            if getattr(self, name) != neutral and self.loss not in losses:
+                raise UserError(f"the loss '{self.loss}' {what}", where=f"preference.{name}", hint=hint)
         return self
 
     @property
@@ -112,9 +100,6 @@ class PreferenceSettings(BaseModel):
     def has_reference(self) -> bool:
         """Whether the loss needs the base model's log-probabilities."""
         return self.loss in WITH_REFERENCE
-
-
-# ---- The ``train:`` section of a run: how long and how fast it trains, what it evaluates, and what it keeps.
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -244,9 +229,6 @@ def duration_seconds(text: str) -> float:
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-# ---- settings
-
-
 DEFAULT_TASK = "causal-lm"
 _TASK = Field(DEFAULT_TASK, description="what the model is trained to do")
 _METHOD = Field("lora", description="which parameters are trained")
@@ -330,9 +312,8 @@ class RunConfig(BaseModel):
         if isinstance(source, RunConfig):
             return source
         _load_plugins()
-        where = "the flags"
         if source is None:
-            settings: dict = {}
+            settings, where = {}, "the flags"
         elif isinstance(source, Mapping):
             settings, where = dict(source), "the settings"
         else:
@@ -415,24 +396,21 @@ class Setting:
 def settings() -> Iterator[Setting]:
     """Every leaf of :class:`RunConfig`, in the order of the file."""
     _load_plugins()
+    default: object
     for name, field in RunConfig.model_fields.items():
         section = _section_class(field)
-        if section is None:
-            yield _setting(name, field)
-        elif issubclass(section, BaseModel):
-            for inner, inner_field in section.model_fields.items():
-                yield _setting(f"{name}.{inner}", inner_field)
+        if section is None or issubclass(section, BaseModel):
+            leaves = {name: field} if section is None else section.model_fields
+            for inner, leaf_field in leaves.items():
+                default = ... if leaf_field.is_required() else leaf_field.get_default(call_default_factory=True)
+                key = name if section is None else f"{name}.{inner}"
+                yield Setting(key, default, leaf_field.description or "", leaf_field.annotation)
         else:
             for leaf in dataclasses.fields(section):  # type: ignore[arg-type]
-                default: object = leaf.default
+                default = leaf.default
                 if default is dataclasses.MISSING:
                     default = ... if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
                 yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type)
-
-
-def _setting(key: str, field: FieldInfo) -> Setting:
-    default = ... if field.is_required() else field.get_default(call_default_factory=True)
-    return Setting(key, default, field.description or "", field.annotation)
 
 
 def _section_class(field: FieldInfo) -> type | None:

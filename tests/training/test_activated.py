@@ -21,8 +21,7 @@ from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime import partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
-from deltaw.training.features import prompts as prompt_store
-from deltaw.training.features import store
+from deltaw.training.features import prefix_cache, store
 from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
 from deltaw.training.fit import fit
 from deltaw.training.losses import RowLogProbs
@@ -129,10 +128,10 @@ def test_loss_and_gradients_are_those_of_masked_rows(family, tmp_path):
     with prompts_of(model, examples, tmp_path) as prompts:
         assert prompts.choice.value == "kept"
         for _ in range(2):  # computed, then read
-            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            ours = loss_and_gradients(model, prompts.objective, prompts, examples)
             assert float(ours[0]) == pytest.approx(float(loss), rel=1e-5)
             assert relative(ours[1], grads) < 5e-5
-        whole = loss_and_gradients(model, prompts.objective.inner, prompts.batcher.inner, examples)
+        whole = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
         assert relative(whole[1], grads) < 5e-5
     everywhere = [
         Example(row.row, row.tokens, row.is_label, row.prompt_length, row.answer, active_from=0) for row in examples
@@ -150,7 +149,7 @@ def test_gradients_are_those_of_masked_rows_in_float64(family, tmp_path):
     loss, grads = masked(model, examples)
     with prompts_of(model, examples, tmp_path) as prompts:
         for _ in range(2):
-            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            ours = loss_and_gradients(model, prompts.objective, prompts, examples)
             assert float(ours[0]) == pytest.approx(float(loss), rel=1e-12)
             assert relative(ours[1], grads) < 1e-13
 
@@ -161,16 +160,16 @@ def test_a_later_epoch_runs_no_token_of_a_prompt(tmp_path):
     index = PromptIndex(examples)
     assert index.units < sum(row.active_from for row in examples)  # beginnings are shared
     with prompts_of(model, examples, tmp_path) as prompts, tokens_run(model) as seen:
-        batches = list(prompts.batcher.batches(examples))
-        loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        batches = list(prompts.batches(examples))
+        loss_and_gradients(model, prompts.objective, prompts, examples)
         # Rows of one prompt share its place in the store; a batch may compute it for each of them.
         assert answers + index.units <= sum(seen) < sum(len(row.tokens) for row in examples)
         seen.clear()
-        loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        loss_and_gradients(model, prompts.objective, prompts, examples)
         assert sum(seen) == answers
-        assert sum(b.tokens for b in prompts.batcher.batches(examples)) == answers
+        assert sum(b.tokens for b in prompts.batches(examples)) == answers
         assert sum(b.tokens for b in batches) >= answers + index.units
-        assert all(batch.inner.inputs["adapter_active"].any() for batch in batches)
+        assert all(batch.inputs["adapter_active"].any() for batch in batches)
 
 
 def test_prompts_keep_no_activations(tmp_path):
@@ -180,12 +179,13 @@ def test_prompts_keep_no_activations(tmp_path):
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.append(t.shape[0] if t.dim() else 0) or t, lambda t: t
         )
-        batch = next(iter(prompts.batcher.batches(examples)))
+        batch = next(iter(prompts.batches(examples)))
         with hooks:
             prompts.objective(batch)
-        active = int((batch.units < 0).sum())
+        units = prompts.units_of(batch)
+        active = int((units < 0).sum())
         # The row's keys and values alone are as long as the row.
-        long = [n for n in kept if n == len(batch.units)]
+        long = [n for n in kept if n == len(units)]
         assert len(long) == 2 * model.config.num_hidden_layers and kept.count(active) > len(long)
 
 
@@ -193,12 +193,12 @@ def test_a_store_is_found_again_by_the_next_run(tmp_path):
     examples = rows()
     model = adapted("llama")
     with prompts_of(model, examples, tmp_path) as prompts:
-        before = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        before = loss_and_gradients(model, prompts.objective, prompts, examples)
     again = adapted("llama")
     with prompts_of(again, rows()[::-1], tmp_path) as prompts, tokens_run(again) as seen:
         assert f"{prompts.index.units:,} of {prompts.index.units:,} tokens there already" in prompts.choice.why
         examples = rows()[::-1]  # their identity is another; what they hold is the same
-        after = loss_and_gradients(again, prompts.objective, prompts.batcher, examples)
+        after = loss_and_gradients(again, prompts.objective, prompts, examples)
         assert sum(seen) == sum(len(row.tokens) - row.active_from for row in examples)
     assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-6)
     assert relative(after[1], before[1]) < 1e-5
@@ -210,13 +210,13 @@ def test_a_store_of_other_weights_or_wrong_values_is_not_believed(tmp_path):
     model = adapted("llama")
     expected = masked(model, examples)
     with prompts_of(model, examples, tmp_path) as prompts:
-        loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        loss_and_gradients(model, prompts.objective, prompts, examples)
     (values,) = tmp_path.glob("*/values.bin")
     content = np.fromfile(values, np.float32)
     (content + 0.1).tofile(values)
     with prompts_of(model, examples, tmp_path) as prompts:
         assert not prompts.store.done.any() and "there already" not in prompts.choice.why
-        ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        ours = loss_and_gradients(model, prompts.objective, prompts, examples)
         assert relative(ours[1], expected[1]) < 5e-5
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
@@ -227,7 +227,7 @@ def test_a_store_of_other_weights_or_wrong_values_is_not_believed(tmp_path):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_without_room_prompts_are_recomputed_in_each_step(keep, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_store, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(prefix_cache, "MEMORY_BYTES", 0)
     model, examples = adapted("llama"), rows()
     expected = masked(model, examples)
     with prompts_of(model, examples, tmp_path, keep=keep, limit=1) as prompts, tokens_run(model) as seen:
@@ -235,7 +235,7 @@ def test_without_room_prompts_are_recomputed_in_each_step(keep, tmp_path, monkey
         assert ("take" in prompts.choice.why) == keep
         for _ in range(2):
             seen.clear()
-            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            ours = loss_and_gradients(model, prompts.objective, prompts, examples)
             assert relative(ours[1], expected[1]) < 5e-5
             assert sum(seen) > sum(len(row.tokens) - row.active_from for row in examples)
     assert not list(tmp_path.iterdir())
@@ -246,7 +246,7 @@ def test_where_room_is_short_a_part_of_the_prompts_is_kept(in_memory, tmp_path, 
     model, examples = adapted("llama"), rows()
     units = PromptIndex(examples).units
     room = units * 2 * 2 * 2 * 8 * 4 * 3 // 5  # three fifths of layers · (key, value) · heads · d · bytes
-    monkeypatch.setattr(prompt_store, "MEMORY_BYTES", room if in_memory else 0)
+    monkeypatch.setattr(prefix_cache, "MEMORY_BYTES", room if in_memory else 0)
     expected = masked(model, examples)
     answers = sum(len(row.tokens) - row.active_from for row in examples)
     how = {"folder": tmp_path, "limit": 1 if in_memory else room}
@@ -256,7 +256,7 @@ def test_where_room_is_short_a_part_of_the_prompts_is_kept(in_memory, tmp_path, 
             assert prompts.store.shape.units == units // 2 and "take" in prompts.choice.why
             for epoch in range(2):
                 seen.clear()
-                ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+                ours = loss_and_gradients(model, prompts.objective, prompts, examples)
                 assert relative(ours[1], expected[1]) < 5e-5
                 known = units // 2 if epoch or (run and not in_memory) else 0
                 assert sum(seen) >= answers + units - known
@@ -267,8 +267,8 @@ def test_pages_of_a_large_store_are_given_back(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESIDENT_BYTES", 4096)
     model, examples = adapted("llama"), rows()
     with prompts_of(model, examples, tmp_path) as prompts:
-        first = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
-        second = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        first = loss_and_gradients(model, prompts.objective, prompts, examples)
+        second = loss_and_gradients(model, prompts.objective, prompts, examples)
         assert prompts.store.resident_bytes == 4096 < prompts.store.shape.bytes
     assert relative(second[1], first[1]) < 1e-6
 
@@ -280,7 +280,7 @@ def test_how_rows_are_cut_changes_nothing(tmp_path):
         batcher, _ = choose_causal_batcher(model, examples, device="cpu", tokens_per_pass=tokens)
         with packed_rows(model):
             prompts, _ = stored_prompts(model, CausalObjective(model), batcher, examples, keep=False)
-            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            ours = loss_and_gradients(model, prompts.objective, prompts, examples)
         assert relative(ours[1], expected[1]) < 5e-5
 
 
@@ -290,7 +290,7 @@ def test_checkpointing_recomputes_answers_over_the_same_keys(tmp_path):
     checkpoint_blocks(model, True, [p for _, p in adapter_parameters(model)])
     with prompts_of(model, examples, tmp_path) as prompts:
         for _ in range(2):
-            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            ours = loss_and_gradients(model, prompts.objective, prompts, examples)
             assert relative(ours[1], expected[1]) < 5e-5
 
 
@@ -299,7 +299,7 @@ def test_rows_in_groups_and_losses_of_rows_see_the_answers(tmp_path):
     groups = [RowGroup((examples[n], examples[n + 1])) for n in range(0, 8, 2)]
     with prompts_of(model, groups, tmp_path) as prompts:
         sums = {}
-        for batch in prompts.batcher.batches(groups):
+        for batch in prompts.batches(groups):
             per_row = RowLogProbs.of(batch, prompts.objective.token_log_probs(batch))
             sums.update(zip(map(id, per_row.rows), per_row.sums().tolist(), strict=True))
             assert len(batch.groups) == batch.rows / 2
@@ -311,8 +311,8 @@ def test_rows_that_are_not_known_run_as_a_whole(tmp_path):
     model, examples = adapted("llama"), rows(12)
     expected = masked(model, examples[9:])
     with prompts_of(model, examples[:9], tmp_path) as prompts:
-        ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples[9:])
-        evaluated = evaluate_causal(prompts.objective, examples, prompts.batcher).metrics["loss"]
+        ours = loss_and_gradients(model, prompts.objective, prompts, examples[9:])
+        evaluated = evaluate_causal(prompts.objective, examples, prompts).metrics["loss"]
     assert relative(ours[1], expected[1]) < 5e-5
     labels = sum(row.label_count for row in examples)
     assert evaluated == pytest.approx(float(masked(model, examples)[0]) / labels, rel=1e-5)

@@ -22,10 +22,11 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
 from deltaw.training import loop
+from deltaw.training.evaluation.general import KeepGeneral
 from deltaw.training.features import prefix_cache
 from deltaw.training.features.prefix_cache import DeviceStore, on_device
 from deltaw.training.features.store import MemoryStore, Shape, open_store
-from deltaw.training.loop import KeepGeneral, train
+from deltaw.training.loop import train
 from deltaw.training.optimizer import adamw, skipping
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective

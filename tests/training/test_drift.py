@@ -275,7 +275,7 @@ def test_general_answers_cannot_be_kept_by_a_classifier(settings, tmp_path, room
 
 
 def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
-    from deltaw.training.loop import KeepGeneral
+    from deltaw.training.evaluation.general import KeepGeneral
     from deltaw.training.tasks.causal_objective import CausalObjective
 
     model = moved(causal_model("llama"), 0.3)

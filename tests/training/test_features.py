@@ -110,7 +110,7 @@ def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.n
     with attention(reference):
         cached, choice = cached_prefix(reference, objective_of(reference), batcher, rows, folder=folder)
         assert cached is not None, choice
-        found = run(reference, cached.objective, cached.batcher, rows)
+        found = run(reference, cached.objective, cached, rows)
         cached.close()
     assert usual[0][0] != usual[0][-1]
     np.testing.assert_allclose(found[0], usual[0], rtol=1e-5)
@@ -222,7 +222,7 @@ def test_bf16_features_keep_their_bits(tmp_path):
     with packed_rows(model):
         cached, _ = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path)
         assert cached.store.shape.dtype == "bfloat16"
-        losses = [[cached.objective(batch).item() for batch in cached.batcher.batches(rows)] for _ in range(2)]
+        losses = [[cached.objective(batch).item() for batch in cached.batches(rows)] for _ in range(2)]
         usual = [cached.objective(batch).item() for batch in batcher.batches(rows)]
         cached.close()
     assert losses[0] == losses[1] == usual
@@ -235,9 +235,9 @@ def test_from_the_second_epoch_on_the_prefix_does_not_run(tmp_path):
             cached, _ = cached_prefix(
                 model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=tmp_path
             )
-            run(model, cached.objective, cached.batcher, rows, steps=3)
+            run(model, cached.objective, cached, rows, steps=3)
             calls = forwards(model)
-            run(model, cached.objective, cached.batcher, rows, steps=6)
+            run(model, cached.objective, cached, rows, steps=6)
             cached.close()
         assert not calls
 
@@ -255,7 +255,7 @@ def test_the_next_run_finds_the_features_whatever_the_order_of_its_rows(tmp_path
     with packed_rows(model):
         cached, choice = opened(model, rows, tmp_path)
         assert "there already" not in choice.why
-        run(model, cached.objective, cached.batcher, rows, steps=3)
+        run(model, cached.objective, cached, rows, steps=3)
         cached.close()
         again, choice = opened(model, rows[::-1], tmp_path)
         assert again.store.folder == cached.store.folder
@@ -267,8 +267,9 @@ def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
     model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
     with packed_rows(model):
         cached, _ = opened(model, rows, tmp_path)
-        for batch in cached.batcher.batches(rows):
-            assert batch.features is batch.features  # computed once, when they are asked for
+        for batch in cached.batches(rows):
+            assert not cached.store.done.any()  # vectors are computed where they are asked for
+            cached.objective(batch)
         expected = cached.store.read(np.arange(cached.rows.units)).clone()
         cached.close()
         # As if killed while the values of these rows were being written.
@@ -282,8 +283,8 @@ def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
         del marks, values
         again, _ = opened(model, rows, tmp_path)
         assert np.flatnonzero(~again.store.done).tolist() == lost
-        for batch in again.batcher.batches(rows):
-            assert batch.features is batch.features  # computed once, when they are asked for
+        for batch in again.batches(rows):
+            again.objective(batch)
         torch.testing.assert_close(again.store.read(np.arange(again.rows.units)), expected)
         again.close()
 
@@ -330,7 +331,7 @@ def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):
     model, rows = lora_above(causal_model("llama")), causal_rows()
     with packed_rows(model):
         cached, _ = opened(model, rows, tmp_path)
-        run(model, cached.objective, cached.batcher, rows, steps=3)
+        run(model, cached.objective, cached, rows, steps=3)
         cached.close()
         values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
         values *= 1.5
@@ -381,7 +382,7 @@ def test_evaluations_are_the_same_with_and_without(tmp_path):
         usual = evaluate_causal(CausalObjective(model), rows, CausalMicroBatcher(64, True, False, "cpu"))
         cached, _ = opened(model, rows, tmp_path)
         for _ in range(2):
-            found = evaluate_causal(cached.objective, rows, cached.batcher)
+            found = evaluate_causal(cached.objective, rows, cached)
             assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
             np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
         cached.close()
@@ -389,7 +390,7 @@ def test_evaluations_are_the_same_with_and_without(tmp_path):
     objective, batcher = LabelObjective(model, "sequence-classification"), LabelMicroBatcher(64, "cpu")
     cached, _ = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
     usual = evaluate_labels(objective, rows, batcher)
-    found = evaluate_labels(cached.objective, rows, cached.batcher)
+    found = evaluate_labels(cached.objective, rows, cached)
     np.testing.assert_allclose(found.predictions, usual.predictions, rtol=1e-4, atol=1e-6)
     cached.close()
 
@@ -398,8 +399,8 @@ def test_rows_that_are_not_known_go_the_usual_way(tmp_path):
     model, rows = lora_above(causal_model("llama")), causal_rows()
     with packed_rows(model):
         cached, _ = opened(model, rows[:8], tmp_path)
-        losses = [cached.objective(b).item() for b in cached.batcher.batches(rows[8:])]
-        usual = [cached.objective.inner(b).item() for b in cached.batcher.inner.batches(rows[8:])]
+        losses = [cached.objective(b).item() for b in cached.batches(rows[8:])]
+        usual = [cached.objective(b).item() for b in cached.batcher.batches(rows[8:])]
         cached.close()
     assert losses == usual
 
@@ -416,6 +417,6 @@ def test_on_fake_tensors_the_same_steps_run_in_memory(level, tmp_path):
             cached, choice = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
             assert cached is not None, choice
             for _ in range(2):
-                for batch in cached.batcher.batches(rows):
+                for batch in cached.batches(rows):
                     cached.objective(batch).backward()
     assert not list(Path(tmp_path).iterdir())

@@ -5,7 +5,8 @@ Images are decoded when their batch is made. It knows a model's files, not the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ class LabelBatch:
         examples: the rows, in the order of the batch.
         pairs: whether the rows are pairs, the preferred one first; ``targets`` are their margins then.
         rows: rows in it. row_tokens: tokens of all rows. tokens: tokens computed, padding included.
+        enter: opens the batch that the model runs instead, over what is kept of frozen layers; None: this one.
     """
 
     inputs: dict[str, Tensor]
@@ -173,6 +175,7 @@ class LabelBatch:
     row_tokens: int
     tokens: int
     pairs: bool = False
+    enter: Callable[[], AbstractContextManager[LabelBatch]] | None = None
 
     @property
     def label_tokens(self) -> int:

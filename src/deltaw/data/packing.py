@@ -14,7 +14,8 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -398,6 +399,7 @@ class Batch:
         asked: the places among ``predictors``, ascending and each once, in a packed row; None where padded.
         groups: for each group of rows its rows' places in ``members``, in the group's order; empty where
             rows come one by one.
+        enter: opens the batch that the model runs instead, over what is kept of frozen layers; None: this one.
     """
 
     inputs: dict[str, object]
@@ -410,6 +412,7 @@ class Batch:
     members: tuple[Member, ...]
     asked: Tensor | None = None
     groups: tuple[tuple[int, ...], ...] = ()
+    enter: Callable[[], AbstractContextManager[Batch]] | None = None
 
     @property
     def label_tokens(self) -> int:

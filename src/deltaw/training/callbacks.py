@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deltaw.training.evaluation.base import Evaluation
     from deltaw.training.monitoring.monitor import Sample
     from deltaw.training.monitoring.rates import RateSearch
-    from deltaw.training.state import Outcome, Step, TrainState
+    from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 
 # Told one line of text that a person may want to read.
 Say: TypeAlias = Callable[[str], None]
@@ -51,7 +51,11 @@ class RunStart:
 
 
 class Callback:
-    """Told of what a run does, in the order of the methods below. An exception ends the run."""
+    """Told of what a run does, in the order of the methods below. An exception ends the run.
+
+    A training alone (:func:`deltaw.training.loop.train`) calls ``on_begin``, ``on_step``, ``on_skip``,
+    ``should_stop``, ``ended`` and ``diagnose``.
+    """
 
     def on_line(self, line: str) -> None:
         """A choice, a note or an account of the rows, in words."""
@@ -78,6 +82,9 @@ class Callback:
     def on_step(self, step: Step) -> None:
         """An optimizer step is done. The time that this takes is not counted as training."""
 
+    def on_skip(self, found: NotFinite) -> None:
+        """A step was left out, since its loss or gradient is not finite (``train.not_finite: skip``)."""
+
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The held-out rows were evaluated after so many steps."""
 
@@ -88,6 +95,15 @@ class Callback:
         """Asked after each microbatch. True ends the run as Ctrl-C does: the adapter as of the last whole
         step is saved."""
         return False
+
+    def ended(self) -> bool:
+        """Asked before each step. True ends the training as its last step does."""
+        return False
+
+    def diagnose(self, found: NotFinite) -> Sequence[str]:
+        """Asked, in lines, what is wrong with a step that ends the training, since its loss or gradient is not
+        finite. The model is as it was before the step."""
+        return ()
 
     def on_end(self, outcome: Outcome | None) -> None:
         """No further step comes; ``outcome`` is None where an error ended the training."""
@@ -103,6 +119,15 @@ class Lines(Callback):
         self._say(line)
 
 
+class Calling(Callback):
+    """A callback made of functions, by the names of the methods that they stand for."""
+
+    def __init__(self, **functions: Callable[..., Any] | None) -> None:
+        for name, function in functions.items():
+            if function is not None:
+                setattr(self, name, function)
+
+
 class Callbacks(Callback):
     """Several callbacks as one: each is told everything, in this order; any of them may stop the run."""
 
@@ -111,6 +136,12 @@ class Callbacks(Callback):
 
     def should_stop(self) -> bool:
         return any(callback.should_stop() for callback in self._callbacks)
+
+    def ended(self) -> bool:
+        return any(callback.ended() for callback in self._callbacks)
+
+    def diagnose(self, found: NotFinite) -> Sequence[str]:
+        return [line for callback in self._callbacks for line in callback.diagnose(found)]
 
 
 def _to_each(name: str) -> Callable[..., None]:

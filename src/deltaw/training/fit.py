@@ -32,7 +32,6 @@ from deltaw.training.drift import Drift, DriftMeter
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.loop import NotFinite, WhenNotFinite
 from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rates import choose_rate
@@ -53,7 +52,7 @@ from deltaw.training.resuming import (
 )
 from deltaw.training.run_folder import FOLDER, RunFolder, check_output, clear_end, is_unfinished
 from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.state import Outcome, Step, TrainState
+from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.summary import RunSummary, write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tracking import Tracking
@@ -219,12 +218,15 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
             summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
-            outcome = _train(session, folder, record, monitor, callback, go_on=searched)
+            watching = _Watching(session, folder, record, monitor, callback, searched)
+            outcome = _train(session, folder, record, monitor, watching)
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
             processes.dismiss()
             write_card(folder.path, session, outcome, evaluation, trained, drift)
+            with session.approximations.on():
+                arithmetic = loader.arithmetic().as_dict() if device == "cpu" else {}
             record.done(outcome)
             monitor.done(outcome, goes_on=record.checkpoints.enabled)
     except BaseException as error:
@@ -243,7 +245,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
         method=config.method,
         writes_text=not task.has_labels,
         drift=drift,
-        arithmetic=_arithmetic(session) if device == "cpu" else {},
+        arithmetic=arithmetic,
         approximations=session.approximations.as_dict(),
         best=monitor.best.as_dict(),
         stopped_early=monitor.stopped,
@@ -336,65 +338,77 @@ def load_for(
     return loaded
 
 
-def _train(
-    session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, callback: Callback, *, go_on: bool
-) -> Outcome:
+class _Watching(Callback):
+    """What a run does with what its training reports: writes it down, evaluates, keeps checkpoints, and tells the
+    caller's callback. Without ``go_on`` the training ends before its first step."""
+
+    def __init__(
+        self, session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, callback: Callback, go_on: bool
+    ) -> None:
+        self._session, self._folder, self._record, self._monitor = session, folder, record, monitor
+        self.callback, self._go_on = callback, go_on
+
+    def on_begin(self, state: TrainState) -> None:
+        self._record.begin(state)
+        self._monitor.begin(state)
+        self.callback.on_begin(state)
+
+    def on_step(self, step: Step) -> None:
+        self._folder.write_metrics(step.as_dict())
+        self.callback.on_step(step)
+        self._after(step.step, self._monitor.on_step(step))
+
+    def on_skip(self, found: NotFinite) -> None:
+        self._folder.write_metrics(found.as_dict())
+        self.callback.on_skip(found)
+        self.callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
+        self._after(found.step, self._monitor.on_skip(found.step))
+
+    def on_approximations(self, line: str, step: int) -> None:
+        """From this step on something is no longer approximate."""
+        approximations = self._session.approximations
+        self._session.chosen[APPROXIMATE] = approximations.choice({"": line})
+        self._folder.write_metrics({"step": step, "approximations": approximations.as_dict()})
+        self.callback.on_line(f"not approximate from step {step} on: {line}")
+
+    def should_stop(self) -> bool:
+        return not self._go_on or self.callback.should_stop()
+
+    def ended(self) -> bool:
+        return self._monitor.ended() or self.callback.ended()
+
+    def diagnose(self, found: NotFinite) -> Sequence[str]:
+        return [*self._record.diagnose(found), *self.callback.diagnose(found)]
+
+    def _after(self, step: int, decided: Evaluation | None) -> None:
+        checkpoints = self._record.checkpoints
+        checkpoints.step_done(best=decided is not None and checkpoints.evaluated(step, decided))
+
+
+def _train(session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, watching: _Watching) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
-    trained. Without ``go_on`` it ends before the first step."""
-    skip, checkpoints = session.config.train.not_finite == "skip", record.checkpoints
+    trained."""
+    callback, checkpoints = watching.callback, record.checkpoints
     for line in session.lines():
         callback.on_line(line)
     release_free_memory()
-
-    def on_begin(state: TrainState) -> None:
-        record.begin(state)
-        monitor.begin(state)
-        callback.on_begin(state)
-
-    def on_step(step: Step) -> None:
-        folder.write_metrics(step.as_dict())
-        callback.on_step(step)
-        after(step.step, monitor.on_step(step))
-
-    def on_approximations(line: str, step: int) -> None:
-        session.chosen[APPROXIMATE] = session.approximations.choice({"": line})
-        folder.write_metrics({"step": step, "approximations": session.approximations.as_dict()})
-        callback.on_line(f"not approximate from step {step} on: {line}")
-
-    def on_skip(found: NotFinite) -> None:
-        folder.write_metrics(found.as_dict())
-        callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
-        after(found.step, monitor.on_skip(found.step))
-
-    def after(step: int, decided: Evaluation | None) -> None:
-        checkpoints.step_done(best=decided is not None and checkpoints.evaluated(step, decided))
-
-    def save(to: Path) -> None:
-        save_adapter(session, to)
-
-    session.approximations.on_change = on_approximations
+    session.approximations.on_change = watching.on_approximations
     record.restore()
     monitor.before()
     with session.running():
         try:
-            outcome = session.train(
-                on_begin=on_begin,
-                on_step=on_step,
-                not_finite=WhenNotFinite(skip, on_skip, record.diagnose),
-                should_stop=lambda: not go_on or callback.should_stop(),
-                ended=monitor.ended,
-                saved=record.saved,
-            )
+            skips = session.config.train.not_finite == "skip"
+            outcome = session.train(watching, saved=record.saved, skip_not_finite=skips)
         except BaseException as error:
             callback.on_end(None)
             _keep_adapter(session, folder.path, error, callback)
             raise
         callback.on_end(outcome)
         checkpoints.write()
-        save(folder.path)
+        save_adapter(session, folder.path)
         if not outcome.interrupted:
             checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
-        monitor.put_best(outcome.steps, save, evaluate=not outcome.interrupted)
+        monitor.put_best(outcome.steps, lambda to: save_adapter(session, to), evaluate=not outcome.interrupted)
         checkpoints.close()
     return outcome
 
@@ -430,11 +444,6 @@ def save_adapter(session: Session, folder: Path) -> None:
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
-
-
-def _arithmetic(session: Session) -> dict[str, str]:
-    with session.approximations.on():
-        return loader.arithmetic().as_dict()
 
 
 def _peak_bytes(device: str) -> int:

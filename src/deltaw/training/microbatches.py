@@ -1,15 +1,20 @@
-"""How rows meet a model: microbatches, and the objective that turns one into a loss.
+"""How rows reach a model: microbatches, the objective that turns one into a loss, and the feed of both.
 
-These protocols are all that the loop knows of data and models. Implementations: ``tasks/causal_batcher.py``
-and ``data/images.py``; ``features/cached.py`` wraps either.
+These protocols are all that the loop knows of data and models. Batchers are in ``tasks/causal_batcher.py`` and
+``data/images.py``. Feeds that keep what frozen layers give are in ``features``.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deltaw.training.features.store import FeatureStore
 
 
 class Labeled(Protocol):
@@ -80,3 +85,45 @@ class Objective(Protocol[BatchIn]):
 
 AnyBatcher = MicroBatcher[Any, Any]
 AnyObjective = Objective[Any]
+
+
+class Feed:
+    """How the rows of a run reach its model; here from the first layer on.
+
+    A feed is a batcher too. Its microbatches may bring what frozen layers would compute (:func:`entered`).
+
+    Attributes:
+        objective: runs its microbatches. batcher: cuts rows into microbatches.
+        store: where outputs of frozen layers are kept; None where they are not.
+    """
+
+    def __init__(self, objective: AnyObjective, batcher: AnyBatcher, store: FeatureStore | None = None) -> None:
+        self.objective, self.batcher, self.store = objective, batcher, store
+
+    @property
+    def share(self) -> bool:
+        """Whether shared prefixes are computed once."""
+        return bool(getattr(self.batcher, "share", False))
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        """The microbatches of these rows, each laid out only when its turn comes."""
+        return self.batcher.batches(rows)
+
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
+        """(rows, length) of each microbatch, without laying any out."""
+        return self.batcher.shapes(rows)
+
+    def costing(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """By whose cost each of the rows is dealt where several processes train together."""
+        return getattr(self.batcher, "costing", lambda given: given)(rows)
+
+    def close(self) -> None:
+        """Bring what is kept to the disk, and let other runs have it."""
+        if self.store is not None:
+            self.store.close()
+
+
+def entered(batch: Any) -> AbstractContextManager[Any]:
+    """The batch as the model runs it. While open, what is kept takes the place of the layers that would compute
+    it; where nothing is kept, the batch is as it was."""
+    return contextlib.nullcontext(batch) if batch.enter is None else batch.enter()

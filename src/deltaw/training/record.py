@@ -26,13 +26,12 @@ from deltaw.tensor_files import save_tensors
 from deltaw.training.callbacks import Say
 from deltaw.training.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
 from deltaw.training.features.store import FeatureRecord
-from deltaw.training.loop import NotFinite, NotFiniteError
 from deltaw.training.origin import settings_in
 from deltaw.training.parallel.group import LostProcess
 from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, flat, refusal, refused, with_choices
 from deltaw.training.run_folder import FOLDER, SETTINGS, RunFolder, RunLock, Status, read_status
 from deltaw.training.session import Session
-from deltaw.training.state import Outcome, SavedState, TrainState
+from deltaw.training.state import NotFinite, NotFiniteError, Outcome, SavedState, TrainState
 
 # ---- Where numbers stopped being finite: the step's rows are run again, and every module is watched.
 #
@@ -381,11 +380,8 @@ class RunRecord:
         self._start, self._session, self._folder, self._say = start, session, folder, say
         self._state: TrainState | None = None
         self._settings = dumped(start.asked)
-        prefix = session.prefix
         kept = session.chosen.get("train.keep_features")
-        features = FeatureRecord(
-            None if prefix is None else prefix.store, "off" if kept is None else str(kept.value), say
-        )
+        features = FeatureRecord(session.feed.store, "off" if kept is None else str(kept.value), say)
         self.extras: dict[str, Stateful] = {"features": features}
         self._features: Mapping[str, Any] = features.state()
         if start.goes_on and start.status is not None:

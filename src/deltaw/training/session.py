@@ -38,23 +38,21 @@ from deltaw.training.approximations import (
     rows_to_look_at,
     steps_between,
 )
-from deltaw.training.callbacks import Say, silent
+from deltaw.training.callbacks import Callback, Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import NoGeneralAnswers, general_answers, identity_of
+from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
-from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
-from deltaw.training.features.prompts import StoredPrompts, stored_prompts
+from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import KeepGeneral, WhenNotFinite, count_steps, train
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.optimizer import Schedule
+from deltaw.training.loop import TrainOptions, count_steps, train
+from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.parallel.evaluation import shared_objective
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.preparation import checkpoint_blocks, quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
-from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
+from deltaw.training.state import Outcome, RowOrder, SavedState, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.eval_sets import read_run_data
@@ -75,12 +73,12 @@ class Session:
     Attributes:
         config: the settings.
         model: with what is trained on it.
-        method, task, batcher, objective: as named.
+        method, task: as named.
         data: the rows, with the method's virtual tokens prepended.
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
-        prefix: outputs of the frozen layers below the lowest trained module, where they are kept, or prompts
-            that run apart from answers; else None.
+        feed: how the rows reach the model: from the first layer on, from kept outputs of the frozen layers below
+            the lowest trained module, or with prompts that run apart from answers.
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
         processes: that train together.
@@ -92,15 +90,23 @@ class Session:
     method: Method
     task: Task
     data: RunData
-    batcher: AnyBatcher
-    objective: AnyObjective
+    feed: Feed
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
-    prefix: CachedPrefix | StoredPrompts | None = None
     identity: str | None = None
     general: Sequence[Example] = ()
     processes: Reducer = ALONE
     approximations: Approximations = field(default_factory=Approximations)
+
+    @property
+    def objective(self) -> AnyObjective:
+        """The model with what it is trained to make small."""
+        return self.feed.objective
+
+    @property
+    def batcher(self) -> AnyBatcher:
+        """Cuts rows into microbatches that run from the first layer on."""
+        return self.feed.batcher
 
     @property
     def trained(self) -> Sequence[tuple[str, nn.Parameter]]:
@@ -127,7 +133,7 @@ class Session:
         rows = "padding-free packing"
         if self.task.has_labels or getattr(batcher, "padded", False):
             rows = "padded rows"
-        shared = ", shared prefixes computed once" if getattr(batcher, "share", False) else ""
+        shared = ", shared prefixes computed once" if self.feed.share else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
@@ -155,64 +161,60 @@ class Session:
 
     def close(self) -> None:
         """Release what is kept on disk."""
-        if self.prefix is not None:
-            self.prefix.close()
+        self.feed.close()
 
     def train(
         self,
+        callback: Callback | None = None,
         *,
-        on_begin: Callable[[TrainState], None] | None = None,
-        on_step: Callable[[Step], None] | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
-        ended: Callable[[], bool] = lambda: False,
-        not_finite: WhenNotFinite | None = None,
-        saved: SavedState | None = None,
-        total_steps: int | None = None,
-        learning_rate: float | None = None,
-        schedule: Schedule | None = None,
         rows: Sequence[Any] | None = None,
-        batch_size: int | None = None,
         batcher: AnyBatcher | None = None,
+        saved: SavedState | None = None,
+        **changed: Any,
     ) -> Outcome:
-        """Train as the settings say, or as the arguments do; call within :meth:`running`."""
-        settings = self.config.train
-        named = self.trained
-        way = self.prefix or self
-        return train(
-            way.objective,
-            [parameter for _, parameter in named],
-            self.data.train if rows is None else rows,
-            batcher or way.batcher,
-            learning_rate=learning_rate or self.learning_rate,
-            total_steps=total_steps or self.total_steps,
+        """Train as the settings say; call within :meth:`running`.
+
+        Args:
+            callback: told of what happens. saved: what the training goes on from.
+            rows, batcher: others than those of the session.
+            changed: options of :class:`deltaw.training.loop.TrainOptions` that differ from the settings.
+        """
+        settings, named = self.config.train, self.trained
+        options = TrainOptions(
+            learning_rate=self.learning_rate,
+            total_steps=self.total_steps,
             rate_factors=[self.method.rate_factor(name) for name, _ in named],
             names=[name for name, _ in named],
             may_skip=may_skip(self.model),
+            before_step=self._look_again(changed.get("batch_size", settings.batch_size)),
             after_step=lambda: self.method.after_step(self.model),
-            before_step=self._look_again(batch_size or settings.batch_size),
             add_gradients=self._keep_general(),
-            batch_size=batch_size or settings.batch_size,
+            batch_size=settings.batch_size,
             seed=settings.seed,
-            schedule=schedule or settings.schedule,
+            schedule=settings.schedule,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             max_grad_norm=settings.max_grad_norm,
+        )
+        return train(
+            self.objective,
+            [parameter for _, parameter in named],
+            self.data.train if rows is None else rows,
+            batcher or self.feed,
+            options,
+            callback=callback,
             saved=saved,
-            on_begin=on_begin,
-            on_step=on_step,
-            should_stop=should_stop,
-            ended=ended,
-            not_finite=not_finite,
             reducer=self.processes,
+            **changed,
         )
 
-    def _look_again(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None] | None:
-        """What verifies approximations before some of the steps; None where nothing is approximate."""
+    def _look_again(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None]:
+        """What verifies approximations before some of the steps."""
         approximations, model = self.approximations, self.model
         first = self.data.train[:batch_size]
         if not approximations.names or not first:
-            return None
+            return lambda state, rows: None
         looked_at = rows_to_look_at(first, self.batcher, self.objective)
         tokens, step = (sum(b.tokens for b in self.batcher.batches(r)) for r in (looked_at, first))
         every = steps_between(tokens, step)
@@ -245,10 +247,9 @@ class Session:
         chosen = self.data.held_out if examples is None else examples
         if not chosen:
             return Evaluation()
-        way = self.prefix or self
-        objective = shared_objective(self, chosen, way.objective)
+        objective = shared_objective(self, chosen)
         with self.method.evaluating(self.model), working("evaluating"):
-            return self.task.evaluate(objective, chosen, way.batcher, self.data.classes)
+            return self.task.evaluate(objective, chosen, self.feed, self.data.classes)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """The base model's own answers to general prompts, as the base model sees them.
@@ -377,7 +378,8 @@ def assemble(
     data = data.mapped(lambda rows: rows_as_seen(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
-    session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
+    feed = Feed(objective, batcher)
+    session = Session(config, model, method, task, data, feed, chosen, said, identity=identity)
     session.processes = processes
     if settings.keep_general:
         _take_general_answers(session)
@@ -426,13 +428,14 @@ def _keep_features(session: Session, invocation: Choice | None) -> None:
     Args:
         invocation: from where on in a row the adapter acts; None where it acts everywhere.
     """
-    model, method, settings = session.model, session.method, session.config.train
-    batcher, objective, rows = session.batcher, session.objective, session.data.every
+    model, method, settings, rows = session.model, session.method, session.config.train, session.data.every
+    plain = session.feed
     seen_again = session.total_steps * settings.batch_size > len(session.data.train)
     keep = settings.keep_features is True or (settings.keep_features == "auto" and seen_again)
     if invocation is not None:
         with session.running(), method.evaluating(model):
-            session.prefix, kept = stored_prompts(model, objective, batcher, rows, keep=keep)
+            prompts, kept = stored_prompts(model, plain.objective, plain.batcher, rows, keep=keep)
+        session.feed = prompts or plain
         session.chosen["train.keep_features"] = kept
         session.said += [f"the adapter acts from {invocation} on", f"prompts: {kept}"]
     elif keep:
@@ -440,14 +443,15 @@ def _keep_features(session: Session, invocation: Choice | None) -> None:
 
         def keep_now() -> None:
             with session.running(), method.evaluating(model):
-                session.prefix, kept = cached_prefix(model, objective, batcher, rows, sharing=sharing)
+                features, kept = cached_prefix(model, plain.objective, plain.batcher, rows, sharing=sharing)
             session.chosen["train.keep_features"] = kept
-            if session.prefix is not None:
+            if features is not None:
+                session.feed = features
                 session.said.append(f"features computed once for each row: {kept}")
 
         if sharing.leads:
             keep_now()
-        if sharing.tell(keeps=session.prefix is not None) and not sharing.leads:
+        if sharing.tell(keeps=session.feed is not plain) and not sharing.leads:
             keep_now()
 
 

@@ -24,18 +24,15 @@ from deltaw.kernels.arithmetic import UNSAID
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
 
-# ---- Trained parameters of low precision, and the fp32 copies that the optimizer works on.
-#
-# In bf16 a step of AdamW is mostly smaller than the distance to the next number and would vanish. The copy
-# takes the gradient as soon as it is there, in fp32, so that gradients of several microbatches add up without
-# loss and none is kept twice; after the optimizer's step the parameter is the copy, rounded.
-
-
 HALF = (torch.bfloat16, torch.float16)
 
 
 class MasterWeights:
-    """The parameters as an optimizer sees them, while open.
+    """The parameters as an optimizer sees them, while open: fp32 copies of those of lower precision.
+
+    In bf16 a step of AdamW is mostly smaller than the distance to the next number and would vanish. The copy
+    takes the gradient as soon as it is there, in fp32, so that gradients of several microbatches add up without
+    loss and none is kept twice; after the optimizer's step the parameter is the copy, rounded.
 
     Attributes:
         trained: for each parameter itself, or its fp32 copy where it is of lower precision.
@@ -83,9 +80,6 @@ def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
     return take
 
 
-# ---- state
-
-
 # Of the layout of a saved state; another number where an older one could not be read.
 VERSION = 1
 # Torch's names for what AdamW keeps of a parameter.
@@ -127,6 +121,51 @@ class Step:
     def as_dict(self) -> dict[str, float]:
         own = {name: value for name, value in asdict(self).items() if value is not None}
         return own | own.pop("metrics")
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A step that changed nothing, since its loss or its gradient is infinite or not a number.
+
+    Attributes:
+        step: its number, from 1. total_steps: of the training.
+        rows: (n,) its rows by their place in the data.
+        loss, gradient_norm, learning_rate: as of :class:`deltaw.training.state.Step`.
+    """
+
+    step: int
+    total_steps: int
+    rows: np.ndarray
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Its line of ``metrics.jsonl``; JSON has no infinite numbers, so they are texts."""
+        return {
+            "step": self.step,
+            "skipped": {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"},
+            "learning_rate": self.learning_rate,
+        }
+
+
+class NotFiniteError(UserError):
+    """A training has diverged. The trained parameters are those before the step.
+
+    Args:
+        found: the step. lines: of the diagnosis. in_row: steps that were skipped just before.
+    """
+
+    def __init__(self, found: NotFinite, lines: Sequence[str] = (), in_row: int = 0) -> None:
+        self.found = found
+        again = f", after {in_row} steps in a row that were skipped" if in_row else ""
+        what = f"training diverged: loss {found.loss:.3g}, gradient norm {found.gradient_norm:.3g}{again}"
+        super().__init__(
+            "\n".join([what, *(f"  {line}" for line in lines)]),
+            where=f"step {found.step} of {found.total_steps}",
+            hint="lower train.learning_rate, or lengthen train.warmup"
+            + ("" if in_row else "; train.not_finite: skip leaves such steps out"),
+        )
 
 
 @dataclass
@@ -314,7 +353,7 @@ class TrainState:
     def state(self) -> SavedState:
         """All of it, copied: between two steps, or once the training is over."""
         seen = self.view()
-        return SavedState(seen.values, {name: _copied(tensor) for name, tensor in seen.tensors.items()})
+        return SavedState(seen.values, {name: t.detach().to("cpu", copy=True) for name, t in seen.tensors.items()})
 
     def view(self) -> SavedState:
         """As :meth:`state`, with the training's own tensors, which the next step changes."""
@@ -348,13 +387,20 @@ class TrainState:
         Raises:
             UserError: it is the state of another training: of other parameters, rows or schedule.
         """
-        if saved.values["schedule"].get("planned"):
-            self.schedule = _planned(self.schedule, saved.values["schedule"])
+        then = saved.values["schedule"]
+        if then.get("planned"):  # the number of steps was planned on the way
+            planned = ("total_steps", "warmup", "since", "decayed", "planned")
+            self.schedule = replace(self.schedule, **{name: then[name] for name in planned})
         self._require_same(saved)
         _warn_of_other_arithmetic(saved.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
             value = saved.tensors[f"parameter/{name}"]
-            _require_shape(name, parameter, value)
+            if value.shape != parameter.shape:
+                raise UserError(
+                    f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state",
+                    where="the saved state",
+                    hint="continue with the model and the settings that it began with",
+                )
             parameter.copy_(value)
             kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
             on_device = {k: t.to(parameter.device, copy=True) for k, t in kept.items() if t is not None}
@@ -387,21 +433,6 @@ class TrainState:
                 )
 
 
-def _require_shape(name: str, parameter: Tensor, value: Tensor) -> None:
-    if value.shape != parameter.shape:
-        raise UserError(
-            f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state",
-            where="the saved state",
-            hint="continue with the model and the settings that it began with",
-        )
-
-
-def _planned(schedule: Schedule, saved: Mapping[str, Any]) -> Schedule:
-    """The schedule with the number of steps that the saved one had planned on the way."""
-    planned = ("total_steps", "warmup", "since", "decayed", "planned")
-    return replace(schedule, **{name: saved[name] for name in planned})
-
-
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     """Say where this process computes products otherwise than the one that saved a state."""
     if saved is None:
@@ -417,7 +448,3 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
         ArithmeticChangedWarning,
         stacklevel=3,
     )
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

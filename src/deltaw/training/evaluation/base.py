@@ -131,9 +131,6 @@ def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else float("nan")
 
 
-# ---- base
-
-
 LEVEL = 0.95
 
 

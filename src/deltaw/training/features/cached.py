@@ -1,20 +1,23 @@
-"""Features in place of the frozen lower layers: a batcher and an objective that start from stored vectors.
+"""Features in place of the frozen lower layers: microbatches that resume the model from stored vectors.
 
-A training uses them instead of its own: microbatches whose rows go through the frozen layers once, and an
-objective that resumes the model above them. A feed decides which vectors of a row are kept
-(:mod:`deltaw.training.features.cached`).
+A training takes them instead of its own microbatches: the frozen layers then run once for each row. Which vectors
+of a row are kept follows from the layer where the model is resumed. Below a block it is every token's vector, and
+microbatches are cut as ever. At a language model's head it is the vectors that predict a label, and at a
+classifier one vector a row: no token goes through the model any more, and a batch is one gather.
 
-Knows examples, batches, layer entry points and stores; not files, keys or optimizers.
+Knows examples, batches, layer entry points and stores; not files, keys, losses or optimizers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,111 +26,12 @@ from torch import Tensor
 
 from deltaw.data.packing import Batch, Member
 from deltaw.kernels.transfer import to_device
-from deltaw.runtime.layer_entry import BackboneEntry, HeadEntry, LayerEntry
+from deltaw.runtime.layer_entry import LayerEntry
 from deltaw.training.features.store import FeatureStore
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CachedBatch:
-    """A batch and the values that the model is resumed with; all else is asked of the batch.
-
-    Attributes:
-        take: reads the values, or computes them; called where they are needed, so that a process which goes
-            through the batches of others computes nothing for them.
-    """
-
-    inner: Any
-    take: Callable[[], Tensor]
-
-    @functools.cached_property
-    def features(self) -> Tensor:
-        """The values."""
-        return self.take()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-class CachedPrefix:
-    """The outputs of a model's frozen lower layers: computed once for each row, then read.
-
-    Args:
-        feed: which vectors are kept, and how batches are made of them.
-        objective, batcher: what a training without it would use.
-        rows: the rows that there is room for; others run from the start.
-        store: where the vectors are.
-
-    Attributes:
-        objective, batcher: to be used in place of the given ones, together.
-    """
-
-    def __init__(
-        self, feed: Feed, objective: AnyObjective, batcher: AnyBatcher, rows: RowIndex, store: FeatureStore
-    ) -> None:
-        self.feed = feed
-        self.rows = rows
-        self.store = store
-        self.objective = CachedObjective(objective, feed.entry)
-        self.batcher = CachedMicroBatcher(batcher, self)
-        feed.meet(rows)
-
-    def close(self) -> None:
-        """Bring everything to the disk and let other runs have it."""
-        self.store.close()
-
-
-class CachedMicroBatcher:
-    """Microbatches with features, read or computed where missing; all else is asked of the inner batcher."""
-
-    def __init__(self, inner: AnyBatcher, prefix: CachedPrefix) -> None:
-        self.inner = inner
-        self._prefix = prefix
-
-    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        cached = self._prefix
-        if not cached.rows.know(rows):
-            return self.inner.batches(rows)
-        return cached.feed.batches(rows, self.inner, cached.rows, cached.store)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-class CachedObjective:
-    """The inner objective with the model resumed above its frozen layers; other batches run from the start.
-
-    All else is asked of the inner objective.
-    """
-
-    def __init__(self, inner: AnyObjective, entry: LayerEntry) -> None:
-        self.inner = inner
-        self._entry = entry
-
-    def __call__(self, batch: Any) -> Tensor:
-        return self._within("__call__", batch)
-
-    def units(self, rows: Sequence[Any]) -> int:
-        """As the inner objective counts."""
-        return self.inner.units(rows)
-
-    def evaluate_rows(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """As :meth:`deltaw.training.tasks.causal_objective.CausalObjective.evaluate_rows`."""
-        return self._within("evaluate_rows", batch)
-
-    def predictions(self, batch: Any) -> Tensor:
-        """As :meth:`deltaw.training.tasks.labels.LabelObjective.predictions`."""
-        return self._within("predictions", batch)
-
-    def _within(self, name: str, batch: Any) -> Any:
-        method = getattr(self.inner, name)
-        if not isinstance(batch, CachedBatch):
-            return method(batch)
-        with self._entry.entering(batch.features):
-            return method(batch.inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+# Vectors in a batch that goes through nothing but a head.
+VECTORS_PER_BATCH = 4096
 
 
 class RowIndex:
@@ -138,7 +42,7 @@ class RowIndex:
 
     Attributes:
         contents: of the store's rows, in their order. distinct: one example of each.
-        starts: (rows,) place of the first vector. counts: (rows,) how many there are.
+        starts: (rows,) place of the first vector. counts: (rows,) how many there are. units: of all rows.
     """
 
     def __init__(self, examples: Iterable[Any], content: Callable[[Any], bytes], units: Callable[[Any], int]) -> None:
@@ -146,15 +50,12 @@ class RowIndex:
         self.contents = sorted(found)
         self.distinct: list[Any] = [found[one] for one in self.contents]
         self.counts = np.fromiter(map(units, self.distinct), np.int64, len(self.distinct))
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.units = int(self.counts.sum())
         self._content = content
         self._number = {one: n for n, one in enumerate(self.contents)}
         # Stored rows are made anew each time; of rows that stay, the content is looked at once.
         self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self.starts = np.cumsum(self.counts) - self.counts
-
-    @property
-    def units(self) -> int:
-        return int(self.counts.sum())
 
     def know(self, rows: Sequence[Any]) -> bool:
         return all(self._slot(row) >= 0 for row in rows)
@@ -177,116 +78,125 @@ class RowIndex:
         return np.arange(ends[-1]) + np.repeat(self.starts[slots] - ends + counts, counts)
 
 
-class Feed(Protocol):
-    """Which vectors of a row are kept, and how batches are made of them.
+class KeptFeatures(Feed):
+    """The outputs of a model's frozen lower layers: computed once for each row, then read.
+
+    :meth:`learn` comes first, then :meth:`over`, which gives the feed to train with.
+
+    Args:
+        objective, batcher: what a training without it would use. entry: where the model is resumed.
 
     Attributes:
-        entry: where the model is resumed. device: where the model is.
-        kind: tells feeds apart that keep different vectors of the same rows.
+        kind: distinguishes feeds that keep different vectors of the same rows.
+        device: where the model is. rows: that there is room for; others run from the start.
     """
 
-    entry: LayerEntry
-    device: torch.device
-    kind: str
+    kind = ""
+    rows: RowIndex
+    store: FeatureStore
 
-    def learn(self, batch: Any) -> Tensor:
-        """Run the frozen part once to see its form; what comes out, as (n, width)."""
-
-    def content(self, example: Any) -> bytes:
-        """Equal for rows whose vectors are equal."""
-
-    def units(self, example: Any) -> int:
-        """How many vectors a row has."""
-
-    def meet(self, rows: RowIndex) -> None:
-        """Be told the rows that will come."""
-
-    def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
-        """Compute a batch of the microbatches' and store its vectors; what came out of the frozen part."""
-
-    def batches(
-        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
-    ) -> Iterator[CachedBatch]:
-        """Batches of these rows with the values that the model is resumed with."""
-
-
-def content_of(example: Any, *more: np.ndarray) -> bytes:
-    """A hash of what a model sees of a row, and of ``more``."""
-    if not hasattr(example, "tokens"):
-        if not example.digest:
-            raise RuntimeError("an image without a digest cannot be told from others")
-        return example.digest
-    digest = hashlib.blake2b(digest_size=16)
-    for value in (example.tokens, getattr(example, "segments", None), *more):
-        digest.update(b"-" if value is None else value.tobytes())
-    return digest.digest()
-
-
-# ---- Which vectors of a row are kept, by the layer where the model is resumed, and batches made of them.
-#
-# Below a block: every token's vector, and batches are the microbatches. At a language model's head: the vectors
-# that predict a label. At a classifier: one vector a row. The last two run no token through the model any more;
-# a batch of them is one gather.
-#
-# Knows examples, batches and layer entry points; not files, losses or where the vectors are.
-
-
-# Vectors in a batch that goes through nothing but a head.
-VECTORS_PER_BATCH = 4096
-
-
-class _Feed:
-    """What all feeds have in common."""
-
-    def __init__(self, entry: LayerEntry, objective: AnyObjective) -> None:
+    def __init__(self, objective: AnyObjective, batcher: AnyBatcher, entry: LayerEntry) -> None:
+        super().__init__(objective, batcher)
         self.entry = entry
-        self._objective = objective
         self.device = torch.device("cpu")
 
     def learn(self, batch: Any) -> Tensor:
-        hidden = self.entry.outputs(lambda: self._objective(batch))
+        """Run the frozen part once to see its form; what comes out, as (n, width)."""
+        hidden = self.entry.outputs(lambda: self.objective(batch))
         self.device = hidden.device
         self._learn_form(batch, hidden)
         return _flat(hidden)
 
-    def meet(self, rows: RowIndex) -> None:
-        """Most need nothing of it."""
+    def indexed(self, examples: Sequence[Any]) -> RowIndex:
+        return RowIndex(examples, self.content, self.units)
 
-    def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
-        hidden = self.entry.outputs(lambda: self._objective(batch))
-        found = self._sources(batch, hidden)
+    def over(self, rows: RowIndex, store: FeatureStore) -> KeptFeatures:
+        """The same for these rows, whose vectors are in this store."""
+        other = copy.copy(self)
+        other.rows, other.store = rows, store
+        other._meet()
+        return other
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        return self.resumed(rows) if self.rows.know(rows) else self.batcher.batches(rows)
+
+    def keep(self, batch: Any) -> Tensor:
+        """Compute a batch of the batcher's and store its vectors; what came out of the frozen part."""
+        hidden = self.entry.outputs(lambda: self.objective(batch))
+        found = self._sources(batch)
         # What is stored stays: a training that is resumed reads the very values that it read before.
-        new = ~store.done[rows.slots([example for example, _ in found])]
+        new = ~self.store.done[self.rows.slots([example for example, _ in found])]
         found = [pair for pair, is_new in zip(found, new, strict=True) if is_new]
         if not found:
             return hidden
-        slots = rows.slots([example for example, _ in found])
+        slots = self.rows.slots([example for example, _ in found])
         sources = np.concatenate([places for _, places in found])
-        targets = rows.places(slots)
+        targets = self.rows.places(slots)
         if len(sources) != len(targets):
             raise RuntimeError("a row has another number of vectors than expected")
-        store.write(slots, targets, _flat(hidden).index_select(0, self._tensor(sources)))
+        here = to_device(torch.from_numpy(sources), self.device)
+        self.store.write(slots, targets, _flat(hidden).index_select(0, here))
         return hidden
 
-    def _compute_missing(self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore) -> None:
-        done = store.done[index.slots(rows)]
-        if not done.all():
-            missing = {slot: row for slot, row, there in zip(index.slots(rows), rows, done, strict=True) if not there}
-            for batch in batcher.batches(list(missing.values())):
-                self.keep(batch, index, store)
+    # What each kind of feed has of its own
+
+    def content(self, example: Any) -> bytes:
+        """Equal for rows whose vectors are equal."""
+        return content_of(example)
+
+    def units(self, example: Any) -> int:
+        """How many vectors a row has."""
+        raise NotImplementedError
+
+    def resumed(self, rows: Sequence[Any]) -> Iterator[Any]:
+        """Batches of these rows that resume the model."""
+        raise NotImplementedError
 
     def _learn_form(self, batch: Any, hidden: Tensor) -> None:
         """Note the form of what comes out."""
 
-    def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
-        """Each example of the batch with the places of its vectors in the flattened ``hidden``."""
-        raise TypeError("a feed says where a row's vectors are")
+    def _meet(self) -> None:
+        """Note what is needed of the rows that will come."""
 
-    def _tensor(self, places: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(places), self.device)
+    def _sources(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
+        """Each example of the batch with the places of its vectors in what comes out, flattened."""
+        raise NotImplementedError
+
+    # What they share
+
+    def _resuming(self, batch: Any, read: Callable[[], Tensor]) -> Any:
+        """The batch over values that are read, or computed, where it runs: a process that goes through the batches
+        of others computes nothing for them."""
+
+        @contextlib.contextmanager
+        def enter() -> Iterator[Any]:
+            with self.entry.entering(read()):
+                yield batch
+
+        return dataclasses.replace(batch, enter=enter)
+
+    def _read(self, rows: Sequence[Any], places: np.ndarray) -> Tensor:
+        """The vectors at these places, which are those of ``rows``; the missing ones are computed."""
+        slots = self.rows.slots(rows)
+        done = self.store.done[slots]
+        if not done.all():
+            missing = {slot: row for slot, row, there in zip(slots, rows, done, strict=True) if not there}
+            for batch in self.batcher.batches(list(missing.values())):
+                self.keep(batch)
+        return to_device(self.store.read(places), self.device)
+
+    def _parts(self, rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Rows in their order, cut so that none has more than VECTORS_PER_BATCH, unless one row alone has."""
+        counts = self.rows.counts[self.rows.slots(rows)]
+        start = 0
+        while start < len(rows):
+            taken = int(np.searchsorted(np.cumsum(counts[start:]), VECTORS_PER_BATCH, side="right"))
+            stop = start + max(1, taken)
+            yield rows[start:stop]
+            start = stop
 
 
-class EveryToken(_Feed):
+class EveryToken(KeptFeatures):
     """The vectors of all tokens, or of all patches of an image, in batches as the microbatches make them."""
 
     kind = "every token"
@@ -296,30 +206,25 @@ class EveryToken(_Feed):
         self._patches = hidden.shape[1]
         self._tail = hidden.shape[2:]
 
-    def content(self, example: Any) -> bytes:
-        return content_of(example)
-
     def units(self, example: Any) -> int:
         return len(example.tokens) if self._is_text else self._patches
 
-    def batches(
-        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
-    ) -> Iterator[CachedBatch]:
-        for batch in batcher.batches(rows):
-            yield CachedBatch(batch, functools.partial(self._read, batch, index, store))
+    def resumed(self, rows: Sequence[Any]) -> Iterator[Any]:
+        for batch in self.batcher.batches(rows):
+            yield self._resuming(batch, functools.partial(self._hidden, batch))
 
-    def _read(self, batch: Any, index: RowIndex, store: FeatureStore) -> Tensor:
+    def _hidden(self, batch: Any) -> Tensor:
         found = self._sources(batch)
-        slots = index.slots([example for example, _ in found])
-        if not store.done[slots].all():
-            return self.keep(batch, index, store)
+        slots = self.rows.slots([example for example, _ in found])
+        if not self.store.done[slots].all():
+            return self.keep(batch)
         lead = batch.inputs["input_ids"].shape if self._is_text else (batch.rows, self._patches)
         # Nothing attends to what fills a batch up; any vector that is there will do.
-        places = np.full(math.prod(lead), index.starts[slots[0]])
-        places[np.concatenate([own for _, own in found])] = index.places(slots)
-        return to_device(store.read(places), self.device).view(*lead, *self._tail)
+        places = np.full(math.prod(lead), self.rows.starts[slots[0]])
+        places[np.concatenate([own for _, own in found])] = self.rows.places(slots)
+        return to_device(self.store.read(places), self.device).view(*lead, *self._tail)
 
-    def _sources(self, batch: Any, hidden: Tensor | None = None) -> list[tuple[Any, np.ndarray]]:
+    def _sources(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
         if isinstance(batch, Batch):
             return [(member.example, member.places) for member in batch.members]
         longest = batch.inputs["input_ids"].shape[1] if self._is_text else self._patches
@@ -329,14 +234,10 @@ class EveryToken(_Feed):
         ]
 
 
-class LabelTokens(_Feed):
+class LabelTokens(KeptFeatures):
     """A language model's vectors that predict a label, as they come out of the backbone."""
 
     kind = "predictors"
-
-    def __init__(self, entry: BackboneEntry, objective: AnyObjective) -> None:
-        super().__init__(entry, objective)
-        self._targets = torch.zeros(0, dtype=torch.int64)
 
     def content(self, example: Any) -> bytes:
         return content_of(example, example.is_label)
@@ -344,16 +245,13 @@ class LabelTokens(_Feed):
     def units(self, example: Any) -> int:
         return len(_predictors(example))
 
-    def meet(self, rows: RowIndex) -> None:
-        targets = [example.tokens[1:][example.is_label[1:]] for example in rows.distinct]
+    def _meet(self) -> None:
+        targets = [example.tokens[1:][example.is_label[1:]] for example in self.rows.distinct]
         self._targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
 
-    def batches(
-        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
-    ) -> Iterator[CachedBatch]:
-        for part in _parts(rows, index):
-            places = index.places(index.slots(part))
-            take = functools.partial(self._read, part, places, batcher, index, store)
+    def resumed(self, rows: Sequence[Any]) -> Iterator[Any]:
+        for part in self._parts(rows):
+            places = self.rows.places(self.rows.slots(part))
             count = len(places)
             batch = Batch(
                 inputs={},
@@ -365,25 +263,19 @@ class LabelTokens(_Feed):
                 tokens=count,
                 members=_members(part),
             )
-            yield CachedBatch(batch, take)
+            yield self._resuming(batch, functools.partial(self._hidden, part, places))
 
-    def _read(
-        self, rows: Sequence[Any], places: np.ndarray, batcher: AnyBatcher, index: RowIndex, store: FeatureStore
-    ) -> Tensor:
-        self._compute_missing(rows, batcher, index, store)
-        return to_device(store.read(places), self.device)[None]
+    def _hidden(self, rows: Sequence[Any], places: np.ndarray) -> Tensor:
+        return self._read(rows, places)[None]
 
-    def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
+    def _sources(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
         return [(m.example, m.places[_predictors(m.example)]) for m in batch.members]
 
 
-class WholeRows(_Feed):
+class WholeRows(KeptFeatures):
     """What the first trained module of a classifier is given: one vector a row."""
 
     kind = "head"
-
-    def __init__(self, entry: HeadEntry, objective: AnyObjective) -> None:
-        super().__init__(entry, objective)
 
     def _learn_form(self, batch: Any, hidden: Tensor) -> None:
         if hidden.dim() != 2:
@@ -391,22 +283,13 @@ class WholeRows(_Feed):
         self._template = batch
         self._is_text = "input_ids" in batch.inputs
 
-    def content(self, example: Any) -> bytes:
-        return content_of(example)
-
     def units(self, example: Any) -> int:
         return 1
 
-    def batches(
-        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
-    ) -> Iterator[CachedBatch]:
-        for part in _parts(rows, index):
-            take = functools.partial(self._read, part, batcher, index, store)
-            yield CachedBatch(self._batch(part), take)
-
-    def _read(self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore) -> Tensor:
-        self._compute_missing(rows, batcher, index, store)
-        return to_device(store.read(index.starts[index.slots(rows)]), self.device)
+    def resumed(self, rows: Sequence[Any]) -> Iterator[Any]:
+        for part in self._parts(rows):
+            places = self.rows.starts[self.rows.slots(part)]
+            yield self._resuming(self._batch(part), functools.partial(self._read, part, places))
 
     def _batch(self, rows: Sequence[Any]) -> Any:
         """A batch of one token a row: above the backbone no more of its inputs is read."""
@@ -428,8 +311,20 @@ class WholeRows(_Feed):
             tokens=len(rows),
         )
 
-    def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
+    def _sources(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
         return [(example, np.array([row])) for row, example in enumerate(batch.examples)]
+
+
+def content_of(example: Any, *more: np.ndarray) -> bytes:
+    """A hash of what a model sees of a row, and of ``more``."""
+    if not hasattr(example, "tokens"):
+        if not example.digest:
+            raise RuntimeError("an image without a digest cannot be told from others")
+        return example.digest
+    digest = hashlib.blake2b(digest_size=16)
+    for value in (example.tokens, getattr(example, "segments", None), *more):
+        digest.update(b"-" if value is None else value.tobytes())
+    return digest.digest()
 
 
 def _flat(hidden: Tensor) -> Tensor:
@@ -453,14 +348,3 @@ def _members(rows: Sequence[Any]) -> tuple[Member, ...]:
         filled += len(at)
         members.append(Member(example, places))
     return tuple(members)
-
-
-def _parts(rows: Sequence[Any], index: RowIndex) -> Iterator[Sequence[Any]]:
-    """Rows in their order, cut so that none has more than VECTORS_PER_BATCH, unless one row alone has."""
-    counts = index.counts[index.slots(rows)]
-    start = 0
-    while start < len(rows):
-        taken = int(np.searchsorted(np.cumsum(counts[start:]), VECTORS_PER_BATCH, side="right"))
-        stop = start + max(1, taken)
-        yield rows[start:stop]
-        start = stop

@@ -29,7 +29,7 @@ from deltaw.hub.loading import has_values
 from deltaw.hub.transformers_private import READ_FROM
 from deltaw.kernels.transfer import to_device
 from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, lowest_trained
-from deltaw.training.features.cached import CachedPrefix, EveryToken, Feed, LabelTokens, RowIndex, WholeRows
+from deltaw.training.features.cached import EveryToken, KeptFeatures, LabelTokens, RowIndex, WholeRows
 from deltaw.training.features.store import (
     LIMIT_BYTES,
     DiskStore,
@@ -37,18 +37,16 @@ from deltaw.training.features.store import (
     MemoryStore,
     Shape,
     ShapeStore,
+    StoreOver,
     is_whole,
     open_store,
     size_text,
 )
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.tasks.causal_objective import CausalObjective
 
-# ---- Comparing two ways to run the same rows: a few of them, their loss and gradients, and whether they agree.
-#
-# Knows objectives and batchers; not what differs between the two ways.
-
+# ---- Two ways to run the same rows are compared by the loss and gradients of a few of them.
 
 TRIED_ROWS = 3
 # Numbers of a gradient that are compared at a time.
@@ -62,18 +60,44 @@ def few_rows(examples: Sequence[Any]) -> list[Any]:
     return [examples[ordered[place]] for place in places][:TRIED_ROWS]
 
 
-def loss_and_gradients(
-    objective: AnyObjective, batcher: AnyBatcher, few: Sequence[Any], trained: Sequence[nn.Parameter]
-) -> list[Tensor | None]:
+def loss_and_gradients(feed: Feed, few: Sequence[Any], trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
     """The sum of losses, and its gradient for each trained parameter, None where it has none."""
     total: list[Tensor | None] = [None] * (1 + len(trained))
-    for batch in batcher.batches(few):
-        loss = objective(batch)
+    for batch in feed.batches(few):
+        loss = feed.objective(batch)
         parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
         for n, part in enumerate(parts):
             before = total[n]
             total[n] = part if before is None or part is None else before + part
     return total
+
+
+def difference_of(
+    usual: Feed,
+    ours: Feed,
+    few: Sequence[Any],
+    trained: Sequence[nn.Parameter],
+    *,
+    loss: float | None,
+    gradients: float | None = None,
+) -> str | None:
+    """What differs between two ways to run rows, of which ours first computes what it keeps and then reads it; None
+    where nothing does.
+
+    Args:
+        loss, gradients: the relative differences that are allowed; without that of the loss nothing is compared,
+            but it must run. That of the gradients is the same unless given.
+    """
+    expected = loss_and_gradients(usual, few, trained)
+    for _ in range(2):
+        found = loss_and_gradients(ours, few, trained)
+        if loss is None:
+            continue
+        if not near(expected[:1], found[:1], loss):
+            return "another loss"
+        if not near(expected[1:], found[1:], gradients or loss):
+            return "other gradients"
+    return None
 
 
 def near(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], tolerance: float) -> bool:
@@ -102,9 +126,6 @@ def tolerance_of(dtype: torch.dtype) -> float:
 # values is told by a mapped file of its own, which lasts as long as the run: marks for later runs are written
 # once values are on the disk. Processes of a step have different rows; two that write the same row write equal
 # values up to rounding.
-#
-# Knows stores and processes; not models, batches or what the values mean.
-
 
 _SEEN = "seen-"
 
@@ -178,23 +199,17 @@ def _use_seen(store: DiskStore, name: str) -> None:
 #
 # The first epoch writes them to both. Later epochs gather them on the device, so that a step neither copies
 # vectors nor waits for one. Vectors of an earlier run are brought over as they are asked for.
-#
-# Knows stores and devices; not what the vectors mean.
-
 
 # Share of the device's free memory that vectors may take; the rest is for training.
 SHARE = 0.25
 
 
-class DeviceStore:
+class DeviceStore(StoreOver):
     """``inner`` with a copy of its vectors on ``device``."""
 
     def __init__(self, inner: FeatureStore, device: torch.device) -> None:
-        self.inner = inner
-        self.device = device
-        self.shape = shape = inner.shape
-        self.done = inner.done  # one array for both: what is done is done in both
-        self.resident_bytes = inner.resident_bytes
+        super().__init__(inner)
+        self.device, shape = device, inner.shape
         self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
         self._there = np.zeros(shape.units, bool)
 
@@ -206,7 +221,6 @@ class DeviceStore:
         return self._values.index_select(0, to_device(torch.from_numpy(places), self.device))
 
     def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
-        """As the inner store does."""
         self._put(places, values.detach().to(self.device))
         self.inner.write(rows, places, values)
 
@@ -215,19 +229,14 @@ class DeviceStore:
         self._there[places] = True
 
     def forget(self) -> None:
-        """No row has its values any longer."""
         self._there[:] = False
-        self.inner.forget()
-
-    def mark(self) -> None:
-        """Bring everything to the disk."""
-        self.inner.mark()
+        super().forget()
 
     def close(self) -> None:
         """Let others have the inner store, and the device its memory."""
         self._values = self._values[:0].clone()
         self._there[:] = False
-        self.inner.close()
+        super().close()
 
 
 def on_device(store: FeatureStore, device: torch.device) -> FeatureStore:
@@ -238,8 +247,7 @@ def on_device(store: FeatureStore, device: torch.device) -> FeatureStore:
     return DeviceStore(store, device) if store.shape.bytes <= SHARE * free else store
 
 
-# ---- prefix cache
-
+# ---- Whether frozen layers run once for each row.
 
 # Below this share of the blocks, reading features saves less than keeping them costs.
 LEAST_FROZEN = 1 / 8
@@ -261,7 +269,7 @@ def cached_prefix(
     folder: Path | None = None,
     limit: int = LIMIT_BYTES,
     sharing: Sharing | None = None,
-) -> tuple[CachedPrefix | None, Choice[str]]:
+) -> tuple[KeptFeatures | None, Choice[str]]:
     """A training's frozen prefix, kept; to be called where the model can run these batches, nothing random.
 
     What is trained is read off the parameters that require a gradient. In a dry run on fake tensors the store
@@ -284,12 +292,18 @@ def cached_prefix(
         return None, Choice("off", "training reaches down to the first block")
     if level.kind == "block" and level.index < LEAST_FROZEN * level.count:
         return None, Choice("off", f"only {level} are frozen")
-    few = few_rows(examples)
+    few, real = few_rows(examples), has_values(model)
     try:
-        feed = _feed(model, level, objective)
+        feed = _feed(model, level, objective, batcher)
         vectors = feed.learn(next(iter(batcher.batches(few))))
-        tolerance = tolerance_of(vectors.dtype) if has_values(model) else None
-        difference = _difference(feed, objective, batcher, few, vectors, trained, tolerance)
+
+        def shape_of(rows: RowIndex) -> Shape:
+            return Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
+
+        rows = feed.indexed(few)
+        trial = feed.over(rows, MemoryStore(shape_of(rows)))
+        tolerance = tolerance_of(vectors.dtype) if real else None
+        difference = difference_of(Feed(objective, batcher), trial, few, trained, loss=tolerance)
     except Exception as error:  # whatever a foreign model raises here, it can train without kept features
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief})")
@@ -298,24 +312,66 @@ def cached_prefix(
     too_large = _too_large(feed, examples, vectors, limit)
     if too_large is not None:
         return None, Choice("off", f"features would take about {too_large}")
+
     sharing = sharing or Sharing()
-    return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit, sharing)
+    rows = feed.indexed(examples)
+    shape = shape_of(rows)
+    store: FeatureStore | None = None if sharing.leads else sharing.join(shape)
+    if isinstance(store, DiskStore):
+        kept = f"{size_text(shape.bytes)} in {store.folder}"
+    else:
+        name = _name(model, level, feed, rows, shape) if real else ""
+        about = f"{type(model).__name__}, {level}, {shape.rows} rows"
+        try:
+            store, kept = placed(name, shape, about=about, folder=folder, limit=limit)
+        except UserError as error:
+            return None, Choice("off", error.what)
+        if isinstance(store, DiskStore):
+            sharing.opened(store)
+    cached = feed.over(rows, on_device(store, feed.device) if real else store)
+    try:
+        known = _still_right(cached)
+    except BaseException:
+        cached.close()
+        raise
+    found = f", {known} of {shape.rows} rows there already" if known else ""
+    return cached, Choice(str(level), f"frozen below, so run once for each row: {kept}{found}")
 
 
-def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective) -> Feed:
+def placed(
+    name: str, shape: Shape, *, about: str, folder: Path | None, limit: int, since: str = ""
+) -> tuple[FeatureStore, str]:
+    """A store, and where it is, in words: on the disk, or in memory where that refuses.
+
+    Args:
+        name: of all that the values depend on; '' on fake tensors, which have none: it holds shapes alone.
+        since: why the disk refused before, where it did.
+
+    Raises:
+        UserError: the disk refuses, and it is too large for memory.
+    """
+    size = size_text(shape.bytes)
+    if not name:
+        return ShapeStore(shape), f"{size} on the disk"
+    try:
+        store = open_store(name, shape, about=about, folder=folder, limit=limit)
+        return store, f"{size} in {store.folder}"
+    except UserError as error:
+        if shape.bytes > MEMORY_BYTES:
+            raise
+        return MemoryStore(shape), f"{size} in memory, since {since or error.what}"
+
+
+def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective, batcher: AnyBatcher) -> KeptFeatures:
     """What to keep at this level."""
     if level.kind == "block":
-        return EveryToken(BlockEntry(model, level.index), objective)
+        return EveryToken(objective, batcher, BlockEntry(model, level.index))
     if isinstance(objective, CausalObjective):
-        return LabelTokens(BackboneEntry(model), objective)
-    return WholeRows(HeadEntry(model), objective)
+        return LabelTokens(objective, batcher, BackboneEntry(model))
+    return WholeRows(objective, batcher, HeadEntry(model))
 
 
-def _indexed(feed: Feed, examples: Sequence[Any]) -> RowIndex:
-    return RowIndex(examples, feed.content, feed.units)
-
-
-def _too_large(feed: Feed, examples: Sequence[Any], vectors: Tensor, limit: int) -> str | None:
+def _too_large(feed: KeptFeatures, examples: Sequence[Any], vectors: Tensor, limit: int) -> str | None:
     """Of very many rows, about what their features would take, where that is far more than the limit: they
     are not even counted then."""
     if len(examples) <= MANY_ROWS:
@@ -326,97 +382,21 @@ def _too_large(feed: Feed, examples: Sequence[Any], vectors: Tensor, limit: int)
     return size_text(size) if size > 2 * limit else None
 
 
-def _difference(
-    feed: Feed,
-    objective: AnyObjective,
-    batcher: AnyBatcher,
-    few: Sequence[Any],
-    vectors: Tensor,
-    trained: Sequence[nn.Parameter],
-    tolerance: float | None,
-) -> str | None:
-    """What differs from the usual way, with features new and read again; None where nothing does.
-
-    Without a ``tolerance`` nothing is compared, but it must run.
-    """
-    rows = _indexed(feed, few)
-    shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
-    cached = CachedPrefix(feed, objective, batcher, rows, MemoryStore(shape))
-    usual = loss_and_gradients(objective, batcher, few, trained)
-    for _ in range(2):
-        ours = loss_and_gradients(cached.objective, cached.batcher, few, trained)
-        if tolerance is None:
-            continue
-        if not near(usual[:1], ours[:1], tolerance):
-            return "another loss"
-        if not near(usual[1:], ours[1:], tolerance):
-            return "other gradients"
-    return None
-
-
-def _open_store(
-    model: PreTrainedModel,
-    level: Level,
-    feed: Feed,
-    objective: AnyObjective,
-    batcher: AnyBatcher,
-    examples: Sequence[Any],
-    vectors: Tensor,
-    folder: Path | None,
-    limit: int,
-    sharing: Sharing,
-) -> tuple[CachedPrefix | None, Choice[str]]:
-    rows = _indexed(feed, examples)
-    shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
-    size = size_text(shape.bytes)
-    store: FeatureStore
-    joined = None if sharing.leads else sharing.join(shape)
-    if joined is not None:
-        store, kept = joined, f"{size} in {joined.folder}"
-    elif not has_values(model):
-        store, kept = ShapeStore(shape), f"{size} on the disk"
-    else:
-        try:
-            key = _key(model, level, feed, rows, shape, batcher)
-            about = f"{type(model).__name__}, {level}, {shape.rows} rows"
-            store = open_store(key, shape, about=about, folder=folder, limit=limit)
-            sharing.opened(store)
-            kept = f"{size} in {store.folder}"
-        except UserError as error:
-            if shape.bytes > MEMORY_BYTES:
-                return None, Choice("off", error.what)
-            store, kept = MemoryStore(shape), f"{size} in memory, since {error.what}"
-    if has_values(model):
-        store = on_device(store, feed.device)
-    cached = CachedPrefix(feed, objective, batcher, rows, store)
-    try:
-        known = _still_right(cached)
-    except BaseException:
-        cached.close()
-        raise
-    found = f", {known} of {shape.rows} rows there already" if known else ""
-    return cached, Choice(str(level), f"frozen below, so run once for each row: {kept}{found}")
-
-
-def _key(model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: AnyBatcher) -> str:
-    """A name for everything that stored values depend on."""
+def facts_of(model: PreTrainedModel, level: Level, device: torch.device) -> list[object]:
+    """What the values below a level depend on, besides rows."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT}
-    facts = [
-        str(level),
-        feed.kind,
-        shape.width,
-        shape.dtype,
-        type(model.base_model).__name__,
-        config,
-        frozen_digest(model, level),
-        bool(getattr(batcher, "padded", True)),
-        computed_on(feed.device),
-        hashlib.sha256(b"".join(rows.contents)).hexdigest(),
-    ]
+    return [type(model.base_model).__name__, config, frozen_digest(model, level), computed_on(device)]
+
+
+def _name(model: PreTrainedModel, level: Level, feed: KeptFeatures, rows: RowIndex, shape: Shape) -> str:
+    """A name for everything that stored values depend on."""
+    padded = bool(getattr(feed.batcher, "padded", True))
+    contents = hashlib.sha256(b"".join(rows.contents)).hexdigest()
+    facts = [str(level), feed.kind, shape.width, shape.dtype, *facts_of(model, level, feed.device), padded, contents]
     return key("features", facts, MADE_BY)
 
 
-def _still_right(cached: CachedPrefix) -> int:
+def _still_right(cached: KeptFeatures) -> int:
     """Rows that the store has already; none, all forgotten, where some computed anew differ from it."""
     done = np.flatnonzero(cached.store.done)
     if not len(done):
@@ -424,12 +404,11 @@ def _still_right(cached: CachedPrefix) -> int:
     slots = done[:: max(1, len(done) // TRIED_ROWS)][:TRIED_ROWS]
     few = [cached.rows.distinct[slot] for slot in slots]
     before = cached.store.read(cached.rows.places(slots))
-    again = _indexed(cached.feed, few)
-    shape = Shape.of(len(again.contents), again.units, before.shape[1], before.dtype)
-    fresh = MemoryStore(shape)
-    for batch in cached.batcher.inner.batches(few):
-        cached.feed.keep(batch, again, fresh)
-    after = fresh.read(again.places(again.slots(few))).to(before.device)
+    again = cached.indexed(few)
+    fresh = cached.over(again, MemoryStore(Shape.of(len(again.contents), again.units, before.shape[1], before.dtype)))
+    for batch in cached.batcher.batches(few):
+        fresh.keep(batch)
+    after = fresh.store.read(again.places(again.slots(few))).to(before.device)
     if near([after], [before], tolerance_of(before.dtype)):
         return len(done)
     cached.store.forget()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,38 +30,27 @@ from deltaw.data.invocation import learns
 from deltaw.data.packing import Batch, Item, Node, PrefixTree, lengths_of, rows_of, sort_key
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
-from deltaw.host.kernel_choice import computed_on
 from deltaw.hub.loading import has_values
 from deltaw.kernels.transfer import to_device
 from deltaw.lora import adapter_parameters, is_factor_B
 from deltaw.lora.adapted import PLACES
-from deltaw.runtime.layer_entry import Level, frozen_digest
+from deltaw.runtime.layer_entry import Level
 from deltaw.runtime.packed import backbone_of
 from deltaw.runtime.partial import PartialLayout
 from deltaw.runtime.partial_check import can_run_apart
 from deltaw.training.features.prefix_cache import (
-    IRRELEVANT,
     MADE_BY,
-    MEMORY_BYTES,
     TRIED_ROWS,
+    difference_of,
+    facts_of,
     few_rows,
-    loss_and_gradients,
     near,
     on_device,
+    placed,
     tolerance_of,
 )
-from deltaw.training.features.store import (
-    LIMIT_BYTES,
-    FeatureStore,
-    MemoryStore,
-    NoStore,
-    PartStore,
-    Shape,
-    ShapeStore,
-    open_store,
-    size_text,
-)
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.features.store import LIMIT_BYTES, FeatureStore, MemoryStore, NoStore, PartStore, Shape
+from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
@@ -131,36 +121,20 @@ def _prompt(row: Example) -> np.ndarray:
     return row.tokens[: row.active_from]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PromptedBatch:
-    """A batch, and which of its tokens are in the store; all else is asked of the batch.
-
-    Attributes:
-        units: (T,) the unit of each token of a prompt, -1 for the others.
-        tokens: that run: those of the answers, and of prompts that are not known yet.
-    """
-
-    inner: Batch
-    units: np.ndarray
-    tokens: int
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-class StoredPrompts:
-    """Keys and values of prompts: computed where they are missing, else read.
+class StoredPrompts(Feed):
+    """Keys and values of prompts: computed where they are missing, else read. Its microbatches run the tokens of
+    answers alone, over the keys of all.
 
     Args:
         objective, batcher: what a training without it would use.
         index: the rows that there is room for; others run as a whole.
         store: where keys and values are; its rows are units.
         form: of the keys; None where it is still to be seen.
-        inactive_cost: what a token of a prompt counts in a microbatch.
-
-    Attributes:
-        objective, batcher: to be used in place of the given ones, together.
+        inactive_cost: what a token of a prompt counts in a microbatch. Microbatches are cut by what runs in each
+            epoch: many prompts go with few tokens of answers.
     """
+
+    store: FeatureStore
 
     def __init__(
         self,
@@ -171,22 +145,38 @@ class StoredPrompts:
         form: Form | None = None,
         inactive_cost: float = 1.0,
     ) -> None:
+        super().__init__(objective, batcher, store)
         self.index = index
-        self.store = store
         self.form = form
         self.most = batcher.tokens_per_pass
         self.backbone = backbone_of(objective.model)
-        self.objective = PromptedObjective(objective, self)
-        self.batcher = PromptedBatcher(batcher, self, inactive_cost)
+        self._cutting = dataclasses.replace(batcher, inactive_cost=inactive_cost)
 
-    def close(self) -> None:
-        """Bring everything to the disk and let other runs have it."""
-        self.store.close()
+    def batches(self, rows: Sequence[Item]) -> Iterator[Batch]:
+        if not self.index.know(rows):
+            yield from self.batcher.batches(rows)
+            return
+        for batch in self._cutting.batches(rows):
+            units = self.units_of(batch)
+            known = int(self.store.done[units[units >= 0]].sum())
+            enter = functools.partial(self._answers, batch, units)
+            yield dataclasses.replace(batch, tokens=batch.tokens - known, enter=enter)
 
-    def known_keys(self, batch: PromptedBatch) -> dict[int, tuple[Tensor, Tensor]]:
+    def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
+        """(1, tokens that count) of each microbatch."""
+        return (self._cutting if self.index.know(rows) else self.batcher).shapes(rows)
+
+    def units_of(self, batch: Batch) -> np.ndarray:
+        """(T,) the unit of each token of a prompt, -1 for the others."""
+        units = np.full(batch.inputs["packed_layout"].length, -1)  # type: ignore[attr-defined]
+        for member in batch.members:
+            units[member.places[: member.example.active_from]] = self.index.places(member.example)
+        return units
+
+    def known_keys(self, batch: Batch, all_units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, keys and values of the whole packed row, those of its prompts filled in."""
-        prompt = np.flatnonzero(batch.units >= 0)
-        units = batch.units[prompt]
+        prompt = np.flatnonzero(all_units >= 0)
+        units = all_units[prompt]
         there = self.store.done[units]
         keys = self._read(batch, prompt[there], units[there]) if there.any() else {}
         missing = prompt[~there]
@@ -195,18 +185,27 @@ class StoredPrompts:
         if self.form is None:
             self.form = {number: (k.shape[1:], v.shape[1:]) for number, (k, v) in keys.items()}
         if len(missing):
-            found, first = np.unique(batch.units[missing], return_index=True)
+            found, first = np.unique(all_units[missing], return_index=True)
             places = _tensor(missing[first], batch)
             parts = [t.index_select(0, places).flatten(1) for n in sorted(keys) for t in keys[n]]
             self.store.write(found, found, torch.cat(parts, 1))
         return keys
 
-    def _read(self, batch: PromptedBatch, places: np.ndarray, units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
+    @contextlib.contextmanager
+    def _answers(self, batch: Batch, units: np.ndarray) -> Iterator[Batch]:
+        """The batch with the tokens alone on which the adapter acts, over the keys of all."""
+        keys = self.known_keys(batch, units)
+        places = _tensor(np.flatnonzero(units < 0), batch)
+        predictors = _tensor(np.cumsum(units < 0) - 1, batch).index_select(0, batch.predictors)
+        inputs = {**_part_of(batch, places, keys), PLACES: True}
+        yield dataclasses.replace(batch, inputs=inputs, predictors=predictors, asked=None)
+
+    def _read(self, batch: Batch, places: np.ndarray, units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, keys and values (T, key heads, d) with those of the store at these places."""
         assert self.form is not None
         where = _tensor(places, batch)
         values = to_device(self.store.read(units), where.device)
-        length, at = len(batch.units), 0
+        length, at = batch.inputs["packed_layout"].length, 0  # type: ignore[attr-defined]
         keys: dict[int, tuple[Tensor, Tensor]] = {}
         for number in sorted(self.form):
             both = []
@@ -219,15 +218,15 @@ class StoredPrompts:
         return keys
 
     @torch.no_grad()
-    def _run(self, batch: PromptedBatch, places: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def _run(self, batch: Batch, places: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Run tokens of prompts as the base model does; their keys and values are added to ``keys``."""
         inputs = _part_of(batch, _tensor(places, batch), keys)
         self.backbone(**inputs, **{PLACES: False}, use_cache=False)
 
 
-def _part_of(batch: PromptedBatch, places: Tensor, keys: dict[int, tuple[Tensor, Tensor]]) -> dict[str, object]:
+def _part_of(batch: Batch, places: Tensor, keys: dict[int, tuple[Tensor, Tensor]]) -> dict[str, object]:
     """The model's inputs for the tokens at these places."""
-    inputs: Any = batch.inner.inputs
+    inputs: Any = batch.inputs
     return {
         "input_ids": inputs["input_ids"].index_select(1, places),
         "position_ids": inputs["position_ids"].index_select(1, places),
@@ -235,81 +234,8 @@ def _part_of(batch: PromptedBatch, places: Tensor, keys: dict[int, tuple[Tensor,
     }
 
 
-def _tensor(places: np.ndarray, batch: PromptedBatch) -> Tensor:
-    return to_device(torch.from_numpy(places), batch.inner.predictors.device)
-
-
-class PromptedBatcher:
-    """Microbatches that know which of their tokens are in the store; all else is asked of the inner batcher.
-
-    Cut by what runs in each epoch: many prompts go with few tokens of answers.
-    """
-
-    def __init__(self, inner: CausalMicroBatcher, prompts: StoredPrompts, inactive_cost: float) -> None:
-        self.inner = inner
-        self._prompts = prompts
-        self._cutting = dataclasses.replace(inner, inactive_cost=inactive_cost)
-
-    def batches(self, rows: Sequence[Item]) -> Iterator[Any]:
-        index = self._prompts.index
-        if not index.know(rows):
-            yield from self.inner.batches(rows)
-            return
-        for batch in self._cutting.batches(rows):
-            length = batch.inputs["packed_layout"].length  # type: ignore[attr-defined]
-            units = np.full(length, -1)
-            for member in batch.members:
-                units[member.places[: member.example.active_from]] = index.places(member.example)
-            known = int(self._prompts.store.done[units[units >= 0]].sum())
-            yield PromptedBatch(batch, units, batch.tokens - known)
-
-    def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
-        """(1, tokens that count) of each microbatch."""
-        return (self._cutting if self._prompts.index.know(rows) else self.inner).shapes(rows)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-class PromptedObjective:
-    """The inner objective on the answers of batches whose prompts are known; other batches run as a whole.
-
-    All else is asked of the inner objective.
-    """
-
-    def __init__(self, inner: CausalObjective, prompts: StoredPrompts) -> None:
-        self.inner = inner
-        self._prompts = prompts
-
-    def __call__(self, batch: Any) -> Tensor:
-        return self.inner(self._answers(batch))
-
-    def units(self, rows: Sequence[Any]) -> int:
-        """As the inner objective counts."""
-        return self.inner.units(rows)
-
-    def token_log_probs(self, batch: Any) -> Tensor:
-        """As :meth:`deltaw.training.tasks.causal_objective.CausalObjective.token_log_probs`."""
-        return self.inner.token_log_probs(self._answers(batch))
-
-    def evaluate_rows(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """As :meth:`deltaw.training.tasks.causal_objective.CausalObjective.evaluate_rows`."""
-        return self.inner.evaluate_rows(self._answers(batch))
-
-    def _answers(self, batch: Any) -> Any:
-        """The batch with the tokens alone on which the adapter acts, over the keys of all."""
-        if not isinstance(batch, PromptedBatch):
-            return batch
-        keys = self._prompts.known_keys(batch)
-        active = np.flatnonzero(batch.units < 0)
-        place = np.cumsum(batch.units < 0) - 1
-        places = _tensor(active, batch)
-        predictors = _tensor(place, batch).index_select(0, batch.inner.predictors)
-        inputs = {**_part_of(batch, places, keys), PLACES: True}
-        return dataclasses.replace(batch.inner, inputs=inputs, predictors=predictors, asked=None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+def _tensor(places: np.ndarray, batch: Batch) -> Tensor:
+    return to_device(torch.from_numpy(places), batch.predictors.device)
 
 
 # ---- Whether prompts run apart from answers under an activated adapter, and where their keys are kept.
@@ -371,7 +297,7 @@ def stored_prompts(
     few: list[Example] = few_rows(known)
     try:
         form, dtype = _form(objective, batcher, few)
-        difference = _difference(model, objective, batcher, few, form, dtype)
+        difference = _difference(model, Feed(objective, batcher), few, form, dtype)
     except Exception as error:  # whatever a foreign model raises here, it can run whole rows
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         return None, Choice("masked", f"{whole}{type(model).__name__} cannot run prompts apart ({brief})")
@@ -392,8 +318,8 @@ def _form(objective: CausalObjective, batcher: CausalMicroBatcher, few: Sequence
     """Shapes and type of a token's keys and values, seen by running a few."""
     index = PromptIndex(few)
     prompts = StoredPrompts(objective, batcher, index, NoStore(index.units))
-    for batch in prompts.batcher.batches(few):
-        keys = prompts.known_keys(batch)
+    for batch in batcher.batches(few):
+        keys = prompts.known_keys(batch, prompts.units_of(batch))
         if keys and prompts.form:
             return prompts.form, next(iter(keys.values()))[0].dtype
     raise RuntimeError("no attention was seen")
@@ -428,32 +354,19 @@ def _acting(model: nn.Module) -> Iterator[None]:
 
 
 def _difference(
-    model: PreTrainedModel,
-    objective: CausalObjective,
-    batcher: CausalMicroBatcher,
-    few: Sequence[Example],
-    form: Form,
-    dtype: torch.dtype,
+    model: PreTrainedModel, usual: Feed, few: Sequence[Example], form: Form, dtype: torch.dtype
 ) -> str | None:
-    """What differs from whole rows with the adapter masked, with keys computed and keys read; None where
-    nothing does. On fake tensors nothing is compared, but it must run."""
+    """What differs from whole rows with the adapter masked; None where nothing does. On fake tensors nothing is
+    compared, but it must run."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    index = PromptIndex(few)
+    index, exact = PromptIndex(few), dtype in (torch.float32, torch.float64)
     store = MemoryStore(Shape.of(index.units, index.units, _width(form), dtype))
-    prompts = StoredPrompts(objective, batcher, index, store, form)
-    real = has_values(model)
-    with _acting(model) if real else contextlib.nullcontext():
-        usual = loss_and_gradients(objective, batcher, few, trained)
-        for _ in range(2):
-            ours = loss_and_gradients(prompts.objective, prompts.batcher, few, trained)
-            if not real:
-                continue
-            if not near(usual[:1], ours[:1], tolerance_of(dtype)):
-                return "another loss"
-            exact = dtype in (torch.float32, torch.float64)
-            if not near(usual[1:], ours[1:], tolerance_of(dtype) if exact else ROUNDED):
-                return "other gradients"
-    return None
+    prompts = StoredPrompts(usual.objective, usual.batcher, index, store, form)  # type: ignore[arg-type]
+    if not has_values(model):
+        return difference_of(usual, prompts, few, trained, loss=None)
+    with _acting(model):
+        gradients = None if exact else ROUNDED
+        return difference_of(usual, prompts, few, trained, loss=tolerance_of(dtype), gradients=gradients)
 
 
 def _store(
@@ -476,22 +389,15 @@ def _store(
     for share in SHARES:
         units = int(index.units * share)
         shape = Shape.of(units, units, _width(form), dtype)
-        size = size_text(shape.bytes)
-        store: FeatureStore
+        if not real and shape.bytes > limit:
+            continue
+        about = f"{type(model).__name__}, keys and values of {units:,} tokens of prompts"
+        numbered = f"{name}-{units}" if real else ""
         try:
-            if real:
-                about = f"{type(model).__name__}, keys and values of {units:,} tokens of prompts"
-                kept = open_store(f"{name}-{units}", shape, about=about, folder=folder, limit=limit)
-                store, where = kept, f"{size} in {kept.folder}"
-            elif shape.bytes > limit:
-                continue
-            else:
-                store, where = ShapeStore(shape), f"{size} on the disk"
+            store, where = placed(numbered, shape, about=about, folder=folder, limit=limit, since=refused)
         except UserError as error:
             refused = refused or error.what
-            if shape.bytes > MEMORY_BYTES:
-                continue
-            store, where = MemoryStore(shape), f"{size} in memory, since {refused}"
+            continue
         if share == 1:
             return on_device(store, model.device), Choice("kept", f"{once}, once for each row: {where}")
         part = f"once for {share:.0%} of their tokens and in each step anew for the others: {where}"
@@ -502,15 +408,7 @@ def _store(
 
 def _name(model: PreTrainedModel, index: PromptIndex, dtype: torch.dtype, batcher: CausalMicroBatcher) -> str:
     """For everything that stored values depend on."""
-    facts = [
-        "prompts",
-        str(dtype),
-        type(model.base_model).__name__,
-        {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT},
-        frozen_digest(model, Level("head")),
-        computed_on(torch.device(batcher.device)),
-        index.digest().hex(),
-    ]
+    facts = ["prompts", str(dtype), *facts_of(model, Level("head"), torch.device(batcher.device)), index.digest().hex()]
     return key("features", facts, MADE_BY)
 
 
@@ -523,10 +421,10 @@ def _still_right(prompts: StoredPrompts, rows: Sequence[Example]) -> int:
     whole = [row for row in rows if store.done[index.places(row)].all() and len(index.places(row))]
     few = whole[:: max(1, len(whole) // TRIED_ROWS)][:TRIED_ROWS]
     again = PromptIndex(few)
-    shape = _of_size(store.shape, again.units)
-    fresh = StoredPrompts(prompts.objective.inner, prompts.batcher.inner, again, MemoryStore(shape), prompts.form)
-    for batch in fresh.batcher.batches(few):
-        fresh.known_keys(batch)
+    room = MemoryStore(dataclasses.replace(store.shape, rows=again.units, units=again.units))
+    fresh = StoredPrompts(prompts.objective, prompts.batcher, again, room, prompts.form)  # type: ignore[arg-type]
+    for batch in prompts.batcher.batches(few):
+        fresh.known_keys(batch, fresh.units_of(batch))
     for row in few:
         before, after = store.read(index.places(row)), fresh.store.read(again.places(row))
         if not near([after], [before], tolerance_of(before.dtype)):
@@ -536,7 +434,3 @@ def _still_right(prompts: StoredPrompts, rows: Sequence[Example]) -> int:
         store.forget()
         return 0
     return count
-
-
-def _of_size(shape: Shape, units: int) -> Shape:
-    return Shape(units, units, shape.width, shape.dtype)

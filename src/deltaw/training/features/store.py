@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,25 +73,28 @@ class Shape:
         return self.units * self.width * self.torch_dtype.itemsize
 
 
-class FeatureStore(Protocol):
-    """Vectors by their place, and which rows have theirs."""
+class FeatureStore:
+    """Vectors by their place, and which rows have theirs. This one keeps none: what it reads is zeros of the right
+    shape, and no row ever has its values.
 
-    shape: Shape
-    done: np.ndarray
-    """bool (rows,)."""
+    Attributes:
+        done: bool (rows,). resident_bytes: main memory that it takes at most.
+    """
 
-    @property
-    def resident_bytes(self) -> int:
-        """Main memory that it takes at most."""
+    def __init__(self, shape: Shape, resident_bytes: int = 0) -> None:
+        self.shape, self.resident_bytes = shape, resident_bytes
+        self.done = np.zeros(shape.rows, bool)
 
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width)."""
+        return torch.zeros(len(places), self.shape.width, dtype=self.shape.torch_dtype)
 
     def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
         """Keep ``values`` (n, width) at ``places`` (n,); ``rows`` are whole with them."""
 
     def forget(self) -> None:
         """No row has its values any longer."""
+        self.done[:] = False
 
     def mark(self) -> None:
         """Bring everything to the disk."""
@@ -100,37 +103,28 @@ class FeatureStore(Protocol):
         """Let others have it."""
 
 
-class NoStore:
+class NoStore(FeatureStore):
     """Keeps nothing: all is computed again each time."""
 
     def __init__(self, rows: int) -> None:
-        self.shape = Shape(rows, 0, 0, "float32")
-        self.done = np.zeros(rows, bool)
-        self.resident_bytes = 0
+        super().__init__(Shape(rows, 0, 0, "float32"))
 
-    def read(self, places: np.ndarray) -> Tensor:
-        return torch.zeros(len(places), 0)
+
+class ShapeStore(FeatureStore):
+    """Stands in for a store where tensors have no values: rows are done once they were written."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, min(shape.bytes, RESIDENT_BYTES))
 
     def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
-        """There is nowhere to keep it."""
-
-    def forget(self) -> None:
-        """Nothing is there."""
-
-    def mark(self) -> None:
-        """Nothing is there."""
-
-    def close(self) -> None:
-        """Nobody else has it."""
+        self.done[rows] = True
 
 
-class MemoryStore:
+class MemoryStore(FeatureStore):
     """A store that is gone with the process."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.resident_bytes = shape.bytes
-        self.done = np.zeros(shape.rows, bool)
+        super().__init__(shape, shape.bytes)
         self._values = torch.zeros(shape.units, shape.width, dtype=shape.torch_dtype)
 
     def read(self, places: np.ndarray) -> Tensor:
@@ -140,17 +134,24 @@ class MemoryStore:
         self._values.index_copy_(0, torch.from_numpy(places), values.detach().cpu())
         self.done[rows] = True
 
+
+class StoreOver(FeatureStore):
+    """A store above another one, with which it shares what is done."""
+
+    def __init__(self, inner: FeatureStore) -> None:
+        self.inner, self.shape, self.resident_bytes, self.done = inner, inner.shape, inner.resident_bytes, inner.done
+
     def forget(self) -> None:
-        self.done[:] = False
+        self.inner.forget()
 
     def mark(self) -> None:
-        """It is not on the disk."""
+        self.inner.mark()
 
     def close(self) -> None:
-        """Nobody else has it."""
+        self.inner.close()
 
 
-class PartStore:
+class PartStore(StoreOver):
     """A store with room for the first rows alone, each of one unit; the others have to be computed again.
 
     Args:
@@ -158,9 +159,7 @@ class PartStore:
     """
 
     def __init__(self, inner: FeatureStore, rows: int) -> None:
-        self.inner = inner
-        self.shape = inner.shape
-        self.resident_bytes = inner.resident_bytes
+        super().__init__(inner)
         self.done = np.zeros(rows, bool)
         self.done[: inner.shape.rows] = inner.done
         inner.done = self.done[: inner.shape.rows]
@@ -173,41 +172,8 @@ class PartStore:
         if fitting.any():
             self.inner.write(rows[fitting], places[fitting], values[torch.from_numpy(fitting)])
 
-    def forget(self) -> None:
-        self.inner.forget()
 
-    def mark(self) -> None:
-        self.inner.mark()
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-class ShapeStore:
-    """Stands in for a store where tensors have no values: what it reads has the right shape."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.resident_bytes = min(shape.bytes, RESIDENT_BYTES)
-        self.done = np.zeros(shape.rows, bool)
-
-    def read(self, places: np.ndarray) -> Tensor:
-        return torch.zeros(len(places), self.shape.width, dtype=self.shape.torch_dtype)
-
-    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
-        self.done[rows] = True
-
-    def forget(self) -> None:
-        self.done[:] = False
-
-    def mark(self) -> None:
-        """It is not on the disk."""
-
-    def close(self) -> None:
-        """Nobody else has it."""
-
-
-class DiskStore:
+class DiskStore(FeatureStore):
     """A store in ``folder``, whose lock the caller holds and hands over; None where another process of the
     run holds it.
 
@@ -216,9 +182,8 @@ class DiskStore:
     """
 
     def __init__(self, folder: Path, shape: Shape, lock: FileLock | None) -> None:
+        super().__init__(shape, min(shape.bytes, RESIDENT_BYTES))
         self.of_run: Path | None = None
-        self.shape = shape
-        self.resident_bytes = min(shape.bytes, RESIDENT_BYTES)
         self.folder = folder
         self._lock = lock
         self._map = np.memmap(folder / VALUES, np.uint8, "r+", shape=(shape.bytes,))
@@ -259,7 +224,7 @@ class DiskStore:
         self._marked = time.monotonic()
 
     def forget(self) -> None:
-        self.done[:] = False
+        super().forget()
         self._marks[:] = 0
         self._marks.flush()
 
@@ -447,7 +412,6 @@ class FeatureRecord:
 
 def _folder_of(store: FeatureStore) -> str | None:
     """The name of the folder that a store is in; None where it is in memory."""
-    inner = getattr(store, "inner", None)
-    if inner is not None:
-        return _folder_of(inner)
+    if isinstance(store, StoreOver):
+        return _folder_of(store.inner)
     return store.folder.name if isinstance(store, DiskStore) else None

@@ -13,9 +13,9 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.session import Session
-from deltaw.training.state import Step
+from deltaw.training.state import Step, TrainState
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,14 +201,11 @@ class BestScore:
         return {"step": self.step, "metric": self.metric, "value": self.value}
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "value": self.value, "metric": self.metric, "waited": self.waited}
+        return {name: value for name, value in asdict(self).items() if name != "patience"}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.step, self.value = state["step"], state["value"]
-        self.metric, self.waited = state["metric"], state["waited"]
-
-
-# ---- best
+        for name in self.state():
+            setattr(self, name, state[name])
 
 
 # The first step of a process prepares what later ones use; it does not tell their speed.
@@ -227,18 +224,6 @@ MARGIN = 0.02
 def now() -> float:
     """The clock of a run: seconds from some point on."""
     return time.monotonic()
-
-
-class Planned(Protocol):
-    """What a budget needs of the state of a training."""
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def total_steps(self) -> int: ...
-
-    def replan(self, total_steps: int) -> None: ...
 
 
 @dataclass
@@ -325,7 +310,7 @@ class TimeBudget:
         else:
             self._durations = [*self._durations, at - self._mark][-WINDOW:]
 
-    def plan(self, state: Planned, every: int | None) -> str | None:
+    def plan(self, state: TrainState, every: int | None) -> str | None:
         """Plan the number of steps where that is due.
 
         Args:
@@ -335,13 +320,15 @@ class TimeBudget:
         Returns:
             a line about a new plan.
         """
-        return self._plan(state, every) if self._ready() else None
+        measured = len(self._durations)
+        due = self._planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
+        return self._plan(state, every) if measured >= FEWEST_MEASURED and due else None
 
     def go_on(self) -> None:
         """All that follows a step is done; the next one begins."""
         self._mark = self.clock()
 
-    def over(self, state: Planned) -> bool:
+    def over(self, state: TrainState) -> bool:
         """Whether another step would end too late."""
         if state.step == 0 or not self._durations:
             return self.spent() >= self.seconds
@@ -361,12 +348,6 @@ class TimeBudget:
         self.ending.evaluation = float(state["evaluation"])
         self.ending.measured = bool(state["evaluation_measured"])
 
-    def _ready(self) -> bool:
-        measured = len(self._durations)
-        if measured < FEWEST_MEASURED:
-            return False
-        return self._planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
-
     def _step_seconds(self) -> float:
         return sum(self._durations) / len(self._durations)
 
@@ -380,7 +361,7 @@ class TimeBudget:
         kept = self.ending.evaluation + self.ending.after + MARGIN * self.seconds
         return self.seconds - self.spent() - kept
 
-    def _plan(self, state: Planned, every: int | None) -> str | None:
+    def _plan(self, state: TrainState, every: int | None) -> str | None:
         each = self._step_seconds() + (self.ending.evaluation / every if every else 0.0)
         fitting = max(0, math.floor(self._left() / each)) if each > 0 else self.most_steps
         total = min(self.most_steps, state.step + fitting)

@@ -8,6 +8,7 @@ which a run that goes on restores it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 import time
@@ -84,7 +85,7 @@ class StepWatch:
     _seen: int = 0
     _norms: list[float] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
-    _lowest: tuple[float, float] | None = None  # mean of the losses, and the squared error of that mean
+    _lowest: Sequence[float] | None = None  # mean of the losses, and the squared error of that mean
     _risen: int = 0
     _said: list[str] = field(default_factory=list)
 
@@ -101,20 +102,11 @@ class StepWatch:
         return new
 
     def state(self) -> dict[str, Any]:
-        return {
-            "seen": self._seen,
-            "norms": list(self._norms),
-            "losses": list(self._losses),
-            "lowest": self._lowest,
-            "risen": self._risen,
-            "said": list(self._said),
-        }
+        return {name.removeprefix("_"): value for name, value in asdict(self).items() if name.startswith("_")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._seen = state["seen"]
-        self._norms, self._losses = list(state["norms"]), list(state["losses"])
-        self._lowest = None if state["lowest"] is None else (state["lowest"][0], state["lowest"][1])
-        self._risen, self._said = state["risen"], list(state["said"])
+        for name in self.state():
+            setattr(self, f"_{name}", copy.copy(state[name]))
 
     def _jump(self, step: Step) -> StepWarning | None:
         """A norm far above those of the steps before."""
@@ -334,9 +326,6 @@ def _without_virtual_tokens(row: Example, count: int) -> Example:
         prompt_length=row.prompt_length - count,
         active_from=None,
     )
-
-
-# ---- monitor
 
 
 # Beside the best adapter: that of the last step.

@@ -22,12 +22,11 @@ from deltaw.durable import write_text
 from deltaw.host.choices import Choice
 from deltaw.training.callbacks import Callback
 from deltaw.training.guarantee import UntrainedParameterWarning
-from deltaw.training.loop import NotFiniteError
 from deltaw.training.optimizer import RisingRates
 from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import RATE, Session, usual_rate_of
-from deltaw.training.state import Step
+from deltaw.training.state import NotFiniteError, Step
 
 # ---- The curve of a learning-rate range test, and the rate that is read off it.
 #
@@ -151,9 +150,6 @@ def _noise(losses: Sequence[float], smoothed: Sequence[float]) -> float:
     own = 1.0 / (SMOOTHING * math.sqrt(2 * math.pi))  # a loss's share of its own smoothed one
     squares = 1.0 / (SMOOTHING * 2.0 * math.sqrt(math.pi))  # the sum of all squared shares
     return float(1.4826 * np.median(off) / math.sqrt(1.0 - 2.0 * own + squares))
-
-
-# ---- rates
 
 
 CURVE = "learning_rate.json"

@@ -12,13 +12,13 @@ from deltaw.errors import UserError
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.fit import load_for
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.loop import NotFiniteError, WhenNotFinite
 from deltaw.training.monitoring.rates import follow_rate
 from deltaw.training.parallel.evaluation import take_part
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.process import guest
 from deltaw.training.resuming import assemble_alike, receive_settings
 from deltaw.training.session import read_data
+from deltaw.training.state import NotFiniteError
 
 # Its exit status where the run failed; process 0 says why.
 FAILED = 2
@@ -61,7 +61,7 @@ def _follow(group: Group) -> int:
     try:
         follow_rate(session, group)
         with session.running():
-            session.train(not_finite=WhenNotFinite(train.not_finite == "skip", lambda found: None, lambda found: []))
+            session.train(skip_not_finite=train.not_finite == "skip")
             group.obey()
     finally:
         session.close()

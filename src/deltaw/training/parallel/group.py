@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deltaw.data.example import RowGroup
-from deltaw.data.packing import common_prefix, sort_key
+from deltaw.data.packing import common_prefix, rows_of, sort_key
 from deltaw.errors import UserError
 from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher
@@ -214,7 +213,7 @@ def deal(rows: Sequence[Any], parts: int, *, share: bool) -> list[list[int]]:
     """
     whole = [_cost(row, share) for row in rows]
     even = _longest_first(whole, parts)
-    firsts = [_rows_of(row)[0] for row in rows]
+    firsts = [rows_of(row)[0] for row in rows]
     if not share or parts == 1 or not all(hasattr(row, "tokens") for row in firsts):
         return even
     order = sorted(range(len(rows)), key=lambda place: sort_key(firsts[place].tokens))
@@ -228,17 +227,12 @@ def deal(rows: Sequence[Any], parts: int, *, share: bool) -> list[list[int]]:
     return even
 
 
-def _rows_of(row: Any) -> tuple[Any, ...]:
-    """The rows of a group, or the row itself."""
-    return row.rows if isinstance(row, RowGroup) else (row,)
-
-
 def _cost(row: Any, share: bool) -> int:
     """Tokens of a row, or 1 where it has none, as an image; of a group, those of its rows, where they
     ``share`` a prefix without what is computed once for them."""
     if not hasattr(row, "__len__"):
         return 1
-    own = _rows_of(row)
+    own = rows_of(row)
     if share and len(own) > 1:
         own = tuple(sorted(own, key=lambda one: sort_key(one.tokens)))
         return max(1, len(row) - sum(_alike(a, b) for a, b in itertools.pairwise(own)))
@@ -294,9 +288,6 @@ def _cut(costs: Sequence[int], saved: Sequence[int], most: int) -> list[list[int
 
 def _busiest(runs: Sequence[Sequence[int]], costs: Sequence[int], saved: Sequence[int]) -> int:
     return max(sum(costs[i] - (saved[i] if n else 0) for n, i in enumerate(run)) for run in runs)
-
-
-# ---- group
 
 
 # Orders: a step begins, the loop ends, a set of rows is evaluated, the run is over, a text follows, a block's
@@ -368,7 +359,7 @@ class Group(Reducer):
 
     def send_text(self, text: str) -> None:
         """From process 0 to all others."""
-        given = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        given = _bytes_of(text)
         self.order(TEXT, len(given))
         self._broadcast(given)
 
@@ -380,7 +371,7 @@ class Group(Reducer):
     # What the loop asks
 
     def texts(self, text: str) -> list[str]:
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        own = _bytes_of(text)
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(own)
         sizes = self.add(sizes, patient=True)
@@ -392,7 +383,7 @@ class Group(Reducer):
     def begin(self, state: TrainState) -> bool:
         if self.rank == 0:
             view = state.view()
-            shapes = {name: [_name(t.dtype), list(t.shape)] for name, t in view.tensors.items()}
+            shapes = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in view.tensors.items()}
             self.send_text(json.dumps({"values": view.values, "tensors": shapes}))
             for tensor in view.tensors.values():
                 self._broadcast(tensor.detach().cpu().contiguous())
@@ -580,5 +571,5 @@ class Group(Reducer):
             ) from error
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _bytes_of(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

@@ -183,9 +183,6 @@ def _refused(what: str, where: str, instead: str) -> UserError:
     return UserError(f"several processes cannot use {what}", where=where, hint=_ONE_PROCESS + instead)
 
 
-# ---- joining
-
-
 # Seconds that a process waits for the others: to come, and to answer in a step.
 VARIABLE, SECONDS = "DELTAW_PEER_SECONDS", 300.0
 # What waits while process 0 evaluates, writes samples or saves; a process that dies is noticed at once.

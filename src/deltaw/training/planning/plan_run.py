@@ -261,11 +261,10 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     Args:
         processes: that share the rows of a step; its rows are then those of one of them.
     """
-    settings, batcher = session.config.train, session.batcher
-    if isinstance(session.prefix, StoredPrompts):
-        batcher = session.prefix.batcher
+    settings, feed = session.config.train, session.feed
+    cut = feed.batcher if isinstance(feed.batcher, CausalMicroBatcher) and not isinstance(feed, StoredPrompts) else None
     total = session.total_steps
-    if session.prefix is not None:
+    if feed.store is not None:
         # What is kept is computed in the first epoch alone.
         total = min(total, -(-len(session.data.train) // settings.batch_size))
     steps = range(0, total, max(1, -(-total // STEPS_SEARCHED)))
@@ -278,7 +277,7 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
         if processes == 1:
             return [rows]
-        dealt = deal(rows, processes, share=bool(getattr(batcher, "share", False)))
+        dealt = deal(rows, processes, share=feed.share)
         return [[rows[place] for place in places] for places in dealt]
 
     def rows_of(place: tuple[int, int]) -> Sequence[Any]:
@@ -288,15 +287,15 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
         for process, rows in enumerate(shares_of(step)):
             if not rows:
                 continue
-            shapes = batcher.shapes(rows)
+            shapes = feed.shapes(rows)
             every.update(shapes)
-            labels = batcher.labels(rows) if isinstance(batcher, CausalMicroBatcher) else [0] * len(shapes)
+            labels = [0] * len(shapes) if cut is None else cut.labels(rows)
             found += [(c * n, many, (step, process)) for (c, n), many in zip(shapes, labels, strict=True)]
             if step in laid_out:
                 tiles |= _tile_shapes(session, rows)
     largest = max(found)
     labeled: Sequence[Any] = ()
-    if isinstance(batcher, CausalMicroBatcher) and session.prefix is None:
+    if cut is not None and feed.store is None:
         weigh = _weigher(session)
         heavy = max(found, key=weigh)
         if weigh(heavy) > 1.01 * weigh(largest):
@@ -305,9 +304,9 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
     return Heaviest(
         rows_of(largest[2]),
-        batcher.shapes(rows_of(largest[2])),
+        feed.shapes(rows_of(largest[2])),
         every,
-        set(batcher.shapes(held_out)) if held_out else set(),
+        set(feed.shapes(held_out)) if held_out else set(),
         labeled,
         tiles,
         _tile_shapes(session, held_out) if held_out else set(),
@@ -359,7 +358,7 @@ class TellingBatcher:
 
     def __init__(self, session: Session, labeled: Sequence[Any] = ()) -> None:
         self._session = session
-        self._inner = (session.prefix or session).batcher
+        self._inner = session.feed
         self._labeled = labeled
         self._steps = 0
         self.tokens = self.made = 0
@@ -376,11 +375,10 @@ class TellingBatcher:
         shapes = self._inner.shapes(rows)
         sizes = [count * length for count, length in shapes]
         weights = sizes
-        if self._steps > DRY_RUN_STEPS and isinstance(self._inner, CausalMicroBatcher):
+        cut = self._inner.batcher
+        if self._steps > DRY_RUN_STEPS and isinstance(cut, CausalMicroBatcher):
             weigh = _weigher(self._session)
-            weights = [
-                int(weigh((size, labels, 0))) for size, labels in zip(sizes, self._inner.labels(rows), strict=True)
-            ]
+            weights = [int(weigh((size, labels, 0))) for size, labels in zip(sizes, cut.labels(rows), strict=True)]
         smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:
             largest = smallest
@@ -426,9 +424,6 @@ def _kinds(trained: set[Any], evaluated: set[Any]) -> float:
 def token_counts(shapes: Iterable[tuple[int, int]]) -> set[int]:
     """Tokens of each microbatch: the one size of matrix products that changes."""
     return {rows * length for rows, length in shapes}
-
-
-# ---- plan run
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
@@ -481,18 +476,23 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     threads = choose_threads(config.threads).value
     torch.set_num_threads(threads)  # what some operators take besides their results depends on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    model = _fake_model(config, task, data, dtype)
+    with fake_tensors():  # the run's model, before the method is applied
+        model = skeleton(
+            config.model,
+            dtype=dtype,
+            task=config.task,
+            num_labels=task.outputs(data),
+            trust_remote_code=config.trust_remote_code,
+        )
     kernels = settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     before = resident_bytes()
     total = count_numbers(model)
-    if config.precision == "int8":
-        with fake_tensors():
-            quantize_int8(model.base_model)
-    if config.precision == "nf4":
-        with fake_tensors():
-            quantize_nf4(model.base_model)
     with fake_tensors():
+        if config.precision == "int8":
+            quantize_int8(model.base_model)
+        if config.precision == "nf4":
+            quantize_nf4(model.base_model)
         block_bytes = _block_bytes(model)
     new: list[str] = []
     if task.has_labels:
@@ -506,18 +506,20 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
     (done,) = made
+    store = done.session.feed.store
     with fake_tensors():
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
     converted = converted_bytes(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    folder = config_folder(config.model, dtype, config.trust_remote_code)
     trim_memory()
     resident, phases = resident_parts(
         footprint,
         process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=done.kernel_bytes(),
-        feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.resident_bytes,
+        feature_bytes=0 if store is None else store.resident_bytes,
         reading_bytes=data.read_peak_bytes,
         mapped_bytes=converted,
-        saving_bytes=_saving_bytes(config, task, dtype),
+        saving_bytes=0 if task.tokenizer is None else saving_bytes(folder),
         unread_bytes=unread_bytes(done.session, dtype=dtype, converted=converted),
     )
     return Plan(
@@ -539,7 +541,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         operators=done.operators,
         phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
-        disk_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
+        disk_bytes=0 if store is None else store.shape.bytes,
         block_bytes=block_bytes,
     )
 
@@ -551,25 +553,6 @@ def _block_bytes(model: PreTrainedModel) -> tuple[int, int]:
         return 0, 0
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in found[1]]
     return sum(sizes), max(sizes)
-
-
-def _saving_bytes(config: RunConfig, task: Task, dtype: str) -> int:
-    """What writing the tokenizer into the run's folder takes."""
-    if task.tokenizer is None:
-        return 0
-    return saving_bytes(config_folder(config.model, dtype, config.trust_remote_code))
-
-
-def _fake_model(config: RunConfig, task: Task, data: RunData, dtype: str) -> PreTrainedModel:
-    """The run's model on fake tensors, before the method is applied."""
-    with fake_tensors():
-        return skeleton(
-            config.model,
-            dtype=dtype,
-            task=config.task,
-            num_labels=task.outputs(data),
-            trust_remote_code=config.trust_remote_code,
-        )
 
 
 @dataclass(frozen=True)
@@ -665,8 +648,8 @@ def _no_dry_run(error: Exception) -> UserError:
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:
     """What an evaluation of these rows computes, without the metrics, which need values."""
-    way: Any = session.prefix or session
-    outputs = way.objective.predictions if session.task.has_labels else way.objective.evaluate_rows
+    objective: Any = session.objective
+    outputs = objective.predictions if session.task.has_labels else objective.evaluate_rows
     with session.method.evaluating(session.model), torch.no_grad():
-        for batch in way.batcher.batches(rows):
+        for batch in session.feed.batches(rows):
             outputs(batch)

@@ -63,9 +63,6 @@ def choose_tokens_per_pass(asked: int | str, longest: int, device: str) -> Choic
     return Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")
 
 
-# ---- causal batcher
-
-
 # Rows that are sorted and cut together: more than a step has, and fewer than would fill memory where a large
 # data set is evaluated.
 ROWS_AT_ONCE = 8192

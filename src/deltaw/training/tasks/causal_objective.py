@@ -38,15 +38,13 @@ from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.lora.stored import Scales, Stored, block_weight, multiply, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs, Watched
+from deltaw.training.microbatches import entered
 
 # ---- Logits of a frozen head from int8 products, for where those that count are computed once more.
 #
 # A head's inputs have a few columns with numbers far larger than all others, and one scale for each row would
 # have to span them. So the largest columns are taken out before a row is rounded, and come back as a low-rank
 # update that is not rounded, as in LLM.int8() (arXiv 2208.07339).
-#
-# Knows tensors; not models, and not what the logits are for.
-
 
 # Columns that are not rounded. Twice as many halve the error, and cost as much again.
 APART = 8
@@ -147,9 +145,6 @@ class RoughLogits:
 # Three functions for three cases: a frozen linear head, whose chunks' logits become their own gradient; any
 # head, with log-probabilities whose logits the backward recomputes; and the weighted sum over any
 # head, whose gradient is taken in the forward.
-#
-# Knows tensors and heads; not models' backbones, batches or losses.
-
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
@@ -192,20 +187,63 @@ def frozen_head_log_probs(
         (P,) in fp32, or fp64 for fp64 inputs.
     """
     stored = blocks or (None if scales is None else Scales(scales, None))
-    return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, stored, rough)
+    return _FrozenHeadLogProbs.apply(hidden, targets, _FrozenHead(head, bias, scale, softcap, stored, rough))
+
+
+@dataclass(frozen=True)
+class _FrozenHead:
+    """A linear head that is not trained, as :func:`frozen_head_log_probs` describes it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float
+    stored: Stored | None
+    rough: RoughHead | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(P, classes) of the head alone; in the wider type of the two."""
+        if self._is_narrower(hidden):
+            logits = torch.cat([hidden @ rows.to(hidden.dtype).t() for rows in self.weight.split(WIDENED_ROWS)], 1)
+            return logits if self.bias is None else logits.add_(self.bias)
+        return multiply(hidden, self.weight, self.stored, bias=self.bias)[0]
+
+    def logits_by_parts(self, hidden: Tensor) -> Callable[[slice], Tensor]:
+        """Logits of a part of the rows: in int8 with int8-quantized weights, else where that is accurate enough
+        and there are rows enough to be worth it."""
+        rough = self.rough
+        if rough is not None and (self.stored is not None or len(hidden) >= rough.least_rows):
+            logits = RoughLogits(hidden.detach(), self.weight, self.bias, rough)
+            if self.stored is not None or logits.accurate(self.scale):
+                return logits.of
+        return lambda part: self.logits(hidden[part])
+
+    def times(self, gradient: Tensor, targets: Tensor) -> Tensor:
+        """gradient (P, classes) · head; overwrites it. In int8 the targets' own part is not rounded."""
+        head, stored = self.weight, self.stored
+        if isinstance(stored, Scales) and can_round_classes(gradient, head):
+            return class_gradient_(gradient, targets, head, stored[0])
+        if isinstance(stored, BlockWeight):
+            return block_linear_backward(gradient, stored)[0]
+        if self._is_narrower(gradient):
+            sums = gradient.new_zeros(len(gradient), head.shape[1])
+            for part, rows in zip(gradient.split(WIDENED_ROWS, 1), head.split(WIDENED_ROWS), strict=True):
+                sums.addmm_(part, rows.to(gradient.dtype))
+            return sums
+        # Not rounded, the gradient is taken with the head's own numbers, whatever layers do with theirs.
+        return linear_backward(gradient, head)[0]
+
+    def _is_narrower(self, left: Tensor) -> bool:
+        return self.stored is None and left.dtype != self.weight.dtype
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, bias, scale, softcap, stored, rough):  # type: ignore[override]
-        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
+    def forward(ctx, hidden, targets, head):  # type: ignore[override]
+        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.weight.shape[0]))
         # The same with and without a gradient, so that log-probabilities of both kinds can be compared.
-        split = not isinstance(stored, BlockWeight) and can_split_classes(hidden, head, bias)
-        if split:
-            logits = _logits_by_parts(hidden, head, bias, scale, stored, rough)
-            losses, slopes = _by_likely_classes(hidden, targets, head, bias, scale, softcap, stored, chunk, logits)
-        else:
-            losses, slopes = _by_all_classes(hidden, targets, head, bias, scale, softcap, stored, chunk)
+        split = not isinstance(head.stored, BlockWeight) and can_split_classes(hidden, head.weight, head.bias)
+        losses, slopes = (_by_likely_classes if split else _by_all_classes)(hidden, targets, head, chunk)
         ctx.save_for_backward(slopes)
         return losses.to(loss_dtype(hidden)).neg_()
 
@@ -213,19 +251,10 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         (slopes,) = ctx.saved_tensors  # of the losses, which are minus the log-probabilities
-        return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None, None, None, None, None, None
+        return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None
 
 
-def _by_all_classes(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    stored: Stored | None,
-    most: int,
-) -> tuple[Tensor, Tensor | None]:
+def _by_all_classes(hidden: Tensor, targets: Tensor, head: _FrozenHead, most: int) -> tuple[Tensor, Tensor | None]:
     """Losses (P), and their gradient (P, d) where it is wanted, from chunks of up to ``most`` rows."""
     wanted = hidden.requires_grad
     slopes = torch.empty_like(hidden) if wanted else None
@@ -234,54 +263,21 @@ def _by_all_classes(
     chunk = _even_chunk(len(hidden), most)
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        logits = _logits(hidden[part], head, bias, stored)
-        losses.append(cross_entropy_(logits, targets[part], ones[part], scale=scale, softcap=softcap, grad=wanted))
+        logits, how = head.logits(hidden[part]), {"scale": head.scale, "softcap": head.softcap}
+        losses.append(cross_entropy_(logits, targets[part], ones[part], **how, grad=wanted))
         if slopes is not None:
-            slopes[part] = _times_head(logits, targets[part], head, stored)
+            slopes[part] = head.times(logits, targets[part])
     return torch.cat(losses), slopes
 
 
-def _logits_by_parts(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, stored: Stored | None, rough: RoughHead | None
-) -> Callable[[slice], Tensor]:
-    """Logits of a part of the rows: in int8 with int8-quantized weights, else where that is accurate enough
-    and there are rows enough to be worth it."""
-    if rough is not None and (stored is not None or len(hidden) >= rough.least_rows):
-        logits = RoughLogits(hidden.detach(), head, bias, rough)
-        if stored is not None or logits.accurate(scale):
-            return logits.of
-    return lambda part: _logits(hidden[part], head, bias, stored)
-
-
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, stored: Stored | None) -> Tensor:
-    if _is_wider(hidden, head, stored):
-        logits = torch.cat([hidden @ rows.to(hidden.dtype).t() for rows in head.split(WIDENED_ROWS)], 1)
-        return logits if bias is None else logits.add_(bias)
-    return multiply(hidden, head, stored, bias=bias)[0]
-
-
-def _is_wider(left: Tensor, head: Tensor, stored: Stored | None) -> bool:
-    return stored is None and left.dtype != head.dtype
-
-
-def _by_likely_classes(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    stored: Stored | None,
-    most: int,
-    logits_of: Callable[[slice], Tensor],
-) -> tuple[Tensor, Tensor | None]:
+def _by_likely_classes(hidden: Tensor, targets: Tensor, head: _FrozenHead, most: int) -> tuple[Tensor, Tensor | None]:
     """The same, with accurate losses and a gradient that is nearly that: see :func:`head_gradient_`."""
-    rows, width = hidden.shape
+    (rows, width), logits_of = hidden.shape, head.logits_by_parts(hidden)
     chunk = groups(_even_chunk(rows, most)) * TOGETHER
     losses = torch.empty(rows)
     # Whole groups of rows; the sums of at most a chunk of groups wait for their product with the head.
     slopes, shares = hidden.new_zeros(groups(rows) * TOGETHER, width), torch.zeros(groups(rows) * TOGETHER)
-    unlikely = hidden.new_empty(min(groups(rows), chunk), head.shape[0])
+    unlikely = hidden.new_empty(min(groups(rows), chunk), len(head.weight))
     for first in range(0, rows, chunk * TOGETHER):
         last = min(first + chunk * TOGETHER, rows)
         for start in range(first, last, chunk):
@@ -289,7 +285,7 @@ def _by_likely_classes(
             sums = slice((start - first) // TOGETHER, groups(part.stop - first))
             logits = logits_of(part)
             losses[part] = head_gradient_(
-                logits, targets[part], hidden[part], head, bias, scale=scale, softcap=softcap,
+                logits, targets[part], hidden[part], head.weight, head.bias, scale=head.scale, softcap=head.softcap,
                 slopes=slopes[part], shares=shares[part], unlikely=unlikely[sums],
             )  # fmt: skip
             del logits
@@ -297,27 +293,11 @@ def _by_likely_classes(
             continue
         count = groups(last - first)
         # There are no targets in the sums; class 0 serves as well as any.
-        rest = _times_head(unlikely[:count], targets.new_zeros(count), head, stored)
+        rest = head.times(unlikely[:count], targets.new_zeros(count))
         theirs = slice(first, first + count * TOGETHER)
         of_rows = shares[theirs].to(slopes.dtype).view(count, TOGETHER, 1)
         slopes[theirs].view(count, TOGETHER, width).addcmul_(of_rows, rest[:, None])
     return losses, slopes[:rows] if hidden.requires_grad else None
-
-
-def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored | None) -> Tensor:
-    """gradient (P, classes) · head; overwrites it. In int8 the targets' own part is not rounded."""
-    if isinstance(stored, Scales) and can_round_classes(gradient, head):
-        return class_gradient_(gradient, targets, head, stored[0])
-    if isinstance(stored, BlockWeight):
-        return block_linear_backward(gradient, stored)[0]
-    if _is_wider(gradient, head, stored):
-        parts = zip(gradient.split(WIDENED_ROWS, 1), head.split(WIDENED_ROWS), strict=True)
-        sums = gradient.new_zeros(len(gradient), head.shape[1])
-        for part, rows in parts:
-            sums.addmm_(part, rows.to(gradient.dtype))
-        return sums
-    # Not rounded, the gradient is taken with the head's own numbers, whatever layers do with theirs.
-    return linear_backward(gradient, head)[0]
 
 
 def _even_chunk(rows: int, most: int) -> int:
@@ -356,19 +336,38 @@ class _HeadLogProbs(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         hidden, targets, *_ = ctx.saved_tensors
         needed = ctx.needs_input_grad[0]
-        grad_hidden = torch.empty_like(hidden) if needed else None
-        sums = [torch.zeros_like(t) for t in ctx.trained]
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            part = hidden[rows].detach().requires_grad_(needed)
-            with torch.enable_grad():
-                values = log_probs(ctx.head(part), targets[rows])
-            grads = list(torch.autograd.grad(values, [*([part] if needed else []), *ctx.trained], grad[rows]))
-            if grad_hidden is not None:
-                grad_hidden[rows] = grads.pop(0)
-            for kept, new in zip(sums, grads, strict=True):
-                kept += new
+        _, grad_hidden, sums = _over_chunks(hidden, targets, grad, ctx.head, ctx.trained, ctx.chunk, needed)
         return grad_hidden, None, None, None, *sums
+
+
+def _over_chunks(
+    hidden: Tensor,
+    targets: Tensor,
+    slopes: Tensor,
+    head: Callable[[Tensor], Tensor],
+    trained: Sequence[Tensor],
+    chunk: int,
+    needed: bool,
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    """Log-probabilities, chunk by chunk, and the gradient of Σ slopeᵢ · log-probabilityᵢ, taken while a chunk's logits
+    are there: for ``hidden`` where it is ``needed``, and for what is trained of the head."""
+    grad_hidden = torch.empty_like(hidden) if needed else None
+    sums, found = [torch.zeros_like(t) for t in trained], []
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        part = hidden[rows].detach().requires_grad_(needed)
+        leaves = [*([part] if needed else []), *trained]
+        with torch.set_grad_enabled(bool(leaves)):
+            values = log_probs(head(part), targets[rows])
+        found.append(values.detach())
+        if not leaves:
+            continue
+        grads = list(torch.autograd.grad(values, leaves, slopes[rows]))
+        if grad_hidden is not None:
+            grad_hidden[rows] = grads.pop(0)
+        for kept, new in zip(sums, grads, strict=True):
+            kept += new
+    return found, grad_hidden, sums
 
 
 def chunked_cross_entropy(
@@ -399,23 +398,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, weights, head, chunk, *trained):  # type: ignore[override]
-        wanted = [t for t in (hidden, *trained) if t.requires_grad]
+        weights = weights.to(loss_dtype(hidden))
+        needed = hidden.requires_grad
+        values, grad_hidden, sums = _over_chunks(hidden, targets, -weights, head, trained, chunk, needed)
         total = hidden.new_zeros((), dtype=loss_dtype(hidden))
-        sums = [torch.zeros_like(t) for t in trained]
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            part = hidden[rows].detach().requires_grad_(hidden.requires_grad)
-            with torch.set_grad_enabled(bool(wanted)):
-                loss = cross_entropy_sum(head(part), targets[rows], weights[rows])
-            total += loss.detach()
-            if wanted:
-                leaves = [t for t in (part, *trained) if t.requires_grad]
-                grads = list(torch.autograd.grad(loss, leaves))
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grads.pop(0)
-                for kept, new in zip(sums, grads, strict=True):
-                    kept += new
+        for part, own in zip(values, weights.split(chunk), strict=True):
+            total -= (part * own).sum()
         ctx.save_for_backward(grad_hidden, *sums)
         return total
 
@@ -448,18 +436,9 @@ def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits.to(loss_dtype(logits)), targets, reduction="none")
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Σ weightᵢ · cross-entropy of logits (P, classes), a scalar."""
-    values = log_probs(logits, targets)
-    return -(values * weights.to(values.dtype)).sum()
-
-
 def loss_dtype(tensor: Tensor) -> torch.dtype:
     """What losses of these values are computed in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-# ---- causal objective
 
 
 class CausalObjective:
@@ -504,24 +483,25 @@ class CausalObjective:
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """(P,) log p of each of the batch's ``targets``, differentiable, in fp32."""
-        picked = self._picked(batch)
+        return self._log_probs(self._picked(batch), batch.targets)
+
+    def _log_probs(self, picked: Tensor, targets: Tensor) -> Tensor:
         if not self.chunked:
-            return log_probs(picked, batch.targets)
+            return log_probs(picked, targets)
         if self._head_is_frozen():
-            return self._frozen(picked, batch.targets)
-        parameters = list(self.head.parameters())
-        return head_log_probs(picked, batch.targets, self._logits, parameters, chunk=self.chunk)
+            return self._frozen(picked, targets)
+        return head_log_probs(picked, targets, self._logits, list(self.head.parameters()), chunk=self.chunk)
 
     def _cross_entropy(self, batch: Batch) -> Tensor:
         """Σ weight · cross-entropy: as the loss of :meth:`token_log_probs`, without logits computed twice."""
         picked = self._picked(batch)
-        if not self.chunked:
-            return cross_entropy_sum(picked, batch.targets, batch.weights)
-        if self._head_is_frozen():
-            values = self._frozen(picked, batch.targets)
-            return -(values * batch.weights.to(values.dtype)).sum()
-        parameters = list(self.head.parameters())
-        return chunked_cross_entropy(picked, batch.targets, batch.weights, self._logits, parameters, chunk=self.chunk)
+        if self.chunked and not self._head_is_frozen():
+            parameters = list(self.head.parameters())
+            return chunked_cross_entropy(
+                picked, batch.targets, batch.weights, self._logits, parameters, chunk=self.chunk
+            )
+        values = self._log_probs(picked, batch.targets)
+        return -(values * batch.weights.to(values.dtype)).sum()
 
     @property
     def approximable(self) -> tuple[str, ...]:
@@ -574,12 +554,13 @@ class CausalObjective:
 
     def _picked(self, batch: Batch) -> Tensor:
         """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
-        if self.chunked:
-            with outputs_at(self.model, batch.asked):
-                outputs = self.backbone(**batch.inputs, use_cache=False).last_hidden_state
-        else:
-            outputs = self.model(**batch.inputs, use_cache=False).logits
-        return outputs.flatten(0, 1).index_select(0, batch.predictors)
+        with entered(batch) as run:
+            if self.chunked:
+                with outputs_at(self.model, run.asked):
+                    outputs = self.backbone(**run.inputs, use_cache=False).last_hidden_state
+            else:
+                outputs = self.model(**run.inputs, use_cache=False).logits
+            return outputs.flatten(0, 1).index_select(0, run.predictors)
 
     def _head_is_frozen(self) -> bool:
         """Whether the head is a plain matrix that nobody trains, on a processor."""

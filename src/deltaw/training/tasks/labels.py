@@ -35,7 +35,7 @@ from deltaw.training.evaluation.base import (
     regression_metrics,
 )
 from deltaw.training.losses import PairLosses, StepMetrics, named
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective, entered
 from deltaw.training.tasks.base import ModelFiles, Task
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
 
@@ -168,6 +168,10 @@ class LabelObjective:
 
     def predictions(self, batch: LabelBatch) -> Tensor:
         """Logits (rows, classes), or numbers (rows,) of a regression; in fp32 (fp64 for an fp64 model)."""
+        with entered(batch) as run:
+            return self._predicted(run)
+
+    def _predicted(self, batch: LabelBatch) -> Tensor:
         inputs = {
             name: value.to(self.model.dtype) if value.is_floating_point() else value
             for name, value in batch.inputs.items()
