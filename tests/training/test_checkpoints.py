@@ -22,7 +22,7 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.resuming import dumped, with_choices
-from deltaw.training.run_folder import RunLock, read_status
+from deltaw.training.run_folder import EARLIER, RUN, Run, RunLock
 from deltaw.training.state import ArithmeticChangedWarning
 from tests.conftest import laid_over, write_rows
 from tests.training.copies import copied
@@ -179,7 +179,7 @@ def test_interrupted_runs_go_on_too(settings, tmp_path):
     whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
-    assert read_status(run).state == "interrupted"
+    assert Run(run).state == "interrupted"
     assert listed(run / "checkpoints")[-1].name == "step-000003"
     said = "The training was interrupted"
     assert said in (run / "README.md").read_text()
@@ -187,7 +187,7 @@ def test_interrupted_runs_go_on_too(settings, tmp_path):
     assert result.resumed_from_step == 3 and not result.interrupted
     assert_same_run(run, whole)
     assert said not in (run / "README.md").read_text()
-    assert read_status(run).state == "finished"
+    assert Run(run).state == "finished"
     answer = result.as_dict()
     assert answer["resumed_from_step"] == 3 and answer["steps"] == 12
     assert answer["checkpoints"] == [str(path) for path in listed(run / "checkpoints")]
@@ -387,6 +387,35 @@ def test_a_run_of_an_earlier_version_goes_on_and_that_is_said(settings, tmp_path
     told = Told()
     assert deltaw.fit(settings(run, train=TRAIN), callback=told).resumed_from_step == 3
     assert "not verified: whether the model is as when the run began, with an earlier version" in told
+
+
+def as_earlier_versions_wrote(run):
+    """Two files in the place of run.json."""
+    values = json.loads((run / RUN).read_text())
+    (run / RUN).unlink()
+    training, process = values.pop("training"), values["process"]
+    status = {"version": 1, "state": values["state"], "total_steps": values["total_steps"], "process": process["id"]}
+    summary, checkpoints = (run / name for name in EARLIER)
+    checkpoints.write_text(json.dumps(status | training))
+    values["state"] = "failed" if values["state"] == "diverged" else values["state"]
+    summary.write_text(json.dumps(values))
+    return values
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, tmp_path):
+    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+    run = tmp_path / "run"
+    stopped_run(settings, run, 3)
+    values = as_earlier_versions_wrote(run)
+    earlier = Run(run)
+    assert (earlier.state, earlier.steps, earlier.total_steps) == ("interrupted", 3, 12)
+    assert earlier.result == values["result"] and earlier.started == values["started"] and earlier.chosen
+    assert deltaw.fit(settings(run, train=TRAIN)).resumed_from_step == 3
+    assert_same_run(run, whole)
+    assert Run(run).started == values["started"] and not any((run / name).exists() for name in EARLIER)
+    as_earlier_versions_wrote(run)
+    assert Run(run).state == "finished"
+    assert deltaw.fit({"train": {"epochs": 5}}, resume=run).resumed_from_step == 12
 
 
 def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path):

@@ -22,7 +22,7 @@ from deltaw.durable import write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.comparison import duration
 from deltaw.experiments.folder import ExperimentFolder, changed, settings_of
-from deltaw.experiments.jobs import Child, Cluster, Job, WorkerEnded, check_cluster, elsewhere, here
+from deltaw.experiments.jobs import Child, Cluster, Found, Job, WorkerEnded, check_cluster, elsewhere, here
 from deltaw.experiments.until_flat import Pace
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, parse_yaml, settings
@@ -634,7 +634,7 @@ class _Search:
         trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
 
-    def ended(self, key: str, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
+    def ended(self, key: str, found: Found) -> None:
         trial, values = self._asked.pop(key)
         loss, end, note = math.inf, "done", ""
         if isinstance(found, UserError | WorkerEnded):

@@ -441,7 +441,6 @@ class Worker:
         """Answer the request that ``request["do"]`` names."""
         does: dict[str, Callable[[Message], Message]] = {
             "usual": self.usual,
-            "open": self.open,
             "rate": self.rate,
             "trial": self.trial,
             "base": self.base,
@@ -457,20 +456,13 @@ class Worker:
         architecture = check_architecture(folder, config.task, config.trust_remote_code)
         return {"usual_rate": usual_rate_of(choose_method(config, None), architecture)}
 
-    def open(self, request: Message) -> Message:
-        """Load the model and the rows for trainings at several learning rates."""
-        trial = self._open_store(_config(request))
-        session = trial.session
-        return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(trial)}
-
     def rate(self, request: Message) -> Message:
-        """Train the open trial, or a new one where settings are given, at one learning rate, for a share of
-        the budget at most."""
-        if "config" in request:
-            self._open_store(_config(request))
-        if self._trial is None:
-            raise RuntimeError("'rate' was requested before 'open'")
-        trial, rate, share = self._trial, float(str(request["rate"])), float(str(request["share"]))
+        """Train at one learning rate, for a share of the budget at most. The model stays loaded for further rates of
+        the same settings."""
+        config, trial = _config(request), self._trial
+        if trial is None or trial.config != with_features(config):
+            trial = self._open_store(config)
+        rate, share = float(str(request["rate"])), float(str(request["share"]))
         budget = budget_of(trial.config.train, len(trial.training)).times(share)
         try:
             curve = trial.until_flat(rate, budget)

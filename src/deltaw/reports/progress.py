@@ -28,8 +28,9 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import Result
 from deltaw.training.monitoring.monitor import Sample
 from deltaw.training.monitoring.rates import RateSearch
+from deltaw.training.run_folder import FINISHED, INTERRUPTED
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.training.summary import FINISHED, INTERRUPTED, next_commands
+from deltaw.training.summary import next_commands
 from deltaw.version import __version__
 
 # ---- What a person sees of long work: a spinner with the time on a terminal, a line now and then elsewhere.

@@ -18,9 +18,8 @@ from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.reports.page.svg import Numbers
-from deltaw.reports.recorded import RecordedRun, find_runs, is_run, read_run
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
-from deltaw.training.summary import FINISHED, INTERRUPTED, RUNNING
+from deltaw.training.run_folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, read_run
 
 # ---- Which runs somebody means: a folder of runs, the path of a run, or its name in the folder ``runs``.
 
@@ -33,7 +32,7 @@ FOLDER = "runs"
 class Chosen:
     """Runs, and whether they are to be compared rather than listed. where: the folder, for a message."""
 
-    records: list[RecordedRun]
+    records: list[Run]
     compared: bool
     where: str
 
@@ -88,9 +87,9 @@ def _place(name: str) -> Path:
 UNTOLD = ("output",)
 
 
-def names_of(records: Sequence[RecordedRun]) -> list[str]:
+def names_of(records: Sequence[Run]) -> list[str]:
     """A short name for each run, unique among them: as much of its path as it takes."""
-    paths = [record.folder.resolve().parts for record in records]
+    paths = [record.path.resolve().parts for record in records]
     names = []
     for path in paths:
         for length in range(1, len(path) + 1):
@@ -100,7 +99,7 @@ def names_of(records: Sequence[RecordedRun]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
 
 
-def result_rows(records: Sequence[RecordedRun]) -> Numbers:
+def result_rows(records: Sequence[Run]) -> Numbers:
     """One row a result, one column a run; rows that no run has are left out."""
     rows: list[tuple[str, list[str]]] = [
         ("state", [record.state for record in records]),
@@ -129,7 +128,7 @@ def result_rows(records: Sequence[RecordedRun]) -> Numbers:
     return Numbers("Results of each run", ("result", *names_of(records)), kept)
 
 
-def differing_settings(records: Sequence[RecordedRun]) -> Numbers:
+def differing_settings(records: Sequence[Run]) -> Numbers:
     """The settings that are not the same in all runs, as they were set or chosen."""
     keys = dict.fromkeys(key for record in records for key in record.flat_settings)
     rows = []
@@ -142,7 +141,7 @@ def differing_settings(records: Sequence[RecordedRun]) -> Numbers:
     return Numbers("Values by run", ("setting", *names_of(records)), rows)
 
 
-def same_prompts(records: Sequence[RecordedRun], most: int = 8) -> list[dict[str, Any]]:
+def same_prompts(records: Sequence[Run], most: int = 8) -> list[dict[str, Any]]:
     """Prompts that at least two runs answered, with the last answer of each."""
     names = names_of(records)
     answers: dict[str, dict[str, Any]] = {}
@@ -165,12 +164,12 @@ def same_prompts(records: Sequence[RecordedRun], most: int = 8) -> list[dict[str
     return found
 
 
-def as_values(records: Sequence[RecordedRun]) -> list[dict[str, Any]]:
+def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
     """Each run as plain values, ready for JSON."""
     return [
         {
             "name": name,
-            "folder": os.fspath(record.folder),
+            "folder": os.fspath(record.path),
             "state": record.state,
             "model": record.model,
             "task": record.task,
@@ -178,7 +177,7 @@ def as_values(records: Sequence[RecordedRun]) -> list[dict[str, Any]]:
             "rows": int(record.metrics.total("rows")),
             "steps": record.steps,
             "total_steps": record.total_steps,
-            "held_out_loss": record.held_out_loss,
+            "held_out_loss": record.held_out_losses[-1][1] if record.held_out_losses else None,
             "score": None if record.score is None else {"metric": record.score[0], "value": record.score[1]},
             "eval": {
                 metric: found[-1][1]
@@ -218,28 +217,28 @@ class Column:
     """
 
     title: str
-    text: Callable[[RecordedRun], str]
+    text: Callable[[Run], str]
     importance: int
     right: bool = True
 
 
-def _steps(record: RecordedRun) -> str:
+def _steps(record: Run) -> str:
     total = record.total_steps
     return f"{record.steps:,}" if total in (None, record.steps) else f"{record.steps:,}/{total:,}"
 
 
-def _score(record: RecordedRun) -> str:
+def _score(record: Run) -> str:
     score = record.score
     if score is None or score[0] == record.loss_metric:
         return ""
     return f"{metric_name(score[0])} {metric_value(*score)}"
 
 
-def _memory(record: RecordedRun) -> str:
+def _memory(record: Run) -> str:
     return "" if record.peak_bytes is None else f"{record.peak_bytes / 1e9:.2f} GB"
 
 
-def _model(record: RecordedRun) -> str:
+def _model(record: Run) -> str:
     reference = record.model.rstrip("/")
     last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
     return _shortened(last.removeprefix("pypi:"), MODEL)
@@ -251,7 +250,7 @@ COLUMNS = (
     Column("rows", lambda record: count(record.metrics.total("rows")), 7),
     Column("steps", _steps, 5),
     Column("state", lambda record: record.state, 0, right=False),
-    Column("held-out", lambda record: "" if (v := record.held_out_loss) is None else short(v), 1),
+    Column("held-out", lambda record: short(record.held_out_losses[-1][1]) if record.held_out_losses else "", 1),
     Column("score", _score, 2),
     Column("time", lambda record: duration(record.seconds) if record.seconds else "", 4),
     Column("memory", _memory, 6),
@@ -259,7 +258,7 @@ COLUMNS = (
 )
 
 
-def runs_table(records: Sequence[RecordedRun], width: int) -> RenderableType:
+def runs_table(records: Sequence[Run], width: int) -> RenderableType:
     """One line a run, the latest last, in at most ``width`` characters where that can be."""
     records = sorted(records, key=lambda record: record.started)
     names = [_shortened(name, NAME) for name in names_of(records)]
@@ -288,7 +287,7 @@ def runs_table(records: Sequence[RecordedRun], width: int) -> RenderableType:
     return Group(table, note)
 
 
-def comparison_tables(records: Sequence[RecordedRun], width: int) -> list[RenderableType]:
+def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
     names = [_shortened(name, NAME) for name in names_of(records)]
     longest = max(len(name) for name in names) + 2

@@ -21,8 +21,8 @@ from deltaw.reports.page.svg import (
     thinned,
 )
 from deltaw.reports.plan import PARTS
-from deltaw.reports.recorded import RecordedRun, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
+from deltaw.training.run_folder import Run, number, numbers, sequence
 
 # Rows of the table behind a curve.
 ROWS = 40
@@ -30,7 +30,7 @@ ROWS = 40
 STEP = "step"
 
 
-def curve_figures(record: RecordedRun) -> list[Figure]:
+def curve_figures(record: Run) -> list[Figure]:
     """The loss first, then what else was measured over the steps."""
     figures: list[Figure | None] = [loss_figure(record), *metric_figures(record)]
     columns: list[tuple[str, str, str, str]] = [
@@ -53,14 +53,13 @@ def curve_figures(record: RecordedRun) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def loss_figure(record: RecordedRun) -> Figure | None:
+def loss_figure(record: Run) -> Figure | None:
     """Training loss, raw and smoothed, with the held-out loss."""
     steps, losses = record.metrics.column("loss")
     if not len(steps):
         return None
     mean = smoothed(losses)
-    metric = record.loss_metric
-    held_out = record.metrics.evaluated(metric) if metric else []
+    held_out = record.held_out_losses
     curves = [
         Curve(_points(steps, losses), "c1 raw"),
         Curve(_points(steps, mean), "c1"),
@@ -87,7 +86,7 @@ def loss_figure(record: RecordedRun) -> Figure | None:
     )
 
 
-def metric_figures(record: RecordedRun) -> list[Figure]:
+def metric_figures(record: Run) -> list[Figure]:
     """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
     figures: list[Figure] = []
     for name in record.metrics.metric_names():
@@ -119,9 +118,7 @@ def metric_figures(record: RecordedRun) -> list[Figure]:
     return figures
 
 
-def column_figure(
-    record: RecordedRun, column: str, title: str, text: str, unit: str, *, smooth: bool = False
-) -> Figure | None:
+def column_figure(record: Run, column: str, title: str, text: str, unit: str, *, smooth: bool = False) -> Figure | None:
     """One column of the metrics over the steps; None where there is none."""
     steps, values = record.metrics.column(column)
     if not len(steps):
@@ -129,7 +126,7 @@ def column_figure(
     return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth=smooth)
 
 
-def speed_figure(record: RecordedRun) -> Figure | None:
+def speed_figure(record: Run) -> Figure | None:
     """Tokens a second, step by step."""
     steps, seconds = record.metrics.column("seconds")
     if not len(steps):
@@ -178,9 +175,9 @@ def _figure_of(
     return Figure(identity, title, text, drawn, numbers, legend)
 
 
-def memory_figure(record: RecordedRun) -> Figure | None:
+def memory_figure(record: Run) -> Figure | None:
     """Planned memory by part, and what was measured; None where nothing was planned or measured."""
-    plan, peak = record.plan, record.peak_bytes
+    plan, peak = record.part("plan"), record.peak_bytes
     parts = plan.get("parts")
     if not isinstance(parts, Mapping) or not record.planned_bytes:
         return None
@@ -211,12 +208,12 @@ def memory_figure(record: RecordedRun) -> Figure | None:
     )
 
 
-def length_figure(record: RecordedRun) -> Figure | None:
+def length_figure(record: Run) -> Figure | None:
     """How long the rows are."""
-    lengths = record.data.get("lengths")
+    lengths = record.part("data").get("lengths")
     if not isinstance(lengths, Mapping):
         return None
-    edges, counts = ([int(n) for n in numbers(_list(lengths.get(key)))] for key in ("edges", "rows"))
+    edges, counts = ([int(n) for n in numbers(sequence(lengths.get(key)))] for key in ("edges", "rows"))
     if len(edges) < 2 or len(edges) != len(counts) + 1:
         return None
     text = f"Tokens of the training rows; half of them have up to {count(number(lengths.get('median')))}"
@@ -237,11 +234,9 @@ def length_figure(record: RecordedRun) -> Figure | None:
     )
 
 
-def rate_figure(record: RecordedRun) -> Figure | None:
+def rate_figure(record: Run) -> Figure | None:
     """The range test of the learning rate: loss over the rate tried; None where there was none."""
     told = record.learning_rates
-    if not isinstance(told, Mapping):
-        return None
     losses, mean = _over_rates(told, "losses"), _over_rates(told, "smoothed")
     if len(losses) < 2:
         return None
@@ -287,7 +282,7 @@ def rate_figure(record: RecordedRun) -> Figure | None:
 
 def _over_rates(told: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
     """Learning rate and loss of each step of a search, by rate."""
-    pairs = zip(_list(told.get("rates")), _list(told.get(name)), strict=False)
+    pairs = zip(sequence(told.get("rates")), sequence(told.get(name)), strict=False)
     found = [(number(rate), number(loss)) for rate, loss in pairs]
     return sorted((rate, loss) for rate, loss in found if rate is not None and loss is not None and rate > 0)
 
@@ -325,7 +320,3 @@ def _step(value: float) -> str:
 def _formatted(metric: str) -> Callable[[float], str]:
     share = metric_value(metric, 0.5).endswith("%")
     return lambda value: f"{100 * value:.4g}%" if share else tick(value)
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []

@@ -20,9 +20,9 @@ from markupsafe import Markup
 from deltaw.durable import write_text
 from deltaw.reports.page.run_view import run_view
 from deltaw.reports.page.svg import Curve, Figure, Numbers, line_chart, smoothed, swatch, thinned
-from deltaw.reports.recorded import RecordedRun, find_runs, read_run
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
 from deltaw.reports.wording import metric_name, metric_value, short, tick, when
+from deltaw.training.run_folder import Run, find_runs, read_run
 
 # ---- What the page of several runs says: results, curves in one drawing, and the settings that differ.
 
@@ -31,7 +31,7 @@ from deltaw.reports.wording import metric_name, metric_value, short, tick, when
 KINDS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 
 
-def compare_view(records: Sequence[RecordedRun]) -> dict[str, Any]:
+def compare_view(records: Sequence[Run]) -> dict[str, Any]:
     """The variables of the template ``compare.html``."""
     figures = compared_figures(records)
     answers = same_prompts(records)
@@ -53,7 +53,7 @@ def compare_view(records: Sequence[RecordedRun]) -> dict[str, Any]:
     }
 
 
-def compared_figures(records: Sequence[RecordedRun]) -> list[Figure]:
+def compared_figures(records: Sequence[Run]) -> list[Figure]:
     """Training loss, every held-out metric that at least one run has, learning rate and gradient norm."""
     figures = [_column(records, "loss", "Training loss", short, smooth=True)]
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
@@ -64,7 +64,7 @@ def compared_figures(records: Sequence[RecordedRun]) -> list[Figure]:
 
 
 def _column(
-    records: Sequence[RecordedRun], column: str, title: str, wording: Callable[[float], str], *, smooth: bool
+    records: Sequence[Run], column: str, title: str, wording: Callable[[float], str], *, smooth: bool
 ) -> Figure | None:
     found = []
     for record in records:
@@ -76,7 +76,7 @@ def _column(
     return _figure(records, column.replace("_", "-"), title, said, found, wording, None)
 
 
-def _metric(records: Sequence[RecordedRun], name: str) -> Figure | None:
+def _metric(records: Sequence[Run], name: str) -> Figure | None:
     found = []
     for record in records:
         points = np.array(record.metrics.evaluated(name), dtype=float).reshape(-1, 2)
@@ -91,7 +91,7 @@ def _metric(records: Sequence[RecordedRun], name: str) -> Figure | None:
 
 
 def _figure(
-    records: Sequence[RecordedRun],
+    records: Sequence[Run],
     identity: str,
     title: str,
     said: str,
@@ -149,13 +149,13 @@ def _templates() -> tuple[Environment, Markup]:
     return environment, style
 
 
-def run_page(record: RecordedRun) -> str:
+def run_page(record: Run) -> str:
     """One run as a page."""
     environment, style = _templates()
     return environment.get_template("run.html").render(style=style, **run_view(record)).strip() + "\n"
 
 
-def comparison_page(records: Sequence[RecordedRun]) -> str:
+def comparison_page(records: Sequence[Run]) -> str:
     """Several runs side by side."""
     environment, style = _templates()
     return environment.get_template("compare.html").render(style=style, **compare_view(records)).strip() + "\n"
