@@ -75,9 +75,7 @@ def test_states_of_a_run_are_told(tmp_path):
     failed = page_of(write_run(tmp_path / "failed", state="failed"))
     assert "it diverged" in failed.text and "lower the rate" in failed.text
     folder = write_run(tmp_path / "killed", state="running")
-    told = json.loads((folder / "run.json").read_text())
-    told["process"]["begun"] -= 1000
-    (folder / "run.json").write_text(json.dumps(told))
+    change_noted(folder, lambda told: told["process"].update(begun=0.0))
     assert "killed before its end" in page_of(folder).text
 
 
@@ -104,6 +102,13 @@ def test_folders_that_are_nearly_empty_or_damaged_still_have_a_page(tmp_path):
     assert "could not be measured" in page.text
     with pytest.raises(UserError, match="not the folder of a run"):
         read_run(tmp_path)
+
+
+def change_noted(folder, change):
+    """Let ``change`` alter what run.json holds."""
+    told = json.loads((folder / "run.json").read_text())
+    change(told)
+    (folder / "run.json").write_text(json.dumps(told))
 
 
 def keys_of(value, path=()):
@@ -184,9 +189,7 @@ def test_what_happened_on_the_way_is_noted(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "warning": {"kind": "rising_loss", "mean": 2.0}}\n')
         file.write('{"step": 61, "skipped": {"loss": "nan"}, "learning_rate": 1e-3}\n')
-    told = json.loads((folder / "run.json").read_text())
-    told["result"]["stopped_early"] = "3 evaluations without improvement"
-    (folder / "run.json").write_text(json.dumps(told))
+    change_noted(folder, lambda told: told["result"].update(stopped_early="3 evaluations without improvement"))
     page = page_of(folder)
     assert "At step 12: the training loss was rising." in page.text
     assert "1 step with a loss or gradient that is not finite left out." in page.text

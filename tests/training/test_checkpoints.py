@@ -23,7 +23,7 @@ from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.resuming import dumped, with_choices
 from deltaw.training.run_folder import EARLIER, RUN, Run, RunLock
-from deltaw.training.state import ArithmeticChangedWarning
+from deltaw.training.state import ArithmeticChangedWarning, SavedState
 from tests.conftest import laid_over, write_rows
 from tests.training.copies import copied
 
@@ -96,6 +96,12 @@ def stopped_run(settings, folder, after, **changes):
     result = deltaw.fit(settings(folder, **laid_over({"train": TRAIN}, changes)), callback=Stop())
     assert result.interrupted and result.outcome.steps == after
     return result
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run that nothing stopped."""
+    return deltaw.fit(settings(tmp_path_factory.mktemp("whole") / "run", train=TRAIN)).output
 
 
 METHODS = {
@@ -175,8 +181,7 @@ class Dying(Callback):
             raise RuntimeError("killed")
 
 
-def test_interrupted_runs_go_on_too(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_interrupted_runs_go_on_too(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
     assert Run(run).state == "interrupted"
@@ -254,8 +259,7 @@ def test_a_setting_that_would_make_it_another_run_is_refused_by_name(settings, t
     assert fresh.resumed_from_step is None and (tmp_path / "run.1" / ADAPTER).is_file()
 
 
-def test_settings_that_no_step_depends_on_may_change(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_settings_that_no_step_depends_on_may_change(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
     train = {**TRAIN, "checkpoint_every": 1, "keep_checkpoints": 5, "learning_rate": 1e-2}
@@ -349,8 +353,7 @@ def test_rows_that_changed_are_refused(settings, tmp_path):
     assert deltaw.fit(changed).resumed_from_step == 3
 
 
-def test_the_same_rows_elsewhere_are_the_same_rows(settings, tmp_path, rows_file):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_the_same_rows_elsewhere_are_the_same_rows(settings, tmp_path, whole, rows_file):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
     elsewhere = shutil.copy(rows_file, tmp_path / "elsewhere.jsonl")
@@ -402,8 +405,7 @@ def as_earlier_versions_wrote(run):
     return values
 
 
-def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
     values = as_earlier_versions_wrote(run)
@@ -418,8 +420,7 @@ def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, tmp_path):
     assert deltaw.fit({"train": {"epochs": 5}}, resume=run).resumed_from_step == 12
 
 
-def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 5, train={"keep_checkpoints": 3})
     for count, path in enumerate(reversed(listed(run / "checkpoints")), start=1):
@@ -433,18 +434,21 @@ def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path
             assert_same_run(copy, whole)
 
 
+class Fake:
+    """As much of a training's state as checkpoints need."""
+
+    step, total_steps = 4, 100
+
+    def view(self):
+        return SavedState({"step": self.step}, {"a": torch.ones(2)})
+
+
+ABOUT = {"settings": {}, "choices": {}, "rows": {}, "model": None}
+
+
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
-    class Fake:
-        step, total_steps = 0, 100
-
-        def view(self):
-            from deltaw.training.state import SavedState
-
-            return SavedState({"step": self.step}, {"a": torch.ones(2)})
-
     state = Fake()
-    about = {"settings": {}, "choices": {}, "rows": {}, "model": None}
-    made = Checkpoints(tmp_path, every=2, minutes=None, keep=2, about=about)
+    made = Checkpoints(tmp_path, every=2, minutes=None, keep=2, about=ABOUT)
     made.begin(state)
     losses = {3: 0.5, 6: 0.2, 9: 0.4}
     for state.step in range(1, 13):
@@ -525,16 +529,7 @@ class Counter:
 
 
 def test_what_others_keep_comes_back(tmp_path):
-    class Fake:
-        step, total_steps = 4, 100
-
-        def view(self):
-            from deltaw.training.state import SavedState
-
-            return SavedState({}, {})
-
-    about = {"settings": {}, "choices": {}, "rows": {}, "model": None}
-    settings = {"every": 2, "minutes": None, "keep": 1, "about": about}
+    settings = {"every": 2, "minutes": None, "keep": 1, "about": ABOUT}
     first, second = Counter(), Counter()
     first.count = 7
     made = Checkpoints(tmp_path, extras={"counter": first}, **settings)

@@ -25,6 +25,12 @@ from tests.training.test_checkpoints import ADAPTER, TRAIN, Told, assert_same_ru
 SETTINGS = {"train": TRAIN}
 
 
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run that nothing stopped."""
+    return deltaw.fit(settings(tmp_path_factory.mktemp("whole") / "run", **SETTINGS)).output
+
+
 class Raising(Callback):
     """Ends the training with an error once so many steps are done."""
 
@@ -56,8 +62,7 @@ NO_MEMORY = (
     ],
     ids=["torch's memory", "the kernels' memory", "a GPU's memory", "full disk", "read-only"],
 )
-def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_path, error, what):
-    whole = deltaw.fit(settings(tmp_path / "whole", **SETTINGS)).output
+def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_path, whole, error, what):
     run = tmp_path / "run"
     with pytest.raises(UserError, match=what) as ended:
         deltaw.fit(settings(run, **SETTINGS), callback=Raising(5, error))
@@ -75,9 +80,8 @@ def test_other_errors_stay_what_they_are(settings, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["the tensors", "flushing", "a line of the metrics"])
-def test_a_disk_that_fills_up(settings, tmp_path, monkeypatch, part):
+def test_a_disk_that_fills_up(settings, tmp_path, whole, monkeypatch, part):
     """Whatever is being written: the checkpoint before stays, and the run goes on once there is room."""
-    whole = deltaw.fit(settings(tmp_path / "whole", **SETTINGS)).output
     run, counted = tmp_path / "run", []
 
     def filling(real, fails):

@@ -92,8 +92,8 @@ class ComparisonJobs:
                 return dataclasses.replace(job, log=self._place.log(f"tuning-{entry.method}"))
         for seed in self._seeds:
             for entry in self._entries:
-                if (job := self._run(entry, seed)) is not None:
-                    return job
+                if (run := self._run(entry, seed)) is not None:
+                    return run
         return None
 
     def report(self, key: str, report: Mapping[str, object]) -> bool:

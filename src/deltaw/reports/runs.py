@@ -11,18 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.reports.page.svg import Numbers
+from deltaw.reports.tables import add_row, one_line, table
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
 from deltaw.training.run_folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, read_run
-
-# ---- Which runs somebody means: a folder of runs, the path of a run, or its name in the folder ``runs``.
-
 
 # Where runs are by default.
 FOLDER = "runs"
@@ -78,9 +74,6 @@ def _place(name: str) -> Path:
         where="the runs to list",
         hint=did_you_mean(name, known) if known else "give the path of a run's folder",
     )
-
-
-# ---- runs
 
 
 # Settings that differ between any two runs and say nothing.
@@ -199,9 +192,6 @@ def _or_empty(value: Any, wording: Any) -> str:
     return "" if value is None else str(wording(value))
 
 
-# ---- Runs on a terminal: one line a run, or a few runs side by side. Columns that do not fit are left out.
-
-
 STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
 # The longest cell of a column of names.
 NAME, MODEL = 34, 26
@@ -241,7 +231,7 @@ def _memory(record: Run) -> str:
 def _model(record: Run) -> str:
     reference = record.model.rstrip("/")
     last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
-    return _shortened(last.removeprefix("pypi:"), MODEL)
+    return one_line(last.removeprefix("pypi:"), MODEL, end=True)
 
 
 COLUMNS = (
@@ -261,7 +251,7 @@ COLUMNS = (
 def runs_table(records: Sequence[Run], width: int) -> RenderableType:
     """One line a run, the latest last, in at most ``width`` characters where that can be."""
     records = sorted(records, key=lambda record: record.started)
-    names = [_shortened(name, NAME) for name in names_of(records)]
+    names = [one_line(name, NAME, end=True) for name in names_of(records)]
     cells = {column.title: [column.text(record) for record in records] for column in COLUMNS}
     columns = [column for column in COLUMNS if any(cells[column.title])]
     while True:
@@ -270,53 +260,37 @@ def runs_table(records: Sequence[Run], width: int) -> RenderableType:
             break
         last = max(column.importance for column in columns)
         columns = [column for column in columns if column.importance != last]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("run", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+    made = table(["run", *(column.title for column in columns)])
+    for column, shown_column in zip(columns, made.columns[1:], strict=True):
+        shown_column.justify = "right" if column.right else "left"
     for place, (name, record) in enumerate(zip(names, records, strict=True)):
-        row = [Text(name)]
-        for column in columns:
-            style = STYLES.get(record.state, "red") if column.title == "state" else ""
-            row.append(Text(cells[column.title][place], style=style))
-        table.add_row(*row)
+        styles = [STYLES.get(record.state, "red") if column.title == "state" else "" for column in columns]
+        texts = [cells[column.title][place] for column in columns]
+        add_row(made, [name, *(Text(text, style=style) for text, style in zip(texts, styles, strict=True))])
     left_out = [column.title for column in COLUMNS if any(cells[column.title]) and column not in columns]
     if not left_out:
-        return table
+        return made
     note = Text(f"a wider terminal also shows {', '.join(left_out)}; --json has everything", style="dim")
-    return Group(table, note)
+    return Group(made, note)
 
 
 def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
-    names = [_shortened(name, NAME) for name in names_of(records)]
+    names = [one_line(name, NAME, end=True) for name in names_of(records)]
     longest = max(len(name) for name in names) + 2
     at_once = max(1, (width - 26) // max(14, longest))
     parts: list[RenderableType] = []
     results, differences = result_rows(records), differing_settings(records)
     for start in range(0, len(records), at_once):
         part = slice(start, start + at_once)
-        parts.append(_numbers(results, names, part))
-        if differences.rows:
-            parts.append(_numbers(differences, names, part, title="settings that differ"))
+        for numbers, title in ((results, results.head[0]), (differences, "settings that differ")):
+            if numbers.rows:
+                rows = [(first, *cells[part]) for first, *cells in numbers.rows]
+                parts.append(table([title, *names[part]], rows, fold=True))
     if not differences.rows:
         parts.append(Text("no setting differs, apart from the folder"))
     return parts
 
 
-def _numbers(numbers: Numbers, names: Sequence[str], part: slice, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title or numbers.head[0], overflow="fold")
-    for name in names[part]:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for first, *cells in numbers.rows:
-        table.add_row(Text(first), *(Text(cell) for cell in cells[part]))
-    return table
-
-
 def _width(title: str, cells: Sequence[str]) -> int:
     return max(len(title), *(len(cell) for cell in cells)) + 2
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else "…" + text[-(most - 1) :]

@@ -83,7 +83,7 @@ def run_view(record: Run) -> dict[str, Any]:
         "notices": notices(record),
         "headline": headline(record),
         "curves": curves,
-        "rates": rate_figure(record),
+        "rates": rate_figure(record.learning_rates),
         "answers": answers,
         "drift": drift_text(record),
         "memory": memory_figure(record),
