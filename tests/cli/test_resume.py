@@ -121,7 +121,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(flags, tmp_path, call):
         assert call("train", "--resume", run, "--train.epochs", 3, *changes).status == 2
         assert tree(run) == before
     for damage in (b"", b"{}", b"\xff" * 30):
-        status = run / "checkpoints" / "status.json"
+        status = run / "run.json"
         kept = status.read_bytes()
         status.write_bytes(damage)
         assert call("train", "--resume", run, "--train.epochs", 3).status == 2

@@ -31,11 +31,14 @@ class WorkerHere:
     def __exit__(self, *_: object) -> None:
         return None
 
+    def close(self) -> None:
+        return None
+
     def ask(
         self, do: str, on_report: Callable[[Mapping[str, object]], bool] | None = None, **request: object
     ) -> dict[str, object]:
         config = request.get("config")
-        of_method = isinstance(config, dict) and do in ("open", "run")
+        of_method = isinstance(config, dict) and do in ("usual", "rate", "run")
         type(self).asked.append(f"{do} {config['method']}" if of_method else do)
         self._told = on_report
         plain = json.loads(json.dumps({"do": do, **request}))
@@ -45,7 +48,7 @@ class WorkerHere:
 def use_worker_here(patch: pytest.MonkeyPatch) -> type[WorkerHere]:
     """Let studies work in this process."""
     WorkerHere.asked = []
-    for module in ("compare", "tune"):
+    for module in ("compare", "tune", "jobs"):
         patch.setattr(f"deltaw.experiments.{module}.Child", WorkerHere)
     return WorkerHere
 

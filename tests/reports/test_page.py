@@ -11,7 +11,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page, write_pages
-from deltaw.reports.recorded import read_run
+from deltaw.training.run_folder import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 
@@ -75,9 +75,7 @@ def test_states_of_a_run_are_told(tmp_path):
     failed = page_of(write_run(tmp_path / "failed", state="failed"))
     assert "it diverged" in failed.text and "lower the rate" in failed.text
     folder = write_run(tmp_path / "killed", state="running")
-    told = json.loads((folder / "summary.json").read_text())
-    told["process"]["begun"] -= 1000
-    (folder / "summary.json").write_text(json.dumps(told))
+    change_noted(folder, lambda told: told["process"].update(begun=0.0))
     assert "killed before its end" in page_of(folder).text
 
 
@@ -95,7 +93,7 @@ def test_folders_that_are_nearly_empty_or_damaged_still_have_a_page(tmp_path):
     (folder / "metrics.jsonl").write_text("")
     assert "bare" in page_of(folder).text
     (folder / "run.yaml").write_text(": : [")
-    (folder / "summary.json").write_text('{"state": "finished", "data": [1], "plan": "x", "chosen": 3')
+    (folder / "run.json").write_text('{"state": "finished", "data": [1], "plan": "x", "chosen": 3')
     (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
     (folder / "adapter_config.json").write_text("{")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "lo\n[]\n{"step": 3}\n')
@@ -104,6 +102,13 @@ def test_folders_that_are_nearly_empty_or_damaged_still_have_a_page(tmp_path):
     assert "could not be measured" in page.text
     with pytest.raises(UserError, match="not the folder of a run"):
         read_run(tmp_path)
+
+
+def change_noted(folder, change):
+    """Let ``change`` alter what run.json holds."""
+    told = json.loads((folder / "run.json").read_text())
+    change(told)
+    (folder / "run.json").write_text(json.dumps(told))
 
 
 def keys_of(value, path=()):
@@ -117,7 +122,7 @@ def keys_of(value, path=()):
 
 def test_every_value_of_a_summary_may_be_missing_or_of_another_type(tmp_path):
     folder = write_run(tmp_path / "one")
-    whole = (folder / "summary.json").read_text()
+    whole = (folder / "run.json").read_text()
     paths = list(keys_of(json.loads(whole)))
     assert len(paths) > 60
     for number, path in enumerate(paths):
@@ -130,7 +135,7 @@ def test_every_value_of_a_summary_may_be_missing_or_of_another_type(tmp_path):
                 del at[path[-1]]
             else:
                 at[path[-1]] = instead
-            (folder / "summary.json").write_text(json.dumps(told))
+            (folder / "run.json").write_text(json.dumps(told))
             try:
                 page_of(folder)
             except Exception as error:
@@ -184,9 +189,7 @@ def test_what_happened_on_the_way_is_noted(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "warning": {"kind": "rising_loss", "mean": 2.0}}\n')
         file.write('{"step": 61, "skipped": {"loss": "nan"}, "learning_rate": 1e-3}\n')
-    told = json.loads((folder / "summary.json").read_text())
-    told["result"]["stopped_early"] = "3 evaluations without improvement"
-    (folder / "summary.json").write_text(json.dumps(told))
+    change_noted(folder, lambda told: told["result"].update(stopped_early="3 evaluations without improvement"))
     page = page_of(folder)
     assert "At step 12: the training loss was rising." in page.text
     assert "1 step with a loss or gradient that is not finite left out." in page.text

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from deltaw.reports.comparison import FIGURE, HEIGHT, WIDTH, rate_figure, write_rate_figure
+from deltaw.reports.page.write import write_rate_figure
 from deltaw.training.monitoring.rates import read_curve
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -22,21 +22,15 @@ def curve(count=40, runs_away=True):
 
 
 @pytest.mark.parametrize("search", [curve(), curve(runs_away=False), curve(count=3)])
-def test_the_figure_has_title_description_and_every_point_inside(search):
-    root = ElementTree.fromstring(rate_figure(search))
-    assert root.find(f"{SVG}title").text and search.why in root.find(f"{SVG}desc").text
-    circles = root.findall(f".//{SVG}circle")
-    assert len(circles) == len(search.rates)
-    places = [(float(c.get("cx")), float(c.get("cy"))) for c in circles]
-    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
-    assert [x for x, _ in places] == sorted(x for x, _ in places)
+def test_the_figure_has_title_description_and_every_point_inside(search, tmp_path):
+    path = write_rate_figure(search, tmp_path)
+    root = ElementTree.fromstring(path.read_text())
+    assert [found.name for found in tmp_path.iterdir()] == ["learning_rate.svg"]
+    assert root.find(f".//{SVG}title").text and search.why in root.find(f".//{SVG}desc").text
+    steps = next(p.get("d") for p in root.iter(f"{SVG}path") if p.get("class") == "c1 raw" and "L" in p.get("d"))
+    places = [tuple(map(float, point.split())) for point in steps[1:].split("L")]
+    assert [x for x, _ in places] == sorted(x for x, _ in places) and len(places) == len(search.rates)
+    assert all(0 <= x <= 1000 and 0 <= y <= 210 for x, y in places)
+    assert search.diverged or int(np.argmax([y for _, y in places])) == int(np.argmin(search.losses)), "low is down"
     texts = "".join(root.itertext())
     assert f"chosen {search.chosen:.2g}" in texts and f"usual {search.usual:.2g}" in texts
-
-
-def test_lower_losses_are_drawn_lower(tmp_path):
-    search = curve(runs_away=False)
-    root = ElementTree.fromstring(write_rate_figure(search, tmp_path).read_text())
-    heights = [float(c.get("cy")) for c in root.findall(f".//{SVG}circle")]
-    assert int(np.argmax(heights)) == int(np.argmin(search.losses))
-    assert [path.name for path in tmp_path.iterdir()] == [FIGURE]

@@ -9,8 +9,8 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.reports import run as reports_run
-from deltaw.reports.recorded import read_run
 from deltaw.training.callbacks import Callback, Lines
+from deltaw.training.run_folder import read_run
 from tests.reports.html_pages import Page
 
 
@@ -40,7 +40,7 @@ def test_a_run_from_python_leaves_its_page(settings, tmp_path):
     text = (result.output / "report.html").read_text()
     page = Page(text)
     assert page.faults == [] and "This run goes on" not in text
-    told = json.loads((result.output / "summary.json").read_text())
+    told = json.loads((result.output / "run.json").read_text())
     assert told["state"] == "finished" and told["result"] == result.as_dict()
     assert "paint it" in page.text and page.marked and "Where it learned" in page.words
     example = told["data"]["examples"][0]
@@ -54,7 +54,7 @@ def test_an_interrupted_and_a_failed_run_leave_a_page_that_says_so(settings, tmp
     assert "ended after 2 steps of 12" in (tmp_path / "stopped" / "report.html").read_text()
     with pytest.raises(UserError, match="diverged"):
         deltaw.fit(settings(tmp_path / "failed", lora={"alpha": 1e20}, train={"epochs": 2}))
-    assert read_run(tmp_path / "failed").state == "failed"
+    assert read_run(tmp_path / "failed").state == "diverged"
     assert "training diverged" in (tmp_path / "failed" / "report.html").read_text()
 
 

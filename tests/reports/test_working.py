@@ -18,7 +18,7 @@ from deltaw.working import listening, working
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PATIENCE", "REDRAW", "FIRST_LINE"):
         monkeypatch.setattr(module, name, 0.01)
-    monkeypatch.setattr(module, "NEXT_LINE", 1.0)
+    monkeypatch.setattr(module, "NEXT_LINE", 0.01)
 
 
 def shown(terminal: bool) -> tuple[Console, io.StringIO]:

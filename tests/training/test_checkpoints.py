@@ -22,8 +22,8 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.resuming import dumped, with_choices
-from deltaw.training.run_folder import RunLock, read_status
-from deltaw.training.state import ArithmeticChangedWarning
+from deltaw.training.run_folder import EARLIER, RUN, Run, RunLock
+from deltaw.training.state import ArithmeticChangedWarning, SavedState
 from tests.conftest import laid_over, write_rows
 from tests.training.copies import copied
 
@@ -96,6 +96,12 @@ def stopped_run(settings, folder, after, **changes):
     result = deltaw.fit(settings(folder, **laid_over({"train": TRAIN}, changes)), callback=Stop())
     assert result.interrupted and result.outcome.steps == after
     return result
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run that nothing stopped."""
+    return deltaw.fit(settings(tmp_path_factory.mktemp("whole") / "run", train=TRAIN)).output
 
 
 METHODS = {
@@ -175,11 +181,10 @@ class Dying(Callback):
             raise RuntimeError("killed")
 
 
-def test_interrupted_runs_go_on_too(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_interrupted_runs_go_on_too(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
-    assert read_status(run).state == "interrupted"
+    assert Run(run).state == "interrupted"
     assert listed(run / "checkpoints")[-1].name == "step-000003"
     said = "The training was interrupted"
     assert said in (run / "README.md").read_text()
@@ -187,7 +192,7 @@ def test_interrupted_runs_go_on_too(settings, tmp_path):
     assert result.resumed_from_step == 3 and not result.interrupted
     assert_same_run(run, whole)
     assert said not in (run / "README.md").read_text()
-    assert read_status(run).state == "finished"
+    assert Run(run).state == "finished"
     answer = result.as_dict()
     assert answer["resumed_from_step"] == 3 and answer["steps"] == 12
     assert answer["checkpoints"] == [str(path) for path in listed(run / "checkpoints")]
@@ -254,8 +259,7 @@ def test_a_setting_that_would_make_it_another_run_is_refused_by_name(settings, t
     assert fresh.resumed_from_step is None and (tmp_path / "run.1" / ADAPTER).is_file()
 
 
-def test_settings_that_no_step_depends_on_may_change(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_settings_that_no_step_depends_on_may_change(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
     train = {**TRAIN, "checkpoint_every": 1, "keep_checkpoints": 5, "learning_rate": 1e-2}
@@ -349,8 +353,7 @@ def test_rows_that_changed_are_refused(settings, tmp_path):
     assert deltaw.fit(changed).resumed_from_step == 3
 
 
-def test_the_same_rows_elsewhere_are_the_same_rows(settings, tmp_path, rows_file):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def test_the_same_rows_elsewhere_are_the_same_rows(settings, tmp_path, whole, rows_file):
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
     elsewhere = shutil.copy(rows_file, tmp_path / "elsewhere.jsonl")
@@ -389,8 +392,35 @@ def test_a_run_of_an_earlier_version_goes_on_and_that_is_said(settings, tmp_path
     assert "not verified: whether the model is as when the run began, with an earlier version" in told
 
 
-def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path):
-    whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN)).output
+def as_earlier_versions_wrote(run):
+    """Two files in the place of run.json."""
+    values = json.loads((run / RUN).read_text())
+    (run / RUN).unlink()
+    training, process = values.pop("training"), values["process"]
+    status = {"version": 1, "state": values["state"], "total_steps": values["total_steps"], "process": process["id"]}
+    summary, checkpoints = (run / name for name in EARLIER)
+    checkpoints.write_text(json.dumps(status | training))
+    values["state"] = "failed" if values["state"] == "diverged" else values["state"]
+    summary.write_text(json.dumps(values))
+    return values
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, tmp_path, whole):
+    run = tmp_path / "run"
+    stopped_run(settings, run, 3)
+    values = as_earlier_versions_wrote(run)
+    earlier = Run(run)
+    assert (earlier.state, earlier.steps, earlier.total_steps) == ("interrupted", 3, 12)
+    assert earlier.result == values["result"] and earlier.started == values["started"] and earlier.chosen
+    assert deltaw.fit(settings(run, train=TRAIN)).resumed_from_step == 3
+    assert_same_run(run, whole)
+    assert Run(run).started == values["started"] and not any((run / name).exists() for name in EARLIER)
+    as_earlier_versions_wrote(run)
+    assert Run(run).state == "finished"
+    assert deltaw.fit({"train": {"epochs": 5}}, resume=run).resumed_from_step == 12
+
+
+def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path, whole):
     run = tmp_path / "run"
     stopped_run(settings, run, 5, train={"keep_checkpoints": 3})
     for count, path in enumerate(reversed(listed(run / "checkpoints")), start=1):
@@ -404,18 +434,21 @@ def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path
             assert_same_run(copy, whole)
 
 
+class Fake:
+    """As much of a training's state as checkpoints need."""
+
+    step, total_steps = 4, 100
+
+    def view(self):
+        return SavedState({"step": self.step}, {"a": torch.ones(2)})
+
+
+ABOUT = {"settings": {}, "choices": {}, "rows": {}, "model": None}
+
+
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
-    class Fake:
-        step, total_steps = 0, 100
-
-        def view(self):
-            from deltaw.training.state import SavedState
-
-            return SavedState({"step": self.step}, {"a": torch.ones(2)})
-
     state = Fake()
-    about = {"settings": {}, "choices": {}, "rows": {}, "model": None}
-    made = Checkpoints(tmp_path, every=2, minutes=None, keep=2, about=about)
+    made = Checkpoints(tmp_path, every=2, minutes=None, keep=2, about=ABOUT)
     made.begin(state)
     losses = {3: 0.5, 6: 0.2, 9: 0.4}
     for state.step in range(1, 13):
@@ -496,16 +529,7 @@ class Counter:
 
 
 def test_what_others_keep_comes_back(tmp_path):
-    class Fake:
-        step, total_steps = 4, 100
-
-        def view(self):
-            from deltaw.training.state import SavedState
-
-            return SavedState({}, {})
-
-    about = {"settings": {}, "choices": {}, "rows": {}, "model": None}
-    settings = {"every": 2, "minutes": None, "keep": 1, "about": about}
+    settings = {"every": 2, "minutes": None, "keep": 1, "about": ABOUT}
     first, second = Counter(), Counter()
     first.count = 7
     made = Checkpoints(tmp_path, extras={"counter": first}, **settings)

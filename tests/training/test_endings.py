@@ -18,11 +18,17 @@ from deltaw.training import checkpoints
 from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import listed
 from deltaw.training.loop import MOST_IN_ROW
-from deltaw.training.run_folder import RunFolder, read_status
+from deltaw.training.run_folder import Run, RunFolder
 from tests.training.test_checkpoints import ADAPTER, TRAIN, Told, assert_same_run, outcome_of
 
 # So that it goes on as if nothing had been.
 SETTINGS = {"train": TRAIN}
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run that nothing stopped."""
+    return deltaw.fit(settings(tmp_path_factory.mktemp("whole") / "run", **SETTINGS)).output
 
 
 class Raising(Callback):
@@ -56,13 +62,12 @@ NO_MEMORY = (
     ],
     ids=["torch's memory", "the kernels' memory", "a GPU's memory", "full disk", "read-only"],
 )
-def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_path, error, what):
-    whole = deltaw.fit(settings(tmp_path / "whole", **SETTINGS)).output
+def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_path, whole, error, what):
     run = tmp_path / "run"
     with pytest.raises(UserError, match=what) as ended:
         deltaw.fit(settings(run, **SETTINGS), callback=Raising(5, error))
     assert "goes on from step-000004" in ended.value.hint
-    assert read_status(run).state == "failed"
+    assert Run(run).state == "failed"
     result = deltaw.fit(settings(run, **SETTINGS))
     assert result.resumed_from_step == 4
     assert_same_run(run, whole)
@@ -75,9 +80,8 @@ def test_other_errors_stay_what_they_are(settings, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["the tensors", "flushing", "a line of the metrics"])
-def test_a_disk_that_fills_up(settings, tmp_path, monkeypatch, part):
+def test_a_disk_that_fills_up(settings, tmp_path, whole, monkeypatch, part):
     """Whatever is being written: the checkpoint before stays, and the run goes on once there is room."""
-    whole = deltaw.fit(settings(tmp_path / "whole", **SETTINGS)).output
     run, counted = tmp_path / "run", []
 
     def filling(real, fails):
@@ -156,7 +160,7 @@ def test_the_diagnosis_names_the_first_module_and_saves_the_rows(settings, tmp_p
     assert facts["step"] == 1 and len(facts["rows"]) == 3 and str(facts["rows"][0]) in ended.value.what
     tensors = load_file(run / "failed_step-000001.safetensors")
     assert {"0/tokens", "1/tokens", "2/tokens", "0/is_label"} <= tensors.keys()
-    assert read_status(run).state == "diverged"
+    assert Run(run).state == "diverged"
 
 
 def test_a_weight_that_broke_before_the_step_is_named(settings, tmp_path):

@@ -43,7 +43,7 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
         "checkpoints",
         "metrics.jsonl",
         "run.yaml",
-        "summary.json",
+        "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

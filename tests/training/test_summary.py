@@ -1,4 +1,4 @@
-"""summary.json: written at the beginning and at the end, however a run ends; small; its rows as trained."""
+"""run.json: written at the beginning and at the end, however a run ends; small; its rows as trained."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.summary import (
-    NAME,
-    TEXT,
-    example_rows,
-    is_alive,
-    length_counts,
-    next_commands,
-    plain,
-    this_process,
-)
+from deltaw.training.run_folder import RUN as NAME
+from deltaw.training.run_folder import RunFolder, is_alive, this_process
+from deltaw.training.summary import TEXT, example_rows, length_counts, next_commands, plain
 from tests.byte_models import byte_tokenizer
 
 
@@ -73,15 +66,17 @@ def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
     assert resumes == any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_a_summary_that_cannot_be_written_at_the_end_is_a_warning(settings, tmp_path):
-    class Removes(Callback):
-        def on_end(self, outcome):
-            (tmp_path / "run" / NAME).unlink()
-            (tmp_path / "run" / NAME).mkdir()
+def test_a_result_that_cannot_be_written_at_the_end_is_a_warning(settings, tmp_path, monkeypatch):
+    note = RunFolder.note
 
+    def full(folder, **values):
+        if "result" in values:
+            raise OSError("no room")
+        note(folder, **values)
+
+    monkeypatch.setattr(RunFolder, "note", full)
     with pytest.warns(UserWarning, match="could not be written"):
-        result = fit(settings(tmp_path / "run"), callback=Removes())
-    assert result.outcome.steps == 3
+        assert fit(settings(tmp_path / "run")).outcome.steps == 3
 
 
 def test_rows_are_shown_with_the_mask_that_is_trained(settings, tmp_path):
@@ -150,7 +145,7 @@ def test_values_become_plain_and_bounded():
 
 
 def test_a_process_that_has_ended_is_known():
-    script = "import json; from deltaw.training.summary import this_process; print(json.dumps(this_process()))"
+    script = "import json; from deltaw.training.run_folder import this_process; print(json.dumps(this_process()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert is_alive(json.loads(done.stdout)) is False
     own = this_process()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
 @text_flags(max_new_tokens=512)
 @model_flags
-def command(
-    run: str,
-    system: str | None,
-    with_base: bool,
-    how: TextSettings,
-    model: str | None,
-    trust_remote_code: bool,
-    precision: str,
-    device: str,
-) -> None:
+def command(run: str, system: str | None, with_base: bool, how: TextSettings, **opening: Any) -> None:
     """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D
     ends; /new starts over."""
     notes = console(True)
@@ -43,9 +34,7 @@ def command(
 
         from deltaw.serving.opening import base_engine
         from deltaw.training.origin import open_run
-    opened = open_run(
-        run, model=model, precision=precision, device=device, trust_remote_code=trust_remote_code, say=notes.print
-    )
+    opened = open_run(run, say=notes.print, **opening)
     opened.require_generation()
 
     def say(line: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from deltaw.cli.options import cluster_flags, cluster_of, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import cluster_flags, console, json_flag, nested, print_json, settings_flags
+
+if TYPE_CHECKING:
+    from deltaw.experiments.jobs import Cluster
 
 
 @click.command("compare")
@@ -51,8 +56,7 @@ def command(
     seeds: int,
     reference: str | None,
     budget: str | None,
-    ray: str | None,
-    ray_cpus: int | None,
+    cluster: Cluster | None,
     as_json: bool,
     **given: str | None,
 ) -> int:
@@ -92,7 +96,7 @@ def command(
             share=share or SHARE,
             seeds=seeds,
             reference=reference,
-            cluster=cluster_of(ray, ray_cpus),
+            cluster=cluster,
             say=out.print,
             draw=draw_comparison,
         )

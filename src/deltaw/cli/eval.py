@@ -43,12 +43,8 @@ def command(
     shown: int,
     with_drift: bool,
     general: int,
-    task: str | None,
-    model: str | None,
-    trust_remote_code: bool,
-    precision: str,
-    device: str,
     as_json: bool,
+    **opening: Any,
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
     out = console(as_json)
@@ -57,15 +53,7 @@ def command(
         from deltaw.training.origin import open_run, score_run
     if data is not None and names:
         raise UserError("--set chooses among the run's own sets", where="--data", hint="leave out one of the two")
-    opened = open_run(
-        run,
-        model=model,
-        precision=precision,
-        device=device,
-        task=task,
-        trust_remote_code=trust_remote_code,
-        say=out.print,
-    )
+    opened = open_run(run, say=out.print, **opening)
     sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, out).items()}
     _say_not_invoked(opened, sets, out)
     writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,11 +41,8 @@ def command(
     with_base: bool,
     how: TextSettings,
     logprobs: int | None,
-    model: str | None,
-    trust_remote_code: bool,
-    precision: str,
-    device: str,
     as_json: bool,
+    **opening: Any,
 ) -> None:
     """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
     standard input."""
@@ -64,9 +61,7 @@ def command(
     def say(line: str) -> None:
         notes.print(line, highlight=False, markup=False)
 
-    opened = open_run(
-        run, model=model, precision=precision, device=device, trust_remote_code=trust_remote_code, say=say
-    )
+    opened = open_run(run, say=say, **opening)
     opened.require_generation()
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
     if (line := opened.not_invoked(tokens)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -49,12 +49,7 @@ METHODS = ("concat", "svd", "linear", "ties", "dare")
 def command(
     run: str,
     output: str,
-    model: str | None,
-    trust_remote_code: bool,
-    precision: str,
     shard_size: str | None,
-    overwrite: bool,
-    other_base: bool,
     with_verify: bool,
     keep: bool,
     others: tuple[str, ...],
@@ -65,6 +60,7 @@ def command(
     seed: int,
     as_adapter: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Merge RUN (a run's folder, or an adapter's) into its base model: a folder that transformers loads."""
     out = console(as_json)
@@ -81,12 +77,8 @@ def command(
         weights = (weight, *(w for _, w in several))
         recipe = Recipe(method, weights, rank if method == "svd" else None, density, seed)
     options = MergeOptions(
-        model=model,
-        trust_remote_code=trust_remote_code,
-        precision=precision,
+        **given,
         shard_size=None if shard_size is None else parse_size(shard_size),
-        overwrite=overwrite,
-        other_base=other_base,
         others=tuple(folder for folder, _ in several),
         recipe=recipe,
     )

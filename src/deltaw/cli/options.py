@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -94,19 +95,24 @@ def json_flag(command: Command) -> Command:
 
 
 def cluster_flags(command: Command) -> Command:
-    """Flags of the verbs whose trainings may run on several machines."""
-    command = click.option(
+    """Flags of the verbs whose trainings may run on several machines; they arrive as one argument, ``cluster``."""
+
+    @functools.wraps(command)
+    def called(*args: object, ray: str | None, ray_cpus: int | None, **given: object) -> object:
+        return command(*args, cluster=cluster_of(ray, ray_cpus), **given)
+
+    wrapped: Callable = click.option(
         "--ray-cpus",
         default=None,
         type=click.IntRange(1),
         help="with --ray: cores that a training takes  [default: all of a machine]",
-    )(command)
-    return click.option(
+    )(called)
+    return click.option(  # type: ignore[return-value]
         "--ray",
         default=None,
         metavar="ADDRESS",
         help="train on the machines of a Ray cluster, several at once: auto, HOST:PORT, or local (this one)",
-    )(command)
+    )(wrapped)
 
 
 def cluster_of(ray: str | None, cpus: int | None) -> Cluster | None:

@@ -34,7 +34,7 @@ def command(names: tuple[str, ...], output: str | None, report: bool, as_json: b
         from deltaw.durable import write_text
 
         write_text(output, comparison_page(records))
-    written = [write_page(record.folder) for record in records] if report else []
+    written = [write_page(record.path) for record in records] if report else []
     if as_json:
         print_json({"runs": as_values(records), "page": output, "reports": [str(path) for path in written]})
     elif not records:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from deltaw.cli.options import cluster_flags, cluster_of, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import cluster_flags, console, json_flag, nested, print_json, settings_flags
+
+if TYPE_CHECKING:
+    from deltaw.experiments.jobs import Cluster
 
 
 @click.command("tune")
@@ -35,8 +40,7 @@ def command(
     search: tuple[str, ...],
     storage: str | None,
     share: float,
-    ray: str | None,
-    ray_cpus: int | None,
+    cluster: Cluster | None,
     as_json: bool,
     **given: str | None,
 ) -> int:
@@ -61,7 +65,7 @@ def command(
             search=search,
             storage=storage,
             share=share,
-            cluster=cluster_of(ray, ray_cpus),
+            cluster=cluster,
             say=out.print,
         )
     except KeyboardInterrupt:

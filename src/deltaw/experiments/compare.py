@@ -1,9 +1,10 @@
 """Compare methods on the same rows: find a learning rate for each method, then train it with each seed.
 
-One worker process tries the rates, with the first seed, and keeps the model between them. Each final training
-has a process of its own, so that its peak memory is measured alone. All methods are trained with one seed
-before any is trained with the next. Every result is stored at once, and an interrupted comparison resumes
-from what is stored. The parent process loads no model.
+The work is a sequence of jobs, done here or on a cluster. Here, one worker process tries the rates, with the first
+seed, and keeps the model between them; on a cluster, methods are tuned side by side. Each final training has a
+process of its own, so that its peak memory is measured alone. All methods are trained with one seed before any is
+trained with the next. Every result is stored at once, and an interrupted comparison resumes from what is stored. The
+parent process loads no model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,90 +22,153 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.comparison import BASE, Comparison, as_json, comparison_markdown, gathered
 from deltaw.experiments.entry import Entry
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
-from deltaw.experiments.jobs import Child, Cluster, Job, WorkerEnded, check_cluster, elsewhere
+from deltaw.experiments.jobs import Child, Cluster, Found, Job, WorkerEnded, check_cluster, elsewhere, here
 from deltaw.experiments.until_flat import Pace
 from deltaw.methods import registry
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.run_folder import remember_settings
 
-# ---- What becomes of the answers in a comparison: each is stored in its method's entry and told in a line.
-#
-# Whoever asked the worker, here or on another machine, brings its answers here.
-
-
+# The share of the budget for which a learning rate is tried.
+SHARE = 0.3
+SEEDS = 1
+# Of the way in which methods are trained and scored; another number where older results are not comparable.
+PROCEDURE = 2
+PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
+# Settings that a comparison sets itself; results of another rate are told by the rate.
+OWN = ("train.learning_rate", "train.schedule")
 # Cost of evaluating the untrained model, in trainings; used for the remaining time only.
 BASE_WORK = 0.2
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a comparison's results go.
+class ComparisonJobs:
+    """What is left to do of a comparison, as jobs: the base model, learning rates, and final trainings.
 
-    Attributes:
+    Each rate is tried after the one that it follows from; a method's final trainings begin once its rate is known.
+    Every answer is stored in its method's entry and reported in a line.
+
+    Args:
+        base: the untrained model; None where it is not scored.
         share: of the budget, for which a rate is tried. seeds: that each method is trained with.
+        written: called after each final training.
     """
 
-    place: ExperimentFolder
-    pace: Pace
-    share: float
-    seeds: Sequence[int]
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        base: Entry | None,
+        place: ExperimentFolder,
+        pace: Pace,
+        *,
+        share: float,
+        seeds: Sequence[int],
+        written: Callable[[], None],
+    ) -> None:
+        self._entries, self._place, self._pace = entries, place, pace
+        self._share, self._seeds, self._written = share, seeds, written
+        self._base = None if base is None or "score" in base.piece else base
+        self._ends: dict[str, Callable[[Found], None]] = {}
 
-    def base(self, base: Entry, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
-        """The scores of the untrained model, or why there are none."""
+    def know_rates(self, child: Child) -> None:
+        """Ask for the usual rates of the methods that are tuned, which follow from the model's shape."""
+        for entry in self._entries:
+            if entry.planned is not None:
+                continue
+            try:
+                found = child.ask("usual", config=entry.config.model_dump(mode="json"))
+                entry.piece["usual_rate"] = found["usual_rate"]
+            except (UserError, WorkerEnded) as error:
+                self._no_rate(entry, error)
+
+    def next(self) -> Job | None:
+        if self._base is not None:
+            base, self._base = self._base, None
+            return self._job(BASE, "base", partial(self._base_scored, base), base.config)
+        for entry in self._entries:
+            rate = None if entry.error is not None else entry.next_rate()
+            if rate is not None and entry.method not in self._ends:
+                ends = partial(self._rate_tried, entry, rate)
+                job = self._job(entry.method, "rate", ends, entry.config, rate=rate, share=self._share)
+                return dataclasses.replace(job, log=self._place.log(f"tuning-{entry.method}"))
+        for seed in self._seeds:
+            for entry in self._entries:
+                if (run := self._run(entry, seed)) is not None:
+                    return run
+        return None
+
+    def report(self, key: str, report: Mapping[str, object]) -> bool:
+        """These jobs report nothing on the way."""
+        return True
+
+    def ended(self, key: str, found: Found) -> None:
+        self._ends.pop(key)(found)
+
+    def _job(self, key: str, do: str, ends: Callable[[Found], None], config: RunConfig, **request: object) -> Job:
+        self._ends[key] = ends
+        return Job(key, do, self._place.log(key), {"config": config.model_dump(mode="json"), **request})
+
+    def _run(self, entry: Entry, seed: int) -> Job | None:
+        """The final training with a seed, where it is left to do and can begin; what an interrupted one left is
+        removed."""
+        key, rate = f"{entry.method}-seed-{seed}", entry.chosen()
+        if entry.error is not None or rate is None or key in self._ends:
+            return None
+        if entry.next_rate() is not None or entry.run(seed) is not None:
+            return None
+        folder = Path(entry.config.output) / f"seed-{seed}"
+        if str(seed) not in (entry.piece.get("runs") or {}):
+            self._place.remove(folder)
+        entry.store(seed, None)
+        self._place.write_piece(entry.method, entry.piece)
+        train = entry.config.train.model_copy(update={"learning_rate": rate, "seed": seed})
+        config = entry.config.model_copy(update={"train": train, "output": str(folder)})
+        # The plan is the same for every seed. The peak of memory is measured in a process that does nothing else.
+        job = self._job(key, "run", partial(self._trained, entry, seed, rate), config, plan=seed == self._seeds[0])
+        return dataclasses.replace(job, alone=True)
+
+    def _base_scored(self, base: Entry, found: Found) -> None:
         if isinstance(found, UserError | WorkerEnded):
-            self.pace.did(f"{BASE}: {found}", BASE_WORK)
+            self._pace.did(f"{BASE}: {found}", BASE_WORK)
             return
         base.piece |= found
-        self.place.write_piece(BASE, base.piece)
-        self.pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
+        self._place.write_piece(BASE, base.piece)
+        self._pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
 
-    def rate(self, entry: Entry, rate: float, loss: object) -> None:
-        """The validation loss at a learning rate; None where training diverged.
-
-        Raises:
-            UserError: it did so at every rate.
-        """
-        if rate not in (entry.planned or ()):
-            self.pace.more(self.share)
-        tried = entry.losses | {rate: math.inf if loss is None else float(str(loss))}
-        entry.piece["rates"] = [[r, x if math.isfinite(x) else None] for r, x in sorted(tried.items())]
-        self.place.write_piece(entry.method, entry.piece)
-        said = "diverged" if loss is None else f"validation loss {float(str(loss)):.4f}"
-        self.pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self.share)
-        if entry.next_rate() is None and entry.chosen() is None:
-            raise UserError(
-                f"training diverged at every learning rate tried, down to {min(entry.losses):g}",
-                hint=f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}",
-            )
-
-    def no_rate(self, entry: Entry, error: UserError | WorkerEnded) -> None:
-        """No learning rate was found for a method."""
-        untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
-        self._failed(entry, error, len(self.seeds) + untried * self.share)
-
-    def run_begins(self, entry: Entry, seed: int, rate: float) -> RunConfig:
-        """The settings of a final training; what an interrupted one left is removed."""
-        folder = Path(entry.config.output) / f"seed-{seed}"
-        train = entry.config.train.model_copy(update={"learning_rate": rate, "seed": seed})
-        if str(seed) not in (entry.piece.get("runs") or {}):
-            self.place.remove(folder)
-        entry.store(seed, None)
-        self.place.write_piece(entry.method, entry.piece)
-        return entry.config.model_copy(update={"train": train, "output": str(folder)})
-
-    def run(self, entry: Entry, seed: int, rate: float, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
-        """A final training's result, or why there is none."""
+    def _rate_tried(self, entry: Entry, rate: float, found: Found) -> None:
         if isinstance(found, UserError | WorkerEnded):
-            left = [other for other in self.seeds if other >= seed]
-            which = "" if len(self.seeds) == 1 else f"seed {seed}: "
-            self._failed(entry, found, float(len(left)), which)
+            self._no_rate(entry, found)
             return
-        entry.store(seed, {"learning_rate": rate, **found})
-        remember_settings(entry.config)  # the run may have been made on another machine
-        self.place.write_piece(entry.method, entry.piece)
-        which = "" if len(self.seeds) == 1 else f", seed {seed}"
-        self.pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)
+        loss = math.inf if found["loss"] is None else float(str(found["loss"]))
+        if rate not in (entry.planned or ()):
+            self._pace.more(self._share)
+        tried = sorted((entry.losses | {rate: loss}).items())
+        entry.piece["rates"] = [[r, x if math.isfinite(x) else None] for r, x in tried]
+        self._place.write_piece(entry.method, entry.piece)
+        said = f"validation loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+        self._pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self._share)
+        if entry.next_rate() is None and entry.chosen() is None:
+            lowest = min(entry.losses)
+            error = UserError(
+                f"training diverged at every learning rate tried, down to {lowest:g}",
+                hint=f"try lower ones: --rates {entry.method}={lowest / 10:.1g}",
+            )
+            self._no_rate(entry, error)
+
+    def _no_rate(self, entry: Entry, error: UserError | WorkerEnded) -> None:
+        untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
+        self._failed(entry, error, len(self._seeds) + untried * self._share)
+
+    def _trained(self, entry: Entry, seed: int, rate: float, found: Found) -> None:
+        if isinstance(found, UserError | WorkerEnded):
+            left = [other for other in self._seeds if other >= seed]
+            self._failed(entry, found, float(len(left)), "" if len(self._seeds) == 1 else f"seed {seed}: ")
+        else:
+            entry.store(seed, {"learning_rate": rate, **found})
+            remember_settings(entry.config)  # the run may have been made on another machine
+            self._place.write_piece(entry.method, entry.piece)
+            which = "" if len(self._seeds) == 1 else f", seed {seed}"
+            self._pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)
+        self._written()
 
     def _failed(self, entry: Entry, error: UserError | WorkerEnded, work: float, which: str = "") -> None:
         """Store why a method has no result; the other methods continue.
@@ -117,8 +180,8 @@ class Stored:
         where, hint = (error.where, error.hint) if isinstance(error, UserError) else (None, None)
         what = error.what if isinstance(error, UserError) else str(error)
         entry.error = UserError(f"{which}{what}", where=where, hint=hint)
-        self.pace.more(-work)
-        self.pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
+        self._pace.more(-work)
+        self._pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
 
 
 def _run_text(found: Mapping[str, object]) -> str:
@@ -132,109 +195,6 @@ def _run_text(found: Mapping[str, object]) -> str:
 def _score_text(found: Mapping[str, object]) -> str:
     score = found.get("score")
     return f"{score['metric']} {score['value']:.4f}" if isinstance(score, dict) else "no score"
-
-
-# ---- A comparison as jobs for several machines: the base model, learning rates, and final trainings.
-#
-# Methods are tuned side by side, each rate after the one that it follows from; a method's final trainings begin
-# once its rate is known. What is asked, and what becomes of the answers, is as on one machine.
-
-
-Found = Mapping[str, object] | UserError | WorkerEnded
-
-
-class ComparisonJobs:
-    """What is left to do of a comparison.
-
-    Args:
-        base: the untrained model; None where it is not scored.
-        written: called after each final training.
-    """
-
-    def __init__(
-        self, entries: Sequence[Entry], base: Entry | None, stored: Stored, written: Callable[[], None]
-    ) -> None:
-        self._entries, self._stored, self._written = entries, stored, written
-        self._base = None if base is None or "score" in base.piece else base
-        self._ends: dict[str, Callable[[Found], None]] = {}
-
-    def know_rates(self, child: Child) -> None:
-        """Ask for the usual rates of the methods that are tuned, which follow from the model's shape."""
-        for entry in self._entries:
-            if entry.planned is not None:
-                continue
-            try:
-                found = child.ask("usual", config=entry.config.model_dump(mode="json"))
-                entry.piece["usual_rate"] = found["usual_rate"]
-            except (UserError, WorkerEnded) as error:
-                self._stored.no_rate(entry, error)
-
-    def next(self) -> Job | None:
-        if self._base is not None:
-            base, self._base = self._base, None
-            self._ends[BASE] = partial(self._stored.base, base)
-            return self._job(BASE, "base", BASE, config=base.config.model_dump(mode="json"))
-        for entry in self._entries:
-            rate = None if entry.error is not None else entry.next_rate()
-            if rate is not None and entry.method not in self._ends:
-                self._ends[entry.method] = partial(self._tried, entry, rate)
-                config = entry.config.model_dump(mode="json")
-                request = {"config": config, "rate": rate, "share": self._stored.share}
-                return self._job(entry.method, "rate", f"tuning-{entry.method}", **request)
-        for seed in self._stored.seeds:
-            for entry in self._entries:
-                job = self._run(entry, seed)
-                if job is not None:
-                    return job
-        return None
-
-    def report(self, key: str, report: Mapping[str, object]) -> bool:
-        """These jobs report nothing on the way."""
-        return True
-
-    def ended(self, key: str, found: Found) -> None:
-        self._ends.pop(key)(found)
-
-    def _run(self, entry: Entry, seed: int) -> Job | None:
-        """The final training with a seed, where it is left to do and can begin."""
-        key, rate = f"{entry.method}-seed-{seed}", entry.chosen()
-        if entry.error is not None or rate is None or key in self._ends:
-            return None
-        if entry.next_rate() is not None or entry.run(seed) is not None:
-            return None
-        config = self._stored.run_begins(entry, seed, rate).model_dump(mode="json")
-        self._ends[key] = partial(self._trained, entry, seed, rate)
-        # The plan is the same for every seed.
-        return self._job(key, "run", key, config=config, plan=seed == self._stored.seeds[0])
-
-    def _tried(self, entry: Entry, rate: float, found: Found) -> None:
-        if isinstance(found, UserError | WorkerEnded):
-            self._stored.no_rate(entry, found)
-            return
-        try:
-            self._stored.rate(entry, rate, found["loss"])
-        except UserError as error:
-            self._stored.no_rate(entry, error)
-
-    def _trained(self, entry: Entry, seed: int, rate: float, found: Found) -> None:
-        self._stored.run(entry, seed, rate, found)
-        self._written()
-
-    def _job(self, key: str, do: str, log: str, **request: object) -> Job:
-        return Job(key, do, self._stored.place.log(log), request)
-
-
-# ---- compare
-
-
-# The share of the budget for which a learning rate is tried.
-SHARE = 0.3
-SEEDS = 1
-# Of the way in which methods are trained and scored; another number where older results are not comparable.
-PROCEDURE = 2
-PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
-# Settings that a comparison sets itself; results of another rate are told by the rate.
-OWN = ("train.learning_rate", "train.schedule")
 
 
 def check_methods(methods: Sequence[str]) -> list[str]:
@@ -304,21 +264,19 @@ def compare(
             seeds = _done(entries, numbers)
             return gathered(config, entries, base, seeds=seeds, reference=reference, folder=str(place.path))
 
-        stored = Stored(place, pace, share, numbers)
-
         def written() -> None:
             nonlocal nothing
             nothing = not any(entry.runs(numbers) for entry in entries)
             _write(known(), place)
 
-        if cluster is None:
-            _here(entries, base, stored, written)
-        else:
-            jobs = ComparisonJobs(entries, base, stored, written)
-            with Child(place.log("tuning")) as child:
-                jobs.know_rates(child)
+        jobs = ComparisonJobs(entries, base, place, pace, share=share, seeds=numbers, written=written)
+        with Child(place.log("tuning")) as child:
+            jobs.know_rates(child)
+            if cluster is None:
+                here(jobs, child)
+        if cluster is not None:
             elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
-            written()
+        written()
         if nothing:
             raise next(entry.error for entry in entries if entry.error is not None)
         comparison = known()
@@ -329,19 +287,6 @@ def compare(
         raise
     finally:
         place.close(discard=nothing)
-
-
-def _here(entries: Sequence[Entry], base: Entry | None, stored: Stored, written: Callable[[], None]) -> None:
-    """All of a comparison on this machine."""
-    with Child(stored.place.log("tuning")) as child:
-        if base is not None:
-            _evaluate_base(base, child, stored)
-        for entry in entries:
-            _tune(entry, child, stored)
-    for seed in stored.seeds:
-        for entry in entries:
-            _run(entry, seed, stored)
-            written()
 
 
 def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str | None) -> None:
@@ -416,44 +361,6 @@ def _done(entries: Sequence[Entry], seeds: Sequence[int]) -> list[int]:
     able = [entry for entry in entries if entry.error is None]
     done = [seed for seed in seeds if all(entry.run(seed) is not None for entry in able)]
     return done or list(seeds[:1])
-
-
-def _evaluate_base(base: Entry, child: Child, stored: Stored) -> None:
-    if "score" in base.piece:
-        return
-    try:
-        stored.base(base, child.ask("base", config=base.config.model_dump(mode="json")))
-    except (UserError, WorkerEnded) as error:
-        stored.base(base, error)
-
-
-def _tune(entry: Entry, child: Child, stored: Stored) -> None:
-    """Try learning rates until the best is known; an error is stored in the entry."""
-    if entry.fixed or (entry.planned is not None and entry.next_rate() is None and entry.losses):
-        return
-    try:
-        opened = child.ask("open", config=entry.config.model_dump(mode="json"))
-        entry.piece["usual_rate"] = opened["usual_rate"]
-        while (rate := entry.next_rate()) is not None:
-            stored.rate(entry, rate, child.ask("rate", rate=rate, share=stored.share)["loss"])
-    except (UserError, WorkerEnded) as error:
-        stored.no_rate(entry, error)
-
-
-def _run(entry: Entry, seed: int, stored: Stored) -> None:
-    """Make the final training with one seed in a process of its own."""
-    rate = entry.chosen()
-    if entry.error is not None or entry.run(seed) is not None or rate is None:
-        return
-    config = stored.run_begins(entry, seed, rate)
-    try:
-        with Child(stored.place.log(f"{entry.method}-seed-{seed}")) as child:
-            # The plan is the same for every seed.
-            found = child.ask("run", config=config.model_dump(mode="json"), plan=seed == stored.seeds[0])
-    except (UserError, WorkerEnded) as error:
-        stored.run(entry, seed, rate, error)
-        return
-    stored.run(entry, seed, rate, found)
 
 
 def _write(

@@ -7,7 +7,7 @@ It knows numbers alone: not how they were made, and not how a terminal or a figu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -238,7 +238,7 @@ class Comparison:
                 "learned_nothing": result.learned_nothing,
                 "flattened": result.flattened == len(result.seeds) if result.seeds else None,
             }
-        return {key: _plain(value) for key, value in values.items()}
+        return {key: without_nan(value) for key, value in values.items()}
 
 
 COLUMNS = (
@@ -366,13 +366,14 @@ def joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _plain(value: object) -> object:
+def without_nan(value: object) -> object:
+    """``value`` with every number in it that is not finite as None, for JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return value
 
 
@@ -693,6 +694,12 @@ def _edge(result: MethodResult) -> list[str]:
     ]
 
 
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """A table as lines of Markdown, with an empty line behind it; the first ``left`` columns stand at the left."""
+    rule = ["---"] * left + ["---:"] * (len(heads) - left)
+    return [*(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)), ""]
+
+
 def comparison_markdown(comparison: Comparison, figure: str | None = None) -> str:
     """The table, what it says, and what was tried, as a page.
 
@@ -708,10 +715,7 @@ def comparison_markdown(comparison: Comparison, figure: str | None = None) -> st
         f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that no choice was made by. "
         "Each training went on until its validation loss flattened or the budget ended.",
         "",
-        f"| {' | '.join(titles(comparison))} |",
-        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
-        *[f"| {' | '.join(cells(comparison, r))} |" for r in comparison.lines if r.error is None],
-        "",
+        *markdown_table(titles(comparison), [cells(comparison, r) for r in comparison.lines if r.error is None]),
         *[f"- {line}" for line in findings(comparison)],
         *[f"- {line}" for line in failures(comparison)],
         "",
@@ -726,21 +730,21 @@ def _seed_table(comparison: Comparison) -> list[str]:
     if len(comparison.seeds) == 1 or not any(result.seeds for result in comparison.results):
         return []
     metric = comparison.metric.replace("_", " ")
-    lines = [
-        "## Seed by seed",
-        "",
-        f"| method | seed | {metric} | steps | best step | flattened | validation loss |",
-        "| --- |" + " ---: |" * 6,
+    rows = [
+        [
+            result.method,
+            str(seed.seed),
+            "" if seed.score is None else number_text(comparison, seed.score) + unit(comparison),
+            f"{seed.steps:,}",
+            f"{seed.best_step:,}",
+            "yes" if seed.flattened else "no",
+            f"{seed.validation_loss:.4f}",
+        ]
+        for result in comparison.results
+        for seed in result.seeds
     ]
-    for result in comparison.results:
-        for seed in result.seeds:
-            score = "" if seed.score is None else number_text(comparison, seed.score) + unit(comparison)
-            flat = "yes" if seed.flattened else "no"
-            lines.append(
-                f"| {result.method} | {seed.seed} | {score} | {seed.steps:,} | {seed.best_step:,} | {flat} | "
-                f"{seed.validation_loss:.4f} |"
-            )
-    return [*lines, ""]
+    heads = ("method", "seed", metric, "steps", "best step", "flattened", "validation loss")
+    return ["## Seed by seed", "", *markdown_table(heads, rows)]
 
 
 def _rate_table(comparison: Comparison) -> list[str]:
@@ -750,10 +754,7 @@ def _rate_table(comparison: Comparison) -> list[str]:
     return [
         "## Learning rates tried",
         "",
-        "| method | rate: validation loss |",
-        "| --- | --- |",
-        *[f"| {result.method} | {_rates(result)} |" for result in tried],
-        "",
+        *markdown_table(("method", "rate: validation loss"), [(r.method, _rates(r)) for r in tried], left=2),
         "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget.",
         "",
     ]

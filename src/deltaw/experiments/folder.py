@@ -25,6 +25,7 @@ from deltaw.errors import UserError
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, TrainSettings, duration_seconds
 from deltaw.training.loop import count_steps
+from deltaw.training.run_folder import not_writable
 
 # ---- How long a training of a comparison may take at most: in steps, in time, or both.
 #
@@ -97,7 +98,7 @@ class ExperimentFolder:
                 hint="wait for it, or set 'output' to another folder",
             ) from error
         except OSError as error:
-            raise _not_writable(path, error) from error
+            raise not_writable(path, error) from error
         if self.is_new:
             write_text(path / MARK, json.dumps({"kind": kind}) + "\n")
 
@@ -143,7 +144,7 @@ def check_folder(path: Path, kind: str) -> None:
         holds = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
         mark = json.loads((path / MARK).read_text(encoding="utf-8")) if MARK in holds else {}
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise not_writable(path, error) from error
     except ValueError:
         mark = {}
     if holds and (not isinstance(mark, dict) or mark.get("kind") != kind):
@@ -152,14 +153,6 @@ def check_folder(path: Path, kind: str) -> None:
             where=str(path),
             hint="set 'output' to a new or empty folder",
         )
-
-
-def _not_writable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write into the output folder: {error.strerror or error}",
-        where=str(path),
-        hint="set 'output' to a folder that you may write to",
-    )
 
 
 def require_held_out(config: RunConfig) -> None:

@@ -1,7 +1,8 @@
-"""What an experiment lets workers do: one request after another here, or several at once elsewhere.
+"""What an experiment lets worker processes do: one job after another here, or several at once on a Ray cluster.
 
-An experiment knows what is to be done next and what an answer means; who does it, and where, is told apart
-from it (:mod:`deltaw.experiments.jobs` is the other way). So both ways lead through the same code.
+An experiment knows what is to be done next and what an answer means (:class:`Jobs`); who does it, and where, is not
+its concern. On each machine a job is done by a process of its own (:class:`Child`), whose other side is
+:mod:`deltaw.experiments.worker`. Ray is imported where it is used.
 """
 
 from __future__ import annotations
@@ -18,14 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
 from deltaw.host import product_rates
 from deltaw.host.product_rates import for_children, learn
-
-# ---- The parent side of an experiment: starts a worker process, sends it requests and reads its answers.
-
 
 SECONDS_TO_END = 10.0
 
@@ -134,7 +132,8 @@ class Child:
         return f"its process ended with status {status}{last} (see {self._log})"
 
 
-# ---- jobs
+# A job's answer, or why there is none.
+Found: TypeAlias = Mapping[str, object] | UserError | WorkerEnded
 
 
 @dataclass(frozen=True)
@@ -142,14 +141,16 @@ class Job:
     """One request to a worker.
 
     Attributes:
-        key: tells it from the other jobs of its experiment. do, request: of
-            :meth:`deltaw.experiments.jobs.Child.ask`. log: file to which the worker's output is appended.
+        key: tells it from the other jobs of its experiment. do, request: of :meth:`Child.ask`.
+        log: file to which the output of a worker of its own is appended.
+        alone: whether it needs such a worker even where jobs can share one.
     """
 
     key: str
     do: str
     log: Path
     request: Mapping[str, object] = field(default_factory=dict)
+    alone: bool = False
 
 
 class Jobs(Protocol):
@@ -163,7 +164,7 @@ class Jobs(Protocol):
         """An intermediate result; whether the job is to go on."""
         ...
 
-    def ended(self, key: str, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
+    def ended(self, key: str, found: Found) -> None:
         """A job's answer, or why there is none.
 
         Raises:
@@ -172,38 +173,26 @@ class Jobs(Protocol):
         ...
 
 
-class Asked(Protocol):
-    """A worker: :class:`deltaw.experiments.jobs.Child`."""
-
-    def ask(
-        self, do: str, on_report: Callable[[Mapping[str, object]], bool] | None = None, **request: object
-    ) -> dict[str, object]: ...
-
-
-def here(jobs: Jobs, worker: Asked) -> None:
-    """Do all jobs with one worker on this machine, one after another.
+def here(jobs: Jobs, worker: Child) -> None:
+    """Do all jobs on this machine, one after another: by ``worker``, or by one of their own where they are alone.
 
     Raises:
         UserError: the experiment ends with it.
     """
     while (job := jobs.next()) is not None:
-        found: Mapping[str, object] | UserError | WorkerEnded
         key = job.key
-        try:
-            found = worker.ask(job.do, lambda report, key=key: jobs.report(key, report), **job.request)  # type: ignore[misc]
-        except (UserError, WorkerEnded) as error:
-            found = error
-        jobs.ended(job.key, found)
+        if job.alone:
+            worker.close()
+        with Child(job.log) if job.alone else contextlib.nullcontext(worker) as asked:
+            try:
+                found: Found = asked.ask(job.do, lambda report, key=key: jobs.report(key, report), **job.request)  # type: ignore[misc]
+            except (UserError, WorkerEnded) as error:
+                found = error
+        jobs.ended(key, found)
 
 
-# ---- Jobs of an experiment on the machines of a Ray cluster, through Ray Tune: each worker does one at a time.
-#
-# Ray Tune places the jobs and notices lost machines. What is to be tried, what is pruned and what is stored
-# stays with the experiment, which also runs without Ray: its jobs are what Ray Tune calls a search, and its
-# answers to reports a scheduler. On each machine a job is a process of its own, as it is here.
-#
-# Ray is imported where it is used.
-
+# Jobs on a cluster: Ray Tune places them and notices lost machines. What is to be tried, what is pruned and what is
+# stored stays with the experiment: its jobs are what Ray Tune calls a search, and its answers to reports a scheduler.
 
 # What a job reports to Ray Tune, each as JSON, since Ray Tune takes dictionaries apart: an intermediate
 # result, its answer, or why there is none.
@@ -359,7 +348,7 @@ def _not_kept() -> None:
     """What Ray Tune's files hold in the place of the experiment."""
 
 
-def _answer(result: Any, failed: bool) -> Mapping[str, object] | UserError | WorkerEnded:
+def _answer(result: Any, failed: bool) -> Found:
     """What the last thing that a job reported means."""
     result = result or {}
     if not failed and DONE in result:

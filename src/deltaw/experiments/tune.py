@@ -20,9 +20,9 @@ import yaml
 
 from deltaw.durable import write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.comparison import duration
+from deltaw.experiments.comparison import duration, markdown_table
 from deltaw.experiments.folder import ExperimentFolder, changed, settings_of
-from deltaw.experiments.jobs import Child, Cluster, Job, WorkerEnded, check_cluster, elsewhere, here
+from deltaw.experiments.jobs import Child, Cluster, Found, Job, WorkerEnded, check_cluster, elsewhere, here
 from deltaw.experiments.until_flat import Pace
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, parse_yaml, settings
@@ -414,6 +414,8 @@ def _rows(tuning: Tuning) -> str:
 def tuning_markdown(tuning: Tuning) -> str:
     """The search as a page."""
     titles = ["trial", "loss", *tuning.space, "time", "end"]
+    others = [trial for trial in tuning.trials if trial.end != "done"]
+    rows = [[*trial_cells(tuning, trial), trial.end] for trial in [*tuning.ranked, *others]]
     lines = [
         f"# Settings searched: {tuning.method}",
         "",
@@ -423,13 +425,9 @@ def tuning_markdown(tuning: Tuning) -> str:
         best_yaml(tuning),
         "```",
         "",
-        f"| {' | '.join(titles)} |",
-        "|" + " ---: |" * len(titles),
+        *markdown_table(titles, rows, left=0),
     ]
-    others = [trial for trial in tuning.trials if trial.end != "done"]
-    for trial in [*tuning.ranked, *others]:
-        lines.append(f"| {' | '.join([*trial_cells(tuning, trial), trial.end])} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def trial_cells(tuning: Tuning, trial: TrialResult) -> list[str]:
@@ -634,7 +632,7 @@ class _Search:
         trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
 
-    def ended(self, key: str, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
+    def ended(self, key: str, found: Found) -> None:
         trial, values = self._asked.pop(key)
         loss, end, note = math.inf, "done", ""
         if isinstance(found, UserError | WorkerEnded):

@@ -207,6 +207,12 @@ class Curve:
     outcome: Outcome = field(default_factory=Outcome)
 
 
+def validation_loss(session: Session, rows: Sequence[Any]) -> float:
+    """The loss of validation rows; call within ``session.running``."""
+    metrics = session.evaluate(rows).metrics
+    return metrics["loss"] if "loss" in metrics else metrics["mse"]
+
+
 def until_flat(
     session: Session,
     rows: Sequence[Any],
@@ -276,7 +282,7 @@ class _Training:
     def begin(self, state: TrainState) -> None:
         self._state = state
         state.schedule = Schedule("constant", self.rate, self.most, self.warmup)
-        self.curve.points.append((0, self._validated()))
+        self.curve.points.append((0, validation_loss(self.session, self.validation)))
         self.began = time.monotonic()
 
     def after(self, step: int) -> None:
@@ -302,16 +308,12 @@ class _Training:
         return seconds is not None and (time.monotonic() - self.began) * (1 + COOLDOWN) >= seconds
 
     def _evaluate(self, step: int) -> None:
-        loss = self._validated()
+        loss = validation_loss(self.session, self.validation)
         self.curve.points.append((step, loss))
         assert self._state is not None
         if loss < self.best.loss:
             self.best.take(step, loss, self._state.trained)
         self.on_validation(step, loss)
-
-    def _validated(self) -> float:
-        metrics = self.session.evaluate(self.validation).metrics
-        return metrics["loss"] if "loss" in metrics else metrics["mse"]
 
     @torch.no_grad()
     def _cool_down(self, step: int) -> None:
@@ -324,13 +326,7 @@ class _Training:
         if self.best.step == step or more == 0:
             return
         self.best.put_back(state.trained)
-        own = [parameter for _, parameter in self.session.trained]
-        _copy_into(own, state.trained)
+        for (_, parameter), master in zip(self.session.trained, state.trained, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)  # rounded
         self.session.method.after_step(self.session.model)
-
-
-def _copy_into(parameters: Sequence[Tensor], trained: Sequence[Tensor]) -> None:
-    """Round master weights into the parameters that they stand for."""
-    for parameter, master in zip(parameters, trained, strict=True):
-        if parameter is not master:
-            parameter.copy_(master)

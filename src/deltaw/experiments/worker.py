@@ -27,7 +27,7 @@ from deltaw.data.packing import picked, rows_of
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget, budget_of
-from deltaw.experiments.until_flat import Curve, until_flat
+from deltaw.experiments.until_flat import Curve, until_flat, validation_loss
 from deltaw.host import product_rates
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.host.memory import keep_freed_memory, peak_resident_bytes, release_free_memory
@@ -198,24 +198,20 @@ class Trial:
         Raises:
             Stopped: ``on_evaluation`` returned false, or a signal arrived.
         """
-        if self._spoilt:
-            self.close()
-            self._open()
-        self._spoilt = True
-        self._restore()
+        self._begin()
         with self.session.running():
 
             def on_step(step: Step) -> None:
                 if every is None or on_evaluation is None or step.step % every or step.step == steps:
                     return
-                if not on_evaluation(step.step // every, self._validated()):
+                if not on_evaluation(step.step // every, validation_loss(self.session, self.validation)):
                     raise Stopped
 
             try:
                 outcome = self.session.train(on_step=on_step, total_steps=steps, learning_rate=rate, rows=self.training)
                 if outcome.interrupted:
                     raise Stopped
-                loss = self._validated()
+                loss = validation_loss(self.session, self.validation)
             except UserError as error:
                 self._say(f"learning rate {rate:g}: {error.what}")
                 return math.inf
@@ -236,11 +232,7 @@ class Trial:
             UserError: training diverged.
             Stopped: a signal arrived.
         """
-        if self._spoilt:
-            self.close()
-            self._open()
-        self._spoilt = True
-        self._restore()
+        self._begin()
         with self.session.running():
             curve = until_flat(
                 self.session,
@@ -256,13 +248,15 @@ class Trial:
         self._spoilt = False
         return curve
 
-    def _validated(self) -> float:
-        metrics = self.session.evaluate(self.validation).metrics
-        return metrics["loss"] if "loss" in metrics else metrics["mse"]
-
     @torch.no_grad()
-    def _restore(self) -> None:
-        """Reset the trained parameters to those before the first step; the loop seeds itself."""
+    def _begin(self) -> None:
+        """Reset the trained parameters to those before the first step; the loop seeds itself. After a training that
+        did not end, everything is loaded again."""
+        if self._spoilt:
+            self.close()
+            with torch.enable_grad():
+                self._open()
+        self._spoilt = True
         if self._once:
             return
         for (_, parameter), start in zip(self._parameters(), self._start, strict=True):
@@ -441,7 +435,6 @@ class Worker:
         """Answer the request that ``request["do"]`` names."""
         does: dict[str, Callable[[Message], Message]] = {
             "usual": self.usual,
-            "open": self.open,
             "rate": self.rate,
             "trial": self.trial,
             "base": self.base,
@@ -457,20 +450,13 @@ class Worker:
         architecture = check_architecture(folder, config.task, config.trust_remote_code)
         return {"usual_rate": usual_rate_of(choose_method(config, None), architecture)}
 
-    def open(self, request: Message) -> Message:
-        """Load the model and the rows for trainings at several learning rates."""
-        trial = self._open_store(_config(request))
-        session = trial.session
-        return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(trial)}
-
     def rate(self, request: Message) -> Message:
-        """Train the open trial, or a new one where settings are given, at one learning rate, for a share of
-        the budget at most."""
-        if "config" in request:
-            self._open_store(_config(request))
-        if self._trial is None:
-            raise RuntimeError("'rate' was requested before 'open'")
-        trial, rate, share = self._trial, float(str(request["rate"])), float(str(request["share"]))
+        """Train at one learning rate, for a share of the budget at most. The model stays loaded for further rates of
+        the same settings."""
+        config, trial = _config(request), self._trial
+        if trial is None or trial.config != with_features(config):
+            trial = self._open_store(config)
+        rate, share = float(str(request["rate"])), float(str(request["share"]))
         budget = budget_of(trial.config.train, len(trial.training)).times(share)
         try:
             curve = trial.until_flat(rate, budget)

@@ -595,7 +595,7 @@ class _Outputs:
 GENERATION = "generation_config.json"
 # Of the base model: what describes it, and no other weights.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-_NOT_COPIED = (CONFIG, "*.index.json", "adapter_config.json", "run.yaml", "summary.json")
+_NOT_COPIED = (CONFIG, "*.index.json", "adapter_config.json", "run.yaml", "run.json", "summary.json")
 OF_TOKENIZER = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",

@@ -1,23 +1,18 @@
-"""A comparison of methods as a terminal shows it."""
+"""Comparisons of methods and searches for settings, as tables of a terminal and as a figure."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.sax.saxutils import escape
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from deltaw.durable import write_text
 from deltaw.experiments.comparison import COLUMNS, SHARES, Comparison, MethodResult, cells, titles
 from deltaw.experiments.tune import Tuning, trial_cells
-from deltaw.training.monitoring.rates import RateSearch
+from deltaw.reports.tables import add_row, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,15 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 
-# ---- A comparison drawn: score over trained parameters, and peak memory by method.
-#
-# A point is a method's score with its interval, and small marks beside it are its seeds. It is filled if every
-# training flattened, hollow if not, and a gray cross if the method gives one answer to every row.
-#
-# Colors are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name next to it,
-# so that color alone tells nothing.
-
-
+# A comparison drawn: score over trained parameters, and peak memory by method. A point is a method's score with its
+# interval, and small marks beside it are its seeds. It is filled if every training flattened, hollow if not, and a
+# gray cross if the method gives one answer to every row. Colors are of Okabe and Ito's set, which color-blind readers
+# can distinguish; each point has its name next to it, so that no color is needed to read the figure.
 SCORE, SEED, PLANNED, MEASURED = "#0072B2", "#56B4E9", "#E69F00", "#0072B2"
 INK, GRAY, GRID = "#222222", "#666666", "#DDDDDD"
 _STYLE: dict[Any, object] = {
@@ -260,117 +250,16 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-# ---- A search for settings as a terminal shows it.
-
-
 # Trials in the table.
 SHOWN = 8
 
 
 def tuning_table(tuning: Tuning) -> Table:
     """The best trials; the one with the settings as they were is marked."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("trial", "loss", *tuning.space, "time"):
-        table.add_column(title, justify="right", no_wrap=True)
+    made = table(("trial", "loss", *tuning.space, "time"), left=0, padding=(0, 1, 0, 0))
     for place, trial in enumerate(tuning.ranked[:SHOWN]):
-        style = "green" if place == 0 else ""
-        table.add_row(*(Text(cell, style=style) for cell in trial_cells(tuning, trial)))
-    return table
-
-
-# ---- A learning-rate range test drawn: loss over rate, as an SVG of few elements with a title and a description.
-#
-# It is written by hand, since it is a curve and two lines, and a page can hold it as it is.
-
-
-FIGURE = "learning_rate.svg"
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 44, 52
-# The curve is drawn up to so many times the height from its lowest point to its first; beyond, it runs away.
-ABOVE_FIRST = 1.5
-SINGLE, SMOOTH, CHOSEN, USUAL = "#8aa4b8", "#0072B2", "#B4490B", "#666666"
-
-
-def write_rate_figure(search: RateSearch, folder: Path) -> Path:
-    """Write the figure of a range test into a run's folder."""
-    path = folder / FIGURE
-    write_text(path, rate_figure(search))
-    return path
-
-
-def rate_figure(search: RateSearch) -> str:
-    """The figure as SVG."""
-    rates, losses, smoothed = search.rates, search.losses, search.smoothed
-    logs = [math.log10(rate) for rate in (*rates, search.chosen, search.usual)]
-    left, right = min(logs), max(logs)
-    low = min([*losses, *smoothed])
-    high = low + ABOVE_FIRST * max(smoothed[0] - low, 1e-6) if smoothed else low + 1
-    high = max(high, max(losses[: max(1, len(losses) // 2)]))
-
-    def x(rate: float) -> float:
-        return LEFT + (math.log10(rate) - left) / max(1e-9, right - left) * (WIDTH - LEFT - RIGHT)
-
-    def y(loss: float) -> float:
-        return TOP + (high - min(loss, high)) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    line = " ".join(f"{x(r):.1f},{y(s):.1f}" for r, s in zip(rates, smoothed, strict=True))
-    dots = "".join(f'<circle cx="{x(r):.1f}" cy="{y(s):.1f}" r="2.2"/>' for r, s in zip(rates, losses, strict=True))
-    marks = "".join(
-        _mark(x(rate), name, color, row)
-        for row, (rate, name, color) in enumerate(
-            [(search.chosen, f"chosen {search.chosen:.2g}", CHOSEN), (search.usual, f"usual {search.usual:.2g}", USUAL)]
-        )
-    )
-    description = f"{search.why}. Loss {smoothed[0]:.4f} at rate {rates[0]:.2g}, lowest {min(smoothed):.4f}."
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'aria-labelledby="rate-title rate-description" font-family="sans-serif" font-size="13">'
-        '<title id="rate-title">Learning-rate range test</title>'
-        f'<desc id="rate-description">{escape(description)}</desc>'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-        f"{_axes(x, y, (left, right), (low, high))}"
-        f'<g fill="{SINGLE}">{dots}</g>'
-        f'<polyline points="{line}" fill="none" stroke="{SMOOTH}" stroke-width="2.2"/>'
-        f"{marks}</svg>\n"
-    )
-
-
-def _mark(at: float, text: str, color: str, row: int) -> str:
-    """A vertical line with its name above, on one of two rows so that names do not meet."""
-    anchor = "end" if at > WIDTH / 2 else "start"
-    height = 18 + 16 * row
-    return (
-        f'<line x1="{at:.1f}" y1="{height + 4}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM}" stroke="{color}" '
-        f'stroke-width="1.6" stroke-dasharray="{"none" if row == 0 else "4 3"}"/>'
-        f'<text x="{at:.1f}" y="{height}" fill="{color}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
-
-
-def _axes(
-    x: Callable[[float], float], y: Callable[[float], float], logs: tuple[float, float], losses: tuple[float, float]
-) -> str:
-    """Both axes with their labels: powers of ten, and five losses."""
-    ink, grid, foot = "#222222", "#dddddd", HEIGHT - BOTTOM
-    parts = []
-    for power in range(math.ceil(logs[0] - 1e-9), math.floor(logs[1] + 1e-9) + 1):
-        at = x(10.0**power)
-        parts.append(f'<line x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{foot}" stroke="{grid}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{foot + 18}" text-anchor="middle" fill="{ink}">1e{power}</text>')
-    for number in range(5):
-        loss = losses[0] + number / 4 * (losses[1] - losses[0])
-        at = y(loss)
-        parts.append(f'<line x1="{LEFT}" y1="{at:.1f}" x2="{WIDTH - RIGHT}" y2="{at:.1f}" stroke="{grid}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end" fill="{ink}">{loss:.3g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle" fill="{ink}">learning rate</text>')
-    parts.append(
-        f'<text x="16" y="{(TOP + foot) / 2}" fill="{ink}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {(TOP + foot) / 2})">training loss</text>'
-    )
-    return "".join(parts)
-
-
-# ---- comparison
+        add_row(made, trial_cells(tuning, trial), "green" if place == 0 else "")
+    return made
 
 
 # The columns that hold what a method costs; on a narrow terminal the rest is a table of its own.
@@ -389,15 +278,15 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
     parts = [list(every)] if width >= WIDE else [list(every[:_COSTS]), [0, *every[_COSTS:]]]
     tables = []
     for columns in parts:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in columns:
-            title = heads[column].replace(" (", "\n(").replace(" rate", "\nrate").replace("y p", "y\np")
-            table.add_column(title, justify="right" if column else "left", no_wrap=True)
+        made = table(
+            [heads[n].replace(" (", "\n(").replace(" rate", "\nrate").replace("y p", "y\np") for n in columns],
+            padding=(0, 1, 0, 0),
+        )
         for result in comparison.lines:
             if result.error is None:
                 best = bool(comparison.ranked) and result is comparison.ranked[0]
                 style = "green" if best else "" if result.ranked and result is not comparison.base else "dim"
                 texts = cells(comparison, result)
-                table.add_row(*(Text(texts[column], style=style) for column in columns))
-        tables.append(table)
+                add_row(made, [texts[column] for column in columns], style)
+        tables.append(made)
     return tables

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from rich.console import Group, RenderableType
@@ -40,15 +39,12 @@ from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import STORED, TORCH
 from deltaw.kernels.processor import processor_flags
 from deltaw.kernels.variants import EMULATED_TILES, LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
+from deltaw.reports.tables import add_row, table
 from deltaw.training.callbacks import Say, silent
 from deltaw.version import __version__
 
-# ---- What `deltaw doctor` looks at: facts of this machine, gathered in a few seconds and without a network.
-#
-# Numbers and names only; :mod:`deltaw.reports.doctor` says what they mean. The root of the file system is a
-# parameter, so that a test describes a machine in a folder.
-
-
+# Facts are gathered in a few seconds and without a network. The root of the file system is a parameter, so that a test
+# describes a machine in a folder.
 _ROOT = Path("/")
 # Variables beside deltaw's own that change how fast it is or where it looks.
 OTHER_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "MALLOC_ARENA_MAX")
@@ -326,11 +322,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-# ---- What the facts of a machine mean for training on it: findings, each with what helps.
-#
-# It knows :class:`deltaw.reports.doctor.Facts` and looks at nothing itself.
-
-
+# What the facts of a machine mean for training on it: findings, each with what helps.
 Severity = Literal["ok", "note", "warning", "problem"]
 # From the mildest to the worst.
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "problem")
@@ -383,10 +375,26 @@ class Finding:
         return {"severity": self.severity, "topic": self.topic, "what": self.what, "hint": self.hint}
 
 
+# A finding without its topic.
+Said: TypeAlias = tuple[Severity, str, str | None]
+
+
 def diagnose(facts: Facts) -> list[Finding]:
     """All findings, by topic."""
-    parts = (_threads, _kernels, _rates, _memory, _disks, _version_findings, _gpu, _environment_findings)
-    return list(itertools.chain.from_iterable(part(facts) for part in parts))
+    parts = {
+        "threads": _threads,
+        "kernels": _kernels,
+        "rates": _rates,
+        "memory": _memory,
+        "disk": _disks,
+        "versions": _versions_fit,
+        "extras": _extras,
+        "gpu": _gpu,
+        "environment": _environment_findings,
+    }
+    return [
+        Finding(severity, topic, what, hint) for topic, part in parts.items() for severity, what, hint in part(facts)
+    ]
 
 
 def worst(findings: list[Finding]) -> Severity:
@@ -394,112 +402,100 @@ def worst(findings: list[Finding]) -> Severity:
     return max((finding.severity for finding in findings), key=SEVERITIES.index, default="ok")
 
 
-def _threads(facts: Facts) -> Iterator[Finding]:
+def _threads(facts: Facts) -> Iterator[Said]:
     threads, why = facts.threads.value, facts.threads.why
     bound = facts.cores if facts.quota is None else min(facts.cores, max(1, int(facts.quota)))
     if why == "OMP_NUM_THREADS" and threads < bound:
-        yield Finding(
+        yield (
             "warning",
-            "threads",
             f"OMP_NUM_THREADS={threads}: runs compute on {threads} of {bound} cores",
             "unset OMP_NUM_THREADS, or set 'threads' in the settings",
         )
     elif why == "OMP_NUM_THREADS" and threads > bound:
-        yield Finding(
+        yield (
             "warning",
-            "threads",
             f"OMP_NUM_THREADS={threads}: more threads than the {bound} cores that this process may use, so "
             "that they wait for each other",
             f"unset OMP_NUM_THREADS, or set it to {bound}",
         )
     else:
-        yield Finding("ok", "threads", f"{threads} threads ({why})")
+        yield ("ok", f"{threads} threads ({why})", None)
     if facts.quota is not None and facts.quota < facts.processors:
         short = facts.quota < 1
-        yield Finding(
+        yield (
             "warning" if short else "note",
-            "threads",
             f"a control group allows {facts.quota:g} of {facts.processors} processors",
             "give the container or job more processors: a run is throttled" if short else None,
         )
     if facts.processors < facts.machine_processors:
-        yield Finding(
+        yield (
             "note",
-            "threads",
             f"this process may use {facts.processors} of the machine's {facts.machine_processors} processors",
             "its affinity was set by taskset, a container or a job scheduler",
         )
     if len(facts.openmp) > 1:
-        yield Finding(
+        yield (
             "warning",
-            "threads",
             f"{len(facts.openmp)} OpenMP libraries are loaded ({', '.join(facts.openmp)}): their threads "
             "compete for the cores",
             "install torch and NumPy from the same source, both with pip or both with conda",
         )
     if facts.load is not None and facts.load > BUSY * facts.processors:
-        yield Finding(
+        yield (
             "warning",
-            "threads",
             f"other programs keep the machine busy: {facts.load:.1f} are running or waiting on "
             f"{facts.processors} processors",
             "wait for them, or set 'threads' to what they leave",
         )
     governor, driver = facts.governor
     if governor == "powersave" and driver == "acpi-cpufreq":  # with other drivers the name means nothing
-        yield Finding(
+        yield (
             "warning",
-            "threads",
             "the processor is held at its lowest frequency (governor powersave)",
             "choose the governor schedutil or performance: cpupower frequency-set -g performance",
         )
 
 
-def _kernels(facts: Facts) -> Iterator[Finding]:
+def _kernels(facts: Facts) -> Iterator[Said]:
     forced = asked()
     chosen = facts.kernels.arithmetic.kernels
     if forced.kernels == NONE:
-        yield Finding(
-            "warning", "kernels", f"compiled kernels are switched off ({forced.said})", f"unset {VARIABLE} and {OFF}"
-        )
+        yield ("warning", f"compiled kernels are switched off ({forced.said})", f"unset {VARIABLE} and {OFF}")
         return
     runs = [variant for variant in facts.variants if not variant.lacking]
     if chosen is None:
         problem = next((v.problem for v in runs if v.problem), None)
-        yield Finding(
+        yield (
             "warning",
-            "kernels",
             f"there are no compiled kernels ({problem or 'none was built'}): training works, and is slower",
             "install a C++ compiler (on Debian and Ubuntu: apt install g++), then: pip install "
             "--force-reinstall --no-deps deltaw, or in a checkout: pip install -e .",
         )
         return
-    yield Finding("ok", "kernels", f"compiled kernels: {chosen}")
+    yield ("ok", f"compiled kernels: {chosen}", None)
     if left_out := [variant.name for variant in runs[1:] if not variant.built]:
-        yield Finding("ok", "kernels", f"not built, though this processor runs them too: {', '.join(left_out)}")
+        yield ("ok", f"not built, though this processor runs them too: {', '.join(left_out)}", None)
     if forced.said:
-        yield Finding("note", "kernels", f"kernels are forced by {forced.said}", f"unset {VARIABLE} to measure")
+        yield ("note", f"kernels are forced by {forced.said}", f"unset {VARIABLE} to measure")
     best = runs[0]
     if not best.built:
-        yield Finding(
+        yield (
             "note",
-            "kernels",
             f"the best kernels for this processor, {best.name}, were not built",
             "a newer compiler may know them: install it, then install deltaw again",
         )
     for variant in runs:
         if variant.problem is not None:
-            yield Finding(
+            yield (
                 "warning",
-                "kernels",
                 f"kernels {variant.name} cannot be used: {variant.problem}",
                 "install deltaw again to rebuild them",
             )
     for note in facts.notes:
-        yield Finding("warning", "kernels", note, "install torch from its own wheels, with OpenMP")
+        yield ("warning", note, "install torch from its own wheels, with OpenMP")
 
 
-def _rates(facts: Facts) -> Iterator[Finding]:
+def _rates(facts: Facts) -> Iterator[Said]:
     choice = facts.kernels
     for stored in STORED:
         rate, way = choice.rate(stored), choice.arithmetic.of(stored)
@@ -510,29 +506,27 @@ def _rates(facts: Facts) -> Iterator[Finding]:
         else:
             against = "" if by_torch is None else f"; the math library reaches {by_torch:.0f}"
             shown = f"{rate:.0f} {unit} ({way}){against}"
-        yield Finding("ok", "rates", f"{stored} products: {shown}")
+        yield ("ok", f"{stored} products: {shown}", None)
     fp32, bf16, int8 = (choice.rate(stored) for stored in ("fp32", "bf16", "int8"))
     if bf16 < SLOW * fp32:
-        yield Finding(
+        yield (
             "note",
-            "rates",
             f"bf16 is emulated: its products reach {bf16 / fp32:.0%} of the rate of fp32",
             "precision: auto takes fp32 here; bf16 still halves the memory of the weights",
         )
     if int8 < SLOW * max(fp32, bf16):
-        yield Finding(
+        yield (
             "note",
-            "rates",
             f"int8 products reach {int8 / max(fp32, bf16):.0%} of the rate of the fastest precision",
             "precision: int8 saves memory here, not time",
         )
     faster = choice.faster_precision(choose_precision("cpu", rates=_by_precision(facts)).value)
     if faster is not None:
-        yield Finding("note", "rates", faster)
+        yield ("note", faster, None)
     yield from _now(facts)
 
 
-def _now(facts: Facts) -> Iterator[Finding]:
+def _now(facts: Facts) -> Iterator[Said]:
     """How the rates of this moment compare with those that runs count on."""
     if facts.measured is None:
         return
@@ -545,36 +539,31 @@ def _now(facts: Facts) -> Iterator[Finding]:
             shares[stored] = now / facts.kernels.rate(stored)
     if shares and min(shares.values()) < HELD_BACK:
         stored = min(shares, key=lambda name: shares[name])
-        yield Finding(
+        yield (
             "warning",
-            "rates",
             f"{stored} products are at {shares[stored]:.0%} of the rate that was measured here before",
             "other programs, heat or a limit on the processor's time hold the machine back",
         )
     elif facts.measured.disturbed:
-        yield Finding(
-            "note", "rates", "other programs disturbed the measurement", "measure again while the machine is idle"
-        )
+        yield ("note", "other programs disturbed the measurement", "measure again while the machine is idle")
 
 
 def _by_precision(facts: Facts) -> dict[str, float]:
     return {stored: facts.kernels.rate(stored) for stored in STORED}
 
 
-def _memory(facts: Facts) -> Iterator[Finding]:
+def _memory(facts: Facts) -> Iterator[Said]:
     limit, free = facts.memory_limit, facts.free_memory
     low = free < LOW_MEMORY
-    yield Finding(
+    yield (
         "warning" if low else "ok",
-        "memory",
         f"{free / GB:.1f} GB free of {limit.value / GB:.1f} GB ({limit.why})",
         "end other programs, or give the container more memory" if low else None,
     )
     used, _ = facts.swap
     if used > SWAPPED:
-        yield Finding(
+        yield (
             "warning",
-            "memory",
             f"{used / GB:.1f} GB are swapped out: a run that does not fit into memory crawls",
             "end other programs; 'deltaw plan' says what a run needs",
         )
@@ -584,15 +573,14 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     sizes = {name: facts.model.parameters * size / GB for name, size in BYTES.items()}
     fits = sizes[precision] * GB < free
     shown = ", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items())
-    yield Finding(
+    yield (
         "ok" if fits else "warning",
-        "memory",
         f"the weights of {facts.model.reference} ({facts.model.parameters / 1e6:,.0f} million) take: {shown}",
         None if fits else "try precision: int8, or a smaller model; 'deltaw plan' says what a run needs",
     )
 
 
-def _disks(facts: Facts) -> Iterator[Finding]:
+def _disks(facts: Facts) -> Iterator[Said]:
     for disk in facts.disks:
         held = "" if disk.held is None else f", {disk.held / GB:.2f} GB in it"
         what = f"{disk.purpose}: {disk.free / GB:.1f} GB free{held} ({disk.path})"
@@ -600,31 +588,29 @@ def _disks(facts: Facts) -> Iterator[Finding]:
             yield _not_writable(disk)
         elif disk.free < FULL_DISK:
             severity: Severity = "problem" if disk.purpose == "runs" else "warning"
-            yield Finding(severity, "disk", what, "the disk is full: free some space")
+            yield (severity, what, "the disk is full: free some space")
         elif disk.free < LOW_DISK:
-            yield Finding("note", "disk", what, "checkpoints and kept features take several GB for long runs")
+            yield ("note", what, "checkpoints and kept features take several GB for long runs")
         else:
-            yield Finding("ok", "disk", what)
+            yield ("ok", what, None)
 
 
-def _not_writable(disk: Disk) -> Finding:
+def _not_writable(disk: Disk) -> Said:
     if disk.purpose == "runs":
-        return Finding("problem", "disk", f"runs cannot be written to {disk.path}", "set 'output' to another folder")
+        return ("problem", f"runs cannot be written to {disk.path}", "set 'output' to another folder")
     variable = "DELTAW_CACHE" if disk.purpose == "cache" else "HF_HUB_CACHE"
-    return Finding(
+    return (
         "warning",
-        "disk",
         f"the {disk.purpose} {disk.path} cannot be written to: what could be kept is made again each time",
         f"set {variable} to another folder",
     )
 
 
-def _version_findings(facts: Facts) -> Iterator[Finding]:
+def _versions_fit(facts: Facts) -> Iterator[Said]:
     needed = [package for package in facts.packages if package.extra is None]
     if not facts.packages:
-        yield Finding(
+        yield (
             "note",
-            "versions",
             "this copy of deltaw is not installed, so that the versions of its packages cannot be checked",
             "pip install -e . in the checkout",
         )
@@ -632,68 +618,64 @@ def _version_findings(facts: Facts) -> Iterator[Finding]:
     missing = [package for package in needed if package.installed is None]
     for package in wrong:
         severity: Severity = "problem" if package.extra is None else "warning"
-        yield Finding(
+        yield (
             severity,
-            "versions",
             f"{package.name} {package.installed} does not fit: deltaw needs {package.wanted}",
             f"pip install '{package.name}{package.wanted}'",
         )
     for package in missing:
-        yield Finding(
-            "problem", "versions", f"{package.name} is missing", f"pip install '{package.name}{package.wanted}'"
-        )
+        yield ("problem", f"{package.name} is missing", f"pip install '{package.name}{package.wanted}'")
     if needed and not wrong and not missing:
-        yield Finding("ok", "versions", f"all {len(needed)} packages that deltaw needs fit")
+        yield ("ok", f"all {len(needed)} packages that deltaw needs fit", None)
+
+
+def _extras(facts: Facts) -> Iterator[Said]:
     there = [f"{name} {version}" for name, version in facts.optional.items() if version is not None]
     if there:
-        yield Finding("ok", "extras", f"optional packages: {', '.join(there)}")
+        yield ("ok", f"optional packages: {', '.join(there)}", None)
     for name, version in facts.optional.items():
         if version is None:
             extra = next((p.extra for p in facts.packages if p.name == name and p.extra), None)
             install = f"'deltaw[{extra}]'" if extra else name
-            yield Finding("ok", "extras", f"{name} is not installed", f"for {OPTIONAL[name]}: pip install {install}")
+            yield ("ok", f"{name} is not installed", f"for {OPTIONAL[name]}: pip install {install}")
 
 
-def _gpu(facts: Facts) -> Iterator[Finding]:
+def _gpu(facts: Facts) -> Iterator[Said]:
     for index, gpu in enumerate(facts.gpus):
         major, minor = gpu.capability
-        yield Finding(
+        yield (
             "ok",
-            "gpu",
             f"cuda:{index}: {gpu.name}, {gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free, "
             f"compute capability {major}.{minor}",
+            None,
         )
         if major < 8:
-            yield Finding("note", "gpu", f"cuda:{index} has no native bf16: runs use fp32 there")
+            yield ("note", f"cuda:{index} has no native bf16: runs use fp32 there", None)
     if facts.gpus:
         return
     if facts.nvidia_driver:
         build = "is a build without CUDA" if facts.versions.get("cuda") == "none" else "does not see it"
-        yield Finding(
+        yield (
             "warning",
-            "gpu",
             f"there is an NVIDIA driver, but this torch {build}: runs use the processor",
             "install the CUDA build of torch (pytorch.org), and check CUDA_VISIBLE_DEVICES and nvidia-smi",
         )
     elif facts.mps:
-        yield Finding("note", "gpu", "Apple's GPU is used only when asked for", "set device: mps to try it")
+        yield ("note", "Apple's GPU is used only when asked for", "set device: mps to try it")
     else:
-        yield Finding("ok", "gpu", "no GPU: runs use the processor")
+        yield ("ok", "no GPU: runs use the processor", None)
 
 
-def _environment_findings(facts: Facts) -> Iterator[Finding]:
+def _environment_findings(facts: Facts) -> Iterator[Said]:
     for name in facts.environment:
         if not name.startswith("DELTAW_"):
             continue
         if name in VARIABLES:
-            yield Finding("note", "environment", f"{name} is set: {VARIABLES[name]}")
+            yield ("note", f"{name} is set: {VARIABLES[name]}", None)
             continue
         near = nearest(name, VARIABLES, 1)
         hint = f"did you mean {near[0]}?" if near else f"the variables are {', '.join(VARIABLES)}"
-        yield Finding("warning", "environment", f"{name} is set, and deltaw has no such variable", hint)
-
-
-# ---- doctor
+        yield ("warning", f"{name} is set, and deltaw has no such variable", hint)
 
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
@@ -790,10 +772,7 @@ class Examination:
     def _rates(self) -> Table:
         """Products by kernels and arithmetic, what runs use marked by a star."""
         choice = self.facts.kernels
-        table = Table(box=None, pad_edge=False)
-        table.add_column("products by")
-        for stored in STORED:
-            table.add_column(stored, justify="right")
+        made = table(["products by", *STORED], box=None, padding=(0, 1))
         names = dict.fromkeys(name for stored in STORED for name in choice.rates[stored])
         for name in [*(n for n in names if n != TORCH), *(n for n in names if n == TORCH)]:
             cells = []
@@ -802,8 +781,8 @@ class Examination:
                 way = choice.arithmetic.of(stored)
                 used = name == (TORCH if way == TORCH else f"{choice.arithmetic.kernels}:{way}")
                 cells.append("" if rate is None else f"{'* ' if used else ''}{rate:,.0f}")
-            table.add_row("the math library (torch)" if name == TORCH else name, *cells)
-        return table
+            add_row(made, ["the math library (torch)" if name == TORCH else name, *cells])
+        return made
 
     def _findings(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
@@ -20,18 +21,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from deltaw.experiments.comparison import without_nan
 from deltaw.export.combine import angles, inner, norm
 from deltaw.lora import read_adapter
 from deltaw.lora.files import AdapterFile
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
+from deltaw.reports.tables import table
 
-# ---- What a low-rank update is, measured from its factors: norm, singular values, ranks.
-#
-# ΔW = scaling · B·A is as large as the weight that it changes, its factors are r columns wide. Everything here
-# is computed from the factors, in float64, in O((n + m)·r²) for a weight of n inputs and m outputs.
-#
-# It knows tensors only, not adapters or files.
+# A low-rank update is measured from its factors. ΔW = scaling · B·A is as large as the weight that it changes, its
+# factors are r columns wide. Everything here is computed from the factors, in float64, in O((n + m)·r²) for a weight
+# of n inputs and m outputs.
 
 
 def factor_pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,21 +47,6 @@ def factor_pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, t
         return [(a, b)]
     groups = a.shape[0] // b.shape[1]
     return list(zip(a.chunk(groups), b.chunk(groups), strict=True))
-
-
-def frobenius_norm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
-    """‖ΔW‖_F of ΔW = scaling · B·A, by ‖B·A‖_F² = tr((Bᵀ·B)·(A·Aᵀ)).
-
-    Args:
-        a: A (r, n), or as :func:`factor_pairs` takes it.
-        b: B (m, r).
-        scaling: the factor of B·A.
-    """
-    square = 0.0
-    for left, right in factor_pairs(a, b):
-        # The trace of a product of two symmetric matrices is the sum of their elementwise product.
-        square += float(((right.T @ right) * (left @ left.T)).sum())
-    return abs(scaling) * math.sqrt(max(square, 0.0))
 
 
 def singular_values(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -100,11 +85,9 @@ def stable_rank(values: torch.Tensor) -> float:
     return float((values / values.max()).square().sum())
 
 
-# ---- inspect
-
-
 _BARS = "▁▂▃▄▅▆▇█"
 _KINDS_SHOWN = 14
+_PLAIN: dict[str, Any] = {"box": None, "padding": (0, 1), "header_style": "bold"}
 _LAYERS_NAMED = 5
 
 
@@ -191,7 +174,7 @@ class AdapterReport:
     def kinds(self) -> list[KindUpdate]:
         """The modules by kind, the one that moved most first."""
         grouped: dict[str, list[ModuleUpdate]] = defaultdict(list)
-        for module, kind in zip(self.modules, _kinds([m.module for m in self.modules]), strict=True):
+        for module, kind in zip(self.modules, kinds_of([m.module for m in self.modules]), strict=True):
             grouped[kind].append(module)
         kinds = [
             KindUpdate(
@@ -268,13 +251,9 @@ class AdapterReport:
         return head
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("module kind")
-        for title in ("modules", "rank", "parameters", "‖ΔW‖", "effective rank", "stable rank"):
-            table.add_column(title, justify="right")
         kinds = self.kinds()
-        for kind in kinds[:_KINDS_SHOWN]:
-            table.add_row(
+        rows = [
+            [
                 kind.kind,
                 str(kind.count),
                 "–".join(str(rank) for rank in sorted({kind.ranks[0], kind.ranks[-1]})),
@@ -282,10 +261,13 @@ class AdapterReport:
                 f"{kind.norm:.4g}",
                 f"{kind.effective_rank:.1f}",
                 f"{kind.stable_rank:.1f}",
-            )
+            ]
+            for kind in kinds[:_KINDS_SHOWN]
+        ]
         if len(kinds) > _KINDS_SHOWN:
-            table.add_row(f"and {len(kinds) - _KINDS_SHOWN} more kinds")
-        return table
+            rows.append([f"and {len(kinds) - _KINDS_SHOWN} more kinds"])
+        heads = ("module kind", "modules", "rank", "parameters", "‖ΔW‖", "effective rank", "stable rank")
+        return table(heads, rows, **_PLAIN)
 
 
 def inspect_adapter(folder: str | Path) -> AdapterReport:
@@ -323,24 +305,30 @@ def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
     )
 
 
+def values_of(update: FileUpdate) -> list[torch.Tensor]:
+    """The singular values of each ΔW of an update that are finite."""
+    return [
+        singular_values(a, b, update.scaling * update.times)
+        for a, b in update.pairs()
+        if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+    ]
+
+
 def _update(update: FileUpdate) -> ModuleUpdate:
     a, b = update.factor_A, update.factor_B
-    parameters = a.numel() + b.numel()
-    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        norm = largest = effective = stable = math.nan
-    else:
-        pairs = update.pairs()
-        factor = update.scaling * update.times
-        values = [singular_values(left, right, factor) for left, right in pairs]
-        norm = root_sum_of_squares(frobenius_norm(left, right, factor) for left, right in pairs)
+    if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
+        values = values_of(update)
+        norm = root_sum_of_squares(float(of_one.norm()) for of_one in values)
         largest = max((float(of_one[0]) for of_one in values if of_one.numel()), default=0.0)
         effective = sum(effective_rank(of_one) for of_one in values) / len(values)
         stable = sum(stable_rank(of_one) for of_one in values) / len(values)
+    else:
+        norm = largest = effective = stable = math.nan
     return ModuleUpdate(
         module=update.name,
         rank=update.rank,
         scaling=update.scaling,
-        parameters=parameters,
+        parameters=a.numel() + b.numel(),
         norm=norm,
         largest=largest,
         effective_rank=effective,
@@ -374,17 +362,16 @@ def _warnings(modules: list[ModuleUpdate], content: FileContent, tensors: Mappin
     return found
 
 
-def _kinds(modules: list[str]) -> list[str]:
-    """What kind each module is: the last part of its name, or the last two where that is ambiguous."""
-    pattern = [re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module) for module in modules]
-    homes: dict[str, set[str]] = defaultdict(set)
-    for path in pattern:
-        homes[path.rpartition(".")[2]].add(path)
-    kinds = []
-    for path in pattern:
-        last = path.rpartition(".")[2]
-        kinds.append(last if len(homes[last]) == 1 and last != "*" else ".".join(path.split(".")[-2:]))
-    return kinds
+def kinds_of(names: Sequence[str]) -> list[str]:
+    """What kind each module is: its name without numbers, cut to the last parts that tell kinds apart."""
+    patterns = [tuple(part for part in name.split(".") if not part.isdigit()) for name in names]
+    distinct = set(patterns)
+    kinds: dict[tuple[str, ...], str] = {}
+    for pattern in distinct:
+        lengths = range(1, len(pattern))
+        length = next((n for n in lengths if sum(other[-n:] == pattern[-n:] for other in distinct) == 1), len(pattern))
+        kinds[pattern] = ".".join(pattern[-length:])
+    return [kinds[pattern] for pattern in patterns]
 
 
 def _layer(module: str) -> str | None:
@@ -420,17 +407,6 @@ def root_sum_of_squares(values: Iterable[float]) -> float:
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
-
-
-def without_nan(value: object) -> object:
-    """``value`` with every number in it that is not finite as None, for JSON."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return value
 
 
 # ---- Two adapters side by side: what was set differently, and how alike their updates are, layer by layer.
@@ -499,12 +475,8 @@ class AdapterComparison:
         """One page for a terminal."""
         parts: list[RenderableType] = [self._head()]
         if self.settings:
-            table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-            for title in ("settings that differ", "A", "B"):
-                table.add_column(title)
-            for name, values in self.settings.items():
-                table.add_row(name, *(str(value) for value in values))
-            parts += [Text(), table]
+            rows = [(name, *(str(value) for value in values)) for name, values in self.settings.items()]
+            parts += [Text(), table(("settings that differ", "A", "B"), rows, left=3, fold=True, **_PLAIN)]
         if self.layers:
             parts += [Text(), self._layers()]
         for letter, names in zip("AB", self.only, strict=True):
@@ -524,20 +496,20 @@ class AdapterComparison:
 
     def _layers(self) -> Table:
         shared = _shared_prefix([layer.module for layer in self.layers])
-        table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-        table.add_column(f"module, in {shared}" if shared else "module")
-        for title in ("rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "cosine", "outputs", "inputs"):
-            table.add_column(title, justify="right")
-        for layer in self.layers[:_LAYERS_SHOWN]:
-            table.add_row(
+        heads = ("rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "cosine", "outputs", "inputs")
+        rows = [
+            (
                 layer.module[len(shared) + 1 if shared else 0 :],
                 *(str(rank) for rank in layer.ranks),
                 *(f"{size:#.3g}" for size in layer.norms),
                 *(_shown(value) for value in (layer.cosine, layer.output_overlap, layer.input_overlap)),
             )
-        if len(self.layers) > _LAYERS_SHOWN:
-            table.caption = f"and {len(self.layers) - _LAYERS_SHOWN} more; --json has all"
-        return table
+            for layer in self.layers[:_LAYERS_SHOWN]
+        ]
+        more = len(self.layers) - _LAYERS_SHOWN
+        caption = f"and {more} more; --json has all" if more > 0 else None
+        first = f"module, in {shared}" if shared else "module"
+        return table((first, *heads), rows, fold=True, caption=caption, caption_justify="left", **_PLAIN)
 
 
 def _shared_prefix(names: Sequence[str]) -> str:

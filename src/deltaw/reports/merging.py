@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from deltaw.reports.inspect import without_nan
+from deltaw.experiments.comparison import without_nan
 
 if TYPE_CHECKING:
     from deltaw.export.as_adapter import AdapterResult

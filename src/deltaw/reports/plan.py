@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,13 +12,11 @@ from rich.text import Text
 from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
+from deltaw.reports.tables import Cell, add_row, table
 from deltaw.reports.wording import gigabytes
 
-# ---- The parts of a plan as they are shown: names, words and colors. Knows no terminal and no picture.
-
-
-# In the order in which they are stacked, with a color for the terminal and one for the picture (both from a
-# palette that color-blind readers can tell apart).
+# The parts of a plan in the order in which they are stacked, with a color for the terminal and one for the picture
+# (both from a palette that color-blind readers can tell apart).
 PARTS = (
     ("weights", "the model's weights", "blue", "#0072b2"),
     ("trained", "trained parameters", "cyan", "#56b4e9"),
@@ -31,9 +28,6 @@ PARTS = (
     ("workspace", "workspace", "bright_yellow", "#e69f00"),
     ("process", "process, rows, kernels", "white", "#dddddd"),
 )
-
-
-# ---- plan
 
 
 BAR = 56
@@ -65,32 +59,29 @@ def plan_report(plans: Mapping[str, Plan], own: str) -> RenderableType:
 def plan_table(plan: Plan) -> Table:
     """The parts of one plan, with where the peak falls."""
     share = plan.trained_parameters / plan.total_parameters if plan.total_parameters else 0.0
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        title=f"method {plan.method}: {plan.trained_parameters:,} of {plan.total_parameters:,} parameters "
-        f"trained ({share:.2%})",
-        title_justify="left",
-    )
-    table.add_column("at the peak")
-    table.add_column("", justify="right")
-    for name, label, color, _ in PARTS[:-1]:
-        if plan.parts.get(name):
-            table.add_row(Text(label, style=color), gigabytes(plan.parts[name]))
-    table.add_row("tensors in all", gigabytes(plan.peak_bytes), style="bold")
+    rows: list[tuple[Cell, Cell]] = [
+        (Text(label, style=color), gigabytes(plan.parts[name]))
+        for name, label, color, _ in PARTS[:-1]
+        if plan.parts.get(name)
+    ]
+    rows.append((Text("tensors in all", style="bold"), Text(gigabytes(plan.peak_bytes), style="bold")))
     if plan.resident["tensors"] < plan.peak_bytes:
         unread = plan.peak_bytes - plan.resident["tensors"]
-        table.add_row("embedding rows that stay on disk", f"-{gigabytes(unread)}")
-    for name, size in plan.resident.items():
-        if name != "tensors" and size:
-            table.add_row(_RESIDENT[name], gigabytes(size))
-    table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
+        rows.append(("embedding rows that stay on disk", f"-{gigabytes(unread)}"))
+    rows += [(_RESIDENT[name], gigabytes(size)) for name, size in plan.resident.items() if name != "tensors" and size]
+    rows.append((Text("process in all", style="bold"), Text(gigabytes(plan.peak_resident_bytes), style="bold")))
     if plan.disk_bytes:
-        table.add_row("features on the disk", gigabytes(plan.disk_bytes))
+        rows.append(("features on the disk", gigabytes(plan.disk_bytes)))
+    trained = f"{plan.trained_parameters:,} of {plan.total_parameters:,} parameters trained ({share:.2%})"
     where = f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
-    table.caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
-    table.caption_justify = "left"
-    return table
+    return table(
+        ("at the peak", ""),
+        rows,
+        title=f"method {plan.method}: {trained}",
+        title_justify="left",
+        caption=f"{where};\nmicrobatches of {plan.tokens:,} tokens",
+        caption_justify="left",
+    )
 
 
 # What the optimizer needs for what is trained.
@@ -108,9 +99,11 @@ _RESIDENT = {
 
 def methods_table(plans: Mapping[str, Plan], own: str) -> Table:
     """Methods side by side: what each trains and needs."""
-    table = _side_by_side("method", "trained", "share", "state", "activations", "tensors", "process")
+    caption = "state: trained parameters, their gradients and the optimizer's moments"
+    heads = ("method", "trained", "share", "state", "activations", "tensors", "process")
+    made = table(heads, caption=caption, caption_justify="left")
     for name, plan in plans.items():
-        table.add_row(
+        cells = (
             name,
             f"{plan.trained_parameters:,}",
             f"{plan.trained_parameters / plan.total_parameters:.2%}",
@@ -118,20 +111,9 @@ def methods_table(plans: Mapping[str, Plan], own: str) -> Table:
             gigabytes(plan.parts["activations"]),
             gigabytes(plan.peak_bytes),
             gigabytes(plan.peak_resident_bytes),
-            style="bold" if name == own else "",
         )
-    table.caption = "state: trained parameters, their gradients and the optimizer's moments"
-    table.caption_justify = "left"
-    return table
-
-
-def _side_by_side(first: str, *others: str) -> Table:
-    """A table for one thing a line, whose numbers stand on the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+        add_row(made, cells, "bold" if name == own else "")
+    return made
 
 
 def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
@@ -230,10 +212,9 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
 
 def budget_table(found: Sequence[Fitting]) -> Table:
     """Settings that fit a budget, the fastest first."""
-    headings = ("rank", "tokens per pass", "checkpointing", "precision", "process", "time")
-    table = _side_by_side("method", *headings)
-    for row in found:
-        table.add_row(
+    heads = ("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time")
+    rows = [
+        (
             row.method,
             str(row.rank or ""),
             f"{row.tokens_per_pass:,}",
@@ -242,4 +223,6 @@ def budget_table(found: Sequence[Fitting]) -> Table:
             gigabytes(row.plan.peak_resident_bytes),
             f"{row.seconds / found[0].seconds:.2f} x",
         )
-    return table
+        for row in found
+    ]
+    return table(heads, rows)

@@ -13,35 +13,36 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.errors import LiveError
 from rich.live import Live
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
 from deltaw.host.choices import Choice
 from deltaw.host.memory import resident_bytes
 from deltaw.memory.plan import Plan
-from deltaw.reports.comparison import write_rate_figure
 from deltaw.reports.page.write import NAME as REPORT
+from deltaw.reports.page.write import write_rate_figure
 from deltaw.reports.plan import plan_lines
+from deltaw.reports.tables import facts, one_line
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.training.callbacks import Callback, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import Result
 from deltaw.training.monitoring.monitor import Sample
 from deltaw.training.monitoring.rates import RateSearch
+from deltaw.training.run_folder import FINISHED, INTERRUPTED
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.training.summary import FINISHED, INTERRUPTED, next_commands
+from deltaw.training.summary import next_commands
 from deltaw.version import __version__
 
-# ---- What a person sees of long work: a spinner with the time on a terminal, a line now and then elsewhere.
-#
-# Short work shows nothing. It listens to :mod:`deltaw.working`, and knows nothing of the work itself. The steps
-# of a run have a display of their own (:mod:`deltaw.reports.progress`).
-
-
-# Seconds before a spinner appears, and between its changes.
+# Seconds before long work is shown on a terminal, and between changes of its line.
 PATIENCE, REDRAW = 0.6, 0.2
-# Without a terminal: seconds before the first line, and how many times longer until each next one.
-FIRST_LINE, NEXT_LINE = 5.0, 3.0
+# Without a terminal: seconds before the first line, and between two lines of work or of steps.
+FIRST_LINE, NEXT_LINE = 5.0, 15.0
+# Columns of what is printed: longer lines are hard to read.
+WIDTH = 80
+# Characters of the bar of a live line, where there is room.
+BAR_LEAST, BAR_MOST = 8, 30
+# The loss shown is a running mean, so that it can be read.
+SMOOTHING = 0.9
 
 
 @dataclass
@@ -58,7 +59,9 @@ class _Work:
 
 
 class WorkingDisplay:
-    """Shows the innermost work that goes on; a thread draws while there is any.
+    """Shows the innermost long work: one line with the time on a terminal, a line now and then elsewhere.
+
+    It listens to :mod:`deltaw.working` and knows nothing of the work itself. A thread draws while there is any.
 
     Args:
         console: where to. Where another display is live on it already, that one stays alone.
@@ -125,40 +128,33 @@ class WorkingDisplay:
             shown = self._shown()
             if shown is not None:
                 self._console.print(f"still {shown}", markup=False, highlight=False)
-            wait *= NEXT_LINE
-
-
-# ---- How a run ended, for a terminal: its results, and the commands that go on from there.
+            wait = NEXT_LINE
 
 
 def show_end(console: Console, result: Result) -> None:
-    """A table on a terminal, lines elsewhere; below it the next commands, each on a line of its own, so that
-    it can be copied."""
+    """What a run came to, and the commands that go on from there, each on a line of its own, so that it can be
+    copied."""
+    rows = closing_rows(result)
     if console.is_terminal:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), width=min(100, console.width))
-        table.add_column(no_wrap=True, style="dim")
-        table.add_column(overflow="fold", ratio=1)
-        for name, text in closing_rows(result):
-            table.add_row(Text(name), Text(text))
         console.print()
-        console.print(table, soft_wrap=False)
+        console.print(facts(rows, min(100, console.width), fold=True), soft_wrap=False)
         console.print()
     else:
-        for line in closing_lines(result):
-            console.print(line)
+        for name, text in rows:
+            console.print(f"{name}: {text}" if name else f"  {text}")
     state = INTERRUPTED if result.interrupted else FINISHED
-    commands = next_commands(result.output, state, result.method, result.writes_text)
     if (result.output / REPORT).is_file():
         console.print(f"report: {result.output / REPORT}")
-    for entry in commands:
+    for entry in next_commands(result.output, state, result.method, result.writes_text):
         console.print(f"next: {entry['command']}  # {entry['what']}")
 
 
 def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
-    """Name and text of each line of the table."""
+    """Name and text of each line."""
     done = result.outcome
     if result.interrupted:
-        yield "interrupted", f"after {done.steps:,} steps; the adapter of the last whole step is saved"
+        steps = "1 step" if done.steps == 1 else f"{done.steps:,} steps"
+        yield f"interrupted after {steps}", "the adapter of the last whole step is saved"
     if done.seconds:
         yield (
             "training",
@@ -189,51 +185,21 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "adapter", os.fspath(result.output)
 
 
-def closing_lines(result: Result) -> Iterator[str]:
-    """The same as lines, each of which says what it is."""
-    done = result.outcome
-    if result.interrupted:
-        steps = "1 step" if done.steps == 1 else f"{done.steps:,} steps"
-        yield f"interrupted after {steps}: the adapter is saved in {result.output}"
-        return
-    if done.seconds:
-        planned = result.planned_memory_bytes
-        plan_note = "" if planned is None else f" (planned {gigabytes(planned)})"
-        yield (
-            f"{done.rows:,} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
-            f"{done.tokens / done.seconds:,.0f} tokens/s), "
-            f"peak memory {gigabytes(result.peak_memory_bytes)}{plan_note}"
-        )
-        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.named_metrics().items())
-        yield f"training loss {done.loss:.4f}{held_out}"
-    if result.drift is not None:
-        yield from result.drift.lines()
-    yield f"the adapter is in {result.output}"
-
-
-# ---- What a run is about to do, as one table for a terminal: each value, and why it was chosen.
-
-
-# Columns that the table takes at most: longer lines are hard to read.
-WIDTH = 100
-# Characters of a value; a longer one, such as a path, is shortened at its beginning.
-VALUE = 22
-
-
 def run_header(start: RunStart, plan: Plan | None, limit_bytes: int | None, width: int) -> RenderableType:
-    """The table, no wider than ``width``.
+    """What a run is about to do, one fact a line in at most ``width`` columns: each value, and why it was chosen.
+    What does not fit is in the run's ``run.yaml``.
 
     Args:
         plan: of the run's memory; None where there is none. limit_bytes: that the machine gives.
     """
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), width=min(width, WIDTH))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold", max_width=VALUE, style="bold")
-    table.add_column(overflow="fold", ratio=1)
-    for name, value, why in header_rows(start, plan, limit_bytes):
-        table.add_row(Text(name), Text(_end_of(value)), Text(why))
-    title = Text(os.fspath(start.folder), style="bold").append(f"  deltaw {__version__}", style="dim")
-    return Group(Text(), title, table, Text())
+    rows = [
+        (name, Text(one_line(value, WIDTH // 2, end=True), style="bold").append(f"  {why}", style="not bold"))
+        for name, value, why in header_rows(start, plan, limit_bytes)
+    ]
+    title = Text(one_line(os.fspath(start.folder), WIDTH - 20, end=True), style="bold").append(
+        f"  deltaw {__version__}", style="dim"
+    )
+    return Group(Text(), title, facts(rows, min(width, WIDTH), fold=False), Text())
 
 
 def header_rows(start: RunStart, plan: Plan | None, limit_bytes: int | None) -> Iterator[tuple[str, str, str]]:
@@ -269,21 +235,9 @@ def _name(reference: object) -> str:
     return reference if isinstance(reference, str) else shown(reference)
 
 
-def _end_of(value: str) -> str:
-    """The end of a long value says the most."""
-    return value if len(value) <= 2 * VALUE else "…" + value[-(2 * VALUE - 1) :]
-
-
-# ---- The line that a terminal shows while a run trains: it fits the width; what matters least goes first.
-
-
-# Characters of the bar, where there is room.
-BAR_LEAST, BAR_MOST = 8, 30
-
-
 @dataclass
 class LiveLine:
-    """What the line shows; it is drawn anew from these values.
+    """The line that shows how a training goes. On a terminal it fits the width: what matters least goes first.
 
     Attributes:
         step, total: done and planned. loss: of the last step. mean: its running mean.
@@ -351,21 +305,12 @@ def _length(pieces: list[tuple[int, str]]) -> int:
     return sum(len(word) + 2 for _, word in pieces) - 2
 
 
-# ---- progress
-
-
-# Seconds between lines where there is no terminal to redraw.
-PLAIN_INTERVAL = 10.0
-# The loss shown is a running mean, so that it can be read.
-SMOOTHING = 0.9
-
-
 class TerminalCallback(Callback):
     """Shows a run on a console.
 
-    On a terminal: notes as they come, one table with all that was chosen, and while it trains one line with
+    On a terminal: notes as they come, a header with all that was chosen, and while it trains one line with
     the loss and its running mean, tokens per second, memory now and planned, and the time left. Elsewhere
-    each of these is a line of text.
+    each of these is a line of text, and how the training goes is told now and then.
     """
 
     def __init__(self, console: Console) -> None:
@@ -422,9 +367,9 @@ class TerminalCallback(Callback):
         if self._live is not None:
             return
         now = time.monotonic()
-        if now - self._said >= PLAIN_INTERVAL or step.step in (1, line.total):
+        if now - self._said >= NEXT_LINE or step.step in (1, line.total):
             self._said = now
-            self.on_line(plain_line(line))
+            self.on_line("  ".join(word for _, word in line.pieces()))
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:
@@ -434,8 +379,8 @@ class TerminalCallback(Callback):
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
         who = "base model" if step == 0 else f"step {step}"
         for sample in samples:
-            shown = (_one_line(sample.prompt), _one_line(sample.answer), _one_line(sample.expected))
-            self.on_line("{}, row {}: {} -> {} (expected {})".format(who, sample.row, *shown))
+            prompt, answer, expected = (one_line(t, 60) for t in (sample.prompt, sample.answer, sample.expected))
+            self.on_line(f'{who}, row {sample.row}: "{prompt}" -> "{answer}" (expected "{expected}")')
 
     def on_rate_search(self, search: RateSearch, folder: Path) -> None:
         write_rate_figure(search, folder)
@@ -444,20 +389,3 @@ class TerminalCallback(Callback):
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def plain_line(line: LiveLine) -> str:
-    """All of a live line as text for a log."""
-    of = "" if line.planned is None else f" of {line.planned / 1e9:.2f}"
-    speed = "" if line.tokens_per_second is None else f"  {line.tokens_per_second:,.0f} tokens/s"
-    left = "" if line.left is None else f"  {clock(line.left)} left"
-    return (
-        f"step {line.step}/{line.total}  loss {line.loss:.4f}  mean {line.mean:.4f}{speed}  "
-        f"{line.memory / 1e9:.2f}{of} GB{left}"
-    )
-
-
-def _one_line(text: str, most: int = 60) -> str:
-    """A text in one line of so many characters, in quotation marks."""
-    joined = " ".join(text.split())
-    return f'"{joined if len(joined) <= most else joined[: most - 1] + "…"}"'

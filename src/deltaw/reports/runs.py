@@ -11,19 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.reports.page.svg import Numbers
-from deltaw.reports.recorded import RecordedRun, find_runs, is_run, read_run
+from deltaw.reports.tables import add_row, one_line, table
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
-from deltaw.training.summary import FINISHED, INTERRUPTED, RUNNING
-
-# ---- Which runs somebody means: a folder of runs, the path of a run, or its name in the folder ``runs``.
-
+from deltaw.training.run_folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, read_run
 
 # Where runs are by default.
 FOLDER = "runs"
@@ -33,7 +28,7 @@ FOLDER = "runs"
 class Chosen:
     """Runs, and whether they are to be compared rather than listed. where: the folder, for a message."""
 
-    records: list[RecordedRun]
+    records: list[Run]
     compared: bool
     where: str
 
@@ -81,16 +76,13 @@ def _place(name: str) -> Path:
     )
 
 
-# ---- runs
-
-
 # Settings that differ between any two runs and say nothing.
 UNTOLD = ("output",)
 
 
-def names_of(records: Sequence[RecordedRun]) -> list[str]:
+def names_of(records: Sequence[Run]) -> list[str]:
     """A short name for each run, unique among them: as much of its path as it takes."""
-    paths = [record.folder.resolve().parts for record in records]
+    paths = [record.path.resolve().parts for record in records]
     names = []
     for path in paths:
         for length in range(1, len(path) + 1):
@@ -100,7 +92,7 @@ def names_of(records: Sequence[RecordedRun]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
 
 
-def result_rows(records: Sequence[RecordedRun]) -> Numbers:
+def result_rows(records: Sequence[Run]) -> Numbers:
     """One row a result, one column a run; rows that no run has are left out."""
     rows: list[tuple[str, list[str]]] = [
         ("state", [record.state for record in records]),
@@ -129,7 +121,7 @@ def result_rows(records: Sequence[RecordedRun]) -> Numbers:
     return Numbers("Results of each run", ("result", *names_of(records)), kept)
 
 
-def differing_settings(records: Sequence[RecordedRun]) -> Numbers:
+def differing_settings(records: Sequence[Run]) -> Numbers:
     """The settings that are not the same in all runs, as they were set or chosen."""
     keys = dict.fromkeys(key for record in records for key in record.flat_settings)
     rows = []
@@ -142,7 +134,7 @@ def differing_settings(records: Sequence[RecordedRun]) -> Numbers:
     return Numbers("Values by run", ("setting", *names_of(records)), rows)
 
 
-def same_prompts(records: Sequence[RecordedRun], most: int = 8) -> list[dict[str, Any]]:
+def same_prompts(records: Sequence[Run], most: int = 8) -> list[dict[str, Any]]:
     """Prompts that at least two runs answered, with the last answer of each."""
     names = names_of(records)
     answers: dict[str, dict[str, Any]] = {}
@@ -165,12 +157,12 @@ def same_prompts(records: Sequence[RecordedRun], most: int = 8) -> list[dict[str
     return found
 
 
-def as_values(records: Sequence[RecordedRun]) -> list[dict[str, Any]]:
+def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
     """Each run as plain values, ready for JSON."""
     return [
         {
             "name": name,
-            "folder": os.fspath(record.folder),
+            "folder": os.fspath(record.path),
             "state": record.state,
             "model": record.model,
             "task": record.task,
@@ -178,7 +170,7 @@ def as_values(records: Sequence[RecordedRun]) -> list[dict[str, Any]]:
             "rows": int(record.metrics.total("rows")),
             "steps": record.steps,
             "total_steps": record.total_steps,
-            "held_out_loss": record.held_out_loss,
+            "held_out_loss": record.held_out_losses[-1][1] if record.held_out_losses else None,
             "score": None if record.score is None else {"metric": record.score[0], "value": record.score[1]},
             "eval": {
                 metric: found[-1][1]
@@ -200,9 +192,6 @@ def _or_empty(value: Any, wording: Any) -> str:
     return "" if value is None else str(wording(value))
 
 
-# ---- Runs on a terminal: one line a run, or a few runs side by side. Columns that do not fit are left out.
-
-
 STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
 # The longest cell of a column of names.
 NAME, MODEL = 34, 26
@@ -218,31 +207,31 @@ class Column:
     """
 
     title: str
-    text: Callable[[RecordedRun], str]
+    text: Callable[[Run], str]
     importance: int
     right: bool = True
 
 
-def _steps(record: RecordedRun) -> str:
+def _steps(record: Run) -> str:
     total = record.total_steps
     return f"{record.steps:,}" if total in (None, record.steps) else f"{record.steps:,}/{total:,}"
 
 
-def _score(record: RecordedRun) -> str:
+def _score(record: Run) -> str:
     score = record.score
     if score is None or score[0] == record.loss_metric:
         return ""
     return f"{metric_name(score[0])} {metric_value(*score)}"
 
 
-def _memory(record: RecordedRun) -> str:
+def _memory(record: Run) -> str:
     return "" if record.peak_bytes is None else f"{record.peak_bytes / 1e9:.2f} GB"
 
 
-def _model(record: RecordedRun) -> str:
+def _model(record: Run) -> str:
     reference = record.model.rstrip("/")
     last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
-    return _shortened(last.removeprefix("pypi:"), MODEL)
+    return one_line(last.removeprefix("pypi:"), MODEL, end=True)
 
 
 COLUMNS = (
@@ -251,7 +240,7 @@ COLUMNS = (
     Column("rows", lambda record: count(record.metrics.total("rows")), 7),
     Column("steps", _steps, 5),
     Column("state", lambda record: record.state, 0, right=False),
-    Column("held-out", lambda record: "" if (v := record.held_out_loss) is None else short(v), 1),
+    Column("held-out", lambda record: short(record.held_out_losses[-1][1]) if record.held_out_losses else "", 1),
     Column("score", _score, 2),
     Column("time", lambda record: duration(record.seconds) if record.seconds else "", 4),
     Column("memory", _memory, 6),
@@ -259,10 +248,10 @@ COLUMNS = (
 )
 
 
-def runs_table(records: Sequence[RecordedRun], width: int) -> RenderableType:
+def runs_table(records: Sequence[Run], width: int) -> RenderableType:
     """One line a run, the latest last, in at most ``width`` characters where that can be."""
     records = sorted(records, key=lambda record: record.started)
-    names = [_shortened(name, NAME) for name in names_of(records)]
+    names = [one_line(name, NAME, end=True) for name in names_of(records)]
     cells = {column.title: [column.text(record) for record in records] for column in COLUMNS}
     columns = [column for column in COLUMNS if any(cells[column.title])]
     while True:
@@ -271,53 +260,37 @@ def runs_table(records: Sequence[RecordedRun], width: int) -> RenderableType:
             break
         last = max(column.importance for column in columns)
         columns = [column for column in columns if column.importance != last]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("run", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+    made = table(["run", *(column.title for column in columns)])
+    for column, shown_column in zip(columns, made.columns[1:], strict=True):
+        shown_column.justify = "right" if column.right else "left"
     for place, (name, record) in enumerate(zip(names, records, strict=True)):
-        row = [Text(name)]
-        for column in columns:
-            style = STYLES.get(record.state, "red") if column.title == "state" else ""
-            row.append(Text(cells[column.title][place], style=style))
-        table.add_row(*row)
+        styles = [STYLES.get(record.state, "red") if column.title == "state" else "" for column in columns]
+        texts = [cells[column.title][place] for column in columns]
+        add_row(made, [name, *(Text(text, style=style) for text, style in zip(texts, styles, strict=True))])
     left_out = [column.title for column in COLUMNS if any(cells[column.title]) and column not in columns]
     if not left_out:
-        return table
+        return made
     note = Text(f"a wider terminal also shows {', '.join(left_out)}; --json has everything", style="dim")
-    return Group(table, note)
+    return Group(made, note)
 
 
-def comparison_tables(records: Sequence[RecordedRun], width: int) -> list[RenderableType]:
+def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
-    names = [_shortened(name, NAME) for name in names_of(records)]
+    names = [one_line(name, NAME, end=True) for name in names_of(records)]
     longest = max(len(name) for name in names) + 2
     at_once = max(1, (width - 26) // max(14, longest))
     parts: list[RenderableType] = []
     results, differences = result_rows(records), differing_settings(records)
     for start in range(0, len(records), at_once):
         part = slice(start, start + at_once)
-        parts.append(_numbers(results, names, part))
-        if differences.rows:
-            parts.append(_numbers(differences, names, part, title="settings that differ"))
+        for numbers, title in ((results, results.head[0]), (differences, "settings that differ")):
+            if numbers.rows:
+                rows = [(first, *cells[part]) for first, *cells in numbers.rows]
+                parts.append(table([title, *names[part]], rows, fold=True))
     if not differences.rows:
         parts.append(Text("no setting differs, apart from the folder"))
     return parts
 
 
-def _numbers(numbers: Numbers, names: Sequence[str], part: slice, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title or numbers.head[0], overflow="fold")
-    for name in names[part]:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for first, *cells in numbers.rows:
-        table.add_row(Text(first), *(Text(cell) for cell in cells[part]))
-    return table
-
-
 def _width(title: str, cells: Sequence[str]) -> int:
     return max(len(title), *(len(cell) for cell in cells)) + 2
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else "…" + text[-(most - 1) :]

@@ -40,7 +40,7 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.record import RunRecord, Start, begin, settings_to_resume
+from deltaw.training.record import RunRecord, Start, begin, clear_end, settings_to_resume
 from deltaw.training.resuming import (
     assemble_alike,
     choices_of,
@@ -50,10 +50,10 @@ from deltaw.training.resuming import (
     rows_facts,
     send_settings,
 )
-from deltaw.training.run_folder import FOLDER, RunFolder, check_output, clear_end, is_unfinished
+from deltaw.training.run_folder import FOLDER, Run, RunFolder, check_output
 from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
-from deltaw.training.summary import RunSummary, write_card
+from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tracking import Tracking
 
@@ -159,17 +159,16 @@ def fit(
     if processes is ALONE:
         refuse_alone()
     with guest(), Tracking(config, callback or Callback()) as told:
-        check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
+        check_output(output, goes_on=not fresh and (resume is not None or Run(output).unfinished))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            with RunSummary() as summary:
-                return summary.finished(_fit(start, output, told, summary, processes))
+            return _fit(start, output, told, processes)
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
-def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, processes: Reducer) -> Result:
+def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> Result:
     began = now()
     start.config = as_parallel(start.config, processes, callback.on_line)
     task, data = read_data(start.config, callback.on_line)
@@ -215,7 +214,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
             searched = choose_rate(session, folder.path, callback)
             record.chose(choices_of(session, loaded.choices))
             of_run = {**loaded.choices, **session.chosen}
-            summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
+            record.describe(plan, of_run, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
             watching = _Watching(session, folder, record, monitor, callback, searched)
@@ -235,7 +234,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     finally:
         folder.close()
         session.close()
-    return Result(
+    result = Result(
         folder.path,
         outcome,
         evaluation,
@@ -252,6 +251,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
     )
+    return record.came_to(result)
 
 
 def planned(

@@ -1,20 +1,24 @@
-"""What a run writes about itself so that it can go on: its status and its checkpoints.
+"""How a run begins, what it records of itself so that it can be resumed, and how it ends.
 
-Knows a session, a folder and how the run began; not the training's steps.
+It knows a session, a folder and checkpoints; not the training's steps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deltaw.data.packing import rows_of
@@ -29,22 +33,37 @@ from deltaw.training.features.store import FeatureRecord
 from deltaw.training.origin import settings_in
 from deltaw.training.parallel.group import LostProcess
 from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, flat, refusal, refused, with_choices
-from deltaw.training.run_folder import FOLDER, SETTINGS, RunFolder, RunLock, Status, read_status
+from deltaw.training.run_folder import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    FOLDER,
+    INTERRUPTED,
+    RUNNING,
+    SETTINGS,
+    Run,
+    RunFolder,
+    RunLock,
+    this_process,
+)
 from deltaw.training.session import Session
 from deltaw.training.state import NotFinite, NotFiniteError, Outcome, SavedState, TrainState
+from deltaw.training.summary import facts, next_commands, plain, told_choices
 
-# ---- Where numbers stopped being finite: the step's rows are run again, and every module is watched.
-#
-# What is found first is named: a parameter, a module's output, the loss, or a parameter's gradient. The rows
-# are saved, so that the step can be looked at again elsewhere. Knows a session and a step.
-
+if TYPE_CHECKING:
+    from deltaw.host.choices import Choice
+    from deltaw.memory.plan import Plan
+    from deltaw.training.fit import Result
 
 # Row numbers that a line shows.
 _SHOWN = 12
 
 
 class Diagnosis:
-    """Finds out what is wrong with a step's rows, and saves them.
+    """Finds out where numbers stop being finite in a step, and saves its rows.
+
+    The rows are run again while every module is watched. What is found first is named: a parameter, a module's
+    output, the loss, or a parameter's gradient.
 
     Args:
         session: within :meth:`Session.running`, as it was before the step.
@@ -168,11 +187,6 @@ def _listed(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# ---- How a run begins: in a folder of its own, or where the run in its folder stopped.
-#
-# Knows folders, settings and checkpoints; not models or rows.
-
-
 @dataclass
 class Start:
     """How a run begins.
@@ -182,7 +196,7 @@ class Start:
         config: those to run with: what the run chose itself when it began is given.
         goes_on: whether the run in the folder goes on, in the same folder.
         found: the checkpoint that it goes on from; None where it begins with its first step.
-        status: of the run that goes on.
+        run: that goes on, as it was.
         longer: whether its length was changed.
         lock: of the folder, where that existed.
     """
@@ -191,7 +205,7 @@ class Start:
     config: RunConfig
     goes_on: bool = False
     found: Checkpoint | None = None
-    status: Status | None = None
+    run: Run | None = None
     longer: bool = False
     lock: RunLock | None = None
     choices: Mapping[str, object] = field(default_factory=dict)
@@ -204,20 +218,24 @@ class Start:
     @property
     def finished(self) -> bool:
         """Whether the run that goes on was done."""
-        return self.status is not None and self.status.state == "finished"
+        return self.run is not None and self.run.state == FINISHED
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What the run that goes on noted for this; empty for a new run."""
+        return {} if self.run is None else self.run.training or {}
 
     @property
     def lines_kept(self) -> int:
         """Lines of the metrics that stay."""
         if self.found is None:
             return 0
-        finished = self.finished_there
-        return int((finished or {"lines": self.found.values["metrics_lines"]})["lines"])
+        return int((self.finished_there or {"lines": self.found.values["metrics_lines"]})["lines"])
 
     @property
     def finished_there(self) -> Mapping[str, Any] | None:
         """What was noted when the run was done at the step that it goes on from; None where it was not."""
-        noted = None if self.status is None else self.status.finished
+        noted: Mapping[str, Any] | None = self.training.get("finished")
         return noted if noted is not None and noted["steps"] == self.step else None
 
     def as_written(self, config: RunConfig) -> RunConfig:
@@ -288,8 +306,8 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
 
 
 def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
-    status = read_status(output)
-    if status is None or (status.state == "finished" and not asked):
+    run = Run(output)
+    if run.training is None or (run.state == FINISHED and not asked):
         if asked:
             raise _nothing(output)
         return Start(config, config)
@@ -297,13 +315,13 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
     for path, why in damaged:
         say(f"{path.name} is damaged and passed over: {why}")
     if found is None:
-        return _from_the_first_step(output, config, status, asked, say)
+        return _from_the_first_step(run, config, asked, say)
     choices = found.values["choices"]
     before = found.values["settings"]
     differing = changes(before, config, choices)
     other = refusal(differing, asked=asked)
-    done = f"step {found.step} of {status.total_steps}"
-    if other and status.state == "diverged" and not asked:
+    done = f"step {found.step} of {run.total_steps}"
+    if other and run.state == DIVERGED and not asked:
         return Start(config, config)  # nobody wants to go on with what diverged
     if other:
         raise refused(output, done, other, asked=asked)
@@ -314,21 +332,22 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
     say(f"the run in {output} goes on from {done} ({found.path.name})")
     for line in [*said, *_rounded(differing)]:
         say(line)
-    return Start(config, pinned, goes_on=True, found=found, status=status, longer=longer, choices=choices)
+    return Start(config, pinned, goes_on=True, found=found, run=run, longer=longer, choices=choices)
 
 
-def _from_the_first_step(output: Path, config: RunConfig, status: Status, asked: bool, say: Say) -> Start:
+def _from_the_first_step(run: Run, config: RunConfig, asked: bool, say: Say) -> Start:
     """A run that left no whole checkpoint: it begins anew, in the same folder where nothing would be lost."""
-    if status.state == "finished":
+    output = run.path
+    if run.state == FINISHED or run.training is None:
         raise _nothing(output)
-    other = refusal(changes(status.settings, config), asked=asked)
+    other = refusal(changes(run.training["settings"], config), asked=asked)
     if asked and other:
         raise refused(output, "no step", other, asked=asked)
     if other or (output / ADAPTER_CONFIG).exists():
         return Start(config, config)
     there = "no whole checkpoint" if listed(output / FOLDER) else "no checkpoint yet"
     say(f"the run in {output} was stopped and has {there}: it begins again with its first step")
-    return Start(config, config, goes_on=True, status=status)
+    return Start(config, config, goes_on=True, run=run)
 
 
 def _rounded(differing: list[Change]) -> list[str]:
@@ -349,11 +368,8 @@ def _nothing(output: Path) -> UserError:
     )
 
 
-# ---- record
-
-
 class RunRecord:
-    """Keeps a run's status and checkpoints current. Made once the run's folder is there.
+    """Keeps ``run.json`` and the checkpoints of a run current. Made once the run's folder is there.
 
     Args:
         rows: of :func:`deltaw.training.resuming.rows_facts`.
@@ -384,8 +400,8 @@ class RunRecord:
         features = FeatureRecord(session.feed.store, "off" if kept is None else str(kept.value), say)
         self.extras: dict[str, Stateful] = {"features": features}
         self._features: Mapping[str, Any] = features.state()
-        if start.goes_on and start.status is not None:
-            self._features = start.status.features
+        if start.goes_on:
+            self._features = start.training["features"]
             if start.found is None:
                 features.restore(self._features)
         self.checkpoints = Checkpoints(
@@ -397,7 +413,11 @@ class RunRecord:
             extras=self.extras,
             sync=folder.sync_metrics,
         )
-        self._write("running")
+        self._write(RUNNING, process=this_process(), ended=None)
+
+    def describe(self, plan: Plan | None, chosen: Mapping[str, Choice], limit: int) -> None:
+        """Note what is known before the first step: see :func:`deltaw.training.summary.facts`."""
+        self._folder.note(**facts(self._session, plan, chosen, limit))
 
     def add(self, name: str, extra: Stateful, *, durable: Callable[[], None]) -> None:
         """Keep what changes over the run with every checkpoint; before :meth:`restore`.
@@ -462,21 +482,37 @@ class RunRecord:
         Raises:
             UserError, OSError: that cannot be written down.
         """
-        self._write("interrupted" if outcome.interrupted else "finished")
+        self._write(INTERRUPTED if outcome.interrupted else FINISHED)
+
+    def came_to(self, result: Result) -> Result:
+        """Note the result of a run that is done, and pass it on. A result that cannot be noted is a warning."""
+        more: dict[str, Any] = {"result": plain(result.as_dict())}
+        if not result.interrupted and result.stopped_early is None:  # a time budget plans the steps on the way
+            more["total_steps"] = result.outcome.steps
+        try:
+            self._folder.note(**self._at_the_end(INTERRUPTED if result.interrupted else FINISHED), **more)
+        except (OSError, UserError) as error:
+            warnings.warn(f"the result could not be written: {error}", stacklevel=2)
+        return result
 
     def failed(self, error: BaseException) -> None:
         """The run ended with an error, which is raised afterwards."""
         if isinstance(error, LostProcess):
             self._save_whole_steps()
-        states = {NotFiniteError: "diverged", KeyboardInterrupt: "interrupted"}
+        state = {NotFiniteError: DIVERGED, KeyboardInterrupt: INTERRUPTED}.get(type(error), FAILED)
         try:
             self.checkpoints.close()
         except UserError as another:
             self._say(another.what)
+        more: dict[str, Any] = {}
+        if isinstance(error, UserError):
+            more = {"error": plain({"what": error.what, "where": error.where, "hint": error.hint})}
+        elif state == FAILED:
+            more = {"error": plain({"what": f"{type(error).__name__}: {error}"})}
         try:
-            self._write(states.get(type(error), "failed"))
+            self._write(state, **self._at_the_end(state), **more)
         except (UserError, OSError) as another:
-            self._say(f"the run's status could not be written: {another}")
+            self._say(f"the run's state could not be written: {another}")
 
     def _save_whole_steps(self) -> None:
         """Another process is lost: what was trained before the step that it broke is the run's."""
@@ -490,16 +526,100 @@ class RunRecord:
         if last is not None:
             self._say(f"all steps before are in {last}: the same command goes on from there")
 
-    def _write(self, state: str) -> None:
-        steps = self._steps
-        before = self._start.status
-        finished: Mapping[str, Any] | None = None if before is None else before.finished
-        if state == "finished":
-            finished = {"steps": steps, "lines": self._folder.sync_metrics(), **self.checkpoints.beside()}
-        Status(state, steps, self._session.total_steps, self._settings, self._features, finished).write(
-            self._folder.path
-        )
+    def _at_the_end(self, state: str) -> dict[str, Any]:
+        """When the run ended, what it chose on the way, and commands to go on with; before it was described, only
+        when."""
+        ended: dict[str, Any] = {"ended": time.time()}
+        known = self._folder.values
+        if "chosen" not in known:
+            return ended
+        chosen = {**known["chosen"], **told_choices(self._session.chosen)}
+        commands = next_commands(self._folder.path, state, known["method"], known["writes_text"])
+        return {**ended, "chosen": plain(chosen), "commands": commands}
 
-    @property
-    def _steps(self) -> int:
-        return (self._start.step or 0) if self._state is None else self._state.step
+    def _write(self, state: str, **more: Any) -> None:
+        steps = (self._start.step or 0) if self._state is None else self._state.step
+        finished = self._start.training.get("finished")
+        if state == FINISHED:
+            finished = {"steps": steps, "lines": self._folder.sync_metrics(), **self.checkpoints.beside()}
+        training = {"steps": steps, "settings": self._settings, "features": self._features, "finished": finished}
+        total = {} if "total_steps" in self._folder.values else {"total_steps": self._session.total_steps}
+        self._folder.note(state=state, training=training, **total, **more)
+
+
+_OF_THE_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would become larger than allowed",
+    errno.EROFS: "the file system has become read-only",
+    errno.EIO: "the disk fails to read or write",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOENT: "a file or folder has disappeared",
+    errno.ENODEV: "a device has disappeared",
+    errno.ESTALE: "a network folder has disappeared",
+}
+# How torch's allocator of main memory says that there is none, on Linux and on Windows.
+_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+
+
+@contextlib.contextmanager
+def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | None]) -> Iterator[None]:
+    """While open, errors of the machine become errors that say what to do.
+
+    Args:
+        run: the folder that is written to.
+        where: the place in the training, asked when something happens.
+        last: the newest checkpoint; None where there is none.
+
+    Raises:
+        UserError: the machine has no memory or no room on the disk, or a file is gone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the machine has no memory left: {_first_line(error)}",
+            where=where(),
+            hint="lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters; "
+            + _goes_on(last()),
+        ) from error
+    except (OSError, SafetensorError) as error:
+        what = _disk_error(error)
+        if what is None:
+            raise
+        file = getattr(error, "filename", None)
+        raise UserError(
+            f"{what}, and the run cannot go on",
+            where=str(file or run),
+            hint=f"make it writable again, with room to spare; {_goes_on(last())}",
+        ) from error
+
+
+def _goes_on(last: Path | None) -> str:
+    if last is None:
+        return "the run has no checkpoint yet, and begins again with its first step"
+    return f"the same command goes on from {last.name}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What an error of the disk means; None where it is none of these."""
+    if isinstance(error, OSError):
+        return _OF_THE_DISK.get(error.errno or 0)
+    number = str(error).rpartition("os error ")[2].partition(")")[0]  # as safetensors writes it
+    return _OF_THE_DISK.get(int(number)) if number.isdigit() else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

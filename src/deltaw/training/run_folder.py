@@ -1,232 +1,545 @@
-"""A run's folder: what it was told, what it chose, what it measured, and the adapter.
+"""A run's folder as one object: settings, choices, state, metrics, results, lock and checkpoints.
 
-An earlier run in the same folder is renamed, never overwritten. A run that goes on keeps its folder.
+Training writes it (:class:`RunFolder`); resuming, `runs`, comparisons and pages read it (:class:`Run`). People read
+``run.yaml``, programs ``run.json``; what was measured is in ``metrics.jsonl``. An earlier run in the same folder is
+renamed, never overwritten. A run that is resumed keeps its folder. It knows no terminal, page or checkpoint content.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
+import math
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+import psutil
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
-from deltaw.contained import remember_named
+from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.settings import RunConfig
+from deltaw.settings import RunConfig, parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# ---- Whether a run's folder is in use, and how far the run in it came.
-#
-# Both are in the run's ``checkpoints`` folder: a lock that the system releases when its process ends, however
-# it ends, and a small file with the run's settings. Knows no checkpoints.
-
-
-FOLDER, STATUS, LOCK = "checkpoints", "status.json", ".lock"
+SETTINGS, RUN, METRICS, LEARNING_RATES = "run.yaml", "run.json", "metrics.jsonl", "learning_rate.json"
+FOLDER, LOCK = "checkpoints", ".lock"
+# Where earlier versions kept what is in run.json now; still read.
+EARLIER = ("summary.json", f"{FOLDER}/status.json")
+# Of the layout of run.json; another number where an older reader would misread it.
 VERSION = 1
-# What a run may be: being trained (or killed while it was), stopped by a signal or a callback, ended by an
-# error that lies outside of it, diverged, or done.
-STATES = ("running", "interrupted", "failed", "diverged", "finished")
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run came.
-
-    Attributes:
-        state: of :data:`STATES`. steps: done when this was written.
-        total_steps: of the run. settings: as :func:`deltaw.training.resuming.dumped`.
-        features: of :class:`deltaw.training.features.store.FeatureRecord` before the first step.
-        finished: ``steps`` at which the run was done once, ``lines`` of its metrics then, and what
-            :meth:`deltaw.training.checkpoints.Checkpoints.beside` gave; None where it never was.
-        process: the id of the process that wrote this.
-    """
-
-    state: str
-    steps: int
-    total_steps: int
-    settings: Mapping[str, Any]
-    features: Mapping[str, Any] = field(default_factory=dict)
-    finished: Mapping[str, Any] | None = None
-    process: int = field(default_factory=os.getpid)
-
-    def write(self, run: Path) -> None:
-        """Write it into a run's folder.
-
-        Raises:
-            UserError, OSError: it cannot be written.
-        """
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
-        write_text(run / FOLDER / STATUS, text + "\n")
-
-
-def read_status(run: Path) -> Status | None:
-    """How far the run in a folder came; None where no run is there, or none that says so."""
-    try:
-        values = json.loads((run / FOLDER / STATUS).read_text(encoding="utf-8"))
-        if values.pop("version") != VERSION:
-            return None
-        status = Status(**values)
-        fits = status.state in STATES and isinstance(status.settings, dict)
-        whole = fits and type(status.steps) is int and type(status.process) is int
-        return status if whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-class RunLock:
-    """A run's folder, taken by this process until it is released or the process ends.
-
-    Raises:
-        UserError: another process has it, or the folder cannot be written.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self._run = run
-        try:
-            (run / FOLDER).mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(run / FOLDER / LOCK, timeout=0, thread_local=False)
-            self._lock.acquire()
-        except Timeout as error:
-            raise self._in_use() from error
-        except OSError as error:
-            raise UserError(
-                f"cannot write into the output folder: {error.strerror or error}",
-                where=str(run),
-                hint="set 'output' to a folder that you may write to",
-            ) from error
-
-    def release(self) -> None:
-        """Let others have the folder."""
-        self._lock.release()
-
-    def _in_use(self) -> UserError:
-        status = read_status(self._run)
-        who = "another process" if status is None else f"process {status.process}"
-        return UserError(
-            f"{who} is training into this folder",
-            where=str(self._run),
-            hint="wait until it is done, stop it, or set 'output' to another folder",
-        )
-
-
-# ---- How a run ends that cannot go on: with what happened, what to do, and where it goes on from.
-#
-# Errors of the machine (memory, disk) become errors with a hint; anything else stays what it is. Knows errors;
-# not what was being done.
-
-
-_OF_THE_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would become larger than allowed",
-    errno.EROFS: "the file system has become read-only",
-    errno.EIO: "the disk fails to read or write",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.ENOENT: "a file or folder has disappeared",
-    errno.ENODEV: "a device has disappeared",
-    errno.ESTALE: "a network folder has disappeared",
-}
-# How torch's allocator of main memory says that there is none, on Linux and on Windows.
-_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
-
-
-@contextlib.contextmanager
-def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | None]) -> Iterator[None]:
-    """While open, errors of the machine become errors that say what to do.
-
-    Args:
-        run: the folder that is written to.
-        where: the place in the training, asked when something happens.
-        last: the newest checkpoint; None where there is none.
-
-    Raises:
-        UserError: the machine has no memory or no room on the disk, or a file is gone.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the machine has no memory left: {_first_line(error)}",
-            where=where(),
-            hint="lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters; "
-            + _goes_on(last()),
-        ) from error
-    except (OSError, SafetensorError) as error:
-        what = _disk_error(error)
-        if what is None:
-            raise
-        file = getattr(error, "filename", None)
-        raise UserError(
-            f"{what}, and the run cannot go on",
-            where=str(file or run),
-            hint=f"make it writable again, with room to spare; {_goes_on(last())}",
-        ) from error
-
-
-def _goes_on(last: Path | None) -> str:
-    if last is None:
-        return "the run has no checkpoint yet, and begins again with its first step"
-    return f"the same command goes on from {last.name}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in _NO_MEMORY)
-
-
-def _disk_error(error: Exception) -> str | None:
-    """What an error of the disk means; None where it is none of these."""
-    if isinstance(error, OSError):
-        return _OF_THE_DISK.get(error.errno or 0)
-    number = str(error).rpartition("os error ")[2].partition(")")[0]  # as safetensors writes it
-    return _OF_THE_DISK.get(int(number)) if number.isdigit() else None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-# ---- run folder
-
-
-SETTINGS = "run.yaml"
-METRICS = "metrics.jsonl"
+# States of a run: in training; stopped by a signal or a callback; ended by an error; diverged; done.
+RUNNING, INTERRUPTED, FAILED, DIVERGED, FINISHED = "running", "interrupted", "failed", "diverged", "finished"
+STATES = (RUNNING, INTERRUPTED, FAILED, DIVERGED, FINISHED)
+# States that follow from the folder: the process of a running run is gone; nothing tells.
+KILLED, UNKNOWN = "killed", "unknown"
+# Names of metrics that are losses.
+LOSSES = ("loss", "mse")
 # How names end of what is being written; deltaw.durable gives the same to its files.
 PARTIAL = ".part"
 # Bytes of a file's or folder's name on the usual file systems.
 _LONGEST_NAME = 255
 
 
-class RunFolder:
+class Run:
+    """A run as its folder describes it. Files are read when they are first needed.
+
+    Files of another kind, damaged or of an earlier version lead to missing values, never to an error.
+
+    Attributes:
+        path: of the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """What ``run.json`` holds; empty where there is none."""
+        found = mapping(_json(self.path / RUN))
+        if found:
+            return found if found.get("version") == VERSION else {}
+        summary, status = (mapping(_json(self.path / name)) for name in EARLIER)
+        if not status or status.get("version") != VERSION:
+            return summary
+        training = {key: status[key] for key in ("steps", "settings", "features", "finished") if key in status}
+        process = {"id": status.get("process")}
+        earlier = {"total_steps": status.get("total_steps"), "process": process, "training": training}
+        return {**earlier, **summary, "state": status.get("state")}
+
+    @property
+    def training(self) -> Mapping[str, Any] | None:
+        """What resuming needs: ``steps`` done, ``settings`` as :func:`deltaw.training.resuming.dumped`, ``features``
+        of :class:`deltaw.training.features.store.FeatureRecord` before the first step, and ``finished`` (``steps`` at
+        which the run was done once, ``lines`` of its metrics then, and what
+        :meth:`deltaw.training.checkpoints.Checkpoints.beside` gave; None if it never was). None where nothing can be
+        resumed."""
+        found = mapping(self.values.get("training"))
+        whole = isinstance(found.get("settings"), dict) and type(found.get("steps")) is int
+        return {"features": {}, "finished": None, **found} if whole and self.values.get("state") in STATES else None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it can be resumed by the command that began it."""
+        return self.training is not None and self.state != FINISHED
+
+    @cached_property
+    def state(self) -> str:
+        """One of :data:`STATES`, ``killed`` or ``unknown``."""
+        state = self.values.get("state")
+        if state == RUNNING and is_alive(mapping(self.values.get("process"))) is False:
+            return KILLED
+        if state in STATES:
+            return str(state)
+        # Trainings of a comparison, and those of early versions, wrote the model card last.
+        card = _text(self.path / "README.md")
+        if card is None:
+            return UNKNOWN
+        return INTERRUPTED if "interrupted before its last step" in card else FINISHED
+
+    @cached_property
+    def settings_text(self) -> str:
+        """``run.yaml``; empty where there is none."""
+        return _text(self.path / SETTINGS) or ""
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        try:
+            return mapping(parse_yaml(self.settings_text))
+        except yaml.YAMLError:
+            return {}
+
+    @cached_property
+    def flat_settings(self) -> dict[str, object]:
+        """The settings as they were given, by dotted key."""
+        flat: dict[str, object] = {}
+        for key, value in self.settings.items():
+            inner = value if isinstance(value, Mapping) else {"": value}
+            flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
+        return flat
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """By name or dotted key, what the run chose itself: ``value`` and ``why``."""
+        return self.part("chosen")
+
+    def setting(self, key: str) -> object:
+        """A setting by its dotted key: what the run chose where it is ``auto``."""
+        chosen = mapping(self.chosen.get(key))
+        return chosen["value"] if "value" in chosen else self.flat_settings.get(key)
+
+    def part(self, key: str) -> Mapping[str, Any]:
+        """A section of ``run.json``, such as ``plan``; empty where there is none."""
+        return mapping(self.values.get(key))
+
+    def named(self, key: str, otherwise: str = "") -> str:
+        """``model``, ``method`` or ``task``, from the settings or from ``run.json``."""
+        return str(self.settings.get(key) or self.values.get(key) or otherwise or f"unknown {key}")
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def model(self) -> str:
+        return self.named("model")
+
+    @property
+    def method(self) -> str:
+        return self.named("method")
+
+    @property
+    def task(self) -> str:
+        return self.named("task", "causal-lm")
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """What ``train --json`` prints; empty while it runs, and where it failed."""
+        return self.part("result")
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps planned."""
+        total = self.values.get("total_steps")
+        return total if isinstance(total, int) else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return _whole(self.result.get("peak_memory_bytes"))
+
+    @property
+    def planned_bytes(self) -> int | None:
+        planned = self.part("plan").get("peak_resident_bytes")
+        return _whole(self.result.get("planned_memory_bytes") if planned is None else planned)
+
+    @cached_property
+    def changed(self) -> float:
+        """When the run last wrote anything, in seconds since 1970."""
+        files = [self.path / name for name in (SETTINGS, METRICS, RUN, *EARLIER)]
+        return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+    @property
+    def started(self) -> float:
+        """When it began, in seconds since 1970; where nothing tells, when it last wrote anything."""
+        return number(self.values.get("started")) or self.changed
+
+    @cached_property
+    def learning_rates(self) -> Mapping[str, Any]:
+        """The search of the learning rate; empty where there was none."""
+        return mapping(_json(self.path / LEARNING_RATES))
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return read_metrics(self.path / METRICS)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return int(self.metrics.columns["step"][-1]) if len(self.metrics) else 0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, evaluations apart."""
+        return self.metrics.total("seconds")
+
+    @property
+    def rows_per_second(self) -> float | None:
+        return self.metrics.total("rows") / self.seconds if self.seconds else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.metrics.total("tokens") / self.seconds if self.seconds else None
+
+    @property
+    def score(self) -> tuple[str, float] | None:
+        """The metric that counts and its last value."""
+        told = mapping(self.result.get("score"))
+        name, value = told.get("metric"), told.get("value")
+        if isinstance(name, str) and isinstance(value, int | float):
+            return name, float(value)
+        names = self.metrics.metric_names()
+        plain = [name for name in names if name.rpartition("/")[2] not in (*LOSSES, "perplexity")]
+        return next(((name, v[-1][1]) for name in [*plain, *names] if (v := self.metrics.evaluated(name))), None)
+
+    @property
+    def loss_metric(self) -> str | None:
+        """The held-out metric that is a loss, of several sets the first one's; None if there is none."""
+        names = self.metrics.metric_names()
+        return next((n for loss in LOSSES for n in names if n.rpartition("/")[2] == loss), None)
+
+    @property
+    def held_out_losses(self) -> list[tuple[int, float]]:
+        """Step and value of :attr:`loss_metric`."""
+        return self.metrics.evaluated(self.loss_metric) if self.loss_metric else []
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """The run in a folder.
+
+    Raises:
+        UserError: the folder is not a run's, or a link in it leads out of it.
+    """
+    path = Path(folder)
+    if not is_run(path):
+        raise UserError(
+            "this is not the folder of a run: it holds neither run.yaml nor metrics.jsonl",
+            where=str(path),
+            hint="give a run's folder; 'deltaw runs' lists those below a folder",
+        )
+    require_contained(path)
+    return Run(path)
+
+
+def is_run(path: Path) -> bool:
+    return (path / SETTINGS).is_file() or (path / METRICS).is_file()
+
+
+def find_runs(folder: Path, depth: int = 3) -> list[Path]:
+    """The runs below a folder, by name; folders within a run are not searched.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such folder",
+            where=str(folder),
+            hint="name the folder that your runs are in: the one above a run's 'output'",
+        )
+    found: list[Path] = []
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"the folder cannot be read: {error.strerror or error}", where=str(folder)) from error
+    for path in inner:
+        if is_run(path):
+            found.append(path)
+        elif depth > 1 and os.access(path, os.R_OK | os.X_OK):
+            found += find_runs(path, depth - 1)
+    return found
+
+
+def this_process() -> dict[str, object]:
+    """What tells later whether this process still runs: its number is used again once it has ended."""
+    return {"host": socket.gethostname(), "id": os.getpid(), "begun": psutil.Process().create_time()}
+
+
+def is_alive(process: Mapping[str, object]) -> bool | None:
+    """Whether the process that :func:`this_process` described still runs; None where nobody here can tell."""
+    if process.get("host") != socket.gethostname():
+        return None
+    number, begun = process.get("id"), process.get("begun")
+    if not isinstance(number, int) or not isinstance(begun, float):
+        return None
+    try:
+        found = psutil.Process(number)
+        same = abs(found.create_time() - begun) < 1.0
+        return same and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+# Columns of the metrics that are kept of a step.
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "rows",
+    "tokens",
+    "label_tokens",
+    "seconds",
+    "general_loss",
+)
+# Lines of other kinds that are kept, the last of them: a file that grows without bound is still shown.
+KEPT = 20_000
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """One held-out prompt and the model's answer to it after a number of steps."""
+
+    step: int
+    row: int | None
+    prompt: str
+    expected: str | None
+    answer: str
+
+
+@dataclass
+class Metrics:
+    """What a run measured. A file of 100,000 steps becomes a few megabytes of numbers.
+
+    Attributes:
+        columns: by name of :data:`COLUMNS`, one number a step (nan where a line has none), in the order of
+            the steps.
+        evaluations: step and metrics by name, those of named sets as ``set/metric``.
+        samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
+        skipped: steps whose loss or gradient was not finite, and that were left out.
+        damaged: lines that could not be read, such as the last one of a killed run.
+    """
+
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    samples: list[SampleAnswer] = field(default_factory=list)
+    drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+    skipped: int = 0
+    damaged: int = 0
+
+    def __len__(self) -> int:
+        return len(self.columns["step"]) if self.columns else 0
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The steps that have a finite value of ``name``, and these values."""
+        if not self.columns:
+            return np.zeros(0), np.zeros(0)
+        values = self.columns[name]
+        there = np.isfinite(values)
+        return self.columns["step"][there], values[there]
+
+    def evaluated(self, metric: str) -> list[tuple[int, float]]:
+        """Step and value of a metric of the held-out rows."""
+        return [(step, v[metric]) for step, v in self.evaluations if math.isfinite(v.get(metric, math.nan))]
+
+    def metric_names(self) -> list[str]:
+        """Of all evaluations, in the order in which they first came."""
+        return list(dict.fromkeys(name for _, values in self.evaluations for name in values))
+
+    def total(self, name: str) -> float:
+        """The sum of a column."""
+        return float(np.nansum(self.columns[name])) if self.columns else 0.0
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The content of a ``metrics.jsonl``; empty where there is no file. Unknown keys are ignored."""
+    metrics = Metrics()
+    columns = {name: array("d") for name in COLUMNS}
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                _read_line(line, columns, metrics)
+    except OSError:
+        metrics.damaged += path.exists()
+    found = {name: np.frombuffer(values, dtype=np.float64) for name, values in columns.items() if len(values)}
+    metrics.columns = _in_order(found)
+    metrics.evaluations = _last_of_each(metrics.evaluations[-KEPT:])
+    metrics.drifts = _last_of_each(metrics.drifts[-KEPT:])
+    metrics.samples = metrics.samples[-KEPT:]
+    metrics.warnings = metrics.warnings[-KEPT:]
+    return metrics
+
+
+def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> None:
+    if not line.strip():
+        return
+    try:
+        values = json.loads(line)
+        step = int(values["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        metrics.damaged += 1
+        return
+    if "loss" in values:
+        for name, column in columns.items():
+            column.append(_number(values.get(name)))
+    for key, kept in (("eval", metrics.evaluations), ("drift", metrics.drifts)):
+        if isinstance(values.get(key), Mapping):
+            kept.append((step, dict(_flat(values[key]))))
+    warning = values.get("warning")
+    if isinstance(warning, Mapping):
+        metrics.warnings.append((step, str(warning.get("kind", ""))))
+    metrics.skipped += "skipped" in values
+    for sample in sequence(values.get("samples")):
+        if isinstance(sample, Mapping):
+            row, expected = sample.get("row"), sample.get("expected")
+            metrics.samples.append(
+                SampleAnswer(
+                    step,
+                    row if isinstance(row, int) else None,
+                    str(sample.get("prompt", "")),
+                    None if expected is None else str(expected),
+                    str(sample.get("answer", "")),
+                )
+            )
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, float]]:
+    """Numbers by name; those of a section as ``section/name``."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, bool | int | float) or value is None:
+            yield f"{prefix}{name}", _number(value)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _in_order(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The last line of each step, by step: a run that went on from a checkpoint may have steps twice."""
+    if not columns or np.all(np.diff(columns["step"]) > 0):
+        return columns
+    _, last = np.unique(columns["step"][::-1], return_index=True)
+    return {name: values[::-1][last] for name, values in columns.items()}
+
+
+def _last_of_each(found: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+    """One entry a step, later lines added to earlier ones, by step."""
+    by_step: dict[int, dict[str, float]] = {}
+    for step, values in found:
+        by_step.setdefault(step, {}).update(values)
+    return sorted(by_step.items())
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(_text(path) or "null")
+    except (ValueError, RecursionError):
+        return None
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A mapping; empty for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: object) -> list[Any]:
+    """A list; empty for anything else."""
+    return value if isinstance(value, list) else []
+
+
+def number(value: object) -> float | None:
+    """A finite number; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def numbers(values: Sequence[object]) -> list[float]:
+    """Those of a list that are finite numbers."""
+    return [found for value in values if (found := number(value)) is not None]
+
+
+def _whole(value: object) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)
+
+
+class RunLock:
+    """A run's folder, taken by this process until it is released or the process ends, however it ends.
+
+    Raises:
+        UserError: another process has it, or the folder cannot be written.
+    """
+
+    def __init__(self, run: Path) -> None:
+        try:
+            (run / FOLDER).mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(run / FOLDER / LOCK, timeout=0, thread_local=False)
+            self._lock.acquire()
+        except Timeout as error:
+            process = mapping(Run(run).values.get("process")).get("id")
+            raise UserError(
+                f"{'another process' if process is None else f'process {process}'} is training into this folder",
+                where=str(run),
+                hint="wait until it is done, stop it, or set 'output' to another folder",
+            ) from error
+        except OSError as error:
+            raise not_writable(run, error) from error
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
+
+class RunFolder(Run):
     """The folder that a run is written to.
 
     Args:
         path: made where it does not exist.
         lock: of the folder, where it was taken already; else it is taken now.
-        lines_kept: of the metrics, for a run that goes on in its folder; None for a new run.
+        lines_kept: of the metrics, for a run that is resumed in its folder; None for a new run.
 
     Attributes:
         moved: where an earlier run in this folder went; None where there was none.
@@ -239,15 +552,16 @@ class RunFolder:
     def __init__(
         self, path: str | os.PathLike[str], *, lock: RunLock | None = None, lines_kept: int | None = None
     ) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         goes_on = lines_kept is not None
         self._lock = lock
         check_output(self.path, goes_on=goes_on)
+        self.values = {"version": VERSION, "started": self.started if goes_on else time.time()}
         self.moved = None if goes_on else self._rename_earlier()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _not_writable(self.path, error) from error
+            raise not_writable(self.path, error) from error
         if self._lock is None or self.moved is not None:
             # The folder that was moved took its lock along.
             taken = RunLock(self.path)
@@ -261,7 +575,7 @@ class RunFolder:
             self._metrics = (self.path / METRICS).open("ab", buffering=0)
         except OSError as error:
             self._lock.release()
-            raise _not_writable(self.path, error) from error
+            raise not_writable(self.path, error) from error
 
     def _clear_leftovers(self) -> None:
         for file in [file for file in self.path.iterdir() if _is_leftover(file)]:
@@ -294,6 +608,17 @@ class RunFolder:
                 hint="set 'output' to another folder",
             ) from error
         return renamed
+
+    def note(self, **values: Any) -> None:
+        """Add values to ``run.json``; it is on the disk when this returns.
+
+        Raises:
+            UserError, OSError: it cannot be written.
+        """
+        self.values = {**self.values, **values}
+        write_text(self.path / RUN, json.dumps(self.values, indent=1, ensure_ascii=False) + "\n")
+        for name in EARLIER:
+            (self.path / name).unlink(missing_ok=True)
 
     def write_settings(self, config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> None:
         """``run.yaml`` with every value; ``chosen`` gives, by dotted key, what ``auto`` became and why."""
@@ -340,17 +665,11 @@ def remember_settings(config: RunConfig) -> None:
         remember_named(key.partition(".")[0], value)
 
 
-def is_unfinished(path: Path) -> bool:
-    """Whether a folder holds a run that was not done."""
-    status = read_status(path)
-    return status is not None and status.state != "finished"
-
-
 def check_output(path: Path, *, goes_on: bool = False) -> None:
     """Refuse, before any work is done, a folder that a run could not be written to. Leaves no trace.
 
     Args:
-        goes_on: whether a run that is there goes on, so that the folder is not renamed.
+        goes_on: whether a run that is there is resumed, so that the folder is not renamed.
 
     Raises:
         UserError: it cannot be written, or holds something that is not a run.
@@ -367,7 +686,7 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
         with tempfile.TemporaryFile(dir=there):
             holds = sorted(p.name for p in path.iterdir()) if path.exists() else []
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise not_writable(path, error) from error
     if holds not in ([], [FOLDER]) and SETTINGS not in holds and METRICS not in holds:
         raise UserError(
             f"the output folder holds files that are not a run's, such as '{holds[0]}'",
@@ -384,7 +703,7 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
 
 def _belongs_to_a_run(path: Path) -> bool:
     """Whether anything is there but what a run that was killed at its very beginning leaves."""
-    if read_status(path) is not None:
+    if Run(path).training is not None:
         return True
     empty = {METRICS} if (path / METRICS).is_file() and (path / METRICS).stat().st_size == 0 else set()
     return any(file.name not in {FOLDER, *empty} for file in path.iterdir() if not _is_leftover(file))
@@ -395,7 +714,8 @@ def _is_leftover(file: Path) -> bool:
     return file.name.startswith(".") and file.name.endswith(PARTIAL)
 
 
-def _not_writable(path: Path, error: OSError) -> UserError:
+def not_writable(path: Path, error: OSError) -> UserError:
+    """The refusal of an output folder."""
     return UserError(
         f"cannot write into the output folder: {error.strerror or error}",
         where=str(path),

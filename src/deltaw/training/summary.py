@@ -1,27 +1,20 @@
-"""``summary.json`` of a run's folder: the run in one small file, for whatever shows or lists runs.
+"""What a run's folder says of the run besides its settings and metrics: the model card, and facts for ``run.json``.
 
-Written when the training begins, with the state ``running``, and again when the run ends, however it ends. It
-holds what the other files do not: the account of the rows, a few rows with their loss masks, the plan, what
-was chosen and why, versions, the processor, the result, and commands to go on. It knows nothing of how any of
-this is shown.
+The facts are the account of the rows, a few rows with their loss masks, the plan, what was chosen and why, versions,
+the processor, and commands to go on with. It knows nothing of how any of this is shown.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import platform
 import shlex
-import socket
-import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -30,11 +23,10 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.mixture import shown
 from deltaw.data.packing import pieces
 from deltaw.durable import write_text
-from deltaw.errors import UserError
 from deltaw.host.product_rates import processor_name, usable_processors
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.run_folder import FOLDER
+from deltaw.training.run_folder import FINISHED, FOLDER
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome
 from deltaw.version import __version__
@@ -44,10 +36,6 @@ if TYPE_CHECKING:
 
     from deltaw.host.choices import Choice
     from deltaw.memory.plan import Plan
-    from deltaw.training.fit import Result
-
-
-# ---- The model card of a run's folder: what the adapter is, what it was trained on, how to use it.
 
 
 # Methods whose files PEFT reads.
@@ -144,11 +132,7 @@ def model_card(
     write_text(folder / "README.md", "\n".join(lines))
 
 
-# ---- A few rows of a run as its model sees them: pieces of text, each trained on or only read.
-#
-# It shows nothing and writes nothing; a row becomes plain values of bounded size.
-
-
+# Rows that are shown.
 ROWS = 6
 # Characters of a row that are kept; of a longer piece, the beginning and the end.
 TEXT = 2400
@@ -286,50 +270,21 @@ def _bounded(given: list[dict[str, object]]) -> list[dict[str, object]]:
     return kept
 
 
-# ---- summary
-
-
-NAME = "summary.json"
-# Of the layout of the file; another number where an older reader would misread it.
-VERSION = 1
-# States of a run; a run that is "running" and whose process is gone was killed.
-RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 # The most entries of one dictionary or list, and characters of one text.
 ENTRIES, CHARACTERS = 64, 4000
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
-Done = TypeVar("Done", bound="Result")
 
+def facts(session: Session, plan: Plan | None, chosen: Mapping[str, Choice], limit: int) -> dict[str, Any]:
+    """What ``run.json`` holds of a run before its first step.
 
-class RunSummary:
-    """Keeps ``summary.json`` of one run. A context manager: an error that leaves it becomes the run's end.
-
-    Nothing is written before :meth:`begin`, so a run that is refused leaves no trace.
+    Args:
+        plan: of its memory; None where there is none. limit: bytes that the machine gives.
+        chosen: what the run chose itself.
     """
-
-    def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._session: Session | None = None
-        self._values: dict[str, object] = {}
-
-    def begin(
-        self, folder: Path, session: Session, plan: Plan | None, chosen: Mapping[str, Choice], limit: int
-    ) -> None:
-        """Note what is known before the first step.
-
-        Args:
-            folder: of the run. plan: its memory; None where there is none. limit: bytes that the machine
-                gives.
-            chosen: what the run chose itself.
-        """
-        self._folder, self._session = folder, session
-        data, config = session.data, session.config
-        self._values = {
-            "version": VERSION,
-            "state": RUNNING,
-            "started": _started(folder) or time.time(),
-            "ended": None,
-            "process": this_process(),
+    data, config = session.data, session.config
+    found: dict[str, Any] = plain(
+        {
             "model": config.model,
             "task": config.task,
             "method": config.method,
@@ -341,7 +296,7 @@ class RunSummary:
                 "lengths": length_counts(data.train),
                 "examples": example_rows(data.train, session.task.tokenizer, data.classes),
             },
-            "chosen": _told(chosen),
+            "chosen": told_choices(chosen),
             "notes": list(session.said),
             "plan": None if plan is None else {**plan.as_dict(), "limit_bytes": limit},
             "versions": versions(),
@@ -352,68 +307,13 @@ class RunSummary:
                 "system": platform.platform(terse=True),
             },
         }
-        self._write()
-
-    def finished(self, result: Done) -> Done:
-        """Note how the run ended, and pass its result on."""
-        state = INTERRUPTED if result.interrupted else FINISHED
-        if state == FINISHED and result.stopped_early is None:  # a time budget plans the steps on the way
-            self._values["total_steps"] = result.outcome.steps
-        self._end(state, {"result": result.as_dict()})
-        return result
-
-    def __enter__(self) -> RunSummary:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None or self._folder is None:
-            return
-        if isinstance(error, KeyboardInterrupt):
-            self._end(INTERRUPTED, {})
-        elif isinstance(error, UserError):
-            self._end(FAILED, {"error": {"what": error.what, "where": error.where, "hint": error.hint}})
-        else:
-            self._end(FAILED, {"error": {"what": f"{type(error).__name__}: {error}"}})
-
-    def _end(self, state: str, more: Mapping[str, object]) -> None:
-        """The last writing. Where it fails, the run's own end is what counts."""
-        if self._folder is None:
-            return
-        writes = self._values.get("writes_text") is True
-        commands = next_commands(self._folder, state, str(self._values["method"]), writes)
-        session, self._session = self._session, None
-        if session is not None:  # with what was chosen on the way
-            self._values["chosen"] = {**self._chosen(), **_told(session.chosen)}
-        self._values |= {"state": state, "ended": time.time(), "commands": commands, **more}
-        try:
-            self._write()
-        except (OSError, UserError) as error:
-            warnings.warn(f"{self._folder / NAME} could not be written: {error}", stacklevel=2)
-
-    def _chosen(self) -> dict[str, object]:
-        chosen = self._values.get("chosen")
-        return dict(chosen) if isinstance(chosen, Mapping) else {}
-
-    def _write(self) -> None:
-        assert self._folder is not None
-        text = json.dumps(plain(self._values), ensure_ascii=False, allow_nan=False, indent=1)
-        write_text(self._folder / NAME, text + "\n")
+    )
+    return found
 
 
-def _told(chosen: Mapping[str, Choice]) -> dict[str, object]:
+def told_choices(chosen: Mapping[str, Choice]) -> dict[str, object]:
     """Choices as plain values."""
     return {key: {"value": choice.value, "why": choice.why} for key, choice in chosen.items()}
-
-
-def _started(folder: Path) -> float | None:
-    """When the run that goes on in a folder began; None where none was there."""
-    try:
-        told = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return float(told["started"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> list[dict[str, str]]:
@@ -449,26 +349,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def this_process() -> dict[str, object]:
-    """What tells later whether this process still runs: its number is used again once it has ended."""
-    return {"host": socket.gethostname(), "id": os.getpid(), "begun": psutil.Process().create_time()}
-
-
-def is_alive(process: Mapping[str, object]) -> bool | None:
-    """Whether the process that :func:`this_process` described still runs; None where nobody here can tell."""
-    if process.get("host") != socket.gethostname():
-        return None
-    number, begun = process.get("id"), process.get("begun")
-    if not isinstance(number, int) or not isinstance(begun, float):
-        return None
-    try:
-        found = psutil.Process(number)
-        same = abs(found.create_time() - begun) < 1.0
-        return same and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def plain(value: Any) -> Any:

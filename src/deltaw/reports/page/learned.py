@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from deltaw.lora.files import open_adapter
 from deltaw.lora.peft_format import without_wrappers
 from deltaw.lora.peft_updates import FileUpdate, content_of
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.reports.inspect import effective_rank, singular_values
+from deltaw.reports.inspect import effective_rank, kinds_of, root_sum_of_squares, values_of
 from deltaw.reports.page.svg import Curve, Figure, Numbers, Strip, evenly, heat_map, line_chart, swatch
 from deltaw.reports.wording import short
 from deltaw.tensor_files import TensorFile
@@ -82,7 +82,7 @@ class Learned:
     @property
     def norm(self) -> float:
         """Over all parts."""
-        return _together(part.norm for part in self.parts)
+        return root_sum_of_squares(part.norm for part in self.parts)
 
     def layers(self) -> list[int]:
         return sorted({part.layer for part in self.parts if part.layer is not None})
@@ -97,7 +97,9 @@ class Learned:
         squares: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
         for part in self.parts:
             squares[part.kind][part.layer].append(part.norm)
-        return {kind: {layer: _together(norms) for layer, norms in row.items()} for kind, row in squares.items()}
+        return {
+            kind: {layer: root_sum_of_squares(norms) for layer, norms in row.items()} for kind, row in squares.items()
+        }
 
     def by_layer(self) -> list[tuple[int, float, list[float], Part]]:
         """Each layer's norm, its three largest singular values, and the part that changed most."""
@@ -105,7 +107,7 @@ class Learned:
         for layer in self.layers():
             parts = [part for part in self.parts if part.layer == layer]
             top = sorted((value for part in parts for value in part.values[:3]), reverse=True)[:3]
-            found.append((layer, _together(p.norm for p in parts), top, max(parts, key=lambda p: p.norm)))
+            found.append((layer, root_sum_of_squares(p.norm for p in parts), top, max(parts, key=lambda p: p.norm)))
         return found
 
 
@@ -151,11 +153,7 @@ def _of_factors(folder: Path) -> Learned:
 
 def _of_update(update: FileUpdate) -> Part | None:
     """What it came to, its kind left open; None where no number of it is finite."""
-    values = [
-        singular_values(a, b, update.scaling * update.times)
-        for a, b in update.pairs()
-        if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-    ]
+    values = values_of(update)
     if not values:
         return None
     together = torch.cat(values).sort(descending=True).values
@@ -184,7 +182,7 @@ def _of_tensors(weights: Path) -> Learned:
 
 def _norm(file: TensorFile, name: str) -> float:
     """Of a stored tensor, in float64, a part at a time."""
-    return _together(
+    return root_sum_of_squares(
         float(part.double().norm()) for block in file.blocks(name) for part in block.flatten().split(_AT_ONCE)
     )
 
@@ -207,29 +205,9 @@ def layer_of(name: str) -> int | None:
     return int(found[0]) if found else None
 
 
-def kinds_of(names: Sequence[str]) -> list[str]:
-    """Names without numbers, cut to the last parts that tell them apart."""
-    patterns = [[part for part in name.split(".") if not part.isdigit()] for name in names]
-    distinct = {tuple(pattern) for pattern in patterns}
-    short: dict[tuple[str, ...], str] = {}
-    for pattern in distinct:
-        for length in range(1, len(pattern) + 1):
-            if sum(other[-length:] == pattern[-length:] for other in distinct) == 1:
-                break
-        short[pattern] = ".".join(pattern[-length:])
-    return [short[tuple(pattern)] for pattern in patterns]
-
-
 def _in_order(parts: list[Part]) -> list[Part]:
     """By layer, those outside of layers last."""
     return sorted(parts, key=lambda part: math.inf if part.layer is None else part.layer)
-
-
-def _together(norms: Iterable[float]) -> float:
-    return math.sqrt(sum(norm * norm for norm in norms))
-
-
-# ---- Figures of where a run learned: norms by layer and kind of module, and the singular values of ΔW.
 
 
 # The most kinds, layers and modules that are drawn one by one.

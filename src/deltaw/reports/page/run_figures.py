@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from deltaw.reports.page.svg import (
     Bar,
@@ -21,49 +22,76 @@ from deltaw.reports.page.svg import (
     thinned,
 )
 from deltaw.reports.plan import PARTS
-from deltaw.reports.recorded import RecordedRun, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
+from deltaw.training.run_folder import Run, number, numbers, sequence
 
 # Rows of the table behind a curve.
 ROWS = 40
+# A range test is drawn up to so many times the height from its lowest point to its first; beyond, it runs away.
+ABOVE_FIRST = 1.5
 # The word for the horizontal axis of all curves over a run.
 STEP = "step"
 
 
-def curve_figures(record: RecordedRun) -> list[Figure]:
+# Columns of the metrics with a figure: title, what it shows, unit of the vertical axis, and whether it is smoothed.
+COLUMNS = {
+    "learning_rate": ("Learning rate", "The learning rate that each step used.", "learning rate", False),
+    "gradient_norm": (
+        "Gradient norm",
+        "The norm of each step's gradient before it was clipped.",
+        "gradient norm",
+        True,
+    ),
+    "general_loss": (
+        "General answers",
+        "The loss on the base model's own answers that each step also learns (train.keep_general).",
+        "loss, nats per token",
+        True,
+    ),
+}
+
+
+def curve_figures(record: Run) -> list[Figure]:
     """The loss first, then what else was measured over the steps."""
-    figures: list[Figure | None] = [loss_figure(record), *metric_figures(record)]
-    columns: list[tuple[str, str, str, str]] = [
-        ("learning_rate", "Learning rate", "The learning rate that each step used.", "learning rate"),
-        ("gradient_norm", "Gradient norm", "The norm of each step's gradient before it was clipped.", "gradient norm"),
-    ]
-    for name, title, text, unit in columns:
-        figures.append(column_figure(record, name, title, text, unit, smooth=name == "gradient_norm"))
-    figures.append(speed_figure(record))
-    figures.append(
-        column_figure(
-            record,
-            "general_loss",
-            "General answers",
-            "The loss on the base model's own answers that each step also learns (train.keep_general).",
-            "loss, nats per token",
-            smooth=True,
-        )
-    )
+    of_columns = {name: column_figure(record, name) for name in COLUMNS}
+    general = of_columns.pop("general_loss")
+    figures = [loss_figure(record), *metric_figures(record), *of_columns.values(), speed_figure(record), general]
     return [figure for figure in figures if figure is not None]
 
 
-def loss_figure(record: RecordedRun) -> Figure | None:
+def over_steps(
+    identity: str,
+    title: str,
+    text: str,
+    said: str,
+    curves: Sequence[Curve],
+    numbers: Numbers,
+    legend: Sequence[tuple[Markup, str]] = (),
+    *,
+    y_format: Callable[[float], str] = tick,
+    **axis: Any,
+) -> Figure:
+    """Curves over the steps of a run.
+
+    Args:
+        said: what is drawn, in a sentence. axis: of :func:`deltaw.reports.page.svg.line_chart`.
+    """
+    drawn = line_chart(
+        identity, f"{title} over steps", said, curves, x_format=_step, y_format=y_format, x_from=0, **axis
+    )
+    return Figure(identity, title, text, drawn, numbers, legend)
+
+
+def loss_figure(record: Run) -> Figure | None:
     """Training loss, raw and smoothed, with the held-out loss."""
     steps, losses = record.metrics.column("loss")
     if not len(steps):
         return None
     mean = smoothed(losses)
-    metric = record.loss_metric
-    held_out = record.metrics.evaluated(metric) if metric else []
+    held_out = record.held_out_losses
     curves = [
-        Curve(_points(steps, losses), "c1 raw"),
-        Curve(_points(steps, mean), "c1"),
+        Curve(points_of(steps, losses), "c1 raw"),
+        Curve(points_of(steps, mean), "c1"),
         Curve([(float(step), value) for step, value in held_out], "c2", dots=True),
     ]
     legend = [(swatch("c1"), "training, running mean"), (swatch("c1 raw"), "training, each step")]
@@ -77,17 +105,11 @@ def loss_figure(record: RecordedRun) -> Figure | None:
         for i in _rows_with(steps, by_step)
     ]
     head = ("step", "loss", "running mean", "held-out")
-    return Figure(
-        "loss",
-        "Loss",
-        said + ".",
-        line_chart("loss", "Loss over steps", said, curves, x_format=_step, y_format=tick, x_from=0, height=280),
-        Numbers("Loss by step", head, rows, _selected(len(steps), len(rows))),
-        legend,
-    )
+    table = Numbers("Loss by step", head, rows, _selected(len(steps), len(rows)))
+    return over_steps("loss", "Loss", said + ".", said, curves, table, legend, height=280)
 
 
-def metric_figures(record: RecordedRun) -> list[Figure]:
+def metric_figures(record: Run) -> list[Figure]:
     """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
     figures: list[Figure] = []
     for name in record.metrics.metric_names():
@@ -102,34 +124,28 @@ def metric_figures(record: RecordedRun) -> list[Figure]:
             f"{metric_value(name, found[-1][1])}"
         )
         identity = f"metric-{len(figures) + 1}"
-        thin = _thin_points(values)
-        drawn = line_chart(
-            identity,
-            f"{title} over steps",
-            said,
-            [Curve(thin, "c2", dots=len(thin) < 100)],
-            x_format=_step,
-            x_from=0,
-            y_format=_formatted(name),
-            log=False,
-        )
+        thin = points_of(*np.array(values).T)
         rows = [(f"{found[i][0]:,}", metric_value(name, found[i][1])) for i in evenly(len(found), ROWS)]
-        numbers = Numbers(f"{title.capitalize()} by step", ("step", title), rows, _selected(len(found), len(rows)))
-        figures.append(Figure(identity, title.capitalize(), said + ".", drawn, numbers))
+        table = Numbers(f"{title.capitalize()} by step", ("step", title), rows, _selected(len(found), len(rows)))
+        curves = [Curve(thin, "c2", dots=len(thin) < 100)]
+        figures.append(
+            over_steps(
+                identity, title.capitalize(), said + ".", said, curves, table, y_format=value_format(name), log=False
+            )
+        )
     return figures
 
 
-def column_figure(
-    record: RecordedRun, column: str, title: str, text: str, unit: str, *, smooth: bool = False
-) -> Figure | None:
-    """One column of the metrics over the steps; None where there is none."""
+def column_figure(record: Run, column: str) -> Figure | None:
+    """One of :data:`COLUMNS` over the steps; None where there is none."""
     steps, values = record.metrics.column(column)
+    title, text, unit, smooth = COLUMNS[column]
     if not len(steps):
         return None
     return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth=smooth)
 
 
-def speed_figure(record: RecordedRun) -> Figure | None:
+def speed_figure(record: Run) -> Figure | None:
     """Tokens a second, step by step."""
     steps, seconds = record.metrics.column("seconds")
     if not len(steps):
@@ -156,31 +172,21 @@ def _figure_of(
     from_zero: bool = False,
 ) -> Figure:
     mean = smoothed(values) if smooth else values
-    curves = [Curve(_points(steps, mean), "c1")]
+    curves = [Curve(points_of(steps, mean), "c1")]
     legend = []
     if smooth:
-        curves.insert(0, Curve(_points(steps, values), "c1 raw"))
+        curves.insert(0, Curve(points_of(steps, values), "c1 raw"))
         legend = [(swatch("c1"), "running mean"), (swatch("c1 raw"), "each step")]
     said = f"{unit} from {short(values[0])} at step {steps[0]:,.0f} to {short(values[-1])} at {steps[-1]:,.0f}"
-    drawn = line_chart(
-        identity,
-        f"{title} over steps",
-        said,
-        curves,
-        x_format=_step,
-        x_from=0,
-        y_format=tick,
-        from_zero=from_zero,
-        log=False if from_zero else None,
-    )
     rows = [(f"{steps[i]:,.0f}", short(values[i])) for i in evenly(len(steps), ROWS)]
-    numbers = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(steps), len(rows)))
-    return Figure(identity, title, text, drawn, numbers, legend)
+    table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(steps), len(rows)))
+    log = False if from_zero else None
+    return over_steps(identity, title, text, said, curves, table, legend, from_zero=from_zero, log=log)
 
 
-def memory_figure(record: RecordedRun) -> Figure | None:
+def memory_figure(record: Run) -> Figure | None:
     """Planned memory by part, and what was measured; None where nothing was planned or measured."""
-    plan, peak = record.plan, record.peak_bytes
+    plan, peak = record.part("plan"), record.peak_bytes
     parts = plan.get("parts")
     if not isinstance(parts, Mapping) or not record.planned_bytes:
         return None
@@ -211,12 +217,12 @@ def memory_figure(record: RecordedRun) -> Figure | None:
     )
 
 
-def length_figure(record: RecordedRun) -> Figure | None:
+def length_figure(record: Run) -> Figure | None:
     """How long the rows are."""
-    lengths = record.data.get("lengths")
+    lengths = record.part("data").get("lengths")
     if not isinstance(lengths, Mapping):
         return None
-    edges, counts = ([int(n) for n in numbers(_list(lengths.get(key)))] for key in ("edges", "rows"))
+    edges, counts = ([int(n) for n in numbers(sequence(lengths.get(key)))] for key in ("edges", "rows"))
     if len(edges) < 2 or len(edges) != len(counts) + 1:
         return None
     text = f"Tokens of the training rows; half of them have up to {count(number(lengths.get('median')))}"
@@ -237,11 +243,12 @@ def length_figure(record: RecordedRun) -> Figure | None:
     )
 
 
-def rate_figure(record: RecordedRun) -> Figure | None:
-    """The range test of the learning rate: loss over the rate tried; None where there was none."""
-    told = record.learning_rates
-    if not isinstance(told, Mapping):
-        return None
+def rate_figure(told: Mapping[str, Any]) -> Figure | None:
+    """The range test of the learning rate: loss over the rate tried; None where there was none.
+
+    Args:
+        told: as :class:`deltaw.training.monitoring.rates.RateSearch` has it.
+    """
     losses, mean = _over_rates(told, "losses"), _over_rates(told, "smoothed")
     if len(losses) < 2:
         return None
@@ -253,10 +260,18 @@ def rate_figure(record: RecordedRun) -> Figure | None:
         text += f", and {usual:.2g} is usual"
     if isinstance(told.get("why"), str):
         text += f" ({told['why']})"
-    curves = [Curve(losses, "c1 raw"), Curve(mean or losses, "c1")]
-    if chosen is not None:
-        lowest, highest = min(loss for _, loss in losses), max(loss for _, loss in losses)
-        curves.append(Curve([(chosen, lowest), (chosen, highest)], "c2"))
+    lowest, first = min(loss for _, loss in [*losses, *mean]), (mean or losses)[0][1]
+    highest = lowest + ABOVE_FIRST * max(first - lowest, 1e-6)
+    highest = max(highest, *(loss for _, loss in losses[: max(1, len(losses) // 2)]))
+    curves = [
+        Curve([(rate, min(loss, highest)) for rate, loss in points], kind)
+        for points, kind in ((losses, "c1 raw"), (mean or losses, "c1"))
+    ]
+    legend = [(swatch("c1"), "smoothed"), (swatch("c1 raw"), "each step")]
+    for rate, kind, name in ((chosen, "c2", "chosen"), (usual, "c3", "usual")):
+        if rate is not None and rate > 0:
+            curves.append(Curve([(rate, lowest), (rate, highest)], kind))
+            legend.append((swatch(kind), f"{name} {rate:.2g}"))
     by_rate = dict(mean)
     rows = [
         (f"{losses[i][0]:.3g}", short(losses[i][1]), short(by_rate.get(losses[i][0])))
@@ -277,29 +292,21 @@ def rate_figure(record: RecordedRun) -> Figure | None:
             log_x=True,
         ),
         Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows),
-        [
-            (swatch("c1"), "smoothed"),
-            (swatch("c1 raw"), "each step"),
-            *([(swatch("c2"), "chosen")] if chosen is not None else []),
-        ],
+        legend,
     )
 
 
 def _over_rates(told: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
     """Learning rate and loss of each step of a search, by rate."""
-    pairs = zip(_list(told.get("rates")), _list(told.get(name)), strict=False)
+    pairs = zip(sequence(told.get("rates")), sequence(told.get(name)), strict=False)
     found = [(number(rate), number(loss)) for rate, loss in pairs]
     return sorted((rate, loss) for rate, loss in found if rate is not None and loss is not None and rate > 0)
 
 
-def _points(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+def points_of(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    """A curve's points, thinned."""
     thin_x, thin_y = thinned(x, y)
     return list(zip(thin_x.tolist(), thin_y.tolist(), strict=True))
-
-
-def _thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    x, y = np.array(points).T
-    return _points(x, y)
 
 
 def _rows_with(steps: np.ndarray, evaluated: Mapping[int, float]) -> list[int]:
@@ -322,10 +329,7 @@ def _step(value: float) -> str:
     return f"{STEP} {value:,.0f}" if value == 0 else f"{value:,.0f}"
 
 
-def _formatted(metric: str) -> Callable[[float], str]:
+def value_format(metric: str) -> Callable[[float], str]:
+    """How values of a metric stand at an axis."""
     share = metric_value(metric, 0.5).endswith("%")
     return lambda value: f"{100 * value:.4g}%" if share else tick(value)
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []

@@ -14,11 +14,24 @@ from typing import Any
 from deltaw.reports.page.learned import learned_figures, what_was_learned
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
 from deltaw.reports.page.svg import Numbers, smoothed
-from deltaw.reports.recorded import KILLED, RecordedRun, SampleAnswer, number, numbers
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
 from deltaw.settings import settings as all_settings
 from deltaw.training.drift import LARGE
-from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next_commands
+from deltaw.training.run_folder import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    RUNNING,
+    Run,
+    SampleAnswer,
+    mapping,
+    number,
+    numbers,
+    sequence,
+)
+from deltaw.training.summary import next_commands
 
 # The most prompts whose answers are shown, answers in between of one, and characters of a text.
 PROMPTS, BETWEEN, TEXT = 12, 20, 3000
@@ -33,6 +46,7 @@ STATES = {
     FINISHED: "finished",
     INTERRUPTED: "interrupted",
     FAILED: "failed",
+    DIVERGED: "diverged",
     KILLED: "killed before its end",
 }
 
@@ -46,30 +60,30 @@ class Fact:
     more: str = ""
 
 
-def run_view(record: RecordedRun) -> dict[str, Any]:
+def run_view(record: Run) -> dict[str, Any]:
     """The variables of the template ``run.html``."""
-    learned = what_was_learned(record.folder)
+    learned = what_was_learned(record.path)
     curves = curve_figures(record)
     answers = answers_of(record.metrics.samples)
-    examples = examples_of(record.data.get("examples"))
-    lines = [str(line) for line in _list(record.data.get("lines"))]
+    examples = examples_of(record.part("data").get("examples"))
+    lines = [str(line) for line in sequence(record.part("data").get("lines"))]
     changed = settings_table(record)
     view: dict[str, Any] = {
         "title": f"{record.name} – deltaw run",
         "name": record.name,
-        "folder": os.fspath(record.folder),
+        "folder": os.fspath(record.path),
         "model": record.model,
         "method": record.method,
         "task": record.task,
         "state": record.state,
-        "state_text": _state_text(record),
+        "state_text": STATES.get(record.state, "state not known"),
         "when": when(record.started),
         "when_machine": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.started)),
-        "error": {key: str(record.error.get(key) or "") for key in ("what", "where", "hint")},
+        "error": {key: str(record.part("error").get(key) or "") for key in ("what", "where", "hint")},
         "notices": notices(record),
         "headline": headline(record),
         "curves": curves,
-        "rates": rate_figure(record),
+        "rates": rate_figure(record.learning_rates),
         "answers": answers,
         "drift": drift_text(record),
         "memory": memory_figure(record),
@@ -88,7 +102,7 @@ def run_view(record: RecordedRun) -> dict[str, Any]:
         "settings_text": record.settings_text[:SETTINGS_TEXT],
         "commands": commands_of(record),
         "machine": machine_text(record),
-        "versions": ", ".join(f"{name} {value}" for name, value in _map(record.summary.get("versions")).items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in record.part("versions").items()),
         "written": when(time.time()),
     }
     sections = (
@@ -105,11 +119,10 @@ def run_view(record: RecordedRun) -> dict[str, Any]:
     return view
 
 
-def headline(record: RecordedRun) -> list[Fact]:
+def headline(record: Run) -> list[Fact]:
     """The numbers that a person looks for first."""
     facts = []
-    metric = record.loss_metric
-    losses = record.metrics.evaluated(metric) if metric else []
+    losses = record.held_out_losses
     if len(losses) > 1:
         facts.append(
             Fact(
@@ -121,8 +134,8 @@ def headline(record: RecordedRun) -> list[Fact]:
     elif losses:
         facts.append(Fact("held-out loss", short(losses[-1][1]), "after training"))
     score = record.score
-    if score is not None and score[0] != metric:
-        told = numbers(_list(_map(record.result.get("score")).get("interval")))
+    if score is not None and score[0] != record.loss_metric:
+        told = numbers(sequence(mapping(record.result.get("score")).get("interval")))
         bounds = [metric_value(score[0], bound) for bound in told]
         more = f"95 % interval {bounds[0]} to {bounds[1]}" if len(bounds) == 2 else "on held-out rows"
         facts.append(Fact(metric_name(score[0]), metric_value(*score), more))
@@ -142,15 +155,15 @@ def headline(record: RecordedRun) -> list[Fact]:
         facts.append(Fact("peak memory", gigabytes(record.peak_bytes), more))
     elif record.planned_bytes:
         facts.append(Fact("memory planned", gigabytes(record.planned_bytes)))
-    trained = number(record.plan.get("trained_parameters") or record.result.get("trained_parameters"))
-    total_parameters = number(record.plan.get("total_parameters"))
+    trained = number(record.part("plan").get("trained_parameters") or record.result.get("trained_parameters"))
+    total_parameters = number(record.part("plan").get("total_parameters"))
     if trained:
         share = f"{trained / total_parameters:.2%} of {count(total_parameters)}" if total_parameters else ""
         facts.append(Fact("trained parameters", count(trained), share))
     return facts
 
 
-def notices(record: RecordedRun) -> list[str]:
+def notices(record: Run) -> list[str]:
     """What a person should know before reading on."""
     found = []
     if record.state == RUNNING:
@@ -171,7 +184,7 @@ def notices(record: RecordedRun) -> list[str]:
         found.append(f"At step {step:,}: {WARNINGS.get(kind, metric_name(kind))}.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
-    change = number(_map(record.result.get("drift")).get("change"))
+    change = number(mapping(record.result.get("drift")).get("change"))
     if change is not None and change > LARGE:
         found.append(
             "Drift is large: the model may answer other questions worse than the base model. Try "
@@ -180,9 +193,9 @@ def notices(record: RecordedRun) -> list[str]:
     return found
 
 
-def drift_text(record: RecordedRun) -> str:
+def drift_text(record: Run) -> str:
     """How far general answers moved, in a sentence; empty where it was not measured."""
-    drift: Mapping[str, Any] = _map(record.result.get("drift"))
+    drift: Mapping[str, Any] = mapping(record.result.get("drift"))
     if not drift and record.metrics.drifts:
         drift = record.metrics.drifts[-1][1]
     base, loss, same = (number(drift.get(name)) for name in ("base_loss", "loss", "same"))
@@ -225,9 +238,9 @@ def _answer(sample: SampleAnswer) -> dict[str, Any]:
 
 
 def examples_of(told: object) -> list[dict[str, Any]]:
-    """Rows with their pieces, as summary.json has them."""
+    """Rows with their pieces, as run.json has them."""
     found = []
-    for example in _list(told):
+    for example in sequence(told):
         if not isinstance(example, Mapping):
             continue
         size = f"{count(number(example.get('tokens')))} tokens"
@@ -241,7 +254,7 @@ def examples_of(told: object) -> list[dict[str, Any]]:
                 "trained": piece.get("trained") is True,
                 "special": piece.get("special") is True,
             }
-            for piece in _list(example.get("pieces"))
+            for piece in sequence(example.get("pieces"))
             if isinstance(piece, Mapping)
         ]
         why = str(example.get("why", "one row"))
@@ -249,20 +262,20 @@ def examples_of(told: object) -> list[dict[str, Any]]:
     return found
 
 
-def settings_table(record: RecordedRun) -> Numbers:
+def settings_table(record: Run) -> Numbers:
     """The settings that are not the defaults, and what the run chose itself, with the reason."""
     defaults = {setting.key: setting.default for setting in all_settings()}
-    chosen = _map(record.summary.get("chosen"))
+    chosen = record.chosen
     rows = []
     for key, value in record.flat_settings.items():
-        choice = _map(chosen.get(key))
+        choice = mapping(chosen.get(key))
         if "value" in choice:
             rows.append((key, shown(choice["value"]), str(choice.get("why", ""))))
         elif key not in defaults or _differs(value, defaults[key]):
             rows.append((key, shown(value), "as set"))
     known = set(record.flat_settings)
     rows += [
-        (key, shown(_map(choice).get("value")), str(_map(choice).get("why", "")))
+        (key, shown(mapping(choice).get("value")), str(mapping(choice).get("why", "")))
         for key, choice in chosen.items()
         if key not in known
     ]
@@ -275,18 +288,18 @@ def _differs(value: object, default: object) -> bool:
     return value != default
 
 
-def commands_of(record: RecordedRun) -> list[dict[str, str]]:
-    """Commands to go on with: those in the summary, or the usual ones."""
-    told = [entry for entry in _list(record.summary.get("commands")) if isinstance(entry, Mapping)]
+def commands_of(record: Run) -> list[dict[str, str]]:
+    """Commands to go on with: those in ``run.json``, or the usual ones."""
+    told = [entry for entry in sequence(record.values.get("commands")) if isinstance(entry, Mapping)]
     if told:
         return [{"command": str(e.get("command", "")), "what": str(e.get("what", ""))} for e in told]
     writes = record.task in ("causal-lm", "preference")
-    return next_commands(record.folder, record.state, record.method, writes)
+    return next_commands(record.path, record.state, record.method, writes)
 
 
-def machine_text(record: RecordedRun) -> str:
+def machine_text(record: Run) -> str:
     """What the run ran on, in a sentence."""
-    machine = _map(record.summary.get("machine"))
+    machine = record.part("machine")
     memory = number(machine.get("memory_bytes"))
     parts = [str(machine.get("processor") or "")]
     parts.append(f"{machine['processors']} processors" if "processors" in machine else "")
@@ -295,17 +308,5 @@ def machine_text(record: RecordedRun) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _state_text(record: RecordedRun) -> str:
-    return STATES.get(record.state, "state not known")
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= TEXT else f"{text[:TEXT]} … {len(text) - TEXT:,} more characters"
-
-
-def _map(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-# ---- A figure of the page: a drawing, what it shows in words, a legend, and the numbers behind it as a table.
-
 
 @dataclass(frozen=True)
 class Numbers:
@@ -50,11 +48,6 @@ class Figure:
     drawing: Markup
     numbers: Numbers
     legend: Sequence[tuple[Markup, str]] = ()
-
-
-# ---- Curves made ready to be drawn: smoothed, thinned without losing a peak, with ticks at round numbers.
-#
-# Knows numbers only.
 
 
 # Places along a curve; each keeps its lowest and its highest value.
@@ -130,9 +123,6 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, most)})
 
 
-# ---- svg
-
-
 WIDTH = 1000  # of the stretched inner drawing
 TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
 Point = tuple[float, float]
@@ -200,21 +190,37 @@ def line_chart(
     def along(value: float) -> float:
         return _share(value, left, right, log_x)
 
-    pieces = []
-    for tick in log_ticks(low, high) if log else linear_ticks(low, high):
-        y = down(tick)
-        pieces.append(Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y))
-    inner = [_path(curve, along, lambda value: down(value) - TOP) for curve in curves]
-    pieces.append(
+    ticks = log_ticks(low, high) if log else linear_ticks(low, high)
+    inner = Markup("").join(_path(curve, along, lambda value: down(value) - TOP) for curve in curves)
+    across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4)
+    pieces = [
+        *(_grid_line(down(tick)) for tick in ticks),
         Markup(
             '<svg y="{}" width="100%" height="{}" viewBox="0 0 {} {}" preserveAspectRatio="none" '
             'overflow="visible">{}</svg>'
-        ).format(TOP, plot, WIDTH, plot, Markup("").join(inner))
-    )
-    for tick in log_ticks(low, high) if log else linear_ticks(low, high):
-        pieces.append(Markup('<text class="halo" x="0" y="{:.1f}">{}</text>').format(down(tick) - 4, y_format(tick)))
-    pieces.append(_x_axis(left, right, along, x_format, height, log_x))
+        ).format(TOP, plot, WIDTH, plot, inner),
+        *(_words(0, down(tick) - 4, y_format(tick), kind="halo") for tick in ticks),
+        *_axis(height, [(along(tick), x_format(tick)) for tick in across]),
+    ]
     return drawing(identity, title, description, height, Markup("").join(pieces))
+
+
+def _words(share: float, y: float, said: str, *, kind: str = "") -> Markup:
+    """A text at a share of the width; near an end it stays within the drawing."""
+    anchor = "start" if share < 0.06 else "end" if share > 0.94 else "middle"
+    named = Markup(' class="{}"').format(kind) if kind else ""
+    return Markup('<text{} x="{:.2f}%" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        named, 100 * share, y, anchor, said
+    )
+
+
+def _axis(height: int, ticks: Sequence[tuple[float, str]], *, kind: str = "") -> list[Markup]:
+    """The texts below a drawing, each at a share of the width."""
+    return [_words(share, height - (4 if kind else 6), said, kind=kind) for share, said in ticks]
+
+
+def _grid_line(y: float) -> Markup:
+    return Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
 
 
 def _range(values: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:
@@ -249,22 +255,6 @@ def _path(curve: Curve, along: Callable[[float], float], down: Callable[[float],
     return Markup("").join(pieces)
 
 
-def _x_axis(
-    left: float, right: float, along: Callable[[float], float], name: Callable[[float], str], height: int, log: bool
-) -> Markup:
-    ticks = log_ticks(left, right, 4) if log else linear_ticks(left, right, 4)
-    pieces = []
-    for tick in ticks:
-        place = along(tick)
-        anchor = "start" if place < 0.06 else "end" if place > 0.94 else "middle"
-        pieces.append(
-            Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{}</text>').format(
-                100 * place, height - 6, anchor, name(tick)
-            )
-        )
-    return Markup("").join(pieces)
-
-
 @dataclass(frozen=True)
 class Strip:
     """One line of a heat map: its name, what stands at its right end, and a value for each column."""
@@ -288,10 +278,7 @@ def heat_map(
     pieces = []
     for number, strip in enumerate(strips):
         y = number * line
-        pieces.append(Markup('<text x="0" y="{}">{}</text>').format(y + 13, strip.name))
-        pieces.append(
-            Markup('<text class="quiet" x="100%" y="{}" text-anchor="end">{}</text>').format(y + 13, strip.note)
-        )
+        pieces += [_words(0, y + 13, strip.name), _words(1, y + 13, strip.note, kind="quiet")]
         cells = [
             Markup('<rect class="cell" x="{}" y="0" width="1" height="1" fill-opacity="{:.3f}">{}</rect>').format(
                 place, 0.06 + 0.94 * value / top, _hover(f"{columns[place]}: {value_format(value)}")
@@ -305,14 +292,8 @@ def heat_map(
             ).format(y + 18, cell, max(1, len(columns)), Markup("").join(cells))
         )
     height = line * len(strips) + 18
-    if columns:
-        for place, anchor in ((0, "start"), (len(columns) - 1, "end")):
-            if place or anchor == "start":
-                pieces.append(
-                    Markup('<text class="quiet" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-                        "0" if anchor == "start" else "100%", height - 4, anchor, columns[place]
-                    )
-                )
+    ends = [(0.0, columns[0]), (1.0, columns[-1])] if len(columns) > 1 else [(0.0, name) for name in columns]
+    pieces += _axis(height, ends, kind="quiet")
     return drawing(identity, title, description, height, Markup("").join(pieces))
 
 
@@ -332,8 +313,7 @@ def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> M
     pieces = []
     for number, bar in enumerate(given):
         y = number * line
-        pieces.append(Markup('<text x="0" y="{}">{}</text>').format(y + 13, bar.name))
-        pieces.append(Markup('<text x="100%" y="{}" text-anchor="end">{}</text>').format(y + 13, bar.note))
+        pieces += [_words(0, y + 13, bar.name), _words(1, y + 13, bar.note)]
         sofar = 0.0
         for kind, name, size in bar.parts:
             if size <= 0:
@@ -367,13 +347,8 @@ def histogram(
                 _hover(f"{start:g} to {end - 1:g} {name}: {number:,}"),
             )
         )
-    pieces.append(Markup('<line class="grid" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(10 + plot))
-    for place, anchor, value in ((0, "start", edges[0]), (100, "end", edges[-1] - 1)):
-        pieces.append(
-            Markup('<text x="{}%" y="{}" text-anchor="{}">{}</text>').format(
-                place, height - 6, anchor, f"{value:,.0f} {name}"
-            )
-        )
+    pieces.append(_grid_line(10 + plot))
+    pieces += _axis(height, [(0.0, f"{edges[0]:,.0f} {name}"), (1.0, f"{edges[-1] - 1:,.0f} {name}")])
     return drawing(identity, title, description, height, Markup("").join(pieces))
 
 

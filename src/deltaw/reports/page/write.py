@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -18,20 +18,19 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from deltaw.durable import write_text
+from deltaw.reports.page.run_figures import over_steps, points_of, rate_figure, value_format
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.page.svg import Curve, Figure, Numbers, line_chart, smoothed, swatch, thinned
-from deltaw.reports.recorded import RecordedRun, find_runs, read_run
+from deltaw.reports.page.svg import Curve, Figure, Numbers, drawing, smoothed, swatch
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
-from deltaw.reports.wording import metric_name, metric_value, short, tick, when
-
-# ---- What the page of several runs says: results, curves in one drawing, and the settings that differ.
-
+from deltaw.reports.wording import metric_name, metric_value, when
+from deltaw.training.monitoring.rates import RateSearch
+from deltaw.training.run_folder import Run, find_runs, read_run
 
 # Kinds of curves that the style sheet tells apart, by color and by dashes; the first is not dashed.
 KINDS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 
 
-def compare_view(records: Sequence[RecordedRun]) -> dict[str, Any]:
+def compare_view(records: Sequence[Run]) -> dict[str, Any]:
     """The variables of the template ``compare.html``."""
     figures = compared_figures(records)
     answers = same_prompts(records)
@@ -53,88 +52,73 @@ def compare_view(records: Sequence[RecordedRun]) -> dict[str, Any]:
     }
 
 
-def compared_figures(records: Sequence[RecordedRun]) -> list[Figure]:
+def compared_figures(records: Sequence[Run]) -> list[Figure]:
     """Training loss, every held-out metric that at least one run has, learning rate and gradient norm."""
-    figures = [_column(records, "loss", "Training loss", short, smooth=True)]
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
-    figures += [_metric(records, name) for name in metrics[:8]]
-    figures.append(_column(records, "learning_rate", "Learning rate", short, smooth=False))
-    figures.append(_column(records, "gradient_norm", "Gradient norm", short, smooth=True))
+    figures = [
+        _column(records, "loss", "Training loss", smooth=True),
+        *(_metric(records, name) for name in metrics[:8]),
+        _column(records, "learning_rate", "Learning rate", smooth=False),
+        _column(records, "gradient_norm", "Gradient norm", smooth=True),
+    ]
     return [figure for figure in figures if figure is not None]
 
 
-def _column(
-    records: Sequence[RecordedRun], column: str, title: str, wording: Callable[[float], str], *, smooth: bool
-) -> Figure | None:
-    found = []
-    for record in records:
-        steps, values = record.metrics.column(column)
-        if len(steps) and smooth:
-            values = smoothed(values)
-        found.append(list(zip(*(part.tolist() for part in thinned(steps, values)), strict=True)))
+def _column(records: Sequence[Run], column: str, title: str, *, smooth: bool) -> Figure | None:
+    found = [record.metrics.column(column) for record in records]
+    points = [points_of(steps, smoothed(values) if smooth else values) for steps, values in found]
     said = f"{title} over steps, as a running mean" if smooth else f"{title} over steps"
-    return _figure(records, column.replace("_", "-"), title, said, found, wording, None)
+    return _figure(records, column.replace("_", "-"), title, said, points)
 
 
-def _metric(records: Sequence[RecordedRun], name: str) -> Figure | None:
-    found = []
-    for record in records:
-        points = np.array(record.metrics.evaluated(name), dtype=float).reshape(-1, 2)
-        found.append(list(zip(*(part.tolist() for part in thinned(*points.T)), strict=True)))
+def _metric(records: Sequence[Run], name: str) -> Figure | None:
+    found = [np.array(record.metrics.evaluated(name), dtype=float).reshape(-1, 2) for record in records]
     title = f"Held-out {metric_name(name)}"
     identity = "held-out-" + "".join(letter if letter.isalnum() else "-" for letter in name)
-
-    def wording(value: float) -> str:
-        return metric_value(name, value)
-
-    return _figure(records, identity, title, f"{title} over steps", found, wording, False)
+    points = [points_of(*values.T) for values in found]
+    return _figure(records, identity, title, f"{title} over steps", points, metric=name, log=False)
 
 
 def _figure(
-    records: Sequence[RecordedRun],
+    records: Sequence[Run],
     identity: str,
     title: str,
     said: str,
     found: Sequence[Sequence[tuple[float, float]]],
-    wording: Callable[[float], str],
-    log: bool | None,
+    *,
+    metric: str = "",
+    log: bool | None = None,
 ) -> Figure | None:
-    if not any(found):
-        return None
-    kinds = [KINDS[number % len(KINDS)] for number in range(len(records))]
-    names = names_of(records)
-    curves = [Curve(points, kind, dots=len(points) < 40) for points, kind in zip(found, kinds, strict=True) if points]
-    drawn = line_chart(
-        identity,
-        title,
-        said,
-        curves,
-        x_format=lambda value: "step 0" if value == 0 else f"{value:,.0f}",
-        y_format=(lambda value: f"{100 * value:.4g}%") if wording(0.5).endswith("%") else tick,
-        log=log,
-        x_from=0,
-        height=260 if identity == "loss" else 210,
-    )
-    rows = [
-        (
-            name,
-            wording(points[0][1]),
-            wording(points[-1][1]),
-            wording(min(v for _, v in points)),
-            f"{points[-1][0]:,.0f}",
-        )
-        for name, points in zip(names, found, strict=True)
+    """Curves of several runs; None where no run has one."""
+    drawn = [
+        (name, KINDS[number % len(KINDS)], points)
+        for number, (name, points) in enumerate(zip(names_of(records), found, strict=True))
         if points
     ]
-    legend = [(swatch(kind), name) for kind, name, points in zip(kinds, names, found, strict=True) if points]
-    head = ("run", "first", "last", "lowest", "at step")
-    return Figure(identity, title, said + ".", drawn, Numbers(f"{title} by run", head, rows), legend)
-
-
-# ---- write
+    if not drawn:
+        return None
+    rows = []
+    for name, _, points in drawn:
+        values = [value for _, value in points]
+        ends = (metric_value(metric, value) for value in (values[0], values[-1], min(values)))
+        rows.append((name, *ends, f"{points[-1][0]:,.0f}"))
+    return over_steps(
+        identity,
+        title,
+        said + ".",
+        said,
+        [Curve(points, kind, dots=len(points) < 40) for _, kind, points in drawn],
+        Numbers(f"{title} by run", ("run", "first", "last", "lowest", "at step"), rows),
+        [(swatch(kind), name) for name, kind, _ in drawn],
+        y_format=value_format(metric),
+        log=log,
+        height=260 if identity == "loss" else 210,
+    )
 
 
 NAME = "report.html"
+# Of a range test of the learning rate, and its width.
+RATES, WIDTH = "learning_rate.svg", 640
 # Of several runs, in the folder that holds them.
 COMPARISON = "comparison.html"
 
@@ -149,16 +133,44 @@ def _templates() -> tuple[Environment, Markup]:
     return environment, style
 
 
-def run_page(record: RecordedRun) -> str:
+def run_page(record: Run) -> str:
     """One run as a page."""
     environment, style = _templates()
     return environment.get_template("run.html").render(style=style, **run_view(record)).strip() + "\n"
 
 
-def comparison_page(records: Sequence[RecordedRun]) -> str:
+def comparison_page(records: Sequence[Run]) -> str:
     """Several runs side by side."""
     environment, style = _templates()
     return environment.get_template("compare.html").render(style=style, **compare_view(records)).strip() + "\n"
+
+
+def rate_drawing(search: RateSearch) -> str:
+    """A range test of the learning rate as an SVG that stands alone."""
+    figure = rate_figure(search.as_dict())
+    if figure is None:
+        return str(drawing("rate-search", "Loss over learning rate", search.why, 40, Markup("")))
+    _, style = _templates()
+    signs = [
+        Markup('<svg x="{0}" y="8" width="150" height="16">{1}<text x="32" y="10">{2}</text></svg>').format(
+            10 + 152 * place, sign, name
+        )
+        for place, (sign, name) in enumerate(figure.legend)
+    ]
+    return str(
+        Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" class="drawing" viewBox="0 0 {0} 260">'
+            '<style>{1}</style><rect width="{0}" height="260" style="fill: var(--paper)"/>{2}'
+            '<svg x="10" y="40" width="{3}" height="215">{4}</svg></svg>\n'
+        ).format(WIDTH, style, Markup("").join(signs), WIDTH - 20, figure.drawing)
+    )
+
+
+def write_rate_figure(search: RateSearch, folder: Path) -> Path:
+    """Write the figure of a range test into a run's folder."""
+    path = folder / RATES
+    write_text(path, rate_drawing(search))
+    return path
 
 
 def write_page(folder: str | os.PathLike[str]) -> Path:
