@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.base import MergeOptions
+from deltaw.export.merge import merge_run
 from deltaw.export.merged import merged_tensors
 from deltaw.methods.files import method_of_folder
 from deltaw.methods.registry import entry_of

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.export.as_adapter import write_adapter
+from deltaw.export.base import MergeOptions
 from deltaw.export.combine import METHODS, Recipe, angles, dare, inner, norm, ties, trim, truncated
-from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.merge import merge_run
 from deltaw.lora import read_adapter
 from deltaw.lora.peft_updates import content_of
 from tests.export.merge_cases import adapter_folder, base_folder, loaded, logits, off, pair

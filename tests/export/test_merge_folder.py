@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from deltaw.errors import UserError
 from deltaw.export import output_folder
-from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.base import MergeOptions
+from deltaw.export.merge import merge_run
 from deltaw.export.output_folder import appearing
 from tests.export.merge_cases import adapter_folder, base_folder, loaded, logits, off, pair, text_base
 
@@ -117,7 +118,8 @@ def test_damaged_and_hostile_weight_files_are_refused(tmp_path: Path) -> None:
 
 _MEASURED = """
 import sys
-from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.base import MergeOptions
+from deltaw.export.merge import merge_run
 from deltaw.host.memory import peak_resident_bytes, resident_bytes
 tiny, adapter, out, size = sys.argv[1:]
 merge_run(tiny, out + "-tiny")  # what is imported late is imported now
@@ -155,7 +157,8 @@ def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(case: tuple[Pat
 
 _KILLED = """
 import os, random, signal, sys, time
-from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.base import MergeOptions
+from deltaw.export.merge import merge_run
 adapter, out = sys.argv[1:]
 
 def child():

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
+from deltaw.export.base import MergeOptions, Merging
 from deltaw.export.combine import Recipe
-from deltaw.export.merge import MergeOptions, Merging, merge_run
+from deltaw.export.merge import merge_run
 from deltaw.export.verify import Verification, Verify
 from tests.export.merge_cases import adapter_folder, text_base
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
-from deltaw.export.formats import export_mlx
-from deltaw.export.portable import export_peft
+from deltaw.export.portable import export_folder
 from tests.export import models
 
 MIXED = {"rank_pattern": {"up_proj": 2, "down_proj": 8}, "alpha_pattern": {"v_proj": 3.0}, "rslora": True}
@@ -24,7 +23,7 @@ def test_peft_reads_the_same_update(tmp_path: Path, family: str) -> None:
     peft = pytest.importorskip("peft", reason="the reader to compare with")
     settings = MIXED if family == "llama" else {"rank_pattern": {"c_attn": 2}}
     model, run = models.saved_run(tmp_path, family, **settings)
-    written = export_peft(run, tmp_path / "portable")
+    written = export_folder(run, tmp_path / "portable")
     assert written.padded > 0 and written.folded > 0
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "portable"
@@ -47,7 +46,7 @@ def test_peft_reads_the_same_update(tmp_path: Path, family: str) -> None:
 
 def test_one_rank_is_one_rank_and_alpha_is_a_whole_number(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "llama", **MIXED)
-    export_peft(run, tmp_path / "out", reader="vllm")
+    export_folder(run, tmp_path / "out", reader="vllm")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == 8 and isinstance(config["lora_alpha"], int)
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
@@ -57,7 +56,7 @@ def test_one_rank_is_one_rank_and_alpha_is_a_whole_number(tmp_path: Path) -> Non
 
 def test_an_adapter_that_is_uniform_already_keeps_every_bit(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "llama")
-    written = export_peft(run, tmp_path / "out")
+    written = export_folder(run, tmp_path / "out")
     assert (written.padded, written.folded) == (0, 0)
     own, found = (load_file(p / "adapter_model.safetensors") for p in (run, tmp_path / "out"))
     assert own.keys() == found.keys() and all(torch.equal(own[key], found[key]) for key in own)
@@ -85,7 +84,7 @@ def vllm_reads(folder: Path, longest_rank: int = 16) -> dict[str, dict[str, torc
 
 def test_vllm_finds_what_its_loader_takes(tmp_path: Path) -> None:
     model, run = models.saved_run(tmp_path, "llama", **MIXED)
-    export_peft(run, tmp_path / "out", reader="vllm")
+    export_folder(run, tmp_path / "out", reader="vllm")
     found = vllm_reads(tmp_path / "out")
     assert len(found) == 14
     for name, pair in found.items():
@@ -111,20 +110,17 @@ def test_what_a_reader_would_lose_is_refused_by_name(
 ) -> None:
     _, run = models.saved_run(tmp_path, "llama", **settings)
     with pytest.raises(UserError, match=what):
-        if reader == "mlx":
-            export_mlx(run, tmp_path / "out")
-        else:
-            export_peft(run, tmp_path / "out", reader=reader)
+        export_folder(run, tmp_path / "out", reader=reader)
     assert not (tmp_path / "out").exists()
 
 
 def test_peft_keeps_embeddings_and_invocation_tokens(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path / "e", "llama", target_modules=["q_proj", "embed_tokens"])
-    export_peft(run, tmp_path / "e" / "out")
+    export_folder(run, tmp_path / "e" / "out")
     names = load_file(tmp_path / "e" / "out" / "adapter_model.safetensors")
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in names
     _, run = models.saved_run(tmp_path / "a", "llama", activation="completion", invocation_tokens=[5, 6])
-    export_peft(run, tmp_path / "a" / "out")
+    export_folder(run, tmp_path / "a" / "out")
     config = json.loads((tmp_path / "a" / "out" / "adapter_config.json").read_text())
     assert config["alora_invocation_tokens"] == [5, 6]
 
@@ -132,7 +128,7 @@ def test_peft_keeps_embeddings_and_invocation_tokens(tmp_path: Path) -> None:
 def test_mlx_adapts_the_named_modules_of_the_last_layers(tmp_path: Path) -> None:
     """W·x + scale·(x·a)·b over the modules that keys names, in the last num_layers layers of the model."""
     model, run = models.saved_run(tmp_path, "llama", **MIXED, layers="1-")
-    export_mlx(run, tmp_path / "out")
+    export_folder(run, tmp_path / "out", "mlx")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     settings = config["lora_parameters"]
     assert config["fine_tune_type"] == "lora" and config["num_layers"] == 1
@@ -152,4 +148,4 @@ def test_mlx_adapts_the_named_modules_of_the_last_layers(tmp_path: Path) -> None
 def test_mlx_refuses_families_that_it_names_otherwise(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "gpt2")
     with pytest.raises(UserError, match="'gpt2' models"):
-        export_mlx(run, tmp_path / "out")
+        export_folder(run, tmp_path / "out", "mlx")

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.export.merged import merged_model
+from deltaw.export.base import MergeOptions, prepared
+from deltaw.export.merged import assemble
 from deltaw.hub.gguf import fill
 from deltaw.hub.loading import load
 from deltaw.kernels import block_linear
@@ -92,7 +93,8 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the same base: none of another one
         open_run(str(runs["gguf"]), precision="bf16", device="cpu", say=said.append)
-    notes = " ".join(merged_model(runs["gguf"], precision="keep", say=said.append).notes)
+    with prepared(runs["gguf"], MergeOptions(), said.append) as job:
+        notes = " ".join(assemble(job).notes)
     assert "blocks' values" in notes
 
 
@@ -134,7 +136,8 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
     assert losses(ours)[-1] < losses(ours)[0]
     opened = open_run(str(ours), device="cpu", say=lambda line: None)
     assert block_weight(opened.model.model.layers[0].mlp.up_proj).format == "NF4"
-    assert "NF4" in " ".join(merged_model(ours, precision="keep").notes)
+    with prepared(ours, MergeOptions(), lambda line: None) as job:
+        assert "NF4" in " ".join(assemble(job).notes)
 
 
 def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_path):

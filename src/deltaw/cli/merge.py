@@ -12,7 +12,7 @@ from deltaw.errors import UserError
 from deltaw.working import working
 
 if TYPE_CHECKING:
-    from deltaw.export.merge import MergeOptions
+    from deltaw.export.base import MergeOptions
 
 PRECISIONS = ("keep", "bf16", "fp16", "fp32")
 METHODS = ("concat", "svd", "linear", "ties", "dare")
@@ -66,8 +66,9 @@ def command(
     out = console(as_json)
     with working("starting"):
         from deltaw.export.as_adapter import write_adapter
+        from deltaw.export.base import MergeOptions
         from deltaw.export.combine import Recipe
-        from deltaw.export.merge import MergeOptions, merge_run
+        from deltaw.export.merge import merge_run
         from deltaw.export.merged import parse_size
         from deltaw.export.verify import Verify
         from deltaw.reports.merging import adapter_lines, as_dict, merge_lines

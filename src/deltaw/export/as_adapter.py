@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import Factors, LowRank, Trained, factors_of
-from deltaw.export.base import Say
+from deltaw.export.base import MergeOptions, Merging, Say, prepared
 from deltaw.export.combine import Combined, reduced, side_by_side, truncated_dense
-from deltaw.export.merge import MergeOptions, Merging, prepared
 from deltaw.export.merged import OF_TOKENIZER
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter

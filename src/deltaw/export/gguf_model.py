@@ -16,10 +16,10 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, RopeScalingType
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.export.base import Base, MergeOptions, prepared
 from deltaw.export.gguf_architectures import Architecture, TensorNames, architecture_of
 from deltaw.export.gguf_file import (
     ADAPTER_KINDS,
@@ -32,9 +32,9 @@ from deltaw.export.gguf_file import (
     write_gguf,
 )
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, vocabulary_of
-from deltaw.export.merged import MergedModel, NotByName, Output, merged_model
-from deltaw.export.plain_adapter import PlainUpdate, plain_adapter, require_lora
-from deltaw.export.portable import DescribedBase, describe_base, read_updates, require_same_base
+from deltaw.export.merged import MergedModel, NotByName, Output, assemble
+from deltaw.export.plain_adapter import PlainUpdate
+from deltaw.export.portable import folded_lines, read_pair, require_same_base, require_text
 from deltaw.hub.gguf import terminators_in
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 
@@ -186,7 +186,6 @@ def _unknown(kind: str) -> UserError:
 # ---- gguf model
 
 
-FORMAT = "gguf"
 _HEAD = "output.weight"
 # Metadata of a base's file that is not true of another file any more, or is written anew.
 _NOT_COPIED = ("general.", "split.", "quantize.", "deltaw.")
@@ -210,6 +209,11 @@ class WrittenModel:
     architecture: str
     types: dict[str, int]
     notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        types = ", ".join(f"{count} {name}" for name, count in sorted(self.types.items()))
+        return [f"architecture {self.architecture}", f"{self.tensors} tensors ({types})", f"{self.size / 1e6:.1f} MB"]
 
 
 def export_gguf(
@@ -236,79 +240,70 @@ def export_gguf(
             cannot be written. Nothing is written then.
     """
     require_kind(kind)
-    base = describe_base(run, model, say=say, trust_remote_code=trust_remote_code)
-    architecture = architecture_of(base.config)
-    merged = _merged(run, base, say)
-    names = TensorNames(architecture, base.config)
-    outputs = _outputs(merged, names, architecture)
-    extra = {} if base.gguf is not None else rope_tensors(base.config)
-    tokenizer = base.tokenizer(run)
-    source = None if base.gguf is None else open_gguf(base.gguf)
-    if source is None:
-        if tokenizer is None:
+    options = MergeOptions(model, trust_remote_code, "fp32")
+    with prepared(run, options, say) as job:
+        base = job.base
+        require_text(base, run)
+        architecture = architecture_of(base.config)
+        try:
+            merged = assemble(job)
+        except NotByName as error:
             raise UserError(
-                "the model's folder holds no tokenizer, and a GGUF file needs one",
-                where=str(base.folder),
-                hint="copy the tokenizer's files there",
-            )
-        vocabulary_of(tokenizer, int(base.config.vocab_size))  # refuses one that is not known
-    else:
-        _require_architecture(source, architecture, base)
-        extra = {tensor.name: np.array(tensor.data) for tensor in source.tensors if "rope_" in tensor.name}
-    notes = list(merged.notes)
+                f"the model cannot be exported tensor by tensor: {error}",
+                where=str(run),
+                hint="merge it first (deltaw merge), and use llama.cpp's own convert_hf_to_gguf.py",
+            ) from error
+        names = TensorNames(architecture, base.config)
+        outputs = _outputs(merged, names, architecture)
+        tokenizer = base.tokenizer(run)
+        source = None if base.gguf is None else open_gguf(base.gguf)
+        if source is None:
+            extra = rope_tensors(base.config)
+            if tokenizer is None:
+                raise UserError(
+                    "the model's folder holds no tokenizer, and a GGUF file needs one",
+                    where=str(base.folder),
+                    hint="copy the tokenizer's files there",
+                )
+            vocabulary_of(tokenizer, int(base.config.vocab_size))  # refuses one that is not known
+        else:
+            _require_architecture(source, architecture, base)
+            extra = {tensor.name: np.array(tensor.data) for tensor in source.tensors if "rope_" in tensor.name}
+        notes = list(merged.notes)
 
-    def metadata(out: GGUFWriter) -> None:
-        out.add_type(GGUFType.MODEL)
-        out.add_name(run.resolve().name)
-        out.add_base_model_count(1)
-        out.add_base_model_name(0, base.name)
-        out.add_file_type(int(KINDS[kind][2]))
-        out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        if source is not None:
-            _copy(source, out, tokenizer)
-            return
-        assert tokenizer is not None
-        notes.extend(add_hyperparameters(out, architecture, base.config))
-        ends = terminators_in(base.folder, tokenizer)
-        add_tokenizer(out, tokenizer, int(base.config.vocab_size), ends)
+        def metadata(out: GGUFWriter) -> None:
+            out.add_type(GGUFType.MODEL)
+            _add_origin(out, run, base, kind)
+            out.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            if source is not None:
+                _copy(source, out, tokenizer)
+                return
+            assert tokenizer is not None
+            notes.extend(add_hyperparameters(out, architecture, base.config))
+            ends = terminators_in(base.folder, tokenizer)
+            add_tokenizer(out, tokenizer, int(base.config.vocab_size), ends)
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        yield from extra.items()
-        for name, output in outputs.items():
-            yield name, names.values(output.name, output.whole()).numpy()
+        def tensors() -> Iterator[tuple[str, np.ndarray]]:
+            yield from extra.items()
+            for name, output in outputs.items():
+                yield name, names.values(output.name, output.whole()).numpy()
 
-    shapes: Shapes = {
-        **{name: (numbers.shape, type_of(name, numbers.shape, kind)) for name, numbers in extra.items()},
-        **{
-            name: (shape := names.shape(output.name, output.shape), type_of(name, shape, kind))
-            for name, output in outputs.items()
-        },
-    }
-    size = write_gguf(path, architecture.name, metadata, shapes, tensors())
-    types: dict[str, int] = {}
-    for _, stored in shapes.values():
-        types[stored.name] = types.get(stored.name, 0) + 1
+        plain = {name: numbers.shape for name, numbers in extra.items()}
+        plain |= {name: names.shape(output.name, output.shape) for name, output in outputs.items()}
+        shapes: Shapes = {name: (shape, type_of(name, shape, kind)) for name, shape in plain.items()}
+        size = write_gguf(path, architecture.name, metadata, shapes, tensors())
     for note in notes:
         say(note)
-    return WrittenModel(path, size, len(shapes), kind, architecture.name, types, notes)
+    types = Counter(stored.name for _, stored in shapes.values())
+    return WrittenModel(path, size, len(shapes), kind, architecture.name, dict(types), notes)
 
 
-def _merged(run: Path, base: DescribedBase, say: Callable[[str], None]) -> MergedModel:
-    try:
-        with plain_adapter(run, base.files, say) as folder:
-            return merged_model(
-                folder,
-                model=str(base.folder),
-                precision="fp32",
-                trust_remote_code=base.files.trust_remote_code,
-                say=say,
-            )
-    except NotByName as error:
-        raise UserError(
-            f"the model cannot be exported tensor by tensor: {error}",
-            where=str(run),
-            hint="merge it first (deltaw merge), and use llama.cpp's own convert_hf_to_gguf.py",
-        ) from error
+def _add_origin(out: GGUFWriter, run: Path, base: Base, kind: str) -> None:
+    """What a file is called, what it was made of, and how its numbers are stored."""
+    out.add_name(run.resolve().name)
+    out.add_base_model_count(1)
+    out.add_base_model_name(0, base.source.name)
+    out.add_file_type(int(KINDS[kind][2]))
 
 
 def _outputs(merged: MergedModel, names: TensorNames, architecture: Architecture) -> dict[str, Output]:
@@ -329,14 +324,14 @@ def _outputs(merged: MergedModel, names: TensorNames, architecture: Architecture
         if name is None or (head and architecture.always_tied):
             raise UserError(
                 f"the merged model's '{output.name}' is no tensor of such a model in llama.cpp",
-                where=str(merged.base.folder),
+                where=str(merged.job.base.folder),
                 hint="keep the adapter apart: serve it with deltaw serve",
             )
         found[name] = output
     return found
 
 
-def _require_architecture(source: GGUFReader, architecture: Architecture, base: DescribedBase) -> None:
+def _require_architecture(source: GGUFReader, architecture: Architecture, base: Base) -> None:
     entry = source.get_field(gguf.Keys.General.ARCHITECTURE)
     named = None if entry is None else entry.contents()
     if named != architecture.name:
@@ -368,7 +363,6 @@ def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBas
 # them, and adds them twice.
 
 
-ADAPTER_FORMAT = "gguf-adapter"
 _MERGE = "merge it instead: --format gguf"
 
 
@@ -388,6 +382,11 @@ class WrittenAdapter:
     alpha: float
     folded: int
     architecture: str
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        told = f"{self.tensors} modules, alpha {self.alpha:g}"
+        return [f"architecture {self.architecture}", told, f"{self.size / 1e6:.1f} MB", *folded_lines(self.folded)]
 
 
 def export_gguf_adapter(
@@ -417,9 +416,7 @@ def export_gguf_adapter(
         raise UserError(
             f"an adapter's factors are not stored as '{kind}'", where="--type", hint=did_you_mean(kind, ADAPTER_KINDS)
         )
-    require_lora(run, ADAPTER_FORMAT)
-    base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)
-    adapter = read_updates(run, base, ADAPTER_FORMAT, say=say)
+    adapter, base = read_pair(run, "gguf-adapter", model, trust_remote_code=trust_remote_code, say=say)
     architecture = architecture_of(base.config)
     names = TensorNames(architecture, base.config)
     fingerprint = require_same_base(base, adapter.fingerprint, run, say)
@@ -430,8 +427,8 @@ def export_gguf_adapter(
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for (name, update), factor in zip(named, factors, strict=True):
             factor_B = update.factor_B if factor == 1 else update.factor_B * factor
-            yield f"{name}.lora_a", _array(update.factor_A)
-            yield f"{name}.lora_b", _array(names.outputs(update.module, factor_B))
+            yield f"{name}.lora_a", update.factor_A.contiguous().numpy()
+            yield f"{name}.lora_b", names.outputs(update.module, factor_B).contiguous().numpy()
 
     def metadata(out: GGUFWriter) -> None:
         out.add_type(GGUFType.ADAPTER)
@@ -444,18 +441,15 @@ def export_gguf_adapter(
                 GGUFValueType.ARRAY,
                 GGUFValueType.UINT32,
             )
-        out.add_name(run.resolve().name)
-        out.add_base_model_count(1)
-        out.add_base_model_name(0, base.name)
-        out.add_file_type(int(KINDS[kind][2]))
+        _add_origin(out, run, base, kind)
         if fingerprint is not None:
             out.add_string(FINGERPRINT_KEY, fingerprint)
 
     stored = KINDS[kind][0]
     shapes = {
-        f"{name}.lora_{letter}": (shape, stored)
+        f"{name}.lora_{letter}": (tuple(factor.shape), stored)
         for name, update in named
-        for letter, shape in zip("ab", _shapes(update), strict=True)
+        for letter, factor in (("a", update.factor_A), ("b", update.factor_B))
     }
     size = write_gguf(path, architecture.name, metadata, shapes, tensors())
     folded = sum(factor != 1 for factor in factors)
@@ -496,12 +490,3 @@ def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str
             hint=_MERGE,
         )
     return f"{found}.weight"
-
-
-def _shapes(update: PlainUpdate) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(update.factor_A.shape), tuple(update.factor_B.shape)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    numbers: np.ndarray = tensor.contiguous().numpy()
-    return numbers

@@ -8,7 +8,6 @@ and not before it was verified, where that is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import AdapterChanges, Change, Trained, changes_of
-from deltaw.export.base import Base, Say, base_of
-from deltaw.export.combine import Combination, Recipe, combine
+from deltaw.export.adapters import Change, Trained
+from deltaw.export.base import MergeOptions, Merging, Say, prepared
 from deltaw.export.merged import (
     PRECISIONS,
     MergedModel,
@@ -34,16 +31,13 @@ from deltaw.export.merged import (
     write_weights,
 )
 from deltaw.export.output_folder import appearing, check_target
-from deltaw.export.plain_adapter import plain_adapter
 from deltaw.hub.checkpoint import read_checkpoint
-from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import base_fingerprint, same_base
 from deltaw.lora.places import spots_of
 from deltaw.methods.parameters import names_of
 from deltaw.tensor_files import row_blocks
-from deltaw.working import working
 
 # ---- Changes of weights put into a model that is in memory, without rounding to a narrower type.
 #
@@ -112,47 +106,21 @@ _SHARD = "5GB"
 _FP32 = {"float32", "float64", "float16"}
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written: a description of the model, and the weight files' names."""
-
-    model: MergedModel
-    files: list[str]
-
-
-def write_from_memory(
-    base: Base,
-    adapters: Sequence[AdapterChanges],
-    trained: Sequence[Trained],
-    folder: Path,
-    options: MergeOptions,
-    say: Say,
-) -> Written:
-    """Merge in memory and save into ``folder``.
+def write_from_memory(job: Merging, folder: Path) -> MergedModel:
+    """Merge in memory and save into ``folder``; returns a description of what is there.
 
     Raises:
         UserError: the base is another one, or the adapter needs tensors that the model has no place for.
     """
-    settings = read_settings(base.folder)
+    settings = read_settings(job.base.folder)
     stored = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
-    model = load(
-        str(base.folder),
-        precision="fp32" if stored in _FP32 else "bf16",
-        device="cpu",
-        task=base.task,
-        num_labels=base.outputs,
-        trust_remote_code=base.trust_remote_code,
-        say=lambda line: None,
-    ).model
-    same = _same_base(model, adapters)
-    if same is False and not options.other_base:
-        raise UserError(
-            f"the adapter was trained on other weights than those of '{base.reference}'",
-            where=str(adapters[0].folder),
-            hint="name its own base with --model; --other-base merges it all the same",
-        )
+    model = job.base.load("fp32" if stored in _FP32 else "bf16").model
     own = names_of(model)
-    for one in trained:
+    same = job.same_base(
+        same_base(base_fingerprint(model, [own[name] for name in one.replaced if name in own]), one.fingerprint)
+        for one in job.adapters
+    )
+    for one in job.trained:
         absent = [name for name in one.names if name not in own]
         tied = {n for n, p in own.items() for name in one.names if name in own and p is own[name]}
         if absent or tied - set(one.names):
@@ -162,28 +130,18 @@ def write_from_memory(
                 where=one.names[0],
                 hint="keep the adapter separate",
             )
-    target = PRECISIONS.get(options.precision, _type_named(stored))
+    target = PRECISIONS.get(job.options.precision, _type_named(stored))
     # Where the target is narrower than the model in memory, each sum is rounded once, from fp32.
-    for one in trained:
+    for one in job.trained:
         change_in_place(own[one.names[0]], one.change, rounded=target)
     with quiet():
         nn.Module.to(model, target)
-        model.save_pretrained(folder, max_shard_size=options.shard_size or _SHARD)
+        model.save_pretrained(folder, max_shard_size=job.options.shard_size or _SHARD)
     outputs = tuple(
         Output(t.name, t.dtype, t.shape, t, (), t.file.name) for t in read_checkpoint(folder).tensors.values()
     )
-    changed = {name: one.change for one in trained for name in one.names}
-    described = MergedModel(base, tuple(adapters), outputs, read_settings(folder), changed, same_base=same)
-    return Written(described, sorted({output.file for output in outputs}))
-
-
-def _same_base(model: PreTrainedModel, adapters: Sequence[AdapterChanges]) -> bool | None:
-    own = names_of(model)
-    found = []
-    for adapter in adapters:
-        replaced = [own[name] for name in adapter.replaced if name in own]
-        found.append(same_base(base_fingerprint(model, replaced), adapter.fingerprint))
-    return False if False in found else True if found and all(found) else None
+    changed = {name: one.change for one in job.trained for name in one.names}
+    return MergedModel(job, outputs, read_settings(folder), changed, same_base=same)
 
 
 def _type_named(name: str) -> torch.dtype:
@@ -191,7 +149,7 @@ def _type_named(name: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
 
 
-# ---- merge
+# ---- From a run to the folder of a merged model.
 
 
 class Verifier(Protocol):
@@ -203,43 +161,6 @@ class Verifier(Protocol):
         Raises:
             UserError: the merged model is not what the adapter makes of its base.
         """
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How a merge is done.
-
-    Attributes:
-        model: the base model, where it is not the one that the adapter names.
-        trust_remote_code: run the Python files that came with it.
-        precision: ``keep``, ``bf16``, ``fp16`` or ``fp32``.
-        shard_size: most bytes of a file; None as the base's.
-        overwrite: replace an output folder that holds files.
-        other_base: merge also into another base model than the adapter was trained on.
-        others: further adapters' folders.
-        recipe: how several are combined; None for a single one of weight 1.
-    """
-
-    model: str | None = None
-    trust_remote_code: bool = False
-    precision: str = "keep"
-    shard_size: int | None = None
-    overwrite: bool = False
-    other_base: bool = False
-    others: tuple[Path, ...] = ()
-    recipe: Recipe | None = None
-
-
-@dataclass(frozen=True)
-class Merging:
-    """A merge that is prepared: the base, the adapters, and what becomes of each parameter."""
-
-    run: Path
-    base: Base
-    adapters: tuple[AdapterChanges, ...]
-    trained: tuple[Trained, ...]
-    options: MergeOptions
-    combination: Combination | None = None
 
 
 @dataclass(frozen=True)
@@ -300,33 +221,44 @@ def merge_run(
     options = options or MergeOptions()
     target = Path(output)
     check_target(target, overwrite=options.overwrite)
-    with contextlib.ExitStack() as stack:
-        began = time.perf_counter()
-        job = stack.enter_context(prepared(Path(run), options, say))
+    began = time.perf_counter()
+    with prepared(Path(run), options, say) as job:
         try:
-            merged: MergedModel | None = assemble(
-                job.base, job.adapters, job.trained, precision=options.precision, other_base=options.other_base
-            )
+            merged: MergedModel | None = assemble(job)
             why = None
         except NotByName as reason:
             merged, why = None, str(reason)
             say(f"{why}: the whole model is loaded for this merge")
-        needed = (
-            sum(tensor.bytes for tensor in read_checkpoint(job.base.folder).tensors.values())
-            if merged is None
-            else sum(output.bytes for output in merged.tensors)
-        )
+        written = read_checkpoint(job.base.folder).tensors.values() if merged is None else merged.tensors
+        needed = sum(tensor.bytes for tensor in written)
         refused: UserError | None = None
         with appearing(target, overwrite=options.overwrite, needed=needed, say=say) as folder:
             if merged is None:
-                made = write_from_memory(job.base, job.adapters, job.trained, folder, options, say)
-                merged, files = made.model, made.files
+                merged = write_from_memory(job, folder)
+                files = sorted({output.file for output in merged.tensors})
             else:
                 files = write_weights(merged, folder, options.shard_size)
             for note in merged.notes:
                 say(note)
-            write_beside(merged, job.run, folder, facts_of(job, options))
-            result = _result(job, merged, target, files, time.perf_counter() - began, why)
+            write_beside(merged, folder)
+            result = MergeResult(
+                output=target,
+                base=job.base.reference,
+                method=job.adapters[0].method,
+                precision=options.precision,
+                files=files,
+                bytes=sum(output.bytes for output in merged.tensors),
+                tensors=len(merged.tensors),
+                changed=sorted(merged.changed),
+                untied=list(merged.untied),
+                dropped=list(merged.dropped),
+                same_base=merged.same_base,
+                in_memory=why,
+                seconds=time.perf_counter() - began,
+                notes=list(merged.notes),
+                errors={} if job.combination is None else job.combination.errors(),
+                error=None if job.combination is None else job.combination.total_error(),
+            )
             if verify is not None:
                 try:
                     result = replace(result, verification=verify(job, folder))
@@ -337,63 +269,3 @@ def merge_run(
         if refused is not None:
             raise refused
         return result
-
-
-@contextlib.contextmanager
-def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
-    """Read base and adapters, and settle what becomes of each parameter.
-
-    Raises:
-        UserError: something cannot be merged.
-    """
-    dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
-    with contextlib.ExitStack() as stack, working("reading the adapter"):
-        base = base_of(run, options.model, dtype, say, trust_remote_code=options.trust_remote_code)
-        folders = [run, *options.others]
-        adapters = []
-        for folder in folders:
-            plain = stack.enter_context(plain_adapter(folder, base, say))
-            adapters.append(changes_of(plain, base.skeleton()))
-        trained: Sequence[Trained] = adapters[0].trained
-        combination = None
-        if options.recipe is not None:
-            combination = combine(adapters, options.recipe)
-            trained = combination.trained
-        elif len(adapters) > 1:
-            raise ValueError("several adapters need a recipe")
-        yield Merging(run, base, tuple(adapters), tuple(trained), options, combination)
-
-
-def facts_of(job: Merging, options: MergeOptions) -> dict[str, str]:
-    """What a merged model's card says."""
-    facts = {"adapter": str(job.run), "method": job.adapters[0].method, "precision": options.precision}
-    recipe = options.recipe
-    if recipe is not None:
-        folders = [job.run, *options.others]
-        parts = [f"{weight:g} × {folder}" for weight, folder in zip(recipe.weights, folders, strict=True)]
-        facts["combined"] = f"{recipe.method}: {' + '.join(parts)}"
-    return facts
-
-
-def _result(
-    job: Merging, merged: MergedModel, target: Path, files: list[str], seconds: float, why: str | None
-) -> MergeResult:
-    combination = job.combination
-    return MergeResult(
-        output=target,
-        base=job.base.reference,
-        method=job.adapters[0].method,
-        precision=job.options.precision,
-        files=files,
-        bytes=sum(output.bytes for output in merged.tensors),
-        tensors=len(merged.tensors),
-        changed=sorted(merged.changed),
-        untied=list(merged.untied),
-        dropped=list(merged.dropped),
-        same_base=merged.same_base,
-        in_memory=why,
-        seconds=seconds,
-        notes=list(merged.notes),
-        errors={} if combination is None else combination.errors(),
-        error=None if combination is None else combination.total_error(),
-    )

@@ -13,17 +13,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import AdapterChanges, Added, Change, Replaced, Trained, changes_of
-from deltaw.export.base import Base, Say, base_of, check_base
+from deltaw.export.adapters import Added, Change, Replaced
+from deltaw.export.base import Base, MergeOptions, Merging, Say, check_base, prepared
 from deltaw.hub.checkpoint import INDEX, WEIGHTS, Checkpoint, Names, name_for, names_on_disk, read_checkpoint
 from deltaw.hub.gguf import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
@@ -45,16 +44,6 @@ _MOST_FLAGS = 6
 CONFIG = "config.json"
 
 
-class Shaped(Protocol):
-    """A tensor to be written."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
 @dataclass(frozen=True)
 class MergedConfig:
     """What :func:`merged_config` made.
@@ -71,20 +60,17 @@ class MergedConfig:
     untied: tuple[str, ...]
     zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def check(self, tensors: Iterable[Shaped]) -> None:
+    def check(self, tensors: Iterable[Output]) -> None:
         """Refuse tensors that are not exactly those of a model of this configuration.
 
         Raises:
             UserError: one is missing or has another shape, or a weight is still tied.
         """
-        shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors}
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
         model = _built(self.base, self.settings)
         names = names_on_disk(model, shapes)
-        groups: dict[int, list[str]] = {}
         own = names_of(model)
-        for name, parameter in own.items():
-            groups.setdefault(id(parameter), []).append(name)
-        for group in groups.values():
+        for group in _groups(own):
             stored = [name for name in group if name in names.stored]
             wrong = [n for n in stored if shapes[names.stored[n]] != tuple(own[n].shape)]
             there = bool(stored) or any(name in names.converted for name in group)
@@ -102,6 +88,14 @@ class MergedConfig:
                     where=group[0],
                     hint="keep the adapter separate",
                 )
+
+
+def _groups(own: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each parameter of a model; several of one that is tied."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in own.items():
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())
 
 
 def read_settings(folder: Path) -> dict[str, object]:
@@ -293,7 +287,7 @@ class MergedModel:
     """A merged model that is not written yet.
 
     Attributes:
-        base: its base model. adapters: what was merged.
+        job: what is merged.
         tensors: all of it. config: the content of its config.json.
         changed: names of the model's parameters that differ from the base's, and their change.
         untied: names of tied weights that are tied no more.
@@ -302,8 +296,7 @@ class MergedModel:
         notes: what a person should be told.
     """
 
-    base: Base
-    adapters: tuple[AdapterChanges, ...]
+    job: Merging
     tensors: tuple[Output, ...]
     config: Mapping[str, object]
     changed: Mapping[str, Change]
@@ -332,100 +325,36 @@ def merged_tensors(
     Raises:
         UserError: it cannot be merged.
     """
-    merged = merged_model(run, model=model, precision=precision, trust_remote_code=trust_remote_code, say=say)
-    for output in merged.tensors:
-        yield output.name, output.whole()
+    options = MergeOptions(model, trust_remote_code, precision)
+    with prepared(Path(run), options, say) as job:
+        for output in assemble(job).tensors:
+            yield output.name, output.whole()
 
 
-def merged_model(
-    run: str | Path,
-    *,
-    model: str | None = None,
-    precision: str = "keep",
-    other_base: bool = False,
-    trust_remote_code: bool = False,
-    say: Say = lambda line: None,
-) -> MergedModel:
-    """What the adapter of ``run`` makes of its base model.
-
-    Args:
-        run, model, precision, trust_remote_code: as for :func:`merged_tensors`.
-        other_base: merge also into a base model that is not the one that the adapter was trained on.
+def assemble(job: Merging) -> MergedModel:
+    """The merged model of a base and changes to it.
 
     Raises:
         UserError: it cannot be merged.
         NotByName: the base's files do not hold its weights one by one.
     """
-    folder = Path(run)
-    dtype = "fp32" if precision in ("fp32", "fp16") else "bf16"
-    base = base_of(folder, model, dtype, say, trust_remote_code=trust_remote_code)
-    adapter = changes_of(folder, base.skeleton())
-    return assemble(base, [adapter], adapter.trained, precision=precision, other_base=other_base)
-
-
-def assemble(
-    base: Base,
-    adapters: Sequence[AdapterChanges],
-    trained: Sequence[Trained],
-    *,
-    precision: str,
-    other_base: bool = False,
-) -> MergedModel:
-    """The merged model of a base and changes to it.
-
-    Args:
-        adapters: that the changes come from, for what is checked and said.
-        trained: the changes, each parameter once.
-    """
+    base, dtype = job.base, PRECISIONS.get(job.options.precision)
     skeleton = base.skeleton()
     checkpoint = read_checkpoint(base.folder)
     names = names_on_disk(skeleton, checkpoint.tensors)
     settings = read_settings(base.folder)
-    same = _same_base(base, skeleton, checkpoint, names, adapters, other_base)
-    tying = _Tying(skeleton, trained)
-    _refuse_converted(names, tying)
-    config = merged_config(base, skeleton, settings, tying.untied, tying.added, PRECISIONS.get(precision))
-    drop = list(names.unused) if config.other_class else []
-    plan = _Outputs(checkpoint, names, tying, PRECISIONS.get(precision), skeleton)
-    outputs = plan.all(set(drop), config.zeros)
+    same = job.same_base(check_base(base, skeleton, checkpoint, names, one) for one in job.adapters)
+    plan = _Plan(job, skeleton, checkpoint, names)
+    config = merged_config(base, skeleton, settings, plan.untied, plan.added, dtype)
+    drop = names.unused if config.other_class else ()
+    outputs = plan.outputs(set(drop), config.zeros)
     config.check(outputs)
-    changed = {name: found.change for name, found in {**tying.wanted, **tying.added}.items()}
-    return MergedModel(
-        base,
-        tuple(adapters),
-        tuple(outputs),
-        config.settings,
-        changed,
-        tying.untied,
-        tuple(drop),
-        same,
-        tuple(_notes(base, adapters, same, tying)),
-    )
+    changed = {name: one.change for name, one in {**plan.wanted, **plan.added}.items()}
+    notes = tuple(_notes(base, same, plan.untied))
+    return MergedModel(job, tuple(outputs), config.settings, changed, plan.untied, tuple(drop), same, notes)
 
 
-def _same_base(
-    base: Base,
-    skeleton: PreTrainedModel,
-    checkpoint: Checkpoint,
-    names: Names,
-    adapters: Sequence[AdapterChanges],
-    other_base: bool,
-) -> bool | None:
-    """Whether all adapters were trained on these weights."""
-    found: list[bool | None] = []
-    for adapter in adapters:
-        same = check_base(base, skeleton, checkpoint, names, adapter)
-        if same is False and not other_base:
-            raise UserError(
-                f"the adapter was trained on other weights than those of '{base.reference}'",
-                where=str(adapter.folder),
-                hint="name its own base with --model; --other-base merges it all the same",
-            )
-        found.append(same)
-    return False if False in found else None if None in found else True
-
-
-def _notes(base: Base, adapters: Sequence[AdapterChanges], same: bool | None, tying: _Tying) -> Iterator[str]:
+def _notes(base: Base, same: bool | None, untied: Sequence[str]) -> Iterator[str]:
     if same is False:
         yield f"'{base.reference}' is another base model than the adapter was trained on, as asked"
     elif same is None:
@@ -445,104 +374,84 @@ def _notes(base: Base, adapters: Sequence[AdapterChanges], same: bool | None, ty
             "the adapter was trained on the blocks of a .gguf file; it is merged into these blocks' values, "
             "which are no longer in blocks"
         )
-    for name in tying.untied:
+    for name in untied:
         yield f"'{name}' was tied to another weight and is not any more: the two differ now"
 
 
-class _Tying:
-    """Which names of the model a change is for, and which tied weights it unties."""
+class _Plan:
+    """Which changes each tensor of the base's files gets, which tied weights come apart, and what is new.
 
-    def __init__(self, skeleton: PreTrainedModel, trained: Sequence[Trained]) -> None:
+    Attributes:
+        wanted, added: the changes by the parameter's name: of the model's own ones, and of those that it lacks.
+        untied: names of tied weights that are tied no more.
+    """
+
+    def __init__(self, job: Merging, skeleton: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:
+        self._checkpoint, self._names, self._skeleton = checkpoint, names, skeleton
+        self._dtype = PRECISIONS.get(job.options.precision)
         own = names_of(skeleton)
-        groups: dict[int, list[str]] = {}
-        for name, parameter in own.items():
-            groups.setdefault(id(parameter), []).append(name)
-        self.group = {name: groups[id(parameter)] for name, parameter in own.items()}
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
-        self.wanted: dict[str, Trained] = {}
-        self.added: dict[str, Trained] = {}
-        for one in trained:
-            for name in one.names:
-                (self.wanted if name in own else self.added)[name] = one
-        untied: list[str] = []
-        for group in groups.values():
-            made = {id(self.wanted[name]) if name in self.wanted else None for name in group}
-            if len(made) > 1:
-                untied += group[1:]
-        self.untied = tuple(untied)
+        groups = _groups(own)
+        self._group = {name: group for group in groups for name in group}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        self.wanted = {name: one for one in job.trained for name in one.names if name in own}
+        self.added = {name: one for one in job.trained for name in one.names if name not in own}
+        apart = [group for group in groups if len({id(self.wanted.get(name)) for name in group}) > 1]
+        self.untied = tuple(name for group in apart for name in group[1:])
+        for name, one in self.wanted.items():
+            if any(other in names.converted for other in self._group[name]):
+                raise NotByName(f"the files hold '{name}' in parts that are put together while it is loaded")
+            if not one.new and not any(other in names.stored for other in self._group[name]):
+                hint = "fetch or copy the model again"
+                raise UserError(f"the base model's files lack '{name}'", where=name, hint=hint)
 
-    def is_untied(self, name: str) -> bool:
-        return any(other in self.untied for other in self.group.get(name, ()))
+    def outputs(self, dropped: set[str], zeros: Mapping[str, tuple[int, ...]]) -> list[Output]:
+        """The tensors of the base's files, then the new ones: weights that were tied, heads, biases."""
+        parameter_of = {stored: name for name, stored in self._names.stored.items()}
+        outputs = [
+            self._of_file(name, stored, parameter_of.get(name))
+            for name, stored in self._checkpoint.tensors.items()
+            if name not in dropped
+        ]
+        last = self._checkpoint.files[-1]
+        usual = self._dtype or self._usual_type()
 
-    def changes(self, name: str) -> tuple[Change, ...]:
+        def new(parameter: str, shape: tuple[int, ...], changes: tuple[Change, ...]) -> Output:
+            source = self._source(parameter) if parameter in self.untied else None
+            dtype, file = (usual, last) if source is None else (self._type(source), source.file.name)
+            return Output(self._name(parameter), dtype, shape, source, changes, file)
+
+        for parameter in self.untied:
+            if parameter not in self._names.stored:
+                outputs.append(new(parameter, self._shapes[parameter], self._changes(parameter)))
+        for parameter, one in {**self.wanted, **self.added}.items():
+            group = self._group.get(parameter, [parameter])
+            if parameter != group[0] or any(name in self._names.stored for name in group):
+                continue
+            if not isinstance(one.change, Replaced | Added):
+                raise UserError(
+                    f"'{parameter}' is a module that adapters trained whole and the base model lacks, so "
+                    "there is nothing that their changes could be combined upon",
+                    where=parameter,
+                    hint="merge one of them",
+                )
+            outputs.append(new(parameter, one.shape, (one.change,)))
+        return outputs + [new(parameter, shape, ()) for parameter, shape in zeros.items()]
+
+    def _changes(self, name: str) -> tuple[Change, ...]:
         found = self.wanted.get(name) or self.added.get(name)
         return () if found is None else (found.change,)
-
-
-def _refuse_converted(names: Names, tying: _Tying) -> None:
-    for name in tying.wanted:
-        if any(other in names.converted for other in tying.group[name]):
-            raise NotByName(f"the files hold '{name}' in parts that are put together while it is loaded")
-        stored = any(other in names.stored for other in tying.group[name])
-        if not stored and not tying.wanted[name].new:
-            raise UserError(f"the base model's files lack '{name}'", where=name, hint="fetch or copy the model again")
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """The tensors of the merged model, file after file."""
-
-    checkpoint: Checkpoint
-    names: Names
-    tying: _Tying
-    dtype: torch.dtype | None
-    skeleton: PreTrainedModel
-
-    def all(self, dropped: set[str], zeros: Mapping[str, tuple[int, ...]]) -> list[Output]:
-        """Those of the base's files, then the new ones: weights that were tied, heads, biases."""
-        parameter_of = {stored: name for name, stored in self.names.stored.items()}
-        outputs = []
-        for name, stored in self.checkpoint.tensors.items():
-            if name not in dropped:
-                outputs.append(self._of_file(name, stored, parameter_of.get(name)))
-        last = self.checkpoint.files[-1]
-        usual = self._usual_type()
-        for parameter in self.tying.untied:
-            if parameter not in self.names.stored:
-                source = self._source(parameter)
-                made = Output("", self.dtype or usual, self.tying.shapes[parameter], source, (), last)
-                made = replace(made, changes=self.tying.changes(parameter))
-                if source is not None:
-                    made = replace(made, dtype=self._type(source), file=source.file.name)
-                outputs.append(replace(made, name=self._name(parameter)))
-        for parameter, one in {**self.tying.wanted, **self.tying.added}.items():
-            group = self.tying.group.get(parameter, [parameter])
-            known = any(name in self.names.stored for name in group)
-            if not known and parameter == group[0]:
-                if not isinstance(one.change, Replaced | Added):
-                    raise UserError(
-                        f"'{parameter}' is a module that adapters trained whole and the base model lacks, so "
-                        "there is nothing that their changes could be combined upon",
-                        where=parameter,
-                        hint="merge one of them",
-                    )
-                changes = (one.change,)
-                outputs.append(Output(self._name(parameter), self.dtype or usual, one.shape, None, changes, last))
-        for parameter, shape in zeros.items():
-            outputs.append(Output(self._name(parameter), self.dtype or usual, shape, None, (), last))
-        return outputs
 
     def _of_file(self, name: str, stored: StoredTensor, parameter: str | None) -> Output:
         source: StoredTensor = stored
         changes: tuple[Change, ...] = ()
         if parameter is not None:
-            group = self.tying.group.get(parameter, [parameter])
-            if self.tying.is_untied(parameter):
+            group = self._group.get(parameter, [parameter])
+            changes = self._changes(parameter)
+            if any(other in self.untied for other in group):
                 source = self._source(parameter) or stored
-            changes = self.tying.changes(parameter)
-            if not changes and not self.tying.is_untied(parameter):
-                changes = next((c for other in group if (c := self.tying.changes(other))), ())
-            shape = self.tying.shapes.get(parameter)
+            elif not changes:
+                changes = next((c for other in group if (c := self._changes(other))), ())
+            shape = self._shapes.get(parameter)
             if changes and shape != stored.shape:
                 raise UserError(
                     f"'{name}' is {stored.shape} in the base model's file and {shape} in the model",
@@ -553,37 +462,32 @@ class _Outputs:
 
     def _source(self, parameter: str) -> StoredTensor | None:
         """The base's tensor behind a parameter that may be tied: that of the first of its names."""
-        for name in self.tying.group[parameter]:
-            if name in self.names.stored:
-                return self.checkpoint.tensors[self.names.stored[name]]
+        for name in self._group[parameter]:
+            if name in self._names.stored:
+                return self._checkpoint.tensors[self._names.stored[name]]
         return None
 
     def _type(self, source: StoredTensor) -> torch.dtype:
-        return self.dtype if self.dtype is not None and source.is_float else source.dtype
+        return self._dtype if self._dtype is not None and source.is_float else source.dtype
 
     def _usual_type(self) -> torch.dtype:
         """That of most of the base's numbers."""
         counts: dict[torch.dtype, int] = {}
-        for stored in self.checkpoint.tensors.values():
+        for stored in self._checkpoint.tensors.values():
             if stored.is_float:
                 counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
         return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
     def _name(self, parameter: str) -> str:
-        if parameter not in self.tying.group:
-            return self._added_name(parameter)
-        found = name_for(self.skeleton, parameter, self.names)
+        """How a file names a parameter; a bias that the base model has no place for, as its weight."""
+        if parameter in self._group:
+            found = name_for(self._skeleton, parameter, self._names)
+        else:
+            found = self._names.stored.get(f"{parameter.removesuffix('bias')}weight")
+            found = found and f"{found.removesuffix('weight')}bias"
         if found is None:
             raise NotByName(f"how a file would name '{parameter}' cannot be told")
         return found
-
-    def _added_name(self, parameter: str) -> str:
-        """Of a bias that the base model has no place for: named as its weight is."""
-        owner = parameter.removesuffix("bias")
-        weight = self.names.stored.get(f"{owner}weight")
-        if weight is None:
-            raise NotByName(f"how a file would name '{parameter}' cannot be told")
-        return f"{weight.removesuffix('weight')}bias"
 
 
 # ---- The files of a merged model: weights in shards with their index, and all else that a model's folder has.
@@ -634,7 +538,7 @@ def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> l
     if count > 1:
         weights = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
     return names
 
 
@@ -656,36 +560,31 @@ def shards_of(outputs: Sequence[Output], size: int | None) -> list[list[Output]]
     return shards
 
 
-def write_beside(model: MergedModel, run: Path, folder: Path, facts: Mapping[str, str]) -> None:
+def write_beside(model: MergedModel, folder: Path) -> None:
     """Write all but the weights: configuration, tokenizer, terminators, a card.
 
-    Args:
-        run: the adapter's folder, whose tokenizer and chat template come before the base model's.
-        facts: lines of the card.
+    The tokenizer and the chat template of the adapter's folder come before the base model's.
     """
-    base = model.base
+    job, base, run = model.job, model.job.base, model.job.run
     own_tokenizer = any((run / name).is_file() for name in TOKENIZER_FILES)
     for source in _described_by(base, own_tokenizer):
         shutil.copyfile(source, folder / source.name)
-    if own_tokenizer:
-        for name in OF_TOKENIZER:
-            if (run / name).is_file():
-                shutil.copyfile(run / name, folder / name)
-    elif (run / "chat_template.jinja").is_file():
-        shutil.copyfile(run / "chat_template.jinja", folder / "chat_template.jinja")
-    _write_json(folder / CONFIG, model.config)
+    for name in OF_TOKENIZER if own_tokenizer else ("chat_template.jinja",):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    write_json(folder / CONFIG, model.config)
     if entry_of(base.task).writes_text:
         _write_terminators(base, folder)
-    write_card(folder, base, model.adapters[0].method, facts)
-
-
-def write_card(folder: Path, base: Base, method: str, facts: Mapping[str, str]) -> None:
-    """``README.md`` of a merged model."""
+    facts = {"adapter": str(run), "method": job.adapters[0].method, "precision": job.options.precision}
+    if (recipe := job.options.recipe) is not None:
+        folders = [run, *job.options.others]
+        parts = [f"{weight:g} × {one}" for weight, one in zip(recipe.weights, folders, strict=True)]
+        facts["combined"] = f"{recipe.method}: {' + '.join(parts)}"
     lines = [
         "---",
         f"base_model: {base.reference!r}",
         "library_name: transformers",
-        f"tags: [{method}, {base.task}, merged, deltaw]",
+        f"tags: [{job.adapters[0].method}, {base.task}, merged, deltaw]",
         "---",
         "",
         f"`{base.reference}` with an adapter merged into its weights by deltaw {__version__}.",
@@ -738,8 +637,9 @@ def _write_terminators(base: Base, folder: Path) -> None:
     if ends and isinstance(settings, dict):
         settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         settings.pop(FOLLOWS_MODEL, None)  # it would be made anew from config.json, with one end
-        _write_json(path, settings)
+        write_json(path, settings)
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a value as an indented JSON file."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,12 +1,16 @@
-"""An adapter with one rank and one alpha, in PEFT's format, as every reader of that format understands it.
+"""Adapters as folders of other programs: PEFT's format with one rank and one alpha, and mlx-lm's.
 
 Readers drop rank and alpha patterns in silence, and some take no rsLoRA. Here every update gets the largest
 rank, smaller ones by zeros, which changes nothing, and a scaling beyond alpha / r goes into B.
+
+mlx-lm puts an update on every module that ``keys`` names in the last ``num_layers`` layers, with one rank and
+one scale, and then reads what the file has. A module that the file has nothing for keeps a B of zeros, so it
+changes nothing. A is (in, r) and B (r, out) there.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,105 +18,59 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
-from deltaw.export.base import Base, Say, base_of, fingerprint_on_disk
+from deltaw.export.base import Base, Say, base_of, other_base, plain_adapter
+from deltaw.export.merged import write_json
 from deltaw.export.output_folder import appearing, check_target
-from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, plain_adapter, read_plain, require_lora
-from deltaw.hub.checkpoint import names_on_disk, read_checkpoint
-from deltaw.hub.folders import resolve
-from deltaw.hub.loading import read_config
-from deltaw.hub.quiet import quiet
-from deltaw.hub.tokenizers import tokenizer_in
+from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, read_plain, require_lora
 from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import DEFAULTS, PREFIX, target_entries
 from deltaw.tasks import entry_of
 from deltaw.tensor_files import save_tensors
-from deltaw.training.origin import CHAT_TEMPLATE
 
-# ---- What an export has to know of a base model beyond its weights: configuration, tokenizer, fingerprint.
-#
-# Knows model folders and ``.gguf`` files; knows no format to export to.
-
-
-@dataclass(frozen=True)
-class DescribedBase:
-    """A base model on disk.
-
-    Attributes:
-        files: its reference and folder, and what the run says of it.
-        name: a short name for a person.
-        config: its configuration.
-        gguf: the ``.gguf`` file that the folder was converted from; None where it was none.
-    """
-
-    files: Base
-    name: str
-    config: PretrainedConfig
-    gguf: Path | None
-
-    @property
-    def folder(self) -> Path:
-        return self.files.folder
-
-    def tokenizer(self, run: Path) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, with the chat template of ``run`` where that has one of its own."""
-        found = tokenizer_in(self.folder, self.files.trust_remote_code)
-        if found is None:
-            return None
-        if self.files.run is not None:
-            return with_chat_template(found, self.files.run.data.chat_template)
-        template = run / CHAT_TEMPLATE
-        return with_chat_template(found, str(template)) if template.is_file() else found
-
-    def fingerprint(self) -> str | None:
-        """Of its weights, read without loading them; None where the files do not hold them one by one."""
-        skeleton = self.files.skeleton()
-        checkpoint = read_checkpoint(self.folder)
-        return fingerprint_on_disk(skeleton, checkpoint, names_on_disk(skeleton, checkpoint.tensors))
+MLX_WEIGHTS = "adapters.safetensors"
+_LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<inside>.+)")
+# Families whose modules mlx-lm names as transformers does.
+_SAME_NAMES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
+_CONVERT = "convert the model with mlx_lm.convert"
 
 
-def describe_base(
-    run: Path, model: str | None, *, say: Say, precision: str = "fp32", trust_remote_code: bool = False
-) -> DescribedBase:
-    """The base model of the adapter in ``run``.
-
-    Args:
-        run: a run's folder, or an adapter's.
-        model: given by the user, instead of the one that the folder names.
-        precision: what a ``.gguf`` base is converted to, once.
-        trust_remote_code: run the Python files that came with it.
-
-    Raises:
-        UserError: no base model is named or found, its config.json cannot be read, or it writes no text.
-    """
-    files = base_of(run, model, precision, say, trust_remote_code=trust_remote_code)
-    if not entry_of(files.task).writes_text:
+def require_text(base: Base, run: Path) -> None:
+    """Raise a UserError where the adapter in ``run`` is for another task than writing text, or the base model
+    has no configuration that can be read."""
+    if not entry_of(base.task).writes_text:
         raise UserError(
-            f"this is an adapter for {files.task}, and exports are for models that write text",
+            f"this is an adapter for {base.task}, and exports are for models that write text",
             where=str(run),
             hint="the run's folder is in PEFT's format already; deltaw merge makes a model of it",
         )
-    with quiet():
-        config = read_config(files.folder, files.task, None, files.trust_remote_code)
-    source = resolve(files.reference)
-    return DescribedBase(files, source.name, config, source.path if source.kind == "gguf" else None)
+    assert base.config is not None  # read now
 
 
-def read_updates(run: Path, base: DescribedBase, format_name: str, *, say: Say) -> PlainAdapter:
-    """The plain updates of the adapter in ``run``; a share that its initialization took out of W is put back.
+def read_pair(
+    run: Path, format_name: str, model: str | None, *, trust_remote_code: bool, say: Say
+) -> tuple[PlainAdapter, Base]:
+    """The plain updates of the adapter in ``run``, and its base model.
+
+    A share that the adapter's initialization took out of W is put back.
+
+    Args:
+        format_name: for messages: what cannot hold the rest.
+        model: the base model, where it is not the one that the folder names.
 
     Raises:
-        UserError: the adapter consists of more than plain updates.
+        UserError: the adapter consists of more than plain updates, or its base model cannot be found.
     """
-    with plain_adapter(run, base.files, say) as folder:
-        return read_plain(folder, format_name)
+    require_lora(run, format_name)
+    base = base_of(run, model, "bf16", say, trust_remote_code=trust_remote_code)
+    require_text(base, run)
+    with plain_adapter(run, base, say) as folder:
+        return read_plain(folder, format_name), base
 
 
-def require_same_base(base: DescribedBase, fingerprint: str | None, run: Path, say: Say) -> str | None:
+def require_same_base(base: Base, fingerprint: str | None, run: Path, say: Say) -> str | None:
     """The base's fingerprint, compared with that of the base that the adapter was trained on.
 
     Raises:
@@ -123,18 +81,8 @@ def require_same_base(base: DescribedBase, fingerprint: str | None, run: Path, s
     if same is None:
         say("note: whether this is the base model that the adapter was trained on cannot be told")
     elif not same:
-        raise UserError(
-            f"the adapter was trained on other weights than those of '{base.files.reference}'",
-            where=str(run),
-            hint="name its own base with --model",
-        )
+        raise other_base(base, run, "name its own base with --model")
     return own
-
-
-# ---- portable
-
-
-_MERGE_INTO_BASE = "merge it into its base instead (deltaw merge), which needs no adapter"
 
 
 @dataclass(frozen=True)
@@ -169,6 +117,18 @@ class WrittenFolder:
     padded: int
     folded: int
 
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = [f"{self.modules} modules, rank {self.rank}, alpha {self.alpha:g}"]
+        if self.padded:
+            lines.append(f"{self.padded} modules of smaller rank were padded with zeros")
+        return lines + folded_lines(self.folded)
+
+
+def folded_lines(folded: int) -> list[str]:
+    """For a person: how many B took a part of their scaling in."""
+    return [f"of {folded} modules, a part of the scaling is in B"] if folded else []
+
 
 def uniform(updates: Sequence[PlainUpdate]) -> Uniform:
     """The same ΔW with one rank and one whole alpha.
@@ -194,76 +154,121 @@ def uniform(updates: Sequence[PlainUpdate]) -> Uniform:
     return Uniform(rank, alpha, factors, padded, folded)
 
 
-def export_peft(
+def export_folder(
     run: Path,
     folder: Path,
-    *,
     reader: str = "peft",
+    *,
     model: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> WrittenFolder:
-    """Write the adapter in ``run`` in its most portable form.
+    """Write the adapter in ``run`` in its most portable form, or for mlx-lm's ``--adapter-path``.
 
     Args:
         run: a run's folder, or an adapter's in PEFT's format.
         folder: to make.
-        reader: ``peft``, or ``vllm``, which takes less.
+        reader: ``peft``; ``vllm``, which takes less; or ``mlx``.
         model: the base model, where it is not the one that the folder names.
         trust_remote_code: run the Python files that came with the base model.
         overwrite: whether a folder with files is replaced.
         say: told a line where something should be known.
 
     Raises:
-        UserError: the adapter holds more than the reader takes, the base is another one, or the folder cannot
-            be written. Nothing is written then.
+        UserError: the adapter holds more than the reader takes, the base is another one or of a family that
+            the reader names otherwise, or the folder cannot be written. Nothing is written then.
     """
     require_lora(run, reader)
     check_target(folder, overwrite=overwrite)
-    base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)
-    adapter = read_updates(run, base, reader, say=say)
-    if reader == "vllm":
+    adapter, base = read_pair(run, reader, model, trust_remote_code=trust_remote_code, say=say)
+    if reader == "mlx":
+        _refuse_for_mlx(adapter, base, run)
+    elif reader == "vllm":
         _refuse_for_vllm(adapter, base, run)
     fingerprint = require_same_base(base, adapter.fingerprint, run, say)
     alike = uniform(adapter.updates)
+    tensors, settings = (_for_mlx if reader == "mlx" else _for_peft)(adapter, alike, base)
+    metadata = {"format": "mlx" if reader == "mlx" else "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    with appearing(folder, overwrite=overwrite, say=say) as partial:
+        save_tensors(partial / file_names(reader)[0], tensors, metadata)
+        write_json(partial / CONFIG_NAME, settings)
+    return WrittenFolder(folder, len(adapter.updates), alike.rank, alike.alpha, alike.padded, alike.folded)
+
+
+def file_names(reader: str) -> tuple[str, str]:
+    """The files that a reader takes: the weights and their configuration."""
+    return MLX_WEIGHTS if reader == "mlx" else WEIGHTS_NAME, CONFIG_NAME
+
+
+def _for_peft(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and settings in PEFT's format."""
     tensors = {}
     for update, (factor_A, factor_B) in zip(adapter.updates, alike.factors, strict=True):
         end = "lora_embedding_{}" if update.embedding else "lora_{}.weight"
         tensors[f"{PREFIX}{update.module}.{end.format('A')}"] = factor_A.contiguous()
         tensors[f"{PREFIX}{update.module}.{end.format('B')}"] = factor_B.contiguous()
-    metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
-    settings = _settings(adapter, alike, base)
-    with appearing(folder, overwrite=overwrite, say=say) as partial:
-        save_tensors(partial / WEIGHTS_NAME, tensors, metadata)
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-    return WrittenFolder(folder, len(adapter.updates), alike.rank, alike.alpha, alike.padded, alike.folded)
-
-
-def _settings(adapter: PlainAdapter, alike: Uniform, base: DescribedBase) -> dict[str, object]:
-    names = [name for name, _ in base.files.skeleton().named_modules() if name]
-    whole = int(alike.alpha)
-    return {
+    names = [name for name, _ in base.skeleton().named_modules() if name]
+    return tensors, {
         **DEFAULTS,
         "alora_invocation_tokens": None if adapter.invocation is None else list(adapter.invocation),
-        "base_model_name_or_path": base.files.reference,
+        "base_model_name_or_path": base.reference,
         "fan_in_fan_out": base.config.model_type == "gpt2",
-        "lora_alpha": whole,
+        "lora_alpha": int(alike.alpha),
         "r": alike.rank,
         "target_modules": target_entries(names, [update.module for update in adapter.updates]),
         "task_type": adapter.task_type,
     }
 
 
-def _refuse_for_vllm(adapter: PlainAdapter, base: DescribedBase, run: Path) -> None:
+def _for_mlx(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and settings in mlx-lm's format, whose modules are named inside a layer."""
+    tensors = {}
+    for update, (factor_A, factor_B) in zip(adapter.updates, alike.factors, strict=True):
+        tensors[f"{update.module}.lora_a"] = factor_A.t().contiguous()
+        tensors[f"{update.module}.lora_b"] = factor_B.t().contiguous()
+    found = {update.module: _LAYER.fullmatch(update.module) for update in adapter.updates}
+    numbers = [int(match["number"]) for match in found.values() if match is not None]
+    keys = {module if match is None else match["inside"] for module, match in found.items()}
+    # mlx-lm takes 0 for none of the layers.
+    layers = int(base.config.num_hidden_layers) - min(numbers) if numbers else 0
+    return tensors, {
+        "fine_tune_type": "lora",
+        "model": base.reference,
+        "num_layers": layers,
+        "lora_parameters": {"rank": alike.rank, "scale": alike.scaling, "dropout": 0.0, "keys": sorted(keys)},
+    }
+
+
+def _refuse_invocation(adapter: PlainAdapter, run: Path, reader: str) -> None:
     if adapter.invocation is not None:
         raise UserError(
-            "the adapter acts only from its invocation tokens on, and vLLM would apply it to every token",
+            f"the adapter acts only from its invocation tokens on, and {reader} would apply it to every token",
             where=str(run),
             hint="serve it with deltaw serve, or llama.cpp (--format gguf-adapter)",
         )
-    skeleton = base.files.skeleton()
+
+
+def _refuse_for_mlx(adapter: PlainAdapter, base: Base, run: Path) -> None:
+    if base.config.model_type not in _SAME_NAMES:
+        raise UserError(
+            f"the modules of '{base.config.model_type}' models have other names in mlx-lm",
+            where=str(run),
+            hint=f"known are {', '.join(_SAME_NAMES)}; otherwise merge the adapter (deltaw merge) and {_CONVERT}",
+        )
+    _refuse_invocation(adapter, run, "mlx-lm")
+    outer = [u.module for u in adapter.updates if u.embedding or u.module == "lm_head"]
+    if outer and base.config.tie_word_embeddings:
+        raise UserError(
+            f"the adapter changes '{outer[0]}', which is tied: mlx-lm would change both weights",
+            where=str(run),
+            hint=f"merge it instead (deltaw merge) and {_CONVERT}",
+        )
+
+
+def _refuse_for_vllm(adapter: PlainAdapter, base: Base, run: Path) -> None:
+    _refuse_invocation(adapter, run, "vLLM")
+    skeleton = base.skeleton()
     head = skeleton.get_output_embeddings()
     outer = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding) or module is head}
     for update in adapter.updates:
@@ -272,5 +277,5 @@ def _refuse_for_vllm(adapter: PlainAdapter, base: DescribedBase, run: Path) -> N
                 f"the adapter changes '{update.module}', and vLLM takes no updates of embeddings and heads "
                 "for most models",
                 where=str(run),
-                hint=_MERGE_INTO_BASE,
+                hint="merge it into its base instead (deltaw merge), which needs no adapter",
             )

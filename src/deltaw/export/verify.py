@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
-from deltaw.export.base import Say
-from deltaw.export.merge import Merging, apply_changes
+from deltaw.export.base import Merging, Say
+from deltaw.export.merge import apply_changes
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import load
