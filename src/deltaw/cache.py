@@ -1,11 +1,11 @@
-"""The one cache on the disk: what took time to make is found again by everything that it depends on.
+"""The one cache on the disk: results that took time are found again by everything that they depend on.
 
 An entry has a kind and a key. The key is a hash of what the entry was made from and of what made it: the
 versions of packages and the text of deltaw's own modules (:func:`key`). After an upgrade or an edit of the
 code, older entries are no longer found. Small results are JSON (:func:`recall`, :func:`remember`); large ones
 are files and folders of a :class:`Cache`, which locks its entries and removes the least recently used.
 
-Knows files, locks and versions; not what is kept. Imports no torch.
+Knows files, locks and versions; not what is stored. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# The most small results of one kind; the oldest are removed first.
+# At most this many small results of one kind; the oldest are removed first.
 KEPT = 500
 # Files up to this many bytes are hashed each time: looking up what was remembered would take as long.
 SMALL = 1 << 22
-# What a file says is not remembered if it changed within this many seconds: file systems count time in steps,
-# so that it could change once more without a new time of change.
+# A result of a file is not remembered if the file changed within this many seconds: file systems count time in
+# steps, so it could change again with the same time of change.
 SETTLED = 2.0
 # Where deltaw's own modules are.
 SOURCE = Path(__file__).parent
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 def root() -> Path:
-    """The folder of all entries: ``$DELTAW_CACHE``, else ``~/.cache/deltaw``."""
+    """The folder of all entries: ``$DELTAW_CACHE``, otherwise ``~/.cache/deltaw``."""
     chosen = os.environ.get("DELTAW_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "deltaw"
 
@@ -100,8 +100,8 @@ def recall(kind: str, parts: object, made_by: Sequence[str] = ()) -> object | No
 
 
 def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = ()) -> None:
-    """Keep ``value``, which JSON can hold. If the folder cannot be written to, nothing is kept, and the value
-    has to be worked out again the next time."""
+    """Store ``value``, which JSON can hold. If the folder cannot be written to, nothing is stored, and the value
+    is computed again the next time."""
     asked = [parts, versions(made_by)]
     file = _file(kind, asked)
     try:
@@ -135,8 +135,8 @@ def _hash(text: str) -> str:
 
 
 def file_state(path: Path) -> list[object]:
-    """What changes whenever a file does: its real path, size, inode, and times of change of content and of
-    status. The last one cannot be set back, as that of content can."""
+    """What changes whenever a file does: its real path, size, inode, and the times of change of its content and
+    its status. Unlike that of the content, the time of the status cannot be set back."""
     status = path.stat()
     changed = status.st_ctime_ns if os.name == "posix" else 0
     return [os.path.realpath(path), status.st_size, status.st_ino, status.st_mtime_ns, changed]
@@ -147,7 +147,7 @@ def of_files(kind: str, files: Sequence[Path], make: Callable[[], T], made_by: S
     until one of them changes.
 
     Raises:
-        UserError: one changes meanwhile.
+        UserError: one changes during the call.
     """
     before = [file_state(file) for file in files]
     known = recall(kind, before, made_by)
@@ -164,7 +164,7 @@ def of_files(kind: str, files: Sequence[Path], make: Callable[[], T], made_by: S
 
 
 def require_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
-    """Raise a UserError if a file is not in the state that it was in before it was read."""
+    """Raise a UserError if a file has changed since its state was taken."""
     for file, state in zip(files, before, strict=True):
         if file_state(file) != state:
             raise UserError(
@@ -204,8 +204,7 @@ class Cache:
     Args:
         kind: names the folder below :func:`root`.
         limit: bytes that all entries together may take.
-        mark: the path of an entry that is written last and touched with every use; ``{}`` stands for its
-            key.
+        mark: the path of an entry that is written last and touched with every use; ``{}`` stands for its key.
         folder: instead of the one that ``kind`` names.
     """
 
@@ -215,7 +214,7 @@ class Cache:
         self._mark = mark
 
     def lock(self, name: str, waiting: Callable[[], object] = lambda: None) -> FileLock:
-        """The lock of an entry, acquired; its owner alone works with the entry. The folder is made.
+        """The lock of an entry, acquired; only its owner works with the entry. Creates the folder.
 
         Args:
             waiting: called if another process has the lock, before this one waits for it.
@@ -235,7 +234,7 @@ class Cache:
         """The lock of an entry, acquired; None if another process has it.
 
         Raises:
-            OSError: the folder is not there, or cannot be written to.
+            OSError: the folder does not exist or cannot be written to.
         """
         from filelock import Timeout
 
@@ -252,7 +251,7 @@ class Cache:
             os.utime(self.folder / self._mark.format(name))
 
     def remove(self, name: str) -> None:
-        """Remove an entry, its mark first, so that half of one is never taken for a whole."""
+        """Remove an entry, its mark first, so that a part of it is never mistaken for an entry."""
         mark = self.folder / self._mark.format(name)
         if mark.is_dir():
             gone = self.folder / f".{name}.{os.getpid()}.part"
@@ -264,10 +263,11 @@ class Cache:
 
     def make_room(self, needed: int = 0, *, but: str = "", spare: int | None = None) -> int:
         """Remove what killed processes left, and the least recently used entries that no process works with,
-        until ``needed`` bytes fit; returns the bytes of those that stay.
+        until ``needed`` bytes fit; returns the bytes of the remaining entries.
 
         Args:
-            but: an entry that this process has locked; it stays. spare: bytes to leave free on the disk.
+            but: an entry that this process has locked; it stays.
+            spare: bytes to leave free on the disk.
         """
         for part in self.folder.glob(".*.part"):
             with self._free(part.name[1:].partition(".")[0], but) as free:
@@ -290,7 +290,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _free(self, name: str, own: str) -> Iterator[bool]:
-        """Whether no other process works with an entry; none begins to within the block."""
+        """Whether no other process works with an entry; none can start within the block."""
         if name == own:
             yield True
             return
@@ -317,13 +317,13 @@ class Cache:
 
 
 def _lock(folder: Path, name: str) -> FileLock:
-    from filelock import FileLock  # takes as long to import as all the rest here
+    from filelock import FileLock  # takes as long to import as everything else here
 
     return FileLock(folder / f"{name}.lock")
 
 
 def _bytes(paths: Sequence[Path]) -> int:
-    """The size of files, and of all files in folders; one that is gone meanwhile does not count."""
+    """The size of files, and of all files in folders; one that disappears does not count."""
     total = 0
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
@@ -333,7 +333,7 @@ def _bytes(paths: Sequence[Path]) -> int:
 
 
 def _changed(path: Path) -> float:
-    """When a file was written last; 0 if it is gone."""
+    """When a file was last written; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:

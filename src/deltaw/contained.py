@@ -1,8 +1,8 @@
-"""Folders that came from somewhere else, and whether what lies in them stays in them.
+"""Folders from someone else: refuses links that lead out of them, and remembers what the user named.
 
-A folder with a model or an adapter is read as it is. A link in it that leads out would have another file of
-this machine read in its place, so it is refused. The cache of a model hub, whose folders hold links to the
-files of the same model beside them, is known by its layout. It knows paths, not what the files are.
+A link that leads out of a folder with a model or an adapter would have another file of this machine read in its
+place, so it is refused. The cache of a model hub, whose folders hold links to files of the same model, is recognized
+by its layout. This module knows paths and names, not what the files are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from deltaw import cache
 from deltaw.errors import UserError
 
-# A folder of templates beside a tokenizer, whose files transformers reads.
+# A folder of templates next to a tokenizer, whose files transformers reads.
 _READ_INSIDE = ("additional_chat_templates",)
 
 
@@ -25,8 +25,9 @@ def require_contained(folder: Path, *, all_of_it: bool = False, among: Iterable[
     """Refuse links in ``folder`` that lead out of it.
 
     Args:
-        folder: may itself be reached by a link; a folder that is not there has none in it.
-        all_of_it: look at everything below it, and not only at its files. among: look at these alone.
+        folder: may itself be reached by a link; a missing folder has no links.
+        all_of_it: check everything below it, not only its files.
+        among: check only these paths.
 
     Raises:
         UserError: there is such a link.
@@ -47,15 +48,14 @@ def require_contained(folder: Path, *, all_of_it: bool = False, among: Iterable[
 
 
 def lies_in(folder: Path, name: str) -> bool:
-    """Whether a file that another file in ``folder`` names by ``name`` lies in the folder; it need not be
-    there."""
+    """Whether ``name``, given by a file in ``folder``, is a path inside the folder; the file need not exist."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         return False
     return _leads_into(folder / name, _roots(folder))
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What is read of a folder: its files, and those in it that are read from a folder of their own."""
+    """The files that are read from a folder, including those of the subfolders that transformers reads."""
     for path in _entries(folder):
         if path.name in _READ_INSIDE:
             yield path
@@ -74,8 +74,8 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where what is in a folder may lie: in it, and for a hub's ``models--owner--name/snapshots/revision``
-    among the ``blobs`` of the same model."""
+    """Where links of a folder may lead: into the folder, and for a hub's ``models--owner--name/snapshots/revision``
+    into the ``blobs`` of the same model."""
     own = folder.resolve()
     of_hub = [
         parent.parent / "blobs"
@@ -88,22 +88,21 @@ def _roots(folder: Path) -> list[Path]:
 def _leads_into(path: Path, roots: list[Path]) -> bool:
     try:
         end = path.resolve(strict=False)
-    except (OSError, RuntimeError):  # it leads to itself
+    except (OSError, RuntimeError):  # a link to itself
         return False
     return any(end.is_relative_to(root) for root in roots)
 
 
-# ---- What this user named to deltaw on this machine: base models, rows, templates. Remembered in the cache.
+# ---- What this user named to deltaw on this machine: base models, rows, templates
 #
-# Folders with adapters name such things too, and folders come from anywhere. The memory lies outside of them,
-# so nobody puts a name into it by passing a folder on. Only hashes of names are kept. It knows names, not what
-# they lead to.
+# Folders with adapters name such things too, and come from anywhere. The record is in the cache, outside of the
+# folders, so a folder cannot add a name to it. Only hashes of names are kept.
 
 
 def remember_named(kind: str, value: object) -> None:
     """Note that the user named ``value`` as a ``kind`` of thing, such as ``model``."""
     known, line = _known(), _line(kind, value)
-    # Without a cache that can be written to, the user is asked again.
+    # If the cache cannot be written to, the user is asked again.
     with contextlib.suppress(OSError):
         if line in _lines(known):
             return
@@ -135,6 +134,6 @@ def _line(kind: str, value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     if isinstance(value, str):
         path = os.path.expanduser(value)
-        of_host = path.startswith(("//", "\\\\"))  # asking whether it is there would ask that host
+        of_host = path.startswith(("//", "\\\\"))  # checking whether it exists would contact that host
         text = os.path.realpath(path) if not of_host and os.path.exists(path) else value
     return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,7 +1,7 @@
 """Atomic file writes.
 
 A file is written under a temporary name in the same folder, flushed to the disk, and renamed. A process that
-is killed meanwhile leaves the old file or no file, never an incomplete one.
+is killed during the write leaves the old file or no file, never an incomplete one.
 """
 
 from __future__ import annotations

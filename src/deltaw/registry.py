@@ -1,7 +1,7 @@
-"""A registry: entries by name, which code of the library and of others adds, and what follows from them.
+"""A registry: entries by name, added by deltaw and by other packages.
 
-Installed packages add entries by entry points. These are looked up when somebody first asks for the entries,
-so importing this module, or registering, scans no installed package.
+Installed packages add entries by entry points. These are looked up when the entries are first asked for, so
+importing this module, or registering, scans no installed package.
 """
 
 from __future__ import annotations
@@ -69,17 +69,16 @@ class Registry(Generic[Entry]):
         self._tell()
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` now, and again whenever the entries change. It may raise ValueError to refuse
-        one."""
+        """Call ``listener`` now, and again whenever the entries change. It may raise ValueError to refuse one."""
         self._listeners.append(listener)
         listener()
 
     def registered(self) -> tuple[Entry, ...]:
-        """Those registered so far, without looking for entry points; for listeners."""
+        """The entries registered so far, without looking for entry points; for listeners."""
         return tuple(self._entries.values())
 
     def entries(self) -> tuple[Entry, ...]:
-        """All of them.
+        """All entries.
 
         Raises:
             UserError: an entry point of an installed package does not work; see :meth:`load_plugins`.
@@ -88,7 +87,7 @@ class Registry(Generic[Entry]):
         return self.registered()
 
     def names(self) -> tuple[str, ...]:
-        """The names of all."""
+        """The names of all entries."""
         return tuple(entry.name for entry in self.entries())
 
     def entry_of(self, name: str, *, where: str | None = None) -> Entry:

@@ -1,11 +1,11 @@
 """Tensors in safetensors files, read and written a piece at a time.
 
-The safetensors library maps a file, whose pages then count as memory of the process, and builds one from
-copies of all its tensors. A training that saves has no memory to spare for either, and a merge holds less
-than a file. So headers are read here, tensors and rows are read where they lie, and a file is written tensor
-by tensor. The same tensors and metadata are the same file to the byte.
+The safetensors library maps a file, whose pages then count as memory of the process, and writes one from
+copies of all its tensors. A training run that saves has no memory to spare for either, and a merge holds less
+than a file. So this module reads headers, reads tensors and rows from their places, and writes a file tensor by
+tensor. The same tensors and metadata give the same file to the byte.
 
-It knows the file format and nothing of models: an 8-byte length, a header in JSON, then the tensors' bytes.
+It knows the file format and no models: an 8-byte length, a header in JSON, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The types of tensors by the format's names for them."""
+"""Types of tensors by their names in the format."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "BF16", "F16")
 BLOCK = 1 << 22
@@ -51,9 +51,11 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        file: where it is. name: what it is called there.
+        file: the file.
+        name: its name in the file.
         code: its type, as the format writes it (``BF16``).
-        shape: its sizes. start: of its first byte in the file.
+        shape: its sizes.
+        start: the position of its first byte in the file.
     """
 
     file: Path
@@ -67,7 +69,7 @@ class StoredTensor:
         """Its type.
 
         Raises:
-            UserError: of a kind that is not computed with here.
+            UserError: deltaw does not compute with this type.
         """
         if self.code not in DTYPES:
             raise UserError(
@@ -106,7 +108,7 @@ class StoredTensor:
         return self.rows(0, self.row_count).view(self.shape)
 
     def pieces(self, numbers: int) -> Iterator[Tensor]:
-        """(n,) all of its numbers in order, so many at a time; each piece is gone with the next."""
+        """(n,) all of its numbers in order, ``numbers`` at a time; the next piece overwrites the last."""
         buffer = bytearray(min(numbers, self.numel) * self.dtype.itemsize)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -116,7 +118,7 @@ class StoredTensor:
                 yield torch.frombuffer(buffer, dtype=self.dtype, count=count)
 
     def _read(self, file: RawIOBase, view: memoryview) -> None:
-        """Fill a buffer from the place that a file is at."""
+        """Fill a buffer from a file's current position."""
         done = 0
         while done < len(view):
             count = file.readinto(view[done:])
@@ -159,8 +161,7 @@ def _header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a file in the order of their bytes, and its metadata.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: the file is damaged, cut off or none of this
-            format.
+        OSError, ValueError, KeyError, TypeError, AttributeError: the file is damaged, cut off or has another format.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -182,13 +183,13 @@ def _header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file, each read into memory of its own when it is asked for.
+    """The tensors of a file, each read into its own memory on request.
 
     Attributes:
         metadata: the file's own.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, OSError: it is no such file, or damaged.
+        ValueError, KeyError, TypeError, AttributeError, OSError: the file has another format or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -204,7 +205,7 @@ class TensorFile(Mapping[str, Tensor]):
             yield stored.rows(start, stop)
 
     def described(self, name: str) -> Tensor:
-        """A tensor of its type and shape on the device "meta"."""
+        """A tensor of the same type and shape on the device "meta"."""
         stored = self._stored[name]
         return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
@@ -289,7 +290,7 @@ def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file of its own, whole or not at all.
+    """A new safetensors file, written completely or not at all.
 
     Raises:
         UserError: the folder cannot be written to.

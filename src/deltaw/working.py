@@ -1,11 +1,11 @@
-"""Long work says what it is doing, to whoever listens.
+"""Long work reports what it is doing to a listener.
 
 Converting a file, planning or measuring takes seconds in the middle of other code. It announces itself with
 :func:`working`; a program that shows progress listens (:func:`listening`). As with Python's logging, the code
-in between passes nothing along, and without a listener nothing happens. Lines that belong to a run's account
-are told to its callback instead.
+in between passes nothing along, and without a listener nothing happens. Lines that belong to the record of a run
+go to its callback instead.
 
-Knows no terminal. Imports nothing of deltaw.
+Knows no terminal and imports nothing from deltaw.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
-# Told how much of the work is done, in the unit of its total.
+# Takes how much of the work is done, in the unit of its total.
 Advance = Callable[[float], None]
 
 
 class Listener(Protocol):
-    """Shows work that is going on. Works may be nested; the innermost ends first."""
+    """Shows work in progress. Work may be nested; the innermost ends first."""
 
     def began(self, what: str, total: float | None) -> None:
-        """Work begins: what it is, in a few words, and how much of it there is, where that is known."""
+        """Work begins: what it is, in a few words, and its total, if known."""
 
     def advanced(self, done: float) -> None:
-        """So much of the innermost work is done, all in all."""
+        """This much of the innermost work is done in total."""
 
     def ended(self) -> None:
-        """The innermost work has ended, in whatever way."""
+        """The innermost work has ended, normally or not."""
 
 
 _listener: ContextVar[Listener | None] = ContextVar("deltaw_listener", default=None)
@@ -37,11 +37,11 @@ _listener: ContextVar[Listener | None] = ContextVar("deltaw_listener", default=N
 
 @contextlib.contextmanager
 def working(what: str, total: float | None = None) -> Iterator[Advance]:
-    """While open, ``what`` is going on; call what it yields with how much of ``total`` is done.
+    """Announce ``what`` while the block runs; call the yielded function with how much of ``total`` is done.
 
     Args:
         what: in a few words, such as "converting model.gguf".
-        total: how much there is, in any unit; None where that is not known.
+        total: how much there is, in any unit; None if unknown.
     """
     listener = _listener.get()
     if listener is None:
@@ -56,7 +56,7 @@ def working(what: str, total: float | None = None) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Within the block, and only in this thread, work is told to ``listener``; None: to nobody."""
+    """Within the block, and only in this thread, work is reported to ``listener``; None: to nobody."""
     before = _listener.set(listener)
     try:
         yield
@@ -65,9 +65,9 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 def listen(listener: Listener) -> None:
-    """Tell work to ``listener`` from here on, up to the end of the innermost :func:`listening`."""
+    """Report work to ``listener`` from now on, until the end of the innermost :func:`listening`."""
     _listener.set(listener)
 
 
 def _ignore(done: float) -> None:
-    """Nobody listens."""
+    """There is no listener."""
