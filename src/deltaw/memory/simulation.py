@@ -519,7 +519,7 @@ def _called_by_engine(frame: FrameType | None) -> bool:
     return frame is not None and frame.f_code.co_name == ENGINE
 
 
-# ---- simulation
+# ---- Fake tensors, and runs on them
 
 
 _aten = torch.ops.aten

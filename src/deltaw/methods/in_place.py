@@ -155,7 +155,7 @@ def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
 
 
-# ---- in place
+# ---- What the methods share
 
 
 class InPlace(MethodBase):

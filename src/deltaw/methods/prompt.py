@@ -165,7 +165,7 @@ def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
         )
 
 
-# ---- prompt
+# ---- The method
 
 
 _ENDINGS = {

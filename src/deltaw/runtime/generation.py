@@ -120,7 +120,7 @@ def _in_common(one: str, other: str) -> int:
     return next(n for n, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
 
 
-# ---- generation
+# ---- Decoding
 
 
 @dataclass(frozen=True)
