@@ -12,18 +12,22 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaw.lora import LoRAEmbedding, LoRALinear
 from deltaw.lora.math import Lookup, embedding, embedding_reference, linear, linear_reference
+from deltaw.lora.math_dora import base_squares, dora_linear, dora_linear_reference, weight_norm
 
 
-def _operands(shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+def _operands(
+    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0, *, of: str = "plain"
+) -> dict[str, Tensor]:
+    """The operands of a closed form: of a plain update, or of DoRA."""
     draw = torch.Generator().manual_seed(seed)
-    sizes = {"x": shape, "weight": (out, shape[-1]), "bias": (out,)}
-    made = {k: torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for k, s in sizes.items()}
     factor = torch.float64 if dtype == torch.float64 else torch.float32
-    made["lora_A"] = torch.randn(shape[-1], rank, generator=draw, dtype=torch.float64).to(factor)
-    made["lora_B"] = torch.randn(rank, out, generator=draw, dtype=torch.float64).to(factor)
-    for name in ("x", "bias", "lora_A", "lora_B"):
-        made[name].requires_grad_(True)
-    return made
+    sizes = {"x": shape, "weight": (out, shape[-1]), "bias": (out,), "lora_A": (shape[-1], rank), "lora_B": (rank, out)}
+    sizes |= {"magnitude": (out,), "norm": (out,)} if of == "dora" else {}
+    made = {k: torch.randn(s, generator=draw, dtype=torch.float64) for k, s in sizes.items()}
+    made = {k: t.to(dtype if k in ("x", "weight", "bias") else factor) for k, t in made.items()}
+    if of == "dora":
+        made["norm"] = made["norm"].abs() + 0.5
+    return {k: t if k in ("weight", "norm") else t.requires_grad_() for k, t in made.items()}
 
 
 def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
@@ -33,6 +37,18 @@ def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, wanted, toward))
 
 
+CALLS = {"plain": linear, "dora": dora_linear}
+
+
+def _reference(
+    of: str, operands: dict[str, Tensor], scaling: float, mask: Tensor | None, keep: float, in_out: bool
+) -> Tensor:
+    if of == "dora":
+        return dora_linear_reference(*operands.values(), scaling, mask, keep, in_out)
+    return linear_reference(*operands.values(), scaling / keep, mask, in_out)
+
+
+@pytest.mark.parametrize("of", CALLS)
 @settings(max_examples=40, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
@@ -40,54 +56,51 @@ def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
     n_out=st.integers(1, 9),
     rank=st.integers(1, 5),
     in_out=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 99),
 )
-def test_linear_equals_its_reference_for_any_shape(leading, n_in, n_out, rank, in_out, seed):
-    operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed)
+def test_a_closed_form_equals_its_reference_for_any_shape(of, leading, n_in, n_out, rank, in_out, dropout, seed):
+    operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed, of=of)
     if in_out:
         operands["weight"] = operands["weight"].t().contiguous()
-    y = linear(*operands.values(), 0.7, weight_is_in_out=in_out)
-    reference = linear_reference(*operands.values(), 0.7, None, in_out)
+    torch.manual_seed(seed)
+    y = CALLS[of](*operands.values(), 0.7, dropout, weight_is_in_out=in_out)
+    torch.manual_seed(seed)
+    mask = torch.empty_like(operands["x"], dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+    reference = _reference(of, operands, 0.7, mask, 1 - dropout, in_out)
     assert y.shape == (*leading, n_out)
     torch.testing.assert_close(y, reference)
     for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("of", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_linear_equals_its_reference_in_every_type(dtype):
-    operands = _operands((3, 5, 8), 6, 4, dtype)
-    y, reference = linear(*operands.values(), 0.5), linear_reference(*operands.values(), 0.5)
-    tolerance = {"atol": 0.15, "rtol": 0.05} if dtype in (torch.bfloat16, torch.float16) else {}
+def test_a_closed_form_equals_its_reference_in_every_type(of, dtype):
+    operands = _operands((3, 5, 8), 6, 4, dtype, of=of)
+    y, reference = CALLS[of](*operands.values(), 0.5), _reference(of, operands, 0.5, None, 1.0, False)
+    half = {"atol": 0.15 if of == "plain" else 0.25, "rtol": 0.05}
+    tolerance = half if dtype in (torch.bfloat16, torch.float16) else {}
     torch.testing.assert_close(y, reference, **tolerance)
     for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize("in_out", [False, True])
-def test_linear_has_right_first_and_second_derivatives(in_out):
-    operands = _operands((2, 3, 4), 5, 2, torch.float64)
-    weight = operands.pop("weight")
-    weight = weight.t().contiguous() if in_out else weight
+@pytest.mark.parametrize("of", CALLS)
+@pytest.mark.parametrize(("in_out", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.4), (True, 0.4)])
+def test_a_closed_form_has_right_first_and_second_derivatives_under_one_mask(of, in_out, dropout):
+    operands = _operands((2, 3, 4), 5, 2, torch.float64, of=of)
+    if in_out:
+        operands["weight"] = operands["weight"].t().contiguous()
+    trained = [name for name, t in operands.items() if t.requires_grad]
 
-    def call(x: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return linear(x, weight, bias, lora_A, lora_B, 1.3, weight_is_in_out=in_out)
-
-    assert torch.autograd.gradcheck(call, tuple(operands.values()))
-    assert torch.autograd.gradgradcheck(call, tuple(operands.values()))
-
-
-def test_dropout_uses_one_mask_forward_and_backward():
-    operands = _operands((2, 3, 4), 5, 2, torch.float64)
-    weight = operands.pop("weight")
-
-    def call(x: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def call(*given: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return linear(x, weight, bias, lora_A, lora_B, 1.3, dropout=0.4)
+        return CALLS[of](*{**operands, **dict(zip(trained, given, strict=True))}.values(), 1.3, dropout, in_out)
 
-    assert torch.autograd.gradcheck(call, tuple(operands.values()))
-    assert torch.autograd.gradgradcheck(call, tuple(operands.values()))
+    assert torch.autograd.gradcheck(call, tuple(operands[name] for name in trained))
+    assert torch.autograd.gradgradcheck(call, tuple(operands[name] for name in trained))
 
 
 def test_dropout_keeps_the_expectation():
@@ -301,3 +314,27 @@ def test_first_step_moves_only_B_then_both():
     layer.zero_grad()
     layer(torch.randn(4, 8)).pow(2).sum().backward()
     assert torch.count_nonzero(layer.lora_A.grad) > 0 and torch.count_nonzero(layer.lora_B.grad) > 0
+
+
+# ---- The norm of DoRA
+
+
+@settings(max_examples=25, deadline=None)
+@given(n_in=st.integers(1, 40), n_out=st.integers(1, 40), rank=st.integers(1, 8), seed=st.integers(0, 9))
+def test_the_norm_needs_no_dense_update(n_in, n_out, rank, seed):
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n_out, n_in, generator=draw)
+    lora_A, lora_B = torch.randn(n_in, rank, generator=draw), torch.randn(rank, n_out, generator=draw)
+    for stored in (weight, weight.bfloat16()):
+        dense = stored.double() + 0.3 * (lora_A.double() @ lora_B.double()).t()
+        norm = weight_norm(stored, base_squares(stored, torch.float32), lora_A, lora_B, 0.3)
+        torch.testing.assert_close(norm.double(), dense.norm(dim=1), rtol=1e-4, atol=2e-3)
+
+
+def test_norms_are_taken_block_by_block(monkeypatch):
+    weight = torch.randn(7, 5).bfloat16()
+    lora_A, lora_B = torch.randn(5, 2), torch.randn(2, 7)
+    whole = weight_norm(weight, base_squares(weight, torch.float32), lora_A, lora_B, 0.3)
+    monkeypatch.setattr("deltaw.lora.math_dora.BLOCK", 10)
+    parts = weight_norm(weight, base_squares(weight, torch.float32), lora_A, lora_B, 0.3)
+    torch.testing.assert_close(parts, whole)

@@ -142,7 +142,7 @@ def _holds_tokens(cache: Any) -> bool:
         return True
 
 
-# ---- adapted
+# ---- The layer
 
 
 _Layer = TypeVar("_Layer", bound=nn.Module)

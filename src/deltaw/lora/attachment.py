@@ -125,12 +125,6 @@ def attachment(model: nn.Module) -> Attachment | None:
     return record if isinstance(record, Attachment) else None
 
 
-def activation_of(model: nn.Module) -> Activation | None:
-    """Where in a row the model's adapter acts; None where there is none, or it acts on all tokens."""
-    record = attachment(unwrapped(model))
-    return None if record is None else record.activation
-
-
 def attached(model: nn.Module) -> Attachment:
     """The record on ``model``.
 

@@ -32,7 +32,35 @@ from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import Selection, Target, select
 from deltaw.tensor_files import TensorFile, save_tensors
 
-# ---- The tensors of an adapter's file as a model has them, made one by one while the file is written.
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+
+_LONGEST_NAME = 2000  # names are taken apart at every dot
+_COPY_AGAIN = "copy or download the adapter again"
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class AdapterFile(NamedTuple):
+    """An adapter as it stands on disk.
+
+    Attributes:
+        config: its settings.
+        tensors: by the file's names, in the file's orientation.
+        metadata: the weights file's own, with ``base_model_name_or_path``, ``task_type`` and ``peft_version``
+            where given.
+    """
+
+    config: LoRAConfig
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, str]
 
 
 class SavedTensors(Mapping[str, Tensor]):
@@ -67,40 +95,6 @@ class SavedTensors(Mapping[str, Tensor]):
 def _of_layer(path: str, layer: AdaptedLayer, key: str, counts_twice: bool) -> Tensor:
     tensor = next(tensor for name, tensor in peft_format.file_tensors(path, layer) if name == key)
     return tensor / 2 if counts_twice and key.endswith("lora_B.weight") else tensor
-
-
-# ---- files
-
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_NAME = "adapter_model.bin"
-
-_LONGEST_NAME = 2000  # names are taken apart at every dot
-_COPY_AGAIN = "copy or download the adapter again"
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-
-
-class AdapterFile(NamedTuple):
-    """An adapter as it stands on disk.
-
-    Attributes:
-        config: its settings.
-        tensors: by the file's names, in the file's orientation.
-        metadata: the weights file's own, with ``base_model_name_or_path``, ``task_type`` and ``peft_version``
-            where given.
-    """
-
-    config: LoRAConfig
-    tensors: Mapping[str, Tensor]
-    metadata: dict[str, str]
 
 
 def save_adapter(
@@ -138,13 +132,18 @@ def save_adapter(
             hint="merge with keep_original=True",
         )
     settings = peft_format.settings_of(model, record, base_model, task_type)
-    metadata = {"format": "pt", **(metadata or {})}
-    if record.fingerprint:
-        metadata[FINGERPRINT_KEY] = record.fingerprint
-    save_tensors(Path(folder) / WEIGHTS_NAME, SavedTensors(record), metadata)
+    metadata = {**(metadata or {}), **({FINGERPRINT_KEY: record.fingerprint} if record.fingerprint else {})}
+    write_adapter(Path(folder), SavedTensors(record), settings, metadata)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, object], metadata: Mapping[str, str]
+) -> None:
+    """Write an adapter's two files, each complete or not at all."""
+    save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", **metadata})
     text = json.dumps(settings, indent=2, ensure_ascii=False)
-    durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
-    if base_model is not None:
+    durable.write_text(folder / CONFIG_NAME, text + "\n")
+    if isinstance(base_model := settings.get("base_model_name_or_path"), str):
         remember_named("model", base_model)
 
 
@@ -265,7 +264,7 @@ def _read_settings(path: Path) -> Mapping[str, object]:
 
 
 def _read_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    path = _weights_of(folder)
+    path = weights_of(folder)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
@@ -275,7 +274,7 @@ def _read_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
 
 
 def _open_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    path = _weights_of(folder)
+    path = weights_of(folder)
     try:
         file = TensorFile(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -283,7 +282,12 @@ def _open_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     return file, dict(file.metadata)
 
 
-def _weights_of(folder: Path) -> Path:
+def weights_of(folder: Path) -> Path:
+    """The weights file in an adapter's folder.
+
+    Raises:
+        UserError: it is missing, or a pickle.
+    """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / PICKLED_NAME).exists():

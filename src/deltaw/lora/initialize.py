@@ -45,7 +45,7 @@ def from_peft(tensor: Tensor, attribute: str, experts: int | None) -> Tensor:
     return tensor.t() if tensor.dim() == 2 else tensor
 
 
-# ---- initialize
+# ---- Initial values
 
 
 @dataclass

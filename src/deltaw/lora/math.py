@@ -149,18 +149,9 @@ class _Linear(torch.autograd.Function):
                 y = kernels.plus_product(y, flat, base_weight if weight_is_in_out else base_weight.t())
                 y = y if base_bias is None else y.add_(base_bias)
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs[3] or needs[4] else None,
-            h if needs[3] or needs[4] else None,
-            lora_A,
-            lora_B,
-            weight if needs[0] or fused else None,
-            mask,
-        )
-        ctx.fused = fused
-        ctx.scaling = scaling
-        ctx.stored = stored
-        ctx.weight_is_in_out = weight_is_in_out
+        inputs = (x, h) if needs[3] or needs[4] else (None, None)
+        ctx.save_for_backward(*inputs, lora_A, lora_B, weight if needs[0] or fused else None, mask)
+        ctx.fused, ctx.scaling, ctx.stored, ctx.weight_is_in_out = fused, scaling, stored, weight_is_in_out
         ctx.bias_dtype = bias.dtype if bias is not None else None
         return shaped(y, x.shape[:-1])
 

@@ -163,18 +163,9 @@ class _DoRALinear(torch.autograd.Function):
         out = shaped(y, x.shape[:-1])
         needs = ctx.needs_input_grad
         kept = None if not needs[5] else out if mask is None else direction
-        ctx.save_for_backward(
-            x if needs[3] or needs[4] else None,
-            h if needs[4] else None,
-            lora_A,
-            lora_B,
-            magnitude,
-            norm,
-            weight if needs[0] or needs[5] else None,
-            bias,
-            mask,
-            kept,
-        )
+        inputs = x if needs[3] or needs[4] else None, h if needs[4] else None
+        frozen = weight if needs[0] or needs[5] else None
+        ctx.save_for_backward(*inputs, lora_A, lora_B, magnitude, norm, frozen, bias, mask, kept)
         ctx.scaling, ctx.keep, ctx.weight_is_in_out = scaling, keep, weight_is_in_out
         return out
 

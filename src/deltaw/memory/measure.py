@@ -1,4 +1,4 @@
-"""The truth about a run's memory: what torch's allocator gave out, and what the process held.
+"""The truth about a run's memory: what torch's allocator gave out.
 
 It reads the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
 models and no training.
@@ -6,15 +6,11 @@ models and no training.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-from deltaw.host.memory import peak_resident_bytes
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -46,27 +42,3 @@ def peak_tensor_bytes(run: Callable[[], object], *, alive: Iterable[Tensor] = ()
             now += event.nbytes()
             peak = max(peak, now)
     return before + peak
-
-
-def reset_peak_resident() -> bool:
-    """Let the process's peak of resident memory begin anew from what it holds now.
-
-    Returns:
-        whether the system could do that (Linux alone can); else the peak stays that of the whole process.
-    """
-    with suppress(OSError):
-        descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY)
-        try:
-            os.write(descriptor, b"5")
-            return True
-        finally:
-            os.close(descriptor)
-    return False
-
-
-def peak_resident_bytes_of(run: Callable[[], object]) -> int | None:
-    """The most main memory that the process held while ``run`` ran; None where the system cannot say."""
-    if not reset_peak_resident():
-        return None
-    run()
-    return peak_resident_bytes()

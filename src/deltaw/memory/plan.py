@@ -60,7 +60,7 @@ def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, i
     return tuple((PHASES[phase], size) for phase, size in highest)
 
 
-# ---- plan
+# ---- The process
 
 
 # Of what comes and goes within a step, the share that the allocator holds beside it: holes between blocks of

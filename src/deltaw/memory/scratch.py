@@ -245,7 +245,7 @@ def arena_bytes(func: object, args: Arguments) -> int:
     return 0 if rule is None else rule(args)
 
 
-# ---- scratch
+# ---- Operators of torch
 
 
 _aten = torch.ops.aten

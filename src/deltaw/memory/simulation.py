@@ -519,24 +519,16 @@ def _called_by_engine(frame: FrameType | None) -> bool:
     return frame is not None and frame.f_code.co_name == ENGINE
 
 
-# ---- simulation
+# ---- Fake tensors, and runs on them
 
 
 _aten = torch.ops.aten
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _GROUPED: Any = getattr(GROUPED_PRODUCT, "default", None)
 # Made from another tensor's shape or size alone: of whole numbers they can be real though that tensor is not.
-_LIKE = {
-    _aten.zeros_like.default,
-    _aten.ones_like.default,
-    _aten.full_like.default,
-    _aten.empty_like.default,
-    _aten.new_zeros.default,
-    _aten.new_ones.default,
-    _aten.new_full.default,
-    _aten.new_empty.default,
-    _aten.new_empty_strided.default,
-}
+_MADE_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
+_MADE_NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+_LIKE = {getattr(_aten, name).default for name in (*_MADE_LIKE, *_MADE_NEW)}
 # Operators that answer with places along a dimension, with the argument that names it and its default.
 _PLACES: dict[Any, tuple[int, int | None]] = {
     _aten.topk.default: (2, -1),
@@ -552,16 +544,10 @@ _PLACES: dict[Any, tuple[int, int | None]] = {
 
 # Fill a tensor and change nothing else about it.
 _FILLS = {
-    getattr(getattr(_aten, name), overload)
-    for name, overload in (
-        ("normal_", "default"),
-        ("uniform_", "default"),
-        ("bernoulli_", "float"),
-        ("bernoulli_", "Tensor"),
-        ("exponential_", "default"),
-        ("zero_", "default"),
-        ("fill_", "Scalar"),
-    )
+    *(getattr(_aten, name).default for name in ("normal_", "uniform_", "exponential_", "zero_")),
+    _aten.bernoulli_.float,
+    _aten.bernoulli_.Tensor,
+    _aten.fill_.Scalar,
 }
 
 

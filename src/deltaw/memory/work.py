@@ -101,7 +101,7 @@ def _measured(name: str, uses: list[Callable[[], object]]) -> int:
     return grown
 
 
-# ---- work
+# ---- Operators and products, counted
 
 
 _aten = torch.ops.aten

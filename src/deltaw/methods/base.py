@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from torch import nn
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Made = TypeVar("Made", bound="MethodBase")
+Folder: TypeAlias = str | os.PathLike[str]
+Calibration: TypeAlias = Callable[[], None]
+"""Runs the model on some of the user's rows."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -55,12 +58,7 @@ class Method(Protocol):
         """Be told the invocation sequence, before :meth:`prepare`."""
 
     def prepare(
-        self,
-        model: nn.Module,
-        *,
-        seed: int,
-        extra_modules: Sequence[str] = (),
-        calibrate: Callable[[], None] | None = None,
+        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
         """Freeze the model, create the trained parameters, and return a few lines about them.
 
@@ -100,12 +98,7 @@ class Method(Protocol):
         """The row that the model sees: (length,) to (virtual tokens + length,)."""
 
     def save(
-        self,
-        model: nn.Module,
-        folder: str | os.PathLike[str],
-        *,
-        base_model: str,
-        metadata: Mapping[str, str] | None = None,
+        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
     ) -> None:
         """Write the trained parameters.
 
@@ -114,7 +107,7 @@ class Method(Protocol):
             metadata: added to the metadata of the weights file.
         """
 
-    def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
+    def load(self, model: nn.Module, folder: Folder) -> str:
         """Apply a saved adapter to a freshly loaded model, frozen, and return a few lines about it."""
 
     def can_share_prefixes(self) -> bool:

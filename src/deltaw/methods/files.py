@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import safetensors
 from torch import Tensor
 
-from deltaw import durable
-from deltaw.contained import remember_named, require_contained
+from deltaw.contained import require_contained
 from deltaw.errors import UserError
+from deltaw.lora import files as lora_files
 from deltaw.methods import registry
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY, Method
-from deltaw.tensor_files import save_tensors
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_PICKLED = "adapter_model.bin"
 # Names of the last layers of classifiers.
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
@@ -73,11 +71,7 @@ def write_adapter(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **metadata})
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        durable.write_text(folder / ADAPTER_CONFIG, text + "\n")
-        if config.get("base_model_name_or_path") is not None:
-            remember_named("model", config["base_model_name_or_path"])
+        lora_files.write_adapter(folder, tensors, config, metadata)
     except OSError as error:
         raise UserError(
             f"the adapter cannot be written: {error.strerror or error}",
@@ -135,14 +129,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: they are missing, damaged, or in a pickle.
     """
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file() and (folder / _PICKLED).exists():
-        raise UserError(
-            f"the adapter is in {_PICKLED}, a pickle, which could run any code and is not read",
-            where=str(folder / _PICKLED),
-            hint=f"ask its author to save it again as {ADAPTER_WEIGHTS}",
-        )
-    with _opened(path) as file:
+    with _opened(lora_files.weights_of(folder)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 

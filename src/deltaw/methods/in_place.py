@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_b
 from deltaw.lora.kinds import is_linear, own_embedding, own_head
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
-from deltaw.methods.base import REPLACED_KEY, MethodBase
+from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, MethodBase
 from deltaw.methods.files import metadata_of, read_trained, write_trained
 from deltaw.methods.parameters import (
     add_biases,
@@ -156,7 +155,7 @@ def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
 
 
-# ---- in place
+# ---- What the methods share
 
 
 class InPlace(MethodBase):
@@ -176,12 +175,7 @@ class InPlace(MethodBase):
         raise NotImplementedError(f"{type(self).__name__} does not say what it trains")
 
     def prepare(
-        self,
-        model: nn.Module,
-        *,
-        seed: int,
-        extra_modules: Sequence[str] = (),
-        calibrate: Callable[[], None] | None = None,
+        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
         total = count_numbers(model)
         self._note_base(model, extra_modules)
@@ -227,12 +221,7 @@ class InPlace(MethodBase):
         return [(place.name, place.current) for place in self._places]
 
     def save(
-        self,
-        model: nn.Module,
-        folder: str | os.PathLike[str],
-        *,
-        base_model: str,
-        metadata: Mapping[str, str] | None = None,
+        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
     ) -> None:
         write_trained(
             Path(folder),
@@ -254,7 +243,7 @@ class InPlace(MethodBase):
         """The content of the weights file, by name."""
         return {place.name: place.current.detach() for place in self._places}
 
-    def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
+    def load(self, model: nn.Module, folder: Folder) -> str:
         tensors, settings = read_trained(Path(folder), self.name)
         metadata = metadata_of(Path(folder))
         own = names_of(model)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -24,7 +23,7 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.attachment import attached
-from deltaw.methods.base import MethodBase
+from deltaw.methods.base import Calibration, Folder, MethodBase
 from deltaw.methods.registry import TrainOptions
 
 
@@ -72,12 +71,7 @@ class LoRA(MethodBase):
         self.config = dataclasses.replace(self.config, invocation_tokens=list(tokens))
 
     def prepare(
-        self,
-        model: nn.Module,
-        *,
-        seed: int,
-        extra_modules: Sequence[str] = (),
-        calibrate: Callable[[], None] | None = None,
+        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
         config = self.config
         extra = [name for name in extra_modules if name not in (config.train_modules or ())]
@@ -110,16 +104,11 @@ class LoRA(MethodBase):
         return self.b_rate if is_factor_B(name) else 1.0
 
     def save(
-        self,
-        model: nn.Module,
-        folder: str | os.PathLike[str],
-        *,
-        base_model: str,
-        metadata: Mapping[str, str] | None = None,
+        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
     ) -> None:
         save_adapter(model, Path(folder), base_model=base_model, metadata=metadata)
 
-    def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
+    def load(self, model: nn.Module, folder: Folder) -> str:
         adapted = load_adapter(model, Path(folder)).adapted
         self.config = attached(model).config
         said = f"{adapted} layers are adapted by {folder}"

@@ -11,8 +11,7 @@ It knows models and their embeddings; not data files or training.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_b
 from deltaw.lora.peft_format import PEFT_FORMAT
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MethodBase
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, MethodBase
 from deltaw.methods.files import metadata_of, read_config, read_tensors, text_or_none, write_adapter
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.settings import PromptSettings
@@ -166,7 +165,7 @@ def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
         )
 
 
-# ---- prompt
+# ---- The method
 
 
 _ENDINGS = {
@@ -203,12 +202,7 @@ class Prompt(MethodBase):
         self._base_fingerprint: str | None = None
 
     def prepare(
-        self,
-        model: nn.Module,
-        *,
-        seed: int,
-        extra_modules: Sequence[str] = (),
-        calibrate: Callable[[], None] | None = None,
+        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
         embedding = input_embedding(model)
         weight = weight_of(embedding)
@@ -252,12 +246,7 @@ class Prompt(MethodBase):
         return np.concatenate([self._virtual_ids.astype(tokens.dtype), tokens])
 
     def save(
-        self,
-        model: nn.Module,
-        folder: str | os.PathLike[str],
-        *,
-        base_model: str,
-        metadata: Mapping[str, str] | None = None,
+        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
     ) -> None:
         task = next((t for ending, t in _ENDINGS.items() if type(model).__name__.endswith(ending)), None)
         trained = {place.name.rpartition(".")[0] for place in self._places}
@@ -278,7 +267,7 @@ class Prompt(MethodBase):
         of_base = {} if self._base_fingerprint is None else {FINGERPRINT_KEY: self._base_fingerprint}
         write_prompt(Path(folder), file, {**(metadata or {}), **of_base})
 
-    def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
+    def load(self, model: nn.Module, folder: Folder) -> str:
         file = read_prompt(Path(folder))
         own = names_of(model)
         replaced = [own[name] for name in file.whole if name in own]

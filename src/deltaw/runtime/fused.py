@@ -369,7 +369,7 @@ def _of_adapted(layers: Sequence[Projection], grads: Sequence[Tensor | None]) ->
     return kept
 
 
-# ---- fused
+# ---- The block
 
 
 # Outputs of a block are computed at the places that are asked for where these are at most this share of all.

@@ -120,7 +120,7 @@ def _in_common(one: str, other: str) -> int:
     return next(n for n, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
 
 
-# ---- generation
+# ---- Decoding
 
 
 @dataclass(frozen=True)
@@ -297,14 +297,14 @@ def _config(
     top_k: int,
 ) -> GenerationConfig:
     """A generation configuration that holds these settings and nothing else."""
-    for name, value, right in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("temperature", temperature, temperature >= 0),
-        ("top_p", top_p, 0 < top_p <= 1),
-        ("top_k", top_k, top_k >= 0),
+    for name, value, right, hint in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 for the likeliest token, or above 0 to draw"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 for all tokens, or a number of them"),
     ):
         if not right:
-            raise UserError(f"{name} is {value}", where=name, hint=_RANGES[name])
+            raise UserError(f"{name} is {value}", where=name, hint=hint)
     ends = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
@@ -318,14 +318,6 @@ def _config(
     if temperature > 0:
         config.temperature, config.top_p, config.top_k = temperature, top_p, top_k
     return config
-
-
-_RANGES = {
-    "max_new_tokens": "at least 1",
-    "temperature": "0 for the likeliest token, or above 0 to draw",
-    "top_p": "above 0, at most 1",
-    "top_k": "0 for all tokens, or a number of them",
-}
 
 
 @contextlib.contextmanager

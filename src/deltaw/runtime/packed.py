@@ -225,7 +225,7 @@ def _sample(model: PreTrainedModel) -> dict[str, Any]:
 PADDED = Mode("padded", _padded_layout_of_call, functools.partial(padded_rows, fused=False), _sample)
 
 
-# ---- packed
+# ---- Packed rows
 
 
 ATTENTION = "deltaw_packed"

@@ -89,20 +89,8 @@ class Projection:
 
     def __call__(self, x: Tensor, steps: Steps, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x·Wᵀ + b + s·(x·A)·B + added for rows x (M, in), and x·A."""
-        x_int8, x_scales = steps.of(x, self)
-        return multiply(
-            x,
-            self.weight,
-            self.stored,
-            self.by_column,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            added,
-            x_int8,
-            x_scales,
-        )
+        update = self.lora_A, self.lora_B, self.scaling
+        return multiply(x, self.weight, self.stored, self.by_column, self.bias, *update, added, *steps.of(x, self))
 
     def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
         """∂L/∂x plus ``added``, and the narrow gradient that :meth:`factors_backward` wants."""

@@ -412,7 +412,7 @@ def _fill(name: str, values: torch.Tensor, generator: torch.Generator) -> None:
         values.copy_(1 + 0.2 * noise)
 
 
-# ---- recognition
+# ---- What fits a block
 
 
 # Relative difference of outputs and of gradients, in fp32, that is rounding and no more.
