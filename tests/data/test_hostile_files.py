@@ -407,7 +407,7 @@ def test_few_rows_of_very_many_are_chosen_in_little_memory() -> None:
 
 def _read_one(image: object) -> None:
     rows = sources.Rows("d", [("d", [1], [{"image": image}])])
-    read_images(rows, [0], LabelColumns("label", image="image"), [0])
+    list(read_images(rows, [0], LabelColumns("label", image="image"), [0]))
 
 
 def test_images_of_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_an_image_of_more_pixels_than_pillow_allows_is_refused(tmp_path: Path, m
         Image.new("RGB", (100, 100)).save(tmp_path / name)
     rows, _ = image_rows(str(tmp_path))
     with pytest.raises(UserError, match="decompression bomb"):
-        read_images(rows, [0], LabelColumns("label", image="image"), [0])
+        list(read_images(rows, [0], LabelColumns("label", image="image"), [0]))
 
 
 def test_a_batch_of_images_is_resized_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
