@@ -48,9 +48,7 @@ def test_each_piece_of_a_text_begins_with_bos_where_the_text_does() -> None:
 
 @settings(deadline=None)
 @given(st.integers(2, 12), st.integers(1, 40), st.booleans(), st.lists(st.integers(0, 39), max_size=6))
-def test_every_label_is_in_one_piece_after_the_tokens_that_precede_it(
-    limit: int, length: int, filled: bool, cuts: list[int]
-) -> None:
+def test_every_label_is_in_one_piece_after_the_tokens_that_precede_it(limit, length, filled, cuts):
     tokens = list(range(100, 100 + length))
     edges = sorted({cut for cut in cuts if 0 < cut < length})
     spans = list(zip(edges[0::2], edges[1::2], strict=False))

@@ -343,9 +343,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters=
 @pytest.mark.parametrize("family", TWO_TURNS)
 @settings(max_examples=25, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
-def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(
-    family: str, question: str, answers: list[str]
-) -> None:
+def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, question, answers):
     messages: list[Message] = []
     for answer in answers:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -70,23 +70,6 @@ def test_long_rows_are_refused_with_their_number_and_a_hint_that_works(write: Wr
     assert prepare(DataSettings(path, max_length=31), TOKENIZER).report.longest == 31
 
 
-def test_long_rows_are_cut_and_counted_and_dropped_where_no_label_is_left(write: Write) -> None:
-    rows = [{"prompt": "a", "completion": "b" * 9}, {"prompt": "a" * 9, "completion": "b"}]
-    rows.append({"prompt": "a", "completion": "b"})
-    chosen = DataSettings(write(rows), max_length=6, long_rows="cut", template="plain", eval=None)
-    prepared = prepare(chosen, TOKENIZER)
-    assert [TOKENIZER.decode(example.tokens) for example in prepared.train] == ["abbbbb", "ab<|im_end|>"]
-    report = prepared.report
-    assert (report.cut, report.tokens_cut, report.without_label, report.rows_kept) == (1, 5, 1, 2)
-    assert accounted(report) == 3
-
-
-def test_long_rows_are_left_out_where_asked(write: Write) -> None:
-    chosen = DataSettings(write(texts("abc", "a" * 20)), max_length=10, long_rows="drop")
-    report = prepare(chosen, TOKENIZER).report
-    assert (report.dropped_long, report.rows_kept, report.cut) == (1, 1, 0)
-
-
 def test_data_without_a_label_are_refused(write: Write) -> None:
     rows = [{"prompt": "a" * 30, "completion": "b"}, {"prompt": "a", "completion": " "}]
     error = refusal(train=write(rows), max_length=10, long_rows="cut", template="plain")
@@ -121,8 +104,8 @@ def test_rows_of_the_same_tokens_and_other_labels_are_no_duplicates(write: Write
     st.sampled_from(["drop", "keep"]),
 )
 def test_held_out_rows_are_never_trained_on_and_every_row_is_accounted_for(
-    tmp_path_factory: pytest.TempPathFactory, contents: list[str], share: float, seed: int, duplicates: str
-) -> None:
+    tmp_path_factory, contents, share, seed, duplicates
+):
     path = tmp_path_factory.mktemp("split") / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in texts(*contents)))
     chosen = DataSettings(str(path), eval=share, duplicates=duplicates)  # type: ignore[arg-type]

@@ -81,9 +81,7 @@ def test_a_second_preparation_reads_what_the_first_wrote(data: Path, folder: Pat
     assert len(second.held_out) == 11 and second.report.duplicates == 3
 
 
-def test_many_rows_are_trained_on_from_the_disk_alike(
-    data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_rows_are_trained_on_from_the_disk_alike(data, folder, monkeypatch):
     for settings in ({}, {"group": "film"}, {"rows": 40}, {"duplicates": "keep"}, {"eval": str(data)}):
         small, _ = reading(data, **{"cache": False, **settings})
         assert isinstance(small.train.store, MemoryRows)
@@ -114,9 +112,7 @@ def test_many_rows_are_trained_on_from_the_disk_alike(
         {"tokenizer": make_tokenizer(eos="</s>")},
     ],
 )
-def test_rows_are_tokenized_anew_when_anything_changed(
-    change: dict[str, object], data: Path, folder: Path, tokenized: list[int]
-) -> None:
+def test_rows_are_tokenized_anew_when_anything_changed(change, data, folder, tokenized):
     reading(data)
     changed, _ = reading(data, **change)  # type: ignore[arg-type]
     assert len(tokenized) == 2
@@ -126,9 +122,7 @@ def test_rows_are_tokenized_anew_when_anything_changed(
 
 
 @pytest.mark.parametrize("maker", ["transformers", "tokenizers", "datasets", "pyarrow", "jinja2"])
-def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(
-    maker: str, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(maker, data, folder, tokenized, monkeypatch):
     reading(data)
     other_version(monkeypatch, maker)
     reading(data)
@@ -136,9 +130,7 @@ def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(
 
 
 @pytest.mark.parametrize("module", ["data/formats.py", "hub/gguf.py"])
-def test_rows_are_tokenized_anew_by_another_code(
-    module: str, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_tokenized_anew_by_another_code(module, data, folder, tokenized, monkeypatch):
     reading(data)
     other_text(monkeypatch, folder / "source", module)
     reading(data)
@@ -146,9 +138,7 @@ def test_rows_are_tokenized_anew_by_another_code(
 
 
 @pytest.mark.parametrize("change", [{"eval": 5}, {"seed": 3}, {"duplicates": "keep"}, {"cache": "auto"}])
-def test_rows_are_not_tokenized_anew_for_what_does_not_matter(
-    change: dict[str, object], data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_not_tokenized_anew_for_what_does_not_matter(change, data, folder, tokenized, monkeypatch):
     monkeypatch.setattr("deltaw.data.stored_rows.TINY_BYTES", 0)
     reading(data)
     changed, _ = reading(data, **change)  # type: ignore[arg-type]
@@ -164,9 +154,7 @@ def test_the_seed_matters_where_it_draws_rows(data: Path, folder: Path, tokenize
 
 
 @pytest.mark.parametrize("small", [0, 2**20])
-def test_a_file_that_changed_is_read_anew(
-    small: int, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changed_is_read_anew(small, data, folder, tokenized, monkeypatch):
     monkeypatch.setattr(row_stream, "SMALL_BYTES", small)
     reading(data)
     before = data.stat()
@@ -178,9 +166,7 @@ def test_a_file_that_changed_is_read_anew(
     assert any("question XX" in TOKENIZER.decode(e.tokens) for e in [*changed.train, *changed.held_out])
 
 
-def test_a_template_that_shows_the_date_is_rendered_anew_each_day(
-    data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_shows_the_date_is_rendered_anew_each_day(data, folder, tokenized, monkeypatch):
     dated = make_tokenizer("{{ strftime_now('%Y') and '' }}" + CHATML)
     reading(data, dated)
     reading(data, dated)
@@ -190,9 +176,7 @@ def test_a_template_that_shows_the_date_is_rendered_anew_each_day(
     assert len(tokenized) == 2
 
 
-def test_small_files_are_kept_only_where_asked_or_slow(
-    data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_files_are_kept_only_where_asked_or_slow(data, folder, tokenized, monkeypatch):
     reading(data, cache="auto")
     assert not folder.exists()
     monkeypatch.setattr("deltaw.data.stored_rows.TINY_BYTES", 0)
@@ -235,9 +219,7 @@ def damaged(folder: Path, suffix: str, change: Callable[[bytes], bytes]) -> None
         (".json", lambda b: b.replace(b'"ends"', b'"sdne"')),
     ],
 )
-def test_a_damaged_entry_is_noticed_and_made_anew(
-    suffix: str, change: Callable[[bytes], bytes], data: Path, folder: Path, tokenized: list[int]
-) -> None:
+def test_a_damaged_entry_is_noticed_and_made_anew(suffix, change, data, folder, tokenized):
     first, _ = reading(data)
     damaged(folder, suffix, change)
     second, said = reading(data)
@@ -254,9 +236,7 @@ def test_rows_without_their_description_are_not_believed(data: Path, folder: Pat
     assert len(tokenized) == 2 and entries(folder) == [".arrow", ".json"]
 
 
-def test_damage_between_the_samples_is_noticed_when_the_row_is_read(
-    data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_between_the_samples_is_noticed_when_the_row_is_read(data, folder, tokenized, monkeypatch):
     monkeypatch.setattr(stored_rows, "sample", lambda file, size, digest: None)
     reading(data, eval=None)
     (path,) = folder.glob("*.arrow")
@@ -274,7 +254,7 @@ def test_damage_between_the_samples_is_noticed_when_the_row_is_read(
 def in_another_process(data: Path, folder: Path, before: str = "") -> subprocess.Popen[str]:
     program = f"""
         import os, sys
-        from deltaw.data import DataSettings, prepare, row_cache
+        from deltaw.data import DataSettings, prepare, stored_rows
         from tests.data.conftest import make_tokenizer
         {before}
         prepared = prepare(DataSettings({str(data)!r}, cache=True), make_tokenizer())
@@ -289,15 +269,13 @@ def in_another_process(data: Path, folder: Path, before: str = "") -> subprocess
 @pytest.mark.parametrize(
     "moment",
     [
-        "row_cache.RowWriter._write",  # before anything is written
-        "row_cache.RowCache.describe",  # the rows are there, their description is not
+        "stored_rows.RowWriter._write",  # before anything is written
+        "stored_rows.RowCache.describe",  # the rows are there, their description is not
     ],
 )
-def test_a_killed_preparation_leaves_nothing_that_is_believed(
-    moment: str, data: Path, folder: Path, tokenized: list[int]
-) -> None:
+def test_a_killed_preparation_leaves_nothing_that_is_believed(moment, data, folder, tokenized):
     killed = in_another_process(data, folder, f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)")
-    assert killed.wait(60) == -9
+    assert killed.wait(200) == -9
     prepared, said = reading(data)
     assert tokenized == [60] and not said
     assert len(prepared.train) + len(prepared.held_out) == 57
@@ -305,10 +283,10 @@ def test_a_killed_preparation_leaves_nothing_that_is_believed(
 
 
 def test_what_a_killed_preparation_wrote_is_removed(data: Path, folder: Path) -> None:
-    kill = "write = row_cache.RowWriter._write\n"
+    kill = "write = stored_rows.RowWriter._write\n"
     kill += "        def half(self):\n            write(self)\n            os.kill(os.getpid(), 9)\n"
-    killed = in_another_process(data, folder, kill + "        row_cache.RowWriter._write = half")
-    assert killed.wait(60) == -9
+    killed = in_another_process(data, folder, kill + "        stored_rows.RowWriter._write = half")
+    assert killed.wait(200) == -9
     assert [path.name for path in folder.iterdir() if path.suffix == ".part"]
     reading(data)
     assert not [path.name for path in folder.iterdir() if path.suffix == ".part"]
@@ -357,9 +335,7 @@ def test_the_longest_unused_entries_make_room(folder: Path) -> None:
     assert (folder / "middle.arrow").exists()
 
 
-def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(data, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.data.stored_rows.TINY_BYTES", 0)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "file"))

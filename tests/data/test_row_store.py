@@ -57,9 +57,7 @@ def same(a: Example, b: Example) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(EXAMPLES, EXAMPLES)
-def test_what_is_read_is_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, first: list[Example], second: list[Example]
-) -> None:
+def test_what_is_read_is_what_was_written(tmp_path_factory, first, second):
     every = first + second
     rows = on_disk([first, second], tmp_path_factory.mktemp("rows") / "r.arrow", group=b"g" * 16)
     memory = MemoryRows()

@@ -112,14 +112,12 @@ def test_errors_show_in_the_first_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 2**20])
-def test_lines_that_cannot_be_read_are_passed_over_and_told_once(
-    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_that_cannot_be_read_are_passed_over_and_told_once(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(row_stream, "KEPT_BYTES", kept)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "a"}\n{bad\n[1]\n{"text": "\xe9"}\n{"text": "b"}\n')
     told: list[tuple[str, str | None, object]] = []
-    stream = open_source(str(path), lambda error, reason, row: told.append((reason, error.where, row)))
+    stream = open_source(str(path), lambda error, row: told.append((error.reason, error.where, row)))
     stream.scan()
     assert [row for chunk in stream.chunks() for row in chunk] == [(1, {"text": "a"}), (5, {"text": "b"})]
     assert (stream.rows, stream.bad) == (2, 3)
@@ -135,7 +133,7 @@ def test_table_rows_with_other_cells_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("prompt,completion\na,b\nc\nd,e\n")
     told: list[str] = []
-    stream = open_source(str(path), lambda error, reason, row: told.append(reason))
+    stream = open_source(str(path), lambda error, row: told.append(error.reason))
     stream.scan()
     assert [number for chunk in stream.chunks() for number, _ in chunk] == [1, 3]
     assert told == ["another number of cells"]
@@ -145,7 +143,7 @@ def test_a_file_of_bad_lines_alone_is_refused_with_the_first_reason(tmp_path: Pa
     path = tmp_path / "d.jsonl"
     path.write_text("{bad\nworse\n")
     with pytest.raises(UserError) as refused:
-        open_source(str(path), lambda error, reason, row: None).scan()
+        open_source(str(path), lambda error, row: None).scan()
     assert "no row can be read" in refused.value.what
     assert refused.value.where == f"{path}, line 1"
 
@@ -190,9 +188,7 @@ def test_content_counts_and_not_the_name_of_a_small_file(tmp_path: Path) -> None
     assert a == b != c
 
 
-def test_a_large_file_that_was_written_to_is_another_even_with_its_old_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_file_that_was_written_to_is_another_even_with_its_old_time(tmp_path, monkeypatch):
     monkeypatch.setattr(row_stream, "SMALL_BYTES", 0)
     path = tmp_path / "large"
     path.write_bytes(bytes(8 * 2**20))

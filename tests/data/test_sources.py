@@ -264,9 +264,7 @@ def test_a_hub_id_is_loaded_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
         ("owner/name/en@5f3c:a+b", {"split": "a+b", "name": "en", "revision": "5f3c"}),
     ],
 )
-def test_a_hub_id_may_have_a_configuration_and_a_revision(
-    reference: str, asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_may_have_a_configuration_and_a_revision(reference, asked, monkeypatch):
     given = []
 
     def load(identity: str, **more: str) -> datasets.Dataset:

@@ -88,9 +88,7 @@ words = st.text(alphabet="ab é\n.1<|", max_size=8).map(lambda text: text + "x")
 
 
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.none() | words)
-def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(
-    turns: list[tuple[str, str]], system: str | None
-) -> None:
+def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(turns, system):
     tokenizer = make_tokenizer()
     conversation = talk(*(content for pair in turns for content in pair), system=system)
     ((encoded,),) = Encoder(tokenizer).encode([conversation], ["row 1"])

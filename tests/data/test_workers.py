@@ -89,9 +89,7 @@ def test_the_usual_variable_forbids_several(monkeypatch: pytest.MonkeyPatch) -> 
     assert processes() == 1
 
 
-def test_rows_read_by_several_processes_are_the_rows_read_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_read_by_several_processes_are_the_rows_read_by_one(tmp_path, monkeypatch):
     path = tmp_path / "d.jsonl"
     rows = [{"prompt": f"q {n % 90}", "completion": f"a {n % 90}" if n % 10 else 3, "g": n % 7} for n in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{bad\n")

@@ -77,9 +77,7 @@ def test_precision_that_cannot_be_is_refused(asked: str) -> None:
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_cuda_takes_bf16_from_capability_8(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
-) -> None:
+def test_cuda_takes_bf16_from_capability_8(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert choices.choose_precision("cuda:0").value == expected
 

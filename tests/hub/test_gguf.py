@@ -138,9 +138,7 @@ def test_loaded_model_and_tokenizer(folder: Path, written: tuple[Path, dict[str,
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_stand_alone_and_keep_the_spaces_before_them_together(
-    folder: Path, written: tuple[Path, dict[str, np.ndarray]]
-) -> None:
+def test_digits_stand_alone_and_keep_the_spaces_before_them_together(folder, written):
     """GPT-2's splitting, the fallback, would give the space before a digit to the digit: Ġ Ġ 1."""
     tokenizer = load(str(written[0]), precision="bf16", threads=str(torch.get_num_threads())).tokenizer
     assert tokenizer is not None
@@ -165,9 +163,7 @@ def test_damaged_files_leave_nothing_behind(tmp_path: Path, written: tuple[Path,
     assert left == []
 
 
-def test_two_at_once_convert_once(
-    tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_at_once_convert_once(tmp_path, written, monkeypatch):
     """The lock is on an open file, so that two threads stand for two processes."""
     conversions = []
 
@@ -185,9 +181,7 @@ def test_two_at_once_convert_once(
 
 
 @pytest.mark.parametrize("change", ["transformers", "gguf", "hub/gguf.py", "hub/gguf.py", "tensor_files.py", "file"])
-def test_a_file_is_converted_anew_by_another_version_or_code(
-    change: str, tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_converted_anew_by_another_version_or_code(change, tmp_path, written, monkeypatch):
     conversions = []
 
     def whole(path: Path, dtype: str, into: Path, say: object) -> None:
@@ -210,9 +204,7 @@ def test_a_file_is_converted_anew_by_another_version_or_code(
     assert gguf.converted(file, "fp32", lambda line: None) != first and len(conversions) == 2
 
 
-def test_interrupted_conversion_leaves_nothing_and_is_made_anew(
-    tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_conversion_leaves_nothing_and_is_made_anew(tmp_path, written, monkeypatch):
     def interrupted(path: Path, dtype: str, into: Path, say: object) -> None:
         (into / "config.json").write_text("half of i")
         raise KeyboardInterrupt

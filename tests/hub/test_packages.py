@@ -137,7 +137,9 @@ def test_concurrent_fetches_give_one_whole_folder(downloads: list[str]) -> None:
     assert {file.relative_to(found[0].parent).as_posix() for file in found[0].rglob("*.*")} == set(MEMBERS)
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", "a\\..\\b"])
+@pytest.mark.parametrize(
+    "name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", f"{STEM}\\..\\evil.txt"]
+)
 def test_members_that_would_leave_their_folder_are_refused(name: str, index: Path, downloads: list[str]) -> None:
     make_wheel(index, members=MEMBERS | {name: b"x"})
     assert "does not stay inside" in refusal(f"pypi:{NAME}==1.0").what
@@ -244,9 +246,7 @@ def test_without_any_installer_the_hint_names_both(index: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("version", "installed"), [("1.0", True), ("0.9", False)])
-def test_exactly_that_version_is_read_where_it_is_installed(
-    version: str, installed: bool, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exactly_that_version_is_read_where_it_is_installed(version, installed, index, tmp_path, monkeypatch):
     make_wheel(index, "0.9")
     site = tmp_path / "site"
     with zipfile.ZipFile(index / f"{STEM}-1.0-py3-none-any.whl") as archive:

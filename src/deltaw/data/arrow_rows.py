@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.report import MAX_ROW_BYTES, TOO_LONG, too_long
+from deltaw.data.report import MAX_ROW_BYTES, too_long
 from deltaw.data.row_files import OnBad, reading
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
@@ -509,7 +509,7 @@ def rows_of(
                 error = too_long(f"row {number}", max_bytes, where=f"{name}, row {number}", size=size)
                 if on_bad is None:
                     raise error
-                on_bad(error, TOO_LONG, f"<{size:,} bytes>")
+                on_bad(error, f"<{size:,} bytes>")
             first = stop
 
 

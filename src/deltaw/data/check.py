@@ -166,7 +166,7 @@ class _Collector:
 
     def add_source(self, source: Source) -> None:
         """Read all of its rows."""
-        stream = open_source(source.reference, self.facts.bad.add_unreadable, max_bytes=self._settings.max_row_bytes)
+        stream = open_source(source.reference, self.facts.bad.add, max_bytes=self._settings.max_row_bytes)
         stream.scan()
         columns = self._settings.columns if source.columns is None else source.columns
         form: Form | None = None

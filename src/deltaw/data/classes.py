@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltaw.data.formats import check_columns
+from deltaw.data.formats import check_columns, listed
 from deltaw.data.report import BadRowError
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Rows
@@ -199,11 +199,6 @@ def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
             where=where,
             hint="list the head's classes in its order in data.classes, or use a model without a head",
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first twenty of them."""
-    return ", ".join(f"'{name}'" for name in names[:20]) + (", …" if len(names) > 20 else "")
 
 
 def _check_found(classes: Sequence[str], rows: int, source: str) -> None:

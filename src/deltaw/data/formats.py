@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 from deltaw.data.messages import (
@@ -171,17 +172,22 @@ def read_record(row: Row, form: Form, columns: Mapping[str, str], where: str) ->
     """
     if columns:
         row = {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
-    for column in form.needs:
-        if row.get(column) is None:
-            found = "is empty (null)" if column in row else "is missing"
-            shown = columns.get(column, column)
-            raise BadRowError(
-                f"'{shown}' {found}",
-                reason=f"'{shown}' {found}",
-                where=where,
-                hint=f"every row of the format '{form.name}' has {_list(form.needs)}",
-            )
+    require(row, form.needs, where, f"every row of the format '{form.name}' has {listed(form.needs)}", columns)
     return form.read(row, where)
+
+
+def require(
+    row: Row, needs: Sequence[str], where: str, hint: str, columns: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raise a BadRowError if a row has no value in one of the columns that it needs.
+
+    Args:
+        columns: our name -> the file's column, for the message.
+    """
+    for column in needs:
+        if row.get(column) is None:
+            found = f"'{columns.get(column, column)}' is " + ("empty (null)" if column in row else "missing")
+            raise BadRowError(found, reason=found, where=where, hint=hint)
 
 
 def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
@@ -197,12 +203,13 @@ def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
     shapes = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in forms())
     return UserError(
         what,
-        where=f"{rows.name}, whose columns are {_list(rows.columns)}",
+        where=f"{rows.name}, whose columns are {listed(rows.columns)}",
         hint=f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}",
     )
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, the first twenty of them."""
     shown = ", ".join(f"'{name}'" for name in names[:20])
     return shown + (", …" if len(names) > 20 else "") if shown else "none"
 

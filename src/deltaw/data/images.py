@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from deltaw.data.example import RowGroup
 from deltaw.data.labels import AnyExample, LabeledExample
-from deltaw.data.packing import cut_by_length, microbatch_cost, side_by_side
+from deltaw.data.packing import cut_by_length, microbatch_cost, rows_of, side_by_side
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
 from deltaw.hub.folders import asks_for_code
@@ -206,46 +206,27 @@ class LabelMicroBatcher:
 
     def batches(self, rows: Sequence[AnyExample]) -> Iterator[LabelBatch]:
         """The microbatches of these rows, one after another, each laid out only when its turn comes."""
+        for part, length, pairs in self._parts(rows):
+            yield self._texts(part, length, pairs=pairs) if length else self._images(part)
+
+    def shapes(self, rows: Sequence[AnyExample]) -> list[tuple[int, int]]:
+        """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
+        return [(len(part), length or self.tokens_per_image) for part, length, _ in self._parts(rows)]
+
+    def _parts(self, rows: Sequence[Any]) -> Iterator[tuple[list[Any], int, bool]]:
+        """The rows of each microbatch, its padded length (0 for images), and whether they are pairs."""
         images = [row for row in rows if isinstance(row, ImageExample)]
         if images:
             at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
             for part in np.array_split(np.arange(len(images)), -(-len(images) // at_once)):
-                yield self._images([images[index] for index in part])
+                yield [images[index] for index in part], 0, False
             return
-        pairs = sorted((row for row in rows if isinstance(row, RowGroup)), key=_longest)
-        for start, stop, longest in self._cuts_of_pairs(pairs):
-            flat: list[Any] = [row for pair in pairs[start:stop] for row in pair.rows]
-            yield self._texts(flat, longest, pairs=True)
-        texts = sorted((row for row in rows if isinstance(row, LabeledExample)), key=len)
-        for start, stop, longest in self._cuts(texts):
-            yield self._texts(texts[start:stop], longest)
-
-    def shapes(self, rows: Sequence[AnyExample]) -> list[tuple[int, int]]:
-        """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
-        images = sum(isinstance(row, ImageExample) for row in rows)
-        if images:
-            at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
-            parts = np.array_split(np.arange(images), -(-images // at_once))
-            return [(len(part), self.tokens_per_image) for part in parts]
-        pairs = sorted((row for row in rows if isinstance(row, RowGroup)), key=_longest)
-        texts = sorted((row for row in rows if isinstance(row, LabeledExample)), key=len)
-        return [
-            *((2 * (stop - start), longest) for start, stop, longest in self._cuts_of_pairs(pairs)),
-            *((stop - start, longest) for start, stop, longest in self._cuts(texts)),
-        ]
-
-    def _cuts_of_pairs(self, pairs: Sequence[RowGroup]) -> Iterator[tuple[int, int, int]]:
-        """As :meth:`_cuts`, of pairs sorted by the longer text."""
-        lengths = [self._padded(_longest(pair)) for pair in pairs]
-        cost = microbatch_cost(self.device)
-        for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost, [2] * len(pairs)):
-            yield start, stop, lengths[stop - 1]
-
-    def _cuts(self, texts: Sequence[LabeledExample]) -> Iterator[tuple[int, int, int]]:
-        """Where each microbatch begins and ends among rows sorted by length, and its padded length."""
-        lengths = [self._padded(len(row)) for row in texts]
-        for start, stop in cut_by_length(lengths, self.tokens_per_pass, microbatch_cost(self.device)):
-            yield start, stop, lengths[stop - 1]
+        for kind, of_each in ((RowGroup, 2), (LabeledExample, 1)):
+            items: list[Any] = sorted((row for row in rows if isinstance(row, kind)), key=_longest)
+            lengths = [self._padded(_longest(item)) for item in items]
+            cost = microbatch_cost(self.device)
+            for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost, [of_each] * len(items)):
+                yield [row for item in items[start:stop] for row in rows_of(item)], lengths[stop - 1], of_each == 2
 
     def _padded(self, length: int) -> int:
         whole = -(-length // GRID) * GRID
@@ -289,5 +270,5 @@ class LabelMicroBatcher:
         return to_device(torch.tensor(labels, dtype=dtype), self.device)
 
 
-def _longest(pair: RowGroup) -> int:
-    return max(map(len, pair.rows))
+def _longest(item: Any) -> int:
+    return max(map(len, rows_of(item)))

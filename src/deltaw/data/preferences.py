@@ -19,10 +19,10 @@ import numpy as np
 from deltaw.data.check import Finding
 from deltaw.data.chunk import differ, example_of
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, Record, read_pair
+from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, Record, read_pair, require
 from deltaw.data.messages import WRONG_TYPE
 from deltaw.data.report import BadRowError, Refuse, Report, Say, silent
-from deltaw.data.row_reader import RowReader, RunData, require
+from deltaw.data.row_reader import RowReader, RunData
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
 from deltaw.data.settings import DataSettings

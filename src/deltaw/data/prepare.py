@@ -137,7 +137,7 @@ class TextReader:
         settings = self._settings
         encoder = Encoder(self._tokenizer, settings.template, settings.labels, settings.date)
         for source in sources_of(settings.train):
-            stream = open_source(source.reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes)
+            stream = open_source(source.reference, BadRows("skip").add, max_bytes=settings.max_row_bytes)
             stream.scan()
             own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
             for chunk in stream.chunks():

@@ -161,17 +161,10 @@ class _Payments(NodeTransformer):
     def _pair(self, name: str, node: nodes.BinExpr) -> nodes.Node:
         return self._of(name, [self.visit(node.left), self.visit(node.right)], node.lineno)
 
-    def visit_Sub(self, node: nodes.Sub) -> nodes.Node:
-        return self._pair("minus", node)
-
-    def visit_Mul(self, node: nodes.Mul) -> nodes.Node:
-        return self._pair("times", node)
-
-    def visit_Pow(self, node: nodes.Pow) -> nodes.Node:
-        return self._pair("power", node)
-
-    def visit_Mod(self, node: nodes.Mod) -> nodes.Node:
-        return self._pair("modulo", node)
+    visit_Sub = functools.partialmethod(_pair, "minus")
+    visit_Mul = functools.partialmethod(_pair, "times")
+    visit_Pow = functools.partialmethod(_pair, "power")
+    visit_Mod = functools.partialmethod(_pair, "modulo")
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         if len(node.ops) == 1:

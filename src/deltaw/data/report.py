@@ -110,7 +110,7 @@ class BadRowError(UserError):
         self.reason = reason
 
 
-def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> UserError:
+def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> BadRowError:
     """The error for a row that is not read because of its length.
 
     Args:
@@ -118,8 +118,9 @@ def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, 
         size: its bytes, where they are known without reading it. hint: what else may be wrong.
     """
     has = "has more" if size is None else f"has {size:,} bytes, more"
-    return UserError(
+    return BadRowError(
         f"{what} {has} than the {max_bytes:,} bytes that a row may have",
+        reason=TOO_LONG,
         where=where,
         hint=(hint and f"{hint}; ") + "if it is meant to be that long, raise data.max_row_bytes",
     )
@@ -168,16 +169,8 @@ class BadRows:
         shown = _shown(row)
         self._put({"where": error.where, "reason": error.reason, "error": error.what, "row": shown})
 
-    def add_unreadable(self, error: UserError, reason: str, row: object) -> None:
-        """As :meth:`add`, for a row that a file's reader cannot read."""
-        self.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
-
-    def extend(self, other: BadRows) -> None:
-        """Add rows that were skipped elsewhere."""
-        self.put(other.lines())
-
-    def put(self, lines: Iterable[dict[str, object]]) -> None:
-        """Add rows as :meth:`lines` tells them."""
+    def extend(self, lines: Iterable[dict[str, object]]) -> None:
+        """Add rows that were skipped elsewhere, as :meth:`lines` tells them."""
         for line in lines:
             self._put(line)
 

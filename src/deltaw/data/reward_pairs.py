@@ -53,7 +53,7 @@ def are_pairs(train: Train, settings: DataSettings) -> bool:
     if set(PAIR_COLUMNS) <= set(columns):
         return True
     source, most = sources_of(train)[0].reference, settings.max_row_bytes
-    stream = open_source(source, BadRows("skip").add_unreadable, max_bytes=most)
+    stream = open_source(source, BadRows("skip").add, max_bytes=most)
     stream.scan()
     return set(PAIR_COLUMNS) <= (set(stream.columns) - set(columns.values())) | set(columns)
 

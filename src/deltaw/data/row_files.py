@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from deltaw.data.report import MAX_ROW_BYTES, TOO_LONG, too_long
+from deltaw.data.report import MAX_ROW_BYTES, BadRowError, too_long
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
 
@@ -81,9 +81,8 @@ KNOWN = "jsonl, json, csv, tsv (also as .gz, .bz2, .xz, .zst), parquet or arrow"
 _XZ_BYTES = 256 * 2**20
 _BLOCK = 2**16
 
-# Told of a row that cannot be read, where such rows are to be skipped: the error, the kind of fault in a few
-# words, and the row as it stands in the file.
-OnBad = Callable[[UserError, str, object], None]
+# Told of a row that cannot be read, where such rows are to be skipped, and given the row as it stands in the file.
+OnBad = Callable[[BadRowError, object], None]
 
 
 def kind_of(path: Path) -> str | None:
@@ -205,12 +204,14 @@ def read_lines(
         size = len(line)
         try:
             if size > max_bytes:
-                raise _long_line(number, begin, name, max_bytes)
+                where = f"{name}, line {number} (from byte {begin:,} of its text on)"
+                hint = "every line is one JSON object, and a file that is one list is named .json"
+                raise too_long(f"line {number}", max_bytes, where=where, hint=hint)
             row = _row_of_line(line, number, name)
-        except _BadLine as bad:
+        except BadRowError as bad:
             if on_bad is None:
-                raise bad.error from bad.__cause__
-            on_bad(bad.error, bad.reason, line.decode("utf-8", "replace"))
+                raise
+            on_bad(bad, line.decode("utf-8", "replace"))
             row = None
         if row is not None:
             yield number, row, size
@@ -219,49 +220,21 @@ def read_lines(
         begin += size
 
 
-def _long_line(number: int, begin: int, name: str, max_bytes: int) -> _BadLine:
-    where = f"{name}, line {number} (from byte {begin:,} of its text on)"
-    hint = "every line is one JSON object, and a file that is one list is named .json"
-    return _BadLine(too_long(f"line {number}", max_bytes, where=where, hint=hint), TOO_LONG)
-
-
-class _BadLine(Exception):
-    def __init__(self, error: UserError, reason: str) -> None:
-        super().__init__(reason)
-        self.error = error
-        self.reason = reason
-
-
 def _row_of_line(line: bytes, number: int, name: str) -> Row | None:
     """The object of a line; None for a blank one."""
-    try:
-        text = decode(line, name, first_line=number)
-    except UserError as error:
-        raise _BadLine(error, "not UTF-8") from error.__cause__
+    text = decode(line, name, first_line=number)
     if not text.strip():
         return None
-    hint = "every line is one JSON object, such as "
+    where, hint = f"{name}, line {number}", "every line is one JSON object, such as "
     try:
         row = parse(text)
     except ValueError as error:
         said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise _BadLine(
-            UserError(
-                f"line {number} is not JSON: {said}",
-                where=f"{name}, line {number}",
-                hint=hint + '{"prompt": "…", "completion": "…"}',
-            ),
-            "not JSON",
-        ) from error
+        what, hint = f"line {number} is not JSON: {said}", hint + '{"prompt": "…", "completion": "…"}'
+        raise BadRowError(what, reason="not JSON", where=where, hint=hint) from error
     if not isinstance(row, dict):
-        raise _BadLine(
-            UserError(
-                f"line {number} is not a JSON object but a {type(row).__name__}",
-                where=f"{name}, line {number}",
-                hint=hint + '{"text": "…"}',
-            ),
-            "not a JSON object",
-        )
+        what, hint = f"line {number} is not a JSON object but a {type(row).__name__}", hint + '{"text": "…"}'
+        raise BadRowError(what, reason="not a JSON object", where=where, hint=hint)
     return row
 
 
@@ -277,11 +250,12 @@ def decode(data: bytes, name: str, first_line: int = 1) -> str:
         raise not_utf8(error, name, first_line) from error
 
 
-def not_utf8(error: UnicodeDecodeError, name: str, first_line: int) -> UserError:
+def not_utf8(error: UnicodeDecodeError, name: str, first_line: int) -> BadRowError:
     """The error for bytes whose first ones are in line ``first_line``."""
     line = first_line + error.object.count(b"\n", 0, error.start)
-    return UserError(
+    return BadRowError(
         f"line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})",
+        reason="not UTF-8",
         where=f"{name}, line {line}",
         hint="save the file as UTF-8",
     )
@@ -346,15 +320,16 @@ class TableReader:
                 continue
             self._count += 1
             if len(cells) != len(self.header):
-                error = UserError(
+                error = BadRowError(
                     f"row {self._count} has {len(cells)} cells, the "
                     f"{'header' if self.has_header else 'first row'} has {len(self.header)}",
+                    reason="another number of cells",
                     where=f"{self._name}, row {self._count} (ends in line {self._reader.line_num})",
                     hint=f"put cells that hold a {'tab' if self._delimiter != ',' else 'comma'} in quotes",
                 )
                 if self._on_bad is None:
                     raise error
-                self._on_bad(error, "another number of cells", cells)
+                self._on_bad(error, cells)
                 continue
             yield self._count, cells
 

@@ -18,7 +18,7 @@ import numpy as np
 from deltaw.data.check import Check, Finding, bad_rows_found, count_rows, lengths_of, ordered
 from deltaw.data.chunk import Account, LongRows, limited, nothing_left
 from deltaw.data.example import RowGroup
-from deltaw.data.formats import check_columns
+from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.packing import Piece, joined, pieces, rows_of
@@ -291,7 +291,7 @@ class RowReader(abc.ABC, Generic[Item]):
         Raises:
             UserError: they cannot be read, or lack a column.
         """
-        on_bad = self.bad.add_unreadable if self.bad.mode == "skip" else None
+        on_bad = self.bad.add if self.bad.mode == "skip" else None
         found = []
         for source in sources_of(train):
             if source.weight != 1 or source.columns is not None or source.form is not None:
@@ -442,11 +442,3 @@ def _finding(
     return Finding(
         name, "warning", len(items) if count is None else count, f"{count_rows(len(items))} {text}", hint, places
     )
-
-
-def require(row: Row, columns: Sequence[str], where: str, hint: str) -> None:
-    """Raise a BadRowError if a row has no value in one of these columns."""
-    for column in columns:
-        if row.get(column) is None:
-            found = f"'{column}' is " + ("empty (null)" if column in row else "missing")
-            raise BadRowError(found, reason=found, where=where, hint=hint)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deltaw.data.arrow_rows import ArrowRows, rows_of
-from deltaw.data.report import MAX_ROW_BYTES
+from deltaw.data.report import MAX_ROW_BYTES, BadRowError
 from deltaw.data.row_files import (
     TYPED,
     OnBad,
@@ -200,7 +200,7 @@ class RowStream:
         self._on_bad = on_bad
         self._first_bad: UserError | None = None
         self._stamps = [part.stamp() for part in parts]
-        self._kept: list[tuple[str, list[int], list[Row]]] | None = []
+        self._kept: list[list[NumberedRow]] | None = []
 
     @property
     def bytes(self) -> int:
@@ -235,8 +235,7 @@ class RowStream:
                 self.rows += known[1]
                 self._kept = None
                 continue
-            numbers: list[int] = []
-            rows: list[Row] = []
+            kept: list[NumberedRow] = []
             for number, row, size in part.read(None if self._on_bad is None else self._skipped):
                 self.rows += 1
                 if not columns.keys() >= row.keys():
@@ -246,17 +245,15 @@ class RowStream:
                     columns.update(dict.fromkeys(row))
                 if self._kept is not None:
                     taken += size
-                    numbers.append(number)
-                    rows.append(row)
+                    kept.append((number, row, size))
                     if taken > KEPT_BYTES:
-                        self._kept = None
-                        numbers, rows = [], []
+                        self._kept, kept = None, []
                 if self.rows % CHUNK_ROWS == 0:
                     on_rows(self.rows, self.position)
             if self._kept is not None:
-                self._kept.append((part.name, numbers, rows))
+                self._kept.append(kept)
         if not self.rows:
-            raise _empty(self.name, self._first_bad)
+            raise empty_file(self.name, self._first_bad)
         self.columns = list(columns)
 
     def chunks(self) -> Iterator[Rows]:
@@ -268,7 +265,7 @@ class RowStream:
         count = 0
         for part in self._parts:
             part.position = 0
-        for chunk in self._read_chunks() if self._kept is None else self._kept_chunks():
+        for chunk in self._chunks():
             count += len(chunk)
             yield chunk
         stamps = [part.stamp() for part in self._parts]
@@ -280,39 +277,32 @@ class RowStream:
                 hint="start again when nothing writes to it",
             )
 
-    def _kept_chunks(self) -> Iterator[Rows]:
-        for name, numbers, rows in self._kept or ():
-            for start in range(0, len(rows), CHUNK_ROWS):
-                part = slice(start, start + CHUNK_ROWS)
-                yield self._chunk(name, numbers[part], rows[part])
-
-    def _read_chunks(self) -> Iterator[Rows]:
+    def _chunks(self) -> Iterator[Rows]:
         passed_over = None if self._on_bad is None else _told_before
-        for part in self._parts:
-            numbers: list[int] = []
-            rows: list[Row] = []
-            taken = 0
-            for number, row, size in part.read(passed_over):
-                numbers.append(number)
-                rows.append(row)
-                taken += size
-                if len(rows) == CHUNK_ROWS or taken >= CHUNK_BYTES:
-                    yield self._chunk(part.name, numbers, rows)
-                    numbers, rows, taken = [], [], 0
-            if rows:
-                yield self._chunk(part.name, numbers, rows)
+        for place, part in enumerate(self._parts):
+            source = iter(part.read(passed_over) if self._kept is None else self._kept[place])
+            while found := list(_chunk_of(source)):
+                numbers, rows, _ = zip(*found, strict=True)
+                yield Rows(self.name, [(part.name, numbers, rows)], self.columns, fills_nulls=self.fills_nulls)
 
-    def _chunk(self, part: str, numbers: list[int], rows: list[Row]) -> Rows:
-        return Rows(self.name, [(part, numbers, rows)], self.columns, fills_nulls=self.fills_nulls)
-
-    def _skipped(self, error: UserError, reason: str, row: object) -> None:
+    def _skipped(self, error: BadRowError, row: object) -> None:
         self.bad += 1
         self._first_bad = self._first_bad or error
         if self._on_bad is not None:
-            self._on_bad(error, reason, row)
+            self._on_bad(error, row)
 
 
-def _told_before(error: UserError, reason: str, row: object) -> None:
+def _chunk_of(rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
+    """The next rows, until they fill a chunk."""
+    taken = 0
+    for count, row in enumerate(rows, start=1):
+        yield row
+        taken += row[2]
+        if count == CHUNK_ROWS or taken >= CHUNK_BYTES:
+            return
+
+
+def _told_before(error: BadRowError, row: object) -> None:
     """The first reading told of it."""
 
 
@@ -350,7 +340,8 @@ def _too_many_columns(name: str, number: int) -> UserError:
     )
 
 
-def _empty(name: str, bad: UserError | None) -> UserError:
+def empty_file(name: str, bad: UserError | None = None) -> UserError:
+    """The error for a file without a row that can be read; ``bad`` is what was said of the first."""
     if bad is not None:
         return UserError(f"no row can be read; the first error: {bad.what}", where=bad.where, hint=bad.hint)
     return UserError("the file is empty: it has no row", where=name, hint="name the file that has the rows")

@@ -21,7 +21,7 @@ from deltaw.contained import require_contained
 from deltaw.data.example import RowGroup
 from deltaw.data.report import MAX_ROW_BYTES, Report
 from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
-from deltaw.data.row_stream import FilePart, HubPart, RowStream
+from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
 from deltaw.data.rows import Row, Rows, Table
 from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
 from deltaw.errors import UserError, did_you_mean, nearest
@@ -67,7 +67,7 @@ def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = M
     parts = [(name, *_read_file(path, name, on_bad, max_bytes, room)) for path, name in found]
     rows = Rows(reference, parts, fills_nulls=fills)
     if not len(rows):
-        raise _empty(reference)
+        raise empty_file(reference)
     return rows
 
 
@@ -219,10 +219,6 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
     if not len(found):
         raise UserError("the data set is empty: it has no row", where=reference, hint="name another split")
     return found
-
-
-def _empty(name: str) -> UserError:
-    return UserError("the file is empty: it has no row", where=name, hint="name the file that has the rows")
 
 
 def _missing(path: Path, reference: str) -> UserError:

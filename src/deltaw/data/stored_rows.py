@@ -15,12 +15,15 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +34,7 @@ from deltaw.data.chunk import Account, ChunkReader, LongRows, nothing_left
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say
+from deltaw.data.report import BadRows, Progress, Report, Say
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
 from deltaw.data.row_stream import RowStream, sample
 from deltaw.data.rows import Rows
@@ -398,113 +401,66 @@ def in_order(items: Iterable[Item], work: Callable[[Item], Result], count: int) 
     if count <= 1:
         yield from map(work, items)
         return
-    workers = [_Worker(work) for _ in range(count)]
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(work, os.getpid()))
+    waiting: deque[Future[Any]] = deque()
     try:
-        yield from _in_order(items, workers)
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-def _in_order(items: Iterable[Item], workers: list[_Worker]) -> Iterator[Any]:
-    left = iter(items)
-    free = deque(workers)
-    done: dict[int, Any] = {}
-    numbers: dict[_Worker, int] = {}
-    given = taken = 0
-    ended = False
-    while True:
-        while free and not ended and given - taken < 2 * len(workers):
-            try:
-                item = next(left)
-            except StopIteration:
-                ended = True
-                break
-            worker = free.popleft()
-            worker.give(item)
-            numbers[worker] = given
-            given += 1
-        if ended and given == taken:
-            return
-        busy = {worker.connection: worker for worker in numbers}
-        for connection in wait(list(busy)) if taken not in done else []:
-            worker = busy[connection]  # type: ignore[index]
-            done[numbers.pop(worker)] = worker.take()
-            free.append(worker)
-        while taken in done:
-            result = done.pop(taken)
-            taken += 1
-            yield result
-
-
-class _Worker:
-    """One process, and the connection to it."""
-
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        context = multiprocessing.get_context("fork")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, work, os.getpid()), daemon=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # other threads: theirs are not used there
-            self._process.start()
-        theirs.close()
-
-    def give(self, item: object) -> None:
-        try:
-            self.connection.send(item)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._gone() from error
-
-    def take(self) -> Any:
-        try:
-            kind, result = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise self._gone() from error
-        if kind == "done":
-            return result
-        if kind == "user":
-            error_type, state = result
-            told: UserError = error_type.__new__(error_type)
-            told.args, told.__dict__ = state
-            raise told
-        raise RuntimeError(f"a process that reads rows failed:\n{result}")
-
-    def _gone(self) -> UserError:
-        self._process.join(5)
-        return UserError(
-            f"a process that reads rows was ended (status {self._process.exitcode})",
+        for item in items:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # other threads: theirs are not used there
+                waiting.append(pool.submit(_answer, item))
+            if len(waiting) == 2 * count:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads rows was ended",
             hint="if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less",
-        )
-
-    def close(self) -> None:
-        self.connection.close()
-        self._process.terminate()
-        self._process.join(5)
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any], parent: int) -> None:
-    """Work on items until there are no more, or nobody waits for them."""
+def _result(answer: Future[Any]) -> Any:
+    result, refused = answer.result()
+    if refused is None:
+        return result
+    error_type, (args, state) = refused
+    told: UserError = error_type.__new__(error_type)
+    told.args, told.__dict__ = args, state
+    raise told
+
+
+# In a process of the pool: the work.
+_work: Callable[[Any], Any]
+
+
+def _begin(work: Callable[[Any], Any], parent: int) -> None:
+    """What a process does first."""
+    global _work
+    _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one thread
-    while True:
-        while not connection.poll(_ALONE_SECONDS):
-            if os.getppid() != parent:
-                os._exit(1)
-        try:
-            item = connection.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            answer: tuple[str, Any] = ("done", work(item))
-        except UserError as error:
-            answer = ("user", (type(error), (error.args, error.__dict__)))
-        except BaseException:
-            answer = ("failed", traceback.format_exc())
-        try:
-            connection.send(answer)
-        except (BrokenPipeError, ConnectionResetError):
-            os._exit(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, which may be killed and tell nobody."""
+    while os.getppid() == parent:
+        time.sleep(_ALONE_SECONDS)
+    os._exit(1)
+
+
+def _answer(item: Any) -> tuple[Any, Any]:
+    """The result of the work on an item, or a user's error in parts, since an error is not pickled whole."""
+    try:
+        return _work(item), None
+    except UserError as error:
+        return None, (type(error), (error.args, error.__dict__))
+    except Exception as error:
+        raise RuntimeError(f"a process that reads rows failed:\n{traceback.format_exc()}") from error
 
 
 # ---- stored rows
@@ -564,7 +520,7 @@ def read_stored(
         read = None if cache is None else cache.find(reading.known)
         if read is None:
             read = reading.into(opened.enter_context(RowWriter(cache)))
-    bad.extend(reading.bad)
+    bad.extend(reading.bad.lines())
     return read
 
 
@@ -607,11 +563,7 @@ class _Reading:
     ) -> _Reading:
         bad = BadRows(settings.bad_rows)
         encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
-
-        def on_bad(error: UserError, reason: str, row: object) -> None:
-            bad.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
-
-        skip = on_bad if settings.bad_rows == "skip" else None
+        skip = bad.add if settings.bad_rows == "skip" else None
         streams = [open_source(source.reference, skip, max_bytes=settings.max_row_bytes) for source in sources]
         name = " + ".join(source.reference for source in sources)
         return cls(sources, streams, settings, encoder, bad, seed, say, name)
@@ -623,7 +575,7 @@ class _Reading:
     def known(self, rows: RowStore, facts: dict[str, Any], skipped: Path) -> Read:
         """Rows that were kept, with what was counted when they were made, and the list of skipped ones."""
         if facts["report"]["bad_rows"]:
-            self.bad.extend(BadRows.read(skipped))
+            self.bad.extend(BadRows.read(skipped).lines())
         told = dict(facts["report"])
         told["unused_columns"] = tuple(told["unused_columns"])
         return Read(rows, Report(source=self.name, **told), list(facts["ends"]))
@@ -645,7 +597,7 @@ class _Reading:
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
             long.extend(part.long)
-            self.bad.put(part.skipped)
+            self.bad.extend(part.skipped)
             progress.at(part.end, sum(stream.position for stream in self.streams))
         if long.count:
             raise long.error(self.settings.max_length)

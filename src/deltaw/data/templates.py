@@ -594,11 +594,11 @@ class Encoder:
             whole = prompt + self._tokenize([answer.said])[0]
             if self._text(whole) != self._text(self._tokenize([text])[0]):
                 what = f"the tokens of the prompt change when turn {answer.turn + 1} follows"
-                raise _not_found(what, draft)
+                raise _refused(what, draft.where)
         if not answer.ended:
             return self._with_eos(whole)
         if answer.said and whole[-1] not in self._special_ids:
-            raise _not_found(f"the end of turn {answer.turn + 1} is not found in the tokens", draft)
+            raise _refused(f"the end of turn {answer.turn + 1} is not found in the tokens", draft.where)
         return whole
 
     def _text(self, tokens: list[int]) -> str:
@@ -648,12 +648,3 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if marked[start : start + len(bare)] == bare:
             return list(marked[:start])
     return []
-
-
-def _not_found(what: str, draft: _Draft) -> BadRowError:
-    return BadRowError(
-        f"the labels cannot be found with the model's chat template: {what}",
-        reason="labels not found with the chat template",
-        where=draft.where,
-        hint="set data.template: plain to do without the template, or data.chat_template to one of your own",
-    )

@@ -45,13 +45,12 @@ def processor_quota(root: Path = Path("/")) -> float | None:
     """
     quotas = []
     for folder in _group_folders(root, "cpu"):
+        # Two numbers in one file, or one in each of two.
         unified = _words(folder / "cpu.max")
-        if len(unified) == 2 and unified[0].isdigit() and int(unified[1]) > 0:
-            quotas.append(int(unified[0]) / int(unified[1]))
-        quota = _positive(folder / "cpu.cfs_quota_us")
-        period = _positive(folder / "cpu.cfs_period_us")
-        if quota and period:
-            quotas.append(quota / period)
+        apart = [*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1]]
+        for quota in (unified, apart):
+            if len(quota) == 2 and all(word.isdigit() and int(word) > 0 for word in quota):
+                quotas.append(int(quota[0]) / int(quota[1]))
     return min(quotas, default=None)
 
 
@@ -61,13 +60,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     ``memory.high`` counts as a limit too: above it the kernel reclaims so hard that a run crawls. Version 1
     writes a number near 2⁶³ for "no limit"; comparing with the physical memory is the caller's part.
     """
-    limits = []
-    for folder in _group_folders(root, "memory"):
-        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            limit = _positive(folder / name)
-            if limit:
-                limits.append(limit)
-    return min(limits, default=None)
+    return min((limit for folder in _group_folders(root, "memory") for limit in _limits(folder)), default=None)
 
 
 def memory_free(root: Path = Path("/")) -> int | None:
@@ -77,19 +70,24 @@ def memory_free(root: Path = Path("/")) -> int | None:
     """
     free = []
     for folder in _group_folders(root, "memory"):
-        names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-        limits = [limit for name in names if (limit := _positive(folder / name))]
+        limits = _limits(folder)
         used = _positive(folder / "memory.current") or _positive(folder / "memory.usage_in_bytes")
         if limits and used is not None:
-            stat = dict(line.split()[:2] for line in _lines(folder / "memory.stat") if " " in line)
+            stat = dict(line.split()[:2] for line in lines_of(folder / "memory.stat") if " " in line)
             droppable = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
             free.append(max(0, min(limits) - used + int(droppable)))
     return min(free, default=None)
 
 
+def _limits(folder: Path) -> list[int]:
+    """The limits on the memory of a group."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    return [limit for name in names if (limit := _positive(folder / name))]
+
+
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
     """The folders of the process's group and of every group above it, for one controller."""
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in lines_of(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if not controllers:
@@ -110,7 +108,7 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
                     yield folder
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """The lines of a small kernel file; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -119,7 +117,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _words(path: Path) -> list[str]:
-    lines = _lines(path)
+    lines = lines_of(path)
     return lines[0].split() if lines else []
 
 

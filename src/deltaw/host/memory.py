@@ -26,7 +26,7 @@ LARGEST_KEPT = 2**25
 
 def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
     """The bytes of main memory that this process may hold: control group or physical, the smaller."""
-    physical = _physical_memory(root)
+    physical = _sizes(root / "proc/meminfo").get("MemTotal") or int(psutil.virtual_memory().total)
     limit = choices.memory_limit(root)
     if limit is not None and limit < physical:
         return Choice(limit, "control group limit")
@@ -35,22 +35,15 @@ def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
 
 def free_memory_bytes(root: Path = _ROOT) -> int:
     """The bytes of main memory that this process could still take: the machine's, or its control group's."""
-    available = int(psutil.virtual_memory().available)
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
+    available = _sizes(root / "proc/meminfo").get("MemAvailable") or int(psutil.virtual_memory().available)
     in_group = choices.memory_free(root)
     return available if in_group is None else min(available, in_group)
 
 
 def swap_bytes(root: Path = _ROOT) -> tuple[int, int]:
     """The bytes of swap space in use, and of all."""
-    sizes = {}
-    for line in _read(root / "proc/meminfo").splitlines():
-        key, _, value = line.partition(":")
-        if key in ("SwapTotal", "SwapFree"):
-            sizes[key] = int(value.split()[0]) * 1024
-    if len(sizes) == 2:
+    sizes = _sizes(root / "proc/meminfo")
+    if "SwapTotal" in sizes and "SwapFree" in sizes:
         return sizes["SwapTotal"] - sizes["SwapFree"], sizes["SwapTotal"]
     swap = psutil.swap_memory()
     return int(swap.used), int(swap.total)
@@ -63,10 +56,9 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes(root: Path = _ROOT) -> int:
     """The most bytes of main memory that this process has held so far."""
-    status = _read(root / "proc/self/status")
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    peak = _sizes(root / "proc/self/status").get("VmHWM")
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource  # not on Windows, hence not above
@@ -105,10 +97,9 @@ def release_free_memory() -> None:
 
 def trim_memory() -> None:
     """The same without collecting unreachable objects: holes that tensors of many sizes left go back."""
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):
-            library.malloc_trim(0)
+    library = _allocator()
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
@@ -120,13 +111,8 @@ def keep_freed_memory() -> None:
     last one left, once smaller tensors lie in it, and the peak would grow by such a matrix. Whoever has set
     the allocator through the environment keeps those settings.
     """
-    told = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-    if sys.platform != "linux" or any(name in os.environ for name in told):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_M_TRIM_THRESHOLD, 2**30)
-        library.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)
+    options = {_M_TRIM_THRESHOLD: 2**30, _M_MMAP_THRESHOLD: LARGEST_KEPT}
+    _set_allocator(options, unless=("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"))
 
 
 def give_large_blocks_back() -> None:
@@ -136,12 +122,8 @@ def give_large_blocks_back() -> None:
     them would add up to a large part of the model. What is free at the heap's end goes back too, since glibc
     would cut large blocks from it. Where it is not glibc's allocator, nothing happens.
     """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):
-            for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-                library.mallopt(parameter, 2**20)
-            trim_memory()
+    if _set_allocator({_M_TRIM_THRESHOLD: 2**20, _M_MMAP_THRESHOLD: 2**20}):
+        trim_memory()
 
 
 def share_heaps() -> None:
@@ -151,23 +133,29 @@ def share_heaps() -> None:
     requests would leave tens of megabytes in each. Whoever has set the allocator through the environment
     keeps those settings.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_M_ARENA_MAX, 2)
+    _set_allocator({_M_ARENA_MAX: 2}, unless=("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"))
 
 
-def _physical_memory(root: Path) -> int:
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.virtual_memory().total)
+def _allocator() -> ctypes.CDLL | None:
+    """The library with this process's allocator, where it may be glibc's."""
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _read(path: Path) -> str:
-    """A small kernel file's text; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _set_allocator(options: dict[int, int], unless: tuple[str, ...] = ()) -> bool:
+    """Set options of glibc's allocator, unless one of these variables is set; whether that was done."""
+    library = _allocator()
+    if library is None or not hasattr(library, "mallopt") or any(name in os.environ for name in unless):
+        return False
+    for option, value in options.items():
+        library.mallopt(option, value)
+    return True
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The sizes that a kernel file tells in kB, in bytes by their names."""
+    found = {}
+    for line in choices.lines_of(path):
+        key, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            found[key] = int(value.split()[0]) * 1024
+    return found

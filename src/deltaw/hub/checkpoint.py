@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from deltaw.cache import file_state, of_files, require_unchanged
 from deltaw.errors import UserError
-from deltaw.hub.folders import shards_of
+from deltaw.hub.folders import every_shard
 from deltaw.lora import fingerprint
 from deltaw.lora.fingerprint import Values, in_threads, note_values, saved_tensors, values_of
 from deltaw.tensor_files import DTYPES, StoredTensor, read_header
@@ -118,7 +118,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        files = _files_of_index(folder / INDEX)
+        files = every_shard(folder / INDEX)
     else:
         files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not files:
@@ -148,19 +148,6 @@ def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None
         if candidate not in taken and renamed(candidate) == (parameter, False):
             return candidate
     return None
-
-
-def _files_of_index(path: Path) -> list[str]:
-    files = shards_of(path)
-    for file in files:
-        if not (path.parent / file).is_file():
-            raise UserError(
-                f"the weight file '{file}' is missing", where=str(path.parent), hint="fetch the model again"
-            )
-    return files
-
-
-__all__ = ["Checkpoint", "Names", "name_for", "names_on_disk", "read_checkpoint"]
 
 
 # ---- The values in a model's weight files, for the fingerprint of its weights (``lora/fingerprint.py``).

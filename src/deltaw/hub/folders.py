@@ -207,7 +207,7 @@ def _folder(path: Path, name: str) -> Source:
     require_own_files(path)
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        _require_every_shard(index)
+        every_shard(index)
     elif not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
         if pickled:
@@ -224,8 +224,12 @@ def _folder(path: Path, name: str) -> Source:
     return Source("folder", path, path.resolve().name or name)
 
 
-def _require_every_shard(index: Path) -> None:
-    """Raise a UserError unless every file that the index of a split checkpoint names is there."""
+def every_shard(index: Path) -> list[str]:
+    """The files that the index of a split checkpoint names.
+
+    Raises:
+        UserError: one is missing, or the index cannot be used.
+    """
     shards = shards_of(index)
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
@@ -234,6 +238,7 @@ def _require_every_shard(index: Path) -> None:
             where=str(index.parent),
             hint="fetch the model again",
         )
+    return shards
 
 
 def _hint_for_folder(path: Path) -> str:

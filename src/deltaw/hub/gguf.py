@@ -82,11 +82,8 @@ def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | No
     They come from the model's generation configuration, the tokenizer's ``eos``, and those end-of-turn
     tokens that the tokenizer knows as one added token. Either argument may be None.
     """
-    found: set[int] = set()
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        declared = getattr(config, "eos_token_id", None)
-        if declared is not None:
-            found.update([declared] if isinstance(declared, int) else declared)
+    configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+    found = {end for config in configs for end in _declared(getattr(config, "eos_token_id", None))}
     if tokenizer is not None:
         if tokenizer.eos_token_id is not None:
             found.add(int(tokenizer.eos_token_id))
@@ -109,10 +106,13 @@ def terminators_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
         if not (folder / name).is_file():
             continue
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        declared = settings.get("eos_token_id")
-        if declared is not None:
-            found.update([declared] if isinstance(declared, int) else declared)
+        found.update(_declared(settings.get("eos_token_id")))
     return sorted(found)
+
+
+def _declared(ends: int | list[int] | None) -> list[int]:
+    """What a configuration says of tokens that end a text, as a list."""
+    return [] if ends is None else [ends] if isinstance(ends, int) else ends
 
 
 # ---- Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
@@ -147,10 +147,6 @@ class BlockEntry:
     columns: int
     offset: int
     order: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return asdict(self)
 
 
 @dataclass
@@ -281,7 +277,7 @@ def _add_plain(
 
 
 # What the values of a file's blocks depend on, besides the file.
-MADE_BY = ("transformers", "gguf", "deltaw.hub.gguf", "deltaw.hub.gguf", "deltaw.kernels")
+MADE_BY = ("transformers", "gguf", "deltaw.hub.gguf", "deltaw.kernels")
 # Bytes that are read at a time where rows are put into another order.
 READ_AT_ONCE = 1 << 22
 
@@ -469,8 +465,7 @@ def _read_into(source: BinaryIO, data: Tensor) -> None:
 LIMIT_BYTES = 256 * 2**30
 CONVERTED_BY = (
     *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
-    *("deltaw.hub.gguf", "deltaw.hub.gguf", "deltaw.hub.gguf", "deltaw.tensor_files"),
-    "deltaw.kernels.block_linear",
+    *("deltaw.hub.gguf", "deltaw.tensor_files", "deltaw.kernels.block_linear"),
 )
 
 # Vocabularies learned with every digit on its own, under the names that llama.cpp gives them.
@@ -652,11 +647,11 @@ def _without_values(path: Path) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path, done: str) -> Iterator[None]:
+def _damage_named(path: Path, done: str, what: str = "the .gguf file") -> Iterator[None]:
     """Make a UserError of what a damaged file lets its readers raise, whatever they stumble over.
 
     Args:
-        done: what is done to the file meanwhile, as "read".
+        done: what is done to the file meanwhile, as "read". what: of it is read.
     """
     try:
         yield
@@ -664,7 +659,7 @@ def _damage_named(path: Path, done: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"the .gguf file cannot be {done}: {_first_line(error)}",
+            f"{what} cannot be {done}: {_first_line(error)}",
             where=str(path),
             hint="fetch the file again, or give the model's safetensors folder instead",
         ) from error
@@ -680,7 +675,7 @@ def _save_index(path: Path, model: PreTrainedModel, into: Path) -> None:
         model.generation_config.save_pretrained(into)
     save_tensors(into / "model.safetensors", found.plain, {"format": "pt"})
     save_tensors(into / ORDERS, found.orders, {})
-    lines = {"parameters": [entry.as_dict() for entry in found.entries]}
+    lines = {"parameters": [asdict(entry) for entry in found.entries]}
     (into / INDEX).write_text(json.dumps(lines), encoding="utf-8")
 
 
@@ -700,16 +695,8 @@ def _clean(model: PreTrainedModel) -> None:
 
 def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     """The tokenizer, and what to say about it."""
-    try:
+    with _damage_named(path, "read", "the tokenizer inside the .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
-        raise UserError(
-            f"the tokenizer inside the .gguf file cannot be read: {_first_line(error)}",
-            where=str(path),
-            hint="give the model's safetensors folder instead",
-        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             "the .gguf file's tokenizer is of a kind that cannot be saved",

@@ -231,25 +231,9 @@ class CausalTask(Task):
         return TextReader(settings, self.tokenizer, folder=self.folder, say=self._say)
 
     def batcher(
-        self,
-        model: PreTrainedModel,
-        examples: Sequence[Any],
-        *,
-        device: str,
-        tokens_per_pass: int | str,
-        share: bool | str,
-        method_shares: bool,
-        virtual_tokens: int,
+        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
     ) -> tuple[AnyBatcher, dict[str, Choice]]:
-        return choose_causal_batcher(
-            model,
-            examples,
-            device=device,
-            tokens_per_pass=tokens_per_pass,
-            share=share,
-            method_shares=method_shares,
-            virtual_tokens=virtual_tokens,
-        )
+        return choose_causal_batcher(model, examples, **how)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model)
@@ -447,8 +431,10 @@ class PreferenceTask(CausalTask):
         weights = self.settings.desirable_weight, self.settings.undesirable_weight
         return UnpairedReader(settings, self.tokenizer, say=self._say, weights=weights)
 
-    def batcher(self, model: PreTrainedModel, *args: Any, **named: Any) -> tuple[Any, dict[str, Choice]]:
-        batcher, chosen = super().batcher(model, *args, **named)
+    def batcher(
+        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
+        batcher, chosen = super().batcher(model, examples, **how)
         if self.settings.is_unpaired:
             assert isinstance(batcher, CausalMicroBatcher)
             batcher = UnpairedMicroBatcher(**{f.name: getattr(batcher, f.name) for f in fields(batcher)})
