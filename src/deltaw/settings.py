@@ -290,6 +290,10 @@ class RunConfig(BaseModel):
         """Of the rows that are used and held out."""
         return self.train.seed if self.data.seed is None else self.data.seed
 
+    def with_train(self, **changed: object) -> RunConfig:
+        """The same with other values in the section ``train``, which are not validated."""
+        return self.model_copy(update={"train": self.train.model_copy(update=changed)})
+
     def named(self) -> dict[str, object]:
         """What the settings name outside of the run's folder, by dotted key."""
         data = self.data

@@ -217,15 +217,12 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
             record.describe(plan, of_run, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
-            watching = _Watching(session, folder, record, monitor, callback, searched)
-            outcome = _train(session, folder, record, monitor, watching)
+            outcome = _train(_Watching(session, folder, record, monitor, callback, searched))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
             processes.dismiss()
             write_card(folder.path, session, outcome, evaluation, trained, drift)
-            with session.approximations.on():
-                arithmetic = loader.arithmetic().as_dict() if device == "cpu" else {}
             record.done(outcome)
             monitor.done(outcome, goes_on=record.checkpoints.enabled)
     except BaseException as error:
@@ -244,7 +241,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
         method=config.method,
         writes_text=not task.has_labels,
         drift=drift,
-        arithmetic=arithmetic,
+        arithmetic=_arithmetic(session) if device == "cpu" else {},
         approximations=session.approximations.as_dict(),
         best=monitor.best.as_dict(),
         stopped_early=monitor.stopped,
@@ -345,50 +342,51 @@ class _Watching(Callback):
     def __init__(
         self, session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, callback: Callback, go_on: bool
     ) -> None:
-        self._session, self._folder, self._record, self._monitor = session, folder, record, monitor
+        self.session, self.folder, self.record, self.monitor = session, folder, record, monitor
         self.callback, self._go_on = callback, go_on
 
     def on_begin(self, state: TrainState) -> None:
-        self._record.begin(state)
-        self._monitor.begin(state)
+        self.record.begin(state)
+        self.monitor.begin(state)
         self.callback.on_begin(state)
 
     def on_step(self, step: Step) -> None:
-        self._folder.write_metrics(step.as_dict())
+        self.folder.write_metrics(step.as_dict())
         self.callback.on_step(step)
-        self._after(step.step, self._monitor.on_step(step))
+        self._after(step.step, self.monitor.on_step(step))
 
     def on_skip(self, found: NotFinite) -> None:
-        self._folder.write_metrics(found.as_dict())
+        self.folder.write_metrics(found.as_dict())
         self.callback.on_skip(found)
         self.callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
-        self._after(found.step, self._monitor.on_skip(found.step))
+        self._after(found.step, self.monitor.on_skip(found.step))
 
     def on_approximations(self, line: str, step: int) -> None:
         """From this step on something is no longer approximate."""
-        approximations = self._session.approximations
-        self._session.chosen[APPROXIMATE] = approximations.choice({"": line})
-        self._folder.write_metrics({"step": step, "approximations": approximations.as_dict()})
+        approximations = self.session.approximations
+        self.session.chosen[APPROXIMATE] = approximations.choice({"": line})
+        self.folder.write_metrics({"step": step, "approximations": approximations.as_dict()})
         self.callback.on_line(f"not approximate from step {step} on: {line}")
 
     def should_stop(self) -> bool:
         return not self._go_on or self.callback.should_stop()
 
     def ended(self) -> bool:
-        return self._monitor.ended() or self.callback.ended()
+        return self.monitor.ended() or self.callback.ended()
 
     def diagnose(self, found: NotFinite) -> Sequence[str]:
-        return [*self._record.diagnose(found), *self.callback.diagnose(found)]
+        return [*self.record.diagnose(found), *self.callback.diagnose(found)]
 
     def _after(self, step: int, decided: Evaluation | None) -> None:
-        checkpoints = self._record.checkpoints
+        checkpoints = self.record.checkpoints
         checkpoints.step_done(best=decided is not None and checkpoints.evaluated(step, decided))
 
 
-def _train(session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, watching: _Watching) -> Outcome:
+def _train(watching: _Watching) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
     trained."""
-    callback, checkpoints = watching.callback, record.checkpoints
+    session, folder, monitor, callback = watching.session, watching.folder, watching.monitor, watching.callback
+    record, checkpoints = watching.record, watching.record.checkpoints
     for line in session.lines():
         callback.on_line(line)
     release_free_memory()
@@ -444,6 +442,11 @@ def save_adapter(session: Session, folder: Path) -> None:
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+
+
+def _arithmetic(session: Session) -> dict[str, str]:
+    with session.approximations.on():
+        return loader.arithmetic().as_dict()
 
 
 def _peak_bytes(device: str) -> int:

@@ -310,8 +310,6 @@ def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
 # other rows' answers, no less than 0 and taken as a constant, the loss is w (1 − σ(β (r − z))) of a desired
 # answer and w (1 − σ(β (z − r))) of another. z estimates how far the model is from the reference. As TRL's
 # KTOTrainer has it; z is one number for all rows of an optimizer step, however they are cut.
-#
-# Knows no model and no data.
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,6 @@ def _single(items: Sequence[Any]) -> Sequence[Any]:
 
 
 # ---- Activation checkpointing of a model's blocks: a block keeps its input, and its backward runs it again.
-#
-# Knows models and what is trained of them; not rows or settings.
 
 
 def checkpoint_blocks(model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()) -> None:

@@ -54,12 +54,10 @@ def own_random_numbers(seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_threads(count: int | None = None) -> Iterator[None]:
+def own_threads() -> Iterator[None]:
     """While open, torch may compute with another number of threads; then with as many as before."""
     before = torch.get_num_threads()
     try:
-        if count is not None:
-            torch.set_num_threads(count)
         yield
     finally:
         if torch.get_num_threads() != before:

@@ -325,7 +325,6 @@ def _shown(value: object) -> str:
 #
 # Each process reads the model and the rows from its own machine's files, so that they may differ there.
 
-
 _ROWS = "give each machine the same files of rows, or a folder that all of them see"
 _HINTS = {
     "precision": "set precision to one that all machines have",

@@ -127,31 +127,26 @@ class Session:
         return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
 
     def lines(self) -> list[str]:
-        """How the rows go through the model, for a person."""
+        """How the rows go through the model, and which code its blocks run, for a person."""
         batcher, objective = self.batcher, self.objective
         total, size = self.total_steps, self.config.train.batch_size
-        rows = "padding-free packing"
-        if self.task.has_labels or getattr(batcher, "padded", False):
-            rows = "padded rows"
+        lines = [*loader.notes(), *attention.notes()]
+        rows = "padded rows"
+        if not (self.task.has_labels or getattr(batcher, "padded", False)):
+            rows = "padding-free packing"
+            with packed_rows(self.model):
+                fused = fused_blocks(self.model).choice
+            kind = "fused" if fused.value else "the model's own code"
+            lines.append(f"blocks: {kind} ({fused.why})")
         shared = ", shared prefixes computed once" if self.feed.share else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
         return [
-            *self._blocks(),
+            *lines,
             f"{total} step{'s' if total != 1 else ''} of {size} rows, "
             f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}",
         ]
-
-    def _blocks(self) -> list[str]:
-        """Which code the model's blocks run, for a person."""
-        lines = [*loader.notes(), *attention.notes()]
-        if self.task.has_labels or getattr(self.batcher, "padded", False):
-            return lines
-        with packed_rows(self.model):
-            fused = fused_blocks(self.model)
-        kind = "fused" if fused.choice.value else "the model's own code"
-        return [*lines, f"blocks: {kind} ({fused.choice.why})"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -13,7 +13,6 @@ import numpy as np
 # Arrays in, numbers out. A metric that is not defined for what it is given, such as a correlation with a
 # constant, is nan. It knows no models.
 
-
 Interval = tuple[float, float]
 
 

@@ -245,7 +245,6 @@ def _tensor(places: np.ndarray, batch: Batch) -> Tensor:
 # masked before the invocation sequence. Loss and gradients must agree, or rows run as a whole and the run says
 # why. Keys of an earlier run are compared with new ones.
 
-
 # Shares of the prompts' tokens that are kept: the first one that there is room for.
 SHARES = (1.0, 0.5, 0.25, 0.125)
 # Rows of more tokens than this are not sorted into one tree, which is in memory.

@@ -356,8 +356,6 @@ def size_text(count: int) -> str:
 # Features are computed together with those of the rows beside them, which decides their rounding. A training
 # that goes on from a checkpoint must find stored what was stored then, and nothing more: what a killed process
 # stored afterwards is computed again.
-#
-# Knows stores; not what is in them.
 
 
 class FeatureRecord:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 # Every method names its trained parameters, so they are kept as these, bit for bit, and the method writes its
 # adapter from them once they are back in the model. Knows no scores.
 
-
 FOLDER = "best"
 
 
@@ -116,9 +115,6 @@ class BestParameters:
 
 
 # ---- Which evaluation was the best so far, and whether it has been too long since.
-#
-# Knows steps and metrics; not models, files or how a run ends.
-
 
 # Evaluations over a run where nobody says how many: at most, and at least.
 MOST, FEWEST = 10, 4
@@ -390,7 +386,6 @@ class TimeBudget:
 # ---- What a run's evaluations and its end will take, estimated from the speed of its steps.
 #
 # Estimates are cautious, and give way to what is measured: a run with a time budget keeps so much time back.
-
 
 # A token that is only evaluated, of one that is trained on: a forward without a backward.
 FORWARD = 0.5

@@ -38,7 +38,6 @@ from deltaw.training.tasks.causal import Answer, answers, exact_match
 # Every rule compares a run with itself: with the median and the spread of its own last steps. So none depends
 # on a model, a loss or a batch size. Knows steps; not who is told.
 
-
 # Steps that a rule looks back on, and that it needs before it says anything.
 WINDOW, FEWEST = 100, 20
 # A gradient norm is a jump where its logarithm is so many standard deviations above the median of the window
@@ -186,7 +185,6 @@ def _round_up(value: float) -> float:
 #
 # Decoding is greedy, draws no random numbers and leaves the model as it was found, so a training goes on as if
 # nothing had happened. Knows no folders and shows nothing.
-
 
 # A sample's answer has at most so many tokens; where the rows' own answers are short, fewer.
 SAMPLE_TOKENS = 48

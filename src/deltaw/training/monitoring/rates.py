@@ -33,7 +33,6 @@ from deltaw.training.state import NotFiniteError, Step
 # Range test: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, 3.3.
 # Knows numbers; not how they came about.
 
-
 # Width of the smoothing, in steps of the test: the losses of neighboring steps are of different rows.
 SMOOTHING = 2.0
 # The curve is level up to the rate at which the smoothed loss has risen again by this share of its fall.

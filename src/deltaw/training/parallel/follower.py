@@ -47,10 +47,8 @@ def follow(group: Group) -> int:
 
 
 def _follow(group: Group) -> int:
-    config = receive_settings(group)
     # Process 0 alone adds the gradients of general answers.
-    train = config.train.model_copy(update={"keep_general": 0.0})
-    config = config.model_copy(update={"train": train})
+    config = receive_settings(group).with_train(keep_general=0.0)
     task, data = read_data(config)
     loaded = load_for(config, task, data, processes=group)
     session = assemble_alike(config, task, data, loaded, group)
@@ -61,7 +59,7 @@ def _follow(group: Group) -> int:
     try:
         follow_rate(session, group)
         with session.running():
-            session.train(skip_not_finite=train.not_finite == "skip")
+            session.train(skip_not_finite=config.train.not_finite == "skip")
             group.obey()
     finally:
         session.close()

@@ -36,9 +36,6 @@ from deltaw.training.state import SavedState, TrainState
 # parameters have their gradients and the ranges before it are on their way; the others follow after the
 # backward. So all processes send the same ranges in the same order, whatever each has computed by then, and the
 # sum is equal to the bit to that of the same ranges after the backward.
-#
-# Knows parameters and something that adds up a tensor; not models, or how processes find each other.
-
 
 # A ring sends a range as one part for each process. Below so many bytes a part, what a message costs at all
 # would outweigh what is gained; and more ranges than this gain little.

@@ -28,9 +28,6 @@ from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.reducer import ALONE, Reducer
 
 # ---- A base model divided among the processes of a run: with which settings it can be, and how it is loaded.
-#
-# Knows settings and processes; how blocks are divided is in :mod:`deltaw.runtime.sharded`.
-
 
 _WHOLE = "set train.sharding: none, or "
 
@@ -96,15 +93,12 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
             where="train.sharding",
             hint="pip install --upgrade torch, or set train.sharding: none",
         )
-    off: dict[str, object] = {}
-    if train.drift == "auto":
-        off["drift"] = False
-    if train.samples == "auto":
-        off["samples"] = 0
+    answers = {"drift": False, "samples": 0}
+    off = {key: value for key, value in answers.items() if getattr(train, key) == "auto"}
     if off:
         said = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in off.items())
         say(f"{said}: each token of an answer would gather every block of the divided model")
-    return config.model_copy(update={"train": train.model_copy(update={**off, "keep_features": False})})
+    return config.with_train(**off, keep_features=False)
 
 
 def divided(config: RunConfig, processes: Reducer) -> Weights | None:
@@ -118,9 +112,6 @@ def divided(config: RunConfig, processes: Reducer) -> Weights | None:
 
 
 # ---- What settings mean where several processes train together: refused, or as each process has them.
-#
-# Knows settings and how many processes there are.
-
 
 _ONE_PROCESS = "train in one process, without torchrun, or "
 
@@ -146,7 +137,7 @@ def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
     say(f"{processes.size} processes, {processes.local_size} of them here: they share the rows of a step")
     if train.keep_features == "auto" and not whole:
         say("train.keep_features: false: several processes keep no keys and values of prompts")
-        return config.model_copy(update={"train": train.model_copy(update={"keep_features": False})})
+        return config.with_train(keep_features=False)
     return config
 
 

@@ -70,8 +70,7 @@ def fitting_settings(
     smallest: list[Plan] = []
 
     def planned(settings: RunConfig, tokens: int) -> Fitting | None:
-        train = settings.train.model_copy(update={"tokens_per_pass": tokens})
-        trial = settings.model_copy(update={"train": train})
+        trial = settings.with_train(tokens_per_pass=tokens)
         plan = plan_run(trial, task, data, processes=processes)
         smallest.append(plan)
         return _fitting(trial, plan) if plan.peak_resident_bytes <= budget else None
@@ -91,11 +90,11 @@ def fitting_settings(
                 settings = config.model_copy(
                     update={"method": method, "lora": dataclasses.replace(config.lora, rank=rank)}
                 )
-                plain = try_out(_with_checkpointing(settings, False))
+                plain = try_out(settings.with_train(checkpointing=False))
                 found += [plain] if plain is not None else []
                 if plain is not None and plain.tokens_per_pass == TOKENS[0]:
                     break  # checkpointing, or a smaller rank, saves memory that is there
-                recomputed = try_out(_with_checkpointing(settings, True))
+                recomputed = try_out(settings.with_train(checkpointing=True))
                 found += [recomputed] if recomputed is not None else []
                 if plain is not None or recomputed is not None:
                     break
@@ -134,7 +133,7 @@ def within_memory(
         return config, plan
 
     def planned(count: bool | int) -> tuple[RunConfig, Plan]:
-        settings = _with_checkpointing(config, count)
+        settings = config.with_train(checkpointing=count)
         return settings, plan_run(settings, task, data, processes=processes)
 
     least = planned(True)
@@ -159,10 +158,6 @@ def _ranks(config: RunConfig, method: str) -> list[int]:
     """The rank asked for, and smaller ones where the method has a rank."""
     own = config.lora.rank
     return [own, *(rank for rank in RANKS if rank < own)] if method == "lora" else [own]
-
-
-def _with_checkpointing(config: RunConfig, on: bool | int) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"checkpointing": on})})
 
 
 def _fitting(config: RunConfig, plan: Plan) -> Fitting:

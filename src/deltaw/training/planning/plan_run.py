@@ -59,7 +59,6 @@ from deltaw.working import listening, working
 
 # ---- What a person asks of a plan, in text: a size in bytes, a list of methods. Imports no torch.
 
-
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -115,7 +114,6 @@ def chosen_methods(text: str, own: str) -> list[str]:
 #
 # Weights of the type that they are stored in are mapped from their file, and the system brings in what is
 # touched. Of a large vocabulary that is often little. Knows a session and its rows; not how much a run needs.
-
 
 # What Linux maps around a touched page of a file that it holds in memory, at least: 16 pages of 4 KiB.
 REGION = 64 * 1024
@@ -202,7 +200,6 @@ def _resident_at(address: int) -> int:
 # ---- Which step of a run is its heaviest, and which of its microbatches show its peak.
 #
 # Found by the batcher's own arithmetic, without running the model. Knows batchers and layouts; no memory.
-
 
 # Tiles of one shape: how many, queries, keys.
 TileShape: TypeAlias = tuple[int, int, int]
