@@ -104,6 +104,11 @@ CASES = {
         "no compiled kernels",
         "compiler",
     ),
+    "kernels that are not needed": (
+        {"variants": [Kernels("avx512", (), True), Kernels("avx2", (), False)]},
+        "ok",
+        "not built, though this processor runs them too: avx2",
+    ),
     "better kernels not built": (
         {"variants": [Kernels("amx", (), False), Kernels("avx2", (), True)]},
         "note",
