@@ -73,8 +73,9 @@ def test_a_forced_variant_that_cannot_run_is_refused(afresh, monkeypatch):
         loader.library()
     monkeypatch.setenv(variants.VARIABLE, "generic")
     monkeypatch.setattr(variants, "FOLDER", Path("nowhere"))
-    with pytest.raises(UserError, match="'generic' were not built"):
+    with pytest.raises(UserError, match="'generic' were not built") as refused:
         loader.library()
+    assert "DELTAW_VARIANTS=generic pip install -e ." in str(refused.value.hint)
 
 
 @compiled_only

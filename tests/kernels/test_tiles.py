@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,25 +31,18 @@ SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shared object of the emulation."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
     if BASE.lacking(processor_flags()):
         pytest.skip(f"this processor does not run {BASE.name}")
     folder = tmp_path_factory.mktemp("tiles")
-    common = (variants.LIST.parent / "compile_flags.txt").read_text().split()
-    flags = [*common, *BASE.flags, "-DDW_AMX_EMULATED", "-fPIC"]
-
-    def compiled(source: Path) -> Path:
-        to = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, "-c", source, "-o", to], check=True)
-        return to
-
-    with ThreadPoolExecutor(os.cpu_count()) as several:
-        objects = list(several.map(compiled, sorted(variants.LIST.parent.glob("*.cpp"))))
-    library = folder / "tiles.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
-    return library
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, variants.EMULATED_TILES: "1", "DELTAW_VARIANTS": "amx"},
+        check=True,
+    )
+    return folder / "deltaw/kernels" / AMX.emulated().file
 
 
 @pytest.fixture

@@ -47,6 +47,20 @@ def test_the_best_variant_of_a_processor(flags, machine, best):
     assert found[0].name == best and found[-1].name == "generic"
 
 
+@pytest.mark.parametrize(
+    ("flags", "machine", "built"),
+    [
+        ("sse2", "x86_64", ["generic"]),
+        (HASWELL, "x86_64", ["avx2", "generic"]),
+        (ZEN_4, "x86_64", ["avx512_bf16", "avx2", "generic"]),
+        (SAPPHIRE_RAPIDS, "x86_64", ["amx", "avx2_vnni", "generic"]),
+        ("asimd asimddp", "aarch64", ["neon_dotprod", "generic"]),
+    ],
+)
+def test_a_build_makes_what_a_processor_chooses_from(flags, machine, built):
+    assert [v.name for v in variants.worth_building(flags.split(), machine)] == built
+
+
 def test_variants_of_a_family_include_each_other():
     """So the highest rank of a family is enough to measure: whoever runs it runs the others."""
     for higher in variants.every_variant():

@@ -174,6 +174,13 @@ def test_what_is_wrong_is_said_with_what_helps(case: str) -> None:
     assert worst(new) == severity
 
 
+def test_kernels_that_were_not_needed_are_said_to_be_missing() -> None:
+    (finding,) = [
+        f for f in found(variants=[Kernels("avx512", (), True), Kernels("avx2", (), False)]) if "not built" in f.what
+    ]
+    assert finding.severity == "ok" and finding.what.endswith("avx2")
+
+
 def test_kernels_that_are_switched_off_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_NATIVE", "0")
     (finding,) = [f for f in found(kernels=WITHOUT, measured=None) if f.topic == "kernels"]
