@@ -16,7 +16,7 @@ from deltaw import cache
 from deltaw.cache import Cache, file_digest, key, of_files, recall, remember, stamp, versions
 from deltaw.errors import UserError
 from tests.caches import other_text, other_version
-from tests.test_structure import IMPORTS
+from tests.test_structure import SOURCE, all_imports
 
 MAKERS = ("numpy", "deltaw.errors", "deltaw.hub")
 
@@ -76,7 +76,7 @@ def test_rows_are_made_by_all_that_reads_them():
 
     apart = {"kernels", "errors", "durable", "cache", "contained", "working", "registry", "private_names"}
     apart |= {"hub.packages", "hub.folders", "host.processor", "host.memory"}
-    used = {i.target for i in IMPORTS if i.module.startswith("deltaw.data")}
+    used = {i.target for i in all_imports(SOURCE)[1] if i.module.startswith("deltaw.data")}
     used -= {"deltaw.hub"}  # of which a name is imported
     for target in sorted(target for target in used if target.startswith("deltaw.")):
         bare = target.removeprefix("deltaw.")
