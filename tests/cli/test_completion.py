@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 
@@ -10,41 +10,50 @@ import pytest
 
 from deltaw.cli import VERBS, group, main
 
+_OFFERED = """
+import contextlib, io, json, os, sys
+from deltaw.cli import main
 
-def offered(words: str, number: int) -> list[str]:
-    """What bash is offered for word ``number`` of a command; fails if torch was imported for it."""
-    code = (
-        "import sys\n"
-        "from deltaw.cli import main\n"
-        "try:\n"
-        "    main([])\n"
-        "finally:\n"
-        "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-    )
-    environment = {**os.environ, "_DELTAW_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    return done.stdout.split()
+found = []
+for words, number in json.loads(sys.argv[1]):
+    os.environ |= {"_DELTAW_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())) as said, contextlib.suppress(SystemExit):
+        main([])
+    said.seek(0)
+    found.append(said.read().split())
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(json.dumps(found))
+"""
+_DESCRIBED = """
+import importlib, sys
+
+for verb in sys.argv[1:]:
+    importlib.import_module(f"deltaw.cli.{verb}")
+    assert not {"torch", "transformers"} & sys.modules.keys(), verb
+"""
+
+
+def without_torch(code: str, *arguments: str) -> str:
+    """What code in an interpreter of its own prints; it fails if torch was imported for it."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 def test_verbs_flags_and_choices_are_offered_without_torch() -> None:
-    assert offered("deltaw t", 1) == ["plain,train", "plain,tune"]
-    assert offered("deltaw train --lora.r", 2) == [
-        "plain,--lora.rank",
-        "plain,--lora.rank_pattern",
-        "plain,--lora.rslora",
-    ]
-    assert offered("deltaw train --lora.init o", 3) == ["plain,orthogonal", "plain,olora"]
-    assert offered("deltaw train --data.train x", 3) == ["file,x"]
-    assert offered("deltaw frobnicate --x", 2) == []
+    expected = {
+        ("deltaw t", 1): ["plain,train", "plain,tune"],
+        ("deltaw train --lora.r", 2): ["plain,--lora.rank", "plain,--lora.rank_pattern", "plain,--lora.rslora"],
+        ("deltaw train --lora.init o", 3): ["plain,orthogonal", "plain,olora"],
+        ("deltaw train --data.train x", 3): ["file,x"],
+        ("deltaw frobnicate --x", 2): [],
+    }
+    assert json.loads(without_torch(_OFFERED, json.dumps(list(expected)))) == list(expected.values())
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_is_described_without_torch(verb: str) -> None:
-    """Its module imports what it needs when it runs."""
-    code = f"import sys, deltaw.cli.{verb}; assert not {{'torch', 'transformers'}} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_verbs_are_described_without_torch() -> None:
+    """Their modules import what they need when they run."""
+    without_torch(_DESCRIBED, *VERBS)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

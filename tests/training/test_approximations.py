@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 from deltaw.host.kernel_choice import KernelChoice
 from deltaw.kernels import loader
+from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.variants import LEFT_OUT_BY
 from deltaw.lora import LoRAConfig, attach
@@ -123,7 +124,7 @@ def gradient(session: Session, rows) -> torch.Tensor:
 def test_gradients_in_int8_are_used_where_they_add_little(factor, taken, bf16_run):
     """Errors are measured against the model in fp32, which the run does not have."""
     with guest():
-        exact = session_of(bf16_run("exact", factor=factor, precision="fp32"))
+        exact = session_of(bf16_run("exact", factor=factor, precision="fp32"), offered=APPROXIMATIONS)
         rows = exact.data.train[:16]
         wanted = gradient(exact, rows)
         session = session_of(bf16_run("bf16", factor=factor), offered=[GRADIENTS])
@@ -312,7 +313,7 @@ def test_a_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
 
     monkeypatch.setattr(approximations, "widened", refuse)
     with guest():
-        session = session_of(bf16_run("foreign"))
+        session = session_of(bf16_run("foreign"), offered=APPROXIMATIONS)
     assert session.approximations.names == ()
     assert [line for line in session.said if "compared with fp32 (RuntimeError: no such thing)" in line]
     assert session.chosen["train.approximate"].value == "off"

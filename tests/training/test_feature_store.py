@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from deltaw.errors import UserError
 from deltaw.training.features import store as feature_store
 from deltaw.training.features.store import DESCRIPTION, MemoryStore, Shape, open_store
+from tests import processes
 
 SHAPE = Shape.of(rows=4, units=10, width=3, dtype=torch.float32)
 
@@ -90,14 +89,16 @@ def test_a_killed_process_leaves_its_marked_rows_and_no_lock(tmp_path):
         "store.write(np.array([0, 2]), np.arange(10), torch.ones(10, 3))\n"
         "store.mark()\n"
         "store.write(np.array([3]), np.arange(10), torch.ones(10, 3))\n"
-        "print('ready', flush=True)\n"
+        "pathlib.Path(sys.argv[1], 'ready').touch()\n"
         "time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process = processes.start("-c", code, tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (tmp_path / "ready").unlink()
     store = open_store("a", SHAPE, folder=tmp_path)
     assert store.folder.name == "a"
     assert store.done.tolist() == [True, False, True, False]

@@ -150,7 +150,13 @@ def compare(config: RunConfig) -> Compared:
     return Compared(plan, peak, total, *trained)
 
 
-@pytest.mark.parametrize(("family", "method", "precision", "checkpointing"), CASES)
+@pytest.mark.parametrize(
+    ("family", "method", "precision", "checkpointing"),
+    [
+        pytest.param(*case, marks=[] if case[0] == "llama" or case[1] in ("lora", "head", "full") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_a_plan_is_what_the_run_takes(family, method, precision, checkpointing, config_of):
     config = config_of(family, method, precision, train={"checkpointing": checkpointing})
     plan, peak, total, trained = compare(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 _MEASURED = """
-import sys
+import json, sys
 import torch
 from torch import nn
 import deltaw
@@ -23,7 +24,7 @@ def added(call):
     call()
     return peak_resident_bytes() - before
 
-folder, what, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, size = sys.argv[1], int(sys.argv[2])
 
 def model_of(size):
     class Block(nn.Module):
@@ -39,7 +40,7 @@ def model_of(size):
 
     return Model()
 
-def case(size, to):
+def case(what, size, to):
     model = model_of(size)
     if what == "check":
         parameters = dict(model.named_parameters())
@@ -53,22 +54,32 @@ def case(size, to):
     return lambda: deltaw.save_adapter(model, to), lambda: what_was_learned(to)
 
 from pathlib import Path
-for n in (64, size):  # what is imported late is imported with the small one
-    results = [added(call) for call in case(n, Path(folder) / str(n)) if call is not None]
-print(*results)
+found = {}
+for what in ("factors", "olora", "module", "check"):
+    for n in (64, size):  # what is imported late is imported with the small one
+        to = Path(folder) / what / str(n)
+        found[what] = [added(call) for call in case(what, n, to) if call is not None]
+print(json.dumps(found))
 """
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """The folder that was written to, and the bytes that writing and measuring added to the peak."""
+    folder = tmp_path_factory.mktemp("saved")
+    done = subprocess.run([sys.executable, "-c", _MEASURED, str(folder), "2048"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
 @pytest.mark.parametrize("what", ["factors", "olora", "module", "check"])
-def test_what_is_written_is_not_copied(tmp_path: Path, what: str) -> None:
+def test_what_is_written_is_not_copied(measured: tuple[Path, dict[str, list[int]]], what: str) -> None:
     """Eight factors of 2 MB (OLoRA writes twice that), a module or gradients of 16 MB: never is more than one
     layer's factors copied, and singular values take a few times that."""
-    command = [sys.executable, "-c", _MEASURED, str(tmp_path), what, "2048"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    written, *measured = (int(number) for number in done.stdout.split())
+    folder, bytes_of = measured
+    written, *learned = bytes_of[what]
     assert written < {"olora": 10e6}.get(what, 5e6), f"{written / 1e6:.1f} MB"
-    assert all(number < 48e6 for number in measured), f"{measured[0] / 1e6:.1f} MB"
+    assert all(number < 48e6 for number in learned), f"{learned[0] / 1e6:.1f} MB"
     if what != "check":
-        assert (tmp_path / "2048" / "adapter_model.safetensors").stat().st_size >= 16e6
+        assert (folder / what / "2048" / "adapter_model.safetensors").stat().st_size >= 16e6
