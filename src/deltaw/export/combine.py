@@ -1,4 +1,4 @@
-"""Several adapters as one: ways to combine their updates ΔW, each weighted.
+"""Several adapters as one: ways to combine their updates ΔW, each weighted, and lower ranks of one.
 
     concat   Σ wᵢ·ΔWᵢ, exactly: factors side by side, ranks add
     svd      the best approximation of that of a given rank
@@ -123,7 +123,7 @@ def _basis(matrix: Tensor) -> Tensor:
     return u[:, values > least]
 
 
-# ---- combine
+# ---- The methods.
 
 
 METHODS = ("concat", "svd", "linear", "ties", "dare")

@@ -1,4 +1,4 @@
-"""A base model with its adapter merged in, as one GGUF file for llama.cpp.
+"""An adapter for llama.cpp: merged into its base model as one GGUF file, or as a GGUF file of its own.
 
 Tensors are merged, packed and written one after the other. The metadata is that of the base's own GGUF file
 where it is one; else it is made from the configuration and the tokenizer.
@@ -179,7 +179,7 @@ def _unknown(kind: str) -> UserError:
     )
 
 
-# ---- gguf model
+# ---- A merged model as a GGUF file.
 
 
 _HEAD = "output.weight"

@@ -208,7 +208,7 @@ def _built(base: Base, settings: Mapping[str, object]) -> PreTrainedModel:
         return base.skeleton(Path(folder))
 
 
-# ---- merged
+# ---- The tensors of a merged model.
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

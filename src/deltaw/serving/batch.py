@@ -120,7 +120,7 @@ def _wanted(part: Part) -> range:
     return range(part.stop - 1 if part.stop == run.length else part.stop, part.stop)
 
 
-# ---- batch
+# ---- The requests in hand, and a step for them.
 
 
 # How often requests that wait are looked through for those that have ended.

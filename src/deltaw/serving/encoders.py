@@ -136,7 +136,7 @@ def _json(file: Path) -> Any:
         raise UserError(f"this is not JSON: {error}", where=str(file)) from error
 
 
-# ---- encoders
+# ---- Models of rows, and the thread that computes the rows of all callers.
 
 
 # Rows that are taken together; more wait for the next round, so that a long request does not hold up others.

@@ -1,7 +1,7 @@
 """The decoding engine: takes requests from any thread, and computes their steps on a thread of its own.
 
 Implements :class:`deltaw.serving.request.TextEngine`. Knows requests, tokenizers and threads; what a step
-does is said in ``batch``, and for models that have no decoder in ``fallback``.
+does is in ``batch``, and for models that have no decoder in ``opening``.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class FallbackWork:
                     run.finish(reason)
 
 
-# ---- opening
+# ---- An engine for a session.
 
 
 # The name of a session's own adapter.

@@ -206,7 +206,7 @@ class _StopString:
         return begun + 1 if self.text[begun] == character else 0
 
 
-# ---- running
+# ---- A request on its way.
 
 
 _NEVER = 1 << 60

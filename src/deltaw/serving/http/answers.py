@@ -1,4 +1,7 @@
-"""What chats and completions share in answering: collecting texts, streaming events, clients that go away."""
+"""Answers to chats and completions, whole or as a stream of events: one road, and a rendering for each API.
+
+Knows the texts of a request and the two forms of an answer; not how texts are written.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> AP
     return router
 
 
-# ---- app
+# ---- The application.
 
 
 def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk | None]:

@@ -1,4 +1,5 @@
-"""The two layers around all routes: one that sees every request's end, and one that lets in who may ask.
+"""The two layers around all routes: one that sees every request's end and writes it into metrics and log, and one
+that lets in who may ask.
 
 Plain ASGI, so that streams pass through without being held up.
 """
@@ -191,7 +192,7 @@ class RequestLog:
         return getattr(self._handler, "dropped", 0)
 
 
-# ---- guard
+# ---- The two layers.
 
 
 # After a large request; others that end within this time need no trimming of their own.

@@ -1,4 +1,5 @@
-"""A request of the API becomes requests to the engine: which adapter, how many tokens, which seeds.
+"""A request of the API becomes requests to the engine (which adapter, how many tokens, which seeds), and its texts
+are followed until they end.
 
 Knows the fields of requests and the limits; not how answers are written.
 """
@@ -352,7 +353,7 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_OF = _byte_letters()
 
 
-# ---- preparing
+# ---- From the fields of a request to requests to the engine.
 
 
 def adapter_named(served: Served, model: str) -> str | None:

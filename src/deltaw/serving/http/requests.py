@@ -1,4 +1,4 @@
-"""The fields that chats and completions share: how tokens are chosen, when a text ends, what it must match.
+"""The bodies of chats and completions: read within bounds, checked against their fields, and recorded.
 
 Names, bounds and defaults are OpenAI's, with some of vLLM's beside them. Fields that would change an answer
 and are not supported are refused by name; those that change nothing are accepted.
@@ -473,7 +473,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return inlined
 
 
-# ---- The fields of a chat completion: messages and tools besides those of :mod:`fields`.
+# ---- The fields of a chat completion: messages and tools besides those that both have.
 
 
 MOST_MESSAGES = 4096
@@ -655,7 +655,7 @@ class ChatRequest(TextFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-# ---- The fields of a plain completion: prompts as texts or token ids, besides those of :mod:`fields`.
+# ---- The fields of a plain completion: prompts as texts or token ids, besides those that both have.
 
 
 MOST_PROMPTS = 1024

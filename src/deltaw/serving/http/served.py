@@ -1,4 +1,4 @@
-"""What an application serves: one value that holds the engine and what goes with it.
+"""What an application serves: one value that holds the engine and what goes with it, and the routes that name it.
 
 It is the seam to the rest of deltaw: a test makes it of a toy, the command line of a real model.
 """
