@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
-from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
+from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.batch import BatchLimits
 from deltaw.serving.decodable import decodable
 from deltaw.serving.engine import Engine
@@ -106,7 +106,7 @@ def drawn_prompts(rows: int, vocabulary: int) -> list[np.ndarray]:
 def serving(session, folders: dict[str, Path]) -> tuple[Engine, AdapterBank, dict[str, float]]:
     """An engine with a bank that has all adapters, and the milliseconds that changes of the bank take."""
     made = decodable(session.model, cache_bytes=CACHE_BYTES)
-    pack = packing(FactorPlaces(session.model, made.blocks, made.roles), made.decoder)
+    pack = Packer(session.model, made)
     bank = AdapterBank(session.model, session.tokenizer, pack, budget_bytes=8 << 30)
     added = [timed(lambda n=name, f=folder: bank.add(n, f)) for name, folder in folders.items()]
     swapped = [timed(lambda n=name: bank.swap(n)) for name in folders]

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.serving import adapters
+from deltaw.serving import bank as bank_module
 from deltaw.serving.bank import AdapterBank
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
+from tests.serving.http.waiting import at_once
 
 LONG = 20.0  # seconds that a test waits for what comes at once
 
@@ -179,7 +180,7 @@ def test_two_that_are_asked_for_do_not_drive_each_other_out(bank_of, folders, si
 
 
 def test_a_demand_that_nobody_follows_up_gives_way(bank_of, folders, size, monkeypatch):
-    monkeypatch.setattr(adapters, "STAYS", 0.2)
+    monkeypatch.setattr(bank_module, "STAYS", 0.2)
     bank = bank_of(size)
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])
@@ -305,15 +306,11 @@ def test_one_name_is_added_once_by_many_threads(bank_of, folders):
     bank = bank_of()
     refused = []
 
-    def add() -> None:
+    def add(_: int) -> None:
         try:
             bank.add("a", folders["a"])
         except UserError as error:
             refused.append(error)
 
-    threads = [threading.Thread(target=add) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(add, range(6))
     assert len(refused) == 5 and bank.status().loads == 1

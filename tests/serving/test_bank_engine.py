@@ -10,7 +10,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.methods.files import method_of_folder
-from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
+from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.request import Request
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 from tests.serving.engines import greedy, llama, over, prompts, tokenizer
@@ -34,8 +34,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def bank_over(folders: dict[str, Path], budget: int = 1 << 30) -> AdapterBank:
     model, made = llama()
-    places = FactorPlaces(model, made.blocks, made.roles)
-    bank = AdapterBank(model, tokenizer(), packing(places, made.decoder), budget_bytes=budget)
+    bank = AdapterBank(model, tokenizer(), Packer(model, made), budget_bytes=budget)
     for name, folder in folders.items():
         bank.add(name, folder)
     return bank

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.serving import adapters
 from deltaw.serving import bank as bank_module
 from deltaw.serving.bank import AdapterBank
 from tests.byte_models import tiny_llama
@@ -161,7 +160,6 @@ class Stress:
 def test_names_that_change_meanwhile_never_give_another_adapter(folders, room, monkeypatch):
     # Requests here often do not come back for what they asked for.
     monkeypatch.setattr(bank_module, "STAYS", 0.02)
-    monkeypatch.setattr(adapters, "STAYS", 0.02)
     stress = Stress(folders, room)
     stress.run()
     assert stress.failures[:5] == []

@@ -15,7 +15,7 @@ from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.lora import load_adapter
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4
-from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
+from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.decodable import decodable, tolerance
 from deltaw.serving.request import Request
 from tests.byte_models import tiny_llama
@@ -52,9 +52,7 @@ def served(request, tmp_path_factory):
     """A model in blocks with its decoder, the model of the blocks' numbers, two adapters and their bank."""
     kept, plain = in_blocks(request.param)
     made = decodable(kept)
-    bank = AdapterBank(
-        kept, None, packing(FactorPlaces(kept, made.blocks, made.roles), made.decoder), budget_bytes=1 << 30
-    )
+    bank = AdapterBank(kept, None, Packer(kept, made), budget_bytes=1 << 30)
     root = tmp_path_factory.mktemp("adapters")
     folders = [write_lora(plain, root / str(n), seed=n, rank=4 + 5 * n, size=0.05) for n in range(2)]
     for number, folder in enumerate(folders):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from deltaw.serving.encoders import Encoders, open_classifiers, open_embedder, p
 from deltaw.training.origin import open_run
 from tests.byte_models import byte_tokenizer
 from tests.serving.encoder_models import TEXTS, bert_config, train_classifier, write_bert, write_llama
+from tests.serving.http.waiting import at_once
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,20 @@ def runs(bert, tmp_path_factory):
     }
 
 
+@pytest.fixture
+def embedder():
+    """Opens encoders, and closes them after the test."""
+    made = []
+
+    def open_one(folder, name="bert", **how):
+        made.append(open_embedder(str(folder), name, precision="fp32", device="cpu", **how))
+        return made[-1]
+
+    yield open_one
+    for encoders in made:
+        encoders.close()
+
+
 def opened(encoders: Encoders, name: str, texts: list[str]) -> torch.Tensor:
     model = encoders.model(name)
     answer = encoders.submit(name, [model.tokens(text) for text in texts])
@@ -47,10 +61,9 @@ def alone(model: torch.nn.Module, text: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("pooling", ["auto", "mean", "first", "last"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_vectors_are_those_of_each_text_alone(bert, pooling, normalize):
-    encoders = open_embedder(str(bert), "bert", pooling=pooling, normalize=normalize, precision="fp32", device="cpu")
+def test_vectors_are_those_of_each_text_alone(bert, pooling, normalize, embedder):
+    encoders = embedder(bert, pooling=pooling, normalize=normalize)
     found = opened(encoders, "bert", TEXTS)
-    encoders.close()
     model = AutoModel.from_pretrained(bert).eval()
     for text, vector in zip(TEXTS, found, strict=True):
         hidden = alone(model, text)
@@ -60,7 +73,7 @@ def test_vectors_are_those_of_each_text_alone(bert, pooling, normalize):
         torch.testing.assert_close(vector, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_folder_of_sentence_transformers_says_how_it_pools(bert, tmp_path):
+def test_a_folder_of_sentence_transformers_says_how_it_pools(bert, tmp_path, embedder):
     folder = write_bert(tmp_path / "st")
     pooling = folder / "1_Pooling"
     pooling.mkdir()
@@ -73,32 +86,30 @@ def test_a_folder_of_sentence_transformers_says_how_it_pools(bert, tmp_path):
         json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
     )
     said: list[str] = []
-    encoders = open_embedder(str(folder), "st", precision="fp32", device="cpu", say=said.append)
+    encoders = embedder(folder, "st", say=said.append)
     vector = opened(encoders, "st", ["text"])[0]
-    encoders.close()
     first = alone(AutoModel.from_pretrained(folder).eval(), "text")[0]
     torch.testing.assert_close(vector, first / first.norm(), atol=2e-5, rtol=1e-4)
     assert "first" in said[-1] and "folder says" in said[-1]
     (pooling / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(UserError, match="pooling_mode_max_tokens"):
-        open_embedder(str(folder), "st", precision="fp32", device="cpu")
+        embedder(folder, "st")
     modules[1]["path"] = "../elsewhere"
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="not supported"):
-        open_embedder(str(folder), "st", precision="fp32", device="cpu")
+        embedder(folder, "st")
     modules.append({"type": "sentence_transformers.models.Dense", "path": "3_Dense"})
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="Dense"):
-        open_embedder(str(folder), "st", precision="fp32", device="cpu")
+        embedder(folder, "st")
 
 
-def test_a_decoder_is_refused_by_name_unless_a_way_is_asked_for(tmp_path):
+def test_a_decoder_is_refused_by_name_unless_a_way_is_asked_for(tmp_path, embedder):
     folder = write_llama(tmp_path / "llama")
     with pytest.raises(UserError, match="LlamaModel is a decoder"):
-        open_embedder(str(folder), "llama", precision="fp32", device="cpu")
-    encoders = open_embedder(str(folder), "llama", pooling="last", precision="fp32", device="cpu")
+        embedder(folder, "llama")
+    encoders = embedder(folder, "llama", pooling="last")
     found = opened(encoders, "llama", TEXTS)
-    encoders.close()
     model = AutoModel.from_pretrained(folder).eval()
     assert not sees_both_ways(model)
     for text, vector in zip(TEXTS, found, strict=True):
@@ -165,8 +176,8 @@ def test_a_base_with_its_own_head_is_served_beside_its_adapters(tmp_path):
     assert (base - tuned).abs().max() > 1e-3 and encoders.models["base"].classes == ("bad", "good")
 
 
-def test_requests_of_many_threads_each_get_their_own_rows(bert):
-    encoders = open_embedder(str(bert), "bert", precision="fp32", device="cpu")
+def test_requests_of_many_threads_each_get_their_own_rows(bert, embedder):
+    encoders = embedder(bert)
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, 259, size=rng.integers(1, 60)).astype(np.int32) for _ in range(60)]
     expected = encoders.models["bert"].outputs(rows)
@@ -175,19 +186,14 @@ def test_requests_of_many_threads_each_get_their_own_rows(bert):
     def ask(place: int) -> None:
         answers[place] = encoders.submit("bert", rows[place : place + 3]).result(60)
 
-    threads = [threading.Thread(target=ask, args=(place,)) for place in range(0, 60, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    encoders.close()
+    at_once(ask, range(0, 60, 3))
     for place, found in answers.items():
         torch.testing.assert_close(found, expected[place : place + 3], atol=2e-5, rtol=1e-4)
     assert len(answers) == 20
 
 
-def test_rows_that_cannot_be_computed_are_refused_before(bert):
-    encoders = open_embedder(str(bert), "bert", precision="fp32", device="cpu")
+def test_rows_that_cannot_be_computed_are_refused_before(bert, embedder):
+    encoders = embedder(bert)
     encoders._most = 4
     for row, said in (([], "at least one"), ([5] * 65, "at most 64"), ([259], "no token 259")):
         with pytest.raises(UserError, match=said):
@@ -200,15 +206,14 @@ def test_rows_that_cannot_be_computed_are_refused_before(bert):
     assert encoders.submit("bert", [row]) is None
 
 
-def test_a_fault_of_the_model_reaches_who_asked_and_the_next_is_answered(bert):
-    encoders = open_embedder(str(bert), "bert", precision="fp32", device="cpu")
+def test_a_fault_of_the_model_reaches_who_asked_and_the_next_is_answered(bert, embedder):
+    encoders = embedder(bert)
     model, row = encoders.models["bert"], np.asarray([5], dtype=np.int32)
     whole, model.outputs = model.outputs, lambda rows: 1 / 0
     with pytest.raises(ZeroDivisionError):
         encoders.submit("bert", [row]).result(60)
     model.outputs = whole
     assert encoders.submit("bert", [row]).result(60).shape == (1, 32)
-    encoders.close()
 
 
 def test_what_a_reference_serves_is_known_without_its_weights(bert, runs, tmp_path):

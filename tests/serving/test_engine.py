@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import numpy as np
@@ -15,6 +14,7 @@ from deltaw.serving.constraints import ConstraintLimits, ProcessLimits
 from deltaw.serving.request import Constraint, Request, Sampling
 from tests.serving.engines import SMALL_STEPS, engine, engine_of, greedy, llama, prompts, tokenizer
 from tests.serving.http.hostile import explodes_later
+from tests.serving.http.waiting import at_once
 from tests.tiny_models import causal_model
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "neox", "phi3", "mistral")
@@ -260,11 +260,7 @@ def test_many_threads_get_their_own_texts() -> None:
         request = Request(asked[number], max_new_tokens=8, stop_ids=())
         found[number] = ours.submit(request).result().tokens.tolist()
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(asked))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(ask, range(len(asked)))
     ours.close()
     assert found == {n: greedy(model, prompt, 8) for n, prompt in enumerate(asked)}
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
-from deltaw.serving.bank import FactorPlaces, packed_from_model
+from deltaw.serving.bank import Packer, packed_from_model
 from deltaw.serving.decodable import Decodable, decodable
 from deltaw.serving.request import Request
 from tests.byte_models import tiny_gpt2, tiny_llama
@@ -29,8 +29,7 @@ def adapted(model: PreTrainedModel, made: Decodable, name: str) -> ActiveAdapter
     generator = torch.Generator().manual_seed(rank)
     for _, factor in adapter_parameters(model):
         factor.data.normal_(0, 0.2, generator=generator)
-    places = FactorPlaces(model, made.blocks, made.roles)
-    packed = packed_from_model(model, places, made.decoder)
+    packed = packed_from_model(model, Packer(model, made))
     assert packed is not None and not isinstance(packed, str)
     return ActiveAdapter(rank, AdapterFacts(), packed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import peft
@@ -12,7 +13,7 @@ import torch
 from deltaw.kernels import loader
 from deltaw.lora import load_adapter
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.serving.bank import AdapterBank, FactorPlaces, packed_from_model, packing
+from deltaw.serving.bank import AdapterBank, Packer, packed_from_model
 from deltaw.serving.decodable import decodable, tolerance
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
@@ -43,9 +44,7 @@ def served(request, tmp_path_factory):
     """A model with its decoder, a bank of adapters with all in use, and where they were saved."""
     model = model_of(request.param)
     made = decodable(model)
-    bank = AdapterBank(
-        model, None, packing(FactorPlaces(model, made.blocks, made.roles), made.decoder), budget_bytes=1 << 30
-    )
+    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
     root = tmp_path_factory.mktemp("adapters")
     folders = []
     for seed in range(ADAPTERS):
@@ -89,18 +88,22 @@ def test_an_adapter_changes_what_is_written(served):
     assert min(distances) > 100 * TOLERANCE
 
 
+def packer_on(carrier, model, made) -> Packer:
+    """Packs for the decoder of ``model`` what is on a copy of it."""
+    blocks = tuple(carrier.get_submodule(name) for name in names_of(model, made.blocks))
+    return Packer(carrier, dataclasses.replace(made, blocks=blocks))
+
+
 def test_an_adapter_that_is_on_the_model_packs_the_same(served):
     model, made, bank, folders = served
     carrier = copy.deepcopy(model)
     load_adapter(carrier, folders[0])
-    blocks = [carrier.get_submodule(name) for name in names_of(model, made.blocks)]
-    live = packed_from_model(carrier, FactorPlaces(carrier, blocks, made.roles), made.decoder)
+    live = packed_from_model(carrier, packer_on(carrier, model, made))
     prompt = drawn_prompts(1, VOCABULARY)
     (own,) = Rows(made, [live], [0]).step(prompt)
     (of_bank,) = Rows(made, [bank.acquire("0").packed], [0]).step(prompt)
     assert torch.equal(own, of_bank)
-    places = FactorPlaces(model, made.blocks, made.roles)
-    assert packed_from_model(model, places, made.decoder) is None
+    assert packed_from_model(model, Packer(model, made)) is None
 
 
 def test_what_factors_do_not_say_is_a_reason(served, tmp_path):
@@ -108,8 +111,7 @@ def test_what_factors_do_not_say_is_a_reason(served, tmp_path):
     write_lora(model, tmp_path, target_modules="attention", train_modules=["lm_head"])
     carrier = copy.deepcopy(model)
     load_adapter(carrier, tmp_path)
-    blocks = [carrier.get_submodule(name) for name in names_of(model, made.blocks)]
-    reason = packed_from_model(carrier, FactorPlaces(carrier, blocks, made.roles), made.decoder)
+    reason = packed_from_model(carrier, packer_on(carrier, model, made))
     assert isinstance(reason, str) and "lm_head" in reason
 
 
@@ -121,9 +123,7 @@ def test_weights_of_other_precisions_take_adapters_too(family, precision, tmp_pa
     if precision == "int8":
         quantize_int8(model.base_model)
     made = decodable(model)
-    bank = AdapterBank(
-        model, None, packing(FactorPlaces(model, made.blocks, made.roles), made.decoder), budget_bytes=1 << 30
-    )
+    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
     bank.add("x", folder)
     carrier = copy.deepcopy(model)
     load_adapter(carrier, folder)
@@ -149,9 +149,7 @@ def test_logits_equal_pefts_with_the_head_adapted_too(tmp_path):
     )  # fmt: skip
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     theirs.save_pretrained(tmp_path)
-    bank = AdapterBank(
-        model, None, packing(FactorPlaces(model, made.blocks, made.roles), made.decoder), budget_bytes=1 << 30
-    )
+    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
     bank.add("theirs", tmp_path)
     prompt = drawn_prompts(1, VOCABULARY)
     (logits,) = Rows(made, [bank.acquire("theirs").packed], [0]).step(prompt)

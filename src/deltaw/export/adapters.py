@@ -196,7 +196,7 @@ class Added(Change):
         return rows.add_(self.values[start : start + len(rows)].to(rows.dtype))
 
 
-# ---- adapters
+# ---- From the files of an adapter to changes.
 
 
 _IN_PLACE = ("head", "input", "bias", "random", "last", "full")

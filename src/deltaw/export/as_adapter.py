@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.export.adapters import Factors, LowRank, Trained, factors_of
 from deltaw.export.base import MergeOptions, Merging, Say, prepared
-from deltaw.export.combine import Combined, reduced, side_by_side, truncated_dense
+from deltaw.export.combine import Combined, Reduced, ratio, reduced, side_by_side, stacked, truncated_dense
 from deltaw.export.merged import OF_TOKENIZER
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
@@ -56,15 +56,6 @@ class AdapterResult:
     errors: dict[str, float]
     error: float
     seconds: float
-
-
-@dataclass
-class _Made:
-    """Factors to be written, and how far they are from what was asked for."""
-
-    factors: Factors
-    lost: float
-    total: float
 
 
 def write_adapter(
@@ -111,13 +102,13 @@ def write_adapter(
         max((one.factors.rank for one in made.values()), default=0),
         stored,
         sum(one.factors.left.numel() + one.factors.right.numel() for one in made.values()),
-        {name: _ratio(one.lost, one.total) for name, one in made.items()},
-        _ratio(lost, total),
+        {name: ratio(one.lost, one.total) for name, one in made.items()},
+        ratio(lost, total),
         time.perf_counter() - began,
     )
 
 
-def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, _Made]:
+def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, Reduced]:
     """Give every layer of the one adapter a lower rank; what else it trained stays."""
     source = job.adapters[0].folder
     model = job.base.skeleton()
@@ -134,11 +125,10 @@ def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, _Made]:
         )
     made = {}
     for name, layer in record.adapted():
-        factors, lost, total = reduced(factors_of(layer), rank)
-        made[name] = _Made(factors, lost, total)
+        made[name] = reduced(factors_of(layer), rank)
         if isinstance(layer, LoRABias):
             layer.lora_bias = nn.Parameter(layer.lora_bias * layer.scaling, requires_grad=False)
-        _fill(layer, factors, rank)
+        _fill(layer, made[name].factors, rank)
     record.config = dataclasses.replace(
         record.config, rank=rank, alpha=rank, rank_pattern={}, alpha_pattern={}, rslora=False
     )
@@ -146,10 +136,8 @@ def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, _Made]:
     return made
 
 
-def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, _Made]:
-    made = {}
-    for one in job.trained:
-        made[one.names[0]] = _factors(one, job, rank)
+def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, Reduced]:
+    made = {one.names[0]: _factors(one, job, rank) for one in job.trained}
     most = max((one.factors.rank for one in made.values()), default=0)
     model = job.base.skeleton()
     modules: dict[int, tuple[str, ...]] = {}
@@ -190,13 +178,12 @@ def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, _Made]:
     return made
 
 
-def _factors(one: Trained, job: Merging, rank: int | None) -> _Made:
+def _factors(one: Trained, job: Merging, rank: int | None) -> Reduced:
     """The factors of one parameter's combined update, and their squared error to the weighted sum."""
     recipe = job.options.recipe
     assert recipe is not None and job.combination is not None
     parts = one.change.parts if isinstance(one.change, Combined) else [one.change]
-    low = [part.factors if isinstance(part, LowRank) else None for part in parts if part is not None]
-    if any(factors is None for factors in low):
+    if any(part is not None and not isinstance(part, LowRank) for part in parts):
         raise UserError(
             f"'{one.names[0]}' is not changed by a low-rank update alone, so that it fits into no adapter",
             where=one.names[0],
@@ -205,41 +192,32 @@ def _factors(one: Trained, job: Merging, rank: int | None) -> _Made:
     if isinstance(one.change, LowRank):  # concat or svd
         lost, total = job.combination.known[one.names[0]]
         if rank is None or rank >= one.change.factors.rank:
-            return _Made(one.change.factors, lost, total)
-        factors, more, _ = reduced(one.change.factors, rank)
-        return _Made(factors, lost + more, total)
+            return Reduced(one.change.factors, lost, total)
+        made = reduced(one.change.factors, rank)
+        return Reduced(made.factors, lost + made.lost, total)
     assert isinstance(one.change, Combined)
-    weighted = [
-        factors.scaled(weight)
-        for weight, factors in zip(
-            (w for w, part in zip(recipe.weights, parts, strict=True) if part is not None), low, strict=True
-        )
-        if factors is not None
-    ]
+    pairs = zip(recipe.weights, parts, strict=True)
+    weighted = [part.factors.scaled(weight) for weight, part in pairs if isinstance(part, LowRank)]
     joined = side_by_side(weighted)
     if recipe.method == "linear":
         if rank is None or rank >= joined.rank:
-            _, _, total = reduced(joined, joined.rank)
-            return _Made(joined, 0.0, total)
-        return _Made(*reduced(joined, rank))
+            return Reduced(joined, 0.0, reduced(joined, joined.rank).total)
+        return reduced(joined, rank)
     return _of_dense(one, joined, rank or max(factors.rank for factors in weighted))
 
 
-def _of_dense(one: Trained, joined: Factors, rank: int) -> _Made:
+def _of_dense(one: Trained, joined: Factors, rank: int) -> Reduced:
     """Of TIES and DARE, whose update has no low rank: formed whole, and cut by its SVD."""
     change = one.change
     assert isinstance(change, Combined)
     change.lost = change.total = 0.0
     parts = [(0, one.shape[0])] if change.whole else row_blocks(one.shape)
     delta = torch.cat([change.delta(torch.zeros(stop - start, *one.shape[1:]), start) for start, stop in parts])
-    stacked = joined.left.dim() == 3
-    matrices = list(delta) if stacked else [delta.flatten(1)]
-    cut = [truncated_dense(matrix, rank) for matrix in matrices]
-    left, right = torch.stack([c.left for c in cut]), torch.stack([c.right for c in cut])
-    factors = Factors(left if stacked else left[0], right if stacked else right[0], one.shape)
+    matrices = list(delta) if joined.left.dim() == 3 else [delta.flatten(1)]
+    factors = stacked([truncated_dense(matrix, rank) for matrix in matrices], joined)
     exact = joined.rows(0, one.shape[0])
     lost = float((factors.rows(0, one.shape[0]) - exact).double().square().sum())
-    return _Made(factors, lost, float(exact.double().square().sum()))
+    return Reduced(factors, lost, float(exact.double().square().sum()))
 
 
 def _fill(layer: LoRALayer, factors: Factors, rank: int) -> None:
@@ -277,7 +255,3 @@ def _copy_beside(job: Merging, folder: Path) -> None:
     for name in names:
         if (job.run / name).is_file():
             shutil.copyfile(job.run / name, folder / name)
-
-
-def _ratio(lost: float, total: float) -> float:
-    return (lost / total) ** 0.5 if total > 0 else 0.0

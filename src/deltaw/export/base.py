@@ -69,17 +69,18 @@ class Base:
                 trust_remote_code=self.trust_remote_code,
             )
 
-    def load(self, precision: str) -> LoadedModel:
-        """The model in memory, for the adapter's task."""
-        return load(
-            str(self.folder),
-            precision=precision,
-            device="cpu",
-            task=self.task,
-            num_labels=self.outputs,
-            trust_remote_code=self.trust_remote_code,
-            say=lambda line: None,
-        )
+    def load(self, precision: str, folder: Path | None = None) -> LoadedModel:
+        """The model in memory, or the one in another ``folder``, for the adapter's task."""
+        with quiet():
+            return load(
+                str(folder or self.folder),
+                precision=precision,
+                device="cpu",
+                task=self.task,
+                num_labels=self.outputs,
+                trust_remote_code=self.trust_remote_code,
+                say=lambda line: None,
+            )
 
     @functools.cached_property
     def source(self) -> Source:

@@ -1,4 +1,4 @@
-"""Several adapters as one: ways to combine their updates ΔW, each weighted.
+"""Several adapters as one: ways to combine their updates ΔW, each weighted, and lower ranks of one.
 
     concat   Σ wᵢ·ΔWᵢ, exactly: factors side by side, ranks add
     svd      the best approximation of that of a given rank
@@ -52,6 +52,15 @@ class Truncated:
         lost, all_of_it = self.discarded.square().sum(), self.kept.square().sum()
         total = float(lost + all_of_it)
         return (float(lost) / total) ** 0.5 if total else 0.0
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Factors, their squared error to what was asked for, and the squared norm of that."""
+
+    factors: Factors
+    lost: float
+    total: float
 
 
 def truncated(left: Tensor, right: Tensor, rank: int) -> Truncated:
@@ -114,7 +123,7 @@ def _basis(matrix: Tensor) -> Tensor:
     return u[:, values > least]
 
 
-# ---- combine
+# ---- The methods.
 
 
 METHODS = ("concat", "svd", "linear", "ties", "dare")
@@ -257,12 +266,12 @@ class Combination:
 
     def errors(self) -> dict[str, float]:
         """By parameter, ‖combined − Σ wᵢ·ΔWᵢ‖_F / ‖Σ wᵢ·ΔWᵢ‖_F; after the weights were written."""
-        return {name: _ratio(*squares) for name, squares in self._squares().items()}
+        return {name: ratio(*squares) for name, squares in self._squares().items()}
 
     def total_error(self) -> float:
         """The same over all parameters together."""
         squares = list(self._squares().values())
-        return _ratio(sum(lost for lost, _ in squares), sum(total for _, total in squares))
+        return ratio(sum(lost for lost, _ in squares), sum(total for _, total in squares))
 
     def _squares(self) -> dict[str, tuple[float, float]]:
         found = dict(self.known)
@@ -272,7 +281,8 @@ class Combination:
         return found
 
 
-def _ratio(lost: float, total: float) -> float:
+def ratio(lost: float, total: float) -> float:
+    """The relative error of squares."""
     return (lost / total) ** 0.5 if total > 0 else 0.0
 
 
@@ -323,8 +333,8 @@ def _factored(name: str, parts: Sequence[Trained | None], recipe: Recipe) -> tup
         total = sum(max(inner(pair, pair), 0.0) for pair in joined.matrices())
         return LowRank(joined), (0.0, total)
     rank = recipe.rank or max(one.rank for one in factors)
-    made, lost, total = reduced(joined, rank)
-    return LowRank(made), (lost, total)
+    made = reduced(joined, rank)
+    return LowRank(made.factors), (made.lost, made.total)
 
 
 def side_by_side(factors: Sequence[Factors]) -> Factors:
@@ -334,12 +344,14 @@ def side_by_side(factors: Sequence[Factors]) -> Factors:
     return Factors(left, right, factors[0].shape)
 
 
-def reduced(factors: Factors, rank: int) -> tuple[Factors, float, float]:
-    """The best approximation of a rank, its squared error, and the squared norm of all."""
+def reduced(factors: Factors, rank: int) -> Reduced:
+    """The best approximation of a rank."""
     cut = [truncated(left, right, rank) for left, right in factors.matrices()]
-    left, right = torch.stack([c.left for c in cut]), torch.stack([c.right for c in cut])
-    if factors.left.dim() == 2:
-        left, right = left[0], right[0]
     lost = sum(float(c.discarded.square().sum()) for c in cut)
-    total = lost + sum(float(c.kept.square().sum()) for c in cut)
-    return Factors(left, right, factors.shape), lost, total
+    return Reduced(stacked(cut, factors), lost, lost + sum(float(c.kept.square().sum()) for c in cut))
+
+
+def stacked(cut: Sequence[Truncated], like: Factors) -> Factors:
+    """Approximations of the matrices of one weight as its factors, in the form of ``like``."""
+    left, right = torch.stack([c.left for c in cut]), torch.stack([c.right for c in cut])
+    return Factors(left, right, like.shape) if like.left.dim() == 3 else Factors(left[0], right[0], like.shape)

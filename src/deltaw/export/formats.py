@@ -1,4 +1,4 @@
-"""`deltaw export`: the formats by name, and what each writes.
+"""`deltaw export`: the formats by name, what each writes, and the Modelfile beside a GGUF file.
 
 Knows which routine makes which format, and what is told afterwards; how a format looks is known there.
 """

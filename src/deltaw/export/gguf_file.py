@@ -133,7 +133,7 @@ def _ggml() -> Callable[..., int]:
     return routine
 
 
-# ---- gguf file
+# ---- The file.
 
 
 Shapes = Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType]]

@@ -1,4 +1,4 @@
-"""A base model with its adapter merged in, as one GGUF file for llama.cpp.
+"""An adapter for llama.cpp: merged into its base model as one GGUF file, or as a GGUF file of its own.
 
 Tensors are merged, packed and written one after the other. The metadata is that of the base's own GGUF file
 where it is one; else it is made from the configuration and the tokenizer.
@@ -71,10 +71,10 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         out.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         out.add_layer_norm_eps(config.layer_norm_epsilon)
         return notes
+    size = _head_size(config)
     out.add_feed_forward_length(config.intermediate_size)
     out.add_head_count_kv(int(getattr(config, "num_key_value_heads", None) or heads))
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     out.add_key_length(size)
     out.add_value_length(size)
     _add_positions(out, architecture, config, size)
@@ -82,13 +82,18 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         out.add_sliding_window(0)  # which llama.cpp takes for a model without windows
     elif architecture.arch in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
         out.add_sliding_window(config.sliding_window)
-        for add, cap in (
-            (out.add_attn_logit_softcapping, config.attn_logit_softcapping),
-            (out.add_final_logit_softcapping, config.final_logit_softcapping),
-        ):
-            if cap is not None:
-                add(cap)
+        _add_given(out.add_attn_logit_softcapping, config.attn_logit_softcapping)
+        _add_given(out.add_final_logit_softcapping, config.final_logit_softcapping)
     return notes
+
+
+def _head_size(config: PretrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _add_given(add: Callable[[float], None], value: float | None) -> None:
+    if value is not None:
+        add(value)
 
 
 def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
@@ -96,8 +101,7 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        return {"rope_freqs.weight": llama3_divisors(rope, size)}
+        return {"rope_freqs.weight": llama3_divisors(rope, _head_size(config))}
     if kind == "longrope":
         return {
             f"rope_factors_{name}.weight": np.asarray(rope[f"{name}_factor"], np.float32) for name in ("long", "short")
@@ -135,7 +139,12 @@ def _add_positions(out: GGUFWriter, architecture: Architecture, config: Pretrain
         out.add_rope_scaling_type(RopeScalingType.LINEAR)
         out.add_rope_scaling_factor(rope["factor"])
     elif kind == "yarn":
-        _add_yarn(out, rope)
+        out.add_rope_scaling_type(RopeScalingType.YARN)
+        out.add_rope_scaling_factor(rope["factor"])
+        out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        _add_given(out.add_rope_scaling_yarn_attn_factor, rope.get("attention_factor"))
+        _add_given(out.add_rope_scaling_yarn_beta_fast, rope.get("beta_fast"))
+        _add_given(out.add_rope_scaling_yarn_beta_slow, rope.get("beta_slow"))
     elif kind == "longrope" and architecture.arch == MODEL_ARCH.PHI3:
         out.add_rope_scaling_attn_factors(_long_attention(rope, config))
     elif kind not in ("default", "llama3") or (kind == "llama3" and architecture.arch != MODEL_ARCH.LLAMA):
@@ -144,19 +153,6 @@ def _add_positions(out: GGUFWriter, architecture: Architecture, config: Pretrain
         out.add_rope_scaling_orig_ctx_len(
             int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
         )
-
-
-def _add_yarn(out: GGUFWriter, rope: Rope) -> None:
-    out.add_rope_scaling_type(RopeScalingType.YARN)
-    out.add_rope_scaling_factor(rope["factor"])
-    out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    for key, add in (
-        ("attention_factor", out.add_rope_scaling_yarn_attn_factor),
-        ("beta_fast", out.add_rope_scaling_yarn_beta_fast),
-        ("beta_slow", out.add_rope_scaling_yarn_beta_slow),
-    ):
-        if rope.get(key) is not None:
-            add(rope[key])
 
 
 def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
@@ -183,7 +179,7 @@ def _unknown(kind: str) -> UserError:
     )
 
 
-# ---- gguf model
+# ---- A merged model as a GGUF file.
 
 
 _HEAD = "output.weight"

@@ -110,7 +110,7 @@ def _pieces(splitter: PreTokenizer) -> list[str]:
     return [piece for piece, _ in splitter.pre_tokenize_str(_PROBE)]
 
 
-# ---- gguf tokenizer
+# ---- The vocabulary, and what goes into a file beside it.
 
 
 _SPACE = "\u2581"  # with which SentencePiece writes a space

@@ -9,10 +9,9 @@ and not before it was verified, where that is asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -152,17 +151,6 @@ def _type_named(name: str) -> torch.dtype:
 # ---- From a run to the folder of a merged model.
 
 
-class Verifier(Protocol):
-    """Compares a merged model with the unmerged one, before its folder appears."""
-
-    def __call__(self, job: Merging, folder: Path) -> object:
-        """What was found.
-
-        Raises:
-            UserError: the merged model is not what the adapter makes of its base.
-        """
-
-
 @dataclass(frozen=True)
 class MergeResult:
     """What :func:`merge_run` did.
@@ -204,7 +192,7 @@ def merge_run(
     output: str | Path,
     options: MergeOptions | None = None,
     *,
-    verify: Verifier | None = None,
+    verify: Callable[[Merging, Path], object] | None = None,
     keep: bool = False,
     say: Say = lambda line: None,
 ) -> MergeResult:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import Added, Change, Replaced
-from deltaw.export.base import Base, MergeOptions, Merging, Say, check_base, prepared
+from deltaw.export.base import Base, Merging, check_base
 from deltaw.hub.checkpoint import INDEX, WEIGHTS, Checkpoint, Names, name_for, names_on_disk, read_checkpoint
 from deltaw.hub.gguf import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
@@ -208,7 +208,7 @@ def _built(base: Base, settings: Mapping[str, object]) -> PreTrainedModel:
         return base.skeleton(Path(folder))
 
 
-# ---- merged
+# ---- The tensors of a merged model.
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -304,31 +304,6 @@ class MergedModel:
     dropped: tuple[str, ...] = ()
     same_base: bool | None = None
     notes: tuple[str, ...] = field(default=())
-
-
-def merged_tensors(
-    run: str | Path,
-    *,
-    model: str | None = None,
-    precision: str = "keep",
-    trust_remote_code: bool = False,
-    say: Say = lambda line: None,
-) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, tensor) of the model that a run's adapter and its base make, one at a time.
-
-    Args:
-        run: a run's folder, or an adapter's.
-        model: the base model, where it is not the one that the folder names.
-        precision: ``bf16``, ``fp16``, ``fp32``, or ``keep`` for the types of the base's files.
-        trust_remote_code: run the Python files that came with the base model.
-
-    Raises:
-        UserError: it cannot be merged.
-    """
-    options = MergeOptions(model, trust_remote_code, precision)
-    with prepared(Path(run), options, say) as job:
-        for output in assemble(job).tensors:
-            yield output.name, output.whole()
 
 
 def assemble(job: Merging) -> MergedModel:

@@ -10,6 +10,7 @@ It knows folders, not what is in them.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -108,22 +109,18 @@ def _put(partial: Path, target: Path) -> None:
 
 def _clear(target: Path, say: Callable[[str], None]) -> None:
     """Remove what dead processes left of this folder; put back what one had moved away."""
-    for before in sorted(target.parent.glob(f".{_escaped(target.name)}{_BEFORE}*")):
+    for before in sorted(target.parent.glob(f".{glob.escape(target.name)}{_BEFORE}*")):
         if not _alive(before):
             if not target.exists():
                 before.rename(target)
                 say(f"put back {target.name}, which a process that was stopped had moved away")
             shutil.rmtree(before, ignore_errors=True)
-    for left in sorted(target.parent.glob(f".{_escaped(target.name)}{_PARTIAL}*")):
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")):
         if _alive(left) or not _is_free(left):
             say(f"another process is writing {left.name}")
         else:
             shutil.rmtree(left, ignore_errors=True)
             say(f"removed {left.name}, which a process that was stopped left behind")
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _alive(folder: Path) -> bool:

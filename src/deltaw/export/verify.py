@@ -32,8 +32,6 @@ from deltaw.export.base import Merging, Say
 from deltaw.export.merge import apply_changes
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.checkpoint import read_checkpoint
-from deltaw.hub.loading import load
-from deltaw.hub.quiet import quiet
 from deltaw.lora import merge
 from deltaw.methods.parameters import names_of
 from deltaw.runtime.quantized_weights import round_to_nf4
@@ -201,7 +199,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
         model = opened.model
     else:
         # Several adapters cannot be on one model: their unrounded sum is put into the loaded weights.
-        model = _bare(job, job.base.folder, opened, precision)
+        model = job.base.load(precision).model
         apply_changes(model, job.trained)
     kept = list(questions.logits(model))
     adapter = None
@@ -219,7 +217,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     # The session is needed for its task alone; whatever holds the unmerged model lets go of it.
     opened.loaded.model, opened.method = None, None  # type: ignore[assignment]
     release_free_memory()
-    merged = _moved(kept, questions.logits(_bare(job, folder, opened, precision)))
+    merged = _moved(kept, questions.logits(job.base.load(precision, folder).model))
     floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
     return Verification(
         rows,
@@ -257,20 +255,6 @@ def _opened(job: Merging, precision: str) -> InferenceSession:
         trust_remote_code=job.base.trust_remote_code,
         say=lambda line: None,
     )
-
-
-def _bare(job: Merging, folder: Path, opened: InferenceSession, precision: str) -> PreTrainedModel:
-    """The model in a folder, for the same task and with as many outputs."""
-    with quiet():
-        return load(
-            str(folder),
-            precision=precision,
-            device="cpu",
-            task=opened.task.name,
-            num_labels=len(opened.classes) if opened.classes is not None else None,
-            trust_remote_code=job.base.trust_remote_code,
-            say=lambda line: None,
-        ).model
 
 
 def _stored_type(job: Merging, folder: Path) -> tuple[torch.dtype, bool]:

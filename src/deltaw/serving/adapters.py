@@ -1,16 +1,15 @@
-"""What an engine asks of whoever keeps adapters, and an engine's adapters where there is one at most.
+"""Adapters that an engine writes with: what it asks of whoever keeps them, and how a folder becomes one.
 
-Knows packed adapters; not files, nor how a step computes.
+Knows packed adapters, folders and one base model, which it does not change; not which adapters are in memory, nor
+how a step computes.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +39,19 @@ from deltaw.training.origin import CHAT_TEMPLATE, read_folder
 
 
 @dataclass(frozen=True)
+class FolderState:
+    """The two files of an adapter at one moment.
+
+    Attributes:
+        stat: what the file system says of each: size, time of the last change, inode.
+        digest: of their content.
+    """
+
+    stat: tuple[tuple[int, ...], ...] = ()
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class AdapterFacts:
     """What is known of an adapter without its weights.
 
@@ -48,11 +60,18 @@ class AdapterFacts:
         invocation: tokens from whose last occurrence in a prompt on its update acts; None where it acts on
             all tokens.
         terminators: tokens that end its texts.
+        folder: where it was read, if it was. state: of its files then.
+        tokenizer: the base's, with the chat template that was saved with the adapter; None without one.
+        config: the run's settings; None where no run of deltaw's made it.
     """
 
     virtual_tokens: int = 0
     invocation: tuple[int, ...] | None = None
     terminators: tuple[int, ...] = ()
+    folder: Path = Path()
+    state: FolderState = FolderState()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    config: RunConfig | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +81,19 @@ class ActiveAdapter:
     Attributes:
         number: names these weights; at least 1, and no other ones ever get it.
         packed: its low-rank update; None where it has none.
-        soft_prompt: (k, D), what stands in for embeddings of k tokens before each prompt; None without.
+        soft_prompt: (k, D) fp32, what stands in for embeddings of k tokens before each prompt; None without.
     """
 
     number: int
     facts: AdapterFacts
     packed: PackedAdapter | None = None
     soft_prompt: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights."""
+        factors = 0 if self.packed is None else self.packed.bytes
+        return factors + (0 if self.soft_prompt is None else self.soft_prompt.nbytes)
 
 
 class Adapters(Protocol):
@@ -130,46 +155,11 @@ def no_adapter(name: str, names: tuple[str, ...]) -> UnknownAdapterError:
 # linear layers, with or without an invocation sequence, and soft prompts. Everything else is refused, and the
 # refusal names it. The chat template, the terminators and the settings that were saved with the adapter come
 # along.
-#
-# Knows folders and one base model, which it does not change; not memory, names or requests.
 
 
 _OF_ITS_OWN = "merge it into a model of its own: deltaw merge"
-
-
-@dataclass(frozen=True)
-class FolderState:
-    """The two files of an adapter at one moment.
-
-    Attributes:
-        stat: what the file system says of each: size, time of the last change, inode.
-        digest: of their content.
-    """
-
-    stat: tuple[tuple[int, ...], ...]
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderFacts(AdapterFacts):
-    """What is known of an adapter without its weights, by its folder.
-
-    Attributes:
-        folder: where it was read. state: of its files then.
-        method: that made it. base_model: the reference that it names; None where it names none.
-        layers: adapted layers. ranks: the least and the greatest.
-        tokenizer: the base's, with the chat template that was saved with the adapter; None without one.
-        config: the run's settings; None where no run of deltaw's made it.
-    """
-
-    folder: Path
-    state: FolderState
-    method: str
-    base_model: str | None
-    layers: int
-    ranks: tuple[int, int]
-    tokenizer: PreTrainedTokenizerBase | None
-    config: RunConfig | None
+_AS_A_MODEL = "serve it as a model of its own: deltaw serve"
+_OWN_BASE = "serve it on the base model that it was trained on"
 
 
 @dataclass(frozen=True)
@@ -182,7 +172,7 @@ class AdapterParts:
             prompt.
     """
 
-    facts: FolderFacts
+    facts: AdapterFacts
     layers: Mapping[str, Factors]
     prompt: Tensor | None
 
@@ -218,8 +208,14 @@ class FolderReader:
         refuse_missing(folder)
         before = known if known is not None and known.stat == stat_of(folder) else state_of(folder)
         found = read_folder(folder, trust_remote_code=None)
-        config, settings = found.run, found.adapter
-        self._refuse_task(folder, settings, config)
+        told = tasks.name_of_adapter(found.adapter.get("task_type"))
+        task = found.run.task if found.run is not None else told
+        if task is not None and not tasks.entry_of(task).writes_text:
+            raise UserError(
+                f"it is an adapter for {task}, and the base here writes text",
+                where=str(folder),
+                hint=f"{_AS_A_MODEL} {folder}",
+            )
         name = method_of_folder(folder, self._tokenizer).name
         if name == "lora":
             factors, prompt = self._factors(folder), None
@@ -229,7 +225,7 @@ class FolderReader:
             raise UserError(
                 f"its method '{name}' trains the base model's own weights, which other requests use as well",
                 where=str(folder),
-                hint="serve it as a model of its own: deltaw serve " + str(folder),
+                hint=f"{_AS_A_MODEL} {folder}",
             )
         if stat_of(folder) != before.stat:
             raise UserError(
@@ -237,34 +233,18 @@ class FolderReader:
                 where=str(folder),
                 hint="wait until they are written, and add it again",
             )
-        layers = {} if factors is None else factors.layers
-        ranks = [layer.rank for layer in layers.values()] or [0]
         invoked = None if factors is None else factors.config.invocation_tokens
-        tokenizer = self._own_tokenizer(folder, config)
-        facts = FolderFacts(
+        tokenizer = self._own_tokenizer(folder)
+        facts = AdapterFacts(
             virtual_tokens=0 if prompt is None else len(prompt),
             invocation=tuple(invoked) if isinstance(invoked, list) else None,
             terminators=self._ends(folder, tokenizer),
             folder=folder,
             state=before,
-            method=name,
-            base_model=text_or_none(settings.get("base_model_name_or_path")),
-            layers=len(layers),
-            ranks=(min(ranks), max(ranks)),
             tokenizer=tokenizer,
-            config=config,
+            config=found.run,
         )
-        return AdapterParts(facts, layers, prompt)
-
-    def _refuse_task(self, folder: Path, settings: Mapping[str, object], config: RunConfig | None) -> None:
-        told = tasks.name_of_adapter(settings.get("task_type"))
-        task = config.task if config is not None else told
-        if task is not None and not tasks.entry_of(task).writes_text:
-            raise UserError(
-                f"it is an adapter for {task}, and the base here writes text",
-                where=str(folder),
-                hint="serve it as a model of its own: deltaw serve " + str(folder),
-            )
+        return AdapterParts(facts, {} if factors is None else factors.layers, prompt)
 
     def _factors(self, folder: Path) -> AdapterFactors:
         factors = read_factors(self._model, folder)
@@ -276,7 +256,7 @@ class FolderReader:
             raise UserError(
                 "it was trained on another base model" + (f": {named}" if named else ""),
                 where=str(folder),
-                hint="serve it on the base model that it was trained on",
+                hint=_OWN_BASE,
             )
 
     def _prompt(self, folder: Path) -> Tensor:
@@ -292,7 +272,7 @@ class FolderReader:
             raise UserError(
                 f"the soft prompt is {tuple(file.prompt.shape)}, and the model's embedding is {width} wide",
                 where=str(folder),
-                hint="serve it on the base model that it was trained on",
+                hint=_OWN_BASE,
             )
         prompt = file.prompt.to(torch.float32, copy=True).contiguous()
         if not bool(torch.isfinite(prompt).all()):
@@ -304,7 +284,7 @@ class FolderReader:
         self._refuse_base(folder, metadata_of(folder), file.base_model)
         return prompt
 
-    def _own_tokenizer(self, folder: Path, config: RunConfig | None) -> PreTrainedTokenizerBase | None:
+    def _own_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase | None:
         """The base's tokenizer with the chat template in the folder, where there is one."""
         if self._tokenizer is None:
             return None
@@ -419,150 +399,3 @@ def _json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise UserError(f"{path.name} is not a JSON object", where=str(path), hint="copy the adapter again")
     return value
-
-
-# ---- The versions of adapters that there are, and which of them have room in memory.
-#
-# The least recently used version that no request uses gives way first. Knows sizes and uses; not threads or
-# folders.
-
-
-# Seconds after which a request that asked for a version, and did not ask again, is believed to be gone; and
-# after which a version that was loaded for it gives way to others.
-PATIENCE, STAYS = 10.0, 3.0
-NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What of an adapter is in memory.
-
-    Attributes:
-        packed: its factors; None where it has none. prompt: (k, D) fp32, see :class:`AdapterParts`.
-    """
-
-    packed: PackedAdapter | None
-    prompt: Tensor | None
-
-    @property
-    def bytes(self) -> int:
-        factors = 0 if self.packed is None else self.packed.bytes
-        return factors + (0 if self.prompt is None else self.prompt.nbytes)
-
-
-@dataclass(eq=False)
-class Version:
-    """One content of a name.
-
-    Attributes:
-        number: that no other version has. bytes: of the weights.
-        current: whether its name still stands for it. loading: whether it has room that is not filled yet.
-        users: requests that use it. used: when one did last, by the room's count.
-        asked: when a request last asked for it while it was not in memory, in seconds. came: when it was
-            loaded for a request that has not come yet.
-        error: why it could not be loaded, until somebody is told.
-    """
-
-    name: str
-    number: int
-    facts: FolderFacts
-    bytes: int
-    pinned: bool
-    weights: Weights | None
-    current: bool = True
-    loading: bool = False
-    users: int = 0
-    used: int = 0
-    asked: float = NEVER
-    came: float = NEVER
-    error: UserError | None = field(default=None, repr=False)
-
-
-class Room:
-    """The versions that are current or held, within a number of bytes.
-
-    Args:
-        budget_bytes: the most that their weights take.
-
-    Attributes:
-        versions: all of them. dropped: how many left memory to make room.
-    """
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.versions: set[Version] = set()
-        self.dropped = 0
-        self._clock = itertools.count(1)
-
-    def touch(self, version: Version) -> None:
-        """A request uses it now."""
-        version.used, version.asked, version.came = next(self._clock), NEVER, NEVER
-
-    def ask(self, version: Version) -> None:
-        """A request waits for it."""
-        version.asked = time.monotonic()
-
-    def is_asked_for(self, version: Version) -> bool:
-        """Whether a request waits for it, as far as one can tell."""
-        return time.monotonic() - version.asked < PATIENCE
-
-    def fill(self, version: Version, weights: Weights | None) -> None:
-        """Its weights are loaded; None where they cannot be."""
-        version.loading = False
-        if version in self.versions:
-            version.weights, version.came = weights, time.monotonic()
-
-    def stays(self, version: Version) -> bool:
-        """Whether its weights must not go. What was loaded for a request stays until the request comes, or
-        two adapters that are asked for would drive each other out for ever."""
-        pinned = version.pinned and version.current
-        return version.users > 0 or pinned or (version.current and time.monotonic() - version.came < STAYS)
-
-    def taken(self) -> int:
-        """The bytes of weights in memory, and of those that are being loaded."""
-        return sum(v.bytes for v in self.versions if v.weights is not None or v.loading)
-
-    def loaded(self) -> int:
-        """How many versions have their weights in memory."""
-        return sum(v.weights is not None for v in self.versions)
-
-    def make(self, wanted: int) -> bool:
-        """Let weights go that nobody uses, until so many bytes are free. None goes where all of them would
-        not be enough."""
-        free = self.budget_bytes - self.taken()
-        going = []
-        idle = [v for v in self.versions if v.weights is not None and not self.stays(v)]
-        for version in sorted(idle, key=lambda v: v.used):
-            if free >= wanted:
-                break
-            free += version.bytes
-            going.append(version)
-        if free < wanted:
-            return False
-        for version in going:
-            version.weights = None
-        self.dropped += len(going)
-        return True
-
-    def leave_if_done(self, version: Version) -> None:
-        """A version without a name ends with its last request."""
-        if not version.current and not version.users:
-            version.weights = None
-            self.versions.discard(version)
-
-    def refuse(self, version: Version, others: Iterable[Version]) -> None:
-        """Raise a UserError where, beside ``others``, some version would have no room even when nothing but
-        the pinned ones is in memory."""
-        after = [*others, version]
-        pinned = sum(v.bytes for v in after if v.pinned)
-        if pinned + max((v.bytes for v in after if not v.pinned), default=0) > self.budget_bytes:
-            raise too_large(version.name, self.budget_bytes)
-
-
-def too_large(name: str, budget: int) -> UserError:
-    """The error for an adapter that cannot be in memory."""
-    return UserError(
-        f"adapter '{name}' has no room in the {budget / 1e6:,.1f} MB for adapters",
-        where=name,
-        hint="give adapters more memory, or pin fewer of them",
-    )

@@ -17,34 +17,21 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.attachment import attachment, unwrapped
 from deltaw.lora.factors import Factors, more_than_factors
-from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
-from deltaw.runtime.recognition import BlockRoles, part
-from deltaw.serving.adapters import (
-    PATIENCE,
-    STAYS,
-    ActiveAdapter,
-    AdapterParts,
-    FolderFacts,
-    FolderReader,
-    Room,
-    Version,
-    Weights,
-    refuse_missing,
-    stat_of,
-    too_large,
-)
+from deltaw.lora.layers import LoRAConv1D, LoRALinear
+from deltaw.runtime.recognition import part
+from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FolderReader, FolderState, refuse_missing, stat_of
+from deltaw.serving.decodable import Decodable
 from deltaw.serving.request import UnknownAdapterError
 
 # ---- Where a low-rank update goes in a packed decoding step: from a layer's name to a block's part.
@@ -55,39 +42,42 @@ from deltaw.serving.request import UnknownAdapterError
 # blocks, and factors; not files, nor how a step computes.
 
 
-# What a decoder takes: by block and part, A (in, r), B (r, out) and the scaling.
-Placed = dict[tuple[int, str], tuple[Tensor, Tensor, float]]
-Packed = TypeVar("Packed", covariant=True)
 # The output head's place: it is in no block.
 HEAD = (-1, "head")
 
 
-class FactorPlaces:
-    """The places of a model's linear layers in a decoder.
+class Packer:
+    """Packs the factors of a model's linear layers for its decoder.
 
     Args:
         model: with its head; an adapter may be on it.
-        blocks: in order, as the decoder has them. roles: the description of each.
+        made: its decoder, with its blocks and their descriptions.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], roles: Sequence[BlockRoles]) -> None:
+    def __init__(self, model: nn.Module, made: Decodable) -> None:
+        self._pack = made.decoder.pack_adapter
         names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
         self._places: dict[str, tuple[int, str]] = {}
-        for number, (block, described) in enumerate(zip(blocks, roles, strict=True)):
-            for path, what in _parts_of(described).items():
+        for number, (block, described) in enumerate(zip(made.blocks, made.roles, strict=True)):
+            attention, mlp = described.attention, described.mlp
+            parts = {attention.output: "output", mlp.output: "down"}
+            # One layer that gives several parts stands for the first of them.
+            parts |= dict(zip(attention.inputs, ("query", "key", "value"), strict=False))
+            parts |= dict(zip(mlp.inputs, ("gate", "up"), strict=False))
+            for path, what in parts.items():
                 self._places |= dict.fromkeys(names[id(part(block, path))], (number, what))
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._places |= dict.fromkeys(names.get(id(head), ()), HEAD)
 
-    def placed(self, layers: Mapping[str, Factors]) -> Placed:
-        """The factors of layers, by their names in the model, as a decoder takes them.
+    def __call__(self, layers: Mapping[str, Factors]) -> PackedAdapter:
+        """The factors of layers, by their names in the model, in the form that the decoder's steps take.
 
         Raises:
             UserError: a layer is in no block, and not the head.
         """
-        found: Placed = {}
+        placed = {}
         for name, factors in layers.items():
             place = self._places.get(name)
             if place is None:
@@ -96,23 +86,11 @@ class FactorPlaces:
                     where=name,
                     hint="merge the adapter into a model of its own: deltaw merge",
                 )
-            found[place] = (factors.lora_A, factors.lora_B, factors.scaling)
-        return found
+            placed[place] = (factors.lora_A, factors.lora_B, factors.scaling)
+        return self._pack(placed)
 
 
-class Decoder(Protocol[Packed]):
-    """What is asked of a decoder here."""
-
-    def pack_adapter(self, factors: Placed) -> Packed:
-        """An adapter in the form that its steps take."""
-
-
-def packing(places: FactorPlaces, decoder: Decoder[Packed]) -> Callable[[Mapping[str, Factors]], Packed]:
-    """How a bank packs factors for a decoder."""
-    return lambda layers: decoder.pack_adapter(places.placed(layers))
-
-
-def packed_from_model(model: nn.Module, places: FactorPlaces, decoder: Decoder[Packed]) -> Packed | str | None:
+def packed_from_model(model: nn.Module, packer: Packer) -> PackedAdapter | str | None:
     """The adapter that is on a live model, for a decoder of the model's own weights.
 
     Returns:
@@ -122,7 +100,7 @@ def packed_from_model(model: nn.Module, places: FactorPlaces, decoder: Decoder[P
     if isinstance(layers, str):
         return layers
     try:
-        return decoder.pack_adapter(places.placed(layers)) if layers else None
+        return packer(layers) if layers else None
     except UserError as error:
         return error.what
 
@@ -141,26 +119,17 @@ def factors_on(model: nn.Module) -> dict[str, Factors] | str:
             return f"it adapts '{name}' as a {type(layer).__name__}"
         if layer.merged or layer.changed_init is not None:
             return f"the weight of '{name}' is not the base model's own"
-        layers[name] = _detached(layer)
+        layers[name] = Factors(layer.lora_A.detach().float(), layer.lora_B.detach().float(), layer.scaling)
     return layers
 
 
-def _detached(layer: LoRALayer) -> Factors:
-    return Factors(layer.lora_A.detach().float(), layer.lora_B.detach().float(), layer.scaling)
+# ---- The adapters by name, and which of them have room in memory.
 
 
-def _parts_of(roles: BlockRoles) -> dict[str, str]:
-    """By the path of each layer of a block: its part."""
-    attention, mlp = roles.attention, roles.mlp
-    parts = {attention.output: "output", mlp.output: "down"}
-    # One layer that gives several parts stands for the first of them.
-    parts |= dict(zip(attention.inputs, ("query", "key", "value"), strict=False))
-    return parts | dict(zip(mlp.inputs, ("gate", "up"), strict=False))
-
-
-# ---- bank
-
-
+# Seconds after which a request that asked for a version, and did not ask again, is believed to be gone; and
+# after which a version that was loaded for it gives way to others.
+PATIENCE, STAYS = 10.0, 3.0
+NEVER = float("-inf")
 LONGEST_NAME = 200
 
 
@@ -183,13 +152,49 @@ class BankStatus:
     dropped: int
 
 
+@dataclass(eq=False)
+class _Version:
+    """One content of a name.
+
+    Attributes:
+        number: that no other version has. bytes: of the weights.
+        weights: the adapter where it is in memory.
+        current: whether its name still stands for it. loading: whether it has room that is not filled yet.
+        users: requests that use it. used: when one did last, by the bank's count.
+        asked: when a request last asked for it while it was not in memory, in seconds. came: when it was
+            loaded for a request that has not come yet.
+        error: why it could not be loaded, until somebody is told.
+    """
+
+    name: str
+    number: int
+    facts: AdapterFacts
+    bytes: int
+    pinned: bool
+    weights: ActiveAdapter | None = None
+    current: bool = True
+    loading: bool = False
+    users: int = 0
+    used: int = 0
+    asked: float = NEVER
+    came: float = NEVER
+    error: UserError | None = field(default=None, repr=False)
+
+    @property
+    def stays(self) -> bool:
+        """Whether its weights must not go. What was loaded for a request stays until the request comes, or
+        two adapters that are asked for would drive each other out for ever."""
+        pinned = self.pinned and self.current
+        return self.users > 0 or pinned or (self.current and time.monotonic() - self.came < STAYS)
+
+
 class AdapterBank:
     """Adapters by name. All functions may be called from any thread.
 
     Args:
         model: the base, without an adapter. tokenizer: its own.
         pack: makes of factors, by layers' names, what a decoder takes; see
-            :func:`deltaw.serving.bank.packing`.
+            :class:`Packer`.
         budget_bytes: the most bytes that adapters have in memory.
     """
 
@@ -201,17 +206,19 @@ class AdapterBank:
         *,
         budget_bytes: int,
     ) -> None:
-        self._room: Room = Room(budget_bytes)
+        self._budget = budget_bytes
+        self._versions: set[_Version] = set()  # those that are current or held
         self._reader, self._pack = FolderReader(model, tokenizer), pack
         self._changed = threading.Condition()
         self._reading = threading.Lock()  # one folder at a time
-        self._names: dict[str, Version] = {}
-        self._in_use: dict[int, Version] = {}  # by number, what was acquired and not released
+        self._names: dict[str, _Version] = {}
+        self._in_use: dict[int, _Version] = {}  # by number, what was acquired and not released
         self._in_hand: set[str] = set()  # names that are added or swapped at the moment
-        self._wanted: deque[Version] = deque()
+        self._wanted: deque[_Version] = deque()
         self._loader: threading.Thread | None = None
         self._numbers = itertools.count(1)
-        self._loads = 0
+        self._clock = itertools.count(1)
+        self._loads = self._dropped = 0
         self._closed = False
 
     def names(self) -> tuple[str, ...]:
@@ -219,7 +226,7 @@ class AdapterBank:
         with self._changed:
             return tuple(self._names)
 
-    def facts(self, name: str) -> FolderFacts:
+    def facts(self, name: str) -> AdapterFacts:
         """What is known of an adapter; nothing is loaded.
 
         Raises:
@@ -249,12 +256,10 @@ class AdapterBank:
                     return None
                 # Whoever waits says so again, before he is believed to be gone.
                 self._changed.wait(min(left, PATIENCE / 4))
-            weights = version.weights
-            assert weights is not None
             version.users += 1
-            self._room.touch(version)
+            self._touch(version)
             self._in_use[version.number] = version
-            return ActiveAdapter(version.number, version.facts, weights.packed, weights.prompt)
+            return version.weights
 
     def release(self, adapter: ActiveAdapter) -> None:
         """A request that :meth:`acquire` was called for is done with it."""
@@ -263,11 +268,10 @@ class AdapterBank:
             version.users -= 1
             if not version.users:
                 del self._in_use[adapter.number]
-            self._room.touch(version)
-            self._room.leave_if_done(version)
-            self._changed.notify_all()
+            self._touch(version)
+            self._leave_if_done(version)
 
-    def add(self, name: str, folder: Path, *, pinned: bool = False) -> FolderFacts:
+    def add(self, name: str, folder: Path, *, pinned: bool = False) -> AdapterFacts:
         """Take in the adapter in ``folder``.
 
         Args:
@@ -286,7 +290,7 @@ class AdapterBank:
                     )
             return self._put(name, folder, pinned)
 
-    def swap(self, name: str, folder: Path | None = None, *, pinned: bool | None = None) -> FolderFacts:
+    def swap(self, name: str, folder: Path | None = None, *, pinned: bool | None = None) -> AdapterFacts:
         """Let a name stand for the adapter in ``folder``; requests in hand end with the one from before.
 
         Args:
@@ -313,15 +317,14 @@ class AdapterBank:
     def status(self) -> BankStatus:
         """Numbers for whoever watches."""
         with self._changed:
-            room = self._room
             return BankStatus(
-                len(self._names),
-                len(room.versions),
-                room.loaded(),
-                room.taken(),
-                room.budget_bytes,
-                self._loads,
-                room.dropped,
+                adapters=len(self._names),
+                versions=len(self._versions),
+                loaded=sum(version.weights is not None for version in self._versions),
+                bytes=self._taken(),
+                budget_bytes=self._budget,
+                loads=self._loads,
+                dropped=self._dropped,
             )
 
     def close(self) -> None:
@@ -348,40 +351,80 @@ class AdapterBank:
             with self._changed:
                 self._in_hand.discard(name)
 
-    def _put(self, name: str, folder: Path, pinned: bool, before: Version | None = None) -> FolderFacts:
+    def _put(self, name: str, folder: Path, pinned: bool, before: _Version | None = None) -> AdapterFacts:
         """Read a folder and let ``name`` stand for it; ``before`` is what it stands for until then."""
-        self._refuse_size(name, folder)
+        refuse_missing(folder)
+        # Files that cannot fit are not read: a number takes half of its bytes at the least, fp32 as bf16.
+        if sum(size for size, *_ in stat_of(folder)) > 4 * self._budget:
+            raise self._too_large(name)
         with self._reading:
-            parts, weights = self._read(folder)
-            version = Version(name, next(self._numbers), parts.facts, weights.bytes, pinned, None)
+            active = self._read(folder, next(self._numbers))
+            version = _Version(name, active.number, active.facts, active.bytes, pinned)
             with self._changed:
                 if before is not None and self._names.get(name) is not before:
                     raise UserError(f"adapter '{name}' was removed meanwhile", where=name, hint="add it anew")
-                self._room.refuse(version, (v for v in self._names.values() if v is not before))
+                # Each must have room when nothing but the pinned ones is in memory.
+                after = [version, *(v for v in self._names.values() if v is not before)]
+                most = max((v.bytes for v in after if not v.pinned), default=0)
+                if sum(v.bytes for v in after if v.pinned) + most > self._budget:
+                    raise self._too_large(name)
                 if before is not None:
                     self._retire(before)
                 self._names[name] = version
-                self._room.versions.add(version)
-                self._room.touch(version)
-                if self._room.make(version.bytes):
-                    version.weights = weights
-        return parts.facts
+                self._versions.add(version)
+                self._touch(version)
+                if self._make_room(version.bytes):
+                    version.weights = active
+        return active.facts
 
-    def _read(self, folder: Path, known: FolderFacts | None = None) -> tuple[AdapterParts, Weights]:
+    def _read(self, folder: Path, number: int, known: FolderState | None = None) -> ActiveAdapter:
         """An adapter with its weights in the form in which they stay."""
-        parts = self._reader.read(folder, None if known is None else known.state)
+        parts = self._reader.read(folder, known)
         packed = self._pack(parts.layers) if parts.layers else None
         self._loads += 1
-        return parts, Weights(packed, parts.prompt)
+        return ActiveAdapter(number, parts.facts, packed, parts.prompt)
 
-    def _refuse_size(self, name: str, folder: Path) -> None:
-        """Refuse files that cannot fit, before they are read: a number takes half of its bytes at the least,
-        fp32 as bf16."""
-        refuse_missing(folder)
-        if sum(size for size, *_ in stat_of(folder)) > 4 * self._room.budget_bytes:
-            raise too_large(name, self._room.budget_bytes)
+    def _touch(self, version: _Version) -> None:
+        """A request uses it now."""
+        version.used, version.asked, version.came = next(self._clock), NEVER, NEVER
 
-    def _named(self, name: str) -> Version:
+    def _taken(self) -> int:
+        """The bytes of weights in memory, and of those that are being loaded."""
+        return sum(v.bytes for v in self._versions if v.weights is not None or v.loading)
+
+    def _make_room(self, wanted: int) -> bool:
+        """Let weights go that nobody uses, the least recently used first, until so many bytes are free. None
+        goes where all of them would not be enough."""
+        free = self._budget - self._taken()
+        going = []
+        idle = [v for v in self._versions if v.weights is not None and not v.stays]
+        for version in sorted(idle, key=lambda v: v.used):
+            if free >= wanted:
+                break
+            free += version.bytes
+            going.append(version)
+        if free < wanted:
+            return False
+        for version in going:
+            version.weights = None
+        self._dropped += len(going)
+        return True
+
+    def _leave_if_done(self, version: _Version) -> None:
+        """A version without a name ends with its last request."""
+        if not version.current and not version.users:
+            version.weights = None
+            self._versions.discard(version)
+        self._changed.notify_all()
+
+    def _too_large(self, name: str) -> UserError:
+        return UserError(
+            f"adapter '{name}' has no room in the {self._budget / 1e6:,.1f} MB for adapters",
+            where=name,
+            hint="give adapters more memory, or pin fewer of them",
+        )
+
+    def _named(self, name: str) -> _Version:
         version = self._names.get(name)
         if version is None:
             raise UnknownAdapterError(
@@ -389,12 +432,11 @@ class AdapterBank:
             )
         return version
 
-    def _retire(self, version: Version) -> None:
+    def _retire(self, version: _Version) -> None:
         version.current = False
-        self._room.leave_if_done(version)
-        self._changed.notify_all()
+        self._leave_if_done(version)
 
-    def _in_memory(self, name: str) -> Version | None:
+    def _in_memory(self, name: str) -> _Version | None:
         """The version of a name where it is in memory; else it is asked for."""
         version = self._named(name)
         if version.weights is not None:
@@ -404,17 +446,14 @@ class AdapterBank:
             raise error
         if self._closed:
             raise UserError("no more adapters are loaded: the server ends", where=name)
-        self._room.ask(version)
+        version.asked = time.monotonic()
         if not version.loading and version not in self._wanted:
             self._wanted.append(version)
-            self._start_loader()
+            if self._loader is None:
+                self._loader = threading.Thread(target=self._load_wanted, name="adapters", daemon=True)
+                self._loader.start()
             self._changed.notify_all()
         return None
-
-    def _start_loader(self) -> None:
-        if self._loader is None:
-            self._loader = threading.Thread(target=self._load_wanted, name="adapters", daemon=True)
-            self._loader.start()
 
     def _load_wanted(self) -> None:
         """The loader's thread: what is asked for first is loaded first, when there is room."""
@@ -439,8 +478,9 @@ class AdapterBank:
                     hint="look at its folder",
                 )
             with self._changed:
-                self._room.fill(version, weights)
-                version.error = error
+                version.loading, version.error = False, error
+                if version in self._versions:
+                    version.weights, version.came = weights, time.monotonic()
                 self._changed.notify_all()
             del weights
 
@@ -448,22 +488,23 @@ class AdapterBank:
         """Whether the next version that is waited for has room now; it is made."""
         while self._wanted:
             version = self._wanted[0]
-            if version.current and version.weights is None and self._room.is_asked_for(version):
-                return self._room.make(version.bytes)
+            waited_for = time.monotonic() - version.asked < PATIENCE
+            if version.current and version.weights is None and waited_for:
+                return self._make_room(version.bytes)
             self._wanted.popleft()
         return False
 
-    def _loaded_again(self, version: Version) -> Weights:
+    def _loaded_again(self, version: _Version) -> ActiveAdapter:
         known = version.facts
         with self._reading:
-            parts, weights = self._read(known.folder, known)
-        if parts.facts.state.digest != known.state.digest:
+            active = self._read(known.folder, version.number, known.state)
+        if active.facts.state.digest != known.state.digest:
             raise UserError(
                 f"the files of adapter '{version.name}' are not those that were added",
                 where=str(known.folder),
                 hint="swap the adapter, to take what is there now",
             )
-        return weights
+        return active
 
 
 def _refuse_name(name: str) -> None:

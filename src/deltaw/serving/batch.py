@@ -21,13 +21,12 @@ from torch import Tensor
 
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.serving.adapters import Adapters
-from deltaw.serving.constraints import masks
 from deltaw.serving.decodable import Decodable
 from deltaw.serving.pages import PagePool
 from deltaw.serving.probes import Entry
-from deltaw.serving.request import Request
-from deltaw.serving.running import Run
-from deltaw.serving.sampling import choose, prompt_logprobs
+from deltaw.serving.request import EngineLoad, Request
+from deltaw.serving.running import Run, next_tokens
+from deltaw.serving.sampling import prompt_logprobs
 
 # ---- The rows of one decoding step: tokens of several requests end to end, as a decoder takes them.
 #
@@ -121,7 +120,7 @@ def _wanted(part: Part) -> range:
     return range(part.stop - 1 if part.stop == run.length else part.stop, part.stop)
 
 
-# ---- batch
+# ---- The requests in hand, and a step for them.
 
 
 # How often requests that wait are looked through for those that have ended.
@@ -149,19 +148,6 @@ class BatchLimits:
     least_rows: int = 16
 
 
-@dataclass(frozen=True)
-class EngineLoad:
-    """What an engine has in hand: requests, pages in use and in all; and since the start, tokens of prompts
-    that were found written, and tokens that ran."""
-
-    running: int
-    waiting: int
-    pages_used: int = 0
-    pages: int = 0
-    reused: int = 0
-    tokens: int = 0
-
-
 class Batch:
     """The requests in hand.
 
@@ -172,6 +158,8 @@ class Batch:
     Attributes:
         waiting, running: requests, in the order in which they start, or started.
         steps, tokens: that were computed since the start.
+        known: how many token ids a prompt may have. vocabulary: how many logits there are.
+        longest: the most tokens that a sequence may have.
     """
 
     def __init__(
@@ -189,26 +177,12 @@ class Batch:
         self.waiting: deque[Run] = deque()
         self.running: list[Run] = []
         self.steps = self.tokens = 0
-        most = -(-min(model.positions, pages * decoder.page_tokens) // decoder.page_tokens)
-        self._table = np.zeros((limits.running, most), np.int32)
+        self.known, self.vocabulary = model.entry.known, model.vocabulary
+        self.longest = min(model.positions, pages * decoder.page_tokens)
+        self._table = np.zeros((limits.running, -(-self.longest // decoder.page_tokens)), np.int32)
         self._page_table = torch.from_numpy(self._table)  # the same memory
         self._slots = list(range(limits.running))
         self._swept = 0.0
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that a sequence may have."""
-        return min(self.model.positions, self.pool.count * self.pool.page_tokens)
-
-    @property
-    def known(self) -> int:
-        """How many token ids a prompt may have."""
-        return self.model.entry.known
-
-    @property
-    def vocabulary(self) -> int:
-        """How many logits there are."""
-        return self.model.vocabulary
 
     @property
     def idle(self) -> bool:
@@ -426,13 +400,7 @@ class Batch:
                     run.finish("length")
         if not runs:
             return
-        matchers = {n: run.matcher for n, run in enumerate(runs) if run.matcher is not None}
-        chosen = choose(
-            values if len(rows) == len(values) else values[rows],
-            [run.sampler for run in runs],
-            masks(matchers) if matchers else None,
-        )
-        for run, token, logprob in zip(runs, chosen.tokens.tolist(), chosen.logprobs, strict=True):
+        for run, token, logprob in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
             try:
                 ended = run.take(token, logprob)
             except Exception as error:  # of this text alone

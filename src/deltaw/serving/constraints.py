@@ -662,7 +662,7 @@ def _ended() -> BusyError:
     return BusyError("the process that compiles constraints has ended", hint="ask again later")
 
 
-# ---- constraints
+# ---- All constraints together: how many there are, how many are compiled at once, and when one goes.
 
 
 LONGEST_CONSTRAINT = 256 * 1024  # characters

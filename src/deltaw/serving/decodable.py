@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,6 @@ class Decodable:
     roles: tuple[BlockRoles, ...]
     vocabulary: int
     why: str = ""
-    alive: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def positions(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
 from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, own_outputs, text_positions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # ---- How the vectors of a row's tokens become one, and what a model's folder says of it.
 #
@@ -133,7 +136,7 @@ def _json(file: Path) -> Any:
         raise UserError(f"this is not JSON: {error}", where=str(file)) from error
 
 
-# ---- encoders
+# ---- Models of rows, and the thread that computes the rows of all callers.
 
 
 # Rows that are taken together; more wait for the next round, so that a long request does not hold up others.
@@ -278,12 +281,6 @@ class Encoders:
         self._thread = threading.Thread(target=self._run, name="encoders", daemon=True)
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """Rows that wait."""
-        with self._changed:
-            return sum(len(one.rows) for one in self._waiting)
-
     def model(self, name: str) -> RowModel:
         """The model of this name.
 
@@ -390,9 +387,15 @@ Serves = Literal["text", "vectors", "classes"]
 Say = Callable[[str], None]
 
 
-def what_it_serves(
-    reference: str, *, precision: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> Serves:
+class How(TypedDict, total=False):
+    """How a model is loaded."""
+
+    precision: str
+    device: str
+    trust_remote_code: bool
+
+
+def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
     """What a run or a model gives: text, vectors of texts, or classes of texts.
 
     A run and an adapter say it by their task, a model by the name of its architecture: what has no head, or a
@@ -400,9 +403,9 @@ def what_it_serves(
     """
     folder = Path(reference)
     if is_adapter(folder):
-        task = read_folder(folder, trust_remote_code=trust_remote_code).task
+        task = read_folder(folder, trust_remote_code=how.get("trust_remote_code", False)).task
         return "text" if tasks.entry_of(task).writes_text else "classes"
-    config = _config(reference, precision, device, trust_remote_code)
+    config = _config(reference, **how)
     named = str((getattr(config, "architectures", None) or [""])[0])
     if named.endswith("ForSequenceClassification"):
         return "classes"
@@ -415,19 +418,15 @@ def open_embedder(
     *,
     pooling: str = "auto",
     normalize: bool = True,
-    precision: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     say: Say = lambda line: None,
+    **how: Unpack[How],
 ) -> Encoders:
     """An encoder under its name.
 
     Raises:
         UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
     """
-    loaded = load(
-        reference, task="features", precision=precision, device=device, trust_remote_code=trust_remote_code, say=say
-    )
+    loaded = load(reference, task="features", say=say, **how)
     if loaded.tokenizer is None:
         raise UserError("the model's folder holds no tokenizer", where=reference)
     way, why = pooling_of(loaded.model, loaded.folder, pooling)
@@ -441,10 +440,8 @@ def open_classifiers(
     adapters: Mapping[str, str],
     *,
     model: str | None = None,
-    precision: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     say: Say = lambda line: None,
+    **how: Unpack[How],
 ) -> Encoders:
     """A classifier and its adapters, each under its name.
 
@@ -459,30 +456,25 @@ def open_classifiers(
     is_run = is_adapter(Path(base))
     folders = {name: base, **adapters} if is_run else dict(adapters)
     model = model if is_run else base
-    how = {"precision": precision, "device": device}
     models: dict[str, RowModel] = {}
-    opened = []
-    for adapter, folder in folders.items():
-        session = open_run(folder, model=model, trust_remote_code=trust_remote_code, say=say, **how)
-        opened.append(session)
+    opened = {name: open_run(folder, model=model, say=say, **how) for name, folder in folders.items()}
+    for adapter, session in opened.items():
         models[adapter] = Classifier(session)
         say(f"{adapter}: {', '.join(session.classes or ())}")
-    if not is_run and own_outputs(_config(base, precision, device, trust_remote_code)) is not None:
-        task = "sequence-classification"
-        bare = open_run(base, task=task, trust_remote_code=trust_remote_code, say=say, **how)
-        opened.append(bare)
-        models[name] = Classifier(bare)
+    if not is_run and own_outputs(_config(base, **how)) is not None:
+        opened[name] = open_run(base, task="sequence-classification", say=say, **how)
+        models[name] = Classifier(opened[name])
     if not models:
         raise UserError(
             "the model has no head for classes", where=base, hint="name an adapter with --adapter name=folder"
         )
-    saved = share_weights([session.model for session in opened])
+    saved = share_weights([session.model for session in opened.values()])
     if saved:
         say(f"{len(opened)} classifiers share {saved / 2**20:,.0f} MB of weights")
     return Encoders(models)
 
 
-def _config(reference: str, precision: str, device: str, trust_remote_code: bool) -> PretrainedConfig:
-    dtype = choose_precision(choose_device(device).value, precision).value
-    folder = config_folder(reference, dtype, trust_remote_code)
-    return read_config(folder, DEFAULT_TASK, None, trust_remote_code)
+def _config(reference: str, **how: Unpack[How]) -> PretrainedConfig:
+    device, trust = choose_device(how.get("device", "auto")).value, how.get("trust_remote_code", False)
+    dtype = choose_precision(device, how.get("precision", "auto")).value
+    return read_config(config_folder(reference, dtype, trust), DEFAULT_TASK, None, trust)

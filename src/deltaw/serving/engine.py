@@ -1,7 +1,7 @@
 """The decoding engine: takes requests from any thread, and computes their steps on a thread of its own.
 
 Implements :class:`deltaw.serving.request.TextEngine`. Knows requests, tokenizers and threads; what a step
-does is said in ``batch``, and for models that have no decoder in ``fallback``.
+does is in ``batch``, and for models that have no decoder in ``opening``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
 from deltaw.serving.adapters import Adapters, FixedAdapters
-from deltaw.serving.batch import EngineLoad
 from deltaw.serving.constraints import ConstraintLimits, Grammars
-from deltaw.serving.request import Request, Written
+from deltaw.serving.request import EngineLoad, Listener, Request, Written
 from deltaw.serving.running import QueuedWriting, Run, validate_stops
 from deltaw.serving.sampling import SamplingState, validate
 
@@ -120,9 +119,9 @@ class Engine:
         """The names that a request may give."""
         return self.bank.names()
 
-    def submit(self, request: Request) -> QueuedWriting:
+    def submit(self, request: Request, listener: Listener | None = None) -> QueuedWriting:
         """Queue a request; see :meth:`deltaw.serving.request.TextEngine.submit`."""
-        run = self._checked(request)
+        run = self._checked(request, listener)
         with self._changed:
             self._refuse_closed()
             self._unfinished.add(run.writing)
@@ -200,7 +199,7 @@ class Engine:
                 raise UserError(error.what, where=where, hint=error.hint) from error
         return runs
 
-    def _checked(self, request: Request) -> Run:
+    def _checked(self, request: Request, listener: Listener | None = None) -> Run:
         """A request that can be served, ready to run.
 
         Raises:
@@ -237,7 +236,7 @@ class Engine:
             matcher = self._grammars.compile(request.constraint, possible, request.owner)
         sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
         allowance = min(request.max_new_tokens, room)
-        writing = QueuedWriting(self._wake)
+        writing = QueuedWriting(self._wake, listener)
         return Run(request, writing, sampler, matcher, self.tokenizer, ends, allowance)
 
     def _wake(self) -> None:

@@ -28,15 +28,13 @@ from deltaw.hub.gguf import terminators
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.generation import decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
-from deltaw.serving.bank import FactorPlaces, packed_from_model
+from deltaw.serving.bank import Packer, packed_from_model
 from deltaw.serving.batch import Batch, BatchLimits, EngineLoad
-from deltaw.serving.constraints import masks
 from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
 from deltaw.serving.engine import Engine
 from deltaw.serving.probes import NotDecodable
 from deltaw.serving.request import Request
-from deltaw.serving.running import Run
-from deltaw.serving.sampling import choose
+from deltaw.serving.running import Run, next_tokens
 from deltaw.training.origin import InferenceSession
 from deltaw.working import working
 
@@ -72,20 +70,9 @@ class FallbackWork:
         self._tokens = 0
         embedding = session.model.get_input_embeddings().weight
         head = session.model.get_output_embeddings()
-        self._known = int(embedding.shape[0])  # type: ignore[union-attr, index]
-        self._logits = self._known if head is None else int(head.weight.shape[0])  # type: ignore[union-attr, index]
-
-    @property
-    def known(self) -> int:
-        return self._known
-
-    @property
-    def vocabulary(self) -> int:
-        return self._logits
-
-    @property
-    def longest(self) -> int:
-        return position_limit(self._session.model) or _UNSAID
+        self.known = int(embedding.shape[0])  # type: ignore[union-attr, index]
+        self.vocabulary = self.known if head is None else int(head.weight.shape[0])  # type: ignore[union-attr, index]
+        self.longest = position_limit(session.model) or _UNSAID
 
     @property
     def idle(self) -> bool:
@@ -148,7 +135,7 @@ class FallbackWork:
             if chosen and (wide > self._batch_tokens or len(chosen) == self._rows):
                 break
             # Padding takes positions too, so that short prompts beside long ones could run out of them.
-            if chosen and max(longest, length) + max(most, allowance) + self._virtual > self.longest:
+            if chosen and max(longest, length) + max(most, allowance) + self._session.virtual_tokens > self.longest:
                 continue
             longest, most = max(longest, length), max(most, allowance)
             self._waiting.remove(run)
@@ -158,10 +145,6 @@ class FallbackWork:
                 run.finish("length")
         return chosen
 
-    @property
-    def _virtual(self) -> int:
-        return self._session.virtual_tokens
-
     def _write(self, runs: list[Run]) -> None:
         session = self._session
         bare = session.adapter and runs[0].request.adapter is None and self._own is not None
@@ -170,10 +153,8 @@ class FallbackWork:
             for run in runs:
                 run.place(None)
 
-            def next_tokens(logits: Tensor) -> list[int | None]:
-                return self._chosen(runs, logits)
-
-            decode_by(session.model, session.tokenizer, prompts, max(run.allowance for run in runs), next_tokens)
+            most = max(run.allowance for run in runs)
+            decode_by(session.model, session.tokenizer, prompts, most, lambda logits: self._chosen(runs, logits))
 
     def _chosen(self, runs: list[Run], logits: Tensor) -> list[int | None]:
         """The next token of each text that goes on."""
@@ -182,17 +163,14 @@ class FallbackWork:
         rows = [row for row, run in enumerate(runs) if not run.writing.done]
         if not rows:
             return tokens
-        matchers = {n: m for n, row in enumerate(rows) if (m := runs[row].matcher) is not None}
-        chosen = choose(
-            logits.numpy(force=True)[rows], [runs[row].sampler for row in rows], masks(matchers) if matchers else None
-        )
         self._tokens += len(rows)
-        for row, token, logprob in zip(rows, chosen.tokens.tolist(), chosen.logprobs, strict=True):
+        chosen = next_tokens([runs[row] for row in rows], logits.numpy(force=True)[rows])
+        for row, (run, token, logprob) in zip(rows, chosen, strict=True):
             try:
-                runs[row].take(token, logprob)
+                run.take(token, logprob)
                 tokens[row] = token
             except Exception as error:  # of this text alone
-                runs[row].writing.fail(error)
+                run.writing.fail(error)
         self._end(runs)
         return [None if run.writing.done else token for run, token in zip(runs, tokens, strict=True)]
 
@@ -208,7 +186,7 @@ class FallbackWork:
                     run.finish(reason)
 
 
-# ---- opening
+# ---- An engine for a session.
 
 
 # The name of a session's own adapter.
@@ -243,18 +221,12 @@ def open_engine(
     """
     session.require_generation()
     own = OWN if session.adapter and not session.bare else None
-    limits = limits or BatchLimits()
-    room = cache_bytes if cache_bytes is not None else int(free_memory_bytes() * CACHE_SHARE)
+    room = cache_room(cache_bytes)
     try:
         with working("preparing the decoder"):
             made, adapter = _decoder(session, room)
     except NotDecodable as reason:
-        why = f"transformers decodes: {reason}"
-        say(why)
-        work = FallbackWork(session, own)
-        facts = AdapterFacts(session.virtual_tokens, None, tuple(_ends(session)))
-        bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
-        return Engine(work, session.tokenizer, terminators=_ends(session), adapters=bank, own_adapter=own, why=why)
+        return fallback_engine(session, own, reason, say)
     beside = {} if adapter is None else {OWN: adapter}
     return engine_over(
         made,
@@ -340,6 +312,28 @@ def engine_over(
     )
 
 
+def fallback_engine(
+    session: InferenceSession, own: str | None, reason: NotDecodable, say: Callable[[str], None]
+) -> Engine:
+    """An engine that writes by transformers, since there is no decoder; says so.
+
+    Args:
+        own: the name that a request gives to get the session's adapter.
+    """
+    why = f"transformers decodes: {reason}"
+    say(why)
+    ends = _ends(session)
+    facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
+    bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
+    work = FallbackWork(session, own)
+    return Engine(work, session.tokenizer, terminators=ends, adapters=bank, own_adapter=own, why=why)
+
+
+def cache_room(cache_bytes: int | None) -> int:
+    """Memory for keys and values, as asked, or a share of what is free."""
+    return int(free_memory_bytes() * CACHE_SHARE) if cache_bytes is None else cache_bytes
+
+
 def _ends(session: InferenceSession) -> list[int]:
     return terminators(session.model, session.tokenizer)
 
@@ -371,8 +365,7 @@ def _own_adapter(session: InferenceSession, made: Decodable) -> ActiveAdapter:
     """
     model, method = session.model, session.method
     assert method is not None
-    places = FactorPlaces(model, made.blocks, made.roles)
-    packed = packed_from_model(model, places, made.decoder)
+    packed = packed_from_model(model, Packer(model, made))
     if isinstance(packed, str):
         raise NotDecodable(packed)
     layer = virtual_tokens.attached(model)

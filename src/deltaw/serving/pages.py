@@ -122,11 +122,6 @@ class PagePool:
         """Pages that could be had now."""
         return len(self._free) + self._unused
 
-    @property
-    def kept(self) -> int:
-        """Pages that no sequence uses, and that are kept for later ones."""
-        return self._unused
-
     def begin(self, keys: np.ndarray, owner: int = 0) -> SequencePages:
         """The pages of a new sequence: those of the longest beginning of ``keys`` that is written.
 

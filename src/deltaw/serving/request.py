@@ -5,7 +5,7 @@ Knows neither models nor HTTP: an engine reads these values, and whoever serves 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -143,6 +143,30 @@ class Written:
     terminator: int | None = None
 
 
+Listener = Callable[[Piece], None]
+"""Told each piece of a text as it comes."""
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine is doing, for those who watch it.
+
+    Attributes:
+        running, waiting: texts that are being written, and that are not yet begun.
+        pages_used, pages: of keys and values.
+        reused, tokens: since the start, tokens of prompts that were found written, and tokens that ran.
+        adapters_loaded: adapters that are in memory.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages: int = 0
+    reused: int = 0
+    tokens: int = 0
+    adapters_loaded: int = 0
+
+
 class Writing(Protocol):
     """A text that is being written: iterate over its pieces, from any one thread."""
 
@@ -162,8 +186,12 @@ class Writing(Protocol):
 class TextEngine(Protocol):
     """Writes many texts at once. All functions may be called from any thread."""
 
-    def submit(self, request: Request) -> Writing:
+    def submit(self, request: Request, listener: Listener | None = None) -> Writing:
         """Queue a request; it starts when there is room.
+
+        Args:
+            listener: called with each piece, on another thread, which it must not hold up; without one, the
+                pieces wait for whoever iterates.
 
         Raises:
             UnknownAdapterError: there is no such adapter.

@@ -18,10 +18,10 @@ from deltaw.data.invocation import last_occurrence
 from deltaw.errors import UserError
 from deltaw.runtime.generation import TextPieces
 from deltaw.serving.adapters import ActiveAdapter
-from deltaw.serving.constraints import Matcher
+from deltaw.serving.constraints import Matcher, masks
 from deltaw.serving.pages import SequencePages, token_keys, virtual_keys
-from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, Written
-from deltaw.serving.sampling import NONE, SamplingState
+from deltaw.serving.request import FinishReason, Listener, Piece, Request, TokenLogprob, Written
+from deltaw.serving.sampling import NONE, SamplingState, choose
 
 # ---- A text that is being written, as its reader sees it: pieces in a queue, and the whole at the end.
 #
@@ -33,15 +33,17 @@ class QueuedWriting:
 
     Args:
         woken: called when the reader cancels, so that an engine that sleeps looks.
+        listener: told each piece instead of whoever iterates.
 
     Attributes:
         cancelled: whether the reader has cancelled.
     """
 
-    def __init__(self, woken: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, woken: Callable[[], None] = lambda: None, listener: Listener | None = None) -> None:
         self.cancelled = False
+        self._listener = listener
         self._woken = woken
-        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._text: list[str] = []
@@ -61,11 +63,13 @@ class QueuedWriting:
         self._text.append(piece.text)
         self._tokens.extend(piece.tokens)
         self._logprobs.extend(piece.logprobs)
-        self._pieces.put(piece)
         if piece.finish is not None:
             self._finish, self._terminator = piece.finish, terminator
-            self._pieces.put(None)
             self._done.set()
+        if self._listener is not None:
+            self._listener(piece)
+        else:
+            self._pieces.put(piece)
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, which :meth:`result` raises."""
@@ -75,9 +79,7 @@ class QueuedWriting:
     def __iter__(self) -> Iterator[Piece]:
         while not self._exhausted:
             piece = self._pieces.get()
-            if piece is None:
-                self._exhausted = True
-                return
+            self._exhausted = piece.finish is not None
             yield piece
 
     def cancel(self) -> None:
@@ -144,50 +146,37 @@ class WrittenText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._pieces = TextPieces(tokenizer)
-        self._stop = _StopStrings(stop)
+        self._stop = [_StopString(one) for one in stop]
+        self._held = ""
 
     def add(self, token: int) -> str:
         """The text that this token makes certain; none once the text is ``stopped``."""
-        if self.stopped:
-            return ""
-        piece, self.stopped = self._stop.add(self._pieces.add(token))
-        return piece
+        return "" if self.stopped else self._certain(self._pieces.add(token))
 
     def end(self) -> str:
         """The rest of the text, where no more tokens come."""
         if self.stopped:
             return ""
-        piece, self.stopped = self._stop.add(self._pieces.end())
-        return piece if self.stopped else piece + self._stop.rest()
+        piece = self._certain(self._pieces.end())
+        if not self.stopped:
+            piece, self._held = piece + self._held, ""
+        return piece
 
-
-class _StopStrings:
-    """Holds back what could become a stop string: the longest end of the text that begins one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = [_StopString(one) for one in stop]
-        self._held = ""
-
-    def add(self, text: str) -> tuple[str, bool]:
-        """What can be given out after more text, and whether a stop string ended it."""
+    def _certain(self, text: str) -> str:
+        """What can be given out after more text: all but its longest end that begins a stop string."""
         if not self._stop:
-            return text, False
+            return text
         start = len(self._held)
         self._held += text
         for end, character in enumerate(text, start + 1):
             complete = [len(one.text) for one in self._stop if one.add(character)]
             if complete:
-                piece, self._held = self._held[: end - max(complete)], ""
-                return piece, True
+                piece, self._held, self.stopped = self._held[: end - max(complete)], "", True
+                return piece
         keep = max(one.begun for one in self._stop)
         piece = self._held[: len(self._held) - keep]
         self._held = self._held[len(piece) :]
-        return piece, False
-
-    def rest(self) -> str:
-        """What was held back, where no more text comes."""
-        held, self._held = self._held, ""
-        return held
+        return piece
 
 
 class _StopString:
@@ -217,7 +206,7 @@ class _StopString:
         return begun + 1 if self.text[begun] == character else 0
 
 
-# ---- running
+# ---- A request on its way.
 
 
 _NEVER = 1 << 60
@@ -381,3 +370,10 @@ class Run:
         piece = Piece(text, tokens, (*of_prompt, *logprobs), finish, 0 if self._told else self._reused)
         self._told = True
         self.writing.put(piece, terminator)
+
+
+def next_tokens(runs: Sequence[Run], logits: np.ndarray) -> Iterator[tuple[Run, int, TokenLogprob | None]]:
+    """The token that is chosen for each request by its row of logits (k, vocabulary)."""
+    matchers = {n: run.matcher for n, run in enumerate(runs) if run.matcher is not None}
+    chosen = choose(logits, [run.sampler for run in runs], masks(matchers) if matchers else None)
+    return zip(runs, chosen.tokens.tolist(), chosen.logprobs, strict=True)

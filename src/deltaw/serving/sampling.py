@@ -97,6 +97,9 @@ class SamplingState:
     Args:
         prompt: (length,) token ids; those outside the vocabulary, a soft prompt's, are passed over.
         vocabulary: how many tokens there are.
+
+    Attributes:
+        greedy: whether the likeliest token is taken. plain: whether the logits count as they are.
     """
 
     def __init__(self, sampling: Sampling, prompt: np.ndarray, vocabulary: int) -> None:
@@ -110,20 +113,12 @@ class SamplingState:
             known = np.unique(np.asarray(prompt, dtype=np.int64))
             self._seen = known[(known >= 0) & (known < vocabulary)]
         self._penalized = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self.greedy = sampling.temperature == 0
+        self.plain = not self._penalized and sampling.repetition_penalty == 1 and not sampling.logit_bias
         self._bias = (
             np.fromiter(sampling.logit_bias.keys(), dtype=np.int64),
             np.fromiter(sampling.logit_bias.values(), dtype=np.float32),
         )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.sampling.temperature == 0
-
-    @property
-    def plain(self) -> bool:
-        """Whether the logits count as they are."""
-        return not self._penalized and self.sampling.repetition_penalty == 1 and not self.sampling.logit_bias
 
     def append(self, token: int) -> None:
         """Note a token of the text."""

@@ -17,8 +17,17 @@ import numpy as np
 
 from deltaw.errors import UserError
 from deltaw.serving.http.preparing import TokenizerPrompts
-from deltaw.serving.http.served import Load, Served
-from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, UnknownAdapterError, Written
+from deltaw.serving.http.served import Served
+from deltaw.serving.request import (
+    EngineLoad,
+    FinishReason,
+    Listener,
+    Piece,
+    Request,
+    TokenLogprob,
+    UnknownAdapterError,
+    Written,
+)
 from tests.byte_models import TEMPLATE, byte_tokenizer
 
 POSITIONS = 4096
@@ -140,7 +149,7 @@ class FakeEngine:
         self.closed = False
         self._tokenizer = byte_tokenizer()
 
-    def submit(self, request: Request) -> FakeWriting:
+    def submit(self, request: Request, listener: Listener | None = None) -> FakeWriting:
         if not len(request.tokens) or int(request.tokens.max()) > 258 or len(request.tokens) > POSITIONS:
             raise UserError("the prompt is not one of this model's", where="the prompt")
         if request.adapter is not None and request.adapter not in self.names:
@@ -149,7 +158,10 @@ class FakeEngine:
             raise UserError("the constraint cannot be compiled", where="constraint")
         with self.lock:
             self.submitted.append(request)
-        return FakeWriting(self, request)
+        writing = FakeWriting(self, request)
+        if listener is not None:
+            threading.Thread(target=lambda: [listener(piece) for piece in writing]).start()
+        return writing
 
     def adapters(self) -> tuple[str, ...]:
         return tuple(self.names)
@@ -204,7 +216,7 @@ def fake_served(*names: str, **changes: object) -> Served:
         "prompts": lambda adapter: prompts[adapter == "tools"],
         "positions": POSITIONS,
         "shelf": FakeShelf(engine),
-        "load": lambda: Load(running=engine.running, pages=10, adapters_loaded=len(engine.names)),
+        "load": lambda: EngineLoad(running=engine.running, pages=10, adapters_loaded=len(engine.names)),
     }
     return Served(**values | changes)  # type: ignore[arg-type]
 

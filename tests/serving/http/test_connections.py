@@ -13,7 +13,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.serving.http.settings import Limits, ServerSettings
-from tests.serving.http.waiting import until
+from tests.serving.http.waiting import at_once, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,12 @@ def chat(text: str, **changes: object) -> bytes:
 
 
 def connected(server: Running) -> socket.socket:
-    made = socket.create_connection(server.address, timeout=SECONDS)
-    return made
+    """A client that reads little before it is asked to."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(SECONDS)
+    client.connect(server.address)
+    return client
 
 
 def received(client: socket.socket) -> bytes:
@@ -125,10 +129,7 @@ def test_a_kept_connection_serves_again_within_its_time(start: Callable[..., Run
 
 def test_a_client_that_does_not_read_is_let_go(start: Callable[..., Running]) -> None:
     server = start(ServerSettings(port=0, limits=Limits(write_seconds=0.3, new_tokens=1 << 20)), positions=None)
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(SECONDS)
-    client.connect(server.address)
+    client = connected(server)
     client.sendall(chat("go on", stream=True))
     assert until(lambda: server.engine.running == 1)
     assert until(lambda: server.engine.running == 0 and not server.desk.in_hand)
@@ -138,10 +139,7 @@ def test_a_client_that_does_not_read_is_let_go(start: Callable[..., Running]) ->
 def test_what_little_is_left_unread_is_let_go_too(start: Callable[..., Running]) -> None:
     """What is too little for writing to pause would keep its connection for ever."""
     server = start(ServerSettings(port=0, limits=Limits(write_seconds=0.3, keep_alive=600)))
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(SECONDS)
-    client.connect(server.address)
+    client = connected(server)
     assert until(lambda: len(server.server.server_state.connections) == 1)
     [connection] = server.server.server_state.connections
     connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -156,7 +154,6 @@ def test_at_shutdown_nobody_waits_for_slow_clients(start: Callable[..., Running]
     header, body, unread = (connected(server) for _ in range(3))
     header.sendall(chat("hello")[:30])
     body.sendall(chat("hello")[:-10])
-    unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     unread.sendall(chat("go on", stream=True, logprobs=True, top_logprobs=20, max_tokens=4000))
     assert until(lambda: len(server.server.server_state.tasks) == 2 and server.engine.ended == 1)
     server.server.should_exit = True
@@ -173,7 +170,7 @@ def test_at_shutdown_nobody_waits_for_constraints(
     server = start(ServerSettings(port=0))
     compiled = threading.Event()
 
-    def submit(request: object) -> None:
+    def submit(*given: object) -> None:
         compiled.wait()
         raise UserError("it cannot be compiled")
 
@@ -246,11 +243,7 @@ def test_a_flood_is_answered_to_the_last(start: Callable[..., Running]) -> None:
                     right = content == f"poet: {text.upper()}"
                 seen.append((response.status_code, "" if right else text))
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(ask, range(16))
     assert len(seen) == 160 and {status for status, _ in seen} <= {200, 429}
     assert not [wrong for _, wrong in seen if wrong]
     assert until(lambda: not server.desk.in_hand) and server.engine.running == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,29 +18,21 @@ from deltaw.serving.encoders import (  # noqa: E402
     open_classifiers,
     open_embedder,
 )
-from deltaw.serving.http.app import create_app  # noqa: E402
 from deltaw.serving.http.encoders import encoders_served  # noqa: E402
-from deltaw.serving.http.server import Server, listening_socket, url_of  # noqa: E402
 from deltaw.serving.http.settings import ServerSettings  # noqa: E402
 from tests.byte_models import byte_tokenizer  # noqa: E402
 from tests.serving.encoder_models import TEXTS, train_classifier, write_bert  # noqa: E402
+from tests.serving.http.running import running  # noqa: E402
 
 
 @contextlib.contextmanager
 def serving(encoders: Encoders, name: str) -> Iterator[str]:
     settings = ServerSettings(port=0)
-    app, desk = create_app(encoders_served(encoders, name, name, settings.limits), settings)
-    assert desk is None
-    bound, began = listening_socket(settings), threading.Event()
-    server = Server(app, None, settings, began.set)
-    thread = threading.Thread(target=server.run, args=([bound],))
-    thread.start()
     try:
-        assert began.wait(20)
-        yield url_of(settings, bound)
+        with running(encoders_served(encoders, name, name, settings.limits), settings) as server:
+            assert server.desk is None
+            yield server.url
     finally:
-        server.should_exit = True
-        thread.join(20)
         encoders.close()
 
 

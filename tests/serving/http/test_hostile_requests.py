@@ -290,7 +290,7 @@ def test_constraints_that_are_not_possible_or_not_now(
 ) -> None:
     server = start(ServerSettings(port=0))
 
-    def submit(request: object) -> None:
+    def submit(*given: object) -> None:
         raise error
 
     monkeypatch.setattr(server.engine, "submit", submit)

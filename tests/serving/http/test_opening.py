@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.runtime.generation import generate
 from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.serving.http.waiting import until
 
 if TYPE_CHECKING:
     from tests.serving.http.running import Running
@@ -77,15 +77,16 @@ def expected(model: LlamaForCausalLM, prompt: str) -> str:
     return answer.text
 
 
+def answer_of(client: Any, name: str) -> str:
+    return str(client.post(CHAT, json=ASKED | {"model": name}).json()["choices"][0]["message"]["content"])
+
+
 RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_each_name_gets_its_own_texts(server: Running) -> None:
     with server.client() as client:
-        texts = {}
-        for name in ("base", "clerk"):
-            answer = client.post(CHAT, json=ASKED | {"model": name})
-            texts[name] = answer.json()["choices"][0]["message"]["content"]
+        texts = {name: answer_of(client, name) for name in ("base", "clerk")}
     assert texts["base"] == expected(tiny_llama(), RENDERED)
     assert texts["clerk"] == expected(adapted(1), RENDERED) != texts["base"]
 
@@ -102,14 +103,12 @@ def test_an_adapter_loaded_by_request_has_its_own_template(server: Running) -> N
     with server.client() as client:
         loaded = client.post("/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "poet"})
         assert loaded.status_code == 200, loaded.text
-        answer = client.post(CHAT, json=ASKED | {"model": "poet"}).json()
-        assert answer["choices"][0]["message"]["content"] == expected(adapted(2), "<hi>")
+        assert answer_of(client, "poet") == expected(adapted(2), "<hi>")
         assert "deltaw_adapters_loaded 2.0" in client.get("/metrics").text
         asked = {"lora_name": "poet", "lora_path": "clerk"}
         assert client.post("/v1/load_lora_adapter", json=asked).status_code == 400, "the name is taken"
         assert client.post("/v1/load_lora_adapter", json=asked | {"load_inplace": True}).status_code == 200
-        answer = client.post(CHAT, json=ASKED | {"model": "poet"}).json()
-        assert answer["choices"][0]["message"]["content"] == expected(adapted(1), RENDERED)
+        assert answer_of(client, "poet") == expected(adapted(1), RENDERED)
         gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
         assert gone.status_code == 200
         assert client.post(CHAT, json=ASKED | {"model": "poet"}).status_code == 404
@@ -201,10 +200,7 @@ def test_a_model_without_a_decoder_is_run_by_transformers(
     assert any("it has wheels" in line for line in said)
     try:
         with running(served, ServerSettings(port=0)) as server, server.client() as client:
-            texts = {}
-            for name in ("base", "clerk"):
-                answer = client.post(CHAT, json=ASKED | {"model": name})
-                texts[name] = answer.json()["choices"][0]["message"]["content"]
+            texts = {name: answer_of(client, name) for name in ("base", "clerk")}
     finally:
         served.close()
     assert texts == {"base": expected(tiny_llama(), RENDERED), "clerk": expected(adapted(1), RENDERED)}
@@ -261,10 +257,7 @@ def test_no_answer_is_wrong_or_lost_among_many_clients(server: Running) -> None:
     changing.join()
     assert not wrong, wrong[:3]
     assert len(answered) > 50 and set(answered) == set(right)
-    deadline = time.monotonic() + 10
-    while server.desk.in_hand and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not server.desk.in_hand
+    assert until(lambda: not server.desk.in_hand)
 
 
 def text_of(body: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 from deltaw.serving.http.settings import Limits, ServerSettings
 from tests.serving.http.test_hostile_requests import CHAT, GOOD, refusal
+from tests.serving.http.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,9 +57,7 @@ def test_texts_in_hand_are_seen(start: Callable[..., Running]) -> None:
     with server.client() as client, client.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
         parts = response.iter_text()
         next(parts)
-        deadline = time.monotonic() + 10
-        while values(server)["deltaw_running"] < 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: values(server)["deltaw_running"] >= 1)
         found = values(server)
         assert found["deltaw_in_hand"] == 1 and found["deltaw_running"] == 1
 
@@ -83,9 +81,7 @@ def logged(server_settings: ServerSettings, start: Callable[..., Running], work:
         server = start(server_settings, "poet")
         with server.client() as client:
             work(client)
-        deadline = time.monotonic() + 10
-        while server.server.server_state.tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: not server.server.server_state.tasks)
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
@@ -139,9 +135,7 @@ def test_texts_in_hand_are_finished_at_shutdown(start: Callable[..., Running]) -
     threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 10
-    while server.desk.in_hand < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: server.desk.in_hand == 2)
     with server.client() as idle:
         assert idle.get("/ready").status_code == 200
         server.desk.closing = True  # what a signal sets at once

@@ -1,13 +1,15 @@
-"""What chats and completions share in answering: collecting texts, streaming events, clients that go away."""
+"""Answers to chats and completions, whole or as a stream of events: one road, and a rendering for each API.
+
+Knows the texts of a request and the two forms of an answer; not how texts are written.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -15,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import ANSWERS, GONE, ApiError, as_json, refused
-from deltaw.serving.http.preparing import Desk, Texts, adapter_named, chat_requests, check_choices, completion_requests
+from deltaw.serving.http.preparing import Desk, Texts, adapter_named, check_choices, text_requests
 from deltaw.serving.http.requests import (
     FAILURE,
     ChatRequest,
@@ -27,8 +29,8 @@ from deltaw.serving.http.requests import (
 )
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import ServerSettings
-from deltaw.serving.http.tool_calls import FORCED, CallForm, CallScan
-from deltaw.serving.request import FinishReason, Piece, TokenLogprob
+from deltaw.serving.http.tool_calls import FORCED, CallScan
+from deltaw.serving.request import Piece, TokenLogprob
 from deltaw.serving.request import Request as TextRequest
 
 # ---- Log-probabilities of tokens as the two APIs write them.
@@ -37,6 +39,7 @@ from deltaw.serving.request import Request as TextRequest
 # What stands for a probability of zero, whose logarithm JSON cannot write.
 LEAST = -9999.0
 TokenBytes = Callable[[int], bytes]
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
 def chat_logprobs(told: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, object]:
@@ -100,135 +103,117 @@ def _finite(value: float) -> float:
     return max(float(value), LEAST) if value == value else LEAST
 
 
-# ---- answers
+# ---- An answer: texts that are counted, and told in events while they are written or whole.
 
 
 # Tokens with log-probabilities whose writing would keep the event loop from other requests.
 MANY_LOGPROBS = 200
 DONE = b"data: [DONE]\n\n"
+Object = dict[str, object]
+_ENDS = {
+    "timeout": (504, "the text was not finished in time", "timeout"),
+    "cancelled": (503, "the text was cancelled: the server is shutting down", "shutting_down"),
+    "error": (500, "the engine failed", "engine_failed"),
+}
 
 
-@dataclass
-class Choice:
-    """A text so far: its pieces."""
-
-    pieces: list[Piece] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """The text."""
-        return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Its tokens."""
-        return tuple(token for piece in self.pieces for token in piece.tokens)
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprob, ...]:
-        """The log-probabilities that came with it."""
-        return tuple(one for piece in self.pieces for one in piece.logprobs)
-
-    @property
-    def finish(self) -> FinishReason | None:
-        """Why it ended."""
-        return self.pieces[-1].finish if self.pieces else None
-
-
-class Counted:
-    """Counts what comes into a request's record.
+class Answer(Generic[Asked]):
+    """One request that is being answered; the two APIs render its texts in their own ways.
 
     Args:
-        each: choices of one prompt, of which the first counts for what was reused of it.
+        asked: its fields. requests: the texts that the engine writes for it. prompts: of its adapter.
+
+    Attributes:
+        prefix: of its id. whole, part: the kinds of objects that an answer and an event are.
     """
 
-    def __init__(self, record: Record, desk: Desk, each: int) -> None:
-        self._record = record
-        self._desk = desk
-        self._each = each
+    prefix: ClassVar[str]
+    whole: ClassVar[str]
+    part: ClassVar[str]
 
-    def count(self, index: int, piece: Piece) -> None:
+    def __init__(self, asked: Asked, requests: Sequence[TextRequest], prompts: Prompts, record: Record) -> None:
+        self.asked: Asked = asked
+        self.requests, self.prompts, self.record = requests, prompts, record
+        self.created = int(time.time())
+
+    def opening(self) -> Iterable[Object]:
+        """Choices of events that come before all texts."""
+        return ()
+
+    def parts(self, index: int, piece: Piece) -> Iterator[Object]:
+        """Choices of the events that a piece of a text makes."""
+        raise NotImplementedError
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Object:
+        """A choice of a whole answer: all pieces of one text."""
+        raise NotImplementedError
+
+    def head(self, kind: str) -> Object:
+        """What begins each object of the answer."""
+        return {
+            "id": f"{self.prefix}-{self.record.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.asked.model,
+        }
+
+    async def response(self, request: Request, texts: Texts, desk: Desk) -> Response:
+        """The response, as events while the texts are written or whole."""
+        if self.asked.stream:
+            return EventStream(self.events(texts), texts, desk, self.record)
+        pieces: list[list[Piece]] = [[] for _ in self.requests]
+        try:
+            async with _watching(request.receive, request.scope, texts):
+                async for index, piece in texts.pieces():
+                    pieces[index].append(piece)
+                    self._count(index, piece)
+        finally:
+            desk.done(texts)
+
+        def made() -> Response:
+            # One after another, since each may have megabytes of log-probabilities, and Python's lock is held
+            # while one is written.
+            written = [as_json(self.choice(index, own)) for index, own in enumerate(pieces)]
+            text = as_json({**self.head(self.whole), "usage": self.record.usage()})
+            text = text[:-1] + b',"choices":[' + b",".join(written) + b"]}"
+            return Response(text, media_type="application/json")
+
+        if sum(len(piece.logprobs) for own in pieces for piece in own) < MANY_LOGPROBS:
+            return made()
+        return await asyncio.get_running_loop().run_in_executor(None, made)
+
+    async def events(self, texts: Texts) -> AsyncIterator[Object]:
+        """The answer in events."""
+        unsaid = {"usage": None} if self.asked.with_usage else {}
+        for choice in self.opening():
+            yield {**self.head(self.part), "choices": [choice], **unsaid}
+        async for index, piece in texts.pieces():
+            self._count(index, piece)
+            for choice in self.parts(index, piece):
+                yield {**self.head(self.part), "choices": [choice], **unsaid}
+        if self.asked.with_usage:
+            yield {**self.head(self.part), "choices": [], "usage": self.record.usage()}
+
+    def _count(self, index: int, piece: Piece) -> None:
         """Count a piece of the text at this place.
 
         Raises:
             ApiError: the text ended before its end.
         """
+        record = self.record
         if piece.tokens:
-            self._record.token()
-            self._record.completion_tokens += len(piece.tokens)
-        if piece.reused and index % self._each == 0:
-            self._record.cached_tokens += piece.reused
+            record.token()
+            record.completion_tokens += len(piece.tokens)
+        if index % self.asked.choices == 0:  # of one prompt's texts, the first counts for what was reused of it
+            record.cached_tokens += piece.reused
         if piece.finish is None:
             return
-        self._record.finishes.append(piece.finish)
-        if piece.finish == "timeout":
-            raise ApiError(504, "the text was not finished in time", code="timeout")
-        if piece.finish == "cancelled":
-            if self._record.gone:
-                raise ApiError(GONE, "the client went away", code="cancelled")
-            raise ApiError(503, "the text was cancelled: the server is shutting down", code="shutting_down")
-        if piece.finish == "error":
-            raise ApiError(500, "the engine failed", code="engine_failed")
-
-
-async def collected(request: Request, texts: Texts, count: int, counted: Counted, desk: Desk) -> list[Choice]:
-    """All of the texts, once they are written.
-
-    Raises:
-        ApiError: one of them was not written to its end.
-    """
-    choices = [Choice() for _ in range(count)]
-    try:
-        async with _watching(request.receive, request.scope, texts):
-            async for index, piece in texts.pieces():
-                choices[index].pieces.append(piece)
-                counted.count(index, piece)
-    finally:
-        desk.done(texts)
-    return choices
-
-
-class Answer(Protocol):
-    """What a route makes of texts."""
-
-    def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
-        """The events of a stream, as its texts are written."""
-
-    def whole(self) -> dict[str, object]:
-        """The answer once all texts have ended, without its choices."""
-
-    def choice(self, index: int, choice: Choice) -> dict[str, object]:
-        """One of its choices."""
-
-
-async def whole_response(answer: Answer, choices: Sequence[Choice]) -> Response:
-    """The response with an answer; made in another thread where that takes its time."""
-
-    def made() -> Response:
-        # One after another, since each may have megabytes of log-probabilities, and Python's lock is held
-        # while one is written.
-        written = [as_json(answer.choice(index, choice)) for index, choice in enumerate(choices)]
-        text = as_json(answer.whole())[:-1] + b',"choices":[' + b",".join(written) + b"]}"
-        return Response(text, media_type="application/json")
-
-    if sum(len(piece.logprobs) for choice in choices for piece in choice.pieces) < MANY_LOGPROBS:
-        return made()
-    return await asyncio.get_running_loop().run_in_executor(None, made)
-
-
-async def answered(
-    request: Request, answer: Answer, texts: Texts, count: int, counted: Counted, desk: Desk, *, stream: bool
-) -> Response:
-    """The response to a request for ``count`` texts, as events while they are written or whole."""
-    if stream:
-        record = record_of(request.scope)
-
-        def failed(error: ApiError) -> None:
-            record.error = error.message
-
-        return EventStream(answer.events(texts, counted), texts, desk, failed)
-    choices = await collected(request, texts, count, counted, desk)
-    return await whole_response(answer, choices)
+        record.finishes.append(piece.finish)
+        if piece.finish == "cancelled" and record.gone:
+            raise ApiError(GONE, "the client went away", code="cancelled")
+        if piece.finish in _ENDS:
+            status, message, code = _ENDS[piece.finish]
+            raise ApiError(status, message, code=code)
 
 
 class EventStream(Response):
@@ -236,17 +221,12 @@ class EventStream(Response):
 
     Args:
         events: each a JSON object. texts: that they are made of, let go when the client has gone.
-        failed: told what the stream ended with instead of its end.
+        record: told what the stream ended with instead of its end.
     """
 
-    def __init__(
-        self, events: AsyncIterator[dict[str, object]], texts: Texts, desk: Desk, failed: Callable[[ApiError], None]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[Object], texts: Texts, desk: Desk, record: Record) -> None:
         super().__init__(None, 200, media_type="text/event-stream")
-        self._events = events
-        self._texts = texts
-        self._desk = desk
-        self._failed = failed
+        self._events, self._texts, self._desk, self._record = events, texts, desk, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
@@ -276,11 +256,11 @@ class EventStream(Response):
             self._desk.done(self._texts)
 
     def _end(self, error: ApiError) -> bytes:
-        self._failed(error)
+        self._record.error = error.message
         return as_event(error.body)
 
 
-def as_event(value: dict[str, object]) -> bytes:
+def as_event(value: Object) -> bytes:
     """A JSON object as one event of a stream."""
     return b"data: " + as_json(value) + b"\n\n"
 
@@ -302,58 +282,28 @@ async def _watching(receive: Receive, scope: Scope, texts: Texts) -> AsyncIterat
         task.cancel()
 
 
-# ---- `/v1/completions`: plain prompts, continued whole or as a stream.
+class Completion(Answer[CompletionRequest]):
+    """Plain prompts, continued."""
 
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-class _Completion:
-    """One completion that is being answered."""
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._said: dict[int, int] = {}  # characters of each text that has begun
 
-    def __init__(
-        self, asked: CompletionRequest, requests: Sequence[TextRequest], prompts: Prompts, record: Record
-    ) -> None:
-        self.asked = asked
-        self.record = record
-        self._requests = requests
-        self._prompts = prompts
-        self._created = int(time.time())
+    def parts(self, index: int, piece: Piece) -> Iterator[Object]:
+        first = index not in self._said
+        text = (self._echoed(index) if first else "") + piece.text
+        told = self._logprobs(index, piece, self._said.get(index, 0), first=first) if piece.logprobs else None
+        self._said[index] = self._said.get(index, 0) + len(text)
+        if text or told or piece.finish is not None:
+            yield {"index": index, "text": text, "logprobs": told, "finish_reason": piece.finish}
 
-    def head(self) -> dict[str, object]:
-        """What begins each object of the answer."""
-        return {
-            "id": f"cmpl-{self.record.id}",
-            "object": "text_completion",
-            "created": self._created,
-            "model": self.asked.model,
-        }
-
-    def whole(self) -> dict[str, object]:
-        """The answer at once, without its choices."""
-        return {**self.head(), "usage": self.record.usage()}
-
-    def choice(self, index: int, choice: Choice) -> dict[str, object]:
-        """A choice of the answer."""
-        text = self._echoed(index) + choice.text
-        told = self._logprobs(index, Piece("", choice.tokens, choice.logprobs), 0, first=True)
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": choice.finish}
-
-    async def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
-        """The answer in events."""
-        said = [0] * len(self._requests)
-        begun = [False] * len(self._requests)
-        async for index, piece in texts.pieces():
-            counted.count(index, piece)
-            text = piece.text if begun[index] else self._echoed(index) + piece.text
-            told = None
-            if piece.logprobs:
-                told = self._logprobs(index, piece, said[index], first=not begun[index])
-            begun[index] = True
-            said[index] += len(text)
-            if text or told or piece.finish is not None:
-                choice = {"index": index, "text": text, "logprobs": told, "finish_reason": piece.finish}
-                event = {**self.head(), "choices": [choice]}
-                yield {**event, "usage": None} if self.asked.with_usage else event
-        if self.asked.with_usage:
-            yield {**self.head(), "choices": [], "usage": self.record.usage()}
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Object:
+        all_of_it = joined(pieces)
+        text = self._echoed(index) + all_of_it.text
+        told = self._logprobs(index, all_of_it, 0, first=True)
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": all_of_it.finish}
 
     def _echoed(self, index: int) -> str:
         """What stands before a text: its prompt, where that is to be repeated."""
@@ -362,170 +312,116 @@ class _Completion:
         prompt = self.asked.prompts[index // self.asked.choices]
         if isinstance(prompt, str):
             return prompt
-        return b"".join(map(self._prompts.token_bytes, prompt)).decode("utf-8", "replace")
+        return b"".join(map(self.prompts.token_bytes, prompt)).decode("utf-8", "replace")
 
-    def _logprobs(self, index: int, piece: Piece, offset: int, *, first: bool) -> dict[str, object] | None:
+    def _logprobs(self, index: int, piece: Piece, offset: int, *, first: bool) -> Object | None:
         if self.asked.logprobs is None:
             return None
         # With echo, log-probabilities of the prompt's tokens precede the text's; its first token has none.
         of_prompt = len(piece.logprobs) > len(piece.tokens) or self.asked.max_tokens == 0
         starts = self.asked.echo and first and of_prompt
-        token = int(self._requests[index].tokens[0]) if starts else None
-        return completion_logprobs(piece.logprobs, self._prompts.token_bytes, offset=offset, first=token)
+        token = int(self.requests[index].tokens[0]) if starts else None
+        return completion_logprobs(piece.logprobs, self.prompts.token_bytes, offset=offset, first=token)
 
 
-def completions_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRouter:
-    """The route of completions."""
+class Chat(Answer[ChatRequest]):
+    """Conversations, answered, with calls of tools."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        names = [tool.function.name for tool in self.asked.offered]
+        form = FORCED if self.asked.forced else self.prompts.call_form if names else None
+        self._scans = [None if form is None else CallScan(form, names) for _ in self.requests]
+
+    def head(self, kind: str) -> Object:
+        return {**super().head(kind), "system_fingerprint": None}
+
+    def opening(self) -> Iterable[Object]:
+        return [_delta(index, {"role": "assistant", "content": ""}) for index in range(len(self.requests))]
+
+    def parts(self, index: int, piece: Piece) -> Iterator[Object]:
+        text, calls = self._said(index, piece)
+        logprobs = chat_logprobs(piece.logprobs, self.prompts.token_bytes) if piece.logprobs else None
+        if text or logprobs:
+            yield _delta(index, {"content": text}, logprobs=logprobs)
+        for number, call in enumerate(calls):
+            yield _delta(index, {"tool_calls": [{"index": number, **call}]})
+        if piece.finish is not None:
+            yield _delta(index, {}, finish="tool_calls" if calls else piece.finish)
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Object:
+        all_of_it = joined(pieces)
+        finish: str | None = all_of_it.finish
+        message: Object = {"role": "assistant", "content": all_of_it.text, "refusal": None}
+        said = [self._said(index, piece) for piece in pieces]
+        if said and (calls := said[-1][1]):
+            finish = "tool_calls"
+            message["content"] = "".join(text for text, _ in said).strip() or None
+            message["tool_calls"] = calls
+        told = chat_logprobs(all_of_it.logprobs, self.prompts.token_bytes) if self.asked.logprobs else None
+        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish}
+
+    def _said(self, index: int, piece: Piece) -> tuple[str, list[Object]]:
+        """What a piece says, and the calls of tools that are whole at the text's end."""
+        scan = self._scans[index]
+        if scan is None:
+            return piece.text, []
+        text = scan.feed(piece.text, piece.tokens)
+        if piece.finish is None:
+            return text, []
+        rest, calls = scan.end()
+        most = 1 if self.asked.parallel_tool_calls is False else None
+        return text + rest, [call.as_dict() for call in calls[:most]]
+
+
+def _delta(index: int, delta: Object, *, finish: str | None = None, logprobs: object = None) -> Object:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of a text as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        tuple(one for piece in pieces for one in piece.logprobs),
+        pieces[-1].finish if pieces else None,
+    )
+
+
+def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRouter:
+    """The routes that write text: ``/v1/chat/completions`` and ``/v1/completions``."""
     router = APIRouter()
     limits = settings.limits
 
-    @router.post(
-        "/v1/completions",
-        summary="Continue prompts",
-        openapi_extra=described(CompletionRequest),
-        responses=ANSWERS,
-        response_class=Response,
-    )
-    async def completions(request: Request) -> Response:
-        asked = await read_json(request, CompletionRequest, limits)
-        record = record_of(request.scope)
-        adapter = adapter_named(served, asked.model)
-        record.model, record.stream = asked.model, bool(asked.stream)
-        if settings.log_prompts:
-            record.asked = asked.prompt
-        count = asked.choices * len(asked.prompts)
-        check_choices(count, limits)
-        desk.check_room(count)
-        requests = await desk.elsewhere(lambda: completion_requests(asked, adapter, served, limits, record.owner))
-        record.prompt_tokens = sum(len(r.tokens) for r in requests[:: asked.choices])
-        answer = _Completion(asked, requests, served.prompts(adapter), record)
-        counted = Counted(record, desk, asked.choices)
-        texts = await desk.write(requests)
-        stream = bool(asked.stream)
-        return await answered(request, answer, texts, len(requests), counted, desk, stream=stream)
+    def route(path: str, name: str, summary: str, fields: type[Asked], rendering: type[Answer[Asked]]) -> None:
+        async def respond(request: Request) -> Response:
+            asked: Asked = await read_json(request, fields, limits)
+            record = record_of(request.scope)
+            adapter = adapter_named(served, asked.model)
+            record.model, record.stream = asked.model, bool(asked.stream)
+            if settings.log_prompts:
+                record.asked = asked.shown
+            count = asked.choices * len(asked.prompts)
+            check_choices(count, limits)
+            desk.check_room(count)
+            requests = await desk.elsewhere(lambda: text_requests(asked, adapter, served, limits, record.owner))
+            record.prompt_tokens = sum(len(r.tokens) for r in requests[:: asked.choices])
+            answer = rendering(asked, requests, served.prompts(adapter), record)
+            return await answer.response(request, await desk.write(requests), desk)
 
-    return router
+        router.add_api_route(
+            path,
+            respond,
+            methods=["POST"],
+            name=name,
+            summary=summary,
+            openapi_extra=described(fields),
+            responses=ANSWERS,
+            response_class=Response,
+        )
 
-
-# ---- `/v1/chat/completions`: conversations, answered whole or as a stream, with calls of tools.
-
-
-class _Chat:
-    """One chat that is being answered."""
-
-    def __init__(self, asked: ChatRequest, prompts: Prompts, record: Record) -> None:
-        self.asked = asked
-        self.record = record
-        self._prompts = prompts
-        self._created = int(time.time())
-        self._names = [tool.function.name for tool in asked.offered]
-        self._form: CallForm | None = None
-        if asked.forced:
-            self._form = FORCED
-        elif self._names:
-            self._form = prompts.call_form
-
-    def head(self, kind: str) -> dict[str, object]:
-        """What begins each object of the answer."""
-        return {
-            "id": f"chatcmpl-{self.record.id}",
-            "object": kind,
-            "created": self._created,
-            "model": self.asked.model,
-            "system_fingerprint": None,
-        }
-
-    def whole(self) -> dict[str, object]:
-        """The answer at once, without its choices."""
-        return {**self.head("chat.completion"), "usage": self.record.usage()}
-
-    async def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
-        """The answer in events."""
-        scans = [self._scan() for _ in range(self.asked.choices)]
-        called = [0] * self.asked.choices
-        for index in range(self.asked.choices):
-            yield self._event(index, {"role": "assistant", "content": ""})
-        async for index, piece in texts.pieces():
-            counted.count(index, piece)
-            scan = scans[index]
-            text = piece.text if scan is None else scan.feed(piece.text, piece.tokens)
-            calls: list[dict[str, object]] = []
-            if piece.finish is not None and scan is not None:
-                rest, found = scan.end()
-                text += rest
-                calls = [call.as_dict() for call in found[: self._most_calls]]
-                called[index] = len(calls)
-            logprobs = None
-            if piece.logprobs:
-                logprobs = chat_logprobs(piece.logprobs, self._prompts.token_bytes)
-            if text or logprobs:
-                yield self._event(index, {"content": text}, logprobs=logprobs)
-            for number, call in enumerate(calls):
-                yield self._event(index, {"tool_calls": [{"index": number, **call}]})
-            if piece.finish is not None:
-                yield self._event(index, {}, finish="tool_calls" if called[index] else piece.finish)
-        if self.asked.with_usage:
-            yield {**self.head("chat.completion.chunk"), "choices": [], "usage": self.record.usage()}
-
-    @property
-    def _most_calls(self) -> int | None:
-        return 1 if self.asked.parallel_tool_calls is False else None
-
-    def _scan(self) -> CallScan | None:
-        return None if self._form is None else CallScan(self._form, self._names)
-
-    def _event(
-        self, index: int, delta: dict[str, object], *, finish: str | None = None, logprobs: object = None
-    ) -> dict[str, object]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        event = {**self.head("chat.completion.chunk"), "choices": [choice]}
-        return {**event, "usage": None} if self.asked.with_usage else event
-
-    def choice(self, index: int, choice: Choice) -> dict[str, object]:
-        """A choice of the answer."""
-        text: str | None = choice.text
-        finish: str | None = choice.finish
-        message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
-        if (scan := self._scan()) is not None:
-            said = "".join(scan.feed(piece.text, piece.tokens) for piece in choice.pieces)
-            rest, calls = scan.end()
-            if calls:
-                finish = "tool_calls"
-                message["content"] = (said + rest).strip() or None
-                message["tool_calls"] = [call.as_dict() for call in calls[: self._most_calls]]
-        logprobs = None
-        if self.asked.logprobs:
-            logprobs = chat_logprobs(choice.logprobs, self._prompts.token_bytes)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
-
-
-def chat_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRouter:
-    """The route of chats."""
-    router = APIRouter()
-    limits = settings.limits
-
-    @router.post(
-        "/v1/chat/completions",
-        summary="Answer a conversation",
-        openapi_extra=described(ChatRequest),
-        responses=ANSWERS,
-        response_class=Response,
-    )
-    async def chat(request: Request) -> Response:
-        asked = await read_json(request, ChatRequest, limits)
-        record = record_of(request.scope)
-        adapter = adapter_named(served, asked.model)
-        record.model, record.stream = asked.model, bool(asked.stream)
-        if settings.log_prompts:
-            record.asked = [message.as_turn() for message in asked.messages]
-        check_choices(asked.choices, limits)
-        desk.check_room(asked.choices)
-        requests = await desk.elsewhere(lambda: chat_requests(asked, adapter, served, limits, record.owner))
-        record.prompt_tokens = len(requests[0].tokens)
-        answer = _Chat(asked, served.prompts(adapter), record)
-        counted = Counted(record, desk, asked.choices)
-        texts = await desk.write(requests)
-        stream = bool(asked.stream)
-        return await answered(request, answer, texts, len(requests), counted, desk, stream=stream)
-
+    route("/v1/chat/completions", "chat", "Answer a conversation", ChatRequest, Chat)
+    route("/v1/completions", "completions", "Continue prompts", CompletionRequest, Completion)
     return router

@@ -9,17 +9,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from deltaw.errors import UserError
-from deltaw.serving.http.answers import chat_router, completions_router
-from deltaw.serving.http.errors import (
-    TOLD,
-    ApiError,
-    answer,
-    json_response,
-    on_api_error,
-    on_http_error,
-    on_user_error,
-    refusals,
-)
+from deltaw.serving.http.answers import texts_router
+from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, on_error, refusals
 from deltaw.serving.http.guard import CONTENT_TYPE, Guard, Metrics, Observed
 from deltaw.serving.http.preparing import Desk
 from deltaw.serving.http.served import Served, adapters_router, models_router
@@ -56,7 +47,7 @@ def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> AP
     return router
 
 
-# ---- app
+# ---- The application.
 
 
 def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk | None]:
@@ -90,7 +81,7 @@ def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk 
         middleware=layers,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
-        exception_handlers={ApiError: on_api_error, UserError: on_user_error, HTTPException: on_http_error},
+        exception_handlers=dict.fromkeys((ApiError, UserError, HTTPException), on_error),
     )
     app.include_router(operations_router(served, desk, metrics))
     app.include_router(models_router(served))
@@ -99,8 +90,7 @@ def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk 
             raise UserError("adapters cannot be loaded for this model", where="--adapters-from")
         app.include_router(adapters_router(served, served.shelf, settings))
     if desk is not None:
-        app.include_router(chat_router(served, desk, settings))
-        app.include_router(completions_router(served, desk, settings))
+        app.include_router(texts_router(served, desk, settings))
     for router in served.routers:
         app.include_router(router)
     return app, desk

@@ -37,22 +37,26 @@ Input = (
 _REFUSED = refusals(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 
 
-class EmbeddingRequest(Fields):
+Given = str | list[str] | list[int] | list[list[int]]
+
+
+class InputRequest(Fields):
+    """What all bodies have."""
+
+    model: ModelName
+    input: Input
+    user: str | None = Field(None, max_length=512)
+
+
+class EmbeddingRequest(InputRequest):
     """The body of ``/v1/embeddings``."""
 
-    model: ModelName
-    input: Input
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, le=1 << 20)
-    user: str | None = Field(None, max_length=512)
 
 
-class ClassifyRequest(Fields):
+class ClassifyRequest(InputRequest):
     """The body of ``/v1/classify``."""
-
-    model: ModelName
-    input: Input
-    user: str | None = Field(None, max_length=512)
 
 
 def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limits) -> Served:
@@ -61,69 +65,34 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
     Args:
         name: of the base model in requests; adapters are the other names.
     """
-    others = tuple(other for other in encoders.models if other != name)
     first = name if name in encoders.models else next(iter(encoders.models))
-    if isinstance(encoders.models[first], Embedder):
-        router = embeddings_router(encoders, limits)
-    else:
-        router = classify_router(encoders, limits)
-    return Served(
-        first,
-        None,
-        _no_prompts,
-        reference=reference,
-        routers=(router,),
-        others=tuple(other for other in others if other != first),
-    )
-
-
-def embeddings_router(encoders: Encoders, limits: Limits) -> APIRouter:
-    """``POST /v1/embeddings``."""
+    embeds = isinstance(encoders.models[first], Embedder)
     router = APIRouter()
+    path, fields = ("/v1/embeddings", EmbeddingRequest) if embeds else ("/v1/classify", ClassifyRequest)
 
-    @router.post(
-        "/v1/embeddings",
-        summary="Vectors of texts",
-        openapi_extra=described(EmbeddingRequest),
-        responses=answer("The vectors") | _REFUSED,
-    )
-    async def embeddings(request: Request) -> Response:
-        asked = await read_json(request, EmbeddingRequest, limits)
+    async def respond(request: Request) -> Response:
+        asked = await read_json(request, fields, limits)
         record = record_of(request.scope)
-        model = _named(encoders, asked.model)
-        assert isinstance(model, Embedder)
-        width = _width(model, asked.dimensions)
-        vectors = await _computed(encoders, asked.model, asked.input, record, limits)
-        if width < model.width:
-            # The beginning of a vector of length 1 is shorter.
-            vectors = torch.nn.functional.normalize(vectors[:, :width], dim=-1)
-        data = [
-            {"object": "embedding", "index": index, "embedding": _form(vector, asked.encoding_format)}
-            for index, vector in enumerate(vectors.numpy())
-        ]
-        told = {"object": "list", "data": data, "model": asked.model, "usage": _usage(record)}
-        return await asyncio.get_running_loop().run_in_executor(None, json_response, told)
-
-    return router
-
-
-def classify_router(encoders: Encoders, limits: Limits) -> APIRouter:
-    """``POST /v1/classify``."""
-    router = APIRouter()
-
-    @router.post(
-        "/v1/classify",
-        summary="Classes of texts",
-        openapi_extra=described(ClassifyRequest),
-        responses=answer("The classes") | _REFUSED,
-    )
-    async def classify(request: Request) -> Response:
-        asked = await read_json(request, ClassifyRequest, limits)
-        record = record_of(request.scope)
-        model = _named(encoders, asked.model)
-        assert isinstance(model, Classifier)
+        if asked.model not in encoders.models:
+            raise ApiError(404, f"there is no model '{asked.model[:128]}'", param="model", code="model_not_found")
+        model = encoders.models[asked.model]
+        if isinstance(asked, EmbeddingRequest):
+            assert isinstance(model, Embedder)
+            width = _width(model, asked.dimensions)
         found = await _computed(encoders, asked.model, asked.input, record, limits)
-        data = [
+        usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
+        told: dict[str, object] = {"object": "list", "model": asked.model, "usage": usage}
+        if isinstance(asked, EmbeddingRequest):
+            if width < found.shape[1]:
+                # The beginning of a vector of length 1 is shorter.
+                found = torch.nn.functional.normalize(found[:, :width], dim=-1)
+            told["data"] = [
+                {"object": "embedding", "index": index, "embedding": _form(vector, asked.encoding_format)}
+                for index, vector in enumerate(found.numpy())
+            ]
+            return await asyncio.get_running_loop().run_in_executor(None, json_response, told)
+        assert isinstance(model, Classifier)
+        told["data"] = [
             {
                 "index": index,
                 "label": model.classes[int(probabilities.argmax())],
@@ -132,23 +101,23 @@ def classify_router(encoders: Encoders, limits: Limits) -> APIRouter:
             }
             for index, probabilities in enumerate(found)
         ]
-        return json_response(
-            {
-                "id": f"classify-{record.id}",
-                "object": "list",
-                "created": int(time.time()),
-                "model": asked.model,
-                "data": data,
-                "usage": {**_usage(record), "completion_tokens": 0},
-            }
-        )
+        told |= {"id": f"classify-{record.id}", "created": int(time.time())}
+        return json_response(told | {"usage": {**usage, "completion_tokens": 0}})
 
-    return router
+    router.add_api_route(
+        path,
+        respond,
+        methods=["POST"],
+        name="embeddings" if embeds else "classify",
+        summary="Vectors of texts" if embeds else "Classes of texts",
+        openapi_extra=described(fields),
+        responses=answer("The vectors" if embeds else "The classes") | _REFUSED,
+    )
+    others = tuple(other for other in encoders.models if other not in (name, first))
+    return Served(first, None, _no_prompts, reference=reference, routers=(router,), others=others)
 
 
-async def _computed(
-    encoders: Encoders, name: str, given: str | list[str] | list[int] | list[list[int]], record: Record, limits: Limits
-) -> Tensor:
+async def _computed(encoders: Encoders, name: str, given: Given, record: Record, limits: Limits) -> Tensor:
     """The outputs of all texts of a request, (texts, width)."""
     record.model = name
     loop = asyncio.get_running_loop()
@@ -166,9 +135,7 @@ async def _computed(
         raise ApiError(504, f"not done within {limits.seconds:g} s", code="timeout") from None
 
 
-def _rows(
-    encoders: Encoders, name: str, given: str | list[str] | list[int] | list[list[int]], limits: Limits
-) -> list[np.ndarray]:
+def _rows(encoders: Encoders, name: str, given: Given, limits: Limits) -> list[np.ndarray]:
     """The texts of a request as tokens, as far as there may be so many.
 
     Raises:
@@ -189,12 +156,6 @@ def _rows(
     return rows
 
 
-def _named(encoders: Encoders, name: str) -> object:
-    if name not in encoders.models:
-        raise ApiError(404, f"there is no model '{name[:128]}'", param="model", code="model_not_found")
-    return encoders.models[name]
-
-
 def _width(model: Embedder, asked: int | None) -> int:
     if asked is None or asked == model.width:
         return model.width
@@ -209,10 +170,6 @@ def _form(vector: np.ndarray, form: str) -> list[float] | str:
         return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
     values: Sequence[float] = vector.tolist()
     return list(values)
-
-
-def _usage(record: Record) -> dict[str, int]:
-    return {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
 
 
 def _no_prompts(adapter: str | None) -> Prompts:

@@ -104,36 +104,25 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body, error.status, error.headers)
 
 
-async def on_api_error(request: Request, error: Exception) -> Response:
-    """FastAPI's way to answer an ApiError."""
+async def on_error(request: Request, error: Exception) -> Response:
+    """FastAPI's way to answer a refusal, a user's mistake from below, and paths and methods that there are not."""
+    if isinstance(error, UserError):
+        error = refused(error)
+    elif isinstance(error, HTTPException):
+        path = request.url.path[:200]
+        told = {
+            404: f"there is no {path}; the routes are listed in /openapi.json",
+            405: f"{request.method} is not possible on {path}",
+        }
+        headers = error.headers or {}
+        error = ApiError(error.status_code, told.get(error.status_code, str(error.detail)))
+        error.headers.update(headers)
     assert isinstance(error, ApiError)
     return error_response(error)
 
 
-async def on_user_error(request: Request, error: Exception) -> Response:
-    """A user's mistake from below, wherever it arises in a route."""
-    assert isinstance(error, UserError)
-    return error_response(refused(error))
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Paths and methods that there are not."""
-    assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
-    told = {
-        404: f"there is no {path}; the routes are listed in /openapi.json",
-        405: f"{request.method} is not possible on {path}",
-    }
-    known = ApiError(error.status_code, told.get(error.status_code, str(error.detail)))
-    known.headers.update(error.headers or {})
-    return error_response(known)
-
-
 def _sentence(error: UserError) -> str:
-    parts = [error.what]
-    if error.where:
-        parts.append(f"({error.where})")
-    text = " ".join(parts)
+    text = f"{error.what} ({error.where})" if error.where else error.what
     return f"{text}: {error.hint}" if error.hint else text
 
 

@@ -1,4 +1,5 @@
-"""The two layers around all routes: one that sees every request's end, and one that lets in who may ask.
+"""The two layers around all routes: one that sees every request's end and writes it into metrics and log, and one
+that lets in who may ask.
 
 Plain ASGI, so that streams pass through without being held up.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 import hashlib
 import hmac
 import json
@@ -26,8 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deltaw.host.memory import trim_memory
 from deltaw.serving.http.errors import GONE, ApiError, error_response
 from deltaw.serving.http.requests import FAILURE, KEY, LARGE, Bodies, Record, record_of
-from deltaw.serving.http.served import Load
 from deltaw.serving.http.settings import ServerSettings, is_loopback
+from deltaw.serving.request import EngineLoad
 
 # ---- Numbers for Prometheus, in a registry of the application's own.
 #
@@ -51,7 +53,7 @@ _GAUGES = {
 class _Gauges(Collector):
     """What an engine is doing, asked for when somebody looks."""
 
-    def __init__(self, load: Callable[[], Load], in_hand: Callable[[], int]) -> None:
+    def __init__(self, load: Callable[[], EngineLoad], in_hand: Callable[[], int]) -> None:
         self._load = load
         self._in_hand = in_hand
 
@@ -69,31 +71,19 @@ class Metrics:
         load: what the engine is doing. in_hand: texts that the server has taken in.
     """
 
-    def __init__(self, load: Callable[[], Load], in_hand: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry(auto_describe=True)
-        registry = self._registry
-        self._requests = Counter("deltaw_requests", "Requests", ("route", "status", "model"), registry=registry)
-        self._prompt = Counter("deltaw_prompt_tokens", "Tokens of prompts", ("model",), registry=registry)
-        self._cached = Counter(
-            "deltaw_cached_prompt_tokens", "Tokens of prompts that were reused", ("model",), registry=registry
-        )
-        self._written = Counter("deltaw_completion_tokens", "Tokens that were written", ("model",), registry=registry)
-        self._finished = Counter("deltaw_texts", "Texts by why they ended", ("model", "finish"), registry=registry)
-        self._seconds = Histogram(
-            "deltaw_request_seconds", "Time of a request", ("route",), buckets=_WHOLE, registry=registry
-        )
-        self._first = Histogram(
-            "deltaw_first_token_seconds",
-            "Time from a request's arrival to its first token",
-            buckets=_FIRST,
-            registry=registry,
-        )
-        self._token = Histogram(
-            "deltaw_token_seconds",
-            "Time per token of a request after its first, over its texts",
-            buckets=_TOKEN,
-            registry=registry,
-        )
+    def __init__(self, load: Callable[[], EngineLoad], in_hand: Callable[[], int]) -> None:
+        registry = self._registry = CollectorRegistry(auto_describe=True)
+        counter = functools.partial(Counter, registry=registry)
+        histogram = functools.partial(Histogram, registry=registry)
+        self._requests = counter("deltaw_requests", "Requests", ("route", "status", "model"))
+        self._prompt = counter("deltaw_prompt_tokens", "Tokens of prompts", ("model",))
+        self._cached = counter("deltaw_cached_prompt_tokens", "Tokens of prompts that were reused", ("model",))
+        self._written = counter("deltaw_completion_tokens", "Tokens that were written", ("model",))
+        self._finished = counter("deltaw_texts", "Texts by why they ended", ("model", "finish"))
+        self._seconds = histogram("deltaw_request_seconds", "Time of a request", ("route",), buckets=_WHOLE)
+        first, token = "Time from a request's arrival to its first token", "Time per token of a request after its first"
+        self._first = histogram("deltaw_first_token_seconds", first, buckets=_FIRST)
+        self._token = histogram("deltaw_token_seconds", f"{token}, over its texts", buckets=_TOKEN)
         registry.register(_Gauges(load, in_hand))
 
     def count(self, record: Record, route: str, status: int, seconds: float) -> None:
@@ -202,7 +192,7 @@ class RequestLog:
         return getattr(self._handler, "dropped", 0)
 
 
-# ---- guard
+# ---- The two layers.
 
 
 # After a large request; others that end within this time need no trimming of their own.

@@ -10,22 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.memory import free_memory_bytes
-from deltaw.hub.gguf import terminators
-from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters, FolderFacts
-from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
+from deltaw.serving.adapters import AdapterFacts
+from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.batch import BatchLimits
-from deltaw.serving.decodable import Decodable, decodable
-from deltaw.serving.encoders import open_classifiers, open_embedder, what_it_serves
+from deltaw.serving.decodable import decodable
+from deltaw.serving.encoders import How, open_classifiers, open_embedder, what_it_serves
 from deltaw.serving.engine import Engine
 from deltaw.serving.http.encoders import encoders_served
 from deltaw.serving.http.page.document import page_router
 from deltaw.serving.http.preparing import TokenizerPrompts
-from deltaw.serving.http.served import Load, Prompts, Served
+from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits, check_name
-from deltaw.serving.opening import CACHE_SHARE, FallbackWork, engine_over
+from deltaw.serving.opening import cache_room, engine_over, fallback_engine
 from deltaw.serving.probes import NotDecodable
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
 from deltaw.working import working
@@ -59,6 +56,11 @@ class Opening:
     cache_bytes: int | None = None
     adapter_bytes: int = 10**9
 
+    @property
+    def how(self) -> How:
+        """How a model is loaded, as keyword arguments."""
+        return {"precision": self.precision, "device": self.device, "trust_remote_code": self.trust_remote_code}
+
 
 def open_any(
     base: str, folders: Mapping[str, Path], opening: Opening, limits: Limits, *, say: Callable[[str], None]
@@ -73,8 +75,7 @@ def open_any(
     """
     is_run = is_adapter(Path(base))  # it says itself what it does
     known = base if is_run else opening.model or base
-    trust = opening.trust_remote_code
-    kind = what_it_serves(known, precision=opening.precision, device=opening.device, trust_remote_code=trust)
+    kind = what_it_serves(known, **opening.how)
     if kind == "text":
         return open_served(base, folders, opening, say=say)
     if kind == "vectors":
@@ -82,30 +83,14 @@ def open_any(
             raise UserError("an encoder is served without adapters", where="--adapter")
         name = opening.name or base
         encoders = open_embedder(
-            base,
-            name,
-            pooling=opening.pooling,
-            normalize=opening.normalize,
-            precision=opening.precision,
-            device=opening.device,
-            trust_remote_code=trust,
-            say=say,
+            base, name, pooling=opening.pooling, normalize=opening.normalize, say=say, **opening.how
         )
     else:
         name = opening.name or (check_name(Path(base).resolve().name, base) if is_run else base)
         if name in folders:
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
         paths = {adapter: str(folder) for adapter, folder in folders.items()}
-        encoders = open_classifiers(
-            base,
-            name,
-            paths,
-            model=opening.model,
-            precision=opening.precision,
-            device=opening.device,
-            trust_remote_code=trust,
-            say=say,
-        )
+        encoders = open_classifiers(base, name, paths, model=opening.model, say=say, **opening.how)
     return replace(encoders_served(encoders, name, base, limits), closed=encoders.close)
 
 
@@ -120,66 +105,40 @@ def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say
     Raises:
         UserError: the model or an adapter cannot be used, or the model writes no text.
     """
-    folders, trust = dict(folders), opening.trust_remote_code
+    folders = dict(folders)
     if is_adapter(Path(base)):
         own = check_name(Path(base).resolve().name, base)
         if own in folders:
             raise UserError(f"two adapters are named '{own}'", where=base)
         folders[own] = Path(base)
-        found = read_folder(Path(base), trust_remote_code=trust)
+        found = read_folder(Path(base), trust_remote_code=opening.trust_remote_code)
         base, named = found.base(opening.model), found.base_name(opening.model)
     else:
         base = named = opening.model or base
     name = opening.name or named
     if name in folders:
         raise UserError(f"'{name}' is the base model's name", where="--adapter", hint="give --name")
-    session = open_run(base, precision=opening.precision, device=opening.device, trust_remote_code=trust, say=say)
+    session = open_run(base, say=say, **opening.how)
     session.require_generation()
-    room = opening.cache_bytes
-    room = int(free_memory_bytes() * CACHE_SHARE) if room is None else room
+    room = cache_room(opening.cache_bytes)
     try:
         with working("preparing the decoder"):
             made = decodable(session.model, cache_bytes=room)
     except NotDecodable as reason:
-        say(f"transformers decodes: {reason}")
-        served = _by_transformers(base, name, folders, session, opening, say)
+        served = _by_transformers(base, name, folders, session, opening, reason, say)
     else:
-        served = _by_decoder(base, name, folders, session, made, room, opening)
+        bank = AdapterBank(
+            session.model, session.tokenizer, Packer(session.model, made), budget_bytes=opening.adapter_bytes
+        )
+        with working("loading adapters", len(folders)) as advance:
+            for done, (adapter, folder) in enumerate(folders.items(), start=1):
+                bank.add(adapter, folder)
+                advance(done)
+        engine = engine_over(made, session, bank, cache_bytes=room, limits=BatchLimits(running=opening.running))
+        served = _served(name, base, engine, _PromptsOfBank(session, bank), lambda: bank.status().loaded, bank)
     if not opening.page:
         return served
     return replace(served, routers=(page_router(),), open_paths=frozenset({"/"}))
-
-
-def _by_decoder(
-    base: str,
-    name: str,
-    folders: Mapping[str, Path],
-    session: InferenceSession,
-    made: Decodable,
-    room: int,
-    opening: Opening,
-) -> Served:
-    places = FactorPlaces(session.model, made.blocks, made.roles)
-    pack = packing(places, made.decoder)
-    bank = AdapterBank(session.model, session.tokenizer, pack, budget_bytes=opening.adapter_bytes)
-    with working("loading adapters", len(folders)) as advance:
-        for done, (adapter, folder) in enumerate(folders.items(), start=1):
-            bank.add(adapter, folder)
-            advance(done)
-    engine = engine_over(made, session, bank, cache_bytes=room, limits=BatchLimits(running=opening.running))
-    prompts = _PromptsOfBank(session, bank)
-
-    def load() -> Load:
-        now = engine.load
-        return Load(now.running, now.waiting, now.pages_used, now.pages, bank.status().loaded)
-
-    def close() -> None:
-        engine.close(drain=False)
-        bank.close()
-
-    return Served(
-        name, engine, prompts, reference=base, positions=engine.positions, shelf=bank, load=load, closed=close
-    )
 
 
 def _by_transformers(
@@ -188,6 +147,7 @@ def _by_transformers(
     folders: Mapping[str, Path],
     session: InferenceSession,
     opening: Opening,
+    reason: NotDecodable,
     say: Callable[[str], None],
 ) -> Served:
     if len(folders) > 1:
@@ -199,33 +159,40 @@ def _by_transformers(
     own = next(iter(folders), None)
     data: dict[str | None, TokenizerPrompts] = {None: TokenizerPrompts(session.tokenizer, session.data)}
     if own is not None:
-        session = open_run(
-            str(folders[own]),
-            model=base,
-            precision=opening.precision,
-            device=opening.device,
-            trust_remote_code=opening.trust_remote_code,
-            say=say,
-        )
+        session = open_run(str(folders[own]), model=base, say=say, **opening.how)
         data[own] = TokenizerPrompts(session.tokenizer, session.data)
-    ends = terminators(session.model, session.tokenizer)
-    facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
-    bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
-    work = FallbackWork(session, own)
-    engine = Engine(work, session.tokenizer, terminators=ends, adapters=bank, own_adapter=own)
+    engine = fallback_engine(session, own, reason, say)
+    return _served(name, base, engine, data.__getitem__, lambda: len(folders))
 
-    def load() -> Load:
-        now = engine.load
-        return Load(now.running, now.waiting, adapters_loaded=len(folders))
+
+def _served(
+    name: str,
+    base: str,
+    engine: Engine,
+    prompts: Callable[[str | None], Prompts],
+    loaded: Callable[[], int],
+    bank: AdapterBank | None = None,
+) -> Served:
+    """What an engine serves.
+
+    Args:
+        loaded: how many adapters are in memory. bank: that is closed after the engine.
+    """
+
+    def close() -> None:
+        engine.close(drain=False)
+        if bank is not None:
+            bank.close()
 
     return Served(
         name,
         engine,
-        data.__getitem__,
+        prompts,
         reference=base,
         positions=engine.positions,
-        load=load,
-        closed=lambda: engine.close(drain=False),
+        shelf=bank,
+        load=lambda: replace(engine.load, adapters_loaded=loaded()),
+        closed=close,
     )
 
 
@@ -237,7 +204,7 @@ class _PromptsOfBank:
         self._session = session
         self._bank = bank
         self._base = TokenizerPrompts(session.tokenizer, session.data)
-        self._known: dict[str, tuple[FolderFacts, TokenizerPrompts]] = {}
+        self._known: dict[str, tuple[AdapterFacts, TokenizerPrompts]] = {}
 
     def __call__(self, adapter: str | None) -> Prompts:
         if adapter is None:
@@ -246,7 +213,7 @@ class _PromptsOfBank:
         known = self._known.get(adapter)
         if known is not None and known[0] is facts:  # a swap brings other facts
             return known[1]
-        data: DataSettings | None = None if facts.config is None else facts.config.data
+        data = None if facts.config is None else facts.config.data
         made = TokenizerPrompts(facts.tokenizer or self._session.tokenizer, data)
         if len(self._known) >= MOST_PROMPTS:
             self._known.clear()

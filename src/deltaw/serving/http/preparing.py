@@ -1,4 +1,5 @@
-"""A request of the API becomes requests to the engine: which adapter, how many tokens, which seeds.
+"""A request of the API becomes requests to the engine (which adapter, how many tokens, which seeds), and its texts
+are followed until they end.
 
 Knows the fields of requests and the limits; not how answers are written.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import threading
 from collections import deque
@@ -23,20 +25,20 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder, TemplateName
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import ApiError, refused
-from deltaw.serving.http.requests import ChatRequest, CompletionRequest, TextFields, json_constraint
+from deltaw.serving.http.requests import ChatRequest, CompletionRequest, json_constraint
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import CallForm, forced_schema, form_of
-from deltaw.serving.request import Constraint, Piece, Request, Sampling, TextEngine, UnknownAdapterError, Writing
+from deltaw.serving.request import Constraint, Piece, Request, TextEngine, UnknownAdapterError, Writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- The texts of requests, between an engine's threads and the event loop: taken in, followed, and let go.
+# ---- The texts of requests, between an engine's thread and the event loop: taken in, followed, and let go.
 #
-# Each text is followed by a thread that waits for its pieces; the event loop only looks at what came, and never
-# waits for the engine. Knows neither HTTP nor what the texts are about.
+# The engine tells of each piece as it comes, and the event loop looks at what came; neither waits for the other.
+# Knows neither HTTP nor what the texts are about.
 
 
 # Seconds after a request's own time, in which the engine must have ended its texts.
@@ -47,26 +49,27 @@ class Texts:
     """The texts of one request, as they are written.
 
     Args:
-        writings: of the engine. follow: runs a function in another thread. ended: told, from that thread,
-            each time that a text has ended.
+        count: of texts. ended: told, from any thread, how many have ended.
         seconds: after which they are given up.
     """
 
-    def __init__(
-        self,
-        writings: Sequence[Writing],
-        follow: Callable[[Callable[[], None]], object],
-        ended: Callable[[], None],
-        seconds: float,
-    ) -> None:
-        self._writings = writings
-        self._ended = ended
+    def __init__(self, count: int, ended: Callable[[int], None], seconds: float) -> None:
+        self._writings: list[Writing] = []
+        self._left, self._ended = count, ended
+        self._cancelled = self._late = False
+        self._lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
-        self._came: deque[tuple[int, Piece | Exception]] = deque()
+        self._came: deque[tuple[int, Piece]] = deque()
         self._news = asyncio.Event()
-        self._timer = self._loop.call_later(seconds + GRACE, self._give_up)
-        for index, writing in enumerate(writings):
-            follow(lambda index=index, writing=writing: self._follow(index, writing))  # type: ignore[misc]
+        self._seconds = seconds
+
+    def submit(self, engine: TextEngine, requests: Sequence[Request]) -> None:
+        """Let an engine write them. Called in another thread, since a constraint takes time to compile."""
+        for index, request in enumerate(requests):
+            writing = engine.submit(request, functools.partial(self._tell, index))
+            self._writings.append(writing)
+            if self._cancelled:
+                writing.cancel()
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all texts as they come, each with its text's place; ends with the last text.
@@ -75,52 +78,55 @@ class Texts:
             Exception: what the engine failed with.
         """
         open_texts = len(self._writings)
+        timer = self._loop.call_later(self._seconds + GRACE, self._give_up)
         try:
             while open_texts:
                 await self._news.wait()
                 self._news.clear()
                 while self._came:
                     index, piece = self._came.popleft()
-                    if isinstance(piece, Exception):
-                        raise piece
+                    if piece.finish == "error":
+                        self._writings[index].result()  # raises what the engine failed with
                     open_texts -= piece.finish is not None
                     yield index, piece
+                if self._late:
+                    raise ApiError(504, "the engine did not end the text in time", code="timeout")
         finally:
+            timer.cancel()
             self.cancel()
 
     def cancel(self) -> None:
         """Let go of what is not yet written."""
-        self._timer.cancel()
-        for writing in self._writings:
+        self._cancelled = True
+        for writing in list(self._writings):
             writing.cancel()
 
-    def _give_up(self) -> None:
+    def abandon(self) -> None:
+        """Let go of texts that were not all taken by the engine; nobody follows them."""
         self.cancel()
-        self._tell(0, ApiError(504, "the engine did not end the text in time", code="timeout"))
+        self._end(self._left)
 
-    def _follow(self, index: int, writing: Writing) -> None:
-        """In a thread of its own."""
-        finished = False
-        try:
-            for piece in writing:
-                if piece.finish == "error":
-                    writing.result()  # raises what the engine failed with
-                finished = finished or piece.finish is not None
-                self._tell(index, piece)
-            if not finished:
-                self._tell(index, Piece("", finish="error"))
-        except Exception as error:
-            self._tell(index, error)
-        finally:
-            self._ended()
+    def _give_up(self) -> None:
+        self._late = True
+        self.cancel()
+        self._news.set()
 
-    def _tell(self, index: int, piece: Piece | Exception) -> None:
+    def _tell(self, index: int, piece: Piece) -> None:
+        """A piece came; called on the engine's thread."""
         self._came.append((index, piece))
         # One call into the loop is enough for all that comes until it looks.
         if not self._news.is_set():
             # A loop that is closed has nobody left who waits.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._news.set)
+        if piece.finish is not None:
+            self._end(1)
+
+    def _end(self, count: int) -> None:
+        with self._lock:
+            count = min(count, self._left)
+            self._left -= count
+        self._ended(count)
 
 
 class Desk:
@@ -139,9 +145,9 @@ class Desk:
         self._open: set[Texts] = set()
         self.closing = False
         self._preparing = ThreadPoolExecutor(4, "deltaw-prepare")
-        # A thread for each text in hand, which waits for its constraint, then for its pieces.
-        self._following = ThreadPoolExecutor(most, "deltaw-follow")
-        self._submitted: set[asyncio.Future[list[Writing]]] = set()
+        # Each may wait for a constraint.
+        self._submitting = ThreadPoolExecutor(most, "deltaw-submit")
+        self._submitted: set[asyncio.Future[None]] = set()
 
     @property
     def in_hand(self) -> int:
@@ -178,18 +184,19 @@ class Desk:
         with self._lock:
             self.check_room(len(requests))
             self._in_hand += len(requests)
-        submitted = asyncio.get_running_loop().run_in_executor(self._following, self._submit, requests)
+        texts = Texts(len(requests), self._release, self._seconds)
+        loop = asyncio.get_running_loop()
+        submitted = loop.run_in_executor(self._submitting, texts.submit, self._engine, requests)
         self._submitted.add(submitted)
         try:
-            writings = await submitted
+            await submitted
         except BaseException:
-            self._release(len(requests))
+            texts.abandon()
             if self.closing:
                 self.check_room(0)
             raise
         finally:
             self._submitted.discard(submitted)
-        texts = Texts(writings, self._following.submit, self._release, self._seconds)
         self._open.add(texts)
         return texts
 
@@ -213,20 +220,9 @@ class Desk:
     def close(self) -> None:
         """End the threads; the engine must have been closed."""
         self._preparing.shutdown(wait=True, cancel_futures=True)
-        self._following.shutdown(wait=True)
+        self._submitting.shutdown(wait=True)
 
-    def _submit(self, requests: Sequence[Request]) -> list[Writing]:
-        writings: list[Writing] = []
-        try:
-            for request in requests:
-                writings.append(self._engine.submit(request))
-        except BaseException:
-            for writing in writings:
-                writing.cancel()
-            raise
-        return writings
-
-    def _release(self, count: int = 1) -> None:
+    def _release(self, count: int) -> None:
         with self._lock:
             self._in_hand -= count
 
@@ -357,7 +353,7 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_OF = _byte_letters()
 
 
-# ---- preparing
+# ---- From the fields of a request to requests to the engine.
 
 
 def adapter_named(served: Served, model: str) -> str | None:
@@ -389,55 +385,62 @@ def check_choices(count: int, limits: Limits) -> None:
         )
 
 
-def chat_requests(
-    asked: ChatRequest, adapter: str | None, served: Served, limits: Limits, owner: int = 0
+def text_requests(
+    asked: ChatRequest | CompletionRequest, adapter: str | None, served: Served, limits: Limits, owner: int = 0
 ) -> list[Request]:
-    """The requests for a chat's choices.
+    """The requests for the choices of a chat, or of a completion's prompts, prompt by prompt.
 
     Args:
         owner: who asks, as in :class:`deltaw.serving.request.Request`.
 
     Raises:
-        ApiError: the conversation cannot be rendered, or is too long.
+        ApiError: a prompt is empty or too long, or a conversation cannot be rendered.
     """
+    prompts = _prompts_of(served, adapter)
+    if isinstance(asked, ChatRequest):
+        given = [_chat_tokens(asked, prompts, served, limits)]
+        constraint = _forced(asked) if asked.forced else asked.constraint()
+    else:
+        given = [_prompt_tokens(prompt, prompts, served, limits) for prompt in asked.prompts]
+        constraint = asked.constraint()
+    sampling = asked.sampling()
+    # Each choice draws with a seed of its own, which does not depend on what else is asked for.
+    seeds: Sequence[int] = [(sampling.seed + number) % (1 << 63) for number in range(asked.choices)]
+    return [
+        Request(
+            tokens=tokens,
+            adapter=adapter,
+            sampling=replace(sampling, seed=seed),
+            constraint=constraint,
+            max_new_tokens=_new_tokens(asked.most_tokens, tokens, served, limits),
+            stop=asked.stops,
+            stop_ids=() if asked.ignore_eos else None,
+            seconds=limits.seconds,
+            prompt_logprobs=asked.prompt_logprobs,
+            owner=owner,
+        )
+        for tokens in given
+        for seed in seeds
+    ]
+
+
+def _chat_tokens(asked: ChatRequest, prompts: Prompts, served: Served, limits: Limits) -> np.ndarray:
     tools = [tool.model_dump(exclude_none=True) for tool in asked.offered]
     turns = [message.as_turn() for message in asked.messages]
-    prompts = _prompts_of(served, adapter)
     _refuse_long(json.dumps([turns, tools], ensure_ascii=False), prompts, served, limits)
     try:
-        tokens = prompts.chat(turns, tools)
+        return prompts.chat(turns, tools)
     except UserError as error:
         raise refused(error, param="messages") from error
-    constraint = _forced(asked) if asked.forced else asked.constraint()
-    sampling = asked.sampling(asked.told_logprobs)
-    made = _choices(asked, tokens, adapter, served, limits, asked.most_tokens, sampling, constraint)
-    return [replace(request, owner=owner) for request in made]
 
 
-def completion_requests(
-    asked: CompletionRequest, adapter: str | None, served: Served, limits: Limits, owner: int = 0
-) -> list[Request]:
-    """The requests for the choices of a completion's prompts, prompt by prompt.
-
-    Args:
-        owner: who asks, as in :class:`deltaw.serving.request.Request`.
-
-    Raises:
-        ApiError: a prompt is empty or too long.
-    """
-    prompts = _prompts_of(served, adapter)
-    sampling = asked.sampling(asked.logprobs)
-    constraint = asked.constraint()
-    requests: list[Request] = []
-    for prompt in asked.prompts:
-        if isinstance(prompt, str):
-            _refuse_long(prompt, prompts, served, limits)
-        tokens = prompts.text(prompt) if isinstance(prompt, str) else np.asarray(prompt, dtype=np.int32)
-        if not len(tokens):
-            raise ApiError(400, "a prompt is empty", param="prompt", code="invalid_value")
-        requests += _choices(asked, tokens, adapter, served, limits, asked.max_tokens, sampling, constraint)
-    told = asked.echo is True and asked.logprobs is not None
-    return [replace(request, owner=owner, prompt_logprobs=told) for request in requests]
+def _prompt_tokens(prompt: str | list[int], prompts: Prompts, served: Served, limits: Limits) -> np.ndarray:
+    if isinstance(prompt, str):
+        _refuse_long(prompt, prompts, served, limits)
+    tokens = prompts.text(prompt) if isinstance(prompt, str) else np.asarray(prompt, dtype=np.int32)
+    if not len(tokens):
+        raise ApiError(400, "a prompt is empty", param="prompt", code="invalid_value")
+    return tokens
 
 
 def _prompts_of(served: Served, adapter: str | None) -> Prompts:
@@ -454,16 +457,8 @@ def _refuse_long(text: str, prompts: Prompts, served: Served, limits: Limits) ->
         raise _too_long(f"the prompt has far more than {most:,} tokens")
 
 
-def _choices(
-    asked: TextFields,
-    tokens: np.ndarray,
-    adapter: str | None,
-    served: Served,
-    limits: Limits,
-    most: int | None,
-    sampling: Sampling,
-    constraint: Constraint | None,
-) -> list[Request]:
+def _new_tokens(most: int | None, tokens: np.ndarray, served: Served, limits: Limits) -> int:
+    """How many tokens may be written behind a prompt."""
     if len(tokens) > limits.prompt:
         raise _too_long(f"the prompt has {len(tokens):,} tokens, and {limits.prompt:,} are allowed")
     if most is not None and most > limits.new_tokens:
@@ -474,23 +469,12 @@ def _choices(
             code="invalid_value",
         )
     most = limits.new_tokens if most is None else most
-    if served.positions is not None:
-        room = served.positions - len(tokens)
-        if room < min(1, most):
-            raise _too_long(f"the prompt has {len(tokens):,} tokens, and the model has {served.positions:,} positions")
-        most = min(most, room)
-    request = Request(
-        tokens=tokens,
-        adapter=adapter,
-        constraint=constraint,
-        max_new_tokens=most,
-        stop=asked.stops,
-        stop_ids=() if asked.ignore_eos else None,
-        seconds=limits.seconds,
-    )
-    # Each choice draws with a seed of its own, which does not depend on what else is asked for.
-    seeds: Sequence[int] = [(sampling.seed + number) % (1 << 63) for number in range(asked.choices)]
-    return [replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds]
+    if served.positions is None:
+        return most
+    room = served.positions - len(tokens)
+    if room < min(1, most):
+        raise _too_long(f"the prompt has {len(tokens):,} tokens, and the model has {served.positions:,} positions")
+    return min(most, room)
 
 
 def _forced(asked: ChatRequest) -> Constraint:

@@ -1,4 +1,4 @@
-"""The fields that chats and completions share: how tokens are chosen, when a text ends, what it must match.
+"""The bodies of chats and completions: read within bounds, checked against their fields, and recorded.
 
 Names, bounds and defaults are OpenAI's, with some of vLLM's beside them. Fields that would change an answer
 and are not supported are refused by name; those that change nothing are accepted.
@@ -163,24 +163,32 @@ class TextFields(Fields):
         """The texts that end a text."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, logprobs: int | None) -> Sampling:
-        """How tokens are chosen; without a seed by one that nobody knows.
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a text at most; None where the request does not say."""
+        return self.max_tokens
 
-        Args:
-            logprobs: how many likely tokens are told with each, as in :class:`Sampling`.
-        """
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many likely tokens are told with each, as in :class:`Sampling`."""
+        raise NotImplementedError
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are told."""
+        return False
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; without a seed by one that nobody knows."""
+        named = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        given = {name: value for name in named if (value := getattr(self, name)) is not None}
         return Sampling(
-            temperature=_or(self.temperature, 1.0),
+            **{"temperature": 1.0, **given},
             top_k=max(0, self.top_k or 0),
-            top_p=_or(self.top_p, 1.0),
-            min_p=_or(self.min_p, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             # Engines take seeds as numpy does: not negative.
             seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
-            logprobs=logprobs,
+            logprobs=self.told_logprobs,
         )
 
     def constraint(self) -> Constraint | None:
@@ -190,8 +198,7 @@ class TextFields(Fields):
         if self.guided_grammar is not None:
             return Constraint("grammar", self.guided_grammar)
         if self.guided_json is not None:
-            given = self.guided_json
-            return json_constraint(given, "guided_json")
+            return json_constraint(self.guided_json, "guided_json")
         if self.response_format is None or self.response_format.type == "text":
             return None
         if self.response_format.json_schema is None:
@@ -205,8 +212,6 @@ def json_constraint(schema: dict[str, Any] | str, param: str) -> Constraint:
     Raises:
         ApiError: its text is none of JSON, or too long.
     """
-    from deltaw.serving.http.errors import ApiError
-
     text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
     if len(text) > LONGEST_CONSTRAINT:
         raise ApiError(400, f"the schema has more than {LONGEST_CONSTRAINT:,} characters", param=param)
@@ -223,10 +228,6 @@ def wrong(message: str, param: str | None = None) -> PydanticCustomError:
     """A mistake that is told as it stands, with the field that it concerns."""
     # In the message itself, braces would be read as places for values.
     return PydanticCustomError("invalid_value", "{told}", {"told": message, "param": param})
-
-
-def _or(given: float | None, default: float) -> float:
-    return default if given is None else given
 
 
 # ---- What is known of one request when it has been answered: for its line in the log, and for the metrics.
@@ -472,7 +473,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return inlined
 
 
-# ---- The fields of a chat completion: messages and tools besides those of :mod:`fields`.
+# ---- The fields of a chat completion: messages and tools besides those that both have.
 
 
 MOST_MESSAGES = 4096
@@ -639,12 +640,22 @@ class ChatRequest(TextFields):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def prompts(self) -> list[list[Message]]:
+        """What is answered: one conversation."""
+        return [self.messages]
+
+    @property
+    def shown(self) -> object:
+        """What the log shows of it, where it does."""
+        return [message.as_turn() for message in self.messages]
+
+    @property
     def told_logprobs(self) -> int | None:
-        """As :class:`Sampling` has it."""
+        """How many likely tokens are told with each, as in :class:`Sampling`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-# ---- The fields of a plain completion: prompts as texts or token ids, besides those of :mod:`fields`.
+# ---- The fields of a plain completion: prompts as texts or token ids, besides those that both have.
 
 
 MOST_PROMPTS = 1024
@@ -686,3 +697,18 @@ class CompletionRequest(TextFields):
         if isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def shown(self) -> object:
+        """What the log shows of it, where it does."""
+        return self.prompt
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many likely tokens are told with each, as in :class:`Sampling`."""
+        return self.logprobs
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are told."""
+        return self.echo is True and self.logprobs is not None

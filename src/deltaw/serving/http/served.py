@@ -1,4 +1,4 @@
-"""What an application serves: one value that holds the engine and what goes with it.
+"""What an application serves: one value that holds the engine and what goes with it, and the routes that name it.
 
 It is the seam to the rest of deltaw: a test makes it of a toy, the command line of a real model.
 """
@@ -23,7 +23,7 @@ from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, re
 from deltaw.serving.http.requests import Fields, described, read_json, record_of
 from deltaw.serving.http.settings import NAME, ServerSettings, check_name
 from deltaw.serving.http.tool_calls import CallForm
-from deltaw.serving.request import TextEngine
+from deltaw.serving.request import EngineLoad, TextEngine
 
 
 class Prompts(Protocol):
@@ -73,22 +73,6 @@ class Shelf(Protocol):
 
 
 @dataclass(frozen=True)
-class Load:
-    """What an engine is doing, for those who watch it.
-
-    Attributes:
-        running, waiting: texts that are being written, and that are not yet begun.
-        pages_used, pages: of keys and values. adapters_loaded: adapters that are in memory.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages: int = 0
-    adapters_loaded: int = 0
-
-
-@dataclass(frozen=True)
 class Served:
     """All that an application knows of what it serves.
 
@@ -111,7 +95,7 @@ class Served:
     reference: str = ""
     positions: int | None = None
     shelf: Shelf | None = None
-    load: Callable[[], Load] = Load
+    load: Callable[[], EngineLoad] = EngineLoad
     alive: Callable[[], bool] = field(default=lambda: True)
     closed: Callable[[], None] = field(default=lambda: None)
     routers: tuple[APIRouter, ...] = ()
@@ -133,18 +117,17 @@ class Served:
 # like what does not exist, so that nobody learns what lies elsewhere.
 
 
-class LoadAdapter(Fields):
-    """The body of ``/v1/load_lora_adapter``."""
-
-    lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
-    lora_path: str = Field(min_length=1, max_length=1024)
-    load_inplace: bool = Field(default=False, description="take the place of the adapter of this name")
-
-
 class UnloadAdapter(Fields):
     """The body of ``/v1/unload_lora_adapter``."""
 
     lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
+
+
+class LoadAdapter(UnloadAdapter):
+    """The body of ``/v1/load_lora_adapter``."""
+
+    lora_path: str = Field(min_length=1, max_length=1024)
+    load_inplace: bool = Field(default=False, description="take the place of the adapter of this name")
 
 
 def models_router(served: Served) -> APIRouter:

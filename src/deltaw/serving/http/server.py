@@ -129,7 +129,7 @@ class _LimitedConnection(H11Protocol):
             timer.cancel()
 
 
-# ---- server
+# ---- The server and its end.
 
 
 # Seconds for cancelled texts to end, and their clients to be told.
