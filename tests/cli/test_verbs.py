@@ -121,7 +121,7 @@ def test_names_with_brackets_are_printed_as_they_are(call, flags, rows_file, tmp
     odd.write_bytes(rows_file.read_bytes())
     ended = call("train", *flags(tmp_path / "[red]run", data=odd))
     assert ended.status == 0
-    assert f"{odd}: 10 rows" in ended.out and f"is in {tmp_path / '[red]run'}" in ended.out
+    assert f"{odd}: 10 rows" in ended.out and f"adapter: {tmp_path / '[red]run'}" in ended.out
 
 
 def test_help_names_every_setting_with_its_default(call):

@@ -1,7 +1,6 @@
-"""Methods side by side: what each trains, what it costs, how well it does: a table, Markdown, JSON.
+"""Methods side by side: what each trains, what it costs, how well it does: as numbers, a table, sentences and Markdown.
 
-It knows numbers alone: not how they were made, and not how a terminal or a figure shows them.
-:mod:`deltaw.experiments.comparison` puts them into sentences.
+It starts no training, and does not know how a terminal or a figure shows its numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from deltaw.experiments.entry import Entry
 from deltaw.settings import RunConfig
 from deltaw.training.evaluation.base import Interval, bootstrap_interval
 
-# ---- Intervals of scores over seeds and rows together.
+# Intervals of scores over seeds and rows together.
 #
 # Every method is scored on the same rows with each of a few seeds, so seeds and rows are crossed, and both are
 # samples: of other trainings, and of other rows. The model is the two-way random-effects one,
@@ -35,8 +34,6 @@ from deltaw.training.evaluation.base import Interval, bootstrap_interval
 # The interval of a difference between two methods is that of the row-by-row, seed-by-seed differences.
 #
 # It knows numbers alone.
-
-
 LEVEL = 0.95
 # Beyond so many degrees of freedom, t is the normal distribution for every purpose here.
 MANY = 1000.0
@@ -86,9 +83,6 @@ def t_quantile(level: float, freedom: float) -> float:
     density = np.cos(angles) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
-
-
-# ---- comparison
 
 
 # Metrics between 0 and 1 that are read as a percentage.
@@ -377,9 +371,9 @@ def without_nan(value: object) -> object:
     return value
 
 
-# ---- From what is stored of each method to the comparison: scores over seeds, differences, intervals, ranks.
+# From what is stored of each method to the comparison: scores over seeds, differences, intervals, ranks.
 #
-# It knows what is stored, and starts no training.
+# Only what is stored counts.
 
 
 Found = Mapping[str, Any]
@@ -537,7 +531,7 @@ def _number(found: Found, key: str) -> int | None:
     return None if value is None else int(str(value))
 
 
-# ---- What a comparison's numbers say, in sentences, and its page.
+# What a comparison's numbers say, in sentences, and its page.
 #
 # It knows numbers alone. It says no more than the intervals allow: which differences hold, what had not
 # flattened, and what learned nothing.

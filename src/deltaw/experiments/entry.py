@@ -13,7 +13,7 @@ from typing import Any
 from deltaw.errors import UserError, did_you_mean
 from deltaw.settings import RunConfig
 
-# ---- Which learning rates are tried for a method, and which of them is best.
+# Which learning rates are tried for a method, and which of them is best.
 #
 # The grid is the method's usual rate and one step to each side of it. If the best rate lies at an end of the
 # grid, one more rate is tried beyond that end, once. This module works on numbers and knows no models.
@@ -95,9 +95,6 @@ def _rate(text: str, whole: str) -> float:
 def _rounded(rate: float) -> float:
     """Round to two significant digits."""
     return float(f"{rate:.2g}")
-
-
-# ---- entry
 
 
 @dataclass

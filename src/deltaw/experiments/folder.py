@@ -27,7 +27,7 @@ from deltaw.settings import RunConfig, TrainSettings, duration_seconds
 from deltaw.training.loop import count_steps
 from deltaw.training.run_folder import not_writable
 
-# ---- How long a training of a comparison may take at most: in steps, in time, or both.
+# How long a training of a comparison may take at most: in steps, in time, or both.
 #
 # It knows settings and numbers, and no training.
 
@@ -60,9 +60,6 @@ def budget_of(settings: TrainSettings, rows: int) -> Budget:
     if settings.time is not None:
         return Budget(settings.max_steps, duration_seconds(settings.time))
     return Budget(count_steps(rows, settings.batch_size, settings.epochs, settings.max_steps))
-
-
-# ---- folder
 
 
 MARK = "study.json"  # the name is part of the file format

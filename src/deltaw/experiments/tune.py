@@ -34,11 +34,8 @@ if TYPE_CHECKING:
     import optuna
 
 
-# ---- How much each setting matters: the share of the variation between trials that it explains alone.
+# How much each setting matters: the share of the variation between trials that it explains alone.
 #
-# This module works on numbers and knows no settings.
-
-
 # With fewer trials no estimate is made.
 FEWEST = 6
 
@@ -82,7 +79,7 @@ def weight(values: Sequence[object], losses: Sequence[float]) -> float | None:
     return max(0.0, r_square - (1 - r_square) * terms / (count - terms - 1))
 
 
-# ---- What a search may change: settings by dotted key, each with a range or a list of values.
+# What a search may change: settings by dotted key, each with a range or a list of values.
 #
 # ``train.learning_rate=1e-5..1e-2:log`` is a range on a logarithmic scale, ``lora.rank=[4,8,16]`` a list. It
 # knows the settings and nothing of how the search goes.
@@ -285,7 +282,7 @@ def present(config: RunConfig, space: Space, usual_rate: float) -> dict[str, obj
     return values
 
 
-# ---- What a search for settings came to: its best trials, what matters, and what to do next.
+# What a search for settings came to: its best trials, what matters, and what to do next.
 #
 # It knows numbers alone, and nothing of how trials are made or chosen.
 
@@ -443,9 +440,6 @@ def trial_cells(tuning: Tuning, trial: TrialResult) -> list[str]:
 
 def _value(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-# ---- tune
 
 
 # Evaluations in a trial. The last is at its end; at the others the trial may be pruned.

@@ -32,7 +32,7 @@ from deltaw.training.optimizer import Schedule, warmup_steps
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 
-# ---- The trained parameters at the best point of a training, kept in a temporary file.
+# The trained parameters at the best point of a training, kept in a temporary file.
 #
 # In memory they would count among what the training needs: for full fine-tuning, four bytes more for each
 # parameter. Nothing is serialized: the file holds the numbers as they are, and lives as long as the object.
@@ -82,7 +82,7 @@ class BestPoint:
             parameter.copy_(torch.from_numpy(buffer).view(dtype).reshape(parameter.shape))
 
 
-# ---- When a training has flattened: a rule on its validation losses.
+# When a training has flattened: a rule on its validation losses.
 #
 # A training has flattened if its second half brought next to nothing: the best validation loss of the later
 # half of its evaluations is not at least 1 % below the best of the earlier half. In other words, training
@@ -96,8 +96,6 @@ class BestPoint:
 # decays to zero ends every descent, whether there is more to learn or not.
 #
 # It knows numbers alone.
-
-
 # By how much the later half must be lower for the training to go on: a share of the best loss of the earlier
 # half, and one of the untrained model's loss.
 TOLERANCE, OF_UNTRAINED = 0.01, 0.001
@@ -131,7 +129,7 @@ def steps_between(steps_per_epoch: int, steps: int | None) -> int:
     return max(1, int(apart))
 
 
-# ---- Progress of an experiment: one line for each finished step, with elapsed and estimated remaining time.
+# Progress of an experiment: one line for each finished step, with elapsed and estimated remaining time.
 
 
 # Starting the first process takes long, so no estimate is shown before this fraction of the rest is done.
@@ -166,9 +164,6 @@ class Pace:
         took = duration(now - self._last)
         self._say(f"{what}  [{took}; {duration(now - self._begun)} so far{left}]")
         self._last = now
-
-
-# ---- until flat
 
 
 # Steps of the cooldown, as a share of those before it.

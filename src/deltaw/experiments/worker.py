@@ -49,7 +49,7 @@ from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.labels import LabelEvaluation
 
-# ---- Whether a model learned to tell rows apart: one answer to every row, and what such an answer would score.
+# Whether a model learned to tell rows apart: one answer to every row, and what such an answer would score.
 #
 # It knows evaluations and their rows, no models.
 
@@ -112,7 +112,7 @@ def constant_scores(evaluation: Evaluation, examples: Sequence[Any]) -> tuple[st
     return answer.strip(), np.array([float(text == answer) for text in texts])
 
 
-# ---- A trial: a training that can be repeated from the same initialization and is evaluated on validation rows.
+# A trial: a training that can be repeated from the same initialization and is evaluated on validation rows.
 #
 # Learning rates and other settings are chosen by its validation loss. The validation rows are taken from the
 # training rows. The run's held-out rows are not used, so the final score is on rows that no choice depended on.
@@ -299,7 +299,7 @@ def split_off(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[A
     return picked(rows, np.flatnonzero(~drawn)), picked(rows, np.flatnonzero(drawn))
 
 
-# ---- One final training of a comparison: one method with one seed, scored on the held-out rows.
+# One final training of a comparison: one method with one seed, scored on the held-out rows.
 #
 # It writes a run's folder as ``deltaw train`` does. What differs: the validation rows are not trained on, and
 # the training ends by itself (:mod:`deltaw.experiments.until_flat`).
@@ -410,9 +410,6 @@ def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
-
-
-# ---- worker
 
 
 Message = Mapping[str, object]

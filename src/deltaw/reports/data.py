@@ -80,7 +80,7 @@ def _finding_lines(finding: Finding) -> Iterator[Text]:
         yield Text(f"  {row}", style="dim")
 
 
-# ---- What a row becomes, for a person: its text with what is trained on in color, or between marks without.
+# What a row becomes, for a person: its text with what is trained on in color, or between marks without.
 
 
 # Around what is trained on where there is no color.

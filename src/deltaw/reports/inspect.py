@@ -409,7 +409,7 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-# ---- Two adapters side by side: what was set differently, and how alike their updates are, layer by layer.
+# Two adapters side by side: what was set differently, and how alike their updates are, layer by layer.
 #
 # From the adapters' files alone, and from factors alone: no ΔW is formed and no base model is loaded. Modules
 # are compared by name, so that two adapters of different base models of one architecture can be compared too;

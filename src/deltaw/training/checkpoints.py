@@ -1,11 +1,10 @@
-"""When a training writes checkpoints, which of them are kept, and which one a later run goes on from.
+"""A checkpoint on disk, when a training writes one, which of them are kept, and which one a later run goes on from.
 
 The tensors are written between two steps, straight from the training's own memory; flushing them to the disk,
 which takes longer, is left to a thread. A checkpoint counts once it is durable, and only then are older ones
 deleted.
 
-Knows a training's state and what others want kept with it; not what a run is told, nor how a folder is laid
-out (:mod:`deltaw.training.checkpoints`).
+It knows a training's state and what others want kept with it; not what a run is told.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from deltaw.tensor_files import TensorFile, write_tensors
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import SavedState, TrainState
 
-# ---- A checkpoint on disk: tensors in safetensors, plain values in JSON, and a manifest of checksums.
+# A checkpoint on disk: tensors in safetensors, plain values in JSON, and a manifest of checksums.
 #
 # A checkpoint is a folder. It is written under a temporary name, flushed, and renamed, so that a folder with a
 # checkpoint's name is whole; it is verified all the same when it is read. Tensors are written one by one while
@@ -218,9 +217,6 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-# ---- checkpoints
 
 
 # What a checkpoint's values hold, and of which kind; the last four say how the run began.

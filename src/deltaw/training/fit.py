@@ -179,9 +179,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     config, plan = planned(start.config, task, data, callback, processes=processes)
     send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
-    begun = None
-    if start.found is not None:
-        begun = compute_as(start.found.values["training"].get("arithmetic"))
+    begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
     session = assemble_alike(config, task, data, loaded, processes, begun=begun)
     for line in session.said:

@@ -243,7 +243,7 @@ def _wants_code(settings: Path, model: str, flag: str) -> UserError:
     )
 
 
-# ---- An inference session: a finished run, or a bare model, for evaluation, generation and chat.
+# An inference session: a finished run, or a bare model, for evaluation, generation and chat.
 
 
 @dataclass
