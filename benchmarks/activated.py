@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from deltaw.host.product_rates import processor_flags, processor_name
+from deltaw.host.processor import processor_flags, processor_name
 from deltaw.hub.packages import member
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit, load_for

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.host.product_rates import processor_name
+from deltaw.host.processor import processor_name
 from deltaw.hub.loading import load
 
 pytest.importorskip("psutil")

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.host.product_rates import native_bf16, physical_cores, usable_processors
+from deltaw.host.processor import native_bf16, physical_cores, usable_processors
 
 if TYPE_CHECKING:
     import torch

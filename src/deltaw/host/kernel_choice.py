@@ -22,18 +22,8 @@ import torch
 from deltaw.cache import recall, remember, versions
 from deltaw.host import product_rates
 from deltaw.host import product_rates as measurements
-from deltaw.host.product_rates import (
-    GENERIC,
-    Candidate,
-    Measured,
-    Rates,
-    Sizes,
-    as_values,
-    believable,
-    processor_flags,
-    processor_name,
-    sizes_of,
-)
+from deltaw.host.processor import processor_flags, processor_name
+from deltaw.host.product_rates import GENERIC, Candidate, Measured, Rates, Sizes, as_values, believable, sizes_of
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import APPROXIMATIONS, STORED, TORCH, Arithmetic
 from deltaw.kernels.processor import second_level_cache

@@ -19,65 +19,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from deltaw.cache import recall, remember, stamp
 from deltaw.kernels import linear, loader, quantize
 from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, offered
-from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
+from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.kernels.variants import MEASURED, asked, best_of_families
-
-# ---- Facts about the processor: its name and its cores, and whether another device multiplies bf16 natively.
-#
-# Knows nothing of what is chosen from them. Imports no torch but where a GPU is asked about.
-
-
-__all__ = ["native_bf16", "physical_cores", "processor_flags", "processor_name", "usable_processors"]
-
-_ROOT = Path("/")
-
-
-def native_bf16(device: str) -> str | None:
-    """Why bf16 is fast on a device that is no processor; None where it is not."""
-    if device.partition(":")[0] != "cuda":
-        return None
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"compute capability {major}.{minor}" if major >= 8 else None
-
-
-def usable_processors() -> set[int]:
-    """Numbers of the processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
-
-
-def physical_cores(usable: set[int], root: Path) -> int:
-    """The physical cores behind the processors in ``usable``: hyperthreads of one core count once."""
-    cores = set()
-    for number in usable:
-        topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
-        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
-        cores.add(siblings.strip() or f"processor {number}")
-    if any(not core.startswith("processor ") for core in cores) or root != _ROOT:
-        return len(cores)
-    return min(len(usable), psutil.cpu_count(logical=False) or len(usable))
-
-
-def _read(path: Path) -> str:
-    """A small kernel file's text; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
 
 # ---- What was measured of this machine: remembered in the cache folder, and handed from process to process.
 #

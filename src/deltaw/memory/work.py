@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from deltaw.cache import recall, remember
 from deltaw.host.memory import resident_bytes, trim_memory
-from deltaw.host.product_rates import processor_flags, processor_name
+from deltaw.host.processor import processor_flags, processor_name
 from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, TorchDispatchMode
 
 # ---- What torch's libraries hold beside tensors: measured on this machine, not written down.

@@ -24,15 +24,8 @@ from deltaw.host.choices import SLOW, Choice, choose_precision, choose_threads
 from deltaw.host.installed import Package, openmp_libraries, packages, version_of
 from deltaw.host.kernel_choice import KernelChoice, choose_kernels
 from deltaw.host.memory import free_memory_bytes, memory_limit_bytes, swap_bytes
-from deltaw.host.product_rates import (
-    GENERIC,
-    Measured,
-    Sizes,
-    physical_cores,
-    processor_name,
-    sizes_of,
-    usable_processors,
-)
+from deltaw.host.processor import physical_cores, processor_name, usable_processors
+from deltaw.host.product_rates import GENERIC, Measured, Sizes, sizes_of
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import read_config
 from deltaw.kernels import loader, variants

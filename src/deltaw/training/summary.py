@@ -23,7 +23,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.mixture import shown
 from deltaw.data.packing import pieces
 from deltaw.durable import write_text
-from deltaw.host.product_rates import processor_name, usable_processors
+from deltaw.host.processor import processor_name, usable_processors
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.run_folder import FINISHED, FOLDER

@@ -23,7 +23,7 @@ from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets
 from deltaw.errors import UserError
 from deltaw.host import choices
-from deltaw.host.product_rates import processor_flags, processor_name, usable_processors
+from deltaw.host.processor import processor_flags, processor_name, usable_processors
 from deltaw.hub import packages
 from deltaw.hub.folders import resolve
 from deltaw.kernels.variants import MEASURED
