@@ -11,7 +11,7 @@ import pytest
 
 from deltaw.data.formats import Pair, Text
 from deltaw.data.templates import Encoder
-from deltaw.hub.gguf import terminators_in
+from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import load_tokenizer
 from tests.data.test_masks import ANSWERS, marked, talk
 

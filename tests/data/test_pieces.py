@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.data.packing import pieces
+from deltaw.data.pieces import pieces
 from deltaw.data.templates import Encoder
 from tests.data.chat_templates import FAMILIES, tokenizer_of
 from tests.data.test_masks import ANSWERS, marked, talk

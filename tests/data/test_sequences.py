@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.packing import Joined, Picked, joined, lengths_of, picked, used_tokens
+from deltaw.data.sequences import Joined, Picked, joined, lengths_of, picked, used_tokens
 
 
 class Stored(tuple):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deltaw.reports import progress as module
-from deltaw.reports.progress import WorkingDisplay
+from deltaw.reports.working import WorkingDisplay
 from deltaw.working import listening, working
 
 

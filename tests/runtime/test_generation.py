@@ -12,7 +12,7 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deltaw.errors import UserError
-from deltaw.hub.gguf import terminators
+from deltaw.hub.terminators import terminators
 from deltaw.runtime.generation import generate, stream
 from tests.byte_models import tiny_gpt2, tiny_llama
 

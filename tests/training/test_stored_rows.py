@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from deltaw.data import stored_rows
-from deltaw.data.packing import lengths_of
 from deltaw.data.row_store import DiskRows, MemoryRows
+from deltaw.data.sequences import lengths_of
 from deltaw.experiments.worker import split_off
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit

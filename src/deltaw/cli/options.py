@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 from rich.console import Console
 
 from deltaw.errors import UserError
-from deltaw.reports.progress import WorkingDisplay
+from deltaw.reports.working import WorkingDisplay
 from deltaw.settings import parse_yaml, settings
 from deltaw.working import listen
 

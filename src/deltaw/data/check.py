@@ -20,7 +20,7 @@ from deltaw.data.chunk import example_of
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, Pair, Record, Text, choose_form, read_records
 from deltaw.data.mixture import Source, Train, sources_of
-from deltaw.data.packing import special_tokens
+from deltaw.data.pieces import special_tokens
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings

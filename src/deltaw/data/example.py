@@ -6,6 +6,7 @@ Knows no tokenizer, no file and no batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -100,3 +101,11 @@ class RowGroup:
     def label_count(self) -> int:
         """How many tokens of all its rows are labels."""
         return sum(row.label_count for row in self.rows)
+
+
+Item: TypeAlias = Example | RowGroup
+
+
+def rows_of(item: Item) -> tuple[Example, ...]:
+    """The rows of a group, or the row itself."""
+    return item.rows if isinstance(item, RowGroup) else (item,)

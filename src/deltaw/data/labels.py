@@ -16,7 +16,7 @@ from deltaw.data.check import Finding
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
 from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown
-from deltaw.data.packing import Piece, pieces
+from deltaw.data.pieces import Piece, pieces
 from deltaw.data.pixels import ImageExample, image_rows, read_images
 from deltaw.data.report import BadRowError, Report
 from deltaw.data.row_files import OnBad

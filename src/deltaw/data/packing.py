@@ -11,83 +11,23 @@ Knows tokens and labels; not text, templates or models.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.transfer import to_device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-# ---- The tokens of a row as pieces of text, for a person to see what is trained on.
-#
-# Each special token is a piece of its own. It knows tokens and a tokenizer; not how text is shown.
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens that are all labels, or all none.
-
-    Attributes:
-        text: as decoded; of a special token, its name.
-        label: whether they are labels.
-        special: whether it is one special token.
-        tokens: how many.
-    """
-
-    text: str
-    label: bool
-    special: bool
-    tokens: int
-
-
-def pieces(
-    tokens: np.ndarray | Sequence[int], is_label: np.ndarray | Sequence[bool], tokenizer: PreTrainedTokenizerBase
-) -> list[Piece]:
-    """The tokens as pieces, whose texts together are all of the text.
-
-    Args:
-        tokens: (length,). is_label: bool (length,).
-    """
-    ids = [int(token) for token in tokens]
-    special = special_tokens(tokenizer)
-    found: list[Piece] = []
-    begin, done = 0, ""
-    while begin < len(ids):
-        label, is_special = bool(is_label[begin]), ids[begin] in special
-        stop = begin + 1
-        while stop < len(ids) and not is_special and ids[stop] not in special and bool(is_label[stop]) is label:
-            stop += 1
-        # Decoded together with all before it: on its own, a piece may lose the space that it begins with.
-        whole = _decoded(ids[:stop], tokenizer)
-        text = whole[len(done) :] if whole.startswith(done) else _decoded(ids[begin:stop], tokenizer)
-        found.append(Piece(special.get(ids[begin], text) if is_special else text, label, is_special, stop - begin))
-        begin, done = stop, whole
-    return found
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tokenizer's special tokens and their names."""
-    ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids |= set(tokenizer.all_special_ids)
-    ordered = sorted(ids)
-    return dict(zip(ordered, map(str, tokenizer.convert_ids_to_tokens(ordered)), strict=True))
-
-
-def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    pass
 
 
 # ---- Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
@@ -152,98 +92,6 @@ def side_by_side(
         tokens[place, : len(row)] = row
         mask[place, : len(row)] = 1
     return tokens, mask
-
-
-# ---- Rows in sequences that may be too long to be made at once: joined, picked, and their lengths.
-#
-# Plain lists are treated alike. It knows that a row has a length; not where rows are.
-
-
-class Joined(Sequence[Any]):
-    """Sequences one after another, none of them copied."""
-
-    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
-        self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if isinstance(index, slice):
-            return picked(self, np.arange(len(self))[index])
-        place = range(len(self))[index]
-        part = int(np.searchsorted(self._ends, place, side="right"))
-        return self._parts[part][place - int(self._ends[part]) + len(self._parts[part])]
-
-    def __iter__(self) -> Iterator[Any]:
-        for part in self._parts:
-            yield from part
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) the length of each row."""
-        return np.concatenate([lengths_of(part) for part in self._parts])
-
-    def used_tokens(self) -> np.ndarray:
-        """Different tokens, ascending: all that occur in the rows, and perhaps others."""
-        return np.unique(np.concatenate([used_tokens(part) for part in self._parts]))
-
-    def digest(self) -> bytes:
-        """A hash of the rows' content."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in self._parts:
-            digest.update(part.digest() if hasattr(part, "digest") else repr(len(part)).encode())
-        return digest.digest()
-
-
-class Picked(Sequence[Any]):
-    """Rows of a sequence at given indices."""
-
-    def __init__(self, rows: Sequence[Any], indices: np.ndarray) -> None:
-        self._rows = rows
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if isinstance(index, slice):
-            return Picked(self._rows, self._indices[index])
-        return self._rows[int(self._indices[index])]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) the length of each row."""
-        return lengths_of(self._rows)[self._indices]
-
-
-def joined(*parts: Sequence[Any]) -> Sequence[Any]:
-    """The parts one after another: a list of lists' rows, a view of others."""
-    if all(isinstance(part, list) for part in parts):
-        return [row for part in parts for row in part]
-    return Joined([part for part in parts if len(part)] or parts[:1])
-
-
-def picked(rows: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
-    """The rows at these indices: a list of a list's rows, a view of others."""
-    if isinstance(rows, list):
-        return [rows[index] for index in indices.tolist()]
-    return rows.picked(indices) if hasattr(rows, "picked") else Picked(rows, indices)
-
-
-def lengths_of(rows: Sequence[Any]) -> np.ndarray:
-    """(n,) the length of each row, of rows that are stored without making one."""
-    known = getattr(rows, "lengths", None)
-    return np.fromiter(map(len, rows), np.int64, len(rows)) if known is None else known
-
-
-def used_tokens(rows: Sequence[Any]) -> np.ndarray:
-    """Different tokens of rows that have some, ascending."""
-    if hasattr(rows, "used_tokens"):
-        return rows.used_tokens()
-    found = [row.tokens for row in rows if hasattr(row, "tokens")]
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int32)
 
 
 # ---- The prefix tree of rows: tokens that rows share at their beginning are one node, the rest hangs under it.
@@ -364,7 +212,6 @@ def added_tokens(ordered: Sequence[np.ndarray], share: bool, shareable: Sequence
 
 
 # What a data set has: rows, or groups of rows that one loss sees together.
-Item: TypeAlias = Example | RowGroup
 # Matrix libraries build a kernel for each shape that they meet, which takes about as long as a small product
 # and some 0.6 MB each: packed rows are filled up to lengths that come again, at most this share longer. The
 # compiled kernels take any shape as it is.
@@ -426,11 +273,6 @@ def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
     order = np.random.default_rng([seed, epoch]).permutation(count)
     order.flags.writeable = False  # it is remembered: of millions of rows it takes as long as a step
     return order
-
-
-def rows_of(item: Item) -> tuple[Example, ...]:
-    """The rows of a group, or the row itself."""
-    return item.rows if isinstance(item, RowGroup) else (item,)
 
 
 def split_into_microbatches(

@@ -19,7 +19,7 @@ from deltaw.data.chunk import Account, ChunkReader
 from deltaw.data.formats import Form, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
-from deltaw.data.packing import pieces
+from deltaw.data.pieces import pieces
 from deltaw.data.report import BadRows, Report, Say, silent
 from deltaw.data.row_reader import UNLIMITED, RunData, ShownExample, ShownRow
 from deltaw.data.row_store import RowView
@@ -28,7 +28,7 @@ from deltaw.data.settings import DataSettings, held_out_reference
 from deltaw.data.sources import Division, count_duplicates, count_overlap, division, open_source, with_division
 from deltaw.data.stored_rows import Read, read_stored
 from deltaw.data.templates import Encoder, TemplateName
-from deltaw.hub.gguf import terminators_in
+from deltaw.hub.terminators import terminators_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

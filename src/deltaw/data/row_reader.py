@@ -17,15 +17,16 @@ import numpy as np
 
 from deltaw.data.check import Check, Finding, bad_rows_found, count_rows, lengths_of, ordered
 from deltaw.data.chunk import Account, LongRows, limited, nothing_left
-from deltaw.data.example import RowGroup
+from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
-from deltaw.data.packing import Piece, joined, pieces, rows_of
+from deltaw.data.pieces import Piece, pieces
 from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, silent
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
+from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Kept, check_group, choose, divide, evaluated, groups_of, read_rows
 from deltaw.errors import UserError, did_you_mean

@@ -22,7 +22,7 @@ from deltaw.data.messages import Conversation, Message, reasoning, without_blank
 from deltaw.data.rendering import FAULTS, rendered
 from deltaw.data.report import BadRowError, Refuse, refuse
 from deltaw.errors import UserError
-from deltaw.hub.gguf import turn_ends
+from deltaw.hub.terminators import turn_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

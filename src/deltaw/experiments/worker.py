@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from deltaw import tasks
-from deltaw.data.packing import picked, rows_of
+from deltaw.data.example import rows_of
+from deltaw.data.sequences import picked
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget, budget_of

@@ -20,7 +20,7 @@ from deltaw.export.base import base_of
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import WrittenAdapter, WrittenModel, export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
-from deltaw.hub.gguf import terminators_in
+from deltaw.hub.terminators import terminators_in
 
 # ---- An Ollama ``Modelfile`` beside a GGUF file.
 #

@@ -35,7 +35,7 @@ from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, vocab
 from deltaw.export.merged import MergedModel, NotByName, Output, assemble
 from deltaw.export.plain_adapter import PlainUpdate
 from deltaw.export.portable import folded_lines, read_pair, require_same_base, require_text
-from deltaw.hub.gguf import terminators_in
+from deltaw.hub.terminators import terminators_in
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 
 # ---- A model's sizes, norms, positions and windows as GGUF metadata, from its configuration.

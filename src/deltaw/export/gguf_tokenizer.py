@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
-from deltaw.hub.gguf import turn_ends
+from deltaw.hub.terminators import turn_ends
 
 # ---- Which of llama.cpp's ways to split text a byte-level tokenizer has (``tokenizer.ggml.pre``).
 #

@@ -24,7 +24,7 @@ from deltaw.errors import UserError
 from deltaw.export.adapters import Added, Change, Replaced
 from deltaw.export.base import Base, Merging, check_base
 from deltaw.hub.checkpoint import INDEX, WEIGHTS, Checkpoint, Names, name_for, names_on_disk, read_checkpoint
-from deltaw.hub.gguf import terminators_in
+from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
 from deltaw.hub.transformers_private import FOLLOWS_MODEL
 from deltaw.methods.parameters import names_of

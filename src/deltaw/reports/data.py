@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from deltaw.data.check import Check, Finding, Lengths
-from deltaw.data.packing import Piece
+from deltaw.data.pieces import Piece
 from deltaw.data.row_reader import ShownExample, ShownRow
 
 # Characters of the longest bar, and what a bar may end in, by eighths.

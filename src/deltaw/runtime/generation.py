@@ -31,9 +31,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from deltaw.errors import UserError
-from deltaw.hub.gguf import terminators
 from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.hub.quiet import quiet
+from deltaw.hub.terminators import terminators
 from deltaw.kernels.linear import linear
 from deltaw.runtime.recognition import forward_replaced
 

@@ -22,7 +22,7 @@ from deltaw import tasks
 from deltaw.contained import require_contained
 from deltaw.data.chat_template import read_chat_template
 from deltaw.errors import UserError
-from deltaw.hub.gguf import terminators
+from deltaw.hub.terminators import terminators
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.attachment import attachment
 from deltaw.lora.factors import AdapterFactors, Factors, read_factors

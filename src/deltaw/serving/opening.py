@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.host.memory import free_memory_bytes
-from deltaw.hub.gguf import terminators
+from deltaw.hub.terminators import terminators
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.generation import decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters

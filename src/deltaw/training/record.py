@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from deltaw.data.packing import rows_of
+from deltaw.data.example import rows_of
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG

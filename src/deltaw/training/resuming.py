@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.packing import Joined
 from deltaw.data.row_store import RowView, key_of
+from deltaw.data.sequences import Joined
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device
 from deltaw.hub.loading import LoadedModel

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import Example, RowGroup, rows_of
 from deltaw.data.invocation import activated, ending_of_prompts, learns, opening_of_answer
-from deltaw.data.packing import lengths_of, picked, rows_of
+from deltaw.data.sequences import lengths_of, picked
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.methods.base import Method

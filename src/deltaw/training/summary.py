@@ -21,7 +21,7 @@ import psutil
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.mixture import shown
-from deltaw.data.packing import pieces
+from deltaw.data.pieces import pieces
 from deltaw.durable import write_text
 from deltaw.host.processor import processor_name, usable_processors
 from deltaw.training.drift import Drift

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from deltaw.cache import key
 from deltaw.data.example import RowGroup
-from deltaw.data.packing import lengths_of
+from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.host.kernel_choice import computed_on

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.cache import key
-from deltaw.data.example import Example
+from deltaw.data.example import Example, Item, rows_of
 from deltaw.data.invocation import learns
-from deltaw.data.packing import Batch, Item, Node, PrefixTree, lengths_of, rows_of, sort_key
+from deltaw.data.packing import Batch, Node, PrefixTree, sort_key
+from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.loading import has_values

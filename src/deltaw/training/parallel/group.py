@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deltaw.data.packing import common_prefix, rows_of, sort_key
+from deltaw.data.example import rows_of
+from deltaw.data.packing import common_prefix, sort_key
 from deltaw.errors import UserError
 from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.data.packing import joined, lengths_of, used_tokens
+from deltaw.data.sequences import joined, lengths_of, used_tokens
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.kernel_choice import settle_kernels

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
-from deltaw.data.example import Example, RowGroup
-from deltaw.data.packing import Item, rows_of
+from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.data.preferences import PairReader, UnpairedReader
 from deltaw.data.prepare import TextReader
 from deltaw.data.row_reader import Reader, RunData

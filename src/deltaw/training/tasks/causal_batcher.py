@@ -8,17 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from deltaw.data.example import RowGroup
-from deltaw.data.packing import (
-    Batch,
-    Item,
-    batches,
-    lengths_of,
-    microbatch_cost,
-    microbatch_shapes,
-    pack,
-    split_into_microbatches,
-)
+from deltaw.data.example import Item, RowGroup
+from deltaw.data.packing import Batch, batches, microbatch_cost, microbatch_shapes, pack, split_into_microbatches
+from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltaw.data.packing import Batch, Item
+from deltaw.data.example import Item
+from deltaw.data.packing import Batch
 from deltaw.hub.loading import has_values as model_has_values
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
