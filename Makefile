@@ -32,6 +32,7 @@ demo: $(VENV)/.run
 	@cat examples/next-steps.txt
 
 test: $(VENV)/.dev
+	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # the variant that it names, too
 	$(PYTEST) -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev

@@ -238,9 +238,11 @@ def target_machine() -> str | None:
 
 
 def wanted_variants(every: bool) -> list:
-    """The variants that are built: those that DELTAW_VARIANTS names, else ``every`` one, else this machine's."""
+    """The variants that are built: those that DELTAW_VARIANTS names, else ``every`` one, else this machine's; and
+    the one that DELTAW_KERNELS asks for."""
     of = VARIANTS.machine(target_machine())
     named = words_of("DELTAW_VARIANTS") or ["all" if every else "native"]
+    named += [word.partition(":")[0] for word in words_of("DELTAW_KERNELS")]
     # What another machine's processor can run is not known here.
     if "all" in named or ("native" in named and of != VARIANTS.machine()):
         return VARIANTS.for_machine(of)

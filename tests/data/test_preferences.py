@@ -169,7 +169,7 @@ def test_the_data_check_and_single_rows_know_pairs(tmp_path, settings):
     config = settings(tmp_path / "run", task="preference", data={"train": str(path), "eval": None})
     found = {finding.name: finding for finding in check_data(RunConfig.read(config)).findings}
     assert found["bad_rows"].level == "error" and found["duplicates"].count == 1
-    assert found["contradictions"].count == 1 and len(found["contradictions"].rows) == 2
+    assert found["contradictions"].count == 2 and len(found["contradictions"].rows) == 2
     assert found["longer_chosen"].count == 22
     (row,) = shown_rows(RunConfig.read(config), 3, 1)
     assert row.row == 3 and len(row.examples) == 2 and "chosen" in row.notes[0]

@@ -25,7 +25,7 @@ from deltaw.methods.registry import MethodEntry
 from deltaw.settings import RunConfig
 from deltaw.settings import settings as all_settings
 from deltaw.training.origin import open_run, score_run
-from deltaw.training.planning.plan_run import chosen_methods
+from deltaw.training.planning.asked import chosen_methods
 from tests.methods.toy_method import ENTRY, Norms
 
 ADAPTER = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from deltaw.reports import progress as module
+from deltaw.reports import working as module
 from deltaw.reports.working import WorkingDisplay
 from deltaw.working import listening, working
 

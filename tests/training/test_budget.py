@@ -12,8 +12,8 @@ from deltaw.errors import UserError
 from deltaw.memory.plan import KINDS, Fitting, Plan
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
+from deltaw.training.planning.asked import parse_bytes
 from deltaw.training.planning.budget import TOKENS, fitting_settings
-from deltaw.training.planning.plan_run import parse_bytes
 from deltaw.training.session import read_data
 
 RANKS = (16, 8, 4)

@@ -16,8 +16,8 @@ from deltaw.host import product_rates as measurements
 from deltaw.host.product_rates import Measured
 from deltaw.settings import RunConfig
 from deltaw.training.planning import plan_run as planning
+from deltaw.training.planning.asked import refuse_memory
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
-from deltaw.training.planning.plan_run import refuse_memory
 from deltaw.training.planning.remembered import Remembered, digest_of, recalled
 from deltaw.training.session import read_data
 from tests.caches import other_text, other_version

@@ -44,7 +44,7 @@ def command(
     model's configuration and the rows, no weights."""
     from deltaw.reports.plan import budget_table, picture_kind
     from deltaw.settings import RunConfig
-    from deltaw.training.planning.plan_run import chosen_methods, of_each, parse_bytes
+    from deltaw.training.planning.asked import chosen_methods, of_each, parse_bytes
     from deltaw.training.planning.remembered import recalled
 
     out = console(as_json)

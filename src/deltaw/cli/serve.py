@@ -112,7 +112,7 @@ def command(
     requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
     classes. Ctrl-C or SIGTERM lets texts in hand end."""
     from deltaw.serving.http import require_packages
-    from deltaw.training.planning.plan_run import parse_bytes
+    from deltaw.training.planning.asked import parse_bytes
 
     require_packages()
     settings = _settings(given)

@@ -161,6 +161,7 @@ class PairReader(AnswerReader):
     same = "with the same answers as an earlier one"
     torn = "whose answers another row prefers the other way round"
     torn_hint = "if one is right, remove the other; or set preference.label_smoothing"
+    torn_by_content = False
 
     def records(self, row: Row, where: str) -> tuple[Record, ...]:
         return records_of(row, where)

@@ -147,7 +147,7 @@ class RowReader(abc.ABC, Generic[Item]):
         template: how rows become text, for the report: "chat", "plain", or nothing.
         needs, can_use: columns that each row has, or may have.
         too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
-            each other.
+            each other. torn_by_content: whether these are counted by their contents, or by rows.
         classes: names of the classes, of labeled rows. date: that the template writes into rows.
         bad: rows that cannot be used. account, long: what became of the others.
     """
@@ -160,6 +160,7 @@ class RowReader(abc.ABC, Generic[Item]):
     too_long = "longer than"
     same = "with the same content as an earlier one"
     torn, torn_hint = "with the content of another row and another label", "if one is right, remove the other"
+    torn_by_content = True
     classes: tuple[str, ...] | None = None
     date: str | None = None
 
@@ -380,7 +381,7 @@ class RowReader(abc.ABC, Generic[Item]):
         first: dict[bytes, int] = {}
         again = [item for n, (item, key) in enumerate(zip(items, keys, strict=True)) if first.setdefault(key, n) != n]
         torn = [item for item, content in zip(items, contents, strict=True) if len(of_content[content]) > 1]
-        several = sum(len(of_one) > 1 for of_one in of_content.values())
+        several = sum(len(of_one) > 1 for of_one in of_content.values()) if self.torn_by_content else len(torn)
         kept = "dropped" if settings.duplicates == "drop" else "kept"
         found = bad_rows_found(reader.bad, settings, "")
         found += self._long(items, source)

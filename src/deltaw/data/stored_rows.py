@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 _WITHOUT = ("train", "eval", "duplicates", "cache", "rows", "columns", "form", "classes", "other_classes")
 MADE_BY = (
     *("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy"),
-    *("deltaw.data", "deltaw.hub.gguf"),
+    *("deltaw.data", "deltaw.hub.terminators"),
 )
 
 

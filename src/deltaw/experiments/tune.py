@@ -28,7 +28,7 @@ from deltaw.methods import registry
 from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import ranks
-from deltaw.training.planning.plan_run import refuse_memory
+from deltaw.training.planning.asked import refuse_memory
 
 if TYPE_CHECKING:
     import optuna

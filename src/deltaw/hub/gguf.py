@@ -417,7 +417,7 @@ def _read_into(source: BinaryIO, data: Tensor) -> None:
 LIMIT_BYTES = 256 * 2**30
 CONVERTED_BY = (
     *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
-    *("deltaw.hub.gguf", "deltaw.tensor_files", "deltaw.kernels.block_linear"),
+    *("deltaw.hub.gguf", "deltaw.hub.terminators", "deltaw.tensor_files", "deltaw.kernels.block_linear"),
 )
 
 # Vocabularies learned with every digit on its own, under the names that llama.cpp gives them.

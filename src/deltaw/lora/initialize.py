@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.config import CHANGING_INITS, INITS
 from deltaw.lora.stored import quantized_as
-
-if TYPE_CHECKING:
-    from deltaw.lora.layers import LoRALayer
 
 # ---- Factors as PEFT lays them out, in files and when it draws random numbers, and back.
 #
@@ -57,11 +54,32 @@ class ChangedInit:
     lora_B: Tensor
 
 
+class Factored(Protocol):
+    """What is asked of a layer here."""
+
+    weight: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    rank: int
+    scaling: float
+    experts: int | None
+    is_layer: bool
+    changed_init: ChangedInit | None
+
+    def delta_weight(self) -> Tensor:
+        """ΔW in the layout of ``weight``."""
+        ...
+
+    def initialized(self) -> None:
+        """Called when all values are there."""
+        ...
+
+
 _SLOPE_GAIN = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
 
 
 @torch.no_grad()
-def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None = None) -> None:
+def initialize(layer: Factored, method: str, generator: torch.Generator | None = None) -> None:
     """Fill ``layer``'s factors; only ``pissa`` and ``olora`` change its weight, and keep what it was.
 
     Args:
@@ -92,7 +110,7 @@ def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None 
     layer.initialized()
 
 
-def init_refusal(layer: LoRALayer, method: str) -> str | None:
+def init_refusal(layer: Factored, method: str) -> str | None:
     """Why ``method`` does not suit ``layer``, or None where it does."""
     matrix = layer.weight.dim() == 2
     if method == "orthogonal":
@@ -105,7 +123,7 @@ def init_refusal(layer: LoRALayer, method: str) -> str | None:
             return f"init '{method}' is for linear layers, not for parameters that a module computes with"
         if not matrix or isinstance(layer, nn.Embedding):
             return f"init '{method}' is for linear layers, not for embeddings or convolutions"
-        kept = quantized_as(layer)
+        kept = quantized_as(layer) if isinstance(layer, nn.Module) else None
         if method != "eva" and kept is not None:
             return f"init '{method}' changes the weight, which is {kept} here"
         if method != "eva" and layer.rank > min(layer.weight.shape):
@@ -113,7 +131,7 @@ def init_refusal(layer: LoRALayer, method: str) -> str | None:
     return None
 
 
-def _linear_or_conv(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
+def _linear_or_conv(layer: Factored, method: str, generator: torch.Generator | None) -> None:
     """PEFT makes A and B as torch layers, which draw their own default values, and then draws A again.
     As many numbers are thrown away here as there: the seed then stands where PEFT's does."""
     drawn = _empty(tuple(to_peft(layer.lora_A, "lora_A", layer.experts).shape), generator)
@@ -133,7 +151,7 @@ def _linear_or_conv(layer: LoRALayer, method: str, generator: torch.Generator | 
     layer.lora_B.zero_()
 
 
-def _embedding(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
+def _embedding(layer: Factored, method: str, generator: torch.Generator | None) -> None:
     """A normal and B zero, where PEFT has it the other way round; as many numbers are drawn as there, so
     that the layers after an embedding are initialized as PEFT's are."""
     drawn = _normal((layer.rank, layer.lora_A.shape[0]), generator)
@@ -149,7 +167,7 @@ def _embedding(layer: LoRALayer, method: str, generator: torch.Generator | None)
         layer.lora_A[padding_idx] = 0
 
 
-def _orthogonal(layer: LoRALayer, generator: torch.Generator | None) -> None:
+def _orthogonal(layer: Factored, generator: torch.Generator | None) -> None:
     """A from the odd and B from the even rows of one orthogonal matrix, so that A·B = 0."""
     half = layer.rank // 2
     rows, _ = torch.linalg.qr(_normal((layer.rank, layer.rank), generator))
@@ -159,7 +177,7 @@ def _orthogonal(layer: LoRALayer, generator: torch.Generator | None) -> None:
     layer.lora_B.copy_(rows[1::2].t() @ wide_B / 10)
 
 
-def _change(layer: LoRALayer, method: str) -> None:
+def _change(layer: Factored, method: str) -> None:
     """Take the first r directions of W into A and B; W keeps the rest, rounded to its type."""
     original = layer.weight.data
     # nn.Linear's weight is (out, in); transformers' Conv1D already has (in, out).

@@ -11,7 +11,8 @@ from deltaw.host.kernel_choice import measured_rates
 from deltaw.memory.plan import Fitting, Plan
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.planning.plan_run import parse_bytes, plan_run
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.base import RunData, Task
 
 # The share of a budget that is left free for what a plan may be off by.

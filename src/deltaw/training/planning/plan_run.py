@@ -38,7 +38,6 @@ from deltaw.lora.stored import count_numbers
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
-from deltaw.methods import registry
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.runtime.recognition import blocks_of
 from deltaw.settings import RunConfig
@@ -50,6 +49,7 @@ from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.loop import rows_of_step
 from deltaw.training.monitoring.rates import as_it_was
 from deltaw.training.parallel.group import deal
+from deltaw.training.planning.asked import _UNITS, of_each
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
@@ -59,55 +59,7 @@ from deltaw.working import listening, working
 
 # ---- What a person asks of a plan, in text: a size in bytes, a list of methods. Imports no torch.
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(text: str, where: str = "--budget") -> int:
-    """``6GB``, ``512 MiB`` or a plain number of bytes.
-
-    Raises:
-        UserError: it is no size.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def of_each(plan: Plan, sharding: str, processes: int) -> Plan:
-    """The plan of each of several processes, from that of one with its rows (``train.sharding``)."""
-    if processes == 1:
-        return plan
-    return plan.of_process(processes, divided=sharding == "base" and plan.method == "lora")
-
-
-def refuse_memory(memory: str | None, verb: str) -> None:
-    """Refuse the setting ``memory`` where a verb does not keep it.
-
-    Raises:
-        UserError: it is set.
-    """
-    if memory is not None:
-        raise UserError(
-            f"memory is kept by 'deltaw train', and not by 'deltaw {verb}'",
-            where="memory",
-            hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
-        )
-
-
-def chosen_methods(text: str, own: str) -> list[str]:
-    """The methods of a list such as ``lora,head``, or ``all`` of them; the run's ``own`` comes first.
-
-    Raises:
-        UserError: a name is no method.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if text == "all":
-        names = list(registry.names())
-    for name in names:
-        registry.entry_of(name, where="--methods")
-    return list(dict.fromkeys([own, *names]))
 
 
 # ---- Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
