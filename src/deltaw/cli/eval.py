@@ -97,7 +97,7 @@ def _rows_by_set(
         UserError: there are none, or no set of such a name.
     """
     from deltaw.data.settings import DataSettings
-    from deltaw.training.tasks.eval_sets import read_run_data
+    from deltaw.training.tasks.base import read_run_data
 
     sets: dict[str, Sequence[Any]]
     if data is not None:

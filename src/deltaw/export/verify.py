@@ -39,7 +39,7 @@ from deltaw.tensor_files import CODES, FLOATS
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.origin import InferenceSession, open_run
 from deltaw.training.process import own_random_numbers
-from deltaw.training.tasks.eval_sets import read_run_data
+from deltaw.training.tasks.base import read_run_data
 from deltaw.working import working
 
 MEAN_FACTOR, MAX_FACTOR, SHARE = 2.0, 4.0, 0.5

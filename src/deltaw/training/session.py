@@ -53,9 +53,8 @@ from deltaw.training.preparation import checkpoint_blocks, quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainState
-from deltaw.training.tasks.base import RunData, Task, task_of
+from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.eval_sets import read_run_data
 from deltaw.working import working
 
 # Rows that an initialization which depends on the data is calibrated on.
