@@ -129,7 +129,7 @@ def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(maker, da
     assert len(tokenized) == 2
 
 
-@pytest.mark.parametrize("module", ["data/formats.py", "hub/gguf.py"])
+@pytest.mark.parametrize("module", ["data/formats.py", "hub/terminators.py"])
 def test_rows_are_tokenized_anew_by_another_code(module, data, folder, tokenized, monkeypatch):
     reading(data)
     other_text(monkeypatch, folder / "source", module)
