@@ -155,7 +155,7 @@ def test_scratch_memory_is_given_back(threads):
     from deltaw.kernels.linear import linear
 
     kernels = loader.kernels()
-    x, weight = torch.ones(40, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
+    x, weight = torch.ones(300, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
     before, _ = linear(x, weight)
     assert kernels.dw_scratch_held(0) > 0
     torch.set_num_threads(2)  # the largest team of these tests; each thread gives back its own

@@ -10,8 +10,11 @@ nothing beyond Python's own library, since ``setup.py`` reads this file before a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,7 +185,7 @@ def asked(environment: Mapping[str, str] | None = None) -> Asked:
 
 
 def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Variant:
-    """The variant ``name``, if a processor with ``flags`` runs it and it was built.
+    """The variant ``name``, if a processor with ``flags`` runs it and it was built; a checkout builds it now.
 
     Raises:
         UserError: no such variant, or it cannot run here; the hint names those that can.
@@ -201,10 +204,29 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
         raise UserError(
             f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}", where=VARIABLE, hint=hint
         )
-    if not file_of(found).is_file():
+    if not file_of(found).is_file() and not _built_in_checkout(found):
         build = f"to build them: DELTAW_VARIANTS={name} pip install -e . in a checkout"
         raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=f"{hint}; {build}")
     return found
+
+
+def _built_in_checkout(variant: Variant) -> bool:
+    """Whether a checkout could build a variant that it left out, since the machine would not choose it."""
+    checkout = FOLDER.parent.parent.parent
+    if not (checkout / "setup.py").is_file() or (checkout / "src/deltaw/kernels").resolve() != FOLDER.resolve():
+        return False
+    print(f"deltaw: compiling the kernels {variant.name}, which {VARIABLE} asks for", file=sys.stderr, flush=True)
+    # The list of variants is read, not written: it is only there to be locked.
+    with LIST.open(encoding="utf-8") as lock, contextlib.suppress(OSError):
+        with contextlib.suppress(ImportError):  # Windows has no such lock
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file_of(variant).is_file():
+            command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            wanted = {**os.environ, VARIABLE: variant.name}
+            subprocess.run(command, cwd=checkout, env=wanted, capture_output=True, check=False)
+    return file_of(variant).is_file()
 
 
 def is_left_in(approximation: str) -> bool:
