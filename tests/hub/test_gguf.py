@@ -180,7 +180,9 @@ def test_two_at_once_convert_once(tmp_path, written, monkeypatch):
     assert len(conversions) == 1
 
 
-@pytest.mark.parametrize("change", ["transformers", "gguf", "hub/gguf.py", "hub/terminators.py", "tensor_files.py", "file"])
+@pytest.mark.parametrize(
+    "change", ["transformers", "gguf", "hub/gguf.py", "hub/terminators.py", "tensor_files.py", "file"]
+)
 def test_a_file_is_converted_anew_by_another_version_or_code(change, tmp_path, written, monkeypatch):
     conversions = []
 
