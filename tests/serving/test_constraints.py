@@ -369,7 +369,7 @@ def test_where_all_take_too_much_memory_the_largest_goes() -> None:
 
 
 def test_nobody_waits_in_a_long_line(grammars: Grammars) -> None:
-    limits = ConstraintLimits(ProcessLimits(seconds=60), compiling=1, waiting=1)
+    limits = ConstraintLimits(ProcessLimits(seconds=60, memory=8 << 30), compiling=1, waiting=1)
     told: queue.Queue[str] = queue.Queue()
     with contextlib.closing(Grammars(TOKENIZER, V, limits)) as slow:
         known = slow.compile(Constraint("regex", "a"), [END])

@@ -177,7 +177,7 @@ def test_a_constrained_text_matches_and_its_neighbours_are_free() -> None:
 
 def test_a_constraint_that_takes_its_time_holds_up_nobody() -> None:
     pytest.importorskip("llguidance", reason="constraints are llguidance's")
-    patient = ConstraintLimits(ProcessLimits(seconds=600))
+    patient = ConstraintLimits(ProcessLimits(seconds=600, memory=8 << 30))
     ours = engine(constraints=patient)
     (x,) = tokenizer()("x")["input_ids"]
     prompt = np.arange(3, 30)
