@@ -214,8 +214,7 @@ class _Side:
 
 # ---- Drift of a finished run, and its general answers beside the base model's.
 #
-# What :meth:`deltaw.training.session.Session.drift` is to a run that trains, this is to one that is opened
-# again.
+# What :class:`DriftMeter` is to a run that trains, this is to one that is opened again.
 
 
 @dataclass(frozen=True)
