@@ -27,6 +27,8 @@ from deltaw.methods import registry
 if TYPE_CHECKING:
     from deltaw.lora.config import LoRAConfig
 
+# The settings of a run, in its folder.
+SETTINGS = "run.yaml"
 
 LossName = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
 # Those that measure the model against a reference: the base model.

@@ -31,8 +31,8 @@ from deltaw.lora.kinds import refusal
 from deltaw.lora.layers import LoRABias, LoRAConv, LoRAConv1D, LoRAEmbedding, LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter
 from deltaw.lora.select import Selection, Target
+from deltaw.settings import SETTINGS
 from deltaw.tensor_files import row_blocks
-from deltaw.training.run_folder import SETTINGS
 from deltaw.working import working
 
 

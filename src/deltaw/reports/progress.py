@@ -21,11 +21,9 @@ from deltaw.reports.plan import plan_lines
 from deltaw.reports.tables import facts, one_line
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import NEXT_LINE
-from deltaw.training.callbacks import Callback, RunStart
+from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import Result
-from deltaw.training.monitoring.monitor import Sample
-from deltaw.training.monitoring.rates import RateSearch
 from deltaw.training.run_folder import FINISHED, INTERRUPTED
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.summary import next_commands

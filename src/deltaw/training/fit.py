@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,7 +38,7 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.record import RunRecord, Start, begin, clear_end, settings_to_resume
+from deltaw.training.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
 from deltaw.training.resuming import (
     assemble_alike,
     choices_of,
@@ -56,66 +54,6 @@ from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tracking import Tracking
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to; ``as_dict`` is what ``train --json`` prints."""
-
-    output: Path
-    outcome: Outcome
-    evaluation: Evaluation
-    peak_memory_bytes: int
-    plan: Plan | None = None
-    trained_parameters: int = 0
-    method: str = ""
-    writes_text: bool = True
-    drift: Drift | None = None
-    arithmetic: Mapping[str, str] = field(default_factory=dict)
-    approximations: Mapping[str, object] = field(default_factory=dict)
-    best: Mapping[str, object] | None = None
-    stopped_early: str | None = None
-    resumed_from_step: int | None = None
-    checkpoints: Sequence[Path] = ()
-
-    @property
-    def planned_memory_bytes(self) -> int | None:
-        return None if self.plan is None else self.plan.peak_resident_bytes
-
-    @property
-    def interrupted(self) -> bool:
-        return self.outcome.interrupted
-
-    def as_dict(self) -> dict[str, object]:
-        done = self.outcome
-        seconds = done.seconds or math.inf
-        return {
-            "output": os.fspath(self.output),
-            "rows": done.rows,
-            "tokens": done.tokens,
-            "computed_tokens": done.computed_tokens,
-            "label_tokens": done.label_tokens,
-            "steps": done.steps,
-            "seconds": done.seconds,
-            "rows_per_second": done.rows / seconds,
-            "tokens_per_second": done.tokens / seconds,
-            "train_loss": done.loss if done.steps else None,
-            "trained_parameters": self.trained_parameters,
-            "eval": self.evaluation.as_dict() or None,
-            "score": self.evaluation.score(),
-            "best_step": None if self.best is None else self.best["step"],
-            "best": self.best,
-            "stopped_early": self.stopped_early,
-            "drift": None if self.drift is None else self.drift.as_dict(),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "planned_memory_bytes": self.planned_memory_bytes,
-            "arithmetic": dict(self.arithmetic) or None,
-            "approximations": dict(self.approximations),
-            "interrupted": done.interrupted,
-            "skipped_steps": done.skipped,
-            "resumed_from_step": self.resumed_from_step,
-            "checkpoints": [os.fspath(path) for path in self.checkpoints],
-        }
 
 
 def fit(

@@ -33,10 +33,9 @@ from deltaw.hub.loading import LoadedModel, load
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.settings import DEFAULT_TASK, RunConfig
+from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.preparation import quantized_nf4
-from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, Writer, score

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ from deltaw.settings import RunConfig
 from deltaw.tensor_files import save_tensors
 from deltaw.training.callbacks import Say
 from deltaw.training.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
+from deltaw.training.drift import Drift
+from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.store import FeatureRecord
 from deltaw.training.origin import settings_in
 from deltaw.training.parallel.group import LostProcess
@@ -53,7 +57,6 @@ from deltaw.training.summary import facts, next_commands, plain, told_choices
 if TYPE_CHECKING:
     from deltaw.host.choices import Choice
     from deltaw.memory.plan import Plan
-    from deltaw.training.fit import Result
 
 # Row numbers that a line shows.
 _SHOWN = 12
@@ -366,6 +369,66 @@ def _nothing(output: Path) -> UserError:
         hint="train without --resume; runs write checkpoints unless train.checkpoint_every and "
         "train.checkpoint_minutes are both null",
     )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; ``as_dict`` is what ``train --json`` prints."""
+
+    output: Path
+    outcome: Outcome
+    evaluation: Evaluation
+    peak_memory_bytes: int
+    plan: Plan | None = None
+    trained_parameters: int = 0
+    method: str = ""
+    writes_text: bool = True
+    drift: Drift | None = None
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+    approximations: Mapping[str, object] = field(default_factory=dict)
+    best: Mapping[str, object] | None = None
+    stopped_early: str | None = None
+    resumed_from_step: int | None = None
+    checkpoints: Sequence[Path] = ()
+
+    @property
+    def planned_memory_bytes(self) -> int | None:
+        return None if self.plan is None else self.plan.peak_resident_bytes
+
+    @property
+    def interrupted(self) -> bool:
+        return self.outcome.interrupted
+
+    def as_dict(self) -> dict[str, object]:
+        done = self.outcome
+        seconds = done.seconds or math.inf
+        return {
+            "output": os.fspath(self.output),
+            "rows": done.rows,
+            "tokens": done.tokens,
+            "computed_tokens": done.computed_tokens,
+            "label_tokens": done.label_tokens,
+            "steps": done.steps,
+            "seconds": done.seconds,
+            "rows_per_second": done.rows / seconds,
+            "tokens_per_second": done.tokens / seconds,
+            "train_loss": done.loss if done.steps else None,
+            "trained_parameters": self.trained_parameters,
+            "eval": self.evaluation.as_dict() or None,
+            "score": self.evaluation.score(),
+            "best_step": None if self.best is None else self.best["step"],
+            "best": self.best,
+            "stopped_early": self.stopped_early,
+            "drift": None if self.drift is None else self.drift.as_dict(),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "planned_memory_bytes": self.planned_memory_bytes,
+            "arithmetic": dict(self.arithmetic) or None,
+            "approximations": dict(self.approximations),
+            "interrupted": done.interrupted,
+            "skipped_steps": done.skipped,
+            "resumed_from_step": self.resumed_from_step,
+            "checkpoints": [os.fspath(path) for path in self.checkpoints],
+        }
 
 
 class RunRecord:

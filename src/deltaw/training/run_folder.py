@@ -31,12 +31,12 @@ from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.settings import RunConfig, parse_yaml
+from deltaw.settings import SETTINGS, RunConfig, parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SETTINGS, RUN, METRICS, LEARNING_RATES = "run.yaml", "run.json", "metrics.jsonl", "learning_rate.json"
+RUN, METRICS, LEARNING_RATES = "run.json", "metrics.jsonl", "learning_rate.json"
 FOLDER, LOCK = "checkpoints", ".lock"
 # Where earlier versions kept what is in run.json now; still read.
 EARLIER = ("summary.json", f"{FOLDER}/status.json")

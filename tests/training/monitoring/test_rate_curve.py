@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from deltaw.training.monitoring.rates import RateSearch, read_curve, smooth
+from deltaw.training.callbacks import RateSearch
+from deltaw.training.monitoring.rates import read_curve, smooth
 
 RATES = np.geomspace(1e-5, 1e-1, 41).tolist()
 

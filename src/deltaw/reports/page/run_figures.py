@@ -247,7 +247,7 @@ def rate_figure(told: Mapping[str, Any]) -> Figure | None:
     """The range test of the learning rate: loss over the rate tried; None where there was none.
 
     Args:
-        told: as :class:`deltaw.training.monitoring.rates.RateSearch` has it.
+        told: as :class:`deltaw.training.callbacks.RateSearch` has it.
     """
     losses, mean = _over_rates(told, "losses"), _over_rates(told, "smoothed")
     if len(losses) < 2:

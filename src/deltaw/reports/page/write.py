@@ -23,7 +23,7 @@ from deltaw.reports.page.run_view import run_view
 from deltaw.reports.page.svg import Curve, Figure, Numbers, drawing, smoothed, swatch
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
 from deltaw.reports.wording import metric_name, metric_value, when
-from deltaw.training.monitoring.rates import RateSearch
+from deltaw.training.callbacks import RateSearch
 from deltaw.training.run_folder import Run, find_runs, read_run
 
 # Kinds of curves that the style sheet tells apart, by color and by dashes; the first is not dashed.

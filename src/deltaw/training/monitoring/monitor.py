@@ -24,7 +24,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.settings import RunConfig, duration_seconds
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, TimeBudget, decided, now, usual_eval_every
@@ -194,24 +194,6 @@ _SCORED, _SHOWN = 11, 12
 _BATCH_TOKENS = 1024
 # The metric that answers give: the share that the model wrote exactly as the data says.
 WRITTEN = "written_exact_match"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out prompt with its answer.
-
-    Attributes:
-        row: its number in the file. prompt: its last turn. expected: the answer that the data has.
-        answer: what the model wrote.
-    """
-
-    row: int
-    prompt: str
-    expected: str
-    answer: str
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:

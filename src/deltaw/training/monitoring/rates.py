@@ -12,7 +12,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 
 from deltaw.durable import write_text
 from deltaw.host.choices import Choice
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Callback, RateSearch
 from deltaw.training.guarantee import UntrainedParameterWarning
 from deltaw.training.optimizer import RisingRates
 from deltaw.training.parallel.group import Group
@@ -41,36 +40,6 @@ LEVEL, BELOW_END = 0.05, 5.0
 # A fall from the mean of the first losses to the lowest smoothed one is noise up to so many standard
 # deviations of single losses. The lowest of some ten independent means lies half a one below by chance.
 NOISE, FIRST = 2.0, 5
-
-
-@dataclass(frozen=True)
-class RateSearch:
-    """What a range test came to.
-
-    Attributes:
-        rates, losses: of each step, until the loss ran away.
-        smoothed: the losses, smoothed over steps; those that run away count as much as they may fall.
-        lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before. end: the
-            highest one at which it is still about as low.
-        chosen, why: the rate for the training.
-        usual: the method's usual rate, for comparison.
-        diverged: whether the loss ran away before the highest rate.
-    """
-
-    rates: list[float]
-    losses: list[float]
-    smoothed: list[float]
-    lowest: float | None
-    steepest: float | None
-    end: float | None
-    chosen: float
-    why: str
-    usual: float
-    diverged: bool
-
-    def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return asdict(self)
 
 
 def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float, diverged: bool) -> RateSearch:

@@ -192,7 +192,8 @@ def task_of(
     entry = tasks.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, say=say)
     config = check_architecture(folder, name, trust_remote_code)
-    return entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference))
+    task: Task = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference))
+    return task
 
 
 # ---- The rows of a run with all sets that it is evaluated on (``data.eval``), whichever task reads them.
