@@ -92,7 +92,7 @@ def test_sizes_are_read_with_decimal_and_binary_units(text, size):
     "text", ["", "much", "GB", "6 gigabytes", "-1GB", "0", "0.0MB", "1e9", "6,5GB", "nan", "6GB8", "1.2.3GB"]
 )
 def test_what_is_no_size_is_refused_with_examples(text):
-    with pytest.raises(UserError, match="no size") as refused:
+    with pytest.raises(UserError, match="not a valid size") as refused:
         parse_bytes(text)
     assert refused.value.where == "--budget" and "6GB" in refused.value.hint
 

@@ -429,7 +429,7 @@ def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path
         copy, told = shutil.copytree(run, tmp_path / f"damaged {count}"), Told()
         result = deltaw.fit(settings(copy, train=TRAIN), callback=told)
         assert result.resumed_from_step == {1: 4, 2: 2, 3: None}[count]
-        assert f"{path.name} is damaged and passed over: state.safetensors has" in told
+        assert f"{path.name} is damaged and was skipped: state.safetensors has" in told
         if count < 3:
             assert_same_run(copy, whole)
 
@@ -484,7 +484,7 @@ def test_without_checkpoints_none_are_written_and_the_run_begins_again(settings,
     assert not first.checkpoints
     again = deltaw.fit(settings(run, train={**TRAIN, **none}))
     assert again.resumed_from_step is None and (tmp_path / "run.1" / ADAPTER).is_file()
-    with pytest.raises(UserError, match="no checkpoint to go on from"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         deltaw.fit({"train": {"epochs": 9}}, resume=run)
 
 

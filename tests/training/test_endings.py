@@ -54,9 +54,9 @@ NO_MEMORY = (
 @pytest.mark.parametrize(
     ("error", "what"),
     [
-        (RuntimeError(NO_MEMORY), "no memory left"),
-        (MemoryError("dw_block found no memory to work in"), "no memory left"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "no memory left"),
+        (RuntimeError(NO_MEMORY), "out of memory"),
+        (MemoryError("dw_block found no memory to work in"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"), "the disk is full"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only"),
     ],
@@ -66,7 +66,7 @@ def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_
     run = tmp_path / "run"
     with pytest.raises(UserError, match=what) as ended:
         deltaw.fit(settings(run, **SETTINGS), callback=Raising(5, error))
-    assert "goes on from step-000004" in ended.value.hint
+    assert "resumes from step-000004" in ended.value.hint
     assert Run(run).state == "failed"
     result = deltaw.fit(settings(run, **SETTINGS))
     assert result.resumed_from_step == 4

@@ -15,7 +15,8 @@ from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.loop import count_steps, rows_of_step, train
+from deltaw.training.loop import rows_of_step, train
+from deltaw.training.optimizer import count_steps
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import VOCABULARY, causal_model

@@ -74,7 +74,7 @@ def test_fewer_rows_than_processes_leave_the_others_none():
     [
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "process 2 is none of 2"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "no process 2 among 2"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
     ],
 )
@@ -90,7 +90,7 @@ def test_one_process_is_told_of_none():
 def test_a_call_in_python_does_not_train_once_in_each_process(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match="trains in one process, and the environment speaks of 2"):
+    with pytest.raises(UserError, match="trains in one process, but the environment sets"):
         fit(settings(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -84,7 +84,7 @@ def test_a_killed_process_and_another_number_without_sharding(of, sharded, tmp_p
     zero, one = train_two(path, DIES_AT="3")
     assert one[0] == -9 and zero[0] == 2, (zero, one)
     assert "another of the 2 processes ended" in zero[2] and "Traceback" not in zero[2]
-    assert "goes on from step 3" in train_all(path, 3)[0]
+    assert "resumes from step 3" in train_all(path, 3)[0]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     # One process, and the whole model in it, takes the same run further.
     assert fit(made | {"output": str(tmp_path / "run")}, fresh=True).resumed_from_step is None

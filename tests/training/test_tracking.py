@@ -113,7 +113,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(settings, tmp_pat
     result = fit(settings(tmp_path / "run", track="wandb", train={"epochs": 2}), callback=Lines(said.append))
     assert result.outcome.steps == 6
     assert [line for line in said if "wandb" in line] == [
-        "track wandb: failed, and gets nothing more (ConnectionError: the network is gone)"
+        "track wandb: failed and gets no more metrics (ConnectionError: the network is gone)"
     ]
     assert [step for step, _ in wandb.logged] == [1]
 

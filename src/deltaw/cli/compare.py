@@ -101,7 +101,7 @@ def command(
             draw=draw_comparison,
         )
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     for table in comparison_tables(comparison, out.width):
         out.print()

@@ -69,7 +69,7 @@ def command(
             say=out.print,
         )
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     out.print()
     out.print(tuning_table(tuning))

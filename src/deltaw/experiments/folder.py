@@ -24,7 +24,7 @@ from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, TrainSettings, duration_seconds
-from deltaw.training.loop import count_steps
+from deltaw.training.optimizer import count_steps
 from deltaw.training.run_folder import not_writable
 
 # How long a training of a comparison may take at most: in steps, in time, or both.

@@ -86,9 +86,9 @@ def fit(
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
             raise UserError(
-                "a run that goes on has its own settings and its own folder",
+                "a resumed run keeps its own settings and folder",
                 where=str(resume),
-                hint="give single settings to change, and neither a file of settings, 'output' nor fresh",
+                hint="pass only single settings to change: no settings file, no 'output', no fresh",
             )
         config = {**(config or {}), "output": os.fspath(resume)}
         config = settings_to_resume(Path(os.path.expanduser(resume)), config)
@@ -128,7 +128,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
 
     folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
-        callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
+        callback.on_line(f"{output} held an earlier run, which is now in {folder.moved}")
     choices = choices_of(session, loaded.choices)
     record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
     monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
@@ -225,7 +225,7 @@ def planned(
             f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
             where="the plan",
             hint="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
-            "train.checkpointing, or train all the same with --force true",
+            "train.checkpointing, or train anyway with --force true",
         )
     return config, plan
 

@@ -142,3 +142,18 @@ def decay_factor(done: float, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def clipped_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # On the processor looking is free, and saves going over all gradients; a device would be waited for.
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run: every epoch ends with a step of the rows that are left."""
+    per_epoch = math.ceil(rows / batch_size)
+    return max_steps if max_steps is not None else max(1, math.ceil(epochs * per_epoch))

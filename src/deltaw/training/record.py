@@ -277,7 +277,7 @@ def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
     """
     if not (run / SETTINGS).is_file():
         raise UserError(
-            "there is no run to go on with",
+            "there is no run to resume",
             where=str(run),
             hint="give the folder of a run, the 'output' of its settings",
         )
@@ -316,7 +316,7 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
         return Start(config, config)
     found, damaged = newest(output / FOLDER)
     for path, why in damaged:
-        say(f"{path.name} is damaged and passed over: {why}")
+        say(f"{path.name} is damaged and was skipped: {why}")
     if found is None:
         return _from_the_first_step(run, config, asked, say)
     choices = found.values["choices"]
@@ -332,7 +332,7 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
     if longer:  # how many steps a time budget gave holds no more
         choices = {key: value for key, value in choices.items() if key not in LENGTH}
     pinned, said = with_choices(config, before, choices)
-    say(f"the run in {output} goes on from {done} ({found.path.name})")
+    say(f"the run in {output} resumes from {done} ({found.path.name})")
     for line in [*said, *_rounded(differing)]:
         say(line)
     return Start(config, pinned, goes_on=True, found=found, run=run, longer=longer, choices=choices)
@@ -349,14 +349,14 @@ def _from_the_first_step(run: Run, config: RunConfig, asked: bool, say: Say) -> 
     if other or (output / ADAPTER_CONFIG).exists():
         return Start(config, config)
     there = "no whole checkpoint" if listed(output / FOLDER) else "no checkpoint yet"
-    say(f"the run in {output} was stopped and has {there}: it begins again with its first step")
+    say(f"the run in {output} was stopped and has {there}: it starts again at its first step")
     return Start(config, config, goes_on=True, run=run)
 
 
 def _rounded(differing: list[Change]) -> list[str]:
     """What to say of changes that round the steps to come in another way."""
     return [
-        f"{change}: the steps to come are rounded otherwise than they would have been"
+        f"{change}: the steps to come are rounded differently"
         for change in differing
         if change.key in ROUNDING
     ]
@@ -364,7 +364,7 @@ def _rounded(differing: list[Change]) -> list[str]:
 
 def _nothing(output: Path) -> UserError:
     return UserError(
-        "there is no checkpoint to go on from",
+        "there is no checkpoint to resume from",
         where=str(output),
         hint="train without --resume; runs write checkpoints unless train.checkpoint_every and "
         "train.checkpoint_minutes are both null",
@@ -521,7 +521,7 @@ class RunRecord:
         self.checkpoints.begin(state)
         if self._start.longer and self._start.found is not None:
             self._say(
-                f"{state.total_steps} steps now; the learning rate goes on with {state.learning_rate:.3g}, "
+                f"{state.total_steps} steps now; the learning rate continues at {state.learning_rate:.3g}, "
                 "that of a run of this length"
             )
 
@@ -587,7 +587,7 @@ class RunRecord:
             return
         last = self.checkpoints.last
         if last is not None:
-            self._say(f"all steps before are in {last}: the same command goes on from there")
+            self._say(f"all steps before are in {last}: the same command resumes there")
 
     def _at_the_end(self, state: str) -> dict[str, Any]:
         """When the run ended, what it chose on the way, and commands to go on with; before it was described, only
@@ -646,7 +646,7 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
         if not _is_out_of_memory(error):
             raise
         raise UserError(
-            f"the machine has no memory left: {_first_line(error)}",
+            f"the machine is out of memory: {_first_line(error)}",
             where=where(),
             hint="lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters; "
             + _goes_on(last()),
@@ -657,16 +657,16 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
             raise
         file = getattr(error, "filename", None)
         raise UserError(
-            f"{what}, and the run cannot go on",
+            f"{what}, so the run cannot continue",
             where=str(file or run),
-            hint=f"make it writable again, with room to spare; {_goes_on(last())}",
+            hint=f"make it writable again and free some space; {_goes_on(last())}",
         ) from error
 
 
 def _goes_on(last: Path | None) -> str:
     if last is None:
-        return "the run has no checkpoint yet, and begins again with its first step"
-    return f"the same command goes on from {last.name}"
+        return "the run has no checkpoint yet and starts again at its first step"
+    return f"the same command resumes from {last.name}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

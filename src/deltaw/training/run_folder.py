@@ -719,7 +719,7 @@ def not_writable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write into the output folder: {error.strerror or error}",
         where=str(path),
-        hint="set 'output' to a folder that you may write to",
+        hint="set 'output' to a folder that you can write to",
     )
 
 

@@ -47,14 +47,15 @@ from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import TrainOptions, count_steps, train
+from deltaw.training.loop import train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
+from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.preparation import checkpoint_blocks, quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
-from deltaw.training.state import Outcome, RowOrder, SavedState, TrainState
+from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -173,7 +174,7 @@ class Session:
         Args:
             callback: told of what happens. saved: what the training goes on from.
             rows, batcher: others than those of the session.
-            changed: options of :class:`deltaw.training.loop.TrainOptions` that differ from the settings.
+            changed: options of :class:`deltaw.training.state.TrainOptions` that differ from the settings.
         """
         settings, named = self.config.train, self.trained
         options = TrainOptions(
@@ -539,7 +540,7 @@ def _method_for(task: Task, config: RunConfig) -> Method:
     method = choose_method(config, task.tokenizer)
     if task.has_pairs and method.activates:
         raise UserError(
-            "an adapter that acts from an invocation sequence on is not trained on pairs",
+            "an adapter with an invocation sequence cannot be trained on pairs",
             where="lora.activation",
             hint="set lora.activation: always",
         )

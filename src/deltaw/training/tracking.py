@@ -168,7 +168,7 @@ class TrackingCallback(Callback):
             self._tracker = None
             brief = str(error).strip().splitlines()[:1]
             self._tell.on_line(
-                f"track {self._name}: failed, and gets nothing more ({type(error).__name__}: "
+                f"track {self._name}: failed and gets no more metrics ({type(error).__name__}: "
                 f"{brief[0][:160] if brief else 'no reason given'})"
             )
 

@@ -405,7 +405,7 @@ class FeatureRecord:
         store.done &= then
 
     def _tell(self, what: str) -> None:
-        self._say(f"{what}: the steps to come may be rounded otherwise")
+        self._say(f"{what}: the next steps may be rounded differently")
 
 
 def _folder_of(store: FeatureStore) -> str | None:

@@ -81,7 +81,7 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
     for key, (wrong, what, instead) in refused.items():
         if wrong:
             raise UserError(
-                f"a base model that is divided among processes cannot be used with {what}",
+                f"a base model that is sharded over processes cannot be used with {what}",
                 where=f"{key} (train.sharding: base)",
                 hint=_WHOLE + instead,
             )
@@ -89,7 +89,7 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
 
     if not hasattr(FSDPModule, "set_custom_all_gather"):
         raise UserError(
-            f"dividing a base model needs a newer torch than {torch.__version__}",
+            f"sharding a base model needs a newer torch than {torch.__version__}",
             where="train.sharding",
             hint="pip install --upgrade torch, or set train.sharding: none",
         )
@@ -157,7 +157,7 @@ def check_device(config: RunConfig, processes: Reducer) -> None:
     there = torch.cuda.device_count() if kind == "cuda" else 1
     if processes.local_size > there:
         raise UserError(
-            f"{processes.local_size} processes are to train on {there} {kind} devices of this machine",
+            f"{processes.local_size} processes cannot share {there} {kind} devices of this machine",
             where="device",
             hint="start as many processes on a node as it has devices, or set device: cpu",
         )
@@ -219,7 +219,7 @@ def told(environment: Mapping[str, str] | None = None) -> Told | None:
     rank = _number(found, "RANK", None, least=0)
     if rank >= size:
         raise UserError(
-            f"process {rank} is none of {size} processes",
+            f"there is no process {rank} among {size} processes",
             where="the environment: RANK and WORLD_SIZE",
             hint="processes are counted from 0",
         )
@@ -247,7 +247,7 @@ def refuse_alone() -> None:
     """
     if told_size() > 1 and os.environ.get("RANK"):
         raise UserError(
-            f"deltaw.fit trains in one process, and the environment speaks of {told_size()}",
+            f"deltaw.fit trains in one process, but the environment sets {told_size()}",
             where="the environment: RANK and WORLD_SIZE",
             hint="train together with torchrun --nproc-per-node N -m deltaw train run.yaml; to train alone, "
             "take RANK and WORLD_SIZE out of the environment",
@@ -336,7 +336,7 @@ def _store(who: Told) -> dist.Store:
         raise UserError(
             f"process 0 did not answer within {who.seconds:g} seconds",
             where=place,
-            hint=f"start all processes, and let no firewall close the port; {VARIABLE} is the time limit",
+            hint=f"start all processes, and open the port in the firewall; {VARIABLE} is the time limit",
         ) from error
 
 
@@ -348,7 +348,7 @@ def _agree(store: dist.Store, who: Told) -> None:
     """
     if store.add(f"came/{who.rank}", 1) > 1:
         raise UserError(
-            f"two processes are told to be process {who.rank}",
+            f"two processes are both process {who.rank}",
             where="the environment: RANK",
             hint="each process has a number of its own; torchrun sets it by --node-rank",
         )
@@ -420,7 +420,7 @@ def _number(found: Mapping[str, str], name: str, default: int | None, *, least: 
         return default
     if not text.isdigit() or int(text) < least:
         raise UserError(
-            f"{name}={text} is no whole number from {least} on", where="the environment", hint="let torchrun set it"
+            f"{name}={text} is not a whole number of at least {least}", where="the environment", hint="let torchrun set it"
         )
     return int(text)
 
@@ -432,13 +432,13 @@ def _seconds(found: Mapping[str, str]) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= ORDERS_SECONDS:
-        raise UserError(f"{VARIABLE}={text} is no number of seconds", where="the environment", hint="such as 300")
+        raise UserError(f"{VARIABLE}={text} is not a number of seconds", where="the environment", hint="such as 300")
     return seconds
 
 
 def _missing(name: str) -> UserError:
     return UserError(
-        f"WORLD_SIZE speaks of several processes, and {name} is not set",
+        f"WORLD_SIZE sets several processes, but {name} is not set",
         where="the environment",
         hint="start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE",
     )
