@@ -95,8 +95,8 @@ def test_a_disk_that_fills_up(settings, tmp_path, whole, monkeypatch, part):
 
     with monkeypatch.context() as patch:
         if part == "the tensors":
-            real = checkpoints._write_tensors
-            patch.setattr(checkpoints, "_write_tensors", filling(real, lambda n, *_: n > 2))
+            real = checkpoints.write_tensors
+            patch.setattr(checkpoints, "write_tensors", filling(real, lambda n, *_: n > 2))
         elif part == "flushing":
             real = checkpoints.Draft.publish
             patch.setattr(checkpoints.Draft, "publish", filling(real, lambda n, *_: n > 2))

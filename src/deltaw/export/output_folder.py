@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.durable import sync_folder
+from deltaw.durable import open_to_all, sync_folder
 from deltaw.errors import UserError
 
 _PARTIAL, _BEFORE = ".partial-", ".before-"
@@ -94,9 +94,7 @@ def _put(partial: Path, target: Path) -> None:
     before = target.with_name(f".{target.name}{_BEFORE}{os.getpid()}")
     if target.is_dir() and any(target.iterdir()):
         target.rename(before)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o777 & ~umask)
+    open_to_all(partial, 0o777)
     try:
         partial.rename(target)  # over an empty folder too
     except OSError:

@@ -277,9 +277,7 @@ def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
     """
     if not (run / SETTINGS).is_file():
         raise UserError(
-            "there is no run to resume",
-            where=str(run),
-            hint="give the folder of a run, the 'output' of its settings",
+            "there is no run to resume", where=str(run), hint="give the folder of a run, the 'output' of its settings"
         )
     return settings_in(run, given, all_of_it=True)
 
@@ -355,11 +353,7 @@ def _from_the_first_step(run: Run, config: RunConfig, asked: bool, say: Say) -> 
 
 def _rounded(differing: list[Change]) -> list[str]:
     """What to say of changes that round the steps to come in another way."""
-    return [
-        f"{change}: the steps to come are rounded differently"
-        for change in differing
-        if change.key in ROUNDING
-    ]
+    return [f"{change}: the steps to come are rounded differently" for change in differing if change.key in ROUNDING]
 
 
 def _nothing(output: Path) -> UserError:

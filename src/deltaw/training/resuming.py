@@ -180,7 +180,7 @@ def require_same_model(before: str | None, session: Session, run: Path, say: Say
         UserError: they differ.
     """
     if before is not None and not before.startswith(FORMAT):
-        say("not verified: whether the model is the one that the run began with (the checkpoint is from an earlier version of deltaw)")
+        say("not verified: whether the model is the one of the checkpoint, which an earlier version of deltaw wrote")
     elif before is not None and session.identity is not None and before != session.identity:
         raise UserError(
             "the model's weights are not those that the run began with, so it cannot be resumed",

@@ -420,7 +420,7 @@ def _number(found: Mapping[str, str], name: str, default: int | None, *, least: 
         return default
     if not text.isdigit() or int(text) < least:
         raise UserError(
-            f"{name}={text} is not a whole number of at least {least}", where="the environment", hint="let torchrun set it"
+            f"{name}={text} is not a whole number from {least} up", where="the environment", hint="let torchrun set it"
         )
     return int(text)
 
