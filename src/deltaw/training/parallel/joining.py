@@ -27,10 +27,6 @@ from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.reducer import ALONE, Reducer
 
-# ---- A base model divided among the processes of a run: with which settings it can be, and how it is loaded.
-
-_WHOLE = "set train.sharding: none, or "
-
 
 def as_sharded(config: RunConfig, say: Say) -> RunConfig:
     """The settings of a run whose base model is divided; what reads text of its own is off unless asked for.
@@ -39,51 +35,28 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
         UserError: they ask for what a divided base model cannot do.
     """
     train, lora = config.train, config.lora
-    refused = {
-        "method": (config.method != "lora", f"method {config.method}", "method: lora"),
-        "task": (config.task != "causal-lm", f"task {config.task}", "task: causal-lm"),
-        "lora.dora": (lora.dora, "DoRA, which needs the norms of whole weights", "lora.dora: false"),
-        "lora.init": (
-            lora.init not in ("uniform", "gaussian", "orthogonal"),
-            f"init {lora.init}, which needs whole weights or many rows of inputs",
-            "lora.init: uniform",
-        ),
-        "lora.bias": (lora.bias != "none", "trained biases of the base model", "lora.bias: none"),
-        "lora.target_parameters": (
-            bool(lora.target_parameters),
-            "adapted parameters of modules",
-            "adapt linear layers",
-        ),
-        "lora.train_modules": (bool(lora.train_modules), "copies of modules", "lora.train_modules: []"),
-        "lora.trainable_token_indices": (
-            bool(lora.trainable_token_indices),
-            "trained rows of embeddings",
-            "lora.trainable_token_indices: null",
-        ),
-        "lora.activation": (
-            lora.activation != "always",
-            "an adapter that acts from an invocation sequence on",
-            "lora.activation: always",
-        ),
-        "train.keep_features": (
-            train.keep_features is True,
-            "kept features, with which processes would run different blocks",
-            "train.keep_features: false",
-        ),
-        "train.keep_general": (train.keep_general > 0, "general answers", "train.keep_general: 0"),
-        "precision": (
-            config.precision in ("gguf", "nf4"),
-            f"precision {config.precision}, whose blocks are not divided",
-            "precision: bf16 or int8",
-        ),
-        "device": (choose_device(config.device).value != "cpu", f"device {config.device}", "device: cpu"),
-    }
-    for key, (wrong, what, instead) in refused.items():
+    needs_whole = lora.init not in ("uniform", "gaussian", "orthogonal")
+    blocks, device = config.precision in ("gguf", "nf4"), choose_device(config.device).value
+    for wrong, what, key, instead in (
+        (config.method != "lora", f"method {config.method}", "method", "lora"),
+        (config.task != "causal-lm", f"task {config.task}", "task", "causal-lm"),
+        (lora.dora, "DoRA, which needs the norms of whole weights", "lora.dora", "false"),
+        (needs_whole, f"init {lora.init}, which needs whole weights or many rows of inputs", "lora.init", "uniform"),
+        (lora.bias != "none", "trained biases of the base model", "lora.bias", "none"),
+        (lora.target_parameters, "adapted parameters of modules", "lora.target_parameters", "null"),
+        (lora.train_modules, "copies of modules", "lora.train_modules", "[]"),
+        (lora.trainable_token_indices, "trained rows of embeddings", "lora.trainable_token_indices", "null"),
+        (lora.activation != "always", "an adapter with an invocation sequence", "lora.activation", "always"),
+        (train.keep_features is True, "kept features", "train.keep_features", "false"),
+        (train.keep_general > 0, "general answers", "train.keep_general", "0"),
+        (blocks, f"precision {config.precision}, whose blocks are not divided", "precision", "bf16 or int8"),
+        (device != "cpu", f"device {config.device}", "device", "cpu"),
+    ):
         if wrong:
             raise UserError(
                 f"a base model that is sharded over processes cannot be used with {what}",
                 where=f"{key} (train.sharding: base)",
-                hint=_WHOLE + instead,
+                hint=f"set train.sharding: none, or {key}: {instead}",
             )
     from torch.distributed.fsdp import FSDPModule
 
@@ -110,8 +83,6 @@ def divided(config: RunConfig, processes: Reducer) -> Weights | None:
     give_large_blocks_back()
     return ShardedLoader(processes.divide(), processes.gathering, rounded=config.precision == "int8")
 
-
-# ---- What settings mean where several processes train together: refused, or as each process has them.
 
 _ONE_PROCESS = "train in one process, without torchrun, or "
 
@@ -152,8 +123,6 @@ def check_device(config: RunConfig, processes: Reducer) -> None:
         return
     if index:
         raise _refused(f"the one device {config.device}", "device", "set device: cuda")
-    import torch
-
     there = torch.cuda.device_count() if kind == "cuda" else 1
     if processes.local_size > there:
         raise UserError(
