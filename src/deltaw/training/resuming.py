@@ -32,7 +32,7 @@ from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import STORED, Arithmetic
 from deltaw.lora.fingerprint import FORMAT
 from deltaw.methods import registry
-from deltaw.settings import RunConfig, settings
+from deltaw.settings import RunConfig, flat, settings
 from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
@@ -289,17 +289,6 @@ def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> Us
         where=str(run),
         hint=way + START_ANEW.format(run=run),
     )
-
-
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key, as :func:`deltaw.settings.settings` names them."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
-        else:
-            found[key] = value
-    return found
 
 
 def _same_place(first: object, second: object) -> bool:

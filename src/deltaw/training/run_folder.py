@@ -31,7 +31,7 @@ from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.settings import SETTINGS, RunConfig, parse_yaml
+from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,11 +126,7 @@ class Run:
     @cached_property
     def flat_settings(self) -> dict[str, object]:
         """The settings as they were given, by dotted key."""
-        flat: dict[str, object] = {}
-        for key, value in self.settings.items():
-            inner = value if isinstance(value, Mapping) else {"": value}
-            flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-        return flat
+        return flat(self.settings)
 
     @property
     def chosen(self) -> Mapping[str, Any]:
