@@ -141,4 +141,4 @@ def test_every_tracker_of_the_settings_is_there():
     from deltaw.settings import RunConfig
 
     named = {name for kind in get_args(RunConfig.model_fields["track"].annotation) for name in get_args(kind)}
-    assert named == set(tracking.TRACKERS) == set(tracking.TRACKERS)
+    assert named == set(tracking.TRACKERS)
