@@ -197,11 +197,9 @@ class LongRows:
         """What is said of them."""
         many = f"{self.count:,} rows are" if self.count > 1 else "1 row is"
         ways = "cut (truncate), drop, or split" if can_split else "cut (truncate) or drop"
-        return UserError(
-            f"{many} longer than {limit:,} tokens; the first has {self.tokens:,}",
-            where=self.first,
-            hint=f"set data.max_length: {self.longest} to fit all, or data.long_rows: {ways}",
-        )
+        what = f"{many} longer than {limit:,} tokens; the first has {self.tokens:,}"
+        hint = f"set data.max_length: {self.longest} to fit all, or data.long_rows: {ways}"
+        return UserError(what, where=self.first, hint=hint)
 
 
 def nothing_left(name: str, account: Account, skipped: int, hint: str) -> UserError:

@@ -101,11 +101,8 @@ def check_columns(rows: HasColumns, columns: Mapping[str, str]) -> None:
     """Raise a UserError if ``data.columns`` names a column that the file does not have."""
     for ours, theirs in columns.items():
         if theirs not in rows.columns:
-            raise UserError(
-                f"the file has no column '{theirs}'",
-                where=f"data.columns.{ours} for {rows.name}",
-                hint=did_you_mean(theirs, rows.columns),
-            )
+            what = f"the file has no column '{theirs}'"
+            raise UserError(what, where=f"data.columns.{ours} for {rows.name}", hint=did_you_mean(theirs, rows.columns))
 
 
 def choose_form(rows: HasColumns, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
@@ -201,11 +198,8 @@ def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
         hint = "; ".join(f"'{column}': {said}" for column, said in near if said.startswith("did")) or ""
         hint = hint + ". " if hint else ""
     shapes = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in forms())
-    return UserError(
-        what,
-        where=f"{rows.name}, whose columns are {listed(rows.columns)}",
-        hint=f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}",
-    )
+    hint = f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}"
+    return UserError(what, where=f"{rows.name}, whose columns are {listed(rows.columns)}", hint=hint)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -286,30 +280,19 @@ _SHAREGPT_ROLES = {
 def _read_sharegpt(row: Row, where: str) -> Conversation:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        raise BadRowError(
-            f"'conversations' must be a list but is a {type(turns).__name__}",
-            reason=WRONG_TYPE,
-            where=where,
-            hint='write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]',
-        )
+        what = f"'conversations' must be a list but is a {type(turns).__name__}"
+        hint = 'write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]'
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise BadRowError(
-                "a turn must be an object with 'from' and 'value'",
-                reason=MALFORMED,
-                where=place,
-                hint='write it as {"from": "human", "value": "…"}',
-            )
+            what = "a turn must be an object with 'from' and 'value'"
+            raise BadRowError(what, reason=MALFORMED, where=place, hint='write it as {"from": "human", "value": "…"}')
         speaker = text_of(turn["from"], "from", place)
         if speaker not in _SHAREGPT_ROLES:
-            raise BadRowError(
-                f"'{speaker}' is not a known speaker",
-                reason=MALFORMED,
-                where=place,
-                hint=did_you_mean(speaker, _SHAREGPT_ROLES),
-            )
+            hint = did_you_mean(speaker, _SHAREGPT_ROLES)
+            raise BadRowError(f"'{speaker}' is not a known speaker", reason=MALFORMED, where=place, hint=hint)
         message: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text_of(turn["value"], "value", place)}
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]

@@ -148,11 +148,8 @@ class LabelReader(RowReader[AnyExample]):
         label = train[0].label
         if all(example.label == label for example in train):
             what = f"the number {label:g}" if self.classes is None else f"the class '{self.classes[int(label)]}'"
-            raise UserError(
-                f"all training rows have {what}",
-                where=shown(self.settings.train),
-                hint="add rows with other labels, or hold out fewer rows with data.eval",
-            )
+            hint = "add rows with other labels, or hold out fewer rows with data.eval"
+            raise UserError(f"all training rows have {what}", where=shown(self.settings.train), hint=hint)
 
     def _read(self, train: Train, seed: int | None = None) -> tuple[list[AnyExample], list[Any], Report]:
         self._other_files = 0
@@ -287,11 +284,8 @@ class _Tokenizing:
         self._columns = [column for column in (columns.text, columns.text_pair) if column]
         special = tokenizer.num_special_tokens_to_add(pair=len(self._columns) == 2)
         if special >= limit:
-            raise UserError(
-                f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row",
-                where="data.max_length",
-                hint=f"set it to at least {special + 1}",
-            )
+            what = f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row"
+            raise UserError(what, where="data.max_length", hint=f"set it to at least {special + 1}")
 
     def texts(self, row: Row, where: str) -> tuple[str, ...]:
         """The one or two texts of a row."""

@@ -87,19 +87,14 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
-        raise UserError(
-            "images are in the folder itself, where nothing gives their class",
-            where=reference,
-            hint="put the images of each class into a subfolder named after it",
-        )
+        hint = "put the images of each class into a subfolder named after it"
+        raise UserError("images are in the folder itself, where nothing gives their class", where=reference, hint=hint)
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
         return read_rows(reference, on_bad, max_bytes=max_bytes), 0
     if _PARTS.issuperset(folder.name.lower() for folder in folders):
-        raise UserError(
-            f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}",
-            where=reference,
-            hint=f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another",
-        )
+        what = f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}"
+        hint = f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another"
+        raise UserError(what, where=reference, hint=hint)
     rows: list[dict[str, object]] = []
     others = sum(entry.is_file() for entry in entries)
     for folder in folders:
@@ -110,11 +105,9 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
         )
         images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
-            raise UserError(
-                f"the folder of the class '{folder.name}' has no image",
-                where=f"{reference.rstrip('/')}/{folder.name}",
-                hint="put its images there, or remove the folder; images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
-            )
+            what = f"the folder of the class '{folder.name}' has no image"
+            hint = "put its images there, or remove the folder; images end in " + ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(what, where=f"{reference.rstrip('/')}/{folder.name}", hint=hint)
         others += len(files) - len(images)
         rows += [{"image": file, "label": folder.name} for file in images]
     return Rows(reference, [(reference, range(1, len(rows) + 1), rows)], ["image", "label"]), others
@@ -152,11 +145,8 @@ def _read_image(
     where = str(image) if isinstance(image, Path) else rows.place(index)
     if isinstance(image, np.ndarray):
         if is_array and shape is not None and image.shape != shape:
-            raise UserError(
-                f"the image is {_by(image.shape)}, those before it {_by(shape)}",
-                where=where,
-                hint="arrays of one file must have one shape; give images of different sizes as files",
-            )
+            hint = "arrays of one file must have one shape; give images of different sizes as files"
+            raise UserError(f"the image is {_by(image.shape)}, those before it {_by(shape)}", where=where, hint=hint)
         size, content = (image.shape[0], image.shape[1]), image.tobytes()
     else:
         content = _content(image, where)
@@ -245,11 +235,8 @@ class _ColumnReader:
         if isinstance(value, list | np.ndarray):
             return _array(value, where), True
         shown = "is empty" if value is None or value == "" else f"holds a {type(value).__name__}"
-        raise UserError(
-            f"'{self._column}' {shown}, which is not an image",
-            where=where,
-            hint="give an encoded image, a path relative to the file's folder, or rows of numbers 0 to 255",
-        )
+        hint = "give an encoded image, a path relative to the file's folder, or rows of numbers 0 to 255"
+        raise UserError(f"'{self._column}' {shown}, which is not an image", where=where, hint=hint)
 
 
 class _TableReader:
@@ -272,11 +259,8 @@ class _TableReader:
         try:
             return _array([float(row.get(column)) for column in self._columns], where), True  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
-            raise UserError(
-                f"a pixel is not a number: {error}",
-                where=where,
-                hint="if a column is the label, name it in data.columns: {label: …}",
-            ) from error
+            hint = "if a column is the label, name it in data.columns: {label: …}"
+            raise UserError(f"a pixel is not a number: {error}", where=where, hint=hint) from error
 
 
 def _array(value: object, where: str) -> np.ndarray:
@@ -289,21 +273,15 @@ def _array(value: object, where: str) -> np.ndarray:
         ) from error
     pixels = np.nan_to_num(numbers, nan=-1.0).clip(-1, 256).astype(np.int16)
     if numbers.size == 0 or pixels.min() < 0 or pixels.max() > 255 or (pixels != numbers).any():
-        raise UserError(
-            "the pixels are not integers from 0 to 255",
-            where=where,
-            hint="give 8-bit pixels; if another column is the label, name it in data.columns: {label: …}",
-        )
+        hint = "give 8-bit pixels; if another column is the label, name it in data.columns: {label: …}"
+        raise UserError("the pixels are not integers from 0 to 255", where=where, hint=hint)
     if pixels.ndim == 1 and math.isqrt(pixels.size) ** 2 == pixels.size:
         pixels = pixels.reshape(math.isqrt(pixels.size), -1)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
-        raise UserError(
-            f"an array of {_by(pixels.shape)} is not an image",
-            where=where,
-            hint="give height × width, or height × width × 3",
-        )
+        hint = "give height × width, or height × width × 3"
+        raise UserError(f"an array of {_by(pixels.shape)} is not an image", where=where, hint=hint)
     return np.ascontiguousarray(pixels, dtype=np.uint8)
 
 

@@ -297,11 +297,9 @@ class RowReader(abc.ABC, Generic[Item]):
         found = []
         for source in sources_of(train):
             if source.weight != 1 or source.columns is not None or source.form is not None:
-                raise UserError(
-                    f"a source whose rows are {self.form} has no weight, columns or form of its own",
-                    where=f"data.train, {source.reference}",
-                    hint="name the sources alone: data.train: [a.jsonl, b.jsonl]",
-                )
+                what = f"a source whose rows are {self.form} has no weight, columns or form of its own"
+                hint = "name the sources alone: data.train: [a.jsonl, b.jsonl]"
+                raise UserError(what, where=f"data.train, {source.reference}", hint=hint)
             found.append(self.read_source(source.reference, on_bad))
             self._check_columns(found[-1])
         return found[0] if len(found) == 1 else Rows.joined(shown(train), found)

@@ -360,11 +360,8 @@ class DiskRows:
 
     def _damaged(self) -> UserError:
         self._on_damage()
-        return UserError(
-            "the stored tokens of a row are damaged",
-            where=self._name,
-            hint="start again: they are made anew from the rows",
-        )
+        hint = "start again: they are made anew from the rows"
+        return UserError("the stored tokens of a row are damaged", where=self._name, hint=hint)
 
     def _list(self, name: str, batch: int, at: int) -> np.ndarray:
         place = int(self._offsets[name][batch]) + 4 * at

@@ -127,11 +127,8 @@ class FilePart:
         try:
             status = self._path.stat()
         except OSError as error:
-            raise UserError(
-                f"the file disappeared while it was read: {error.strerror or error}",
-                where=self.name,
-                hint="start again when it is there for good",
-            ) from error
+            what = f"the file disappeared while it was read: {error.strerror or error}"
+            raise UserError(what, where=self.name, hint="start again when it is there for good") from error
         return status.st_size, status.st_mtime_ns, status.st_ino
 
     def identity(self) -> object | None:
@@ -271,11 +268,8 @@ class RowStream:
         stamps = [part.stamp() for part in self._parts]
         changed = [p for p, a, b in zip(self._parts, self._stamps, stamps, strict=True) if a != b]
         if changed or count != self.rows:
-            raise UserError(
-                "the file changed while it was read",
-                where=changed[0].name if changed else self.name,
-                hint="start again when nothing writes to it",
-            )
+            what, hint = "the file changed while it was read", "start again when nothing writes to it"
+            raise UserError(what, where=changed[0].name if changed else self.name, hint=hint)
 
     def _chunks(self) -> Iterator[Rows]:
         passed_over = None if self._on_bad is None else _told_before
@@ -333,11 +327,9 @@ def sample(file: Any, size: int, digest: Any) -> None:
 
 
 def _too_many_columns(name: str, number: int) -> UserError:
-    return UserError(
-        "the names of the rows' columns, taken together, are longer than a row may be",
-        where=f"{name}, row {number}",
-        hint="rows have the same columns; raise data.max_row_bytes if there are that many",
-    )
+    what = "the names of the rows' columns, taken together, are longer than a row may be"
+    hint = "rows have the same columns; raise data.max_row_bytes if there are that many"
+    return UserError(what, where=f"{name}, row {number}", hint=hint)
 
 
 def empty_file(name: str, bad: UserError | None = None) -> UserError:

@@ -122,18 +122,12 @@ def _inside(folder: Path, name: str) -> list[Path]:
         raise UserError("the folder holds no data file", where=name, hint=f"put {KNOWN} files there, or name one")
     shown = [file.relative_to(folder).as_posix() for file in files]
     if len(kinds) > 1:
-        raise UserError(
-            f"the folder holds files of several types ({', '.join(kinds)})",
-            where=name,
-            hint="one may be a copy of another; name those to read, one or a list: " + ", ".join(shown[:6]),
-        )
+        hint = "one may be a copy of another; name those to read, one or a list: " + ", ".join(shown[:6])
+        raise UserError(f"the folder holds files of several types ({', '.join(kinds)})", where=name, hint=hint)
     held_out = [file for file in shown if _is_held_out(file)]
     if held_out and len(held_out) < len(files):
-        raise UserError(
-            f"the folder also holds evaluation data ('{held_out[0]}'), which must not be trained on",
-            where=name,
-            hint="name the files or folders: data.train and data.eval",
-        )
+        what = f"the folder also holds evaluation data ('{held_out[0]}'), which must not be trained on"
+        raise UserError(what, where=name, hint="name the files or folders: data.train and data.eval")
     return files
 
 
@@ -193,11 +187,9 @@ class _Room:
             return
         self._told = self._taken
         if free_memory_bytes() < memory_limit_bytes().value // 20:
-            raise UserError(
-                f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read",
-                where=self._name,
-                hint="give fewer rows; only rows of text without a label are read in chunks",
-            )
+            what = f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read"
+            hint = "give fewer rows; only rows of text without a label are read in chunks"
+            raise UserError(what, where=self._name, hint=hint)
 
 
 def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
@@ -224,11 +216,8 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
 def _missing(path: Path, reference: str) -> UserError:
     folder = path.parent
     if not folder.is_dir():
-        return UserError(
-            f"there is no file '{reference}', nor a folder '{folder}'",
-            where=reference,
-            hint="check the path, which is relative to the current folder",
-        )
+        hint = "check the path, which is relative to the current folder"
+        return UserError(f"there is no file '{reference}', nor a folder '{folder}'", where=reference, hint=hint)
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     near = nearest(path.name, names) or sorted(name for name in names if kind_of(Path(name)))
     hint = did_you_mean(path.name, near) if near else "give the path of a file, relative to the current folder"
@@ -287,11 +276,8 @@ def groups_of(rows: Rows, indices: Sequence[int], column: str | None) -> list[Ha
     for index in indices:
         value = rows[index][1].get(column)
         if isinstance(value, list | dict):
-            raise UserError(
-                f"'{column}' holds a {type(value).__name__}, which names no group",
-                where=rows.place(index),
-                hint="set data.group to a column of texts or numbers",
-            )
+            what = f"'{column}' holds a {type(value).__name__}, which names no group"
+            raise UserError(what, where=rows.place(index), hint="set data.group to a column of texts or numbers")
         groups.append(None if value is None or value == "" else value)  # type: ignore[arg-type]
     return groups
 
@@ -515,11 +501,8 @@ def _drawn(units: np.ndarray, distinct: np.ndarray, settings: DataSettings, seed
     apart = np.zeros(len(order), bool)
     sizes = np.bincount(unit_of[distinct], minlength=len(order)).tolist()  # distinct rows in each
     if wanted and len(order) == 1 and sizes[0] > 1:
-        raise UserError(
-            f"'{settings.group}' links all rows into one group, so none can be held out",
-            where="data.group",
-            hint="group by another column, or set data.eval to a file or to null",
-        )
+        what = f"'{settings.group}' links all rows into one group, so none can be held out"
+        raise UserError(what, where="data.group", hint="group by another column, or set data.eval to a file or to null")
     taken = 0
     for count, index in enumerate(_random(seed, _SPLITTING).permutation(len(order)).tolist()):
         size = sizes[index]
@@ -539,10 +522,8 @@ def _held_out_size(share: EvalSets, distinct: int) -> int:
     if number < 1:
         return min(max(1, round(number * distinct)), distinct - 1)
     if number >= distinct:
-        raise UserError(
-            f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones",
-            hint="hold out fewer rows: some must be left to train on",
-        )
+        hint = "hold out fewer rows: some must be left to train on"
+        raise UserError(f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones", hint=hint)
     return int(number)
 
 

@@ -358,11 +358,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"the rows' tokens cannot be kept: {error.strerror or error}",
-            where=str(folder),
-            hint="free space there, or choose another cache folder in DELTAW_CACHE",
-        ) from error
+        what = f"the rows' tokens cannot be kept: {error.strerror or error}"
+        hint = "free space there, or choose another cache folder in DELTAW_CACHE"
+        raise UserError(what, where=str(folder), hint=hint) from error
 
 
 # ---- Work on many items by several processes, its results in the order of the items.
@@ -414,10 +412,8 @@ def in_order(items: Iterable[Item], work: Callable[[Item], Result], count: int) 
         while waiting:
             yield _result(waiting.popleft())
     except BrokenProcessPool as error:
-        raise UserError(
-            "a process that reads rows was ended",
-            hint="if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less",
-        ) from error
+        hint = "if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less"
+        raise UserError("a process that reads rows was ended", hint=hint) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -87,11 +87,9 @@ class ChatRenderer:
             try:
                 text = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
             except ValueError as error:
-                raise UserError(
-                    "the tokenizer has several chat templates and none is the default",
-                    where="data.template: chat",
-                    hint="name a file with one in data.chat_template, or set data.template: plain",
-                ) from error
+                what = "the tokenizer has several chat templates and none is the default"
+                hint = "name a file with one in data.chat_template, or set data.template: plain"
+                raise UserError(what, where="data.template: chat", hint=hint) from error
             self._templates[with_tools] = with_date(text, self._date) if asks_for_date(text) else text
         return self._templates[with_tools]
 
@@ -111,12 +109,9 @@ class ChatRenderer:
                 # Some templates want the arguments of calls as JSON text.
                 with contextlib.suppress(*FAULTS):
                     return self._rendered([_with_text_arguments(m) for m in messages], generation, tools)
-            raise BadRowError(
-                f"the model's chat template does not accept this conversation: {error}",
-                reason="refused by the chat template",
-                where=where,
-                hint="change the conversation, or set data.template: plain",
-            ) from error
+            what = f"the model's chat template does not accept this conversation: {error}"
+            hint = "change the conversation, or set data.template: plain"
+            raise BadRowError(what, reason="refused by the chat template", where=where, hint=hint) from error
 
     def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
         # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
@@ -357,12 +352,8 @@ def _context(messages: Sequence[Message]) -> str:
 
 
 def _needs_template(what: str, where: str) -> BadRowError:
-    return BadRowError(
-        f"{what} a chat template",
-        reason="tools without a chat template",
-        where=where,
-        hint="set data.template: chat, or name a template in data.chat_template",
-    )
+    hint = "set data.template: chat, or name a template in data.chat_template"
+    return BadRowError(f"{what} a chat template", reason="tools without a chat template", where=where, hint=hint)
 
 
 # ---- The turns of a conversation become as few examples as exactness allows.
@@ -450,11 +441,8 @@ class Encoder:
     ) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
-            raise UserError(
-                "the model's tokenizer has no chat template",
-                where="data.template: chat",
-                hint="set data.template: plain, name a file in data.chat_template, or use the instruction-tuned model",
-            )
+            hint = "set data.template: plain, name a file in data.chat_template, or use the instruction-tuned model"
+            raise UserError("the model's tokenizer has no chat template", where="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
         self.labels = labels
         self._tokenizer = tokenizer
