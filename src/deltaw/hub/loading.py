@@ -262,7 +262,7 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
         UserError: transformers cannot read it.
     """
     entry = tasks.entry_of(task)
-    labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
+    labels: dict[str, Any] = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
     how = {"local_files_only": True, "trust_remote_code": trust_remote_code} | labels | entry.config
     try:
         return AutoConfig.from_pretrained(folder, **how)
@@ -279,7 +279,7 @@ def _weights(
 ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
     """The model, the names of the tensors that its files lack, and the attention it ended up with."""
     auto = getattr(transformers, tasks.entry_of(task).auto_model)
-    how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     how |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
 
     def make(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
