@@ -137,8 +137,9 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
         if (order != np.arange(len(order))).any():
             key = orders.setdefault(order.tobytes(), f"order{len(orders)}")
             found.orders[key] = torch.from_numpy(order)
-        offset = int(tensor.data_offset)
-        found.entries.append(BlockEntry(name, tensor.tensor_type.name, *_shape(tensor), offset, key))
+        rows, columns = _shape(tensor)
+        entry = BlockEntry(name, tensor.tensor_type.name, rows, columns, int(tensor.data_offset), key)
+        found.entries.append(entry)
     if not found.entries:
         there = ", ".join(sorted(formats)) or "not there"
         what = f"none of the file's matrices is in a format that is kept in blocks; they are {there}"

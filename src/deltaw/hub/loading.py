@@ -262,10 +262,10 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
         UserError: transformers cannot read it.
     """
     entry = tasks.entry_of(task)
-    labels: dict[str, Any] = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
-    how = {"local_files_only": True, "trust_remote_code": trust_remote_code} | labels | entry.config
+    labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
+    how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(folder, **how)
+        return AutoConfig.from_pretrained(folder, **how, **labels, **entry.config)
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error
