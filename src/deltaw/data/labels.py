@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.check import Finding
+from deltaw.data.chunk import LongRows
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
 from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown
@@ -234,13 +235,13 @@ class LabelReader(RowReader[AnyExample]):
         where, excess = rows.place(index), len(ids) - self.settings.max_length
         if excess > 0:
             if self.settings.long_rows == "error":
-                self.long.add(where, len(ids))
+                self.long.add(LongRows(1, where, len(ids), len(ids)))
                 return None
             if self.settings.long_rows == "drop":
-                self.account.dropped_long += 1
+                self.account["dropped_long"] += 1
                 return None
-            self.account.cut += 1
-            self.account.tokens_cut += excess
+            self.account["cut"] += 1
+            self.account["tokens_cut"] += excess
             ids, segments = tokenize([text], cut=True)[0]
         if not len(ids):
             what, reason = "the text is empty", "an empty text"

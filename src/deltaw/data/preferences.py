@@ -136,7 +136,7 @@ class AnswerReader(RowReader[RowGroup]):
                 hint="let the answers be one turn each, or set data.labels: last",
             )
         if not all(encoded):
-            self.account.without_label += 1
+            self.account["without_label"] += 1
             return None
         examples = tuple(example_of(rows.number(index), parts[0]) for parts in encoded)
         if not differ(examples):

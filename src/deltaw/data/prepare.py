@@ -7,6 +7,7 @@ training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -183,18 +184,15 @@ def encode_prompt(
     return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
 
 
-def _notes_of(account: Account, limit: int) -> Iterator[str]:
-    if account.unrolled:
-        yield f"{account.unrolled_examples} examples, since the template rewrites earlier turns"
-    if account.split:
-        yield f"divided into {account.split_examples} examples of at most {limit:,} tokens"
-    if account.cut:
-        lost = f"{account.tokens_cut:,} lost, {account.labels_cut:,} of them labels"
-        yield f"truncated to {limit:,} tokens: {lost}"
-    if account.dropped_long:
-        lost = f"{account.labels_dropped:,} labels lost"
-        yield f"dropped: longer than data.max_length ({limit:,} tokens), {lost}"
-    if account.without_label:
-        yield "dropped: no label"
-    if account.trailing_turns:
-        yield "truncated after the assistant's last turn: nothing answers what follows"
+def _notes_of(account: Account, limit: int) -> list[str]:
+    """What is said of a row by what became of it."""
+    notes = {
+        "unrolled": "{unrolled_examples} examples, since the template rewrites earlier turns",
+        "split": "divided into {split_examples} examples of at most {limit:,} tokens",
+        "cut": "truncated to {limit:,} tokens: {tokens_cut:,} lost, {labels_cut:,} of them labels",
+        "dropped_long": "dropped: longer than data.max_length ({limit:,} tokens), {labels_dropped:,} labels lost",
+        "without_label": "dropped: no label",
+        "trailing_turns": "truncated after the assistant's last turn: nothing answers what follows",
+    }
+    counts = Counter(account, limit=limit)
+    return [note.format_map(counts) for name, note in notes.items() if account[name]]

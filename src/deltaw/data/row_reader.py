@@ -356,7 +356,7 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - known),
             date=self.date,
-            **self.account.as_dict(),
+            **self.account,
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
 

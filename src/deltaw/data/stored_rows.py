@@ -553,7 +553,7 @@ class _Reading:
         for part in in_order(self._parts(chosen), read, count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
-            long.extend(part.long)
+            long.add(part.long)
             self.bad.extend(part.skipped)
             progress.at(part.end, sum(stream.position for stream in self.streams))
         if long.count:
@@ -632,7 +632,7 @@ class _Reading:
             unused_columns=tuple(unused),
             date=self.encoder.dated if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
-            **account.as_dict(),
+            **account,
         )
 
 
