@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.formats import Conversation, Pair, Record, Text, choose_form, forms, read_records, unused_columns
+from deltaw.data.formats import FORMS, Conversation, Pair, Record, Text, choose_form, read_records, unused_columns
 from deltaw.data.messages import read_prompt
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError
@@ -225,7 +225,7 @@ def test_reading_does_not_change_the_rows() -> None:
 def test_the_examples_of_the_documentation_are_read_as_they_say() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     examples = re.findall(r"^\*\*([a-z-]+)\*\*[^\n]*\n```json\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
-    assert [form for form, _ in examples] == [form.name for form in forms()]
+    assert [form for form, _ in examples] == [form.name for form in FORMS]
     for form, row in examples:
         table = rows_of(json.loads(row))
         assert choose_form(table).name == form

@@ -5,6 +5,7 @@ It knows single rows; not files, columns or tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,9 +56,8 @@ def text_of(value: object, key: str, where: str) -> str:
     """
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise BadRowError(
-            f"'{key}' must be text but is {kind}", reason=WRONG_TYPE, where=where, hint="write it as a string"
-        )
+        what = f"'{key}' must be text but is {kind}"
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="write it as a string")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -92,9 +92,8 @@ def read_messages(value: object, key: str, where: str) -> list[Message]:
         if not isinstance(role, str) or role not in ROLES:
             hint = f": {did_you_mean(role, ROLES)}" if isinstance(role, str) else ""
             known = ", ".join(f"'{name}'" for name in ROLES)
-            raise BadRowError(
-                f"the role is {role!r}{hint}", reason=MALFORMED, where=place, hint=f"the roles are {known}"
-            )
+            what = f"the role is {role!r}{hint}"
+            raise BadRowError(what, reason=MALFORMED, where=place, hint=f"the roles are {known}")
         if role == "assistant" and message.get("tool_calls"):
             message.setdefault("content", "")
             message["tool_calls"] = _read_calls(message["tool_calls"], place)
@@ -131,10 +130,8 @@ def read_tools(value: object, where: str) -> tuple[Message, ...]:
     if value is None or value == "":
         return ()
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = parse(value)
-        except ValueError:
-            value = None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         what = "'tools' must be a list of objects, or JSON text of one"
         hint = 'a tool is {"type": "function", "function": {"name": "…", "parameters": {…}}}'
@@ -195,8 +192,8 @@ def read_prompt(value: object, where: str) -> list[Message]:
 
 def without_blank_answers(found: Conversation) -> Conversation:
     """The same, with empty answers of the assistant marked as no labels."""
-    learned = tuple(may and not _is_blank(message) for may, message in zip(found.learned, found.messages, strict=True))
-    return replace(found, learned=learned)
+    spoken = [bool(str(m["content"]).strip() or m.get("tool_calls") or reasoning(m)) for m in found.messages]
+    return replace(found, learned=tuple(may and said for may, said in zip(found.learned, spoken, strict=True)))
 
 
 def reasoning(message: Message) -> str:
@@ -212,10 +209,6 @@ def without_nulls(value: object) -> object:
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _is_blank(message: Message) -> bool:
-    return not (str(message["content"]).strip() or message.get("tool_calls") or reasoning(message))
-
-
 def _weight(turn: Message, where: str) -> bool:
     """Whether a turn is trained on, by its ``weight``: 0 or 1, and 1 if it has none."""
     weight = turn.get("weight", 1)
@@ -227,26 +220,20 @@ def _weight(turn: Message, where: str) -> bool:
 
 def _read_calls(value: object, where: str) -> list[Any]:
     """Tool calls, their arguments as objects: templates write them as JSON, text would be quoted twice."""
+    hint = 'a call is {"type": "function", "function": {"name": "…", "arguments": {…}}}'
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        hint = 'a call is {"type": "function", "function": {"name": "…", "arguments": {…}}}'
         raise BadRowError("'tool_calls' must be a list of objects", reason=MALFORMED, where=where, hint=hint)
     calls = []
     for call in value:
         call = {key: part for key, part in call.items() if part is not None}
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            hint = 'a call is {"type": "function", "function": {"name": "…", "arguments": {…}}}'
             raise BadRowError("a tool call has no name", reason=MALFORMED, where=where, hint=hint)
-        function = {**function, "arguments": _arguments(function.get("arguments", {}))}
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                parsed = parse(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
+        function = {**function, "arguments": arguments}
         calls.append({**call, "function": function} if "function" in call else function)
     return calls
-
-
-def _arguments(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = parse(value)
-    except ValueError:
-        return value
-    return parsed if isinstance(parsed, dict) else value

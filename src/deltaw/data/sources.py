@@ -115,7 +115,7 @@ def _files(path: Path, name: str) -> list[tuple[Path, str]]:
 def _inside(folder: Path, name: str) -> list[Path]:
     """The data files of a folder and of those inside it, in order of their paths: of one type, not both for
     training and evaluation, and none a link to a file elsewhere."""
-    files = [file for file in _walk(folder) if kind_of(file)]
+    files = [file for file in walk(folder) if kind_of(file)]
     require_contained(folder, among=files)
     kinds = sorted({str(kind_of(file)) for file in files})
     if not files:
@@ -131,7 +131,7 @@ def _inside(folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _walk(folder: Path) -> list[Path]:
+def walk(folder: Path) -> list[Path]:
     """All files below a folder that are not hidden; a link to a folder is not followed."""
     found: list[Path] = []
     for root, folders, names in os.walk(folder):
