@@ -61,8 +61,9 @@ def test_messages() -> None:
     ]
 
 
-def test_messages_of_weight_zero_are_not_learned_and_null_keys_are_dropped() -> None:
-    (record,) = read({"messages": [user("a"), assistant("b", weight=0, name=None), user("c"), assistant("d")]})
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_messages_of_weight_zero_are_not_learned_and_null_keys_are_dropped(zero: float) -> None:
+    (record,) = read({"messages": [user("a"), assistant("b", weight=zero, name=None), user("c"), assistant("d")]})
     assert isinstance(record, Conversation)
     assert record.learned == (False, False, False, True)
     assert record.messages[1] == {"role": "assistant", "content": "b"}
@@ -112,10 +113,6 @@ def test_evals_rows() -> None:
     assert contents(record) == [("system", "s", False), ("assistant", "b", True)]
     (record,) = read({"input": [user("x"), assistant("y"), user("a")], "ideal": "b"})
     assert [may for *_, may in contents(record)] == [False, False, False, True]
-
-
-def test_text() -> None:
-    assert read({"text": "a", "url": "…"}) == [Text("a")]
 
 
 def test_a_form_can_be_asked_for() -> None:
