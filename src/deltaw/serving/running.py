@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -20,16 +21,14 @@ from deltaw.runtime.generation import TextPieces
 from deltaw.serving.adapters import ActiveAdapter
 from deltaw.serving.constraints import Matcher, masks
 from deltaw.serving.pages import SequencePages, token_keys, virtual_keys
-from deltaw.serving.request import FinishReason, Listener, Piece, Request, TokenLogprob, Written
+from deltaw.serving.request import EngineLoad, FinishReason, Listener, Piece, Request, TokenLogprob, Written
 from deltaw.serving.sampling import NONE, SamplingState, choose
-
-# ---- A text that is being written, as its reader sees it: pieces in a queue, and the whole at the end.
-#
-# Knows values alone; an engine of any kind fills it.
 
 
 class QueuedWriting:
-    """Implements :class:`deltaw.serving.request.Writing`.
+    """A text that is being written, as its reader sees it: pieces in a queue, and the whole at the end.
+
+    Implements :class:`deltaw.serving.request.Writing`; an engine of any kind fills it.
 
     Args:
         woken: called when the reader cancels, so that an engine that sleeps looks.
@@ -46,10 +45,7 @@ class QueuedWriting:
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._finish: FinishReason = "error"
+        self._all: list[Piece] = []
         self._terminator: int | None = None
         self._exhausted = False
 
@@ -60,11 +56,9 @@ class QueuedWriting:
 
     def put(self, piece: Piece, terminator: int | None = None) -> None:
         """Add a piece; one with a finish reason is the last."""
-        self._text.append(piece.text)
-        self._tokens.extend(piece.tokens)
-        self._logprobs.extend(piece.logprobs)
+        self._all.append(piece)
         if piece.finish is not None:
-            self._finish, self._terminator = piece.finish, terminator
+            self._terminator = terminator
             self._done.set()
         if self._listener is not None:
             self._listener(piece)
@@ -97,21 +91,9 @@ class QueuedWriting:
         self._done.wait()
         if self._error is not None:
             raise self._error
-        return Written(
-            "".join(self._text),
-            np.asarray(self._tokens, dtype=np.int64),
-            self._finish,
-            tuple(self._logprobs),
-            self._terminator,
-        )
-
-
-# ---- The text of one request as its tokens come: valid, and cut at its first stop string.
-#
-# A stop string may begin in one token and end in another. So text that could still become one is held back
-# until the next tokens tell.
-#
-# It knows neither terminators nor the model.
+        whole = Piece.joined(self._all)
+        tokens = np.asarray(whole.tokens, dtype=np.int64)
+        return Written(whole.text, tokens, whole.finish or "error", whole.logprobs, self._terminator)
 
 
 MOST_STOPS = 16
@@ -136,6 +118,9 @@ def validate_stops(stop: Sequence[str]) -> None:
 class WrittenText:
     """The text of one request: tokens in, pieces out; together they are the text before its first stop
     string.
+
+    A stop string may begin in one token and end in another. So text that could still become one is held back
+    until the next tokens tell.
 
     The first is the one that is complete first; of two that end together, the longer.
 
@@ -206,9 +191,6 @@ class _StopString:
         return begun + 1 if self.text[begun] == character else 0
 
 
-# ---- A request on its way.
-
-
 _NEVER = 1 << 60
 
 
@@ -224,6 +206,7 @@ class Run:
         acts_from: the place from which on the adapter's update acts.
         pages: of its sequence, while it runs. slot: its row of the page table; -1 while it waits.
         written: tokens of the text so far.
+        prompt_logprobs: log-probabilities of the prompt's tokens that no piece has told yet.
     """
 
     def __init__(
@@ -251,7 +234,7 @@ class Run:
         self.tokens = self.keys = np.empty(0, np.int64)
         self._told = False
         self._reused = 0
-        self._prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     def place(self, adapter: ActiveAdapter | None) -> None:
         """Lay out the sequence for the adapter that writes it; once, before it first runs."""
@@ -293,11 +276,7 @@ class Run:
         self.pages, self.slot = pages, slot
         if not self._told:
             self._reused = max(0, pages.reused - self.virtual)
-            self._prompt_logprobs = []  # a text that lost its pages sees its prompt again
-
-    def add_prompt_logprobs(self, logprobs: Sequence[TokenLogprob]) -> None:
-        """Take log-probabilities of the prompt's next tokens."""
-        self._prompt_logprobs.extend(logprobs)
+            self.prompt_logprobs = []  # a text that lost its pages sees its prompt again
 
     @property
     def may_go_on(self) -> bool:
@@ -366,7 +345,7 @@ class Run:
     ) -> None:
         if finish is not None:
             text += self.text.end()
-        of_prompt, self._prompt_logprobs = tuple(self._prompt_logprobs), []
+        of_prompt, self.prompt_logprobs = self.prompt_logprobs, []
         piece = Piece(text, tokens, (*of_prompt, *logprobs), finish, 0 if self._told else self._reused)
         self._told = True
         self.writing.put(piece, terminator)
@@ -377,3 +356,66 @@ def next_tokens(runs: Sequence[Run], logits: np.ndarray) -> Iterator[tuple[Run, 
     matchers = {n: run.matcher for n, run in enumerate(runs) if run.matcher is not None}
     chosen = choose(logits, [run.sampler for run in runs], masks(matchers) if matchers else None)
     return zip(runs, chosen.tokens.tolist(), chosen.logprobs, strict=True)
+
+
+class Work:
+    """Requests in hand, and what computes them. Called from one thread at a time, but for its numbers.
+
+    Attributes:
+        known: how many token ids a prompt may have. vocabulary: how many logits there are.
+        longest: the most tokens that a sequence may have.
+        waiting, running: requests, in the order in which they start, or started.
+        tokens: that were computed since the start.
+        scores_prompts: whether log-probabilities of a prompt's own tokens can be had.
+    """
+
+    scores_prompts = True
+
+    def __init__(self, known: int, vocabulary: int, longest: int) -> None:
+        self.known, self.vocabulary, self.longest = known, vocabulary, longest
+        self.waiting: deque[Run] = deque()
+        self.running: list[Run] = []
+        self.tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in hand."""
+        return not self.waiting and not self.running
+
+    @property
+    def load(self) -> EngineLoad:
+        """What is in hand at the moment."""
+        return EngineLoad(len(self.running), len(self.waiting), tokens=self.tokens)
+
+    def step(self) -> None:
+        """Do some work, and hand out what it gave."""
+        raise NotImplementedError
+
+    def hurry(self) -> None:
+        """End texts whose constraints are slow to say what may come next."""
+
+    def end(self, run: Run, why: FinishReason | BaseException | None) -> None:
+        """Let go of a request, which ends for this reason or with this error; None where it has ended."""
+        if run.writing.done or why is None:
+            return
+        if isinstance(why, BaseException):
+            run.writing.fail(why)
+        else:
+            run.finish(why)
+
+    def end_all(self, why: FinishReason | BaseException) -> None:
+        """End every request at once."""
+        for run in [*self.running, *self.waiting]:
+            self.end(run, why)
+        self.running.clear()
+        self.waiting.clear()
+
+    def sweep_waiting(self, now: float) -> None:
+        """End requests that wait, and were cancelled or whose time is up."""
+        kept: deque[Run] = deque()
+        for run in self.waiting:
+            if (reason := run.ended_by(now)) is None:
+                kept.append(run)
+            else:
+                self.end(run, reason)
+        self.waiting = kept

@@ -17,15 +17,12 @@ from deltaw.serving.http.served import Served, adapters_router, models_router
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.version import __version__
 
-# ---- For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`.
-
-
 # They answer without a key: probes have none, and learn nothing.
 OPEN = frozenset({"/health", "/ready"})
 
 
 def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> APIRouter:
-    """The three routes."""
+    """For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`."""
     router = APIRouter()
 
     @router.get("/health", summary="Whether the process answers", responses=answer("It does"))
@@ -47,19 +44,13 @@ def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> AP
     return router
 
 
-# ---- The application.
-
-
 def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk | None]:
     """The application, and the desk that holds its texts; None for the desk where no text is written.
 
     Raises:
         UserError: adapters are to be loaded by request, and what is served cannot load any.
     """
-    limits = settings.limits
-    desk = None
-    if served.engine is not None:
-        desk = Desk(served.engine, most=limits.queue, seconds=limits.seconds)
+    desk = None if served.engine is None else Desk(served.engine, settings.limits)
     metrics = Metrics(served.load, lambda: 0 if desk is None else desk.in_hand)
     layers = [
         Middleware(Observed, metrics=metrics),
