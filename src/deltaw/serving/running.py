@@ -240,17 +240,14 @@ class Run:
         """Lay out the sequence for the adapter that writes it; once, before it first runs."""
         self.adapter = adapter
         prompt = np.asarray(self.request.tokens, dtype=np.int64)
-        facts = None if adapter is None else adapter.facts
-        self.virtual = 0 if facts is None else facts.virtual_tokens
-        known = self.virtual + len(prompt)
-        self.tokens = np.zeros(known + self.allowance, np.int64)
-        self.tokens[self.virtual : known] = prompt
-        self.length = known
-        if adapter is not None and facts is not None and adapter.packed is not None:
-            self.acts_from = 0
-            if facts.invocation is not None:
-                found = last_occurrence(prompt, facts.invocation)
-                self.acts_from = _NEVER if found is None else self.virtual + found
+        self.virtual = 0 if adapter is None else adapter.facts.virtual_tokens
+        self.length = self.virtual + len(prompt)
+        self.tokens = np.zeros(self.length + self.allowance, np.int64)
+        self.tokens[self.virtual : self.length] = prompt
+        if adapter is not None and adapter.packed is not None:
+            invocation = adapter.facts.invocation
+            found = -self.virtual if invocation is None else last_occurrence(prompt, invocation)
+            self.acts_from = _NEVER if found is None else self.virtual + found
         number = 0 if adapter is None else adapter.number
         self.keys = token_keys(self.tokens)
         self.keys[self.acts_from :] = token_keys(self.tokens[self.acts_from :], number)
@@ -303,17 +300,12 @@ class Run:
         if token == NONE:
             failed = None if self.matcher is None else self.matcher.failed
             if failed is not None:
-                raise UserError(
-                    f"the text cannot be held to its constraint any longer: {failed}",
-                    where="constraint",
-                    hint="make it simpler",
-                )
-            raise UserError(
-                "no token can be chosen: the model's logits are not numbers, or nothing is allowed",
-                hint="look for values that are not finite in the model and its adapter",
-            )
+                what = f"the text cannot be held to its constraint any longer: {failed}"
+                raise UserError(what, where="constraint", hint="make it simpler")
+            what = "no token can be chosen: the model's logits are not numbers, or nothing is allowed"
+            raise UserError(what, hint="look for values that are not finite in the model and its adapter")
         if token in self.ends:
-            self.finish("stop", terminator=token)
+            self._put("", (), (), "stop", token)
             return True
         self.tokens[self.length] = token
         number = self.adapter.number if self.adapter is not None and self.length >= self.acts_from else 0
@@ -331,9 +323,9 @@ class Run:
         self._put(text, (token,), () if logprob is None else (logprob,), finish)
         return finish is not None
 
-    def finish(self, reason: FinishReason, terminator: int | None = None) -> None:
+    def finish(self, reason: FinishReason) -> None:
         """End the text."""
-        self._put("", (), (), reason, terminator)
+        self._put("", (), (), reason)
 
     def _put(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -11,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from deltaw.errors import UserError
 from deltaw.serving.http.answers import texts_router
 from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, on_error, refusals
-from deltaw.serving.http.guard import CONTENT_TYPE, Guard, Metrics, Observed
+from deltaw.serving.http.guard import Guard, Metrics, Observed
 from deltaw.serving.http.preparing import Desk
 from deltaw.serving.http.served import Served, adapters_router, models_router
 from deltaw.serving.http.settings import ServerSettings
@@ -39,7 +40,7 @@ def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> AP
 
     @router.get("/metrics", summary="Metrics for Prometheus", responses=answer("Metrics", "text/plain") | TOLD)
     async def shown() -> Response:
-        return Response(metrics.shown(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
