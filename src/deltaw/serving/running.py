@@ -19,7 +19,7 @@ from deltaw.data.invocation import last_occurrence
 from deltaw.errors import UserError
 from deltaw.runtime.generation import TextPieces
 from deltaw.serving.adapters import ActiveAdapter
-from deltaw.serving.constraints import Matcher, masks
+from deltaw.serving.constraints import Matcher
 from deltaw.serving.pages import SequencePages, token_keys, virtual_keys
 from deltaw.serving.request import EngineLoad, FinishReason, Listener, Piece, Request, TokenLogprob, Written
 from deltaw.serving.sampling import NONE, SamplingState, choose
@@ -345,8 +345,8 @@ class Run:
 
 def next_tokens(runs: Sequence[Run], logits: np.ndarray) -> Iterator[tuple[Run, int, TokenLogprob | None]]:
     """The token that is chosen for each request by its row of logits (k, vocabulary)."""
-    matchers = {n: run.matcher for n, run in enumerate(runs) if run.matcher is not None}
-    chosen = choose(logits, [run.sampler for run in runs], masks(matchers) if matchers else None)
+    allowed = {n: run.matcher.allowed() for n, run in enumerate(runs) if run.matcher is not None}
+    chosen = choose(logits, [run.sampler for run in runs], allowed)
     return zip(runs, chosen.tokens.tolist(), chosen.logprobs, strict=True)
 
 

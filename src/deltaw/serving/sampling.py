@@ -132,7 +132,9 @@ class SamplingState:
 
 
 def choose(
-    logits: np.ndarray | Tensor, states: Sequence[SamplingState], allowed: Mapping[int, np.ndarray] | None = None
+    logits: np.ndarray | Tensor,
+    states: Sequence[SamplingState],
+    allowed: Mapping[int, np.ndarray] | None = None,
 ) -> Choices:
     """Take a token for every row, and note it in the row's state.
 
@@ -142,8 +144,7 @@ def choose(
         allowed: by row, the tokens that a constraint allows: int32 words (ceil(vocabulary / 32)), the lowest
             bit of the first word for token 0. Rows that are not in it may take any token.
     """
-    values = logits.numpy(force=True) if isinstance(logits, Tensor) else logits
-    allowed = allowed or {}
+    values, allowed = logits.numpy(force=True) if isinstance(logits, Tensor) else logits, allowed or {}
     tokens = np.full(len(states), NONE, dtype=np.int64)
     fast = [n for n, state in enumerate(states) if state.greedy and state.plain and n not in allowed]
     if len(fast) == len(states):

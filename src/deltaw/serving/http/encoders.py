@@ -134,7 +134,7 @@ def _rows(encoders: Encoders, name: str, given: Given, limits: Limits) -> list[n
     Raises:
         ApiError: there are too many.
     """
-    model = encoders.model(name)
+    model = encoders.models[name]
     listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     most = min(limits.prompt, model.limit or limits.prompt)
     rows: list[np.ndarray] = []
