@@ -170,16 +170,10 @@ def open_engine(
             made, adapter = _decoder(session, room)
     except NotDecodable as reason:
         return fallback_engine(session, own, reason, say)
-    beside = {} if adapter is None else {OWN: adapter}
-    return engine_over(
-        made,
-        session,
-        FixedAdapters(beside),
-        cache_bytes=room,
-        limits=limits,
-        own_adapter=OWN if beside else None,
-        has_base=bool(beside) or own is None,
-    )
+    how = {"cache_bytes": room, "limits": limits, "has_base": adapter is not None or own is None}
+    if adapter is None:
+        return engine_over(made, session, FixedAdapters(), **how)
+    return engine_over(made, session, FixedAdapters({OWN: adapter}), own_adapter=OWN, **how)
 
 
 @contextlib.contextmanager
@@ -241,18 +235,10 @@ def engine_over(
     """
     limits = limits or BatchLimits()
     decoder = made.decoder
-    size = decoder.bytes_per_page
     most = limits.running * -(-made.positions // decoder.page_tokens)
-    pages = max(1, min(most, cache_bytes // size))
-    return Engine(
-        Batch(made, pages, adapters, limits),
-        session.tokenizer,
-        terminators=_ends(session),
-        adapters=adapters,
-        own_adapter=own_adapter,
-        has_base=has_base,
-        why=made.why,
-    )
+    pages = max(1, min(most, cache_bytes // decoder.bytes_per_page))
+    work, how = Batch(made, pages, adapters, limits), {"own_adapter": own_adapter, "has_base": has_base}
+    return Engine(work, session.tokenizer, _ends(session), adapters, why=made.why, **how)
 
 
 def fallback_engine(
@@ -269,7 +255,7 @@ def fallback_engine(
     facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
     bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
     work = FallbackWork(session, own)
-    return Engine(work, session.tokenizer, terminators=ends, adapters=bank, own_adapter=own, why=why)
+    return Engine(work, session.tokenizer, ends, bank, own_adapter=own, why=why)
 
 
 def cache_room(cache_bytes: int | None) -> int:

@@ -132,9 +132,7 @@ class SamplingState:
 
 
 def choose(
-    logits: np.ndarray | Tensor,
-    states: Sequence[SamplingState],
-    allowed: Mapping[int, np.ndarray] | None = None,
+    logits: np.ndarray | Tensor, states: Sequence[SamplingState], allowed: Mapping[int, np.ndarray] | None = None
 ) -> Choices:
     """Take a token for every row, and note it in the row's state.
 

@@ -193,7 +193,8 @@ class Answer(Generic[Asked]):
         """
         record = self.record
         if piece.tokens:
-            record.token()
+            record.last_token = time.perf_counter()
+            record.first_token = record.first_token or record.last_token
             record.completion_tokens += len(piece.tokens)
         if index % self.asked.choices == 0:  # of one prompt's texts, the first counts for what was reused of it
             record.cached_tokens += piece.reused

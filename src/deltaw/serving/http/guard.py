@@ -43,6 +43,10 @@ _GAUGES = {
 }
 
 
+def _number(load: Callable[[], EngineLoad], name: str) -> float:
+    return float(getattr(load(), name))
+
+
 class Metrics:
     """Counts requests and tokens, and how long they take: numbers for Prometheus, in a registry of their own.
 
@@ -67,7 +71,7 @@ class Metrics:
         self._token = histogram("deltaw_token_seconds", f"{token}, over its texts", buckets=_TOKEN)
         Gauge("deltaw_in_hand", "Texts in hand, waiting or running", registry=registry).set_function(in_hand)
         for name, told in _GAUGES.items():
-            Gauge(f"deltaw_{name}", told, registry=registry).set_function(lambda n=name: getattr(load(), n))
+            Gauge(f"deltaw_{name}", told, registry=registry).set_function(functools.partial(_number, load, name))
 
     def count(self, record: Record, route: str, status: int, seconds: float) -> None:
         """Count a request that has been answered."""
@@ -204,7 +208,7 @@ class Observed:
                 fault = ApiError(500, f"a fault of the server; it is in its log as {record.id}")
                 await error_response(fault)(scope, receive, told)
         finally:
-            record.ended()
+            record.bodies.bytes -= record.body  # nothing holds its body any more
             if record.body + written > LARGE:
                 self._trim_soon()
             self._end(scope, record, status, scope.get(FAILURE, failure))

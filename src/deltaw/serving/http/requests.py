@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -215,9 +215,6 @@ def json_constraint(schema: dict[str, Any] | str, param: str) -> Constraint:
     return Constraint("json_schema", text)
 
 
-# ---- What is known of one request when it has been answered: for its line in the log, and for the metrics.
-
-
 # Where a request's record is, in the scope that ASGI hands on.
 KEY = "deltaw.record"
 # Where a fault is that a stream met after its status was sent.
@@ -233,7 +230,7 @@ class Bodies:
 
 @dataclass
 class Record:
-    """One request.
+    """What is known of one request when it has been answered: for its line in the log, and for the metrics.
 
     Attributes:
         id: names it in the log and in the header ``x-request-id``.
@@ -264,21 +261,6 @@ class Record:
     bodies: Bodies = field(default_factory=Bodies)
     owner: int = 0
 
-    def token(self) -> None:
-        """A token came."""
-        self.last_token = time.perf_counter()
-        if self.first_token is None:
-            self.first_token = self.last_token
-
-    def arrived(self, count: int) -> None:
-        """A part of the body came."""
-        self.body += count
-        self.bodies.bytes += count
-
-    def ended(self) -> None:
-        """The request has been answered; nothing holds its body any more."""
-        self.bodies.bytes -= self.body
-
     def usage(self) -> dict[str, object]:
         """The counts as answers have them."""
         return {
@@ -291,14 +273,7 @@ class Record:
 
 def record_of(scope: Mapping[str, Any]) -> Record:
     """The record of the request with this scope."""
-    record: Record = scope[KEY]
-    return record
-
-
-# ---- A request's body becomes checked values: read within bounds of size and time, parsed, and validated.
-#
-# Nothing is parsed before all of it has arrived within its bounds. Knows JSON and pydantic; not what the fields
-# mean.
+    return cast(Record, scope[KEY])
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -329,7 +304,7 @@ async def read_json(request: Request, model: type[Model], limits: Limits) -> Mod
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """All bytes of a body.
+    """All bytes of a body; nothing is parsed before all of it has arrived within its bounds.
 
     Raises:
         ApiError: 408, 413, or 429 where those of all requests together are too large.
@@ -342,7 +317,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     async def arrived() -> bytes:
         parts: list[bytes] = []
         async for part in request.stream():
-            record.arrived(len(part))
+            record.body += len(part)
+            record.bodies.bytes += len(part)
             if record.body > limits.body:
                 raise too_large
             if record.bodies.bytes > max(limits.bodies, limits.body):
@@ -423,12 +399,10 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict):
             return part
         if "$ref" in part:
-            beside = {key: value for key, value in part.items() if key != "$ref"}
-            return put({**definitions[part["$ref"].rpartition("/")[2]], **beside})
-        return {key: put(value) for key, value in part.items()}
+            part = {**definitions[part["$ref"].rpartition("/")[2]], **part}
+        return {key: put(value) for key, value in part.items() if key != "$ref"}
 
-    inlined: dict[str, Any] = put(schema)
-    return inlined
+    return cast(dict[str, Any], put(schema))
 
 
 MOST_MESSAGES = 4096
