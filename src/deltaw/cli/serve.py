@@ -124,7 +124,7 @@ def command(
     with working("starting"):
         from deltaw.serving.http import server
         from deltaw.serving.http.app import create_app
-        from deltaw.serving.http.guard import RequestLog
+        from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
     opening = Opening(
@@ -151,7 +151,7 @@ def command(
             click.echo(f"serving {', '.join([served.name, *served.adapters()])} at {url}")
             sys.stdout.flush()
 
-        with RequestLog(sys.stderr if log == "json" else None):
+        with request_log(sys.stderr if log == "json" else None):
             interrupted = server.run(app, desk, settings, bound, ready)
     finally:
         served.close()

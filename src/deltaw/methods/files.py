@@ -87,16 +87,23 @@ def read_config(folder: Path) -> dict[str, object]:
         UserError: it is missing or not a JSON object, or a link in the folder leads out of it.
     """
     require_contained(folder)
-    path = folder / ADAPTER_CONFIG
+    return read_object(folder / ADAPTER_CONFIG)
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """The object in a JSON file of an adapter's folder.
+
+    Raises:
+        UserError: it is missing or not a JSON object.
+    """
+    where, hint = str(path.parent), "save or copy the adapter again"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(folder), hint="save the adapter again"
-        ) from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{ADAPTER_CONFIG} is not a JSON object", where=str(folder), hint="save the adapter again")
-    return settings
+        raise UserError(f"{path.name} cannot be read: {error}", where=where, hint=hint) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path.name} is not a JSON object", where=where, hint=hint)
+    return value
 
 
 def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
