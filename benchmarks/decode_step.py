@@ -145,7 +145,7 @@ def product_rate(kind: str) -> float:
         weight, scale = quantize.quantized_rows(weight)
     elif kind == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
-    (taken,) = seconds([lambda: products.linear(x, weight, scale=scale)], 5)
+    (taken,) = seconds([lambda: products.linear(x, products.Product(weight, scale=scale))], 5)
     return 2 * len(x) * weight.numel() / taken
 
 

@@ -9,6 +9,7 @@ from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_linear import quantize_nf4
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.linear import Product
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.quantize import quantized_rows
 from deltaw.memory.measure import peak_tensor_bytes
@@ -75,8 +76,8 @@ def test_products(cache, dtype, rows, n_in, n_out):
         random(rows, n_out, dtype=dtype),
     )
     A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
-    forward = (x, weight, True, None, None, None, A, B, 1.0, None, None, None, False)
-    backward = (grad, weight, True, None, None, A, B, 1.0, None, True, False)
+    of = Product(weight, lora_A=A, lora_B=B)
+    forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
     _, h = ops.linear(*forward)
     _, narrow = ops.linear_backward(*backward)
     for operator, args in (
@@ -93,7 +94,7 @@ def test_gradients_in_int8_with_a_bf16_weight(cache, rows, n_in, n_out, by_colum
     """Weights of many rows, whose scales are most of what is held beside a product's own."""
     weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
     for in_int8 in (True, False):
-        args = (grad, weight, by_column, None, None, None, None, 1.0, None, True, in_int8)
+        args = (grad, *Product(weight, by_column), None, True, in_int8)
         agree(arena_bytes(ops.linear_backward.default, args), held(ops.linear_backward, args))
         rounded = grad.numel() + 4 * rows * -(-n_out // 128)
         assert scratch_bytes(ops.linear_backward.default, args) == (rounded if in_int8 else 0)
@@ -137,8 +138,8 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
     if int8:
         weight, scale = quantized_rows(weight)
     A, B = random(576, 16, dtype=torch.float32), random(16, 1536, dtype=torch.float32)
-    forward = (x, weight, True, scale, None, None, A, B, 1.0, None, None, None, in_blocks)
-    backward = (grad, weight, True, scale, None, A, B, 1.0, None, True, False)
+    of = Product(weight, True, scale, None, None, A, B, 1.0, in_blocks)
+    forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
     alive = [t for t in (x, grad, weight, scale, A, B) if t is not None]
     held_before = sum(t.numel() * t.element_size() for t in alive)
     with loader.computing(Arithmetic(loader.variant())):
@@ -174,9 +175,9 @@ def test_products_with_weights_in_blocks(cache, dtype, rows):
     weight = quantize_nf4(torch.randn(576, 1536, generator=torch.Generator().manual_seed(0)))
     x, grad = random(rows, 1536, dtype=dtype), random(rows, 576, dtype=dtype)
     A, B = random(1536, 8, dtype=torch.float32), random(8, 576, dtype=torch.float32)
-    blocks = (*weight.tensors, weight.format, weight.columns)
+    of = Product.of_blocks(weight, None, A, B)
     for operator, args in (
-        (ops.block_linear, (x, *blocks, None, A, B, 1.0, None)),
-        (ops.block_linear_backward, (grad, *blocks, A, B, 1.0, None, True)),
+        (ops.linear, (x, *of, None, None, None)),
+        (ops.linear_backward, (grad, *of, None, True, False)),
     ):
         agree(arena_bytes(operator.default, args), held(operator, args))

@@ -21,10 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.kernels import block_linear, loader
-from deltaw.kernels.block_linear import BlockWeight
+from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_places
-from deltaw.kernels.linear import can_multiply
+from deltaw.kernels.linear import Product, can_multiply
 from deltaw.kernels.rows import ACTIVATIONS
 from deltaw.kernels.structs import BlockData, BlockParts, HalfNorms, Layer, RowNorm
 
@@ -32,20 +31,10 @@ APART, STACKED, GROUPED = range(3)  # see csrc/block.h
 
 
 class LinearTensors(Protocol):
-    """A frozen layer and its update, as :func:`deltaw.kernels.linear.linear` takes them.
+    """A frozen layer and its update."""
 
-    Where it also has an attribute ``stored`` that is a :class:`BlockWeight`, that is the weight (out, in).
-    """
-
-    weight: Tensor
-    by_column: bool
-    bias: Tensor | None
-    scale: Tensor | None
-    columns: Tensor | None
-    in_blocks: bool
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scaling: float
+    @property
+    def product(self) -> Product: ...
 
 
 class NormTensors(Protocol):
@@ -148,27 +137,16 @@ class Block:
         # What the parts point to, and the structs of weights in blocks.
         self._alive = (
             layers,
-            blocks := [None if of is None else _described(of) for of in layers],
+            blocks := [None if of is None else of.described() for of in layers],
             [(norm.weight, norm.bias) for norm in norms if norm is not None],
         )
         self._factors = [None if of is None else (of.lora_A, of.lora_B) for of in layers]
         split = APART if len(attention.inputs) == 3 else GROUPED if attention.grouped else STACKED
-        forms = [_norm(norm) for norm in norms]
+        forms, how = [_norm(norm) for norm in norms], attention.how
         self._parts = BlockParts(
-            loader.number(dtype),
-            attention.heads,
-            attention.key_heads,
-            attention.head_size,
-            ACTIVATIONS.index(mlp.kind),
-            attention.how.get("window") or 0,
-            turned,
-            attention.how.get("causal", True),
-            split,
-            mlp.gated,
-            parallel,
-            False,
-            attention.how["scaling"],
-            attention.how.get("softcap") or 0.0,
+            *(loader.number(dtype), attention.heads, attention.key_heads, attention.head_size),
+            *(ACTIVATIONS.index(mlp.kind), how.get("window") or 0, turned, how.get("causal", True)),
+            *(split, mlp.gated, parallel, False, how["scaling"], how.get("softcap") or 0.0),
             HalfNorms(*forms[:3]),
             HalfNorms(*forms[3:6]),
             *forms[6:],
@@ -267,17 +245,13 @@ def serves(x: Tensor, attention: AttentionTensors, mlp: MLPTensors, parallel: bo
     return not (parallel and any(ends)) and _fit(attention, mlp)
 
 
-def _serves_layer(x: Tensor, layer: LinearTensors) -> bool:
-    probe, blocks = x.new_empty(0, _sizes(layer)[0]), _blocks(layer)
-    if blocks is not None:
-        if not block_linear.can_multiply(probe, blocks, layer.lora_A):
-            return False
-    elif not can_multiply(probe, layer.weight, layer.lora_A, layer.by_column, layer.scale is not None):
+def _serves_layer(x: Tensor, of: Product) -> bool:
+    if not can_multiply(x.new_empty(0, of.sizes[0]), of):
         return False
-    tensors = (layer.bias, layer.scale, layer.columns, layer.lora_A, layer.lora_B)
+    tensors = (of.bias, of.scale, of.smooth_scales, of.lora_A, of.lora_B)
     if any(t is not None and not t.is_contiguous() for t in tensors):
         return False
-    return layer.bias is None or layer.bias.dtype in (torch.float32, x.dtype)
+    return of.bias is None or of.bias.dtype in (torch.float32, x.dtype)
 
 
 def _fit(attention: AttentionTensors, mlp: MLPTensors) -> bool:
@@ -287,17 +261,20 @@ def _fit(attention: AttentionTensors, mlp: MLPTensors) -> bool:
         return False
     each = [heads * size, key_heads * size, key_heads * size]
     expected = each if len(attention.inputs) == 3 else [sum(each)]
-    if [_sizes(layer)[1] for layer in attention.inputs] != expected:
+    if [layer.product.sizes[1] for layer in attention.inputs] != expected:
         return False
-    inner = _sizes(mlp.output)[0]
+    inner = mlp.output.product.sizes[0]
     wide = [inner] * len(mlp.inputs) if len(mlp.inputs) == 1 + mlp.gated else [2 * inner]
-    return [_sizes(layer)[1] for layer in mlp.inputs] == wide and mlp.kind in ACTIVATIONS
+    return [layer.product.sizes[1] for layer in mlp.inputs] == wide and mlp.kind in ACTIVATIONS
 
 
-def _layers(attention: AttentionTensors, mlp: MLPTensors) -> list[LinearTensors | None]:
+def _layers(attention: AttentionTensors, mlp: MLPTensors) -> list[Product | None]:
     """In the kernels' order: queries', keys', values', output's, gate's, up's and down's, or None."""
-    first: list[LinearTensors | None] = [*attention.inputs, *[None] * (3 - len(attention.inputs))]
-    return [*first, attention.output, *mlp.inputs, *[None] * (2 - len(mlp.inputs)), mlp.output]
+    found: list[Product | None] = []
+    for half, inputs in ((attention, 3), (mlp, 2)):
+        found += [layer.product for layer in half.inputs]
+        found += [*[None] * (inputs - len(half.inputs)), half.output.product]
+    return found
 
 
 def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[NormTensors | None]:
@@ -319,34 +296,11 @@ def _norm(of: NormTensors | None) -> RowNorm:
     return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
-def _blocks(of: LinearTensors) -> BlockWeight | None:
-    """The weight, where it is in blocks."""
-    stored = getattr(of, "stored", None)
-    return stored if isinstance(stored, BlockWeight) else None
-
-
-def _described(of: LinearTensors) -> BlockData | None:
-    blocks = _blocks(of)
-    return None if blocks is None else blocks.described()
-
-
-def _sizes(of: LinearTensors) -> tuple[int, int]:
-    """Inputs and outputs."""
-    shape = (_blocks(of) or of.weight).shape
-    outputs, inputs = shape if of.by_column else reversed(shape)
-    return inputs, outputs
-
-
-def _layer(of: LinearTensors, described: BlockData | None) -> Layer:
-    blocks = _blocks(of)
+def _layer(of: Product, described: BlockData | None) -> Layer:
     return Layer(
-        loader.address(of.weight) if described is None else ctypes.addressof(described),
-        *map(loader.address, (of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
-        *_sizes(of),
-        0 if of.lora_A is None else of.lora_A.shape[1],
-        loader.number(of.weight.dtype) if blocks is None else blocks.number,
-        of.by_column,
-        of.bias is not None and of.bias.dtype == torch.float32,
-        of.in_blocks,
-        of.scaling,
+        of.address(described),
+        *map(loader.address, (of.scale, of.smooth_scales, of.bias, of.lora_A, of.lora_B)),
+        *of.sizes,
+        *(0 if of.lora_A is None else of.lora_A.shape[1], of.number, of.by_column),
+        *(of.bias is not None and of.bias.dtype == torch.float32, of.in_blocks, of.scaling),
     )

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deltaw.kernels.block_linear import BlockWeight, block_linear_reference
+from deltaw.kernels import linear as products
+from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.quantize import LONGEST_SUM, quantized_reference
 from deltaw.kernels.rows import ACTIVATIONS, activation_reference, norm_reference, rotate_reference
@@ -345,7 +346,7 @@ def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tup
     dtype = x.dtype
     narrow = x if layer.factors_dtype == torch.float32 else x.to(torch.bfloat16).to(dtype)
     if isinstance(layer.weight, BlockWeight):
-        y, _ = block_linear_reference(narrow, layer.weight)
+        y, _ = products.linear_reference(narrow, products.Product.of_blocks(layer.weight))
     elif layer.scale is not None:
         rounded, by = quantized_reference(x, layer.columns)
         sums = (rounded.to(dtype) - 128) @ layer.weight.to(dtype).t()

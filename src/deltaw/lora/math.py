@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
 from deltaw.kernels.torch_private import functorch_is_active, unrecorded_view
-from deltaw.lora.stored import Stored, multiply, multiply_backward
+from deltaw.lora.stored import Stored, multiply_backward, product
 
 
 def linear(
@@ -136,15 +136,16 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(rows_of(x), x.shape[-1])
         # A compiler has kernels of its own.
         fused = mask is None and not torch.compiler.is_compiling()
-        fused = fused and (stored is not None or kernels.can_multiply(flat, base_weight, lora_A))
+        of = product(base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
+        fused = fused and (stored is not None or kernels.can_multiply(flat, of))
         if fused:
-            y, h = multiply(flat, base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
+            y, h = kernels.linear(flat, of)
         else:
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
             # The scaling goes into the small (r, out) factor, so that no wide tensor is skipped for it.
             y = h @ scaled(lora_B, scaling, x.dtype)
             if stored is not None:
-                y, _ = multiply(flat, weight, stored, bias=base_bias, added=y)
+                y, _ = kernels.linear(flat, product(weight, stored, bias=base_bias), y)
             else:
                 y = kernels.plus_product(y, flat, base_weight if weight_is_in_out else base_weight.t())
                 y = y if base_bias is None else y.add_(base_bias)
@@ -169,11 +170,9 @@ class _Linear(torch.autograd.Function):
         if ctx.fused and not torch.is_grad_enabled():
             if needs_bias:
                 grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
-            by_column = not ctx.weight_is_in_out
             base_weight = weight if weight is None or stored is not None else weight.to(dtype)
-            grad_x, narrow = multiply_backward(
-                grad_y, base_weight, stored, by_column, lora_A, lora_B, ctx.scaling, None, needs_x
-            )
+            of = product(base_weight, stored, not ctx.weight_is_in_out, None, lora_A, lora_B, ctx.scaling)
+            grad_x, narrow = multiply_backward(grad_y, of, None, needs_x)
             if needs_A or needs_B:
                 flat = x.reshape(rows, x.shape[-1])
                 grad_A, grad_B = kernels.factors_backward(flat, h, grad_y, narrow, ctx.scaling)
@@ -196,7 +195,7 @@ class _Linear(torch.autograd.Function):
             update = narrow @ lora_A.to(dtype).t()
             update = update if mask is None else update * mask.reshape(update.shape)
             if stored is not None:
-                grad_x, _ = multiply_backward(grad_y, weight, stored, added=update)
+                grad_x, _ = multiply_backward(grad_y, product(weight, stored), update)
             else:
                 base_weight = weight.to(dtype)
                 matrix = base_weight.t() if ctx.weight_is_in_out else base_weight

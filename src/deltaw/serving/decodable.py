@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.hub.loading import attention_of, ordinary_attention
-from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.quantize import quantized_rows
@@ -251,16 +250,16 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     """A linear layer's own weights, without factors."""
     if module is None or not isinstance(own_parameters(module).get("weight"), Tensor):
         raise NotDecodable("a layer has no weight")
-    layer = Projection(module)
+    layer = Projection(module).product
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-    if isinstance(layer.stored, BlockWeight):
-        return DecoderLinear(layer.stored, bias)
-    weight, scale, columns = layer.weight.detach(), layer.scale, layer.columns
+    if (blocks := layer.blocks) is not None:
+        return DecoderLinear(blocks, bias)
+    weight, scale = layer.weight.detach(), layer.scale
     if not layer.by_column:
         weight = weight.t()
     if quantize and weight.dtype != torch.int8:
         weight, scale = quantized_rows(weight)
-    return DecoderLinear(weight.contiguous(), bias, scale, columns)
+    return DecoderLinear(weight.contiguous(), bias, scale, layer.smooth_scales)
 
 
 def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
