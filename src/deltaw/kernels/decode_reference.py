@@ -225,9 +225,6 @@ def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
         raise ValueError(f"{name} must be contiguous and in fp32")
 
 
-# ---- decode reference
-
-
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.
 Factors = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
 FACTOR_PANEL = 16  # outputs of a panel of B; the kernel's own number
@@ -240,7 +237,6 @@ class Tokens:
     Args:
         positions, sequence, adapter: (n). page_table: (s, most).
         factors: of each adapter.
-        dtype: of numbers between layers.
     """
 
     positions: Tensor
@@ -249,7 +245,6 @@ class Tokens:
     adapter: Tensor
     factors: Sequence[Factors]
     page_tokens: int
-    dtype: torch.dtype = torch.float32
     groups: list[tuple[Tensor, Factors]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -261,15 +256,8 @@ class Tokens:
 
     def of(self, rows: Tensor) -> Tokens:
         """Some of the rows alone."""
-        return Tokens(
-            self.positions[rows],
-            self.sequence[rows],
-            self.page_table,
-            self.adapter[rows],
-            self.factors,
-            self.page_tokens,
-            self.dtype,
-        )
+        of_rows = (self.positions[rows], self.sequence[rows], self.page_table, self.adapter[rows])
+        return Tokens(*of_rows, self.factors, self.page_tokens)
 
 
 def in_panels(B: Tensor) -> Tensor:

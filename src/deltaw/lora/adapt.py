@@ -244,20 +244,15 @@ def _named(name: str, error: UserError) -> UserError:
 def _refuse_activation(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
     """An activated adapter needs its sequence as ids, and layers that get one row for each token."""
     if not isinstance(config.invocation_tokens, list):
-        raise UserError(
-            "an activated adapter is attached with its invocation sequence as token ids",
-            where="invocation_tokens",
-            hint="give ids, such as tokenizer('<|im_start|>assistant').input_ids",
-        )
+        what = "an activated adapter is attached with its invocation sequence as token ids"
+        hint = "give ids, such as tokenizer('<|im_start|>assistant').input_ids"
+        raise UserError(what, where="invocation_tokens", hint=hint)
     head = own_head(model)
     for target in selection.targets:
         if not is_linear(target.module) or target.module is head:
             what = "the output head" if target.module is head else f"a {type(target.module).__name__}"
-            raise UserError(
-                f"'{target.names[0]}' is {what}, and an activated adapter is for the linear layers of blocks",
-                where="target_modules",
-                hint="leave it out with exclude_modules",
-            )
+            what = f"'{target.names[0]}' is {what}, and an activated adapter is for the linear layers of blocks"
+            raise UserError(what, where="target_modules", hint="leave it out with exclude_modules")
 
 
 def _activate(model: nn.Module, record: Attachment) -> None:

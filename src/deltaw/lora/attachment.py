@@ -171,11 +171,8 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     layers = adapted_layers(model)
     for name, layer in layers:
         if not layer.base_is_known:
-            raise UserError(
-                "the base model's weights were not kept when the adapter was merged",
-                where=name,
-                hint="merge with keep_original=True",
-            )
+            hint = "merge with keep_original=True"
+            raise UserError("the base model's weights were not kept when the adapter was merged", where=name, hint=hint)
     record = attachment(model)
     with contextlib.ExitStack() as stack:
         for _, layer in layers:
@@ -295,11 +292,8 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
         if layer.merged:
             raise UserError("the adapter is merged already", where=name, hint="call unmerge first")
         if others := _other_users(model, layer, shared):
-            raise UserError(
-                f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change",
-                where=name,
-                hint="untie the two, or keep the adapter separate",
-            )
+            what = f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change"
+            raise UserError(what, where=name, hint="untie the two, or keep the adapter separate")
         if reason := layer.merge_refusal():
             raise UserError(f"'{name}' cannot be merged: {reason}", where=name, hint="keep the adapter separate")
     # Without room for all sums at once, they are computed twice: to check them, and to store them.
@@ -307,11 +301,8 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
     for name, layer in layers:
         total = layer.merged_weight()
         if not torch.isfinite(total).all():
-            raise UserError(
-                f"the merged weight of '{name}' is not finite",
-                where=name,
-                hint="the adapter's factors are broken, or its values too large for the weight's type",
-            )
+            hint = "the adapter's factors are broken, or its values too large for the weight's type"
+            raise UserError(f"the merged weight of '{name}' is not finite", where=name, hint=hint)
         if keep_original:
             sums[name] = total
     for name, layer in layers:

@@ -307,12 +307,9 @@ class LoRAForeignLinear(LoRALayer):
         """
         y: Tensor = super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad and not y.requires_grad:
-            raise UserError(
-                f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no "
-                "gradient, so what lies below it would be trained wrongly",
-                where="a layer that is adapted",
-                hint="quantize the weights alone, not what they are multiplied with, or use precision: nf4",
-            )
+            what = f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no gradient"
+            hint = "quantize the weights alone, not what they are multiplied with, or use precision: nf4"
+            raise UserError(what, where="a layer that is adapted", hint=hint)
         if not self.adapting:
             return y
         dropout = self.dropout if self.training else 0.0
@@ -388,10 +385,8 @@ class LoRAEmbedding(LoRALayer, ScaledEmbedding):
 
     def _take_over(self, module: nn.Module) -> None:
         if self.max_norm is not None:
-            raise UserError(
-                "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen",
-                hint="leave it out of target_modules",
-            )
+            what = "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen"
+            raise UserError(what, hint="leave it out of target_modules")
         super()._take_over(module)
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -465,11 +460,9 @@ class LoRAConv(LoRALayer):
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if rank % self.groups:
-            raise UserError(
-                f"a convolution of {self.groups} groups needs a rank that they divide, not {rank}",
-                where="rank",
-                hint=f"use {-(-rank // self.groups) * self.groups}, or leave the layer out",
-            )
+            what = f"a convolution of {self.groups} groups needs a rank that they divide, not {rank}"
+            hint = f"use {-(-rank // self.groups) * self.groups}, or leave the layer out"
+            raise UserError(what, where="rank", hint=hint)
         kernel = tuple(self.kernel_size)
         return (rank, self.in_channels, *kernel), (self.out_channels, rank // self.groups, *(1 for _ in kernel))
 
@@ -760,11 +753,8 @@ class DoRAConv(DoRALayer, LoRAConv):
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.groups > 1:
-            raise UserError(
-                f"DoRA is not for a convolution of {self.groups} groups, whose ΔW is no kernel of its shape",
-                where="dora",
-                hint="leave the layer out, or leave dora out",
-            )
+            what = f"DoRA is not for a convolution of {self.groups} groups, whose ΔW is no kernel of its shape"
+            raise UserError(what, where="dora", hint="leave the layer out, or leave dora out")
         return super()._shapes(rank)
 
     def forward(self, input: Tensor) -> Tensor:

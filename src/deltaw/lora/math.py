@@ -93,12 +93,9 @@ def update_at(
         UserError: x has other rows than there are tokens.
     """
     if places.numel() != rows_of(x):
-        raise UserError(
-            f"a layer was given {rows_of(x)} rows for {places.numel()} tokens, so that it cannot be told on "
-            "which of them the adapter acts",
-            where="lora.activation",
-            hint="leave such layers (experts, for instance) out of lora.target_modules",
-        )
+        what = f"a layer was given {rows_of(x)} rows for {places.numel()} tokens: where the adapter acts is unknown"
+        hint = "leave such layers (experts, for instance) out of lora.target_modules"
+        raise UserError(what, where="lora.activation", hint=hint)
     seen = F.dropout(x, dropout) if dropout > 0.0 else x
     narrow = (seen @ lora_A.to(x.dtype)) * places.reshape(*x.shape[:-1], 1).to(x.dtype)
     return narrow @ (lora_B * scaling).to(x.dtype)

@@ -135,11 +135,8 @@ class Subset:
                 and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < weight.numel())
             )
             if not fits or weight is None or values is None:
-                raise UserError(
-                    f"the adapter trains weights of '{name}' that the model does not have",
-                    where=where,
-                    hint="load it onto the base model that it was trained on",
-                )
+                what = f"the adapter trains weights of '{name}' that the model does not have"
+                raise UserError(what, where=where, hint="load it onto the base model that it was trained on")
             indices = indices.to(device=weight.device, dtype=torch.int32)
             before = weight.data.view(-1).index_select(0, indices)
             trained = nn.Parameter(values.to(device=weight.device), requires_grad=False)
@@ -181,11 +178,8 @@ class InPlace(MethodBase):
         self._note_base(model, extra_modules)
         self._places = self.start(model, extra_modules, seed)
         if not self.parameters(model):
-            raise UserError(
-                f"method '{self.name}' finds nothing to train in a {type(model).__name__}",
-                where="method",
-                hint="choose another method",
-            )
+            what = f"method '{self.name}' finds nothing to train in a {type(model).__name__}"
+            raise UserError(what, where="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
 
     def _note_base(self, model: nn.Module, extra_modules: Sequence[str]) -> None:
@@ -390,11 +384,8 @@ class Last(InPlace):
             )
         name, blocks = found
         if self.settings.blocks > len(blocks):
-            raise UserError(
-                f"last.blocks asks for {self.settings.blocks} blocks, and the model has {len(blocks)}",
-                where="last.blocks",
-                hint=f"give at most {len(blocks)}",
-            )
+            what = f"last.blocks asks for {self.settings.blocks} blocks, and the model has {len(blocks)}"
+            raise UserError(what, where="last.blocks", hint=f"give at most {len(blocks)}")
         return inside([f"{name}.{i}" for i in range(len(blocks) - self.settings.blocks, len(blocks))], names_of(model))
 
 
@@ -440,11 +431,8 @@ class Random(SubsetInPlace):
         total = sum(sizes)
         wanted = round(self.settings.weights * total) if self.settings.weights < 1 else int(self.settings.weights)
         if not 1 <= wanted <= total:
-            raise UserError(
-                f"random.weights asks for {wanted:,} weights, and there are {total:,}",
-                where="random.weights",
-                hint="give a share below 1, or a smaller number",
-            )
+            what = f"random.weights asks for {wanted:,} weights, and there are {total:,}"
+            raise UserError(what, where="random.weights", hint="give a share below 1, or a smaller number")
         ends = [wanted * end // total for end in np.cumsum(np.asarray(sizes, dtype=object))]
         return [int(end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -515,8 +503,5 @@ def _input_layer(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if module is layer and name:
             return name
-    raise UserError(
-        f"a {type(model).__name__} does not say which module is its input layer",
-        where="input.modules",
-        hint="name the modules to train",
-    )
+    what = f"a {type(model).__name__} does not say which module is its input layer"
+    raise UserError(what, where="input.modules", hint="name the modules to train")
