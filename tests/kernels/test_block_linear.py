@@ -16,6 +16,8 @@ from deltaw.kernels.linear import Product, linear, linear_backward
 from tests.kernels.conftest import TOLERANCE, compiled_only
 from tests.kernels.test_block_formats import random_blocks
 
+VARIANTS = "all"
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -14,6 +14,8 @@ from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
 from tests.kernels.conftest import compiled_only
 
+VARIANTS = "none"
+
 pytestmark = pytest.mark.usefixtures("kernels")
 
 

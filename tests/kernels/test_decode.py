@@ -25,6 +25,8 @@ from deltaw.kernels.decode import (
 from deltaw.kernels.quantize import quantized_rows
 from tests.kernels.conftest import compiled_only
 
+VARIANTS = "all"
+
 I32 = torch.int32
 KINDS = ("fp32", "bf16", "int8")
 # Of logits, relative to their size: fp32 sums differ in their order alone. A number that is about halfway

@@ -18,6 +18,8 @@ from deltaw.lora import stored
 from deltaw.lora.layers_quantized import Int8Linear
 from tests.kernels.conftest import close, compiled_only
 
+VARIANTS = "all"
+
 DTYPES = [torch.float32, torch.bfloat16]
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n))
 

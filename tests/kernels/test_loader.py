@@ -17,12 +17,9 @@ from deltaw.errors import UserError
 from deltaw.kernels import loader, structs, variants
 from tests.kernels.conftest import compiled_only
 
+VARIANTS = "none"
+
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-
-
-@pytest.fixture
-def computing():
-    """These tests are of no variant."""
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from tests.kernels.test_decode import Form, Rows, decoder, new_pages, table_of
 from tests.kernels.test_head_gradient import Head
 from tests.kernels.test_linear import numbers
 
+VARIANTS = "all"
+
 BAD = [float("nan"), float("inf"), -float("inf")]
 DTYPES = [torch.float32, torch.bfloat16]
 PLACES = [(1, 0), (2, 131), (4, 259)]  # row and column: the first number, one of the second block, the last

@@ -11,10 +11,7 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import quantize, rows
 from tests.kernels.test_linear import numbers
 
-
-@pytest.fixture
-def computing():
-    """These tests are of no variant."""
+VARIANTS = "none"
 
 
 def same(ours: torch.Tensor, exact: torch.Tensor) -> None:

@@ -19,6 +19,8 @@ from tests.kernels import with_library
 from tests.kernels.conftest import close
 from tests.kernels.test_linear import adapted, inputs, numbers
 
+VARIANTS = "none"
+
 pytestmark = pytest.mark.slow
 # The variant that the emulation is built over: amx without what only tiles need.
 BASE = next(v for v in variants.every_variant() if v.name == "avx512_bf16")
@@ -43,11 +45,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     return folder / "deltaw/kernels" / AMX.emulated().file
-
-
-@pytest.fixture
-def computing():
-    """These tests are of no other variant."""
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from deltaw.lora import LoRALayer
+from deltaw.lora import LoRALayer, adapter_parameters
 from tests.tiny_models import causal_model
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -154,3 +155,28 @@ def copy_to_peft(model: nn.Module, peft_model: nn.Module) -> None:
         for name, layer in ours.items():
             theirs[name][0].copy_(ours_as_peft(layer.lora_A))
             theirs[name][1].copy_(ours_as_peft(layer.lora_B))
+
+
+@torch.no_grad()
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The difference, relative to theirs."""
+    return float((ours - theirs.view(ours.shape)).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def ten_steps(ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], Tensor], rate: float = 1e-3) -> None:
+    """Train both alike and expect the same factors.
+
+    Epsilon is larger than usual, or Adam would divide rounding errors by rounding errors.
+    """
+    trained = [p for _, p in adapter_parameters(ours)], [p for p in theirs.parameters() if p.requires_grad]
+    mine, other = (torch.optim.AdamW(parameters, lr=rate, eps=1e-4) for parameters in trained)
+    for step in range(10):
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    for name, factors in peft_factors(theirs).items():
+        layer = ours.get_submodule(name)
+        for factor, their_factor in zip((layer.lora_A, layer.lora_B), factors, strict=True):
+            assert relative(ours_as_peft(factor), their_factor) <= 1e-5, name

@@ -54,8 +54,9 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("lengths", [[3000], [150] * 20])
+@pytest.mark.parametrize("lengths", [[1500], [150] * 20])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (8, 8, 96)])
 def test_attention(dtype, lengths, heads, key_heads, size):
     layout = Layout.of_lengths(lengths)
@@ -67,14 +68,11 @@ def test_attention(dtype, lengths, heads, key_heads, size):
         agree(arena_bytes(operator.default, args), held(operator, args))
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (1024, 4096, 2048)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (512, 4096, 2048)])
 def test_products(cache, dtype, rows, n_in, n_out):
-    x, weight, grad = (
-        random(rows, n_in, dtype=dtype),
-        random(n_out, n_in, dtype=dtype),
-        random(rows, n_out, dtype=dtype),
-    )
+    x, weight, grad = (random(*shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
     A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
     of = Product(weight, lora_A=A, lora_B=B)
     forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
@@ -88,8 +86,9 @@ def test_products(cache, dtype, rows, n_in, n_out):
         agree(arena_bytes(operator.default, args), held(operator, args))
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("by_column", [True, False])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 40_000, 896)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (100, 40_000, 896)])
 def test_gradients_in_int8_with_a_bf16_weight(cache, rows, n_in, n_out, by_column):
     """Weights of many rows, whose scales are most of what is held beside a product's own."""
     weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
@@ -156,6 +155,7 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
             assert found - blocks - slack <= planned <= found + slack
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("with_gradient", [True, False])
@@ -169,6 +169,7 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
     assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(peak - held_before, rel=0.01)
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [40, 1200])
 def test_products_with_weights_in_blocks(cache, dtype, rows):

@@ -394,10 +394,10 @@ def test_pickles_missing_and_damaged_files_are_refused(tmp_path):
     _saved(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged"):
         Prompt().load(causal_model("llama"), tmp_path)
     path.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="pickle"):
         Prompt().load(causal_model("llama"), tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="the folder has no"):
         Prompt().load(causal_model("llama"), tmp_path / "nowhere")
