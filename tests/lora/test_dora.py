@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.errors import UserError
 from deltaw.lora import (
@@ -29,7 +28,7 @@ from deltaw.lora import (
 )
 from deltaw.lora.layers import DoRALayer
 from deltaw.lora.math_dora import weight_norm
-from tests.lora.models import copy_to_peft, inputs, randomise, relative, ten_steps, tiny, with_peft
+from tests.lora.models import KINDS, every_kind_and_pefts, inputs, randomise, relative, ten_steps, tiny
 
 
 def _layer(dtype: torch.dtype = torch.float32, **options: float) -> DoRALinear:
@@ -137,43 +136,6 @@ def test_autocast_computes_in_the_autocast_type_and_the_norm_in_fp32(dtype):
     assert x.grad.dtype == layer.lora_A.grad.dtype == layer.lora_magnitude.grad.dtype == torch.float32
 
 
-class _Layers(nn.Module):
-    """One layer of each kind that PEFT has DoRA for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8, padding_idx=0)
-        self.wide = Conv1D(12, 8)
-        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
-        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
-        self.conv3 = nn.Conv3d(1, 2, 3, padding=1)
-        self.out = nn.Linear(7, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.wide(self.embed(ids)))
-        x = torch.tanh(self.conv1(x.transpose(1, 2)))
-        x = torch.tanh(self.conv2(x[:, None].transpose(2, 3)))
-        return self.out(self.conv3(x[:, None])[:, 0])
-
-
-_EVERY = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
-
-
-def _pair(dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids."""
-    torch.manual_seed(0)
-    base = _Layers()
-    ids = torch.randint(0, 11, (3, 9))
-    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=_EVERY, use_dora=True, lora_dropout=dropout)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=_EVERY, dora=True, dropout=dropout))
-    randomise(ours)
-    with torch.no_grad():
-        ours.embed.lora_A[0] = 0
-    copy_to_peft(ours, theirs)
-    return ours, theirs, ids
-
-
 def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
     return {
         name.removeprefix("base_model.model.").partition(".lora_magnitude")[0]: parameter
@@ -183,9 +145,9 @@ def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_kind_of_layer_equals_pefts_through_ten_steps():
-    ours, theirs, ids = _pair()
+    ours, theirs, ids = every_kind_and_pefts(dora=True)
     reference = _magnitudes(theirs)
-    assert reference.keys() == set(_EVERY)
+    assert reference.keys() == set(KINDS)
     for name, magnitude in reference.items():
         assert relative(ours.get_submodule(name).lora_magnitude.detach(), magnitude.detach()) <= 1e-6
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
@@ -209,7 +171,7 @@ def test_dropout_is_pefts(monkeypatch):
         kept = torch.arange(x.numel()).view(x.shape) % 3 != 0
         return x * kept / (1 - p) if training else x
 
-    ours, theirs, ids = _pair(dropout=0.25)
+    ours, theirs, ids = every_kind_and_pefts(dora=True, dropout=0.25)
     monkeypatch.setattr(F, "dropout", dropped)
 
     def mask(self: Tensor, p: float) -> Tensor:
@@ -250,7 +212,7 @@ def test_a_model_goes_through_a_file_both_ways(family, init, tmp_path):
 
 
 def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
-    ours, theirs, ids = _pair()
+    ours, theirs, ids = every_kind_and_pefts(dora=True)
     base = copy.deepcopy(ours)
     detach(base)
     assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
@@ -265,7 +227,7 @@ def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
 
 
 def test_merging_keeps_the_outputs_and_unmerging_every_bit():
-    ours, _, ids = _pair()
+    ours, _, ids = every_kind_and_pefts(dora=True)
     with torch.no_grad():
         for layer in ours.modules():
             if isinstance(layer, DoRALayer):

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach
 from tests.lora.models import (
     FAMILIES,
+    KINDS,
+    EveryKind,
     copy_to_peft,
+    every_kind_and_pefts,
     inputs,
     ours_as_peft,
     peft_factors,
@@ -89,39 +91,8 @@ def test_ten_steps_from_a_start_that_changes_weights_equal_pefts(init):
     assert relative(ours(**batch).logits, theirs(**batch).logits) <= 1e-5
 
 
-class _Layers(nn.Module):
-    """One layer of each kind that has a counterpart in PEFT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8, padding_idx=0)
-        self.wide = Conv1D(12, 8)
-        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
-        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
-        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2)
-        self.out = nn.Linear(7, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.wide(self.embed(ids)))
-        x = torch.tanh(self.conv1(x.transpose(1, 2)))
-        x = self.grouped(torch.tanh(self.conv2(x[:, None].transpose(2, 3))))
-        return self.out(x)
-
-
-_EVERY = ["embed", "wide", "conv1", "conv2", "grouped", "out"]
-
-
 def test_every_kind_of_layer_equals_pefts_through_ten_steps():
-    torch.manual_seed(0)
-    base = _Layers()
-    ids = torch.randint(0, 11, (3, 9))
-    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=_EVERY)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=_EVERY))
-    randomise(ours)
-    with torch.no_grad():
-        ours.embed.lora_A[0] = 0
-    copy_to_peft(ours, theirs)
+    ours, theirs, ids = every_kind_and_pefts()
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
     ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
 
@@ -164,11 +135,11 @@ def test_the_seed_of_attach_is_torchs_seed():
 
 def test_layers_after_convolutions_and_embeddings_start_as_pefts_too():
     torch.manual_seed(0)
-    base = _Layers()
+    base, names = EveryKind(), [*KINDS, "grouped"]
     torch.manual_seed(4)
-    theirs = with_peft(base, r=4, target_modules=_EVERY)
+    theirs = with_peft(base, r=4, target_modules=names)
     torch.manual_seed(4)
-    attach(base, LoRAConfig(rank=4, target_modules=_EVERY))
+    attach(base, LoRAConfig(rank=4, target_modules=names))
     for name, (their_A, _) in peft_factors(theirs).items():
         if name != "embed":
             assert torch.equal(ours_as_peft(base.get_submodule(name).lora_A), their_A), name

@@ -55,6 +55,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**pad(random_rows()).inputs).logits
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -169,10 +170,10 @@ def test_a_model_without_biases_is_given_some_that_change_nothing_at_first() -> 
 
 
 def test_low_precision_weights_learn_from_steps_smaller_than_their_resolution() -> None:
-    """One step of 1e-4 vanishes in a bf16 weight of 1; forty of them do not."""
+    """One step of 3e-4 vanishes in a bf16 weight of 1; fifteen of them do not."""
     model = causal_model("llama").to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
-    trained(model, Full(), steps=40, rate=1e-4)
+    trained(model, Full(), steps=15, rate=3e-4)
     moved = max(
         float((model.state_dict()[n].float() - before[n].float()).abs().max())
         for n in before

@@ -109,6 +109,7 @@ def expected(base: PreTrainedModel, name: str) -> set[str]:
     return names
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
 def test_what_is_reported_moves_and_nothing_else_changes(family: str, name: str) -> None:
@@ -171,7 +172,6 @@ EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "head": dict.fromkeys(NORMS, ("lm_head",)),
     "embeddings": EMBEDDINGS,
 }
-CASES = [(extra, family) for extra, families in EXTRAS.items() for family in families]
 TARGETS = {"gpt2": ["c_attn"], "neox": ["query_key_value"], "phi3": ["qkv_proj"], "phi": ["q_proj", "dense"]}
 
 
@@ -195,7 +195,9 @@ def check_extras(family: str, method: LoRA, wanted: Callable[[str], bool]) -> No
         assert changed(model, before) == set()
 
 
-@pytest.mark.parametrize(("extra", "family"), CASES)
+@pytest.mark.each_value
+@pytest.mark.parametrize("family", NORMS)
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: str) -> None:
     modules = EXTRAS[extra][family]
     parts = [f".{module}." for module in modules]
@@ -203,6 +205,7 @@ def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: st
     check_extras(family, method, lambda name: any(part in f".{name}" for part in parts))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["gpt2", "neox", "phi"])
 @pytest.mark.parametrize("kind", ["all", "lora_only"])
 def test_biases_of_lora_move_and_nothing_else_does(kind: str, family: str) -> None:

@@ -36,7 +36,7 @@ from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, softm
 from deltaw.kernels.transfer import to_device
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack  # for type checkers alone: not in Python 3.10
 
 
 class How(TypedDict, total=False):

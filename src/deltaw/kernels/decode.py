@@ -148,17 +148,6 @@ def _norm(of: DecoderNorm | None) -> RowNorm:
     return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
-__all__ = [
-    "Decoder",
-    "DecoderBlock",
-    "DecoderLinear",
-    "DecoderNorm",
-    "DecoderNorms",
-    "PackedAdapter",
-    "Pages",
-    "reference_step",
-]
-
 # Tokens of a page: a whole number of vectors of any processor.
 PAGE_TOKENS = 32
 

@@ -114,18 +114,7 @@ class _Linear(torch.autograd.Function):
     """The closed form behind :func:`linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        mask: Tensor | None,
-        weight_is_in_out: bool,
-        stored: Stored | None,
-    ) -> Tensor:
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, stored):  # type: ignore
         # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
         autocast = autocast_is_on(x.device.type) and stored is None
         base_weight = weight.to(x.dtype) if autocast else weight

@@ -152,7 +152,11 @@ def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
 
 
-# ---- What the methods share
+def _outside(modules: Sequence[str], model: nn.Module) -> list[str]:
+    """Names of the parameters that are not inside one of the modules."""
+    names = names_of(model)
+    within = set(inside(modules, names))
+    return [name for name in names if name not in within]
 
 
 class InPlace(MethodBase):
@@ -297,8 +301,7 @@ class Bias(InPlace):
         self._added = 0
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        extra = set(inside(extra_modules, names_of(model)))
-        return [n for n in names_of(model) if n.rpartition(".")[2] == "bias" and n not in extra]
+        return [name for name in _outside(extra_modules, model) if name.rpartition(".")[2] == "bias"]
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         if self.chosen(model, extra_modules):
@@ -328,11 +331,11 @@ def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple
     ]
 
 
-# ---- Train every parameter: the baseline that the other methods are measured against.
-
-
 class Full(InPlace):
-    """Train everything. A bf16 model has fp32 master weights, since small updates vanish in bf16."""
+    """Train everything: the baseline that the other methods are measured against.
+
+    A bf16 model has fp32 master weights, since small updates vanish in bf16.
+    """
 
     name = "full"
     usual_rate = 2e-5
@@ -355,21 +358,16 @@ class Head(InPlace):
     settings: HeadSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        modules: list[str] = []
         if self.settings.modules:
-            return inside(modules_named(model, self.settings.modules, "head.modules"), names_of(model))
-        if extra_modules:
-            return []  # a classifier, which every method trains, is the head itself
-        head = own_head(model)
-        if head is None:
-            return []
-        return inside([name for name, module in model.named_modules() if module is head], names_of(model))
-
-
-# ---- Train the last blocks, everything below them frozen: the backward pass ends at the lowest of them.
+            modules = modules_named(model, self.settings.modules, "head.modules")
+        elif not extra_modules and (head := own_head(model)) is not None:  # a new classifier is the head itself
+            modules = [name for name, module in model.named_modules() if module is head]
+        return inside(modules, names_of(model))
 
 
 class Last(InPlace):
-    """Train ``last.blocks`` blocks, counted from the top."""
+    """Train ``last.blocks`` blocks, counted from the top; the backward pass ends at the lowest of them."""
 
     name = "last"
     section = LastSettings
@@ -403,8 +401,7 @@ class Random(SubsetInPlace):
     settings: RandomSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        extra = set(inside(extra_modules, names_of(model)))
-        return [name for name in names_of(model) if name not in extra]
+        return _outside(extra_modules, model)
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         extra = inside(extra_modules, names_of(model))
@@ -454,9 +451,8 @@ class Input(SubsetInPlace):
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         if self.settings.tokens:
             return []
-        if self.settings.modules:
-            return inside(modules_named(model, self.settings.modules, "input.modules"), names_of(model))
-        return inside([_input_layer(model)], names_of(model))
+        named = modules_named(model, self.settings.modules, "input.modules") if self.settings.modules else None
+        return inside(named or [_input_layer(model)], names_of(model))
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         if not self.settings.tokens:
@@ -480,12 +476,9 @@ class Input(SubsetInPlace):
     def _token_id(self, token: str) -> int:
         vocabulary = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
         if token not in vocabulary:
-            raise UserError(
-                f"'{token}' is no token of the model's vocabulary",
-                where="input.tokens",
-                hint=did_you_mean(token, list(vocabulary)[-2000:])
-                + "; add a new token to the tokenizer, and its row to the embedding, first",
-            )
+            near = did_you_mean(token, list(vocabulary)[-2000:])
+            hint = f"{near}; add a new token to the tokenizer, and its row to the embedding, first"
+            raise UserError(f"'{token}' is no token of the model's vocabulary", where="input.tokens", hint=hint)
         return int(vocabulary[token])
 
     def put(
