@@ -13,6 +13,7 @@ from deltaw.kernels.block import Block, serves
 from deltaw.kernels.block_linear import FORMATS, BlockWeight, quantize_nf4, reference_dequantize
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.linear import Product, linear, linear_backward
+from deltaw.kernels.rows import HalfNorms, Norm
 from tests.kernels.conftest import TOLERANCE, compiled_only
 from tests.kernels.test_block_formats import random_blocks
 
@@ -147,8 +148,7 @@ def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
         part: (torch.randn(inputs, 4, generator=made) / 8, torch.randn(4, out, generator=made))
         for part, (inputs, out) in sizes.items()
     }
-    norm = SimpleNamespace(weight=torch.ones(64).bfloat16(), bias=None, eps=1e-5, offset=0.0, centered=False)
-    norms = SimpleNamespace(before=norm, after=None, post=None)
+    norms = HalfNorms(Norm(torch.ones(64).bfloat16()))
 
     def halves(stored: bool) -> tuple[SimpleNamespace, SimpleNamespace]:
         layers = {

@@ -6,7 +6,8 @@ Every method runs through the real loop, with its checks of the first two steps,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -58,21 +59,27 @@ def changed(model: nn.Module, before: Named) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(now[name], tensor)}
 
 
-def run(model: PreTrainedModel, method: Method, *, steps: int = 3) -> Named:
-    """Prepare and train; what was trained, as it was before the first step."""
-    packed = model.config.model_type not in PADDED
-    method.prepare(model, seed=0)
+def run(
+    model: PreTrainedModel,
+    method: Method,
+    objective: Any = None,
+    batcher: Any = None,
+    rows: Sequence[Any] = (),
+    extra_modules: Sequence[str] = (),
+) -> Named:
+    """Prepare and train for three steps; what was trained, as it was before the first step."""
+    packed = model.config.model_type not in PADDED and objective is None
+    method.prepare(model, seed=0, extra_modules=extra_modules)
     named = method.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in named}
-    rows = [as_seen(row, method) for row in random_rows(6)]
     with packed_rows(model) if packed else torch.enable_grad(), method.evaluating(model):
         train(
-            CausalObjective(model),
+            objective or CausalObjective(model),
             [parameter for _, parameter in named],
-            rows,
-            CausalMicroBatcher(1024, packed, not packed, "cpu"),
+            [as_seen(row, method) for row in rows or random_rows(6)],
+            batcher or CausalMicroBatcher(1024, packed, not packed, "cpu"),
             learning_rate=1e-2,
-            total_steps=steps,
+            total_steps=3,
             batch_size=3,
             names=[name for name, _ in named],
             may_skip=may_skip(model),
@@ -119,6 +126,7 @@ def test_what_is_reported_moves_and_nothing_else_changes(family: str, name: str)
         method = LoRA(LoRAConfig(rank=4, target_modules=["in_proj", "x_proj"]))
     start = run(model, method)
     check_moved(model, method, start)
+    assert all(parameter.grad is None for parameter in model.parameters())
     wanted = expected(base, name)
     if name == "random":
         assert changed(model, before) <= wanted

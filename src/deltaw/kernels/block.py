@@ -24,8 +24,8 @@ from torch import Tensor
 from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_places
 from deltaw.kernels.linear import Product, can_multiply
-from deltaw.kernels.rows import ACTIVATIONS
-from deltaw.kernels.structs import BlockData, BlockParts, HalfNorms, Layer, RowNorm
+from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, described
+from deltaw.kernels.structs import BlockData, BlockParts, Layer
 
 APART, STACKED, GROUPED = range(3)  # see csrc/block.h
 
@@ -35,32 +35,6 @@ class LinearTensors(Protocol):
 
     @property
     def product(self) -> Product: ...
-
-
-class NormTensors(Protocol):
-    """A norm of rows, as :func:`deltaw.kernels.rows.norm` takes it."""
-
-    @property
-    def weight(self) -> Tensor | None: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def offset(self) -> float: ...
-    @property
-    def centered(self) -> bool: ...
-
-
-class NormsOfHalf(Protocol):
-    """The norms before a half's first layers, after its last one, and over the sum with the stream."""
-
-    @property
-    def before(self) -> NormTensors | None: ...
-    @property
-    def after(self) -> NormTensors | None: ...
-    @property
-    def post(self) -> NormTensors | None: ...
 
 
 class AttentionTensors(Protocol):
@@ -74,7 +48,7 @@ class AttentionTensors(Protocol):
     """
 
     @property
-    def norms(self) -> NormsOfHalf: ...
+    def norms(self) -> HalfNorms: ...
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
@@ -88,9 +62,9 @@ class AttentionTensors(Protocol):
     @property
     def grouped(self) -> bool: ...
     @property
-    def query_norm(self) -> NormTensors | None: ...
+    def query_norm(self) -> Norm | None: ...
     @property
-    def key_norm(self) -> NormTensors | None: ...
+    def key_norm(self) -> Norm | None: ...
     @property
     def how(self) -> dict[str, Any]: ...
 
@@ -104,7 +78,7 @@ class MLPTensors(Protocol):
     """
 
     @property
-    def norms(self) -> NormsOfHalf: ...
+    def norms(self) -> HalfNorms: ...
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
@@ -142,14 +116,13 @@ class Block:
         )
         self._factors = [None if of is None else (of.lora_A, of.lora_B) for of in layers]
         split = APART if len(attention.inputs) == 3 else GROUPED if attention.grouped else STACKED
-        forms, how = [_norm(norm) for norm in norms], attention.how
+        how = attention.how
         self._parts = BlockParts(
             *(loader.number(dtype), attention.heads, attention.key_heads, attention.head_size),
             *(ACTIVATIONS.index(mlp.kind), how.get("window") or 0, turned, how.get("causal", True)),
             *(split, mlp.gated, parallel, False, how["scaling"], how.get("softcap") or 0.0),
-            HalfNorms(*forms[:3]),
-            HalfNorms(*forms[3:6]),
-            *forms[6:],
+            *(attention.norms.described(), mlp.norms.described()),
+            *map(described, (attention.query_norm, attention.key_norm)),
             *(Layer() if of is None else _layer(of, at) for of, at in zip(layers, blocks, strict=True)),
         )
         self._at = ctypes.addressof(self._parts)
@@ -277,7 +250,7 @@ def _layers(attention: AttentionTensors, mlp: MLPTensors) -> list[Product | None
     return found
 
 
-def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[NormTensors | None]:
+def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[Norm | None]:
     """Before, after and post of each half, then those of queries and keys."""
     halves = [norm for of in (attention.norms, mlp.norms) for norm in (of.before, of.after, of.post)]
     return [*halves, attention.query_norm, attention.key_norm]
@@ -288,12 +261,6 @@ def _places(attention: AttentionTensors, mlp: MLPTensors) -> list[int]:
     tensors = [t for of in _layers(attention, mlp) if of is not None for t in (of.weight, of.bias)]
     tensors += [t for of in _norms(attention, mlp) if of is not None for t in (of.weight, of.bias)]
     return [t.data_ptr() for t in tensors if t is not None]
-
-
-def _norm(of: NormTensors | None) -> RowNorm:
-    if of is None:
-        return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
 def _layer(of: Product, described: BlockData | None) -> Layer:

@@ -27,27 +27,17 @@ from deltaw.kernels.decode_reference import (
     LAYERS,
     DecoderBlock,
     DecoderLinear,
-    DecoderNorm,
-    DecoderNorms,
     Tokens,
     block_reference,
     cached,
+    check_norm,
     end_reference,
     in_panels,
     numbers_of_head,
 )
 from deltaw.kernels.large_pages import in_one_piece, large_empty
-from deltaw.kernels.rows import ACTIVATIONS
-from deltaw.kernels.structs import (
-    BlockData,
-    DecodeBlock,
-    DecodeFactors,
-    DecodeLinear,
-    DecodeModel,
-    DecodeStep,
-    HalfNorms,
-    RowNorm,
-)
+from deltaw.kernels.rows import ACTIVATIONS, Norm, described
+from deltaw.kernels.structs import BlockData, DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
 
 _SPLITS = ("apart", "stacked", "grouped")  # by the numbers of csrc/block.h
 # Of an adapter: LAYERS of each block, and the head's.
@@ -72,7 +62,7 @@ class CompiledDecoder:
             *(len(of.blocks), len(of.tables), positions, of.head.inputs),
             *(loader.number(of.cache_dtype), of.page_tokens, of.offsets[-1]),
             *(of.logits_scale, of.logits_softcap or 0.0),
-            _norm(of.final_norm),
+            described(of.final_norm),
             self._linear(of.head),
         )
 
@@ -106,8 +96,8 @@ class CompiledDecoder:
             *(block.heads, block.key_heads, block.head_size, ACTIVATIONS.index(block.activation)),
             *(block.window or 0, block.turned, block.table, _SPLITS.index(block.split)),
             *(block.gated, block.parallel, offset, block.scaling, block.softcap or 0.0),
-            *(_half(norms) for norms in (block.first, block.second)),
-            *(_norm(norm) for norm in (block.query_norm, block.key_norm)),
+            *(norms.described() for norms in (block.first, block.second)),
+            *map(described, (block.query_norm, block.key_norm)),
             *(self._linear(layers[name]) if name in layers else DecodeLinear() for name in LAYERS),
         )
 
@@ -136,16 +126,6 @@ def adapter_table(factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]], bloc
         at = blocks * len(LAYERS) if name == HEAD else number * len(LAYERS) + LAYERS.index(name)
         table[at] = DecodeFactors(A.data_ptr(), B.data_ptr(), len(A))
     return table
-
-
-def _half(norms: DecoderNorms) -> HalfNorms:
-    return HalfNorms(*(_norm(norm) for norm in (norms.before, norms.after, norms.post)))
-
-
-def _norm(of: DecoderNorm | None) -> RowNorm:
-    if of is None:
-        return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
 # Tokens of a page: a whole number of vectors of any processor.
@@ -212,7 +192,7 @@ class Decoder:
     def __init__(
         self,
         blocks: Sequence[DecoderBlock],
-        final_norm: DecoderNorm | None,
+        final_norm: Norm | None,
         head: DecoderLinear,
         tables: Sequence[tuple[Tensor, Tensor]] = (),
         *,
@@ -235,8 +215,7 @@ class Decoder:
                 raise ValueError(f"block {number} is {block.hidden} numbers wide, not {self.hidden}")
             if block.turned:
                 self._check_table(number, block)
-        if final_norm is not None:
-            final_norm.check(self.hidden)
+        check_norm(final_norm, self.hidden)
         self.offsets = [0]
         for block in self.blocks:
             numbers = block.key_heads * numbers_of_head(block.head_size, cache_dtype) * PAGE_TOKENS

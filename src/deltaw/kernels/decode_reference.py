@@ -22,9 +22,9 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels.block_linear import BlockWeight
-from deltaw.kernels.bounds import check_shape
+from deltaw.kernels.bounds import check_vector
 from deltaw.kernels.quantize import LONGEST_SUM, quantized_reference
-from deltaw.kernels.rows import ACTIVATIONS, activation_reference, norm_reference, rotate_reference
+from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, activation_reference, rotate_reference
 
 # ---- What a decoder is made of: linear layers, norms and blocks as tensors and plain values.
 #
@@ -91,34 +91,6 @@ class DecoderLinear:
 
 
 @dataclass(frozen=True, eq=False)
-class DecoderNorm:
-    """(x - mean)·rstd·(weight + offset) + bias; see :class:`deltaw.runtime.recognition.NormForm`."""
-
-    weight: Tensor | None
-    bias: Tensor | None = None
-    eps: float = 1e-5
-    offset: float = 0.0
-    centered: bool = False
-
-    def check(self, size: int) -> None:
-        """Raises ValueError where this is no norm over ``size`` numbers."""
-        check_vector("a norm's weight", self.weight, size)
-        check_vector("a norm's bias", self.bias, size)
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderNorms:
-    """The norms of half a block: before its first layers, after its last one, and over the sum."""
-
-    before: DecoderNorm | None = None
-    after: DecoderNorm | None = None
-    post: DecoderNorm | None = None
-
-    def all(self) -> tuple[DecoderNorm, ...]:
-        return tuple(norm for norm in (self.before, self.after, self.post) if norm is not None)
-
-
-@dataclass(frozen=True, eq=False)
 class DecoderBlock:
     """A transformer's block.
 
@@ -149,10 +121,10 @@ class DecoderBlock:
     key: DecoderLinear | None = None
     value: DecoderLinear | None = None
     up: DecoderLinear | None = None
-    first: DecoderNorms = field(default_factory=DecoderNorms)
-    second: DecoderNorms = field(default_factory=DecoderNorms)
-    query_norm: DecoderNorm | None = None
-    key_norm: DecoderNorm | None = None
+    first: HalfNorms = field(default_factory=HalfNorms)
+    second: HalfNorms = field(default_factory=HalfNorms)
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
     split: Split = "apart"
     gated: bool = True
     parallel: bool = False
@@ -175,11 +147,11 @@ class DecoderBlock:
         if self.parallel and (self.first.after or self.first.post or self.second.after or self.second.post):
             raise ValueError("a parallel block has no norms behind its halves")
         self._check_layers()
-        for norm in (*self.first.all(), *self.second.all()):
-            norm.check(self.hidden)
-        for head_norm in (self.query_norm, self.key_norm):
-            if head_norm is not None:
-                head_norm.check(self.head_size)
+        for half in (self.first, self.second):
+            for norm in (half.before, half.after, half.post):
+                check_norm(norm, self.hidden)
+        for norm in (self.query_norm, self.key_norm):
+            check_norm(norm, self.head_size)
 
     def _check_layers(self) -> None:
         apart = self.split == "apart"
@@ -218,11 +190,11 @@ class DecoderBlock:
                 yield name, layer
 
 
-def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
-    """Refuse what is no contiguous vector of fp32 numbers of this size; None is nothing to check."""
-    check_shape(name, tensor, size)
-    if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-        raise ValueError(f"{name} must be contiguous and in fp32")
+def check_norm(norm: Norm | None, size: int) -> None:
+    """Raise a ValueError if this is no norm over ``size`` numbers; None is nothing to check."""
+    if norm is not None:
+        check_vector("a norm's weight", norm.weight, size)
+        check_vector("a norm's bias", norm.bias, size)
 
 
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.
@@ -351,7 +323,7 @@ def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tup
     return y
 
 
-def end_reference(x: Tensor, norm: DecoderNorm | None, head: DecoderLinear, tokens: Tokens) -> tuple[Tensor, Tensor]:
+def end_reference(x: Tensor, norm: Norm | None, head: DecoderLinear, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Rows (k, D) after the final norm, and their logits (k, V)."""
     hidden = _norm(x, norm)
     return hidden, linear_reference(hidden, head, tokens, (-1, HEAD))
@@ -406,16 +378,14 @@ def _attention(
     return out
 
 
-def _norm(x: Tensor, norm: DecoderNorm | None) -> Tensor:
-    if norm is None:
-        return x
-    return norm_reference(x, norm.weight, norm.bias, offset=norm.offset, eps=norm.eps, centered=norm.centered)[0]
+def _norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm.reference(x)
 
 
-def _over_heads(x: Tensor, norm: DecoderNorm | None) -> Tensor:
+def _over_heads(x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else _norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
 
 
-def _ended(y: Tensor, stream: Tensor, norms: DecoderNorms) -> Tensor:
+def _ended(y: Tensor, stream: Tensor, norms: HalfNorms) -> Tensor:
     """The sum of a half with the residual stream."""
     return _norm(stream + _norm(y, norms.after), norms.post)

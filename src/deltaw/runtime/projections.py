@@ -7,13 +7,13 @@ changes. Knows LoRA layers, stored weights and kernels; not blocks, nor autograd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import linear as products
-from deltaw.kernels import quantize, rows
+from deltaw.kernels import quantize
+from deltaw.kernels.rows import Norm
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
@@ -21,42 +21,13 @@ from deltaw.lora.stored import multiply_backward, product, stored_form
 from deltaw.runtime.recognition import by_column, norm_form
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm over the last dimension whose weight and bias are frozen: (x - mean)·rstd·(weight + offset)."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    offset: float
-    centered: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Norm | None:
-        """The norm that a module is; None where it is none that is known."""
-        form = norm_form(module)
-        if form is None:
-            return None
-        tensors = own_parameters(module)
-        return cls(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centered)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of rows x (M, D), and (M, 2) numbers that :meth:`backward` wants."""
-        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centered=self.centered)
-
-    def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
-        """∂L/∂x (M, D), plus ``added``."""
-        return rows.norm_backward(grad, x, self.weight, stats, offset=self.offset, centered=self.centered, added=added)
-
-    def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of each head of x (M, heads, d)."""
-        y, stats = self(x.reshape(-1, x.shape[-1]))
-        return y.view(x.shape), stats
-
-    def over_heads_backward(self, grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-        """∂L/∂x of :meth:`over_heads`."""
-        size = x.shape[-1]
-        return self.backward(grad.reshape(-1, size), x.reshape(-1, size), stats).view(x.shape)
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that a module is; None where it is none that is known."""
+    form = norm_form(module)
+    if form is None:
+        return None
+    tensors = own_parameters(module)
+    return Norm(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centered)
 
 
 class Projection:

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.kernels.decode import Decoder, PackedAdapter
-from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
+from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear
 from deltaw.kernels.quantize import quantized_rows
+from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize
@@ -186,7 +187,7 @@ def recognized_blocks(model: PreTrainedModel) -> list[FusedBlock]:
     raise NotDecodable(f"its blocks are not known: {why}")
 
 
-def _final_norm(model: PreTrainedModel) -> DecoderNorm:
+def _final_norm(model: PreTrainedModel) -> Norm:
     module = last_norm(model.base_model)
     if module is None:
         raise NotDecodable("no norm is known behind its blocks")
@@ -230,12 +231,12 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
     )
 
 
-def _norms(block: nn.Module, places: Norms) -> DecoderNorms:
+def _norms(block: nn.Module, places: Norms) -> HalfNorms:
     made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
-    return DecoderNorms(*made)
+    return HalfNorms(*made)
 
 
-def _norm(module: nn.Module) -> DecoderNorm:
+def _norm(module: nn.Module) -> Norm:
     form = norm_form(module)
     if form is None:
         raise NotDecodable(f"{type(module).__name__} is no norm that is known")
@@ -243,7 +244,7 @@ def _norm(module: nn.Module) -> DecoderNorm:
         None if t is None else t.detach().float().contiguous()
         for t in (own_parameters(module).get("weight"), own_parameters(module).get("bias"))
     )
-    return DecoderNorm(weight, bias, form.eps, form.offset, form.centered)
+    return Norm(weight, bias, form.eps, form.offset, form.centered)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
