@@ -21,8 +21,9 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
-from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms, PackedAdapter
+from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, PackedAdapter
 from deltaw.kernels.decode_reference import HEAD
+from deltaw.kernels.rows import HalfNorms, Norm
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def linear(outputs: int, inputs: int, kind: str, bias: bool = False) -> DecoderL
 def decoder(of: Sizes, kind: str) -> Decoder:
     wide, narrow = of.heads * of.head_size, of.key_heads * of.head_size
 
-    def norms() -> DecoderNorms:
-        return DecoderNorms(DecoderNorm(torch.ones(of.hidden)))
+    def norms() -> HalfNorms:
+        return HalfNorms(Norm(torch.ones(of.hidden)))
 
     blocks = [
         DecoderBlock(
@@ -82,7 +83,7 @@ def decoder(of: Sizes, kind: str) -> Decoder:
     angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, of.head_size // 2)
     head = linear(of.vocabulary, of.hidden, kind)
     cache = torch.float32 if kind == "fp32" else torch.bfloat16
-    return Decoder(blocks, DecoderNorm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache)
+    return Decoder(blocks, Norm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache)
 
 
 def adapters_of(of: Decoder, count: int) -> list[PackedAdapter]:
@@ -145,7 +146,7 @@ def product_rate(kind: str) -> float:
         weight, scale = quantize.quantized_rows(weight)
     elif kind == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
-    (taken,) = seconds([lambda: products.linear(x, weight, scale=scale)], 5)
+    (taken,) = seconds([lambda: products.linear(x, products.Product(weight, scale=scale))], 5)
     return 2 * len(x) * weight.numel() / taken
 
 

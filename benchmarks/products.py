@@ -140,8 +140,8 @@ def product_seconds(kind: str, rows: int, inputs: int, outputs: int, calls: int)
     multiply: Callable[..., Any] = torch._int_mm if kind == "int8" else torch.mm
 
     def deltaws(w: torch.Tensor) -> None:
-        products.linear(x, w, scale=scale)
-        products.linear_backward(grad, w, scale=scale)
+        products.linear(x, products.Product(w, scale=scale))
+        products.linear_backward(grad, products.Product(w, scale=scale))
 
     def torchs(w: torch.Tensor) -> None:
         multiply(x_int8, w.t())

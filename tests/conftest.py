@@ -59,7 +59,8 @@ def covering(members: Sequence[pytest.Function], together: int) -> list[pytest.F
     """Few of a test's members that have all values of its parameters, or all pairs of them; chosen greedily."""
     has = {}
     for item in members:
-        values = sorted(item.callspec.indices.items())
+        # Not its indices: since pytest 9 they count parameter sets, so that no two members have one in common.
+        values = list(enumerate(item.callspec._idlist))
         has[item] = set(itertools.combinations(values, min(together, len(values))))
     missing, chosen = set().union(*has.values()), []
     while missing:

@@ -248,11 +248,11 @@ def test_products_go_to_torch_where_that_was_chosen():
     x, weight = torch.randn(8, 64), torch.randn(32, 64)
     own = loader.arithmetic()
     with loader.computing(Arithmetic(own.kernels, fp32="torch", bf16=own.bf16, int8=own.int8)):
-        assert not linear.can_multiply(x, weight, None)
-        assert linear.can_multiply(x.bfloat16(), weight.bfloat16(), None)
-        assert torch.equal(linear.linear(x, weight)[0], x @ weight.t())
+        assert not linear.can_multiply(x, linear.Product(weight))
+        assert linear.can_multiply(x.bfloat16(), linear.Product(weight.bfloat16()))
+        assert torch.equal(linear.linear(x, linear.Product(weight))[0], x @ weight.t())
         assert loader.serves(x), "everything else stays compiled"
-    assert linear.can_multiply(x, weight, None) and loader.arithmetic() == own
+    assert linear.can_multiply(x, linear.Product(weight)) and loader.arithmetic() == own
 
 
 def test_a_run_says_what_was_chosen_and_what_would_be_faster(monkeypatch):

@@ -34,30 +34,37 @@ def ways() -> list[Arithmetic]:
     return list(dict.fromkeys(found))
 
 
-def _parameters() -> list[object]:
-    """The way in use, the other ways of its variant, and AVX2 as the first that is quite another in every
-    run; the others take minutes together."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a module's tests by its ``VARIANTS``: ``none``, ``each``, or ``all``, with every way to multiply.
+
+    Quick are the way in use, AVX2 as the first that is quite another in every run, and for ``all`` the other ways
+    of the variant in use; the others take minutes together.
+    """
+    which = getattr(metafunc.module, "VARIANTS", "each")
+    if "computing" not in metafunc.fixturenames or which == "none":
+        return
     own, *others = ways()
     made: list[object] = [pytest.param(own, id=f"{own.kernels}-{own.bf16}")]
     for way in others:
-        quick = way.kernels in (own.kernels, "avx2")
+        quick = way.kernels == "avx2" or (which == "all" and way.kernels == own.kernels)
         marks = () if quick else pytest.mark.slow
         made.append(pytest.param(way, id=f"{way.kernels}-{way.bf16}", marks=marks))
-    return made
+    metafunc.parametrize("computing", made, indirect=True)
 
 
-@pytest.fixture(autouse=True, params=_parameters())
+@pytest.fixture(autouse=True)
 def computing(request: pytest.FixtureRequest):
-    """Runs each test with the kernels of each variant; afterwards the process computes as before."""
-    with loader.computing(request.param):
-        yield request.param
+    """Runs a test with one way to multiply; afterwards the process computes as before."""
+    way = getattr(request, "param", None)
+    with loader.computing(way):
+        yield way
 
 
 @pytest.fixture(params=["compiled", "reference"])
-def kernels(request: pytest.FixtureRequest, computing: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernels(request: pytest.FixtureRequest, computing: Arithmetic | None, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled kernels, and without them."""
     if request.param == "reference":
-        if computing != ways()[0]:
+        if computing not in (None, ways()[0]):
             pytest.skip("the reference implementations have no variants")
         monkeypatch.setattr(loader, "library", lambda: None)
     elif loader.library() is None:

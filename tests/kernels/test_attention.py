@@ -79,10 +79,10 @@ def test_backward_is_the_same_with_weights_kept_or_computed_again(kept, monkeypa
 
 
 def test_gradcheck():
-    layout = Layout.of_lengths([3, 2, 2, 1], [-1, 0, 1, 0])
-    inputs = random_inputs(layout, size=3)
+    layout = Layout.of_lengths([2, 2, 1], [-1, 0, 0])
+    inputs = random_inputs(layout, heads=2, key_heads=1, size=2)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: packed_attention(q, k, v, layout, scaling=0.7, window=4, softcap=3.0), inputs
+        lambda q, k, v: packed_attention(q, k, v, layout, scaling=0.7, window=2, softcap=3.0), inputs
     )
 
 

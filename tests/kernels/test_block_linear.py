@@ -8,19 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.kernels import linear, loader
+from deltaw.kernels import loader
 from deltaw.kernels.block import Block, serves
-from deltaw.kernels.block_linear import (
-    FORMATS,
-    BlockWeight,
-    block_linear,
-    block_linear_backward,
-    quantize_nf4,
-    reference_dequantize,
-)
+from deltaw.kernels.block_linear import FORMATS, BlockWeight, quantize_nf4, reference_dequantize
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.linear import Product, linear, linear_backward
+from deltaw.kernels.rows import HalfNorms, Norm
 from tests.kernels.conftest import TOLERANCE, compiled_only
 from tests.kernels.test_block_formats import random_blocks
+
+VARIANTS = "all"
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -66,16 +63,17 @@ def test_products_are_those_of_the_values(kernels: str, name: str, dtype: torch.
         A = torch.randn(weight.columns, 4, generator=made).to(dtype).float() / weight.columns**0.5
         B = (torch.randn(4, out, generator=made) * 0.1).to(dtype).float()
         wide = values(weight)
-        y, h = block_linear(x, weight, bias, A, B, 0.5, added)
+        y, h = linear(x, Product.of_blocks(weight, bias, A, B, 0.5), added)
         expected = x.double() @ wide.t() + bias + 0.5 * h.double() @ B.double() + added
         assert near(h, x.double() @ A.double(), TOLERANCE[dtype])
         assert near(y, expected, TOLERANCE[dtype])
-        dx, narrow = block_linear_backward(grad, weight, A, B, 0.5, x)
+        of = Product.of_blocks(weight, None, A, B, 0.5)
+        dx, narrow = linear_backward(grad, of, x)
         assert near(narrow, 0.5 * grad.double() @ B.double().t(), TOLERANCE[dtype])
         assert near(dx, grad.double() @ wide + narrow.double() @ A.double().t() + x, TOLERANCE[dtype])
-        alone, _ = block_linear(x, weight)
+        alone, _ = linear(x, Product.of_blocks(weight))
         assert near(alone, x.double() @ wide.t(), TOLERANCE[dtype])
-        nothing, again = block_linear_backward(grad, weight, A, B, 0.5, need_x=False)
+        nothing, again = linear_backward(grad, of, need_x=False)
         assert nothing.numel() == 0 and torch.equal(again, narrow)
 
 
@@ -88,9 +86,9 @@ def test_threads_and_many_rows_give_the_same() -> None:
         found = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            y, _ = block_linear(x, weight)
-            dx, _ = block_linear_backward(y, weight)
-            few, _ = block_linear(x[:50], weight)
+            y, _ = linear(x, Product.of_blocks(weight))
+            dx, _ = linear_backward(y, Product.of_blocks(weight))
+            few, _ = linear(x[:50], Product.of_blocks(weight))
             assert torch.equal(few, y[:50])
             found.append((y, dx))
     finally:
@@ -106,9 +104,9 @@ def test_products_round_as_those_of_plain_bf16() -> None:
     if not loader.multiplies(loader.number(torch.bfloat16)):
         pytest.skip("torch multiplies bf16 here")
     x, plain = torch.randn(20, 192).bfloat16(), values(weight).bfloat16()
-    assert torch.equal(block_linear(x, weight)[0], linear.linear(x, plain)[0])
+    assert torch.equal(linear(x, Product.of_blocks(weight))[0], linear(x, Product(plain))[0])
     grad = torch.randn(20, 48).bfloat16()
-    assert torch.equal(block_linear_backward(grad, weight)[0], linear.linear_backward(grad, plain)[0])
+    assert torch.equal(linear_backward(grad, Product.of_blocks(weight))[0], linear_backward(grad, Product(plain))[0])
 
 
 def test_operators_are_seen_by_what_observes_torch() -> None:
@@ -117,22 +115,23 @@ def test_operators_are_seen_by_what_observes_torch() -> None:
 
     weight = random_blocks("NF4", 24, 128)
     with FlopCounterMode(display=False) as counter:
-        block_linear(torch.ones(3, 128), weight)
+        linear(torch.ones(3, 128), Product.of_blocks(weight))
     assert counter.get_total_flops() == 2 * 3 * 24 * 128
     with FakeTensorMode(allow_non_fake_inputs=True):
-        y, h = block_linear(torch.ones(3, 128), weight, None, torch.ones(128, 2), torch.ones(2, 24))
-        dx, narrow = block_linear_backward(y, weight, torch.ones(128, 2), torch.ones(2, 24))
+        of = Product.of_blocks(weight, None, torch.ones(128, 2), torch.ones(2, 24))
+        y, h = linear(torch.ones(3, 128), of)
+        dx, narrow = linear_backward(y, of)
     assert [tuple(t.shape) for t in (y, h, dx, narrow)] == [(3, 24), (3, 2), (3, 128), (3, 2)]
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     weight = random_blocks("Q4_0", 6, 64)
     with pytest.raises(ValueError, match="left side"):
-        block_linear(torch.ones(2, 32), weight)
+        linear(torch.ones(2, 32), Product.of_blocks(weight))
     with pytest.raises(ValueError, match="two factors"):
-        block_linear(torch.ones(2, 64), weight, None, torch.ones(64, 2))
+        linear(torch.ones(2, 64), Product.of_blocks(weight, None, torch.ones(64, 2)))
     with pytest.raises(ValueError, match="factor"):
-        block_linear_backward(torch.ones(2, 6), weight, torch.ones(64, 2), torch.ones(3, 6))
+        linear_backward(torch.ones(2, 6), Product.of_blocks(weight, None, torch.ones(64, 2), torch.ones(3, 6)))
 
 
 @compiled_only
@@ -149,22 +148,14 @@ def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
         part: (torch.randn(inputs, 4, generator=made) / 8, torch.randn(4, out, generator=made))
         for part, (inputs, out) in sizes.items()
     }
-    norm = SimpleNamespace(weight=torch.ones(64).bfloat16(), bias=None, eps=1e-5, offset=0.0, centered=False)
-    norms = SimpleNamespace(before=norm, after=None, post=None)
+    norms = HalfNorms(Norm(torch.ones(64).bfloat16()))
 
     def halves(stored: bool) -> tuple[SimpleNamespace, SimpleNamespace]:
         layers = {
             part: SimpleNamespace(
-                weight=weight.data if stored else values(weight).bfloat16(),
-                stored=weight if stored else None,
-                by_column=True,
-                bias=None,
-                scale=None,
-                columns=None,
-                in_blocks=False,
-                lora_A=factors[part][0],
-                lora_B=factors[part][1],
-                scaling=0.5,
+                product=Product.of_blocks(weight, None, *factors[part], 0.5)
+                if stored
+                else Product(values(weight).bfloat16(), True, None, None, None, *factors[part], 0.5)
             )
             for part, weight in weights.items()
         }

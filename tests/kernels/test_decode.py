@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import decode, decode_reference
-from deltaw.kernels.decode import (
-    Decoder,
-    DecoderBlock,
-    DecoderLinear,
-    DecoderNorm,
-    DecoderNorms,
-    PackedAdapter,
-    Pages,
-    reference_step,
-)
+from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, PackedAdapter, Pages, reference_step
 from deltaw.kernels.quantize import quantized_rows
+from deltaw.kernels.rows import HalfNorms, Norm
 from tests.kernels.conftest import compiled_only
+
+VARIANTS = "all"
 
 I32 = torch.int32
 KINDS = ("fp32", "bf16", "int8")
@@ -92,13 +86,13 @@ def linear(outputs: int, inputs: int, form: Form, bias: bool | None = None) -> D
     return DecoderLinear(rounded, own, scale, columns)
 
 
-def norm(size: int, form: Form) -> DecoderNorm:
+def norm(size: int, form: Form) -> Norm:
     weight, bias = torch.rand(size) + 0.5 - form.offset, torch.randn(size) * 0.1 if form.centered else None
-    return DecoderNorm(weight, bias, 1e-5, form.offset, form.centered)
+    return Norm(weight, bias, 1e-5, form.offset, form.centered)
 
 
-def norms(form: Form) -> DecoderNorms:
-    return DecoderNorms(**{place: norm(form.hidden, form) for place in form.places})
+def norms(form: Form) -> HalfNorms:
+    return HalfNorms(**{place: norm(form.hidden, form) for place in form.places})
 
 
 def block(form: Form) -> DecoderBlock:

@@ -14,6 +14,8 @@ from tests.kernels.conftest import compiled_only
 from tests.kernels.test_block_formats import SCALES_AT, random_blocks
 from tests.kernels.test_decode import TOLERANCE, Form, Rows, adapter, decoder, error, new_pages, table_of
 
+VARIANTS = "all"
+
 # Rows of whole blocks of every format; heads' outputs and a vocabulary that fill no vector.
 FORM = Form(kind="bf16", hidden=256, heads=4, key_heads=2, head_size=64, inner=512, turned=32,
             vocabulary=101, cache=torch.bfloat16)  # fmt: skip

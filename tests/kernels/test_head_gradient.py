@@ -18,6 +18,8 @@ from deltaw.training.tasks.causal_objective import frozen_head_log_probs
 from tests.kernels.conftest import close, compiled_only
 from tests.kernels.test_linear import numbers
 
+VARIANTS = "all"
+
 
 @pytest.fixture(autouse=True)
 def summing(computing):

@@ -8,6 +8,8 @@ import torch
 from deltaw.kernels import large_pages
 from deltaw.kernels.large_pages import in_one_piece, large_empty, large_page_bytes
 
+VARIANTS = "none"
+
 
 def test_copies_lie_one_behind_another_at_lines_of_the_cache():
     parts = [torch.randn(3, 5), torch.randn(2, 2, 9).bfloat16(), torch.randn(7, 1)]

@@ -13,9 +13,12 @@ from deltaw.kernels import head_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
 from deltaw.kernels.decode_reference import DecoderLinear
+from deltaw.kernels.linear import Product
 from deltaw.lora import stored
 from deltaw.lora.layers_quantized import Int8Linear
 from tests.kernels.conftest import close, compiled_only
+
+VARIANTS = "all"
 
 DTYPES = [torch.float32, torch.bfloat16]
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n))
@@ -39,27 +42,26 @@ def inputs(rows: int, n_in: int, n_out: int, rank: int, dtype: torch.dtype) -> d
     return rounded | {k: v.to(dtype).float() for k, v in factors.items()}
 
 
+def adapted(t: dict[str, torch.Tensor], by_column: bool = True) -> Product:
+    return Product(t["weight"], by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5)
+
+
 @compiled_only
 @settings(max_examples=25, deadline=None)
 @given(sizes, st.sampled_from(DTYPES), st.sampled_from([2, 4, 16, 18]), st.booleans())
 def test_forward_and_backward_equal_the_reference(size, dtype, rank, by_column):
     t = inputs(*size, rank, dtype)
     weight = t["weight"] if by_column else t["weight"].t().contiguous()
-    assert products.can_multiply(t["x"], weight, t["lora_A"])
+    of = adapted(t | {"weight": weight}, by_column)
+    assert products.can_multiply(t["x"], of)
     exact = {k: v.double() for k, v in t.items()}
-    wide = weight.double()
-    y, h = products.linear(t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"])
-    y_exact, h_exact = products.linear_reference(
-        exact["x"], wide, by_column, None, None, exact["bias"], exact["lora_A"], exact["lora_B"], 0.5, exact["added"]
-    )
+    wide = adapted(exact | {"weight": weight.double()}, by_column)
+    y, h = products.linear(t["x"], of, t["added"])
+    y_exact, h_exact = products.linear_reference(exact["x"], wide, exact["added"])
     close(y, y_exact, dtype)
     close(h, h_exact, dtype)
-    dx, narrow = products.linear_backward(
-        t["grad"], weight, by_column, None, None, t["lora_A"], t["lora_B"], 0.5, t["x"]
-    )
-    dx_exact, narrow_exact = products.linear_backward_reference(
-        exact["grad"], wide, by_column, None, None, exact["lora_A"], exact["lora_B"], 0.5, exact["x"]
-    )
+    dx, narrow = products.linear_backward(t["grad"], of, t["x"])
+    dx_exact, narrow_exact = products.linear_backward_reference(exact["grad"], wide, exact["x"])
     close(dx, dx_exact, dtype)
     close(narrow, narrow_exact, dtype)
     of_A, of_B = products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)
@@ -77,23 +79,21 @@ def test_forward_and_backward_equal_the_reference(size, dtype, rank, by_column):
 def test_deep_products_are_cut_and_summed(dtype, threads):
     """More groups than are packed at once, and too few columns to share out without cutting rows."""
     t = inputs(130, 4800, 36, 2, dtype)
-    y, _ = products.linear(t["x"], t["weight"])
+    y, _ = products.linear(t["x"], Product(t["weight"]))
     close(y, t["x"].double() @ t["weight"].double().t(), dtype)
 
 
 @pytest.mark.parametrize("size", [(5, 7, 9), (3, 6, 10)])
 def test_sizes_that_fill_no_group_go_to_the_reference(size):
     t = inputs(*size, 3, torch.bfloat16)
-    y, _ = products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])
-    exact, _ = products.linear_reference(
-        t["x"].double(), t["weight"].double(), lora_A=t["lora_A"].double(), lora_B=t["lora_B"].double()
-    )
+    y, _ = products.linear(t["x"], adapted(t))
+    exact, _ = products.linear_reference(t["x"].double(), adapted({k: v.double() for k, v in t.items()}))
     close(y, exact, torch.bfloat16)
 
 
 def test_no_rows_at_all():
     t = inputs(1, 8, 12, 2, torch.bfloat16)
-    y, h = products.linear(t["x"][:0], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])
+    y, h = products.linear(t["x"][:0], adapted(t))
     assert y.shape == (0, 12) and h.shape == (0, 2)
 
 
@@ -109,20 +109,8 @@ def test_int8_products_are_exact_but_for_the_last_rounding(size, with_columns, i
     steps_reference, scales_reference = quantize.quantized_reference(t["x"], columns, in_blocks)
     assert (steps.int() - steps_reference.int()).abs().max() <= 1  # a tie may go either way
     torch.testing.assert_close(scales, scales_reference)
-    y, h = products.linear(
-        t["x"],
-        int8,
-        True,
-        scale,
-        columns,
-        None,
-        t["lora_A"],
-        t["lora_B"],
-        2.0,
-        x_int8=steps,
-        x_scales=scales,
-        in_blocks=in_blocks,
-    )
+    of = Product(int8, True, scale, columns, None, t["lora_A"], t["lora_B"], 2.0, in_blocks)
+    y, h = products.linear(t["x"], of, None, steps, scales)
     rounded = (steps.double() - 128) * quantize.spread_scales(scales.double(), n_in)
     whole = rounded @ int8.double().t() * scale.double()
     close(h, t["x"].double() @ t["lora_A"].double(), dtype)
@@ -130,10 +118,10 @@ def test_int8_products_are_exact_but_for_the_last_rounding(size, with_columns, i
     close(y, whole + h.double() @ (2.0 * t["lora_B"].double()), torch.bfloat16)
     if dtype == torch.bfloat16:  # rounded as it is read: the same int8
         by = quantize.scales_of_rows(t["weight"])
-        on_the_way, _ = products.linear(t["x"], t["weight"], True, by, in_blocks=in_blocks)
-        before, _ = products.linear(t["x"], int8, True, by, in_blocks=in_blocks)
+        on_the_way, _ = products.linear(t["x"], Product(t["weight"], scale=by, in_blocks=in_blocks))
+        before, _ = products.linear(t["x"], Product(int8, scale=by, in_blocks=in_blocks))
         close(on_the_way, before, torch.bfloat16)
-    dx, _ = products.linear_backward(t["grad"], int8, True, scale, columns)
+    dx, _ = products.linear_backward(t["grad"], Product(int8, True, scale, columns))
     exact = torch.zeros(rows, n_in, dtype=torch.float64)
     for at in range(0, n_out, quantize.INT8_BLOCK):
         part = slice(at, at + quantize.INT8_BLOCK)
@@ -159,8 +147,9 @@ def test_a_scale_for_each_block_keeps_an_outlier_from_the_other_blocks(dtype, th
     x[:, 5] *= 300
     errors = {}
     for in_blocks in (False, True):
-        y, _ = products.linear(x, int8, scale=scale, in_blocks=in_blocks)
-        expected, _ = products.linear_reference(x.double(), int8, scale=scale.double(), in_blocks=in_blocks)
+        y, _ = products.linear(x, Product(int8, scale=scale, in_blocks=in_blocks))
+        wide = Product(int8, scale=scale.double(), in_blocks=in_blocks)
+        expected, _ = products.linear_reference(x.double(), wide)
         close(y, expected, torch.bfloat16)
         steps, scales = quantize.quantized(x, None, in_blocks)
         rounded = (steps.double() - 128) * quantize.spread_scales(scales.double(), 300)
@@ -171,7 +160,7 @@ def test_a_scale_for_each_block_keeps_an_outlier_from_the_other_blocks(dtype, th
 @compiled_only
 def test_runs_are_the_same_to_the_bit(threads):
     t = inputs(300, 192, 96, 16, torch.bfloat16)
-    one, other = (products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])[0] for _ in range(2))
+    one, other = (products.linear(t["x"], adapted(t))[0] for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -209,7 +198,7 @@ def test_the_gradient_of_classes_in_int8_is_near_the_exact_one(threads):
 def test_rows_a_power_of_two_apart_come_out_the_same(threads):
     """Parts of long rows are laid side by side where they would share their places in the cache."""
     grad, weight = numbers(40, 4096).to(torch.bfloat16), numbers(4096, 64, seed=1).to(torch.bfloat16)
-    found, _ = products.linear_backward(grad, weight)
+    found, _ = products.linear_backward(grad, Product(weight))
     close(found, grad.double() @ weight.double(), torch.bfloat16)
 
 
@@ -221,12 +210,12 @@ def test_a_gradient_with_few_large_numbers_keeps_the_others(threads, outputs):
     grad = numbers(70, outputs, seed=1)
     grad[:, 10] *= 300
     wide = grad.float() * scale
-    found, _ = products.linear_backward(grad.float(), weight, True, scale)
-    expected, _ = products.linear_backward_reference(grad, weight, True, scale.double())
+    found, _ = products.linear_backward(grad.float(), Product(weight, scale=scale))
+    expected, _ = products.linear_backward_reference(grad, Product(weight, scale=scale.double()))
     close(found, expected, torch.bfloat16)
     rest = [n for n in range(outputs) if n // quantize.INT8_BLOCK > 0]
     exact = wide.double()[:, rest] @ weight.double()[rest]
-    large, _ = products.linear_backward(grad.float() * (torch.arange(outputs) < 128), weight, True, scale)
+    large, _ = products.linear_backward(grad.float() * (torch.arange(outputs) < 128), Product(weight, scale=scale))
     assert (found.double() - large.double() - exact).norm() < 0.02 * exact.norm()
 
 
@@ -238,7 +227,7 @@ def test_gradients_in_int8_with_a_bf16_weight_equal_their_reference(size, rank, 
     weight = t["weight"] if by_column else t["weight"].t().contiguous()
     weight[size[2] % weight.shape[0]] = 0  # a row of the stored weight has no largest number
     rest = (t["lora_A"], t["lora_B"], 0.5) if rank else (None, None, 1.0)
-    asked = (t["grad"], weight, by_column, None, None, *rest, t["x"] if added else None, True)
+    asked = (t["grad"], Product(weight, by_column, None, None, None, *rest), t["x"] if added else None)
     found, narrow = products.linear_backward(*asked, in_int8=True)
     expected, _ = products.linear_backward_reference(*asked, in_int8=True)
     close(found, expected, torch.bfloat16)
@@ -252,18 +241,19 @@ def test_gradients_are_in_int8_where_the_process_computes_so(computing):
     """Of a layer with a bf16 weight whose sizes fill the groups of both types."""
     t = inputs(40, 64, 96, 4, torch.bfloat16)
     loader.compute_with(replace(computing, int8_gradients=False))
-    assert not products.rounds_gradients(t["grad"], t["weight"], t["lora_A"])
+    of = Product(t["weight"])
+    assert not products.rounds_gradients(t["grad"], adapted(t))
     with loader.computing(replace(computing, int8_gradients=True)):
-        assert products.rounds_gradients(t["grad"], t["weight"], t["lora_A"])
-        grad, _ = stored.multiply_backward(t["grad"], t["weight"], None)
-        expected, _ = products.linear_backward(t["grad"], t["weight"], in_int8=True)
+        assert products.rounds_gradients(t["grad"], adapted(t))
+        grad, _ = stored.multiply_backward(t["grad"], of)
+        expected, _ = products.linear_backward(t["grad"], of, in_int8=True)
         assert torch.equal(grad, expected)
-        assert not products.rounds_gradients(t["grad"], t["weight"][:, :62].contiguous(), None)
-        assert not products.rounds_gradients(t["grad"].float(), t["weight"].float(), None)
+        assert not products.rounds_gradients(t["grad"], Product(t["weight"][:, :62].contiguous()))
+        assert not products.rounds_gradients(t["grad"].float(), Product(t["weight"].float()))
         int8, _ = quantize.quantized_rows(t["weight"])
-        assert not products.rounds_gradients(t["grad"], int8, None)
-    grad, _ = stored.multiply_backward(t["grad"], t["weight"], None)
-    assert torch.equal(grad, products.linear_backward(t["grad"], t["weight"])[0])
+        assert not products.rounds_gradients(t["grad"], Product(int8))
+    grad, _ = stored.multiply_backward(t["grad"], of)
+    assert torch.equal(grad, products.linear_backward(t["grad"], of)[0])
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])
@@ -273,7 +263,7 @@ def test_int8_sums_over_any_depth_do_not_overflow(kernels, in_blocks):
     x, weight = torch.ones(3, depth), torch.full((4, depth), 127, dtype=torch.int8)
     scale = torch.full((4,), 1 / 127)
     for sign in (1, -1):
-        y, _ = products.linear(x * sign, weight, scale=scale, in_blocks=in_blocks)
+        y, _ = products.linear(x * sign, Product(weight, scale=scale, in_blocks=in_blocks))
         torch.testing.assert_close(y, torch.full((3, 4), float(sign * depth)), rtol=1e-4, atol=0)
     layer = Int8Linear.from_linear(torch.nn.Linear(depth, 4, bias=False))
     assert layer.in_blocks

@@ -17,12 +17,9 @@ from deltaw.errors import UserError
 from deltaw.kernels import loader, structs, variants
 from tests.kernels.conftest import compiled_only
 
+VARIANTS = "none"
+
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-
-
-@pytest.fixture
-def computing():
-    """These tests are of no variant."""
 
 
 @pytest.fixture
@@ -152,14 +149,15 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash(threads):
 
 @compiled_only
 def test_scratch_memory_is_given_back(threads):
-    from deltaw.kernels.linear import linear
+    from deltaw.kernels.linear import Product, linear
 
     kernels = loader.kernels()
     x, weight = torch.ones(300, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
-    before, _ = linear(x, weight)
-    linear(x, weight)  # begins with one piece of the whole size
+    of = Product(weight)
+    before, _ = linear(x, of)
+    linear(x, of)  # begins with one piece of the whole size
     assert kernels.dw_scratch_held(0) > 0
     torch.set_num_threads(2)  # the largest team of these tests; each thread gives back its own
     loader.release_scratch()
     assert kernels.dw_scratch_held(0) == 0
-    assert torch.equal(linear(x, weight)[0], before)
+    assert torch.equal(linear(x, of)[0], before)

@@ -11,10 +11,13 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import quantize
 from deltaw.kernels.block_linear import quantize_nf4
 from deltaw.kernels.head_gradient import class_gradient_
+from deltaw.kernels.linear import Product
 from deltaw.lora.layers_quantized import Int8Linear
 from tests.kernels.test_decode import Form, Rows, decoder, new_pages, table_of
 from tests.kernels.test_head_gradient import Head
 from tests.kernels.test_linear import numbers
+
+VARIANTS = "all"
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,10 +55,10 @@ def test_inputs_in_int8(kernels, bad, place, dtype, in_blocks):
 def test_products_of_int8_weights(kernels, bad, dtype, in_blocks):
     int8, scale = quantize.quantized_rows(numbers(64, 260).to(dtype))
     x = with_bad(numbers(6, 260, seed=1).to(dtype), bad, (2, 131))
-    y, _ = products.linear(x, int8, scale=scale, in_blocks=in_blocks)
+    y, _ = products.linear(x, Product(int8, scale=scale, in_blocks=in_blocks))
     only_row_is_nan(y, 2)
     grad = with_bad(numbers(6, 64, seed=2).to(dtype), bad, (3, 63))
-    dx, _ = products.linear_backward(grad, int8, scale=scale)
+    dx, _ = products.linear_backward(grad, Product(int8, scale=scale))
     only_row_is_nan(dx, 3)
 
 
@@ -64,10 +67,10 @@ def test_products_of_int8_weights(kernels, bad, dtype, in_blocks):
 def test_gradients_in_int8_of_bf16_weights(kernels, bad, by_column):
     weight = numbers(64, 260).bfloat16() if by_column else numbers(260, 64).bfloat16()
     grad = numbers(6, 64, seed=2).bfloat16()
-    dx, _ = products.linear_backward(with_bad(grad, bad, (3, 63)), weight, by_column, in_int8=True)
+    dx, _ = products.linear_backward(with_bad(grad, bad, (3, 63)), Product(weight, by_column), in_int8=True)
     only_row_is_nan(dx, 3)
     # What is multiplied with a row of the weight that is not finite.
-    dx, _ = products.linear_backward(grad, with_bad(weight, bad, (7, 5)), by_column, in_int8=True)
+    dx, _ = products.linear_backward(grad, Product(with_bad(weight, bad, (7, 5)), by_column), in_int8=True)
     assert dx.isnan().all() if by_column else dx[:, 7].isnan().all() and dx[:, :7].isfinite().all()
 
 
@@ -75,10 +78,10 @@ def test_gradients_in_int8_of_bf16_weights(kernels, bad, by_column):
 def test_logits_in_int8_of_a_bf16_head(kernels, bad):
     weight = numbers(300, 64).bfloat16()
     hidden = with_bad(numbers(6, 64, seed=1).bfloat16(), bad, (2, 63))
-    y, _ = products.linear(hidden, weight, scale=quantize.scales_of_rows(weight))
+    y, _ = products.linear(hidden, Product(weight, scale=quantize.scales_of_rows(weight)))
     only_row_is_nan(y, 2)
     spoiled = with_bad(weight, bad, (7, 5))
-    y, _ = products.linear(numbers(6, 64).bfloat16(), spoiled, scale=quantize.scales_of_rows(spoiled))
+    y, _ = products.linear(numbers(6, 64).bfloat16(), Product(spoiled, scale=quantize.scales_of_rows(spoiled)))
     assert y[:, 7].isnan().all() and y[:, :7].isfinite().all()
 
 

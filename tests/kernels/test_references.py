@@ -11,10 +11,7 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import quantize, rows
 from tests.kernels.test_linear import numbers
 
-
-@pytest.fixture
-def computing():
-    """These tests are of no variant."""
+VARIANTS = "none"
 
 
 def same(ours: torch.Tensor, exact: torch.Tensor) -> None:
@@ -79,12 +76,13 @@ def test_cross_entropy(softcap):
 def test_a_product_with_its_update_and_its_gradients():
     x, weight, bias = numbers(6, 10), numbers(8, 10, seed=1), numbers(8, seed=2)
     lora_A, lora_B, grad = numbers(10, 3, seed=3), numbers(3, 8, seed=4), numbers(6, 8, seed=5)
+    of = products.Product(weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=2.0)
     leaves = [t.clone().requires_grad_() for t in (x, lora_A, lora_B)]
     exact = F.linear(leaves[0], weight + 2.0 * (leaves[1] @ leaves[2]).t(), bias)
-    y, h = products.linear_reference(x, weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=2.0)
+    y, h = products.linear_reference(x, of)
     same(y, exact.detach())
     exact.backward(grad)
-    dx, narrow = products.linear_backward_reference(grad, weight, lora_A=lora_A, lora_B=lora_B, scaling=2.0)
+    dx, narrow = products.linear_backward_reference(grad, of)
     same(dx, leaves[0].grad)
     of_A, of_B = products.factors_backward_reference(x, h, grad, narrow, 2.0)
     same(of_A, leaves[1].grad)
@@ -95,7 +93,7 @@ def test_int8_products_are_near_the_exact_ones():
     x, weight = numbers(20, 64), numbers(30, 64, seed=1)
     int8, scale = quantize.quantized_rows(weight.float())
     assert int8.dtype == torch.int8 and (int8.double() * scale[:, None] - weight).abs().max() <= 0.51 * scale.max()
-    y, _ = products.linear_reference(x, int8, scale=scale.double())
+    y, _ = products.linear_reference(x, products.Product(int8, scale=scale.double()))
     exact = x @ weight.t()
     assert (y - exact).norm() < 0.02 * exact.norm()
     grad = torch.softmax(3 * numbers(20, 30, seed=2), -1)

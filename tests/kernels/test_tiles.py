@@ -17,7 +17,9 @@ from deltaw.kernels import loader, variants
 from deltaw.kernels.processor import processor_flags
 from tests.kernels import with_library
 from tests.kernels.conftest import close
-from tests.kernels.test_linear import inputs, numbers
+from tests.kernels.test_linear import adapted, inputs, numbers
+
+VARIANTS = "none"
 
 pytestmark = pytest.mark.slow
 # The variant that the emulation is built over: amx without what only tiles need.
@@ -43,11 +45,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     return folder / "deltaw/kernels" / AMX.emulated().file
-
-
-@pytest.fixture
-def computing():
-    """These tests are of no other variant."""
 
 
 @pytest.fixture
@@ -101,8 +98,8 @@ def test_int8_products_have_the_bits_of_dot_products(in_tiles, threads, rows, n_
     found = []
     for arithmetic in (DOT, TILES, TILES):
         in_tiles.dw_set_arithmetic(INT8, arithmetic)
-        y, _ = products.linear(x, weight, True, scale, None, None, None, None, 1.0, None)
-        dx, _ = products.linear_backward(grad, weight, True, scale, None, None, None, 1.0, None)
+        y, _ = products.linear(x, products.Product(weight, scale=scale))
+        dx, _ = products.linear_backward(grad, products.Product(weight, scale=scale))
         found.append((y, dx))
     for y, dx in found[1:]:
         assert torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1])
@@ -130,19 +127,13 @@ def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
     found = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
-        y, h = products.linear(
-            t["x"], t["weight"], True, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"]
-        )
-        dx, narrow = products.linear_backward(
-            t["grad"], t["weight"], True, None, None, t["lora_A"], t["lora_B"], 0.5, t["x"]
-        )
+        y, h = products.linear(t["x"], adapted(t), t["added"])
+        dx, narrow = products.linear_backward(t["grad"], adapted(t), t["x"])
         found.append((y, h, dx, narrow, *products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)))
     for others in found[1:]:
         assert all(torch.equal(*both) for both in zip(found[0], others, strict=True))
     # A row by itself has the bits that it has among others.
-    one, _ = products.linear(
-        t["x"][-1:], t["weight"], True, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"][-1:]
-    )
+    one, _ = products.linear(t["x"][-1:], adapted(t), t["added"][-1:])
     assert torch.equal(one, found[0][0][-1:])
     exact = t["x"].double() @ t["weight"].double().t() + t["bias"].double() + t["added"].double()
     close(found[0][0], exact + 0.5 * found[0][1].double() @ t["lora_B"].double(), torch.bfloat16)

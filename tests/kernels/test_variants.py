@@ -12,17 +12,14 @@ from deltaw.errors import UserError
 from deltaw.kernels import variants
 from deltaw.kernels.processor import processor_flags, second_level_cache
 
+VARIANTS = "none"
+
 # What processors say of themselves, shortened to what is asked.
 HASWELL = "avx avx2 fma f16c"
 ALDER_LAKE = f"{HASWELL} avx_vnni"
 SKYLAKE_SERVER = f"{HASWELL} avx512f avx512bw avx512vl avx512dq"
 ZEN_4 = f"{SKYLAKE_SERVER} avx512_vnni avx512_bf16"
 SAPPHIRE_RAPIDS = f"{ZEN_4} avx_vnni amx_tile amx_bf16 amx_int8"
-
-
-@pytest.fixture
-def computing():
-    """These tests are of no variant."""
 
 
 @pytest.mark.parametrize(

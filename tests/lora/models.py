@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from deltaw.lora import LoRALayer
+from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach
 from tests.tiny_models import causal_model
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -154,3 +156,71 @@ def copy_to_peft(model: nn.Module, peft_model: nn.Module) -> None:
         for name, layer in ours.items():
             theirs[name][0].copy_(ours_as_peft(layer.lora_A))
             theirs[name][1].copy_(ours_as_peft(layer.lora_B))
+
+
+@torch.no_grad()
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The difference, relative to theirs."""
+    return float((ours - theirs.view(ours.shape)).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def ten_steps(ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], Tensor], rate: float = 1e-3) -> None:
+    """Train both alike and expect the same factors.
+
+    Epsilon is larger than usual, or Adam would divide rounding errors by rounding errors.
+    """
+    trained = [p for _, p in adapter_parameters(ours)], [p for p in theirs.parameters() if p.requires_grad]
+    mine, other = (torch.optim.AdamW(parameters, lr=rate, eps=1e-4) for parameters in trained)
+    for step in range(10):
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    for name, factors in peft_factors(theirs).items():
+        layer = ours.get_submodule(name)
+        for factor, their_factor in zip((layer.lora_A, layer.lora_B), factors, strict=True):
+            assert relative(ours_as_peft(factor), their_factor) <= 1e-5, name
+
+
+class EveryKind(nn.Module):
+    """One layer of each kind that has a counterpart in PEFT; DoRA is not for grouped convolutions."""
+
+    def __init__(self, grouped: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=0)
+        self.wide = Conv1D(12, 8)
+        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
+        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
+        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2) if grouped else nn.Identity()
+        self.conv3 = nn.Conv3d(1, 2, 3, padding=1)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.wide(self.embed(ids)))
+        x = torch.tanh(self.conv1(x.transpose(1, 2)))
+        x = self.grouped(torch.tanh(self.conv2(x[:, None].transpose(2, 3))))
+        return self.out(self.conv3(x[:, None])[:, 0])
+
+
+KINDS = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
+
+
+def every_kind_and_pefts(**options: bool | float) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids.
+
+    Args:
+        options: ``dora`` and ``dropout``.
+    """
+    torch.manual_seed(0)
+    dora, dropout = bool(options.get("dora")), options.get("dropout", 0.0)
+    base, names = EveryKind(not dora), KINDS if dora else [*KINDS, "grouped"]
+    ids = torch.randint(0, 11, (3, 9))
+    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=names, use_dora=dora, lora_dropout=dropout)
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=names, dora=dora, dropout=dropout))
+    randomise(ours)
+    with torch.no_grad():
+        ours.embed.lora_A[0] = 0
+    copy_to_peft(ours, theirs)
+    return ours, theirs, ids

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import types
 from dataclasses import fields
+from pathlib import Path
 
 import pydantic
 import pytest
 
+import deltaw.lora
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.lora.config import parse_layers, scaling
@@ -125,3 +129,9 @@ def test_no_modules_are_needed_where_parts_are_named():
     config = LoRAConfig(target_modules=[], target_parameters="experts.down_proj", trainable_token_indices={5})
     assert config.target_parameters == ["experts.down_proj"] and config.trainable_token_indices == [5]
     assert LoRAConfig.from_dict({"trainable_token_indices": {"wte": [1]}, "lora_bias": True}).lora_bias
+
+
+def test_every_public_name_is_what_it_says_once_all_modules_are_loaded():
+    for path in Path(deltaw.lora.__file__).parent.glob("*.py"):
+        importlib.import_module(f"deltaw.lora.{path.stem}")
+    assert not any(isinstance(getattr(deltaw.lora, name), types.ModuleType) for name in deltaw.lora.__all__)

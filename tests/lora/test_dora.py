@@ -9,10 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.errors import UserError
 from deltaw.lora import (
@@ -31,7 +28,7 @@ from deltaw.lora import (
 )
 from deltaw.lora.layers import DoRALayer
 from deltaw.lora.math_dora import weight_norm
-from tests.lora.models import copy_to_peft, inputs, ours_as_peft, peft_factors, randomise, tiny, with_peft
+from tests.lora.models import KINDS, every_kind_and_pefts, inputs, randomise, relative, ten_steps, tiny
 
 
 def _layer(dtype: torch.dtype = torch.float32, **options: float) -> DoRALinear:
@@ -139,89 +136,6 @@ def test_autocast_computes_in_the_autocast_type_and_the_norm_in_fp32(dtype):
     assert x.grad.dtype == layer.lora_A.grad.dtype == layer.lora_magnitude.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_gives_the_same_gradients(reentrant, dropout):
-    layer = _layer(dropout=dropout)
-    x = torch.randn(4, 8, requires_grad=True)
-    grads = []
-    for wrapped in (False, True):
-        layer.zero_grad()
-        torch.manual_seed(1)
-        y = checkpoint(layer, x, use_reentrant=reentrant) if wrapped else layer(x)
-        y.pow(2).sum().backward()
-        grads.append([getattr(layer, name).grad.clone() for name in layer.trained])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_torch_func_gives_gradients_per_example():
-    layer = _layer()
-    given = {name: getattr(layer, name).detach() for name in layer.trained}
-    x = torch.randn(5, 8)
-
-    def loss(given: dict[str, Tensor], row: Tensor) -> Tensor:
-        return functional_call(layer, given, (row,)).pow(2).sum()
-
-    each = vmap(grad(loss), (None, 0))(given, x)
-    layer(x).pow(2).sum().backward()
-    for name in layer.trained:
-        torch.testing.assert_close(each[name].sum(0), getattr(layer, name).grad)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_compiled_without_a_break_in_the_graph(dropout):
-    layer = _layer(dropout=dropout)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(4, 8)
-    if dropout:
-        compiled(x).sum().backward()
-        assert layer.lora_magnitude.grad.abs().sum() > 0
-        return
-    torch.testing.assert_close(compiled(x), layer(x))
-    compiled(x).pow(2).sum().backward()
-    ours = [getattr(layer, name).grad.clone() for name in layer.trained]
-    layer.zero_grad()
-    layer(x).pow(2).sum().backward()
-    torch.testing.assert_close(ours, [getattr(layer, name).grad for name in layer.trained])
-
-
-class _Layers(nn.Module):
-    """One layer of each kind that PEFT has DoRA for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8, padding_idx=0)
-        self.wide = Conv1D(12, 8)
-        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
-        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
-        self.conv3 = nn.Conv3d(1, 2, 3, padding=1)
-        self.out = nn.Linear(7, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.wide(self.embed(ids)))
-        x = torch.tanh(self.conv1(x.transpose(1, 2)))
-        x = torch.tanh(self.conv2(x[:, None].transpose(2, 3)))
-        return self.out(self.conv3(x[:, None])[:, 0])
-
-
-_EVERY = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
-
-
-def _pair(dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids."""
-    torch.manual_seed(0)
-    base = _Layers()
-    ids = torch.randint(0, 11, (3, 9))
-    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=_EVERY, use_dora=True, lora_dropout=dropout)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=_EVERY, dora=True, dropout=dropout))
-    randomise(ours)
-    with torch.no_grad():
-        ours.embed.lora_A[0] = 0
-    copy_to_peft(ours, theirs)
-    return ours, theirs, ids
-
-
 def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
     return {
         name.removeprefix("base_model.model.").partition(".lora_magnitude")[0]: parameter
@@ -230,39 +144,24 @@ def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs.view(ours.shape)).norm() / theirs.norm().clamp_min(1e-12))
-
-
 def test_every_kind_of_layer_equals_pefts_through_ten_steps():
-    ours, theirs, ids = _pair()
+    ours, theirs, ids = every_kind_and_pefts(dora=True)
     reference = _magnitudes(theirs)
-    assert reference.keys() == set(_EVERY)
+    assert reference.keys() == set(KINDS)
     for name, magnitude in reference.items():
-        assert _relative(ours.get_submodule(name).lora_magnitude.detach(), magnitude.detach()) <= 1e-6
+        assert relative(ours.get_submodule(name).lora_magnitude.detach(), magnitude.detach()) <= 1e-6
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
     ours(ids).pow(2).mean().backward()
     theirs(ids).pow(2).mean().backward()
     for name, magnitude in reference.items():
-        assert _relative(ours.get_submodule(name).lora_magnitude.grad, magnitude.grad) <= 1e-4, name
+        assert relative(ours.get_submodule(name).lora_magnitude.grad, magnitude.grad) <= 1e-4, name
     _ten_steps_agree(ours, theirs, ids)
 
 
 def _ten_steps_agree(ours: nn.Module, theirs: nn.Module, ids: Tensor) -> None:
-    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], lr=1e-2, eps=1e-4)
-    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
-    for step in range(10):
-        for model, optimizer in ((ours, mine), (theirs, other)):
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            model(ids).pow(2).mean().backward()
-            optimizer.step()
-    reference = _magnitudes(theirs)
-    for name, (their_A, their_B) in peft_factors(theirs).items():
-        layer = ours.get_submodule(name)
-        assert _relative(ours_as_peft(layer.lora_A).detach(), their_A.detach()) <= 1e-5, name
-        assert _relative(ours_as_peft(layer.lora_B).detach(), their_B.detach()) <= 1e-5, name
-        assert _relative(layer.lora_magnitude.detach(), reference[name].detach()) <= 1e-5, name
+    ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
+    for name, magnitude in _magnitudes(theirs).items():
+        assert relative(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-5, name
 
 
 def test_dropout_is_pefts(monkeypatch):
@@ -272,7 +171,7 @@ def test_dropout_is_pefts(monkeypatch):
         kept = torch.arange(x.numel()).view(x.shape) % 3 != 0
         return x * kept / (1 - p) if training else x
 
-    ours, theirs, ids = _pair(dropout=0.25)
+    ours, theirs, ids = every_kind_and_pefts(dora=True, dropout=0.25)
     monkeypatch.setattr(F, "dropout", dropped)
 
     def mask(self: Tensor, p: float) -> Tensor:
@@ -284,6 +183,7 @@ def test_dropout_is_pefts(monkeypatch):
     _ten_steps_agree(ours, theirs, ids)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "vit"])
 @pytest.mark.parametrize("init", ["uniform", "pissa", "olora"])
 def test_a_model_goes_through_a_file_both_ways(family, init, tmp_path):
@@ -312,7 +212,7 @@ def test_a_model_goes_through_a_file_both_ways(family, init, tmp_path):
 
 
 def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
-    ours, theirs, ids = _pair()
+    ours, theirs, ids = every_kind_and_pefts(dora=True)
     base = copy.deepcopy(ours)
     detach(base)
     assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
@@ -327,7 +227,7 @@ def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
 
 
 def test_merging_keeps_the_outputs_and_unmerging_every_bit():
-    ours, _, ids = _pair()
+    ours, _, ids = every_kind_and_pefts(dora=True)
     with torch.no_grad():
         for layer in ours.modules():
             if isinstance(layer, DoRALayer):

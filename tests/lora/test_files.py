@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.errors import UserError
 from deltaw.lora import (
@@ -28,7 +27,7 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.peft_format import DEFAULTS, PREFIX, target_entries
-from tests.lora.models import FAMILIES, inputs, peft_factors, randomise, tiny, with_peft
+from tests.lora.models import FAMILIES, every_kind_and_pefts, inputs, peft_factors, randomise, tiny, with_peft
 
 
 def _logits(model: nn.Module, family: str) -> torch.Tensor:
@@ -154,32 +153,9 @@ def test_we_load_what_peft_saves(family, settings, tmp_path):
     assert count_parameters(model).trained > 0
 
 
-class _Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8, padding_idx=0)
-        self.wide = Conv1D(12, 8)
-        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
-        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
-        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2)
-        self.conv3 = nn.Conv3d(1, 2, 3, padding=1)
-        self.out = nn.Linear(7, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.wide(self.embed(ids)))
-        x = torch.tanh(self.conv1(x.transpose(1, 2)))
-        x = self.grouped(torch.tanh(self.conv2(x[:, None].transpose(2, 3))))
-        return self.out(self.conv3(x[:, None])[:, 0])
-
-
 def test_every_kind_of_layer_goes_both_ways(tmp_path):
-    torch.manual_seed(0)
-    base = _Layers()
-    ids = torch.randint(1, 11, (3, 9))
-    names = ["embed", "wide", "conv1", "conv2", "grouped", "conv3", "out"]
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, target_modules=names))
-    randomise(ours)
+    ours, _, ids = every_kind_and_pefts()
+    detach(base := copy.deepcopy(ours))
     assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():

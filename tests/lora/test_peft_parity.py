@@ -7,15 +7,23 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach
-from tests.lora.models import FAMILIES, copy_to_peft, inputs, ours_as_peft, peft_factors, randomise, tiny, with_peft
-
-
-@torch.no_grad()
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+from tests.lora.models import (
+    FAMILIES,
+    KINDS,
+    EveryKind,
+    copy_to_peft,
+    every_kind_and_pefts,
+    inputs,
+    ours_as_peft,
+    peft_factors,
+    randomise,
+    relative,
+    ten_steps,
+    tiny,
+    with_peft,
+)
 
 
 def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -61,18 +69,7 @@ def test_outputs_gradients_and_ten_steps_equal_pefts(family, variant):
 
     ours.zero_grad()
     theirs.zero_grad()
-    # A larger epsilon than usual, or Adam would divide rounding errors by rounding errors.
-    options = {"lr": 1e-3, "eps": 1e-4}
-    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], **options)
-    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], **options)
-    for _ in range(10):
-        for model, optimizer in ((ours, mine), (theirs, other)):
-            optimizer.zero_grad()
-            _loss(model, batch).backward()
-            optimizer.step()
-    for name, layer in layers.items():
-        for factor, their_factor in zip((layer.lora_A, layer.lora_B), reference[name], strict=True):
-            assert _relative(ours_as_peft(factor), their_factor) <= 1e-5, name
+    ten_steps(ours, theirs, lambda model: _loss(model, batch))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -87,70 +84,17 @@ def test_ten_steps_from_a_start_that_changes_weights_equal_pefts(init):
     with torch.no_grad():
         for name in peft_factors(theirs):
             base_layer = theirs.base_model.model.get_submodule(name).base_layer
-            assert _relative(base_layer.weight, ours.get_submodule(name).weight) <= 1e-4
+            assert relative(base_layer.weight, ours.get_submodule(name).weight) <= 1e-4
             base_layer.weight.copy_(ours.get_submodule(name).weight)
     batch = inputs("llama")
-    options = {"lr": 1e-3, "eps": 1e-4}
-    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], **options)
-    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], **options)
-    for _ in range(10):
-        with torch.no_grad():
-            assert _relative(ours(**batch).logits, theirs(**batch).logits) <= 1e-5
-        for model, optimizer in ((ours, mine), (theirs, other)):
-            optimizer.zero_grad()
-            _loss(model, batch).backward()
-            optimizer.step()
-    for name, factors in peft_factors(theirs).items():
-        layer = ours.get_submodule(name)
-        for factor, their_factor in zip((layer.lora_A, layer.lora_B), factors, strict=True):
-            assert _relative(ours_as_peft(factor), their_factor) <= 1e-5, name
-
-
-class _Layers(nn.Module):
-    """One layer of each kind that has a counterpart in PEFT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8, padding_idx=0)
-        self.wide = Conv1D(12, 8)
-        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
-        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
-        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2)
-        self.out = nn.Linear(7, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.wide(self.embed(ids)))
-        x = torch.tanh(self.conv1(x.transpose(1, 2)))
-        x = self.grouped(torch.tanh(self.conv2(x[:, None].transpose(2, 3))))
-        return self.out(x)
-
-
-_EVERY = ["embed", "wide", "conv1", "conv2", "grouped", "out"]
+    ten_steps(ours, theirs, lambda model: _loss(model, batch))
+    assert relative(ours(**batch).logits, theirs(**batch).logits) <= 1e-5
 
 
 def test_every_kind_of_layer_equals_pefts_through_ten_steps():
-    torch.manual_seed(0)
-    base = _Layers()
-    ids = torch.randint(0, 11, (3, 9))
-    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=_EVERY)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=_EVERY))
-    randomise(ours)
-    with torch.no_grad():
-        ours.embed.lora_A[0] = 0
-    copy_to_peft(ours, theirs)
+    ours, theirs, ids = every_kind_and_pefts()
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
-    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], lr=1e-2, eps=1e-4)
-    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
-    for _ in range(10):
-        for model, optimizer in ((ours, mine), (theirs, other)):
-            optimizer.zero_grad()
-            model(ids).pow(2).mean().backward()
-            optimizer.step()
-    for name, (their_A, their_B) in peft_factors(theirs).items():
-        layer = ours.get_submodule(name)
-        assert _relative(ours_as_peft(layer.lora_A), their_A) <= 1e-5
-        assert _relative(ours_as_peft(layer.lora_B), their_B) <= 1e-5
+    ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
 
 
 def test_gradient_of_the_input_equals_pefts():
@@ -191,11 +135,11 @@ def test_the_seed_of_attach_is_torchs_seed():
 
 def test_layers_after_convolutions_and_embeddings_start_as_pefts_too():
     torch.manual_seed(0)
-    base = _Layers()
+    base, names = EveryKind(), [*KINDS, "grouped"]
     torch.manual_seed(4)
-    theirs = with_peft(base, r=4, target_modules=_EVERY)
+    theirs = with_peft(base, r=4, target_modules=names)
     torch.manual_seed(4)
-    attach(base, LoRAConfig(rank=4, target_modules=_EVERY))
+    attach(base, LoRAConfig(rank=4, target_modules=names))
     for name, (their_A, _) in peft_factors(theirs).items():
         if name != "embed":
             assert torch.equal(ours_as_peft(base.get_submodule(name).lora_A), their_A), name
@@ -215,23 +159,15 @@ def test_an_orthogonal_start_is_pefts_and_leaves_the_outputs():
     torch.testing.assert_close(base(x), expected)
 
 
-def test_a_pissa_start_is_pefts_up_to_sign():
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_weights_is_pefts(init):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(8, 6))
-    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="pissa")
-    attach(base, LoRAConfig(rank=4, alpha=8, target_modules=["0"], init="pissa"))
+    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=init)
+    attach(base, LoRAConfig(rank=4, alpha=8, target_modules=["0"], init=init))
     their_A, their_B = peft_factors(theirs)["0"]
-    torch.testing.assert_close(base[0].lora_A @ base[0].lora_B, (their_B @ their_A).t(), atol=1e-5, rtol=1e-4)
-    residual = theirs.base_model.model[0].base_layer.weight
-    torch.testing.assert_close(base[0].weight, residual, atol=1e-5, rtol=1e-4)
-
-
-def test_an_olora_start_is_pefts():
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(8, 6))
-    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
-    attach(base, LoRAConfig(rank=4, alpha=8, target_modules=["0"], init="olora"))
-    their_A, their_B = peft_factors(theirs)["0"]
-    torch.testing.assert_close(base[0].lora_A.t(), their_A)
-    torch.testing.assert_close(base[0].lora_B.t(), their_B)
-    torch.testing.assert_close(base[0].weight, theirs.base_model.model[0].base_layer.weight)
+    near = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(base[0].lora_A @ base[0].lora_B, (their_B @ their_A).t(), **near)
+    if init == "olora":  # PiSSA's signs are free
+        torch.testing.assert_close(base[0].lora_A.t(), their_A)
+    torch.testing.assert_close(base[0].weight, theirs.base_model.model[0].base_layer.weight, **near)

@@ -23,6 +23,7 @@ _RUNS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("family", "lora"), _RUNS.values(), ids=_RUNS.keys())
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.planned

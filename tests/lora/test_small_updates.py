@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import Arithmetic
-from deltaw.kernels.block_linear import block_linear, block_linear_backward, quantize_nf4
+from deltaw.kernels.block_linear import quantize_nf4
 from deltaw.kernels.quantize import quantized_rows
 from deltaw.lora import LoRAConv1D, LoRALinear
 from deltaw.lora.adapted import Activation
 from deltaw.lora.math_dora import dora_linear
-from deltaw.lora.stored import Scales, multiply, multiply_backward
+from deltaw.lora.stored import Scales, multiply_backward, product
 
 ROWS, IN, OUT, RANK = 400, 128, 192, 8
 BF16 = torch.bfloat16
@@ -106,19 +106,21 @@ def test_of_dora(operands):
 def test_of_int8_weights(operands):
     int8, scale = quantized_rows(operands["weight"])
     stored, of = Scales(scale, None), wide(operands)
-    with_update = operands["lora_A"], operands["lora_B"]
-    y, _ = multiply(operands["x"], int8, stored, True, None, *with_update)
-    base, _ = products.linear_reference(of["x"], int8, True, scale.double())
+    adapted = product(int8, stored, True, None, operands["lora_A"], operands["lora_B"])
+    exact = products.Product(int8, scale=scale.double())
+    y, _ = products.linear(operands["x"], adapted)
+    base, _ = products.linear_reference(of["x"], exact)
     assert abs(share(y, base, of["x"] @ of["lora_A"] @ of["lora_B"]) - 1) < 0.1
-    dx, _ = multiply_backward(operands["grad"], int8, stored, True, *with_update)
-    base, _ = products.linear_backward_reference(of["grad"], int8, True, scale.double())
+    dx, _ = multiply_backward(operands["grad"], adapted)
+    base, _ = products.linear_backward_reference(of["grad"], exact)
     assert abs(share(dx, base, of["grad"] @ of["lora_B"].t() @ of["lora_A"].t()) - 1) < 0.1
 
 
 def test_of_weights_in_blocks(operands):
     weight, of = quantize_nf4(operands["weight"]), wide(operands)
     values = weight.dequantized(BF16, 0, OUT).double()
-    y, _ = block_linear(operands["x"], weight, None, operands["lora_A"], operands["lora_B"])
+    adapted = products.Product.of_blocks(weight, None, operands["lora_A"], operands["lora_B"])
+    y, _ = products.linear(operands["x"], adapted)
     assert abs(share(y, of["x"] @ values.t(), of["x"] @ of["lora_A"] @ of["lora_B"]) - 1) < 0.1
-    dx, _ = block_linear_backward(operands["grad"], weight, operands["lora_A"], operands["lora_B"])
+    dx, _ = products.linear_backward(operands["grad"], adapted)
     assert abs(share(dx, of["grad"] @ values, of["grad"] @ of["lora_B"].t() @ of["lora_A"].t()) - 1) < 0.1

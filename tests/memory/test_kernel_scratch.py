@@ -9,6 +9,7 @@ from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_linear import quantize_nf4
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.linear import Product
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.quantize import quantized_rows
 from deltaw.memory.measure import peak_tensor_bytes
@@ -53,8 +54,9 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("lengths", [[3000], [150] * 20])
+@pytest.mark.parametrize("lengths", [[1500], [150] * 20])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (8, 8, 96)])
 def test_attention(dtype, lengths, heads, key_heads, size):
     layout = Layout.of_lengths(lengths)
@@ -66,17 +68,14 @@ def test_attention(dtype, lengths, heads, key_heads, size):
         agree(arena_bytes(operator.default, args), held(operator, args))
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (1024, 4096, 2048)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (512, 4096, 2048)])
 def test_products(cache, dtype, rows, n_in, n_out):
-    x, weight, grad = (
-        random(rows, n_in, dtype=dtype),
-        random(n_out, n_in, dtype=dtype),
-        random(rows, n_out, dtype=dtype),
-    )
+    x, weight, grad = (random(*shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
     A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
-    forward = (x, weight, True, None, None, None, A, B, 1.0, None, None, None, False)
-    backward = (grad, weight, True, None, None, A, B, 1.0, None, True, False)
+    of = Product(weight, lora_A=A, lora_B=B)
+    forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
     _, h = ops.linear(*forward)
     _, narrow = ops.linear_backward(*backward)
     for operator, args in (
@@ -87,13 +86,14 @@ def test_products(cache, dtype, rows, n_in, n_out):
         agree(arena_bytes(operator.default, args), held(operator, args))
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("by_column", [True, False])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 40_000, 896)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (100, 40_000, 896)])
 def test_gradients_in_int8_with_a_bf16_weight(cache, rows, n_in, n_out, by_column):
     """Weights of many rows, whose scales are most of what is held beside a product's own."""
     weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
     for in_int8 in (True, False):
-        args = (grad, weight, by_column, None, None, None, None, 1.0, None, True, in_int8)
+        args = (grad, *Product(weight, by_column), None, True, in_int8)
         agree(arena_bytes(ops.linear_backward.default, args), held(ops.linear_backward, args))
         rounded = grad.numel() + 4 * rows * -(-n_out // 128)
         assert scratch_bytes(ops.linear_backward.default, args) == (rounded if in_int8 else 0)
@@ -137,8 +137,8 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
     if int8:
         weight, scale = quantized_rows(weight)
     A, B = random(576, 16, dtype=torch.float32), random(16, 1536, dtype=torch.float32)
-    forward = (x, weight, True, scale, None, None, A, B, 1.0, None, None, None, in_blocks)
-    backward = (grad, weight, True, scale, None, A, B, 1.0, None, True, False)
+    of = Product(weight, True, scale, None, None, A, B, 1.0, in_blocks)
+    forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
     alive = [t for t in (x, grad, weight, scale, A, B) if t is not None]
     held_before = sum(t.numel() * t.element_size() for t in alive)
     with loader.computing(Arithmetic(loader.variant())):
@@ -155,6 +155,7 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
             assert found - blocks - slack <= planned <= found + slack
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("with_gradient", [True, False])
@@ -168,15 +169,16 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
     assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(peak - held_before, rel=0.01)
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [40, 1200])
 def test_products_with_weights_in_blocks(cache, dtype, rows):
     weight = quantize_nf4(torch.randn(576, 1536, generator=torch.Generator().manual_seed(0)))
     x, grad = random(rows, 1536, dtype=dtype), random(rows, 576, dtype=dtype)
     A, B = random(1536, 8, dtype=torch.float32), random(8, 576, dtype=torch.float32)
-    blocks = (*weight.tensors, weight.format, weight.columns)
+    of = Product.of_blocks(weight, None, A, B)
     for operator, args in (
-        (ops.block_linear, (x, *blocks, None, A, B, 1.0, None)),
-        (ops.block_linear_backward, (grad, *blocks, A, B, 1.0, None, True)),
+        (ops.linear, (x, *of, None, None, None)),
+        (ops.linear_backward, (grad, *of, None, True, False)),
     ):
         agree(arena_bytes(operator.default, args), held(operator, args))

@@ -15,21 +15,21 @@ from tests.memory.conftest import prepared, two_steps
 def test_a_storage_counts_from_its_making_to_its_end_whatever_views_there_are() -> None:
     with MemoryTracker() as tracker:
         values = torch.zeros(1000)
-        assert tracker.current_bytes == 4000
+        assert tracker.footprint().steady_bytes == 4000
         view = values[3:].view(-1, 1)
-        assert tracker.current_bytes == 4000
+        assert tracker.footprint().steady_bytes == 4000
         del values
-        assert tracker.current_bytes == 4000
+        assert tracker.footprint().steady_bytes == 4000
         del view
-        assert tracker.current_bytes == 0
-        assert tracker.peak_bytes == 4000
+        assert tracker.footprint().steady_bytes == 0
+        assert tracker.footprint().peak_bytes == 4000
 
 
 def test_tensors_from_before_count_once_they_are_made_known() -> None:
     weight = torch.zeros(10, 10)
     with MemoryTracker() as tracker:
         tracker.track([weight, weight.t()], "weights")
-        assert tracker.current_bytes == 400
+        assert tracker.footprint().steady_bytes == 400
         tracker.track([weight], "trained")
     assert tracker.footprint().parts["weights"] == 0
     with pytest.raises(ValueError, match="no kind"):
@@ -44,7 +44,7 @@ def test_on_real_tensors_its_peak_is_the_allocators(method: str) -> None:
         two_steps(model)()
     model = prepared("llama", "fp32", method)
     true = peak_tensor_bytes(two_steps(model), alive=[*model.parameters(), *model.buffers()])
-    assert tracker.peak_bytes == pytest.approx(true, rel=0.005)
+    assert tracker.footprint().peak_bytes == pytest.approx(true, rel=0.005)
 
 
 def test_gradients_summed_by_the_engine_do_not_count_twice() -> None:
@@ -59,7 +59,7 @@ def test_gradients_summed_by_the_engine_do_not_count_twice() -> None:
 
     with MemoryTracker() as tracker:
         run()
-    assert tracker.peak_bytes == pytest.approx(peak_tensor_bytes(run), rel=0.01)
+    assert tracker.footprint().peak_bytes == pytest.approx(peak_tensor_bytes(run), rel=0.01)
 
 
 def test_the_peak_is_laid_to_its_phase_and_module() -> None:
@@ -118,4 +118,4 @@ def test_two_gradients_of_one_tensor_are_summed_in_place_whoever_looks_on(watche
         tracker.track([weight], "trained")
         run()
     weight.grad = None
-    assert tracker.peak_bytes <= peak_tensor_bytes(run, alive=[weight]) + 100
+    assert tracker.footprint().peak_bytes <= peak_tensor_bytes(run, alive=[weight]) + 100

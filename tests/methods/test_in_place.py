@@ -55,6 +55,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**pad(random_rows()).inputs).logits
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -75,20 +76,6 @@ def test_what_is_saved_gives_the_trained_model_and_without_it_the_base(
         assert torch.equal(logits(loaded), logits(base))
     assert torch.equal(logits(loaded), logits(model))
     assert not any(p.requires_grad for p in loaded.parameters())
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_nothing_else_changes_and_nothing_else_has_gradients(name: str) -> None:
-    base = causal_model("gpt2")
-    model = copy.deepcopy(base)
-    method = METHODS[name]()
-    trained(model, method)
-    allowed = {n.removesuffix(".values") for n, _ in method.parameters(model)}
-    before = dict(base.named_parameters(remove_duplicate=False))
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name not in allowed and name != "full":
-            assert torch.equal(parameter, before[parameter_name]), parameter_name
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_random_keeps_gradients_and_state_for_the_chosen_weights_alone() -> None:
@@ -169,10 +156,10 @@ def test_a_model_without_biases_is_given_some_that_change_nothing_at_first() -> 
 
 
 def test_low_precision_weights_learn_from_steps_smaller_than_their_resolution() -> None:
-    """One step of 1e-4 vanishes in a bf16 weight of 1; forty of them do not."""
+    """One step of 3e-4 vanishes in a bf16 weight of 1; fifteen of them do not."""
     model = causal_model("llama").to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
-    trained(model, Full(), steps=40, rate=1e-4)
+    trained(model, Full(), steps=15, rate=3e-4)
     moved = max(
         float((model.state_dict()[n].float() - before[n].float()).abs().max())
         for n in before

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from deltaw.data.images import LabelMicroBatcher
@@ -17,52 +16,17 @@ from deltaw.data.labels import LabeledExample
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_of_folder
 from deltaw.runtime.packed import padded_rows
-from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import train
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.labels import LabelObjective
-from tests.methods.test_trained_exactly import METHODS, Named, changed, check_moved, values_of
+from tests.methods.rows import classifier
+from tests.methods.test_trained_exactly import METHODS, changed, check_moved, run, values_of
 
 HEADS = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"], "llama": ["score"]}
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def classifier(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
-    if family == "bert":
-        config = transformers.BertConfig(**shape, **SIZES)
-        return transformers.BertForSequenceClassification(config).eval()
-    if family == "distilbert":
-        config = transformers.DistilBertConfig(**shape, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
-        return transformers.DistilBertForSequenceClassification(config).eval()
-    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shape, **SIZES)).eval()
 
 
 def rows() -> list[LabeledExample]:
     rng = np.random.default_rng(0)
     return [LabeledExample(n + 1, rng.integers(3, 60, size=5 + n).astype(np.int32), n % 3) for n in range(6)]
-
-
-def run(model: PreTrainedModel, method: Method, heads: list[str]) -> Named:
-    """Prepare and train for three steps; what was trained, as it was before the first one."""
-    method.prepare(model, seed=0, extra_modules=heads)
-    named = method.parameters(model)
-    start = {name: parameter.detach().clone() for name, parameter in named}
-    with padded_rows(model), method.evaluating(model):
-        train(
-            LabelObjective(model, "sequence-classification"),
-            [parameter for _, parameter in named],
-            [as_seen(row, method) for row in rows()],
-            LabelMicroBatcher(1024, "cpu"),
-            learning_rate=1e-2,
-            total_steps=3,
-            batch_size=3,
-            names=[name for name, _ in named],
-            may_skip=may_skip(model),
-            after_step=lambda: method.after_step(model),
-        )
-    return start
 
 
 def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
@@ -80,7 +44,9 @@ def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: 
     make: Callable[[], Method] = METHODS[name]
     model, before, method = copy.deepcopy(base), values_of(base), make()
     heads = HEADS[family]
-    start = run(model, method, heads)
+    with padded_rows(model):
+        objective = LabelObjective(model, "sequence-classification")
+        start = run(model, method, objective, LabelMicroBatcher(1024, "cpu"), rows(), extra_modules=heads)
     check_moved(model, method, start)
     moved = changed(model, before)
     of_heads = {n for n in before if n.startswith(tuple(f"{head}." for head in heads))}

@@ -6,7 +6,8 @@ Every method runs through the real loop, with its checks of the first two steps,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -58,21 +59,27 @@ def changed(model: nn.Module, before: Named) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(now[name], tensor)}
 
 
-def run(model: PreTrainedModel, method: Method, *, steps: int = 3) -> Named:
-    """Prepare and train; what was trained, as it was before the first step."""
-    packed = model.config.model_type not in PADDED
-    method.prepare(model, seed=0)
+def run(
+    model: PreTrainedModel,
+    method: Method,
+    objective: Any = None,
+    batcher: Any = None,
+    rows: Sequence[Any] = (),
+    extra_modules: Sequence[str] = (),
+) -> Named:
+    """Prepare and train for three steps; what was trained, as it was before the first step."""
+    packed = model.config.model_type not in PADDED and objective is None
+    method.prepare(model, seed=0, extra_modules=extra_modules)
     named = method.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in named}
-    rows = [as_seen(row, method) for row in random_rows(6)]
     with packed_rows(model) if packed else torch.enable_grad(), method.evaluating(model):
         train(
-            CausalObjective(model),
+            objective or CausalObjective(model),
             [parameter for _, parameter in named],
-            rows,
-            CausalMicroBatcher(1024, packed, not packed, "cpu"),
+            [as_seen(row, method) for row in rows or random_rows(6)],
+            batcher or CausalMicroBatcher(1024, packed, not packed, "cpu"),
             learning_rate=1e-2,
-            total_steps=steps,
+            total_steps=3,
             batch_size=3,
             names=[name for name, _ in named],
             may_skip=may_skip(model),
@@ -109,6 +116,7 @@ def expected(base: PreTrainedModel, name: str) -> set[str]:
     return names
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
 def test_what_is_reported_moves_and_nothing_else_changes(family: str, name: str) -> None:
@@ -118,6 +126,7 @@ def test_what_is_reported_moves_and_nothing_else_changes(family: str, name: str)
         method = LoRA(LoRAConfig(rank=4, target_modules=["in_proj", "x_proj"]))
     start = run(model, method)
     check_moved(model, method, start)
+    assert all(parameter.grad is None for parameter in model.parameters())
     wanted = expected(base, name)
     if name == "random":
         assert changed(model, before) <= wanted
@@ -171,7 +180,6 @@ EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "head": dict.fromkeys(NORMS, ("lm_head",)),
     "embeddings": EMBEDDINGS,
 }
-CASES = [(extra, family) for extra, families in EXTRAS.items() for family in families]
 TARGETS = {"gpt2": ["c_attn"], "neox": ["query_key_value"], "phi3": ["qkv_proj"], "phi": ["q_proj", "dense"]}
 
 
@@ -195,7 +203,9 @@ def check_extras(family: str, method: LoRA, wanted: Callable[[str], bool]) -> No
         assert changed(model, before) == set()
 
 
-@pytest.mark.parametrize(("extra", "family"), CASES)
+@pytest.mark.each_value
+@pytest.mark.parametrize("family", NORMS)
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: str) -> None:
     modules = EXTRAS[extra][family]
     parts = [f".{module}." for module in modules]
@@ -203,6 +213,7 @@ def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: st
     check_extras(family, method, lambda name: any(part in f".{name}" for part in parts))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["gpt2", "neox", "phi"])
 @pytest.mark.parametrize("kind", ["all", "lora_only"])
 def test_biases_of_lora_move_and_nothing_else_does(kind: str, family: str) -> None:

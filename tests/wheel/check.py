@@ -34,15 +34,16 @@ def check_type(dtype: torch.dtype) -> None:
     bound = TOLERANCE[dtype]
     x, weight, grad = numbers(70, 96, dtype=dtype), numbers(64, 96, dtype=dtype), numbers(70, 64, dtype=dtype)
     A, B = numbers(96, 8), numbers(8, 64)
-    if not linear.can_multiply(x, weight, A):
+    of = linear.Product(weight, lora_A=A, lora_B=B)
+    if not linear.can_multiply(x, of):
         raise SystemExit("the kernels do not take a plain product")
     exact = x.double() @ (weight.double().t() + A.double() @ B.double())
-    check("a product", linear.linear(x, weight, lora_A=A, lora_B=B)[0], exact, 2 * bound)
+    check("a product", linear.linear(x, of)[0], exact, 2 * bound)
     exact = grad.double() @ (weight.double() + (A.double() @ B.double()).t())
-    check("a gradient", linear.linear_backward(grad, weight, lora_A=A, lora_B=B)[0], exact, 2 * bound)
+    check("a gradient", linear.linear_backward(grad, of)[0], exact, 2 * bound)
     signed, scale = quantize.quantized_rows(weight)
-    exact, _ = linear.linear_reference(x.double(), signed, scale=scale.double())
-    check("an int8 product", linear.linear(x, signed, scale=scale)[0], exact, max(bound, 2e-4))
+    exact, _ = linear.linear_reference(x.double(), linear.Product(signed, scale=scale.double()))
+    check("an int8 product", linear.linear(x, linear.Product(signed, scale=scale))[0], exact, max(bound, 2e-4))
     y, _ = rows.norm(x, numbers(96, dtype=dtype), None, offset=0.0, eps=1e-5, centered=False)
     exact, _ = rows.norm_reference(
         x.double(), numbers(96, dtype=dtype).double(), None, offset=0.0, eps=1e-5, centered=False

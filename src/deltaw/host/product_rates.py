@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from deltaw.cache import recall, remember, stamp
 from deltaw.kernels import linear, loader, quantize
@@ -284,19 +283,15 @@ class _Operands:
         self.left = {width: torch.rand(ROWS, width, generator=generator).to(dtype) for width in (inputs, outputs)}
         self._next = 0
 
-    def weight(self) -> Tensor:
+    def product(self) -> linear.Product:
         self._next = (self._next + 1) % len(self.weights)
-        return self.weights[self._next]
+        return linear.Product(self.weights[self._next], scale=self.scale, lora_A=self.lora_A, lora_B=self.lora_B)
 
     def forward(self, rows: int) -> None:
-        linear.linear(
-            self.left[self.inputs][:rows], self.weight(), True, self.scale, lora_A=self.lora_A, lora_B=self.lora_B
-        )
+        linear.linear(self.left[self.inputs][:rows], self.product())
 
     def backward(self, rows: int) -> None:
-        linear.linear_backward(
-            self.left[self.outputs][:rows], self.weight(), True, self.scale, lora_A=self.lora_A, lora_B=self.lora_B
-        )
+        linear.linear_backward(self.left[self.outputs][:rows], self.product())
 
 
 class _Trial:

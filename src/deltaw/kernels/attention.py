@@ -1,11 +1,19 @@
 """Attention over a prefix tree of segments, forward and backward, without padding and without a whole mask.
 
 Three ways give the same: a compiled kernel where it serves (``csrc/attention_*.cpp``), torch's FlexAttention
-on devices that it is compiled on (:mod:`deltaw.kernels.attention`), and tiles of torch's own products elsewhere.
+on devices that it is compiled on, and tiles of torch's own products elsewhere.
 Of the last, each tile of the layout is a few matrix products of its queries against its own keys; tiles of
 one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows
 of one product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights
 are computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
+
+FlexAttention (arXiv 2412.05496) takes a block mask, which says which blocks of 128 queries and 128 keys see each
+other wholly, in part, or not at all; the last are skipped. Within a block seen in part, two numbers a token decide:
+its rank, which is its place in the tree walked depth first, and the end of its segment's subtree in that order. A
+query sees a key if rank[key] ≤ rank[query] < end[key]: later tokens of the key's own segment and of the segments
+below it have just these ranks. Packed rows are laid out in this order anyway, so that ranks are places. Whether it
+serves is tried, not listed: the first time that heads of some form come, two small trees go forward and backward
+through it and through the reference. Where that fails or differs, attention runs in tiles, and :func:`notes` says why.
 
 Knows tensors and tiles; not models, tokens or caches.
 """
@@ -14,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -27,22 +35,24 @@ from deltaw.kernels.operators import define
 from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, softmax_backward
 from deltaw.kernels.transfer import to_device
 
-# ---- Attention over a prefix tree by torch's FlexAttention (arXiv 2412.05496), on devices it is compiled for.
-#
-# A block mask says which blocks of 128 queries and 128 keys see each other wholly, in part, or not at all; the
-# last are skipped. Within a block seen in part, two numbers a token decide: its rank, which is its place in the
-# tree walked depth first, and the end of its segment's subtree in that order. A query sees a key if
-#
-# rank[key] ≤ rank[query] < end[key].
-#
-# Later tokens of the key's own segment and of the segments below it have just these ranks. Packed rows are laid
-# out in this order anyway, so that ranks are places.
-#
-# Whether FlexAttention serves is tried, not listed: the first time that heads of some form come, two small
-# trees go forward and backward through it and through the reference. Where that fails or differs, attention
-# runs in tiles (:mod:`deltaw.kernels.attention`), and :func:`notes` says why.
-#
-# Knows tensors and layouts; not models, tokens or caches.
+if TYPE_CHECKING:
+    from typing import Unpack  # for type checkers alone: not in Python 3.10
+
+
+class How(TypedDict, total=False):
+    """What attention is told beside its tensors and the layout.
+
+    Attributes:
+        scaling: of the scores; always given.
+        window: sliding window in positions, as in :meth:`Layout.visible`; None for no limit.
+        softcap: scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+        causal: without it a query sees all of its own segment; by the compiled kernel alone.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    causal: bool
 
 
 # Queries and keys of a block; FlexAttention's own default, of which its kernels' tiles are parts.
@@ -67,21 +77,14 @@ def notes() -> list[str]:
 
 
 def tree_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    compiled: bool = True,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, compiled: bool = True, **how: Unpack[How]
 ) -> Tensor:
     """As :func:`deltaw.kernels.attention.packed_attention`, by FlexAttention, with its own derivative.
 
     Args:
         query: (heads, T, d). key, value: (key heads, T, d) and (key heads, T, d_v).
         compiled: without it, all T × T scores are computed by torch's operations.
+        how: all but ``causal``.
 
     Returns:
         (heads, T, d_v).
@@ -90,23 +93,16 @@ def tree_attention(
         ImportError: this torch has no FlexAttention.
     """
     attention = _compiled() if compiled else _function()
-    mod = None
+    mod, softcap = None, how.get("softcap")
     if softcap is not None:
         cap = float(softcap)
 
         def mod(score: Tensor, batch: Tensor, head: Tensor, at: Tensor, seen: Tensor) -> Tensor:
             return cap * torch.tanh(score / cap)
 
-    out = attention(
-        query[None],
-        key[None],
-        value[None],
-        score_mod=mod,
-        block_mask=tree_mask(layout, window),
-        scale=scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    return out[0]
+    mask, grouped = tree_mask(layout, how.get("window")), query.shape[0] != key.shape[0]
+    heads = (t[None] for t in (query, key, value))
+    return attention(*heads, score_mod=mod, block_mask=mask, scale=how["scaling"], enable_gqa=grouped)[0]
 
 
 def tree_mask(layout: Layout, window: int | None = None) -> Any:
@@ -191,15 +187,9 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
     def sees_near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return sees(batch, head, query, key) & (position[query] - position[key] < reach)
 
-    return BlockMask.from_kv_blocks(
-        some,
-        some_places,
-        all_of,
-        all_places,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=sees if window is None else sees_near,
-        seq_lengths=(layout.length, layout.length),
-    )
+    mod, lengths = sees if window is None else sees_near, (layout.length, layout.length)
+    tables = (some, some_places, all_of, all_places)
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=mod, seq_lengths=lengths)
 
 
 def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -218,7 +208,6 @@ def serves(
     key: Tensor,
     value: Tensor,
     reference: Callable[..., Tensor],
-    *,
     window: int | None = None,
     softcap: float | None = None,
 ) -> bool:
@@ -239,22 +228,14 @@ def serves(
     return _TRIALS[form] is None
 
 
-def attend_compiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    reference: Callable[..., Tensor],
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
+def _attend_compiled(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor | None:
     """:func:`tree_attention` where FlexAttention serves; None where it does not.
 
     Nor does it any longer if torch cannot compile it for a later shape.
     """
-    if not serves(query, key, value, reference, window=window, softcap=softcap):
+    if not serves(query, key, value, packed_attention_reference, window, softcap):
         return None
     try:
         return tree_attention(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
@@ -279,7 +260,7 @@ def _tried(
 ) -> str | None:
     """Why FlexAttention does not serve inputs of this form; None where small trees show that it does."""
     each = (_tried_on(Layout.of_lengths(*tree), inputs, reference, window, softcap) for tree in TRIED)
-    return next((why for why in each if why is not None), None)
+    return next(filter(None, each), None)
 
 
 def _tried_on(
@@ -324,68 +305,41 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_function())
 
 
-# ---- attention
-
-
 # Attention weights are kept for the backward where they take at most so many times the room of q, k and v.
 KEPT_WEIGHTS = 2.0
 
 
-def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    causal: bool = True,
-) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **how: Unpack[How]) -> Tensor:
     """softmax(scaling · Q Kᵀ) V where each query sees what the layout lets it see.
 
     Args:
         query: (heads, T, d). key, value: (key heads, T, d) and (key heads, T, d_v), where key heads divides
             heads and query heads ``i·g … i·g + g - 1`` share key head ``i``.
-        window: sliding window in positions, as in :meth:`Layout.visible`.
-        causal: without it a query sees all of its own segment; by the compiled kernel alone.
-        softcap: scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
+    of_tokens = [t.transpose(0, 1) for t in (query, key, value)]
+    told = how["scaling"], how.get("window"), how.get("softcap")
+    causal = how.get("causal", True)
     if causal:
-        _check_inputs(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, None)
-        served = attend_compiled(
-            query, key, value, layout, packed_attention_reference, scaling=scaling, window=window, softcap=softcap
-        )
+        _check_inputs(*of_tokens, layout, None)
+        served = _attend_compiled(query, key, value, layout, *told)
         if served is not None:
             return served
-    out = _PackedAttention.apply(
-        *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap, causal
-    )
-    return out.transpose(0, 1)
+    return _PackedAttention.apply(*of_tokens, layout, *told, causal).transpose(0, 1)
 
 
-def packed_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **how: Unpack[How]) -> Tensor:
     """The reference implementation of :func:`packed_attention`: all T × T scores at once, by autograd."""
-    group = query.shape[0] // key.shape[0]
+    group, softcap = query.shape[0] // key.shape[0], how.get("softcap")
     wide = _score_dtype(query)
     keys, values = (t.repeat_interleave(group, dim=0) for t in (key, value))
-    scores = scaling * (query.to(wide) @ keys.to(wide).transpose(1, 2))
+    scores = how["scaling"] * (query.to(wide) @ keys.to(wide).transpose(1, 2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = torch.from_numpy(layout.visible(window)).to(query.device)
+    visible = torch.from_numpy(layout.visible(how.get("window"))).to(query.device)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return weights.to(value.dtype) @ values
 
@@ -409,16 +363,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    causal: bool = True,
-    picked: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, picked: Tensor | None = None, **how: Unpack[How]
 ) -> tuple[Tensor, list[Tensor]]:
     """:func:`packed_attention` of (T, heads, d) tensors, without a graph.
 
@@ -435,13 +380,12 @@ def attend(
     """
     _check_inputs(query, key, value, layout, picked)
     if is_compiled(query, key, value):
-        segments = layout.segments()
-        out, logs = _attention(query, key, value, segments, window or 0, causal, scaling, softcap or 0.0, picked)
+        out, logs = _attention(query, key, value, layout.segments(), *_numbers(how), picked)
         return out, [logs]
-    if not causal:
+    if not how.get("causal", True):
         raise NotImplementedError("attention both ways needs the compiled kernel")
     q, k, v = (t.transpose(0, 1) for t in (_at_all_places(query, picked, len(key)), key, value))
-    out, kept = _tiles_forward(q, k, v, layout.tiles(window), scaling, softcap)
+    out, kept = _tiles_forward(q, k, v, layout.tiles(how.get("window")), how["scaling"], how.get("softcap"))
     out = out.transpose(0, 1)
     return (out if picked is None else out.index_select(0, picked)), kept
 
@@ -455,11 +399,8 @@ def attend_backward(
     kept: Sequence[Tensor],
     layout: Layout,
     *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    causal: bool = True,
     picked: Tensor | None = None,
+    **how: Unpack[How],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, like them, from what :func:`attend` gave.
 
@@ -469,16 +410,17 @@ def attend_backward(
     check_shape("the gradient", grad, *query.shape[:2], value.shape[-1])
     if out is not None and is_compiled(query, key, value):
         (logs,) = kept
-        segments, cap = layout.segments(), softcap or 0.0
-        return _attention_backward(
-            grad, query, key, value, out, logs, segments, window or 0, causal, scaling, cap, picked
-        )
+        return _attention_backward(grad, query, key, value, out, logs, layout.segments(), *_numbers(how), picked)
     spread = (_at_all_places(t, picked, len(key)) for t in (grad, query))
     d, q, k, v = (t.transpose(0, 1) for t in (*spread, key, value))
-    of_q, of_k, of_v = (
-        t.transpose(0, 1) for t in _tiles_backward(d, q, k, v, kept, layout.tiles(window), scaling, softcap)
-    )
+    grads = _tiles_backward(d, q, k, v, kept, layout.tiles(how.get("window")), how["scaling"], how.get("softcap"))
+    of_q, of_k, of_v = (t.transpose(0, 1) for t in grads)
     return (of_q if picked is None else of_q.index_select(0, picked)), of_k, of_v
+
+
+def _numbers(how: How) -> tuple[int, bool, float, float]:
+    """Window, causal, scaling and soft cap as the kernels take them."""
+    return how.get("window") or 0, how.get("causal", True), how["scaling"], how.get("softcap") or 0.0
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, picked: Tensor | None) -> None:

@@ -21,57 +21,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.kernels import block_linear, loader
-from deltaw.kernels.block_linear import BlockWeight
+from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_places
-from deltaw.kernels.linear import can_multiply
-from deltaw.kernels.rows import ACTIVATIONS
-from deltaw.kernels.structs import BlockData, BlockParts, HalfNorms, Layer, RowNorm
+from deltaw.kernels.linear import Product, can_multiply
+from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, described
+from deltaw.kernels.structs import BlockData, BlockParts, Layer
 
 APART, STACKED, GROUPED = range(3)  # see csrc/block.h
 
 
 class LinearTensors(Protocol):
-    """A frozen layer and its update, as :func:`deltaw.kernels.linear.linear` takes them.
-
-    Where it also has an attribute ``stored`` that is a :class:`BlockWeight`, that is the weight (out, in).
-    """
-
-    weight: Tensor
-    by_column: bool
-    bias: Tensor | None
-    scale: Tensor | None
-    columns: Tensor | None
-    in_blocks: bool
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scaling: float
-
-
-class NormTensors(Protocol):
-    """A norm of rows, as :func:`deltaw.kernels.rows.norm` takes it."""
+    """A frozen layer and its update."""
 
     @property
-    def weight(self) -> Tensor | None: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def offset(self) -> float: ...
-    @property
-    def centered(self) -> bool: ...
-
-
-class NormsOfHalf(Protocol):
-    """The norms before a half's first layers, after its last one, and over the sum with the stream."""
-
-    @property
-    def before(self) -> NormTensors | None: ...
-    @property
-    def after(self) -> NormTensors | None: ...
-    @property
-    def post(self) -> NormTensors | None: ...
+    def product(self) -> Product: ...
 
 
 class AttentionTensors(Protocol):
@@ -85,7 +48,7 @@ class AttentionTensors(Protocol):
     """
 
     @property
-    def norms(self) -> NormsOfHalf: ...
+    def norms(self) -> HalfNorms: ...
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
@@ -99,9 +62,9 @@ class AttentionTensors(Protocol):
     @property
     def grouped(self) -> bool: ...
     @property
-    def query_norm(self) -> NormTensors | None: ...
+    def query_norm(self) -> Norm | None: ...
     @property
-    def key_norm(self) -> NormTensors | None: ...
+    def key_norm(self) -> Norm | None: ...
     @property
     def how(self) -> dict[str, Any]: ...
 
@@ -115,7 +78,7 @@ class MLPTensors(Protocol):
     """
 
     @property
-    def norms(self) -> NormsOfHalf: ...
+    def norms(self) -> HalfNorms: ...
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
@@ -148,30 +111,18 @@ class Block:
         # What the parts point to, and the structs of weights in blocks.
         self._alive = (
             layers,
-            blocks := [None if of is None else _described(of) for of in layers],
+            blocks := [None if of is None else of.described() for of in layers],
             [(norm.weight, norm.bias) for norm in norms if norm is not None],
         )
         self._factors = [None if of is None else (of.lora_A, of.lora_B) for of in layers]
         split = APART if len(attention.inputs) == 3 else GROUPED if attention.grouped else STACKED
-        forms = [_norm(norm) for norm in norms]
+        how = attention.how
         self._parts = BlockParts(
-            loader.number(dtype),
-            attention.heads,
-            attention.key_heads,
-            attention.head_size,
-            ACTIVATIONS.index(mlp.kind),
-            attention.how.get("window") or 0,
-            turned,
-            attention.how.get("causal", True),
-            split,
-            mlp.gated,
-            parallel,
-            False,
-            attention.how["scaling"],
-            attention.how.get("softcap") or 0.0,
-            HalfNorms(*forms[:3]),
-            HalfNorms(*forms[3:6]),
-            *forms[6:],
+            *(loader.number(dtype), attention.heads, attention.key_heads, attention.head_size),
+            *(ACTIVATIONS.index(mlp.kind), how.get("window") or 0, turned, how.get("causal", True)),
+            *(split, mlp.gated, parallel, False, how["scaling"], how.get("softcap") or 0.0),
+            *(attention.norms.described(), mlp.norms.described()),
+            *map(described, (attention.query_norm, attention.key_norm)),
             *(Layer() if of is None else _layer(of, at) for of, at in zip(layers, blocks, strict=True)),
         )
         self._at = ctypes.addressof(self._parts)
@@ -267,17 +218,13 @@ def serves(x: Tensor, attention: AttentionTensors, mlp: MLPTensors, parallel: bo
     return not (parallel and any(ends)) and _fit(attention, mlp)
 
 
-def _serves_layer(x: Tensor, layer: LinearTensors) -> bool:
-    probe, blocks = x.new_empty(0, _sizes(layer)[0]), _blocks(layer)
-    if blocks is not None:
-        if not block_linear.can_multiply(probe, blocks, layer.lora_A):
-            return False
-    elif not can_multiply(probe, layer.weight, layer.lora_A, layer.by_column, layer.scale is not None):
+def _serves_layer(x: Tensor, of: Product) -> bool:
+    if not can_multiply(x.new_empty(0, of.sizes[0]), of):
         return False
-    tensors = (layer.bias, layer.scale, layer.columns, layer.lora_A, layer.lora_B)
+    tensors = (of.bias, of.scale, of.smooth_scales, of.lora_A, of.lora_B)
     if any(t is not None and not t.is_contiguous() for t in tensors):
         return False
-    return layer.bias is None or layer.bias.dtype in (torch.float32, x.dtype)
+    return of.bias is None or of.bias.dtype in (torch.float32, x.dtype)
 
 
 def _fit(attention: AttentionTensors, mlp: MLPTensors) -> bool:
@@ -287,20 +234,23 @@ def _fit(attention: AttentionTensors, mlp: MLPTensors) -> bool:
         return False
     each = [heads * size, key_heads * size, key_heads * size]
     expected = each if len(attention.inputs) == 3 else [sum(each)]
-    if [_sizes(layer)[1] for layer in attention.inputs] != expected:
+    if [layer.product.sizes[1] for layer in attention.inputs] != expected:
         return False
-    inner = _sizes(mlp.output)[0]
+    inner = mlp.output.product.sizes[0]
     wide = [inner] * len(mlp.inputs) if len(mlp.inputs) == 1 + mlp.gated else [2 * inner]
-    return [_sizes(layer)[1] for layer in mlp.inputs] == wide and mlp.kind in ACTIVATIONS
+    return [layer.product.sizes[1] for layer in mlp.inputs] == wide and mlp.kind in ACTIVATIONS
 
 
-def _layers(attention: AttentionTensors, mlp: MLPTensors) -> list[LinearTensors | None]:
+def _layers(attention: AttentionTensors, mlp: MLPTensors) -> list[Product | None]:
     """In the kernels' order: queries', keys', values', output's, gate's, up's and down's, or None."""
-    first: list[LinearTensors | None] = [*attention.inputs, *[None] * (3 - len(attention.inputs))]
-    return [*first, attention.output, *mlp.inputs, *[None] * (2 - len(mlp.inputs)), mlp.output]
+    found: list[Product | None] = []
+    for half, inputs in ((attention, 3), (mlp, 2)):
+        found += [layer.product for layer in half.inputs]
+        found += [*[None] * (inputs - len(half.inputs)), half.output.product]
+    return found
 
 
-def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[NormTensors | None]:
+def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[Norm | None]:
     """Before, after and post of each half, then those of queries and keys."""
     halves = [norm for of in (attention.norms, mlp.norms) for norm in (of.before, of.after, of.post)]
     return [*halves, attention.query_norm, attention.key_norm]
@@ -313,40 +263,11 @@ def _places(attention: AttentionTensors, mlp: MLPTensors) -> list[int]:
     return [t.data_ptr() for t in tensors if t is not None]
 
 
-def _norm(of: NormTensors | None) -> RowNorm:
-    if of is None:
-        return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
-
-
-def _blocks(of: LinearTensors) -> BlockWeight | None:
-    """The weight, where it is in blocks."""
-    stored = getattr(of, "stored", None)
-    return stored if isinstance(stored, BlockWeight) else None
-
-
-def _described(of: LinearTensors) -> BlockData | None:
-    blocks = _blocks(of)
-    return None if blocks is None else blocks.described()
-
-
-def _sizes(of: LinearTensors) -> tuple[int, int]:
-    """Inputs and outputs."""
-    shape = (_blocks(of) or of.weight).shape
-    outputs, inputs = shape if of.by_column else reversed(shape)
-    return inputs, outputs
-
-
-def _layer(of: LinearTensors, described: BlockData | None) -> Layer:
-    blocks = _blocks(of)
+def _layer(of: Product, described: BlockData | None) -> Layer:
     return Layer(
-        loader.address(of.weight) if described is None else ctypes.addressof(described),
-        *map(loader.address, (of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
-        *_sizes(of),
-        0 if of.lora_A is None else of.lora_A.shape[1],
-        loader.number(of.weight.dtype) if blocks is None else blocks.number,
-        of.by_column,
-        of.bias is not None and of.bias.dtype == torch.float32,
-        of.in_blocks,
-        of.scaling,
+        of.address(described),
+        *map(loader.address, (of.scale, of.smooth_scales, of.bias, of.lora_A, of.lora_B)),
+        *of.sizes,
+        *(0 if of.lora_A is None else of.lora_A.shape[1], of.number, of.by_column),
+        *(of.bias is not None and of.bias.dtype == torch.float32, of.in_blocks, of.scaling),
     )

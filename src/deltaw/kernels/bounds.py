@@ -45,6 +45,17 @@ def check_places(places: Tensor, length: int) -> None:
         raise ValueError("picked places must ascend, each only once")
 
 
+def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
+    """Refuse what is no contiguous vector of fp32 numbers of this size; None is nothing to check.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check_shape(name, tensor, size)
+    if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+        raise ValueError(f"{name} must be contiguous and in fp32")
+
+
 def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
     """Refuse a tensor of another shape; None is nothing to check.
 

@@ -27,101 +27,62 @@ from deltaw.kernels.decode_reference import (
     LAYERS,
     DecoderBlock,
     DecoderLinear,
-    DecoderNorm,
-    DecoderNorms,
     Tokens,
     block_reference,
     cached,
+    check_norm,
     end_reference,
     in_panels,
     numbers_of_head,
 )
 from deltaw.kernels.large_pages import in_one_piece, large_empty
-from deltaw.kernels.rows import ACTIVATIONS
-from deltaw.kernels.structs import (
-    BlockData,
-    DecodeBlock,
-    DecodeFactors,
-    DecodeLinear,
-    DecodeModel,
-    DecodeStep,
-    HalfNorms,
-    RowNorm,
-)
-
-# ---- A decoder as the compiled kernels see it: its parts by address, and the call of a step.
-#
-# The structs are made once. A step hands over addresses of its rows alone. Knows tensors and addresses; not
-# whether the kernels may be used, nor what a step means: see :mod:`deltaw.kernels.decode`.
-
+from deltaw.kernels.rows import ACTIVATIONS, Norm, described
+from deltaw.kernels.structs import BlockData, DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
 
 _SPLITS = ("apart", "stacked", "grouped")  # by the numbers of csrc/block.h
 # Of an adapter: LAYERS of each block, and the head's.
 Table: TypeAlias = "ctypes.Array[DecodeFactors]"
 
 
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What a :class:`deltaw.kernels.decode.Decoder` consists of; ``offsets`` are of its blocks in a page."""
-
-    blocks: Sequence[DecoderBlock]
-    final_norm: DecoderNorm | None
-    head: DecoderLinear
-    tables: Sequence[tuple[Tensor, Tensor]]
-    cache_dtype: torch.dtype
-    page_tokens: int
-    offsets: Sequence[int]
-    logits_scale: float
-    logits_softcap: float
-
-
 class CompiledDecoder:
-    """The structs of a decoder, and all that they point to."""
+    """The structs of a decoder, and all that they point to; made once, so that a step hands over its rows alone."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, of: Decoder) -> None:
+        self._of = of
         self._sums: list[Tensor] = []
         self._described: list[BlockData] = []
-        pairs = zip(parts.blocks, parts.offsets, strict=False)
-        self._blocks = (DecodeBlock * len(parts.blocks))(*(self._block(*pair) for pair in pairs))
-        addresses = ctypes.c_void_p * max(1, len(parts.tables))
-        self._cosines = addresses(*(cosine.data_ptr() for cosine, _ in parts.tables))
-        self._sines = addresses(*(sine.data_ptr() for _, sine in parts.tables))
+        self._blocks = (DecodeBlock * len(of.blocks))(*map(self._block, of.blocks, of.offsets))
+        addresses = ctypes.c_void_p * max(1, len(of.tables))
+        self._cosines = addresses(*(cosine.data_ptr() for cosine, _ in of.tables))
+        self._sines = addresses(*(sine.data_ptr() for _, sine in of.tables))
+        used = {block.table for block in of.blocks if block.turned}
+        positions = min((len(of.tables[table][0]) for table in used), default=2**31 - 1)
         self._model = DecodeModel(
-            *(ctypes.addressof(of) for of in (self._blocks, self._cosines, self._sines)),
-            *(len(parts.blocks), len(parts.tables), self._positions(), parts.head.inputs),
-            *(loader.number(parts.cache_dtype), parts.page_tokens, parts.offsets[-1]),
-            *(parts.logits_scale, parts.logits_softcap),
-            _norm(parts.final_norm),
-            self._linear(parts.head),
+            *(ctypes.addressof(part) for part in (self._blocks, self._cosines, self._sines)),
+            *(len(of.blocks), len(of.tables), positions, of.head.inputs),
+            *(loader.number(of.cache_dtype), of.page_tokens, of.offsets[-1]),
+            *(of.logits_scale, of.logits_softcap or 0.0),
+            described(of.final_norm),
+            self._linear(of.head),
         )
 
-    def _positions(self) -> int:
-        """How many positions there are."""
-        used = {block.table for block in self._parts.blocks if block.turned}
-        return min((len(self._parts.tables[table][0]) for table in used), default=2**31 - 1)
-
     def step(
-        self,
-        pages: Tensor,
-        hidden: Tensor,
-        adapters: Sequence[Table],
-        positions: Tensor,
-        sequence: Tensor,
-        page_table: Tensor,
-        adapter: Tensor,
-        wanted: Tensor,
+        self, pages: Tensor, hidden: Tensor, adapters: Sequence[Table], rows: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`deltaw.kernels.decode.Decoder.step`; all tensors are contiguous.
+
+        Args:
+            rows: positions, sequence, adapter, page table, and wanted rows.
 
         Raises:
             IndexError: a position, page, sequence, adapter or wanted row is out of bounds.
         """
+        *_, page_table, wanted = rows
         out = torch.empty(len(wanted), hidden.shape[1])
-        logits = torch.empty(len(wanted), self._parts.head.outputs)
+        logits = torch.empty(len(wanted), self._of.head.outputs)
         tables = (ctypes.c_void_p * len(adapters))(*map(ctypes.addressof, adapters))
         step = DecodeStep(
-            *(t.data_ptr() for t in (hidden, positions, sequence, adapter, page_table, wanted)),
+            *(t.data_ptr() for t in (hidden, *rows)),
             ctypes.addressof(tables),
             *(t.data_ptr() for t in (pages, out, logits)),
             *(len(hidden), *page_table.shape, len(wanted), len(adapters), len(pages)),
@@ -135,8 +96,8 @@ class CompiledDecoder:
             *(block.heads, block.key_heads, block.head_size, ACTIVATIONS.index(block.activation)),
             *(block.window or 0, block.turned, block.table, _SPLITS.index(block.split)),
             *(block.gated, block.parallel, offset, block.scaling, block.softcap or 0.0),
-            *(_half(norms) for norms in (block.first, block.second)),
-            *(_norm(norm) for norm in (block.query_norm, block.key_norm)),
+            *(norms.described() for norms in (block.first, block.second)),
+            *map(described, (block.query_norm, block.key_norm)),
             *(self._linear(layers[name]) if name in layers else DecodeLinear() for name in LAYERS),
         )
 
@@ -166,30 +127,6 @@ def adapter_table(factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]], bloc
         table[at] = DecodeFactors(A.data_ptr(), B.data_ptr(), len(A))
     return table
 
-
-def _half(norms: DecoderNorms) -> HalfNorms:
-    return HalfNorms(*(_norm(norm) for norm in (norms.before, norms.after, norms.post)))
-
-
-def _norm(of: DecoderNorm | None) -> RowNorm:
-    if of is None:
-        return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
-
-
-# ---- decode
-
-
-__all__ = [
-    "Decoder",
-    "DecoderBlock",
-    "DecoderLinear",
-    "DecoderNorm",
-    "DecoderNorms",
-    "PackedAdapter",
-    "Pages",
-    "reference_step",
-]
 
 # Tokens of a page: a whole number of vectors of any processor.
 PAGE_TOKENS = 32
@@ -255,7 +192,7 @@ class Decoder:
     def __init__(
         self,
         blocks: Sequence[DecoderBlock],
-        final_norm: DecoderNorm | None,
+        final_norm: Norm | None,
         head: DecoderLinear,
         tables: Sequence[tuple[Tensor, Tensor]] = (),
         *,
@@ -274,21 +211,16 @@ class Decoder:
         self.cache_dtype, self.logits_softcap, self.logits_scale = cache_dtype, logits_softcap, logits_scale
         self.hidden = head.inputs
         for number, block in enumerate(self.blocks):
-            check_width(f"block {number}", block.hidden, self.hidden)
+            if block.hidden != self.hidden:
+                raise ValueError(f"block {number} is {block.hidden} numbers wide, not {self.hidden}")
             if block.turned:
                 self._check_table(number, block)
-        if final_norm is not None:
-            final_norm.check(self.hidden)
+        check_norm(final_norm, self.hidden)
         self.offsets = [0]
         for block in self.blocks:
             numbers = block.key_heads * numbers_of_head(block.head_size, cache_dtype) * PAGE_TOKENS
             self.offsets.append(self.offsets[-1] + numbers)
-        self._compiled = CompiledDecoder(
-            Parts(
-                *(self.blocks, self.final_norm, self.head, self.tables, cache_dtype, PAGE_TOKENS),
-                *(self.offsets, logits_scale, logits_softcap or 0.0),
-            )
-        )
+        self._compiled = CompiledDecoder(self)
 
     def _check_table(self, number: int, block: DecoderBlock) -> None:
         if not 0 <= block.table < len(self.tables):
@@ -389,9 +321,8 @@ class Decoder:
         if loader.library() is None or hidden.device.type != "cpu":
             return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
         tables = [packed.table for packed in adapters]
-        indices = (positions, sequence, page_table, adapter, wanted)
-        whole = (t.contiguous() for t in indices)
-        return self._compiled.step(pages.data, hidden.contiguous(), tables, *whole)
+        rows = [t.contiguous() for t in (positions, sequence, adapter, page_table, wanted)]
+        return self._compiled.step(pages.data, hidden.contiguous(), tables, rows)
 
 
 # Which phase of a block, or behind all blocks, reads a layer's factors.
@@ -422,7 +353,17 @@ def reference_step(
     wanted: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The reference implementation of :meth:`Decoder.step`; in float64 where ``hidden`` is."""
-    _check_values(decoder, pages, positions, sequence, page_table, adapter, len(adapters), wanted)
+    count, most = page_table.shape
+    longest = min([most * decoder.page_tokens, *(len(cosine) for cosine, _ in decoder.tables)])
+    for name, values, least, end in (
+        ("position", positions, 0, longest),
+        ("sequence", sequence, 0, count),
+        ("adapter", adapter, -1, len(adapters)),
+        ("wanted row", wanted, 0, len(positions)),
+    ):
+        _check_values(name, values, least, end)
+    of_new = page_table[sequence.long(), (positions // decoder.page_tokens).long()]
+    _check_values("page", of_new, 0, pages.count)
     factors = [packed.factors for packed in adapters]
     tokens = Tokens(positions, sequence, page_table, adapter, factors, decoder.page_tokens)
     x = hidden
@@ -438,38 +379,12 @@ def reference_step(
     return normed, logits
 
 
-def _check_values(
-    decoder: Decoder,
-    pages: Pages,
-    positions: Tensor,
-    sequence: Tensor,
-    page_table: Tensor,
-    adapter: Tensor,
-    adapters: int,
-    wanted: Tensor,
-) -> None:
-    count, most = page_table.shape
-    longest = min([most * decoder.page_tokens, *(len(cosine) for cosine, _ in decoder.tables)])
-    for name, values, least, end in (
-        ("position", positions, 0, longest),
-        ("sequence", sequence, 0, count),
-        ("adapter", adapter, -1, adapters),
-        ("wanted row", wanted, 0, len(positions)),
-    ):
-        if values.numel() and not (least <= int(values.min()) and int(values.max()) < end):
-            raise IndexError(f"a {name} is outside of {least} … {end - 1}")
-    if positions.numel():
-        of_new = page_table[sequence.long(), (positions // decoder.page_tokens).long()]
-        if not (int(of_new.min()) >= 0 and int(of_new.max()) < pages.count):
-            raise IndexError(f"a page is outside of 0 … {pages.count - 1}")
+def _check_values(name: str, values: Tensor, least: int, end: int) -> None:
+    if values.numel() and not (least <= int(values.min()) and int(values.max()) < end):
+        raise IndexError(f"a {name} is outside of {least} … {end - 1}")
 
 
 def _whole_table(table: Tensor, turned: int) -> Tensor:
     """(positions, turned): the half is said once where both are turned alike."""
     table = table.detach().to(torch.float32)
     return (torch.cat([table, table], 1) if 2 * table.shape[1] == turned else table).contiguous()
-
-
-def check_width(name: str, width: int, expected: int) -> None:
-    if width != expected:
-        raise ValueError(f"{name} is {width} numbers wide, not {expected}")

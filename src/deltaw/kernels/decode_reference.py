@@ -20,10 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deltaw.kernels.block_linear import BlockWeight, block_linear_reference
-from deltaw.kernels.bounds import check_shape
+from deltaw.kernels import linear as products
+from deltaw.kernels.block_linear import BlockWeight
+from deltaw.kernels.bounds import check_vector
 from deltaw.kernels.quantize import LONGEST_SUM, quantized_reference
-from deltaw.kernels.rows import ACTIVATIONS, activation_reference, norm_reference, rotate_reference
+from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, activation_reference, rotate_reference
 
 # ---- What a decoder is made of: linear layers, norms and blocks as tensors and plain values.
 #
@@ -90,34 +91,6 @@ class DecoderLinear:
 
 
 @dataclass(frozen=True, eq=False)
-class DecoderNorm:
-    """(x - mean)·rstd·(weight + offset) + bias; see :class:`deltaw.runtime.recognition.NormForm`."""
-
-    weight: Tensor | None
-    bias: Tensor | None = None
-    eps: float = 1e-5
-    offset: float = 0.0
-    centered: bool = False
-
-    def check(self, size: int) -> None:
-        """Raises ValueError where this is no norm over ``size`` numbers."""
-        check_vector("a norm's weight", self.weight, size)
-        check_vector("a norm's bias", self.bias, size)
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderNorms:
-    """The norms of half a block: before its first layers, after its last one, and over the sum."""
-
-    before: DecoderNorm | None = None
-    after: DecoderNorm | None = None
-    post: DecoderNorm | None = None
-
-    def all(self) -> tuple[DecoderNorm, ...]:
-        return tuple(norm for norm in (self.before, self.after, self.post) if norm is not None)
-
-
-@dataclass(frozen=True, eq=False)
 class DecoderBlock:
     """A transformer's block.
 
@@ -148,10 +121,10 @@ class DecoderBlock:
     key: DecoderLinear | None = None
     value: DecoderLinear | None = None
     up: DecoderLinear | None = None
-    first: DecoderNorms = field(default_factory=DecoderNorms)
-    second: DecoderNorms = field(default_factory=DecoderNorms)
-    query_norm: DecoderNorm | None = None
-    key_norm: DecoderNorm | None = None
+    first: HalfNorms = field(default_factory=HalfNorms)
+    second: HalfNorms = field(default_factory=HalfNorms)
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
     split: Split = "apart"
     gated: bool = True
     parallel: bool = False
@@ -174,11 +147,11 @@ class DecoderBlock:
         if self.parallel and (self.first.after or self.first.post or self.second.after or self.second.post):
             raise ValueError("a parallel block has no norms behind its halves")
         self._check_layers()
-        for norm in (*self.first.all(), *self.second.all()):
-            norm.check(self.hidden)
-        for head_norm in (self.query_norm, self.key_norm):
-            if head_norm is not None:
-                head_norm.check(self.head_size)
+        for half in (self.first, self.second):
+            for norm in (half.before, half.after, half.post):
+                check_norm(norm, self.hidden)
+        for norm in (self.query_norm, self.key_norm):
+            check_norm(norm, self.head_size)
 
     def _check_layers(self) -> None:
         apart = self.split == "apart"
@@ -217,14 +190,11 @@ class DecoderBlock:
                 yield name, layer
 
 
-def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
-    """Refuse what is no contiguous vector of fp32 numbers of this size; None is nothing to check."""
-    check_shape(name, tensor, size)
-    if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-        raise ValueError(f"{name} must be contiguous and in fp32")
-
-
-# ---- decode reference
+def check_norm(norm: Norm | None, size: int) -> None:
+    """Raise a ValueError if this is no norm over ``size`` numbers; None is nothing to check."""
+    if norm is not None:
+        check_vector("a norm's weight", norm.weight, size)
+        check_vector("a norm's bias", norm.bias, size)
 
 
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.
@@ -239,7 +209,6 @@ class Tokens:
     Args:
         positions, sequence, adapter: (n). page_table: (s, most).
         factors: of each adapter.
-        dtype: of numbers between layers.
     """
 
     positions: Tensor
@@ -248,7 +217,6 @@ class Tokens:
     adapter: Tensor
     factors: Sequence[Factors]
     page_tokens: int
-    dtype: torch.dtype = torch.float32
     groups: list[tuple[Tensor, Factors]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -260,15 +228,8 @@ class Tokens:
 
     def of(self, rows: Tensor) -> Tokens:
         """Some of the rows alone."""
-        return Tokens(
-            self.positions[rows],
-            self.sequence[rows],
-            self.page_table,
-            self.adapter[rows],
-            self.factors,
-            self.page_tokens,
-            self.dtype,
-        )
+        of_rows = (self.positions[rows], self.sequence[rows], self.page_table, self.adapter[rows])
+        return Tokens(*of_rows, self.factors, self.page_tokens)
 
 
 def in_panels(B: Tensor) -> Tensor:
@@ -345,7 +306,7 @@ def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tup
     dtype = x.dtype
     narrow = x if layer.factors_dtype == torch.float32 else x.to(torch.bfloat16).to(dtype)
     if isinstance(layer.weight, BlockWeight):
-        y, _ = block_linear_reference(narrow, layer.weight)
+        y, _ = products.linear_reference(narrow, products.Product.of_blocks(layer.weight))
     elif layer.scale is not None:
         rounded, by = quantized_reference(x, layer.columns)
         sums = (rounded.to(dtype) - 128) @ layer.weight.to(dtype).t()
@@ -362,7 +323,7 @@ def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tup
     return y
 
 
-def end_reference(x: Tensor, norm: DecoderNorm | None, head: DecoderLinear, tokens: Tokens) -> tuple[Tensor, Tensor]:
+def end_reference(x: Tensor, norm: Norm | None, head: DecoderLinear, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Rows (k, D) after the final norm, and their logits (k, V)."""
     hidden = _norm(x, norm)
     return hidden, linear_reference(hidden, head, tokens, (-1, HEAD))
@@ -417,16 +378,14 @@ def _attention(
     return out
 
 
-def _norm(x: Tensor, norm: DecoderNorm | None) -> Tensor:
-    if norm is None:
-        return x
-    return norm_reference(x, norm.weight, norm.bias, offset=norm.offset, eps=norm.eps, centered=norm.centered)[0]
+def _norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm.reference(x)
 
 
-def _over_heads(x: Tensor, norm: DecoderNorm | None) -> Tensor:
+def _over_heads(x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else _norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
 
 
-def _ended(y: Tensor, stream: Tensor, norms: DecoderNorms) -> Tensor:
+def _ended(y: Tensor, stream: Tensor, norms: HalfNorms) -> Tensor:
     """The sum of a half with the residual stream."""
     return _norm(stream + _norm(y, norms.after), norms.post)

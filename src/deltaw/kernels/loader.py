@@ -229,11 +229,8 @@ def open_file(path: Path, variant: Variant) -> Opened:
     """
     kernels = load(path)
     if kernels.dw_ready() != 0:
-        raise UserError(
-            f"kernels '{variant.name}' cannot run: the operating system does not grant what they need",
-            where=variants.VARIABLE,
-            hint=f"set {variants.VARIABLE} to another variant, or unset it",
-        )
+        what = f"kernels '{variant.name}' cannot run: the operating system does not grant what they need"
+        raise UserError(what, where=variants.VARIABLE, hint=f"set {variants.VARIABLE} to another variant, or unset it")
     threads = openmp_functions()
     if threads is not None:
         kernels.dw_threads(*threads)
@@ -287,11 +284,8 @@ def _found() -> tuple[Opened | None, str | None]:
         try:
             return open_variant(asked.kernels), None
         except (OSError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"kernels '{asked.kernels}' cannot be loaded: {error}",
-                where=variants.VARIABLE,
-                hint="install deltaw again to rebuild them",
-            ) from error
+            what = f"kernels '{asked.kernels}' cannot be loaded: {error}"
+            raise UserError(what, where=variants.VARIABLE, hint="install deltaw again to rebuild them") from error
     if not platform_is_served():
         return None, f"compiled kernels are not for {platform.system()} on {platform.machine()}"
     reasons = []

@@ -6,16 +6,72 @@ implementation. Knows tensors; not modules.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.kernels import loader
+from deltaw.kernels import loader, structs
 from deltaw.kernels.bounds import check_shape, check_targets
 from deltaw.kernels.operators import define
 
 # Activation functions of gated and plain MLPs, by the kernels' own numbers.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm over the last dimension: (x - mean)·rstd·(weight + offset) + bias, see :func:`norm`; it is frozen."""
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    offset: float = 0.0
+    centered: bool = False
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of rows x (M, D), and (M, 2) numbers that :meth:`backward` wants."""
+        return norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centered=self.centered)
+
+    def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
+        """∂L/∂x (M, D), plus ``added``."""
+        return norm_backward(grad, x, self.weight, stats, offset=self.offset, centered=self.centered, added=added)
+
+    def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of each head of x (M, heads, d)."""
+        y, stats = self(x.reshape(-1, x.shape[-1]))
+        return y.view(x.shape), stats
+
+    def over_heads_backward(self, grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+        """∂L/∂x of :meth:`over_heads`."""
+        size = x.shape[-1]
+        return self.backward(grad.reshape(-1, size), x.reshape(-1, size), stats).view(x.shape)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The norm of rows by the reference implementation."""
+        how = {"offset": self.offset, "eps": self.eps, "centered": self.centered}
+        return norm_reference(x, self.weight, self.bias, **how)[0]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class HalfNorms:
+    """The norms of half a block: before its first layers, after its last one, and over the sum with the stream."""
+
+    before: Norm | None = None
+    after: Norm | None = None
+    post: Norm | None = None
+
+    def described(self) -> structs.HalfNorms:
+        """The kernels' struct of them."""
+        return structs.HalfNorms(*map(described, (self.before, self.after, self.post)))
+
+
+def described(of: Norm | None) -> structs.RowNorm:
+    """The kernels' struct of a norm, or of none."""
+    if of is None:
+        return structs.RowNorm()
+    return structs.RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
 def norm(

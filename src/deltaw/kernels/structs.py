@@ -10,118 +10,94 @@ import ctypes
 _P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    """The fields of a struct, from names of one type at a time."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
 class Layer(ctypes.Structure):
     """A linear layer with its update."""
 
-    _fields_ = [
-        *((name, _P) for name in ("weight", "scale", "smooth", "bias", "A", "B")),
-        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "by_column")),
-        *((name, _L) for name in ("bias_f32", "in_blocks")),
-        ("scaling", _F),
-    ]
+    _fields_ = _fields(
+        (_P, "weight scale smooth bias A B"),
+        (_L, "inputs outputs rank weight_type by_column bias_f32 in_blocks"),
+        (_F, "scaling"),
+    )
 
 
 class RowNorm(ctypes.Structure):
     """A norm over the last dimension, or none."""
 
-    _fields_ = [
-        *((name, _P) for name in ("weight", "bias")),
-        *((name, _F) for name in ("eps", "offset")),
-        *((name, _L) for name in ("centered", "used")),
-    ]
+    _fields_ = _fields((_P, "weight bias"), (_F, "eps offset"), (_L, "centered used"))
 
 
 class HalfNorms(ctypes.Structure):
     """The norms of a half of a block."""
 
-    _fields_ = [(name, RowNorm) for name in ("before", "after", "post")]
+    _fields_ = _fields((RowNorm, "before after post"))
 
 
 class BlockParts(ctypes.Structure):
     """A transformer's block."""
 
-    _fields_ = [
-        *(
-            (name, _L)
-            for name in (
-                *("type", "heads", "key_heads", "head_size", "activation", "window", "turned"),
-                *("causal", "split", "gated", "parallel", "int8_gradients"),
-            )
-        ),
-        *((name, _F) for name in ("scaling", "softcap")),
-        *((name, HalfNorms) for name in ("first", "second")),
-        *((name, RowNorm) for name in ("of_query", "of_key")),
-        *((name, Layer) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-    ]
+    _fields_ = _fields(
+        (_L, "type heads key_heads head_size activation window turned causal split gated parallel int8_gradients"),
+        (_F, "scaling softcap"),
+        (HalfNorms, "first second"),
+        (RowNorm, "of_query of_key"),
+        (Layer, "query key value output gate up down"),
+    )
 
 
 class DecodeLinear(ctypes.Structure):
     """A linear layer of a decoder."""
 
-    _fields_ = [
-        *((name, _P) for name in ("weight", "scale", "columns", "bias", "sums")),
-        *((name, _L) for name in ("inputs", "outputs", "type")),
-    ]
+    _fields_ = _fields((_P, "weight scale columns bias sums"), (_L, "inputs outputs type"))
 
 
 class DecodeBlock(ctypes.Structure):
     """A decoder's block."""
 
-    _fields_ = [
-        *(
-            (name, _L)
-            for name in (
-                *("heads", "key_heads", "head_size", "activation", "window", "turned", "table"),
-                *("split", "gated", "parallel", "cache_offset"),
-            )
-        ),
-        *((name, _F) for name in ("scaling", "softcap")),
-        *((name, HalfNorms) for name in ("first", "second")),
-        *((name, RowNorm) for name in ("of_query", "of_key")),
-        *((name, DecodeLinear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-    ]
+    _fields_ = _fields(
+        (_L, "heads key_heads head_size activation window turned table split gated parallel cache_offset"),
+        (_F, "scaling softcap"),
+        (HalfNorms, "first second"),
+        (RowNorm, "of_query of_key"),
+        (DecodeLinear, "query key value output gate up down"),
+    )
 
 
 class DecodeModel(ctypes.Structure):
     """A decoder."""
 
-    _fields_ = [
-        *((name, _P) for name in ("blocks", "cosines", "sines")),
-        *(
-            (name, _L)
-            for name in (*("count", "tables", "positions", "hidden", "cache_type", "page_tokens", "page_numbers"),)
-        ),
-        *((name, _F) for name in ("logits_scale", "logits_softcap")),
-        ("final_norm", RowNorm),
-        ("head", DecodeLinear),
-    ]
+    _fields_ = _fields(
+        (_P, "blocks cosines sines"),
+        (_L, "count tables positions hidden cache_type page_tokens page_numbers"),
+        (_F, "logits_scale logits_softcap"),
+        (RowNorm, "final_norm"),
+        (DecodeLinear, "head"),
+    )
 
 
 class DecodeFactors(ctypes.Structure):
     """The update of one layer, or none."""
 
-    _fields_ = [("A", _P), ("B", _P), ("rank", _L)]
+    _fields_ = _fields((_P, "A B"), (_L, "rank"))
 
 
 class DecodeStep(ctypes.Structure):
     """One step of a decoder."""
 
-    _fields_ = [
-        *(
-            (name, _P)
-            for name in (
-                *("hidden", "positions", "sequence", "adapter", "page_table", "wanted", "adapters"),
-                *("pages", "out", "logits"),
-            )
-        ),
-        *((name, _L) for name in ("rows", "sequences", "most", "wanted_count", "adapter_count", "page_count")),
-    ]
+    _fields_ = _fields(
+        (_P, "hidden positions sequence adapter page_table wanted adapters pages out logits"),
+        (_L, "rows sequences most wanted_count adapter_count page_count"),
+    )
 
 
 class BlockData(ctypes.Structure):
     """A weight in blocks."""
 
-    _fields_ = [(name, _P) for name in ("data", "absmax", "group_scale", "codes", "offset")]
+    _fields_ = _fields((_P, "data absmax group_scale codes offset"))
 
 
 # In the order of the library's own numbers.

@@ -26,10 +26,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def _lack(what: str, name: str) -> UserError:
-    return UserError(
-        f"{what} needs {name}, which torch {torch.__version__} does not have",
-        hint="install another version of torch, or of deltaw",
-    )
+    hint = "install another version of torch, or of deltaw"
+    return UserError(f"{what} needs {name}, which torch {torch.__version__} does not have", hint=hint)
 
 
 # Who observes operators

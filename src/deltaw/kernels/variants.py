@@ -172,11 +172,8 @@ def asked(environment: Mapping[str, str] | None = None) -> Asked:
         raise UserError(f"there is no arithmetic '{arithmetic}'", where=said, hint=hint)
     switched_off = name in (NONE, "torch")
     if switched_off and arithmetic not in ("", "torch"):
-        raise UserError(
-            f"without compiled kernels there is no arithmetic '{arithmetic}'",
-            where=said,
-            hint=f"name a variant, such as {here[0]}:{arithmetic}, or leave ':{arithmetic}' out",
-        )
+        hint = f"name a variant, such as {here[0]}:{arithmetic}, or leave ':{arithmetic}' out"
+        raise UserError(f"without compiled kernels there is no arithmetic '{arithmetic}'", where=said, hint=hint)
     if off and not switched_off:
         raise UserError(
             f"{said} and {OFF}=0 contradict each other", where=VARIABLE, hint=f"unset one of {VARIABLE} and {OFF}"

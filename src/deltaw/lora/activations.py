@@ -109,11 +109,8 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationIni
     explained: list[Tensor] = []
     for name, _, found in seen:
         if not torch.isfinite(found.total):
-            raise UserError(
-                f"the inputs of '{name}' are not finite",
-                where="init",
-                hint="check the data for values that are not finite, or load the model in bf16 or fp32",
-            )
+            hint = "check the data for values that are not finite, or load the model in bf16 or fp32"
+            raise UserError(f"the inputs of '{name}' are not finite", where="init", hint=hint)
     for _, layer, found in seen:
         directions = found.directions[:, : layer.rank]
         layer.lora_A[:, : directions.shape[1]] = directions.to(layer.lora_A)

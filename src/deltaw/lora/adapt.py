@@ -197,23 +197,15 @@ def _adapt(
 ) -> None:
     """Make the adapted layer over ``target``, or both updates of an attention; a refusal names it."""
     config = record.config
+    given = (target.module, target.rank, target.alpha)
+    how = {"rslora": config.rslora, "init": init, "generator": generator}
     try:
         if isinstance(target.module, nn.MultiheadAttention):
-            updates = adapt_attention(
-                target.module, target.rank, target.alpha, rslora=config.rslora, init=init, generator=generator
-            )
+            updates = adapt_attention(*given, **how)  # type: ignore[arg-type]
             for key, update in zip(ATTENTION_KEYS, updates, strict=True):
                 record.parameters.append(ParameterUpdate(target.names, target.module, key, update, True))
             return
-        layer = adapter_for(target.module, config.dora, config.lora_bias)(
-            target.module,
-            target.rank,
-            target.alpha,
-            dropout=config.dropout,
-            rslora=config.rslora,
-            init=init,
-            generator=generator,
-        )
+        layer = adapter_for(target.module, config.dora, config.lora_bias)(*given, dropout=config.dropout, **how)
     except UserError as error:
         raise _named(target.names[0], error) from error
     record.layers.append(_replacement(model, target.names, target.module, layer))
@@ -222,16 +214,10 @@ def _adapt(
 def _adapt_parameter(target: Target, record: Attachment, init: str | None, generator: torch.Generator | None) -> None:
     """Make the update of a parameter; a refusal names it."""
     try:
-        layer = LoRAParameter(
-            target.module,
-            target.attribute,
-            target.rank,
-            target.alpha,
-            rslora=record.config.rslora,
-            init=init,
-            generator=generator,
-            is_in_out=bool(getattr(target.module, "is_transposed", False)),
-        )
+        given = (target.module, target.attribute, target.rank, target.alpha)
+        how = {"rslora": record.config.rslora, "init": init, "generator": generator}
+        in_out = bool(getattr(target.module, "is_transposed", False))
+        layer = LoRAParameter(*given, **how, is_in_out=in_out)  # type: ignore[arg-type]
     except UserError as error:
         raise _named(f"{target.names[0]}.{target.attribute}", error) from error
     record.parameters.append(ParameterUpdate(target.names, target.module, f"lora_{target.attribute}", layer))
@@ -244,20 +230,15 @@ def _named(name: str, error: UserError) -> UserError:
 def _refuse_activation(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
     """An activated adapter needs its sequence as ids, and layers that get one row for each token."""
     if not isinstance(config.invocation_tokens, list):
-        raise UserError(
-            "an activated adapter is attached with its invocation sequence as token ids",
-            where="invocation_tokens",
-            hint="give ids, such as tokenizer('<|im_start|>assistant').input_ids",
-        )
+        what = "an activated adapter is attached with its invocation sequence as token ids"
+        hint = "give ids, such as tokenizer('<|im_start|>assistant').input_ids"
+        raise UserError(what, where="invocation_tokens", hint=hint)
     head = own_head(model)
     for target in selection.targets:
         if not is_linear(target.module) or target.module is head:
             what = "the output head" if target.module is head else f"a {type(target.module).__name__}"
-            raise UserError(
-                f"'{target.names[0]}' is {what}, and an activated adapter is for the linear layers of blocks",
-                where="target_modules",
-                hint="leave it out with exclude_modules",
-            )
+            what = f"'{target.names[0]}' is {what}, and an activated adapter is for the linear layers of blocks"
+            raise UserError(what, where="target_modules", hint="leave it out with exclude_modules")
 
 
 def _activate(model: nn.Module, record: Attachment) -> None:

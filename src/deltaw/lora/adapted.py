@@ -201,12 +201,9 @@ class AdaptedLayer(nn.Module):
             return None
         places = self.activation.places
         if places is None:
-            raise UserError(
-                "an activated adapter finds by the token ids of each row where it begins to act, and there "
-                "are none, or several rows are packed into one",
-                where="input_ids",
-                hint=f"call the model with input_ids, or name the places in {PLACES}",
-            )
+            what = "an activated adapter needs the token ids of each row: there are none, or several rows are packed"
+            hint = f"call the model with input_ids, or name the places in {PLACES}"
+            raise UserError(what, where="input_ids", hint=hint)
         return places if isinstance(places, Tensor) else None
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import inside_compiled, own_modules, own_parameters
-from deltaw.lora.adapted import Activation, AdaptedLayer
+from deltaw.lora.adapted import Activation, AdaptedLayer, like
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
@@ -33,10 +33,6 @@ class TrainedBias:
     name: str
     parameter: nn.Parameter
     original: Tensor
-
-    def original_here(self) -> Tensor:
-        """The values before, where and as the bias is now."""
-        return self.original.to(device=self.parameter.device, dtype=self.parameter.dtype)
 
 
 @dataclass
@@ -133,8 +129,12 @@ def attached(model: nn.Module) -> Attachment:
     """
     record = attachment(model)
     if record is None:
-        raise UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
+        raise _no_adapter()
     return record
+
+
+def _no_adapter() -> UserError:
+    return UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
 
 
 def set_attachment(model: nn.Module, record: Attachment | None) -> None:
@@ -157,7 +157,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
         if isinstance(module, AdaptedLayer) and module.follows is None
     ]
     if not layers:
-        raise UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
+        raise _no_adapter()
     return layers
 
 
@@ -171,18 +171,15 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     layers = adapted_layers(model)
     for name, layer in layers:
         if not layer.base_is_known:
-            raise UserError(
-                "the base model's weights were not kept when the adapter was merged",
-                where=name,
-                hint="merge with keep_original=True",
-            )
+            hint = "merge with keep_original=True"
+            raise UserError("the base model's weights were not kept when the adapter was merged", where=name, hint=hint)
     record = attachment(model)
     with contextlib.ExitStack() as stack:
         for _, layer in layers:
             stack.enter_context(layer.as_base())
         for bias in record.biases if record else ():
             stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
-            bias.parameter.data = bias.original_here()
+            bias.parameter.data = like(bias.original, bias.parameter)
         for whole in record.extra_modules if record else ():
             stack.callback(whole.put, whole.current)
             whole.put_original(model)
@@ -295,11 +292,8 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
         if layer.merged:
             raise UserError("the adapter is merged already", where=name, hint="call unmerge first")
         if others := _other_users(model, layer, shared):
-            raise UserError(
-                f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change",
-                where=name,
-                hint="untie the two, or keep the adapter separate",
-            )
+            what = f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change"
+            raise UserError(what, where=name, hint="untie the two, or keep the adapter separate")
         if reason := layer.merge_refusal():
             raise UserError(f"'{name}' cannot be merged: {reason}", where=name, hint="keep the adapter separate")
     # Without room for all sums at once, they are computed twice: to check them, and to store them.
@@ -307,11 +301,8 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
     for name, layer in layers:
         total = layer.merged_weight()
         if not torch.isfinite(total).all():
-            raise UserError(
-                f"the merged weight of '{name}' is not finite",
-                where=name,
-                hint="the adapter's factors are broken, or its values too large for the weight's type",
-            )
+            hint = "the adapter's factors are broken, or its values too large for the weight's type"
+            raise UserError(f"the merged weight of '{name}' is not finite", where=name, hint=hint)
         if keep_original:
             sums[name] = total
     for name, layer in layers:
@@ -349,19 +340,14 @@ def _other_users(model: nn.Module, layer: AdaptedLayer, shared: dict[int, list[s
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """For every parameter that more than one module uses: its id, and those modules' names."""
-    users: dict[object, list[str]] = {}
+    users: dict[object, dict[str, None]] = {}
+    places: dict[int, object] = {}
     for name, module in model.named_modules():
         for parameter in own_parameters(module).values():
             if parameter is not None:
-                names = users.setdefault(_place(parameter), [])
-                if name not in names:
-                    names.append(name)
-    return {
-        id(parameter): users[_place(parameter)]
-        for module in model.modules()
-        for parameter in own_parameters(module).values()
-        if parameter is not None and len(users[_place(parameter)]) > 1
-    }
+                place = places[id(parameter)] = _place(parameter)
+                users.setdefault(place, {})[name] = None
+    return {parameter: list(users[place]) for parameter, place in places.items() if len(users[place]) > 1}
 
 
 def _place(parameter: Tensor) -> object:

@@ -133,11 +133,8 @@ class LoRAConfig:
         self.target_parameters = _entries("target_parameters", self.target_parameters)
         self.trainable_token_indices = _tokens(self.trainable_token_indices)
         if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
-            raise UserError(
-                "target_modules names nothing",
-                where="target_modules",
-                hint="write 'all-linear', 'attention', 'mlp', or a list of module names",
-            )
+            hint = "write 'all-linear', 'attention', 'mlp', or a list of module names"
+            raise UserError("target_modules names nothing", where="target_modules", hint=hint)
         self.layers = _layers(self.layers)
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _whole_number)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _positive)
@@ -159,11 +156,8 @@ class LoRAConfig:
         if self.activation == "completion":
             self._refuse_beside_activation()
         elif self.invocation_tokens is not None:
-            raise UserError(
-                "invocation_tokens are for an adapter that is not always active",
-                where="invocation_tokens",
-                hint="set activation: completion, or leave them out",
-            )
+            what = "invocation_tokens are for an adapter that is not always active"
+            raise UserError(what, where="invocation_tokens", hint="set activation: completion, or leave them out")
 
     def _check_expressions(self) -> None:
         for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
@@ -188,8 +182,7 @@ class LoRAConfig:
             if value:
                 told = f"{key} '{getattr(self, key)}'" if isinstance(getattr(self, key), str) else key
                 raise UserError(
-                    f"activation 'completion' and {told} do not go together: only plain updates of linear "
-                    "layers can act from a token on",
+                    f"activation 'completion' and {told} do not go together: it is for plain updates of linear layers",
                     where=key,
                     hint=f"leave {key} out, or set activation: always",
                 )
@@ -203,11 +196,8 @@ class LoRAConfig:
             )
         for key in ("dropout", "dora", "lora_bias"):
             if self.target_parameters and getattr(self, key):
-                raise UserError(
-                    f"target_parameters and {key} do not go together: the inputs of the update are not known",
-                    where=key,
-                    hint=f"leave {key} out, or name modules in target_modules instead",
-                )
+                what = f"target_parameters and {key} do not go together: the inputs of the update are not known"
+                raise UserError(what, where=key, hint=f"leave {key} out, or name modules in target_modules instead")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, object]) -> LoRAConfig:
@@ -225,11 +215,8 @@ class LoRAConfig:
         for key, value in mapping.items():
             name = PEFT_NAMES.get(key, key)
             if name not in known:
-                raise UserError(
-                    f"LoRA has no setting '{key}'",
-                    where=str(key),
-                    hint=did_you_mean(str(key), sorted(known | set(PEFT_NAMES))),
-                )
+                hint = did_you_mean(str(key), sorted(known | set(PEFT_NAMES)))
+                raise UserError(f"LoRA has no setting '{key}'", where=str(key), hint=hint)
             if name in values:
                 raise UserError(
                     f"'{name}' is given twice, also under PEFT's name", where=str(key), hint="leave one of the two out"

@@ -153,21 +153,15 @@ def _elsewhere(key: str, expressions: Sequence[str], names: Sequence[str], endin
 
 
 def _no_expression(key: str, expression: str, why: str) -> UserError:
-    return UserError(
-        f"'{_shown(expression)}' is no regular expression: {why}",
-        where=key,
-        hint="close its brackets, and write \\ before a character that stands for itself",
-    )
+    hint = "close its brackets, and write \\ before a character that stands for itself"
+    return UserError(f"'{_shown(expression)}' is no regular expression: {why}", where=key, hint=hint)
 
 
 def _ended(key: str, expressions: Sequence[str]) -> UserError:
     shown = f"'{_shown(expressions[0])}'" if len(expressions) == 1 else f"{len(expressions):,} expressions"
-    return UserError(
-        f"{key}: matching {shown} against the names of the model was ended after {SECONDS:g} seconds of "
-        f"processor time, or at {BYTES >> 20:,} MiB",
-        where=key,
-        hint="write it without repetitions inside repetitions, or name the modules in a list",
-    )
+    what = f"{key}: matching {shown} was ended after {SECONDS:g} seconds of processor time, or at {BYTES >> 20:,} MiB"
+    hint = "write it without repetitions inside repetitions, or name the modules in a list"
+    return UserError(what, where=key, hint=hint)
 
 
 def _too_large(key: str, what: str) -> UserError:

@@ -99,9 +99,6 @@ def _factor(stored: Tensor, name: str, where: str) -> Tensor:
     # Either is no number where any value is none. NumPy takes one thread: others may be computing texts.
     values = factor.numpy()
     if factor.numel() and not (math.isfinite(values.min()) and math.isfinite(values.max())):
-        raise UserError(
-            f"the factors of '{name}' have values that are not finite",
-            where=where,
-            hint="take an earlier checkpoint of the adapter",
-        )
+        hint = "take an earlier checkpoint of the adapter"
+        raise UserError(f"the factors of '{name}' have values that are not finite", where=where, hint=hint)
     return factor

@@ -127,10 +127,8 @@ def save_adapter(
         task_type = _task_of(model, record)
     init = record.config.init
     if init in CHANGING_INITS and any(layer.changed_init is None for _, layer in record.adapted()):
-        raise UserError(
-            f"after init '{init}' was merged without keeping the weights before, there is no adapter to save",
-            hint="merge with keep_original=True",
-        )
+        what = f"after init '{init}' was merged without keeping the weights before, there is no adapter to save"
+        raise UserError(what, hint="merge with keep_original=True")
     settings = peft_format.settings_of(model, record, base_model, task_type)
     metadata = {**(metadata or {}), **({FINGERPRINT_KEY: record.fingerprint} if record.fingerprint else {})}
     write_adapter(Path(folder), SavedTensors(record), settings, metadata)
@@ -189,7 +187,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     Raises:
         UserError: files are missing or broken, or the adapter needs what is not available here.
     """
-    return _adapter(folder, _read_tensors)
+    return _adapter(folder, read_tensors)
 
 
 def open_adapter(folder: str | Path) -> AdapterFile:
@@ -206,13 +204,10 @@ def _adapter(
 ) -> AdapterFile:
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"there is no adapter folder '{folder}'",
-            where=str(folder),
-            hint="name a folder on this machine; an adapter on a hub must be downloaded first",
-        )
+        hint = "name a folder on this machine; an adapter on a hub must be downloaded first"
+        raise UserError(f"there is no adapter folder '{folder}'", where=str(folder), hint=hint)
     require_contained(folder)
-    settings = _read_settings(folder / CONFIG_NAME)
+    settings = read_settings(folder / CONFIG_NAME)
     config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
     tensors, metadata = tensors_of(folder)
     if (longest := max(map(len, tensors), default=0)) > _LONGEST_NAME:
@@ -236,11 +231,8 @@ def factor_tensors(model: nn.Module, adapter: AdapterFile, where: str) -> list[t
         path = next((PREFIX + n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in left), None)
         path = path or PREFIX + target.names[0]
         if not is_linear(target.module):
-            raise UserError(
-                f"it adapts '{target.names[0]}', a {type(target.module).__name__} and no linear layer",
-                where=where,
-                hint="merge it into a model of its own: deltaw merge",
-            )
+            what = f"it adapts '{target.names[0]}', a {type(target.module).__name__} and no linear layer"
+            raise UserError(what, where=where, hint="merge it into a model of its own: deltaw merge")
         inputs, outputs = linear_sizes(target.module)
         lora_A = _take(left, f"{path}.lora_A.weight", torch.Size((target.rank, inputs)), where)
         lora_B = _take(left, f"{path}.lora_B.weight", torch.Size((outputs, target.rank)), where)
@@ -250,20 +242,30 @@ def factor_tensors(model: nn.Module, adapter: AdapterFile, where: str) -> list[t
     return found
 
 
-def _read_settings(path: Path) -> Mapping[str, object]:
+def read_settings(path: Path) -> dict[str, object]:
+    """The object in a JSON file of an adapter's folder, such as its settings.
+
+    Raises:
+        UserError: the file is missing or not a JSON object.
+    """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         hint = "name the folder that an adapter was saved in"
-        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent), hint=hint) from error
+        raise UserError(f"the folder has no {path.name}", where=str(path.parent), hint=hint) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{CONFIG_NAME} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN) from error
+        raise UserError(f"{path.name} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN) from error
     if not isinstance(settings, dict):
-        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path), hint=_COPY_AGAIN)
+        raise UserError(f"{path.name} is not a JSON object", where=str(path), hint=_COPY_AGAIN)
     return settings
 
 
-def _read_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in an adapter's folder, and the metadata of their file.
+
+    Raises:
+        UserError: they are missing, damaged, or in a pickle.
+    """
     path = weights_of(folder)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
@@ -291,11 +293,9 @@ def weights_of(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / PICKLED_NAME).exists():
-            raise UserError(
-                f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read",
-                where=str(folder / PICKLED_NAME),
-                hint=f"have whoever made it save it again as {WEIGHTS_NAME}",
-            )
+            what = f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read"
+            hint = f"have whoever made it save it again as {WEIGHTS_NAME}"
+            raise UserError(what, where=str(folder / PICKLED_NAME), hint=hint)
         raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder), hint=_COPY_AGAIN)
     return path
 
@@ -320,11 +320,8 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
         if name is None or name in targets or name in elsewhere:
             continue
         if name not in by_name:
-            raise UserError(
-                f"tensor '{tensor_name}' fits no module of the model",
-                where=where,
-                hint=did_you_mean(name, by_name) + "; is it the base model that the adapter was trained on?",
-            )
+            hint = did_you_mean(name, by_name) + "; is it the base model that the adapter was trained on?"
+            raise UserError(f"tensor '{tensor_name}' fits no module of the model", where=where, hint=hint)
         parent = by_name.get(name.rpartition(".")[0])
         if parent is not None and isinstance(parent.module, nn.MultiheadAttention):
             continue  # one of the two projections of an attention, which is chosen by its own name
@@ -338,11 +335,8 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     for target in selection.targets:
         if not any(name in targets for name in target.names) and id(target.module) not in whole_modules:
             missing = f"{PREFIX}{target.names[0]}.lora_A.weight"
-            raise UserError(
-                f"tensor '{missing}' is missing: the settings name its module",
-                where=where,
-                hint="load it on the base model that it was trained on, or save the adapter again",
-            )
+            hint = "load it on the base model that it was trained on, or save the adapter again"
+            raise UserError(f"tensor '{missing}' is missing: the settings name its module", where=where, hint=hint)
     return Selection(chosen, extra, selection.parameters, selection.tokens, selection.matches)
 
 
@@ -408,19 +402,12 @@ def _filled(place: Filled, values: Tensor) -> Filled:
 
 def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> Tensor:
     if key not in left:
-        raise UserError(
-            f"tensor '{key}' is missing",
-            where=where,
-            hint="load it on the base model that it was trained on, or save the adapter again",
-        )
+        hint = "load it on the base model that it was trained on, or save the adapter again"
+        raise UserError(f"tensor '{key}' is missing", where=where, hint=hint)
     found = left.pop(key)
     if found.shape != shape:
-        raise UserError(
-            f"tensor '{key}' does not fit: the model and the settings need {tuple(shape)}, the file has "
-            f"{tuple(found.shape)}",
-            where=where,
-            hint="is it the base model that the adapter was trained on?",
-        )
+        what = f"tensor '{key}' does not fit: {tuple(shape)} is needed, and the file has {tuple(found.shape)}"
+        raise UserError(what, where=where, hint="is it the base model that the adapter was trained on?")
     return found
 
 
@@ -441,16 +428,12 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
             return
     if isinstance(own, Tensor):
         raise UserError(
-            f"the file has its own copy of the base weight '{name}' {tuple(tensor.shape)}, which is not the "
-            f"model's {tuple(own.shape)}",
+            f"the file's copy of the base weight '{name}' {tuple(tensor.shape)} is not the model's {tuple(own.shape)}",
             where=where,
             hint="load it on the base model that it was trained on, with the vocabulary of the same size",
         )
-    raise UserError(
-        f"tensor '{key}' fits nothing in the model",
-        where=where,
-        hint="load it on the base model that it was trained on",
-    )
+    hint = "load it on the base model that it was trained on"
+    raise UserError(f"tensor '{key}' fits nothing in the model", where=where, hint=hint)
 
 
 _WRAPPER_PARTS = ("original_module", "modules_to_save")

@@ -180,11 +180,8 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
     """
     kept = quantized_as(module)
     if dora and kept is not None:
-        raise UserError(
-            f"DoRA needs the norms of its weights, which are {kept} here",
-            where="dora",
-            hint="load the model with precision bf16 or fp32",
-        )
+        hint = "load the model with precision bf16 or fp32"
+        raise UserError(f"DoRA needs the norms of its weights, which are {kept} here", where="dora", hint=hint)
     if library_of(module) is not None:
         if lora_bias:
             raise UserError(f"lora_bias is not for weights that are {kept}", where="lora_bias", hint="leave it out")
@@ -193,11 +190,8 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
         return (LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear).from_linear
     if isinstance(module, nn.Embedding):
         if lora_bias:
-            raise UserError(
-                "lora_bias is not for embeddings, whose update has no bias in PEFT's files",
-                where="lora_bias",
-                hint="leave the embedding out of target_modules",
-            )
+            what = "lora_bias is not for embeddings, whose update has no bias in PEFT's files"
+            raise UserError(what, where="lora_bias", hint="leave the embedding out of target_modules")
         return (DoRAEmbedding if dora else LoRAEmbedding).from_embedding
     if isinstance(module, Convolution):
         return (LoRABiasConv if lora_bias else DoRAConv if dora else LoRAConv).from_conv

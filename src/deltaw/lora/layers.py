@@ -101,13 +101,10 @@ class LoRALayer(AdaptedLayer):
     ) -> None:
         """Freeze what the layer has, and add factors."""
         if rank < 1:
-            raise UserError(
-                f"rank must be a whole number of at least 1, not {rank}", where="rank", hint="give rank 16, say"
-            )
+            raise UserError(f"rank is {rank}, and must be at least 1", where="rank", hint="give rank 16, say")
         if not 0.0 <= dropout < 1.0:
-            raise UserError(
-                f"dropout must be at least 0 and below 1, not {dropout}", where="dropout", hint="give 0.05, say"
-            )
+            what = f"dropout is {dropout}, and must be at least 0 and below 1"
+            raise UserError(what, where="dropout", hint="give 0.05, say")
         self._freeze(
             rank=rank,
             alpha=float(alpha),
@@ -116,11 +113,11 @@ class LoRALayer(AdaptedLayer):
             scaling=scaling_of(rank, float(alpha), rslora),
             changed_init=None,
         )
-        weight = self.weight
-        dtype = factor_dtype(weight)
-        shape_A, shape_B = self._shapes(rank)
-        self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=weight.device))
+        like_A, like_B = (
+            torch.zeros(shape, dtype=factor_dtype(self.weight), device=self.weight.device)
+            for shape in self._shapes(rank)
+        )
+        self.lora_A, self.lora_B = nn.Parameter(like_A), nn.Parameter(like_B)
         self._add_parameters()
         if init is None:
             self.initialized()
@@ -188,9 +185,6 @@ class LoRALayer(AdaptedLayer):
     def extra_repr(self) -> str:
         """The base layer's line with rank and alpha."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
-
-
-# ---- Linear layers
 
 
 class _LinearUpdate(LoRALayer):
@@ -307,12 +301,9 @@ class LoRAForeignLinear(LoRALayer):
         """
         y: Tensor = super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad and not y.requires_grad:
-            raise UserError(
-                f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no "
-                "gradient, so what lies below it would be trained wrongly",
-                where="a layer that is adapted",
-                hint="quantize the weights alone, not what they are multiplied with, or use precision: nf4",
-            )
+            what = f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no gradient"
+            hint = "quantize the weights alone, not what they are multiplied with, or use precision: nf4"
+            raise UserError(what, where="a layer that is adapted", hint=hint)
         if not self.adapting:
             return y
         dropout = self.dropout if self.training else 0.0
@@ -329,9 +320,6 @@ class LoRAForeignLinear(LoRALayer):
 
 
 _FOREIGN: dict[type[nn.Module], type[Any]] = {}
-
-
-# ---- Embeddings
 
 
 class ScaledEmbedding(AdaptedLayer, nn.Embedding):
@@ -388,10 +376,8 @@ class LoRAEmbedding(LoRALayer, ScaledEmbedding):
 
     def _take_over(self, module: nn.Module) -> None:
         if self.max_norm is not None:
-            raise UserError(
-                "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen",
-                hint="leave it out of target_modules",
-            )
+            what = "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen"
+            raise UserError(what, hint="leave it out of target_modules")
         super()._take_over(module)
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -403,8 +389,6 @@ class LoRAEmbedding(LoRALayer, ScaledEmbedding):
             return self.base_rows(input)
         return closed_form.embedding(input, self.weight, self.lora_A, self.lora_B, self.scaling, self.lookup)
 
-
-# ---- Convolutions
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -465,11 +449,9 @@ class LoRAConv(LoRALayer):
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if rank % self.groups:
-            raise UserError(
-                f"a convolution of {self.groups} groups needs a rank that they divide, not {rank}",
-                where="rank",
-                hint=f"use {-(-rank // self.groups) * self.groups}, or leave the layer out",
-            )
+            what = f"a convolution of {self.groups} groups needs a rank that they divide, not {rank}"
+            hint = f"use {-(-rank // self.groups) * self.groups}, or leave the layer out"
+            raise UserError(what, where="rank", hint=hint)
         kernel = tuple(self.kernel_size)
         return (rank, self.in_channels, *kernel), (self.out_channels, rank // self.groups, *(1 for _ in kernel))
 
@@ -533,9 +515,6 @@ class LoRAConv3d(LoRAConv, nn.Conv3d):
     """An adapted ``nn.Conv3d``."""
 
 
-# ---- With a bias on B
-
-
 class LoRABias(LoRALayer):
     """The update with a bias on B: y = x·Wᵀ + b + scaling · (dropout(x)·A·B + c), with c trained.
 
@@ -555,21 +534,20 @@ class LoRABias(LoRALayer):
 
     def output_bias(self) -> Tensor:
         """b + scaling·c, in the type of b, or of the weight where there is no b."""
-        update = self.lora_bias * self.scaling
-        bias = own_parameters(self).get("bias")
+        update, bias = self.lora_bias * self.scaling, self._base_bias
         if bias is not None:
             return bias + update.to(bias.dtype)
         return update.to(self.weight.dtype) if self.weight.is_floating_point() else update
 
     def merge_refusal(self) -> str | None:
         """Without a bias in the base layer there is nothing to merge c into."""
-        if own_parameters(self).get("bias") is None:
+        if self._base_bias is None:
             return "its update has a bias (lora_bias), and the base layer has none to merge it into"
         return super().merge_refusal()
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:
         """Take ``weight`` as W + ΔW, and b + scaling·c as the bias."""
-        bias = own_parameters(self)["bias"]
+        bias = self._base_bias
         assert bias is not None  # else the merge was refused
         with torch.no_grad():
             merged = (bias.to(self.lora_bias.dtype) + self.lora_bias * self.scaling).to(bias.dtype)
@@ -594,7 +572,7 @@ class LoRABias(LoRALayer):
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
         """Within the block the layer is the base model's own."""
-        bias = own_parameters(self).get("bias")
+        bias = self._base_bias
         before = None if bias is None else bias.data
         self._restore_bias()
         try:
@@ -604,8 +582,12 @@ class LoRABias(LoRALayer):
             if bias is not None and before is not None:
                 bias.data = before
 
+    @property
+    def _base_bias(self) -> nn.Parameter | None:
+        return own_parameters(self).get("bias")
+
     def _restore_bias(self) -> None:
-        bias = own_parameters(self).get("bias")
+        bias = self._base_bias
         if bias is not None and self._unmerged_bias is not None:
             bias.data = like(self._unmerged_bias, bias)
 
@@ -632,9 +614,6 @@ class LoRABiasConv2d(LoRABiasConv, nn.Conv2d):
 
 class LoRABiasConv3d(LoRABiasConv, nn.Conv3d):
     """An adapted ``nn.Conv3d`` with a bias on B."""
-
-
-# ---- DoRA
 
 
 class DoRALayer(LoRALayer):
@@ -760,11 +739,8 @@ class DoRAConv(DoRALayer, LoRAConv):
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.groups > 1:
-            raise UserError(
-                f"DoRA is not for a convolution of {self.groups} groups, whose ΔW is no kernel of its shape",
-                where="dora",
-                hint="leave the layer out, or leave dora out",
-            )
+            what = f"DoRA is not for a convolution of {self.groups} groups, whose ΔW is no kernel of its shape"
+            raise UserError(what, where="dora", hint="leave the layer out, or leave dora out")
         return super()._shapes(rank)
 
     def forward(self, input: Tensor) -> Tensor:

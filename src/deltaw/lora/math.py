@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
 from deltaw.kernels.torch_private import functorch_is_active, unrecorded_view
-from deltaw.lora.stored import Stored, multiply, multiply_backward
+from deltaw.lora.stored import Stored, multiply_backward, product
 
 
 def linear(
@@ -93,12 +93,9 @@ def update_at(
         UserError: x has other rows than there are tokens.
     """
     if places.numel() != rows_of(x):
-        raise UserError(
-            f"a layer was given {rows_of(x)} rows for {places.numel()} tokens, so that it cannot be told on "
-            "which of them the adapter acts",
-            where="lora.activation",
-            hint="leave such layers (experts, for instance) out of lora.target_modules",
-        )
+        what = f"a layer was given {rows_of(x)} rows for {places.numel()} tokens: where the adapter acts is unknown"
+        hint = "leave such layers (experts, for instance) out of lora.target_modules"
+        raise UserError(what, where="lora.activation", hint=hint)
     seen = F.dropout(x, dropout) if dropout > 0.0 else x
     narrow = (seen @ lora_A.to(x.dtype)) * places.reshape(*x.shape[:-1], 1).to(x.dtype)
     return narrow @ (lora_B * scaling).to(x.dtype)
@@ -117,18 +114,7 @@ class _Linear(torch.autograd.Function):
     """The closed form behind :func:`linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        mask: Tensor | None,
-        weight_is_in_out: bool,
-        stored: Stored | None,
-    ) -> Tensor:
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, stored):  # type: ignore
         # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
         autocast = autocast_is_on(x.device.type) and stored is None
         base_weight = weight.to(x.dtype) if autocast else weight
@@ -136,15 +122,16 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(rows_of(x), x.shape[-1])
         # A compiler has kernels of its own.
         fused = mask is None and not torch.compiler.is_compiling()
-        fused = fused and (stored is not None or kernels.can_multiply(flat, base_weight, lora_A))
+        of = product(base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
+        fused = fused and (stored is not None or kernels.can_multiply(flat, of))
         if fused:
-            y, h = multiply(flat, base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
+            y, h = kernels.linear(flat, of)
         else:
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
             # The scaling goes into the small (r, out) factor, so that no wide tensor is skipped for it.
             y = h @ scaled(lora_B, scaling, x.dtype)
             if stored is not None:
-                y, _ = multiply(flat, weight, stored, bias=base_bias, added=y)
+                y, _ = kernels.linear(flat, product(weight, stored, bias=base_bias), y)
             else:
                 y = kernels.plus_product(y, flat, base_weight if weight_is_in_out else base_weight.t())
                 y = y if base_bias is None else y.add_(base_bias)
@@ -169,11 +156,9 @@ class _Linear(torch.autograd.Function):
         if ctx.fused and not torch.is_grad_enabled():
             if needs_bias:
                 grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
-            by_column = not ctx.weight_is_in_out
             base_weight = weight if weight is None or stored is not None else weight.to(dtype)
-            grad_x, narrow = multiply_backward(
-                grad_y, base_weight, stored, by_column, lora_A, lora_B, ctx.scaling, None, needs_x
-            )
+            of = product(base_weight, stored, not ctx.weight_is_in_out, None, lora_A, lora_B, ctx.scaling)
+            grad_x, narrow = multiply_backward(grad_y, of, None, needs_x)
             if needs_A or needs_B:
                 flat = x.reshape(rows, x.shape[-1])
                 grad_A, grad_B = kernels.factors_backward(flat, h, grad_y, narrow, ctx.scaling)
@@ -196,7 +181,7 @@ class _Linear(torch.autograd.Function):
             update = narrow @ lora_A.to(dtype).t()
             update = update if mask is None else update * mask.reshape(update.shape)
             if stored is not None:
-                grad_x, _ = multiply_backward(grad_y, weight, stored, added=update)
+                grad_x, _ = multiply_backward(grad_y, product(weight, stored), update)
             else:
                 base_weight = weight.to(dtype)
                 matrix = base_weight.t() if ctx.weight_is_in_out else base_weight

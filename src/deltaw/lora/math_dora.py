@@ -130,20 +130,7 @@ class _DoRALinear(torch.autograd.Function):
     """The closed form behind :func:`dora_linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        magnitude: Tensor,
-        norm: Tensor,
-        scaling: float,
-        mask: Tensor | None,
-        keep: float,
-        weight_is_in_out: bool,
-    ) -> Tensor:
+    def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep, weight_is_in_out):  # type: ignore
         autocast = autocast_is_on(x.device.type)
         base_weight = weight.to(x.dtype) if autocast else weight
         matrix = base_weight.t() if weight_is_in_out else base_weight

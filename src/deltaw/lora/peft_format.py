@@ -107,73 +107,44 @@ def without_wrappers(name: str) -> str:
 PEFT_FORMAT = "0.21.2"
 """The version of PEFT whose files these are."""
 
-DEFAULTS: dict[str, object] = {
-    "alora_invocation_tokens": None,
+_UNSET = """
+    alora_invocation_tokens arrow_config auto_mapping base_model_name_or_path corda_config eva_config
+    exclude_modules kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config megatron_config
+    modules_to_save monteclora_config revision target_modules target_parameters task_type trainable_token_indices
+    use_bdlora velora_config
+"""
+_SET: dict[str, object] = {
     "alpha_pattern": {},
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
     "bias": "none",
-    "corda_config": None,
     "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
     "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
     "loftq_config": {},
     "lora_alpha": 8,
     "lora_bias": False,
     "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
     "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
     "peft_type": "LORA",
     "peft_version": PEFT_FORMAT,
     "qalora_group_size": 16,
     "r": 8,
     "rank_pattern": {},
-    "revision": None,
-    "target_modules": None,
-    "target_parameters": None,
-    "task_type": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
     "use_rslora": False,
-    "velora_config": None,
 }
+DEFAULTS: dict[str, object] = dict(sorted({**dict.fromkeys(_UNSET.split()), **_SET}.items()))
 """Every key of PEFT's own file, and the value that it has there where nothing was set."""
 
 _NAMES = {ours: theirs for theirs, ours in PEFT_NAMES.items()}
 _READ = {_NAMES.get(field.name, field.name) for field in fields(LoRAConfig)} & DEFAULTS.keys()
-_NO_MATHEMATICS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+_ORIGIN = """
+    auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode layers_pattern
+    loftq_config lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
+    task_type
+"""
+_NO_MATHEMATICS = frozenset(_ORIGIN.split())
 """Keys that say where an adapter comes from, or how it was initialized, and not what it computes."""
 
 _READABLE_INITS = ("gaussian", "orthogonal", "eva", *CHANGING_INITS)
@@ -230,32 +201,22 @@ def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
         UserError: it is no LoRA adapter, or a setting changes what is computed and is not known here.
     """
     if settings.get("peft_type") != "LORA":
-        raise UserError(
-            f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read",
-            where=where,
-            hint="give a LoRA adapter's folder",
-        )
+        what = f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read"
+        raise UserError(what, where=where, hint="give a LoRA adapter's folder")
     for key, value in settings.items():
         if key not in _READ and key not in _NO_MATHEMATICS and value and value != DEFAULTS.get(key):
-            raise UserError(
-                f"the adapter was made with '{key}', which changes its mathematics and is not available",
-                where=f"{where}: {key}",
-                hint="use an adapter without it, or have the program that made it merge it",
-            )
+            what = f"the adapter was made with '{key}', which changes its mathematics and is not available"
+            hint = "use an adapter without it, or have the program that made it merge it"
+            raise UserError(what, where=f"{where}: {key}", hint=hint)
     known = {key: settings.get(key, DEFAULTS[key]) for key in _READ}
     init = known.pop("init_lora_weights")
     if isinstance(init, str) and init not in _READABLE_INITS:
-        raise UserError(
-            f"the adapter was initialized with '{init}', which changed its base model's weights too",
-            where=f"{where}: init_lora_weights",
-            hint="have the program that made it convert it to a plain LoRA adapter",
-        )
+        what = f"the adapter was initialized with '{init}', which changed its base model's weights too"
+        hint = "have the program that made it convert it to a plain LoRA adapter"
+        raise UserError(what, where=f"{where}: init_lora_weights", hint=hint)
     if init == "olora" and settings.get("fan_in_fan_out"):
-        raise UserError(
-            "the adapter was initialized with 'olora' on Conv1D layers, where PEFT takes Wᵀ's share out of W",
-            where=f"{where}: init_lora_weights",
-            hint="have the program that made it merge it",
-        )
+        what = "the adapter was initialized with 'olora' on Conv1D layers, where PEFT takes Wᵀ's share out of W"
+        raise UserError(what, where=f"{where}: init_lora_weights", hint="have the program that made it merge it")
     for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
         known[key] = known[key] or None
     if known["target_modules"] is None and (known["target_parameters"] or known["trainable_token_indices"]):

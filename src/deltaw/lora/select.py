@@ -125,11 +125,8 @@ class _Search:
         parameters = self._parameters()
         tokens = self._tokens()
         if not (kept or parameters or tokens) and self.strict:
-            raise UserError(
-                "target_modules names nothing",
-                where="target_modules",
-                hint="write 'all-linear', 'attention', 'mlp', or a list of module names",
-            )
+            hint = "write 'all-linear', 'attention', 'mlp', or a list of module names"
+            raise UserError("target_modules names nothing", where="target_modules", hint=hint)
         patterned = [*kept, *(full for full, _, _ in parameters)]
         ranks = match_patterns("rank_pattern", config.rank_pattern, patterned, self.matches, self.strict)
         alphas = match_patterns("alpha_pattern", config.alpha_pattern, patterned, self.matches, self.strict)
@@ -161,11 +158,8 @@ class _Search:
         for named in outer:
             kept = next(filter(None, map(quantized_as, named.module.modules())), None)
             if kept is not None:
-                raise UserError(
-                    f"'{named.names[0]}' cannot be trained in full: its weight is {kept}",
-                    where="train_modules",
-                    hint="leave it out, or load the model with precision bf16",
-                )
+                what = f"'{named.names[0]}' cannot be trained in full: its weight is {kept}"
+                raise UserError(what, where="train_modules", hint="leave it out, or load the model with precision bf16")
             if not any(p.is_floating_point() for p in named.module.parameters()):
                 raise UserError(
                     f"'{named.names[0]}' has no parameters to train", where="train_modules", hint="leave it out"
@@ -187,11 +181,8 @@ class _Search:
             )
         kept = [m for m in chosen if id(m.module) not in self.inside]
         if not kept and self.strict:
-            raise UserError(
-                "train_modules holds everything that target_modules matches",
-                where="train_modules",
-                hint="name the modules in one of the two",
-            )
+            what = "train_modules holds everything that target_modules matches"
+            raise UserError(what, where="train_modules", hint="name the modules in one of the two")
         kept = self._in_layers(kept)
         for named in kept:
             self._refuse_unsupported(named)
@@ -253,11 +244,8 @@ class _Search:
             inside = [index for index in by_index if first <= index <= stop]
             if self.strict and (not inside or stop not in by_index):
                 there = f"0 to {max(by_index)}" if by_index else "none"
-                raise UserError(
-                    f"layers '{entry}' names layers with nothing to adapt",
-                    where="layers",
-                    hint=f"the layers that target_modules matches in are {there}",
-                )
+                hint = f"the layers that target_modules matches in are {there}"
+                raise UserError(f"layers '{entry}' names layers with nothing to adapt", where="layers", hint=hint)
             kept.update(inside)
             self.matches[f"layers '{entry}'"] = tuple(m.names[0] for i in sorted(inside) for m in by_index[i])
         return [m for m in chosen if layer_index(m.names[0]) in kept]
@@ -301,11 +289,9 @@ class _Search:
         ]
         own = [entry for entry in wanted if entry in own_parameters(self.model)]
         if own and self.strict:
-            raise UserError(
-                f"'{own[0]}' is a parameter of the model itself, not of a module in it",
-                where="target_parameters",
-                hint="put the model into another module, or leave the parameter out",
-            )
+            what = f"'{own[0]}' is a parameter of the model itself, not of a module in it"
+            hint = "put the model into another module, or leave the parameter out"
+            raise UserError(what, where="target_parameters", hint=hint)
         by_name = {full.names[0]: (full, named, attribute) for full, named, attribute in every}
         found = self._match("target_parameters", wanted, [full for full, _, _ in every])
         chosen = [by_name[full.names[0]] for full in found]
@@ -318,11 +304,8 @@ class _Search:
             elif id(named.module) in self.inside:
                 reason = "train_modules trains its module in full"
             if reason is not None:
-                raise UserError(
-                    f"'{full.names[0]}' cannot be adapted: {reason}",
-                    where="target_parameters",
-                    hint="leave it out of target_parameters",
-                )
+                hint = "leave it out of target_parameters"
+                raise UserError(f"'{full.names[0]}' cannot be adapted: {reason}", where="target_parameters", hint=hint)
         return chosen
 
     # ---- Rows of tokens
@@ -359,35 +342,25 @@ class _Search:
         for named in self.modules:
             if any(name.rpartition(".")[2] == "embed_tokens" for name in named.names):
                 return named
-        raise UserError(
-            "the model does not say which of its modules is the input embedding",
-            where="trainable_token_indices",
-            hint="name it: trainable_token_indices: {embed: [5, 6]}",
-        )
+        what = "the model does not say which of its modules is the input embedding"
+        raise UserError(what, where="trainable_token_indices", hint="name it: trainable_token_indices: {embed: [5, 6]}")
 
     def _refuse_tokens(self, named: Named, tokens: tuple[int, ...]) -> None:
         name, module = named.names[0], named.module
         reason = self._rows_refusal(named)
         if reason is not None:
-            raise UserError(
-                f"tokens of '{name}' cannot be trained: {reason}",
-                where="trainable_token_indices",
-                hint="name the module in one setting only, and only an embedding or a linear head here",
-            )
+            what = f"tokens of '{name}' cannot be trained: {reason}"
+            hint = "name the module in one setting only, and only an embedding or a linear head here"
+            raise UserError(what, where="trainable_token_indices", hint=hint)
         rows = module.get_parameter("weight").shape[0]
         for token in tokens:
             if token >= rows:
-                raise UserError(
-                    f"token {token} is not in '{name}', which has {rows} rows",
-                    where="trainable_token_indices",
-                    hint="resize the model's embeddings first, or name tokens that are there",
-                )
+                what = f"token {token} is not in '{name}', which has {rows} rows"
+                hint = "resize the model's embeddings first, or name tokens that are there"
+                raise UserError(what, where="trainable_token_indices", hint=hint)
             if self.strict and token == getattr(module, "padding_idx", None):
-                raise UserError(
-                    f"token {token} of '{name}' is the padding token, whose row gets no gradient",
-                    where="trainable_token_indices",
-                    hint="leave it out",
-                )
+                what = f"token {token} of '{name}' is the padding token, whose row gets no gradient"
+                raise UserError(what, where="trainable_token_indices", hint="leave it out")
 
     def _rows_refusal(self, named: Named) -> str | None:
         module = named.module
@@ -428,12 +401,9 @@ class _Search:
             for other in tied:
                 reason = self._rows_refusal(other)
                 if reason is not None:
-                    raise UserError(
-                        f"the weight of '{named.names[0]}' is tied to that of '{other.names[0]}', whose rows "
-                        f"cannot be trained: {reason}",
-                        where="trainable_token_indices",
-                        hint=f"leave '{other.names[0]}' out of the other setting, or untie the two",
-                    )
+                    what = f"'{named.names[0]}' is tied to '{other.names[0]}', whose rows cannot be trained: {reason}"
+                    hint = f"leave '{other.names[0]}' out of the other setting, or untie the two"
+                    raise UserError(what, where="trainable_token_indices", hint=hint)
             done |= {id(named.module), *(id(other.module) for other in tied)}
             targets.append(TokenTarget(named.names, named.module, tokens, tuple(tied)))
         return targets

@@ -1,9 +1,9 @@
 """Frozen weights that are stored as something else than a matrix of numbers, and their products.
 
-Two forms: int8 with scales (``layers_quantized``) and blocks of few bits (``layers_quantized``). A module keeps what
+Two forms (``layers_quantized``): int8 with scales, and blocks of few bits. A module keeps what
 belongs to its weight in attributes and buffers of its own, so that whatever adopts the module has it too.
-What multiplies with a frozen weight asks here for its form and calls :func:`multiply`; a plain weight has no
-form.
+What multiplies with a frozen weight asks here for its form, and :func:`product` describes it to the kernels; a plain
+weight has no form.
 
 Knows modules' attributes and products; not how a weight came to its form.
 """
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels import linear as plain
-from deltaw.kernels.block_linear import BlockWeight, block_linear, block_linear_backward
+from deltaw.kernels.block_linear import BlockWeight
+from deltaw.kernels.linear import Product, linear, linear_backward, rounds_gradients
 from deltaw.kernels.torch_private import own_buffers, own_parameters
 
 
@@ -107,8 +107,7 @@ def count_numbers(model: nn.Module) -> int:
     return sum(counts.values())
 
 
-def multiply(
-    x: Tensor,
+def product(
     weight: Tensor,
     stored: Stored | None,
     by_column: bool = True,
@@ -116,38 +115,21 @@ def multiply(
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
-    added: Tensor | None = None,
-    x_int8: Tensor | None = None,
-    x_scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x·Wᵀ + b + s·(x·A)·B + added and x·A, see :func:`deltaw.kernels.linear.linear`."""
+) -> Product:
+    """What multiplies with a weight, by how it is stored."""
     if isinstance(stored, BlockWeight):
-        return block_linear(x, stored, bias, lora_A, lora_B, scaling, added)
+        return Product.of_blocks(stored, bias, lora_A, lora_B, scaling)
     scale, columns, in_blocks = stored or (None, None, False)
-    return plain.linear(
-        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales, in_blocks
-    )
+    return Product(weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, in_blocks)
 
 
 def multiply_backward(
-    grad: Tensor,
-    weight: Tensor,
-    stored: Stored | None,
-    by_column: bool = True,
-    lora_A: Tensor | None = None,
-    lora_B: Tensor | None = None,
-    scaling: float = 1.0,
-    added: Tensor | None = None,
-    need_x: bool = True,
+    grad: Tensor, of: Product, added: Tensor | None = None, need_x: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂x plus ``added`` and grad·(s·B)ᵀ, see :func:`deltaw.kernels.linear.linear_backward`."""
-    if isinstance(stored, BlockWeight):
-        return block_linear_backward(grad, stored, lora_A, lora_B, scaling, added, need_x)
-    scale, columns, _ = stored or (None, None, False)
-    in_int8 = stored is None and need_x and plain.rounds_gradients(grad, weight, lora_A, by_column)
-    return plain.linear_backward(
-        grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x, in_int8
-    )
+    """:func:`deltaw.kernels.linear.linear_backward`, in int8 where this process computes gradients of plain
+    weights so."""
+    plain = of.scale is None and of.format is None
+    return linear_backward(grad, of, added, need_x, plain and need_x and rounds_gradients(grad, of))
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
@@ -158,7 +140,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
-        y, _ = multiply(x.reshape(-1, x.shape[-1]), weight, stored, bias=bias)
+        y, _ = linear(x.reshape(-1, x.shape[-1]), product(weight, stored, bias=bias))
         ctx.save_for_backward(weight)
         ctx.stored = stored
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -171,7 +153,7 @@ class _Frozen(torch.autograd.Function):
         flat = grads[0].reshape(-1, grads[0].shape[-1])
         dx = d_bias = None
         if ctx.needs_input_grad[0]:
-            dx, _ = multiply_backward(flat, weight, ctx.stored)
+            dx, _ = multiply_backward(flat, product(weight, ctx.stored))
             dx = dx.view(*grads[0].shape[:-1], dx.shape[-1])
         if ctx.needs_input_grad[2]:
             d_bias = flat.sum(0).to(ctx.bias_dtype)

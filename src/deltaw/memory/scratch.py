@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaw.kernels import attention, block_linear, head_gradient, linear, loader, quantize, rows
-from deltaw.kernels.block_linear import FORMATS
+from deltaw.kernels import attention, head_gradient, loader, quantize, rows
+from deltaw.kernels.linear import Product, product_of, rows_at_once
 from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
@@ -33,8 +33,7 @@ from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
 
 # Importing them defines the operators.
-
-assert attention and block_linear and head_gradient and linear and rows
+assert attention and head_gradient and rows
 
 _ops = torch.ops.deltaw
 Arguments: TypeAlias = tuple[Any, ...]
@@ -45,44 +44,28 @@ def _up(count: int, to: int) -> int:
     return -(-count // to) * to
 
 
-def _linear(args: Arguments) -> int:
-    x, weight, by_column, scale, _, _, lora_A = args[:7]
-    if not _multiplied(x, scale):
+def _room_of_linear(args: Arguments, in_blocks: bool, backward: bool, need_x: bool, in_int8: bool) -> int:
+    left, (of, _) = args[0], product_of(args)
+    if not _multiplied(left, of.scale):
         return 0
-    rank = 0 if lora_A is None else lora_A.shape[1]
-    return _room_of_linear(x, weight, by_column, scale is not None, args[12], rank, False, False)
-
-
-def _room_of_linear(
-    x: Tensor, weight: Tensor, by_column: bool, int8: bool, in_blocks: bool, rank: int, backward: bool, need_x: bool
-) -> int:
-    out, inputs = weight.shape if by_column else weight.shape[::-1]
+    (inputs, outputs), rank = of.sizes, 0 if of.lora_A is None else of.lora_A.shape[1]
     return loader.kernels().dw_linear_room(
-        loader.number(x.dtype), x.shape[0], out, inputs, loader.number(weight.dtype), by_column,
-        int8, in_blocks, rank, backward, need_x,
+        loader.number(left.dtype), left.shape[0], outputs, inputs, of.number, of.by_column,
+        of.scale is not None or in_int8, in_blocks, rank, backward, need_x,
     )  # fmt: skip
+
+
+def _linear(args: Arguments) -> int:
+    return _room_of_linear(args, product_of(args)[0].in_blocks, False, False, False)
+
+
+def _linear_backward(args: Arguments) -> int:
+    of, (_, need_x, in_int8) = product_of(args)
+    return _room_of_linear(args, of.format is None, True, need_x, in_int8)
 
 
 def _int8_bytes(x: Tensor, in_blocks: bool) -> int:
     return x.numel() + 4 * math.prod(quantize.scales_shape(x, in_blocks))
-
-
-def _linear_backward(args: Arguments) -> int:
-    grad, weight, by_column, scale, _, lora_A = args[:6]
-    if not _multiplied(grad, scale):
-        return 0
-    rank = 0 if lora_A is None else lora_A.shape[1]
-    return _room_of_linear(grad, weight, by_column, scale is not None or args[10], True, rank, True, args[9])
-
-
-def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool, need_x: bool) -> int:
-    left, data, _, _, _, name, columns = args[:7]
-    if not _multiplied(left, None):
-        return 0
-    return loader.kernels().dw_linear_room(
-        loader.number(left.dtype), left.shape[0], data.shape[0], columns, FORMATS[name].number, True, False,
-        False, 0 if lora_A is None else lora_A.shape[1], backward, need_x,
-    )  # fmt: skip
 
 
 def _factors_backward(args: Arguments) -> int:
@@ -129,70 +112,53 @@ def _cross_entropy_reference(args: Arguments) -> int:
 
 def _linear_tensors(args: Arguments) -> int:
     """Of a product: the rounded input, or what the reference makes where torch computes products."""
-    x, weight, by_column, scale, _, bias, lora_A, lora_B, _, added = args[:10]
-    if _multiplied(x, scale):
-        made = scale is not None and args[10] is None  # the input in int8, where the caller has none
-        return _int8_bytes(x, args[12]) if made else 0
-    outputs = weight.shape[0 if by_column else 1]
-    return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None)
+    x, (of, (added, x_int8, _)) = args[0], product_of(args)
+    if _multiplied(x, of.scale):
+        made = of.scale is not None and x_int8 is None  # the input in int8, where the caller has none
+        return _int8_bytes(x, of.in_blocks) if made else 0
+    later = _reference_bytes(x, of, of.sizes[1], of.bias is not None or added is not None)
+    if of.format is None:
+        return later
+    most, size = rows_at_once(*of.sizes[::-1]), x.dtype.itemsize
+    return max(later, _numbers_of_rows(of, size) + x.shape[0] * most * size)
 
 
 def _linear_backward_tensors(args: Arguments) -> int:
     """Of a product's gradient: the rounded gradient, or what the reference makes."""
-    grad, weight, by_column, scale, _, lora_A, lora_B, _, added, need_x = args[:10]
-    if _multiplied(grad, scale):
+    grad, (of, (added, need_x, in_int8)) = args[0], product_of(args)
+    if _multiplied(grad, of.scale):
         # The gradient in int8 with a scale for each block of a row.
-        return _int8_bytes(grad, True) if (scale is not None or args[10]) and need_x else 0
-    inputs = weight.shape[1 if by_column else 0] if need_x else 0
-    inside = _reference_bytes(grad, weight, scale, inputs, (lora_A, lora_B), added is not None)
-    if scale is None or not inputs:
-        return inside
+        return _int8_bytes(grad, True) if (of.scale is not None or in_int8) and need_x else 0
+    rows, inputs, size = grad.shape[0], of.sizes[0] if need_x else 0, grad.dtype.itemsize
+    later = _reference_bytes(grad, of, inputs, added is not None)
+    if of.format is not None and need_x:
+        # Sums in fp32, what is added to them, and some rows of the weight; the result is not there yet.
+        parts = rows * rows_at_once(*of.sizes[::-1]) * size + _numbers_of_rows(of, size)
+        return max(later, parts) + 4 * rows * inputs
+    if of.scale is None or not inputs:
+        return later
     # A gradient that is rounded in blocks is there in fp32 five times.
-    return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
+    return max(later, 20 * grad.numel() - rows * inputs * size)
 
 
-def _block_linear_tensors(args: Arguments) -> int:
-    """Of a product with a weight in blocks where torch computes it: some rows as numbers, and theirs of the
-    result."""
-    x, data, _, _, _, _, columns, bias, lora_A, lora_B, _, added = args[:12]
-    if _multiplied(x, None):
-        return 0
-    size, most = x.dtype.itemsize, _rows_at_once(data, columns)
-    later = _reference_bytes(x, data, None, data.shape[0], (lora_A, lora_B), bias is not None or added is not None)
-    return max(later, most * columns * (2 + size * (size != 2)) + x.shape[0] * most * size)
+def _numbers_of_rows(of: Product, size: int) -> int:
+    """Some rows of a weight in blocks as numbers: in bf16, and in another type of ``size`` bytes."""
+    inputs, outputs = of.sizes
+    return rows_at_once(outputs, inputs) * inputs * (2 + size * (size != 2))
 
 
-def _block_linear_backward_tensors(args: Arguments) -> int:
-    """Of its gradient: sums in fp32, what is added to them, and some rows of the weight as numbers."""
-    grad, data, _, _, _, _, columns, lora_A, lora_B, _, added, need_x = args[:12]
-    if _multiplied(grad, None):
-        return 0
-    rows, size, most = grad.shape[0], grad.dtype.itemsize, _rows_at_once(data, columns)
-    inputs = columns if need_x else 0
-    later = _reference_bytes(grad, data, None, inputs, (lora_A, lora_B), added is not None)
-    parts = rows * most * size + most * columns * (2 + size * (size != 2))
-    # The result is not there yet while they are.
-    return max(later + 4 * rows * inputs, parts + 4 * rows * inputs) if need_x else later
-
-
-def _rows_at_once(data: Tensor, columns: int) -> int:
-    return min(data.shape[0], max(1, block_linear.REFERENCE_BYTES // (4 * columns)))
-
-
-def _reference_bytes(
-    left: Tensor, weight: Tensor, scale: Tensor | None, columns: int, factors: tuple[Any, Any], adds: bool
-) -> int:
+def _reference_bytes(left: Tensor, of: Product, columns: int, adds: bool) -> int:
     """What a product composed of torch's operators holds at its peak beside its result, of ``columns``."""
     rows, depth = left.shape
     size = left.dtype.itemsize
     # A sum is made while what it is added to is still there.
-    sums = rows * columns * size if adds or factors[0] is not None else 0
-    if factors[1] is not None:
-        sums += factors[1].numel() * (4 + size) if size == 2 else factors[1].numel() * 4
-    if scale is None or not columns:
+    sums = rows * columns * size if adds or of.lora_A is not None else 0
+    if of.lora_B is not None:
+        sums += of.lora_B.numel() * (4 + size * (size == 2))
+    if of.scale is None or not columns:
         return sums
     # The left side in int8 and in fp32, the weight and the sums in fp32; the result is not there yet.
-    return max(sums, rows * depth * 5 + weight.numel() * 4 + rows * columns * (4 - size))
+    return max(sums, rows * depth * 5 + of.weight.numel() * 4 + rows * columns * (4 - size))
 
 
 def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
@@ -218,8 +184,6 @@ ARENAS: dict[object, Rule] = {
     for operator, rule in (
         (_ops.linear, _linear),
         (_ops.linear_backward, _linear_backward),
-        (_ops.block_linear, lambda args: _room_of_blocks(args, args[8], False, False)),
-        (_ops.block_linear_backward, lambda args: _room_of_blocks(args, args[7], True, args[11])),
         (_ops.factors_backward, _factors_backward),
         (_ops.class_gradient_, _class_gradient),
         (_ops.head_gradient_, _head_gradient),
@@ -233,8 +197,6 @@ TENSORS: dict[object, Rule] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
     _ops.linear.default: _linear_tensors,
     _ops.linear_backward.default: _linear_backward_tensors,
-    _ops.block_linear.default: _block_linear_tensors,
-    _ops.block_linear_backward.default: _block_linear_backward_tensors,
     _ops.class_gradient_.default: _where_compiled(_class_scales),
 }
 

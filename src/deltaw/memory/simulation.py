@@ -463,16 +463,6 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- afterwards ---------------------------------------------------------------------------------------
 
-    @property
-    def current_bytes(self) -> int:
-        """What lives now."""
-        return self._now
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that lived at one time so far."""
-        return self._peak
-
     def footprint(self) -> Footprint:
         """What was seen so far, at the moment of the peak."""
         parts = dict.fromkeys(KINDS, 0)

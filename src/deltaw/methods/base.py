@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 from torch import nn
 
-from deltaw.methods.registry import TrainOptions
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class TrainOptions(Protocol):
+    """The part of the ``train:`` section that methods read."""
+
+    @property
+    def b_rate(self) -> float: ...
+
 
 Made = TypeVar("Made", bound="MethodBase")
 Folder: TypeAlias = str | os.PathLike[str]

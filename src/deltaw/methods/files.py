@@ -20,7 +20,7 @@ from deltaw.contained import require_contained
 from deltaw.errors import UserError
 from deltaw.lora import files as lora_files
 from deltaw.methods import registry
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY, Method
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY, Method, TrainOptions
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
@@ -73,11 +73,8 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         lora_files.write_adapter(folder, tensors, config, metadata)
     except OSError as error:
-        raise UserError(
-            f"the adapter cannot be written: {error.strerror or error}",
-            where=str(folder),
-            hint="choose a folder that you may write to",
-        ) from error
+        what = f"the adapter cannot be written: {error.strerror or error}"
+        raise UserError(what, where=str(folder), hint="choose a folder that you may write to") from error
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -87,23 +84,7 @@ def read_config(folder: Path) -> dict[str, object]:
         UserError: it is missing or not a JSON object, or a link in the folder leads out of it.
     """
     require_contained(folder)
-    return read_object(folder / ADAPTER_CONFIG)
-
-
-def read_object(path: Path) -> dict[str, object]:
-    """The object in a JSON file of an adapter's folder.
-
-    Raises:
-        UserError: it is missing or not a JSON object.
-    """
-    where, hint = str(path.parent), "save or copy the adapter again"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} cannot be read: {error}", where=where, hint=hint) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name} is not a JSON object", where=where, hint=hint)
-    return value
+    return lora_files.read_settings(folder / ADAPTER_CONFIG)
 
 
 def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
@@ -114,12 +95,9 @@ def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
     """
     settings = read_config(folder)
     if settings.get("method") != method:
-        raise UserError(
-            f"its method is {settings.get('method') or settings.get('peft_type')!r}, not '{method}'",
-            where=str(folder),
-            hint="name its own method",
-        )
-    tensors = read_tensors(folder)
+        what = f"its method is {settings.get('method') or settings.get('peft_type')!r}, not '{method}'"
+        raise UserError(what, where=str(folder), hint="name its own method")
+    tensors, _ = lora_files.read_tensors(folder)
     tied = _mapping(settings.get("tied"))
     saved = Saved(
         method,
@@ -128,16 +106,6 @@ def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
         {name: [str(other) for other in others] for name, others in tied.items() if isinstance(others, list)},
     )
     return tensors, saved
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's folder.
-
-    Raises:
-        UserError: they are missing, damaged, or in a pickle.
-    """
-    with _opened(lora_files.weights_of(folder)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def metadata_of(folder: Path) -> dict[str, str]:
@@ -216,7 +184,7 @@ class Settings(Protocol):
     def method(self) -> str: ...
 
     @property
-    def train(self) -> registry.TrainOptions: ...
+    def train(self) -> TrainOptions: ...
 
 
 def choose_method(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Method:
@@ -236,9 +204,6 @@ def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
     kind = config.get("peft_type") or config.get("method")
     entry = registry.entry_of_adapter(kind)
     if entry is None:
-        raise UserError(
-            f"the adapter is of the unknown kind {kind!r}",
-            where=str(folder / ADAPTER_CONFIG),
-            hint="give a LoRA, a prompt-tuning or one of deltaw's own adapters",
-        )
+        hint = "give a LoRA, a prompt-tuning or one of deltaw's own adapters"
+        raise UserError(f"the adapter is of the unknown kind {kind!r}", where=str(folder / ADAPTER_CONFIG), hint=hint)
     return entry.load().from_run(None, train=None, tokenizer=tokenizer)

@@ -135,11 +135,8 @@ class Subset:
                 and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < weight.numel())
             )
             if not fits or weight is None or values is None:
-                raise UserError(
-                    f"the adapter trains weights of '{name}' that the model does not have",
-                    where=where,
-                    hint="load it onto the base model that it was trained on",
-                )
+                what = f"the adapter trains weights of '{name}' that the model does not have"
+                raise UserError(what, where=where, hint="load it onto the base model that it was trained on")
             indices = indices.to(device=weight.device, dtype=torch.int32)
             before = weight.data.view(-1).index_select(0, indices)
             trained = nn.Parameter(values.to(device=weight.device), requires_grad=False)
@@ -155,7 +152,11 @@ def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
 
 
-# ---- What the methods share
+def _outside(modules: Sequence[str], model: nn.Module) -> list[str]:
+    """Names of the parameters that are not inside one of the modules."""
+    names = names_of(model)
+    within = set(inside(modules, names))
+    return [name for name in names if name not in within]
 
 
 class InPlace(MethodBase):
@@ -181,11 +182,8 @@ class InPlace(MethodBase):
         self._note_base(model, extra_modules)
         self._places = self.start(model, extra_modules, seed)
         if not self.parameters(model):
-            raise UserError(
-                f"method '{self.name}' finds nothing to train in a {type(model).__name__}",
-                where="method",
-                hint="choose another method",
-            )
+            what = f"method '{self.name}' finds nothing to train in a {type(model).__name__}"
+            raise UserError(what, where="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
 
     def _note_base(self, model: nn.Module, extra_modules: Sequence[str]) -> None:
@@ -303,8 +301,7 @@ class Bias(InPlace):
         self._added = 0
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        extra = set(inside(extra_modules, names_of(model)))
-        return [n for n in names_of(model) if n.rpartition(".")[2] == "bias" and n not in extra]
+        return [name for name in _outside(extra_modules, model) if name.rpartition(".")[2] == "bias"]
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         if self.chosen(model, extra_modules):
@@ -334,11 +331,11 @@ def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple
     ]
 
 
-# ---- Train every parameter: the baseline that the other methods are measured against.
-
-
 class Full(InPlace):
-    """Train everything. A bf16 model has fp32 master weights, since small updates vanish in bf16."""
+    """Train everything: the baseline that the other methods are measured against.
+
+    A bf16 model has fp32 master weights, since small updates vanish in bf16.
+    """
 
     name = "full"
     usual_rate = 2e-5
@@ -361,21 +358,16 @@ class Head(InPlace):
     settings: HeadSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        modules: list[str] = []
         if self.settings.modules:
-            return inside(modules_named(model, self.settings.modules, "head.modules"), names_of(model))
-        if extra_modules:
-            return []  # a classifier, which every method trains, is the head itself
-        head = own_head(model)
-        if head is None:
-            return []
-        return inside([name for name, module in model.named_modules() if module is head], names_of(model))
-
-
-# ---- Train the last blocks, everything below them frozen: the backward pass ends at the lowest of them.
+            modules = modules_named(model, self.settings.modules, "head.modules")
+        elif not extra_modules and (head := own_head(model)) is not None:  # a new classifier is the head itself
+            modules = [name for name, module in model.named_modules() if module is head]
+        return inside(modules, names_of(model))
 
 
 class Last(InPlace):
-    """Train ``last.blocks`` blocks, counted from the top."""
+    """Train ``last.blocks`` blocks, counted from the top; the backward pass ends at the lowest of them."""
 
     name = "last"
     section = LastSettings
@@ -390,11 +382,8 @@ class Last(InPlace):
             )
         name, blocks = found
         if self.settings.blocks > len(blocks):
-            raise UserError(
-                f"last.blocks asks for {self.settings.blocks} blocks, and the model has {len(blocks)}",
-                where="last.blocks",
-                hint=f"give at most {len(blocks)}",
-            )
+            what = f"last.blocks asks for {self.settings.blocks} blocks, and the model has {len(blocks)}"
+            raise UserError(what, where="last.blocks", hint=f"give at most {len(blocks)}")
         return inside([f"{name}.{i}" for i in range(len(blocks) - self.settings.blocks, len(blocks))], names_of(model))
 
 
@@ -412,8 +401,7 @@ class Random(SubsetInPlace):
     settings: RandomSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        extra = set(inside(extra_modules, names_of(model)))
-        return [name for name in names_of(model) if name not in extra]
+        return _outside(extra_modules, model)
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         extra = inside(extra_modules, names_of(model))
@@ -440,11 +428,8 @@ class Random(SubsetInPlace):
         total = sum(sizes)
         wanted = round(self.settings.weights * total) if self.settings.weights < 1 else int(self.settings.weights)
         if not 1 <= wanted <= total:
-            raise UserError(
-                f"random.weights asks for {wanted:,} weights, and there are {total:,}",
-                where="random.weights",
-                hint="give a share below 1, or a smaller number",
-            )
+            what = f"random.weights asks for {wanted:,} weights, and there are {total:,}"
+            raise UserError(what, where="random.weights", hint="give a share below 1, or a smaller number")
         ends = [wanted * end // total for end in np.cumsum(np.asarray(sizes, dtype=object))]
         return [int(end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -466,9 +451,8 @@ class Input(SubsetInPlace):
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         if self.settings.tokens:
             return []
-        if self.settings.modules:
-            return inside(modules_named(model, self.settings.modules, "input.modules"), names_of(model))
-        return inside([_input_layer(model)], names_of(model))
+        named = modules_named(model, self.settings.modules, "input.modules") if self.settings.modules else None
+        return inside(named or [_input_layer(model)], names_of(model))
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         if not self.settings.tokens:
@@ -492,12 +476,9 @@ class Input(SubsetInPlace):
     def _token_id(self, token: str) -> int:
         vocabulary = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
         if token not in vocabulary:
-            raise UserError(
-                f"'{token}' is no token of the model's vocabulary",
-                where="input.tokens",
-                hint=did_you_mean(token, list(vocabulary)[-2000:])
-                + "; add a new token to the tokenizer, and its row to the embedding, first",
-            )
+            near = did_you_mean(token, list(vocabulary)[-2000:])
+            hint = f"{near}; add a new token to the tokenizer, and its row to the embedding, first"
+            raise UserError(f"'{token}' is no token of the model's vocabulary", where="input.tokens", hint=hint)
         return int(vocabulary[token])
 
     def put(
@@ -515,8 +496,5 @@ def _input_layer(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if module is layer and name:
             return name
-    raise UserError(
-        f"a {type(model).__name__} does not say which module is its input layer",
-        where="input.modules",
-        hint="name the modules to train",
-    )
+    what = f"a {type(model).__name__} does not say which module is its input layer"
+    raise UserError(what, where="input.modules", hint="name the modules to train")

@@ -23,8 +23,7 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.attachment import attached
-from deltaw.methods.base import Calibration, Folder, MethodBase
-from deltaw.methods.registry import TrainOptions
+from deltaw.methods.base import Calibration, Folder, MethodBase, TrainOptions
 
 
 class LoRA(MethodBase):

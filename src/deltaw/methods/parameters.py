@@ -78,11 +78,8 @@ def _refuse_blocks(model: nn.Module, names: Iterable[str]) -> None:
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
         if last == "weight" and block_weight(module) is not None:
-            raise UserError(
-                f"the weight of '{path}' is {quantized_as(module)} and cannot be trained itself",
-                where="method",
-                hint="use method lora, bias or prompt, or precision: bf16",
-            )
+            what = f"the weight of '{path}' is {quantized_as(module)} and cannot be trained itself"
+            raise UserError(what, where="method", hint="use method lora, bias or prompt, or precision: bf16")
 
 
 def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[ParameterPlace]:
@@ -111,11 +108,8 @@ def as_base(model: nn.Module, places: Sequence[ParameterPlace], method: str) -> 
         UserError: one was trained in place.
     """
     if not keep_base(places):
-        raise UserError(
-            f"method '{method}' trained the base model's parameters in place, and kept no copy of them",
-            where="method",
-            hint="open the saved adapter on the base model",
-        )
+        what = f"method '{method}' trained the base model's parameters in place, and kept no copy of them"
+        raise UserError(what, where="method", hint="open the saved adapter on the base model")
     return as_before(model, places)
 
 

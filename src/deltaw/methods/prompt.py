@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
+from deltaw.lora.files import read_tensors
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
 from deltaw.lora.peft_format import PEFT_FORMAT
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, MethodBase
-from deltaw.methods.files import metadata_of, read_config, read_tensors, text_or_none, write_adapter
+from deltaw.methods.files import metadata_of, read_config, text_or_none, write_adapter
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.virtual_tokens import (
@@ -123,18 +124,15 @@ def read_prompt(folder: Path) -> PromptFile:
     """
     settings = read_config(folder)
     _refuse_others(settings, folder)
-    tensors = read_tensors(folder)
+    tensors, _ = read_tensors(folder)
     where = str(folder / ADAPTER_WEIGHTS)
     prompt = tensors.pop(PROMPT, None)
     if prompt is None:
         raise UserError(f"tensor '{PROMPT}' is missing", where=where, hint="save or copy the adapter again")
     shape = (settings.get("num_virtual_tokens"), settings.get("token_dim"))
     if tuple(prompt.shape) != shape:
-        raise UserError(
-            f"tensor '{PROMPT}' is {tuple(prompt.shape)}, and {ADAPTER_CONFIG} says {shape}",
-            where=where,
-            hint="save or copy the adapter again",
-        )
+        what = f"tensor '{PROMPT}' is {tuple(prompt.shape)}, and {ADAPTER_CONFIG} says {shape}"
+        raise UserError(what, where=where, hint="save or copy the adapter again")
     for name in tensors:
         if not name.startswith(PREFIX):
             raise UserError(f"tensor '{name}' is not part of a soft prompt", where=where, hint="save the adapter again")
@@ -158,11 +156,8 @@ def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
         )
     task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
     if task not in _TASKS or parts not in (1, None):
-        raise UserError(
-            f"a soft prompt for task_type {task!r} with {parts} parts is not supported",
-            where=where,
-            hint="use one for a model that reads one row of tokens",
-        )
+        what = f"a soft prompt for task_type {task!r} with {parts} parts is not supported"
+        raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
 
 
 # ---- The method
@@ -304,11 +299,8 @@ class Prompt(MethodBase):
             generator = torch.Generator().manual_seed(seed)
             return torch.randint(vocabulary, (length,), generator=generator), "initialized with random tokens"
         if self.tokenizer is None:
-            raise UserError(
-                "the model has no tokenizer to tokenize prompt.text",
-                where="prompt.init",
-                hint="set prompt.init: random",
-            )
+            hint = "set prompt.init: random"
+            raise UserError("the model has no tokenizer to tokenize prompt.text", where="prompt.init", hint=hint)
         # With the special tokens that the tokenizer adds to a text, as in PEFT.
         ids = [int(i) for i in self.tokenizer(text)["input_ids"]]
         if not ids or max(ids) >= vocabulary:

@@ -16,14 +16,7 @@ from deltaw.registry import Registry, imported
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from deltaw.methods.base import Method
-
-
-class TrainOptions(Protocol):
-    """The part of the ``train:`` section that methods read."""
-
-    @property
-    def b_rate(self) -> float: ...
+    from deltaw.methods.base import Method, TrainOptions
 
 
 class Implementation(Protocol):

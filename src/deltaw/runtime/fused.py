@@ -30,11 +30,11 @@ from deltaw.kernels.block import serves as serves_block
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.loader import serves as serves_compiled
 from deltaw.kernels.operators import ORDINARY, unwatched
+from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_private import are_hooked, own_buffers, own_modules, own_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.runtime.partial import PartialLayout, number_of
 from deltaw.runtime.projections import (
-    Norm,
     Projection,
     Steps,
     at,
@@ -42,6 +42,7 @@ from deltaw.runtime.projections import (
     factors_of,
     head_views,
     joined_heads,
+    norm_of,
     spread,
 )
 from deltaw.runtime.recognition import BlockRoles, Norms, Told, activation_kind, part, signature
@@ -61,15 +62,6 @@ from deltaw.runtime.recognition import BlockRoles, Norms, Told, activation_kind,
 #
 # Knows projections and kernels; not when a block may run so (``fused``), nor how a model's parts are called
 # (``roles``).
-
-
-@dataclass
-class HalfNorms:
-    """The norms of a half over the hidden size."""
-
-    before: Norm | None = None
-    after: Norm | None = None
-    post: Norm | None = None
 
 
 @dataclass
@@ -418,7 +410,7 @@ class FusedNorm:
             return self.own(hidden_states)
         ids = [id(tensor) for tensor in own_parameters(self.module).values()]
         if self._made[0] != ids:
-            self._made = ids, Norm.of(self.module)
+            self._made = ids, norm_of(self.module)
         norm = self._made[1]
         if norm is None:
             return self.own(hidden_states)
@@ -579,7 +571,7 @@ class FusedBlock:
 
     def _made(self) -> tuple[AttentionHalf, MLPHalf] | None:
         attention, mlp = self.roles.attention, self.roles.mlp
-        norms = {p: Norm.of(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
+        norms = {p: norm_of(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
         kind = activation_kind(part(self.block, mlp.activation))
         if kind is None or any(norm is None for norm in norms.values()):
             return None

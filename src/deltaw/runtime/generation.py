@@ -34,7 +34,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
-from deltaw.kernels.linear import linear
+from deltaw.kernels.linear import Product, linear
 from deltaw.runtime.recognition import forward_replaced
 
 # ---- The text of a model's tokens, given out as it becomes certain.
@@ -357,7 +357,7 @@ def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
         return
 
     def forward(hidden: Tensor) -> Tensor:
-        logits, _ = linear(hidden.flatten(0, -2), head.weight, bias=head.bias)
+        logits, _ = linear(hidden.flatten(0, -2), Product(head.weight, bias=head.bias))
         return logits.unflatten(0, hidden.shape[:-1])
 
     with forward_replaced(head, forward):

@@ -7,81 +7,46 @@ changes. Knows LoRA layers, stored weights and kernels; not blocks, nor autograd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import linear as products
-from deltaw.kernels import quantize, rows
+from deltaw.kernels import quantize
+from deltaw.kernels.rows import Norm
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
-from deltaw.lora.stored import Scales, Stored, multiply, multiply_backward, stored_form
+from deltaw.lora.stored import multiply_backward, product, stored_form
 from deltaw.runtime.recognition import by_column, norm_form
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm over the last dimension whose weight and bias are frozen: (x - mean)·rstd·(weight + offset)."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    offset: float
-    centered: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Norm | None:
-        """The norm that a module is; None where it is none that is known."""
-        form = norm_form(module)
-        if form is None:
-            return None
-        tensors = own_parameters(module)
-        return cls(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centered)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of rows x (M, D), and (M, 2) numbers that :meth:`backward` wants."""
-        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centered=self.centered)
-
-    def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
-        """∂L/∂x (M, D), plus ``added``."""
-        return rows.norm_backward(grad, x, self.weight, stats, offset=self.offset, centered=self.centered, added=added)
-
-    def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of each head of x (M, heads, d)."""
-        y, stats = self(x.reshape(-1, x.shape[-1]))
-        return y.view(x.shape), stats
-
-    def over_heads_backward(self, grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-        """∂L/∂x of :meth:`over_heads`."""
-        size = x.shape[-1]
-        return self.backward(grad.reshape(-1, size), x.reshape(-1, size), stats).view(x.shape)
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that a module is; None where it is none that is known."""
+    form = norm_form(module)
+    if form is None:
+        return None
+    tensors = own_parameters(module)
+    return Norm(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centered)
 
 
 class Projection:
     """A frozen linear layer of a block with its update, or without.
 
     Attributes:
-        by_column: whether ``weight`` is (out, in); else (in, out).
-        stored: how the weight is stored where it is no plain matrix.
-        scale, columns, in_blocks: of an int8-quantized weight, see :func:`deltaw.kernels.linear.linear`.
+        product: the layer as the kernels take it.
         lora_A, lora_B, scaling: of the update; None, None and 1 where there is none to add.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.weight: Tensor = own_parameters(module)["weight"]  # type: ignore[assignment]
-        self.bias: Tensor | None = own_parameters(module).get("bias")
-        self.by_column = by_column(module)
-        self.scale: Tensor | None
-        self.columns: Tensor | None
-        self.stored: Stored | None = stored_form(module)
-        scales = self.stored if isinstance(self.stored, Scales) else (None, None, False)
-        self.scale, self.columns, self.in_blocks = scales
+        weight, bias = own_parameters(module)["weight"], own_parameters(module).get("bias")
+        assert weight is not None
         adapted = module if isinstance(module, LoRALayer) and module.adapting else None
         self.lora_A: Tensor | None = None if adapted is None else adapted.lora_A
         self.lora_B: Tensor | None = None if adapted is None else adapted.lora_B
         self.scaling: float = 1.0 if adapted is None else adapted.scaling
+        update = self.lora_A, self.lora_B, self.scaling
+        self.product = product(weight, stored_form(module), by_column(module), bias, *update)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -89,14 +54,11 @@ class Projection:
 
     def __call__(self, x: Tensor, steps: Steps, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x·Wᵀ + b + s·(x·A)·B + added for rows x (M, in), and x·A."""
-        update = self.lora_A, self.lora_B, self.scaling
-        return multiply(x, self.weight, self.stored, self.by_column, self.bias, *update, added, *steps.of(x, self))
+        return products.linear(x, self.product, added, *steps.of(x, self.product))
 
     def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
         """∂L/∂x plus ``added``, and the narrow gradient that :meth:`factors_backward` wants."""
-        return multiply_backward(
-            grad, self.weight, self.stored, self.by_column, self.lora_A, self.lora_B, self.scaling, added, need_x
-        )
+        return multiply_backward(grad, self.product, added, need_x)
 
     def factors_backward(
         self, x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor
@@ -116,13 +78,13 @@ class Steps:
         self._in_blocks = False
         self._made: tuple[Tensor, Tensor] | None = None
 
-    def of(self, x: Tensor, layer: Projection) -> tuple[Tensor | None, Tensor | None]:
+    def of(self, x: Tensor, layer: products.Product) -> tuple[Tensor | None, Tensor | None]:
         if layer.scale is None:
             return None, None
-        alike = _same(self._columns, layer.columns) and self._in_blocks == layer.in_blocks
+        alike = _same(self._columns, layer.smooth_scales) and self._in_blocks == layer.in_blocks
         if self._made is None or self._of is not x or not alike:
-            self._of, self._columns, self._in_blocks = x, layer.columns, layer.in_blocks
-            self._made = quantize.quantized(x, layer.columns, layer.in_blocks)
+            self._of, self._columns, self._in_blocks = x, layer.smooth_scales, layer.in_blocks
+            self._made = quantize.quantized(x, layer.smooth_scales, layer.in_blocks)
         return self._made
 
 

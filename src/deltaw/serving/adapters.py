@@ -25,11 +25,11 @@ from deltaw.hub.terminators import terminators
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.attachment import attachment
 from deltaw.lora.factors import AdapterFactors, Factors, read_factors
-from deltaw.lora.files import PICKLED_NAME
+from deltaw.lora.files import PICKLED_NAME, read_settings
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, same_base
 from deltaw.lora.stored import weight_shape
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.methods.files import metadata_of, method_of_folder, read_object, text_or_none
+from deltaw.methods.files import metadata_of, method_of_folder, text_or_none
 from deltaw.methods.prompt import read_prompt
 from deltaw.runtime.virtual_tokens import input_embedding
 from deltaw.serving.request import UnknownAdapterError
@@ -273,7 +273,7 @@ class FolderReader:
     def _ends(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
         """The terminators that a generation configuration in the folder declares, else the base's."""
         path = folder / "generation_config.json"
-        declared = read_object(path).get("eos_token_id") if path.is_file() else None
+        declared = read_settings(path).get("eos_token_id") if path.is_file() else None
         if declared is None:
             return tuple(self._terminators)
         ids = declared if isinstance(declared, list) else [declared]
@@ -342,7 +342,7 @@ def _template_in(folder: Path) -> str | None:
     if (folder / CHAT_TEMPLATE).is_file():
         return read_chat_template(str(folder / CHAT_TEMPLATE))
     settings = folder / "tokenizer_config.json"
-    template = read_object(settings).get("chat_template") if settings.is_file() else None
+    template = read_settings(settings).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.hub.loading import attention_of, ordinary_attention
-from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.decode import Decoder, PackedAdapter
-from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
+from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear
 from deltaw.kernels.quantize import quantized_rows
+from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize
@@ -218,34 +218,34 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
     )
 
 
-def _norms(block: nn.Module, places: Norms) -> DecoderNorms:
+def _norms(block: nn.Module, places: Norms) -> HalfNorms:
     made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
-    return DecoderNorms(*made)
+    return HalfNorms(*made)
 
 
-def _norm(module: nn.Module) -> DecoderNorm:
+def _norm(module: nn.Module) -> Norm:
     form = norm_form(module)
     if form is None:
         raise NotDecodable(f"{type(module).__name__} is no norm that is known")
     own = own_parameters(module)
     weight, bias = (None if (t := own.get(n)) is None else t.detach().float().contiguous() for n in ("weight", "bias"))
-    return DecoderNorm(weight, bias, form.eps, form.offset, form.centered)
+    return Norm(weight, bias, form.eps, form.offset, form.centered)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     """A linear layer's own weights, without factors."""
     if module is None or not isinstance(own_parameters(module).get("weight"), Tensor):
         raise NotDecodable("a layer has no weight")
-    layer = Projection(module)
+    layer = Projection(module).product
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-    if isinstance(layer.stored, BlockWeight):
-        return DecoderLinear(layer.stored, bias)
-    weight, scale, columns = layer.weight.detach(), layer.scale, layer.columns
+    if (blocks := layer.blocks) is not None:
+        return DecoderLinear(blocks, bias)
+    weight, scale = layer.weight.detach(), layer.scale
     if not layer.by_column:
         weight = weight.t()
     if quantize and weight.dtype != torch.int8:
         weight, scale = quantized_rows(weight)
-    return DecoderLinear(weight.contiguous(), bias, scale, columns)
+    return DecoderLinear(weight.contiguous(), bias, scale, layer.smooth_scales)
 
 
 def difference(

@@ -22,7 +22,7 @@ from deltaw.data.packing import Batch
 from deltaw.hub.loading import has_values as model_has_values
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
-from deltaw.kernels.block_linear import BlockWeight, block_linear_backward
+from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.head_gradient import (
     CLASSES,
     TOGETHER,
@@ -32,11 +32,10 @@ from deltaw.kernels.head_gradient import (
     groups,
     head_gradient_,
 )
-from deltaw.kernels.linear import linear_backward
 from deltaw.kernels.rows import cross_entropy_
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers_quantized import BlockLinear
-from deltaw.lora.stored import Scales, Stored, block_weight, multiply, weight_scales
+from deltaw.lora.stored import Scales, Stored, block_weight, product, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs, Watched
 from deltaw.training.microbatches import entered
@@ -108,17 +107,9 @@ class RoughLogits:
     def of(self, part: slice) -> Tensor:
         """Logits (m, classes) of some of the rows, without what a model makes of them afterwards."""
         int8, scales = quantize.quantized(self.rounded[part], None)
-        logits, _ = products.linear(
-            self.hidden[part],
-            self.weight,
-            scale=self.head.scales,
-            bias=self.bias,
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
-            x_int8=int8,
-            x_scales=scales,
-        )
-        return logits
+        update = (self.bias, self.lora_A, self.lora_B)
+        head = products.Product(self.weight, True, self.head.scales, None, *update)
+        return products.linear(self.hidden[part], head, None, int8, scales)[0]
 
     def variance(self) -> float:
         """The mean square of the logits' error, about, over all rows.
@@ -207,7 +198,7 @@ class _FrozenHead:
         if self._is_narrower(hidden):
             logits = torch.cat([hidden @ rows.to(hidden.dtype).t() for rows in self.weight.split(WIDENED_ROWS)], 1)
             return logits if self.bias is None else logits.add_(self.bias)
-        return multiply(hidden, self.weight, self.stored, bias=self.bias)[0]
+        return products.linear(hidden, product(self.weight, self.stored, bias=self.bias))[0]
 
     def logits_by_parts(self, hidden: Tensor) -> Callable[[slice], Tensor]:
         """Logits of a part of the rows: in int8 with int8-quantized weights, else where that is accurate enough
@@ -224,15 +215,14 @@ class _FrozenHead:
         head, stored = self.weight, self.stored
         if isinstance(stored, Scales) and can_round_classes(gradient, head):
             return class_gradient_(gradient, targets, head, stored[0])
-        if isinstance(stored, BlockWeight):
-            return block_linear_backward(gradient, stored)[0]
         if self._is_narrower(gradient):
             sums = gradient.new_zeros(len(gradient), head.shape[1])
             for part, rows in zip(gradient.split(WIDENED_ROWS, 1), head.split(WIDENED_ROWS), strict=True):
                 sums.addmm_(part, rows.to(gradient.dtype))
             return sums
         # Not rounded, the gradient is taken with the head's own numbers, whatever layers do with theirs.
-        return linear_backward(gradient, head)[0]
+        blocks = stored if isinstance(stored, BlockWeight) else None
+        return products.linear_backward(gradient, product(head, blocks))[0]
 
     def _is_narrower(self, left: Tensor) -> bool:
         return self.stored is None and left.dtype != self.weight.dtype
