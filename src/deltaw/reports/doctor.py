@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from huggingface_hub.constants import HF_HUB_CACHE
+
 from deltaw.cache import root as cache_root
 from deltaw.errors import UserError, nearest
 from deltaw.host import choices, product_rates

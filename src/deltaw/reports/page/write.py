@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -67,7 +67,7 @@ def compared_figures(records: Sequence[Run]) -> list[Figure]:
 def _column(records: Sequence[Run], column: str, title: str, *, smooth: bool) -> Figure | None:
     found = [record.metrics.column(column) for record in records]
     points = [points_of(steps, smoothed(values) if smooth else values) for steps, values in found]
-    said = f"{title} over steps, as a running mean" if smooth else f"{title} over steps"
+    said = f"{title} over steps{', as a running mean' if smooth else ''}"
     return _figure(records, column.replace("_", "-"), title, said, points)
 
 
@@ -135,14 +135,17 @@ def _templates() -> tuple[Environment, Markup]:
 
 def run_page(record: Run) -> str:
     """One run as a page."""
-    environment, style = _templates()
-    return environment.get_template("run.html").render(style=style, **run_view(record)).strip() + "\n"
+    return _rendered("run.html", run_view(record))
 
 
 def comparison_page(records: Sequence[Run]) -> str:
     """Several runs side by side."""
+    return _rendered("compare.html", compare_view(records))
+
+
+def _rendered(template: str, view: Mapping[str, Any]) -> str:
     environment, style = _templates()
-    return environment.get_template("compare.html").render(style=style, **compare_view(records)).strip() + "\n"
+    return environment.get_template(template).render(style=style, **view).strip() + "\n"
 
 
 def rate_drawing(search: RateSearch) -> str:
