@@ -39,8 +39,3 @@ def test_int8_weights_are_evaluated_as_they_were_trained(call, flags, roomy_fold
     told = json.loads(ended.out)
     assert "precision int8:" in ended.err
     assert told["eval"]["loss"] == pytest.approx(trained["eval"]["loss"], rel=0.05)
-
-
-def test_a_negative_weight_is_refused(call, flags, tmp_path):
-    ended = call("train", *flags(tmp_path / "run", train__keep_general=-1))
-    assert ended.status == 2 and "train.keep_general" in ended.err and "Traceback" not in ended.err

@@ -79,7 +79,7 @@ def t_quantile(level: float, freedom: float) -> float:
     With T = √ν·tan θ the density becomes cos^(ν−1) θ, which is summed over a grid of angles.
     """
     freedom = min(freedom, MANY)
-    angles = np.linspace(0.0, math.pi / 2, 200_001)
+    angles = np.linspace(0.0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
