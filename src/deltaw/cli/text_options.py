@@ -93,7 +93,7 @@ class TextSettings:
         from deltaw.serving.request import Request
 
         sampling = replace(self.sampling, seed=self.sampling.seed + number, logprobs=logprobs)
-        ending = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        ending: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
         return Request(tokens, adapter, sampling=sampling, constraint=self.constraint(), **ending)
 
 

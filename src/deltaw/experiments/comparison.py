@@ -330,15 +330,16 @@ def size(count: int) -> str:
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     number, unit = (count / 1e6, "MB") if count >= 1e6 else (count / 1e3, "kB")
-    return f"{number:.1f} {unit}" if number < 100 else f"{number:.0f} {unit}"
+    return f"{number:.{int(number < 100)}f} {unit}"
 
 
 def duration(seconds: float) -> str:
     """Seconds as a person reads them."""
-    for number, unit in ((seconds / 3600, "h"), (seconds / 60, "min")):
-        if number >= 1:
-            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    unit = "s"
+    for longer in ("min", "h"):
+        if seconds >= 60:
+            seconds, unit = seconds / 60, longer
+    return f"{seconds:.{int(seconds < 10)}f} {unit}"
 
 
 def listed(results: Sequence[MethodResult]) -> str:
@@ -542,13 +543,16 @@ def _ranking(comparison: Comparison) -> list[str]:
     best, *others = comparison.ranked
     equal = [r for r in comparison.ranked if r.score == best.score]
     are = f"{best.method} is best" if len(equal) == 1 else f"{listed(equal)} share the best score"
-    lines = [f"{are}: {comparison.metric} {score_text(comparison, best)} {_on(comparison)}."]
+    rows, seeds = comparison.held_out_rows, len(comparison.seeds)
+    on = f"on {rows} held-out row{'s' if rows != 1 else ''}{'' if seeds == 1 else f', mean of {seeds} seeds'}"
+    lines = [f"{are}: {comparison.metric} {score_text(comparison, best)} {on}."]
     if best.method != comparison.reference:
         return lines
     near = [r for r in others if r.difference_interval is not None and not r.clearly_other]
     far = [r for r in others if r.clearly_other]
     if near:
-        lines.append(f"{_they(comparison)} {listed(near)} from it: the interval of the difference holds 0.")
+        these = "These rows" if seeds == 1 else "These seeds and rows"
+        lines.append(f"{these} do not tell {listed(near)} from it: the interval of the difference holds 0.")
         lines += _cheapest([best, *near])
     if far:
         lines.append(f"Clearly worse: {listed(far)}.")
@@ -564,15 +568,13 @@ def _against_reference(comparison: Comparison) -> list[str]:
         return []
     sign = 1 if comparison.higher_is_better else -1
     others = [r for r in comparison.ranked if r.method != comparison.reference and r.difference is not None]
-    better = [r for r in others if r.clearly_other and sign * (r.difference or 0) > 0]
-    worse = [r for r in others if r.clearly_other and sign * (r.difference or 0) < 0]
-    near = [r for r in others if not r.clearly_other]
-    parts = [
-        f"clearly better: {listed(better)}" if better else "",
-        f"clearly worse: {listed(worse)}" if worse else "",
-        f"not told apart: {listed(near)}" if near else "",
-    ]
-    return [f"Compared with {comparison.reference}, {'; '.join(part for part in parts if part)}."]
+    groups = {
+        "clearly better": [r for r in others if r.clearly_other and sign * (r.difference or 0) > 0],
+        "clearly worse": [r for r in others if r.clearly_other and sign * (r.difference or 0) < 0],
+        "not told apart": [r for r in others if not r.clearly_other],
+    }
+    parts = [f"{name}: {listed(group)}" for name, group in groups.items() if group]
+    return [f"Compared with {comparison.reference}, {'; '.join(parts)}."]
 
 
 def _untrained(comparison: Comparison) -> list[str]:
@@ -617,15 +619,6 @@ def _flattening(comparison: Comparison) -> list[str]:
     return [f"Not flattened when the budget ended: {joined(names)}. {hint}"] if names else []
 
 
-def _on(comparison: Comparison) -> str:
-    rows = f"on {comparison.held_out_rows} held-out row{'s' if comparison.held_out_rows != 1 else ''}"
-    return rows if len(comparison.seeds) == 1 else f"{rows}, mean of {len(comparison.seeds)} seeds"
-
-
-def _they(comparison: Comparison) -> str:
-    return "These rows do not tell" if len(comparison.seeds) == 1 else "These seeds and rows do not tell"
-
-
 def _cheapest(equals: Sequence[MethodResult]) -> list[str]:
     """Of methods that are not told apart, which asks for least."""
     costs: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -666,11 +659,11 @@ def comparison_markdown(comparison: Comparison, figure: str | None = None) -> st
     """
     seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) != 1 else ''}"
     trained = or_empty(comparison.training_rows, "trained on {:,} rows, ".format)
+    scored = f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that no choice was made by"
     lines = [
         "# Methods compared",
         "",
-        f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; "
-        f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that no choice was made by. "
+        f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; {scored}. "
         "Each training went on until its validation loss flattened or the budget ended.",
         "",
         *markdown_table(titles(comparison), [cells(comparison, r) for r in comparison.lines if r.error is None]),
@@ -685,39 +678,25 @@ def comparison_markdown(comparison: Comparison, figure: str | None = None) -> st
 
 def _seed_table(comparison: Comparison) -> list[str]:
     """Each training on a line of its own, if there are several seeds."""
-    if len(comparison.seeds) == 1 or not any(result.seeds for result in comparison.results):
-        return []
+    rows = []
+    for result in comparison.results if len(comparison.seeds) > 1 else ():
+        for seed in result.seeds:
+            score = _with_interval(comparison, seed.score, None, "", "", unit(comparison))
+            steps, flat = [f"{seed.steps:,}", f"{seed.best_step:,}"], "yes" if seed.flattened else "no"
+            rows.append([result.method, str(seed.seed), score, *steps, flat, f"{seed.validation_loss:.4f}"])
     metric = comparison.metric.replace("_", " ")
-    rows = [
-        [
-            result.method,
-            str(seed.seed),
-            "" if seed.score is None else number_text(comparison, seed.score) + unit(comparison),
-            f"{seed.steps:,}",
-            f"{seed.best_step:,}",
-            "yes" if seed.flattened else "no",
-            f"{seed.validation_loss:.4f}",
-        ]
-        for result in comparison.results
-        for seed in result.seeds
-    ]
     heads = ("method", "seed", metric, "steps", "best step", "flattened", "validation loss")
-    return ["## Seed by seed", "", *markdown_table(heads, rows)]
+    return ["## Seed by seed", "", *markdown_table(heads, rows)] if rows else []
 
 
 def _rate_table(comparison: Comparison) -> list[str]:
-    tried = [result for result in comparison.results if len(result.rates) > 1]
-    if not tried:
-        return []
-    return [
-        "## Learning rates tried",
-        "",
-        *markdown_table(("method", "rate: validation loss"), [(r.method, _rates(r)) for r in tried], left=2),
-        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget.",
-        "",
-    ]
-
-
-def _rates(result: MethodResult) -> str:
-    shown = {rate: "diverged" if loss is None else f"{loss:.4f}" for rate, loss in sorted(result.rates)}
-    return ", ".join(f"{rate:g}: {loss}" for rate, loss in shown.items())
+    rows = []
+    for result in comparison.results:
+        losses = {rate: "diverged" if loss is None else f"{loss:.4f}" for rate, loss in sorted(result.rates)}
+        if len(losses) > 1:
+            rows.append((result.method, ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())))
+    said = (
+        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget."
+    )
+    table = markdown_table(("method", "rate: validation loss"), rows, left=2)
+    return ["## Learning rates tried", "", *table, said, ""] if rows else []

@@ -371,7 +371,7 @@ def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     import ray
 
     dashboard = False if cluster.address == "local" else None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=cluster.address, include_dashboard=dashboard, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,7 @@ class Values:
     def at_end(self, value: object) -> str:
         """As for a range, if all values are numbers; other values have no end."""
         numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if len(numbers) < 2 or len(numbers) < len(self.values) or not isinstance(value, int | float):
+        if len(numbers) < max(2, len(self.values)) or not isinstance(value, int | float):
             return ""
         return "low" if value == min(numbers) else "high" if value == max(numbers) else ""
 
@@ -339,22 +339,20 @@ def best_yaml(tuning: Tuning) -> str:
 
 def lessons(tuning: Tuning) -> list[str]:
     """What the search says, in sentences."""
-    ranked = tuning.ranked
-    if not ranked:
+    if not tuning.ranked:
         return []
-    best = ranked[0]
+    best, *others = tuning.ranked
     assert best.loss is not None
     said = ", ".join(f"{key} {_value(value)}" for key, value in best.values.items())
     lines = [f"Trial {best.number} is best: loss {best.loss:.4f} with {said}."]
-    before = next((t for t in ranked if t.number == tuning.first and t.loss is not None), None)
-    if before is best:
+    before = next((trial.loss for trial in others if trial.number == tuning.first), None)
+    if best.number == tuning.first:
         lines.append("These are the settings as they were: nothing that was tried is better.")
-    elif before is not None and before.loss:
-        less = 1 - best.loss / before.loss
-        lines.append(f"The settings as they were gave {before.loss:.4f}: the best has {less:.1%} less.")
-    alike = [t for t in ranked[1:] if t.loss is not None and t.loss <= best.loss * (1 + ALIKE)]
+    elif before:
+        lines.append(f"The settings as they were gave {before:.4f}: the best has {1 - best.loss / before:.1%} less.")
+    alike = [t for t in others if t.loss is not None and t.loss <= best.loss * (1 + ALIKE)]
     if alike:
-        within = f"{len(alike)} of the other {len(ranked) - 1} finished trials come within {ALIKE:.0%} of it"
+        within = f"{len(alike)} of the other {len(others)} finished trials come within {ALIKE:.0%} of it"
         lines.append(f"{within}; do not read much into their order.")
     known = {key: weight for key, weight in tuning.weights.items() if weight is not None}
     said = ", ".join(f"{key} {known[key]:.0%}" for key in sorted(known, key=lambda key: -known[key]))
@@ -629,21 +627,16 @@ def _gathered(
     # A diverged trial counts with the worst rank.
     told = [r for r in results if r.end in ("done", "diverged")]
     losses = [math.inf if r.loss is None else r.loss for r in told]
-    done = [r for r in results if r.loss is not None]
-    best = min(done, key=lambda r: (r.loss, r.number)) if done else None
+    weights = {key: weight([r.values[key] for r in told], losses) for key in space}
     facts = next((t.user_attrs for t in reversed(ended) if "steps" in t.user_attrs), {})
-    edges = {} if best is None else {k: d.at_end(best.values[k]) for k, d in space.items()}
-    return Tuning(
-        folder=str(place.path),
-        method=config.method,
-        space={key: str(domain) for key, domain in space.items()},
-        trials=results,
-        first=first,
-        weights={key: weight([r.values[key] for r in told], losses) for key in space},
-        edges={key: end for key, end in edges.items() if end},
-        best_settings={} if best is None else nested_values(config, best.values),
-        **{name: facts.get(name, 0) for name in ("training_rows", "validation_rows", "steps")},
-    )
+    counts = {name: facts.get(name, 0) for name in ("training_rows", "validation_rows", "steps")}
+    searched = {key: str(domain) for key, domain in space.items()}
+    tuning = Tuning(str(place.path), config.method, searched, results, first, weights, {}, **counts)
+    if not tuning.ranked:
+        return tuning
+    values = tuning.ranked[0].values
+    edges = {key: end for key, domain in space.items() if (end := domain.at_end(values[key]))}
+    return replace(tuning, edges=edges, best_settings=nested_values(config, values))
 
 
 def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:

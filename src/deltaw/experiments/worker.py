@@ -161,15 +161,13 @@ class Trial:
 
     def _open(self) -> None:
         loaded = load_for(self.config, self.task, self.data, self._say)
-        self.session: Session = assemble(
-            self.config,
-            self.task,
-            self.data,
-            loaded.model,
-            device=str(loaded.choices["device"].value),
-            new_modules=loaded.new_modules,
-            offered=() if loaded.kernels is None else loaded.kernels.approximations,
-        )
+        offered = () if loaded.kernels is None else loaded.kernels.approximations
+        how: dict[str, Any] = {
+            "device": str(loaded.choices["device"].value),
+            "new_modules": loaded.new_modules,
+            "offered": offered,
+        }
+        self.session: Session = assemble(self.config, self.task, self.data, loaded.model, **how)
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:
             self._say(line)
@@ -235,7 +233,7 @@ class Trial:
             Stopped: a signal arrived.
         """
         self._begin()
-        told = {"on_step": on_step, "on_validation": on_validation}
+        told: dict[str, Any] = {"on_step": on_step, "on_validation": on_validation}
         with self.session.running():
             curve = until_flat(self.session, self.training, self.validation, rate=rate, budget=budget, **told)
         if curve.outcome.interrupted:
@@ -364,15 +362,14 @@ def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
 def _trained(trial: Trial, folder: RunFolder) -> Curve:
     release_free_memory()
 
-    def on_step(step: Step) -> None:
-        folder.write_metrics(step.as_dict())
-
-    def on_validation(step: int, loss: float) -> None:
-        folder.write_metrics({"step": step, "validation": {"loss": loss}})
-
     budget = budget_of(trial.config.train, len(trial.training))
     try:
-        return trial.until_flat(trial.session.learning_rate, budget, on_step=on_step, on_validation=on_validation)
+        return trial.until_flat(
+            trial.session.learning_rate,
+            budget,
+            on_step=lambda step: folder.write_metrics(step.as_dict()),
+            on_validation=lambda step, loss: folder.write_metrics({"step": step, "validation": {"loss": loss}}),
+        )
     except Stopped as error:
         raise UserError("the training was stopped by a signal", hint="start the comparison again") from error
 
@@ -468,15 +465,9 @@ class Worker:
         config = _config(request)
         task, data = read_data(config, self._say)
         loaded = load_for(config, task, data, self._say)
-        batcher, _ = task.batcher(
-            loaded.model,
-            data.held_out,
-            device=str(loaded.choices["device"].value),
-            tokens_per_pass=config.train.tokens_per_pass,
-            share=config.train.share_prefixes,
-            method_shares=True,
-            virtual_tokens=0,
-        )
+        device, most = str(loaded.choices["device"].value), config.train.tokens_per_pass
+        how: dict[str, Any] = {"share": config.train.share_prefixes, "method_shares": True, "virtual_tokens": 0}
+        batcher, _ = task.batcher(loaded.model, data.held_out, device=device, tokens_per_pass=most, **how)
         held_out = task.referenced(loaded.model, data.held_out, batcher)
         with task.running(loaded.model, batcher):
             objective = task.objective(loaded.model)
@@ -513,7 +504,7 @@ def _total_parameters(config: RunConfig, output: Path) -> int:
     classes = classes_of(output)
     outputs = len(classes) if classes is not None else tasks.entry_of(config.task).outputs
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    kind = {"task": config.task, "num_labels": outputs, "trust_remote_code": config.trust_remote_code}
+    kind: dict[str, Any] = {"task": config.task, "num_labels": outputs, "trust_remote_code": config.trust_remote_code}
     with fake_tensors() if LACKS is None else torch.device("meta"):
         model = skeleton(config.model, dtype=dtype, **kind)
         return sum(parameter.numel() for parameter in model.parameters())

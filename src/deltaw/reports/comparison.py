@@ -95,7 +95,11 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
         if level is None:
             continue
         axes.axhline(factor * level, color=GRAY, linestyle="--", linewidth=1.2, zorder=0)
-        offset = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 4), "textcoords": "offset points"}
+        offset: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (-4, 4),
+            "textcoords": "offset points",
+        }
         axes.annotate(text, (1, factor * level), ha="right", color=GRAY, **offset)
     name = comparison.metric.replace("_", " ")
     better = "higher is better" if comparison.higher_is_better else "lower is better"

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -244,7 +245,9 @@ def spectrum_figure(learned: Learned) -> Figure:
     """The singular values of each ΔW, in relation to its largest: a thin line a module, and their median."""
     parts = [part for part in learned.parts if len(part.values) > 1 and part.values[0] > 0]
     longest = max((len(part.values) for part in parts), default=0)
-    text, curves, legend, rows = "B is zero in all modules: the adapter changes nothing.", [], [], []
+    text, legend = "B is zero in all modules: the adapter changes nothing.", []
+    curves: list[Curve] = []
+    rows: list[tuple[str, ...]] = []
     if parts:
         shares = np.full((len(parts), longest), np.nan)
         for row, part in enumerate(parts):
@@ -261,7 +264,7 @@ def spectrum_figure(learned: Learned) -> Figure:
     for kind in learned.kinds():
         if same := [part for part in parts if part.kind == kind]:
             rows.append((kind, short(max(part.values[0] for part in same)), _median_rank(same)))
-    axes = {"x_format": "σ{:.0f}".format, "y_format": _percent, "log": True}
+    axes: dict[str, Any] = {"x_format": "σ{:.0f}".format, "y_format": _percent, "log": True}
     drawn = line_chart("spectrum", "Singular values of ΔW", text, curves, **axes)
     head = ("kind", "largest singular value", "effective rank, median")
     table = Numbers("Singular values by kind of module", head, rows)

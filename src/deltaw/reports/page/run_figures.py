@@ -125,7 +125,7 @@ def metric_figures(record: Run) -> list[Figure]:
         rows = [(f"{found[i][0]:,}", metric_value(name, found[i][1])) for i in evenly(len(found), ROWS)]
         table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(found), len(rows)))
         curves = [Curve(points, "c2", dots=len(points) < 100)]
-        axis = {"y_format": value_format(name), "log": False}
+        axis: dict[str, Any] = {"y_format": value_format(name), "log": False}
         figures.append(over_steps(f"metric-{len(figures) + 1}", title, said + ".", said, curves, table, **axis))
     return figures
 
@@ -259,7 +259,7 @@ def rate_figure(told: Mapping[str, Any]) -> Figure | None:
     by_rate, shown = dict(mean), [losses[place] for place in evenly(len(losses), ROWS)]
     rows = [(f"{rate:.3g}", short(loss), short(by_rate.get(rate))) for rate, loss in shown]
     table = Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows)
-    axes = {"x_format": "{:.0e}".format, "y_format": tick, "log": False, "log_x": True}
+    axes: dict[str, Any] = {"x_format": "{:.0e}".format, "y_format": tick, "log": False, "log_x": True}
     drawn = line_chart("rate-search", "Loss over learning rate", text, curves, **axes)
     return Figure("rate-search", "Search of the learning rate", text + ".", drawn, table, legend)
 
