@@ -54,7 +54,7 @@ def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str) -> 
     export_gguf(without_effect(run, tmp_path / "zero"), tmp_path / "base.gguf", kind="f32")
     assert llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS) == bare
     written = export_gguf_adapter(run, tmp_path / "adapter.gguf")
-    assert (written.folded > 0) == bool(rank_pattern)
+    assert (written.facts["folded"] > 0) == bool(rank_pattern)
     found = llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS, tmp_path / "adapter.gguf")
     assert found == adapted
 
