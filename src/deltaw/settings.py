@@ -48,7 +48,7 @@ class PreferenceSettings(BaseModel):
 
     loss: LossName = Field(
         "dpo",
-        description="dpo, ipo, kto: against the base model; orpo, simpo: without it; kto is for single answers with a label",
+        description="dpo, ipo, kto: against the base model; orpo, simpo: without it; kto is for single labeled answers",
     )
     beta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",

@@ -98,18 +98,12 @@ def write_adapter(
             made = _combined(job, folder, rank)
         _copy_beside(job, folder)
         stored = (folder / "adapter_model.safetensors").stat().st_size
-    lost = sum(one.lost for one in made.values())
-    total = sum(one.total for one in made.values())
-    return AdapterResult(
-        target,
-        job.base.reference,
-        max((one.factors.rank for one in made.values()), default=0),
-        stored,
-        sum(one.factors.left.numel() + one.factors.right.numel() for one in made.values()),
-        {name: ratio(one.lost, one.total) for name, one in made.items()},
-        ratio(lost, total),
-        time.perf_counter() - began,
-    )
+    lost, total = sum(one.lost for one in made.values()), sum(one.total for one in made.values())
+    numbers = sum(one.factors.left.numel() + one.factors.right.numel() for one in made.values())
+    largest = max((one.factors.rank for one in made.values()), default=0)
+    errors = {name: ratio(one.lost, one.total) for name, one in made.items()}
+    seconds = time.perf_counter() - began
+    return AdapterResult(target, job.base.reference, largest, stored, numbers, errors, ratio(lost, total), seconds)
 
 
 def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, Reduced]:

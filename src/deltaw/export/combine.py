@@ -43,13 +43,6 @@ class Truncated:
     kept: Tensor
     discarded: Tensor
 
-    @property
-    def error(self) -> float:
-        """‖ΔW − approximation‖_F / ‖ΔW‖_F; 0 for ΔW = 0."""
-        lost, all_of_it = self.discarded.square().sum(), self.kept.square().sum()
-        total = float(lost + all_of_it)
-        return (float(lost) / total) ** 0.5 if total else 0.0
-
 
 @dataclass(frozen=True)
 class Reduced:

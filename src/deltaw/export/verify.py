@@ -48,13 +48,9 @@ MEAN_FACTOR, MAX_FACTOR, SHARE = 2.0, 4.0, 0.5
 TOLD = 0.1
 # Rows, tokens of a row, and bytes of kept logits that are enough to tell.
 ROWS, TOKENS, KEPT_BYTES = 24, 512, 256 << 20
-UNIT_ROUNDOFF = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    # Sums over some thousand products differ by more than the roundoff of fp32 itself, 2⁻²⁴.
-    torch.float32: 2.0**-20,
-    torch.float64: 2.0**-20,
-}
+# Sums over some thousand products differ by more than the roundoff of fp32 itself, 2⁻²⁴.
+_WIDE = dict.fromkeys((torch.float32, torch.float64), 2.0**-20)
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, **_WIDE}
 _SPARE = 1.3
 
 
@@ -219,20 +215,9 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     release_free_memory()
     merged = _moved(kept, questions.logits(job.base.load(precision, folder).model))
     floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
-    return Verification(
-        rows,
-        len(kept),
-        sum(len(logits) for logits in kept),
-        precision,
-        CODES[stored].lower(),
-        merged,
-        rounding,
-        adapter,
-        narrowed,
-        max(MEAN_FACTOR * rounding.mean, floor),
-        max(MAX_FACTOR * rounding.largest, 10 * floor),
-        nf4,
-    )
+    allowed = max(MEAN_FACTOR * rounding.mean, floor), max(MAX_FACTOR * rounding.largest, 10 * floor)
+    positions, types = sum(len(logits) for logits in kept), (precision, CODES[stored].lower())
+    return Verification(rows, len(kept), positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4)
 
 
 def _moved_by_nf4(job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str) -> Movement | None:

@@ -52,18 +52,13 @@ def known(key: object, usable: Callable[[object], bool]) -> object | None:
     """What is known for ``key``: used before in this process, told, learned, or remembered; None where
     nothing of it is ``usable``."""
     name = _name(key)
-    places = (
-        lambda: _used[name][1] if name in _used else None,
-        lambda: _told().get(name),
-        lambda: _learned.get(name),
-        lambda: recall(KIND, key),
-    )
-    for place in places:
-        value = place()
-        if value is not None and usable(value):
-            _used[name] = (key, value)
-            return value
-    return None
+    if name not in _used or not usable(_used[name][1]):
+        found = (value for value in (_told().get(name), _learned.get(name)) if value is not None and usable(value))
+        value = next(found, None) or recall(KIND, key)
+        if value is None or not usable(value):
+            return None
+        _used[name] = (key, value)
+    return _used[name][1]
 
 
 def keep(key: object, value: object, lasting: bool) -> None:
