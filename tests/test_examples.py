@@ -45,9 +45,9 @@ def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixtur
     assert losses[-1] < 0.05 * losses[0]
 
 
-def run_of(example: str, tmp_path: Path, model: Path, rows: Path, **data: object) -> Result:
+def run_of(example: str, tmp_path: Path, model: Path, file: Path, **data: object) -> Result:
     """An example's settings, run on a tiny model."""
-    changes = {"model": str(model), "data": {"train": str(rows), **data}, "output": str(tmp_path / "run")}
+    changes = {"model": str(model), "data": {"train": str(file), **data}, "output": str(tmp_path / "run")}
     return fit(RunConfig.read(EXAMPLES / example, changes))
 
 

@@ -399,8 +399,9 @@ def settings() -> Iterator[Setting]:
 
 def _section_class(field: FieldInfo) -> type | None:
     kind = field.annotation
-    is_section = isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, BaseModel))
-    return kind if is_section else None
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, BaseModel)):
+        return kind
+    return None
 
 
 # Values that a settings file may hold, each counted as often as its anchor is used.

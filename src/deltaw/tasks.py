@@ -73,7 +73,7 @@ def name_of_adapter(task_type: object) -> str | None:
 
 _CAUSAL, _LABELS = "deltaw.training.tasks.causal", "deltaw.training.tasks.labels:LabelTask"
 _TEXT, _CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-_SCORE = {"num_labels": 1, "problem_type": "regression"}
+_SCORE: Mapping[str, int | str] = {"num_labels": 1, "problem_type": "regression"}
 for _entry in (
     TaskEntry("causal-lm", f"{_CAUSAL}:CausalTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("preference", f"{_CAUSAL}:PreferenceTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),

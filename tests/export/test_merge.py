@@ -103,11 +103,16 @@ def test_the_same_as_pefts_own_merge(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    adapter = adapter_folder(base, tmp_path / "adapter")
-    precision = "bf16" if dtype == torch.bfloat16 else "fp16"
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model's folder and an adapter's."""
+    base = base_folder(tmp_path_factory.mktemp("llama") / "base")
+    return base, adapter_folder(base, base.parent / "adapter")
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_are_rounded_once(precision: str, dtype: torch.dtype, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = llama
     merge_run(adapter, tmp_path / "out", MergeOptions(precision=precision))
     stored = tensors_of(tmp_path / "out")
     assert config_of(tmp_path / "out")["dtype"] == str(dtype)[6:]
@@ -183,10 +188,8 @@ def test_tokenizer_template_and_terminators_come_along(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("adapter*"))
 
 
-def test_another_base_model_is_refused(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    other = tmp_path / "other"
-    adapter = adapter_folder(base, tmp_path / "adapter")
+def test_another_base_model_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    (base, adapter), other = llama, tmp_path / "other"
     moved_base = loaded(base)
     with torch.no_grad():
         for parameter in moved_base.parameters():

@@ -115,26 +115,26 @@ class Base:
         return fingerprint_on_disk(model, checkpoint, names_on_disk(model, checkpoint.tensors))
 
 
-def base_of(adapter: Path, model: str | None, dtype: str, say: Say, *, trust_remote_code: bool) -> Base:
+def base_of(adapter: Path, dtype: str, options: MergeOptions, say: Say) -> Base:
     """The base model of the adapter in a folder.
 
     Args:
         adapter: a run's folder, or an adapter's.
-        model: names the base model, where it is not the one that the folder names.
         dtype: what a ``.gguf`` base is converted to.
-        trust_remote_code: whether the caller wants Python code to be run that comes with the base model.
+        options: name the base model, if it is not the one that the folder names, and whether Python code that comes
+            with it is run.
 
     Raises:
         UserError: there is no adapter, no base model to be found, or one that the caller has to allow.
     """
-    found = read_folder(adapter, trust_remote_code=trust_remote_code)
-    reference = found.base_name(model)
+    trust = options.trust_remote_code
+    found = read_folder(adapter, trust_remote_code=trust)
     classes = classes_of(adapter)
     outputs = len(classes) if classes is not None else tasks.entry_of(found.task).outputs
     if outputs is None and tasks.entry_of(found.task).new_head:
         outputs = outputs_of(adapter)
-    folder = local_folder(resolve(found.base(model)), dtype, say, trust_remote_code)
-    return Base(reference, folder, found.task, outputs, classes, found.run, trust_remote_code)
+    folder = local_folder(resolve(found.base(options.model)), dtype, say, trust)
+    return Base(found.base_name(options.model), folder, found.task, outputs, classes, found.run, trust)
 
 
 def other_base(base: Base, adapter: Path, hint: str) -> UserError:
@@ -265,7 +265,7 @@ def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
     """
     dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
     with contextlib.ExitStack() as stack, working("reading the adapter"):
-        base = base_of(run, options.model, dtype, say, trust_remote_code=options.trust_remote_code)
+        base = base_of(run, dtype, options, say)
         plain = [stack.enter_context(plain_adapter(folder, base, say)) for folder in (run, *options.others)]
         adapters = tuple(changes_of(folder, base.skeleton()) for folder in plain)
         if options.recipe is None and len(adapters) > 1:

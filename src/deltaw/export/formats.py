@@ -228,7 +228,7 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
             raise UserError(f"there is '{file.name}' already", where=str(file), hint=hint)
     alone = format_name == "gguf-adapter"
     written = (export_gguf_adapter if alone else export_gguf)(run, path, kind, options, say)
-    base = base_of(run, options.model, "bf16" if alone else "fp32", say, trust_remote_code=options.trust_remote_code)
+    base = base_of(run, "bf16" if alone else "fp32", options, say)
     tokenizer = base.tokenizer(run)
     ends = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
     here = f"./{path.name}"

@@ -227,7 +227,7 @@ def export_gguf(
         say(note)
     types = Counter(stored.name for _, stored in shapes.values())
     told = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
-    facts = {"kind": kind, "types": dict(types), "notes": notes}
+    facts: dict[str, object] = {"kind": kind, "types": dict(types), "notes": notes}
     return _written(path, size, len(shapes), architecture, facts, f"{len(shapes)} tensors ({told})")
 
 
@@ -348,7 +348,7 @@ def export_gguf_adapter(
     }
     size = write_gguf(path, architecture.name, metadata, shapes, tensors())
     folded = sum(factor != 1 for factor in factors)
-    facts = {"alpha": alpha, "folded": folded}
+    facts: dict[str, object] = {"alpha": alpha, "folded": folded}
     written = _written(path, size, len(named), architecture, facts, f"{len(named)} modules, alpha {alpha:g}")
     return Written(written.facts, written.lines + folded_lines(folded))
 

@@ -118,10 +118,9 @@ def _refuse_tensors(content: FileContent, folder: Path, format_name: str) -> Non
     ):
         if names:
             raise _refusal(what.format(_some(names)), where, format_name)
-    what = f"the file has one factor without the other for {_some(content.halves)}" if content.halves else None
-    if not content.updates:
-        what = what or "the file holds no LoRA factors"
-    if what is not None:
+    if content.halves or not content.updates:
+        halves = f"the file has one factor without the other for {_some(content.halves)}"
+        what = halves if content.halves else "the file holds no LoRA factors"
         raise UserError(what, where=str(where), hint="save the adapter again")
 
 

@@ -58,7 +58,7 @@ def read_pair(run: Path, format_name: str, options: MergeOptions, say: Say) -> t
         UserError: the adapter consists of more than plain updates, or its base model cannot be found.
     """
     require_lora(run, format_name)
-    base = base_of(run, options.model, "bf16", say, trust_remote_code=options.trust_remote_code)
+    base = base_of(run, "bf16", options, say)
     require_text(base, run)
     with plain_adapter(run, base, say) as folder:
         return read_plain(folder, format_name), base

@@ -577,10 +577,9 @@ class FusedBlock:
         count = len(attention.inputs)
         how = {**vars(self.told), "causal": attention.causal}
         heads = (*attention.heads(self.block), attention.head_size, attention.split == "grouped")
-        of_heads = (norms.get(path or "") for path in (attention.query_norm, attention.key_norm))
-        first = AttentionHalf(
-            _half_norms(attention.norms, norms), layers[:count], layers[count], *heads, *of_heads, how
-        )
+        query_norm, key_norm = (norms.get(path or "") for path in (attention.query_norm, attention.key_norm))
+        of_heads = (*heads, query_norm, key_norm, how)
+        first = AttentionHalf(_half_norms(attention.norms, norms), layers[:count], layers[count], *of_heads)
         second = MLPHalf(_half_norms(mlp.norms, norms), layers[count + 1 : -1], layers[-1], mlp.gated, kind)
         return first, second
 

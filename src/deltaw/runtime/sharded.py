@@ -227,8 +227,8 @@ class ShardedBlocks:
         own = dict(self._blocks[number].named_parameters())
         rows = {}
         for name, value in values.items():
-            sizes = {"shape": own[name].shape, "stride": own[name].stride()}
-            rows[name] = DTensor.from_local(value, self._mesh, [Shard(0)], run_check=False, **sizes)
+            shape, stride = own[name].shape, own[name].stride()
+            rows[name] = DTensor.from_local(value, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         with self._as_sharded(number) as block:
             block.load_state_dict(rows, assign=True, strict=False)
         for parameter in self._blocks[number].parameters():

@@ -72,7 +72,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
     for other, module in model.named_modules():
         if isinstance(module, nn.Embedding) and other.rpartition(".")[2].startswith(_SECOND_TABLES):
             why = f"looks token ids up in '{other}' as well, which has no rows for a soft prompt"
-    if why is not None:
+    if why is not None or not isinstance(embedding, nn.Module):
         hint = "choose another method; a soft prompt is for models that read one row of tokens"
         raise UserError(f"a {type(model).__name__} {why}", where="method", hint=hint)
     return embedding
