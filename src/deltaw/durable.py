@@ -27,11 +27,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write '{target.name}': {error.strerror or error}",
-            where=str(target.parent),
-            hint="choose a folder that you may write to",
-        ) from error
+        what = f"cannot write '{target.name}': {error.strerror or error}"
+        raise UserError(what, where=str(target.parent), hint="choose a folder that you may write to") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -71,39 +71,14 @@ def name_of_adapter(task_type: object) -> str | None:
     return next((e.name for e in entries() if e.peft_type is not None and e.peft_type == task_type), None)
 
 
-_LABELS = "deltaw.training.tasks.labels:LabelTask"
+_CAUSAL, _LABELS = "deltaw.training.tasks.causal", "deltaw.training.tasks.labels:LabelTask"
+_TEXT, _CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+_SCORE: Mapping[str, int | str] = {"num_labels": 1, "problem_type": "regression"}
 for _entry in (
-    TaskEntry(
-        "causal-lm",
-        "deltaw.training.tasks.causal:CausalTask",
-        "AutoModelForCausalLM",
-        "generate text",
-        peft_type="CAUSAL_LM",
-    ),
-    TaskEntry(
-        "preference",
-        "deltaw.training.tasks.causal:PreferenceTask",
-        "AutoModelForCausalLM",
-        "generate text",
-        peft_type="CAUSAL_LM",
-    ),
-    TaskEntry(
-        "sequence-classification",
-        _LABELS,
-        "AutoModelForSequenceClassification",
-        "classify text",
-        new_head=True,
-        peft_type="SEQ_CLS",
-    ),
-    TaskEntry(
-        "regression",
-        _LABELS,
-        "AutoModelForSequenceClassification",
-        "score text",
-        new_head=True,
-        outputs=1,
-        config={"num_labels": 1, "problem_type": "regression"},
-    ),
+    TaskEntry("causal-lm", f"{_CAUSAL}:CausalTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
+    TaskEntry("preference", f"{_CAUSAL}:PreferenceTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
+    TaskEntry("sequence-classification", _LABELS, _CLASSES, "classify text", new_head=True, peft_type="SEQ_CLS"),
+    TaskEntry("regression", _LABELS, _CLASSES, "score text", new_head=True, outputs=1, config=_SCORE),
     TaskEntry("image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True),
     TaskEntry("features", None, "AutoModel", "compute features"),
 ):
