@@ -66,30 +66,12 @@ def test_everything_is_told_in_order(settings, tmp_path):
     assert (result.output / "README.md").is_file()
 
 
-def test_a_callback_stops_a_run_which_saves_what_is_there(settings, tmp_path):
-    noted = Noted(stop_after=2)
-    result = deltaw.fit(settings(tmp_path / "run", train={"epochs": 2}), callback=noted)
-    assert result.interrupted and noted.steps == [1, 2] and noted.evaluations == []
-    assert (result.output / "adapter_model.safetensors").is_file()
-    assert "interrupted" in (result.output / "README.md").read_text()
-
-
 def test_the_end_is_told_also_where_a_training_fails(settings, tmp_path):
     noted = Noted()
     broken = settings(tmp_path / "run", lora={"alpha": 1e20}, train={"epochs": 2})
     with pytest.raises(UserError, match="diverged"):
         deltaw.fit(broken, callback=noted)
     assert noted.calls[-2:] == ["end", "line"] and noted.outcome is None
-
-
-def test_an_error_of_a_callback_ends_the_run_and_the_adapter_is_saved(settings, tmp_path):
-    class Failing(Callback):
-        def on_step(self, step):
-            raise RuntimeError("of the caller")
-
-    with pytest.raises(RuntimeError, match="of the caller"):
-        deltaw.fit(settings(tmp_path / "run"), callback=Failing())
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_a_run_from_python_prints_nothing(settings, tmp_path, capfd):

@@ -12,7 +12,7 @@ from deltaw.training.fit import fit
 from deltaw.training.origin import score_run
 from tests.byte_models import saved
 from tests.conftest import laid_over, write_rows
-from tests.training.runs import adapter, fit_aloud, losses, opened
+from tests.training.runs import adapter, fit_aloud, opened
 
 METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
 CHANGES = {
@@ -151,23 +151,6 @@ def test_decoders_tell_classes_too(model_folder, feelings_file, tmp_path):
     trains_and_opens_again(settings)
 
 
-def test_kept_features_give_the_same_adapter(bert_folder, feelings_file, tmp_path):
-    found = []
-    for keep in (True, False):
-        settings = of_task(
-            "sequence-classification",
-            bert_folder,
-            feelings_file,
-            tmp_path / str(keep),
-            "head",
-            train={"keep_features": keep, "epochs": 5},
-        )
-        result, said = fit_aloud(settings)
-        assert ("computed once" in said) is keep
-        found.append(losses(result.output))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
 def test_a_label_never_seen_in_training_is_refused(bert_folder, feelings_file, tmp_path):
     settings = of_task("sequence-classification", bert_folder, feelings_file, tmp_path / "run", "head")
     result = fit(settings)
@@ -209,26 +192,6 @@ def test_peft_loads_the_adapter_with_its_head(
     with torch.no_grad():
         logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(ours.flatten(), logits.flatten(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"dora": True},
-        {"rslora": True},
-        {"init": "pissa"},
-        {"init": "olora"},
-        {"init": "eva"},
-        {"init": "orthogonal"},
-        {"dropout": 0.3},
-        {"layers": "1-"},
-    ],
-    ids=str,
-)
-def test_every_kind_of_lora(lora, settings, tmp_path):
-    result, _, said = trains_and_opens_again(settings(tmp_path / "run", lora=lora, train={"epochs": 2, "b_rate": 4.0}))
-    assert "planned memory" in said
-    assert result.outcome.steps == 6
 
 
 def test_lora_plus_trains_b_faster(settings, tmp_path):

@@ -18,6 +18,7 @@ from deltaw.training.run_folder import RUN as NAME
 from deltaw.training.run_folder import RunFolder, is_alive, this_process
 from deltaw.training.summary import TEXT, example_rows, length_counts, next_commands, plain
 from tests.byte_models import byte_tokenizer
+from tests.training.runs import ADAPTER
 
 
 class Reads(Callback):
@@ -62,6 +63,7 @@ def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
         fit(settings(tmp_path / "run"), callback=Reads(tmp_path / "run", error))
     told = json.loads((tmp_path / "run" / NAME).read_text())
     assert told["state"] == state and told.get("error", {}).get("what") == what
+    assert (tmp_path / "run" / ADAPTER).is_file()
     resumes = any("--resume" in entry["command"] for entry in told["commands"])
     assert resumes == any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
@@ -152,19 +154,6 @@ def test_a_process_that_has_ended_is_known():
     assert is_alive(own) is True
     assert is_alive({**own, "begun": own["begun"] - 60}) is False, "the number was used again"
     assert is_alive({**own, "host": "elsewhere"}) is None and is_alive({}) is None
-
-
-def test_a_run_that_goes_on_began_when_it_began(settings, tmp_path):
-    class Stops(Callback):
-        def should_stop(self):
-            return True
-
-    assert fit(settings(tmp_path / "run"), callback=Stops()).interrupted
-    before = json.loads((tmp_path / "run" / NAME).read_text())
-    assert before["state"] == "interrupted"
-    fit(settings(tmp_path / "run"))
-    after = json.loads((tmp_path / "run" / NAME).read_text())
-    assert after["state"] == "finished" and after["started"] == before["started"] < after["ended"]
 
 
 def test_commands_quote_the_folder(tmp_path):

@@ -81,17 +81,6 @@ def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
     assert found.chosen < found.rates[-1]
 
 
-def test_a_run_that_goes_on_takes_the_rate_that_was_found_before(settings, tmp_path, monkeypatch):
-    session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
-    (tmp_path / "run").mkdir()
-    assert rates.choose_rate(session, tmp_path / "run", Callback())
-    rate = session.learning_rate
-    again = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
-    monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
-    assert rates.choose_rate(again, tmp_path / "run", Callback())
-    assert again.learning_rate == rate != again.config.train.learning_rate
-
-
 def test_a_search_that_is_stopped_ends_the_run_with_nothing_trained(settings, tmp_path):
     class Stops(Callback):
         asked = 0
