@@ -377,11 +377,11 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(activating, model
 
 def test_one_epoch_keeps_nothing_on_the_disk_and_trains_as_masked_rows_do(activating, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    result = fit(activating(train={"epochs": 1}))
+    result = fit(activating(train={"epochs": 1, "batch_size": 7}))
     assert "recomputed: prompts run without the adapter" in (result.output / "run.yaml").read_text()
     assert not (tmp_path / "cache" / "features").exists()
     monkeypatch.setattr("deltaw.training.session.stored_prompts", lambda *of, **how: (None, Choice("masked", "a test")))
-    whole = fit(activating(output=str(tmp_path / "whole"), train={"epochs": 1}))
+    whole = fit(activating(output=str(tmp_path / "whole"), train={"epochs": 1, "batch_size": 7}))
     assert result.outcome.computed_tokens < whole.outcome.computed_tokens
     assert result.outcome.loss == pytest.approx(whole.outcome.loss, rel=1e-3)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltaw.data.example import Example
@@ -25,6 +24,7 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.training.features import store as feature_store
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
+from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
@@ -33,6 +33,7 @@ from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
 
 STEM = list(range(20, 32))
+SHARED = CausalMicroBatcher(64, True, False, "cpu")
 B = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 LABELED = {
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
@@ -63,10 +64,10 @@ def labeled_rows(count=12, kind=int):
     ]
 
 
-def labeled_model(family, **more):
+def labeled_model(family, num_labels=3):
     torch.manual_seed(0)
     config, kind = LABELED[family]
-    return kind(config(**B, num_hidden_layers=2, num_labels=3, pad_token_id=0, **more)).eval()
+    return kind(config(**B, num_hidden_layers=2, num_labels=num_labels, pad_token_id=0)).eval()
 
 
 def train_head(model, *modules):
@@ -81,25 +82,19 @@ def lora_above(model, block=1):
     return model
 
 
-def trained_of(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def run(model, objective, batcher, rows, *, steps=9):
     """Losses of each step, and the parameters after the last."""
-    losses = []
-    parameters = trained_of(model)
-    train(
-        objective,
-        parameters,
-        rows,
-        batcher,
-        learning_rate=5e-3,
-        total_steps=steps,
-        batch_size=4,
-        on_step=lambda s: losses.append(s.loss),
-    )
-    return losses, [p.detach().clone() for p in parameters]
+    found = []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    how = {"learning_rate": 5e-3, "total_steps": steps, "batch_size": 4}
+    train(objective, parameters, rows, batcher, on_step=found.append, **how)
+    return [step.loss for step in found], [p.detach().clone() for p in parameters]
+
+
+def opened(model, rows, folder):
+    cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, folder=folder)
+    assert cached is not None, choice
+    return cached, choice
 
 
 def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.nullcontext):
@@ -119,35 +114,17 @@ def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.n
     return cached, choice
 
 
-def forwards(model):
-    """Counts how often the first block runs its own code from here on."""
-    calls = []
-    block = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))[0]
-    inner = next(m for m in block.modules() if isinstance(m, nn.Linear) or "Conv1D" in type(m).__name__)
-    inner.register_forward_hook(lambda *_: calls.append(1))
-    return calls
-
-
 @pytest.mark.each_value
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "cohere", "neox"])
+@pytest.mark.parametrize("trained", ["head", "upper block"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3", "mixtral", "cohere", "neox"])
 @pytest.mark.parametrize("way", ["shared", "flat", "padded"])
-def test_a_causal_head_trains_the_same(family, way, tmp_path):
-    model = train_head(causal_model(family), "lm_head")
+def test_a_causal_model_trains_the_same(trained, family, way, tmp_path):
+    model = causal_model(family)
+    model = train_head(model, "lm_head") if trained == "head" else lora_above(model)
     batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
     attention = contextlib.nullcontext if way == "padded" else packed_rows
     _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
-    assert choice.value == "all but the output head"
-
-
-@pytest.mark.each_value
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3", "mixtral"])
-@pytest.mark.parametrize("way", ["shared", "flat", "padded"])
-def test_adapters_on_the_upper_blocks_train_the_same(family, way, tmp_path):
-    model = lora_above(causal_model(family))
-    batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
-    attention = contextlib.nullcontext if way == "padded" else packed_rows
-    _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
-    assert choice.value == "the lower 1 of 2 blocks"
+    assert choice.value == ("all but the output head" if trained == "head" else "the lower 1 of 2 blocks")
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
@@ -159,12 +136,10 @@ def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
 
 
 def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
-    from deltaw.training.preparation import checkpoint_blocks
-
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)
     model.disable_input_require_grads()
-    both_ways(model, CausalObjective, CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), tmp_path, packed_rows)
+    both_ways(model, CausalObjective, SHARED, causal_rows(), tmp_path, packed_rows)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +163,7 @@ def test_classifiers_train_the_same(family, modules, tmp_path):
 
 
 def test_a_regression_trains_the_same(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**B, num_hidden_layers=2, num_labels=1)
-    model = train_head(transformers.BertForSequenceClassification(config).eval(), "classifier")
+    model = train_head(labeled_model("bert", num_labels=1), "classifier")
     batcher = LabelMicroBatcher(64, "cpu")
     both_ways(model, lambda m: LabelObjective(m, "regression"), batcher, labeled_rows(kind=float), tmp_path)
 
@@ -217,47 +190,30 @@ def test_an_image_classifier_trains_the_same(modules, tmp_path):
 
 
 def test_bf16_features_keep_their_bits(tmp_path):
-    model = lora_above(causal_model("llama").to(torch.bfloat16))
-    batcher, rows = CausalMicroBatcher(64, True, False, "cpu"), causal_rows()
+    model, rows = lora_above(causal_model("llama").to(torch.bfloat16)), causal_rows()
     with packed_rows(model):
-        cached, _ = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path)
+        cached, _ = opened(model, rows, tmp_path)
         assert cached.store.shape.dtype == "bfloat16"
         losses = [[cached.objective(batch).item() for batch in cached.batches(rows)] for _ in range(2)]
-        usual = [cached.objective(batch).item() for batch in batcher.batches(rows)]
+        usual = [cached.objective(batch).item() for batch in SHARED.batches(rows)]
         cached.close()
     assert losses[0] == losses[1] == usual
 
 
-def test_from_the_second_epoch_on_the_prefix_does_not_run(tmp_path):
-    rows = causal_rows()
-    for model in (train_head(causal_model("llama"), "lm_head"), lora_above(causal_model("llama"))):
-        with packed_rows(model):
-            cached, _ = cached_prefix(
-                model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=tmp_path
-            )
-            run(model, cached.objective, cached, rows, steps=3)
-            calls = forwards(model)
-            run(model, cached.objective, cached, rows, steps=6)
-            cached.close()
-        assert not calls
-
-
-def opened(model, rows, folder):
-    cached, choice = cached_prefix(
-        model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=folder
-    )
-    assert cached is not None, choice
-    return cached, choice
-
-
-def test_the_next_run_finds_the_features_whatever_the_order_of_its_rows(tmp_path):
-    model, rows = lora_above(causal_model("llama")), causal_rows()
+@pytest.mark.parametrize("trained", ["head", "upper block"])
+def test_after_an_epoch_the_prefix_does_not_run_and_the_next_run_finds_the_features(trained, tmp_path):
+    model, rows = causal_model("llama"), causal_rows()
+    model = train_head(model, "lm_head") if trained == "head" else lora_above(model)
+    calls = []
     with packed_rows(model):
         cached, choice = opened(model, rows, tmp_path)
         assert "there already" not in choice.why
         run(model, cached.objective, cached, rows, steps=3)
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+        run(model, cached.objective, cached, rows, steps=6)
         cached.close()
-        again, choice = opened(model, rows[::-1], tmp_path)
+        assert not calls
+        again, choice = opened(model, rows[::-1], tmp_path)  # whatever the order of its rows
         assert again.store.folder == cached.store.folder
         assert again.store.done.all() and "11 of 11 rows there already" in choice.why
         again.close()
@@ -342,12 +298,9 @@ def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):
 
 
 def test_where_training_reaches_down_there_is_no_cache(tmp_path):
-    model = causal_model("llama")
-    attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
+    model = lora_above(causal_model("llama"), block=0)
     with packed_rows(model):
-        cached, choice = cached_prefix(
-            model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), folder=tmp_path
-        )
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=tmp_path)
     assert cached is None and choice.value == "off"
 
 
@@ -359,27 +312,25 @@ def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
     first.mlp.register_forward_hook(lambda m, args, out: seen.update(it=out))
     second.register_forward_pre_hook(lambda m, args: (args[0] + seen.pop("it"), *args[1:]))
     with packed_rows(model):
-        cached, choice = cached_prefix(
-            model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), folder=tmp_path
-        )
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=tmp_path)
     assert cached is None and "resumed there" in choice.why
 
 
 def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(tmp_path, monkeypatch):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    batcher = CausalMicroBatcher(64, True, False, "cpu")
     with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100)
+        how = {"folder": tmp_path, "limit": 100}
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, **how)
         assert cached is not None and "in memory" in choice.why
         monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
-        cached, choice = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100)
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, **how)
         assert cached is None and "KB" in choice.why
 
 
 def test_evaluations_are_the_same_with_and_without(tmp_path):
     model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
     with packed_rows(model):
-        usual = evaluate_causal(CausalObjective(model), rows, CausalMicroBatcher(64, True, False, "cpu"))
+        usual = evaluate_causal(CausalObjective(model), rows, SHARED)
         cached, _ = opened(model, rows, tmp_path)
         for _ in range(2):
             found = evaluate_causal(cached.objective, rows, cached)
@@ -410,12 +361,9 @@ def test_on_fake_tensors_the_same_steps_run_in_memory(level, tmp_path):
     with FakeTensorMode():
         model = causal_model("llama")
         model = train_head(model, "lm_head") if level == "head" else lora_above(model)
-        objective = CausalObjective(model)
-        batcher = CausalMicroBatcher(64, True, False, "cpu")
         rows = causal_rows()
         with packed_rows(model):
-            cached, choice = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
-            assert cached is not None, choice
+            cached, _ = opened(model, rows, tmp_path)
             for _ in range(2):
                 for batch in cached.batches(rows):
                     cached.objective(batch).backward()

@@ -26,9 +26,8 @@ from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import Told, losses, metrics, opened
-from tests.training.test_checkpoints import assert_same_run
-from tests.training.test_losses import METHODS, adapted, gradients, log_prob, pairs
+from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, opened, stopped_run
+from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients, log_prob, pairs
 
 BETA = 0.3
 LOSSES = {
@@ -95,14 +94,9 @@ def test_losses_without_a_reference_are_those_of_trl(name):
     sums, counts, _ = numbers()
     sums, counts = sums.float(), counts.float()
     given = LOSSES[name]
-    trainer = SimpleNamespace(
-        beta=BETA,
-        alpha=0.0,
-        loss_type="simpo",
-        simpo_gamma=given.get("gamma"),
-        label_smoothing=given.get("label_smoothing", 0.0),
-        accelerator=SimpleNamespace(device="cpu"),
-    )
+    how = {"simpo_gamma": given.get("gamma"), "label_smoothing": given.get("label_smoothing", 0.0)}
+    device = SimpleNamespace(device="cpu")
+    trainer = SimpleNamespace(beta=BETA, alpha=0.0, loss_type="simpo", accelerator=device, **how)
     found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
     ours = loss_of(name).of_pairs(found, counts)
     means = expected / counts
@@ -128,6 +122,30 @@ def with_references(model, groups):
         ]
 
 
+# Arguments of any of TRL's trainers, for a step that can be compared.
+TRL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_dropout": False}
+
+
+def moved(base, share=0.02):
+    """A copy of a model with other weights near its own."""
+    policy = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(share * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return policy
+
+
+def trl_rows(batch, prefix=""):
+    """TRL's rows as examples."""
+    rows = []
+    keys = [prefix + key for key in ("input_ids", "completion_mask", "attention_mask")]
+    for ids, mask, seen in zip(*(batch[key] for key in keys), strict=True):
+        tokens, is_label = ids[seen.bool()].numpy().astype(np.int32), mask[seen.bool()].bool().numpy()
+        desired = bool(batch["label"][len(rows)]) if "label" in batch else None
+        rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None, desired=desired))
+    return rows
+
+
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_path):
     pytest.importorskip("trl", reason="TRL's DPOTrainer is compared with")
@@ -135,24 +153,17 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
     from trl import DPOConfig, DPOTrainer
 
     base = tiny_llama(initializer_range=0.3)
-    policy = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    policy = moved(base)
     texts = [{"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)]
     trainer = DPOTrainer(
         model=policy,
         ref_model=copy.deepcopy(base),
         args=DPOConfig(
-            output_dir=str(tmp_path),
             beta=BETA,
             loss_type="sigmoid" if name == "dpo" else "ipo",
             per_device_train_batch_size=len(texts),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_dropout=False,
+            output_dir=str(tmp_path),
+            **TRL,
         ),
         train_dataset=Dataset.from_list(texts),
         processing_class=byte_tokenizer(),
@@ -160,10 +171,7 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(policy, batch)
     expected = gradients(policy, theirs)
-    rows = []
-    for ids, mask, seen in zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True):
-        tokens, is_label = ids[seen.bool()].numpy().astype(np.int32), mask[seen.bool()].bool().numpy()
-        rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None))
+    rows = trl_rows(batch)
     groups = [RowGroup(pair) for pair in zip(rows[: len(texts)], rows[len(texts) :], strict=True)]
     task = PreferenceTask(byte_tokenizer(), settings=loss_of(name).settings)
     batcher = CausalMicroBatcher(300, True, False, "cpu")
@@ -173,9 +181,7 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
         ours = sum(objective(batch) for batch in batcher.batches(groups)) / objective.units(groups)
         found = gradients(policy, ours)
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    assert_gradients(found, expected, 1e-4, floor=0)
 
 
 def test_log1mexp_is_accurate_at_both_ends_and_has_finite_gradients():
@@ -187,6 +193,7 @@ def test_log1mexp_is_accurate_at_both_ends_and_has_finite_gradients():
     assert torch.isfinite(values).all() and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
 @pytest.mark.parametrize("way", ["shared", "apart", "padded"])
@@ -206,23 +213,23 @@ def test_a_models_gradients_are_those_of_separate_forwards_in_float64(name, meth
         loss = sum(objective(batch) for batch in batcher.batches(groups))
         found = gradients(model, loss)
     assert float(loss.detach()) == pytest.approx(float(by_definition.detach()), rel=1e-5)
-    scale = max(g.norm() for g in expected.values())
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 5e-5 * max(gradient.norm(), 1e-2 * scale), key
+    assert_gradients(found, expected, 5e-5)
     metrics = objective.watched.means()
     assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"])
 
 
 def test_settings_that_do_not_fit_the_loss_or_the_task_are_refused(settings, tmp_path):
-    with pytest.raises(UserError, match="no label smoothing") as told:
-        fit(settings(tmp_path / "a", task="preference", preference={"loss": "ipo", "label_smoothing": 0.1}))
-    assert told.value.where.endswith("preference.label_smoothing")
-    with pytest.raises(UserError, match="no margin"):
-        fit(settings(tmp_path / "a", task="preference", preference={"gamma": 1.0}))
-    with pytest.raises(UserError, match="the task is 'causal-lm'"):
-        fit(settings(tmp_path / "a", preference={"loss": "ipo"}))
-    with pytest.raises(UserError, match=r"preference\.beta"):
-        fit(settings(tmp_path / "a", task="preference", preference={"beta": 0}))
+    for task, given, what in [
+        ("preference", {"loss": "ipo", "label_smoothing": 0.1}, "no label smoothing"),
+        ("preference", {"loss": "kto", "label_smoothing": 0.1}, "no label smoothing"),
+        ("preference", {"loss": "dpo", "desirable_weight": 2.0}, "weighs all answers alike"),
+        ("preference", {"gamma": 1.0}, "no margin"),
+        ("causal-lm", {"loss": "ipo"}, "the task is 'causal-lm'"),
+        ("preference", {"beta": 0}, r"preference\.beta"),
+    ]:
+        with pytest.raises(UserError, match=what) as told:
+            fit(settings(tmp_path / "a", task=task, preference=given))
+        assert told.value.where.split(":")[-1].strip().startswith("preference")
     assert not (tmp_path / "a").exists()
 
 
@@ -242,7 +249,7 @@ def preferring(settings, pairs_file):
     return make
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
+@pytest.mark.parametrize("loss", ["dpo", "orpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ipo", "simpo"))])
 def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_path, loss):
     train = {"epochs": 12, "eval_every": 1}
     result = fit(preferring(tmp_path / "run", preference={"loss": loss}, train=train))
@@ -263,7 +270,7 @@ def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
     result = fit(preferring(tmp_path / "run", train={"epochs": 6}))
     run = opened(result.output)
     assert isinstance(run.task, PreferenceTask) and run.task.writes_text
-    held_out = run.task.read(run.config.data, seed=run.config.data_seed).held_out
+    held_out = held_out_rows(run)
     exact = opened(model_folder).model
     alone = CausalMicroBatcher(10_000, False, False, "cpu")
     with run.base():
@@ -293,15 +300,13 @@ def test_prefixes_computed_once_and_microbatches_change_no_run(preferring, tmp_p
     assert computed["one"] < 0.6 * computed["apart"]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, loss):
-    train = {"epochs": 6, "checkpoint_every": 2, "eval_every": 3}
+    train = {"epochs": 3, "checkpoint_every": 2, "eval_every": 3}
     given = {"train": train, "preference": {"loss": loss}}
     fit(preferring(tmp_path / "whole", **given))
-    run = tmp_path / "run"
-    assert fit(preferring(run, **given), callback=Told(stop_after=5)).interrupted
-    done = fit(preferring(run, **given))
-    assert done.resumed_from_step >= 4
+    run = stopped_run(preferring(tmp_path / "run", **given), 5)
+    assert fit(preferring(run, **given)).resumed_from_step >= 4
     assert_same_run(run, tmp_path / "whole")
     with pytest.raises(UserError, match="preference"):
         fit({"preference": {"beta": 0.7}}, resume=run)
@@ -310,31 +315,23 @@ def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, lo
 def test_early_stopping_written_answers_and_general_answers(preferring, tmp_path):
     with pytest.raises(UserError, match="written answers"):
         fit(preferring(tmp_path / "a", train={"eval_answers": 2}))
+    with pytest.raises(UserError, match="pairs"):
+        fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
     early = {"early_stopping": 2, "eval_every": 1, "adapter": "best", "epochs": 30, "learning_rate": 0.3}
     result = fit(preferring(tmp_path / "b", train=early))
     assert result.best["metric"] == "loss"
     assert result.stopped_early and result.outcome.steps < 90
 
 
-@pytest.mark.parametrize("method", ["prompt", "full", "bias"])
+@pytest.mark.parametrize("method", ["prompt", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "bias"))])
 def test_methods_of_other_kinds_learn_pairs(preferring, tmp_path, method):
-    result = fit(preferring(tmp_path / method, method=method, train={"epochs": 30}))
-    losses = [line["loss"] for line in metrics(result.output) if "learning_rate" in line]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-
-
-def test_an_activated_adapter_is_refused(preferring, tmp_path):
-    with pytest.raises(UserError, match="pairs"):
-        fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
+    found = losses(fit(preferring(tmp_path / method, method=method, train={"epochs": 30})).output)
+    assert np.mean(found[-3:]) < np.mean(found[:3])
 
 
 def test_general_answers_are_kept_by_their_cross_entropy(preferring, tmp_path, monkeypatch):
     answers = [row for pair in pairs(3) for row in pair.rows]
     monkeypatch.setattr(Session, "general_answers", lambda self, prompts: answers)
-    losses = {}
-    for weight in (0.0, 50.0):
-        train = {"epochs": 8, "keep_general": weight, "drift": False}
-        run = fit(preferring(tmp_path / str(weight), train=train)).output
-        losses[weight] = [line.get("general_loss") for line in metrics(run) if "learning_rate" in line]
-    assert losses[0.0][0] is None
-    assert np.mean(losses[50.0][-6:]) < np.mean(losses[50.0][:6])
+    run = fit(preferring(tmp_path / "run", train={"epochs": 8, "keep_general": 50.0, "drift": False})).output
+    found = [line["general_loss"] for line in metrics(run, "learning_rate")]
+    assert np.mean(found[-6:]) < np.mean(found[:6])
