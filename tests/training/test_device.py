@@ -41,12 +41,17 @@ cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 def on_meta(family="llama", **lora):
     """A tiny model whose tensors have no values, with its trained parameters and its objective."""
-    model = causal_model(family)
+    model, parameters, objective = on_device_of(family, "cpu", **lora)
+    model.to("meta")
+    return model, parameters, objective
+
+
+def on_device_of(family, device, **lora):
+    model = causal_model(family).to(device)
     method = LoRA(LoRAConfig(rank=4, alpha=8, **lora))
     method.prepare(model, seed=0)
     with method.evaluating(model):
         objective = CausalObjective(model)
-    model.to("meta")
     return model, [p for _, p in method.parameters(model)], objective
 
 
@@ -66,37 +71,31 @@ def unread(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
-@pytest.mark.parametrize("share", [True, False])
-def test_a_step_of_packed_rows_waits_once(family, share, unread):
-    model, parameters, objective = on_meta(family)
-    batcher = CausalMicroBatcher(40, share, False, "meta")
+KINDS = {
+    **{family: {"family": family} for family in ("llama", "qwen3", "gemma3", "gpt2")},
+    "dora": {"dora": True},
+    "dropout": {"dropout": 0.1},
+    "bias": {"lora_bias": True},
+    "activated": {"activation": "completion", "invocation_tokens": INVOCATION},
+    "pairs": {},
+    "general answers": {},
+    "apart": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_packed_rows_waits_once(kind, unread):
+    model, parameters, objective = on_meta(**KINDS[kind])
+    batcher = CausalMicroBatcher(40, kind != "apart", False, "meta")
+    rows, more = activated_rows() if kind == "activated" else examples(8), {}
+    if kind == "pairs":
+        objective.loss = Preference()
+        rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
+    elif kind == "general answers":  # they are read with the rest
+        more["add_gradients"] = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
     with packed_rows(model):
-        outcome = train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=3)
+        outcome = train(objective, parameters, rows, batcher, learning_rate=1e-3, total_steps=3, **more)
     assert unread == [3, 3, 3] and outcome.steps == 3
-
-
-@pytest.mark.parametrize("lora", [{"dora": True}, {"dropout": 0.1}, {"lora_bias": True}])
-def test_other_kinds_of_factors_wait_no_more_often(lora, unread):
-    model, parameters, objective = on_meta(**lora)
-    with packed_rows(model):
-        train(
-            objective,
-            parameters,
-            examples(),
-            CausalMicroBatcher(1000, True, False, "meta"),
-            learning_rate=1e-3,
-            total_steps=2,
-        )
-    assert unread == [3, 3]
-
-
-def test_rows_on_part_of_which_an_adapter_acts_wait_no_more_often(unread):
-    model, parameters, objective = on_meta(activation="completion", invocation_tokens=INVOCATION)
-    batcher = CausalMicroBatcher(40, True, False, "meta")
-    with packed_rows(model):
-        train(objective, parameters, activated_rows(), batcher, learning_rate=1e-3, total_steps=2)
-    assert unread == [3, 3]
 
 
 def test_places_of_queries_on_a_device_are_not_read():
@@ -107,26 +106,6 @@ def test_places_of_queries_on_a_device_are_not_read():
     out, kept = attend(query, key, key, layout, scaling=0.5, picked=picked)
     grads = attend_backward(out, query, key, key, None, kept, layout, scaling=0.5, picked=picked)
     assert out.shape == grads[0].shape == query.shape
-
-
-def test_a_loss_over_pairs_of_rows_waits_no_more_often(unread):
-    model, parameters, objective = on_meta()
-    rows = examples(8)
-    pairs = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
-    objective.loss = Preference()
-    batcher = CausalMicroBatcher(40, True, False, "meta")
-    with packed_rows(model):
-        train(objective, parameters, pairs, batcher, learning_rate=1e-3, total_steps=2)
-    assert unread == [3, 3]
-
-
-def test_kept_general_answers_are_read_with_the_rest(unread):
-    model, parameters, objective = on_meta()
-    batcher = CausalMicroBatcher(1000, True, False, "meta")
-    keep = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
-    with packed_rows(model):
-        train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=2, add_gradients=keep)
-    assert unread == [3, 3]
 
 
 def test_the_guard_sees_what_waits(unread):
@@ -236,18 +215,13 @@ def test_a_tensor_stays_what_it_is_on_its_way_to_a_device():
 @cuda_only
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
-    model = causal_model(family).to("cuda")
-    method = LoRA(LoRAConfig(rank=4, alpha=8))
-    method.prepare(model, seed=0)
-    with method.evaluating(model):
-        objective = CausalObjective(model)
+    model, parameters, objective = on_device_of(family, "cuda")
     batcher = CausalMicroBatcher(40, True, False, "cuda")
     read = loop._read
 
     def allowed(*numbers):
         torch.cuda.set_sync_debug_mode("default")
-        found = read(*numbers)
-        return found
+        return read(*numbers)
 
     def watch(step):
         if step.step >= 3:  # the first steps are checked parameter by parameter, and compile
@@ -256,7 +230,6 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
     monkeypatch.setattr(loop, "_read", allowed)
     try:
         with packed_rows(model):
-            parameters = [p for _, p in method.parameters(model)]
             train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=6, on_step=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -268,22 +241,9 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
 def test_a_training_on_a_gpu_is_that_on_the_processor(family):
     losses = []
     for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        model = causal_model(family).to(device)
-        method = LoRA(LoRAConfig(rank=4, alpha=8))
-        method.prepare(model, seed=0)
-        with method.evaluating(model):
-            objective = CausalObjective(model)
-        steps = []
+        model, parameters, objective = on_device_of(family, device)
+        batcher, steps = CausalMicroBatcher(1000, True, False, device), []
         with packed_rows(model):
-            train(
-                objective,
-                [p for _, p in method.parameters(model)],
-                examples(),
-                CausalMicroBatcher(1000, True, False, device),
-                learning_rate=1e-3,
-                total_steps=4,
-                on_step=steps.append,
-            )
+            train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=4, on_step=steps.append)
         losses.append([step.loss for step in steps])
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)  # FlexAttention multiplies fp32 in TF32
