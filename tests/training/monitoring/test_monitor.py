@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from deltaw.data.settings import DataSettings, drawn_set, eval_sets
+from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit
@@ -53,33 +53,26 @@ def test_a_run_stops_once_it_has_not_improved_for_long(settings, tmp_path, contr
     assert len(losses) == len(metrics(result.output, "eval")), "no step is evaluated twice"
 
 
-def test_a_run_that_keeps_improving_is_not_stopped(settings, tmp_path):
-    train = {"learning_rate": 1e-3, "eval_every": 1, "early_stopping": 1, "epochs": 2}
+def test_a_run_that_keeps_improving_is_not_stopped_and_its_best_adapter_is_its_last(settings, tmp_path):
+    train = {"learning_rate": 1e-3, "eval_every": 1, "early_stopping": 1, "epochs": 2, "adapter": "best"}
     result = fit(settings(tmp_path / "run", train=train))
     assert result.outcome.steps == 6 and result.stopped_early is None
+    top, last = adapter(result.output), adapter(result.output / "last")
+    assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
-@pytest.mark.parametrize(
-    ("method", "section"),
-    [
-        ("lora", {"rank": 4}),
-        ("head", {}),
-        ("prompt", {"length": 2}),
-        ("full", {}),
-        pytest.param("bias", {}, marks=pytest.mark.slow),
-        pytest.param("random", {"weights": 500}, marks=pytest.mark.slow),
-        pytest.param("input", {}, marks=pytest.mark.slow),
-        pytest.param("last", {"blocks": 1}, marks=pytest.mark.slow),
-    ],
-)
-def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method, section):
-    model = {}
-    if method == "bias":
-        model = {"model": str(gpt2_folder)}
-    name = {} if not section else {method: section}
+SECTIONS = {"lora": {"rank": 4}, "head": {}, "prompt": {"length": 2}, "full": {}, "bias": {}}
+SECTIONS |= {"random": {"weights": 500}, "input": {}, "last": {"blocks": 1}}
+SELDOM = ("full", "bias", "random", "input", "last")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in SECTIONS])
+def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method):
+    made = settings(tmp_path / "run", method=method, train={**RUINED, "epochs": 4, "adapter": "best"})
+    made |= {method: SECTIONS[method]} if SECTIONS[method] else {}
+    made |= {"model": str(gpt2_folder)} if method == "bias" else {}
     told = Told()
-    changes = {**model, "method": method, **name, "train": {**RUINED, "epochs": 4, "adapter": "best"}}
-    result = fit(settings(tmp_path / "run", **changes), callback=told)
+    result = fit(made, callback=told)
     losses = losses_by_step(result.output)
     best = max(losses, key=losses.get)
     last = result.outcome.steps
@@ -88,18 +81,10 @@ def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gp
     assert result.evaluation.metrics["loss"] == pytest.approx(losses[best], rel=1e-6)
     assert len(list((result.output / "best").iterdir())) == 1
     for folder, step in [(result.output, best), (result.output / "last", last)]:
-        run = opened(folder, model=model.get("model", settings(tmp_path)["model"]))
-        config = RunConfig.read(result.output / "run.yaml")
-        rows = run.task.read(config.data, seed=0).held_out
+        run = opened(folder, model=made["model"])
+        rows = run.task.read(RunConfig.read(result.output / "run.yaml").data, seed=0).held_out
         assert score_run(run, rows).metrics["loss"] == pytest.approx(losses[step], rel=1e-4)
     assert f"the adapter is that of step {best}" in told
-
-
-def test_a_best_adapter_that_is_the_last_is_in_both_places(settings, tmp_path):
-    train = {"learning_rate": 1e-3, "eval_every": 1, "adapter": "best", "epochs": 2}
-    result = fit(settings(tmp_path / "run", train=train))
-    top, last = adapter(result.output), adapter(result.output / "last")
-    assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
 def test_an_interrupted_run_has_its_best_adapter_too(settings, tmp_path, worst):
@@ -115,10 +100,9 @@ def test_an_interrupted_run_has_its_best_adapter_too(settings, tmp_path, worst):
     assert (result.output / "best").is_dir(), "a run that goes on needs it"
 
 
-@pytest.mark.parametrize("train", [{"early_stopping": 3}, {"adapter": "best"}])
-def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp_path, train):
+def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp_path):
     told = Told()
-    train = {"epochs": 4, "learning_rate": 1e-4, **train}
+    train = {"epochs": 4, "learning_rate": 1e-4, "early_stopping": 3}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
     assert [line["step"] for line in metrics(result.output, "eval")] == [3, 6, 9, 12]
     assert "evaluating every 3 steps" in told
@@ -126,14 +110,11 @@ def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp
     assert RunConfig.read(result.output / "run.yaml").train.eval_every is None
 
 
-@pytest.mark.parametrize("train", [{"early_stopping": 3}, {"adapter": "best"}, {"eval_answers": 4}])
-def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path, train):
-    with pytest.raises(UserError, match=f"train.{next(iter(train))}") as error:
-        fit(settings(tmp_path / "run", data={"eval": None}, train=train))
-    assert "data.eval" in error.value.hint and not (tmp_path / "run").exists()
-
-
-# Several sets
+def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path):
+    for name, value in {"early_stopping": 3, "adapter": "best", "eval_answers": 4}.items():
+        with pytest.raises(UserError, match=f"train.{name}") as error:
+            fit(settings(tmp_path / "run", data={"eval": None}, train={name: value}))
+        assert "data.eval" in error.value.hint and not (tmp_path / "run").exists()
 
 
 def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, tmp_path):
@@ -172,9 +153,8 @@ def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_fil
     assert "8 of them are also training rows" in told
 
 
-@pytest.mark.parametrize(
-    ("sets", "problem"),
-    [
+def test_sets_that_cannot_be_are_refused(settings, tmp_path, rows_file):
+    for sets, problem in [
         ({"a": 0.1, "b": 0.2}, "both to be drawn"),
         ({}, "names no set"),
         ({"a": 0}, "has no rows"),
@@ -182,21 +162,10 @@ def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_fil
         ({"": 0.1}, "no name"),
         ({"a": "missing.jsonl", "b": "gone.jsonl"}, "missing.jsonl"),
         ({"a": 0.3, "b": "gone.jsonl"}, "gone.jsonl"),
-    ],
-)
-def test_sets_that_cannot_be_are_refused(settings, tmp_path, sets, problem):
-    with pytest.raises(UserError) as error:
-        fit(settings(tmp_path / "run") | {"data": {"train": settings(tmp_path)["data"]["train"], "eval": sets}})
-    assert problem in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_names_of_sets():
-    assert eval_sets(None) == {} and eval_sets(0.1) == {"": 0.1}
-    assert drawn_set({"a": "x.jsonl", "b": 0.5}) == "b" and drawn_set({"a": "x.jsonl"}) is None
-    assert drawn_set("0.1") == "" and drawn_set("x.jsonl") is None
-
-
-# Answers and samples
+    ]:
+        with pytest.raises(UserError) as error:
+            fit(settings(tmp_path / "run") | {"data": {"train": str(rows_file), "eval": sets}})
+        assert problem in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
@@ -216,16 +185,16 @@ def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
     train = {"epochs": 3, "eval_every": 1, "eval_answers": 2, "samples": 2, "adapter": "best"}
     watched = fit(settings(tmp_path / "watched", lora=lora, train=train))
 
-    def losses(run):
-        lines = [line for line in metrics(run.output) if "loss" in line]
-        return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
-
-    assert losses(plain) == losses(watched)
+    ours, theirs = (
+        [(line["step"], line["loss"], line["gradient_norm"]) for line in metrics(run.output, "learning_rate")]
+        for run in (plain, watched)
+    )
+    assert ours == theirs
     last = adapter(watched.output / "last")
     assert all(torch.equal(tensor, last[name]) for name, tensor in adapter(plain.output).items())
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "prompt"))])
 def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_path, method):
     told = Told()
     train = {"samples": 1, "eval_every": 2, "learning_rate": 5e-2, "epochs": 2}
@@ -256,17 +225,10 @@ def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_pat
     assert told.samples == []
 
 
-# A time budget
-
-
 def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, monkeypatch):
     looks = itertools.count()
-
-    def clock():
-        return 0.25 * next(looks)  # each look takes time, and a step has a few of them
-
-    monkeypatch.setattr("deltaw.training.fit.now", clock)
-    monkeypatch.setattr("deltaw.training.monitoring.monitor.now", clock)
+    for module in ("fit", "monitoring.monitor"):  # each look takes time, and a step has a few of them
+        monkeypatch.setattr(f"deltaw.training.{module}.now", lambda: 0.25 * next(looks))
     told = Told()
     train = {"time": "60s", "epochs": 1000, "schedule": "cosine"}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
@@ -276,9 +238,6 @@ def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, m
     rates = [line["learning_rate"] for line in metrics(result.output) if "learning_rate" in line]
     assert rates[-1] < 0.2 * max(rates)
     assert result.evaluation.metrics
-
-
-# Warnings
 
 
 def test_a_warning_is_said_and_stands_among_the_metrics(settings, tmp_path):

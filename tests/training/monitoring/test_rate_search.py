@@ -14,30 +14,25 @@ from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
 from tests.training.runs import Told, adapter, metrics, session_of
 
-METHODS = [
-    ("lora", {"rank": 4, "dropout": 0.1}),
-    ("lora", {"rank": 4, "dora": True}),
-    ("head", {}),
-    ("prompt", {"length": 2}),
-    ("bias", {}),
-    ("random", {"weights": 500}),
-    ("full", {}),
-    ("input", {}),
-    ("last", {"blocks": 1}),
-]
+METHODS = {
+    "lora": {"lora": {"rank": 4, "dropout": 0.1}},
+    "dora": {"lora": {"rank": 4, "dora": True}},
+    "prompt": {"method": "prompt", "prompt": {"length": 2}},
+    "random": {"method": "random", "random": {"weights": 500}},
+    "last": {"method": "last", "last": {"blocks": 1}},
+    **{method: {"method": method} for method in ("head", "bias", "full", "input")},
+}
+SELDOM = {"random", "last", "head", "input"}
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("method", "section"), METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in METHODS])
 def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
-    settings, tmp_path, gpt2_folder, method, section, precision
+    settings, tmp_path, gpt2_folder, method, precision
 ):
-    changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
-    if section:
-        changes[method] = section
-    if method == "bias":
-        changes["model"] = str(gpt2_folder)
+    changes = {**METHODS[method], "precision": precision, "train": {"learning_rate": "search"}}
+    changes |= {"model": str(gpt2_folder)} if method == "bias" else {}
     session = session_of(settings(tmp_path / "run", **changes))
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     random = torch.get_rng_state()
