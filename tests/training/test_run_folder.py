@@ -46,17 +46,14 @@ def test_the_settings_read_back_as_the_same_configuration(model, output, lora, t
     assert RunConfig.read(yaml.safe_load(text)) == config
 
 
-def test_what_the_run_chose_stands_behind_the_setting():
+def test_what_the_run_chose_stands_behind_the_setting_or_at_the_end():
     config = RunConfig.read({"model": "m", "data": "d"})
-    lines = settings_text(config, {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked")}).splitlines()
-    assert "  tokens_per_pass: auto  # 64: fits" in lines
-    assert "device: auto  # cpu: asked" in lines
-
-
-def test_what_the_run_chose_without_a_setting_is_written_down_too():
-    config = RunConfig.read({"model": "m", "data": "d"})
-    text = settings_text(config, {"kernels": ("avx2, bf16 products wide", "140 GFLOP/s; torch 90")})
-    assert text.splitlines()[-1] == "# kernels: avx2, bf16 products wide: 140 GFLOP/s; torch 90"
+    kernels = ("avx2, bf16 products wide", "140 GFLOP/s; torch 90")
+    chosen = {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked"), "kernels": kernels}
+    text = settings_text(config, chosen)
+    lines = text.splitlines()
+    assert "  tokens_per_pass: auto  # 64: fits" in lines and "device: auto  # cpu: asked" in lines
+    assert lines[-1] == "# kernels: avx2, bf16 products wide: 140 GFLOP/s; torch 90"
     assert RunConfig.read(yaml.safe_load(text)) == config
 
 
@@ -73,7 +70,9 @@ def test_an_earlier_run_is_moved_aside_each_time(tmp_path):
     ]
 
 
-def test_an_empty_folder_is_taken_as_it_is(tmp_path):
+def test_an_empty_folder_is_taken_as_it_is_and_checking_the_output_leaves_no_trace(tmp_path):
+    check_output(tmp_path / "new" / "run")
+    assert not any(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     assert RunFolder(tmp_path / "run").moved is None
 
@@ -99,18 +98,11 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_checking_the_output_leaves_no_trace(tmp_path):
-    check_output(tmp_path / "new" / "run")
-    assert not any(tmp_path.iterdir())
-
-
 def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
     (tmp_path / SETTINGS).write_text("")
-    monkeypatch.chdir(tmp_path)
-    for place in (".", "..", str(tmp_path)):
-        if place == "..":
-            (tmp_path / "below").mkdir()
-            monkeypatch.chdir(tmp_path / "below")
+    (tmp_path / "below").mkdir()
+    for place, folder in ((".", tmp_path), ("..", tmp_path / "below"), (str(tmp_path), tmp_path / "below")):
+        monkeypatch.chdir(folder)
         with pytest.raises(UserError, match=r"cannot be renamed|cannot rename"):
             RunFolder(place)
     assert (tmp_path / SETTINGS).exists()
