@@ -382,7 +382,6 @@ def test_one_epoch_keeps_nothing_on_the_disk_and_trains_as_masked_rows_do(activa
     assert not (tmp_path / "cache" / "features").exists()
     monkeypatch.setattr("deltaw.training.session.stored_prompts", lambda *of, **how: (None, Choice("masked", "a test")))
     whole = fit(activating(output=str(tmp_path / "whole"), train={"epochs": 1, "batch_size": 7}))
-    assert result.outcome.computed_tokens < whole.outcome.computed_tokens
     assert result.outcome.loss == pytest.approx(whole.outcome.loss, rel=1e-3)
 
 

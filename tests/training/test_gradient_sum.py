@@ -4,8 +4,8 @@ processes. Processes are threads here, joined by gloo; each has a model of its o
 from __future__ import annotations
 
 import concurrent.futures
-import socket
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.training.parallel import group as gradient_sum
 from deltaw.training.parallel.group import GradientSum, _ranges
 from deltaw.training.state import MasterWeights
-from tests.training.parallel_runs import needs_gloo
+from tests.training.parallel_runs import free_port, needs_gloo
 
 pytestmark = needs_gloo
 
@@ -28,9 +28,7 @@ def small_parts(monkeypatch):
 
 def all_at_once(size, work):
     """What each of ``size`` processes' ``work(rank, group)`` gives."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
 
     def one(rank):
         limit = timedelta(seconds=60)
@@ -87,6 +85,7 @@ def gradients(size, *, early, dtype=torch.float32, recomputed=False, microbatche
     return all_at_once(size, work)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_an_early_sum_is_equal_to_the_bit_to_a_late_one(size, recomputed):
@@ -149,13 +148,7 @@ class InTwoParts(torch.autograd.Function):
 
 def test_gradients_that_come_in_parts_are_summed_after_the_backward():
     layer = nn.Linear(4, 4)
-    sent = []
-
-    class Done:
-        def wait(self):
-            return None
-
-    one = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: sent.append(flat) or Done(), size=1)
+    one = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: mock.Mock(), size=1)
     for _ in range(3):
         layer.zero_grad()
         for batch in one.microbatches([torch.ones(2, 4, requires_grad=True)]):

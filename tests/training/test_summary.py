@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,22 +22,19 @@ from tests.byte_models import byte_tokenizer
 from tests.training.runs import ADAPTER
 
 
-class Reads(Callback):
-    """Reads the summary at the first step; raises what it is given."""
-
-    def __init__(self, folder, error=None):
-        self.folder, self.error, self.told = folder, error, None
-
-    def on_step(self, step):
-        self.told = json.loads((self.folder / NAME).read_text())
-        if self.error is not None:
-            raise self.error
+def read(folder):
+    return json.loads((folder / NAME).read_text())
 
 
 def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
-    reads = Reads(tmp_path / "run")
-    result = fit(settings(tmp_path / "run"), callback=reads)
-    told = reads.told
+    run, seen = tmp_path / "run", []
+
+    class Reads(Callback):
+        def on_step(self, step):
+            seen.append(read(run))
+
+    result = fit(settings(run), callback=Reads())
+    told = seen[0]
     assert told["state"] == "running" and told["ended"] is None and "result" not in told
     assert told["process"]["id"] == os.getpid() and is_alive(told["process"]) is True
     assert told["total_steps"] == result.outcome.steps
@@ -44,10 +42,10 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     assert told["chosen"]["device"] == {"value": "cpu", "why": "as asked"}
     assert told["data"]["counts"]["rows_read"] == 10 and "10 rows read" in told["data"]["lines"][0]
     assert told["versions"]["torch"] and told["machine"]["processors"] >= 1
-    last = json.loads((tmp_path / "run" / NAME).read_text())
+    last = read(run)
     assert last["state"] == "finished" and last["result"] == result.as_dict()
     assert last["ended"] >= last["started"] == told["started"]
-    assert (tmp_path / "run" / NAME).stat().st_size < 200_000
+    assert (run / NAME).stat().st_size < 200_000
 
 
 @pytest.mark.parametrize(
@@ -60,8 +58,8 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
 )
 def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
     with pytest.raises(type(error)):
-        fit(settings(tmp_path / "run"), callback=Reads(tmp_path / "run", error))
-    told = json.loads((tmp_path / "run" / NAME).read_text())
+        fit(settings(tmp_path / "run"), callback=mock.Mock(spec=Callback, **{"on_step.side_effect": error}))
+    told = read(tmp_path / "run")
     assert told["state"] == state and told.get("error", {}).get("what") == what
     assert (tmp_path / "run" / ADAPTER).is_file()
     resumes = any("--resume" in entry["command"] for entry in told["commands"])
@@ -81,7 +79,7 @@ def test_a_result_that_cannot_be_written_at_the_end_is_a_warning(settings, tmp_p
         assert fit(settings(tmp_path / "run")).outcome.steps == 3
 
 
-def test_rows_are_shown_with_the_mask_that_is_trained(settings, tmp_path):
+def test_rows_are_shown_with_the_mask_that_is_trained():
     tokenizer = byte_tokenizer()
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     tokens = np.array(tokenizer.encode(text), dtype=np.int32)
@@ -110,21 +108,11 @@ def test_rows_of_any_length_and_number_stay_small():
         mask = np.arange(length) % 2 == 1
         return Example(number, np.full(length, 70, np.int32), mask, 0, None)
 
-    class Many:
-        """A million rows that are made when they are asked for."""
-
-        asked = 0
-
-        def __len__(self):
-            return 1_000_000
-
-        def __getitem__(self, place):
-            self.asked += 1
-            return row(place + 1, 5 + (place + 7) % 3000)
-
-    many = Many()
+    # A million rows that are made when they are asked for.
+    many = mock.MagicMock(**{"__len__.return_value": 1_000_000})
+    many.__getitem__.side_effect = lambda place: row(place + 1, 5 + (place + 7) % 3000)
     shown = example_rows(many, tokenizer, None)
-    assert len(shown) == 6 and many.asked < 50_000
+    assert len(shown) == 6 and many.__getitem__.call_count < 50_000
     assert {"the longest row", "the shortest row"} <= {entry["why"] for entry in shown}
     assert max(entry["tokens"] for entry in shown) > 2900 and min(entry["tokens"] for entry in shown) < 10
     for entry in shown:
@@ -160,8 +148,8 @@ def test_commands_quote_the_folder(tmp_path):
     told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
-    assert not any("chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)])
-    assert not any("chat" in e["command"] for e in next_commands(tmp_path, "finished", "head", False))
+    for given in (("failed", "lora", True), ("finished", "head", False)):
+        assert not any("chat" in entry["command"] for entry in next_commands(tmp_path, *given))
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for state, resume in (("finished", " --train.epochs N"), ("failed", "")):
         told = [entry["command"] for entry in next_commands(tmp_path, state, "head", False)]
