@@ -30,9 +30,9 @@ from deltaw.training.optimizer import adamw, skipping
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import causal_model
+from tests.training.loops import examples
 from tests.training.test_activated import INVOCATION
 from tests.training.test_activated import rows as activated_rows
-from tests.training.test_loop import examples
 from tests.training.toy_preference import Preference
 
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")

@@ -16,7 +16,7 @@ from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Callback
 from deltaw.training.process import frozen_heap, own_random_numbers, own_threads, stop_signals
-from tests.training.test_state import Training
+from tests.training.loops import Training
 
 
 def everything():

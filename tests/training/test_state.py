@@ -6,92 +6,14 @@ import json
 import warnings
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.kernels import loader
-from deltaw.lora import LoRAConfig
-from deltaw.methods.in_place import Bias, Full, Random
-from deltaw.methods.lora import LoRA
-from deltaw.methods.settings import RandomSettings
-from deltaw.runtime.packed import packed_rows
-from deltaw.training.loop import train
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.tiny_models import VOCABULARY, causal_model
-
-METHODS = {
-    "lora with dropout": lambda: LoRA(LoRAConfig(rank=4, alpha=8, dropout=0.3)),
-    "lora plus": lambda: LoRA(LoRAConfig(rank=4, alpha=8), b_rate=4.0),
-    "bias": lambda: Bias(None),
-    "full": lambda: Full(None),
-    "random": lambda: Random(RandomSettings(weights=0.05)),
-}
-
-
-def rows(count=11):
-    random = np.random.default_rng(3)
-    stem = random.integers(3, VOCABULARY, 5)
-    made = []
-    for number in range(count):
-        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, 2 + number % 4)]).astype(np.int32)
-        made.append(Example(number + 1, tokens, np.arange(len(tokens)) >= 5, 5, None))
-    return made
-
-
-class Training:
-    """New objects for the same training: model, method, objective, batcher."""
-
-    def __init__(self, method="lora with dropout", family="qwen3", dtype=torch.float32, **settings):
-        self.model = causal_model(family).to(dtype)
-        self.method = METHODS[method]()
-        self.method.prepare(self.model, seed=0)
-        with self.method.evaluating(self.model):
-            self.objective = CausalObjective(self.model)
-        self.settings = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": 4, "seed": 5, "schedule": "cosine"}
-        self.settings |= {"warmup": 0.2, **settings}
-        self.steps, self.states, self.on_step = [], {}, lambda: None
-
-    def go(self, saved=None, keep=(), should_stop=lambda: False):
-        named = self.method.parameters(self.model)
-        batcher = CausalMicroBatcher(40, True, False, "cpu")
-
-        def on_begin(state):
-            self.state = state
-
-        def on_step(step):
-            self.steps.append(step)
-            self.on_step()
-            if step.step in keep:
-                self.states[step.step] = self.state.state()
-
-        with packed_rows(self.model):
-            self.outcome = train(
-                self.objective,
-                [parameter for _, parameter in named],
-                rows(),
-                batcher,
-                names=[name for name, _ in named],
-                rate_factors=[self.method.rate_factor(name) for name, _ in named],
-                after_step=lambda: self.method.after_step(self.model),
-                saved=saved,
-                on_begin=on_begin,
-                on_step=on_step,
-                should_stop=should_stop,
-                **self.settings,
-            )
-        return self
-
-    def stopped_after(self, count):
-        return self.go(keep=(count,), should_stop=lambda: len(self.steps) >= count)
-
-    def weights(self):
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+from tests.training.loops import Training
 
 
 def through_files(saved):
@@ -128,8 +50,7 @@ def test_ten_steps_are_five_and_five_more_from_the_state(method, dtype, settings
     rest = Training(method, family, dtype, **settings).go(saved=through_files(half.states[5]))
     assert len(rest.steps) == 5 and rest.steps[0].step == 6
     assert_equal_to_the_bit(rest, whole)
-    start = Training(method, family, dtype, **settings).weights()
-    assert any(not torch.equal(weight, start[name]) for name, weight in whole.weights().items())
+    assert any(not torch.equal(weight, whole.before[name]) for name, weight in whole.weights().items())
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +73,7 @@ def test_a_step_that_was_given_up_half_way_leaves_the_state_before_it(whole):
 
     run.go(should_stop=within_step_four)
     assert run.outcome.interrupted and run.outcome.steps == 3
-    assert all(parameter.grad is None for _, parameter in run.method.parameters(run.model))
+    assert all(parameter.grad is None for parameter in run.trained.values())
     left = run.state.state()
     assert left.values == whole.states[3].values | {"sums": left.values["sums"]}
     assert all(torch.equal(tensor, whole.states[3].tensors[name]) for name, tensor in left.tensors.items())
@@ -187,7 +108,7 @@ def test_the_state_says_where_the_data_and_the_schedule_stand(whole):
     # Eleven rows in steps of four: three steps an epoch.
     assert values["step"] == 4 and values["place"] == {"epoch": 1, "position": 4}
     assert values["schedule"]["name"] == "cosine" and values["order"]["seed"] == 5
-    assert set(values["names"]) == {name for name, _ in whole.method.parameters(whole.model)}
+    assert set(values["names"]) == whole.trained.keys()
 
 
 def test_the_state_of_another_training_is_refused(whole):
@@ -201,16 +122,14 @@ def test_the_state_of_another_training_is_refused(whole):
         ("trained parameters", Training("full"), saved),
         ("shape", Training(), SavedState(saved.values, narrow)),
     ]:
-        before = {name: weight.clone() for name, weight in other.weights().items()}
         with pytest.raises(UserError, match=what):
             other.go(saved=state)
-        assert all(torch.equal(weight, before[name]) for name, weight in other.weights().items())
+        assert all(torch.equal(weight, other.before[name]) for name, weight in other.weights().items())
 
 
 def test_the_seed_alone_decides_and_what_others_draw_changes_nothing(whole):
     disturbed = Training()
     torch.rand(7)
-    disturbed.on_step = lambda: torch.rand(5)
-    assert_equal_to_the_bit(disturbed.go(), whole)
+    assert_equal_to_the_bit(disturbed.go(on_step=lambda step: torch.rand(5)), whole)
     other = Training(seed=6).go()
     assert [s.loss for s in other.steps] != [s.loss for s in whole.steps]

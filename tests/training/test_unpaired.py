@@ -111,7 +111,7 @@ def judging(settings, answers_file):
 
 @pytest.fixture(scope="module")
 def judged(judging, tmp_path_factory):
-    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 1}))
+    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 7}))
 
 
 def test_a_run_shifts_the_rewards_of_answers_that_it_did_not_see(judged):
@@ -155,7 +155,7 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
 
 
 def test_virtual_tokens_come_before_both_rows(judging, tmp_path):
-    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 20})).output)
+    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 10})).output)
     assert np.mean(found[-3:]) < np.mean(found[:3])
 
 
