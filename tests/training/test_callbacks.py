@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -49,14 +47,3 @@ def test_a_run_from_python_prints_nothing(settings, tmp_path, capfd):
     said = []
     deltaw.fit(settings(tmp_path / "other"), callback=Lines(said.append))
     assert said and capfd.readouterr() == ("", "")
-
-
-def test_training_and_experiments_import_nothing_that_draws():
-    script = (
-        "import sys, deltaw.training.fit, deltaw.training.planning.budget, deltaw.experiments.compare, "
-        "deltaw.experiments.tune, deltaw.experiments.worker; "
-        "tops = {n.partition('.')[0] for n in sys.modules}; "
-        "print(*({'rich', 'click'} & tops), *(n for n in sys.modules if n.startswith('deltaw.reports')))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -38,19 +38,14 @@ from tests.training.toy_preference import Preference
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 
 
-def on_meta(family="llama", **lora):
-    """A tiny model whose tensors have no values, with its trained parameters and its objective."""
-    model, parameters, objective = on_device_of(family, "cpu", **lora)
-    model.to("meta")
-    return model, parameters, objective
-
-
-def on_device_of(family, device, **lora):
-    model = causal_model(family).to(device)
+def made_on(device, family="llama", **lora):
+    """A tiny model with its trained parameters and its objective; on the meta device its tensors have no values."""
+    model = causal_model(family).to("cpu" if device == "meta" else device)
     method = LoRA(LoRAConfig(rank=4, alpha=8, **lora))
     method.prepare(model, seed=0)
     with method.evaluating(model):
         objective = CausalObjective(model)
+    model.to(device)
     return model, [p for _, p in method.parameters(model)], objective
 
 
@@ -84,7 +79,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_packed_rows_waits_once(kind, unread):
-    model, parameters, objective = on_meta(**KINDS[kind])
+    model, parameters, objective = made_on("meta", **KINDS[kind])
     batcher = CausalMicroBatcher(40, kind != "apart", False, "meta")
     rows, more = activated_rows() if kind == "activated" else examples(8), {}
     if kind == "pairs":
@@ -108,7 +103,7 @@ def test_places_of_queries_on_a_device_are_not_read():
 
 
 def test_the_guard_sees_what_waits(unread):
-    model, parameters, objective = on_meta()
+    model, parameters, objective = made_on("meta")
 
     def reading(batch):
         loss = objective(batch)
@@ -197,7 +192,7 @@ def test_a_tensor_stays_what_it_is_on_its_way_to_a_device():
 @cuda_only
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
-    model, parameters, objective = on_device_of(family, "cuda")
+    model, parameters, objective = made_on("cuda", family)
     batcher = CausalMicroBatcher(40, True, False, "cuda")
     read = loop._read
 
@@ -223,7 +218,7 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
 def test_a_training_on_a_gpu_is_that_on_the_processor(family):
     losses = []
     for device in ("cpu", "cuda"):
-        model, parameters, objective = on_device_of(family, device)
+        model, parameters, objective = made_on(device, family)
         batcher, steps = CausalMicroBatcher(1000, True, False, device), []
         with packed_rows(model):
             train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=4, on_step=steps.append)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,18 +144,14 @@ def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "modules"),
+    "trained",
     [
-        ("bert", ["classifier"]),
-        ("bert", ["classifier", "bert.pooler"]),
-        ("bert", ["classifier", "bert.encoder.layer.1"]),
-        ("roberta", ["classifier"]),
-        ("distilbert", ["pre_classifier", "classifier"]),
-        ("llama", ["score"]),
-        ("llama", ["score", "model.layers.1"]),
+        *("bert classifier", "bert classifier bert.pooler", "bert classifier bert.encoder.layer.1"),
+        *("roberta classifier", "distilbert pre_classifier classifier", "llama score", "llama score model.layers.1"),
     ],
 )
-def test_classifiers_train_the_same(family, modules, tmp_path):
+def test_classifiers_train_the_same(trained, tmp_path):
+    family, *modules = trained.split()
     model = train_head(labeled_model(family), *modules)
     batcher = LabelMicroBatcher(64, "cpu", segments=False)
     rows = labeled_rows()
@@ -168,13 +165,6 @@ def test_a_regression_trains_the_same(tmp_path):
     both_ways(model, lambda m: LabelObjective(m, "regression"), batcher, labeled_rows(kind=float), tmp_path)
 
 
-class _Encoder:
-    """Pixels as they are."""
-
-    def encode(self, rows):
-        return torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2).float() / 255
-
-
 @pytest.mark.parametrize("modules", [["classifier"], ["classifier", "vit.layers.1"]])
 def test_an_image_classifier_trains_the_same(modules, tmp_path):
     torch.manual_seed(0)
@@ -184,7 +174,8 @@ def test_an_image_classifier_trains_the_same(modules, tmp_path):
     draw = np.random.default_rng(0)
     images = [draw.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(12)]
     rows = [ImageExample(n, image, n % 3, digest=bytes([n])) for n, image in enumerate(images)]
-    batcher = LabelMicroBatcher(20, "cpu", encoder=_Encoder(), tokens_per_image=5)
+    pixels = lambda rows: torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2) / 255  # noqa: E731
+    batcher = LabelMicroBatcher(20, "cpu", encoder=SimpleNamespace(encode=pixels), tokens_per_image=5)
     cached, _ = both_ways(model, lambda m: LabelObjective(m, "image-classification"), batcher, rows, tmp_path)
     assert cached.store.shape.units == (12 if len(modules) == 1 else 12 * 5)
 
@@ -249,8 +240,7 @@ def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
     rows = causal_rows()
     folders = set()
     other = causal_model("llama")
-    with torch.no_grad():
-        other.model.embed_tokens.weight[5, 3] += 1e-3
+    other.model.embed_tokens.weight.data[5, 3] += 1e-3
     for model, chosen in [
         (lora_above(causal_model("llama")), rows),
         (lora_above(other), rows),
@@ -264,23 +254,25 @@ def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
     assert len(folders) == 4
 
 
-@pytest.mark.parametrize("change", ["torch", "transformers", "kernels", "runtime", "arithmetic"])
-def test_values_that_were_computed_otherwise_are_another_store(change, tmp_path, monkeypatch):
+def test_values_that_were_computed_otherwise_are_another_store(tmp_path, monkeypatch):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    with packed_rows(model):
-        cached, _ = opened(model, rows, tmp_path)
-        cached.close()
-        if change == "arithmetic":
-            other = dataclasses.replace(loader.arithmetic(), fp32="wide")
-            monkeypatch.setattr(loader, "arithmetic", lambda: other)
-        elif change in ("torch", "transformers"):
-            other_version(monkeypatch, change)
-        else:
-            file = {"kernels": "kernels/attention.py", "runtime": "runtime/packed.py"}[change]
-            other_text(monkeypatch, tmp_path / "source", file)
-        again, _ = opened(model, rows, tmp_path)
-        assert again.store.folder != cached.store.folder
-        again.close()
+    other = dataclasses.replace(loader.arithmetic(), fp32="wide")
+    changes = {
+        "none": lambda: None,
+        "arithmetic": lambda: monkeypatch.setattr(loader, "arithmetic", lambda: other),
+        "torch": lambda: other_version(monkeypatch, "torch"),
+        "transformers": lambda: other_version(monkeypatch, "transformers"),
+        "kernels": lambda: other_text(monkeypatch, tmp_path / "kernels", "kernels/attention.py"),
+        "runtime": lambda: other_text(monkeypatch, tmp_path / "runtime", "runtime/packed.py"),
+    }
+    folders = set()
+    for change in changes.values():
+        change()
+        with packed_rows(model):
+            cached, _ = opened(model, rows, tmp_path / "stores")
+            folders.add(cached.store.folder)
+            cached.close()
+    assert len(folders) == len(changes)
 
 
 def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):

@@ -50,7 +50,9 @@ CASES = [
     *(("bert", method, ("fp32", "bf16")[n % 2], False) for n, method in enumerate(METHODS)),
     *(("vit", method, ("bf16", "fp32")[n % 2], method == "full") for n, method in enumerate(METHODS) if n != 3),
 ]
-QUICK = [case for case in CASES if case[0] == "llama" or case[1] in ("lora", "head", "full")]
+SELDOM = [
+    case for case in CASES if case[0] != "llama" and not case[3] and case[:2] not in (("bert", "head"), ("vit", "lora"))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +133,7 @@ def as_it_runs(config: RunConfig, *, peak_too: bool = True) -> Plan:
 
 @pytest.mark.parametrize(
     ("family", "method", "precision", "checkpointing"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.slow if case in SELDOM else []) for case in CASES],
 )
 def test_a_plan_is_what_the_run_takes(family, method, precision, checkpointing, config_of):
     plan = as_it_runs(config_of(family, method, precision, train={"checkpointing": checkpointing}))
@@ -176,7 +178,7 @@ def test_int8_weights_are_planned(family, config_of, folders):
     assert plan.trained_parameters == plain.trained_parameters
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_activated_adapter_is_planned_with_prompts_run_apart(epochs, config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     file = write_rows(
@@ -312,8 +314,10 @@ def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of
 def test_the_dry_run_does_not_tell_of_evaluations_and_drift(config_of):
     works: list[str] = []
     told = SimpleNamespace(began=lambda what, _: works.append(what), advanced=str, ended=lambda: None)
+    config = config_of("llama", "lora", train={"drift": True})
+    task, data = read_data(config)
     with listening(told):
-        planned(config_of("llama", "lora", train={"drift": True}))
+        plan_run(config, task, data)
     assert works == ["planning the memory of method lora"]
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn.functional import logsigmoid
 
 from deltaw.data.example import Example, RowGroup
@@ -122,8 +123,22 @@ def with_references(model, groups):
         ]
 
 
-# Arguments of any of TRL's trainers, for a step that can be compared.
-TRL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_dropout": False}
+def trl_step(kind, model, rows, folder, **given):
+    """One of TRL's trainers, its batch of all the rows, and its loss and gradients; ``given`` are its arguments, and
+    a model as reference."""
+    trl = pytest.importorskip("trl", reason="TRL's trainers are compared with")
+    more = {"ref_model": copy.deepcopy(given.pop("reference"))} if "reference" in given else {}
+    given |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), per_device_train_batch_size=len(rows), disable_dropout=False, **given
+    )
+    data = Dataset.from_list(rows)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(), **more
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(model, batch)
+    return trainer, batch, float(loss.detach()), gradients(model, loss)
 
 
 def moved(base, share=0.02):
@@ -148,29 +163,11 @@ def trl_rows(batch, prefix=""):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_path):
-    pytest.importorskip("trl", reason="TRL's DPOTrainer is compared with")
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
     base = tiny_llama(initializer_range=0.3)
     policy = moved(base)
     texts = [{"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)]
-    trainer = DPOTrainer(
-        model=policy,
-        ref_model=copy.deepcopy(base),
-        args=DPOConfig(
-            beta=BETA,
-            loss_type="sigmoid" if name == "dpo" else "ipo",
-            per_device_train_batch_size=len(texts),
-            output_dir=str(tmp_path),
-            **TRL,
-        ),
-        train_dataset=Dataset.from_list(texts),
-        processing_class=byte_tokenizer(),
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(policy, batch)
-    expected = gradients(policy, theirs)
+    kind = "sigmoid" if name == "dpo" else "ipo"
+    _, batch, theirs, expected = trl_step("DPO", policy, texts, tmp_path, reference=base, beta=BETA, loss_type=kind)
     rows = trl_rows(batch)
     groups = [RowGroup(pair) for pair in zip(rows[: len(texts)], rows[len(texts) :], strict=True)]
     task = PreferenceTask(byte_tokenizer(), settings=loss_of(name).settings)
@@ -180,7 +177,7 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
     with packed_rows(policy):
         ours = sum(objective(batch) for batch in batcher.batches(groups)) / objective.units(groups)
         found = gradients(policy, ours)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
     assert_gradients(found, expected, 1e-4, floor=0)
 
 

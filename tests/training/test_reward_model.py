@@ -25,7 +25,7 @@ from tests.conftest import COLORS, write_rows
 from tests.training.runs import held_out_rows, metrics, opened
 from tests.training.test_label_objective import model_of
 from tests.training.test_losses import assert_gradients, gradients
-from tests.training.test_preference import TRL
+from tests.training.test_preference import trl_step
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -78,10 +78,6 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
 
 
 def test_the_loss_is_that_of_trls_trainer(tmp_path):
-    pytest.importorskip("trl", reason="TRL's RewardTrainer is compared with")
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-
     model = model_of("llama", outputs=1, pad=0)
     groups = pairs_of()
     ids = [[row.tokens.tolist() for row in pair.rows] for pair in groups]
@@ -89,26 +85,14 @@ def test_the_loss_is_that_of_trls_trainer(tmp_path):
         {"chosen_ids": chosen, "rejected_ids": rejected, "margin": pair.margin}
         for pair, (chosen, rejected) in zip(groups, ids, strict=True)
     ]
-    trainer = RewardTrainer(
-        model=model,
-        args=RewardConfig(
-            per_device_train_batch_size=len(groups),
-            output_dir=str(tmp_path),
-            eos_token="<|endoftext|>",
-            pad_token="<|endoftext|>",
-            **TRL,
-        ),
-        train_dataset=Dataset.from_list(columns),
-        processing_class=byte_tokenizer(),
-    )
-    theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
-    expected = gradients(model, theirs)
+    end = "<|endoftext|>"
+    _, _, theirs, expected = trl_step("Reward", model, columns, tmp_path, eos_token=end, pad_token=end)
     objective = LabelObjective(model, "sequence-classification")
     with padded_rows(model):
         batches = LabelMicroBatcher(40, "cpu").batches(groups)
         ours = sum(objective(batch) for batch in batches) / objective.units(groups)
         found = gradients(model, ours)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
     assert_gradients(found, expected, 1e-4, floor=1e-4)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -21,38 +20,18 @@ from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, opened, stopped_run
 from tests.training.test_losses import assert_gradients, gradients, log_prob
-from tests.training.test_preference import TRL, moved, trl_rows
+from tests.training.test_preference import moved, trl_rows, trl_step
 
 WEIGHTED = PreferenceSettings(loss="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
 
 
 @pytest.mark.parametrize("share", [0.02, -0.02], ids=["near", "other side"])
 def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(share, tmp_path):
-    pytest.importorskip("trl", reason="TRL's KTOTrainer is compared with")
-    from datasets import Dataset
-    from trl import KTOConfig, KTOTrainer
-
     base = tiny_llama(initializer_range=0.3)
     policy = moved(base, share)
     texts = [{"prompt": f"paint {c} ", "completion": c[: 2 + n % 3], "label": n % 3 != 0} for n, c in enumerate(COLORS)]
-    trainer = KTOTrainer(
-        model=policy,
-        ref_model=copy.deepcopy(base),
-        args=KTOConfig(
-            beta=0.3,
-            desirable_weight=1.5,
-            undesirable_weight=0.7,
-            per_device_train_batch_size=len(texts),
-            train_sampling_strategy="sequential",
-            output_dir=str(tmp_path),
-            **TRL,
-        ),
-        train_dataset=Dataset.from_list(texts),
-        processing_class=byte_tokenizer(),
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(policy, batch)
-    expected = gradients(policy, theirs)
+    given = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7, "train_sampling_strategy": "sequential"}
+    trainer, batch, theirs, expected = trl_step("KTO", policy, texts, tmp_path, reference=base, **given)
     pairs = zip(trl_rows(batch), trl_rows(batch, "KL_"), strict=True)
     task = PreferenceTask(byte_tokenizer(), settings=WEIGHTED)
     batcher = UnpairedMicroBatcher(60, True, False, "cpu")
@@ -65,7 +44,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(share, tmp_path
         found = gradients(policy, ours)
     (divergence,) = trainer._metrics["eval"]["kl"]  # the model is in eval mode
     assert float(objective.unpaired.divergence) == pytest.approx(divergence, rel=1e-4)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
     assert_gradients(found, expected, 1e-4, floor=0)
 
 
