@@ -30,14 +30,19 @@ SPLIT = CausalMicroBatcher(40, True, False, "cpu")
 SETTINGS = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": 4, "seed": 5, "schedule": "cosine", "warmup": 0.2}
 
 
+def example(number, tokens, first_label, **more):
+    """A row whose labels begin at a place, where its prompt ends."""
+    given = np.asarray(tokens, np.int32)
+    return Example(number, given, np.arange(len(given)) >= first_label, first_label, None, **more)
+
+
 def examples(count=7, seed=0):
     """Rows of one stem and different ends; the end is to be learned."""
     random = np.random.default_rng(seed)
     stem = random.integers(3, VOCABULARY, 6)
     made = []
     for number in range(count):
-        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, 2 + number % 3)]).astype(np.int32)
-        made.append(Example(number + 1, tokens, np.arange(len(tokens)) >= 6, 6, None))
+        made.append(example(number + 1, [*stem, *random.integers(3, VOCABULARY, 2 + number % 3)], 6))
     return made
 
 

@@ -34,6 +34,7 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
+from tests.training.loops import example
 from tests.training.runs import metrics, opened, session_of
 
 INVOCATION = [5, 7, 9]
@@ -52,9 +53,8 @@ def rows(count: int = 9) -> list[Example]:
         prompt = np.concatenate([begin, chance.integers(10, 97, chance.integers(2, 9)), INVOCATION])
         if n == 4:
             prompt = made[3].tokens[: made[3].prompt_length]
-        tokens = np.concatenate([prompt, chance.integers(10, 97, chance.integers(1, 6))]).astype(np.int32)
-        is_label = np.arange(len(tokens)) >= len(prompt)
-        made.append(activated(Example(n + 1, tokens, is_label, len(prompt), "answer"), INVOCATION))
+        answer = chance.integers(10, 97, chance.integers(1, 6))
+        made.append(activated(example(n + 1, [*prompt, *answer], len(prompt)), INVOCATION))
     return made
 
 

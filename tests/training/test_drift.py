@@ -35,6 +35,7 @@ from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.caches import other_text, other_version
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.loops import example
 from tests.training.runs import Told, metrics, opened
 from tests.training.test_every_method import CHANGES, METHODS
 
@@ -43,12 +44,8 @@ PROMPTS = MEASURED[:10]
 
 def made_up_answers(count, vocabulary, seed=0):
     generator = np.random.default_rng(seed)
-    rows = []
-    for number in range(1, count + 1):
-        tokens = generator.integers(3, vocabulary, generator.integers(6, 14)).astype(np.int32)
-        is_label = np.arange(len(tokens)) >= 3
-        rows.append(general.Example(number, tokens, is_label, 3, "text"))
-    return rows
+    lengths = generator.integers(6, 14, count)
+    return [example(n, generator.integers(3, vocabulary, length), 3) for n, length in enumerate(lengths, 1)]
 
 
 def moved(model, scale):

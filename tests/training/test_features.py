@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deltaw.data.example import Example
 from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
@@ -32,6 +31,7 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.loops import example
 
 STEM = list(range(20, 32))
 SHARED = CausalMicroBatcher(64, True, False, "cpu")
@@ -50,10 +50,8 @@ def causal_rows(count=12):
     for n in range(count):
         draw = np.random.default_rng(0 if n == 2 else n)
         own = draw.integers(3, VOCABULARY, draw.integers(4, 20)).tolist()
-        tokens = np.array((STEM if n % 2 else []) + own, np.int32)
-        labels = np.zeros(len(tokens), bool)
-        labels[-3:] = True
-        rows.append(Example(n, tokens, labels, 0, None))
+        tokens = (STEM if n % 2 else []) + own
+        rows.append(example(n, tokens, len(tokens) - 3))
     return rows
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM
 
-from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.lora import LoRAConfig
-from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit
@@ -23,8 +19,9 @@ from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import saved
 from tests.conftest import write_rows
-from tests.tiny_models import causal_model
+from tests.training.loops import examples
 from tests.training.runs import ADAPTER, fit_aloud, metrics
+from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients
 
 
 def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
@@ -106,26 +103,16 @@ def test_a_run_in_bf16_trains_factors_in_fp32(settings, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_recomputing_blocks_gives_the_same_gradients(family):
-    tokens = np.arange(3, 23, dtype=np.int32)
-    rows = [Example(n, np.append(tokens, n).astype(np.int32), np.arange(21) > 8, 9, None) for n in (30, 40)]
     found = []
     for recompute in (False, True):
-        model = causal_model(family)
-        method = LoRA(LoRAConfig(rank=4, init="orthogonal"))
-        method.prepare(model, seed=0)
-        with torch.no_grad():
-            for name, parameter in method.parameters(model):
-                torch.manual_seed(len(name))
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        model = adapted(family, METHODS["frozen head"]())
         objective = CausalObjective(model)
         if recompute:
             checkpoint_blocks(model)
         with packed_rows(model):
-            for batch in CausalMicroBatcher(1000, True, False, "cpu").batches(rows):
-                objective(batch).backward()
-        found.append({name: parameter.grad for name, parameter in method.parameters(model)})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name)
+            (batch,) = CausalMicroBatcher(1000, True, False, "cpu").batches(examples())
+            found.append(gradients(model, objective(batch)))
+    assert_gradients(*found, 1e-5)
 
 
 def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written(settings, tmp_path, gpt2_folder):

@@ -22,6 +22,7 @@ from deltaw.training.tasks import causal_objective
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective, frozen_head_log_probs, head_log_probs
 from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.loops import example
 from tests.training.toy_preference import BETA, Preference
 
 
@@ -31,11 +32,8 @@ def pairs(count=6, seed=0):
     draw = lambda n: random.integers(3, VOCABULARY, n)  # noqa: E731
     stem, made = draw(6), []
     for number in range(count):
-        prompt = np.concatenate([stem, draw(5)])
-        rows = []
-        for _ in ("chosen", "rejected"):
-            tokens = np.concatenate([prompt, draw(2 + number % 3)]).astype(np.int32)
-            rows.append(Example(number + 1, tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), None))
+        prompt = [*stem, *draw(5)]
+        rows = (example(number + 1, [*prompt, *draw(2 + number % 3)], 11) for _ in ("chosen", "rejected"))
         made.append(RowGroup(tuple(rows)))
     return made
 
@@ -168,8 +166,7 @@ def test_log_probs_are_told_row_by_row_also_where_labels_are_shared(lay_out):
     stem = random.integers(3, VOCABULARY, 12)
     rows = []
     for end, first_label in ((2, 5), (4, 9), (3, 13)):
-        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, end)]).astype(np.int32)
-        rows.append(Example(end, tokens, np.arange(len(tokens)) >= first_label, 0, None))
+        rows.append(example(end, [*stem, *random.integers(3, VOCABULARY, end)], first_label))
     rows.append(Example(9, rows[0].tokens, rows[0].is_label, 0, None))  # equal to the first
     model = causal_model("llama")
     batch = lay_out(rows)
@@ -215,6 +212,7 @@ def head_and_inputs(seed=0):
     return head, hidden, torch.randint(0, 11, (7,))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_a_frozen_heads_log_probs_are_those_of_log_softmax(monkeypatch, softcap, rows_at_once):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.data.example import Example
 from deltaw.data.packing import batches
 from deltaw.runtime.packed import can_pack, packed_rows
 from deltaw.training.tasks import causal_objective as objective_module
 from deltaw.training.tasks.causal_objective import CausalObjective, chunked_cross_entropy
 from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
-from tests.training.test_losses import assert_gradients, gradients
+from tests.training.loops import example
+from tests.training.test_losses import assert_gradients, gradients, log_prob
 
 
 def rows(seed=0):
@@ -27,23 +27,7 @@ def rows(seed=0):
     stem, middle = draw(9), draw(6)
     made = [stem + draw(4), stem + middle + draw(3), stem + middle + draw(5), stem + middle, stem, draw(17), draw(2)]
     made.append(list(made[0]))
-    examples = []
-    for number, tokens in enumerate(made, 1):
-        labels = np.zeros(len(tokens), bool)
-        labels[max(1, len(tokens) // 2) :] = True
-        examples.append(Example(number, np.asarray(tokens, np.int32), labels, 0, None))
-    return examples
-
-
-def row_by_row(model, examples):
-    """The definition: every row alone through the model, all its logits, cross-entropy at its labels."""
-    total = torch.zeros(())
-    for example in examples:
-        tokens = torch.from_numpy(example.tokens.astype(np.int64))
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0].float()
-        labeled = torch.from_numpy(np.flatnonzero(example.is_label))
-        total = total + torch.nn.functional.cross_entropy(logits[labeled - 1], tokens[labeled], reduction="sum")
-    return total
+    return [example(number, tokens, max(1, len(tokens) // 2)) for number, tokens in enumerate(made, 1)]
 
 
 def assert_same(found, expected):
@@ -52,7 +36,8 @@ def assert_same(found, expected):
 
 
 def alone(model, examples):
-    loss = row_by_row(model, examples)
+    """The definition: every row alone through the model."""
+    loss = -sum(log_prob(model, row) for row in examples)
     return loss.item(), gradients(model, loss)
 
 

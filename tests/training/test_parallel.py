@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import deal
 from deltaw.training.parallel.joining import told
 from tests.conftest import RATES, write_rows
 from tests.kernels.conftest import compiled_only
+from tests.training.loops import example
 from tests.training.parallel_runs import (
     assert_same_run,
     ended,
@@ -43,17 +43,12 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_gloo
 
 
-def example(tokens) -> Example:
-    given = np.array(tokens, np.int32)
-    return Example(1, given, np.arange(len(given)) > 0, 0, None)
-
-
 @pytest.mark.each_value
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("share", [True, False])
 def test_each_row_is_dealt_once_and_no_process_has_much_more(parts, share):
     draw = np.random.default_rng(0)
-    rows = [example(draw.integers(0, 99, draw.integers(2, 60))) for _ in range(30)]
+    rows = [example(1, draw.integers(0, 99, draw.integers(2, 60)), 1) for _ in range(30)]
     dealt = deal(rows, parts, share=share)
     assert sorted(place for part in dealt for place in part) == list(range(30)) and len(dealt) == parts
     loads = [sum(len(rows[place]) for place in part) for part in dealt]
@@ -63,9 +58,9 @@ def test_each_row_is_dealt_once_and_no_process_has_much_more(parts, share):
 def test_rows_that_begin_alike_are_dealt_together_and_too_few_leave_processes_without():
     draw = np.random.default_rng(0)
     first, second = draw.integers(0, 99, (2, 40))
-    rows = [example([*(first, second)[n % 2], n, n, n]) for n in range(8)]
+    rows = [example(1, [*(first, second)[n % 2], n, n, n], 1) for n in range(8)]
     assert sorted(deal(rows, 2, share=True)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert deal([example([1, 2, 3])], 3, share=True) == [[0], [], []]
+    assert deal([example(1, [1, 2, 3], 1)], 3, share=True) == [[0], [], []]
 
 
 def test_an_environment_that_is_not_whole_is_refused():

@@ -3,13 +3,13 @@ that go on with another number of processes after one was killed."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import RowGroup
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
 from deltaw.training.fit import fit
@@ -19,6 +19,7 @@ from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
+from tests.training.loops import example
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, train_until_one_dies, trains_as_one
 from tests.training.runs import metrics
 from tests.training.test_preference import moved
@@ -127,12 +128,9 @@ def groups_of(count: int, seed: int = 0) -> list[RowGroup]:
     found = []
     for n in range(count):
         prompt = draw.integers(1, 90, draw.integers(5, 40))
-        rows = []
-        for desired in (bool(n % 2), None):
-            tokens = np.concatenate([prompt, draw.integers(1, 90, draw.integers(1, 20))]).astype(np.int32)
-            is_label = np.arange(len(tokens)) >= len(prompt)
-            rows.append(Example(n, tokens, is_label, len(prompt), None, desired=desired))
-        found.append(RowGroup(tuple(rows)))
+        answers = [draw.integers(1, 90, draw.integers(1, 20)) for _ in range(2)]
+        rows = [example(n, [*prompt, *answer], len(prompt)) for answer in answers]
+        found.append(RowGroup((replace(rows[0], desired=bool(n % 2)), rows[1])))
     return found
 
 
@@ -191,8 +189,7 @@ def test_a_prompt_that_both_answers_share_counts_once():
 
     def pair(prompt: int, answer: int) -> RowGroup:
         given = draw.integers(1, 90, prompt)
-        rows = [np.concatenate([given, draw.integers(1, 90, answer)]).astype(np.int32) for _ in range(2)]
-        return RowGroup(tuple(Example(1, row, np.arange(len(row)) >= prompt, prompt, None) for row in rows))
+        return RowGroup(tuple(example(1, [*given, *draw.integers(1, 90, answer)], prompt) for _ in range(2)))
 
     # Computed, 110 tokens of 210, and 100, 60, 50: balanced only where the prompt counts once.
     groups = [pair(100, 5), pair(0, 50), pair(0, 30), pair(0, 25)]
@@ -212,8 +209,5 @@ def test_of_single_answers_the_judged_row_alone_is_dealt_for_its_gradients():
 def test_answers_that_are_judged_otherwise_are_other_rows():
     """So that a resumed run, or another process, with another label is refused."""
     ours = groups_of(4)
-    theirs = [
-        RowGroup((dataclasses.replace(group.rows[0], desired=not group.rows[0].desired), group.rows[1]))
-        for group in ours
-    ]
+    theirs = [RowGroup((replace(first, desired=not first.desired), other)) for first, other in (g.rows for g in ours)]
     assert digest_of_rows(ours) == digest_of_rows(groups_of(4)) != digest_of_rows(theirs)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
@@ -18,6 +16,7 @@ from deltaw.training.origin import score_run
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
+from tests.training.loops import example
 from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, opened, stopped_run
 from tests.training.test_losses import assert_gradients, gradients, log_prob
 from tests.training.test_preference import moved, trl_rows, trl_step
@@ -51,8 +50,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(share, tmp_path
 def test_the_divergence_is_no_less_than_zero_and_has_no_gradient():
     values = torch.tensor([-1.0, -2.0], requires_grad=True)
     rows = tuple(
-        Example(n, np.arange(3, dtype=np.int32), np.array([False, False, True]), 2, None, reference=r, desired=d)
-        for n, (r, d) in enumerate([(-1.5, True), (-1.0, False)])
+        example(n, range(3), 2, reference=r, desired=d) for n, (r, d) in enumerate([(-1.5, True), (-1.0, False)])
     )
     logs = RowLogProbs(values, torch.tensor([0, 1]), torch.tensor([0, 1]), rows)
     loss = UnpairedLoss(WEIGHTED)
@@ -139,7 +137,6 @@ def test_virtual_tokens_come_before_both_rows(judging, tmp_path):
 
 
 def test_rows_lacking_a_reference_are_refused():
-    row = Example(1, np.arange(3, dtype=np.int32), np.array([False, False, True]), 2, None, desired=True)
-    logs = RowLogProbs(torch.zeros(1), torch.tensor([0]), torch.tensor([0]), (replace(row),))
+    logs = RowLogProbs(torch.zeros(1), torch.tensor([0]), torch.tensor([0]), (example(1, range(3), 2, desired=True),))
     with pytest.raises(UserError, match="reference model"):
         UnpairedLoss(WEIGHTED).of_rows(logs)
