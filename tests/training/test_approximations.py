@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import math
 import shutil
@@ -89,9 +90,10 @@ def long_rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "long.jsonl", rows)
 
 
-@pytest.fixture
-def bf16_run(settings, long_rows, bases, tmp_path):
+@pytest.fixture(scope="module")
+def bf16_run(settings, long_rows, bases, tmp_path_factory):
     """Settings of a run in bf16."""
+    folder = tmp_path_factory.mktemp("bf16")
 
     def make(name: str, *, factor: float = 1, **changes: object) -> dict:
         plain = {
@@ -101,9 +103,35 @@ def bf16_run(settings, long_rows, bases, tmp_path):
             "train": {"batch_size": 8, "max_steps": 4, "drift": False, "samples": 0},
             "precision": "bf16",
         }
-        return settings(tmp_path / name, **laid_over(plain, changes))
+        return settings(folder / name, **laid_over(plain, changes))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def approximate(bf16_run):
+    """A run of four steps that approximates."""
+    return fit(bf16_run("on"))
+
+
+@pytest.fixture(scope="module")
+def _after_two(bf16_run):
+    return stopped_run(bf16_run("stopped"), 2)
+
+
+@pytest.fixture
+def after_two(bf16_run, _after_two, tmp_path):
+    """The settings of a run that has done two of its steps; each time another folder."""
+    folders = map(str, itertools.count())
+
+    def made(**changes: object) -> dict:
+        return bf16_run("stopped", **changes) | {"output": str(shutil.copytree(_after_two, tmp_path / next(folders)))}
+
+    return made
+
+
+def weights(done) -> bytes:
+    return (done.output / ADAPTER_WEIGHTS).read_bytes()
 
 
 def gradient(session: Session, rows) -> torch.Tensor:
@@ -159,9 +187,8 @@ def test_a_model_in_bf16_can_be_computed_in_fp32(family):
         attach(model, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
         generator = torch.Generator().manual_seed(1)
         trained = [p for p in model.parameters() if p.requires_grad]
-        with torch.no_grad():
-            for parameter in trained:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for parameter in trained:
+            parameter.data.normal_(std=0.1, generator=generator)
         before = {name: (id(p), p.dtype) for name, p in model.named_parameters()}
         tokens = torch.arange(60).view(3, 20) * 7 % 90 + 3
         with widened(model) if wide else contextlib.nullcontext():
@@ -197,21 +224,17 @@ def test_fused_blocks_in_fp32_let_go_of_their_weights():
 
 
 @compiled_only
-@pytest.mark.parametrize("off", [pytest.param("setting", marks=pytest.mark.slow), "environment"])
-def test_what_is_off_computes_with_products_in_bf16(off, bf16_run, monkeypatch):
-    approximate = fit(bf16_run("on"))
+def test_what_is_off_computes_with_products_in_bf16(approximate, bf16_run, monkeypatch):
     assert GRADIENTS in approximate.approximations["used"]
-    if off == "environment":
-        for variable in LEFT_OUT_BY.values():
-            monkeypatch.setenv(variable, "0")
-    changes = {"train": {"approximate": "off"}} if off == "setting" else {}
-    exact = fit(bf16_run("off", **changes))
+    exact = fit(bf16_run("off", train={"approximate": "off"}))
     assert exact.approximations["used"] == [] and exact.arithmetic[GRADIENTS] == "no"
-    bits = [(done.output / ADAPTER_WEIGHTS).read_bytes() for done in (approximate, exact)]
-    assert bits[0] != bits[1]
-    # A run whose kernels know nothing of them.
-    monkeypatch.setattr(KernelChoice, "approximations", ())
-    assert (fit(bf16_run("never")).output / ADAPTER_WEIGHTS).read_bytes() == bits[1]
+    assert weights(exact) != weights(approximate)
+    with monkeypatch.context() as environment:
+        for variable in LEFT_OUT_BY.values():
+            environment.setenv(variable, "0")
+        assert weights(fit(bf16_run("off by the environment"))) == weights(exact)
+    monkeypatch.setattr(KernelChoice, "approximations", ())  # kernels know nothing of them
+    assert weights(fit(bf16_run("never"))) == weights(exact)
 
 
 @compiled_only
@@ -237,10 +260,8 @@ def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
     assert done.arithmetic[GRADIENTS] == "no"
     (noted,) = metrics(done.output, "approximations")
     assert noted["step"] == 3 and GRADIENTS not in noted["approximations"]["used"]
-    assert (
-        "approximate: auto  # off: gradients of frozen layers in int8: the gradient"
-        in (done.output / "run.yaml").read_text()
-    )
+    said = "approximate: auto  # off: gradients of frozen layers in int8: the gradient"
+    assert said in (done.output / "run.yaml").read_text()
     # What no longer is approximate stays so when the run goes on.
     again = Told()
     longer = fit({"train": {"max_steps": 6}}, resume=done.output, callback=again)
@@ -249,46 +270,36 @@ def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
 
 
 @compiled_only
-def test_looking_again_changes_no_bit_and_a_run_goes_on_as_it_computed(bf16_run, monkeypatch):
-    whole = fit(bf16_run("whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(approximations, "SHARE", 1e9)
-        moved = mock.Mock(wraps=GradientCheck.moved)
-        patch.setattr(GradientCheck, "moved", lambda *a: moved(*a))
-        often = fit(bf16_run("often"))
+def test_looking_again_changes_no_bit(approximate, bf16_run, monkeypatch):
+    monkeypatch.setattr(approximations, "SHARE", 1e9)
+    moved = mock.Mock(wraps=GradientCheck.moved)
+    monkeypatch.setattr(GradientCheck, "moved", lambda *a: moved(*a))
+    often = fit(bf16_run("often"))
     assert moved.call_count == 3  # before steps 2, 3 and 4
-    assert often.approximations["used"] == whole.approximations["used"] != []
-    assert (often.output / ADAPTER_WEIGHTS).read_bytes() == (whole.output / ADAPTER_WEIGHTS).read_bytes()
-    stopped_run(bf16_run("stopped"), 2)
-    shutil.copytree(bf16_run("stopped")["output"], bf16_run("turned off")["output"])
-    chosen = GradientCheck.choose
-    monkeypatch.setattr(GradientCheck, "choose", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ArithmeticChangedWarning)
-        done = fit(bf16_run("stopped"))
-    assert done.resumed_from_step == 2
-    assert {**done.approximations, "seconds": 0} == {**whole.approximations, "seconds": 0}
-    assert (done.output / ADAPTER_WEIGHTS).read_bytes() == (whole.output / ADAPTER_WEIGHTS).read_bytes()
-    # A setting that turns them off does, also then, and is said.
-    monkeypatch.setattr(GradientCheck, "choose", chosen)
-    told = Told()
-    with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
-        off = fit(bf16_run("turned off", train={"approximate": "off"}), callback=told)
-    assert off.resumed_from_step == 2
-    assert off.approximations["used"] == [] and "'train.approximate' is off" in told
+    assert often.approximations["used"] == approximate.approximations["used"] != []
+    assert weights(often) == weights(approximate)
 
 
 @compiled_only
-def test_the_environment_counts_when_a_run_goes_on(bf16_run, monkeypatch):
-    stopped_run(bf16_run("stopped"), 2)
-    shutil.copytree(bf16_run("stopped")["output"], bf16_run("forced")["output"])
-    with monkeypatch.context() as patch:  # forced kernels leave approximations as the run began
-        patch.setenv("DELTAW_KERNELS", loader.variant())
-        assert GRADIENTS in fit(bf16_run("forced")).approximations["used"]
+def test_a_run_goes_on_as_it_computed_unless_a_setting_or_the_environment_turns_it_off(
+    approximate, after_two, monkeypatch
+):
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(GradientCheck, "choose", None)  # it looks no further
+        warnings.simplefilter("error", ArithmeticChangedWarning)
+        done = fit(after_two())
+        assert done.resumed_from_step == 2
+        assert {**done.approximations, "seconds": 0} == {**approximate.approximations, "seconds": 0}
+        assert weights(done) == weights(approximate)
+        patch.setenv("DELTAW_KERNELS", loader.variant())  # forced kernels leave approximations as the run began
+        assert GRADIENTS in fit(after_two()).approximations["used"]
+    told = Told()
+    with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
+        off = fit(after_two(train={"approximate": "off"}), callback=told)
+    assert off.approximations["used"] == [] and "'train.approximate' is off" in told
     monkeypatch.setenv(LEFT_OUT_BY[GRADIENTS], "0")
     with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
-        done = fit(bf16_run("stopped"))
-    assert GRADIENTS not in done.approximations["used"]
+        assert GRADIENTS not in fit(after_two()).approximations["used"]
 
 
 def test_a_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
@@ -311,7 +322,7 @@ def test_pairs_are_looked_at_with_their_own_loss(loss, bf16_run, tmp_path):
         ]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     changes = {"task": "preference", "preference": {"loss": loss}, "data": {"train": str(path)}}
-    done = fit(bf16_run("pairs", **changes))
+    done = fit(bf16_run(f"pairs {loss}", **changes))
     assert 0 < done.approximations["own"] < done.approximations["error"] < 0.3
     assert done.approximations["tokens"] >= approximations.TOKENS
 
@@ -331,9 +342,8 @@ def test_labels_are_looked_at_too(bf16_run, tmp_path):
     assert 0 < done.approximations["own"] <= done.approximations["error"] < 0.1
 
 
-@pytest.mark.parametrize(
-    ("own", "error", "cosine", "of_block", "within"),
-    [
+def test_what_is_allowed():
+    for own, error, cosine, of_block, within in [
         (0.010, 0.019, 0.9999, False, True),
         (0.010, 0.026, 0.9999, False, False),  # more than half of it and a hundredth
         (0.010, 0.026, 0.9999, True, True),
@@ -341,10 +351,8 @@ def test_labels_are_looked_at_too(bf16_run, tmp_path):
         (0.060, 0.089, 0.9970, False, True),  # less than half of what bf16 rounds
         (0.010, math.nan, 0.9999, False, False),
         (0.010, 0.010, math.nan, False, True),  # adds nothing
-    ],
-)
-def test_what_is_allowed(own, error, cosine, of_block, within):
-    assert Errors(own, error, cosine).within(1.0, of_block=of_block) == within
+    ]:
+        assert Errors(own, error, cosine).within(1.0, of_block=of_block) == within
 
 
 def test_off_is_a_word_in_yaml_too(tmp_path):

@@ -81,10 +81,8 @@ def test_the_loss_is_the_sum_over_rows_seen_alone_without_padding(family: str, b
 def test_a_padding_id_that_is_a_real_token_too_changes_nothing(family: str):
     model = model_of(family, pad=2)
     objective = LabelObjective(model, "sequence-classification")
-    rows = [
-        LabeledExample(1, np.array([5, 2, 9, 2], np.int32), 0),
-        LabeledExample(2, np.array([7, 8, 9, 2, 2, 11], np.int32), 1),
-    ]
+    tokens = ([5, 2, 9, 2], [7, 8, 9, 2, 2, 11])
+    rows = [LabeledExample(n, np.array(row, np.int32), n) for n, row in enumerate(tokens)]
     (batch,) = LabelMicroBatcher(100, "cpu", pad_id=2).batches(rows)
     model.config.pad_token_id = None
     for place, row in enumerate(rows):
@@ -205,9 +203,10 @@ def test_squared_errors_of_numbers_are_summed():
 
 def test_predictions_that_are_not_finite_are_refused():
     model = model_of("bert")
+    objective = LabelObjective(model, "sequence-classification")
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        evaluate_labels(LabelObjective(model, "sequence-classification"), examples_of(), LabelMicroBatcher(20, "cpu"))
+        evaluate_labels(objective, examples_of(), LabelMicroBatcher(20, "cpu"))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -117,40 +117,29 @@ def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path):
         assert "data.eval" in error.value.hint and not (tmp_path / "run").exists()
 
 
-def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, tmp_path):
-    rows = [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]]
-    other = write_rows(tmp_path / "other.jsonl", rows)
+def test_several_sets_are_evaluated_by_name_as_each_would_be_alone_and_the_first_one_decides(
+    settings, tmp_path, rows_file
+):
+    others = write_rows(tmp_path / "other.jsonl", [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]])
+    same = str(shutil.copy(rows_file, tmp_path / "same.jsonl"))
     told = Told()
-    data = {"eval": {"others": str(other), "held_out": 2}}
+    data = {"eval": {"others": str(others), "held_out": 2, "same": same}}
     result = fit(settings(tmp_path / "run", data=data, train={"eval_every": 2}), callback=told)
-    for line in metrics(result.output, "eval"):
-        assert list(line["eval"]) == ["others", "held_out"]
-        assert line["eval"]["others"].keys() == {"loss", "perplexity", "exact_match"}
+    lines = metrics(result.output, "eval")
+    assert all(list(line["eval"]) == [*data["eval"]] for line in lines)
+    assert lines[0]["eval"]["others"].keys() == {"loss", "perplexity", "exact_match"}
     answer = result.as_dict()
-    assert answer["eval"] == metrics(result.output, "eval")[-1]["eval"]
+    assert answer["eval"] == lines[-1]["eval"]
     assert answer["score"]["value"] == answer["eval"]["others"]["exact_match"]
-    assert result.best["value"] == min(line["eval"]["others"]["loss"] for line in metrics(result.output, "eval"))
-    assert "evaluation set 'others': 4 rows" in told
+    assert result.best["value"] == min(line["eval"]["others"]["loss"] for line in lines)
+    assert "evaluation set 'others': 4 rows" in told and "8 of them are also training rows" in told
     assert "held-out held_out loss" in (result.output / "README.md").read_text()
     assert RunConfig.read(result.output / "run.yaml").data.eval == data["eval"]
-
-
-def test_a_set_is_evaluated_as_it_would_be_alone(settings, tmp_path):
-    other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLORS[:5]])
-    several = fit(settings(tmp_path / "several", data={"eval": {"drawn": 3, "other": str(other)}})).as_dict()
-    drawn = fit(settings(tmp_path / "drawn", data={"eval": 3})).as_dict()
-    assert several["eval"]["drawn"] == pytest.approx(drawn["eval"])
-    run = opened(tmp_path / "several")
-    rows, _ = run.task.read_file(str(other), DataSettings(train="unused"), None)
-    assert several["eval"]["other"]["loss"] == pytest.approx(score_run(run, rows).metrics["loss"], rel=1e-4)
-
-
-def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_file):
-    told = Told()
-    shutil.copy(rows_file, tmp_path / "same.jsonl")
-    data = {"eval": {"held_out": 2, "same": str(tmp_path / "same.jsonl")}}
-    fit(settings(tmp_path / "run", data=data, train={"max_steps": 1}), callback=told)
-    assert "8 of them are also training rows" in told
+    drawn = fit(settings(tmp_path / "drawn", data={"eval": 2})).as_dict()
+    assert answer["eval"]["held_out"] == pytest.approx(drawn["eval"])
+    run = opened(result.output)
+    rows, _ = run.task.read_file(str(others), DataSettings(train="unused"), None)
+    assert answer["eval"]["others"]["loss"] == pytest.approx(score_run(run, rows).metrics["loss"], rel=1e-4)
 
 
 def test_sets_that_cannot_be_are_refused(settings, tmp_path, rows_file):
@@ -170,10 +159,9 @@ def test_sets_that_cannot_be_are_refused(settings, tmp_path, rows_file):
 
 def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
     train = {"eval_every": 2, "eval_answers": 2, "epochs": 12, "batch_size": 8, "learning_rate": 3e-2}
-    changes = {"data": {"eval": str(tmp_path / "same.jsonl")}, "train": {**train, "schedule": "constant"}}
-    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS]
-    write_rows(tmp_path / "same.jsonl", rows[:4])
-    result = fit(settings(tmp_path / "run", **changes))
+    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS[:4]]
+    data = {"eval": str(write_rows(tmp_path / "same.jsonl", rows))}
+    result = fit(settings(tmp_path / "run", data=data, train={**train, "schedule": "constant"}))
     found = [line["eval"]["written_exact_match"] for line in metrics(result.output, "eval")]
     assert set(found) <= {0.0, 0.5, 1.0} and found[-1] == 1.0 > found[0]
     assert result.as_dict()["score"]["metric"] == "exact_match"
@@ -181,8 +169,8 @@ def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
 
 def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
     lora = {"dropout": 0.1}
-    plain = fit(settings(tmp_path / "plain", lora=lora, train={"epochs": 3}))
-    train = {"epochs": 3, "eval_every": 1, "eval_answers": 2, "samples": 2, "adapter": "best"}
+    plain = fit(settings(tmp_path / "plain", lora=lora, train={"epochs": 2}))
+    train = {"epochs": 2, "eval_every": 1, "eval_answers": 2, "samples": 2, "adapter": "best"}
     watched = fit(settings(tmp_path / "watched", lora=lora, train=train))
 
     ours, theirs = (
@@ -242,7 +230,7 @@ def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, m
 
 def test_a_warning_is_said_and_stands_among_the_metrics(settings, tmp_path):
     told = Told()
-    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "epochs": 67}
+    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "batch_size": 1, "max_steps": 201}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
     (line,) = metrics(result.output, "warning")
     assert (line["step"], line["warning"]["kind"]) == (200, "clipped")
