@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -237,7 +238,7 @@ def pairs_file(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def preferring(settings, pairs_file):
     def make(output, **changes):
         data = {"train": str(pairs_file), "eval": 3}
@@ -246,16 +247,22 @@ def preferring(settings, pairs_file):
     return make
 
 
+@pytest.fixture(scope="module")
+def preferred(preferring, tmp_path_factory):
+    """The result of a run with each loss."""
+    folder, train = tmp_path_factory.mktemp("preferred"), {"epochs": 12, "eval_every": 6}
+    return functools.cache(lambda loss: fit(preferring(folder / loss, preference={"loss": loss}, train=train)))
+
+
 @pytest.mark.parametrize("loss", ["dpo", "orpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ipo", "simpo"))])
-def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_path, loss):
-    train = {"epochs": 12, "eval_every": 6}
-    result = fit(preferring(tmp_path / "run", preference={"loss": loss}, train=train))
-    lines = metrics(result.output)
-    first, last = (line["eval"] for line in lines if "eval" in line and line["step"] in (6, 36))
+def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferred, loss):
+    result = preferred(loss)
+    evals = [line["eval"] for line in metrics(result.output, "eval")]
+    first, last = evals[0], evals[-1]
     assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
     accuracy, (low, high) = result.evaluation.metrics["accuracy"], result.evaluation.interval
     assert result.evaluation.main == "accuracy" and low <= accuracy <= high and accuracy > 0.6
-    steps = [line for line in lines if "learning_rate" in line]
+    steps = metrics(result.output, "learning_rate")
     assert {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"} <= steps[0].keys()
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
     if loss == "dpo":  # the adapter begins as the base model
@@ -263,8 +270,8 @@ def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_pa
         assert steps[0]["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
-    result = fit(preferring(tmp_path / "run", train={"epochs": 6}))
+def test_the_reference_is_the_base_model(preferred, model_folder):
+    result = preferred("dpo")
     run = opened(result.output)
     assert isinstance(run.task, PreferenceTask) and run.task.writes_text
     held_out = held_out_rows(run)
@@ -286,25 +293,16 @@ def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
     assert at_base["accuracy"] == 0.5 and at_base["margin"] == 0 and abs(margins.mean()) > 0.05
 
 
-def test_prefixes_computed_once_and_microbatches_change_no_run(preferring, tmp_path):
-    runs = {}
-    for name, train in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
-        runs[name] = fit(preferring(tmp_path / name, train={"epochs": 3, **train})).output
-    one = losses(runs["one"])
-    for name in ("small", "apart"):
-        assert losses(runs[name]) == pytest.approx(one, rel=1e-4), name
-    computed = {name: metrics(run)[0]["computed_tokens"] for name, run in runs.items()}
-    assert computed["one"] < 0.6 * computed["apart"]
-
-
-@pytest.mark.parametrize("loss", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
-def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, loss):
+def test_prefixes_computed_once_microbatches_and_a_stop_change_no_run(preferring, tmp_path):
     train = {"epochs": 3, "checkpoint_every": 2, "eval_every": 3}
-    given = {"train": train, "preference": {"loss": loss}}
-    fit(preferring(tmp_path / "whole", **given))
-    run = stopped_run(preferring(tmp_path / "run", **given), 5)
-    assert fit(preferring(run, **given)).resumed_from_step >= 4
-    assert_same_run(run, tmp_path / "whole")
+    for name, more in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
+        fit(preferring(tmp_path / name, train={**train, **more}))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), name
+    one, apart = (metrics(tmp_path / name)[0]["computed_tokens"] for name in ("one", "apart"))
+    assert one < 0.6 * apart
+    run = stopped_run(preferring(tmp_path / "run", train=train), 5)
+    assert fit(preferring(run, train=train)).resumed_from_step >= 4
+    assert_same_run(run, tmp_path / "one")
     with pytest.raises(UserError, match="preference"):
         fit({"preference": {"beta": 0.7}}, resume=run)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
 from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
@@ -41,13 +42,17 @@ def sharded(of):
     return lambda output, **changes: of(output, **laid_over({"train": {"sharding": "base"}}, changes))
 
 
+def shares(held):
+    """Of each step in each process that holds about half of the base: whether its blocks run fused."""
+    noted = [json.loads(line) for line in held.read_text().splitlines()]
+    return [fused for own, whole, fused in noted if own <= 0.51 * whole]
+
+
 def test_two_processes_with_half_of_the_base_each_train_as_one(of, sharded, tmp_path):
     """Microbatches of few tokens, so that one process has more of them than the other."""
     few, held = {"train": {"tokens_per_pass": 60}}, tmp_path / "held"
     trains_as_one(of(tmp_path / "one", **few), sharded(tmp_path / "two", **few), HELD=str(held))
-    shares = [json.loads(line) for line in held.read_text().splitlines()]
-    divided = [fused for own, whole, fused in shares if own <= 0.51 * whole]
-    assert divided == [True] * (2 * 6)  # six steps; others are of the dry run
+    assert shares(held) == [True] * (2 * 6)  # six steps; others are of the dry run
 
 
 @pytest.mark.slow
@@ -71,8 +76,7 @@ def test_weights_are_divided_as_they_are_stored(of, sharded, tmp_path, precision
     said = trains_as_one(one, two, same=agree, HELD=str(held))
     if precision == "bf16" and loader.library() is not None:  # compared with fp32 a gathered block at a time
         assert "\napproximate: gradients of frozen layers in int8" in said, said
-    shares = [json.loads(line) for line in held.read_text().splitlines()]
-    assert sum(own <= 0.51 * whole for own, whole, _ in shares) == 2 * 6
+    assert len(shares(held)) == 2 * 6
 
 
 @pytest.mark.slow
@@ -100,8 +104,7 @@ def test_a_checkpoint_of_another_run_is_refused_in_words(sharded, tmp_path):
     stopped_run(made, 2)
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     rows = write_rows(tmp_path / "other.jsonl", ({"prompt": f"p{n}", "completion": "c"} for n in range(11)))
-    other = tmp_path / "model"
-    shutil.copytree(made["model"], other)
+    other = shutil.copytree(made["model"], tmp_path / "model")
     tensors = {name: tensor * 2 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     for change, said in (
@@ -129,15 +132,12 @@ def test_what_needs_whole_weights_is_refused_by_name(settings, tmp_path):
 
 
 def test_a_refusal_ends_all_processes_before_anything_loads(sharded, tmp_path):
-    made = sharded(tmp_path / "run", lora={"dora": True})
-    zero, one = train(made)
+    zero, one = train(sharded(tmp_path / "run", lora={"dora": True}))
     assert zero[0] == 2 and "lora.dora" in zero[2] and "Traceback" not in zero[2]
     assert one == (2, "", "") and not (tmp_path / "run").exists()
 
 
 def test_rows_read_from_the_files_are_those_of_the_model(model_folder):
-    from transformers import AutoModelForCausalLM
-
     in_memory = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     whole = dict(in_memory.named_parameters())
     how = {"dtype": "fp32", "task": "causal-lm", "attention": "sdpa", "trust_remote_code": False}
