@@ -58,8 +58,9 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     ],
 )
 def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
+    fails = mock.Mock(spec=Callback, **{"should_stop.return_value": False, "on_step.side_effect": error})
     with pytest.raises(type(error)):
-        fit(settings(tmp_path / "run"), callback=mock.Mock(spec=Callback, **{"on_step.side_effect": error}))
+        fit(settings(tmp_path / "run"), callback=fails)
     told = read(tmp_path / "run")
     assert told["state"] == state and told.get("error", {}).get("what") == what
     assert (tmp_path / "run" / ADAPTER).is_file() == (state == "failed")
