@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -30,6 +31,18 @@ ADAPTER = "adapter_model.safetensors"
 # Of the eight training rows in steps of three: three steps an epoch.
 TRAIN = {"epochs": 4, "checkpoint_every": 2, "eval_every": 6, "checkpoint_minutes": None}
 ATTEMPTS = 20
+# What a run with each method differs in.
+METHODS: dict[str, dict] = {
+    **{method: {"method": method} for method in ("lora", "head", "input", "bias", "full")},
+    "prompt": {"method": "prompt", "prompt": {"length": 3}},
+    "random": {"method": "random", "random": {"weights": 0.05}},
+    "last": {"method": "last", "last": {"blocks": 1}},
+}
+
+
+def often(*quick: str, of: Iterable[str] = METHODS) -> list:
+    """All methods, for a test whose quick set has some of them."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
 
 class Told(Callback):

@@ -35,13 +35,10 @@ from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
 from tests.training.loops import example
-from tests.training.runs import metrics, opened, session_of
+from tests.training.runs import metrics, often, opened, session_of
 
 INVOCATION = [5, 7, 9]
-FAMILIES = [
-    *("llama", "gpt2", "gemma3", "neox"),
-    *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma2", "qwen3", "phi3", "cohere")),
-]
+FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "qwen3", "neox", "phi3", "cohere")
 
 
 def rows(count: int = 9) -> list[Example]:
@@ -138,7 +135,7 @@ def case(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple:
     return model, examples, sum(len(row.tokens) - row.active_from for row in examples), check
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", often("llama", "gpt2", "gemma3", "neox", of=FAMILIES))
 def test_loss_and_gradients_are_those_of_masked_rows(family, tmp_path):
     model, examples, _, check = case(family)
     with prompts_of(model, examples, tmp_path) as prompts:
@@ -154,7 +151,7 @@ def test_loss_and_gradients_are_those_of_masked_rows(family, tmp_path):
     assert relative(other[1], whole[1]) > 0.1  # or else this test shows nothing
 
 
-@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("neox", "phi"))])
+@pytest.mark.parametrize("family", often("gpt2", of=("gpt2", "neox", "phi")))
 def test_gradients_are_those_of_masked_rows_in_float64(family, tmp_path):
     # Of these families transformers' own code computes in float64 throughout.
     model, examples, _, check = case(family, torch.float64)

@@ -23,20 +23,14 @@ from deltaw.training.run_folder import EARLIER, RUN, Run
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
 from tests.conftest import laid_over, write_rows
 from tests.kernels.conftest import compiled_only
-from tests.training.runs import ADAPTER, TRAIN, Snapshots, Told, assert_same_run, metrics, stopped_run
+from tests.training.runs import ADAPTER, METHODS, TRAIN, Snapshots, Told, assert_same_run, metrics, stopped_run
 
-METHODS = {
-    "lora": {"lora": {"dropout": 0.2}},
-    "lora, upper block": {"lora": {"layers": "1-"}},
-    "prompt": {"method": "prompt", "prompt": {"length": 3}},
-    "random": {"method": "random", "random": {"weights": 0.05}},
-    "full": {"method": "full"},
-    "head": {"method": "head"},
-}
+KINDS = {name: METHODS[name] for name in ("prompt", "random", "full", "head")}
+KINDS |= {"lora": {"lora": {"dropout": 0.2}}, "lora, upper block": {"lora": {"layers": "1-"}}}
 QUICK = {("lora", "bf16"), ("lora, upper block", "fp32"), ("full", "int8")}
 EVERY = [
     pytest.param(m, p, marks=[] if (m, p) in QUICK else pytest.mark.slow)
-    for m in METHODS
+    for m in KINDS
     for p in ("fp32", "bf16", "int8")
 ]
 
@@ -45,7 +39,7 @@ EVERY = [
 def test_a_run_that_is_killed_goes_on_equal_to_the_bit(settings, tmp_path, monkeypatch, method, precision):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache" / "packages"))
     # The two with frozen blocks below store features; the killed processes' stores go on too.
-    changes = laid_over({"train": TRAIN, "precision": precision}, METHODS[method])
+    changes = laid_over({"train": TRAIN, "precision": precision}, KINDS[method])
     run = tmp_path / "run"
     moments = ["step 1", "step 5", "evaluation 6", "evaluation 12"]
     taken = Snapshots(run, tmp_path, moments if method == "lora" else moments[1::2])
@@ -67,7 +61,7 @@ def test_a_run_that_is_killed_goes_on_equal_to_the_bit(settings, tmp_path, monke
 @pytest.mark.parametrize("method", ["lora, upper block", pytest.param("head", marks=pytest.mark.slow)])
 def test_features_that_were_only_partly_stored_are_computed_as_they_were(settings, tmp_path, monkeypatch, method):
     """In the first epoch features come into being: a process that is killed there leaves some of them."""
-    changes = laid_over({"train": {**TRAIN, "epochs": 3}, "precision": "bf16"}, METHODS[method])
+    changes = laid_over({"train": {**TRAIN, "epochs": 3}, "precision": "bf16"}, KINDS[method])
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "a cache of its own" / "packages"))
     whole = deltaw.fit(settings(tmp_path / "whole", **changes)).output
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "another" / "packages"))

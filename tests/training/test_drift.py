@@ -36,8 +36,7 @@ from tests.caches import other_text, other_version
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.loops import example
-from tests.training.runs import Told, metrics, opened
-from tests.training.test_every_method import CHANGES, METHODS
+from tests.training.runs import METHODS, Told, metrics, often, opened
 
 PROMPTS = MEASURED[:10]
 
@@ -108,12 +107,9 @@ def bare_loss(roomy_folder):
     return by_hand(bare.model, rows, contextlib.nullcontext)[0], len(rows)
 
 
-SELDOM = ("input", "bias", "random", "last", "head")
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in METHODS])
+@pytest.mark.parametrize("method", often("lora", "prompt", "full"))
 def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, bare_loss, tmp_path):
-    changes = {"model": str(roomy_folder), "method": method, **CHANGES.get(method, {})}
+    changes = {"model": str(roomy_folder), **METHODS[method]}
     changes["train"] = {"drift": True, "epochs": 2}
     result = fit(settings(tmp_path / "run", **changes))
     again = drift_of(opened(result.output))

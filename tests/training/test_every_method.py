@@ -12,7 +12,7 @@ from deltaw.training.fit import fit
 from deltaw.training.origin import score_run
 from tests.byte_models import saved
 from tests.conftest import write_rows
-from tests.training.runs import adapter, held_out_rows, opened
+from tests.training.runs import METHODS, adapter, held_out_rows, often, opened
 
 SHAPE = {
     "hidden_size": 32,
@@ -20,12 +20,6 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "initializer_range": 0.2,
-}
-METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
-CHANGES = {
-    "last": {"last": {"blocks": 1}},
-    "prompt": {"prompt": {"length": 4}},
-    "random": {"random": {"weights": 0.05}},
 }
 
 
@@ -73,8 +67,8 @@ def pixels_file(tmp_path_factory):
 def of_task(settings, tmp_path):
     def made(task, model, rows, method):
         data = {"train": str(rows), "eval": 3}
-        changes = {"model": str(model), "task": task, "data": data, "method": method, "train": {"epochs": 2}}
-        return settings(tmp_path / "run", **changes, **CHANGES.get(method, {}))
+        changes = {"model": str(model), "task": task, "data": data, "train": {"epochs": 2}}
+        return settings(tmp_path / "run", **changes, **METHODS[method])
 
     return made
 
@@ -98,11 +92,6 @@ def trains_and_opens_again(settings):
 def test_text_to_be_generated(method, of_task, model_folder, rows_file):
     result, run = trains_and_opens_again(of_task("causal-lm", model_folder, rows_file, method))
     assert result.trained_parameters > 0 and run.method.name == method
-
-
-def often(*methods):
-    """All methods, of which the quick set has some."""
-    return [m if m in methods else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 
 
 @pytest.mark.parametrize("method", often("lora", "head", "prompt"))

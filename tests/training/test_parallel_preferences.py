@@ -21,7 +21,7 @@ from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
 from tests.training.loops import example
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, train_until_one_dies, trains_as_one
-from tests.training.runs import metrics
+from tests.training.runs import metrics, often
 from tests.training.test_preference import moved
 
 pytestmark = needs_gloo
@@ -85,7 +85,7 @@ def compared(made, kind: str, folder: Path, size: int, **of_train) -> None:
         assert max(line.get("kl", 0.0) for line in metrics(folder / "one")) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS][1:])])
+@pytest.mark.parametrize("kind", often("dpo", of=KINDS))
 def test_two_processes_train_on_answers_as_one(made, tmp_path, kind):
     compared(made, kind, tmp_path, 2, tokens_per_pass=128)
 

@@ -28,7 +28,7 @@ from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, opened, stopped_run
+from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, often, opened, stopped_run
 from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients, log_prob, pairs
 
 BETA = 0.3
@@ -254,7 +254,7 @@ def preferred(preferring, tmp_path_factory):
     return functools.cache(lambda loss: fit(preferring(folder / loss, preference={"loss": loss}, train=train)))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ipo", "simpo"))])
+@pytest.mark.parametrize("loss", often("dpo", "orpo", of=("dpo", "ipo", "orpo", "simpo")))
 def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferred, loss):
     result = preferred(loss)
     evals = [line["eval"] for line in metrics(result.output, "eval")]

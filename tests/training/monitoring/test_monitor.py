@@ -15,7 +15,7 @@ from deltaw.training.fit import fit
 from deltaw.training.monitoring import best as best_score
 from deltaw.training.origin import score_run
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import Told, adapter, metrics, opened
+from tests.training.runs import METHODS, Told, adapter, metrics, often, opened
 
 RUINED = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 8, "eval_every": 2}
 
@@ -61,15 +61,9 @@ def test_a_run_that_keeps_improving_is_not_stopped_and_its_best_adapter_is_its_l
     assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
-SECTIONS = {"lora": {"rank": 4}, "head": {}, "prompt": {"length": 2}, "full": {}, "bias": {}}
-SECTIONS |= {"random": {"weights": 500}, "input": {}, "last": {"blocks": 1}}
-SELDOM = ("full", "bias", "random", "input", "last")
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in SECTIONS])
+@pytest.mark.parametrize("method", often("lora", "head", "prompt"))
 def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method):
-    made = settings(tmp_path / "run", method=method, train={**RUINED, "epochs": 4, "adapter": "best"})
-    made |= {method: SECTIONS[method]} if SECTIONS[method] else {}
+    made = settings(tmp_path / "run", train={**RUINED, "epochs": 4, "adapter": "best"}, **METHODS[method])
     made |= {"model": str(gpt2_folder)} if method == "bias" else {}
     told = Told()
     result = fit(made, callback=told)
@@ -182,7 +176,7 @@ def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
     assert all(torch.equal(tensor, last[name]) for name, tensor in adapter(plain.output).items())
 
 
-@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "prompt"))])
+@pytest.mark.parametrize("method", often("lora", of=("lora", "full", "prompt")))
 def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_path, method):
     told = Told()
     train = {"samples": 1, "eval_every": 2, "learning_rate": 5e-2, "epochs": 2}

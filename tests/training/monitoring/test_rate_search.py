@@ -12,26 +12,18 @@ from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
-from tests.training.runs import Told, adapter, metrics, session_of
+from tests.training.runs import METHODS, Told, adapter, metrics, often, session_of
 
-METHODS = {
-    "lora": {"lora": {"rank": 4, "dropout": 0.1}},
-    "dora": {"lora": {"rank": 4, "dora": True}},
-    "prompt": {"method": "prompt", "prompt": {"length": 2}},
-    "random": {"method": "random", "random": {"weights": 500}},
-    "last": {"method": "last", "last": {"blocks": 1}},
-    **{method: {"method": method} for method in ("head", "bias", "full", "input")},
-}
-SELDOM = {"random", "last", "head", "input"}
+KINDS = {"lora": {"lora": {"dropout": 0.1}}, "dora": {"lora": {"dora": True}}}
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in METHODS])
+@pytest.mark.parametrize("method", often("lora", "dora", "prompt", "bias", "full", of={**METHODS, **KINDS}))
 def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
     settings, tmp_path, gpt2_folder, method, precision
 ):
-    changes = {**METHODS[method], "precision": precision, "train": {"learning_rate": "search"}}
+    changes = {**(METHODS | KINDS)[method], "precision": precision, "train": {"learning_rate": "search"}}
     changes |= {"model": str(gpt2_folder)} if method == "bias" else {}
     session = session_of(settings(tmp_path / "run", **changes))
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
