@@ -36,6 +36,7 @@ from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
 from tests.training.loops import example
 from tests.training.runs import metrics, often, opened, session_of
+from tests.training.test_losses import log_prob
 
 INVOCATION = [5, 7, 9]
 FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "qwen3", "neox", "phi3", "cohere")
@@ -62,7 +63,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float32, **changes: object) 
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.normal_(std=0.3, generator=generator)
     return model
 
 
@@ -73,10 +74,8 @@ def prompts_of(model: nn.Module, examples: list, folder: Path, **how: object) ->
         prompts, choice = stored_prompts(model, CausalObjective(model), batcher, examples, folder=folder, **how)
         assert prompts is not None, choice.why
         prompts.choice = choice
-        try:
-            yield prompts
-        finally:
-            prompts.close()
+        yield prompts
+        prompts.close()
 
 
 def loss_and_gradients(model: nn.Module, objective, batcher, examples) -> tuple[Tensor, list[Tensor]]:
@@ -92,28 +91,18 @@ def loss_and_gradients(model: nn.Module, objective, batcher, examples) -> tuple[
 
 def masked(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tensor]]:
     """The definition: rows one by one through the model's own code, whose adapter looks at the tokens."""
-    factors = [p for _, p in adapter_parameters(model)]
-    loss: Tensor | float = 0.0
-    for row in examples:
-        ids = torch.from_numpy(row.tokens).long()
-        log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        for place in np.flatnonzero(row.is_label):
-            loss = loss - log_probs[place - 1, ids[place]]
-    assert isinstance(loss, Tensor)
-    return loss.detach(), list(torch.autograd.grad(loss, factors))
+    loss = -torch.stack([log_prob(model, row) for row in examples]).sum()
+    return loss.detach(), list(torch.autograd.grad(loss, [p for _, p in adapter_parameters(model)]))
 
 
 @contextlib.contextmanager
 def tokens_run(model: nn.Module) -> Iterator[list[int]]:
     """How many tokens each call of the backbone sees."""
     seen: list[int] = []
-    hook = backbone_of(model).register_forward_pre_hook(
+    with backbone_of(model).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    try:
+    ):
         yield seen
-    finally:
-        hook.remove()
 
 
 def relative(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -348,28 +337,25 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(activating, model
 
     run = opened(result.output)
     examples, _ = run.task.read_file(activating()["data"]["train"], run.data, None)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), result.output)
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    losses, labels = [0.0, 0.0], 0
-    for row in examples:
-        ids = torch.from_numpy(row.tokens).long()[None]
-        at = np.flatnonzero(row.is_label)
-        labels += len(at)
-        with torch.no_grad():
-            ours, peft, bare = (m(input_ids=ids).logits[0] for m in (run.model, theirs.eval(), base.eval()))
-        torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
-        for number, logits in enumerate((peft, bare)):
-            losses[number] -= float(logits.log_softmax(-1)[at - 1, ids[0, at]].sum())
+    base = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), result.output).eval()
+    labels = sum(row.label_count for row in examples)
+    with torch.no_grad():
+        for row in examples:
+            ids = torch.from_numpy(row.tokens).long()[None]
+            ours, peft = (m(input_ids=ids).logits for m in (run.model, theirs))
+            torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
+        adapted_loss, bare_loss = (-float(sum(log_prob(m, row) for row in examples)) / labels for m in (theirs, base))
     score = score_run(run, examples, max_new_tokens=4)
     batcher, _ = choose_causal_batcher(run.model, examples, device="cpu")
     assert not batcher.padded  # that the adapter is on the model does not keep its rows from being packed
-    assert score.metrics["loss"] == pytest.approx(losses[0] / labels, rel=1e-4)
+    assert score.metrics["loss"] == pytest.approx(adapted_loss, rel=1e-4)
     prompt = examples[0].tokens[: examples[0].prompt_length]
     assert run.not_invoked([prompt]) is None
     assert "1 of 2 prompts do not have '<|im_start|>assistant" in run.not_invoked([prompt, prompt[:3]])
     with run.base():
         bare_score = score_run(run, examples, max_new_tokens=4)
-    assert bare_score.metrics["loss"] == pytest.approx(losses[1] / labels, rel=1e-4)
+    assert bare_score.metrics["loss"] == pytest.approx(bare_loss, rel=1e-4)
 
 
 def test_one_epoch_keeps_nothing_on_the_disk_and_trains_as_masked_rows_do(activating, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ def folders(tmp_path_factory):
     GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=128, **sizes)).save_pretrained(root / "gpt2")
     for family in ("llama", "bert", "gpt2"):
         byte_tokenizer().save_pretrained(root / family)
-    marks = [chr(ord("a") + n) * 30 for n in range(26)]
+    marks = [letter * 30 for letter in string.ascii_lowercase]
     write_rows(root / "llama.jsonl", ({"prompt": f"say {m}", "completion": m} for m in marks))
     write_rows(root / "bert.jsonl", ({"text": m, "label": "even" if n % 2 else "odd"} for n, m in enumerate(marks)))
     lines = (",".join([*(str((n * place) % 251) for place in range(256)), str(n % 2)]) for n in range(26))

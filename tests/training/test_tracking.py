@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import types
 from typing import get_args
+from unittest import mock
 
 import pytest
 
@@ -67,58 +67,49 @@ def test_trackio_has_every_number_of_the_run(settings, tmp_path, monkeypatch, ca
     assert held_out == pytest.approx({s: v["loss"] for s, v in by_step(result.output, "eval").items()})
 
 
-class RecordingWandB(types.ModuleType):
-    """As much of wandb as a run uses."""
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module in the place of wandb, which is told all and prints; its log fails at the step ``fails_at``."""
 
-    def __init__(self, fail_at=None):
-        super().__init__("wandb")
-        self.__spec__ = importlib.util.spec_from_loader("wandb", None)
-        self.inits, self.logged, self.finished, self.fail_at = [], [], 0, fail_at
-
-    def Settings(self, **given):
-        return given
-
-    def init(self, **given):
+    def init(**given):
         print("wandb says a lot")
-        self.inits.append(given)
-        return self
+        return module
 
-    def log(self, values, step):
-        if step == self.fail_at:
+    def log(values, step):
+        if step == module.fails_at:
             raise ConnectionError("the network is gone\nand more")
-        self.logged.append((step, values))
 
-    def finish(self):
-        self.finished += 1
+    module = mock.MagicMock(__spec__=importlib.util.spec_from_loader("wandb", None), fails_at=None)
+    module.init.side_effect, module.log.side_effect = init, log
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
 
 
-def test_wandb_is_told_settings_steps_and_evaluations(settings, tmp_path, monkeypatch, capfd):
-    wandb = RecordingWandB()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_wandb_is_told_settings_steps_and_evaluations(settings, tmp_path, monkeypatch, wandb, capfd):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     result = fit(settings(tmp_path / "run", track="wandb"))
-    (init,) = wandb.inits
-    assert init["project"] == "mine" and init["name"] == "run" and init["dir"] == str(result.output)
-    assert init["config"]["lora.rank"] == 4 and init["config"]["train.learning_rate"] == 1e-2
-    json.dumps(init["config"])
-    losses = {step: values["train/loss"] for step, values in wandb.logged if "train/loss" in values}
-    assert losses == by_step(result.output, "loss") and wandb.finished == 1
-    assert [step for step, values in wandb.logged if "eval/loss" in values] == [3]
+    given = wandb.init.call_args.kwargs
+    assert given["project"] == "mine" and given["name"] == "run" and given["dir"] == str(result.output)
+    assert given["config"]["lora.rank"] == 4 and given["config"]["train.learning_rate"] == 1e-2
+    json.dumps(given["config"])
+    logged = [(call.kwargs["step"], call.args[0]) for call in wandb.log.call_args_list]
+    losses = {step: values["train/loss"] for step, values in logged if "train/loss" in values}
+    assert losses == by_step(result.output, "loss") and wandb.finish.call_count == 1
+    assert [step for step, values in logged if "eval/loss" in values] == [3]
     assert capfd.readouterr().out == "", "what a tracker prints is not the run's"
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(settings, tmp_path, monkeypatch):
-    wandb, told = RecordingWandB(fail_at=2), Told()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(settings, tmp_path, wandb):
+    wandb.fails_at, told = 2, Told()
     assert fit(settings(tmp_path / "run", track="wandb"), callback=told).outcome.steps == 3
     said = "track wandb: failed, and gets nothing more (ConnectionError: the network is gone)"
     assert [line for line in told.lines if "wandb" in line] == [said]
-    assert [step for step, _ in wandb.logged] == [1]
+    assert [call.kwargs["step"] for call in wandb.log.call_args_list] == [1, 2]
     # A run that fails lets its tracker finish.
-    done = wandb.finished
+    wandb.finish.reset_mock()
     with pytest.raises(UserError, match="diverged"):
         fit(settings(tmp_path / "broken", track="wandb", lora={"alpha": 1e20}, train={"epochs": 2}))
-    assert wandb.finished == done + 1
+    assert wandb.finish.call_count == 1
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(settings, tmp_path, monkeypatch):
