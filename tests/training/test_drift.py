@@ -10,7 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from deltaw import cache
 from deltaw.errors import UserError
@@ -37,6 +36,7 @@ from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.loops import example
 from tests.training.runs import METHODS, Told, metrics, often, opened
+from tests.training.test_losses import assert_gradients, gradients, log_prob
 
 PROMPTS = MEASURED[:10]
 
@@ -95,7 +95,7 @@ def test_an_untrained_adapter_has_not_drifted():
     batcher = CausalMicroBatcher(64, True, False, "cpu")
     how = {"base": lambda: disabled(model), "running": lambda: packed_rows(model)}
     drift = measure_drift(model, made_up_answers(5, VOCABULARY), batcher, **how)
-    assert drift.change == pytest.approx(0, abs=1e-6) and drift.divergence == pytest.approx(0, abs=1e-6)
+    assert [drift.change, drift.divergence] == pytest.approx([0, 0], abs=1e-6)
     assert drift.same == 1 and not drift.large and len(drift.lines()) == 1
 
 
@@ -276,23 +276,12 @@ def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
     model = moved(causal_model("llama"), 0.3)
     batcher, rows = CausalMicroBatcher(64, True, False, "cpu"), made_up_answers(5, VOCABULARY)
     keep = KeepGeneral(CausalObjective(model), batcher, rows, weight=0.7, seed=3, per_step=2)
-    trained = [p for p in model.parameters() if p.requires_grad]
     with packed_rows(model):
         value = keep(1)
-    found = [p.grad.clone() for p in trained]
-    model.zero_grad()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     chosen = keep.rows_of(1)
-    losses = []
-    for row in chosen:
-        ids = torch.from_numpy(row.tokens).long()
-        at = torch.from_numpy(np.flatnonzero(row.is_label))
-        logits = model(input_ids=ids[None]).logits[0, at - 1]
-        losses.append(nn.functional.cross_entropy(logits, ids[at], reduction="sum"))
-    mean = sum(losses) / sum(row.label_count for row in chosen)
-    (0.7 * mean).backward()
+    mean = -sum(log_prob(model, row) for row in chosen) / sum(row.label_count for row in chosen)
     assert value == pytest.approx(mean.item(), rel=1e-5)
-    expected = [p.grad for p in trained]
-    difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
-    assert difference <= 1e-5 * torch.cat([b.flatten() for b in expected]).norm()
+    assert_gradients(found, gradients(model, 0.7 * mean), 1e-5)
     seen = [row.row for step in range(5) for row in keep.rows_of(step)]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [1, 2, 3, 4, 5]

@@ -277,30 +277,29 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(of, tmp_path):
 
 @contextlib.contextmanager
 def two_hosts():
-    """Two network namespaces with an address each, joined by one cable."""
-    tag = f"{os.getpid() % 10000}"
-    names, cables = (f"dw{tag}a", f"dw{tag}b"), (f"v{tag}a", f"v{tag}b")
+    """Two network namespaces with an address each, joined by one cable: their names and their ends of it."""
+    tag = os.getpid() % 10000
+    hosts = [(f"dw{tag}{end}", f"v{tag}{end}") for end in "ab"]
+    (first, cable), (second, other) = hosts
 
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
+    def ip(command: str, check: bool = True) -> None:
+        subprocess.run(["ip", *command.split()], check=check, capture_output=True)
 
     try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", cables[1], "netns", names[1])
-        for number, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            ip("-n", name, "addr", "add", f"10.213.7.{number + 1}/24", "dev", cable)
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", cable, "up")
-    except (OSError, subprocess.CalledProcessError) as error:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-        pytest.skip(f"network namespaces cannot be made here: {error}")
-    try:
-        yield list(zip(names, cables, strict=True))
+        try:
+            ip(f"netns add {first}")
+            ip(f"netns add {second}")
+            ip(f"link add {cable} netns {first} type veth peer {other} netns {second}")
+            for number, (name, own) in enumerate(hosts, 1):
+                ip(f"-n {name} addr add 10.213.7.{number}/24 dev {own}")
+                ip(f"-n {name} link set lo up")
+                ip(f"-n {name} link set {own} up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield hosts
     finally:
-        for name in names:
-            ip("netns", "del", name)
+        for name, _ in hosts:
+            ip(f"netns del {name}", check=False)
 
 
 @pytest.mark.slow
@@ -309,22 +308,14 @@ def test_two_hosts_started_by_torchrun_train_as_one(of, tmp_path):
     fit(of(tmp_path / "one"))
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(of(tmp_path / "two")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 10.213.7.1"
+    both = []
     with two_hosts() as hosts:
-        both = [
-            subprocess.Popen(
-                [
-                    *("ip", "netns", "exec", name, *torchrun, "--node-rank", str(rank)),
-                    *("--master-addr", "10.213.7.1", "--master-port", "29511"),
-                    *("-m", "deltaw", "train", str(path)),
-                ],
-                env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "PYTHONPATH": str(ROOT / "src")},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank, (name, cable) in enumerate(hosts)
-        ]
+        for rank, (name, cable) in enumerate(hosts):
+            command = f"ip netns exec {name} {torchrun} --master-port 29511 --node-rank {rank} -m deltaw train {path}"
+            environment = os.environ | {"GLOO_SOCKET_IFNAME": cable, "PYTHONPATH": str(ROOT / "src")}
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            both.append(subprocess.Popen(command.split(), env=environment, **streams))
         zero, one = ended(both)
     assert zero[0] == 0 and one[:2] == (0, ""), (zero, one)
     assert "2 processes, 1 of them here" in zero[1]

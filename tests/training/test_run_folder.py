@@ -6,7 +6,7 @@ import os
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.errors import UserError
@@ -16,28 +16,23 @@ from deltaw.training.run_folder import METRICS, SETTINGS, RunFolder, check_outpu
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
 
 
-@given(
-    texts,
-    texts,
-    st.fixed_dictionaries(
-        {
-            "rank": st.integers(1, 64),
-            "alpha": st.floats(1e-6, 1e6),
-            "target_modules": st.sampled_from(["all-linear", ["q_proj", "v_proj"], r".*\.mlp\..*"]),
-            "layers": st.sampled_from([None, "0-3", [1, 2]]),
-            "rank_pattern": st.sampled_from([{}, {"q_proj": 2}]),
-        }
-    ),
-    st.fixed_dictionaries(
-        {
-            "learning_rate": st.floats(1e-12, 1.0),
-            "epochs": st.floats(1e-3, 100),
-            "tokens_per_pass": st.sampled_from(["auto", 1, 4096]),
-            "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
-            "max_grad_norm": st.sampled_from([None, 0.5]),
-        }
-    ),
-)
+LORA = {
+    "alpha": st.floats(1e-6, 1e6),
+    "target_modules": st.sampled_from(["all-linear", ["q_proj", "v_proj"], r".*\.mlp\..*"]),
+    "layers": st.sampled_from([None, "0-3", [1, 2]]),
+    "rank_pattern": st.sampled_from([{}, {"q_proj": 2}]),
+}
+TRAIN = {
+    "learning_rate": st.floats(1e-12, 1.0),
+    "epochs": st.floats(1e-3, 100),
+    "tokens_per_pass": st.sampled_from(["auto", 1, 4096]),
+    "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    "max_grad_norm": st.sampled_from([None, 0.5]),
+}
+
+
+@settings(max_examples=40)
+@given(texts, texts, st.fixed_dictionaries(LORA), st.fixed_dictionaries(TRAIN))
 def test_the_settings_read_back_as_the_same_configuration(model, output, lora, train):
     data = {"train": "rows: #1.jsonl", "eval": 0.1, "columns": {"prompt": "question"}}
     config = RunConfig.read({"model": model, "data": data, "lora": lora, "train": train, "output": output})
