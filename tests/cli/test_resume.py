@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.cli.conftest import start, tree
-from tests.training.test_checkpoints import assert_same_run
+from tests.training.runs import assert_same_run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
 
