@@ -31,7 +31,7 @@ from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, Ti
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import Answer, answers, exact_match
+from deltaw.training.tasks.causal import Answer, answers, exact_answers
 
 # ---- Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
@@ -234,7 +234,7 @@ class WrittenAnswers:
         rows = self._rows.get(name, [])
         if not rows:
             return evaluation
-        share = exact_match(write(self._session, rows, max_new_tokens=None))
+        share = float(exact_answers(write(self._session, rows, max_new_tokens=None)).mean())
         return replace(evaluation, metrics={**evaluation.metrics, WRITTEN: share})
 
 
