@@ -267,12 +267,9 @@ def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
         UserError: a row has none.
     """
     values = [row.reference for row in rows.rows]
-    if any(value is None for value in values):
-        raise UserError(
-            "the rows have no log-probabilities of the reference model",
-            where="preference.loss",
-            hint="give rows to the task's referenced() first",
-        )
+    if None in values:
+        what, hint = "the rows have no log-probabilities of the reference model", "call the task's referenced() first"
+        raise UserError(what, where="preference.loss", hint=hint)
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 

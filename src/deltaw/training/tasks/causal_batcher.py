@@ -81,13 +81,8 @@ class CausalMicroBatcher:
 
     def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
-        return microbatch_shapes(
-            list(self.split(rows)),
-            share=self.share,
-            padded=self.padded,
-            fill=self.fill,
-            inactive_cost=self.inactive_cost,
-        )
+        parts, how = list(self.split(rows)), {"share": self.share, "padded": self.padded, "fill": self.fill}
+        return microbatch_shapes(parts, inactive_cost=self.inactive_cost, **how)
 
     def labels(self, rows: Sequence[Item]) -> list[int]:
         """Labels in each microbatch."""

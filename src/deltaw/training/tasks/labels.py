@@ -92,11 +92,10 @@ def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -
         with torch.no_grad():
             model(pixel_values=pixels)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"the model does not take its images as prepared: {str(error).splitlines()[0]}",
-            where=f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels",
-            hint="check that preprocessor_config.json belongs to the model; without it, the model's image_size counts",
-        ) from error
+        what = f"the model does not take its images as prepared: {str(error).splitlines()[0]}"
+        where = f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels"
+        hint = "check that preprocessor_config.json belongs to the model; without it, the model's image_size counts"
+        raise UserError(what, where=where, hint=hint) from error
 
 
 def text_positions(model: PreTrainedModel) -> int | None:
@@ -242,9 +241,7 @@ def _head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
     ids = _trial_ids(model, 8)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        own = model(**inputs).logits
-        ours = _at_last_token(model, head, inputs)
-        agree = own.shape == ours.shape and bool(_close(own, ours))
+        agree = _close(model(**inputs).logits, _at_last_token(model, head, inputs))
     return head if agree else None
 
 
@@ -267,13 +264,10 @@ def _check_padding(model: PreTrainedModel) -> None:
     with torch.no_grad():
         alone = model(input_ids=short, attention_mask=torch.ones_like(short)).logits
         behind = model(input_ids=ids, attention_mask=padded).logits
-        agree = alone.shape == behind.shape and bool(_close(alone, behind))
-    if not agree:
-        raise UserError(
-            f"the outputs of {type(model).__name__} change when padding follows a row",
-            where="model",
-            hint="choose another model: rows of different lengths could not go through it together",
-        )
+    if not _close(alone, behind):
+        what = f"the outputs of {type(model).__name__} change when padding follows a row"
+        hint = "choose another model: rows of different lengths could not go through it together"
+        raise UserError(what, where="model", hint=hint)
 
 
 def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
@@ -285,10 +279,10 @@ def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
     return ids if pad is None else torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
 
 
-def _close(left: Tensor, right: Tensor) -> Tensor:
+def _close(left: Tensor, right: Tensor) -> bool:
     tolerance = 1e-4 if left.dtype in (torch.float32, torch.float64) else 4e-2
     left, right = left.float(), right.float()
-    return (left - right).norm() <= tolerance * left.norm() + 1e-6
+    return left.shape == right.shape and bool((left - right).norm() <= tolerance * left.norm() + 1e-6)
 
 
 # ---- How well a model predicts classes, numbers, or which of two texts is preferred: metrics, predictions row by
@@ -352,6 +346,7 @@ def _of_classes(truth: np.ndarray, logits: np.ndarray, classes: tuple[str, ...])
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
+@dataclass(eq=False)
 class LabelTask(Task):
     """Predict a text's class or number, or an image's class.
 
@@ -367,32 +362,22 @@ class LabelTask(Task):
     shares_evaluation = True
     evaluation_asks = "predictions"
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        encoder: ImageEncoder | None = None,
-        named: tuple[str, ...] | None = None,
-        own_outputs: int | None = None,
-        model: str = "",
-    ) -> None:
-        self.name = name
-        self.named = named
-        self._own_outputs = own_outputs
-        self._model = model
-        self.tokenizer = tokenizer
-        self.encoder = encoder
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    encoder: ImageEncoder | None = None
+    named: tuple[str, ...] | None = None
+    own_outputs: int | None = None
+    model: str = ""
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
-        named, model = named_classes(files.config), files.reference
+        named, model, code = named_classes(files.config), files.reference, files.trust_remote_code
         if name == "image-classification":
-            encoder = ImageEncoder(files.folder, trust_remote_code=files.trust_remote_code)
+            encoder = ImageEncoder(files.folder, trust_remote_code=code)
             return cls(name, None, encoder, named, own_outputs(files.config), model)
-        tokenizer = files.tokenizer()
         # A regression's configuration has one output, whatever the files say.
-        config = read_config(files.folder, "sequence-classification", None, files.trust_remote_code)
-        return cls(name, tokenizer, None, named, own_outputs(config), model)
+        config = read_config(files.folder, "sequence-classification", None, code)
+        return cls(name, files.tokenizer(), None, named, own_outputs(config), model)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> LabelReader | RewardReader:
         if self.name == "sequence-classification" and are_pairs(settings.train, settings):
@@ -418,10 +403,10 @@ class LabelTask(Task):
 
     def _check_outputs(self, classes: Classes, what: str) -> None:
         """Refuse rows that the model's own head is not made for, before its weights are read."""
-        if self._own_outputs is not None and classes is not None:
-            check_classes(self._own_outputs, classes, self._model)
-        elif self._own_outputs is not None:
-            check_one_output(self._own_outputs, what, self._model)
+        if self.own_outputs is not None and classes is not None:
+            check_classes(self.own_outputs, classes, self.model)
+        elif self.own_outputs is not None:
+            check_one_output(self.own_outputs, what, self.model)
 
     def outputs(self, data: RunData) -> int | None:
         return 1 if data.classes is None else len(data.classes)
