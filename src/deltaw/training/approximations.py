@@ -103,11 +103,10 @@ class Measured:
 
     def failing(self, margin: float = 1.0) -> str | None:
         """What is off by too much, in words; None where nothing is."""
-        if not self.whole.within(margin, of_block=False):
-            return f"the gradient is off from fp32 by {self.whole.error:.1%} and not {self.whole.own:.1%}"
-        for name, errors in self.blocks.items():
-            if not errors.within(margin, of_block=True):
-                return f"the gradient of {name} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
+        for name, errors in {"": self.whole, **self.blocks}.items():
+            if not errors.within(margin, of_block=bool(name)):
+                of = f" of {name}" if name else ""
+                return f"the gradient{of} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
         return None
 
     def __str__(self) -> str:

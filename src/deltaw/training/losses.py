@@ -309,7 +309,7 @@ class AnswerMetrics(Watched):
 
     def means(self) -> dict[str, float]:
         sums = self.totals().tolist()
-        return named_answers(*sums) if sums[3] + sums[4] else {}
+        return named_answers(sums) if sums[3] + sums[4] else {}
 
 
 class UnpairedLoss:
@@ -361,10 +361,10 @@ class UnpairedLoss:
         return AnswerLosses(losses, rewards, desired, sides.detach().sign() / 2 + 0.5)
 
 
-def named_answers(
-    accuracies: float, desired: float, undesired: float, desired_count: float, others: float, kl: float
-) -> dict[str, float]:
-    """Metrics by their names, from sums over answers; a kind of answers that is not there has none."""
+def named_answers(sums: Sequence[float]) -> dict[str, float]:
+    """Metrics by their names, from the sums of :class:`AnswerMetrics`; a kind of answers that is not there has
+    none."""
+    accuracies, desired, undesired, desired_count, others, kl = sums
     count = desired_count + others
     found = {"accuracy": accuracies / count, "kl": kl / count}
     if desired_count:

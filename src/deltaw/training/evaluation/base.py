@@ -167,7 +167,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, object]:
         """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
-        own: dict[str, object] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        own: dict[str, object] = {name: _finite(value) for name, value in self.metrics.items()}
         if not self.name:
             return own
         return {self.name: own, **{name: other.as_dict() for name, other in self.others.items()}}
@@ -184,5 +184,8 @@ class Evaluation:
         if not self.metrics:
             return None
         interval = None if self.interval is None else [float(bound) for bound in self.interval]
-        value = self.metrics[self.main]
-        return {"metric": self.main, "value": value if math.isfinite(value) else None, "interval": interval}
+        return {"metric": self.main, "value": _finite(self.metrics[self.main]), "interval": interval}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def _written(
 ) -> list[list[int]]:
     """The answers' tokens, terminators included."""
     with working("letting the base model answer general questions", len(prompts)) as advance:
-        how = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
         completions = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **how)
     return [[*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])] for done in completions]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from deltaw.data.packing import Batch, Member
 from deltaw.kernels.transfer import to_device
 from deltaw.runtime.layer_entry import LayerEntry
-from deltaw.training.features.store import FeatureStore
+from deltaw.training.features.store import FeatureStore, Shape
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 
 # Vectors in a batch that goes through nothing but a head.
@@ -57,6 +57,10 @@ class RowIndex:
         self._number = {one: n for n, one in enumerate(self.contents)}
         # Stored rows are made anew each time; of rows that stay, the content is looked at once.
         self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def shape(self, vectors: Tensor) -> Shape:
+        """What a store of these rows holds, by some of their vectors (n, width)."""
+        return Shape.of(len(self.contents), self.units, vectors.shape[1], vectors.dtype)
 
     def know(self, rows: Sequence[Any]) -> bool:
         return bool((self.slots(rows) >= 0).all())

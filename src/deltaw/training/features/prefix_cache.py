@@ -290,25 +290,20 @@ def cached_prefix(
     try:
         feed = _feed(model, level, objective, batcher)
         vectors = feed.learn(next(iter(batcher.batches(few))))
-
-        def shape_of(rows: RowIndex) -> Shape:
-            return Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
-
         rows = feed.indexed(few)
-        trial = feed.over(rows, MemoryStore(shape_of(rows)))
+        trial = feed.over(rows, MemoryStore(rows.shape(vectors)))
         tolerance = tolerance_of(vectors.dtype) if real else None
         difference = difference_of(Feed(objective, batcher), trial, few, trained, loss=tolerance)
     except Exception as error:  # whatever a foreign model raises here, it can train without kept features
         return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief(error)})")
     if difference is not None:
         return None, Choice("off", f"{type(model).__name__} resumed there gives {difference}")
-    too_large = _too_large(feed, examples, vectors, limit)
-    if too_large is not None:
+    if too_large := _too_large(feed, examples, vectors, limit):
         return None, Choice("off", f"features would take about {too_large}")
 
     sharing = sharing or Sharing()
     rows = feed.indexed(examples)
-    shape = shape_of(rows)
+    shape = rows.shape(vectors)
     store: FeatureStore | None = None if sharing.leads else sharing.join(shape)
     if isinstance(store, DiskStore):
         kept = f"{size_text(shape.bytes)} in {store.folder}"
@@ -398,7 +393,7 @@ def _still_right(cached: KeptFeatures) -> int:
     few = [cached.rows.distinct[slot] for slot in slots]
     before = cached.store.read(cached.rows.places(slots))
     again = cached.indexed(few)
-    fresh = cached.over(again, MemoryStore(Shape.of(len(again.contents), again.units, before.shape[1], before.dtype)))
+    fresh = cached.over(again, MemoryStore(again.shape(before)))
     for batch in cached.batcher.batches(few):
         fresh.keep(batch)
     after = fresh.store.read(again.places(again.slots(few))).to(before.device)

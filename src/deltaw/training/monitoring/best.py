@@ -200,8 +200,6 @@ class BestScore:
             setattr(self, name, state[name])
 
 
-# The first step of a process prepares what later ones use; it does not tell their speed.
-UNMEASURED = 1
 # Steps that are measured before the first plan; more of them, until this share of the budget is spent.
 FEWEST_MEASURED, MOST_MEASURED, MEASURING_SHARE = 3, 16, 0.02
 # The speed is that of so many last steps.
@@ -257,7 +255,6 @@ class TimeBudget:
     planned: bool = False
     _mark: float | None = None
     _durations: list[float] = field(default_factory=list)
-    _skipped: int = 0
     _error_planned: float = 0.0
 
     def spent(self) -> float:
@@ -273,7 +270,6 @@ class TimeBudget:
         if self.spent() >= self.seconds and not self._spent_before:
             what = f"the time is over before the first step: reading the model and the rows took {self.spent():.0f} s"
             raise UserError(what, where="train.time", hint="give more time")
-        self._mark = self.clock()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -285,11 +281,10 @@ class TimeBudget:
         self.ending.measured = True
 
     def step_done(self) -> None:
-        """Measure the step that has just ended."""
-        if self._mark is not None and self._skipped >= UNMEASURED:
+        """Measure the step that has just ended, unless it is the process's first, which prepares what later ones
+        use."""
+        if self._mark is not None:
             self._durations = [*self._durations, self.clock() - self._mark][-WINDOW:]
-        elif self._mark is not None:
-            self._skipped += 1
 
     def plan(self, state: TrainState, every: int | None) -> str | None:
         """Plan the number of steps where that is due.

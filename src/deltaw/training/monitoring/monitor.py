@@ -250,8 +250,8 @@ def write(session: Session, rows: Sequence[Example], *, max_new_tokens: int | No
 
 
 def _without_virtual_tokens(row: Example, count: int) -> Example:
-    own = {"tokens": row.tokens[count:], "is_label": row.is_label[count:]}
-    return replace(row, **own, prompt_length=row.prompt_length - count, active_from=None)
+    tokens, is_label, length = row.tokens[count:], row.is_label[count:], row.prompt_length - count
+    return replace(row, tokens=tokens, is_label=is_label, prompt_length=length, active_from=None)
 
 
 # Beside the best adapter: that of the last step.
@@ -286,7 +286,7 @@ class Monitor:
     Args:
         session: ready to train. folder: the run's.
         callback: told of what a person should see. write: adds a line to the run's metrics.
-        began: when the run began, by ``clock``. clock: gives the time in seconds; None: the run's own.
+        began: when the run began, by :func:`deltaw.training.monitoring.best.now`.
 
     Attributes:
         best: the best evaluation so far.
@@ -300,14 +300,10 @@ class Monitor:
         callback: Callback,
         write: Callable[[Mapping[str, object]], None],
         *,
-        began: float | None = None,
-        clock: Callable[[], float] | None = None,
+        began: float,
     ) -> None:
         train = session.config.train
-        self._session = session
-        self._folder = folder
-        self._callback = callback
-        self._write = write
+        self._session, self._folder, self._callback, self._write = session, folder, callback, write
         self.best = BestScore(train.early_stopping)
         self.stopped: str | None = None
         self._kept = BestParameters(session, folder) if train.adapter == "best" else None
@@ -328,10 +324,7 @@ class Monitor:
         self._costs = Costs(session, answers=sum(map(len, self._scored.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            clock = clock or now
-            began = clock() if began is None else began
-            seconds = duration_seconds(train.time)
-            self.budget = TimeBudget(seconds, session.total_steps, began, clock, told=train.time)
+            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, told=train.time)
         else:
             self._settle_every(session.total_steps)
 
@@ -403,7 +396,7 @@ class Monitor:
             self._evaluate(step)
         elif self._evaluation is None:  # it was evaluated by an earlier process, and told then
             self._evaluation = self._measured()
-        return self._decided(self._evaluation or Evaluation())
+        return decided(self.evaluation, writes_text=self._session.task.writes_text)
 
     def put_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
         """Make the run's adapter the best one, with the last beside it; nothing where the last is asked for.
@@ -511,9 +504,6 @@ class Monitor:
         name, *others = found
         return replace(found[name], name=name, others={other: found[other] for other in others})
 
-    def _decided(self, evaluation: Evaluation) -> Evaluation:
-        return decided(evaluation, writes_text=self._session.task.writes_text)
-
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, tell it, and note whether it is the best so far."""
         timed = contextlib.nullcontext() if self.budget is None else self.budget.evaluating()
@@ -526,9 +516,10 @@ class Monitor:
             self._callback.on_evaluation(step, measured)
             if len(self._samples):
                 self._tell_samples(step, self._samples.of_adapter())
-            if self.best.see(step, measured, writes_text=self._session.task.writes_text) and self._kept:
+            writes_text = self._session.task.writes_text
+            if self.best.see(step, measured, writes_text=writes_text) and self._kept:
                 self._kept.keep(step)
-            return self._decided(measured)
+            return decided(measured, writes_text=writes_text)
 
     def _tell_samples(self, step: int, samples: list[Sample]) -> None:
         self._write({"step": step, "samples": [sample.as_dict() for sample in samples]})

@@ -193,8 +193,9 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     with as_it_was(session), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedParameterWarning)  # the training itself says so
         try:
-            told = {"on_step": seen.append, "should_stop": should_stop, "ended": has_run_away}
-            outcome = session.train(schedule=schedule, total_steps=steps, **told)
+            outcome = session.train(
+                schedule=schedule, total_steps=steps, on_step=seen.append, should_stop=should_stop, ended=has_run_away
+            )
             if outcome.interrupted:
                 return None
         except NotFiniteError:

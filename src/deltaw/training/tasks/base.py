@@ -208,7 +208,7 @@ def evaluate_pairs(
         the evaluation, by ``accuracy``, and the rewards (pairs, 2) of chosen and rejected rows.
 
     Raises:
-        UserError: a loss is not finite.
+        UserError: a loss or a reward is not finite.
     """
     place = {id(pair.rows[0]): number for number, pair in enumerate(pairs)}
     table = np.empty((len(pairs), 4))  # loss, accuracy, rewards
@@ -216,7 +216,7 @@ def evaluate_pairs(
         rows, found = of_batch(batch)
         values = torch.cat([found.losses[:, None], found.accuracies[:, None], found.rewards], 1)
         table[[place[id(row)] for row in rows]] = values.cpu().double().numpy()
-    check_finite("the losses of the evaluated pairs are", table[:, 0])
+    check_finite("the losses and rewards of the evaluated pairs are", table)
     loss, *means = table.mean(0).tolist()
     accuracies = table[:, 1].copy()
     return Evaluation.of_rows({"loss": loss, **named(*means)}, "accuracy", accuracies), table[:, 2:].copy()

@@ -325,7 +325,7 @@ def evaluate_unpaired(objective: UnpairedObjective, answers: Sequence[RowGroup],
     check_finite("the losses of the evaluated answers are", losses)
     sums = accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
     divergence = float(loss.divergence) * len(answers)
-    metrics = named_answers(*(float(numbers.sum()) for numbers in sums), divergence)
+    metrics = named_answers([*(float(numbers.sum()) for numbers in sums), divergence])
     return Evaluation.of_rows({"loss": float(losses.mean()), **metrics}, "accuracy", accuracies.copy())
 
 

@@ -109,9 +109,10 @@ class RoughLogits:
     def of(self, part: slice) -> Tensor:
         """Logits (m, classes) of some of the rows, without what a model makes of them afterwards."""
         int8, scales = quantize.quantized(self.rounded[part], None)
-        rounded = {"scale": self.head.scales, "x_int8": int8, "x_scales": scales}
-        how = {"bias": self.bias, "lora_A": self.lora_A, "lora_B": self.lora_B, **rounded}
-        return products.linear(self.hidden[part], self.weight, **how)[0]
+        x, A, B, scale = self.hidden[part], self.lora_A, self.lora_B, self.head.scales
+        return products.linear(
+            x, self.weight, scale=scale, bias=self.bias, lora_A=A, lora_B=B, x_int8=int8, x_scales=scales
+        )[0]
 
     def variance(self) -> float:
         """The mean square of the logits' error, about, over all rows.
@@ -464,7 +465,7 @@ class CausalObjective:
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """(P,) log p of each of the batch's ``targets``, differentiable, in fp32."""
-        return self._log_probs(self._picked(batch), batch.targets)
+        return self._log_probs(self.label_outputs(batch), batch.targets)
 
     def _log_probs(self, picked: Tensor, targets: Tensor) -> Tensor:
         if not self.chunked:
@@ -475,7 +476,7 @@ class CausalObjective:
 
     def _cross_entropy(self, batch: Batch) -> Tensor:
         """Σ weight · cross-entropy: as the loss of :meth:`token_log_probs`, without logits computed twice."""
-        picked = self._picked(batch)
+        picked = self.label_outputs(batch)
         if self.chunked and not self._head_is_frozen():
             given, parameters = (batch.targets, batch.weights), list(self.head.parameters())
             return chunked_cross_entropy(picked, *given, self._logits, parameters, chunk=self.chunk)
@@ -501,31 +502,29 @@ class CausalObjective:
         if loader.arithmetic().int8_logits and _may_round(self.head) and picked.dtype == torch.bfloat16:
             rough = replace(self._rough_head, least_rows=self.rough_rows)
         scales = rough.scales if rough is not None and self._int8 else None
-        how = {"scales": scales, "blocks": block_weight(self.head), "rough": rough}
-        return frozen_head_log_probs(picked, targets, self.head.weight, self.head.bias, *change, **how)
+        blocks = block_weight(self.head)
+        return frozen_head_log_probs(
+            picked, targets, self.head.weight, self.head.bias, *change, scales=scales, blocks=blocks, rough=rough
+        )
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """For each label its cross-entropy (P,), and the likeliest token in its place, int64 (P,)."""
         losses, likeliest = [], []
-        for rows, targets in zip(self._picked(batch).split(self.chunk), batch.targets.split(self.chunk), strict=True):
-            logits = (self._logits(rows) if self.chunked else rows).float()
+        outputs, chunk = self.label_outputs(batch), self.chunk
+        for rows, targets in zip(outputs.split(chunk), batch.targets.split(chunk), strict=True):
+            logits = self.logits_of(rows).float()
             losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
             likeliest.append(logits.argmax(-1))
         return torch.cat(losses), torch.cat(likeliest)
 
-    @torch.no_grad()
-    def label_outputs(self, batch: Batch) -> Tensor:
-        """What :meth:`logits_of` takes, for each distinct label position of the batch in ascending order."""
-        return self._picked(batch)
-
-    @torch.no_grad()
     def logits_of(self, outputs: Tensor) -> Tensor:
         """(P, vocabulary) logits of :meth:`label_outputs`."""
         return self._logits(outputs) if self.chunked else outputs
 
-    def _picked(self, batch: Batch) -> Tensor:
-        """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
+    def label_outputs(self, batch: Batch) -> Tensor:
+        """(P, d) outputs of the backbone for each distinct label position of the batch in ascending order;
+        (P, vocabulary) logits if not chunked."""
         with entered(batch) as run:
             if self.chunked:
                 with outputs_at(self.model, run.asked):

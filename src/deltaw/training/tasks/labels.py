@@ -102,8 +102,9 @@ def text_positions(model: PreTrainedModel) -> int | None:
     """The most tokens that a row may have; RoBERTa and its kin count positions from the pad id's on."""
     limit = position_limit(model)
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
-            return int(getattr(module, "num_embeddings", limit)) - module.padding_idx - 1  # type: ignore[operator]
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            rows = getattr(module, "num_embeddings", limit)
+            return int(rows) - int(module.padding_idx) - 1  # type: ignore[arg-type]
     return limit
 
 
@@ -177,7 +178,7 @@ class LabelObjective:
         return logits.squeeze(-1) if self.task == "regression" else logits
 
 
-def check_one_output(outputs: int, what: str, model: str = "model") -> None:
+def check_one_output(outputs: int | None, what: str, model: str = "model") -> None:
     """Refuse a head with several outputs for a number.
 
     Args:
