@@ -111,12 +111,3 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law_for_many_rows():
     assert bootstrap_interval(rows, seed=5) == (low, high)
     narrow = bootstrap_interval(rows, seed=5, level=0.5)
     assert low < narrow[0] < narrow[1] < high
-
-
-def test_intervals_of_other_statistics_resample_whole_rows():
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=300)
-    rows = np.stack([x, x + generator.normal(size=300)], 1)
-    low, high = bootstrap_interval(rows, lambda sample: pearson(sample[:, 0], sample[:, 1]))
-    assert low < pearson(rows[:, 0], rows[:, 1]) < high and high - low < 0.2
-    assert all(map(math.isnan, bootstrap_interval(np.ones((5, 2)), lambda s: pearson(s[:, 0], s[:, 1]))))

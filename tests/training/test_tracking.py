@@ -102,7 +102,7 @@ def test_wandb_is_told_settings_steps_and_evaluations(settings, tmp_path, monkey
 def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(settings, tmp_path, wandb):
     wandb.fails_at, told = 2, Told()
     assert fit(settings(tmp_path / "run", track="wandb"), callback=told).outcome.steps == 3
-    said = "track wandb: failed, and gets nothing more (ConnectionError: the network is gone)"
+    said = "track wandb: failed and gets no more metrics (ConnectionError: the network is gone)"
     assert [line for line in told.lines if "wandb" in line] == [said]
     assert [call.kwargs["step"] for call in wandb.log.call_args_list] == [1, 2]
     # A run that fails lets its tracker finish.
@@ -114,7 +114,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(settings, tmp_pat
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
-    for name in tracking.PACKAGES:
+    for name in tracking.TRACKERS:
         with pytest.raises(UserError, match=f"needs the package {name}") as refused:
             fit(settings(tmp_path / "run", track=name, model=str(tmp_path / "no model is there")))
         assert f"pip install {name}" in refused.value.hint and refused.value.where == "track"
