@@ -353,7 +353,7 @@ class LabelTask(Task):
 
     Args:
         name: ``sequence-classification``, ``regression`` or ``image-classification``.
-        tokenizer: of a text's model. folder: of an image's model, which says how images are prepared.
+        tokenizer: of a text's model. encoder: of an image's, which says how images are prepared.
         named: the classes of the model's own head, in the order of its outputs.
         own_outputs: how many outputs the head has that the model's files hold; None where they hold none.
         model: its reference, for messages.
@@ -389,25 +389,19 @@ class LabelTask(Task):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         reader = self.reader(settings)
-        is_reward = isinstance(reader, RewardReader)
-        if is_reward:
-            self._check_outputs(None, "reward")
         data = reader.prepared(seed)
         found = data.classes
         reordered = found is not None and self.named is not None and set(found) == set(self.named)
         if reordered and settings.classes is None and found != self.named:
             # A head for these very classes keeps the order of its outputs.
             data = self.reader(settings, self.named).prepared(seed)
-        if not is_reward:
-            self._check_outputs(data.classes, "regression")
-        return data
-
-    def _check_outputs(self, classes: Classes, what: str) -> None:
-        """Refuse rows that the model's own head is not made for, before its weights are read."""
-        if self.own_outputs is not None and classes is not None:
-            check_classes(self.own_outputs, classes, self.model)
+        if self.own_outputs is not None and data.classes is not None:
+            check_classes(self.own_outputs, data.classes, self.model)
         elif self.own_outputs is not None:
-            check_one_output(self.own_outputs, what, self.model)
+            check_one_output(
+                self.own_outputs, "reward" if isinstance(reader, RewardReader) else "regression", self.model
+            )
+        return data
 
     def outputs(self, data: RunData) -> int | None:
         return 1 if data.classes is None else len(data.classes)
