@@ -94,7 +94,7 @@ def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -
     except (ValueError, RuntimeError, TypeError) as error:
         what = f"the model does not take its images as prepared: {str(error).splitlines()[0]}"
         where = f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels"
-        hint = "check that preprocessor_config.json belongs to the model; without it, the model's image_size counts"
+        hint = "check that preprocessor_config.json belongs to the model; without it, images get the model's image_size"
         raise UserError(what, where=where, hint=hint) from error
 
 
