@@ -306,9 +306,7 @@ class _Questions:
 
     def _of_labels(self, model: PreTrainedModel) -> Iterator[Tensor]:
         task = self._opened.task
-        batcher, _ = task.batcher(
-            model, self._rows, device="cpu", tokens_per_pass="auto", share="auto", method_shares=True, virtual_tokens=0
-        )
+        batcher, _ = task.batcher(model, self._rows, device="cpu")
         with task.running(model, batcher):
             objective = task.objective(model)
             for batch in batcher.batches(self._rows):

@@ -231,12 +231,8 @@ def drift_of(opened: InferenceSession) -> Drift | None:
     if asked == "auto":
         check_size(opened.model)
     answers = _base_answers(opened)
-    batcher, _ = opened.task.batcher(
-        opened.model,
-        answers,
-        device=str(opened.loaded.choices["device"].value),
-        virtual_tokens=opened.method.virtual_tokens,
-    )
+    device, virtual_tokens = str(opened.loaded.choices["device"].value), opened.method.virtual_tokens
+    batcher, _ = opened.task.batcher(opened.model, answers, device=device, virtual_tokens=virtual_tokens)
     return measure_drift(
         opened.model,
         answers,

@@ -432,15 +432,8 @@ def score_run(
     Args:
         writer: writes answers; None for transformers.
     """
-    batcher, _ = opened.task.batcher(
-        opened.model,
-        [opened.example(example) for example in examples],
-        device=str(opened.loaded.choices["device"].value),
-        tokens_per_pass="auto",
-        share="auto",
-        method_shares=True,
-        virtual_tokens=0,
-    )
+    seen, device = [opened.example(example) for example in examples], str(opened.loaded.choices["device"].value)
+    batcher, _ = opened.task.batcher(opened.model, seen, device=device)
     with opened.base():
         examples = opened.task.referenced(opened.model, examples, batcher)
     rows = [opened.example(example) for example in examples]

@@ -169,19 +169,13 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batcher: AnyBatcher,
-    *,
-    max_new_tokens: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    writer: Writer | None = None,
+    **how: Any,
 ) -> Score:
-    """Everything that ``deltaw eval`` says of a causal language model."""
-    objective = CausalObjective(model)
+    """Everything that ``deltaw eval`` says of a causal language model; ``how`` are options of :func:`answers`."""
     padded = getattr(batcher, "padded", False)
     with contextlib.nullcontext() if padded else packed_rows(model):
-        evaluation = evaluate_causal(objective, examples, batcher)
-    how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
-    given = answers(model, tokenizer, examples, **how)  # type: ignore[arg-type]
-    if given:
+        evaluation = evaluate_causal(CausalObjective(model), examples, batcher)
+    if given := answers(model, tokenizer, examples, **how):
         exact = exact_answers(given)
         metrics = {**evaluation.metrics, "exact_match": float(exact.mean())}
         evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
