@@ -112,6 +112,10 @@ class BuildVariants(build_ext):
         wanted = wanted_variants(self.every_variant)
         self.others = [ext for ext in self.extensions if ext.variant not in wanted]
         self.extensions = [ext for ext in self.extensions if ext.variant in wanted]
+        if len(wanted) > 1 and not self.every_variant:
+            for ext in self.extensions:
+                if not ext.variant.rank:  # only compared with here; where it is a processor's best, it is optimized
+                    ext.extra_compile_args.append("-O1")
         self.cxx: Compiler | None = None
         super().run()
 

@@ -109,7 +109,7 @@ def serving(session, folders: dict[str, Path]) -> tuple[Engine, AdapterBank, dic
     pack = Packer(session.model, made)
     bank = AdapterBank(session.model, session.tokenizer, pack, budget_bytes=8 << 30)
     added = [timed(lambda n=name, f=folder: bank.add(n, f)) for name, folder in folders.items()]
-    swapped = [timed(lambda n=name: bank.swap(n)) for name in folders]
+    swapped = [timed(lambda n=name: bank.swap(n, folders[n])) for name in folders]
     small = AdapterBank(session.model, session.tokenizer, pack, budget_bytes=bank.status().bytes // 2)
     for name, folder in folders.items():
         small.add(name, folder)
@@ -117,7 +117,8 @@ def serving(session, folders: dict[str, Path]) -> tuple[Engine, AdapterBank, dic
     for name in folders:
         loads = small.status().loads
         start = time.perf_counter()
-        active = small.acquire(name, 60.0)
+        while (active := small.acquire(name)) is None:
+            time.sleep(0.001)
         taken = time.perf_counter() - start
         assert active is not None
         small.release(active)

@@ -25,7 +25,8 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.quantized_weights import quantize_int8
     from deltaw.settings import PreferenceSettings
-    from deltaw.training.loop import count_steps, train
+    from deltaw.training.loop import train
+    from deltaw.training.optimizer import count_steps
     from deltaw.training.tasks.causal import PreferenceTask
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 

@@ -22,7 +22,7 @@ from deltaw.methods.files import choose_method
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
-from deltaw.training.fit import fit
+from deltaw.training.fit import Result, fit
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import saved
 from tests.conftest import write_rows
@@ -31,6 +31,9 @@ from tests.tiny_models import VOCABULARY, causal_model
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+# Names of files that look like settings, such as ``train.yaml``.
+_FILES = (".py", ".yaml", ".md", ".jsonl", ".json", ".csv")
 
 
 def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,56 +45,40 @@ def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixtur
     assert losses[-1] < 0.05 * losses[0]
 
 
+def run_of(example: str, tmp_path: Path, model: Path, file: Path, **data: object) -> Result:
+    """An example's settings, run on a tiny model."""
+    changes = {"model": str(model), "data": {"train": str(file), **data}, "output": str(tmp_path / "run")}
+    return fit(RunConfig.read(EXAMPLES / example, changes))
+
+
 def test_train_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> None:
-    config = RunConfig.read(
-        EXAMPLES / "train.yaml",
-        {
-            "model": str(model_folder),
-            "data": {"train": str(EXAMPLES / "capitals.jsonl")},
-            "output": str(tmp_path / "run"),
-        },
-    )
-    result = fit(config)
+    result = run_of("train.yaml", tmp_path, model_folder, EXAMPLES / "capitals.jsonl")
     assert result.outcome.rows == 3 * 36
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_lower_case_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> None:
     pairs = [{"prompt": f"Write about {n}.", "chosen": f"it is {n}.", "rejected": f"It is {n}."} for n in range(12)]
-    changes = {
-        "model": str(model_folder),
-        "data": {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs)), "rows": 12, "eval": 4},
-        "output": str(tmp_path / "run"),
-    }
-    result = fit(RunConfig.read(EXAMPLES / "lower-case.yaml", changes))
+    file = write_rows(tmp_path / "pairs.jsonl", pairs)
+    result = run_of("lower-case.yaml", tmp_path, model_folder, file, rows=12, eval=4)
     assert result.outcome.rows == 2 * 8 and result.evaluation.main == "accuracy"
 
 
 def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
-    config = RunConfig.read(
-        EXAMPLES / "reviews.yaml",
-        {
-            "model": str(_tiny_encoder(tmp_path / "encoder")),
-            "data": {"train": str(_reviews(tmp_path / "reviews.csv")), "rows": None},
-            "output": str(tmp_path / "run"),
-        },
-    )
-    result = fit(config)
+    encoder, file = _tiny_encoder(tmp_path / "encoder"), _reviews(tmp_path / "reviews.csv")
+    result = run_of("reviews.yaml", tmp_path, encoder, file, rows=None)
     # One of 6 films with 4 reviews each is held out; the plots are dropped.
     assert result.outcome.rows == 2 * 20
     assert result.evaluation.classes == ("rotten", "fresh")
     assert result.evaluation.confusion is not None and result.evaluation.confusion.sum() == 4
 
 
-def test_demo_settings_are_valid() -> None:
-    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 5e-4
-
-
 def test_the_demo_is_asked_questions_that_it_was_not_trained_on() -> None:
     questions = (EXAMPLES / "general-questions.txt").read_text(encoding="utf-8").splitlines()
     assert len(set(questions)) == len(questions) == 20
     assert not set(questions) & {*KEPT, *MEASURED}
-    assert RunConfig.read(EXAMPLES / "demo.yaml").train.keep_general > 0
+    demo = RunConfig.read(EXAMPLES / "demo.yaml").train
+    assert demo.keep_general > 0 and demo.learning_rate == 5e-4
 
 
 def test_compare_settings_are_valid_for_every_method() -> None:
@@ -100,7 +87,7 @@ def test_compare_settings_are_valid_for_every_method() -> None:
         assert choose_method(config.model_copy(update={"method": method}), None).name == method
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@each_page
 def test_settings_on_a_page_are_valid(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         try:
@@ -112,7 +99,7 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
         RunConfig.read({"model": "model", "data": "rows.jsonl", **settings})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@each_page
 def test_links_on_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
@@ -133,32 +120,24 @@ def test_the_loss_on_the_guide_page_trains_on_pairs() -> None:
     assert loss[0] < 0.9 * loss[1]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@each_page
 def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    commands = [
-        line.partition("#")[0]
-        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-        for line in block.splitlines()
-    ]
-    for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", "\n".join(commands)):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", re.sub("#.*", "", blocks)):
         flags = (flag for p in _command(verb).params for flag in (*p.opts, *p.secondary_opts))
         known = {*flags, "--help", "--key"}
         used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
         assert used <= known, f"deltaw {verb}: {used - known}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@each_page
 def test_setting_names_on_a_page_exist(page: Path) -> None:
     known = {setting.key for setting in settings()} | {"lora.alpha/rank"}
     sections = {key.partition(".")[0] for key in known if "." in key}
     named = re.findall(r"`([a-z]+\.[a-z_/]+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8"))
     used = {key for key in named if key.partition(".")[0] in sections and not key.endswith(_FILES)}
     assert used <= known, used - known
-
-
-# Names of files that look like settings, such as ``train.yaml``.
-_FILES = (".py", ".yaml", ".md", ".jsonl", ".json", ".csv")
 
 
 def _pairs() -> list[RowGroup]:
@@ -180,15 +159,8 @@ def _command(verb: str) -> click.Command:
 
 def _tiny_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    return saved(BertModel(config), folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return saved(BertModel(BertConfig(vocab_size=259, max_position_embeddings=64, **sizes)), folder)
 
 
 def _reviews(path: Path) -> Path:

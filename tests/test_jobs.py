@@ -39,12 +39,9 @@ def cluster(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     called = tmp_path / "called"
-    for name, does in {
-        "scontrol": "printf 'node7\\nnode8\\n'",
-        "sleep": "true",
-        "srun": f'echo "$OMP_NUM_THREADS srun $*" >> {called}',
-        "deltaw": "exit 9",
-    }.items():
+    srun = f'echo "$OMP_NUM_THREADS srun $*" >> {called}'
+    does_by_name = {"scontrol": "printf 'node7\\nnode8\\n'", "sleep": "true", "srun": srun, "deltaw": "exit 9"}
+    for name, does in does_by_name.items():
         (folder / name).write_text(f"#!{BASH}\n{does}\n")
         (folder / name).chmod(0o755)
 
@@ -58,9 +55,8 @@ def cluster(tmp_path):
             "SLURM_CPUS_PER_TASK": "16",
             **extra,
         }
-        done = subprocess.run(
-            [BASH, JOBS / script, *arguments], env=environment, capture_output=True, text=True, check=False
-        )
+        command = [BASH, JOBS / script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         return done, called.read_text().splitlines() if called.exists() else []
 
     return run
@@ -83,15 +79,12 @@ def test_a_training_starts_torchrun_on_every_node(cluster, extra, processes, thr
 def test_a_search_starts_a_cluster_and_uses_it(cluster):
     done, lines = cluster("tune.sbatch", "run.yaml", "--trials", "40", VERB="compare")
     assert done.returncode == 0, done.stderr
-    head, member, command = (line.split(" srun ")[1] for line in sorted(lines, key=_place))
+    # Those in the background may write in any order.
+    place = {line: 0 if "--head" in line else 1 if "--address" in line else 2 for line in lines}
+    head, member, command = (line.split(" srun ")[1] for line in sorted(lines, key=place.__getitem__))
     assert "ray start --head --port=20123" in head and "--nodelist=node7" in head
     assert "ray start --address=node7:20123" in member and "--nodes=1" in member and "--exclude=node7" in member
     assert command.endswith("deltaw compare run.yaml --ray node7:20123 --trials 40")
-
-
-def _place(line: str) -> int:
-    """Those in the background may write in any order."""
-    return 0 if "--head" in line else 1 if "--address" in line else 2
 
 
 @needs_bash
@@ -101,10 +94,10 @@ def test_a_job_without_settings_says_so(cluster, script):
     assert done.returncode != 0 and "name the settings" in done.stderr and lines == []
 
 
-@pytest.mark.parametrize("verb", ["tune", "compare"])
-def test_the_verbs_know_the_flags_that_the_scripts_give(verb):
-    flags = {flag for parameter in group.get_command(None, verb).params for flag in parameter.opts}
-    assert {"--ray", "--ray-cpus"} <= flags
+def test_the_verbs_know_the_flags_that_the_scripts_give():
+    for verb in ("tune", "compare"):
+        flags = {flag for parameter in group.get_command(None, verb).params for flag in parameter.opts}
+        assert {"--ray", "--ray-cpus"} <= flags
 
 
 def documents() -> list[dict]:

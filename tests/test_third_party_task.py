@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -125,9 +127,6 @@ def test_a_task_that_is_not_registered_is_refused(run_settings):
 
 
 def test_the_registry_needs_neither_torch_nor_transformers():
-    import subprocess
-    import sys
-
     script = (
         "import importlib.util, sys; spec = importlib.util.find_spec('deltaw'); "
         "sys.modules['deltaw'] = importlib.util.module_from_spec(spec); "  # its names are not imported

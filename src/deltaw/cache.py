@@ -106,8 +106,7 @@ def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = (
     file = _file(kind, asked)
     try:
         write_text(file, json.dumps({"key": _text(asked), "value": value}))
-        others = sorted(file.parent.glob("*.json"), key=_changed)
-        for old in others[:-KEPT]:
+        for old in sorted(file.parent.glob("*.json"), key=_changed)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (OSError, UserError):
         return
@@ -167,9 +166,8 @@ def require_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
     """Raise a UserError if a file has changed since its state was taken."""
     for file, state in zip(files, before, strict=True):
         if file_state(file) != state:
-            raise UserError(
-                "the file changes while it is read", where=str(file), hint="wait until it is written, and try again"
-            )
+            hint = "wait until it is written, and try again"
+            raise UserError("the file changes while it is read", where=str(file), hint=hint)
 
 
 def file_digest(path: Path) -> str:
@@ -273,7 +271,9 @@ class Cache:
             with self._free(part.name[1:].partition(".")[0], but) as free:
                 if free:
                     shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-        entries = sorted((self._last_use(name), name, _bytes(paths)) for name, paths in self._entries())
+        names = {path.name.partition(".")[0] for path in self.folder.iterdir() if path.suffix != ".lock"} - {""}
+        last_use = {name: _changed(self.folder / self._mark.format(name)) for name in names}
+        entries = sorted((last_use[name], name, _bytes(self._paths(name))) for name in names)
         total = sum(size for _, _, size in entries)
         for _, name, size in entries:
             if total + needed <= self._limit and (spare is None or self.free_bytes() >= needed + spare):
@@ -307,13 +307,6 @@ class Cache:
     def _paths(self, name: str) -> list[Path]:
         found = [self.folder / name, *self.folder.glob(f"{name}.*")]
         return [path for path in found if path.suffix != ".lock" and path.exists()]
-
-    def _entries(self) -> list[tuple[str, list[Path]]]:
-        names = {p.name.partition(".")[0] for p in self.folder.iterdir() if p.suffix != ".lock"}
-        return [(name, self._paths(name)) for name in sorted(names - {""})]
-
-    def _last_use(self, name: str) -> float:
-        return _changed(self.folder / self._mark.format(name))
 
 
 def _lock(folder: Path, name: str) -> FileLock:

@@ -32,19 +32,12 @@ def require_contained(folder: Path, *, all_of_it: bool = False, among: Iterable[
     Raises:
         UserError: there is such a link.
     """
-    roots: list[Path] | None = None
     paths = _everything(folder) if all_of_it else _files(folder)
     for path in paths if among is None else among:
-        if not path.is_symlink():
-            continue
-        roots = _roots(folder) if roots is None else roots
-        if not _leads_into(path, roots):
-            raise UserError(
-                f"'{path.relative_to(folder)}' is a link that leads out of the folder, and is not followed",
-                where=str(folder),
-                hint="if it is yours, copy the file in its place; if the folder came from somewhere else, "
-                "do not use it",
-            )
+        if path.is_symlink() and not _leads_into(path, _roots(folder)):
+            what = f"'{path.relative_to(folder)}' is a link that leads out of the folder, and is not followed"
+            hint = "if it is yours, copy the file in its place; if the folder came from somewhere else, do not use it"
+            raise UserError(what, where=str(folder), hint=hint)
 
 
 def lies_in(folder: Path, name: str) -> bool:
@@ -107,11 +100,8 @@ def remember_named(kind: str, value: object) -> None:
         if line in _lines(known):
             return
         known.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(known, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(handle, f"{line}\n".encode())
-        finally:
-            os.close(handle)
+        with os.fdopen(os.open(known, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+            file.write(f"{line}\n".encode())
 
 
 def was_named(kind: str, value: object) -> bool:

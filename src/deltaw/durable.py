@@ -27,24 +27,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write '{target.name}': {error.strerror or error}",
-            where=str(target.parent),
-            hint="choose a folder that you may write to",
-        ) from error
+        what = f"cannot write '{target.name}': {error.strerror or error}"
+        raise UserError(what, where=str(target.parent), hint="choose a folder that you may write to") from error
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        open_to_all(temporary, 0o666)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
         sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_to_all(made: Path, mode: int) -> None:
+    """Give a temporary file or folder, which only its owner can read, the mode that the user's umask leaves."""
+    umask = os.umask(0)
+    os.umask(umask)
+    made.chmod(mode & ~umask)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

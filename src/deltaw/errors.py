@@ -6,8 +6,10 @@ message and exit status 2. Any other exception is a bug in deltaw.
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -29,6 +31,10 @@ class UserError(Exception):
         if hint:
             parts.append(f"  hint:  {hint}")
         super().__init__("\n".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled whole, for other processes: a subclass may be made of other arguments."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -98,9 +98,8 @@ class Registry(Generic[Entry]):
         """
         self.load_plugins()
         if name not in self._entries:
-            raise UserError(
-                f"there is no {self._kind} '{name}'", where=where or self._kind, hint=did_you_mean(name, self._entries)
-            )
+            hint = did_you_mean(name, self._entries)
+            raise UserError(f"there is no {self._kind} '{name}'", where=where or self._kind, hint=hint)
         return self._entries[name]
 
     def load_plugins(self) -> None:
@@ -131,11 +130,9 @@ class Registry(Generic[Entry]):
                 self.register(entry)
         except Exception as error:
             package = f"package '{plugin.dist.name}'" if plugin.dist is not None else "an installed package"
-            raise UserError(
-                f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}",
-                where=f"entry point {self._group}: {plugin.name} = {plugin.value}",
-                hint="update or uninstall that package",
-            ) from error
+            what = f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}"
+            where = f"entry point {self._group}: {plugin.name} = {plugin.value}"
+            raise UserError(what, where=where, hint="update or uninstall that package") from error
 
     def _tell(self) -> None:
         for listener in self._listeners:

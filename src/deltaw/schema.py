@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pydantic.json_schema import GenerateJsonSchema
 
 from deltaw.lora.config import PEFT_NAMES
-from deltaw.settings import RunConfig, settings
+from deltaw.settings import RunConfig, load_plugins
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, object]
@@ -29,7 +29,7 @@ class _Plain(GenerateJsonSchema):
 
 def run_schema() -> Schema:
     """The schema of a settings file, with the methods and tasks that are registered now."""
-    known = [setting.key for setting in settings()]  # registers what installed packages offer
+    load_plugins()
     made = RunConfig.model_json_schema(schema_generator=_Plain, mode="validation")
     parts = {name: _section(part) for name, part in made.pop("$defs", {}).items()}
     required = made["required"]
@@ -37,8 +37,7 @@ def run_schema() -> Schema:
         name: _described(entry, parts, may_be_null=name not in required) for name, entry in made["properties"].items()
     }
     properties["data"] = _or_rows_alone(properties["data"])
-    if any(key.startswith("lora.") for key in known):
-        _add_pefts_names(properties["lora"])
+    _add_pefts_names(properties["lora"])
     return {
         "$schema": DIALECT,
         "title": "Settings of a deltaw run",

@@ -27,6 +27,8 @@ from deltaw.methods import registry
 if TYPE_CHECKING:
     from deltaw.lora.config import LoRAConfig
 
+# The settings of a run, in its folder.
+SETTINGS = "run.yaml"
 
 LossName = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
 # Those that measure the model against a reference: the base model.
@@ -46,13 +48,12 @@ class PreferenceSettings(BaseModel):
 
     loss: LossName = Field(
         "dpo",
-        description="of a pair of answers: dpo, ipo (against the base model), orpo, simpo (without it); of "
-        "single answers with a label: kto (against the base model)",
+        description="dpo, ipo, kto: against the base model; orpo, simpo: without it; kto is for single labeled answers",
     )
     beta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
-        description="the strength: of dpo, ipo and kto how closely the model stays with the base model, of "
-        "orpo the weight of the odds ratio, of simpo the scale of rewards; auto: 0.1, and 2 for simpo",
+        description="of dpo, ipo, kto: how closely to stay with the base model; of orpo: weight of the odds ratio; of "
+        "simpo: scale of rewards; auto: 0.1, and 2 for simpo",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="of dpo and simpo: the share of pairs that are taken to be labeled the wrong way"
@@ -69,12 +70,12 @@ class PreferenceSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> PreferenceSettings:
-        kto = ("kto",)
+        weight = (1, ("kto",), "weighs all answers alike", "set it to 1, or preference.loss: kto")
         unused = {
             "label_smoothing": (0, ("dpo", "simpo"), "has no label smoothing", "set it to 0, or preference.loss: dpo"),
             "gamma": (None, ("simpo",), "has no margin", "remove it, or set preference.loss: simpo"),
-            "desirable_weight": (1, kto, "weighs all answers alike", "set it to 1, or preference.loss: kto"),
-            "undesirable_weight": (1, kto, "weighs all answers alike", "set it to 1, or preference.loss: kto"),
+            "desirable_weight": weight,
+            "undesirable_weight": weight,
         }
         for name, (neutral, losses, what, hint) in unused.items():
             if getattr(self, name) != neutral and self.loss not in losses:
@@ -118,9 +119,7 @@ class TrainSettings(BaseModel):
     epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever epochs says")
     time: str | None = Field(
-        None,
-        description="a time budget such as 30m or 2h: plans the number of steps and the schedule by measured "
-        "speed, and stops in time",
+        None, description="a time budget such as 30m or 2h: steps and schedule follow from measured speed"
     )
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -138,8 +137,7 @@ class TrainSettings(BaseModel):
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip gradients to this norm; null: never")
     keep_features: bool | Literal["auto"] = Field(
         "auto",
-        description="run the frozen layers below the lowest trained module once for each row, and keep their "
-        "outputs on disk; auto: if rows are seen again",
+        description="run frozen lower layers once for each row and keep their outputs; auto: if rows are seen again",
     )
     checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         False, description="activation checkpointing of all blocks; a number: of so many blocks"
@@ -150,41 +148,31 @@ class TrainSettings(BaseModel):
         "classes over rows; auto: what is faster here and was verified on the model and some rows; off: none",
     )
     sharding: Literal["none", "base"] = Field(
-        "none",
-        description="over several processes, base: each holds a share of the frozen weights of the model's "
-        "blocks, and gathers a block while it runs (FSDP2); none: each holds all of them",
+        "none", description="base: each process holds a share of the blocks' frozen weights (FSDP2); none: all of them"
     )
     keep_general: float = Field(
-        0.0,
-        ge=0,
-        le=1e3,
-        description="weight of the loss of the base model's own general answers, one of which each step also "
-        "learns; 0: none",
+        0.0, ge=0, le=1e3, description="weight of the loss of a general answer of the base model in each step; 0: none"
     )
     drift: bool | Literal["auto"] = Field(
         "auto",
-        description="at the end, measure how far general answers moved from the base model's; auto: where a "
-        "language model is large enough to give any",
+        description="measure how far general answers moved; auto: if a language model is large enough to give any",
     )
     eval_every: int | None = Field(None, ge=1, description="evaluate after every so many steps; always at the end")
     eval_answers: int = Field(
         0,
         ge=0,
-        description="at each evaluation, let the model answer so many held-out rows and compare the answers "
-        "with the rows' own",
+        description="at each evaluation, compare the model's answers to so many held-out rows with the rows' own",
     )
     samples: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="held-out prompts whose answers are shown at each evaluation; auto: 2, where a language "
-        "model is large enough to give any",
+        description="held-out prompts whose answers each evaluation shows; auto: 2, if the model is large enough",
     )
     early_stopping: int | None = Field(
         None, ge=1, description="stop after so many evaluations in a row without improvement; null: never"
     )
     adapter: Literal["last", "best"] = Field(
         "last",
-        description="which one the run's folder holds at the end: the last, or the one with the best "
-        "evaluation, with the last beside it in last/",
+        description="which one the run's folder holds: the last, or the best by evaluation (the last is in last/ then)",
     )
     checkpoint_every: int | None = Field(
         None, ge=1, description="write a checkpoint after every so many steps; null: by time alone"
@@ -258,14 +246,10 @@ class RunConfig(BaseModel):
     )
     force: bool = Field(False, description="train even if the plan exceeds the machine's memory")
     memory: str | None = Field(
-        None,
-        description="the most memory the process may take, such as 2GB; uses as much activation "
-        "checkpointing as needed",
+        None, description="the most memory the process may take, such as 2GB, by activation checkpointing as needed"
     )
     precision: Literal["auto", "bf16", "fp32", "int8", "gguf", "nf4"] = Field(
-        "auto",
-        description="of the frozen weights; int8, nf4: of the blocks' linear layers, bf16 elsewhere; gguf: "
-        "as the model's GGUF file stores them",
+        "auto", description="of the frozen weights; int8, nf4: of the blocks' linear layers; gguf: as in the GGUF file"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="processor threads")
@@ -278,11 +262,8 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _preference_is_used(self) -> RunConfig:
         if self.task != "preference" and self.preference != PreferenceSettings.model_validate({}):
-            raise UserError(
-                f"the settings have a section 'preference', and the task is '{self.task}'",
-                where="preference",
-                hint="set task: preference, or remove the section",
-            )
+            what = f"the settings have a section 'preference', and the task is '{self.task}'"
+            raise UserError(what, where="preference", hint="set task: preference, or remove the section")
         return self
 
     @property
@@ -315,7 +296,7 @@ class RunConfig(BaseModel):
         """
         if isinstance(source, RunConfig):
             return source
-        _load_plugins()
+        load_plugins()
         if source is None:
             settings, where = {}, "the flags"
         elif isinstance(source, Mapping):
@@ -381,7 +362,7 @@ registry.listen(_follow_registries)
 tasks.listen(_follow_registries)
 
 
-def _load_plugins() -> None:
+def load_plugins() -> None:
     """Add the settings of the methods and tasks that installed packages offer."""
     registry.load_plugins()
     tasks.load_plugins()
@@ -399,22 +380,29 @@ class Setting:
 
 def settings() -> Iterator[Setting]:
     """Every leaf of :class:`RunConfig`, in the order of the file."""
-    _load_plugins()
+    load_plugins()
     default: object
     for name, field in RunConfig.model_fields.items():
         section = _section_class(field)
         if section is None or issubclass(section, BaseModel):
-            leaves = {name: field} if section is None else section.model_fields
-            for inner, leaf_field in leaves.items():
-                default = ... if leaf_field.is_required() else leaf_field.get_default(call_default_factory=True)
-                key = name if section is None else f"{name}.{inner}"
-                yield Setting(key, default, leaf_field.description or "", leaf_field.annotation)
+            leaves = {name: field} if section is None else {f"{name}.{n}": f for n, f in section.model_fields.items()}
+            for key, found in leaves.items():
+                default = ... if found.is_required() else found.get_default(call_default_factory=True)
+                yield Setting(key, default, found.description or "", found.annotation)
         else:
             for leaf in dataclasses.fields(section):  # type: ignore[arg-type]
                 default = leaf.default
                 if default is dataclasses.MISSING:
                     default = ... if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
                 yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, nested as in the file, by dotted key as :func:`settings` names them."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= {f"{key}.{name}": leaf for name, leaf in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
 
 
 def _section_class(field: FieldInfo) -> type | None:
@@ -438,9 +426,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' is given twice", key.start_mark
-                )
+                what = f"the key '{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -482,21 +469,17 @@ def _read_yaml(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"cannot read the settings: {error.strerror}", where=str(path), hint="give the path of a YAML file"
-        ) from error
+        what = f"cannot read the settings: {error.strerror}"
+        raise UserError(what, where=str(path), hint="give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError("the settings are not UTF-8 text", where=str(path), hint="give a YAML file") from error
     try:
         loaded = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(
-            f"the settings are not YAML: {getattr(error, 'problem', None) or error}",
-            where=f"{path}{line}",
-            hint="write 'key: value' lines, indented by spaces",
-        ) from error
+        where = str(path) if mark is None else f"{path}, line {mark.line + 1}"
+        what = f"the settings are not YAML: {getattr(error, 'problem', None) or error}"
+        raise UserError(what, where=where, hint="write 'key: value' lines, indented by spaces") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -510,10 +493,8 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
         known = merged.get(key)
         if isinstance(value, Mapping) and isinstance(known, str | list) and key == "data":
             known = {"train": known}
-        if isinstance(value, Mapping) and isinstance(known, Mapping):
-            merged[key] = _overlaid(known, value)
-        else:
-            merged[key] = value
+        both = isinstance(value, Mapping) and isinstance(known, Mapping)
+        merged[key] = _overlaid(known, value) if both else value  # type: ignore[arg-type]
     return merged
 
 

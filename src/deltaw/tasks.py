@@ -10,23 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
 from deltaw.registry import Registry, imported
-
-if TYPE_CHECKING:
-    from deltaw.training.tasks.base import ModelFiles, Task
-
-
-class Implementation(Protocol):
-    """A task's class."""
-
-    def open(self, name: str, files: ModelFiles) -> Task:
-        """The task ``name`` for the model in these files.
-
-        Raises:
-            UserError: the model cannot do it.
-        """
 
 
 @dataclass(frozen=True)
@@ -35,8 +21,9 @@ class TaskEntry:
 
     Attributes:
         name: the value of the setting ``task``.
-        implementation: the class, or ``"package.module:Class"``, imported at first use; None for what models
-            can be loaded for and not be trained on.
+        implementation: the class, a :class:`deltaw.training.tasks.base.Task` with a class method ``open(name,
+            files)``, or ``"package.module:Class"``, imported at first use; None for what models can be loaded
+            for and not be trained on.
         auto_model: the class of transformers that loads its models.
         does: what such a model does, as in "does not ...".
         new_head: whether a model without a head of the kind gets a new one, which is trained whole.
@@ -46,7 +33,7 @@ class TaskEntry:
     """
 
     name: str
-    implementation: str | Implementation | None
+    implementation: Any
     auto_model: str
     does: str
     new_head: bool = False
@@ -59,10 +46,9 @@ class TaskEntry:
         """Whether its models answer in text."""
         return self.auto_model == "AutoModelForCausalLM"
 
-    def load(self) -> Implementation:
+    def load(self) -> Any:
         """The task's class."""
-        found: Implementation = imported(self.implementation)
-        return found
+        return imported(self.implementation)
 
 
 _registry: Registry[TaskEntry] = Registry("task", TaskEntry, "deltaw.tasks")
@@ -85,39 +71,14 @@ def name_of_adapter(task_type: object) -> str | None:
     return next((e.name for e in entries() if e.peft_type is not None and e.peft_type == task_type), None)
 
 
-_LABELS = "deltaw.training.tasks.labels:LabelTask"
+_CAUSAL, _LABELS = "deltaw.training.tasks.causal", "deltaw.training.tasks.labels:LabelTask"
+_TEXT, _CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+_SCORE: Mapping[str, int | str] = {"num_labels": 1, "problem_type": "regression"}
 for _entry in (
-    TaskEntry(
-        "causal-lm",
-        "deltaw.training.tasks.causal:CausalTask",
-        "AutoModelForCausalLM",
-        "generate text",
-        peft_type="CAUSAL_LM",
-    ),
-    TaskEntry(
-        "preference",
-        "deltaw.training.tasks.causal:PreferenceTask",
-        "AutoModelForCausalLM",
-        "generate text",
-        peft_type="CAUSAL_LM",
-    ),
-    TaskEntry(
-        "sequence-classification",
-        _LABELS,
-        "AutoModelForSequenceClassification",
-        "classify text",
-        new_head=True,
-        peft_type="SEQ_CLS",
-    ),
-    TaskEntry(
-        "regression",
-        _LABELS,
-        "AutoModelForSequenceClassification",
-        "score text",
-        new_head=True,
-        outputs=1,
-        config={"num_labels": 1, "problem_type": "regression"},
-    ),
+    TaskEntry("causal-lm", f"{_CAUSAL}:CausalTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
+    TaskEntry("preference", f"{_CAUSAL}:PreferenceTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
+    TaskEntry("sequence-classification", _LABELS, _CLASSES, "classify text", new_head=True, peft_type="SEQ_CLS"),
+    TaskEntry("regression", _LABELS, _CLASSES, "score text", new_head=True, outputs=1, config=_SCORE),
     TaskEntry("image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True),
     TaskEntry("features", None, "AutoModel", "compute features"),
 ):

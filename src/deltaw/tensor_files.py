@@ -72,11 +72,8 @@ class StoredTensor:
             UserError: deltaw does not compute with this type.
         """
         if self.code not in DTYPES:
-            raise UserError(
-                f"tensor '{self.name}' is stored as {self.code}",
-                where=str(self.file),
-                hint="give the base model in bf16, fp16 or fp32",
-            )
+            what = f"tensor '{self.name}' is stored as {self.code}"
+            raise UserError(what, where=str(self.file), hint="give the base model in bf16, fp16 or fp32")
         return DTYPES[self.code]
 
     @property
@@ -105,7 +102,7 @@ class StoredTensor:
 
     def whole(self) -> Tensor:
         """All of it."""
-        return self.rows(0, self.row_count).view(self.shape)
+        return self.rows(0, self.shape[0] if self.shape else 1).view(self.shape)
 
     def pieces(self, numbers: int) -> Iterator[Tensor]:
         """(n,) all of its numbers in order, ``numbers`` at a time; the next piece overwrites the last."""
@@ -123,16 +120,9 @@ class StoredTensor:
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
-                raise UserError(
-                    f"the weights end before tensor '{self.name}' does",
-                    where=str(self.file),
-                    hint="fetch or copy the model again",
-                )
+                what = f"the weights end before tensor '{self.name}' does"
+                raise UserError(what, where=str(self.file), hint="fetch or copy the model again")
             done += count
-
-    @property
-    def row_count(self) -> int:
-        return self.shape[0] if self.shape else 1
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -152,9 +142,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         return _header(path)[0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the weights are damaged: {error}", where=str(path), hint="fetch or copy the model again"
-        ) from error
+        what = f"the weights are damaged: {error}"
+        raise UserError(what, where=str(path), hint="fetch or copy the model again") from error
 
 
 def _header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

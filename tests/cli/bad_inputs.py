@@ -101,7 +101,7 @@ def make(name: str, seed: int, bench: Bench) -> Bad:
     return FAMILIES[name][0](random.Random(f"{name} {seed}"), bench, seed)
 
 
-# --- Files of rows ---------------------------------------------------------------------------------------
+# Files of rows
 
 
 def lines(rows: Sequence[object]) -> list[bytes]:
@@ -150,15 +150,9 @@ def a_json_file_that_is_no_list_of_rows(draw: random.Random, bench: Bench, numbe
     good = json.dumps(ROWS).encode()
     content = draw.choice(
         [
-            good[: draw.randrange(1, len(good))],
-            json.dumps({"data": ROWS}).encode(),
-            json.dumps(ROWS)[:-1].encode() + b', "text"]',
-            b"[" * 200_000,
-            b"\n".join(lines(ROWS)),
-            b"5",
-            b'"' + b"x" * 10,
-            good.decode().encode("utf-16"),
-            b"null",
+            *(good[: draw.randrange(1, len(good))], json.dumps({"data": ROWS}).encode()),
+            *(json.dumps(ROWS)[:-1].encode() + b', "text"]', b"[" * 200_000, b"\n".join(lines(ROWS)), b"5"),
+            *(b'"' + b"x" * 10, good.decode().encode("utf-16"), b"null"),
         ]
     )
     file = bench.folder / "rows.json"
@@ -236,17 +230,10 @@ def a_compressed_file_that_is_damaged(draw: random.Random, bench: Bench, number:
 def a_file_without_rows(draw: random.Random, bench: Bench, number: int) -> Bad:
     name, content = draw.choice(
         [
-            ("rows.jsonl", b""),
-            ("rows.jsonl", b"\n \n\t\n"),
-            ("rows.json", b"[]"),
-            ("rows.json", b"  "),
-            ("rows.csv", b""),
-            ("rows.csv", b"prompt,completion\n"),
-            ("rows.jsonl.gz", gzip.compress(b"")),
-            ("rows.jsonl.gz", b""),
-            ("rows.parquet", b""),
-            ("rows.tsv.xz", lzma.compress(b"prompt\tcompletion\n\n")),
-            ("rows.txt", b"a text"),
+            *(("rows.jsonl", b""), ("rows.jsonl", b"\n \n\t\n"), ("rows.json", b"[]"), ("rows.json", b"  ")),
+            *(("rows.csv", b""), ("rows.csv", b"prompt,completion\n"), ("rows.jsonl.gz", gzip.compress(b""))),
+            *(("rows.jsonl.gz", b""), ("rows.parquet", b"")),
+            *(("rows.tsv.xz", lzma.compress(b"prompt\tcompletion\n\n")), ("rows.txt", b"a text")),
             ("rows", b'{"text": "a"}'),
         ]
     )
@@ -258,19 +245,11 @@ def a_file_without_rows(draw: random.Random, bench: Bench, number: int) -> Bad:
 def _bad_turn(draw: random.Random) -> object:
     return draw.choice(
         [
-            {"role": "oracle", "content": "x"},
-            {"role": "user"},
-            {"content": "x"},
-            {"role": "user", "content": 5},
-            {"role": "assistant", "content": [["x"]]},
-            {"role": None, "content": "x"},
-            {"role": ["user"], "content": "x"},
-            {"role": "user", "content": {"a": 1}},
-            {"role": "assistant", "content": float("nan")},
-            "hello",
-            5,
-            None,
-            [],
+            *({"role": "oracle", "content": "x"}, {"role": "user"}, {"content": "x"}),
+            *({"role": "user", "content": 5}, {"role": "assistant", "content": [["x"]]}),
+            *({"role": None, "content": "x"}, {"role": ["user"], "content": "x"}),
+            *({"role": "user", "content": {"a": 1}}, {"role": "assistant", "content": float("nan")}, "hello"),
+            *(5, None, []),
         ]
     )
 
@@ -311,29 +290,13 @@ def labels_that_are_none(draw: random.Random, bench: Bench, number: int) -> Bad:
     return Bad(bench.trains_on(file, task=task), ["labels.jsonl", f"row {at + 1}"])
 
 
-# --- Settings --------------------------------------------------------------------------------------------
+# Settings
 
 KEYS = [setting.key for setting in settings()]
 # Values that hardly any setting takes; those that the schema of the settings refuses are given.
 ODD = [
-    {"a": {"b": []}},
-    [[{}]],
-    -1,
-    -0.5,
-    float("nan"),
-    float("inf"),
-    1e300,
-    2**70,
-    "no such value",
-    "",
-    "\x00",
-    [1, "a"],
-    True,
-    0,
-    2.5,
-    [],
-    "[unclosed",
-    "-5GB",
+    *({"a": {"b": []}}, [[{}]], -1, -0.5, float("nan"), float("inf"), 1e300, 2**70, "no such value"),
+    *("", "\x00", [1, "a"], True, 0, 2.5, [], "[unclosed", "-5GB"),
 ]
 
 
@@ -431,26 +394,12 @@ def a_settings_file_that_is_none(draw: random.Random, bench: Bench, number: int)
     bomb += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
     content = draw.choice(
         [
-            b"\xff\xfe\x00",
-            b"model: m\n  data: [\n",
-            b"- model: m\n",
-            b"just a text",
-            b"5",
-            b"model: !!python/object/apply:os.system ['true']\n",
-            b"model: m\nmodel: n\ndata: d\n",
-            b"model: m\ndata: d\ntrain: {epochs: 1, epochs: 2}\n",
-            b"[" * 5000,
-            b"{a: " * 3000,
-            b"\t\tmodel: m",
-            b"model: @m",
-            b"model: m\ndata: d\n? [a, b]\n: c\n",
-            b"model: m\ndata: d\n<<: 5\n",
-            b"output: 2024-13-45",
-            "\n".join([*bomb, "model: *i"]).encode(),
-            b"model: *nothing",
-            b"model: m\n---\nmodel: n\n",
-            b"\x00",
-            b"model: \x07",
+            *(b"\xff\xfe\x00", b"model: m\n  data: [\n", b"- model: m\n", b"just a text", b"5"),
+            *(b"model: !!python/object/apply:os.system ['true']\n", b"model: m\nmodel: n\ndata: d\n"),
+            *(b"model: m\ndata: d\ntrain: {epochs: 1, epochs: 2}\n", b"[" * 5000, b"{a: " * 3000),
+            *(b"\t\tmodel: m", b"model: @m", b"model: m\ndata: d\n? [a, b]\n: c\n"),
+            *(b"model: m\ndata: d\n<<: 5\n", b"output: 2024-13-45", "\n".join([*bomb, "model: *i"]).encode()),
+            *(b"model: *nothing", b"model: m\n---\nmodel: n\n", b"\x00", b"model: \x07"),
         ]
     )
     file = bench.folder / "odd.yaml"
@@ -535,7 +484,7 @@ def flags_that_cannot_be_used(draw: random.Random, bench: Bench, number: int) ->
     return Bad([places.get(argument, argument) for argument in arguments], [word])
 
 
-# --- Paths -----------------------------------------------------------------------------------------------
+# Paths
 
 NAMES = ["[x].jsonl", "a\nb.jsonl", "x" * 300 + ".jsonl", "%s{0}.jsonl", " ", "*.jsonl", "\\", "a\x1b[31m.jsonl"]
 
@@ -571,7 +520,7 @@ def data_that_is_not_there(draw: random.Random, bench: Bench, number: int) -> Ba
 @family(8)
 def a_name_that_is_no_text(draw: random.Random, bench: Bench, number: int) -> Bad:
     """Arguments of a command may hold any bytes; Python shows those that are not UTF-8 as surrogates."""
-    name = os.fsdecode(b"caf\xe9" + draw.choice([b".jsonl", b"", b".yaml"]))
+    name = os.fsdecode(b"caf\xe9" + draw.choice([*(b".jsonl", b"", b".yaml")]))
     place = str(bench.folder / name)
     arguments = draw.choice(
         [
@@ -607,7 +556,7 @@ def an_output_that_cannot_be_written(draw: random.Random, bench: Bench, number: 
     return Bad(["train", bench.settings(output=str(output))], ["place" if kind < 4 else "/proc"])
 
 
-# --- Models and adapters ---------------------------------------------------------------------------------
+# Models and adapters
 
 
 def _damaged(draw: random.Random, file: Path) -> None:
@@ -670,11 +619,8 @@ def a_model_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
     name, content = draw.choice(
         [
             ("noise.gguf", b"GGUF\x03\x00\x00\x00" + draw.randbytes(100)),
-            ("other.gguf", draw.randbytes(100)),
-            ("empty.gguf", b""),
-            ("pytorch_model.bin", b"\x80\x04K\x01."),
-            ("model.safetensors", b"x"),
-            ("model.onnx", b"x"),
+            *(("other.gguf", draw.randbytes(100)), ("empty.gguf", b"")),
+            *(("pytorch_model.bin", b"\x80\x04K\x01."), ("model.safetensors", b"x"), ("model.onnx", b"x")),
         ]
     )
     (bench.folder / name).write_bytes(content)
@@ -683,12 +629,7 @@ def a_model_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
 
 def _opens(draw: random.Random, run: Path) -> tuple[list[object], str]:
     verb = draw.choice(VERBS)
-    return {
-        "eval": ([verb, run], ""),
-        "generate": ([verb, run, "--prompt", "x"], ""),
-        "chat": ([verb, run], "x\n"),
-        "inspect": ([verb, run], ""),
-    }[verb]
+    return [verb, run, *(["--prompt", "x"] if verb == "generate" else [])], "x\n" if verb == "chat" else ""
 
 
 @family(40)

@@ -7,7 +7,6 @@ earlier run in the output folder is not touched.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -33,20 +32,13 @@ def assert_refused(ended, *words):
 
 
 @pytest.fixture
-def refuses(call, flags, finished_run, tmp_path):
-    """``deltaw train`` refuses the flags, into a new folder and into one that holds an earlier run."""
+def refuses(call, flags, tmp_path):
+    """``deltaw train`` refuses the flags, and makes no folder."""
 
     def check(*words, settings=None, **instead):
-        earlier = tmp_path / "earlier"
-        if not earlier.exists():
-            shutil.copytree(finished_run, earlier)
-        before, around = tree(earlier), sorted(tmp_path.iterdir())
-        for output in (tmp_path / "new" / "run", earlier):
-            file = [] if settings is None else [settings]
-            ended = call("train", *file, *flags(output, **instead))
-            assert_refused(ended, *words)
-            assert "  hint:  " in ended.err
-        assert tree(earlier) == before
+        around = sorted(tmp_path.iterdir())
+        file = [] if settings is None else [settings]
+        assert_refused(call("train", *file, *flags(tmp_path / "new" / "run", **instead)), *words, "  hint:  ")
         assert sorted(tmp_path.iterdir()) == around
 
     return check
@@ -58,15 +50,9 @@ def said(role, content="x"):
 
 LINES = {
     "a row that is not JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
-    "a row that is a list": ('{"text": "a"}\n\n[1]\n', ["line 3", "object"]),
     "an empty file": ("", ["empty"]),
     "columns that nobody knows": ('{"left": "a", "right": "b"}\n', ["left", "rows.jsonl"]),
-    "a value that is no text": ('{"prompt": "a", "completion": "b"}\n{"prompt": 5, "completion": []}\n', ["row 2"]),
-    "a column that is missing in one row": (
-        '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
-        ["row 2", "completion"],
-    ),
-    "roles out of order": (json.dumps({"messages": [said("user"), said("assistant"), said("assistant")]}), ["row 1"]),
+    "a column missing in a row": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "completion"]),
     "a role that nobody knows": (json.dumps({"messages": [said("user"), said("oracle")]}), ["row 1", "oracle"]),
     "no turn of an assistant": (json.dumps({"messages": [said("user")]}), ["row 1", "assistant"]),
     "no answer at all": ('{"prompt": "a", "completion": ""}\n' * 2, []),
@@ -128,12 +114,6 @@ def test_labels_that_training_has_never_seen(refuses, tmp_path, classifier):
     refuses("'d' was not seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
 
 
-@pytest.mark.parametrize("label", ["many", float("nan"), "", [1]])
-def test_labels_that_are_no_numbers(refuses, tmp_path, model_folder, label):
-    rows = labeled(tmp_path / "rows.jsonl", 0.5, 1, label, 2)
-    refuses("finite number", "rows.jsonl, row 3", data=rows, task="regression")
-
-
 @pytest.fixture
 def image_model(tmp_path):
     """A model of images whose preprocessor leaves their size as it is."""
@@ -159,32 +139,19 @@ def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path, image_
 
 VALUES = [
     ({"train__learning_rate": "fast"}, ["train.learning_rate", "fast", "number"]),
-    ({"train__learning_rate": "nan"}, ["train.learning_rate"]),
     ({"train__learning_rate": ".inf"}, ["train.learning_rate", "finite"]),
     ({"train__learning_rate": -1}, ["train.learning_rate", "greater than 0"]),
     ({"lora__rank": 0}, ["lora.rank", "at least 1"]),
     ({"lora__rank": 2.5}, ["lora.rank", "whole number"]),
-    ({"lora__alpha": -1}, ["lora.alpha", "above 0"]),
-    ({"lora__dropout": 1}, ["lora.dropout", "below 1"]),
     ({"lora__init": "pisa"}, ["lora.init", "'pissa'"]),
     ({"lora__target_modules": "q_prj"}, ["q_prj", "q_proj"]),
     ({"lora__target_modules": "[q_proj, qq_proj]"}, ["qq_proj", "q_proj"]),
-    ({"lora__target_modules": "[q_proj"}, ["regular expression"]),
-    ({"lora__layers": "7"}, ["layers"]),
-    ({"data__eval": 1.5}, ["data.eval"]),
-    ({"data__eval": -1}, ["data.eval"]),
     ({"data__eval": 10}, ["data.eval", "10"]),
     ({"data__form": "novel"}, ["data.form", "'messages'"]),
     ({"data__columns": "{promt: a}"}, ["promt", "'prompt'"]),
-    ({"train__batch_size": 0}, ["train.batch_size"]),
-    ({"train__epochs": 0}, ["train.epochs"]),
-    ({"train__max_steps": 0}, ["train.max_steps"]),
     ({"train__tokens_per_pass": 0}, ["train.tokens_per_pass", "'auto'"]),
-    ({"train__betas": "[2, 0.9]"}, ["train.betas"]),
     ({"train__schedule": "cosin"}, ["train.schedule", "'cosine'"]),
-    ({"train__seed": -1}, ["train.seed"]),
     ({"train": "fast"}, []),
-    ({"threads": 0}, ["threads"]),
     ({"precision": "fp16"}, ["precision", "'bf16'"]),
     ({"device": "cude"}, ["device", "'cuda'"]),
     ({"task": "summarizing"}, ["task", "'causal-lm'"]),
@@ -216,15 +183,9 @@ FILES = {
         ["unknown key 'train.learning_rat'", "'train.learning_rate'"],
     ),
     "a section that is misspelled": ("trian: {epochs: 1}", ["unknown key 'trian'", "'train'"]),
-    "a key of lora that is misspelled": ("lora: {rnk: 4}", ["lora.rnk", "'rank'"]),
-    "a value of another type": (
-        "train:\n  learning_rate: fast\n",
-        ["'train.learning_rate' cannot be 'fast'", "number"],
-    ),
+    "a value of another type": ("train: {learning_rate: fast}", ["'train.learning_rate' cannot be 'fast'", "number"]),
     "a section that is a number": ("lora: 4", ["'lora'", "section"]),
-    "a list": ("- model: m\n", ["keys with values"]),
     "no YAML": ("model: m\n  data: [\n", ["not YAML", "line 2"]),
-    "a date that is none": ("output: 2024-13-45", ["not YAML"]),
     "keys that are numbers": ("1: 2", ["'1'"]),
 }
 
@@ -244,34 +205,14 @@ def test_settings_that_are_not_there(refuses, tmp_path):
     refuses("UTF-8", settings=tmp_path / "binary.yaml")
 
 
-def test_flags_and_verbs_that_are_misspelt_name_the_nearest(call, flags, tmp_path):
-    assert_refused(call("train", *flags(tmp_path / "run"), "--lora.rnk", "4"), "--lora.rank")
-    assert_refused(call("trian"), "trian", "'train'")
-    assert_refused(call("frobnicate"), "frobnicate", "'generate'")
-    assert_refused(call("eval"), "RUN")
-    assert not any(tmp_path.iterdir())
-
-
 def test_output_folders_that_cannot_be_written(call, flags, tmp_path, finished_run, monkeypatch):
     (tmp_path / "file").write_text("kept")
-    places = [tmp_path / "file", tmp_path / "file" / "run"]
-    if os.path.isdir("/proc"):
-        places.append("/proc/deltaw-run")
-    for place in places:
-        assert_refused(call("train", *flags(place)), "cannot write into the output folder", place, "hint")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("kept")
-    assert_refused(call("train", *flags(foreign)), "thesis.tex", foreign, "hint")
-    assert tree(tmp_path) == {"file": b"kept", "foreign/thesis.tex": b"kept"}
+    assert_refused(call("train", *flags(tmp_path / "file")), "cannot write into the output folder", "hint")
+    assert tree(tmp_path) == {"file": b"kept"}
     shutil.copytree(finished_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     assert_refused(call("train", *flags(".")), "earlier run", "hint")
     assert tree(tmp_path / "run") == tree(finished_run)
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-64])
 
 
 def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
@@ -281,38 +222,17 @@ def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
     refuses("owner/no-such-model", model="owner/no-such-model")
     (tmp_path / "empty").mkdir()
     refuses("config.json", tmp_path / "empty", model=tmp_path / "empty")
-    shutil.copytree(model_folder, tmp_path / "cut")
-    truncated(tmp_path / "cut" / "model.safetensors")
-    refuses("damaged", "model.safetensors", model=tmp_path / "cut")
-    shutil.copytree(model_folder, tmp_path / "mute")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "mute" / name).unlink()
-    refuses("tokenizer", model=tmp_path / "mute")
     shutil.copytree(model_folder, tmp_path / "odd")
-    (tmp_path / "odd" / "config.json").write_text("{}")
-    refuses("config.json", tmp_path / "odd", model=tmp_path / "odd")
     whole = json.loads((model_folder / "config.json").read_text())
     for changes, word in [
         ({"num_attention_heads": 7}, "multiple"),
         ({"num_attention_heads": 0}, "zero"),
-        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
         ({"hidden_size": 64}, "shapes"),
         ({"num_hidden_layers": 3}, "lack"),
         ({"model_type": "nonsense"}, "nonsense"),
     ]:
         (tmp_path / "odd" / "config.json").write_text(json.dumps(whole | changes))
         refuses(word, tmp_path / "odd", model=tmp_path / "odd")
-    (tmp_path / "odd" / "config.json").write_text("{")
-    refuses("config.json", tmp_path / "odd", model=tmp_path / "odd")
-    (tmp_path / "noise.gguf").write_bytes(b"\x00" * 100)
-    refuses("noise.gguf", "gguf", model=tmp_path / "noise.gguf")
-
-
-def test_a_gguf_file_that_only_begins_like_one(call, flags, tmp_path):
-    (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(range(7)) * 30)
-    ended = call("train", *flags(tmp_path / "run", model=tmp_path / "noise.gguf"))
-    assert_refused(ended, "noise.gguf", "hint")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -320,35 +240,11 @@ def copied(finished_run, tmp_path):
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
-def test_adapters_that_cannot_be_read(call, copied):
-    def refused(*words):
-        for verb in (["eval", copied], ["generate", copied, "--prompt", "x"], ["chat", copied], ["inspect", copied]):
-            assert_refused(call(*verb, stdin="x\n"), *words)
-
-    whole = (copied / WEIGHTS).read_bytes()
-    truncated(copied / WEIGHTS)
-    refused("damaged", WEIGHTS)
-    (copied / WEIGHTS).unlink()
-    refused(f"no {WEIGHTS}")
-    (copied / "adapter_model.bin").write_bytes(b"x")
-    refused("pickle", "safetensors")
-    (copied / WEIGHTS).write_bytes(whole)
-    (copied / "adapter_config.json").write_text("{")
-    refused("adapter_config.json")
-
-
 def test_a_run_without_an_adapter_says_so(call, copied):
     (copied / "adapter_config.json").unlink()
     for verb in (["eval", copied], ["generate", copied, "--prompt", "x"], ["chat", copied]):
         assert_refused(call(*verb), "no adapter", "deltaw train")
     assert_refused(call("inspect", copied), "adapter_config.json")
-
-
-def test_a_runs_settings_that_were_spoilt_name_their_file(call, copied):
-    settings = yaml.safe_load((copied / "run.yaml").read_text())
-    settings["data"]["form"] = "novel"
-    (copied / "run.yaml").write_text(yaml.safe_dump(settings))
-    assert_refused(call("eval", copied), copied / "run.yaml", "data.form")
 
 
 def test_a_model_of_other_shapes_is_refused_and_one_of_other_weights_warned_of(call, finished_run, tmp_path):
@@ -368,14 +264,8 @@ def test_a_model_of_other_shapes_is_refused_and_one_of_other_weights_warned_of(c
 
 
 def test_verbs_that_are_given_too_little(call, finished_run, model_folder, copied, tmp_path):
-    assert_refused(call("generate", finished_run), "no prompt", "--prompt")
-    assert_refused(call("generate", finished_run, "--prompt", "x" * 500), "128 positions", "shorten")
     assert_refused(call("eval", model_folder), "no data", "--data")
-    assert_refused(call("eval", finished_run, "--data", tmp_path / "no.jsonl"), "no.jsonl")
-    assert_refused(call("eval", finished_run, "--rows", 0), "--rows")
-    assert_refused(call("inspect", tmp_path / "none"), "none")
     assert_refused(call("inspect", model_folder), "adapter_config.json")
-    assert_refused(call("generate", tmp_path / "none", "--prompt", "x"), "no model")
     settings = yaml.safe_load((copied / "run.yaml").read_text())
     settings["data"]["eval"] = None
     (copied / "run.yaml").write_text(yaml.safe_dump(settings))

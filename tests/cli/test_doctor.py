@@ -1,51 +1,35 @@
-"""`deltaw doctor`, with and without compiled kernels."""
+"""`deltaw doctor`: text and one object, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 
-import pytest
-
 from tests.cli.conftest import start
 
 
-@pytest.mark.parametrize("native", ["0", "1"])
-def test_one_object_with_and_without_compiled_kernels(tmp_path, monkeypatch, model_folder, native):
-    monkeypatch.setenv("DELTAW_NATIVE", native)
+def test_one_object_without_compiled_kernels(tmp_path, monkeypatch, model_folder):
+    monkeypatch.setenv("DELTAW_NATIVE", "0")
     monkeypatch.setenv("DELTAW_KERNEL", "avx2")  # misspelled
     process = start("doctor", "--output", tmp_path / "runs", "--model", model_folder, "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     told = json.loads(out)
-    assert told.keys() >= {
-        "deltaw",
-        "status",
-        "processor",
-        "kernels",
-        "memory",
-        "disks",
-        "packages",
-        "optional",
-        "gpus",
-        "environment",
-        "model",
-        "findings",
-    }
+    keys = "deltaw status processor kernels memory disks packages optional gpus environment model findings versions"
+    assert told.keys() >= set(keys.split())
     assert told["model"]["reference"] == str(model_folder)
-    assert told["environment"]["DELTAW_NATIVE"] == native
+    assert told["environment"]["DELTAW_NATIVE"] == "0"
     findings = told["findings"]
     assert {f["severity"] for f in findings} <= {"ok", "note", "warning"}
     assert any("DELTAW_KERNEL " in f["what"] and "DELTAW_KERNELS" in f["hint"] for f in findings)
-    off = [f for f in findings if "switched off" in f["what"]]
-    assert bool(off) == (native == "0")
-    if native == "0":
-        assert told["kernels"]["chosen"]["kernels"] == "none"
-        assert told["kernels"]["rates"]["fp32"].keys() == {"torch"}
+    assert any("switched off" in f["what"] for f in findings)
+    assert told["kernels"]["chosen"]["kernels"] == "none"
+    assert told["kernels"]["rates"]["fp32"].keys() == {"torch"}
 
 
 def test_a_report_leaves_nothing_behind(call, tmp_path):
     ended = call("doctor", "--output", tmp_path / "runs")
     assert ended.status == 0 and "products by" in ended.out and "training works" in ended.out
+    assert "switched off" not in ended.out
     assert not (tmp_path / "runs").exists()
 
 

@@ -6,17 +6,17 @@ import json
 
 import pytest
 
+from deltaw.training.fit import fit
 
-@pytest.fixture
-def run(call, flags, tmp_path, rows_file):
+
+@pytest.fixture(scope="module")
+def run(settings, tmp_path_factory, rows_file):
     """A run that holds two rows out and is also evaluated on a file."""
-    other = tmp_path / "other.jsonl"
+    folder = tmp_path_factory.mktemp("sets")
+    other = folder / "other.jsonl"
     other.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:3]))
-    folder = tmp_path / "run"
-    sets = f"{{held_out: 2, other: {other}}}"
-    ended = call("train", *flags(folder, data=None, data__train=rows_file, data__eval=sets, train__drift="false"))
-    assert ended.status == 0, ended.err
-    return folder
+    sets = {"held_out": 2, "other": str(other)}
+    return fit(settings(folder / "run", data={"eval": sets}, train={"drift": False})).output
 
 
 def test_all_sets_are_evaluated_under_their_names(call, run):

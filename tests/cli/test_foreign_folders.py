@@ -17,6 +17,7 @@ from deltaw.data import rendering
 from deltaw.hub import packages
 from deltaw.lora import expressions
 from tests.conftest import write_rows
+from tests.experiments.conftest import use_worker_here
 
 CANARY = "the canary sings"
 ENDLESS_EXPRESSION = "(([a-z_0-9]+)[.]?)+!"
@@ -50,7 +51,7 @@ def outside(tmp_path: Path, model_folder: Path, finished_run: Path, monkeypatch:
     write_rows(folder / "rows.jsonl", [{"prompt": "a", "completion": CANARY}] * 4)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rendering, "STEPS", 1 << 14)
-    monkeypatch.setattr(expressions, "SECONDS", 0.2)
+    monkeypatch.setattr(expressions, "SECONDS", 0.05)
     monkeypatch.setattr(packages, "_fetched", lambda wanted: pytest.fail(f"{wanted} was fetched"))
     _opened.clear()
     _watched.append(str(folder.resolve()))
@@ -137,15 +138,13 @@ def _named_index(model: Path, outside: Path) -> str:
     return "not in the model's folder"
 
 
-def _weights(model: Path, outside: Path) -> str:
-    _changed(model / "config.json", transformers_weights="../outside/model/model.safetensors")
-    return "not a safetensors file of its folder"
+def _weights(name: str) -> Callable[[Path, Path], str]:
+    def change(model: Path, outside: Path) -> str:
+        (model / "adapter_model.bin").write_bytes(b"")
+        _changed(model / "config.json", transformers_weights=name)
+        return "not a safetensors file of its folder"
 
-
-def _pickle(model: Path, outside: Path) -> str:
-    (model / "adapter_model.bin").write_bytes(b"")
-    _changed(model / "config.json", transformers_weights="adapter_model.bin")
-    return "not a safetensors file of its folder"
+    return change
 
 
 def _vocabulary(model: Path, outside: Path) -> str:
@@ -170,8 +169,8 @@ MODELS = {
     "more templates": _link("additional_chat_templates", ""),
     "index": _index,
     "an index by name": _named_index,
-    "weights by name": _weights,
-    "a pickle": _pickle,
+    "weights by name": _weights("../outside/model/model.safetensors"),
+    "a pickle": _weights("adapter_model.bin"),
     "a vocabulary": _vocabulary,
     "an adapter in it": _with_adapter,
 }
@@ -179,7 +178,7 @@ MODELS = {
 
 def _model_verbs(model: Path, rows: Path, to: Path) -> dict[str, list]:
     train = ["--data.train", rows, "--device", "cpu", "--precision", "fp32"]
-    verbs: dict[str, list] = {
+    return {
         "train": ["train", "--model", model, *train, "--output", to, "--train.max_steps", "1"],
         "plan": ["plan", "--model", model, *train],
         "compare": ["compare", "--model", model, *train, "--output", to, "--methods", "lora"],
@@ -193,18 +192,16 @@ def _model_verbs(model: Path, rows: Path, to: Path) -> dict[str, list]:
         "doctor": ["doctor", "--model", model],
         "init": ["init", to, "--model", model, "--data", rows],
     }
-    return verbs
 
 
 @pytest.mark.parametrize("what", MODELS)
-def test_a_models_folder(what, tmp_path, model_folder, rows_file, outside, refused):
+def test_a_models_folder(what, tmp_path, model_folder, rows_file, outside, refused, monkeypatch):
+    use_worker_here(monkeypatch)
     model = shutil.copytree(model_folder, tmp_path / "model")
     word = MODELS[what](model, outside)
     verbs = _model_verbs(model, rows_file, tmp_path / "to")
     if what == "an adapter in it":  # these take the folder for the adapter
         verbs = {name: verbs[name] for name in verbs if name not in ("eval", "generate", "chat", "serve")}
-    if what != "weights":  # they begin with a process of their own
-        del verbs["compare"], verbs["tune"]
     if what.startswith("code"):
         del verbs["init"]  # reads no configuration, and writes settings without it
     if what == "code of the tokenizer":

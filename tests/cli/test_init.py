@@ -43,7 +43,7 @@ def test_pairs_of_answers_get_a_run_that_prefers(call, model_folder, tmp_path, m
     assert RunConfig.read(tmp_path / "runs" / "pairs" / "run.yaml").preference.beta == 0.2
     ended = call("eval", "runs/pairs", "--base", "--precision", "fp32")
     assert ended.status == 0 and "accuracy" in ended.out and "margin" in ended.out, ended
-    assert call("plan", "train.yaml").status == 0
+    assert call("plan", "train.yaml", "--methods", "lora").status == 0
     ended = call("train", "train.yaml", "--task", "causal-lm", "--output", "other")
     assert ended.status == 2 and "set task: preference" in ended.err, ended
 
@@ -59,7 +59,7 @@ def test_single_answers_get_a_run_that_judges_them(call, model_folder, tmp_path,
     assert ended.status == 0, ended
     ended = call("eval", "runs/answers", "--base", "--precision", "fp32")
     assert ended.status == 0 and "kl" in ended.out and "accuracy" in ended.out, ended
-    assert call("plan", "train.yaml").status == 0
+    assert call("plan", "train.yaml", "--methods", "lora").status == 0
     assert call("data", "check", "train.yaml").status == 0
 
 
@@ -69,8 +69,8 @@ def test_a_reward_model_is_planned_checked_trained_and_evaluated(call, model_fol
     write_rows(tmp_path / "pairs.jsonl", rows)
     flags = ["--task", "sequence-classification", "--precision", "fp32", "--output", "reward"]
     flags += ["--model", model_folder, "--data.train", "pairs.jsonl", "--data.eval", 3]
-    for verb in (["plan"], ["data", "check"], ["train"]):
-        ended = call(*verb, *flags, *(["--train.max_steps", 2] if verb == ["train"] else []))
+    for verb in (["plan", "--methods", "lora"], ["data", "check"], ["train", "--train.max_steps", 2]):
+        ended = call(*verb, *flags)
         assert ended.status == 0, ended
     ended = call("eval", "reward", "--base", "--precision", "fp32", "--data", "pairs.jsonl")
     assert ended.status == 0 and "margin" in ended.out and "accuracy" in ended.out, ended

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.cli.conftest import start, tree
-from tests.training.test_checkpoints import assert_same_run
+from tests.training.runs import assert_same_run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
 
@@ -77,7 +77,7 @@ def test_a_killed_process_leaves_no_lock_and_a_living_one_does(flags, tmp_path, 
         process.kill()
     shorter = call("train", "--resume", run, "--train.max_steps", 20)
     assert shorter.status in (0, 2), shorter.err
-    assert "goes on from" in shorter.out + shorter.err or "has done" in shorter.err
+    assert "resumes from" in shorter.out + shorter.err or "has done" in shorter.err
 
 
 def test_a_second_signal_ends_at_once_and_the_run_goes_on(flags, tmp_path):
@@ -109,7 +109,7 @@ def test_resume_and_fresh_on_the_command_line(flags, tmp_path, call):
     for flag in (["--output", tmp_path / "other"], ["--fresh"]):
         assert call("train", "--resume", run, *flag).status == 2
     nowhere = call("train", "--resume", tmp_path / "nowhere")
-    assert nowhere.status == 2 and "no run to go on with" in nowhere.err
+    assert nowhere.status == 2 and "no run to resume" in nowhere.err
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "other").exists()
 
 

@@ -38,44 +38,21 @@ def _packed(path: Path, blocks: Iterator[bytes]) -> None:
             file.write(block)
 
 
-def _line(path: Path) -> None:
-    _packed(path, _blocks(b'{"text": "b"}\n{"text": "', _BLOCK, LARGE // 2**20, b'"}\n{"text": "c"}\n'))
+def _text(before: bytes, block: bytes, after: bytes) -> Callable[[Path], None]:
+    """A file of text with many times the same block."""
+    return lambda path: _packed(path, _blocks(before, block, LARGE // 2**20, after))
 
 
-def _objects(path: Path) -> None:
-    _packed(path, _blocks(b'{"text": [', b"{}," * 2**18, LARGE // 2**20, b"{}]}\n"))
-
-
-def _list(path: Path) -> None:
-    _packed(path, _blocks(b'[{"text": "b"}, {"text": "', _BLOCK, LARGE // 2**20, b'"}]'))
-
-
-def _cell(path: Path) -> None:
-    _packed(path, _blocks(b"text\nb\n", _BLOCK, LARGE // 2**20, b"\nc\n"))
-
-
-def _cells(path: Path) -> None:
-    _packed(path, _blocks(b"text\nb\n", b"," * 2**20, LARGE // 2**20, b"\nc\n"))
-
-
-def _quoted_lines(path: Path) -> None:
-    _packed(path, _blocks(b"text\nb\n", b'"a\n",' * 2**17, LARGE // 2**20, b"c\n"))
-
-
-def _open_quote(path: Path) -> None:
-    _packed(path, _blocks(b'text\nb\n"', b"a row\n" * 2**18, LARGE // 2**20, b""))
-
-
-def _parquet(path: Path, table: pyarrow.Table, **more: object) -> None:
-    pyarrow.parquet.write_table(table, path, compression="zstd", write_statistics=False, **more)
+def write_parquet(path: Path, table: pyarrow.Table, **more: object) -> None:
+    pyarrow.parquet.write_table(table, path, **{"compression": "zstd", "write_statistics": False, **more})
 
 
 def _long_text(path: Path) -> None:
-    _parquet(path, pyarrow.table({"text": ["b", "a" * LARGE]}), use_dictionary=False)
+    write_parquet(path, pyarrow.table({"text": ["b", "a" * LARGE]}), use_dictionary=False)
 
 
 def _long_entry(path: Path) -> None:
-    _parquet(path, pyarrow.table({"text": _repeated(9, LARGE)}))
+    write_parquet(path, pyarrow.table({"text": _repeated(9, LARGE)}))
 
 
 def _repeated(count: int, length: int) -> pyarrow.Array:
@@ -84,7 +61,7 @@ def _repeated(count: int, length: int) -> pyarrow.Array:
 
 
 def _repeated_text(path: Path) -> None:
-    _parquet(path, pyarrow.table({"text": _repeated(4000, 2**21)}))
+    write_parquet(path, pyarrow.table({"text": _repeated(4000, 2**21)}))
 
 
 def _in_one_list(values: pyarrow.Array, empty: int = 2000) -> pyarrow.Array:
@@ -95,31 +72,33 @@ def _in_one_list(values: pyarrow.Array, empty: int = 2000) -> pyarrow.Array:
 
 def _long_list(path: Path) -> None:
     zeros = pyarrow.nulls(LARGE // 8, pyarrow.int64()).fill_null(0)
-    _parquet(path, pyarrow.table({"text": _in_one_list(zeros)}))
+    write_parquet(path, pyarrow.table({"text": _in_one_list(zeros)}))
 
 
 def _list_of_one_text(path: Path) -> None:
-    _parquet(path, pyarrow.table({"text": _in_one_list(_repeated(4000, 2**18))}))
+    write_parquet(path, pyarrow.table({"text": _in_one_list(_repeated(4000, 2**18))}))
 
 
 def _common_beginnings(path: Path) -> None:
     """Each value is the one before, and nothing more (DELTA_BYTE_ARRAY)."""
     table = pyarrow.table({"text": ["a" * 2**19] * 400})
-    _parquet(path, table, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
+    write_parquet(path, table, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
 
 
-def _arrow(path: Path, table: pyarrow.Table, compression: str | None = None) -> None:
-    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
-    with pyarrow.ipc.new_file(str(path), table.schema, options=options) as file:
-        file.write_table(table)
+def write_arrow(
+    path: Path, table: pyarrow.Table, compression: str | None = None, form: str = "file", **more: object
+) -> None:
+    new = pyarrow.ipc.new_file if form == "file" else pyarrow.ipc.new_stream
+    with new(str(path), table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=compression)) as file:
+        file.write_table(table, **more)
 
 
 def _arrow_text(path: Path) -> None:
-    _arrow(path, pyarrow.table({"text": ["b", "a" * LARGE]}), "zstd")
+    write_arrow(path, pyarrow.table({"text": ["b", "a" * LARGE]}), "zstd")
 
 
 def _arrow_repeated(path: Path) -> None:
-    _arrow(path, pyarrow.table({"text": _repeated(4000, 2**21)}))
+    write_arrow(path, pyarrow.table({"text": _repeated(4000, 2**21)}))
 
 
 def _arrow_views(path: Path) -> None:
@@ -128,15 +107,15 @@ def _arrow_views(path: Path) -> None:
     views, text = once.buffers()[1:]
     many = pyarrow.py_buffer(views.to_pybytes() * 500)
     array = pyarrow.Array.from_buffers(pyarrow.string_view(), 500, [None, many, text])
-    _arrow(path, pyarrow.table({"text": array}))
+    write_arrow(path, pyarrow.table({"text": array}))
 
 
 def _arrow_nulls(path: Path) -> None:
-    _arrow(path, pyarrow.table({"text": _in_one_list(pyarrow.nulls(LARGE // 8))}))
+    write_arrow(path, pyarrow.table({"text": _in_one_list(pyarrow.nulls(LARGE // 8))}))
 
 
 def _arrow_lists(path: Path) -> None:
-    _arrow(path, pyarrow.table({"text": _in_one_list(_repeated(4000, 2**18))}))
+    write_arrow(path, pyarrow.table({"text": _in_one_list(_repeated(4000, 2**18))}))
 
 
 def _wide_window(path: Path) -> None:
@@ -149,19 +128,17 @@ def _wide_window(path: Path) -> None:
     path.write_bytes(small[:12] + bytes(head) + small[24:])
 
 
+_LINE = _text(b'{"text": "b"}\n{"text": "', _BLOCK, b'"}\n{"text": "c"}\n')
+_OBJECTS = _text(b'{"text": [', b"{}," * 2**18, b"{}]}\n")
 HOSTILE: dict[str, Callable[[Path], None]] = {
-    "line.jsonl": _line,
-    "line.jsonl.gz": _line,
-    "line.jsonl.bz2": _line,
-    "line.jsonl.xz": _line,
-    "line.jsonl.zst": _line,
-    "objects.jsonl.gz": _objects,
-    "list.json.gz": _list,
-    "objects.json.zst": _objects,
-    "cell.csv.gz": _cell,
-    "cells.csv.gz": _cells,
-    "quoted.csv.gz": _quoted_lines,
-    "quote.csv.gz": _open_quote,
+    **{f"line.jsonl{packed}": _LINE for packed in ("", ".gz", ".bz2", ".xz", ".zst")},
+    "objects.jsonl.gz": _OBJECTS,
+    "list.json.gz": _text(b'[{"text": "b"}, {"text": "', _BLOCK, b'"}]'),
+    "objects.json.zst": _OBJECTS,
+    "cell.csv.gz": _text(b"text\nb\n", _BLOCK, b"\nc\n"),
+    "cells.csv.gz": _text(b"text\nb\n", b"," * 2**20, b"\nc\n"),
+    "quoted.csv.gz": _text(b"text\nb\n", b'"a\n",' * 2**17, b"c\n"),
+    "quote.csv.gz": _text(b'text\nb\n"', b"a row\n" * 2**18, b""),
     "window.jsonl.xz": _wide_window,
     "text.parquet": _long_text,
     "entry.parquet": _long_entry,

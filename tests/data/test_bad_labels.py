@@ -10,7 +10,6 @@ from PIL import Image
 
 from deltaw.data import DataSettings
 from deltaw.data.labels import LabelReader
-from deltaw.data.report import BadRowError
 from deltaw.errors import UserError
 from tests.data.chat_templates import tokenizer_of
 
@@ -49,16 +48,6 @@ def test_a_row_that_cannot_be_used_is_an_error_or_skipped(tmp_path: Path, row, r
     assert (line["where"], line["reason"], line["row"]) == (f"{path}, row 7", reason, row)
 
 
-def test_numbers_that_are_none_are_skipped(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"text": f"film {n}", "label": n / 2} for n in range(6)]
-    rows += [{"text": "x", "label": "many"}, {"text": "x", "label": None}]
-    path = written(tmp_path / "d.jsonl", rows)
-    with pytest.raises(BadRowError, match="must be a finite number"):
-        LabelReader(DataSettings(path), TOKENIZER, "regression").prepared()
-    prepared = LabelReader(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, "regression").prepared()
-    assert (len(prepared.train), prepared.report.skipped) == (6, 2)
-
-
 def test_rows_of_a_table_with_missing_cells_are_skipped_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("text,label\n" + "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(6)) + "alone\nfilm 9,a\n")
@@ -94,9 +83,3 @@ def test_an_evaluation_file_is_counted_on_its_own(tmp_path: Path) -> None:
     assert prepared.report.evaluation is not None and prepared.report.evaluation.skipped == 2
     assert len(prepared.skipped) == 3
     assert len(LabelReader(settings, TOKENIZER, CLASSES, classes=("a", "b")).file(apart)[0]) == 2
-
-
-def test_labeled_rows_cannot_be_divided(tmp_path: Path) -> None:
-    path = written(tmp_path / "d.jsonl", good())
-    with pytest.raises(UserError, match="cannot be divided"):
-        LabelReader(DataSettings(path, long_rows="split"), TOKENIZER, CLASSES).prepared()

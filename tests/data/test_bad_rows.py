@@ -14,11 +14,6 @@ def error(reason: str = "odd", where: str = "d.jsonl, row 3") -> BadRowError:
     return BadRowError("it is odd", reason=reason, where=where, hint="make it even")
 
 
-def test_the_first_is_an_error_unless_they_are_to_be_skipped() -> None:
-    with pytest.raises(BadRowError, match="it is odd"):
-        BadRows().add(error(), {"text": 1})
-
-
 def test_skipped_rows_are_counted_by_reason_and_listed_with_their_place() -> None:
     bad = BadRows("skip")
     for reason in ("odd", "odd", "even"):

@@ -11,7 +11,7 @@ from deltaw.data.chat_template import read_chat_template, with_chat_template, wi
 from deltaw.data.formats import Pair
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
-from tests.data.chat_templates import CHATML, tokenizer_of
+from tests.data.chat_templates import tokenizer_of
 
 OWN = "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
 OWN += "{% if add_generation_prompt %}<|im_start|>ASSISTANT: {% endif %}"
@@ -28,21 +28,15 @@ def test_a_template_file_replaces_the_tokenizers_own_in_a_copy(tmp_path: Path) -
     changed = with_chat_template(tokenizer, written(tmp_path, OWN))
     (encoded,) = Encoder(changed).encode([Pair("Hi", "Ho")], ["row 1"])[0]
     assert changed.decode(encoded.tokens) == "<|im_start|>USER: Hi<|im_end|><|im_start|>ASSISTANT: Ho<|im_end|>"
-    assert tokenizer.chat_template == CHATML
+    assert tokenizer.chat_template == tokenizer_of("chatml").chat_template != OWN
     assert with_chat_template(tokenizer, None) is tokenizer
     changed.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == OWN
 
 
 def test_a_base_model_gets_a_template_by_it(tmp_path: Path) -> None:
-    base = with_chat_template(
-        tokenizer_of("base"),
-        written(
-            tmp_path,
-            "Q: {{ messages[0].content }}\nA:"
-            + ("{% if messages[1] %} {{ messages[1].content }}{{ eos_token }}{% endif %}"),
-        ),
-    )
+    own = "Q: {{ messages[0].content }}\nA:{% if messages[1] %} {{ messages[1].content }}{{ eos_token }}{% endif %}"
+    base = with_chat_template(tokenizer_of("base"), written(tmp_path, own))
     (encoded,) = Encoder(base).encode([Pair("Hi", "Ho")], ["row 1"])[0]
     assert base.decode(encoded.tokens) == "Q: Hi\nA: Ho<|endoftext|>"
     assert base.decode(encoded.tokens[encoded.prompt_length :]) == " Ho<|endoftext|>"

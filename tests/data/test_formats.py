@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.formats import Conversation, Pair, Record, Text, choose_form, forms, read_records, unused_columns
+from deltaw.data.formats import FORMS, Conversation, Pair, Record, Text, choose_form, read_records, unused_columns
 from deltaw.data.messages import read_prompt
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError
@@ -61,8 +61,9 @@ def test_messages() -> None:
     ]
 
 
-def test_messages_of_weight_zero_are_not_learned_and_null_keys_are_dropped() -> None:
-    (record,) = read({"messages": [user("a"), assistant("b", weight=0, name=None), user("c"), assistant("d")]})
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_messages_of_weight_zero_are_not_learned_and_null_keys_are_dropped(zero: float) -> None:
+    (record,) = read({"messages": [user("a"), assistant("b", weight=zero, name=None), user("c"), assistant("d")]})
     assert isinstance(record, Conversation)
     assert record.learned == (False, False, False, True)
     assert record.messages[1] == {"role": "assistant", "content": "b"}
@@ -112,10 +113,6 @@ def test_evals_rows() -> None:
     assert contents(record) == [("system", "s", False), ("assistant", "b", True)]
     (record,) = read({"input": [user("x"), assistant("y"), user("a")], "ideal": "b"})
     assert [may for *_, may in contents(record)] == [False, False, False, True]
-
-
-def test_text() -> None:
-    assert read({"text": "a", "url": "…"}) == [Text("a")]
 
 
 def test_a_form_can_be_asked_for() -> None:
@@ -225,7 +222,7 @@ def test_reading_does_not_change_the_rows() -> None:
 def test_the_examples_of_the_documentation_are_read_as_they_say() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     examples = re.findall(r"^\*\*([a-z-]+)\*\*[^\n]*\n```json\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
-    assert [form for form, _ in examples] == [form.name for form in forms()]
+    assert [form for form, _ in examples] == [form.name for form in FORMS]
     for form, row in examples:
         table = rows_of(json.loads(row))
         assert choose_form(table).name == form

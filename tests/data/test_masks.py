@@ -17,7 +17,7 @@ from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
 
 DATE = "2026-01-31"
-ANSWERS = ("Lima.", "Santiago.")
+QUESTIONS, ANSWERS = ("Capital of Peru?", "Chile?"), ("Lima.", "Santiago.")
 THOUGHTS = ("<think>\nSouth.\n</think>\n\nLima.", "<think>\nFar south.\n</think>\n\nSantiago.")
 TOOLS: tuple[Message, ...] = (
     {"type": "function", "function": {"name": "clock", "description": "the time", "parameters": {}}},
@@ -27,7 +27,7 @@ TOOLS: tuple[Message, ...] = (
 def talk(*answers: str, system: str | None = None) -> Conversation:
     """Questions on capitals with these answers."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for question, answer in zip(("Capital of Peru?", "Chile?"), answers, strict=False):
+    for question, answer in zip(QUESTIONS, answers, strict=False):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return conversation([], messages, "row 1")
 
@@ -65,68 +65,45 @@ def examples(family: str, record: Record, **settings: object) -> list[str]:
     return [marked(tokenizer, encoded) for encoded in encoder.encode([record], ["row 1"])[0]]
 
 
-# Two questions and two answers.
+def turns(begin: str, question: str, answer: str, between: str = "") -> str:
+    """Two questions Q and two answers A as text, with « and » around what is trained on."""
+    answers = [answer.replace("A", f"{said}", 1) for said in ANSWERS]
+    return begin + between.join(question.replace("Q", q) + a for q, a in zip(QUESTIONS, answers, strict=True))
+
+
+# For each family what begins the text, a question, an answer, and what stands between turns.
+IM = ("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", "«A<|im_end|>»", "\n")
+HEADERS = (
+    "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "«A<|eot_id|>»",
+)
+GEMMA = ("<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", "«A<end_of_turn>»", "\n")
+SEP = ("<|im_start|>user<|im_sep|>Q<|im_end|><|im_start|>assistant<|im_sep|>", "«A<|im_end|>»")
+DATED = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+DATED += "Today Date: 31 Jan 2026\n\n"
+ZEPHYR = ("<|user|>\nQ</s> \n<|assistant|>\n", "«A</s>»", " \n")
+FIRST = "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
 TWO_TURNS = {
-    "chatml": [
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
-    ],
-    "generation": [
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
-    ],
-    "llama2": ["<s> [INST] Capital of Peru? [/INST]« Lima. </s>»<s> [INST] Chile? [/INST]« Santiago. </s>»"],
-    "llama3": [
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nCapital of Peru?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Lima.<|eot_id|>»"
-        "<|start_header_id|>user<|end_header_id|>\n\nChile?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Santiago.<|eot_id|>»"
-    ],
-    "llama3.2": [
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 31 Jan 2026\n\n<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nCapital of Peru?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Lima.<|eot_id|>»"
-        "<|start_header_id|>user<|end_header_id|>\n\nChile?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Santiago.<|eot_id|>»"
-    ],
-    "qwen2.5": [
-        "<|im_start|>system\nYou are a default assistant.<|im_end|>\n"
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
-    ],
+    "chatml": [turns("", *IM)],
+    "generation": [turns("", *IM)],
+    "llama2": [turns("", "<s> [INST] Q [/INST]", "« A </s>»")],
+    "llama3": [turns("<|begin_of_text|>", *HEADERS)],
+    "llama3.2": [turns(DATED + "<|eot_id|>", *HEADERS)],
+    "qwen2.5": [turns("<|im_start|>system\nYou are a default assistant.<|im_end|>\n", *IM)],
     "qwen3": [
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nLima.<|im_end|>»",
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
+        FIRST + "«<think>\n\n</think>\n\nLima.<|im_end|>»",
+        FIRST + "Lima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
         "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
     ],
-    "gemma2": [
-        "<bos><start_of_turn>user\nCapital of Peru?<end_of_turn>\n<start_of_turn>model\n«Lima.<end_of_turn>»\n"
-        "<start_of_turn>user\nChile?<end_of_turn>\n<start_of_turn>model\n«Santiago.<end_of_turn>»"
-    ],
-    "gemma3": [
-        "<bos><start_of_turn>user\nCapital of Peru?<end_of_turn>\n<start_of_turn>model\n«Lima.<end_of_turn>»\n"
-        "<start_of_turn>user\nChile?<end_of_turn>\n<start_of_turn>model\n«Santiago.<end_of_turn>»"
-    ],
-    "mistral1": ["<s> [INST] Capital of Peru? [/INST]« Lima.</s>» [INST] Chile? [/INST]« Santiago.</s>»"],
-    "mistral3": ["<s>[INST] Capital of Peru?[/INST]« Lima.</s>»[INST] Chile?[/INST]« Santiago.</s>»"],
-    "phi3": [
-        "<|user|> \nCapital of Peru?<|end|> \n<|assistant|> \n«Lima.<|end|>» \n"
-        "<|user|> \nChile?<|end|> \n<|assistant|> \n«Santiago.<|end|>»"
-    ],
-    "phi4": [
-        "<|im_start|>user<|im_sep|>Capital of Peru?<|im_end|><|im_start|>assistant<|im_sep|>«Lima.<|im_end|>»"
-        "<|im_start|>user<|im_sep|>Chile?<|im_end|><|im_start|>assistant<|im_sep|>«Santiago.<|im_end|>»"
-    ],
-    "phi4-mini": [
-        "<|user|>Capital of Peru?<|end|><|assistant|>«Lima.<|end|>»<|user|>Chile?<|end|><|assistant|>«Santiago.<|end|>»"
-    ],
-    "zephyr": [
-        "<|user|>\nCapital of Peru?</s> \n<|assistant|>\n«Lima.</s>» \n"
-        "<|user|>\nChile?</s> \n<|assistant|>\n«Santiago.</s>»"
-    ],
-    "base": ["Capital of Peru?\n«Lima.<|endoftext|>»Chile?\n«Santiago.<|endoftext|>»"],
+    "gemma2": [turns("<bos>", *GEMMA)],
+    "gemma3": [turns("<bos>", *GEMMA)],
+    "mistral1": [turns("<s>", " [INST] Q [/INST]", "« A</s>»")],
+    "mistral3": [turns("<s>", "[INST] Q[/INST]", "« A</s>»")],
+    "phi3": [turns("", "<|user|> \nQ<|end|> \n<|assistant|> \n", "«A<|end|>»", " \n")],
+    "phi4": [turns("", *SEP)],
+    "phi4-mini": [turns("", "<|user|>Q<|end|><|assistant|>", "«A<|end|>»")],
+    "zephyr": [turns("", *ZEPHYR)],
+    "base": [turns("", "Q\n", "«A<|endoftext|>»")],
 }
 
 
@@ -161,44 +138,20 @@ def test_white_space_around_an_answer_is_trained_as_far_as_the_template_keeps_it
 
 
 # With a system message.
+BRIEF = "<s> [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nCapital of Peru? [/INST]« Lima. </s>»"
 SYSTEM = {
-    "llama2": [
-        "<s> [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nCapital of Peru? [/INST]« Lima. </s>»"
-        "<s> [INST] Chile? [/INST]« Santiago. </s>»"
-    ],
-    "llama3.2": [
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 31 Jan 2026\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nCapital of Peru?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Lima.<|eot_id|>»"
-        "<|start_header_id|>user<|end_header_id|>\n\nChile?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Santiago.<|eot_id|>»"
-    ],
-    "qwen2.5": [
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
-    ],
-    "gemma3": [
-        "<bos><start_of_turn>user\nBe brief.\n\nCapital of Peru?<end_of_turn>\n<start_of_turn>model\n"
-        "«Lima.<end_of_turn>»\n"
-        "<start_of_turn>user\nChile?<end_of_turn>\n<start_of_turn>model\n«Santiago.<end_of_turn>»"
-    ],
+    "llama2": [BRIEF + "<s> [INST] Chile? [/INST]« Santiago. </s>»"],
+    "llama3.2": [turns(DATED + "Be brief.<|eot_id|>", *HEADERS)],
+    "qwen2.5": [turns("<|im_start|>system\nBe brief.<|im_end|>\n", *IM)],
+    "gemma3": [turns("<bos>", *GEMMA).replace("Capital", "Be brief.\n\nCapital")],
     # The system message stands in the question that is being answered, and in no other.
     "mistral3": [
         "<s>[INST] Be brief.\n\nCapital of Peru?[/INST]« Lima.</s>»",
         "<s>[INST] Capital of Peru?[/INST] Lima.</s>[INST] Be brief.\n\nChile?[/INST]« Santiago.</s>»",
     ],
-    "phi4": [
-        "<|im_start|>system<|im_sep|>Be brief.<|im_end|>"
-        "<|im_start|>user<|im_sep|>Capital of Peru?<|im_end|><|im_start|>assistant<|im_sep|>«Lima.<|im_end|>»"
-        "<|im_start|>user<|im_sep|>Chile?<|im_end|><|im_start|>assistant<|im_sep|>«Santiago.<|im_end|>»"
-    ],
-    "zephyr": [
-        "<|system|>\nBe brief.</s> \n<|user|>\nCapital of Peru?</s> \n<|assistant|>\n«Lima.</s>» \n"
-        "<|user|>\nChile?</s> \n<|assistant|>\n«Santiago.</s>»"
-    ],
-    "base": ["Be brief.\nCapital of Peru?\n«Lima.<|endoftext|>»Chile?\n«Santiago.<|endoftext|>»"],
+    "phi4": [turns("<|im_start|>system<|im_sep|>Be brief.<|im_end|>", *SEP)],
+    "zephyr": [turns("<|system|>\nBe brief.</s> \n", *ZEPHYR)],
+    "base": [turns("Be brief.\n", "Q\n", "«A<|endoftext|>»")],
 }
 
 
@@ -215,24 +168,20 @@ def test_a_template_that_takes_no_system_message_refuses_the_row(family: str) ->
 
 
 # Reasoning before the answers.
+R1 = "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜>"
 THINKING = {
     "chatml": [
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»"
+        FIRST + "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n<|im_start|>user\nChile?<|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»"
     ],
     "qwen3": [
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»",
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>\n"
-        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
+        FIRST + "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»",
+        FIRST + "Lima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
         "«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»",
     ],
     "deepseek-r1": [
-        "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜><think>\n"
-        "«South.\n</think>\n\nLima.<｜end▁of▁sentence｜>»",
-        "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜>\n\nLima.<｜end▁of▁sentence｜>"
+        R1 + "<think>\n«South.\n</think>\n\nLima.<｜end▁of▁sentence｜>»",
+        R1 + "\n\nLima.<｜end▁of▁sentence｜>"
         "<｜User｜>Chile?<｜Assistant｜><think>\n«Far south.\n</think>\n\nSantiago.<｜end▁of▁sentence｜>»",
     ],
 }
@@ -323,25 +272,18 @@ def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
     assert theirs["assistant_masks"] == mask
 
 
-ENDS = {
-    "llama2": " </s>",
-    "llama3": "<|eot_id|>",
-    "llama3.2": "<|eot_id|>",
-    "gemma2": "<end_of_turn>",
-    "gemma3": "<end_of_turn>",
-    "mistral1": "</s>",
-    "mistral3": "</s>",
-    "phi3": "<|end|>",
-    "phi4-mini": "<|end|>",
-    "zephyr": "</s>",
-    "base": "<|endoftext|>",
-}
 # Any text but the names of special tokens, which a model reads as the tokens themselves.
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30)
 
 
-@pytest.mark.parametrize("family", TWO_TURNS)
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize(
+    "family",
+    [
+        f if f in ("llama2", "llama3.2", "qwen3", "gemma3") else pytest.param(f, marks=pytest.mark.slow)
+        for f in TWO_TURNS
+    ],
+)
+@settings(max_examples=15, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
 def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, question, answers):
     messages: list[Message] = []
@@ -355,7 +297,7 @@ def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, qu
             # Each answer follows exactly what the model is given to write it.
             assert example.tokens[:start] == encoder.prompt(messages[:turn])
             trained.append("".join(str(tokenizer.decode(example.tokens[start:stop])).split()))
-    end = ENDS.get(family, "<|im_end|>").strip()
+    end = TWO_TURNS[family][0].partition("Lima.")[2].partition("»")[0].strip()
     thought = "<think></think>" if family == "qwen3" else ""
     expected = [thought + "".join(answer.split()) + end for answer in answers if answer.strip()]
     assert trained == expected

@@ -16,23 +16,11 @@ def learned(*turns: tuple[str, str, dict[str, object]] | tuple[str, str]) -> tup
     return conversation([], chat(*turns), "row 1").learned
 
 
-def test_a_turn_of_weight_zero_is_not_learned() -> None:
-    for zero in (0, 0.0):
-        found = learned(("user", "a"), ("assistant", "b", {"weight": zero}), ("user", "c"), ("assistant", "d"))
-        assert found == (False, False, False, True)
-    assert learned(("user", "a"), ("assistant", "b", {"weight": 1})) == (False, True)
-
-
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "1", True, [1]])
 def test_other_weights_are_refused_with_the_turn(weight: object) -> None:
     with pytest.raises(BadRowError) as refused:
         learned(("user", "a"), ("assistant", "b", {"weight": weight}))
     assert (refused.value.where, refused.value.reason) == ("row 1, turn 2", "a weight other than 0 and 1")
-
-
-def test_weights_are_not_shown_to_templates() -> None:
-    found = conversation([], chat(("user", "a"), ("assistant", "b", {"weight": 1})), "row 1")
-    assert all("weight" not in message for message in found.messages)
 
 
 def test_a_system_turn_may_stand_between_an_answer_and_a_question() -> None:

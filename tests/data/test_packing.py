@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +46,7 @@ def seen_by_each_row(batch):
     return [tuple(tokens[visible[i]]) for i in range(len(tokens))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows(), st.booleans())
 def test_each_label_is_predicted_from_exactly_the_tokens_before_it(given_rows, share):
     batch = pack(given_rows, share=share)
@@ -65,7 +64,7 @@ def test_each_label_is_predicted_from_exactly_the_tokens_before_it(given_rows, s
     assert batch.label_tokens == sum(int(r.is_label.sum()) for r in given_rows)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rows())
 def test_sharing_never_computes_more_tokens(given_rows):
     shared, apart = pack(given_rows, share=True), pack(given_rows, share=False)
@@ -77,6 +76,8 @@ def test_shared_prefixes_stand_once():
     batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
     assert batch.tokens == 10 + 2 + 1 + 10
     assert batch.row_tokens == 12 + 11 + 22
+    left, right = batch.members[0].places, batch.members[-1].places
+    assert (left[:10] == right[:10]).all() and not set(left[10:]) & set(right[10:])
 
 
 def test_nested_prefixes_hang_under_one_another():
@@ -99,7 +100,7 @@ def test_equal_rows_count_their_labels_twice():
     assert batch.weights.tolist() == [2.0, 2.0, 2.0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(rows(), st.integers(4, 40), st.booleans(), st.booleans())
 def test_microbatches_hold_every_row_once_and_keep_the_budget(given_rows, budget, share, padded):
     parts = split_into_microbatches(given_rows, budget, share=share, padded=padded)
@@ -120,11 +121,10 @@ def test_an_epoch_is_a_permutation_that_its_seed_and_number_fix():
     assert sorted(epoch_order(50, 3, 7)) == list(range(50))
     assert (epoch_order(50, 3, 7) == epoch_order(50, 3, 7)).all()
     assert (epoch_order(50, 3, 7) != epoch_order(50, 4, 7)).any()
-    with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(epoch_order(50, 3, 7), epoch_order(50, 3, 8))
+    assert (epoch_order(50, 3, 7) != epoch_order(50, 3, 8)).any()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(rows(), st.sampled_from(["shared", "flat", "padded"]))
 def test_members_say_where_each_row_s_tokens_are(given_rows, way):
     batch = pad(given_rows) if way == "padded" else pack(given_rows, share=way == "shared")
@@ -137,14 +137,7 @@ def test_members_say_where_each_row_s_tokens_are(given_rows, way):
             assert (positions == np.arange(len(member.example))).all()
 
 
-def test_members_share_the_places_of_what_they_have_in_common():
-    stem = list(range(10, 20))
-    left, right = pack([example([*stem, 1, 2]), example([*stem, 3])]).members
-    assert (left.places[:10] == right.places[:10]).all()
-    assert not set(left.places[10:]) & set(right.places[10:])
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows(), st.integers(1, 60), st.booleans(), st.booleans())
 def test_the_shape_of_a_microbatch_is_known_before_it_is_laid_out(given_rows, budget, share, fill):
     parts = split_into_microbatches(given_rows, budget, share=share)

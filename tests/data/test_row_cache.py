@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import textwrap
+import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_many_rows_are_trained_on_from_the_disk_alike(data, folder, monkeypatch)
         {"long_rows": "drop"},
         {"columns": {"prompt": "completion", "completion": "prompt"}},
         {"rows": 30},
+        {"rows": 30, "seed": 1},
         {"group": "film"},
         {"tokenizer": make_tokenizer("<s>" + CHATML)},
         {"tokenizer": make_tokenizer(merges=[("e", "s")])},
@@ -113,7 +115,7 @@ def test_many_rows_are_trained_on_from_the_disk_alike(data, folder, monkeypatch)
     ],
 )
 def test_rows_are_tokenized_anew_when_anything_changed(change, data, folder, tokenized):
-    reading(data)
+    reading(data, **({"rows": 30} if "seed" in change else {}))
     changed, _ = reading(data, **change)  # type: ignore[arg-type]
     assert len(tokenized) == 2
     again, _ = reading(data, **change)  # type: ignore[arg-type]
@@ -121,18 +123,15 @@ def test_rows_are_tokenized_anew_when_anything_changed(change, data, folder, tok
     assert content(again) == content(changed)
 
 
-@pytest.mark.parametrize("maker", ["transformers", "tokenizers", "datasets", "pyarrow", "jinja2"])
-def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(maker, data, folder, tokenized, monkeypatch):
+@pytest.mark.parametrize(
+    "made_by", ["transformers", "tokenizers", "datasets", "pyarrow", "jinja2", "data/formats.py", "hub/terminators.py"]
+)
+def test_rows_are_tokenized_anew_by_other_versions_or_code(made_by, data, folder, tokenized, monkeypatch):
     reading(data)
-    other_version(monkeypatch, maker)
-    reading(data)
-    assert len(tokenized) == 2
-
-
-@pytest.mark.parametrize("module", ["data/formats.py", "hub/terminators.py"])
-def test_rows_are_tokenized_anew_by_another_code(module, data, folder, tokenized, monkeypatch):
-    reading(data)
-    other_text(monkeypatch, folder / "source", module)
+    if made_by.endswith(".py"):
+        other_text(monkeypatch, folder / "source", made_by)
+    else:
+        other_version(monkeypatch, made_by)
     reading(data)
     assert len(tokenized) == 2
 
@@ -145,12 +144,6 @@ def test_rows_are_not_tokenized_anew_for_what_does_not_matter(change, data, fold
     assert len(tokenized) == 1
     anew, _ = reading(data, **{**change, "cache": False})  # type: ignore[arg-type]
     assert content(changed) == content(anew) and changed.report == anew.report
-
-
-def test_the_seed_matters_where_it_draws_rows(data: Path, folder: Path, tokenized: list[int]) -> None:
-    reading(data, rows=30)
-    reading(data, rows=30, seed=1)
-    assert len(tokenized) == 2
 
 
 @pytest.mark.parametrize("small", [0, 2**20])
@@ -229,13 +222,6 @@ def test_a_damaged_entry_is_noticed_and_made_anew(suffix, change, data, folder, 
     assert len(tokenized) == 2
 
 
-def test_rows_without_their_description_are_not_believed(data: Path, folder: Path, tokenized: list[int]) -> None:
-    reading(data)
-    next(folder.glob("*.json")).unlink()
-    reading(data)
-    assert len(tokenized) == 2 and entries(folder) == [".arrow", ".json"]
-
-
 def test_damage_between_the_samples_is_noticed_when_the_row_is_read(data, folder, tokenized, monkeypatch):
     monkeypatch.setattr(stored_rows, "sample", lambda file, size, digest: None)
     reading(data, eval=None)
@@ -251,51 +237,56 @@ def test_damage_between_the_samples_is_noticed_when_the_row_is_read(data, folder
     assert len(tokenized) == 2 and len(list(again.train)) == 57
 
 
-def in_another_process(data: Path, folder: Path, before: str = "") -> subprocess.Popen[str]:
-    program = f"""
-        import os, sys
-        from deltaw.data import DataSettings, prepare, stored_rows
-        from tests.data.conftest import make_tokenizer
-        {before}
-        prepared = prepare(DataSettings({str(data)!r}, cache=True), make_tokenizer())
-        print(len(prepared.train), prepared.train.digest().hex())
-    """
-    env = {**os.environ, "DELTAW_CACHE": str(folder.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], env=env, stdout=subprocess.PIPE, text=True
-    )
+def started(data: Path, change: Callable[[], object] = lambda: None) -> tuple[BaseProcess, SimpleQueue]:
+    """A forked process that prepares the rows, and what it comes to."""
+    fork = multiprocessing.get_context("fork")
+    told = fork.SimpleQueue()
+
+    def work() -> None:
+        change()
+        prepared, _ = reading(data)
+        told.put((len(prepared.train), prepared.train.digest()))
+
+    process = fork.Process(target=work)
+    process.start()
+    return process, told
+
+
+def kill(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_written() -> None:
+    write = stored_rows.RowWriter._write
+    stored_rows.RowWriter._write = lambda self: kill(write(self))
 
 
 @pytest.mark.parametrize(
-    "moment",
+    "change",
     [
-        "stored_rows.RowWriter._write",  # before anything is written
-        "stored_rows.RowCache.describe",  # the rows are there, their description is not
+        lambda: setattr(stored_rows.RowWriter, "_write", kill),  # before anything is written
+        lambda: setattr(RowCache, "describe", kill),  # the rows are there, their description is not
+        half_written,
     ],
 )
-def test_a_killed_preparation_leaves_nothing_that_is_believed(moment, data, folder, tokenized):
-    killed = in_another_process(data, folder, f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)")
-    assert killed.wait(200) == -9
+def test_a_killed_preparation_leaves_nothing_that_is_believed(change, data, folder, tokenized):
+    killed, _ = started(data, change)
+    killed.join(200)
+    assert killed.exitcode == -signal.SIGKILL
+    assert any(path.suffix == ".part" for path in folder.iterdir()) == (change is half_written)
     prepared, said = reading(data)
     assert tokenized == [60] and not said
     assert len(prepared.train) + len(prepared.held_out) == 57
     assert entries(folder) == [".arrow", ".json"]
-
-
-def test_what_a_killed_preparation_wrote_is_removed(data: Path, folder: Path) -> None:
-    kill = "write = stored_rows.RowWriter._write\n"
-    kill += "        def half(self):\n            write(self)\n            os.kill(os.getpid(), 9)\n"
-    killed = in_another_process(data, folder, kill + "        stored_rows.RowWriter._write = half")
-    assert killed.wait(200) == -9
-    assert [path.name for path in folder.iterdir() if path.suffix == ".part"]
-    reading(data)
     assert not [path.name for path in folder.iterdir() if path.suffix == ".part"]
 
 
 def test_two_processes_at_once_come_to_the_same(data: Path, folder: Path) -> None:
-    both = [in_another_process(data, folder) for _ in range(2)]
-    told = [process.communicate(timeout=100)[0] for process in both]
-    assert told[0] == told[1] != ""
+    both = [started(data) for _ in range(2)]
+    told = [queue.get() for _, queue in both]
+    for process, _ in both:
+        process.join(100)
+    assert told[0] == told[1] and told[0][0] == 46
     assert entries(folder) == [".arrow", ".json"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltaw.data import DataSettings, prepare
 from deltaw.data.report import Report
-from deltaw.data.sources import divide
+from deltaw.data.sources import divide, group_keys, keys_of
 from deltaw.errors import UserError
 
 
@@ -35,15 +35,9 @@ class Row:
 
 def divided(rows: list[Row], *, seed: int = 3, **settings):
     report = Report("f", "text", "plain", rows_read=len(rows), rows_kept=len(rows))
-    return divide(
-        rows,
-        [row.group for row in rows],
-        report,
-        DataSettings(train="f", **settings),
-        seed=seed,
-        key=Row.key,
-        read_apart=lambda name: ([], report),
-    )
+    keys, groups = keys_of(rows, Row.key), group_keys([row.group for row in rows])
+    apart = [], keys[:0], report
+    return divide(rows, keys, groups, report, DataSettings("f", **settings), seed=seed, read_apart=lambda name: apart)
 
 
 @given(

@@ -19,11 +19,6 @@ PHI = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
 )
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
 THINKS_LAST = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
@@ -106,26 +101,6 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(turns, system):
     assert encoded.answer == turns[-1][1]
 
 
-def test_the_newline_after_the_end_of_turn_is_no_label() -> None:
-    encoded = encode(talk("hi", "yes"))
-    assert labeled(encoded) == ["yes<|im_end|>"]
-    assert text_of(encoded.tokens) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
-
-
-def test_the_prompt_is_what_the_model_is_given_when_it_generates() -> None:
-    tokenizer = make_tokenizer()
-    conversation = talk("a", "b", "c", "d", system="s")
-    ((encoded,),) = Encoder(tokenizer).encode([conversation], ["row 1"])
-    given_prompt = Encoder(tokenizer).prompt(conversation.messages[:-1])
-    assert encoded.tokens[: encoded.prompt_length] == given_prompt
-
-
-def test_all_answers_are_learned_or_only_the_last() -> None:
-    conversation = talk("a", "b", "c", "d")
-    assert labeled(encode(conversation)) == ["b<|im_end|>", "d<|im_end|>"]
-    assert labeled(encode(conversation, labels="last")) == ["d<|im_end|>"]
-
-
 def test_answers_that_belong_to_the_prompt_are_not_learned() -> None:
     assert labeled(encode(talk("a", "b", "c", "d", learned=(False, False, False, True)))) == ["d<|im_end|>"]
 
@@ -134,10 +109,6 @@ def test_an_end_mark_that_the_answer_already_has_is_not_learned_twice() -> None:
     encoded = encode(talk("hi", "yes<|im_end|>"))
     assert labeled(encoded) == ["yes<|im_end|>"]
     assert encoded.answer == "yes"
-
-
-def test_where_a_template_writes_two_end_marks_the_first_ends_the_turn() -> None:
-    assert labeled(encode(talk("a", "b", "c", "d"), PHI)) == ["b<|end|>", "d<|end|>"]
 
 
 def test_a_turn_ends_with_the_token_at_which_generation_stops() -> None:
@@ -152,18 +123,6 @@ def test_a_turn_ends_with_the_token_at_which_generation_stops() -> None:
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_a_template_that_writes_bos_gives_it_once() -> None:
-    encoded = encode(talk("a", "b", "c", "d"), MISTRAL, bos=True, eos="</s>")
-    assert text_of(encoded.tokens) == "<s>[INST] a [/INST] b</s>[INST] c [/INST] d</s>"
-    assert labeled(encoded) == [" b</s>", " d</s>"]
-
-
-def test_a_default_system_prompt_is_part_of_the_prompt() -> None:
-    encoded = encode(talk("hi", "yes"), DEFAULT_SYSTEM)
-    assert text_of(encoded.tokens[: encoded.prompt_length]).startswith("<|im_start|>system\nBe good.<|im_end|>")
-    assert labeled(encoded) == ["yes<|im_end|>"]
-
-
 def test_without_an_end_mark_every_answer_learns_to_end_with_eos() -> None:
     first, second = unrolled(talk("a", "b", "c", "d"), NO_END)
     assert text_of(first.tokens) == "user: a\nassistant: b<|im_end|>"
@@ -174,10 +133,6 @@ def test_without_an_end_mark_every_answer_learns_to_end_with_eos() -> None:
 
 def test_an_end_written_in_plain_letters_is_learned() -> None:
     assert labeled(encode(talk("a", "b"), WRITES_END)) == [" b ###<|im_end|>"]
-
-
-def test_thoughts_that_the_template_adds_to_a_single_answer_are_learned() -> None:
-    assert labeled(encode(talk("a", "b"), THINKS_LAST)) == ["<think>\n\n</think>\n\nb<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [THINKS_LAST, HARMONY])
@@ -345,21 +300,11 @@ def test_plain_pairs_are_tokenised_apart_with_bos_before_and_eos_after(bos: bool
     assert encoded.prompt_length == 2 + bos
     assert encoded.spans == [(2 + bos, 5 + bos)]
     assert encoded.answer == "cd"
-
-
-def test_plain_completions_that_end_with_eos_get_no_second_one() -> None:
-    encoded = encode(Pair("ab", "cd<|im_end|>"), None)
-    assert text_of(encoded.tokens) == "abcd<|im_end|>"
-    assert encoded.answer == "cd"
-
-
-def test_a_tokenizer_without_an_end_token_appends_none() -> None:
+    ended = encode(Pair("ab", "cd<|im_end|>"), None)
+    assert (text_of(ended.tokens), ended.answer) == ("abcd<|im_end|>", "cd")
     assert text_of(encode(Pair("ab", "cd"), None, eos=None).tokens) == "abcd"
-
-
-def test_the_first_token_is_never_a_label() -> None:
-    assert encode(Pair("", "cd"), None).spans == [(1, 3)]
-    assert encode(Pair("", "cd"), None, bos=True).spans == [(1, 4)]
+    # The first token is never a label.
+    assert encode(Pair("", "cd"), None, bos=bos).spans == [(1, 3 + bos)]
 
 
 def test_of_plain_text_all_but_the_first_token_is_learned() -> None:

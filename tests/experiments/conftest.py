@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deltaw.experiments.worker import Worker
+from deltaw.experiments.worker import Trial, Worker
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import silent
 from tests.conftest import COLORS, Settings, write_rows
 
@@ -53,9 +56,54 @@ def use_worker_here(patch: pytest.MonkeyPatch) -> type[WorkerHere]:
     return WorkerHere
 
 
+def made_up(request: Mapping[str, Any]) -> dict[str, object]:
+    """An answer that follows from the settings alone: the loss is lowest at a rate of 1e-3."""
+    config, do = request["config"], request["do"]
+    train = config["train"]
+    rate = request.get("rate", train["learning_rate"])
+    loss = 0.1 + train["seed"] / 100 + (0.0 if rate == "auto" else abs(math.log(rate / 1e-3)))
+    right = (len(config["method"]) + train["seed"]) % 8
+    score = {"metric": "exact_match", "value": right / 8, "interval": [0.0, 1.0]}
+    scored = {"eval": None, "score": score, "higher_is_better": True, "one_answer": None, "constant": None}
+    scored["per_row"] = [float(n < right) for n in range(8)]
+    if do == "run":
+        Path(config["output"]).mkdir(parents=True, exist_ok=True)
+        costs = {"trained_parameters": 100, "total_parameters": 1000, "adapter_bytes": 400, "training_rows": 20}
+        steps = {"steps": 6, "best_step": 4, "seconds": 1.0, "validation": [[0, 9.0], [4, loss]], "flattened": False}
+        return {**scored, **costs, **steps, "validation_loss": loss}
+    if do == "trial":
+        return {"training_rows": 20, "validation_rows": 2, "steps": math.ceil(3 * train["epochs"]), "loss": loss}
+    return {"usual": {"usual_rate": 1e-3}, "rate": {"loss": loss, "steps": 2}, "base": scored}[do]
+
+
+def use_made_up_answers(patch: pytest.MonkeyPatch) -> type[WorkerHere]:
+    """Let studies train nothing: for tests of what is asked for, stored and gone on with."""
+    patch.setattr(Worker, "answer", lambda self, request: made_up(request))
+    return use_worker_here(patch)
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> type[WorkerHere]:
+    return use_made_up_answers(monkeypatch)
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> type[WorkerHere]:
     return use_worker_here(monkeypatch)
+
+
+@pytest.fixture
+def try_out(study_settings: Settings, tmp_path: Path) -> Iterator[Callable[..., Trial]]:
+    """Trials, which are closed behind the test."""
+    made = []
+
+    def make(**changes: object) -> Trial:
+        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes))))
+        return made[-1]
+
+    yield make
+    for trial in made:
+        trial.close()
 
 
 @pytest.fixture(scope="session")

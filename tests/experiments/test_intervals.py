@@ -52,12 +52,12 @@ def test_the_interval_holds_as_often_as_it_says(of_seeds, of_rows):
     """Drawn again and again with new seeds and rows, about 95 % of the intervals hold the true mean."""
     drawn = np.random.default_rng(3)
     held = 0
-    for _ in range(400):
+    for _ in range(200):
         seeds = drawn.normal(0, of_seeds, (3, 1)) if of_seeds else np.zeros((3, 1))
         scores = 0.7 + seeds + drawn.normal(0, of_rows, (1, 60)) + drawn.normal(0, 0.2, (3, 60))
         low, high = interval_of(scores)
         held += low <= 0.7 <= high
-    assert held / 400 > 0.91
+    assert held / 200 > 0.91
 
 
 def test_scores_that_are_all_equal_leave_no_doubt():

@@ -7,24 +7,10 @@ import math
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.experiments.worker import Stopped, Trial, split_off
-from deltaw.settings import RunConfig
+from deltaw.experiments.worker import Stopped, split_off
 
 
-@pytest.fixture
-def try_out(study_settings, tmp_path):
-    made = []
-
-    def make(**changes):
-        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes))))
-        return made[-1]
-
-    yield make
-    for trial in made:
-        trial.close()
-
-
-@pytest.mark.parametrize("method", ["lora", "head", "random", "prompt"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("random", "prompt"))])
 def test_the_same_rate_gives_the_same_loss_whatever_was_tried_between(try_out, method):
     trial = try_out(method=method, lora={"dropout": 0.2})
     first = trial.loss(1e-2, 3)

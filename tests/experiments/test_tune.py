@@ -32,14 +32,14 @@ def search(here, study_settings, tmp_path):
 
 
 def test_a_search_goes_on_to_the_number_that_is_asked(search, tmp_path):
-    first, said, asked = search(3)
-    assert len(asked) == 3 and said.count("trial ") == 3
+    first, said, asked = search(2)
+    assert len(asked) == 2 and said.count("trial ") == 2
     # The usual rate of a model 32 wide, 2e-4 on one 4,096 wide.
     usual = pytest.approx(2e-4 * (4096 / 32) ** 0.78, rel=0.01)
     assert first.trials[0].values == {"train.learning_rate": usual, "lora.rank": 4} and first.first == 0
-    second, said, asked = search(5)
-    assert len(asked) == 2 and "3 of 5 trials were made before" in said
-    assert [t.loss for t in second.trials[:3]] == [t.loss for t in first.trials]
+    second, said, asked = search(3)
+    assert len(asked) == 1 and "2 of 3 trials were made before" in said
+    assert [t.loss for t in second.trials[:2]] == [t.loss for t in first.trials]
     assert second.first == 0 and second.steps == 6 and second.validation_rows == 2
     done = [trial.loss for trial in second.trials if trial.end == "done"]
     assert second.ranked[0].loss == min(done)
@@ -47,10 +47,10 @@ def test_a_search_goes_on_to_the_number_that_is_asked(search, tmp_path):
     assert best.train.learning_rate == second.ranked[0].values["train.learning_rate"]
     assert best.lora.rank == second.ranked[0].values["lora.rank"]
     assert best.output == str(tmp_path / "run")
-    assert search(5)[2] == []
+    assert search(3)[2] == []
 
 
-def test_other_settings_are_another_search(search):
+def test_other_settings_are_another_search(search, untrained):
     search(1)
     tuning, said, asked = search(1, train={"epochs": 1})
     assert len(asked) == 1 and "train.epochs was 2.0, is 1.0" in said
@@ -58,16 +58,16 @@ def test_other_settings_are_another_search(search):
     assert search(1)[2] == []
 
 
-def test_a_trial_that_fails_does_not_end_the_search(search, here, monkeypatch):
-    answer = here.ask
+def test_a_trial_that_fails_does_not_end_the_search(search, untrained, monkeypatch):
+    answer = untrained.ask
 
     def failing(self, do, *args, **request):
-        if do == "trial" and len(here.asked) == 2:
-            here.asked.append("trial lost")
+        if do == "trial" and len(untrained.asked) == 2:
+            untrained.asked.append("trial lost")
             raise WorkerEnded("its process was ended by SIGKILL")
         return answer(self, do, *args, **request)
 
-    monkeypatch.setattr(here, "ask", failing)
+    monkeypatch.setattr(untrained, "ask", failing)
     tuning, *_ = search(3)
     assert [trial.end for trial in tuning.trials] == ["done", "failed", "done"]
     assert "Failed: its process was ended by SIGKILL" in lessons(tuning)
@@ -79,18 +79,18 @@ def test_settings_that_never_work_end_the_search(search, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_trial_does_not_count(search, here, monkeypatch):
-    answer = here.ask
+def test_an_interrupted_trial_does_not_count(search, untrained, monkeypatch):
+    answer = untrained.ask
 
     def interrupted(self, do, *args, **request):
-        if do == "trial" and len(here.asked) == 2:
+        if do == "trial" and len(untrained.asked) == 2:
             raise KeyboardInterrupt
         return answer(self, do, *args, **request)
 
-    monkeypatch.setattr(here, "ask", interrupted)
+    monkeypatch.setattr(untrained, "ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(3)
-    monkeypatch.setattr(here, "ask", answer)
+    monkeypatch.setattr(untrained, "ask", answer)
     tuning, said, asked = search(3)
     assert "1 of 3 trials were made before" in said and len(asked) == 2 and len(tuning.trials) == 3
 

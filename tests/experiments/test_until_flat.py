@@ -10,21 +10,7 @@ import torch
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget
 from deltaw.experiments.until_flat import BestPoint, Cooldown
-from deltaw.experiments.worker import Stopped, Trial
-from deltaw.settings import RunConfig
-
-
-@pytest.fixture
-def try_out(study_settings, tmp_path):
-    made = []
-
-    def make(**changes):
-        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes))))
-        return made[-1]
-
-    yield make
-    for trial in made:
-        trial.close()
+from deltaw.experiments.worker import Stopped
 
 
 def validated(trial):
@@ -32,7 +18,7 @@ def validated(trial):
         return trial.session.evaluate(trial.validation).metrics["loss"]
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 5e-2), ("full", 5e-3)])
+@pytest.mark.parametrize(("method", "rate"), [("lora", 5e-2), pytest.param("full", 5e-3, marks=pytest.mark.slow)])
 def test_a_training_ends_once_its_loss_is_flat(try_out, method, rate):
     trial = try_out(method=method, train={"eval_every": 2})
     rates = []
@@ -46,6 +32,7 @@ def test_a_training_ends_once_its_loss_is_flat(try_out, method, rate):
     assert rates[ended:] == sorted(rates[ended:], reverse=True) and 0 < rates[-1] < rates[ended] <= rate
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("method", ["lora", "random", "full", "prompt"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_in_the_end_the_parameters_are_those_of_the_lowest_loss(try_out, method, precision):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -73,3 +75,16 @@ def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
 def off(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, in units of the largest logit."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def assert_merged(base: Path, adapter: Path, out: Path, least: float = 1e-5) -> None:
+    """The merged model in ``out`` computes what base and adapter do."""
+    assert off(logits(loaded(out)), logits(pair(base, adapter))) < least
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def config_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())

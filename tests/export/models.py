@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,11 +82,6 @@ def sentence_bpe(*, prefix: bool, size: int = 700) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*special, *bytes_], show_progress=False)
     backend.train_from_iterator([text.replace("🙂", "") for text in TEXT], trainer)
-    described = backend.to_str()
-    backend = Tokenizer.from_str(described)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([])
-    import json
-
     content = json.loads(backend.to_str())
     content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
     content["pre_tokenizer"] = None

@@ -24,15 +24,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_gets_the_file_and_a_modelfile(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out, "--json") == 0
+    command = ("export", run, "--format", "gguf", "--type", "q8_0", "--output", out)
+    assert typed(*command, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["format"] == "gguf" and found["kind"] == "q8_0" and found["architecture"] == "qwen3"
     assert found["files"] == [str(out / "run-q8_0.gguf"), str(out / "Modelfile")]
     assert (out / "run-q8_0.gguf").stat().st_size == found["size"]
     assert (out / "Modelfile").read_text().startswith("FROM ./run-q8_0.gguf\n")
-    assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out) == 2
-    assert "already" in capsys.readouterr().err
-    assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out, "--overwrite") == 0
+    assert typed(*command) == 2 and "already" in capsys.readouterr().err
+    assert typed(*command, "--overwrite") == 0
 
 
 def test_an_adapter_to_a_file_names_its_base(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ whose weights are random, with tokenizers learned in the test; SmolLM2 itself in
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,7 @@ def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str) -> 
     export_gguf(without_effect(run, tmp_path / "zero"), tmp_path / "base.gguf", kind="f32")
     assert llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS) == bare
     written = export_gguf_adapter(run, tmp_path / "adapter.gguf")
-    assert (written.folded > 0) == bool(rank_pattern)
+    assert (written.facts["folded"] > 0) == bool(rank_pattern)
     found = llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS, tmp_path / "adapter.gguf")
     assert found == adapted
 
@@ -71,18 +73,13 @@ def test_llama_cpp_applies_the_update_of_an_untied_head(tmp_path: Path) -> None:
     assert found == adapted
 
 
-@pytest.mark.parametrize("splitting", sorted(models.SPLITTINGS))
-def test_llama_cpp_splits_texts_into_the_same_tokens(tmp_path: Path, splitting: str) -> None:
-    _same_tokens(tmp_path, models.byte_bpe(splitting))
+TOKENIZERS = [functools.partial(models.byte_bpe, name) for name in sorted(models.SPLITTINGS)]
+SENTENCES = [functools.partial(models.sentence_bpe, prefix=prefix) for prefix in (True, False)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prefix", [True, False])
-def test_llama_cpp_splits_texts_as_sentencepiece_does(tmp_path: Path, prefix: bool) -> None:
-    _same_tokens(tmp_path, models.sentence_bpe(prefix=prefix))
-
-
-def _same_tokens(tmp_path: Path, tokenizer: object) -> None:
+@pytest.mark.parametrize("make", [*TOKENIZERS, *(pytest.param(make, marks=pytest.mark.slow) for make in SENTENCES)])
+def test_llama_cpp_splits_texts_into_the_same_tokens(tmp_path: Path, make: Callable[[], object]) -> None:
+    tokenizer = make()
     _, run = models.saved_run(tmp_path, "llama", tokenizer)  # type: ignore[arg-type]
     export_gguf(run, tmp_path / "merged.gguf", kind="f32")
     texts = [*models.TEXT[:4], " leading", "two  spaces   three", "12345 67", "x\n\n\ny", "🙂 unknown ☃"]

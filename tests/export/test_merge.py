@@ -7,14 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
 
 from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions
 from deltaw.export.merge import merge_run
+from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.methods.files import method_of_folder
 from deltaw.methods.registry import entry_of
-from tests.export.merge_cases import TOKENS, adapter_folder, base_folder, loaded, logits, moved, off, pair, text_base
+from deltaw.runtime.quantized_weights import quantize_int8
+from tests.export.merge_cases import (
+    TOKENS,
+    adapter_folder,
+    assert_merged,
+    base_folder,
+    config_of,
+    loaded,
+    logits,
+    moved,
+    off,
+    pair,
+    tensors_of,
+    text_base,
+)
 from tests.tiny_models import CAUSAL
 
 FORMS: dict[str, tuple[str, dict[str, object]]] = {
@@ -42,9 +58,8 @@ def test_merged_logits_equal_the_unmerged_ones(form: str, tmp_path: Path) -> Non
     base = base_folder(tmp_path / "base", family)
     adapter = adapter_folder(base, tmp_path / "adapter", **settings)
     merge_run(adapter, tmp_path / "out")
-    theirs = logits(pair(base, adapter))
-    assert off(logits(loaded(base)), theirs) > 1e-4, "the adapter must do something"
-    assert off(logits(loaded(tmp_path / "out")), theirs) < 1e-5
+    assert off(logits(loaded(base)), logits(pair(base, adapter))) > 1e-4, "the adapter must do something"
+    assert_merged(base, adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["head", "bias", "random", "last", "full", "input"])
@@ -88,14 +103,19 @@ def test_the_same_as_pefts_own_merge(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    adapter = adapter_folder(base, tmp_path / "adapter")
-    precision = "bf16" if dtype == torch.bfloat16 else "fp16"
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model's folder and an adapter's."""
+    base = base_folder(tmp_path_factory.mktemp("llama") / "base")
+    return base, adapter_folder(base, base.parent / "adapter")
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_are_rounded_once(precision: str, dtype: torch.dtype, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = llama
     merge_run(adapter, tmp_path / "out", MergeOptions(precision=precision))
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    stored = tensors_of(tmp_path / "out")
+    assert config_of(tmp_path / "out")["dtype"] == str(dtype)[6:]
     record = pair(base, adapter)
     for name, layer in record.named_modules():
         if hasattr(layer, "delta_weight"):
@@ -110,7 +130,7 @@ def test_keep_leaves_types_and_untouched_tensors_as_they_are(tmp_path: Path) -> 
     base = base_folder(tmp_path / "base", dtype=torch.bfloat16)
     adapter = adapter_folder(base, tmp_path / "adapter", target_modules=["q_proj"])
     merge_run(adapter, tmp_path / "out")
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    before, after = (tensors_of(tmp_path / name) for name in ("base", "out"))
     assert before.keys() == after.keys()
     for name, tensor in after.items():
         assert tensor.dtype == torch.bfloat16
@@ -121,26 +141,24 @@ def test_only_weights_that_differ_are_untied(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", "gpt2")
     inner = adapter_folder(base, tmp_path / "inner", target_modules=["c_attn"])
     assert merge_run(inner, tmp_path / "tied").untied == []
-    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
-    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
+    assert config_of(tmp_path / "tied")["tie_word_embeddings"] is True
     outer = adapter_folder(base, tmp_path / "outer", target_modules=["wte"])
     result = merge_run(outer, tmp_path / "untied")
     assert result.untied == ["lm_head.weight"] and "not any more" in " ".join(result.notes)
-    assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
-    stored = load_file(tmp_path / "untied" / "model.safetensors")
-    assert torch.equal(stored["lm_head.weight"], load_file(base / "model.safetensors")["transformer.wte.weight"])
+    assert config_of(tmp_path / "untied")["tie_word_embeddings"] is False
+    assert torch.equal(tensors_of(tmp_path / "untied")["lm_head.weight"], tensors_of(base)["transformer.wte.weight"])
 
 
 def test_names_without_the_base_models_prefix_are_kept(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", "gpt2")
-    tensors = load_file(base / "model.safetensors")
-    bare = {name.removeprefix("transformer."): tensor.clone() for name, tensor in tensors.items()}
+    bare = {name.removeprefix("transformer."): tensor.clone() for name, tensor in tensors_of(base).items()}
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
     adapter = adapter_folder(base, tmp_path / "adapter", target_modules=["c_attn", "wte"])
     result = merge_run(adapter, tmp_path / "out")
     assert result.same_base is True
-    assert {"wte.weight", "lm_head.weight"} <= load_file(tmp_path / "out" / "model.safetensors").keys()
-    assert off(logits(loaded(tmp_path / "out")), logits(pair(base, adapter))) < 1e-5
+    assert {"wte.weight", "lm_head.weight"} <= tensors_of(tmp_path / "out").keys()
+    assert_merged(base, adapter, tmp_path / "out")
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
@@ -148,7 +166,6 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     count = len(list(base.glob("*.safetensors")))
     assert count > 2
     adapter = adapter_folder(base, tmp_path / "adapter")
-    theirs = logits(pair(base, adapter))
     assert len(merge_run(adapter, tmp_path / "same").files) == count
     assert merge_run(adapter, tmp_path / "one", MergeOptions(shard_size=10**9)).files == ["model.safetensors"]
     many = merge_run(adapter, tmp_path / "many", MergeOptions(shard_size=9_000))
@@ -156,7 +173,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(many.files)
     for name in ("same", "one", "many"):
-        assert off(logits(loaded(tmp_path / name)), theirs) < 1e-5
+        assert_merged(base, adapter, tmp_path / name)
 
 
 def test_tokenizer_template_and_terminators_come_along(tmp_path: Path) -> None:
@@ -171,10 +188,8 @@ def test_tokenizer_template_and_terminators_come_along(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("adapter*"))
 
 
-def test_another_base_model_is_refused(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    other = tmp_path / "other"
-    adapter = adapter_folder(base, tmp_path / "adapter")
+def test_another_base_model_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    (base, adapter), other = llama, tmp_path / "other"
     moved_base = loaded(base)
     with torch.no_grad():
         for parameter in moved_base.parameters():
@@ -188,9 +203,6 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_an_int8_base_knows_its_base(tmp_path: Path) -> None:
-    from deltaw.lora import LoRAConfig, attach, save_adapter
-    from deltaw.runtime.quantized_weights import quantize_int8
-
     base = text_base(tmp_path / "base", torch.bfloat16)
     model = loaded(base, torch.bfloat16)
     quantize_int8(model.base_model)
@@ -219,8 +231,8 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path) -> None:
 def test_quantized_bases_and_unfitting_biases_are_refused_by_name(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     adapter = adapter_folder(base, tmp_path / "adapter")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    quantized = {**config_of(base), "quantization_config": {"quant_method": "gptq"}}
+    (base / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(UserError, match="quantized \\(gptq\\)"):
         merge_run(adapter, tmp_path / "out")
     phi = base_folder(tmp_path / "phi", "qwen3")
@@ -238,10 +250,6 @@ def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_classifier_becomes_one(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    from deltaw.lora import LoRAConfig, attach, save_adapter
-
     base = text_base(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
     attach(model, LoRAConfig(rank=4, train_modules=["score"]), seed=0)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from deltaw.export import output_folder
 from deltaw.export.base import MergeOptions
 from deltaw.export.merge import merge_run
 from deltaw.export.output_folder import appearing
-from tests.export.merge_cases import adapter_folder, base_folder, loaded, logits, off, pair, text_base
+from tests.export.merge_cases import adapter_folder, assert_merged, base_folder, loaded, text_base
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,19 @@ def test_a_folder_with_files_is_refused_and_replaced_only_when_asked(case: tuple
         merge_run(case[1], tmp_path / "file")
 
 
-def test_what_a_dead_process_left_is_removed_and_said(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left = tmp_path / f".out.partial-{dead.pid}-abc"
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_dead_process_left_is_removed_and_said(dead: int, tmp_path: Path) -> None:
+    left = tmp_path / f".out.partial-{dead}-abc"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / f".other.partial-{dead.pid}-abc"
+    other = tmp_path / f".other.partial-{dead}-abc"
     other.mkdir()
     alive = tmp_path / f".out.partial-{os.getppid()}-abc"
     alive.mkdir()
@@ -63,10 +69,8 @@ def test_what_a_dead_process_left_is_removed_and_said(tmp_path: Path) -> None:
     assert any("left behind" in line for line in said) and any("another process" in line for line in said)
 
 
-def test_a_folder_that_was_moved_away_comes_back(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    before = tmp_path / f".out.before-{dead.pid}"
+def test_a_folder_that_was_moved_away_comes_back(dead: int, tmp_path: Path) -> None:
+    before = tmp_path / f".out.before-{dead}"
     before.mkdir()
     (before / "model").write_text("old")
     with pytest.raises(UserError, match="holds files already"), appearing(tmp_path / "out"):
@@ -84,10 +88,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 def test_too_little_room_is_refused_before_anything_is_written(
     case: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Usage(NamedTuple):
-        free: int = 1 << 20
-
-    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: Usage())
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(UserError, match="are free"):
         merge_run(case[1], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -107,12 +108,10 @@ def test_damaged_and_hostile_weight_files_are_refused(tmp_path: Path) -> None:
         merge_run(adapter, tmp_path / "out")
     index.write_text(whole)
     shard = next(iter(base.glob("model-*.safetensors")))
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(UserError, match="damaged"):
-        merge_run(adapter, tmp_path / "out")
-    shard.write_bytes(b"\xff" * 16)
-    with pytest.raises(UserError, match="damaged"):
-        merge_run(adapter, tmp_path / "out")
+    for damaged in (shard.read_bytes()[:-10], b"\xff" * 16):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            merge_run(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -152,7 +151,7 @@ def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(case: tuple[Pat
     assert peak < bound, f"{peak / 1e6:.0f} MB of {bound / 1e6:.0f} MB"
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == len(shards)
     # Sums over 4,096 products in ten layers.
-    assert off(logits(loaded(tmp_path / "out")), logits(pair(base, adapter))) < 1e-4
+    assert_merged(base, adapter, tmp_path / "out", 1e-4)
 
 
 _KILLED = """
@@ -203,4 +202,4 @@ def test_killed_at_any_moment_no_folder_is_there_that_loads_as_something_else(
     said: list[str] = []
     merge_run(adapter, out, MergeOptions(overwrite=True), say=said.append)
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
-    assert off(logits(loaded(out)), logits(pair(base, adapter))) < 1e-5
+    assert_merged(base, adapter, out)

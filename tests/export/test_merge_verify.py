@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return adapter_folder(base, folder / "adapter", size=0.05)
 
 
-@pytest.mark.parametrize("precision", ["keep", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["keep", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_right_merge_passes_and_says_how_far_it_moved(precision: str, run: Path, tmp_path: Path) -> None:
     said: list[str] = []
     options = MergeOptions(precision=precision)
@@ -53,15 +53,12 @@ def test_a_right_merge_passes_and_says_how_far_it_moved(precision: str, run: Pat
     assert json.dumps(found.as_dict())
 
 
-@pytest.mark.parametrize("precision, factor", [("keep", 1.0005), ("bf16", 1.3)])
-def test_what_rounding_does_not_explain_is_refused(precision: str, factor: float, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision, factor, keep", [("keep", 1.0005, False), ("bf16", 1.3, True)])
+def test_what_rounding_does_not_explain_is_refused(precision, factor, keep, run: Path, tmp_path: Path) -> None:
     options = MergeOptions(precision=precision)
     with pytest.raises(UserError, match="is not what base and adapter are together"):
-        merge_run(run, tmp_path / "out", options, verify=Spoiled(factor))
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError):
-        merge_run(run, tmp_path / "out", options, verify=Spoiled(factor), keep=True)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+        merge_run(run, tmp_path / "out", options, verify=Spoiled(factor), keep=keep)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"] * keep
 
 
 def test_a_combination_is_verified_against_its_unrounded_sum(run: Path, tmp_path: Path) -> None:
@@ -71,15 +68,8 @@ def test_a_combination_is_verified_against_its_unrounded_sum(run: Path, tmp_path
     found = merge_run(run, tmp_path / "out", options, verify=Verify()).verification
     assert isinstance(found, Verification) and found.passed and found.adapter is None
     assert found.merged.mean > 0
+    before = torch.get_rng_state()
+    assert merge_run(run, tmp_path / "again", options, verify=Verify()).verification == found
+    assert torch.equal(torch.get_rng_state(), before)  # the same rounding twice is the same bound
     with pytest.raises(UserError):
         merge_run(run, tmp_path / "bad", options, verify=Spoiled(1.3))
-
-
-def test_the_same_rounding_twice_is_the_same_bound(run: Path, tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-    found = [
-        merge_run(run, tmp_path / name, MergeOptions(precision="bf16"), verify=Verify()).verification
-        for name in ("one", "two")
-    ]
-    assert found[0] == found[1]
-    assert torch.equal(torch.get_rng_state(), before)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
+from deltaw.export.formats import export
 from deltaw.export.portable import export_folder
 from tests.export import models
 
@@ -24,7 +25,7 @@ def test_peft_reads_the_same_update(tmp_path: Path, family: str) -> None:
     settings = MIXED if family == "llama" else {"rank_pattern": {"c_attn": 2}}
     model, run = models.saved_run(tmp_path, family, **settings)
     written = export_folder(run, tmp_path / "portable")
-    assert written.padded > 0 and written.folded > 0
+    assert written.facts["padded"] > 0 and written.facts["folded"] > 0
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "portable"
     ).eval()
@@ -44,20 +45,10 @@ def test_peft_reads_the_same_update(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(merged[f"{key}.weight"], layer.weight + delta, rtol=1e-5, atol=1e-5)
 
 
-def test_one_rank_is_one_rank_and_alpha_is_a_whole_number(tmp_path: Path) -> None:
-    _, run = models.saved_run(tmp_path, "llama", **MIXED)
-    export_folder(run, tmp_path / "out", reader="vllm")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == 8 and isinstance(config["lora_alpha"], int)
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
-    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
-        assert tensor.shape[0 if "lora_A" in name else 1] == 8
-
-
 def test_an_adapter_that_is_uniform_already_keeps_every_bit(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "llama")
     written = export_folder(run, tmp_path / "out")
-    assert (written.padded, written.folded) == (0, 0)
+    assert (written.facts["padded"], written.facts["folded"]) == (0, 0)
     own, found = (load_file(p / "adapter_model.safetensors") for p in (run, tmp_path / "out"))
     assert own.keys() == found.keys() and all(torch.equal(own[key], found[key]) for key in own)
 
@@ -69,7 +60,8 @@ def vllm_reads(folder: Path, longest_rank: int = 16) -> dict[str, dict[str, torc
     assert {"r", "lora_alpha", "target_modules"} <= config.keys()
     assert not config["modules_to_save"] and not config["use_dora"]
     assert config["bias"] == "none" and not config["lora_bias"]
-    assert config["r"] <= longest_rank
+    assert config["r"] <= longest_rank and isinstance(config["lora_alpha"], int)
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -84,7 +76,7 @@ def vllm_reads(folder: Path, longest_rank: int = 16) -> dict[str, dict[str, torc
 
 def test_vllm_finds_what_its_loader_takes(tmp_path: Path) -> None:
     model, run = models.saved_run(tmp_path, "llama", **MIXED)
-    export_folder(run, tmp_path / "out", reader="vllm")
+    export_folder(run, tmp_path / "out", "vllm")
     found = vllm_reads(tmp_path / "out")
     assert len(found) == 14
     for name, pair in found.items():
@@ -93,24 +85,34 @@ def test_vllm_finds_what_its_loader_takes(tmp_path: Path) -> None:
         torch.testing.assert_close(pair["B"] @ pair["A"], expected, rtol=1e-5, atol=1e-6)
 
 
+LAYERS = {"target_modules": ["q_proj", "lm_head"]}
+EMBEDDING = {"target_modules": ["q_proj", "embed_tokens"]}
+INVOKED = {"activation": "completion", "invocation_tokens": [5]}
+
+
 @pytest.mark.parametrize(
-    ("reader", "settings", "what"),
+    ("format_name", "family", "settings", "what"),
     [
-        ("peft", {"dora": True}, "DoRA"),
-        ("peft", {"train_modules": ["input_layernorm"]}, "trained in full"),
-        ("vllm", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-        ("vllm", {"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ("vllm", {"activation": "completion", "invocation_tokens": [5]}, "invocation"),
-        ("mlx", {"activation": "completion", "invocation_tokens": [5]}, "invocation"),
-        ("mlx", {"dora": True}, "DoRA"),
+        ("gguf-adapter", "qwen2", {"dora": True}, "DoRA"),
+        ("gguf-adapter", "qwen2", {"lora_bias": True}, "a bias on B"),
+        ("gguf-adapter", "qwen2", {"train_modules": ["input_layernorm"]}, "trained in full"),
+        ("gguf-adapter", "qwen2", {"trainable_token_indices": [5, 6]}, "rows of tokens"),
+        ("gguf-adapter", "qwen2", EMBEDDING, "embedding 'model.embed_tokens'"),
+        ("gguf-adapter", "qwen2", LAYERS, "tied"),
+        ("peft", "llama", {"dora": True}, "DoRA"),
+        ("vllm", "llama", EMBEDDING, "embed_tokens"),
+        ("vllm", "llama", LAYERS, "lm_head"),
+        ("vllm", "llama", INVOKED, "invocation"),
+        ("mlx", "llama", INVOKED, "invocation"),
+        ("mlx", "gpt2", {}, "'gpt2' models"),
     ],
 )
 def test_what_a_reader_would_lose_is_refused_by_name(
-    tmp_path: Path, reader: str, settings: dict[str, object], what: str
+    tmp_path: Path, format_name: str, family: str, settings: dict[str, object], what: str
 ) -> None:
-    _, run = models.saved_run(tmp_path, "llama", **settings)
+    _, run = models.saved_run(tmp_path, family, **settings)
     with pytest.raises(UserError, match=what):
-        export_folder(run, tmp_path / "out", reader=reader)
+        export(run, format_name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -143,9 +145,3 @@ def test_mlx_adapts_the_named_modules_of_the_last_layers(tmp_path: Path) -> None
         assert a.shape[1] == b.shape[0] == 8
         expected = (layer.scaling * layer.lora_A @ layer.lora_B).detach()
         torch.testing.assert_close(settings["scale"] * a @ b, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mlx_refuses_families_that_it_names_otherwise(tmp_path: Path) -> None:
-    _, run = models.saved_run(tmp_path, "gpt2")
-    with pytest.raises(UserError, match="'gpt2' models"):
-        export_folder(run, tmp_path / "out", "mlx")

@@ -21,15 +21,16 @@ class FakeMachine:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def write(self, path: str, text: str | int) -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n")
+    def write(self, files: dict[str, object]) -> None:
+        for path, text in files.items():
+            file = self.root / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{text}\n")
 
     def cores(self, groups: list[str]) -> None:
         """One topology file a processor; hyperthreads of a core name each other."""
         for number, siblings in enumerate(groups):
-            self.write(f"sys/devices/system/cpu/cpu{number}/topology/core_cpus_list", siblings)
+            self.write({f"sys/devices/system/cpu/cpu{number}/topology/core_cpus_list": siblings})
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     made = FakeMachine(tmp_path)
     made.cores(["0", "1", "2", "3", "4", "5", "6", "7"])
-    made.write("proc/meminfo", f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB")
+    made.write({"proc/meminfo": f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB"})
     return made
 
 
@@ -65,15 +66,13 @@ def test_a_fast_precision_that_was_asked_for_is_kept_without_one() -> None:
         assert choices.choose_precision("cpu", asked, rates=rates) == choices.Choice(asked, "as asked")
 
 
-def test_int8_is_for_processors() -> None:
-    with pytest.raises(UserError, match="cuda"):
-        choices.choose_precision("cuda", "int8")
-
-
-@pytest.mark.parametrize("asked", ["fp16", "bf61"])
-def test_precision_that_cannot_be_is_refused(asked: str) -> None:
-    with pytest.raises(UserError):
-        choices.choose_precision("cpu", asked)
+@pytest.mark.parametrize(
+    ("device", "asked", "what"),
+    [("cuda", "int8", "device is cuda"), ("cpu", "fp16", "not for processors"), ("cpu", "bf61", "not a precision")],
+)
+def test_precision_that_cannot_be_is_refused(device: str, asked: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        choices.choose_precision(device, asked)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
@@ -102,45 +101,36 @@ def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, as
         choices.choose_device(asked)
 
 
-def test_threads_without_limits_are_the_processors(fake: FakeMachine) -> None:
+def test_threads_are_the_physical_cores_that_may_be_used(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices.choose_threads(root=fake.root).value == 8
-
-
-def test_hyperthreads_of_one_core_count_once(fake: FakeMachine) -> None:
     fake.cores(["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"])
     assert choices.choose_threads(root=fake.root) == choices.Choice(4, "physical cores")
-
-
-def test_affinity_bounds_the_threads(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake.cores(["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5}, raising=False)
     assert choices.choose_threads(root=fake.root).value == 2
 
 
-@pytest.mark.parametrize(("quota", "threads"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])
-def test_quota_of_version_2_bounds_the_threads(fake: FakeMachine, quota: str, threads: int) -> None:
-    fake.write("proc/self/cgroup", "0::/")
-    fake.write("sys/fs/cgroup/cpu.max", quota)
-    assert choices.choose_threads(root=fake.root).value == threads
+GROUP, CGROUP = "proc/self/cgroup", "sys/fs/cgroup"
+SESSION = {GROUP: "0::/user.slice/session.scope", f"{CGROUP}/user.slice/session.scope/cpu.max": "max 100000"}
+# A container's mount shows its own group at the top: the host's path does not exist below it.
+CONTAINER = {GROUP: "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/"}
+OLD = {**CONTAINER, f"{CGROUP}/cpu,cpuacct/cpu.cfs_period_us": 100000}
 
 
-def test_quota_of_a_group_above_bounds_the_threads(fake: FakeMachine) -> None:
-    fake.write("proc/self/cgroup", "0::/user.slice/session.scope")
-    fake.write("sys/fs/cgroup/user.slice/cpu.max", "300000 100000")
-    fake.write("sys/fs/cgroup/user.slice/session.scope/cpu.max", "max 100000")
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({GROUP: "0::/", f"{CGROUP}/cpu.max": "250000 100000"}, 2),
+        ({GROUP: "0::/", f"{CGROUP}/cpu.max": "50000 100000"}, 1),
+        ({GROUP: "0::/", f"{CGROUP}/cpu.max": "max 100000"}, 8),
+        ({**SESSION, f"{CGROUP}/user.slice/cpu.max": "300000 100000"}, 3),
+        ({**OLD, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": 400000}, 4),
+        ({**OLD, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": -1}, 8),
+    ],
+)
+def test_a_quota_of_any_group_bounds_the_threads(fake: FakeMachine, files: dict[str, object], threads: int) -> None:
+    fake.write(files)
     chosen = choices.choose_threads(root=fake.root)
-    assert chosen.value == 3
-    assert "quota" in chosen.why
-
-
-def test_quota_of_version_1_is_found_at_its_mount(fake: FakeMachine) -> None:
-    fake.write("proc/self/cgroup", "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/")
-    # A container's mount shows its own group at the top: the host's path does not exist below it.
-    fake.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", 400000)
-    fake.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", 100000)
-    assert choices.choose_threads(root=fake.root).value == 4
-    fake.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", -1)
-    assert choices.choose_threads(root=fake.root).value == 8
+    assert chosen.value == threads and ("quota" in chosen.why) == (threads < 8)
 
 
 def test_omp_num_threads_is_respected(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,30 +146,23 @@ def test_threads_that_were_asked_for_are_kept(fake: FakeMachine) -> None:
             choices.choose_threads(wrong, root=fake.root)
 
 
-def test_memory_is_the_physical_without_groups(fake: FakeMachine) -> None:
-    assert memory.memory_limit_bytes(fake.root) == choices.Choice(16 * GIB, "physical memory")
-
-
-@pytest.mark.parametrize("name", ["memory.max", "memory.high"])
-def test_memory_limit_of_version_2_on_any_level_holds(fake: FakeMachine, name: str) -> None:
-    fake.write("proc/self/cgroup", "0::/a/b")
-    fake.write("sys/fs/cgroup/a/b/memory.max", "max")
-    fake.write(f"sys/fs/cgroup/a/{name}", 3 * GIB)
-    assert memory.memory_limit_bytes(fake.root) == choices.Choice(3 * GIB, "control group limit")
-
-
-def test_memory_limit_of_version_1_holds_and_its_no_limit_does_not(fake: FakeMachine) -> None:
-    fake.write("proc/self/cgroup", "4:memory:/jobs/7")
-    fake.write("sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes", 2 * GIB)
-    assert memory.memory_limit_bytes(fake.root).value == 2 * GIB
-    fake.write("sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes", 9223372036854771712)
-    assert memory.memory_limit_bytes(fake.root).value == 16 * GIB
-
-
-def test_group_outside_the_namespace_reads_the_mount(fake: FakeMachine) -> None:
-    fake.write("proc/self/cgroup", "0::/../../elsewhere")
-    fake.write("sys/fs/cgroup/memory.max", GIB)
-    assert memory.memory_limit_bytes(fake.root).value == GIB
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.max": 3 * GIB}, 3 * GIB),
+        ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.high": 3 * GIB}, 3 * GIB),
+        ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 2 * GIB}, 2 * GIB),
+        ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 9223372036854771712}, None),
+        ({GROUP: "0::/../../elsewhere", f"{CGROUP}/memory.max": GIB}, GIB),  # outside the namespace: the mount
+    ],
+)
+def test_memory_is_the_physical_or_the_limit_of_any_group(
+    fake: FakeMachine, files: dict[str, object], limit: int | None
+) -> None:
+    fake.write(files)
+    expected = (16 * GIB, "physical memory") if limit is None else (limit, "control group limit")
+    assert memory.memory_limit_bytes(fake.root) == choices.Choice(*expected)
 
 
 def test_this_machine_gives_sensible_answers() -> None:

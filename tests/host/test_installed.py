@@ -23,14 +23,8 @@ def _versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranges_extras_and_what_is_missing() -> None:
-    asked = [
-        "torch<3,>=2.6",
-        "rich>=13",
-        "gguf>=0.17",
-        'optuna>=4; extra == "tune"',
-        'pytest>=8; extra == "dev"',
-        'pywin32; sys_platform == "no-such-system"',
-    ]
+    extras = ['optuna>=4; extra == "tune"', 'pytest>=8; extra == "dev"', 'pywin32; sys_platform == "no-such-system"']
+    asked = ["torch<3,>=2.6", "rich>=13", "gguf>=0.17", *extras]
     found = {p.name: (p.fits, p.installed, p.extra) for p in packages(asked)}
     assert found == {
         "torch": (True, "2.6.0+cpu", None),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +12,6 @@ from transformers import GPT2Config, LlamaConfig
 from deltaw.cache import recall, remember
 from deltaw.errors import UserError
 from deltaw.host import kernel_choice, product_rates
-from deltaw.host import product_rates as measurements
 from deltaw.host.kernel_choice import KernelChoice, choose_kernels, chosen_of
 from deltaw.host.product_rates import Candidate, Measured, Sizes, believable, sizes_of
 from deltaw.kernels import linear, loader, variants
@@ -28,22 +24,21 @@ compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_n
 
 def candidates_of(rates):
     """The candidates that a table of rates is of, in its order."""
-    found = []
-    for stored, by_name in rates.items():
-        for name in by_name:
-            kernels, _, way = name.rpartition(":")
-            found.append(Candidate(stored, kernels or None, way))
-    return found
+    named = [(stored, *name.rpartition(":")) for stored, by_name in rates.items() for name in by_name]
+    return [Candidate(stored, kernels or None, way) for stored, kernels, _, way in named]
+
+
+def choice_of(fp32, bf16, int8, threads=1):
+    rates = {"fp32": fp32, "bf16": bf16, "int8": int8}
+    return KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, threads, rates)
 
 
 def chosen(fp32, bf16, int8):
-    rates = {"fp32": fp32, "bf16": bf16, "int8": int8}
-    return chosen_of(rates, candidates_of(rates))
+    return choice_of(fp32, bf16, int8).arithmetic
 
 
 def approximations(fp32, bf16, int8):
-    rates = {"fp32": fp32, "bf16": bf16, "int8": int8}
-    return KernelChoice(chosen(fp32, bf16, int8), SIZES, 1, rates).approximations
+    return choice_of(fp32, bf16, int8).approximations
 
 
 @pytest.fixture
@@ -52,8 +47,8 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.delenv(variants.MEASURED)
     monkeypatch.delenv(variants.VARIABLE, raising=False)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(measurements, "_used", {})
-    monkeypatch.setattr(measurements, "_learned", {})
+    monkeypatch.setattr(product_rates, "_used", {})
+    monkeypatch.setattr(product_rates, "_learned", {})
     calls = []
 
     def measure(sizes, threads):
@@ -130,35 +125,31 @@ def test_without_kernels_torch_computes():
 def test_rates_are_measured_once_and_remembered(measuring):
     first = choose_kernels(SIZES, 1)
     assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
-    measurements._used.clear()  # another process
+    product_rates._used.clear()  # another process
     assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
 
 
-@pytest.mark.parametrize(
-    "change", ["threads", "sizes", "processor", "flags", "torch", "code", "cache", "kernels", "variable"]
-)
+OTHERS = {
+    "processor": ("processor_name", lambda: "another"),
+    "flags": ("processor_flags", lambda: {"another"}),
+    "cache": ("second_level_cache", lambda: 1),
+    "kernels": ("_libraries", lambda names: [["another", "build"]]),
+}
+
+
+@pytest.mark.parametrize("change", ["threads", "sizes", "torch", "code", "variable", *OTHERS])
 def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, monkeypatch):
     choose_kernels(SIZES, 1)
-    measurements._used.clear()
-    sizes, threads = SIZES, 1
-    if change == "threads":
-        threads = 2
-    elif change == "sizes":
-        sizes = Sizes(128, 512, 128)
-    elif change == "processor":
-        monkeypatch.setattr(kernel_choice, "processor_name", lambda: "another")
-    elif change == "flags":
-        monkeypatch.setattr(kernel_choice, "processor_flags", lambda: {"another"})
-    elif change == "torch":
+    product_rates._used.clear()
+    sizes, threads = Sizes(128, 512, 128) if change == "sizes" else SIZES, 2 if change == "threads" else 1
+    if change == "torch":
         other_version(monkeypatch, "torch")
     elif change == "code":
         other_text(monkeypatch, tmp_path / "source", "host/product_rates.py")
     elif change == "variable":
         monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
-    elif change == "cache":
-        monkeypatch.setattr(kernel_choice, "second_level_cache", lambda: 1)
-    else:
-        monkeypatch.setattr(kernel_choice, "_libraries", lambda names: [["another", "build"]])
+    elif change in OTHERS:
+        monkeypatch.setattr(kernel_choice, *OTHERS[change])
     choose_kernels(sizes, threads)
     assert len(measuring) == 2
 
@@ -175,9 +166,9 @@ def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, 
 )
 def test_a_file_that_somebody_wrote_is_not_believed(nonsense, measuring):
     choose_kernels(SIZES, 1)
-    ((key, _),) = measurements._used.values()
-    measurements._used.clear()
-    remember(measurements.KIND, key, nonsense)
+    ((key, _),) = product_rates._used.values()
+    product_rates._used.clear()
+    remember(product_rates.KIND, key, nonsense)
     choose_kernels(SIZES, 1)
     assert len(measuring) == 2
 
@@ -193,25 +184,25 @@ def test_what_was_measured_beside_other_programs_is_not_remembered(measuring, mo
     real = product_rates.measure
     monkeypatch.setattr(product_rates, "measure", lambda *of: Measured(real(*of).rates, disturbed=True))
     assert "busy" in choose_kernels(SIZES, 1).why("bf16")
-    ((key, _),) = measurements._used.values()
-    assert recall(measurements.KIND, key) is None
+    ((key, _),) = product_rates._used.values()
+    assert recall(product_rates.KIND, key) is None
     choose_kernels(SIZES, 1)
     assert len(measuring) == 1, "this process keeps to it all the same"
 
 
 def test_processes_that_this_one_starts_choose_alike(measuring, monkeypatch):
     own = choose_kernels(SIZES, 1)
-    handed = measurements.for_children()
-    measurements._used.clear()
+    handed = product_rates.for_children()
+    product_rates._used.clear()
     monkeypatch.setenv("DELTAW_CACHE", "/nowhere/that/can/be/written")
     monkeypatch.setenv(variants.MEASURED, handed[variants.MEASURED])
     assert choose_kernels(SIZES, 1).rates == own.rates and len(measuring) == 1
     # And the other way: what a child measured, the next child is told.
     monkeypatch.delenv(variants.MEASURED)
-    told = measurements.used()
-    measurements._used.clear()
-    measurements.learn(told)
-    assert json.loads(measurements.for_children()[variants.MEASURED]) == told
+    told = product_rates.used()
+    product_rates._used.clear()
+    product_rates.learn(told)
+    assert json.loads(product_rates.for_children()[variants.MEASURED]) == told
     assert choose_kernels(SIZES, 1).rates == own.rates and len(measuring) == 1
 
 
@@ -257,17 +248,13 @@ def test_products_go_to_torch_where_that_was_chosen():
 
 def test_a_run_says_what_was_chosen_and_what_would_be_faster(monkeypatch):
     monkeypatch.delenv(variants.VARIABLE, raising=False)  # a choice that it narrowed names it
-    rates = {
-        "fp32": {"a:dot": 300.0, "torch": 290.0},
-        "bf16": {"a:dot": 158.0, "a:wide": 290.0, "torch": 160.0},
-        "int8": {"a:dot": 900.0, "torch": 50.0},
-    }
-    choice = KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, 2, rates)
+    bf16 = {"a:dot": 158.0, "a:wide": 290.0, "torch": 160.0}
+    choice = choice_of({"a:dot": 300.0, "torch": 290.0}, bf16, {"a:dot": 900.0, "torch": 50.0}, 2)
     assert choice.value("bf16") == choice.value("nf4") == "a, bf16 products wide"
     assert choice.why("bf16") == "290 GFLOP/s; torch 160, dot 158"
     assert "int8 would take about 32 % of the time of products" in str(choice.faster_precision("bf16"))
     assert choice.faster_precision("int8") is None
-    slower = {**rates, "int8": {"a:dot": 350.0, "torch": 50.0}}
+    slower = {**choice.rates, "int8": {"a:dot": 350.0, "torch": 50.0}}
     assert KernelChoice(choice.arithmetic, SIZES, 2, slower).faster_precision("bf16") is None
 
 
@@ -291,16 +278,9 @@ def test_measuring_times_each_candidate_and_leaves_the_process_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_process_that_forces_none_measures_torch_alone():
-    program = (
-        "from deltaw.host.product_rates import Sizes, measure\n"
-        "print({s: list(r) for s, r in measure(Sizes(64, 64, 64), 1).rates.items()})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {variants.VARIABLE: "none"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == str({stored: ["torch"] for stored in STORED})
+def test_a_process_that_forces_none_measures_torch_alone(monkeypatch):
+    monkeypatch.setenv(variants.VARIABLE, "none")
+    with loader.computing():
+        loader.compute_with(None)
+        rates = product_rates.measure(Sizes(64, 64, 64), 1).rates
+    assert {stored: list(of) for stored, of in rates.items()} == {stored: ["torch"] for stored in STORED}

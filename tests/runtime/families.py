@@ -105,3 +105,19 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The relative difference of norms."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm())
+
+
+Found = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+def assert_near(found: Found, expected: Found, output: float = 1e-5, gradient: float = 2e-4) -> None:
+    """Outputs and gradients are those expected, up to relative differences."""
+    assert off(found[0], expected[0]) < output
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert off(ours, theirs) < gradient
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    """Outputs and gradients are those expected, to the bit."""
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1], expected[1], strict=True))

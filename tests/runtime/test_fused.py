@@ -21,10 +21,14 @@ from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import _own_code_instead
 from deltaw.runtime.packed import fused_blocks, outputs_at, packed_rows
 from deltaw.runtime.quantized_weights import quantize_int8
-from tests.runtime.families import PACKED, SIZES, adapted, layers_of, model_of, off
+from tests.runtime.families import PACKED, SIZES, Found, adapted, assert_near, assert_same, layers_of, model_of, off
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
+few_or_many_rows = pytest.mark.parametrize(
+    "lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"]
+)
+TOKENS = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -41,42 +45,42 @@ def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
-def outputs_and_gradients(
-    model: nn.Module, fused: bool, lengths: tuple[int, ...] = (20, 9, 6, 11)
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def inputs_of(lengths: tuple[int, ...]) -> dict[str, object]:
+    """A packed row of segments; the second and third continue the first."""
     layout = Layout.of_lengths(lengths, [-1, 0, 0, -1])
     tokens = torch.randint(0, 120, (1, layout.length), generator=torch.Generator().manual_seed(1))
+    positions = torch.from_numpy(layout.positions())[None]
+    return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
+
+
+def outputs_and_gradients(model: nn.Module, fused: bool, lengths: tuple[int, ...] = (20, 9, 6, 11)) -> Found:
     factors = [factor for _, factor in adapter_parameters(model)]
     for factor in factors:
         factor.grad = None
     with packed_rows(model, fused=fused):
-        out = model.base_model(
-            input_ids=tokens,
-            position_ids=torch.from_numpy(layout.positions())[None],
-            packed_layout=layout,
-            use_cache=False,
-        ).last_hidden_state
+        out = model.base_model(**inputs_of(lengths)).last_hidden_state
         (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
     return out.detach(), [factor.grad for factor in factors]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def checkpoint(model: nn.Module) -> None:
+    """Let the blocks keep their inputs alone."""
+    for block in layers_of(model):
+        block.gradient_checkpointing = block.training = True
+
+
 @pytest.mark.parametrize("family", PACKED)
-def test_fused_blocks_equal_the_models_own(family, checkpointing, monkeypatch):
+def test_fused_blocks_equal_the_models_own(family, monkeypatch):
     model = adapted(model_of(family))
-    expected, expected_grads = outputs_and_gradients(model, fused=False)
-    if checkpointing:
-        for block in layers_of(model):
-            block.gradient_checkpointing = block.training = True
+    expected = outputs_and_gradients(model, fused=False)
     assert fused_blocks(model).choice.value, fused_blocks(model).choice.why
     ran = count_runs(monkeypatch)
     with counted_calls(monkeypatch) as calls:
-        out, grads = outputs_and_gradients(model, fused=True)
-    assert len(ran) == 3 * (1 + checkpointing)
+        for runs in (3, 9):
+            assert_near(outputs_and_gradients(model, fused=True), expected)
+            assert len(ran) == runs
+            checkpoint(model)
     assert calls.count("forward") == (0 if loader.library() is None else len(ran))
-    assert off(out, expected) < 1e-5
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert off(ours, theirs) < 2e-4
     assert all("forward" not in vars(block) for block in layers_of(model))
     assert all(fused._whole is None and not fused._factors for fused in fused_blocks(model).blocks)
 
@@ -95,21 +99,15 @@ def test_in_bf16_fused_blocks_are_as_near_to_fp32_as_the_models_own(family):
 def test_adapters_in_some_layers_only_and_in_upper_blocks_only():
     for settings in ({"target_modules": ["q_proj", "down_proj"]}, {"target_modules": "mlp", "layers": [2]}):
         model = adapted(model_of("Llama"), **settings)
-        expected, expected_grads = outputs_and_gradients(model, fused=False)
-        out, grads = outputs_and_gradients(model, fused=True)
-        assert fused_blocks(model).choice.value and off(out, expected) < 1e-5
-        for ours, theirs in zip(grads, expected_grads, strict=True):
-            assert off(ours, theirs) < 2e-4
+        assert_near(outputs_and_gradients(model, fused=True), outputs_and_gradients(model, fused=False))
+        assert fused_blocks(model).choice.value
 
 
 def test_without_the_compiled_kernels_all_is_the_same(monkeypatch):
     model = adapted(model_of("Qwen3"))
-    expected, expected_grads = outputs_and_gradients(model, fused=True)
+    expected = outputs_and_gradients(model, fused=True)
     monkeypatch.setattr("deltaw.kernels.loader.library", lambda: None)
-    out, grads = outputs_and_gradients(model, fused=True)
-    assert off(out, expected) < 1e-5
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert off(ours, theirs) < 2e-4
+    assert_near(outputs_and_gradients(model, fused=True), expected)
 
 
 def test_a_block_with_more_in_it_runs_its_own_code():
@@ -138,32 +136,26 @@ def test_a_class_that_computes_something_else_is_noticed(monkeypatch):
     assert "differ from the model's own" in _why(changed.to(torch.bfloat16))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Phi3", "GPTNeoX", "GPT2"])
 def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, checkpointing):
     model = adapted(model_of(family))
-    layout = Layout.of_lengths([20, 9, 6, 11], [-1, 0, 0, -1])
-    tokens = torch.randint(0, 120, (1, layout.length), generator=torch.Generator().manual_seed(1))
-    positions = torch.from_numpy(layout.positions())[None]
+    inputs = inputs_of((20, 9, 6, 11))
     factors = [factor for _, factor in adapter_parameters(model)]
     places = torch.tensor([2, 19, 20, 28, 45])
     weights = torch.randn(len(places), 64, generator=torch.Generator().manual_seed(2))
-    for block in layers_of(model):
-        block.gradient_checkpointing = block.training = checkpointing
-    found = []
+    if checkpointing:
+        checkpoint(model)
+    found, equal = [], []
     for asked in (contextlib.nullcontext(), outputs_at(model, places)):
         with packed_rows(model), asked:
-            out = model.base_model(
-                input_ids=tokens, position_ids=positions, packed_layout=layout, use_cache=False
-            ).last_hidden_state[0]
-            alike = int((out == out[0]).all(-1).sum())  # the first is not asked for
+            out = model.base_model(**inputs).last_hidden_state[0]
+            equal.append(int((out == out[0]).all(-1).sum()))  # the first is not asked for
             grads = torch.autograd.grad((out[places] * weights).sum(), factors)
-        found.append((out[places].detach(), grads, alike))
-    (expected, expected_grads, before), (out, grads, left_out) = found
-    assert before == 1 and left_out == layout.length - len(places)
-    assert off(out, expected) < 1e-5
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert off(ours, theirs) < 1e-5
+        found.append((out[places].detach(), list(grads)))
+    assert equal == [1, 46 - len(places)]
+    assert_near(found[1], found[0], gradient=1e-5)
     assert fused_blocks(model).blocks[-1].picked is None
 
 
@@ -194,79 +186,69 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @compiled_only
-@pytest.mark.parametrize("lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"])
+@pytest.mark.each_value
+@few_or_many_rows
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi3", "GPT2"])
 def test_gradients_in_int8_of_a_block_in_one_call_are_the_same_to_the_bit(family, lengths, monkeypatch):
     model = adapted(model_of(family, torch.bfloat16))
     with loader.computing(replace(loader.arithmetic(), int8_gradients=False)):
-        usual, usual_grads = outputs_and_gradients(model, True, lengths)
+        usual = outputs_and_gradients(model, True, lengths)
     with loader.computing(replace(loader.arithmetic(), int8_gradients=True)):
         with counted_calls(monkeypatch) as calls:
-            out, grads = outputs_and_gradients(model, True, lengths)
+            found = outputs_and_gradients(model, True, lengths)
         assert calls.count("backward") == 3
-        expected, expected_grads = outputs_and_gradients(model, True, lengths)
-    assert torch.equal(out, usual) and torch.equal(expected, usual)
-    off_by = []
-    for ours, theirs, exact in zip(grads, expected_grads, usual_grads, strict=True):
-        assert torch.equal(ours, theirs)
-        off_by.append(off(ours, exact))
+        assert_same(found, outputs_and_gradients(model, True, lengths))
+    assert torch.equal(found[0], usual[0])
+    off_by = [off(ours, exact) for ours, exact in zip(found[1], usual[1], strict=True)]
     # The last layers' gradients come from no product of the blocks.
     assert max(off_by) > 1e-3 and sum(off_by) / len(off_by) < 0.05
 
 
 @compiled_only
-@pytest.mark.parametrize("lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"])
+@pytest.mark.each_value
+@few_or_many_rows
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_block_in_one_call_is_the_same_to_the_bit(kind, lengths, monkeypatch):
     family, dtype, settings = WHOLE[kind]
     model = model_of(family, dtype)
     if "int8" in kind:
-        tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
-        assert "of 0 layers" not in str(quantize_int8(model.base_model, lambda: model(tokens)))
+        assert "of 0 layers" not in str(quantize_int8(model.base_model, lambda: model(TOKENS)))
     adapted(model, **settings)
     assert fused_blocks(model).choice.value  # recognition makes calls of its own
     with counted_calls(monkeypatch) as calls:
-        out, grads = outputs_and_gradients(model, True, lengths)
+        found = outputs_and_gradients(model, True, lengths)
     assert calls.count("forward") == 3 and calls.count("backward") == len(settings.get("layers", [0, 1, 2]))
-    expected, expected_grads = outputs_and_gradients(model, True, lengths)
+    assert_same(found, outputs_and_gradients(model, True, lengths))
     assert calls.count("forward") == 3
-    assert torch.equal(out, expected)
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @compiled_only
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
 def test_with_checkpointing_one_call_runs_again_and_gives_the_same(family, monkeypatch):
     model = adapted(model_of(family, torch.bfloat16))
-    expected, expected_grads = outputs_and_gradients(model, True)
-    for block in layers_of(model):
-        block.gradient_checkpointing = block.training = True
+    expected = outputs_and_gradients(model, True)
+    checkpoint(model)
     with counted_calls(monkeypatch) as calls:
-        out, grads = outputs_and_gradients(model, True)
+        assert_same(outputs_and_gradients(model, True), expected)
     assert calls.count("forward") == 6 and calls.count("backward") == 3
-    assert torch.equal(out, expected)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected_grads, strict=True))
 
 
 @compiled_only
-@pytest.mark.parametrize("lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"])
+@pytest.mark.each_value
+@few_or_many_rows
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("family", PACKED)
 def test_picked_outputs_in_one_call_are_the_same_to_the_bit(family, name, lengths, monkeypatch):
     model = adapted(model_of(family, DTYPES[name]))
-    layout = Layout.of_lengths(lengths, [-1, 0, 0, -1])
-    places = torch.arange(1, layout.length, 2)
+    places = torch.arange(1, sum(lengths), 2)
     assert fused_blocks(model).choice.value
-    with counted_calls(monkeypatch) as calls, outputs_at(model, places):
-        out, grads = outputs_and_gradients(model, True, lengths)
-    assert calls.count("forward") == 3 == calls.count("backward")
     with outputs_at(model, places):
-        expected, expected_grads = outputs_and_gradients(model, True, lengths)
+        with counted_calls(monkeypatch) as calls:
+            found = outputs_and_gradients(model, True, lengths)
+        assert calls.count("forward") == 3 == calls.count("backward")
+        assert (found[0][0, places] != 0).any()
+        assert_same(found, outputs_and_gradients(model, True, lengths))
     assert calls.count("forward") == 3
-    assert (out[0, places] != 0).any() and torch.equal(out, expected)
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 CHANGES = {
@@ -326,18 +308,16 @@ def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
 )
 def test_weights_in_int8_stay_near_and_say_what_they_cost(family, layers, one):
     model = model_of(family, hidden_size=128, intermediate_size=256)
-    tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = model(tokens).logits
-    report = quantize_int8(model.base_model, lambda: model(tokens))
+    expected = model(TOKENS).logits
+    report = quantize_int8(model.base_model, lambda: model(TOKENS))
     assert report.layers == layers and f"{layers} of {layers} layers" in str(report)
-    assert off(model(tokens).logits, expected) < 0.05
+    assert off(model(TOKENS).logits, expected) < 0.05
     assert model.base_model.get_submodule(one).weight.dtype == torch.int8
     adapted(model)
-    own, own_grads = outputs_and_gradients(model, fused=False)
-    out, grads = outputs_and_gradients(model, fused=True)
-    assert fused_blocks(model).choice.value and off(out, own) < 0.05
     # Gradients are rounded to bytes too: they agree on the whole, not to the last digit.
-    assert all(off(ours, theirs) < 0.3 for ours, theirs in zip(grads, own_grads, strict=True))
+    expected = outputs_and_gradients(model, fused=False)
+    assert_near(outputs_and_gradients(model, fused=True), expected, 0.05, 0.3)
+    assert fused_blocks(model).choice.value
 
 
 def test_columns_of_a_conv1d_move_outliers_into_its_weight():
@@ -348,11 +328,10 @@ def test_columns_of_a_conv1d_move_outliers_into_its_weight():
             for block in model.base_model.h:
                 block.ln_1.weight[5] = 300.0  # an input that is large and hardly counts
                 block.attn.c_attn.weight[5] = 1e-4
-        tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("deltaw.runtime.quantized_weights.MOVED", moved)
             patch.setattr("deltaw.runtime.quantized_weights.LARGEST_ERROR", 1.0)
-            report = quantize_int8(model.base_model, lambda model=model, tokens=tokens: model(tokens))
+            report = quantize_int8(model.base_model, lambda model=model: model(TOKENS))
         errors.append(max(report.errors[f"h.{n}.attn.c_attn"] for n in range(3)))
     assert errors[1] < 0.04 < errors[0]
 
@@ -366,7 +345,6 @@ def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
         for block in layers_of(model):
             up = block.mlp.up_proj.weight if family == "Llama" else block.mlp.c_fc.weight.t()
             up[::171] *= 30
-    tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
     errors = []
     for worth in (0.0, 0.85):
         copied = copy.deepcopy(model)
@@ -374,7 +352,7 @@ def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
             patch.setattr("deltaw.runtime.quantized_weights.MOVED", (0.0,))
             patch.setattr("deltaw.runtime.quantized_weights.LARGEST_ERROR", 1.0)
             patch.setattr("deltaw.runtime.quantized_weights.WORTH_BLOCKS", worth)
-            report = quantize_int8(copied.base_model, lambda copied=copied: copied(tokens))
+            report = quantize_int8(copied.base_model, lambda copied=copied: copied(TOKENS))
         layers = [copied.base_model.get_submodule(down.format(n)) for n in range(3)]
         assert [layer.in_blocks for layer in layers] == [worth > 0] * 3
         errors.append(max(report.errors[down.format(n)] for n in range(3)))
@@ -393,8 +371,7 @@ def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
         block.input_layernorm.weight[5] = 300.0
         for name in "qkv":  # an input that is large and hardly counts
             getattr(block.self_attn, f"{name}_proj").weight[:, 5] = 1e-4
-    tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
-    report = quantize_int8(model.base_model, lambda: model(tokens))
+    report = quantize_int8(model.base_model, lambda: model(TOKENS))
     assert set(report.kept) >= {f"layers.1.self_attn.{name}_proj" for name in "qkv"}
     assert type(model.base_model.layers[1].self_attn.q_proj) is nn.Linear
     assert "left as they were" in str(report)
@@ -419,11 +396,7 @@ def test_whole_modules_trained_inside_a_block_get_their_gradients(family, traine
     with packed_rows(model):
         assert fused_blocks(model).choice.value
     adapted(model, target_modules=[target], train_modules=[trained])
-    expected, expected_grads = outputs_and_gradients(model, fused=False)
-    out, grads = outputs_and_gradients(model, fused=True)
-    assert off(out, expected) < 1e-5
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert ours is not None and off(ours, theirs) < 2e-4
+    assert_near(outputs_and_gradients(model, fused=True), outputs_and_gradients(model, fused=False))
 
 
 def test_a_block_that_is_put_in_later_runs_fused_and_one_of_another_kind_its_own_code(monkeypatch):
@@ -434,13 +407,10 @@ def test_a_block_that_is_put_in_later_runs_fused_and_one_of_another_kind_its_own
     layers[1] = copy.deepcopy(layers[2])
     layers[0].input_layernorm = nn.LayerNorm(64).requires_grad_(False)
     adapted(model)
-    expected, expected_grads = outputs_and_gradients(model, fused=False)
+    expected = outputs_and_gradients(model, fused=False)
     ran = count_runs(monkeypatch)
-    out, grads = outputs_and_gradients(model, fused=True)
+    assert_near(outputs_and_gradients(model, fused=True), expected)
     assert len(ran) == 2
-    assert off(out, expected) < 1e-5
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert off(ours, theirs) < 2e-4
     layers[1].mlp.down_proj = nn.Sequential(layers[1].mlp.down_proj)
     ran.clear()
     expected, _ = outputs_and_gradients(model, fused=False)
@@ -460,7 +430,9 @@ def test_recognition_leaves_the_random_state_alone_and_the_model_too():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("Gemma3", "GPTNeoX", "GPT2") else pytest.mark.slow) for f in PACKED]
+)
 def test_a_dry_run_on_fake_tensors_decides_alike(family):
     with packed_rows(real := model_of(family, torch.bfloat16)):
         expected = fused_blocks(real)
@@ -475,7 +447,7 @@ def test_a_dry_run_on_fake_tensors_decides_alike(family):
 def test_weights_that_lie_elsewhere_when_the_backward_comes_are_found():
     """As where they are let go of after the forward and gathered again."""
     model = adapted(model_of("Llama"))
-    _, expected = outputs_and_gradients(model, fused=True)
+    expected = outputs_and_gradients(model, fused=True)
     left: list[torch.Tensor] = []
 
     def move(block: nn.Module, inputs: object, output: object) -> None:
@@ -489,7 +461,7 @@ def test_weights_that_lie_elsewhere_when_the_backward_comes_are_found():
                     old.fill_(float("nan"))
 
     hooks = [block.register_forward_hook(move) for block in layers_of(model)]
-    _, grads = outputs_and_gradients(model, fused=True)
+    found = outputs_and_gradients(model, fused=True)
     for hook in hooks:
         hook.remove()
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected, strict=True))
+    assert_same(found, expected)

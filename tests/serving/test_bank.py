@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from dataclasses import dataclass
 
@@ -12,12 +11,11 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.serving import bank as bank_module
+from deltaw.serving.adapters import ActiveAdapter
 from deltaw.serving.bank import AdapterBank
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
-from tests.serving.http.waiting import at_once
-
-LONG = 20.0  # seconds that a test waits for what comes at once
+from tests.serving.http.waiting import at_once, until
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,13 @@ def bank_of(model):
         bank.close()
 
 
+def had(bank: AdapterBank, name: str) -> ActiveAdapter:
+    """An adapter, as soon as it is in memory."""
+    found: list[ActiveAdapter] = []
+    assert until(lambda: (active := bank.acquire(name)) is not None and not found.append(active))
+    return found[0]
+
+
 def first_factor(active) -> torch.Tensor:
     return next(iter(active.packed.layers.values())).lora_A
 
@@ -74,7 +79,7 @@ def test_an_adapter_is_had_by_its_name(bank_of, folders):
     for name in "ab":
         bank.add(name, folders[name])
     assert bank.names() == ("a", "b")
-    a, b = bank.acquire("a"), bank.acquire("b")
+    a, b = had(bank, "a"), had(bank, "b")
     assert a.number != b.number and not torch.equal(first_factor(a), first_factor(b))
     assert a.facts is bank.facts("a") and a.facts.folder == folders["a"]
 
@@ -82,7 +87,7 @@ def test_an_adapter_is_had_by_its_name(bank_of, folders):
 def test_a_soft_prompt_has_rows_and_no_factors(bank_of, model, tmp_path):
     bank = bank_of()
     bank.add("soft", write_soft_prompt(model, tmp_path, length=4))
-    active = bank.acquire("soft")
+    active = had(bank, "soft")
     assert active.packed is None and active.soft_prompt.shape == (4, 32)
     assert bank.status().bytes == 4 * 32 * 4
 
@@ -91,12 +96,13 @@ def test_unknown_and_taken_names_are_refused(bank_of, folders):
     bank = bank_of()
     bank.add("alpha", folders["a"])
     with pytest.raises(UserError, match="did you mean 'alpha'"):
-        bank.acquire("alpa")
+        had(bank, "alpa")
     with pytest.raises(UserError, match="already"):
         bank.add("alpha", folders["b"])
-    for change in (bank.remove, bank.swap):
-        with pytest.raises(UserError, match="no adapter 'beta'"):
-            change("beta")
+    with pytest.raises(UserError, match="no adapter 'beta'"):
+        bank.remove("beta")
+    with pytest.raises(UserError, match="no adapter 'beta'"):
+        bank.swap("beta", folders["b"])
     for name in ("", " alpha", "a\nb", "x" * 300):
         with pytest.raises(UserError, match="cannot name an adapter"):
             bank.add(name, folders["b"])
@@ -106,13 +112,13 @@ def test_unknown_and_taken_names_are_refused(bank_of, folders):
 def test_a_refused_adapter_changes_nothing(bank_of, model, folders, tmp_path):
     bank = bank_of()
     bank.add("a", folders["a"])
-    before, status = bank.acquire("a"), bank.status()
+    before, status = had(bank, "a"), bank.status()
     write_lora(model, tmp_path, dora=True)
     with pytest.raises(UserError, match="DoRA"):
         bank.add("b", tmp_path)
     with pytest.raises(UserError, match="DoRA"):
         bank.swap("a", tmp_path)
-    assert bank.names() == ("a",) and bank.acquire("a").number == before.number
+    assert bank.names() == ("a",) and had(bank, "a").number == before.number
     assert bank.status() == status
 
 
@@ -120,18 +126,18 @@ def test_the_least_recently_used_leaves_and_comes_back_as_it_was(bank_of, folder
     bank = bank_of(2 * size)
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])
-    a = bank.acquire("a")
+    a = had(bank, "a")
     number, factor = a.number, first_factor(a).clone()
     bank.release(a)
     bank.add("c", folders["c"])  # "b" was used before "a"
     assert bank.status().loaded == 2 and bank.status().dropped == 1
     loads = bank.status().loads
-    bank.release(bank.acquire("a"))
+    bank.release(had(bank, "a"))
     assert bank.status().loads == loads, "it never left"
-    bank.release(bank.acquire("b", LONG))
+    bank.release(had(bank, "b"))
     assert bank.status().loads == loads + 1
-    bank.release(bank.acquire("c", LONG))  # drives "a" out
-    a = bank.acquire("a", LONG)
+    bank.release(had(bank, "c"))  # drives "a" out
+    a = had(bank, "a")
     assert a.number == number, "the same content is the same version"
     assert torch.equal(first_factor(a), factor)
     assert bank.status().bytes <= 2 * size
@@ -141,41 +147,32 @@ def test_what_is_in_use_is_not_dropped(bank_of, folders, size):
     bank = bank_of(size)
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])  # known, but "a" had to go
-    a = bank.acquire("a", LONG)
-    assert bank.acquire("b", 0.3) is None, "there is no room beside what is used"
+    a = had(bank, "a")
+    for _ in range(30):
+        assert bank.acquire("b") is None, "there is no room beside what is used"
+        time.sleep(0.005)
     assert bank.status().bytes == size
     bank.release(a)
-    b = bank.acquire("b", LONG)
+    b = had(bank, "b")
     assert not torch.equal(first_factor(b), first_factor(a))
-
-
-def test_acquiring_never_reads_on_the_callers_thread(bank_of, folders, size):
-    bank = bank_of(size)
-    bank.add("a", folders["a"])
-    bank.add("b", folders["b"])
-    assert bank.acquire("a") is None
-    until = time.monotonic() + LONG
-    while (a := bank.acquire("a")) is None:
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    assert first_factor(a) is not None
 
 
 def test_two_that_are_asked_for_do_not_drive_each_other_out(bank_of, folders, size):
     bank = bank_of(size)
     for name in "abc":
         bank.add(name, folders[name])
-    until = time.monotonic() + LONG
+    assert bank.acquire("a") is None, "it is not read on the caller's thread"
     for _ in range(3):
         waiting = {"a", "b", "c"}
-        while waiting:
-            assert time.monotonic() < until
+
+        def served(waiting: set[str] = waiting) -> bool:
             for name in sorted(waiting):
-                active = bank.acquire(name)
-                if active is not None:
+                if (active := bank.acquire(name)) is not None:
                     bank.release(active)
                     waiting.remove(name)
-            time.sleep(0.002)
+            return not waiting
+
+        assert until(served)
     assert bank.status().loads <= 3 + 9
 
 
@@ -185,17 +182,17 @@ def test_a_demand_that_nobody_follows_up_gives_way(bank_of, folders, size, monke
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])
     bank.acquire("a")  # and never again
-    assert bank.acquire("b", LONG) is not None
+    assert had(bank, "b") is not None
 
 
 def test_a_removed_adapter_ends_with_its_last_request(bank_of, folders):
     bank = bank_of()
     bank.add("a", folders["a"])
-    first, second = bank.acquire("a"), bank.acquire("a")
+    first, second = had(bank, "a"), had(bank, "a")
     bank.remove("a")
     assert bank.names() == ()
     with pytest.raises(UserError, match="no adapter 'a'"):
-        bank.acquire("a")
+        had(bank, "a")
     bank.release(first)
     assert bank.status().versions == 1 and bank.status().bytes > 0
     bank.release(second)
@@ -205,10 +202,10 @@ def test_a_removed_adapter_ends_with_its_last_request(bank_of, folders):
 def test_a_swapped_adapter_is_another_version(bank_of, folders):
     bank = bank_of()
     bank.add("x", folders["a"])
-    before = bank.acquire("x")
+    before = had(bank, "x")
     kept = first_factor(before)
     bank.swap("x", folders["b"])
-    after = bank.acquire("x")
+    after = had(bank, "x")
     assert after.number != before.number
     assert not torch.equal(first_factor(after), first_factor(before))
     assert first_factor(before) is kept, "a request in hand keeps what it began with"
@@ -217,89 +214,54 @@ def test_a_swapped_adapter_is_another_version(bank_of, folders):
     assert bank.status().versions == 1
 
 
-def test_swapping_in_the_same_folder_takes_what_is_there_now(bank_of, model, tmp_path):
-    bank = bank_of()
-    bank.add("x", write_lora(model, tmp_path, seed=5))
-    before = bank.acquire("x")
-    write_lora(model, tmp_path, seed=6)
-    bank.swap("x")
-    assert not torch.equal(first_factor(bank.acquire("x")), first_factor(before))
-
-
 def test_a_folder_that_changed_is_refused_until_it_is_swapped(bank_of, model, folders, size, tmp_path):
     bank = bank_of(size)
     bank.add("x", write_lora(model, tmp_path, seed=5))
+    active = had(bank, "x")
+    before = first_factor(active).clone()
+    bank.release(active)
     bank.add("a", folders["a"])  # "x" leaves
     write_lora(model, tmp_path, seed=6)
     with pytest.raises(UserError, match="not those that were added"):
-        bank.acquire("x", LONG)
-    assert bank.acquire("a", LONG) is not None, "the others go on"
-    bank.swap("x")
-    assert bank.names() == ("x", "a")
+        had(bank, "x")
+    bank.release(had(bank, "a"))  # the others go on
+    bank.swap("x", tmp_path)
+    assert bank.names() == ("x", "a") and not torch.equal(first_factor(had(bank, "x")), before)
 
 
 def test_a_folder_that_was_copied_anew_is_the_same(bank_of, folders, size, tmp_path):
     bank = bank_of(size)
     shutil.copytree(folders["a"], tmp_path / "x")
     bank.add("x", tmp_path / "x")
-    before = bank.acquire("x")
+    before = had(bank, "x")
     bank.release(before)
     bank.add("b", folders["b"])  # "x" leaves
     shutil.rmtree(tmp_path / "x")
     with pytest.raises(UserError, match="no adapter folder"):
-        bank.acquire("x", LONG)
+        had(bank, "x")
     shutil.copytree(folders["a"], tmp_path / "x")
-    assert bank.acquire("x", LONG).number == before.number
-
-
-def test_a_pinned_adapter_stays(bank_of, folders, size):
-    bank = bank_of(2 * size)
-    bank.add("a", folders["a"], pinned=True)
-    for name in "bc":
-        bank.add(name, folders[name])
-        bank.release(bank.acquire(name, LONG))
-    assert bank.acquire("a") is not None
+    assert had(bank, "x").number == before.number
 
 
 def test_what_could_never_be_in_memory_is_refused(bank_of, model, folders, size, tmp_path):
     bank = bank_of(2 * size)
     with pytest.raises(UserError, match="no room"):
         bank.add("wide", write_lora(model, tmp_path, rank=16))
-    bank.add("a", folders["a"], pinned=True)
-    bank.add("b", folders["b"])
+    small = bank_of(size // 8)
     with pytest.raises(UserError, match="no room"):
-        bank.add("c", folders["c"], pinned=True)  # then "b" would have none
-    bank.swap("b", folders["b"], pinned=True)
-    with pytest.raises(UserError, match="no room"):
-        bank.add("c", folders["c"])
-    assert bank.names() == ("a", "b")
-
-
-def test_huge_files_are_refused_before_they_are_read(bank_of, folders, size):
-    bank = bank_of(size // 8)
-    with pytest.raises(UserError, match="no room"):
-        bank.add("a", folders["a"])
-    assert bank.status().loads == 0
+        small.add("a", folders["a"])
+    assert small.status().loads == 0, "its files are not even read"
 
 
 def test_whoever_waits_is_told_when_the_bank_closes(bank_of, folders, size):
     bank = bank_of(size)
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])
-    bank.acquire("a", LONG)
-    found = []
-
-    def wait() -> None:
-        try:
-            bank.acquire("b", LONG)
-        except UserError as error:
-            found.append(error)
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
+    had(bank, "a")
+    assert bank.acquire("b") is None
     bank.close()
-    waiter.join(LONG)
-    assert "no more adapters are loaded" in str(found[0])
+    with pytest.raises(UserError, match="no more adapters are loaded"):
+        bank.acquire("b")
 
 
 def test_one_name_is_added_once_by_many_threads(bank_of, folders):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
 from deltaw.errors import UserError
-from deltaw.serving.constraints import ConstraintLimits, Grammars, Matcher, ProcessLimits, masks
+from deltaw.serving.constraints import ConstraintLimits, Grammars, Matcher, ProcessLimits
 from deltaw.serving.request import BusyError, Constraint, Sampling, UnsupportedError
 from deltaw.serving.sampling import SamplingState, choose
 from tests.byte_models import byte_tokenizer
@@ -63,7 +63,7 @@ def drawn(matchers: list[Matcher], ends: list[int], *, most: int = 400, seed: in
         if not going:
             break
         logits = random.normal(size=(len(going), V)).astype(np.float32)
-        chosen = choose(logits, [states[n] for n in going], masks({p: matchers[n] for p, n in enumerate(going)}))
+        chosen = choose(logits, [states[n] for n in going], {p: matchers[n].allowed() for p, n in enumerate(going)})
         for n, token in zip(going, chosen.tokens.tolist(), strict=True):
             texts[n].append(token)
             if token in ends:

@@ -79,25 +79,15 @@ def test_greedy_rows_take_the_likeliest_token() -> None:
     assert as_tensor.tokens.tolist() == logits.argmax(axis=1).tolist()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.7},
-        {"temperature": 1.0, "top_k": 1},
-        {"temperature": 1.3, "top_k": 40},
-        {"temperature": 1.0, "top_k": 400},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 4.0, "top_p": 0.999},
-        {"temperature": 1.0, "top_p": 1e-6},
-        {"temperature": 1.0, "min_p": 0.05},
-        {"temperature": 0.5, "min_p": 1.0},
-        {"temperature": 0.8, "top_k": 60, "top_p": 0.8},
-        {"temperature": 2.0, "top_k": 300, "top_p": 0.97, "min_p": 0.02},
-        {"temperature": 1.5, "top_p": 0.95, "min_p": 0.01},
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_by_the_probabilities_that_transformers_has(settings: dict[str, float]) -> None:
+MANY = [(0.7, None, None, None), (1.0, 1, None, None), (1.3, 40, None, None), (1.0, 400, None, None)]
+MANY += [(1.0, None, 0.9, None), (4.0, None, 0.999, None), (1.0, None, 1e-6, None), (1.0, None, None, 0.05)]
+MANY += [(0.5, None, None, 1.0), (0.8, 60, 0.8, None), (2.0, 300, 0.97, 0.02), (1.5, None, 0.95, 0.01)]
+
+
+@pytest.mark.parametrize("values", MANY, ids=str)
+def test_tokens_are_drawn_by_the_probabilities_that_transformers_has(values: tuple[float | None, ...]) -> None:
+    names = ("temperature", "top_k", "top_p", "min_p")
+    settings = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     for seed in range(5):
         row = some_logits(1, seed)[0]
         expected = by_transformers(row, **settings)
@@ -138,7 +128,7 @@ def test_every_place_of_a_large_vocabulary_is_drawn_by_its_weight() -> None:
     places = [0, 1, 255, 256, 257, 511, 512, 999]
     row[places] = np.log(np.arange(1, 9))
     one = state(1000, seed=5, temperature=1.0)
-    counts = np.bincount([choose(row[None], [one]).tokens[0] for _ in range(8000)], minlength=1000)
+    counts = np.bincount([choose(row[None], [one]).tokens[0] for _ in range(3000)], minlength=1000)
     assert counts.sum() == counts[places].sum()
     assert pearson(counts, probabilities(row, temperature=1.0)) < 1
 
@@ -147,7 +137,7 @@ def test_every_place_of_a_large_vocabulary_is_drawn_by_its_weight() -> None:
     weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-6, 0.1, 0.25, 0.3, 0.5, 1.0]), min_size=1, max_size=60),
     top_p=st.floats(1e-6, 1.0, exclude_max=True),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 def test_nucleus_is_the_fewest_heaviest_tokens_that_have_the_share(weights: list[float], top_p: float) -> None:
     given_weights = np.array([*weights, 1.0], dtype=np.float32)
     kept = nucleus(given_weights, top_p)
@@ -171,7 +161,7 @@ def test_nucleus_of_a_flat_vocabulary_is_exact() -> None:
 
 def test_repetition_penalty_is_that_of_transformers_on_prompt_and_text() -> None:
     logits = some_logits(1)
-    one = state(repetition_penalty=1.3)
+    one = state(prompt=np.append(PROMPT, V + 3), repetition_penalty=1.3)  # a soft prompt's ids are passed over
     written = [int(choose(logits, [one]).tokens[0]) for _ in range(6)]
     processor = RepetitionPenaltyLogitsProcessor(1.3)
     seen = PROMPT.tolist()
@@ -189,16 +179,9 @@ def test_presence_and_frequency_are_taken_from_the_logits_of_the_text_alone() ->
     # 0 at 3.0 (the prompt does not count), then at 2.25, so 1 at 2.4, then 0 again at 2.25, 0 at 2.0 over
     # 2 at 1.9, and 2.
     assert [int(choose(logits, [one]).tokens[0]) for _ in range(5)] == [0, 1, 0, 0, 2]
-
-
-def test_negative_penalties_encourage() -> None:
-    logits = np.array([[1.0, 1.1]], dtype=np.float32)
-    one = state(2, presence_penalty=-1.0, logit_bias={0: 0.5})
-    first = int(choose(logits, [one]).tokens[0])
-    two = state(2, presence_penalty=-1.0)
+    two = state(2, presence_penalty=-1.0)  # which encourages
     two.append(0)
-    assert first == 0
-    assert int(choose(logits, [two]).tokens[0]) == 0
+    assert choose(np.array([[1.0, 1.1]], dtype=np.float32), [two]).tokens[0] == 0
 
 
 def test_logit_bias_is_added_and_can_forbid() -> None:
@@ -260,22 +243,13 @@ def test_rows_without_a_choice_say_so_and_the_others_go_on() -> None:
     np.testing.assert_array_equal(logits, before)
 
 
-def test_logits_are_not_changed() -> None:
-    logits = some_logits(2)
-    before = logits.copy()
-    states = [
-        state(temperature=1.0, repetition_penalty=1.5, top_k=5, logit_bias={1: 3.0}, logprobs=3),
-        state(frequency_penalty=1.0),
-    ]
-    choose(logits, states, {1: words([1, 2])})
-    np.testing.assert_array_equal(logits, before)
-
-
 def test_log_probabilities_are_the_models_own() -> None:
     logits = some_logits(2)
     expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
     states = [state(temperature=2.0, top_k=3, logprobs=4, repetition_penalty=1.5), state(logprobs=0)]
+    before = logits.copy()
     choices = choose(logits, states)
+    np.testing.assert_array_equal(logits, before)
     for n, count in ((0, 4), (1, 0)):
         found = choices.logprobs[n]
         assert found is not None
@@ -313,61 +287,33 @@ def test_tokens_that_the_model_rules_out_have_a_finite_log_probability() -> None
         assert {int(choose(logits[None], [one]).tokens[0]) for _ in range(30)} == {3, 9}
 
 
-def test_soft_prompts_ids_beyond_the_vocabulary_are_passed_over() -> None:
-    one = state(prompt=np.array([V + 3, 5]), repetition_penalty=2.0)
-    assert choose(some_logits(1), [one]).tokens[0] >= 0
-
-
 def test_tiny_temperatures_draw_the_likeliest_token() -> None:
     logits = some_logits(1)
     for temperature in (1e-3, 1e-30, 5e-324):
         assert choose(logits, [state(temperature=temperature)]).tokens[0] == logits[0].argmax()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("min_p", -0.5),
-        ("min_p", 2.0),
-        ("repetition_penalty", 0.0),
-        ("repetition_penalty", math.nan),
-        ("presence_penalty", 2.5),
-        ("frequency_penalty", -3.0),
-        ("seed", 2**70),
-        ("logprobs", -1),
-        ("logprobs", 1000),
-        ("logit_bias", {V: 1.0}),
-        ("logit_bias", {-1: 1.0}),
-        ("logit_bias", {3: 101.0}),
-        ("logit_bias", {3: math.nan}),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(UserError) as error:
-        validate(Sampling(**{name: value}), V)
-    assert error.value.where == name
-    assert error.value.hint
+def test_values_out_of_range_are_refused_by_name() -> None:
+    wrong: dict[str, list[object]] = {
+        "temperature": [-0.1, math.nan, math.inf],
+        "top_k": [-1],
+        "top_p": [0.0, 1.1],
+        "min_p": [-0.5, 2.0],
+        "repetition_penalty": [0.0, math.nan],
+        "presence_penalty": [2.5],
+        "frequency_penalty": [-3.0],
+        "seed": [2**70],
+        "logprobs": [-1, 1000],
+        "logit_bias": [{V: 1.0}, {-1: 1.0}, {3: 101.0}, {3: math.nan}],
+    }
+    for name, value in [(name, value) for name, values in wrong.items() for value in values]:
+        with pytest.raises(UserError) as error:
+            validate(Sampling(**{name: value}), V)
+        assert error.value.where == name and error.value.hint
 
 
 def test_values_at_the_borders_are_taken() -> None:
     validate(Sampling(), V)
-    validate(
-        Sampling(
-            temperature=2.0,
-            top_k=V + 5,
-            top_p=1e-9,
-            min_p=1.0,
-            presence_penalty=-2.0,
-            frequency_penalty=2.0,
-            seed=-1,
-            logprobs=20,
-            logit_bias={0: -100, V - 1: 100},
-        ),
-        V,
-    )
+    drawn = {"temperature": 2.0, "top_k": V + 5, "top_p": 1e-9, "min_p": 1.0, "seed": -1, "logprobs": 20}
+    penalties = {"presence_penalty": -2.0, "frequency_penalty": 2.0, "logit_bias": {0: -100, V - 1: 100}}
+    validate(Sampling(**drawn, **penalties), V)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,36 @@ def ended(started) -> list[tuple[int, str, str]]:
     return [(p.returncode, *texts) for p, texts in zip(started, told, strict=True)]
 
 
-def write_settings(path: Path, settings: dict) -> Path:
-    path.write_text(yaml.safe_dump(settings))
-    return path
+def train(
+    made: dict, size: int = 2, *, flags: Sequence[str] = (), of_rank: Mapping[int, Mapping] | None = None, **extra
+) -> list[tuple[int, str, str]]:
+    """What several processes that train one run came to; some may have more in their environment."""
+    path = Path(made["output"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(made))
+    port, more = free_port(), of_rank or {}
+    return ended(
+        [start(rank, size, port, ["train", path, *flags], **extra, **more.get(rank, {})) for rank in range(size)]
+    )
 
 
-def train(path: Path, size: int, **extra: str) -> list[tuple[int, str, str]]:
-    port = free_port()
-    return ended([start(rank, size, port, ["train", path], **extra) for rank in range(size)])
+def train_all(made: dict, size: int = 2, **how) -> list[str]:
+    """What each of several processes said that all came to their end."""
+    told = train(made, size, **how)
+    assert [status for status, *_ in told] == [0] * size, told
+    return [said for _, said, _ in told]
+
+
+def train_until_one_dies(made: dict, step: int, killed: int = 1) -> None:
+    """Of two processes one is killed in a step (counted from 0), and the other says so."""
+    told = train(made, of_rank={killed: {"DIES_AT": str(step)}})
+    status, _, said = told[1 - killed]
+    assert told[killed][0] == -signal.SIGKILL and status == 2, told
+    assert "another of the 2 processes ended" in said and "Traceback" not in said
+
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest checkpoint."""
+    return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -77,25 +100,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert off <= 1e-5 * norm
 
 
-def train_two(path: Path, **of_second: str) -> list[tuple[int, str, str]]:
-    """Two processes, of which the second has more in its environment: when it dies, for example."""
-    port = free_port()
-    return ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], **of_second)])
-
-
-def train_all(path: Path, size: int = 2, **extra: str) -> list[str]:
-    """What each of several processes said that all came to their end."""
-    told = train(path, size, **extra)
-    assert [status for status, *_ in told] == [0] * size, told
-    return [said for _, said, _ in told]
-
-
 def trains_as_one(
     one: dict, several: dict, size: int = 2, same: Callable[[Path, Path], None] = assert_same_run, **extra: str
 ) -> str:
     """One process and several come to the same run; what the first of these said."""
     fit(one)
-    output = Path(several["output"])
-    said = train_all(write_settings(output.with_suffix(".yaml"), several), size, **extra)
-    same(output, Path(one["output"]))
+    said = train_all(several, size, **extra)
+    same(Path(several["output"]), Path(one["output"]))
     return said[0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -40,10 +40,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert set(found.tensors) == set(TENSORS)
     for name, tensor in TENSORS.items():
         assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor), name
-
-
-def test_the_library_reads_the_tensors_too(tmp_path):
-    loaded = load_file(written(tmp_path) / files.TENSORS)
+    loaded = load_file(path / files.TENSORS)  # the library reads them too
     assert loaded.keys() == TENSORS.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
@@ -83,19 +80,14 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_any_damage_is_noticed(tmp_path, damage):
-    path = written(tmp_path)
-    name, spoil = DAMAGES[damage]
-    spoil(path / name)
-    with pytest.raises(DamagedCheckpoint) as found:
-        files.read(path)
-    assert str(found.value)
-
-
-def test_a_checkpoint_under_another_steps_name_is_noticed(tmp_path):
-    path = written(tmp_path)
-    moved = shutil.copytree(path, tmp_path / "step-000009")
+def test_any_damage_is_noticed(tmp_path):
+    for number, (name, spoil) in enumerate(DAMAGES.values()):
+        path = written(tmp_path / str(number))
+        spoil(path / name)
+        with pytest.raises(DamagedCheckpoint) as found:
+            files.read(path)
+        assert str(found.value)
+    moved = shutil.copytree(written(tmp_path), tmp_path / "step-000009")
     with pytest.raises(DamagedCheckpoint, match="step 7"):
         files.read(moved)
 
@@ -119,32 +111,20 @@ def test_every_byte_counts(tmp_path):
         (path / name).write_bytes(content)
 
 
-class Full:
-    """Raises as a full disk does, at a certain call."""
-
-    def __init__(self, at, then):
-        self.calls, self.at, self.then = 0, at, then
-
-    def __call__(self, *arguments):
-        self.calls += 1
-        if self.calls == self.at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.then(*arguments)
-
-
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_disk_that_fills_up_leaves_the_checkpoints_before(tmp_path, monkeypatch, at):
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     before = written(tmp_path, step=1)
-    monkeypatch.setattr(os, "fsync", Full(at, os.fsync))
-    with pytest.raises(OSError, match="No space"):
-        written(tmp_path, step=2)
-    monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == [before.name]
-    assert files.read(before).step == 1
+    for at in range(4):
+        full = [None] * at + [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", mock.Mock(side_effect=full))
+            with pytest.raises(OSError, match="No space"):
+                written(tmp_path, step=2)
+        assert [p.name for p in tmp_path.iterdir()] == [before.name]
+        assert files.read(before).step == 1
     assert files.read(written(tmp_path, step=2)).step == 2
 
 
-def test_what_killed_processes_left_is_cleared_and_checkpoints_stay(tmp_path):
+def test_what_killed_processes_left_is_cleared_and_checkpoints_stay(tmp_path, monkeypatch):
     path = written(tmp_path)
     files.write(tmp_path, 8, {}, TENSORS)  # never published
     hidden = tmp_path / f"{files.DELETED}step-000003-1"
@@ -153,12 +133,8 @@ def test_what_killed_processes_left_is_cleared_and_checkpoints_stay(tmp_path):
     files.clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert files.read(path).step == 7
-
-
-def test_deleting_takes_the_name_first(tmp_path, monkeypatch):
-    path = written(tmp_path)
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed before the files were gone
-    files.delete(path)
+    files.delete(path)  # takes the name first
     assert not path.exists() and all(p.name.startswith(files.DELETED) for p in tmp_path.iterdir())
 
 
@@ -171,4 +147,3 @@ def test_values_that_json_does_not_have_are_refused(tmp_path):
 def test_names_tell_steps():
     assert files.step_of(files.name_of(12)) == 12 and files.step_of(files.name_of(12_345_678)) == 12_345_678
     assert [files.step_of(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [None] * 5
-    json.dumps(files.name_of(1))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from deltaw import cache
 from deltaw.errors import UserError
@@ -19,27 +19,32 @@ from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.drift import LARGE, Drift, answers_side_by_side, drift_of, measure_drift
 from deltaw.training.evaluation import general
-from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, general_answers, identity_of
+from deltaw.training.evaluation.general import (
+    ANSWER_TOKENS,
+    KeepGeneral,
+    NoGeneralAnswers,
+    general_answers,
+    identity_of,
+)
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.caches import other_text, other_version
+from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
-from tests.training.runs import Told, metrics, opened
-from tests.training.test_every_method import CHANGES, METHODS
+from tests.training.loops import example
+from tests.training.runs import METHODS, Told, metrics, often, opened
+from tests.training.test_losses import assert_gradients, gradients, log_prob
 
 PROMPTS = MEASURED[:10]
 
 
 def made_up_answers(count, vocabulary, seed=0):
     generator = np.random.default_rng(seed)
-    rows = []
-    for number in range(1, count + 1):
-        tokens = generator.integers(3, vocabulary, generator.integers(6, 14)).astype(np.int32)
-        is_label = np.arange(len(tokens)) >= 3
-        rows.append(general.Example(number, tokens, is_label, 3, "text"))
-    return rows
+    lengths = generator.integers(6, 14, count)
+    return [example(n, generator.integers(3, vocabulary, length), 3) for n, length in enumerate(lengths, 1)]
 
 
 def moved(model, scale):
@@ -86,17 +91,11 @@ def test_drift_is_what_a_plain_computation_says(family):
 
 
 def test_an_untrained_adapter_has_not_drifted():
-    model = causal_model("llama")
-    attach(model, LoRAConfig(rank=3, alpha=6), seed=1)
-    rows = made_up_answers(5, VOCABULARY)
-    drift = measure_drift(
-        model,
-        rows,
-        CausalMicroBatcher(64, True, False, "cpu"),
-        base=lambda: disabled(model),
-        running=lambda: packed_rows(model),
-    )
-    assert drift.change == pytest.approx(0, abs=1e-6) and drift.divergence == pytest.approx(0, abs=1e-6)
+    model = moved(causal_model("llama"), 0.0)
+    batcher = CausalMicroBatcher(64, True, False, "cpu")
+    how = {"base": lambda: disabled(model), "running": lambda: packed_rows(model)}
+    drift = measure_drift(model, made_up_answers(5, VOCABULARY), batcher, **how)
+    assert [drift.change, drift.divergence] == pytest.approx([0, 0], abs=1e-6)
     assert drift.same == 1 and not drift.large and len(drift.lines()) == 1
 
 
@@ -108,12 +107,9 @@ def bare_loss(roomy_folder):
     return by_hand(bare.model, rows, contextlib.nullcontext)[0], len(rows)
 
 
-SELDOM = ("input", "bias", "random", "last")
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SELDOM else m for m in METHODS])
+@pytest.mark.parametrize("method", often("lora", "prompt", "full"))
 def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, bare_loss, tmp_path):
-    changes = {"model": str(roomy_folder), "method": method, **CHANGES.get(method, {})}
+    changes = {"model": str(roomy_folder), **METHODS[method]}
     changes["train"] = {"drift": True, "epochs": 2}
     result = fit(settings(tmp_path / "run", **changes))
     again = drift_of(opened(result.output))
@@ -133,8 +129,7 @@ def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, ba
 
 
 def test_answers_side_by_side_are_the_models_own(settings, roomy_folder, tmp_path):
-    run = fit(settings(tmp_path / "run", model=str(roomy_folder), train={"drift": True, "epochs": 4})).output
-    session = opened(run)
+    session = opened(fit(settings(tmp_path / "run", model=str(roomy_folder), train={"max_steps": 1})).output)
     pairs = answers_side_by_side(session, 3)
     prompts = [pair.prompt for pair in pairs]
     assert len(pairs) == 3 and set(prompts) <= set(MEASURED)
@@ -143,8 +138,22 @@ def test_answers_side_by_side_are_the_models_own(settings, roomy_folder, tmp_pat
     assert [pair.base for pair in pairs] == [row.answer for row in rows[:3]]
 
 
-def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them():
-    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+@pytest.fixture
+def writer():
+    """A model with room for general prompts, and its tokenizer."""
+    return tiny_llama(max_position_embeddings=512), byte_tokenizer()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that write answers."""
+    made = mock.Mock(wraps=generate)
+    monkeypatch.setattr(general, "generate", made)
+    return made
+
+
+def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them(writer):
+    model, tokenizer = writer
     for row in general_answers(model, tokenizer, PROMPTS, identity=None):
         ids = torch.from_numpy(row.tokens).long()[None]
         with torch.no_grad():
@@ -155,8 +164,8 @@ def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them():
         assert ended or len(labels) == ANSWER_TOKENS
 
 
-def test_a_completion_names_its_terminator():
-    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+def test_a_completion_names_its_terminator(writer):
+    model, tokenizer = writer
     prompt = np.arange(10, 20)
     (whole,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[1])
     assert whole.terminator is None
@@ -165,38 +174,37 @@ def test_a_completion_names_its_terminator():
     assert cut.stopped and cut.terminator == stop and stop not in cut.tokens
 
 
-def test_answers_are_written_once_for_each_model(monkeypatch):
-    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
-    first = general_answers(model, tokenizer, PROMPTS, identity="this model")
-    calls = []
-    monkeypatch.setattr(general, "generate", lambda *a, **k: calls.append(a) or generate(*a, **k))
-    again = general_answers(model, tokenizer, PROMPTS, identity="this model")
-    assert not calls and all((a.tokens == b.tokens).all() for a, b in zip(first, again, strict=True))
-    general_answers(model, tokenizer, PROMPTS, identity="another model")
-    general_answers(model, tokenizer, PROMPTS, "plain", identity="this model")
-    assert len(calls) == 2
+def test_answers_are_written_once_for_each_model(writer, calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    first = general_answers(*writer, PROMPTS, identity="this model")
+    again = general_answers(*writer, PROMPTS, identity="this model")
+    assert calls.call_count == 1 and all((a.tokens == b.tokens).all() for a, b in zip(first, again, strict=True))
+    general_answers(*writer, PROMPTS, identity="another model")
+    general_answers(*writer, PROMPTS, "plain", identity="this model")
+    assert calls.call_count == 3
     for file in (cache.root() / "remembered" / "general").iterdir():
         file.write_text(json.dumps({**json.loads(file.read_text()), "value": [[1, "two"]]}))
-    rewritten = general_answers(model, tokenizer, PROMPTS, identity="this model")
-    assert len(calls) == 3 and (rewritten[0].tokens == first[0].tokens).all()
+    rewritten = general_answers(*writer, PROMPTS, identity="this model")
+    assert calls.call_count == 4 and (rewritten[0].tokens == first[0].tokens).all()
 
 
-@pytest.mark.parametrize("change", ["torch", "transformers", "kernels/decode.py", "arithmetic"])
-def test_answers_are_written_anew_by_another_version_code_or_arithmetic(change, tmp_path, monkeypatch):
+def test_answers_are_written_anew_by_another_version_code_or_arithmetic(writer, calls, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
-    general_answers(model, tokenizer, PROMPTS, identity="this model")
-    calls = []
-    monkeypatch.setattr(general, "generate", lambda *a, **k: calls.append(a) or generate(*a, **k))
-    if change == "arithmetic":
-        other = dataclasses.replace(loader.arithmetic(), fp32="wide")
-        monkeypatch.setattr(loader, "arithmetic", lambda: other)
-    elif change.endswith(".py"):
-        other_text(monkeypatch, tmp_path / "source", change)
-    else:
-        other_version(monkeypatch, change)
-    general_answers(model, tokenizer, PROMPTS, identity="this model")
-    assert len(calls) == 1
+    other = dataclasses.replace(loader.arithmetic(), fp32="wide")
+    for number, change in enumerate(
+        [
+            lambda: None,
+            lambda: other_version(monkeypatch, "torch"),
+            lambda: other_version(monkeypatch, "transformers"),
+            lambda: other_text(monkeypatch, tmp_path / "source", "kernels/decode.py"),
+            lambda: monkeypatch.setattr(loader, "arithmetic", lambda: other),
+        ],
+        start=1,
+    ):
+        change()
+        for _ in range(2):
+            general_answers(*writer, PROMPTS, identity="this model")
+        assert calls.call_count == number
 
 
 def test_answers_of_a_model_are_not_those_of_one_that_differs_in_a_single_value():
@@ -208,10 +216,10 @@ def test_answers_of_a_model_are_not_those_of_one_that_differs_in_a_single_value(
     assert identity_of(model, "fp32") != own
 
 
-def test_a_model_without_a_template_continues_plain_prompts():
-    tokenizer = byte_tokenizer()
+def test_a_model_without_a_template_continues_plain_prompts(writer):
+    model, tokenizer = writer
     tokenizer.chat_template = None
-    rows = general_answers(tiny_llama(max_position_embeddings=512), tokenizer, PROMPTS, identity=None)
+    rows = general_answers(model, tokenizer, PROMPTS, identity=None)
     assert tokenizer.decode(rows[0].tokens[: rows[0].prompt_length]) == PROMPTS[0]
 
 
@@ -244,16 +252,13 @@ def test_no_prompt_is_both_kept_and_measured():
 
 def test_keeping_general_answers_limits_drift(settings, roomy_folder, tmp_path):
     changes = {"drift": True, "epochs": 6, "learning_rate": 3e-2}
-    runs = {}
+    runs = []
     for weight in (0, 2):
-        heard = Told()
-        runs[weight] = fit(
-            settings(tmp_path / f"kept-{weight}", model=str(roomy_folder), train={**changes, "keep_general": weight}),
-            callback=heard,
-        )
+        heard, train = Told(), {**changes, "keep_general": weight}
+        runs.append(fit(settings(tmp_path / f"{weight}", model=str(roomy_folder), train=train), callback=heard))
         assert "no memory plan" not in heard
         assert ("keep_general 2: " in heard) == bool(weight)
-    without, kept = runs[0], runs[2]
+    without, kept = runs
     assert kept.drift.loss < without.drift.loss - 0.1
     assert kept.outcome.rows == without.outcome.rows and kept.outcome.tokens == without.outcome.tokens
     assert all(line["general_loss"] > 0 for line in metrics(kept.output)[: kept.outcome.steps])
@@ -261,45 +266,22 @@ def test_keeping_general_answers_limits_drift(settings, roomy_folder, tmp_path):
 
 
 def test_general_answers_cannot_be_kept_by_a_classifier(settings, tmp_path, roomy_folder):
-    table = tmp_path / "rows.csv"
-    table.write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(8)))
-    run = settings(
-        tmp_path / "run",
-        model=str(roomy_folder),
-        task="sequence-classification",
-        data={"train": str(table)},
-        train={"keep_general": 1},
-    )
+    table = write_rows(tmp_path / "rows.jsonl", ({"text": f"text {n}", "label": "ab"[n % 2]} for n in range(8)))
+    changes = {"task": "sequence-classification", "data": {"train": str(table)}, "train": {"keep_general": 1}}
     with pytest.raises(UserError, match="general answers cannot be kept"):
-        fit(run)
+        fit(settings(tmp_path / "run", model=str(roomy_folder), **changes))
 
 
 def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
-    from deltaw.training.evaluation.general import KeepGeneral
-    from deltaw.training.tasks.causal_objective import CausalObjective
-
     model = moved(causal_model("llama"), 0.3)
-    rows = made_up_answers(5, VOCABULARY)
-    keep = KeepGeneral(
-        CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, weight=0.7, seed=3, per_step=2
-    )
-    trained = [p for p in model.parameters() if p.requires_grad]
+    batcher, rows = CausalMicroBatcher(64, True, False, "cpu"), made_up_answers(5, VOCABULARY)
+    keep = KeepGeneral(CausalObjective(model), batcher, rows, weight=0.7, seed=3, per_step=2)
     with packed_rows(model):
         value = keep(1)
-    found = [p.grad.clone() for p in trained]
-    model.zero_grad()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     chosen = keep.rows_of(1)
-    losses = []
-    for row in chosen:
-        ids = torch.from_numpy(row.tokens).long()
-        at = torch.from_numpy(np.flatnonzero(row.is_label))
-        logits = model(input_ids=ids[None]).logits[0, at - 1]
-        losses.append(nn.functional.cross_entropy(logits, ids[at], reduction="sum"))
-    mean = sum(losses) / sum(row.label_count for row in chosen)
-    (0.7 * mean).backward()
+    mean = -sum(log_prob(model, row) for row in chosen) / sum(row.label_count for row in chosen)
     assert value == pytest.approx(mean.item(), rel=1e-5)
-    expected = [p.grad for p in trained]
-    difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
-    assert difference <= 1e-5 * torch.cat([b.flatten() for b in expected]).norm()
+    assert_gradients(found, gradients(model, 0.7 * mean), 1e-5)
     seen = [row.row for step in range(5) for row in keep.rows_of(step)]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [1, 2, 3, 4, 5]

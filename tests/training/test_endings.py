@@ -12,33 +12,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import deltaw
 from deltaw.errors import UserError
 from deltaw.training import checkpoints
 from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import listed
+from deltaw.training.fit import fit
 from deltaw.training.loop import MOST_IN_ROW
 from deltaw.training.run_folder import Run, RunFolder
-from tests.training.test_checkpoints import ADAPTER, TRAIN, Told, assert_same_run, outcome_of
+from tests.training.runs import TRAIN, Told, adapter, assert_same_run, metrics
 
-# So that it goes on as if nothing had been.
-SETTINGS = {"train": TRAIN}
-
-
-@pytest.fixture(scope="module")
-def whole(settings, tmp_path_factory):
-    """A run that nothing stopped."""
-    return deltaw.fit(settings(tmp_path_factory.mktemp("whole") / "run", **SETTINGS)).output
+SKIP = {**TRAIN, "not_finite": "skip", "eval_every": None}
 
 
 class Raising(Callback):
     """Ends the training with an error once so many steps are done."""
 
     def __init__(self, after, error):
-        self.after, self.error, self.lines = after, error, []
-
-    def on_line(self, line):
-        self.lines.append(line)
+        self.after, self.error = after, error
 
     def on_step(self, step):
         if step.step == self.after:
@@ -51,81 +41,72 @@ NO_MEMORY = (
 )
 
 
-@pytest.mark.parametrize(
-    ("error", "what"),
-    [
-        (RuntimeError(NO_MEMORY), "no memory left"),
-        (MemoryError("dw_block found no memory to work in"), "no memory left"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "no memory left"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"), "the disk is full"),
+def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_path, whole):
+    made = settings(tmp_path / "run", train=TRAIN)
+    for error, what in (
+        (RuntimeError(NO_MEMORY), "out of memory"),
+        (MemoryError("dw_block found no memory to work in"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only"),
-    ],
-    ids=["torch's memory", "the kernels' memory", "a GPU's memory", "full disk", "read-only"],
-)
-def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_path, whole, error, what):
-    run = tmp_path / "run"
-    with pytest.raises(UserError, match=what) as ended:
-        deltaw.fit(settings(run, **SETTINGS), callback=Raising(5, error))
-    assert "goes on from step-000004" in ended.value.hint
-    assert Run(run).state == "failed"
-    result = deltaw.fit(settings(run, **SETTINGS))
-    assert result.resumed_from_step == 4
-    assert_same_run(run, whole)
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"), "the disk is full"),
+    ):
+        with pytest.raises(UserError, match=what) as ended:
+            fit(made, callback=Raising(5, error))
+        assert "resumes from step-000004" in ended.value.hint and Run(tmp_path / "run").state == "failed"
+    assert fit(made).resumed_from_step == 4
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_other_errors_stay_what_they_are(settings, tmp_path):
     with pytest.raises(RuntimeError, match="a fault"):
-        deltaw.fit(settings(tmp_path / "run", **SETTINGS), callback=Raising(3, RuntimeError("a fault")))
-    assert deltaw.fit(settings(tmp_path / "run", **SETTINGS)).resumed_from_step == 2
+        fit(settings(tmp_path / "run", train=TRAIN), callback=Raising(3, RuntimeError("a fault")))
+    assert fit(settings(tmp_path / "run", train=TRAIN)).resumed_from_step == 2
 
 
-@pytest.mark.parametrize("part", ["the tensors", "flushing", "a line of the metrics"])
+PARTS = {
+    "the tensors": (checkpoints, "write_tensors"),
+    "flushing": (checkpoints.Draft, "publish"),
+    "a line of the metrics": (RunFolder, "write_metrics"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_a_disk_that_fills_up(settings, tmp_path, whole, monkeypatch, part):
     """Whatever is being written: the checkpoint before stays, and the run goes on once there is room."""
-    run, counted = tmp_path / "run", []
+    run, calls = tmp_path / "run", []
+    real, most = getattr(*PARTS[part]), 5 if part == "a line of the metrics" else 2
 
-    def filling(real, fails):
-        def write(*arguments, **named):
-            counted.append(part)
-            if fails(len(counted), *arguments):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*arguments, **named)
+    def filling(*arguments, **named):
+        calls.append(part)
+        if len(calls) > most:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **named)
 
-        return write
+    def half_written():
+        return [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoints.PARTIAL)]
 
     with monkeypatch.context() as patch:
-        if part == "the tensors":
-            real = checkpoints._write_tensors
-            patch.setattr(checkpoints, "_write_tensors", filling(real, lambda n, *_: n > 2))
-        elif part == "flushing":
-            real = checkpoints.Draft.publish
-            patch.setattr(checkpoints.Draft, "publish", filling(real, lambda n, *_: n > 2))
-        else:
-            real = RunFolder.write_metrics
-            full = lambda n, folder, line: line["step"] > 5  # noqa: E731
-            patch.setattr(RunFolder, "write_metrics", filling(real, full))
-        with pytest.raises(UserError) as ended:
-            deltaw.fit(settings(run, **SETTINGS))
-        said = str(ended.value)
-        assert "No space left" in said or "disk is full" in said
-        assert "step-000004" in said and "room" in said
+        patch.setattr(*PARTS[part], filling)
+        with pytest.raises(UserError, match=r"No space left|disk is full") as ended:
+            fit(settings(run, train=TRAIN))
+        assert "step-000004" in str(ended.value) and "room" in str(ended.value)
     assert listed(run / "checkpoints")[-1].name == "step-000004"
-    if part != "flushing":  # there the unpublished one stays hidden, and is cleared by the next run
-        assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoints.PARTIAL)]
-    result = deltaw.fit(settings(run, **SETTINGS))
-    assert result.resumed_from_step == 4
+    # There the unpublished one stays hidden, and is cleared by the next run.
+    assert part == "flushing" or not half_written()
+    assert fit(settings(run, train=TRAIN)).resumed_from_step == 4
     assert_same_run(run, whole)
-    assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoints.PARTIAL)]
+    assert not half_written()
 
 
-class Breaking(Callback):
+class Breaking(Told):
     """Makes a weight infinite after a step, as a broken memory would, and repairs it later."""
 
     def __init__(self, after, until=None):
-        self.after, self.until, self.lines, self.steps = after, until, [], []
+        super().__init__()
+        self.after, self.until = after, until
 
     def on_line(self, line):
-        self.lines.append(line)
+        super().on_line(line)
         if line.startswith(f"step {self.until}: skipped"):
             self.broken.data.copy_(self.kept)
 
@@ -133,14 +114,16 @@ class Breaking(Callback):
         self.broken = next(p for n, p in zip(state.names, state.trained, strict=True) if n.endswith("lora_A"))
 
     def on_step(self, step):
-        self.steps.append(step.step)
+        super().on_step(step)
         if step.step == self.after:
             self.kept = self.broken.data.clone()
             self.broken.data[0, 0] = torch.inf
 
 
-def broken_model(model_folder, folder):
-    """A model whose second block gives infinite numbers for rows that contain a '7'."""
+@pytest.fixture(scope="module")
+def broken_model(model_folder, tmp_path_factory):
+    """A model whose second block gives infinite numbers."""
+    folder = tmp_path_factory.mktemp("broken") / "model"
     shutil.copytree(model_folder, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -149,61 +132,55 @@ def broken_model(model_folder, folder):
     return str(folder)
 
 
-def test_the_diagnosis_names_the_first_module_and_saves_the_rows(settings, tmp_path, model_folder):
-    model = broken_model(model_folder, tmp_path / "broken")
-    run, told = tmp_path / "run", Told()
+def test_the_diagnosis_names_the_first_module_and_saves_the_rows(settings, tmp_path, broken_model):
+    run = tmp_path / "run"
     with pytest.raises(UserError, match="diverged") as ended:
-        deltaw.fit(settings(run, model=model, **SETTINGS), callback=told)
+        fit(settings(run, model=broken_model, train=TRAIN))
     # Its output is the first that is beyond the largest number; those of its parts came before.
     assert "first not finite: the output of 'model.layers.1.mlp.down_proj'" in ended.value.what
+    assert (ended.value.where or "").startswith("step 1 of")
     facts = json.loads((run / "failed_step-000001.json").read_text())
     assert facts["step"] == 1 and len(facts["rows"]) == 3 and str(facts["rows"][0]) in ended.value.what
     tensors = load_file(run / "failed_step-000001.safetensors")
     assert {"0/tokens", "1/tokens", "2/tokens", "0/is_label"} <= tensors.keys()
     assert Run(run).state == "diverged"
-
-
-def test_a_weight_that_broke_before_the_step_is_named(settings, tmp_path):
-    with pytest.raises(UserError, match=r"weights were not finite before the step: '.*lora_A'") as ended:
-        deltaw.fit(settings(tmp_path / "run", **SETTINGS), callback=Breaking(4))
-    assert ended.value.where == "step 5 of 12"
+    factors = adapter(run)
+    assert all(bool(t.isfinite().all()) for t in factors.values())
+    assert not any(t.any() for name, t in factors.items() if "lora_B" in name)
 
 
 def test_steps_that_are_skipped_change_nothing_and_are_counted(settings, tmp_path):
     told = Breaking(4, until=6)
-    changes = {"train": {**TRAIN, "not_finite": "skip", "eval_every": None}}
-    result = deltaw.fit(settings(tmp_path / "run", **changes), callback=told)
+    result = fit(settings(tmp_path / "run", train=SKIP), callback=told)
     assert told.steps == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12]
     assert result.outcome.skipped == 2 and result.as_dict()["skipped_steps"] == 2
     assert result.outcome.steps == 12 and result.outcome.loss == result.outcome.loss
-    lines = outcome_of(tmp_path / "run")[1]
-    assert [line["step"] for line in lines if "skipped" in line] == [5, 6]
-    assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "run" / ADAPTER).values())
+    assert [line["step"] for line in metrics(tmp_path / "run", "skipped")] == [5, 6]
+    assert all(bool(t.isfinite().all()) for t in adapter(tmp_path / "run").values())
 
 
 def test_a_run_that_skips_only_ends(settings, tmp_path):
-    run, told = tmp_path / "run", Breaking(1)
-    changes = {"train": {**TRAIN, "not_finite": "skip", "epochs": 8, "eval_every": None}}
+    told = Breaking(1)
     with pytest.raises(UserError, match=f"after {MOST_IN_ROW - 1} steps in a row") as ended:
-        deltaw.fit(settings(run, **changes), callback=told)
+        fit(settings(tmp_path / "run", train={**SKIP, "epochs": 8}), callback=told)
     assert ended.value.where == f"step {1 + MOST_IN_ROW} of 24"
     assert sum("skipped" in line for line in told.lines) == MOST_IN_ROW - 1
 
 
-def test_skipping_in_the_first_steps_keeps_the_check_of_trained_parameters(settings, tmp_path, model_folder):
-    model = broken_model(model_folder, tmp_path / "broken")
+def test_skipping_in_the_first_steps_keeps_the_check_of_trained_parameters(settings, tmp_path, broken_model):
     with pytest.raises(UserError, match="steps in a row"):
-        deltaw.fit(settings(tmp_path / "run", model=model, train={**TRAIN, "not_finite": "skip", "eval_every": None}))
+        fit(settings(tmp_path / "run", model=broken_model, train=SKIP))
 
 
 def test_a_run_that_diverged_goes_on_when_told_to_skip_and_is_moved_for_other_settings(settings, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="diverged"):
-        deltaw.fit(settings(run, **SETTINGS), callback=Breaking(4))
+    with pytest.raises(UserError, match=r"weights were not finite before the step: '.*lora_A'") as ended:
+        fit(settings(run, train=TRAIN), callback=Breaking(4))
+    assert "diverged" in ended.value.what and ended.value.where == "step 5 of 12"
     # The checkpoint before the failed step holds the broken weight; the one before it does not.
     shutil.rmtree(run / "checkpoints" / "step-000004")
     copy = shutil.copytree(run, tmp_path / "copy")
-    skipping = deltaw.fit(settings(copy, train={**TRAIN, "not_finite": "skip", "eval_every": None}))
+    skipping = fit(settings(copy, train=SKIP))
     assert skipping.resumed_from_step == 2 and skipping.outcome.skipped == 0
-    other = deltaw.fit(settings(run, train={**TRAIN, "learning_rate": 1e-3}))
+    other = fit(settings(run, train={**TRAIN, "learning_rate": 1e-3}))
     assert other.resumed_from_step is None and (tmp_path / "run.1" / "failed_step-000005.json").is_file()

@@ -11,14 +11,15 @@ from deltaw.errors import UserError
 from deltaw.training.fit import fit
 from deltaw.training.origin import score_run
 from tests.byte_models import saved
-from tests.conftest import laid_over, write_rows
-from tests.training.runs import adapter, fit_aloud, losses, opened
+from tests.conftest import write_rows
+from tests.training.runs import METHODS, adapter, held_out_rows, often, opened
 
-METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
-CHANGES = {
-    "last": {"last": {"blocks": 1}},
-    "prompt": {"prompt": {"length": 4}},
-    "random": {"random": {"weights": 0.05}},
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
 }
 
 
@@ -26,33 +27,14 @@ CHANGES = {
 def bert_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "bert"
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    return saved(BertModel(config), folder)
+    return saved(BertModel(BertConfig(vocab_size=259, max_position_embeddings=64, **SHAPE)), folder)
 
 
 @pytest.fixture(scope="module")
 def vit_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "vit"
     torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-    )
-    ViTModel(config).save_pretrained(folder)
+    ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **SHAPE)).save_pretrained(folder)
     return folder
 
 
@@ -81,26 +63,20 @@ def pixels_file(tmp_path_factory):
     return path
 
 
-def of_task(task, model, rows, output, method, **more):
-    plain = {
-        "model": str(model),
-        "task": task,
-        "data": {"train": str(rows), "eval": 3},
-        "method": method,
-        "lora": {"rank": 2, "alpha": 4},
-        "train": {"learning_rate": 1e-2, "batch_size": 3, "epochs": 2},
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "output": str(output),
-    }
-    return laid_over(laid_over(plain, CHANGES.get(method, {})), more)
+@pytest.fixture
+def of_task(settings, tmp_path):
+    def made(task, model, rows, method):
+        data = {"train": str(rows), "eval": 3}
+        changes = {"model": str(model), "task": task, "data": data, "train": {"epochs": 2}}
+        return settings(tmp_path / "run", **changes, **METHODS[method])
+
+    return made
 
 
 def trains_and_opens_again(settings):
-    result, said = fit_aloud(settings)
+    result = fit(settings)
     run = opened(result.output)
-    held_out = run.task.read(run.config.data, seed=0).held_out
+    held_out = held_out_rows(run)
     again = score_run(run, held_out).evaluation
     assert again.metrics.keys() == result.evaluation.metrics.keys()
     for name, value in result.evaluation.metrics.items():
@@ -109,78 +85,35 @@ def trains_and_opens_again(settings):
         base = score_run(run, held_out).evaluation.metrics
     # Were nothing trained, the same numbers would come back from an empty file.
     assert base != pytest.approx(result.evaluation.metrics, rel=2e-4, nan_ok=True)
-    return result, run, said
+    return result, run
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_text_to_be_generated(method, settings, tmp_path):
-    result, run, _ = trains_and_opens_again(
-        laid_over(settings(tmp_path / "run", method=method, train={"epochs": 2}), CHANGES.get(method, {}))
-    )
+def test_text_to_be_generated(method, of_task, model_folder, rows_file):
+    result, run = trains_and_opens_again(of_task("causal-lm", model_folder, rows_file, method))
     assert result.trained_parameters > 0 and run.method.name == method
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_classes_of_text(method, bert_folder, feelings_file, tmp_path):
-    settings = of_task("sequence-classification", bert_folder, feelings_file, tmp_path / "run", method)
-    result, run, _ = trains_and_opens_again(settings)
+@pytest.mark.parametrize("method", often("lora", "head", "prompt"))
+def test_classes_of_text(method, of_task, bert_folder, feelings_file, tmp_path):
+    result, run = trains_and_opens_again(of_task("sequence-classification", bert_folder, feelings_file, method))
     assert run.classes == ("bad", "good")
     assert {"accuracy", "macro_f1", "matthews", "loss"} <= result.evaluation.metrics.keys()
     assert result.evaluation.confusion.sum() == 3
+    if method == "head":  # a label never seen in training is refused
+        other = write_rows(tmp_path / "other.jsonl", [{"text": "so so", "label": "middling"}])
+        with pytest.raises(UserError, match="middling"):
+            run.task.read_file(str(other), run.data, run.classes)
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["lora", "head", "random", "full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bias", "last", "input"))],
-)
-def test_classes_of_images(method, vit_folder, pixels_file, tmp_path):
-    settings = of_task("image-classification", vit_folder, pixels_file, tmp_path / "run", method)
-    _, run, _ = trains_and_opens_again(settings)
+@pytest.mark.parametrize("method", often("lora", "full", "prompt"))
+def test_classes_of_images(method, of_task, vit_folder, pixels_file):
+    if method == "prompt":
+        with pytest.raises(UserError, match=r"images|tokens"):
+            fit(of_task("image-classification", vit_folder, pixels_file, method))
+        return
+    _, run = trains_and_opens_again(of_task("image-classification", vit_folder, pixels_file, method))
     assert run.classes == ("0", "1")
-
-
-@pytest.mark.parametrize("method", ["lora", "prompt"])
-def test_numbers(method, bert_folder, lengths_file, tmp_path):
-    settings = of_task("regression", bert_folder, lengths_file, tmp_path / "run", method)
-    result, run, _ = trains_and_opens_again(settings)
-    assert {"rmse", "pearson", "spearman"} <= result.evaluation.metrics.keys() and run.classes is None
-
-
-def test_decoders_tell_classes_too(model_folder, feelings_file, tmp_path):
-    settings = of_task("sequence-classification", model_folder, feelings_file, tmp_path / "run", "lora")
-    trains_and_opens_again(settings)
-
-
-def test_kept_features_give_the_same_adapter(bert_folder, feelings_file, tmp_path):
-    found = []
-    for keep in (True, False):
-        settings = of_task(
-            "sequence-classification",
-            bert_folder,
-            feelings_file,
-            tmp_path / str(keep),
-            "head",
-            train={"keep_features": keep, "epochs": 5},
-        )
-        result, said = fit_aloud(settings)
-        assert ("computed once" in said) is keep
-        found.append(losses(result.output))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
-def test_a_label_never_seen_in_training_is_refused(bert_folder, feelings_file, tmp_path):
-    settings = of_task("sequence-classification", bert_folder, feelings_file, tmp_path / "run", "head")
-    result = fit(settings)
-    run = opened(result.output)
-    other = write_rows(tmp_path / "other.jsonl", [{"text": "so so", "label": "middling"}])
-    with pytest.raises(UserError, match="middling"):
-        run.task.read_file(str(other), run.data, run.classes)
-
-
-def test_images_have_no_soft_prompt(vit_folder, pixels_file, tmp_path):
-    settings = of_task("image-classification", vit_folder, pixels_file, tmp_path / "run", "prompt")
-    with pytest.raises(UserError, match=r"images|tokens"):
-        fit(settings)
 
 
 @pytest.mark.each_pair
@@ -188,13 +121,14 @@ def test_images_have_no_soft_prompt(vit_folder, pixels_file, tmp_path):
 @pytest.mark.parametrize("task", ["sequence-classification", "regression"])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_peft_loads_the_adapter_with_its_head(
-    kind, task, method, bert_folder, model_folder, feelings_file, lengths_file, tmp_path
+    kind, task, method, of_task, bert_folder, model_folder, feelings_file, lengths_file
 ):
     folder = bert_folder if kind == "encoder" else model_folder
     rows = feelings_file if task == "sequence-classification" else lengths_file
-    result = fit(of_task(task, folder, rows, tmp_path / "run", method))
-    run = opened(result.output)
-    example = run.example(run.task.read(run.config.data, seed=0).held_out[0])
+    result, run = trains_and_opens_again(of_task(task, folder, rows, method))
+    if task == "regression":
+        assert {"rmse", "pearson", "spearman"} <= result.evaluation.metrics.keys() and run.classes is None
+    example = run.example(held_out_rows(run)[0])
     batcher, _ = run.task.batcher(
         run.model, [example], device="cpu", tokens_per_pass="auto", share="auto", method_shares=True, virtual_tokens=0
     )
@@ -209,26 +143,6 @@ def test_peft_loads_the_adapter_with_its_head(
     with torch.no_grad():
         logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(ours.flatten(), logits.flatten(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"dora": True},
-        {"rslora": True},
-        {"init": "pissa"},
-        {"init": "olora"},
-        {"init": "eva"},
-        {"init": "orthogonal"},
-        {"dropout": 0.3},
-        {"layers": "1-"},
-    ],
-    ids=str,
-)
-def test_every_kind_of_lora(lora, settings, tmp_path):
-    result, _, said = trains_and_opens_again(settings(tmp_path / "run", lora=lora, train={"epochs": 2, "b_rate": 4.0}))
-    assert "planned memory" in said
-    assert result.outcome.steps == 6
 
 
 def test_lora_plus_trains_b_faster(settings, tmp_path):

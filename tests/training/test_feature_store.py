@@ -37,21 +37,16 @@ def test_what_was_written_is_there_bit_by_bit_when_opened_again(dtype, tmp_path)
     again.close()
 
 
-def test_another_shape_under_the_same_key_begins_anew(tmp_path):
-    store = open_store("a", SHAPE, folder=tmp_path)
-    fill(store)
-    store.close()
-    other = open_store("a", Shape.of(4, 10, 5, torch.float32), folder=tmp_path)
-    assert not other.done.any()
-    other.close()
-
-
-def test_a_store_in_use_is_left_to_its_user(tmp_path):
+def test_a_store_in_use_is_left_to_its_user_and_another_shape_begins_anew(tmp_path):
     first = open_store("a", SHAPE, folder=tmp_path)
+    fill(first)
     second = open_store("a", SHAPE, folder=tmp_path)
     assert first.folder != second.folder
     first.close()
     second.close()
+    other = open_store("a", Shape.of(4, 10, 5, torch.float32), folder=tmp_path)
+    assert not other.done.any()
+    other.close()
 
 
 def test_the_longest_unused_store_makes_room_and_one_in_use_never_does(tmp_path):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deltaw.data.example import Example
 from deltaw.data.images import LabelMicroBatcher
-from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach
@@ -25,21 +22,19 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.training.features import store as feature_store
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
+from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.loops import example
+from tests.training.test_label_objective import examples_of, model_of
 
 STEM = list(range(20, 32))
-B = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-LABELED = {
-    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
-    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
-    "distilbert": (transformers.DistilBertConfig, transformers.DistilBertForSequenceClassification),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
-}
+SHARED = CausalMicroBatcher(64, True, False, "cpu")
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
 def causal_rows(count=12):
@@ -48,25 +43,12 @@ def causal_rows(count=12):
     for n in range(count):
         draw = np.random.default_rng(0 if n == 2 else n)
         own = draw.integers(3, VOCABULARY, draw.integers(4, 20)).tolist()
-        tokens = np.array((STEM if n % 2 else []) + own, np.int32)
-        labels = np.zeros(len(tokens), bool)
-        labels[-3:] = True
-        rows.append(Example(n, tokens, labels, 0, None))
+        tokens = (STEM if n % 2 else []) + own
+        rows.append(example(n, tokens, len(tokens) - 3))
     return rows
 
 
-def labeled_rows(count=12, kind=int):
-    draw = np.random.default_rng(0)
-    return [
-        LabeledExample(n, draw.integers(3, VOCABULARY, draw.integers(3, 20)).astype(np.int32), kind(n % 3))
-        for n in range(count)
-    ]
-
-
-def labeled_model(family, **more):
-    torch.manual_seed(0)
-    config, kind = LABELED[family]
-    return kind(config(**B, num_hidden_layers=2, num_labels=3, pad_token_id=0, **more)).eval()
+LENGTHS = np.random.default_rng(0).integers(3, 20, 12).tolist()
 
 
 def train_head(model, *modules):
@@ -81,25 +63,28 @@ def lora_above(model, block=1):
     return model
 
 
-def trained_of(model):
-    return [p for p in model.parameters() if p.requires_grad]
+def causal(trained, family="llama"):
+    model = causal_model(family)
+    return train_head(model, "lm_head") if trained == "head" else lora_above(model)
 
 
 def run(model, objective, batcher, rows, *, steps=9):
     """Losses of each step, and the parameters after the last."""
-    losses = []
-    parameters = trained_of(model)
-    train(
-        objective,
-        parameters,
-        rows,
-        batcher,
-        learning_rate=5e-3,
-        total_steps=steps,
-        batch_size=4,
-        on_step=lambda s: losses.append(s.loss),
-    )
-    return losses, [p.detach().clone() for p in parameters]
+    found = []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    how = {"learning_rate": 5e-3, "total_steps": steps, "batch_size": 4}
+    train(objective, parameters, rows, batcher, on_step=found.append, **how)
+    return [step.loss for step in found], [p.detach().clone() for p in parameters]
+
+
+@contextlib.contextmanager
+def opened(model, rows, folder):
+    with packed_rows(model):
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, folder=folder)
+        assert cached is not None, choice
+        cached.choice = choice
+        yield cached
+        cached.close()
 
 
 def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.nullcontext):
@@ -119,35 +104,16 @@ def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.n
     return cached, choice
 
 
-def forwards(model):
-    """Counts how often the first block runs its own code from here on."""
-    calls = []
-    block = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))[0]
-    inner = next(m for m in block.modules() if isinstance(m, nn.Linear) or "Conv1D" in type(m).__name__)
-    inner.register_forward_hook(lambda *_: calls.append(1))
-    return calls
-
-
 @pytest.mark.each_value
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "cohere", "neox"])
+@pytest.mark.parametrize("trained", ["head", "upper block"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3", "mixtral", "cohere", "neox"])
 @pytest.mark.parametrize("way", ["shared", "flat", "padded"])
-def test_a_causal_head_trains_the_same(family, way, tmp_path):
-    model = train_head(causal_model(family), "lm_head")
+def test_a_causal_model_trains_the_same(trained, family, way, tmp_path):
+    model = causal(trained, family)
     batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
     attention = contextlib.nullcontext if way == "padded" else packed_rows
     _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
-    assert choice.value == "all but the output head"
-
-
-@pytest.mark.each_value
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3", "mixtral"])
-@pytest.mark.parametrize("way", ["shared", "flat", "padded"])
-def test_adapters_on_the_upper_blocks_train_the_same(family, way, tmp_path):
-    model = lora_above(causal_model(family))
-    batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
-    attention = contextlib.nullcontext if way == "padded" else packed_rows
-    _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
-    assert choice.value == "the lower 1 of 2 blocks"
+    assert choice.value == ("all but the output head" if trained == "head" else "the lower 1 of 2 blocks")
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
@@ -159,195 +125,124 @@ def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
 
 
 def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
-    from deltaw.training.preparation import checkpoint_blocks
-
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)
     model.disable_input_require_grads()
-    both_ways(model, CausalObjective, CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), tmp_path, packed_rows)
+    both_ways(model, CausalObjective, SHARED, causal_rows(), tmp_path, packed_rows)
 
 
 @pytest.mark.parametrize(
-    ("family", "modules"),
+    "trained",
     [
-        ("bert", ["classifier"]),
-        ("bert", ["classifier", "bert.pooler"]),
-        ("bert", ["classifier", "bert.encoder.layer.1"]),
-        ("roberta", ["classifier"]),
-        ("distilbert", ["pre_classifier", "classifier"]),
-        ("llama", ["score"]),
-        ("llama", ["score", "model.layers.1"]),
+        *("bert classifier", "bert classifier bert.pooler", "bert classifier bert.encoder.layer.1"),
+        *("roberta classifier", "distilbert pre_classifier classifier", "llama score", "llama score model.layers.1"),
     ],
 )
-def test_classifiers_train_the_same(family, modules, tmp_path):
-    model = train_head(labeled_model(family), *modules)
+def test_classifiers_train_the_same(trained, tmp_path):
+    family, *modules = trained.split()
+    model, rows = train_head(model_of(family, pad=0), *modules), examples_of(LENGTHS)
     batcher = LabelMicroBatcher(64, "cpu", segments=False)
-    rows = labeled_rows()
     cached, _ = both_ways(model, lambda m: LabelObjective(m, "sequence-classification"), batcher, rows, tmp_path)
-    assert cached.store.shape.units == (12 if len(modules) == 1 or family == "distilbert" else sum(map(len, rows)))
+    assert cached.store.shape.units == (12 if len(modules) == 1 or family == "distilbert" else sum(LENGTHS))
 
 
 def test_a_regression_trains_the_same(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**B, num_hidden_layers=2, num_labels=1)
-    model = train_head(transformers.BertForSequenceClassification(config).eval(), "classifier")
-    batcher = LabelMicroBatcher(64, "cpu")
-    both_ways(model, lambda m: LabelObjective(m, "regression"), batcher, labeled_rows(kind=float), tmp_path)
-
-
-class _Encoder:
-    """Pixels as they are."""
-
-    def encode(self, rows):
-        return torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2).float() / 255
+    model, rows = train_head(model_of("bert", outputs=1), "classifier"), examples_of(LENGTHS, number=True)
+    both_ways(model, lambda m: LabelObjective(m, "regression"), LabelMicroBatcher(64, "cpu"), rows, tmp_path)
 
 
 @pytest.mark.parametrize("modules", [["classifier"], ["classifier", "vit.layers.1"]])
 def test_an_image_classifier_trains_the_same(modules, tmp_path):
     torch.manual_seed(0)
-    shape = {k: v for k, v in B.items() if k != "vocab_size"}
-    config = transformers.ViTConfig(**shape, num_hidden_layers=2, image_size=16, patch_size=8, num_labels=3)
+    config = transformers.ViTConfig(**SHAPE, num_hidden_layers=2, image_size=16, patch_size=8, num_labels=3)
     model = train_head(transformers.ViTForImageClassification(config).eval(), *modules)
     draw = np.random.default_rng(0)
     images = [draw.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(12)]
     rows = [ImageExample(n, image, n % 3, digest=bytes([n])) for n, image in enumerate(images)]
-    batcher = LabelMicroBatcher(20, "cpu", encoder=_Encoder(), tokens_per_image=5)
+    pixels = lambda rows: torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2) / 255  # noqa: E731
+    batcher = LabelMicroBatcher(20, "cpu", encoder=SimpleNamespace(encode=pixels), tokens_per_image=5)
     cached, _ = both_ways(model, lambda m: LabelObjective(m, "image-classification"), batcher, rows, tmp_path)
     assert cached.store.shape.units == (12 if len(modules) == 1 else 12 * 5)
 
 
-def test_bf16_features_keep_their_bits(tmp_path):
-    model = lora_above(causal_model("llama").to(torch.bfloat16))
-    batcher, rows = CausalMicroBatcher(64, True, False, "cpu"), causal_rows()
-    with packed_rows(model):
-        cached, _ = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path)
+def test_bf16_features_keep_their_bits_and_rows_that_are_not_known_go_the_usual_way(tmp_path):
+    model, rows = lora_above(causal_model("llama").to(torch.bfloat16)), causal_rows()
+    with opened(model, rows[:8], tmp_path) as cached:
         assert cached.store.shape.dtype == "bfloat16"
         losses = [[cached.objective(batch).item() for batch in cached.batches(rows)] for _ in range(2)]
-        usual = [cached.objective(batch).item() for batch in batcher.batches(rows)]
-        cached.close()
+        usual = [cached.objective(batch).item() for batch in SHARED.batches(rows)]
     assert losses[0] == losses[1] == usual
 
 
-def test_from_the_second_epoch_on_the_prefix_does_not_run(tmp_path):
-    rows = causal_rows()
-    for model in (train_head(causal_model("llama"), "lm_head"), lora_above(causal_model("llama"))):
-        with packed_rows(model):
-            cached, _ = cached_prefix(
-                model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=tmp_path
-            )
-            run(model, cached.objective, cached, rows, steps=3)
-            calls = forwards(model)
-            run(model, cached.objective, cached, rows, steps=6)
-            cached.close()
-        assert not calls
-
-
-def opened(model, rows, folder):
-    cached, choice = cached_prefix(
-        model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=folder
-    )
-    assert cached is not None, choice
-    return cached, choice
-
-
-def test_the_next_run_finds_the_features_whatever_the_order_of_its_rows(tmp_path):
-    model, rows = lora_above(causal_model("llama")), causal_rows()
-    with packed_rows(model):
-        cached, choice = opened(model, rows, tmp_path)
-        assert "there already" not in choice.why
+@pytest.mark.parametrize("trained", ["head", "upper block"])
+def test_after_an_epoch_the_prefix_does_not_run_and_the_next_run_finds_the_features(trained, tmp_path):
+    model, rows, calls = causal(trained), causal_rows(), []
+    with opened(model, rows, tmp_path) as cached:
+        assert "there already" not in cached.choice.why
         run(model, cached.objective, cached, rows, steps=3)
-        cached.close()
-        again, choice = opened(model, rows[::-1], tmp_path)
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+        run(model, cached.objective, cached, rows, steps=6)
+        assert not calls
+    with opened(model, rows[::-1], tmp_path) as again:  # whatever the order of its rows
         assert again.store.folder == cached.store.folder
-        assert again.store.done.all() and "11 of 11 rows there already" in choice.why
-        again.close()
+        assert again.store.done.all() and "11 of 11 rows there already" in again.choice.why
+    values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
+    values *= 1.5
+    del values
+    with opened(model, rows, tmp_path) as again:  # values that are not right any more are forgotten
+        assert not again.store.done.any()
 
 
 def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
-    model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
-    with packed_rows(model):
-        cached, _ = opened(model, rows, tmp_path)
+    model, rows = causal("head"), causal_rows()
+    with opened(model, rows, tmp_path) as cached:
         for batch in cached.batches(rows):
             assert not cached.store.done.any()  # vectors are computed where they are asked for
             cached.objective(batch)
         expected = cached.store.read(np.arange(cached.rows.units)).clone()
-        cached.close()
-        # As if killed while the values of these rows were being written.
-        lost = [2, 5]
-        marks = np.memmap(cached.store.folder / feature_store.DONE, np.uint8, "r+")
-        marks[lost] = 0
-        values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
-        for slot in lost:
-            start = cached.rows.starts[slot] * 32
-            values[start : start + 32 * cached.rows.counts[slot]] = np.nan
-        del marks, values
-        again, _ = opened(model, rows, tmp_path)
+    # As if killed while the values of these rows were being written.
+    lost = [2, 5]
+    marks = np.memmap(cached.store.folder / feature_store.DONE, np.uint8, "r+")
+    marks[lost] = 0
+    values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
+    for slot in lost:
+        start = cached.rows.starts[slot] * 32
+        values[start : start + 32 * cached.rows.counts[slot]] = np.nan
+    del marks, values
+    with opened(model, rows, tmp_path) as again:
         assert np.flatnonzero(~again.store.done).tolist() == lost
         for batch in again.batches(rows):
             again.objective(batch)
         torch.testing.assert_close(again.store.read(np.arange(again.rows.units)), expected)
-        again.close()
 
 
-def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
-    rows = causal_rows()
+def test_other_weights_rows_levels_or_ways_to_compute_are_another_store(tmp_path, monkeypatch):
+    model, rows, other = causal("upper block"), causal_rows(), causal_model("llama")
+    other.model.embed_tokens.weight.data[5, 3] += 1e-3
+    arithmetic = dataclasses.replace(loader.arithmetic(), fp32="wide")
+    cases = [
+        (model, rows, lambda: None),
+        (lora_above(other), rows, lambda: None),
+        (model, rows[:-1], lambda: None),
+        (causal("head"), rows, lambda: None),
+        (model, rows, lambda: monkeypatch.setattr(loader, "arithmetic", lambda: arithmetic)),
+        (model, rows, lambda: other_version(monkeypatch, "torch")),
+        (model, rows, lambda: other_version(monkeypatch, "transformers")),
+        (model, rows, lambda: other_text(monkeypatch, tmp_path / "kernels", "kernels/attention.py")),
+        (model, rows, lambda: other_text(monkeypatch, tmp_path / "runtime", "runtime/packed.py")),
+    ]
     folders = set()
-    other = causal_model("llama")
-    with torch.no_grad():
-        other.model.embed_tokens.weight[5, 3] += 1e-3
-    for model, chosen in [
-        (lora_above(causal_model("llama")), rows),
-        (lora_above(other), rows),
-        (lora_above(causal_model("llama")), rows[:-1]),
-        (train_head(causal_model("llama"), "lm_head"), rows),
-    ]:
-        with packed_rows(model):
-            cached, _ = opened(model, chosen, tmp_path)
+    for trained, chosen, change in cases:
+        change()
+        with opened(trained, chosen, tmp_path / "stores") as cached:
             folders.add(cached.store.folder)
-            cached.close()
-    assert len(folders) == 4
-
-
-@pytest.mark.parametrize("change", ["torch", "transformers", "kernels", "runtime", "arithmetic"])
-def test_values_that_were_computed_otherwise_are_another_store(change, tmp_path, monkeypatch):
-    model, rows = lora_above(causal_model("llama")), causal_rows()
-    with packed_rows(model):
-        cached, _ = opened(model, rows, tmp_path)
-        cached.close()
-        if change == "arithmetic":
-            other = dataclasses.replace(loader.arithmetic(), fp32="wide")
-            monkeypatch.setattr(loader, "arithmetic", lambda: other)
-        elif change in ("torch", "transformers"):
-            other_version(monkeypatch, change)
-        else:
-            file = {"kernels": "kernels/attention.py", "runtime": "runtime/packed.py"}[change]
-            other_text(monkeypatch, tmp_path / "source", file)
-        again, _ = opened(model, rows, tmp_path)
-        assert again.store.folder != cached.store.folder
-        again.close()
-
-
-def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):
-    model, rows = lora_above(causal_model("llama")), causal_rows()
-    with packed_rows(model):
-        cached, _ = opened(model, rows, tmp_path)
-        run(model, cached.objective, cached, rows, steps=3)
-        cached.close()
-        values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
-        values *= 1.5
-        del values
-        again, _ = opened(model, rows, tmp_path)
-        assert not again.store.done.any()
-        again.close()
+    assert len(folders) == len(cases)
 
 
 def test_where_training_reaches_down_there_is_no_cache(tmp_path):
-    model = causal_model("llama")
-    attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
+    model = lora_above(causal_model("llama"), block=0)
     with packed_rows(model):
-        cached, choice = cached_prefix(
-            model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), folder=tmp_path
-        )
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=tmp_path)
     assert cached is None and choice.value == "off"
 
 
@@ -359,64 +254,42 @@ def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
     first.mlp.register_forward_hook(lambda m, args, out: seen.update(it=out))
     second.register_forward_pre_hook(lambda m, args: (args[0] + seen.pop("it"), *args[1:]))
     with packed_rows(model):
-        cached, choice = cached_prefix(
-            model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), causal_rows(), folder=tmp_path
-        )
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=tmp_path)
     assert cached is None and "resumed there" in choice.why
 
 
 def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(tmp_path, monkeypatch):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    batcher = CausalMicroBatcher(64, True, False, "cpu")
     with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100)
+        how = {"folder": tmp_path, "limit": 100}
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, **how)
         assert cached is not None and "in memory" in choice.why
         monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
-        cached, choice = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100)
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, **how)
         assert cached is None and "KB" in choice.why
 
 
 def test_evaluations_are_the_same_with_and_without(tmp_path):
-    model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
-    with packed_rows(model):
-        usual = evaluate_causal(CausalObjective(model), rows, CausalMicroBatcher(64, True, False, "cpu"))
-        cached, _ = opened(model, rows, tmp_path)
+    model, rows = causal("head"), causal_rows()
+    with opened(model, rows, tmp_path) as cached:
+        usual = evaluate_causal(CausalObjective(model), rows, SHARED)
         for _ in range(2):
             found = evaluate_causal(cached.objective, rows, cached)
             assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
             np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
-        cached.close()
-    model, rows = train_head(labeled_model("bert"), "classifier"), labeled_rows()
+    model, rows = train_head(model_of("bert"), "classifier"), examples_of(LENGTHS)
     objective, batcher = LabelObjective(model, "sequence-classification"), LabelMicroBatcher(64, "cpu")
     cached, _ = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
-    usual = evaluate_labels(objective, rows, batcher)
-    found = evaluate_labels(cached.objective, rows, cached)
+    found, usual = evaluate_labels(cached.objective, rows, cached), evaluate_labels(objective, rows, batcher)
     np.testing.assert_allclose(found.predictions, usual.predictions, rtol=1e-4, atol=1e-6)
     cached.close()
 
 
-def test_rows_that_are_not_known_go_the_usual_way(tmp_path):
-    model, rows = lora_above(causal_model("llama")), causal_rows()
-    with packed_rows(model):
-        cached, _ = opened(model, rows[:8], tmp_path)
-        losses = [cached.objective(b).item() for b in cached.batches(rows[8:])]
-        usual = [cached.objective(b).item() for b in cached.batcher.batches(rows[8:])]
-        cached.close()
-    assert losses == usual
-
-
-@pytest.mark.parametrize("level", ["head", "block"])
-def test_on_fake_tensors_the_same_steps_run_in_memory(level, tmp_path):
-    with FakeTensorMode():
-        model = causal_model("llama")
-        model = train_head(model, "lm_head") if level == "head" else lora_above(model)
-        objective = CausalObjective(model)
-        batcher = CausalMicroBatcher(64, True, False, "cpu")
-        rows = causal_rows()
-        with packed_rows(model):
-            cached, choice = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
-            assert cached is not None, choice
-            for _ in range(2):
-                for batch in cached.batches(rows):
-                    cached.objective(batch).backward()
-    assert not list(Path(tmp_path).iterdir())
+@pytest.mark.parametrize("trained", ["head", "upper block"])
+def test_on_fake_tensors_the_same_steps_run_in_memory(trained, tmp_path):
+    rows = causal_rows()
+    with FakeTensorMode(), opened(causal(trained), rows, tmp_path) as cached:
+        for _ in range(2):
+            for batch in cached.batches(rows):
+                cached.objective(batch).backward()
+    assert not list(tmp_path.iterdir())

@@ -4,8 +4,8 @@ processes. Processes are threads here, joined by gloo; each has a model of its o
 from __future__ import annotations
 
 import concurrent.futures
-import socket
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.training.parallel import group as gradient_sum
 from deltaw.training.parallel.group import GradientSum, _ranges
 from deltaw.training.state import MasterWeights
-from tests.training.parallel_runs import needs_gloo
+from tests.training.parallel_runs import free_port, needs_gloo
 
 pytestmark = needs_gloo
 
@@ -28,9 +28,7 @@ def small_parts(monkeypatch):
 
 def all_at_once(size, work):
     """What each of ``size`` processes' ``work(rank, group)`` gives."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
 
     def one(rank):
         limit = timedelta(seconds=60)
@@ -87,24 +85,19 @@ def gradients(size, *, early, dtype=torch.float32, recomputed=False, microbatche
     return all_at_once(size, work)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_an_early_sum_is_equal_to_the_bit_to_a_late_one(size, recomputed):
-    after = gradients(size, early=False, recomputed=recomputed)
-    during = gradients(size, early=True, recomputed=recomputed)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_early_sum_is_equal_to_the_bit_to_a_late_one(size, recomputed, dtype):
+    after, during = (gradients(size, early=early, recomputed=recomputed, dtype=dtype) for early in (False, True))
     for (late, never), (soon, left) in zip(after, during, strict=True):
         assert never == [0, 0, 0] and left[0] == 0, "the first step only looks"
         assert all(torch.equal(a, b) for a, b in zip(late, soon, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(during[0][0], soon, strict=True))
+        assert {gradient.dtype for gradient in soon} == {torch.float32}  # master weights get the sum in fp32
     # Where the last layer takes part, ranges leave while the backward goes on; elsewhere they wait for it.
     assert during[0][1][1] > 2 and during[1][1][1] == 0
-
-
-def test_master_weights_get_the_sum_in_fp32():
-    after = gradients(2, early=False, dtype=torch.bfloat16)
-    during = gradients(2, early=True, dtype=torch.bfloat16)
-    assert during[0][1][1] > 2 and during[0][0][0].dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(after[1][0], during[1][0], strict=True))
 
 
 def test_a_process_without_rows_sends_zeros_and_the_sum_is_that_of_the_other():
@@ -129,37 +122,15 @@ def test_a_process_without_rows_sends_zeros_and_the_sum_is_that_of_the_other():
     assert zero[1] is None and other[1] is None
 
 
-class InTwoParts(torch.autograd.Function):
-    """Code that runs a backward of its own, as reentrant recomputation does."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        return layer(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            own = x.detach().requires_grad_()
-            ctx.layer(own).backward(grad)
-        return own.grad, None
-
-
 def test_gradients_that_come_in_parts_are_summed_after_the_backward():
     layer = nn.Linear(4, 4)
-    sent = []
-
-    class Done:
-        def wait(self):
-            return None
-
-    one = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: sent.append(flat) or Done(), size=1)
+    one = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: mock.Mock(), size=1)
     for _ in range(3):
         layer.zero_grad()
         for batch in one.microbatches([torch.ones(2, 4, requires_grad=True)]):
-            InTwoParts.apply(InTwoParts.apply(batch, layer), layer).sum().backward()
+            for _ in range(2):  # reentrant recomputation runs a backward of its own
+                batch = checkpoint(layer, batch, use_reentrant=True)
+            batch.sum().backward()
         whole = [p.grad.clone() for p in layer.parameters()]
         one.send_all()
         assert one.early == 0

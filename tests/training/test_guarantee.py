@@ -29,10 +29,6 @@ def network() -> nn.Sequential:
 X = torch.ones(2, 4)
 
 
-def test_what_is_trained_passes():
-    steps(network(), lambda n: n(X).square().sum())
-
-
 def test_a_parameter_without_a_gradient_is_named_at_the_first_step():
     with pytest.raises(UntrainedParameterError, match=r"'0\.weight', '0\.bias' received no gradient"):
         steps(network(), lambda n: n[1](X).square().sum(), count=1)
@@ -48,12 +44,8 @@ def test_a_gradient_of_zeros_is_found_after_two_steps():
 
 
 def test_a_factor_may_wait_for_its_partner():
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lora_A, self.lora_B = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.zeros(2, 4))
-
-    steps(Pair(), lambda n: (X @ n.lora_A @ n.lora_B + X).square().sum())
+    pair = nn.ParameterDict({"lora_A": torch.ones(4, 2), "lora_B": torch.zeros(2, 4)})
+    steps(pair, lambda n: (X @ n["lora_A"] @ n["lora_B"] + X).square().sum())
 
 
 def test_a_rate_too_small_to_change_anything_is_no_training():
@@ -68,20 +60,15 @@ def test_a_rate_too_small_to_change_anything_is_no_training():
 
 
 def test_experts_and_embeddings_may_be_skipped():
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-            self.other = nn.Linear(4, 4)
-
-    model = nn.Module()
-    model.layers = nn.ModuleList([Block(), Block()])
-    model.words = nn.Embedding(9, 4)
+    model = nn.ModuleDict({"words": nn.Embedding(9, 4), "layers": nn.ModuleList()})
+    for _ in range(2):
+        experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        model.layers.append(nn.ModuleDict({"experts": experts, "other": nn.Linear(4, 4)}))
 
     def first_expert_only(m: nn.Module) -> torch.Tensor:
         x = m.words(torch.tensor([1, 2]))
         for block in m.layers:
-            x = block.other(block.experts[0](x))
+            x = block["other"](block["experts"][0](x))
         return x.square().sum()
 
     with pytest.warns(UntrainedParameterWarning, match="experts.1.weight"):

@@ -4,69 +4,28 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.lora import LoRAConfig
-from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.loop import count_steps, rows_of_step, train
+from deltaw.training.loop import rows_of_step
+from deltaw.training.optimizer import count_steps
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.loops import Training, examples
 
 FLAT = CausalMicroBatcher(tokens_per_pass=10_000, share=True, padded=False, device="cpu")
 
 
-def examples(count=7, seed=0):
-    """Rows of one stem and different ends; the end is to be learned."""
-    random = np.random.default_rng(seed)
-    stem = random.integers(3, VOCABULARY, 6)
-    made = []
-    for number in range(count):
-        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, 2 + number % 3)]).astype(np.int32)
-        is_label = np.arange(len(tokens)) >= 6
-        made.append(Example(number + 1, tokens, is_label, 6, None))
-    return made
+def training(batcher=FLAT, **settings):
+    how = {"learning_rate": 1e-3, "total_steps": 4, "batch_size": 3, **settings}
+    return Training("lora", "llama", rows=7, batcher=batcher, **how)
 
 
-class Run:
-    """One training of a tiny model, with all that it left behind."""
-
-    def __init__(self, batcher=FLAT, *, family="llama", dropout=0.0, rows=None, **settings):
-        torch.manual_seed(0)
-        self.model = causal_model(family)
-        method = LoRA(LoRAConfig(rank=4, alpha=8, dropout=dropout))
-        method.prepare(self.model, seed=0)
-        self.parameters = method.parameters(self.model)
-        trained = {id(parameter) for _, parameter in self.parameters}
-        self.frozen = {n: p for n, p in self.model.named_parameters() if id(p) not in trained}
-        self.frozen_before = {name: p.detach().clone() for name, p in self.frozen.items()}
-        self.before = {name: p.detach().clone() for name, p in self.parameters}
-        with method.evaluating(self.model):
-            self.objective = CausalObjective(self.model)
-        self.batcher, self.rows, self.steps = batcher, rows or examples(), []
-        self.settings = {"learning_rate": 1e-3, "total_steps": 4, "batch_size": 3, **settings}
-
-    def go(self, on_step=None):
-        def note(step):
-            self.steps.append(step)
-            if on_step is not None:
-                on_step(step)
-
-        with packed_rows(self.model):
-            self.outcome = train(
-                self.objective, [p for _, p in self.parameters], self.rows, self.batcher, on_step=note, **self.settings
-            )
-        return self
-
-    def factors(self):
-        return {name: p.detach() for name, p in self.parameters}
+def factors(run):
+    return {name: parameter.detach() for name, parameter in run.trained.items()}
 
 
 @given(rows=st.integers(1, 60), batch=st.integers(1, 20), epochs=st.integers(1, 3), seed=st.integers(0, 9))
@@ -81,23 +40,22 @@ def test_every_epoch_sees_every_row_once_and_ends_with_the_rows_left(rows, batch
         assert sorted(example.row for step in steps for example in step) == list(range(1, rows + 1))
 
 
-def test_epochs_differ_in_their_order_and_seeds_too():
+def test_epochs_and_seeds_differ_in_their_order_and_steps_follow_from_epochs_unless_they_are_given():
     order = lambda step, seed: [e.row for e in rows_of_step(examples(30), step, 30, seed)]  # noqa: E731
-    assert order(0, 0) == order(0, 0)
-    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) == order(0, 0) != order(1, 0)
     assert order(0, 0) != order(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("rows", "batch", "epochs", "most", "steps"),
-    [(10, 4, 1, None, 3), (10, 4, 0.5, None, 2), (10, 4, 0.01, None, 1), (10, 4, 3, 5, 5), (1, 16, 1, None, 1)],
-)
-def test_steps_follow_from_epochs_unless_they_are_given(rows, batch, epochs, most, steps):
-    assert count_steps(rows, batch, epochs, most) == steps
+    for *asked, steps in [
+        (10, 4, 1, None, 3),
+        (10, 4, 0.5, None, 2),
+        (10, 4, 0.01, None, 1),
+        (10, 4, 3, 5, 5),
+        (1, 16, 1, None, 1),
+    ]:
+        assert count_steps(*asked) == steps
 
 
 def test_a_step_counts_what_it_saw():
-    run = Run(total_steps=3).go()
+    run = training(total_steps=3).go()
     assert [step.rows for step in run.steps] == [3, 3, 1]
     assert run.outcome.rows == 7
     assert run.outcome.tokens == sum(len(e.tokens) for e in run.rows)
@@ -109,103 +67,59 @@ def test_a_step_counts_what_it_saw():
 
 
 def test_any_split_into_passes_gives_the_same_losses_and_factors():
-    whole = Run().go()
-    for batcher in (
-        CausalMicroBatcher(25, True, False, "cpu"),
-        CausalMicroBatcher(10_000, False, False, "cpu"),
-        CausalMicroBatcher(1, False, False, "cpu"),
-        CausalMicroBatcher(20, False, True, "cpu"),
-    ):
-        run = Run(batcher)
-        if batcher.padded:
-            train(
-                run.objective,
-                [p for _, p in run.parameters],
-                run.rows,
-                batcher,
-                on_step=run.steps.append,
-                **run.settings,
-            )
-        else:
-            run.go()
+    whole = training().go()
+    for split in ((25, True, False), (10_000, False, False), (1, False, False), (20, False, True)):
+        run = training(CausalMicroBatcher(*split, "cpu")).go()
         assert [s.loss for s in run.steps] == pytest.approx([s.loss for s in whole.steps], abs=1e-5)
-        for name, factor in whole.factors().items():
-            assert (run.factors()[name] - factor).norm() <= 1e-5 * max(1, factor.norm()), (batcher, name)
-
-
-def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
-    run = Run()
-    with packed_rows(run.model):
-        for batch in FLAT.batches(run.rows):
-            run.objective(batch).backward()
-    for name, parameter in run.parameters:
-        assert parameter.grad is not None
-        assert bool(parameter.grad.any()) == name.endswith("lora_B"), name
+        for name, factor in factors(whole).items():
+            assert (factors(run)[name] - factor).norm() <= 1e-5 * max(1, factor.norm()), (split, name)
 
 
 def test_both_factors_move_and_the_frozen_weights_keep_every_bit():
-    run = Run(total_steps=3).go()
-    for name, factor in run.factors().items():
-        assert not torch.equal(factor, run.before[name]), name
-    for name, parameter in run.frozen.items():
-        assert parameter.grad is None
-        assert torch.equal(parameter, run.frozen_before[name]), name
-
-
-def test_the_loss_of_rows_that_can_be_learned_goes_down():
-    echo = [
-        Example(n, np.asarray([3, 4, 10 * n, 5, 10 * n, 6], np.int32), np.arange(6) >= 4, 4, None) for n in range(1, 6)
-    ]
-    run = Run(rows=echo, total_steps=60, batch_size=5, learning_rate=1e-2)
-    with torch.no_grad():
-        run.frozen["lm_head.weight"].mul_(10)  # as it is drawn, it cannot say anything for certain
-    run.go()
-    assert run.steps[-1].loss < 0.2 * run.steps[0].loss
-
-
-def test_the_same_seed_gives_the_same_bits():
-    one, other = Run(seed=3).go(), Run(seed=3).go()
-    assert [s.loss for s in one.steps] == [s.loss for s in other.steps]
-    assert all(torch.equal(f, other.factors()[n]) for n, f in one.factors().items())
-    assert [s.loss for s in Run(seed=4).go().steps] != [s.loss for s in one.steps]
+    run = training(total_steps=3)
+    with packed_rows(run.model):
+        for batch in FLAT.batches(run.rows):
+            run.objective(batch).backward()
+    for name, parameter in run.trained.items():  # B begins as zero, so that A has no gradient yet
+        assert bool(parameter.grad.any()) == name.endswith("lora_B"), name
+        parameter.grad = None
+    for name, weight in run.go().weights().items():
+        assert torch.equal(weight, run.before[name]) == (name not in run.trained), name
+    assert all(parameter.grad is None for name, parameter in run.model.named_parameters() if name not in run.trained)
 
 
 def test_gradients_are_scaled_down_to_the_norm_that_is_allowed():
-    free, held = Run(total_steps=1, max_grad_norm=None).go(), Run(total_steps=1, max_grad_norm=1e-12).go()
+    free, held = (training(total_steps=1, max_grad_norm=norm).go() for norm in (None, 1e-12))
     assert free.steps[0].gradient_norm == held.steps[0].gradient_norm > 1e-3
     # AdamW is blind to the scale of a gradient until that comes near its epsilon of 1e-8.
-    for name, factor in held.factors().items():
+    for name, factor in factors(held).items():
         moved = (factor - held.before[name]).norm()
-        assert moved <= 1e-3 * (free.factors()[name] - free.before[name]).norm() + 1e-9
+        assert moved <= 1e-3 * (factors(free)[name] - free.before[name]).norm() + 1e-9
 
 
-def test_a_step_that_is_not_finite_is_refused_and_changes_nothing():
-    run = Run()
-    kept = {}
+@pytest.mark.parametrize("late", [1, 4])  # after four steps only the device knows in time
+def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(late):
+    run, kept = training(total_steps=6), {}
 
     def spoil(step):
-        kept.update({n: f.clone() for n, f in run.factors().items()})
-        with torch.no_grad():
-            run.frozen["model.norm.weight"].fill_(torch.inf)
+        if step.step == late:
+            kept.update({n: f.clone() for n, f in factors(run).items()})
+            run.model.model.norm.weight.data.fill_(torch.inf)
 
     with pytest.raises(UserError, match="diverged") as refused:
         run.go(on_step=spoil)
-    assert refused.value.where == "step 2 of 4"
-    assert "learning_rate" in (refused.value.hint or "")
-    for name, factor in run.factors().items():
-        assert torch.equal(factor, kept[name])
+    assert refused.value.where == f"step {late + 1} of 6" and "learning_rate" in (refused.value.hint or "")
+    assert all(torch.equal(factor, kept[name]) for name, factor in factors(run).items())
 
 
 def test_dropout_is_drawn_in_training_and_not_in_evaluation():
-    drawn = Run(dropout=0.5)
-    method = LoRA(LoRAConfig(dropout=0.5))
-    with torch.no_grad():
-        for name, parameter in drawn.parameters:
-            if name.endswith("lora_B"):
-                parameter.normal_()
+    drawn = Training()
+    for name, parameter in drawn.trained.items():
+        if name.endswith("lora_B"):
+            parameter.data.normal_()
     (batch,) = FLAT.batches(drawn.rows)
     with packed_rows(drawn.model), torch.no_grad():
         assert drawn.objective(batch) != drawn.objective(batch)
-        with method.evaluating(drawn.model):
+        with drawn.method.evaluating(drawn.model):
             assert drawn.objective(batch) == drawn.objective(batch)
         assert drawn.objective(batch) != drawn.objective(batch)

@@ -13,7 +13,7 @@ from deltaw.training.features.store import Shape, open_store
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import Group
 from tests.conftest import laid_over, write_rows
-from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, write_settings
+from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all
 
 pytestmark = needs_gloo
 KINDS = {
@@ -33,8 +33,7 @@ def test_two_processes_share_the_features_of_a_machine_and_train_as_one(of, tmp_
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of one"))
     fit(made)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of two"))
-    path = write_settings(tmp_path / "run.yaml", made | {"output": str(tmp_path / "two")})
-    assert "features computed once for each row" in train_all(path)[0]
+    assert "features computed once for each row" in train_all(made | {"output": str(tmp_path / "two")})[0]
     assert_same_run(tmp_path / "two", tmp_path / "one")
     (one,), (two,) = (
         [p for p in (tmp_path / name / "features").iterdir() if p.is_dir()] for name in ("of one", "of two")

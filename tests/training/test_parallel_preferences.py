@@ -3,16 +3,13 @@ that go on with another number of processes after one was killed."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import RowGroup
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
 from deltaw.training.fit import fit
@@ -22,27 +19,15 @@ from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
-from tests.training.parallel_runs import (
-    assert_same_run,
-    ended,
-    free_port,
-    needs_gloo,
-    start,
-    train_all,
-    trains_as_one,
-    write_settings,
-)
-from tests.training.runs import metrics
+from tests.training.loops import example
+from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, train_until_one_dies, trains_as_one
+from tests.training.runs import metrics, often
+from tests.training.test_preference import moved
 
 pytestmark = needs_gloo
-KINDS = {
-    "dpo": {"task": "preference", "preference": {"loss": "dpo", "label_smoothing": 0.1}},
-    "ipo": {"task": "preference", "preference": {"loss": "ipo"}},
-    "orpo": {"task": "preference", "preference": {"loss": "orpo"}},
-    "simpo": {"task": "preference", "preference": {"loss": "simpo"}},
-    "kto": {"task": "preference", "preference": {"loss": "kto", "undesirable_weight": 0.7}},
-    "reward": {"task": "sequence-classification"},
-}
+MORE = {"dpo": {"label_smoothing": 0.1}, "ipo": {}, "orpo": {}, "simpo": {}, "kto": {"undesirable_weight": 0.7}}
+KINDS = {loss: {"task": "preference", "preference": {"loss": loss, **more}} for loss, more in MORE.items()}
+KINDS["reward"] = {"task": "sequence-classification"}
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +85,7 @@ def compared(made, kind: str, folder: Path, size: int, **of_train) -> None:
         assert max(line.get("kl", 0.0) for line in metrics(folder / "one")) > 1e-2
 
 
-def test_two_processes_train_on_pairs_as_one(made, tmp_path):
-    compared(made, "dpo", tmp_path, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dpo"])
+@pytest.mark.parametrize("kind", often("dpo", of=KINDS))
 def test_two_processes_train_on_answers_as_one(made, tmp_path, kind):
     compared(made, kind, tmp_path, 2, tokens_per_pass=128)
 
@@ -120,16 +100,13 @@ def test_four_processes_train_as_one_though_a_step_has_fewer_rows(made, tmp_path
 @pytest.mark.parametrize(("kind", "killed", "size"), [("dpo", 1, 4), ("kto", 0, 1), ("reward", 1, 1)])
 def test_a_run_whose_process_was_killed_goes_on_with_another_number(made, tmp_path, kind, killed, size):
     fit(made(kind, tmp_path / "whole"))
-    path = write_settings(tmp_path / "run.yaml", made(kind, tmp_path / "run"))
-    port = free_port()
-    dying = {killed: {"DIES_AT": "3"}}
-    told = ended([start(rank, 2, port, ["train", path], **dying.get(rank, {})) for rank in range(2)])
-    assert told[killed][0] == -signal.SIGKILL and told[1 - killed][0] == 2, told
+    run = made(kind, tmp_path / "run")
+    train_until_one_dies(run, 3, killed)
     if size > 1:
-        train_all(path, size)
+        train_all(run, size)
     else:
-        assert fit(path).resumed_from_step in (2, 3)
-    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+        assert fit(run).resumed_from_step in (2, 3)
+    assert [line["step"] for line in metrics(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5, 6]
     assert_same_training(tmp_path / "run", tmp_path / "whole")
 
 
@@ -152,18 +129,8 @@ def groups_of(count: int, seed: int = 0) -> list[RowGroup]:
     for n in range(count):
         prompt = draw.integers(1, 90, draw.integers(5, 40))
         answers = [draw.integers(1, 90, draw.integers(1, 20)) for _ in range(2)]
-        rows = [
-            Example(
-                n,
-                np.concatenate([prompt, answer]).astype(np.int32),
-                np.arange(len(prompt) + len(answer)) >= len(prompt),
-                len(prompt),
-                None,
-                desired=None if second else bool(n % 2),
-            )
-            for second, answer in enumerate(answers)
-        ]
-        found.append(RowGroup(tuple(rows)))
+        rows = [example(n, [*prompt, *answer], len(prompt)) for answer in answers]
+        found.append(RowGroup((replace(rows[0], desired=bool(n % 2)), rows[1])))
     return found
 
 
@@ -187,10 +154,7 @@ def test_each_reference_is_computed_by_one_process_with_the_bits_of_one_alone(lo
 @pytest.mark.parametrize("size", [2, 4])
 def test_ktos_distance_is_that_of_the_whole_step(size):
     policy, groups = tiny_llama(initializer_range=0.3), groups_of(5)
-    base = copy.deepcopy(policy)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    base = moved(policy)
     task = PreferenceTask(byte_tokenizer(), settings=PreferenceSettings(loss="kto"))
     batcher = UnpairedMicroBatcher(70, True, False, "cpu")
     answers, objective = task.referenced(base, groups, batcher), task.objective(policy)
@@ -225,8 +189,7 @@ def test_a_prompt_that_both_answers_share_counts_once():
 
     def pair(prompt: int, answer: int) -> RowGroup:
         given = draw.integers(1, 90, prompt)
-        rows = [np.concatenate([given, draw.integers(1, 90, answer)]).astype(np.int32) for _ in range(2)]
-        return RowGroup(tuple(Example(1, row, np.arange(len(row)) >= prompt, prompt, None) for row in rows))
+        return RowGroup(tuple(example(1, [*given, *draw.integers(1, 90, answer)], prompt) for _ in range(2)))
 
     # Computed, 110 tokens of 210, and 100, 60, 50: balanced only where the prompt counts once.
     groups = [pair(100, 5), pair(0, 50), pair(0, 30), pair(0, 25)]
@@ -246,23 +209,5 @@ def test_of_single_answers_the_judged_row_alone_is_dealt_for_its_gradients():
 def test_answers_that_are_judged_otherwise_are_other_rows():
     """So that a resumed run, or another process, with another label is refused."""
     ours = groups_of(4)
-    theirs = [
-        RowGroup((dataclasses.replace(group.rows[0], desired=not group.rows[0].desired), group.rows[1]))
-        for group in ours
-    ]
+    theirs = [RowGroup((replace(first, desired=not first.desired), other)) for first, other in (g.rows for g in ours)]
     assert digest_of_rows(ours) == digest_of_rows(groups_of(4)) != digest_of_rows(theirs)
-
-
-@pytest.mark.slow
-def test_pairs_that_differ_between_processes_are_refused_before_they_compute_together(settings, tmp_path):
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-        rows = [{"prompt": f"say {n}", "chosen": "a" * (n + rank + 1), "rejected": "b"} for n in range(9 + rank)]
-        write_rows(tmp_path / str(rank) / "rows.jsonl", rows)
-    made = settings(tmp_path / "run", task="preference") | {"data": {"train": "rows.jsonl"}}
-    path = write_settings(tmp_path / "run.yaml", made)
-    port = free_port()
-    both = [start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)]
-    zero, one = ended(both)
-    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (zero, one)
-    assert zero[0] == 2 and "another of the 2 processes ended" in zero[2]

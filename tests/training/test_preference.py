@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn.functional import logsigmoid
 
 from deltaw.data.example import Example, RowGroup
@@ -26,9 +28,8 @@ from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import Told, losses, metrics, opened
-from tests.training.test_checkpoints import assert_same_run
-from tests.training.test_losses import METHODS, adapted, gradients, log_prob, pairs
+from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, often, opened, stopped_run
+from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients, log_prob, pairs
 
 BETA = 0.3
 LOSSES = {
@@ -95,14 +96,9 @@ def test_losses_without_a_reference_are_those_of_trl(name):
     sums, counts, _ = numbers()
     sums, counts = sums.float(), counts.float()
     given = LOSSES[name]
-    trainer = SimpleNamespace(
-        beta=BETA,
-        alpha=0.0,
-        loss_type="simpo",
-        simpo_gamma=given.get("gamma"),
-        label_smoothing=given.get("label_smoothing", 0.0),
-        accelerator=SimpleNamespace(device="cpu"),
-    )
+    how = {"simpo_gamma": given.get("gamma"), "label_smoothing": given.get("label_smoothing", 0.0)}
+    device = SimpleNamespace(device="cpu")
+    trainer = SimpleNamespace(beta=BETA, alpha=0.0, loss_type="simpo", accelerator=device, **how)
     found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
     ours = loss_of(name).of_pairs(found, counts)
     means = expected / counts
@@ -128,42 +124,52 @@ def with_references(model, groups):
         ]
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo"])
-def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_path):
-    pytest.importorskip("trl", reason="TRL's DPOTrainer is compared with")
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+def trl_step(kind, model, rows, folder, **given):
+    """One of TRL's trainers, its batch of all the rows, and its loss and gradients; ``given`` are its arguments, and
+    a model as reference."""
+    trl = pytest.importorskip("trl", reason="TRL's trainers are compared with")
+    more = {"ref_model": copy.deepcopy(given.pop("reference"))} if "reference" in given else {}
+    given |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), per_device_train_batch_size=len(rows), disable_dropout=False, **given
+    )
+    data = Dataset.from_list(rows)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(), **more
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(model, batch)
+    return trainer, batch, float(loss.detach()), gradients(model, loss)
 
-    base = tiny_llama(initializer_range=0.3)
+
+def moved(base, share=0.02):
+    """A copy of a model with other weights near its own."""
     policy = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    texts = [{"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)]
-    trainer = DPOTrainer(
-        model=policy,
-        ref_model=copy.deepcopy(base),
-        args=DPOConfig(
-            output_dir=str(tmp_path),
-            beta=BETA,
-            loss_type="sigmoid" if name == "dpo" else "ipo",
-            per_device_train_batch_size=len(texts),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_dropout=False,
-        ),
-        train_dataset=Dataset.from_list(texts),
-        processing_class=byte_tokenizer(),
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(policy, batch)
-    expected = gradients(policy, theirs)
+            parameter.add_(share * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return policy
+
+
+def trl_rows(batch, prefix=""):
+    """TRL's rows as examples."""
     rows = []
-    for ids, mask, seen in zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True):
+    keys = [prefix + key for key in ("input_ids", "completion_mask", "attention_mask")]
+    for ids, mask, seen in zip(*(batch[key] for key in keys), strict=True):
         tokens, is_label = ids[seen.bool()].numpy().astype(np.int32), mask[seen.bool()].bool().numpy()
-        rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None))
+        desired = bool(batch["label"][len(rows)]) if "label" in batch else None
+        rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None, desired=desired))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_path):
+    base = tiny_llama(initializer_range=0.3)
+    policy = moved(base)
+    texts = [{"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)]
+    kind = "sigmoid" if name == "dpo" else "ipo"
+    _, batch, theirs, expected = trl_step("DPO", policy, texts, tmp_path, reference=base, beta=BETA, loss_type=kind)
+    rows = trl_rows(batch)
     groups = [RowGroup(pair) for pair in zip(rows[: len(texts)], rows[len(texts) :], strict=True)]
     task = PreferenceTask(byte_tokenizer(), settings=loss_of(name).settings)
     batcher = CausalMicroBatcher(300, True, False, "cpu")
@@ -172,10 +178,8 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
     with packed_rows(policy):
         ours = sum(objective(batch) for batch in batcher.batches(groups)) / objective.units(groups)
         found = gradients(policy, ours)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
+    assert_gradients(found, expected, 1e-4, floor=0)
 
 
 def test_log1mexp_is_accurate_at_both_ends_and_has_finite_gradients():
@@ -187,6 +191,7 @@ def test_log1mexp_is_accurate_at_both_ends_and_has_finite_gradients():
     assert torch.isfinite(values).all() and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
 @pytest.mark.parametrize("way", ["shared", "apart", "padded"])
@@ -206,23 +211,23 @@ def test_a_models_gradients_are_those_of_separate_forwards_in_float64(name, meth
         loss = sum(objective(batch) for batch in batcher.batches(groups))
         found = gradients(model, loss)
     assert float(loss.detach()) == pytest.approx(float(by_definition.detach()), rel=1e-5)
-    scale = max(g.norm() for g in expected.values())
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 5e-5 * max(gradient.norm(), 1e-2 * scale), key
+    assert_gradients(found, expected, 5e-5)
     metrics = objective.watched.means()
     assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"])
 
 
 def test_settings_that_do_not_fit_the_loss_or_the_task_are_refused(settings, tmp_path):
-    with pytest.raises(UserError, match="no label smoothing") as told:
-        fit(settings(tmp_path / "a", task="preference", preference={"loss": "ipo", "label_smoothing": 0.1}))
-    assert told.value.where.endswith("preference.label_smoothing")
-    with pytest.raises(UserError, match="no margin"):
-        fit(settings(tmp_path / "a", task="preference", preference={"gamma": 1.0}))
-    with pytest.raises(UserError, match="the task is 'causal-lm'"):
-        fit(settings(tmp_path / "a", preference={"loss": "ipo"}))
-    with pytest.raises(UserError, match=r"preference\.beta"):
-        fit(settings(tmp_path / "a", task="preference", preference={"beta": 0}))
+    for task, given, what in [
+        ("preference", {"loss": "ipo", "label_smoothing": 0.1}, "no label smoothing"),
+        ("preference", {"loss": "kto", "label_smoothing": 0.1}, "no label smoothing"),
+        ("preference", {"loss": "dpo", "desirable_weight": 2.0}, "weighs all answers alike"),
+        ("preference", {"gamma": 1.0}, "no margin"),
+        ("causal-lm", {"loss": "ipo"}, "the task is 'causal-lm'"),
+        ("preference", {"beta": 0}, r"preference\.beta"),
+    ]:
+        with pytest.raises(UserError, match=what) as told:
+            fit(settings(tmp_path / "a", task=task, preference=given))
+        assert task == "causal-lm" or "preference." in told.value.where
     assert not (tmp_path / "a").exists()
 
 
@@ -233,7 +238,7 @@ def pairs_file(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def preferring(settings, pairs_file):
     def make(output, **changes):
         data = {"train": str(pairs_file), "eval": 3}
@@ -242,16 +247,22 @@ def preferring(settings, pairs_file):
     return make
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
-def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_path, loss):
-    train = {"epochs": 12, "eval_every": 1}
-    result = fit(preferring(tmp_path / "run", preference={"loss": loss}, train=train))
-    lines = metrics(result.output)
-    first, last = (line["eval"] for line in lines if "eval" in line and line["step"] in (1, 36))
+@pytest.fixture(scope="module")
+def preferred(preferring, tmp_path_factory):
+    """The result of a run with each loss."""
+    folder, train = tmp_path_factory.mktemp("preferred"), {"epochs": 12, "eval_every": 6}
+    return functools.cache(lambda loss: fit(preferring(folder / loss, preference={"loss": loss}, train=train)))
+
+
+@pytest.mark.parametrize("loss", often("dpo", "orpo", of=("dpo", "ipo", "orpo", "simpo")))
+def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferred, loss):
+    result = preferred(loss)
+    evals = [line["eval"] for line in metrics(result.output, "eval")]
+    first, last = evals[0], evals[-1]
     assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
     accuracy, (low, high) = result.evaluation.metrics["accuracy"], result.evaluation.interval
     assert result.evaluation.main == "accuracy" and low <= accuracy <= high and accuracy > 0.6
-    steps = [line for line in lines if "learning_rate" in line]
+    steps = metrics(result.output, "learning_rate")
     assert {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"} <= steps[0].keys()
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
     if loss == "dpo":  # the adapter begins as the base model
@@ -259,11 +270,11 @@ def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_pa
         assert steps[0]["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
-    result = fit(preferring(tmp_path / "run", train={"epochs": 6}))
+def test_the_reference_is_the_base_model(preferred, model_folder):
+    result = preferred("dpo")
     run = opened(result.output)
     assert isinstance(run.task, PreferenceTask) and run.task.writes_text
-    held_out = run.task.read(run.config.data, seed=run.config.data_seed).held_out
+    held_out = held_out_rows(run)
     exact = opened(model_folder).model
     alone = CausalMicroBatcher(10_000, False, False, "cpu")
     with run.base():
@@ -282,27 +293,16 @@ def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
     assert at_base["accuracy"] == 0.5 and at_base["margin"] == 0 and abs(margins.mean()) > 0.05
 
 
-def test_prefixes_computed_once_and_microbatches_change_no_run(preferring, tmp_path):
-    runs = {}
-    for name, train in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
-        runs[name] = fit(preferring(tmp_path / name, train={"epochs": 3, **train})).output
-    one = losses(runs["one"])
-    for name in ("small", "apart"):
-        assert losses(runs[name]) == pytest.approx(one, rel=1e-4), name
-    computed = {name: metrics(run)[0]["computed_tokens"] for name, run in runs.items()}
-    assert computed["one"] < 0.6 * computed["apart"]
-
-
-@pytest.mark.parametrize("loss", ["dpo", "simpo"])
-def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, loss):
-    train = {"epochs": 6, "checkpoint_every": 2, "eval_every": 3}
-    given = {"train": train, "preference": {"loss": loss}}
-    fit(preferring(tmp_path / "whole", **given))
-    run = tmp_path / "run"
-    assert fit(preferring(run, **given), callback=Told(stop_after=5)).interrupted
-    done = fit(preferring(run, **given))
-    assert done.resumed_from_step >= 4
-    assert_same_run(run, tmp_path / "whole")
+def test_prefixes_computed_once_microbatches_and_a_stop_change_no_run(preferring, tmp_path):
+    train = {"epochs": 3, "checkpoint_every": 2, "eval_every": 3}
+    for name, more in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
+        fit(preferring(tmp_path / name, train={**train, **more}))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), name
+    one, apart = (metrics(tmp_path / name)[0]["computed_tokens"] for name in ("one", "apart"))
+    assert one < 0.6 * apart
+    run = stopped_run(preferring(tmp_path / "run", train=train), 5)
+    assert fit(preferring(run, train=train)).resumed_from_step >= 4
+    assert_same_run(run, tmp_path / "one")
     with pytest.raises(UserError, match="preference"):
         fit({"preference": {"beta": 0.7}}, resume=run)
 
@@ -310,31 +310,24 @@ def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, lo
 def test_early_stopping_written_answers_and_general_answers(preferring, tmp_path):
     with pytest.raises(UserError, match="written answers"):
         fit(preferring(tmp_path / "a", train={"eval_answers": 2}))
+    with pytest.raises(UserError, match="pairs"):
+        fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
     early = {"early_stopping": 2, "eval_every": 1, "adapter": "best", "epochs": 30, "learning_rate": 0.3}
     result = fit(preferring(tmp_path / "b", train=early))
     assert result.best["metric"] == "loss"
     assert result.stopped_early and result.outcome.steps < 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt", "full", "bias"])
 def test_methods_of_other_kinds_learn_pairs(preferring, tmp_path, method):
-    result = fit(preferring(tmp_path / method, method=method, train={"epochs": 30}))
-    losses = [line["loss"] for line in metrics(result.output) if "learning_rate" in line]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-
-
-def test_an_activated_adapter_is_refused(preferring, tmp_path):
-    with pytest.raises(UserError, match="pairs"):
-        fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
+    found = losses(fit(preferring(tmp_path / method, method=method, train={"epochs": 30})).output)
+    assert np.mean(found[-3:]) < np.mean(found[:3])
 
 
 def test_general_answers_are_kept_by_their_cross_entropy(preferring, tmp_path, monkeypatch):
     answers = [row for pair in pairs(3) for row in pair.rows]
     monkeypatch.setattr(Session, "general_answers", lambda self, prompts: answers)
-    losses = {}
-    for weight in (0.0, 50.0):
-        train = {"epochs": 8, "keep_general": weight, "drift": False}
-        run = fit(preferring(tmp_path / str(weight), train=train)).output
-        losses[weight] = [line.get("general_loss") for line in metrics(run) if "learning_rate" in line]
-    assert losses[0.0][0] is None
-    assert np.mean(losses[50.0][-6:]) < np.mean(losses[50.0][:6])
+    run = fit(preferring(tmp_path / "run", train={"epochs": 8, "keep_general": 50.0, "drift": False})).output
+    found = [line["general_loss"] for line in metrics(run, "learning_rate")]
+    assert np.mean(found[-6:]) < np.mean(found[:6])

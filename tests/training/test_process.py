@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Callback
 from deltaw.training.process import frozen_heap, own_random_numbers, own_threads, stop_signals
-from tests.training.test_state import Training
+from tests.training.loops import Training
 
 
 def everything():
@@ -54,26 +54,17 @@ def own_process():
     torch.set_num_threads(threads)
 
 
-class Seen(Callback):
-    """Notes what the process is like within a run."""
-
-    def on_begin(self, state):
-        self.within = everything()
-
-
 def test_a_whole_run_leaves_the_process_as_it_was(own_process, settings, tmp_path):
+    class Seen(Callback):
+        def on_begin(self, state):
+            self.within = everything()
+
     seen = Seen()
-    config = settings(tmp_path / "run", threads=1, lora={"dropout": 0.2})
-    deltaw.fit(config, callback=seen)
+    deltaw.fit(settings(tmp_path / "run", threads=1, lora={"dropout": 0.2}), callback=seen)
     assert everything() == own_process
     # The test would say nothing if a run changed nothing on its way.
     differing = {key for key, value in seen.within.items() if value != own_process[key]}
     assert {"threads", "torch", "frozen", "handlers"} <= differing
-
-
-def test_a_plan_leaves_the_process_as_it_was(own_process, settings, tmp_path):
-    deltaw.plan(settings(tmp_path / "run", threads=1))
-    assert everything() == own_process
 
 
 def test_the_loop_leaves_the_process_as_it_was(own_process):
@@ -85,7 +76,9 @@ def test_the_loop_leaves_the_process_as_it_was(own_process):
         assert everything() == before
 
 
-def test_a_run_that_fails_leaves_the_process_as_it_was(own_process, settings, tmp_path):
+def test_a_plan_and_a_run_that_fails_leave_the_process_as_it_was(own_process, settings, tmp_path):
+    deltaw.plan(settings(tmp_path / "run", threads=1))
+    assert everything() == own_process
     with pytest.raises(UserError, match="diverged"):
         deltaw.fit(settings(tmp_path / "run", threads=1, lora={"alpha": 1e20}, train={"epochs": 4}))
     assert everything() == own_process
@@ -102,21 +95,13 @@ def test_what_the_process_has_frozen_itself_stays_frozen():
         gc.unfreeze()
 
 
-def test_outside_of_the_main_thread_signals_stay_alone():
-    before = signal.getsignal(signal.SIGINT)
-    seen = []
-
+def test_the_first_signal_asks_and_the_second_interrupts_and_other_threads_leave_them_alone():
     def elsewhere():
         with stop_signals() as stopped:
-            seen.append((signal.getsignal(signal.SIGINT), stopped()))
+            return signal.getsignal(signal.SIGINT), stopped()
 
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert seen == [(before, False)]
-
-
-def test_the_first_signal_asks_and_the_second_interrupts():
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(elsewhere).result() == (signal.getsignal(signal.SIGINT), False)
     with stop_signals() as stopped:
         assert not stopped()
         signal.raise_signal(signal.SIGINT)

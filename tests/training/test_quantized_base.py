@@ -71,20 +71,18 @@ def test_a_gguf_model_is_its_dequantized_one_to_the_bit(gguf_file):
 
 
 def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, tmp_path):
-    runs = {}
-    for precision in ("gguf", "bf16"):
-        runs[precision] = fit(short(settings, tmp_path / precision, gguf_file, precision)).output
-    ours, own = (losses(runs[precision]) for precision in ("gguf", "bf16"))
+    run, plain = (fit(short(settings, tmp_path / p, gguf_file, p)).output for p in ("gguf", "bf16"))
+    ours, own = losses(run), losses(plain)
     assert ours[-1] < 0.98 * ours[0]
     assert ours == pytest.approx(own, rel=1e-2)
 
-    further = fit({"train": {"epochs": 4}}, resume=runs["gguf"]).output
+    further = fit({"train": {"epochs": 4}}, resume=run).output
     assert losses(further)[: len(ours)] == ours and len(losses(further)) > len(ours)
     with pytest.raises(UserError, match="precision"):
-        fit({"precision": "bf16", "train": {"epochs": 5}}, resume=runs["gguf"])
+        fit({"precision": "bf16", "train": {"epochs": 5}}, resume=run)
 
     said = []
-    opened = open_run(str(runs["gguf"]), device="cpu", say=said.append)
+    opened = open_run(str(run), device="cpu", say=said.append)
     assert isinstance(opened.model.lm_head, BlockLinear)
     layer = opened.model.model.layers[0].self_attn.q_proj
     assert block_weight(layer).format == "Q8_0" and float(layer.lora_B.norm()) > 0
@@ -92,8 +90,8 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
         merge(opened.model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the same base: none of another one
-        open_run(str(runs["gguf"]), precision="bf16", device="cpu", say=said.append)
-    with prepared(runs["gguf"], MergeOptions(), said.append) as job:
+        open_run(str(run), precision="bf16", device="cpu", say=said.append)
+    with prepared(run, MergeOptions(), said.append) as job:
         notes = " ".join(assemble(job).notes)
     assert "blocks' values" in notes
 
@@ -141,18 +139,19 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
 
 
 def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_path):
-    def refused(match, **changes):
+    for match, changes in {
+        "cannot be trained itself": {"method": "full"},
+        "DoRA needs the norms": {"lora": {"dora": True}},
+        "changes the weight, which is kept in blocks of Q8_0": {"lora": {"init": "pissa"}},
+        "cannot be trained in full": {"lora": {"train_modules": ["lm_head"]}},
+        "rows stay in blocks of Q8_0": {"lora": {"target_modules": ["embed_tokens"]}},
+        "kept in blocks": {"lora": {"trainable_token_indices": [3]}},
+    }.items():
         with pytest.raises(UserError, match=match):
             fit(short(settings, tmp_path / "refused", gguf_file, "gguf", **changes))
 
-    refused("cannot be trained itself", method="full")
-    refused("DoRA needs the norms", lora={"dora": True})
-    refused("changes the weight, which is kept in blocks of Q8_0", lora={"init": "pissa"})
-    refused("cannot be trained in full", lora={"train_modules": ["lm_head"]})
-    refused("rows stay in blocks of Q8_0", lora={"target_modules": ["embed_tokens"]})
-    refused("kept in blocks", lora={"trainable_token_indices": [3]})
 
-
+@pytest.mark.slow
 def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
     ours, own = (
         losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output) for p in ("gguf", "bf16")
@@ -160,14 +159,9 @@ def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
     assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
 
 
-def test_gguf_is_refused_for_other_models(wide_folder, settings, tmp_path):
+def test_other_models_and_a_file_that_was_cut_short_since_are_refused(wide_folder, gguf_file, settings, tmp_path):
     with pytest.raises(UserError, match=r"keeps the blocks of a \.gguf file"):
         fit(short(settings, tmp_path / "refused", wide_folder, "gguf"))
-    with pytest.raises(UserError, match=r"keeps the blocks of a \.gguf file"):
-        load(str(wide_folder), precision="gguf", device="cpu")
-
-
-def test_a_file_that_was_cut_short_since_is_refused(gguf_file, tmp_path):
     loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1)
     short_file = tmp_path / "short.gguf"
     short_file.write_bytes(gguf_file.read_bytes()[:-4000])
@@ -212,22 +206,17 @@ def test_a_layer_that_another_library_quantized_keeps_its_product():
 
 
 @pytest.mark.slow
-def test_a_bitsandbytes_layer_is_adapted_with_its_own_product():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bitsandbytes_layer_is_adapted_with_its_own_product(bits):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
     torch.manual_seed(0)
     plain = nn.Linear(64, 32, bias=False)
-    quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    quantized.weight = bnb.nn.Params4bit(plain.weight.data.clone(), quant_type="nf4", requires_grad=False)
-    model = nn.ModuleDict({"q_proj": quantized.to("cpu")})
-    check_foreign(model, torch.randn(5, 64), "bitsandbytes")
-
-
-@pytest.mark.slow
-def test_a_bitsandbytes_layer_in_8_bits_is_adapted_with_its_own_product():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-    torch.manual_seed(0)
-    quantized = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
-    quantized.load_state_dict(nn.Linear(64, 32, bias=False).state_dict())
+    if bits == 4:
+        quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        quantized.weight = bnb.nn.Params4bit(plain.weight.data.clone(), quant_type="nf4", requires_grad=False)
+    else:
+        quantized = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+        quantized.load_state_dict(plain.state_dict())
     check_foreign(nn.ModuleDict({"q_proj": quantized.to("cpu")}), torch.randn(5, 64), "bitsandbytes")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from deltaw.cache import recall, remember
 from deltaw.errors import UserError
-from deltaw.host import product_rates
 from deltaw.host import product_rates as measurements
 from deltaw.host.product_rates import Measured
 from deltaw.settings import RunConfig
@@ -31,40 +33,20 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def counted(monkeypatch) -> list[str]:
-    """The methods of the dry runs that were made."""
-    made: list[str] = []
-    real = planning._planned
-
-    def spy(config: RunConfig, *others: object) -> object:
-        made.append(config.method)
-        return real(config, *others)
-
-    monkeypatch.setattr(planning, "_planned", spy)
+def counted(monkeypatch) -> mock.Mock:
+    """The dry runs that are made."""
+    made = mock.Mock(wraps=planning._planned)
+    monkeypatch.setattr(planning, "_planned", made)
     return made
-
-
-def test_the_same_run_is_planned_once(settings, tmp_path, own_cache, counted):
-    config = RunConfig.read(settings(tmp_path / "run"))
-    task, data = read_data(config)
-    first = planning.plan_run(config, task, data)
-    elsewhere = RunConfig.read(settings(tmp_path / "other"))
-    assert planning.plan_run(elsewhere, task, data) == first
-    assert counted == ["lora"]
 
 
 @pytest.mark.parametrize("change", ["settings", "rows", "model", "variable", "source", "version"])
 def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
-    change, settings, rows_file, tmp_path, own_cache, counted, monkeypatch
+    change, settings, rows_file, model_folder, tmp_path, own_cache, counted, monkeypatch
 ):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(rows_file.read_bytes())
-    plain = settings(tmp_path / "run", data={"train": str(rows)})
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in Path(plain["model"]).iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    plain["model"] = str(model)
+    rows = shutil.copy(rows_file, tmp_path / "rows.jsonl")
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    plain = settings(tmp_path / "run", data={"train": str(rows)}, model=str(model))
     config = RunConfig.read(plain)
     planning.plan_run(config, *read_data(config))
     if change == "settings":
@@ -81,7 +63,7 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
     else:
         other_version(monkeypatch, "torch")
     planning.plan_run(config, *read_data(config))
-    assert len(counted) == 2
+    assert counted.call_count == 2
 
 
 def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cache, counted, monkeypatch):
@@ -90,31 +72,33 @@ def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cach
     monkeypatch.setattr(measurements, "_used", {})
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
-    rates = {candidate.stored: {} for candidate in product_rates.candidates()}
-    for candidate in product_rates.candidates():
-        rates[candidate.stored][candidate.name] = 50.0 if candidate.way == "torch" else 100.0
-    monkeypatch.setattr(product_rates, "measure", lambda *of: Measured(rates, disturbed=False))
+    rates: dict[str, dict[str, float]] = {}
+    for candidate in measurements.candidates():
+        rates.setdefault(candidate.stored, {})[candidate.name] = 50.0 if candidate.way == "torch" else 100.0
+    monkeypatch.setattr(measurements, "measure", lambda *of: Measured(rates, disturbed=False))
     first = planning.plan_run(config, task, data)
-    assert planning.plan_run(config, task, data) == first and len(counted) == 1
+    assert planning.plan_run(config, task, data) == first and counted.call_count == 1
     assert recalled(config, ["lora"]).plans == {"lora": first}
     for kind, key, _ in measurements.basis():
         slower = {stored: dict.fromkeys(of, 1.0) for stored, of in rates.items()}
         remember(kind, key, {"rates": slower, "disturbed": False})
     assert recalled(config, ["lora"]) is None
     planning.plan_run(config, task, data)
-    assert len(counted) == 2
+    assert counted.call_count == 2
     monkeypatch.setenv("DELTAW_KERNELS", "auto:torch")
     assert recalled(config, ["lora"]) is None
 
 
-def test_a_plan_is_not_taken_for_other_rows_than_those_it_was_made_of(settings, tmp_path, own_cache, counted):
+def test_the_same_run_is_planned_once_and_with_other_rows_anew(settings, tmp_path, own_cache, counted):
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
-    planning.plan_run(config, task, data)
+    first = planning.plan_run(config, task, data)
+    assert planning.plan_run(RunConfig.read(settings(tmp_path / "other")), task, data) == first
+    assert counted.call_count == 1
     fewer = type(data)(data.train[:3], data.held_out, data.report)
     assert digest_of(fewer.every) != digest_of(data.every)
     planning.plan_run(config, task, fewer)
-    assert len(counted) == 2
+    assert counted.call_count == 2
 
 
 def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_path, own_cache, counted):
@@ -159,10 +143,10 @@ def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache)
     assert done.stderr.splitlines()[-1] == "False" and "10 rows read" in done.stderr
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
-def test_a_limit_that_nobody_watches_is_refused_by_name(device):
-    assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, device) is None
-    for refuse in (lambda: memory_budget("2GB", device), lambda: refuse_memory("2GB", "tune")):
+def test_a_limit_that_nobody_watches_is_refused_by_name():
+    assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, "cuda") is None
+    of_devices = [functools.partial(memory_budget, "2GB", device) for device in ("cuda", "cuda:1", "mps")]
+    for refuse in (*of_devices, lambda: refuse_memory("2GB", "tune")):
         with pytest.raises(UserError) as refused:
             refuse()
         assert refused.value.where == "memory"

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from deltaw.data import DataSettings
@@ -17,13 +18,14 @@ from deltaw.data.reward_pairs import RewardPair, RewardReader
 from deltaw.errors import UserError
 from deltaw.runtime.packed import padded_rows
 from deltaw.training.fit import fit
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.origin import score_run
 from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import metrics
+from tests.training.runs import held_out_rows, metrics, opened
 from tests.training.test_label_objective import model_of
-from tests.training.test_losses import gradients
+from tests.training.test_losses import assert_gradients, gradients
+from tests.training.test_preference import trl_step
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -67,9 +69,7 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
         found = gradients(model, loss)
         evaluation = evaluate_labels(objective, groups, batcher)
     assert float(loss.detach()) == pytest.approx(float(sum(losses)), rel=1e-5)
-    scale = max(g.norm() for g in expected.values())
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 5e-5 * max(gradient.norm(), 1e-2 * scale), key
+    assert_gradients(found, expected, 5e-5)
     assert evaluation.predictions == pytest.approx(np.array(rewards), rel=1e-4, abs=1e-5)
     right = (np.array(rewards) @ [1, -1] > 0).mean()
     assert evaluation.main == "accuracy" and evaluation.metrics["accuracy"] == pytest.approx(right)
@@ -78,46 +78,22 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
 
 
 def test_the_loss_is_that_of_trls_trainer(tmp_path):
-    pytest.importorskip("trl", reason="TRL's RewardTrainer is compared with")
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-
     model = model_of("llama", outputs=1, pad=0)
     groups = pairs_of()
+    ids = [[row.tokens.tolist() for row in pair.rows] for pair in groups]
     columns = [
-        {
-            "chosen_ids": pair.rows[0].tokens.tolist(),
-            "rejected_ids": pair.rows[1].tokens.tolist(),
-            "margin": pair.margin,
-        }
-        for pair in groups
+        {"chosen_ids": chosen, "rejected_ids": rejected, "margin": pair.margin}
+        for pair, (chosen, rejected) in zip(groups, ids, strict=True)
     ]
-    trainer = RewardTrainer(
-        model=model,
-        args=RewardConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=len(groups),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_dropout=False,
-            eos_token="<|endoftext|>",
-            pad_token="<|endoftext|>",
-        ),
-        train_dataset=Dataset.from_list(columns),
-        processing_class=byte_tokenizer(),
-    )
-    theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
-    expected = gradients(model, theirs)
+    end = "<|endoftext|>"
+    _, _, theirs, expected = trl_step("Reward", model, columns, tmp_path, eos_token=end, pad_token=end)
     objective = LabelObjective(model, "sequence-classification")
     with padded_rows(model):
         batches = LabelMicroBatcher(40, "cpu").batches(groups)
         ours = sum(objective(batch) for batch in batches) / objective.units(groups)
         found = gradients(model, ours)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
+    assert_gradients(found, expected, 1e-4, floor=1e-4)
 
 
 def rows_with(margin=True):
@@ -141,47 +117,33 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_a_run_learns_which_answer_is_better_and_is_read_again(kind, settings, tmp_path, encoder_folder, model_folder):
-    path = write_rows(tmp_path / "pairs.jsonl", rows_with())
+    path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=kind == "encoder"))
     base = encoder_folder if kind == "encoder" else model_folder
-    result = fit(
-        settings(
-            tmp_path / "run",
-            model=str(base),
-            task="sequence-classification",
-            data={"train": str(path), "eval": 3},
-            train={"epochs": 25, "eval_every": 1},
-        )
-    )
+    changes = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}, "model": str(base)}
+    result = fit(settings(tmp_path / "run", **changes, train={"epochs": 12, "eval_every": 3}))
     evals = [line["eval"] for line in metrics(result.output, "eval")]
     assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["accuracy"] == 1
     steps = metrics(result.output, "learning_rate")
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
     settings_of_adapter = json.loads((result.output / "adapter_config.json").read_text())
     assert settings_of_adapter["task_type"] == "SEQ_CLS" and settings_of_adapter["modules_to_save"]
-    opened = open_run(str(result.output), precision="fp32", device="cpu", say=lambda line: None)
-    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
-    score = score_run(opened, held_out).evaluation
+    run = opened(result.output)
+    held_out = held_out_rows(run)
+    score = score_run(run, held_out).evaluation
     assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-5)
-    every, report = opened.task.read_file(str(path), opened.config.data, opened.classes)
+    every, report = run.task.read_file(str(path), run.config.data, run.classes)
     assert len(every) == len(COLORS) and report.form == "preference pairs"
-
-
-def test_peft_reads_the_adapter_with_its_head(settings, tmp_path, model_folder):
-    peft = pytest.importorskip("peft", reason="PEFT reads the adapter")
-    path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=False))
-    given = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}}
-    run = fit(settings(tmp_path / "run", **given, train={"epochs": 5})).output
-    opened = open_run(str(run), precision="fp32", device="cpu", say=lambda line: None)
-    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
-    ours = score_run(opened, held_out).evaluation.predictions
-    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1).eval()
-    theirs = peft.PeftModel.from_pretrained(base, str(run)).eval()
+    if kind == "encoder":
+        return
+    # PEFT reads the adapter with its head.
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1).eval()
+    theirs = PeftModel.from_pretrained(model, str(result.output)).eval()
     with torch.no_grad():
         found = [
             [float(theirs(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits) for row in pair.rows]
             for pair in held_out
         ]
-    assert np.array(found) == pytest.approx(ours, rel=1e-4, abs=1e-5)
+    assert np.array(found) == pytest.approx(score.predictions, rel=1e-4, abs=1e-5)
 
 
 def test_texts_of_an_encoder_are_told_apart_and_margins_are_numbers(tmp_path):

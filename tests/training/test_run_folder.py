@@ -6,7 +6,7 @@ import os
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.errors import UserError
@@ -16,28 +16,23 @@ from deltaw.training.run_folder import METRICS, SETTINGS, RunFolder, check_outpu
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
 
 
-@given(
-    texts,
-    texts,
-    st.fixed_dictionaries(
-        {
-            "rank": st.integers(1, 64),
-            "alpha": st.floats(1e-6, 1e6),
-            "target_modules": st.sampled_from(["all-linear", ["q_proj", "v_proj"], r".*\.mlp\..*"]),
-            "layers": st.sampled_from([None, "0-3", [1, 2]]),
-            "rank_pattern": st.sampled_from([{}, {"q_proj": 2}]),
-        }
-    ),
-    st.fixed_dictionaries(
-        {
-            "learning_rate": st.floats(1e-12, 1.0),
-            "epochs": st.floats(1e-3, 100),
-            "tokens_per_pass": st.sampled_from(["auto", 1, 4096]),
-            "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
-            "max_grad_norm": st.sampled_from([None, 0.5]),
-        }
-    ),
-)
+LORA = {
+    "alpha": st.floats(1e-6, 1e6),
+    "target_modules": st.sampled_from(["all-linear", ["q_proj", "v_proj"], r".*\.mlp\..*"]),
+    "layers": st.sampled_from([None, "0-3", [1, 2]]),
+    "rank_pattern": st.sampled_from([{}, {"q_proj": 2}]),
+}
+TRAIN = {
+    "learning_rate": st.floats(1e-12, 1.0),
+    "epochs": st.floats(1e-3, 100),
+    "tokens_per_pass": st.sampled_from(["auto", 1, 4096]),
+    "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    "max_grad_norm": st.sampled_from([None, 0.5]),
+}
+
+
+@settings(max_examples=40)
+@given(texts, texts, st.fixed_dictionaries(LORA), st.fixed_dictionaries(TRAIN))
 def test_the_settings_read_back_as_the_same_configuration(model, output, lora, train):
     data = {"train": "rows: #1.jsonl", "eval": 0.1, "columns": {"prompt": "question"}}
     config = RunConfig.read({"model": model, "data": data, "lora": lora, "train": train, "output": output})
@@ -46,17 +41,14 @@ def test_the_settings_read_back_as_the_same_configuration(model, output, lora, t
     assert RunConfig.read(yaml.safe_load(text)) == config
 
 
-def test_what_the_run_chose_stands_behind_the_setting():
+def test_what_the_run_chose_stands_behind_the_setting_or_at_the_end():
     config = RunConfig.read({"model": "m", "data": "d"})
-    lines = settings_text(config, {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked")}).splitlines()
-    assert "  tokens_per_pass: auto  # 64: fits" in lines
-    assert "device: auto  # cpu: asked" in lines
-
-
-def test_what_the_run_chose_without_a_setting_is_written_down_too():
-    config = RunConfig.read({"model": "m", "data": "d"})
-    text = settings_text(config, {"kernels": ("avx2, bf16 products wide", "140 GFLOP/s; torch 90")})
-    assert text.splitlines()[-1] == "# kernels: avx2, bf16 products wide: 140 GFLOP/s; torch 90"
+    kernels = ("avx2, bf16 products wide", "140 GFLOP/s; torch 90")
+    chosen = {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked"), "kernels": kernels}
+    text = settings_text(config, chosen)
+    lines = text.splitlines()
+    assert "  tokens_per_pass: auto  # 64: fits" in lines and "device: auto  # cpu: asked" in lines
+    assert lines[-1] == "# kernels: avx2, bf16 products wide: 140 GFLOP/s; torch 90"
     assert RunConfig.read(yaml.safe_load(text)) == config
 
 
@@ -73,7 +65,9 @@ def test_an_earlier_run_is_moved_aside_each_time(tmp_path):
     ]
 
 
-def test_an_empty_folder_is_taken_as_it_is(tmp_path):
+def test_an_empty_folder_is_taken_as_it_is_and_checking_the_output_leaves_no_trace(tmp_path):
+    check_output(tmp_path / "new" / "run")
+    assert not any(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     assert RunFolder(tmp_path / "run").moved is None
 
@@ -99,18 +93,11 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_checking_the_output_leaves_no_trace(tmp_path):
-    check_output(tmp_path / "new" / "run")
-    assert not any(tmp_path.iterdir())
-
-
 def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
     (tmp_path / SETTINGS).write_text("")
-    monkeypatch.chdir(tmp_path)
-    for place in (".", "..", str(tmp_path)):
-        if place == "..":
-            (tmp_path / "below").mkdir()
-            monkeypatch.chdir(tmp_path / "below")
+    (tmp_path / "below").mkdir()
+    for place, folder in ((".", tmp_path), ("..", tmp_path / "below"), (str(tmp_path), tmp_path / "below")):
+        monkeypatch.chdir(folder)
         with pytest.raises(UserError, match=r"cannot be renamed|cannot rename"):
             RunFolder(place)
     assert (tmp_path / SETTINGS).exists()

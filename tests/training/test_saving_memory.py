@@ -27,18 +27,8 @@ def added(call):
 folder, size = sys.argv[1], int(sys.argv[2])
 
 def model_of(size):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wide = nn.Linear(size, size, bias=False)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(Block() for _ in range(4))
-            self.head = nn.Linear(size, size, bias=False)
-
-    return Model()
+    layers = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(size, size, bias=False)}) for _ in range(4))
+    return nn.ModuleDict({"layers": layers, "head": nn.Linear(size, size, bias=False)})
 
 def case(what, size, to):
     model = model_of(size)

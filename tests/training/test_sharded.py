@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
 from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
@@ -28,11 +29,10 @@ from tests.training.parallel_runs import (
     needs_gloo,
     train,
     train_all,
-    train_two,
+    train_until_one_dies,
     trains_as_one,
-    write_settings,
 )
-from tests.training.runs import Told, adapter, losses, metrics
+from tests.training.runs import adapter, losses, metrics, stopped_run
 
 pytestmark = needs_gloo
 
@@ -42,13 +42,17 @@ def sharded(of):
     return lambda output, **changes: of(output, **laid_over({"train": {"sharding": "base"}}, changes))
 
 
+def shares(held):
+    """Of each step in each process that holds about half of the base: whether its blocks run fused."""
+    noted = [json.loads(line) for line in held.read_text().splitlines()]
+    return [fused for own, whole, fused in noted if own <= 0.51 * whole]
+
+
 def test_two_processes_with_half_of_the_base_each_train_as_one(of, sharded, tmp_path):
     """Microbatches of few tokens, so that one process has more of them than the other."""
     few, held = {"train": {"tokens_per_pass": 60}}, tmp_path / "held"
     trains_as_one(of(tmp_path / "one", **few), sharded(tmp_path / "two", **few), HELD=str(held))
-    shares = [json.loads(line) for line in held.read_text().splitlines()]
-    divided = [fused for own, whole, fused in shares if own <= 0.51 * whole]
-    assert divided == [True] * (2 * 6)  # six steps; others are of the dry run
+    assert shares(held) == [True] * (2 * 6)  # six steps; others are of the dry run
 
 
 @pytest.mark.slow
@@ -72,19 +76,15 @@ def test_weights_are_divided_as_they_are_stored(of, sharded, tmp_path, precision
     said = trains_as_one(one, two, same=agree, HELD=str(held))
     if precision == "bf16" and loader.library() is not None:  # compared with fp32 a gathered block at a time
         assert "\napproximate: gradients of frozen layers in int8" in said, said
-    shares = [json.loads(line) for line in held.read_text().splitlines()]
-    assert sum(own <= 0.51 * whole for own, whole, _ in shares) == 2 * 6
+    assert len(shares(held)) == 2 * 6
 
 
 @pytest.mark.slow
 def test_a_killed_process_and_another_number_without_sharding(of, sharded, tmp_path):
     fit(of(tmp_path / "whole"))
     made = sharded(tmp_path / "run", train={"checkpoint_every": 1000})
-    path = write_settings(tmp_path / "run.yaml", made)
-    zero, one = train_two(path, DIES_AT="3")
-    assert one[0] == -9 and zero[0] == 2, (zero, one)
-    assert "another of the 2 processes ended" in zero[2] and "Traceback" not in zero[2]
-    assert "goes on from step 3" in train_all(path, 3)[0]
+    train_until_one_dies(made, 3)
+    assert "resumes from step 3" in train_all(made, 3)[0]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     # One process, and the whole model in it, takes the same run further.
     assert fit(made | {"output": str(tmp_path / "run")}, fresh=True).resumed_from_step is None
@@ -93,8 +93,7 @@ def test_a_killed_process_and_another_number_without_sharding(of, sharded, tmp_p
 @pytest.mark.slow
 def test_answers_and_drift_gather_while_the_others_wait(sharded, tmp_path):
     """Process 0 writes answers by itself: each gathering is ordered."""
-    made = sharded(tmp_path / "run", train={"eval_answers": 2, "samples": 2})
-    train_all(write_settings(tmp_path / "run.yaml", made))
+    train_all(sharded(tmp_path / "run", train={"eval_answers": 2, "samples": 2}))
     assert any("written_exact_match" in line.get("eval", {}) for line in metrics(tmp_path / "run"))
 
 
@@ -102,11 +101,10 @@ def test_answers_and_drift_gather_while_the_others_wait(sharded, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused_in_words(sharded, tmp_path):
     """Of other rows, and of another model: by process 0, before it writes; the others end with it."""
     made = sharded(tmp_path / "run")
-    assert fit(made, callback=Told(stop_after=2)).interrupted
+    stopped_run(made, 2)
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     rows = write_rows(tmp_path / "other.jsonl", ({"prompt": f"p{n}", "completion": "c"} for n in range(11)))
-    other = tmp_path / "model"
-    shutil.copytree(made["model"], other)
+    other = shutil.copytree(made["model"], tmp_path / "model")
     tensors = {name: tensor * 2 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     for change, said in (
@@ -114,40 +112,32 @@ def test_a_checkpoint_of_another_run_is_refused_in_words(sharded, tmp_path):
         ({"model": str(other)}, "model"),
         ({"lora": {"rank": 2}}, "lora.rank"),
     ):
-        path = write_settings(tmp_path / "run.yaml", made | change)
-        zero, one = train(path, 2)
+        zero, one = train(made | change)
         assert zero[0] == 2 and said in zero[2] and "Traceback" not in zero[2], (zero, one)
         assert one[0] == 2 and "Traceback" not in one[2]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"method": "full"}, "method full"),
-        ({"lora": {"dora": True}}, "lora.dora"),
-        ({"lora": {"init": "pissa"}}, "lora.init"),
-        ({"train": {"keep_general": 1.0}}, "train.keep_general"),
-        ({"task": "sequence-classification"}, "task sequence-classification"),
-    ],
-)
-def test_what_needs_whole_weights_is_refused_by_name(settings, tmp_path, changes, named):
-    config = RunConfig.read(settings(tmp_path / "run", **changes))
-    with pytest.raises(UserError) as refused:
-        as_sharded(config, lambda line: None)
-    assert named in f"{refused.value.what} {refused.value.where}"
+def test_what_needs_whole_weights_is_refused_by_name(settings, tmp_path):
+    for named, changes in {
+        "method full": {"method": "full"},
+        "lora.dora": {"lora": {"dora": True}},
+        "lora.init": {"lora": {"init": "pissa"}},
+        "train.keep_general": {"train": {"keep_general": 1.0}},
+        "task sequence-classification": {"task": "sequence-classification"},
+    }.items():
+        with pytest.raises(UserError) as refused:
+            as_sharded(RunConfig.read(settings(tmp_path / "run", **changes)), lambda line: None)
+        assert named in f"{refused.value.what} {refused.value.where}"
 
 
 def test_a_refusal_ends_all_processes_before_anything_loads(sharded, tmp_path):
-    made = sharded(tmp_path / "run", lora={"dora": True})
-    zero, one = train(write_settings(tmp_path / "run.yaml", made), 2)
+    zero, one = train(sharded(tmp_path / "run", lora={"dora": True}))
     assert zero[0] == 2 and "lora.dora" in zero[2] and "Traceback" not in zero[2]
     assert one == (2, "", "") and not (tmp_path / "run").exists()
 
 
 def test_rows_read_from_the_files_are_those_of_the_model(model_folder):
-    from transformers import AutoModelForCausalLM
-
     in_memory = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     whole = dict(in_memory.named_parameters())
     how = {"dtype": "fp32", "task": "causal-lm", "attention": "sdpa", "trust_remote_code": False}

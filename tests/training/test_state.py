@@ -6,92 +6,14 @@ import json
 import warnings
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.kernels import loader
-from deltaw.lora import LoRAConfig
-from deltaw.methods.in_place import Bias, Full, Random
-from deltaw.methods.lora import LoRA
-from deltaw.methods.settings import RandomSettings
-from deltaw.runtime.packed import packed_rows
-from deltaw.training.loop import train
-from deltaw.training.process import random_state
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.tiny_models import VOCABULARY, causal_model
-
-METHODS = {
-    "lora with dropout": lambda: LoRA(LoRAConfig(rank=4, alpha=8, dropout=0.3)),
-    "lora plus": lambda: LoRA(LoRAConfig(rank=4, alpha=8), b_rate=4.0),
-    "bias": lambda: Bias(None),
-    "full": lambda: Full(None),
-    "random": lambda: Random(RandomSettings(weights=0.05)),
-}
-
-
-def rows(count=11):
-    random = np.random.default_rng(3)
-    stem = random.integers(3, VOCABULARY, 5)
-    made = []
-    for number in range(count):
-        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, 2 + number % 4)]).astype(np.int32)
-        made.append(Example(number + 1, tokens, np.arange(len(tokens)) >= 5, 5, None))
-    return made
-
-
-class Training:
-    """New objects for the same training: model, method, objective, batcher."""
-
-    def __init__(self, method="lora with dropout", family="qwen3", dtype=torch.float32, **settings):
-        self.model = causal_model(family).to(dtype)
-        self.method = METHODS[method]()
-        self.method.prepare(self.model, seed=0)
-        with self.method.evaluating(self.model):
-            self.objective = CausalObjective(self.model)
-        self.settings = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": 4, "seed": 5, **settings}
-        self.steps, self.states, self.on_step = [], {}, lambda: None
-
-    def go(self, saved=None, keep=(), should_stop=lambda: False):
-        named = self.method.parameters(self.model)
-        batcher = CausalMicroBatcher(40, True, False, "cpu")
-
-        def on_begin(state):
-            self.state = state
-
-        def on_step(step):
-            self.steps.append(step)
-            self.on_step()
-            if step.step in keep:
-                self.states[step.step] = self.state.state()
-
-        with packed_rows(self.model):
-            self.outcome = train(
-                self.objective,
-                [parameter for _, parameter in named],
-                rows(),
-                batcher,
-                names=[name for name, _ in named],
-                rate_factors=[self.method.rate_factor(name) for name, _ in named],
-                after_step=lambda: self.method.after_step(self.model),
-                saved=saved,
-                on_begin=on_begin,
-                on_step=on_step,
-                should_stop=should_stop,
-                **self.settings,
-            )
-        return self
-
-    def stopped_after(self, count):
-        return self.go(keep=(count,), should_stop=lambda: len(self.steps) >= count)
-
-    def weights(self):
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+from tests.training.loops import Training
 
 
 def through_files(saved):
@@ -128,18 +50,21 @@ def test_ten_steps_are_five_and_five_more_from_the_state(method, dtype, settings
     rest = Training(method, family, dtype, **settings).go(saved=through_files(half.states[5]))
     assert len(rest.steps) == 5 and rest.steps[0].step == 6
     assert_equal_to_the_bit(rest, whole)
-    start = Training(method, family, dtype, **settings).weights()
-    assert any(not torch.equal(weight, start[name]) for name, weight in whole.weights().items())
+    assert any(not torch.equal(weight, whole.before[name]) for name, weight in whole.weights().items())
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 9])
-def test_any_step_will_do_also_the_ends_of_epochs_and_those_that_are_checked(at):
-    whole = Training().go(keep=(at,))
-    assert_equal_to_the_bit(Training().go(saved=whole.states[at]), whole)
+@pytest.fixture(scope="module")
+def whole():
+    """Ten steps, and the states after some of them."""
+    return Training().go(keep=(1, 2, 3, 4, 5, 9))
 
 
-def test_a_step_that_was_given_up_half_way_leaves_the_state_before_it():
-    whole = Training().go(keep=(3,))
+def test_any_step_will_do_also_the_ends_of_epochs_and_those_that_are_checked(whole):
+    for at in (1, 2, 3, 9):
+        assert_equal_to_the_bit(Training().go(whole.states[at]), whole)
+
+
+def test_a_step_that_was_given_up_half_way_leaves_the_state_before_it(whole):
     run, asked = Training(), []
 
     def within_step_four():
@@ -148,32 +73,23 @@ def test_a_step_that_was_given_up_half_way_leaves_the_state_before_it():
 
     run.go(should_stop=within_step_four)
     assert run.outcome.interrupted and run.outcome.steps == 3
-    assert all(parameter.grad is None for _, parameter in run.method.parameters(run.model))
+    assert all(parameter.grad is None for parameter in run.trained.values())
     left = run.state.state()
     assert left.values == whole.states[3].values | {"sums": left.values["sums"]}
     assert all(torch.equal(tensor, whole.states[3].tensors[name]) for name, tensor in left.tensors.items())
-    assert_equal_to_the_bit(Training().go(saved=through_files(left)), whole)
+    assert_equal_to_the_bit(Training().go(through_files(left)), whole)
 
 
-def test_what_a_callback_draws_changes_nothing():
-    whole, disturbed = Training().go(), Training()
-    disturbed.on_step = lambda: torch.rand(5)
-    assert_equal_to_the_bit(disturbed.go(), whole)
-
-
-def test_a_training_that_goes_on_with_another_arithmetic_says_so():
+def test_a_training_that_goes_on_with_another_arithmetic_says_so(whole):
     """It goes on all the same, and close to what it would have been; the same arithmetic says nothing."""
-    whole = Training().go()
-    half = Training().stopped_after(5)
-    assert half.states[5].values["arithmetic"] == loader.arithmetic().as_dict()
+    state = whole.states[5]
+    assert state.values["arithmetic"] == loader.arithmetic().as_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArithmeticChangedWarning)
-        Training().go(saved=half.states[5])
         # States that were written before some products could be in int8 do not name them.
-        values = half.states[5].values
-        older = {name: way for name, way in values["arithmetic"].items() if not name.startswith("int8_")}
+        older = {name: way for name, way in state.values["arithmetic"].items() if not name.startswith("int8_")}
         with loader.computing(replace(loader.arithmetic(), int8_logits=False, int8_gradients=False)):
-            Training().go(saved=replace(half.states[5], values=values | {"arithmetic": older}))
+            Training().go(replace(state, values=state.values | {"arithmetic": older}))
     own = loader.arithmetic()
     other = replace(own, fp32="torch") if own.fp32 != "torch" else replace(own, kernels="another")
     with pytest.MonkeyPatch.context() as patch:
@@ -181,56 +97,39 @@ def test_a_training_that_goes_on_with_another_arithmetic_says_so():
             patch.setattr(loader, "arithmetic", lambda: other)
         context = loader.computing(None if own.kernels is None else other)
         with context, pytest.warns(ArithmeticChangedWarning, match="not equal to the bit"):
-            rest = Training().go(saved=half.states[5])
+            rest = Training().go(state)
     assert [step.step for step in rest.steps] == [6, 7, 8, 9, 10]
     found, expected = rest.weights(), whole.weights()
     assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 
-def test_the_state_says_where_the_data_and_the_schedule_stand():
-    run = Training(schedule="cosine", warmup=0.2).go(keep=(4,))
-    values = run.states[4].values
+def test_the_state_says_where_the_data_and_the_schedule_stand(whole):
+    values = whole.states[4].values
     # Eleven rows in steps of four: three steps an epoch.
     assert values["step"] == 4 and values["place"] == {"epoch": 1, "position": 4}
     assert values["schedule"]["name"] == "cosine" and values["order"]["seed"] == 5
-    assert set(values["names"]) == {name for name, _ in run.method.parameters(run.model)}
+    assert set(values["names"]) == whole.trained.keys()
 
 
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"seed": 6}, "order of rows"),
-        ({"batch_size": 3}, "order of rows"),
-        ({"total_steps": 12}, "schedule"),
-        ({"learning_rate": 1e-3}, "schedule"),
-    ],
-)
-def test_the_state_of_another_training_is_refused(changes, what):
-    saved = Training().stopped_after(2).states[2]
-    other = Training(**changes)
-    before = {name: weight.clone() for name, weight in other.weights().items()}
-    with pytest.raises(UserError, match=what):
-        other.go(saved=saved)
-    assert all(torch.equal(weight, before[name]) for name, weight in other.weights().items())
-
-
-def test_other_parameters_are_refused():
-    saved = Training().stopped_after(2).states[2]
-    with pytest.raises(UserError, match="trained parameters"):
-        Training("full").go(saved=saved)
+def test_the_state_of_another_training_is_refused(whole):
+    saved = whole.states[2]
     narrow = {k: t[..., :1] if k.startswith("parameter/") else t for k, t in saved.tensors.items()}
-    with pytest.raises(UserError, match="shape"):
-        Training().go(saved=SavedState(saved.values, narrow))
+    for what, other, state in [
+        ("order of rows", Training(seed=6), saved),
+        ("order of rows", Training(batch_size=3), saved),
+        ("schedule", Training(total_steps=12), saved),
+        ("schedule", Training(learning_rate=1e-3), saved),
+        ("trained parameters", Training("full"), saved),
+        ("shape", Training(), SavedState(saved.values, narrow)),
+    ]:
+        with pytest.raises(UserError, match=what):
+            other.go(saved=state)
+        assert all(torch.equal(weight, other.before[name]) for name, weight in other.weights().items())
 
 
-def test_the_seed_alone_decides_and_the_process_keeps_its_own_random_numbers():
-    torch.manual_seed(1)
-    before = random_state()
-    first = Training().go()
-    torch.set_rng_state(before["cpu"])
-    Training().go()
+def test_the_seed_alone_decides_and_what_others_draw_changes_nothing(whole):
+    disturbed = Training()
     torch.rand(7)
-    again = Training().go()
-    assert_equal_to_the_bit(again, first)
+    assert_equal_to_the_bit(disturbed.go(on_step=lambda step: torch.rand(5)), whole)
     other = Training(seed=6).go()
-    assert [s.loss for s in other.steps] != [s.loss for s in first.steps]
+    assert [s.loss for s in other.steps] != [s.loss for s in whole.steps]

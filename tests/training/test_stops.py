@@ -28,41 +28,28 @@ def model_in(folder: Path, family: str) -> str:
     return str(folder)
 
 
-def run(folder: Path, model: str, rows: Path, **data: object) -> Path:
-    return fit(
-        {
-            "model": model,
-            "data": {"train": str(rows), "eval": None, **data},
-            "method": "full",
-            "train": {"learning_rate": 1e-2, "batch_size": 10, "max_steps": 150, "epochs": 1000, "schedule": "cosine"},
-            "precision": "fp32",
-            "device": "cpu",
-            "threads": 1,
-            "output": str(folder / "run"),
-        }
-    ).output
+ENDS = {
+    "chatml": "<|im_end|>",
+    "gemma3": "<end_of_turn>",
+    "mistral1": "</s>",
+    "phi3": "<|end|>",
+    "qwen3": "<|im_end|>",
+    "base": "<|endoftext|>",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "end"),
-    [
-        ("chatml", "<|im_end|>"),
-        ("gemma3", "<end_of_turn>"),
-        ("mistral1", "</s>"),
-        ("phi3", "<|end|>"),
-        ("qwen3", "<|im_end|>"),
-        ("base", "<|endoftext|>"),
-    ],
-)
-def test_a_trained_model_ends_its_turn_by_itself(tmp_path: Path, family: str, end: str) -> None:
+@pytest.mark.parametrize("family", ENDS)
+def test_a_trained_model_ends_its_turn_by_itself(tmp_path: Path, settings, family: str) -> None:
     rows = write_rows(tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLORS))
-    trained = run(tmp_path, model_in(tmp_path / "model", family), rows)
+    train = {"learning_rate": 1e-2, "batch_size": 10, "max_steps": 150, "epochs": 1000, "schedule": "cosine"}
+    changes = {"model": model_in(tmp_path / "model", family), "data": {"train": str(rows), "eval": None}}
+    trained = fit(settings(tmp_path / "run", method="full", train=train, **changes)).output
     opened = open_run(str(trained), say=lambda line: None)
     prompts = [encode_prompt(f"paint it {c}: ", opened.data or "auto", opened.tokenizer) for c in COLORS]
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=40)
     assert all(answer.stopped for answer in answers)
-    assert {opened.tokenizer.convert_ids_to_tokens(answer.terminator) for answer in answers} == {end}
+    assert {opened.tokenizer.convert_ids_to_tokens(answer.terminator) for answer in answers} == {ENDS[family]}
     right = sum(answer.text.strip().endswith(f"{c[0]}!") for answer, c in zip(answers, COLORS, strict=True))
     assert right >= 8
 

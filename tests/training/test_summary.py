@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 
 from deltaw.data.example import Example, RowGroup
@@ -18,24 +20,22 @@ from deltaw.training.run_folder import RUN as NAME
 from deltaw.training.run_folder import RunFolder, is_alive, this_process
 from deltaw.training.summary import TEXT, example_rows, length_counts, next_commands, plain
 from tests.byte_models import byte_tokenizer
+from tests.training.runs import ADAPTER
 
 
-class Reads(Callback):
-    """Reads the summary at the first step; raises what it is given."""
-
-    def __init__(self, folder, error=None):
-        self.folder, self.error, self.told = folder, error, None
-
-    def on_step(self, step):
-        self.told = json.loads((self.folder / NAME).read_text())
-        if self.error is not None:
-            raise self.error
+def read(folder):
+    return json.loads((folder / NAME).read_text())
 
 
 def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
-    reads = Reads(tmp_path / "run")
-    result = fit(settings(tmp_path / "run"), callback=reads)
-    told = reads.told
+    run, seen = tmp_path / "run", []
+
+    class Reads(Callback):
+        def on_step(self, step):
+            seen.append(read(run))
+
+    result = fit(settings(run), callback=Reads())
+    told = seen[0]
     assert told["state"] == "running" and told["ended"] is None and "result" not in told
     assert told["process"]["id"] == os.getpid() and is_alive(told["process"]) is True
     assert told["total_steps"] == result.outcome.steps
@@ -43,10 +43,10 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     assert told["chosen"]["device"] == {"value": "cpu", "why": "as asked"}
     assert told["data"]["counts"]["rows_read"] == 10 and "10 rows read" in told["data"]["lines"][0]
     assert told["versions"]["torch"] and told["machine"]["processors"] >= 1
-    last = json.loads((tmp_path / "run" / NAME).read_text())
+    last = read(run)
     assert last["state"] == "finished" and last["result"] == result.as_dict()
     assert last["ended"] >= last["started"] == told["started"]
-    assert (tmp_path / "run" / NAME).stat().st_size < 200_000
+    assert (run / NAME).stat().st_size < 200_000
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,12 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     ],
 )
 def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
+    fails = mock.Mock(spec=Callback, **{"should_stop.return_value": False, "on_step.side_effect": error})
     with pytest.raises(type(error)):
-        fit(settings(tmp_path / "run"), callback=Reads(tmp_path / "run", error))
-    told = json.loads((tmp_path / "run" / NAME).read_text())
+        fit(settings(tmp_path / "run"), callback=fails)
+    told = read(tmp_path / "run")
     assert told["state"] == state and told.get("error", {}).get("what") == what
+    assert (tmp_path / "run" / ADAPTER).is_file() == (state == "failed")
     resumes = any("--resume" in entry["command"] for entry in told["commands"])
     assert resumes == any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
@@ -79,7 +81,7 @@ def test_a_result_that_cannot_be_written_at_the_end_is_a_warning(settings, tmp_p
         assert fit(settings(tmp_path / "run")).outcome.steps == 3
 
 
-def test_rows_are_shown_with_the_mask_that_is_trained(settings, tmp_path):
+def test_rows_are_shown_with_the_mask_that_is_trained():
     tokenizer = byte_tokenizer()
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     tokens = np.array(tokenizer.encode(text), dtype=np.int32)
@@ -145,34 +147,22 @@ def test_values_become_plain_and_bounded():
 
 
 def test_a_process_that_has_ended_is_known():
-    script = "import json; from deltaw.training.run_folder import this_process; print(json.dumps(this_process()))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert is_alive(json.loads(done.stdout)) is False
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        told = {**this_process(), "id": process.pid, "begun": psutil.Process(process.pid).create_time()}
+        assert is_alive(told) is True
+    assert is_alive(told) is False
     own = this_process()
     assert is_alive(own) is True
     assert is_alive({**own, "begun": own["begun"] - 60}) is False, "the number was used again"
     assert is_alive({**own, "host": "elsewhere"}) is None and is_alive({}) is None
 
 
-def test_a_run_that_goes_on_began_when_it_began(settings, tmp_path):
-    class Stops(Callback):
-        def should_stop(self):
-            return True
-
-    assert fit(settings(tmp_path / "run"), callback=Stops()).interrupted
-    before = json.loads((tmp_path / "run" / NAME).read_text())
-    assert before["state"] == "interrupted"
-    fit(settings(tmp_path / "run"))
-    after = json.loads((tmp_path / "run" / NAME).read_text())
-    assert after["state"] == "finished" and after["started"] == before["started"] < after["ended"]
-
-
 def test_commands_quote_the_folder(tmp_path):
     told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
-    assert not any("chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)])
-    assert not any("chat" in e["command"] for e in next_commands(tmp_path, "finished", "head", False))
+    for given in (("failed", "lora", True), ("finished", "head", False)):
+        assert not any("chat" in entry["command"] for entry in next_commands(tmp_path, *given))
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for state, resume in (("finished", " --train.epochs N"), ("failed", "")):
         told = [entry["command"] for entry in next_commands(tmp_path, state, "head", False)]

@@ -2,82 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
 from deltaw.training.fit import fit
 from deltaw.training.losses import RowLogProbs, UnpairedLoss
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.origin import score_run
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import Told, metrics
-from tests.training.test_checkpoints import assert_same_run
-from tests.training.test_losses import gradients, log_prob
+from tests.training.loops import example
+from tests.training.runs import assert_same_run, held_out_rows, losses, metrics, opened, stopped_run
+from tests.training.test_losses import assert_gradients, gradients, log_prob
+from tests.training.test_preference import moved, trl_rows, trl_step
 
 WEIGHTED = PreferenceSettings(loss="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
 
 
-def batch_rows(batch, prefix=""):
-    """TRL's rows as examples."""
-    rows = []
-    for ids, mask, seen, label in zip(
-        batch[prefix + "input_ids"],
-        batch[prefix + "completion_mask"],
-        batch[prefix + "attention_mask"],
-        batch["label"],
-        strict=True,
-    ):
-        tokens, is_label = ids[seen.bool()].numpy().astype(np.int32), mask[seen.bool()].bool().numpy()
-        begin = int((~is_label).sum())
-        rows.append(Example(len(rows), tokens, is_label, begin, None, desired=bool(label)))
-    return rows
-
-
-@pytest.mark.parametrize("moved", [0.02, -0.02], ids=["near", "other side"])
-def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(moved, tmp_path):
-    pytest.importorskip("trl", reason="TRL's KTOTrainer is compared with")
-    from datasets import Dataset
-    from trl import KTOConfig, KTOTrainer
-
+@pytest.mark.parametrize("share", [0.02, -0.02], ids=["near", "other side"])
+def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(share, tmp_path):
     base = tiny_llama(initializer_range=0.3)
-    policy = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            parameter.add_(moved * noise)
+    policy = moved(base, share)
     texts = [{"prompt": f"paint {c} ", "completion": c[: 2 + n % 3], "label": n % 3 != 0} for n, c in enumerate(COLORS)]
-    trainer = KTOTrainer(
-        model=policy,
-        ref_model=copy.deepcopy(base),
-        args=KTOConfig(
-            output_dir=str(tmp_path),
-            beta=0.3,
-            desirable_weight=1.5,
-            undesirable_weight=0.7,
-            per_device_train_batch_size=len(texts),
-            train_sampling_strategy="sequential",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_dropout=False,
-        ),
-        train_dataset=Dataset.from_list(texts),
-        processing_class=byte_tokenizer(),
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(policy, batch)
-    expected = gradients(policy, theirs)
-    pairs = zip(batch_rows(batch), batch_rows(batch, "KL_"), strict=True)
+    given = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7, "train_sampling_strategy": "sequential"}
+    trainer, batch, theirs, expected = trl_step("KTO", policy, texts, tmp_path, reference=base, **given)
+    pairs = zip(trl_rows(batch), trl_rows(batch, "KL_"), strict=True)
     task = PreferenceTask(byte_tokenizer(), settings=WEIGHTED)
     batcher = UnpairedMicroBatcher(60, True, False, "cpu")
     answers = task.referenced(base, [RowGroup(pair) for pair in pairs], batcher)
@@ -89,17 +43,14 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(moved, tmp_path
         found = gradients(policy, ours)
     (divergence,) = trainer._metrics["eval"]["kl"]  # the model is in eval mode
     assert float(objective.unpaired.divergence) == pytest.approx(divergence, rel=1e-4)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
+    assert_gradients(found, expected, 1e-4, floor=0)
 
 
 def test_the_divergence_is_no_less_than_zero_and_has_no_gradient():
     values = torch.tensor([-1.0, -2.0], requires_grad=True)
     rows = tuple(
-        Example(n, np.arange(3, dtype=np.int32), np.array([False, False, True]), 2, None, reference=r, desired=d)
-        for n, (r, d) in enumerate([(-1.5, True), (-1.0, False)])
+        example(n, range(3), 2, reference=r, desired=d) for n, (r, d) in enumerate([(-1.5, True), (-1.0, False)])
     )
     logs = RowLogProbs(values, torch.tensor([0, 1]), torch.tensor([0, 1]), rows)
     loss = UnpairedLoss(WEIGHTED)
@@ -125,7 +76,7 @@ def answers_file(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def judging(settings, answers_file):
     def make(output, **changes):
         data = {"train": str(answers_file), "eval": 6}
@@ -135,37 +86,38 @@ def judging(settings, answers_file):
     return make
 
 
-def test_a_run_shifts_the_rewards_of_answers_that_it_did_not_see(judging, tmp_path):
-    result = fit(judging(tmp_path / "run", train={"epochs": 12, "eval_every": 1}))
-    lines = metrics(result.output)
-    evals = [line["eval"] for line in lines if "eval" in line]
+@pytest.fixture(scope="module")
+def judged(judging, tmp_path_factory):
+    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 7}))
+
+
+def test_a_run_shifts_the_rewards_of_answers_that_it_did_not_see(judged):
+    evals = [line["eval"] for line in metrics(judged.output, "eval")]
     first, last = evals[0], evals[-1]
     assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
-    found, (low, high) = result.evaluation.metrics, result.evaluation.interval
+    found, (low, high) = judged.evaluation.metrics, judged.evaluation.interval
     assert low <= found["accuracy"] <= high and found["accuracy"] > 0.6 and found["kl"] >= 0
-    steps = [line for line in lines if "learning_rate" in line]
+    steps = metrics(judged.output, "learning_rate")
     assert steps[0]["loss"] == pytest.approx(0.5, rel=1e-5)  # the adapter begins as the base model
     assert {"accuracy", "kl"} <= steps[0].keys() and steps[0]["label_tokens"] == steps[0]["rows"]
 
 
-def test_the_reference_is_the_base_model_and_an_evaluation_counts_all_rows(judging, tmp_path, model_folder):
-    result = fit(judging(tmp_path / "run", train={"epochs": 6}))
-    opened = open_run(str(result.output), precision="fp32", device="cpu", say=lambda line: None)
-    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
-    exact = open_run(str(model_folder), precision="fp32", device="cpu", say=lambda line: None).model
+def test_the_reference_is_the_base_model_and_an_evaluation_counts_all_rows(judged, model_folder):
+    run, exact = opened(judged.output), opened(model_folder).model
+    held_out = held_out_rows(run)
     with torch.no_grad():
         ratios = np.array(
-            [[float(log_prob(opened.model, row) - log_prob(exact, row)) for row in group.rows] for group in held_out]
+            [[float(log_prob(run.model, row) - log_prob(exact, row)) for row in group.rows] for group in held_out]
         )
     divergence = max(0.0, ratios[:, 1].mean())
     signs = np.array([1 if group.rows[0].desired else -1 for group in held_out])
-    losses = 1 - 1 / (1 + np.exp(-0.1 * signs * (ratios[:, 0] - divergence)))
-    score = score_run(opened, held_out).evaluation.metrics
-    assert score["loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    expected = 1 - 1 / (1 + np.exp(-0.1 * signs * (ratios[:, 0] - divergence)))
+    score = score_run(run, held_out).evaluation.metrics
+    assert score["loss"] == pytest.approx(expected.mean(), rel=1e-4)
     assert score["kl"] == pytest.approx(divergence, rel=1e-3, abs=1e-5)
-    assert score["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=1e-4)
-    with opened.base():
-        at_base = score_run(opened, held_out).evaluation.metrics
+    assert score["loss"] == pytest.approx(judged.evaluation.metrics["loss"], rel=1e-4)
+    with run.base():
+        at_base = score_run(run, held_out).evaluation.metrics
     assert at_base["accuracy"] == 0.5 and at_base["loss"] == 0.5 and abs(score["loss"] - 0.5) > 1e-3
 
 
@@ -173,34 +125,18 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
     given = {"train": {"epochs": 3, "checkpoint_every": 2}}
     fit(judging(tmp_path / "whole", **given))
     small = fit(judging(tmp_path / "small", train={**given["train"], "tokens_per_pass": 80})).output
-    one, other = (
-        [line["loss"] for line in metrics(run) if "learning_rate" in line] for run in (tmp_path / "whole", small)
-    )
-    assert other == pytest.approx(one, rel=1e-4)
-
-    assert fit(judging(tmp_path / "run", **given), callback=Told(stop_after=3)).interrupted
+    assert losses(small) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    stopped_run(judging(tmp_path / "run", **given), 3)
     assert fit(judging(tmp_path / "run", **given)).resumed_from_step >= 2
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_virtual_tokens_come_before_both_rows(judging, tmp_path):
-    result = fit(judging(tmp_path / "run", method="prompt", train={"epochs": 20}))
-    losses = [line["loss"] for line in metrics(result.output) if "learning_rate" in line]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-
-
-def test_weights_that_the_loss_does_not_use_are_refused(judging, tmp_path):
-    with pytest.raises(UserError, match="weighs all answers alike") as told:
-        fit(judging(tmp_path / "a", preference={"loss": "dpo", "desirable_weight": 2.0}))
-    assert told.value.where.endswith("preference.desirable_weight")
-    with pytest.raises(UserError, match="no label smoothing"):
-        replaced = {"loss": "kto", "label_smoothing": 0.1}
-        fit(judging(tmp_path / "a", preference=replaced))
-    assert not (tmp_path / "a").exists()
+    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 10})).output)
+    assert np.mean(found[-3:]) < np.mean(found[:3])
 
 
 def test_rows_lacking_a_reference_are_refused():
-    row = Example(1, np.arange(3, dtype=np.int32), np.array([False, False, True]), 2, None, desired=True)
-    logs = RowLogProbs(torch.zeros(1), torch.tensor([0]), torch.tensor([0]), (replace(row),))
+    logs = RowLogProbs(torch.zeros(1), torch.tensor([0]), torch.tensor([0]), (example(1, range(3), 2, desired=True),))
     with pytest.raises(UserError, match="reference model"):
         UnpairedLoss(WEIGHTED).of_rows(logs)

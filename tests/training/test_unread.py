@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.settings import RunConfig
 from deltaw.training.planning.plan_run import REGION, plan
 from tests.byte_models import saved, tiny_llama
 
@@ -22,36 +21,33 @@ def folder(tmp_path_factory):
     return made
 
 
-def unread(folder, name: str, *, method: str = "lora", precision: str = "fp32", drift: bool = False) -> int:
-    settings = {
-        "model": str(folder / name),
-        "data": {"train": str(folder / "rows.jsonl"), "eval": None},
-        "method": method,
-        "precision": precision,
-        "train": {"max_steps": 2, "drift": drift, "keep_features": False},
-        "device": "cpu",
-        "threads": 1,
-    }
-    made = plan(RunConfig.read(settings))
-    return made.peak_bytes - made.resident["tensors"]
+@pytest.fixture
+def unread(settings, folder, tmp_path):
+    def made(name: str, *, method: str = "lora", precision: str = "fp32", drift: bool = False) -> int:
+        data = {"train": str(folder / "rows.jsonl"), "eval": None}
+        train = {"max_steps": 2, "drift": drift, "keep_features": False}
+        changes = {"model": str(folder / name), "data": data, "train": train}
+        found = plan(settings(tmp_path / "run", method=method, precision=precision, **changes))
+        return found.peak_bytes - found.resident["tensors"]
+
+    return made
 
 
-def test_rows_of_a_mapped_embedding_that_do_not_occur_are_not_counted(folder, monkeypatch):
+def test_rows_of_a_mapped_embedding_that_do_not_occur_are_not_counted(unread, monkeypatch):
     monkeypatch.setattr("deltaw.training.planning.plan_run.mapped_around", lambda stored: REGION)
     weight = ENTRIES * WIDTH * 4
     # Byte tokens and the few special ones all lie in the first 64 KiB, or the next.
-    assert weight - 2 * REGION <= unread(folder, "untied") <= weight - REGION
+    assert weight - 2 * REGION <= unread("untied") <= weight - REGION
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"name": "tied"},
-        {"name": "untied", "method": "input"},
-        {"name": "untied", "precision": "bf16"},
-        {"name": "untied", "drift": True},
+        {"name": "tied"},  # to the head
+        {"name": "untied", "method": "input"},  # trained
+        {"name": "untied", "precision": "bf16"},  # converted
+        {"name": "untied", "drift": True},  # read by general prompts
     ],
-    ids=["tied to the head", "trained", "converted", "read by general prompts"],
 )
-def test_an_embedding_that_is_read_as_a_whole_counts(folder, changes):
-    assert unread(folder, **changes) == 0
+def test_an_embedding_that_is_read_as_a_whole_counts(unread, changes):
+    assert unread(**changes) == 0

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from deltaw.data import prepare
 from deltaw.lora.layers import LoRAConv1D
-from deltaw.runtime.packed import packed_rows
 from deltaw.training.fit import fit
-from deltaw.training.origin import open_run
-from deltaw.training.tasks.causal import evaluate_causal
-from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.origin import score_run
 from tests.byte_models import saved, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
-from tests.training.runs import Told
+from tests.training.runs import Told, held_out_rows, opened
 
 
 def loss_when_opened(folder):
     """The held-out loss of a run's folder, loaded from the disk as ``deltaw eval`` does."""
-    opened = open_run(str(folder), precision="fp32", device="cpu", say=lambda line: None)
-    assert opened.config is not None
-    held_out = prepare(opened.config.data, opened.tokenizer, seed=opened.config.train.seed).held_out
-    batcher, _ = choose_causal_batcher(opened.model, held_out, device="cpu")
-    objective = CausalObjective(opened.model)
-    with contextlib.nullcontext() if batcher.padded else packed_rows(opened.model):
-        return evaluate_causal(objective, held_out, batcher).metrics["loss"], opened
+    run = opened(folder)
+    return score_run(run, held_out_rows(run)).metrics["loss"], run
 
 
 ADAPTERS = {
-    "pissa": {"init": "pissa"},
-    "orthogonal": {"init": "orthogonal"},
-    "gaussian": {"init": "gaussian"},
-    "rslora": {"rslora": True},
+    **{init: {"init": init} for init in ("pissa", "olora", "eva", "orthogonal", "gaussian")},
+    **{kind: {kind: True} for kind in ("rslora", "dora")},
+    "dropout": {"dropout": 0.3},
     "attention of the upper block": {"target_modules": "attention", "layers": "1-"},
     "ranks of their own": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
     "an expression": {"target_modules": r"model\.layers\.\d\.mlp\..*_proj", "exclude_modules": ["up_proj"]},
@@ -51,29 +38,26 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_of_any_kind_is_loaded_as_it_was_trained(settings, tmp_path, kind):
-    made = settings(tmp_path / "run", train={"epochs": 3})
+    made = settings(tmp_path / "run", train={"epochs": 2, "b_rate": 4.0})
     made["lora"] = {"rank": 4, "alpha": 8} | ADAPTERS[kind] if "r" not in ADAPTERS[kind] else ADAPTERS[kind]
     result = fit(made)
-    loss, opened = loss_when_opened(result.output)
+    loss, run = loss_when_opened(result.output)
     assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
     tokens = torch.arange(16)[None] + 3
     with torch.no_grad():
-        ours = opened.model(tokens).logits
-        with opened.base():
-            base = opened.model(tokens).logits
+        ours = run.model(tokens).logits
+        with run.base():
+            base = run.model(tokens).logits
         plain = AutoModelForCausalLM.from_pretrained(made["model"], dtype=torch.float32)
         torch.testing.assert_close(base, plain(tokens).logits)
         theirs = PeftModel.from_pretrained(plain, str(result.output)).eval()(tokens).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("tied", ["llama whose head is its embedding", "gpt2"])
-def test_models_of_other_kinds_are_loaded_as_they_were_trained(settings, tmp_path, tied, share):
-    model = tiny_gpt2() if tied == "gpt2" else tiny_llama(tie_word_embeddings=True)
-    saved(model, tmp_path / "model")
-    changes = {"train": {"epochs": 3, "share_prefixes": share}, "model": str(tmp_path / "model")}
-    result = fit(settings(tmp_path / "run", **changes))
+def test_models_of_other_kinds_are_loaded_as_they_were_trained(settings, tmp_path, tied):
+    model = saved(tiny_gpt2() if tied == "gpt2" else tiny_llama(tie_word_embeddings=True), tmp_path / "model")
+    result = fit(settings(tmp_path / "run", model=str(model), train={"share_prefixes": tied == "gpt2"}))
     loss, _ = loss_when_opened(result.output)
     assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
 
@@ -84,28 +68,18 @@ def test_gpt2_trains_in_int8_and_its_adapter_serves_other_precisions(settings, t
         lines = Told()
         changes = {"train": {"epochs": 4}, "model": str(gpt2_folder), "precision": precision}
         result = fit(settings(tmp_path / precision, **changes), callback=lines)
-        losses[precision], opened = loss_when_opened(result.output)
+        losses[precision], run = loss_when_opened(result.output)
         said = "of 8 layers are int8-quantized" in lines
         assert said is (precision == "int8")
-        layer = opened.model.base_model.h[0].attn.c_attn
+        layer = run.model.base_model.h[0].attn.c_attn
         assert type(layer) is LoRAConv1D and layer.weight.dtype == torch.float32
         assert float(layer.lora_B.detach().norm()) > 0
     assert losses["int8"] != losses["bf16"]
     assert losses["int8"] == pytest.approx(losses["bf16"], rel=0.05)
 
 
-CHAT = [
-    {
-        "messages": [
-            {"role": "system", "content": "s"},
-            {"role": "user", "content": f"q{n}"},
-            {"role": "assistant", "content": f"a{n}"},
-            {"role": "user", "content": "more"},
-            {"role": "assistant", "content": f"b{n}"},
-        ]
-    }
-    for n in range(8)
-]
+ROLES = ("system", "user", "assistant", "user", "assistant")
+CHAT = [{"messages": [{"role": r, "content": f"{r[0]}{n}{k}"} for k, r in enumerate(ROLES)]} for n in range(8)]
 DATA = {
     "conversations": (CHAT, {}),
     "last answers": (CHAT, {"labels": "last"}),
@@ -135,10 +109,8 @@ def test_data_of_any_kind_is_evaluated_as_it_was_in_the_run(settings, tmp_path, 
 @pytest.mark.parametrize(
     "how",
     [
-        {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1},
-        {"schedule": "constant", "warmup": 0, "betas": [0.8, 0.9]},
-        {"max_grad_norm": None, "max_steps": 2, "epochs": 50},
-        {"checkpointing": True, "tokens_per_pass": 30},
+        {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1, "checkpointing": True, "tokens_per_pass": 30},
+        {"schedule": "constant", "warmup": 0, "betas": [0.8, 0.9], "max_grad_norm": None, "max_steps": 2, "epochs": 50},
         {"batch_size": 100, "epochs": 0.5},
     ],
 )

@@ -86,7 +86,7 @@ def refuse_several(verb: str | None) -> None:
     if verb in (None, "train") or size in ("", "1") or "RANK" not in os.environ:
         return
     raise UserError(
-        f"'{verb}' runs in one process, and the environment speaks of {size}",
+        f"'{verb}' runs in one process, but the environment sets {size}",
         where="WORLD_SIZE",
         hint="start it without torchrun; 'train' alone takes several processes",
     )

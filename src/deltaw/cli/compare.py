@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from deltaw.cli.options import cluster_flags, console, json_flag, nested, print_json, settings_flags
-
-if TYPE_CHECKING:
-    from deltaw.experiments.jobs import Cluster
 
 
 @click.command("compare")
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--share",
-    default=None,
+    default=0.3,
     type=click.FloatRange(0, 1, min_open=True),
     help="share of the budget that each learning rate is tried for  [default: 0.3]",
 )
@@ -49,16 +46,7 @@ if TYPE_CHECKING:
 @settings_flags
 @json_flag
 def command(
-    settings: str | None,
-    methods: str | None,
-    rates: tuple[str, ...],
-    share: float | None,
-    seeds: int,
-    reference: str | None,
-    budget: str | None,
-    cluster: Cluster | None,
-    as_json: bool,
-    **given: str | None,
+    settings: str | None, methods: str | None, rates: tuple[str, ...], budget: str | None, as_json: bool, **given: Any
 ) -> int:
     """Train with each of several methods: SETTINGS is a YAML file, as for train.
 
@@ -68,7 +56,7 @@ def command(
     -compare behind it, or to exactly the folder that --output names; the same command goes on with one that
     was interrupted.
     """
-    from deltaw.experiments.compare import SHARE, check_methods, compare
+    from deltaw.experiments.compare import check_methods, compare
     from deltaw.experiments.comparison import as_json as as_plain
     from deltaw.experiments.comparison import failures, findings
     from deltaw.experiments.entry import parse_rates
@@ -82,26 +70,15 @@ def command(
     if budget is not None:
         flags.setdefault("train", {})["time"] = budget
     config = RunConfig.read(settings, flags)
-    named = [name.strip() for name in (methods or "").split(",") if name.strip()]
-    if methods is None:
-        named = list(registry.compared_names())
-    chosen = check_methods(named)
+    named = registry.compared_names() if methods is None else filter(None, map(str.strip, methods.split(",")))
+    chosen = check_methods(list(named))
     folder = config.output if "output" in flags else f"{config.output}-compare"
+    asked = {name: given[name] for name in ("share", "seeds", "reference", "cluster")}
+    tried = parse_rates(rates, chosen)
     try:
-        comparison = compare(
-            config,
-            chosen,
-            folder=folder,
-            rates=parse_rates(rates, chosen),
-            share=share or SHARE,
-            seeds=seeds,
-            reference=reference,
-            cluster=cluster,
-            say=out.print,
-            draw=draw_comparison,
-        )
+        comparison = compare(config, chosen, folder=folder, rates=tried, say=out.print, draw=draw_comparison, **asked)
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     for table in comparison_tables(comparison, out.width):
         out.print()

@@ -74,9 +74,8 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
 
 def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
     """The settings of a run on ``file``, which may itself be settings or a run's folder."""
-    from deltaw.settings import RunConfig
+    from deltaw.settings import SETTINGS, RunConfig
     from deltaw.training.origin import settings_in
-    from deltaw.training.run_folder import SETTINGS
 
     flags = nested(given)
     if file is None:

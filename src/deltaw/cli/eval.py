@@ -60,17 +60,12 @@ def command(
 
     def scored() -> dict[str, Score]:
         """Each set's score, as the model is now."""
-        return {name: score_of(name, examples) for name, examples in sets.items()}
-
-    def score_of(name: str, examples: Sequence[Any]) -> Score:
-        with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
-            return score_run(
-                opened,
-                examples,
-                max_new_tokens=max_new_tokens,
-                on_progress=lambda done, total: advance(done),
-                writer=writer,
-            )
+        scores: dict[str, Score] = {}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "writer": writer}
+        for name, examples in sets.items():
+            with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
+                scores[name] = score_run(opened, examples, on_progress=lambda done, _, a=advance: a(done), **how)
+        return scores
 
     by_model: dict[str, dict[str, Score]] = {}
     if with_base:
@@ -188,12 +183,8 @@ def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None
 
 def _side_by_side(scores: Mapping[str, Score], count: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
     """The first ``count`` questions with every model's answer."""
-    together = zip(*(s.answers[:count] for s in scores.values()), strict=True)
-    return [
-        (
-            answers[0].question,
-            answers[0].expected,
-            {name: (a.written, a.exact) for name, a in zip(scores, answers, strict=True)},
-        )
-        for answers in together
-    ]
+    found = []
+    for answers in zip(*(score.answers[:count] for score in scores.values()), strict=True):
+        written = {name: (answer.written, answer.exact) for name, answer in zip(scores, answers, strict=True)}
+        found.append((answers[0].question, answers[0].expected, written))
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from deltaw.cli.options import base_flags, console, json_flag, print_json
@@ -25,35 +27,15 @@ FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
 @base_flags
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @json_flag
-def command(
-    run: str,
-    format_name: str,
-    output: str,
-    kind: str | None,
-    model: str | None,
-    trust_remote_code: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(run: str, format_name: str, output: str, as_json: bool, **how: Any) -> None:
     """Write RUN's adapter (a run's folder, or an adapter's) for llama.cpp, Ollama, vLLM, mlx-lm or PEFT."""
     out = console(as_json)
     notes = console(True)
     with working("starting"):
         from deltaw.export.formats import export
-    done = export(
-        run,
-        format_name,
-        output,
-        kind=kind,
-        model=model,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        say=notes.print,
-    )
+    done = export(run, format_name, output, say=notes.print, **how)
     if as_json:
         print_json(done.as_dict())
         return
-    for line in done.lines:
+    for line in [*done.lines, *done.files]:
         out.print(line)
-    for file in done.files:
-        out.print(file)

@@ -10,16 +10,19 @@ import os
 import traceback as tracebacks
 from pathlib import Path
 
+from deltaw.errors import UserError
 from deltaw.version import __version__
 
 VARIABLE = "DELTAW_TRACEBACK"
+_FULL = "free some space there, or set output or DELTAW_CACHE to another disk"
+_FORBIDDEN = "set output or DELTAW_CACHE to a folder that you may write to"
 # What a disk or a folder refuses, with what helps.
 _REFUSED = {
-    errno.ENOSPC: "free some space there, or set output or DELTAW_CACHE to another disk",
-    errno.EDQUOT: "free some space there, or set output or DELTAW_CACHE to another disk",
-    errno.EROFS: "set output or DELTAW_CACHE to a folder that you may write to",
-    errno.EACCES: "set output or DELTAW_CACHE to a folder that you may write to",
-    errno.EPERM: "set output or DELTAW_CACHE to a folder that you may write to",
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _FORBIDDEN,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
     errno.EMFILE: "raise the limit of open files: ulimit -n",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "a link there leads to itself: give the path of the file",
@@ -33,33 +36,19 @@ def explained(error: Exception, *, traceback: bool) -> tuple[int, str]:
     Args:
         traceback: whether the message begins with the traceback.
     """
-    status, told = _told(error)
-    if traceback:
-        told = "".join(tracebacks.format_exception(error)) + told
-    return status, told
-
-
-def _told(error: Exception) -> tuple[int, str]:
+    status, where = 1, _place(error)
     if _is_out_of_memory(error):
-        return 1, _message(
-            f"the memory was not enough: {_first_line(error)}",
-            _place(error),
-            "see what fits with 'deltaw plan --budget', or lower train.tokens_per_pass",
-        )
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        where = str(error.filename) if error.filename is not None else _place(error)
-        return 2, _message(os.strerror(error.errno), where, _REFUSED[error.errno])
-    return 1, _message(
-        f"an unexpected {type(error).__name__}: {_first_line(error)}",
-        _place(error),
-        f"this is a fault of deltaw {__version__} or of a library that it uses, not of your input: run the "
-        "command again with --traceback, and report what it prints together with the output of "
-        "'deltaw doctor --json'",
-    )
-
-
-def _message(what: str, where: str, hint: str) -> str:
-    return f"error: {what}\n  where: {where}\n  hint:  {hint}"
+        what = f"the memory was not enough: {_first_line(error)}"
+        hint = "see what fits with 'deltaw plan --budget', or lower train.tokens_per_pass"
+    elif isinstance(error, OSError) and error.errno in _REFUSED:
+        status, what, hint = 2, os.strerror(error.errno), _REFUSED[error.errno]
+        where = where if error.filename is None else str(error.filename)
+    else:
+        what = f"an unexpected {type(error).__name__}: {_first_line(error)}"
+        fault = f"this is a fault of deltaw {__version__} or of a library that it uses, not of your input"
+        hint = f"{fault}: report what --traceback and 'deltaw doctor --json' print"
+    before = "".join(tracebacks.format_exception(error)) if traceback else ""
+    return status, f"{before}error: {UserError(what, where=where, hint=hint)}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -79,22 +79,16 @@ def command(
             with base_engine(opened, engine, say) as of_base:
                 base = completed(of_base, None)
     if as_json:
-        rows = [
-            {"prompt": prompt, **_as_dict(text, "completion", opened.tokenizer)}
-            for prompt, text in zip(asked, written, strict=True)
-        ]
-        for row, text in zip(rows, base or [], strict=bool(base)):
-            row |= {
-                key if key == "base" else f"base_{key}": value
-                for key, value in _as_dict(text, "base", opened.tokenizer).items()
-            }
+        rows = []
+        for number, prompt in enumerate(asked):
+            rows.append({"prompt": prompt, **_as_dict(written[number], "", opened.tokenizer)})
+            if base is not None:
+                rows[-1] |= _as_dict(base[number], "base", opened.tokenizer)
         print_json({"completions": rows})
         return
     for number, completion in enumerate(written):
-        if base is not None:
-            click.echo(f"base:    {base[number].text}\nadapter: {completion.text}")
-        else:
-            click.echo(completion.text)
+        before = "" if base is None else f"base:    {base[number].text}\nadapter: "
+        click.echo(f"{before}{completion.text}")
 
 
 def _messages(prompt: str, system: str | None) -> str | list[dict]:
@@ -103,11 +97,12 @@ def _messages(prompt: str, system: str | None) -> str | list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
-def _as_dict(text: Written, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """A text under its name, why it ended, and its log-probabilities where it has some."""
-    shown: dict[str, object] = {name: text.text, "finish": text.finish}
+def _as_dict(text: Written, by: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """A text, why it ended, and its log-probabilities if it has some; ``by`` precedes the keys if it is the base."""
+    before = f"{by}_" if by else ""
+    shown: dict[str, object] = {by or "completion": text.text, f"{before}finish": text.finish}
     if text.logprobs:
-        shown["logprobs"] = [_logprob(one, tokenizer) for one in text.logprobs]
+        shown[f"{before}logprobs"] = [_logprob(one, tokenizer) for one in text.logprobs]
     return shown
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
-
-if TYPE_CHECKING:
-    from deltaw.export.base import MergeOptions
 
 PRECISIONS = ("keep", "bf16", "fp16", "fp32")
 METHODS = ("concat", "svd", "linear", "ties", "dare")
@@ -87,15 +84,17 @@ def command(
         adapter = write_adapter(run, output, options, rank=rank, say=out.print)
         lines, value = adapter_lines(adapter), as_dict(adapter)
     else:
-        _refuse_rank(rank, options)
+        if rank is not None and (recipe is None or method != "svd"):
+            what = "--rank is for method svd and for --as-adapter: a merged weight has no rank to choose"
+            raise UserError(what, where="--rank", hint="add --as-adapter, or --with other=0.5 --method svd")
         verify = Verify(out.print) if with_verify else None
         merged = merge_run(run, output, options, verify=verify, keep=keep, say=out.print)
         lines, value = merge_lines(merged), as_dict(merged)
     if as_json:
         print_json(value)
-    else:
-        for line in lines:
-            out.print(line)
+        return
+    for line in lines:
+        out.print(line)
 
 
 def _weighted(text: str) -> tuple[Path, float]:
@@ -108,15 +107,5 @@ def _weighted(text: str) -> tuple[Path, float]:
     except ValueError as error:
         if Path(text).is_dir():
             return Path(text), 1.0
-        raise UserError(
-            f"'{number}' is no weight", where=f"--with {text}", hint="write it as --with runs/other=0.5"
-        ) from error
-
-
-def _refuse_rank(rank: int | None, options: MergeOptions) -> None:
-    if rank is not None and (options.recipe is None or options.recipe.method != "svd"):
-        raise UserError(
-            "--rank is for method svd and for --as-adapter: a merged weight has no rank to choose",
-            where="--rank",
-            hint="add --as-adapter, or --with other=0.5 --method svd",
-        )
+        hint = "write it as --with runs/other=0.5"
+        raise UserError(f"'{number}' is no weight", where=f"--with {text}", hint=hint) from error

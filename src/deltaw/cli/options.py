@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import click
 import yaml
@@ -16,9 +16,6 @@ from deltaw.errors import UserError
 from deltaw.reports.working import WorkingDisplay
 from deltaw.settings import parse_yaml, settings
 from deltaw.working import listen
-
-if TYPE_CHECKING:
-    from deltaw.experiments.jobs import Cluster
 
 Command = TypeVar("Command", bound=Callable)
 # Settings whose values are files or folders, for a shell that completes them.
@@ -95,11 +92,16 @@ def json_flag(command: Command) -> Command:
 
 
 def cluster_flags(command: Command) -> Command:
-    """Flags of the verbs whose trainings may run on several machines; they arrive as one argument, ``cluster``."""
+    """Flags of the verbs whose trainings may run on several machines; they arrive as one argument, ``cluster``,
+    which is None if trainings run on this machine, one after another."""
 
     @functools.wraps(command)
     def called(*args: object, ray: str | None, ray_cpus: int | None, **given: object) -> object:
-        return command(*args, cluster=cluster_of(ray, ray_cpus), **given)
+        from deltaw.experiments.jobs import Cluster
+
+        if ray is None and ray_cpus is not None:
+            raise UserError("there is no cluster", where=f"--ray-cpus {ray_cpus}", hint="give --ray too")
+        return command(*args, cluster=None if ray is None else Cluster(ray, ray_cpus), **given)
 
     wrapped: Callable = click.option(
         "--ray-cpus",
@@ -115,21 +117,6 @@ def cluster_flags(command: Command) -> Command:
     )(wrapped)
 
 
-def cluster_of(ray: str | None, cpus: int | None) -> Cluster | None:
-    """What these flags say; None where trainings run on this machine, one after another.
-
-    Raises:
-        UserError: cores are given without a cluster.
-    """
-    if ray is None:
-        if cpus is not None:
-            raise UserError("there is no cluster", where=f"--ray-cpus {cpus}", hint="give --ray too")
-        return None
-    from deltaw.experiments.jobs import Cluster
-
-    return Cluster(ray, cpus)
-
-
 def as_text(given: str, where: str) -> str:
     """What a user wrote, which must be text: bytes that are not UTF-8 arrive as halves of surrogate pairs.
 
@@ -140,9 +127,8 @@ def as_text(given: str, where: str) -> str:
         given.encode("utf-8")
     except UnicodeEncodeError as error:
         shown = given.encode("utf-8", "backslashreplace").decode()[:80]
-        raise UserError(
-            f"{shown!r} is not UTF-8 text", where=where, hint="write it in UTF-8, or remove the character"
-        ) from error
+        hint = "write it in UTF-8, or remove the character"
+        raise UserError(f"{shown!r} is not UTF-8 text", where=where, hint=hint) from error
     return given
 
 

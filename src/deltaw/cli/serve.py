@@ -96,17 +96,11 @@ def command(
     name: str | None,
     log: str,
     no_page: bool,
-    pooling: str,
     no_normalize: bool,
-    running: int,
     cache_memory: str | None,
     adapter_memory: str,
-    model: str | None,
-    trust_remote_code: bool,
-    precision: str,
-    device: str,
     without_key: bool,
-    **given: object,
+    **given: Any,
 ) -> None:
     """Serve BASE, a model or a run's folder, and adapters over HTTP as the OpenAI API does. In
     requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
@@ -115,7 +109,10 @@ def command(
     from deltaw.training.planning.asked import parse_bytes
 
     require_packages()
-    settings = _settings(given)
+    how = {key: given.pop(key) for key in ("model", "trust_remote_code", "precision", "device", "pooling", "running")}
+    limits = Limits(**{key: given.pop(key) for key in LIMITS})
+    keys = read_keys(given.pop("keys"), given.pop("api_key_file"))
+    settings = ServerSettings(keys=keys, limits=limits, **given)
     settings.check(without_key=without_key)
     folders = named_folders(adapters)
     cache = None if cache_memory is None else parse_bytes(cache_memory, "--cache-memory")
@@ -124,22 +121,11 @@ def command(
     with working("starting"):
         from deltaw.serving.http import server
         from deltaw.serving.http.app import create_app
-        from deltaw.serving.http.guard import RequestLog
+        from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    opening = Opening(
-        model=model,
-        trust_remote_code=trust_remote_code,
-        name=name,
-        precision=precision,
-        device=device,
-        page=not no_page,
-        pooling=pooling,
-        normalize=not no_normalize,
-        running=running,
-        cache_bytes=cache,
-        adapter_bytes=room,
-    )
+    memory = {"cache_bytes": cache, "adapter_bytes": room}
+    opening = Opening(name=name, page=not no_page, normalize=not no_normalize, **memory, **how)
     served = open_any(base, folders, opening, settings.limits, say=notes.print)
     try:
         app, desk = create_app(served, settings)
@@ -151,7 +137,7 @@ def command(
             click.echo(f"serving {', '.join([served.name, *served.adapters()])} at {url}")
             sys.stdout.flush()
 
-        with RequestLog(sys.stderr if log == "json" else None):
+        with request_log(sys.stderr if log == "json" else None):
             interrupted = server.run(app, desk, settings, bound, ready)
     finally:
         served.close()
@@ -159,9 +145,3 @@ def command(
         desk.close()
     if interrupted:
         raise KeyboardInterrupt
-
-
-def _settings(given: dict[str, Any]) -> ServerSettings:
-    limits = Limits(**{key: given.pop(key) for key in LIMITS})
-    keys = read_keys(given.pop("keys"), given.pop("api_key_file"))
-    return ServerSettings(keys=keys, limits=limits, **given)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,10 +18,22 @@ if TYPE_CHECKING:
     import numpy as np
 
     from deltaw.serving.engine import Engine
-    from deltaw.serving.request import Constraint, Request
+    from deltaw.serving.request import Constraint, Request, Sampling
     from deltaw.training.origin import InferenceSession
 
 Command = TypeVar("Command", bound=Callable)
+# The flags that say how tokens are chosen, under the names of Sampling's fields.
+SAMPLING = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+]
+PENALTY, SHARE = click.FloatRange(-2, 2), click.FloatRange(0, 1, min_open=True)
 
 
 @dataclass(frozen=True)
@@ -29,14 +41,7 @@ class TextSettings:
     """What the flags say, apart from the prompt; see :class:`deltaw.serving.request.Sampling`."""
 
     max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int
+    sampling: Sampling
     stop: tuple[str, ...]
     json_schema: Path | None
     regex: str | None
@@ -73,9 +78,8 @@ class TextSettings:
             return Constraint("json_schema", self.json_schema.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise UserError(
-                f"the JSON schema cannot be read: {reason}", where=str(self.json_schema), hint="name a JSON file"
-            ) from error
+            what = f"the JSON schema cannot be read: {reason}"
+            raise UserError(what, where=str(self.json_schema), hint="name a JSON file") from error
 
     def request(
         self, tokens: np.ndarray, adapter: str | None = None, *, number: int = 0, logprobs: int | None = None
@@ -86,32 +90,15 @@ class TextSettings:
             tokens: (length,) of the prompt, without virtual tokens. adapter: the name of what writes it.
             number: of the prompt among several; each draws by a seed of its own.
         """
-        from deltaw.serving.request import Request, Sampling
+        from deltaw.serving.request import Request
 
-        sampling = Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=self.seed + number,
-            logprobs=logprobs,
-        )
-        return Request(
-            tokens,
-            adapter,
-            sampling=sampling,
-            constraint=self.constraint(),
-            max_new_tokens=self.max_new_tokens,
-            stop=self.stop,
-        )
+        sampling = replace(self.sampling, seed=self.sampling.seed + number, logprobs=logprobs)
+        ending: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        return Request(tokens, adapter, sampling=sampling, constraint=self.constraint(), **ending)
 
 
 def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
     """Give a command the flags of :class:`TextSettings`; they arrive as one argument, ``how``."""
-    penalty = click.FloatRange(-2, 2)
     options = (
         click.option("--max-new-tokens", default=max_new_tokens, show_default=True, type=click.IntRange(1)),
         click.option(
@@ -125,14 +112,14 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
         click.option(
             "--top-p",
             default=1.0,
-            type=click.FloatRange(0, 1, min_open=True),
+            type=SHARE,
             help="draw from the likeliest tokens that together have this probability",
         ),
         click.option(
             "--min-p",
             default=0.0,
             type=click.FloatRange(0, 1),
-            help="leave out tokens below this share of the likeliest one's probability",
+            help="leave out tokens below this share of the likeliest's probability",
         ),
         click.option(
             "--repetition-penalty",
@@ -141,10 +128,10 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
             help="make tokens of the prompt and the text less likely; 1: no change",
         ),
         click.option(
-            "--presence-penalty", default=0.0, type=penalty, help="taken from the logits of tokens that the text has"
+            "--presence-penalty", default=0.0, type=PENALTY, help="taken from the logits of tokens that the text has"
         ),
         click.option(
-            "--frequency-penalty", default=0.0, type=penalty, help="the same, for each time that the text has them"
+            "--frequency-penalty", default=0.0, type=PENALTY, help="the same, for each time that the text has them"
         ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(-(2**63), 2**63 - 1)),
         click.option("--stop", multiple=True, help="end texts before this string; may be given several times"),
@@ -159,10 +146,12 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
 
     def give(command: Command) -> Command:
         @functools.wraps(command)
-        def called(*args: object, **given: object) -> object:
-            names = TextSettings.__dataclass_fields__
-            how = TextSettings(**{name: given.pop(name) for name in names})  # type: ignore[arg-type]
-            return command(*args, how=how.checked(), **given)
+        def called(*args: object, **given: Any) -> object:
+            from deltaw.serving.request import Sampling
+
+            sampling = Sampling(**{name: given.pop(name) for name in SAMPLING})
+            rest = {name: given.pop(name) for name in ("max_new_tokens", "stop", "json_schema", "regex")}
+            return command(*args, how=TextSettings(sampling=sampling, **rest).checked(), **given)
 
         wrapped: Callable = called
         for option in reversed(options):

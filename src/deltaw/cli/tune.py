@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from deltaw.cli.options import cluster_flags, console, json_flag, nested, print_json, settings_flags
-
-if TYPE_CHECKING:
-    from deltaw.experiments.jobs import Cluster
 
 
 @click.command("tune")
@@ -34,16 +31,7 @@ if TYPE_CHECKING:
 @cluster_flags
 @settings_flags
 @json_flag
-def command(
-    settings: str | None,
-    trials: int,
-    search: tuple[str, ...],
-    storage: str | None,
-    share: float,
-    cluster: Cluster | None,
-    as_json: bool,
-    **given: str | None,
-) -> int:
+def command(settings: str | None, as_json: bool, **given: Any) -> int:
     """Search for the settings that train best: SETTINGS is a YAML file, as for train.
 
     Trials are evaluated on rows taken out of the training rows. They are written to `output` with -tune
@@ -57,19 +45,11 @@ def command(
     flags = nested(given)
     config = RunConfig.read(settings, flags)
     folder = config.output if "output" in flags else f"{config.output}-tune"
+    asked = {name: given[name] for name in ("trials", "search", "storage", "share", "cluster")}
     try:
-        tuning = tune(
-            config,
-            trials=trials,
-            folder=folder,
-            search=search,
-            storage=storage,
-            share=share,
-            cluster=cluster,
-            say=out.print,
-        )
+        tuning = tune(config, folder=folder, say=out.print, **asked)
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     out.print()
     out.print(tuning_table(tuning))

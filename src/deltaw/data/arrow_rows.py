@@ -122,11 +122,8 @@ def check_group(parquet: pyarrow.parquet.ParquetFile, number: int, file: IO[byte
         try:
             found = _pages(chunk, file, size)
         except (LookupError, ValueError, TypeError) as error:
-            raise UserError(
-                f"a page header of the column '{chunk.path_in_schema}' cannot be read: {error}",
-                where=where,
-                hint="copy the file again",
-            ) from error
+            what = f"a page header of the column '{chunk.path_in_schema}' cannot be read: {error}"
+            raise UserError(what, where=where, hint="copy the file again") from error
         width = _WIDTHS.get(chunk.physical_type, max(0, described.length))
         is_text, is_list = chunk.physical_type == "BYTE_ARRAY", described.max_repetition_level > 0
         needed += found.page + found.dictionary

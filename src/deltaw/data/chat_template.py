@@ -41,11 +41,8 @@ def read_chat_template(path: str) -> str:
     try:
         text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"the chat template cannot be read: {error.strerror}",
-            where=f"{_KEY}: {path}",
-            hint="give the path of a file with a Jinja template",
-        ) from error
+        what = f"the chat template cannot be read: {error.strerror}"
+        raise UserError(what, where=f"{_KEY}: {path}", hint="give the path of a file with a Jinja template") from error
     except UnicodeDecodeError as error:
         raise UserError("the chat template is not UTF-8 text", where=path, hint="save it as UTF-8") from error
     if not text.strip():
@@ -53,11 +50,8 @@ def read_chat_template(path: str) -> str:
     try:
         rendered(text, [{"role": "user", "content": "Hello"}], generation=False, variables={})
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template is not Jinja: {error.message}",
-            where=f"{path}, line {error.lineno}",
-            hint="correct that line",
-        ) from error
+        what = f"the chat template is not Jinja: {error.message}"
+        raise UserError(what, where=f"{path}, line {error.lineno}", hint="correct that line") from error
     except FAULTS:
         # It may well need an answer, or a token that only the tokenizer has; the rows will tell.
         return text

@@ -5,12 +5,10 @@ It knows numbers; not files, tokenizers, or how findings are shown.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import re
-from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +17,7 @@ import numpy as np
 from deltaw.data.chunk import example_of
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, Pair, Record, Text, choose_form, read_records
-from deltaw.data.mixture import Source, Train, sources_of
+from deltaw.data.mixture import Train, sources_of
 from deltaw.data.pieces import special_tokens
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.rows import Rows
@@ -42,6 +40,17 @@ _LOST = "\ufffd"
 _NO_LETTERS = re.compile(r"[\W_]+")
 
 
+# Of each example: the number of its row; its tokens, how many of them are labels, and how many of these lie beyond
+# ``data.max_length``. Hashes: equal for the same tokens and labels (key), for the same prompts (0 without one), for
+# the same answers, and for rows that differ only in case, spacing and punctuation (text).
+_NUMBERS = np.dtype(
+    [("row", "i8"), *((name, "i4") for name in ("length", "labels", "lost"))]
+    + [(name, "u8") for name in ("key", "prompt", "answer", "text")]
+)
+# Places that a finding names.
+_SHOWN = 5
+
+
 @dataclass
 class Facts:
     """The numbers of the examples of one source or several.
@@ -50,11 +59,6 @@ class Facts:
         form, template: as in the report.
         rows: rows read, without those that cannot be used, which are in ``bad``.
         unrolled: rows of which several examples came.
-        row, length, labels: of each example, the number of its row, its tokens, and how many are labels.
-        lost_labels: of each example, labels beyond ``data.max_length``.
-        key: equal for examples with the same tokens and labels.
-        prompt, answer: equal for the same prompts and for the same answers; ``prompt`` is 0 without one.
-        text: equal for rows that differ only in case, spacing and punctuation.
         ends: tokens that end a text, by how many examples' last label they are.
         ended: examples whose last label ends a text.
         notable: places of rows by what is notable about them, the first few, and how many there are.
@@ -65,179 +69,141 @@ class Facts:
     rows: int = 0
     bad: BadRows = field(default_factory=lambda: BadRows("skip"))
     unrolled: int = 0
-    row: array[int] = field(default_factory=lambda: array("q"))
-    length: array[int] = field(default_factory=lambda: array("i"))
-    labels: array[int] = field(default_factory=lambda: array("i"))
-    lost_labels: array[int] = field(default_factory=lambda: array("i"))
-    key: array[int] = field(default_factory=lambda: array("Q"))
-    prompt: array[int] = field(default_factory=lambda: array("Q"))
-    answer: array[int] = field(default_factory=lambda: array("Q"))
-    text: array[int] = field(default_factory=lambda: array("Q"))
     ends: Counter[int] = field(default_factory=Counter)
     ended: int = 0
     notable: dict[str, list[str]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    _numbers: bytearray = field(default_factory=bytearray)
     _starts: list[int] = field(default_factory=list)
     _files: list[str] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.row)
+    @property
+    def examples(self) -> np.ndarray:
+        """(n,) the numbers of each example, see :data:`_NUMBERS`."""
+        return np.frombuffer(bytes(self._numbers), _NUMBERS)
 
     def first_of_rows(self) -> np.ndarray:
         """The places of the first example of each row."""
-        rows = np.array(self.row)
+        rows = self.examples["row"]
         starts = np.ones(len(rows), bool)
         starts[1:] = rows[1:] != rows[:-1]
         starts[self._starts] = True
         return np.flatnonzero(starts)
 
-    def place(self, example: int) -> str:
-        """Where the row of an example is."""
-        part = bisect.bisect_right(self._starts, example) - 1
-        return f"{self._files[part]}, row {self.row[example]}"
+    def places(self, examples: np.ndarray) -> tuple[str, ...]:
+        """Where the rows of the first few of these examples are."""
+        examples = examples[:_SHOWN]
+        files = [self._files[part - 1] for part in np.searchsorted(self._starts, examples, side="right")]
+        rows = self.examples["row"][examples]
+        return tuple(dict.fromkeys(f"{file}, row {row}" for file, row in zip(files, rows, strict=True)))
 
-    def note(self, what: str, where: str, shown: int = 5) -> None:
+    def note(self, what: str, where: str) -> None:
         """Count a row with something notable about it."""
         self.counts[what] += 1
         places = self.notable.setdefault(what, [])
-        if len(places) < shown:
+        if len(places) < _SHOWN:
             places.append(where)
 
     def add(self, example: Example, where: str, text: int, max_length: int, ends: frozenset[int]) -> None:
         """Note one example."""
         file = where.rpartition(", row ")[0]
         if not self._files or self._files[-1] != file:
-            self._starts.append(len(self))
+            self._starts.append(len(self._numbers) // _NUMBERS.itemsize)
             self._files.append(file)
-        labels = np.flatnonzero(example.is_label)
-        self.row.append(example.row)
-        self.length.append(len(example))
-        self.labels.append(len(labels))
-        self.lost_labels.append(int((labels >= max_length).sum()))
-        self.key.append(digest_of(example.tokens.tobytes(), np.packbits(example.is_label).tobytes()))
-        prompt = example.tokens[: example.prompt_length]
-        self.prompt.append(digest_of(prompt.tobytes()) if example.prompt_length else 0)
-        self.answer.append(digest_of(example.tokens[example.prompt_length :].tobytes()))
-        self.text.append(text)
-        last = int(example.tokens[labels[-1]]) if len(labels) else -1
+        tokens, labels = example.tokens, np.flatnonzero(example.is_label)
+        prompt, answer = tokens[: example.prompt_length], tokens[example.prompt_length :]
+        numbers = (
+            example.row,
+            len(example),
+            len(labels),
+            int((labels >= max_length).sum()),
+            digest_of(tokens.tobytes(), np.packbits(example.is_label).tobytes()),
+            digest_of(prompt.tobytes()) if len(prompt) else 0,
+            digest_of(answer.tobytes()),
+            text,
+        )
+        self._numbers += np.array(numbers, _NUMBERS).tobytes()
+        last = int(tokens[labels[-1]]) if len(labels) else -1
         if last in ends:
             self.ended += 1
             self.ends[last] += 1
 
 
-def collect(
-    train: Train,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Sequence[int],
-    on_rows: Callable[[int], None] = lambda rows: None,
-) -> Facts:
+def collect(train: Train, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Facts:
     """The facts of all rows of ``train`` (as ``data.train``), whatever their length.
 
     Args:
         ends: the tokens that end a text.
-        on_rows: told now and then how many rows were read.
 
     Raises:
         UserError: there is no such file, it cannot be read, or no format fits its columns.
     """
-    collector = _Collector(settings, tokenizer, ends, on_rows)
+    facts, encoder = Facts(), Encoder(tokenizer, settings.template, settings.labels, settings.date)
+    names = sorted(set(special_tokens(tokenizer).values()) - {""}, key=len, reverse=True)
+    names = [name for name in names if len(name) > 2]  # shorter ones occur in ordinary text
+    special = re.compile("|".join(map(re.escape, names))) if names else None
     for source in sources_of(train):
-        collector.add_source(source)
-    return collector.facts
-
-
-class _Collector:
-    """Goes through sources, one after another."""
-
-    def __init__(
-        self,
-        settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        ends: Sequence[int],
-        on_rows: Callable[[int], None],
-    ) -> None:
-        self.facts = Facts()
-        self._settings = settings
-        self._encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
-        self._written = _Written(tokenizer)
-        self._ends = frozenset(ends)
-        self._on_rows = on_rows
-
-    def add_source(self, source: Source) -> None:
-        """Read all of its rows."""
-        stream = open_source(source.reference, self.facts.bad.add, max_bytes=self._settings.max_row_bytes)
+        stream = open_source(source.reference, facts.bad.add, max_bytes=settings.max_row_bytes)
         stream.scan()
-        columns = self._settings.columns if source.columns is None else source.columns
+        columns = settings.columns if source.columns is None else source.columns
         form: Form | None = None
         for chunk in stream.chunks():
-            form = form or choose_form(chunk, source.form or self._settings.form, columns)
-            self.facts.form = form.name
-            self.facts.template = "plain" if form.name == "text" else self._encoder.template
-            self._add_chunk(chunk, form, columns)
-            self._on_rows(self.facts.rows)
-
-    def _add_chunk(self, rows: Rows, form: Form, columns: Mapping[str, str]) -> None:
-        facts = self.facts
-        places = [rows.place(index) for index in range(len(rows))]
-        bad: set[int] = set()
-
-        def on_bad(place: int, error: BadRowError) -> None:
-            bad.add(place)
-            facts.bad.add(error, rows[place][1])
-
-        records = read_records(rows, range(len(rows)), form, columns, on_bad)
-        encoded = self._encoder.encode(records, places, on_bad)
-        for index, (record, parts, where) in enumerate(zip(records, encoded, places, strict=True)):
-            if record is None or index in bad:
-                continue
-            facts.rows += 1
-            facts.unrolled += len(parts) > 1
-            for what in self._written.notable(record):
-                facts.note(what, where)
-            plain = _NO_LETTERS.sub(" ", self._written.text(record).casefold()).strip()
-            text = digest_of(plain.encode("utf-8", "replace"))
-            for part in parts:
-                example = example_of(rows.number(index), part)
-                facts.add(example, where, text, self._settings.max_length, self._ends)
+            form = form or choose_form(chunk, source.form or settings.form, columns)
+            facts.form = form.name
+            facts.template = "plain" if form.name == "text" else encoder.template
+            for where, record, examples in _of_chunk(chunk, form, columns, encoder, facts.bad):
+                facts.rows += 1
+                facts.unrolled += len(examples) > 1
+                for what in _notable(record, special):
+                    facts.note(what, where)
+                text = "\0".join(text for text, _ in _texts_of(record))
+                plain = digest_of(_NO_LETTERS.sub(" ", text.casefold()).strip().encode("utf-8", "replace"))
+                for example in examples:
+                    facts.add(example, where, plain, settings.max_length, frozenset(ends))
+    return facts
 
 
-class _Written:
-    """What stands in records as text."""
+def _of_chunk(
+    rows: Rows, form: Form, columns: Mapping[str, str], encoder: Encoder, bad: BadRows
+) -> Iterator[tuple[str, Record, list[Example]]]:
+    """The place, the record and the examples of each usable row."""
+    places = [rows.place(index) for index in range(len(rows))]
+    refused: set[int] = set()
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        names = sorted(set(special_tokens(tokenizer).values()) - {""}, key=len, reverse=True)
-        # Names of one or two characters occur in ordinary text.
-        names = [name for name in names if len(name) > 2]
-        self._special = re.compile("|".join(map(re.escape, names))) if names else None
+    def on_bad(place: int, error: BadRowError) -> None:
+        refused.add(place)
+        bad.add(error, rows[place][1])
 
-    def texts(self, record: Record) -> list[tuple[str, bool]]:
-        """The texts of a record, and whether each is an answer."""
-        if isinstance(record, Text):
-            return [(record.text, False)]
-        if isinstance(record, Pair):
-            return [(record.system or "", False), (record.prompt, False), (record.completion, True)]
-        return [(str(m["content"]), m["role"] == "assistant") for m in record.messages]
+    records = read_records(rows, range(len(rows)), form, columns, on_bad)
+    encoded = encoder.encode(records, places, on_bad)
+    for index, (record, parts) in enumerate(zip(records, encoded, strict=True)):
+        if record is not None and index not in refused:
+            yield places[index], record, [example_of(rows.number(index), part) for part in parts]
 
-    def text(self, record: Record) -> str:
-        """All of it."""
-        return "\0".join(text for text, _ in self.texts(record))
 
-    def notable(self, record: Record) -> list[str]:
-        """What is notable about it, by the names of findings."""
-        texts = self.texts(record)
-        found = []
-        if not any(text.strip() for text, _ in texts):
-            found.append("blank")
-        answers = [text for text, is_answer in texts if is_answer]
-        calls = any(m.get("tool_calls") for m in getattr(record, "messages", ()))
-        if answers and not calls and not any(c.isalnum() for c in answers[-1]):
-            found.append("empty_answer" if not answers[-1].strip() else "answer_without_letters")
-        if any(_LOST in text for text, _ in texts):
-            found.append("lost_characters")
-        if self._special and any(self._special.search(text) for text, _ in texts):
-            found.append("special_tokens_in_text")
-        return found
+def _texts_of(record: Record) -> list[tuple[str, bool]]:
+    """The texts of a record, and whether each is an answer."""
+    if isinstance(record, Text):
+        return [(record.text, False)]
+    if isinstance(record, Pair):
+        return [(record.system or "", False), (record.prompt, False), (record.completion, True)]
+    return [(str(m["content"]), m["role"] == "assistant") for m in record.messages]
+
+
+def _notable(record: Record, special: re.Pattern[str] | None) -> list[str]:
+    """What is notable about a record, by the names of findings; ``special`` finds written special tokens."""
+    texts, found = _texts_of(record), []
+    if not any(text.strip() for text, _ in texts):
+        found.append("blank")
+    answers = [text for text, is_answer in texts if is_answer]
+    calls = any(m.get("tool_calls") for m in getattr(record, "messages", ()))
+    if answers and not calls and not any(c.isalnum() for c in answers[-1]):
+        found.append("empty_answer" if not answers[-1].strip() else "answer_without_letters")
+    if any(_LOST in text for text, _ in texts):
+        found.append("lost_characters")
+    if special and any(special.search(text) for text, _ in texts):
+        found.append("special_tokens_in_text")
+    return found
 
 
 def digest_of(*parts: bytes) -> int:
@@ -252,8 +218,6 @@ def digest_of(*parts: bytes) -> int:
 
 
 Level = Literal["error", "warning", "note"]
-# Places that a finding names.
-_SHOWN = 5
 # Below this share of labels most of the time goes into tokens that nothing is learned from.
 _FEW_LABELS = 0.02
 _FEW_ROWS = 20
@@ -370,14 +334,16 @@ def check_facts(
         end_names: the tokens that end a text, with their names.
         held_out: name and facts of each separate evaluation file.
     """
-    lengths, labels = np.array(facts.length), np.array(facts.labels)
+    examples = facts.examples
+    lengths, labels = examples["length"], examples["labels"]
     found = [*bad_rows_found(facts.bad, settings, ""), *_nothing(facts), *_long_rows(facts, settings, "")]
     found += _without_labels(facts, labels)
     found += _ends(facts, labels, end_names)
-    keys, prompts = np.array(facts.key), np.array(facts.prompt)
-    found += _duplicates(facts, keys, settings)
-    found += _contradictions(facts, keys, prompts)
-    found += _texts(facts)
+    found += _duplicates(facts, settings)
+    found += _contradictions(facts)
+    for name, (level, text, hint) in _TEXTS.items():
+        count, places = facts.counts[name], tuple(facts.notable.get(name, ()))
+        found.append(Finding(name, level, count, f"{count_rows(count)} {text}", hint, places))
     for name, others in held_out:
         found += bad_rows_found(others.bad, settings, f" of {name}")
         found += _long_rows(others, settings, f" of {name}")
@@ -388,7 +354,7 @@ def check_facts(
         facts.form,
         facts.template,
         facts.rows + len(facts.bad),
-        len(facts),
+        len(examples),
         int(lengths.sum()),
         int(labels.sum()),
         lengths_of(lengths),
@@ -434,68 +400,57 @@ def ordered(found: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted((f for f in found if f.count), key=lambda f: grave.index(f.level)))
 
 
-def _places(facts: Facts, examples: np.ndarray) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(facts.place(int(example)) for example in examples[:_SHOWN]))
-
-
 def bad_rows_found(bad: BadRows, settings: DataSettings, where: str) -> list[Finding]:
     """Rows that cannot be used, by reason; ``where`` says of which file."""
     refused = settings.bad_rows == "error"
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {reason: [] for reason in bad.counts}
     for line in bad.lines():
-        places = rows.setdefault(str(line["reason"]), [])
+        places = rows[str(line["reason"])]
         if len(places) < _SHOWN:
             places.append(f"{line['where']}: {line['error']}")
+    level: Level = "error" if refused else "warning"
+    hint = "correct them, or set data.bad_rows: skip" if refused else "they are skipped"
     return [
         Finding(
-            "bad_rows",
-            "error" if refused else "warning",
-            count,
-            f"{count_rows(count)}{where} that cannot be used: {reason}",
-            "correct them, or set data.bad_rows: skip" if refused else "they are skipped",
-            tuple(rows.get(reason, ())),
+            "bad_rows", level, count, f"{count_rows(count)}{where} that cannot be used: {reason}", hint, tuple(places)
         )
-        for reason, count in bad.counts.items()
+        for (reason, count), places in zip(bad.counts.items(), rows.values(), strict=True)
     ]
 
 
 def _nothing(facts: Facts) -> list[Finding]:
-    if len(facts):
+    if len(facts.examples):
         few = f"there are only {count_rows(facts.rows)}"
         return [Finding("few_rows", "note", int(facts.rows < _FEW_ROWS) and facts.rows, few)]
     return [Finding("no_rows", "error", 1, "no row can be used")]
 
 
 def _long_rows(facts: Facts, settings: DataSettings, where: str) -> list[Finding]:
-    lengths, lost = np.array(facts.length), np.array(facts.lost_labels)
-    long = np.flatnonzero(lengths > settings.max_length)
+    examples = facts.examples
+    long = np.flatnonzero(examples["length"] > settings.max_length)
     if not len(long):
         return []
     counted = f"{count_rows(len(long))}{where} longer than data.max_length ({settings.max_length:,} tokens)"
-    longest = int(lengths.max())
-    hint = f"data.max_length: {longest} fits all"
+    hint = f"data.max_length: {examples['length'].max()} fits all"
+    levels: dict[str, Level] = {"error": "error", "split": "note"}
     if settings.long_rows == "drop":
-        labels = int(np.array(facts.labels)[long].sum())
-        counted += f": dropped, with {labels:,} labels"
+        counted += f": dropped, with {examples['labels'][long].sum():,} labels"
     elif settings.long_rows == "cut":
-        counted += f": truncated, {int(lost[long].sum()):,} labels lost"
+        counted += f": truncated, {examples['lost'][long].sum():,} labels lost"
     elif settings.long_rows == "split":
         counted += ": divided, no label lost"
     else:
         hint += "; data.long_rows: cut, drop or split"
-    levels: dict[str, Level] = {"error": "error", "split": "note"}
     level = levels.get(settings.long_rows, "warning")
-    return [Finding("long_rows", level, len(long), counted, hint, _places(facts, long))]
+    return [Finding("long_rows", level, len(long), counted, hint, facts.places(long))]
 
 
 def _without_labels(facts: Facts, labels: np.ndarray) -> list[Finding]:
     without = np.flatnonzero(labels == 0)
-    if not len(without):
-        return []
-    if len(without) == len(facts):
+    if len(without) and len(without) == len(labels):
         return [Finding("no_labels", "error", len(without), "no row has a label: there is nothing to train on")]
     text = f"{count_rows(len(without))} without a label, such as an empty answer (dropped)"
-    return [Finding("without_label", "warning", len(without), text, None, _places(facts, without))]
+    return [Finding("without_label", "warning", len(without), text, None, facts.places(without))]
 
 
 def _ends(facts: Facts, labels: np.ndarray, end_names: Mapping[int, str]) -> list[Finding]:
@@ -515,63 +470,50 @@ def _ends(facts: Facts, labels: np.ndarray, end_names: Mapping[int, str]) -> lis
     return [Finding("end_not_trained", "warning", lacking, text)]
 
 
-def _duplicates(facts: Facts, keys: np.ndarray, settings: DataSettings) -> list[Finding]:
-    again = _again(keys)
+def _duplicates(facts: Facts, settings: DataSettings) -> list[Finding]:
+    again = _again(facts.examples["key"])
     done = "dropped" if settings.duplicates == "drop" else "kept, since data.duplicates is keep"
     exact = f"{_examples(len(again))} with the same tokens and labels as an earlier one ({done})"
     distinct = np.setdiff1d(facts.first_of_rows(), again)
-    near = distinct[_again(np.array(facts.text)[distinct])]
+    near = distinct[_again(facts.examples["text"][distinct])]
     alike = f"{count_rows(len(near))} like an earlier one but for case, spacing or punctuation"
     return [
-        Finding("duplicates", "warning", len(again), exact, None, _places(facts, again)),
-        Finding("near_duplicates", "note", len(near), alike, None, _places(facts, near)),
+        Finding("duplicates", "warning", len(again), exact, None, facts.places(again)),
+        Finding("near_duplicates", "note", len(near), alike, None, facts.places(near)),
     ]
 
 
-def _contradictions(facts: Facts, keys: np.ndarray, prompts: np.ndarray) -> list[Finding]:
-    asked = np.flatnonzero(prompts)
+def _contradictions(facts: Facts) -> list[Finding]:
+    asked = np.flatnonzero(facts.examples["prompt"])
     if not len(asked):
         return []
-    answers = np.array(facts.answer)[asked]
-    order = np.lexsort((answers, prompts[asked]))
-    ordered_prompts, ordered_answers = prompts[asked][order], answers[order]
-    same_prompt = ordered_prompts[1:] == ordered_prompts[:-1]
-    other_answer = same_prompt & (ordered_answers[1:] != ordered_answers[:-1])
-    contradicted = np.unique(ordered_prompts[1:][other_answer])
-    rows = np.sort(asked[np.isin(prompts[asked], contradicted)])
-    prompts_found = "1 prompt" if len(contradicted) == 1 else f"{len(contradicted):,} prompts"
-    text = f"{prompts_found} with different answers in different rows ({_examples(len(rows))})"
+    prompts, answers = facts.examples["prompt"][asked], facts.examples["answer"][asked]
+    order = np.lexsort((answers, prompts))
+    same_prompt = prompts[order][1:] == prompts[order][:-1]
+    other_answer = answers[order][1:] != answers[order][:-1]
+    contradicted = np.unique(prompts[order][1:][same_prompt & other_answer])
+    rows = asked[np.isin(prompts, contradicted)]
+    counted = "1 prompt" if len(contradicted) == 1 else f"{len(contradicted):,} prompts"
+    text = f"{counted} with different answers in different rows ({_examples(len(rows))})"
     hint = "if one answer is right, correct the others; with data.group they stay on one side of the split"
-    found = [Finding("contradictions", "warning", len(contradicted), text, hint, _places(facts, rows))]
-    if len(np.unique(answers)) == 1 and len(np.unique(prompts[asked])) > 1:
+    found = [Finding("contradictions", "warning", len(contradicted), text, hint, facts.places(rows))]
+    if len(np.unique(answers)) == 1 and len(np.unique(prompts)) > 1:
         text = "every prompt has the same answer: the model will learn to say it whatever it is asked"
         found.append(Finding("one_answer", "warning", len(asked), text))
     return found
 
 
 def _overlap(facts: Facts, others: Facts, name: str) -> list[Finding]:
-    exact = np.flatnonzero(np.isin(np.array(others.key), np.array(facts.key)))
-    prompts = np.array(others.prompt)
-    asked = np.isin(prompts, np.array(facts.prompt)) & (prompts != 0)
-    asked[exact] = False
-    only_prompt = np.flatnonzero(asked)
+    known, theirs = facts.examples, others.examples
+    is_exact = np.isin(theirs["key"], known["key"])
+    is_asked = np.isin(theirs["prompt"], known["prompt"]) & (theirs["prompt"] != 0) & ~is_exact
+    exact, asked = np.flatnonzero(is_exact), np.flatnonzero(is_asked)
+    same = f"{_examples(len(exact))} of {name} that are also training rows, which inflates the scores"
+    alike = f"{_examples(len(asked))} of {name} with the prompt of a training row"
+    hint = "remove them from one of the files"
     return [
-        Finding(
-            "overlap",
-            "warning",
-            len(exact),
-            f"{_examples(len(exact))} of {name} that are also training rows, which inflates the scores",
-            "remove them from one of the files",
-            _places(others, exact),
-        ),
-        Finding(
-            "prompt_overlap",
-            "warning",
-            len(only_prompt),
-            f"{_examples(len(only_prompt))} of {name} with the prompt of a training row",
-            None,
-            _places(others, only_prompt),
-        ),
+        Finding("overlap", "warning", len(exact), same, hint, others.places(exact)),
+        Finding("prompt_overlap", "warning", len(asked), alike, None, others.places(asked)),
     ]
 
 
@@ -586,20 +528,6 @@ _TEXTS: dict[str, tuple[Level, str, str | None]] = {
         "remove it from the text, unless it is meant",
     ),
 }
-
-
-def _texts(facts: Facts) -> list[Finding]:
-    return [
-        Finding(
-            name,
-            level,
-            facts.counts[name],
-            f"{count_rows(facts.counts[name])} {text}",
-            hint,
-            tuple(facts.notable.get(name, ())),
-        )
-        for name, (level, text, hint) in _TEXTS.items()
-    ]
 
 
 def _proportions(facts: Facts, lengths: np.ndarray, labels: np.ndarray) -> list[Finding]:

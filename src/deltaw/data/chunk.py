@@ -5,10 +5,9 @@ It is given rows in chunks, and knows neither where they come from nor where the
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -91,22 +90,19 @@ def _split_conversation(conversation: Conversation, encoder: Encoder, limit: int
     while pending:
         part = _Part(conversation, opening, first, pending)
         pieces = part.fitting(encoder, limit, where)
+        done = part.turns_of(pieces)
         question = max((n for n in range(opening, pending[0]) if roles[n] == "user"), default=opening)
-        if pending[0] not in part.turns_of(pieces) and first < question:
-            first = question
-            continue
-        if pending[0] not in part.turns_of(pieces):
+        if pending[0] not in done:
+            if first < question:
+                first = question
+                continue
             alone = _Part(conversation, opening, first, pending[:1])
             rows = encoder.encode([alone.conversation], [where])[0]
             pieces = [piece for row in rows for piece in windows(row, limit, encoder.leading, filled=True)]
-            part = alone
             done = set(pending[:1])
-        else:
-            done = part.turns_of(pieces)
         found += pieces
         pending = [turn for turn in pending if turn not in done]
-        if pending:
-            first = max((n for n in range(opening, pending[0]) if roles[n] == "user"), default=opening)
+        first = max((n for n in range(opening, min(pending, default=0)) if roles[n] == "user"), default=opening)
     return found
 
 
@@ -128,12 +124,8 @@ class _Part:
             kept = sum(stop <= limit for _, stop in row.spans)
             if kept:
                 start, stop = row.spans[kept - 1]
-                content = str(self.conversation.messages[row.turns[kept - 1]]["content"])
-                pieces.append(
-                    Encoded(
-                        row.tokens[:stop], row.spans[:kept], start, encoder.without_marks(content), row.turns[:kept]
-                    )
-                )
+                answer = encoder.without_marks(str(self.conversation.messages[row.turns[kept - 1]]["content"]))
+                pieces.append(Encoded(row.tokens[:stop], row.spans[:kept], start, answer, row.turns[:kept]))
         return pieces
 
     def turns_of(self, pieces: Sequence[Encoded]) -> set[int]:
@@ -144,30 +136,8 @@ class _Part:
 # ---- chunk
 
 
-@dataclass
-class Account:
-    """What became of rows besides one example each; the counts of :class:`deltaw.data.report.Report` that
-    bear these names."""
-
-    trailing_turns: int = 0
-    without_label: int = 0
-    unrolled: int = 0
-    unrolled_examples: int = 0
-    cut: int = 0
-    tokens_cut: int = 0
-    labels_cut: int = 0
-    dropped_long: int = 0
-    labels_dropped: int = 0
-    split: int = 0
-    split_examples: int = 0
-
-    def __add__(self, other: Account) -> Account:
-        theirs = other.as_dict()
-        return Account(**{name: count + theirs[name] for name, count in self.as_dict().items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts, all of them integers, by name."""
-        return dataclasses.asdict(self)
+# What became of rows besides one example each: the counts of :class:`deltaw.data.report.Report`, by their names there.
+Account = Counter[str]
 
 
 @dataclass
@@ -179,14 +149,7 @@ class LongRows:
     tokens: int = 0
     longest: int = 0
 
-    def add(self, where: str, tokens: int) -> None:
-        """Count one more."""
-        if not self.count:
-            self.first, self.tokens = where, tokens
-        self.count += 1
-        self.longest = max(self.longest, tokens)
-
-    def extend(self, other: LongRows) -> None:
+    def add(self, other: LongRows) -> None:
         """Count those of rows that come later."""
         if not self.count:
             self.first, self.tokens = other.first, other.tokens
@@ -197,22 +160,17 @@ class LongRows:
         """What is said of them."""
         many = f"{self.count:,} rows are" if self.count > 1 else "1 row is"
         ways = "cut (truncate), drop, or split" if can_split else "cut (truncate) or drop"
-        return UserError(
-            f"{many} longer than {limit:,} tokens; the first has {self.tokens:,}",
-            where=self.first,
-            hint=f"set data.max_length: {self.longest} to fit all, or data.long_rows: {ways}",
-        )
+        what = f"{many} longer than {limit:,} tokens; the first has {self.tokens:,}"
+        hint = f"set data.max_length: {self.longest} to fit all, or data.long_rows: {ways}"
+        return UserError(what, where=self.first, hint=hint)
 
 
 def nothing_left(name: str, account: Account, skipped: int, hint: str) -> UserError:
     """The error for a file of which no row can be used."""
+    long, bare = account["dropped_long"], account["without_label"]
     unusable = f", {skipped:,} cannot be used" if skipped else ""
-    return UserError(
-        f"no row is left to train on: {account.dropped_long:,} are too long, and {account.without_label:,} have no "
-        f"label{unusable}",
-        where=name,
-        hint=hint,
-    )
+    what = f"no row is left to train on: {long:,} are too long, and {bare:,} have no label{unusable}"
+    return UserError(what, where=name, hint=hint)
 
 
 class ChunkReader:
@@ -270,12 +228,12 @@ class ChunkReader:
         labels = sum(stop - start for part in parts for start, stop in part.spans)
         if longest > limit and self._settings.long_rows == "split" and labels:
             parts = split_long(record, parts, self._encoder, limit, where)
-            account.split += 1
-            account.split_examples += len(parts)
+            account["split"] += 1
+            account["split_examples"] += len(parts)
         elif len(parts) > 1:
-            account.unrolled += 1
-            account.unrolled_examples += len(parts)
-        account.trailing_turns += getattr(record, "trailing", 0) > 0
+            account["unrolled"] += 1
+            account["unrolled_examples"] += len(parts)
+        account["trailing_turns"] += getattr(record, "trailing", 0) > 0
         found = (limited((example_of(number, part),), where, self._settings, account, self.long) for part in parts)
         return [example for examples in found for example in examples or ()]
 
@@ -288,22 +246,22 @@ def limited(
     limit, longest = settings.max_length, max(map(len, examples))
     labels = sum(example.label_count for example in examples)
     if longest > limit and settings.long_rows == "error":
-        long.add(where, longest)
+        long.add(LongRows(1, where, longest, longest))
         return None
     if longest > limit and settings.long_rows == "drop":
-        account.dropped_long += 1
-        account.labels_dropped += labels
+        account["dropped_long"] += 1
+        account["labels_dropped"] += labels
         return None
     shortened = examples
     if longest > limit:
         shortened = tuple(example.shortened(limit) for example in examples)
-        account.labels_cut += labels - sum(example.label_count for example in shortened)
+        account["labels_cut"] += labels - sum(example.label_count for example in shortened)
     if not all(example.label_count for example in shortened) or not differ(shortened):
-        account.without_label += 1  # or nothing is left that distinguishes the answers
+        account["without_label"] += 1  # or nothing is left that distinguishes the answers
         return None
     if longest > limit:
-        account.cut += 1
-        account.tokens_cut += sum(map(len, examples)) - sum(map(len, shortened))
+        account["cut"] += 1
+        account["tokens_cut"] += sum(map(len, examples)) - sum(map(len, shortened))
     return shortened
 
 

@@ -92,18 +92,10 @@ def class_name(value: object, column: str, where: str) -> str | None:
     if isinstance(value, str | int):
         return str(value)
     if isinstance(value, float):
-        raise BadRowError(
-            f"'{column}' holds {value}, which is not a class",
-            reason=NO_LABEL,
-            where=where,
-            hint="set task: regression to predict numbers, or data.columns: {label: …} to the right column",
-        )
-    raise BadRowError(
-        f"'{column}' holds a {type(value).__name__}, not one class",
-        reason=NO_LABEL,
-        where=where,
-        hint="give each row one class, as text or an integer",
-    )
+        hint = "set task: regression to predict numbers, or data.columns: {label: …} to the right column"
+        raise BadRowError(f"'{column}' holds {value}, which is not a class", reason=NO_LABEL, where=where, hint=hint)
+    what = f"'{column}' holds a {type(value).__name__}, not one class"
+    raise BadRowError(what, reason=NO_LABEL, where=where, hint="give each row one class, as text or an integer")
 
 
 def number(value: object, column: str, where: str) -> float:
@@ -120,12 +112,8 @@ def number(value: object, column: str, where: str) -> float:
             result = math.nan
     if not math.isfinite(result):
         shown = "empty" if value is None or value == "" else repr(value)
-        raise BadRowError(
-            f"'{column}' must be a finite number but is {shown}",
-            reason=NO_LABEL,
-            where=where,
-            hint="write a number, remove the row, or name the right column in data.columns: {label: …}",
-        )
+        hint = "write a number, remove the row, or name the right column in data.columns: {label: …}"
+        raise BadRowError(f"'{column}' must be a finite number but is {shown}", reason=NO_LABEL, where=where, hint=hint)
     return result
 
 
@@ -172,11 +160,8 @@ def class_numbers(
         lacking = [name for name in classes if name not in found]
         if lacking:
             others = _sorted({name for name in names if name is not None and name not in numbers})
-            raise UserError(
-                f"no row has the class '{lacking[0]}'",
-                where=f"data.classes for {source}",
-                hint=did_you_mean(lacking[0], others),
-            )
+            hint = did_you_mean(lacking[0], others)
+            raise UserError(f"no row has the class '{lacking[0]}'", where=f"data.classes for {source}", hint=hint)
     return classes, [None if name is None else numbers.get(name) for name in names]
 
 
@@ -194,20 +179,15 @@ def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
         where: the model, for the message.
     """
     if num_labels != len(classes):
-        raise UserError(
-            f"the model's head has {num_labels} outputs, but there are {len(classes)} classes: {listed(classes)}",
-            where=where,
-            hint="list the head's classes in its order in data.classes, or use a model without a head",
-        )
+        what = f"the model's head has {num_labels} outputs, but there are {len(classes)} classes: {listed(classes)}"
+        hint = "list the head's classes in its order in data.classes, or use a model without a head"
+        raise UserError(what, where=where, hint=hint)
 
 
 def _check_found(classes: Sequence[str], rows: int, source: str) -> None:
     if len(classes) < 2:
-        raise UserError(
-            f"all rows have the class '{classes[0]}'" if classes else "no row has a label",
-            where=source,
-            hint="a classifier needs rows of at least two classes",
-        )
+        what = f"all rows have the class '{classes[0]}'" if classes else "no row has a label"
+        raise UserError(what, where=source, hint="a classifier needs rows of at least two classes")
     if len(classes) > max(_MANY, rows // 2):
         raise UserError(
             f"the labels have {len(classes):,} different values in {rows:,} rows",
@@ -233,17 +213,12 @@ def _named(rows: Rows, there: Sequence[str], ours: str, usual: Sequence[str], *,
     if len(found) == 1 or not (found or required):
         return found[0] if found else None
     if found:
-        raise UserError(
-            f"several columns may be the {ours}: {listed(found)}",
-            where=rows.name,
-            hint=f"say which in data.columns: {{{ours}: {found[0]}}}",
-        )
+        hint = f"say which in data.columns: {{{ours}: {found[0]}}}"
+        raise UserError(f"several columns may be the {ours}: {listed(found)}", where=rows.name, hint=hint)
     raise _unknown(rows, ours, usual)
 
 
 def _unknown(rows: Rows, ours: str, usual: Sequence[str]) -> UserError:
-    return UserError(
-        f"no column for the {ours} was found",
-        where=f"{rows.name}, whose columns are {listed(rows.columns)}",
-        hint=f"name it in data.columns: {{{ours}: …}}; columns called {listed(usual)} are found without it",
-    )
+    what = f"no column for the {ours} was found"
+    hint = f"name it in data.columns: {{{ours}: …}}; columns called {listed(usual)} are found without it"
+    return UserError(what, where=f"{rows.name}, whose columns are {listed(rows.columns)}", hint=hint)

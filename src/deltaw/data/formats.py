@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from deltaw.data.messages import (
     MALFORMED,
+    ROLES,
     WRONG_TYPE,
     Conversation,
     Message,
@@ -24,6 +25,9 @@ from deltaw.data.messages import (
 from deltaw.data.report import BadRowError, Refuse, refuse
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from deltaw.data.row_stream import RowStream
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
 # Columns of labeled rows besides 'text' (see deltaw.data.classes).
@@ -69,46 +73,21 @@ class Form:
     read: Callable[[Row, str], Record]
 
 
-def forms() -> tuple[Form, ...]:
-    """All formats, in the order in which they are tried."""
-    return (
-        Form("messages", ("messages",), ("tools",), _read_messages),
-        Form("sharegpt", ("conversations",), ("system", "tools"), _read_sharegpt),
-        Form("prompt-completion", ("prompt", "completion"), ("system", "tools"), read_pair),
-        Form("alpaca", ("instruction", "output"), ("input", "system"), _read_alpaca),
-        Form("evals", ("input", "ideal"), (), _read_evals),
-        Form("text", ("text",), (), _read_text),
-    )
-
-
 def known_columns() -> tuple[str, ...]:
     """Every column name that a format, or another task, reads."""
-    of_forms = [column for form in forms() for column in form.needs + form.can_use]
+    of_forms = [column for form in FORMS for column in form.needs + form.can_use]
     return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *PAIR_COLUMNS]))
 
 
-class HasColumns(Protocol):
-    """A file, or several, of which the columns are known."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def columns(self) -> Sequence[str]: ...
-
-
-def check_columns(rows: HasColumns, columns: Mapping[str, str]) -> None:
+def check_columns(rows: Rows | RowStream, columns: Mapping[str, str]) -> None:
     """Raise a UserError if ``data.columns`` names a column that the file does not have."""
     for ours, theirs in columns.items():
         if theirs not in rows.columns:
-            raise UserError(
-                f"the file has no column '{theirs}'",
-                where=f"data.columns.{ours} for {rows.name}",
-                hint=did_you_mean(theirs, rows.columns),
-            )
+            what = f"the file has no column '{theirs}'"
+            raise UserError(what, where=f"data.columns.{ours} for {rows.name}", hint=did_you_mean(theirs, rows.columns))
 
 
-def choose_form(rows: HasColumns, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
+def choose_form(rows: Rows | RowStream, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
     """The format of a file by its columns, or ``form``, if the file has its columns.
 
     Args:
@@ -122,11 +101,11 @@ def choose_form(rows: HasColumns, form: str = "auto", columns: Mapping[str, str]
     columns = columns or {}
     check_columns(rows, columns)
     there = (set(rows.columns) - set(columns.values())) | set(columns)
-    fitting = [candidate for candidate in forms() if there.issuperset(candidate.needs)]
+    fitting = [candidate for candidate in FORMS if there.issuperset(candidate.needs)]
     # Columns named in data.columns decide first, then the order of the formats.
     fitting.sort(key=lambda candidate: -len(set(columns) & set(candidate.needs + candidate.can_use)))
     if form != "auto":
-        asked = next(candidate for candidate in forms() if candidate.name == form)
+        asked = next(candidate for candidate in FORMS if candidate.name == form)
         if asked not in fitting:
             lacking = [column for column in asked.needs if column not in there]
             raise _no_form(rows, f"the format '{form}' needs the column '{lacking[0]}'", lacking[0])
@@ -136,7 +115,7 @@ def choose_form(rows: HasColumns, form: str = "auto", columns: Mapping[str, str]
     return fitting[0]
 
 
-def unused_columns(rows: HasColumns, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
+def unused_columns(rows: Rows | RowStream, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Columns of the file that ``form`` does not read."""
     used = {columns.get(name, name) for name in form.needs + form.can_use}
     return tuple(column for column in rows.columns if column not in used)
@@ -190,7 +169,7 @@ def require(
             raise BadRowError(found, reason=found, where=where, hint=hint)
 
 
-def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
+def _no_form(rows: Rows | RowStream, what: str, lacking: str | None) -> UserError:
     known = known_columns()
     if set(PAIR_COLUMNS) <= set(rows.columns):
         hint = "for pairs of a chosen and a rejected answer, set task: preference. "
@@ -200,12 +179,9 @@ def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
         near = [(column, did_you_mean(column, known)) for column in rows.columns]
         hint = "; ".join(f"'{column}': {said}" for column, said in near if said.startswith("did")) or ""
         hint = hint + ". " if hint else ""
-    shapes = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in forms())
-    return UserError(
-        what,
-        where=f"{rows.name}, whose columns are {listed(rows.columns)}",
-        hint=f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}",
-    )
+    shapes = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMS)
+    hint = f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}"
+    return UserError(what, where=f"{rows.name}, whose columns are {listed(rows.columns)}", hint=hint)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -219,10 +195,6 @@ def _system(row: Row, where: str) -> str | None:
     return None if value is None or value == "" else text_of(value, "system", where)
 
 
-def _read_text(row: Row, where: str) -> Text:
-    return Text(text_of(row["text"], "text", where))
-
-
 def read_pair(row: Row, where: str) -> Record:
     """A row with a prompt and a completion, each text or messages, as a record.
 
@@ -233,38 +205,40 @@ def read_pair(row: Row, where: str) -> Record:
     tools = read_tools(row.get("tools"), where)
     if not (tools or isinstance(prompt, list) or isinstance(completion, list)):
         return Pair(text_of(prompt, "prompt", where), text_of(completion, "completion", where), system)
-    if isinstance(prompt, list):
-        before = read_messages(prompt, "prompt", where)
-    else:
-        before = [{"role": "user", "content": text_of(prompt, "prompt", where)}]
-    if isinstance(completion, list):
-        after = read_messages(completion, "completion", where)
-    else:
-        after = [{"role": "assistant", "content": text_of(completion, "completion", where)}]
+    before, after = _as_messages(row, "prompt", "user", where), _as_messages(row, "completion", "assistant", where)
     return conversation(_with_system(system, before), after, where, tools)
 
 
+def _as_messages(row: Row, key: str, role: str, where: str) -> list[Message]:
+    """The value of ``key``, a list of messages or the text of one, as messages."""
+    value = row[key]
+    return read_messages(value, key, where) if isinstance(value, list) else [_message(role, value, key, where)]
+
+
+def _message(role: str, text: object, key: str, where: str) -> Message:
+    return {"role": role, "content": text_of(text, key, where)}
+
+
 def _read_alpaca(row: Row, where: str) -> Conversation:
-    instruction = text_of(row["instruction"], "instruction", where)
-    given = row.get("input")
-    given = "" if given is None else text_of(given, "input", where)
-    question: Message = {"role": "user", "content": f"{instruction}\n\n{given}" if given.strip() else instruction}
-    answer: Message = {"role": "assistant", "content": text_of(row["output"], "output", where)}
-    return conversation(_with_system(_system(row, where), [question]), [answer], where)
+    question = text_of(row["instruction"], "instruction", where)
+    given = "" if row.get("input") is None else text_of(row["input"], "input", where)
+    before: Message = {"role": "user", "content": f"{question}\n\n{given}" if given.strip() else question}
+    after = _message("assistant", row["output"], "output", where)
+    return conversation(_with_system(_system(row, where), [before]), [after], where)
 
 
 def _read_evals(row: Row, where: str) -> Record:
     ideal = row["ideal"]
     if isinstance(ideal, list):
         if not ideal:
-            raise BadRowError(
-                "'ideal' is an empty list", reason="no answer", where=where, hint="give at least one answer"
-            )
+            hint = "give at least one answer"
+            raise BadRowError("'ideal' is an empty list", reason="no answer", where=where, hint=hint)
         ideal = ideal[0]
-    answer = text_of(ideal, "ideal", where)
-    if not isinstance(row["input"], list):
-        return Pair(text_of(row["input"], "input", where), answer)
-    return conversation(read_messages(row["input"], "input", where), [{"role": "assistant", "content": answer}], where)
+    if isinstance(row["input"], list):
+        answer = [_message("assistant", ideal, "ideal", where)]
+        return conversation(read_messages(row["input"], "input", where), answer, where)
+    answered = text_of(ideal, "ideal", where)
+    return Pair(text_of(row["input"], "input", where), answered)
 
 
 def _read_messages(row: Row, where: str) -> Conversation:
@@ -272,45 +246,26 @@ def _read_messages(row: Row, where: str) -> Conversation:
     return conversation([], read_messages(row["messages"], "messages", where), where, tools)
 
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
+_SHAREGPT_ROLES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 def _read_sharegpt(row: Row, where: str) -> Conversation:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        raise BadRowError(
-            f"'conversations' must be a list but is a {type(turns).__name__}",
-            reason=WRONG_TYPE,
-            where=where,
-            hint='write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]',
-        )
+        what = f"'conversations' must be a list but is a {type(turns).__name__}"
+        hint = 'write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]'
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise BadRowError(
-                "a turn must be an object with 'from' and 'value'",
-                reason=MALFORMED,
-                where=place,
-                hint='write it as {"from": "human", "value": "…"}',
-            )
+            what = "a turn must be an object with 'from' and 'value'"
+            raise BadRowError(what, reason=MALFORMED, where=place, hint='write it as {"from": "human", "value": "…"}')
         speaker = text_of(turn["from"], "from", place)
         if speaker not in _SHAREGPT_ROLES:
-            raise BadRowError(
-                f"'{speaker}' is not a known speaker",
-                reason=MALFORMED,
-                where=place,
-                hint=did_you_mean(speaker, _SHAREGPT_ROLES),
-            )
-        message: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text_of(turn["value"], "value", place)}
+            hint = did_you_mean(speaker, _SHAREGPT_ROLES)
+            raise BadRowError(f"'{speaker}' is not a known speaker", reason=MALFORMED, where=place, hint=hint)
+        message = _message(_SHAREGPT_ROLES[speaker], turn["value"], "value", place)
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
         messages.append(message)
@@ -320,3 +275,18 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
 
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _read_text(row: Row, where: str) -> Text:
+    return Text(text_of(row["text"], "text", where))
+
+
+# All formats, in the order in which they are tried.
+FORMS = (
+    Form("messages", ("messages",), ("tools",), _read_messages),
+    Form("sharegpt", ("conversations",), ("system", "tools"), _read_sharegpt),
+    Form("prompt-completion", ("prompt", "completion"), ("system", "tools"), read_pair),
+    Form("alpaca", ("instruction", "output"), ("input", "system"), _read_alpaca),
+    Form("evals", ("input", "ideal"), (), _read_evals),
+    Form("text", ("text",), (), _read_text),
+)

@@ -54,22 +54,16 @@ class ImageEncoder:
         except Exception as error:  # a configuration's own checks raise anything
             if "trust_remote_code" in str(error):
                 raise asks_for_code(folder) from error
-            raise UserError(
-                f"the model's image preprocessing cannot be read: {str(error).splitlines()[0][:300]}",
-                where=str(folder),
-                hint="download or copy the model again",
-            ) from error
+            what = f"the model's image preprocessing cannot be read: {str(error).splitlines()[0][:300]}"
+            raise UserError(what, where=str(folder), hint="download or copy the model again") from error
         vision = getattr(config, "vision_config", config)
         self._channels = int(getattr(vision, "num_channels", 3))
         self._mode = "L" if self._channels == 1 else "RGB"
         self._size = _pair(getattr(vision, "image_size", None))
         self._patch = _pair(getattr(vision, "patch_size", None)) or (16, 16)
         if self._processor is None and self._size is None:
-            raise UserError(
-                f"the model's folder has no {_PREPROCESSOR}, and its config.json no image_size",
-                where=str(folder),
-                hint=f"copy the model's {_PREPROCESSOR} into it",
-            )
+            what = f"the model's folder has no {_PREPROCESSOR}, and its config.json no image_size"
+            raise UserError(what, where=str(folder), hint=f"copy the model's {_PREPROCESSOR} into it")
         self._shapes: dict[tuple[int, int], tuple[int, int]] = {}
         self.resizes = self._shape((30, 40)) == self._shape((110, 90))
 
@@ -128,11 +122,9 @@ class ImageEncoder:
             encoded = self._processor(arrays, return_tensors="pt", input_data_format="channels_last")
             return encoded["pixel_values"].float()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"the model's preprocessor does not accept the images: {str(error).splitlines()[0][:300]}",
-                where=str(self._folder / _PREPROCESSOR),
-                hint="check that it belongs to the model; without the file, images are only resized",
-            ) from error
+            what = f"the model's preprocessor does not accept the images: {str(error).splitlines()[0][:300]}"
+            hint = "check that it belongs to the model; without the file, images are only resized"
+            raise UserError(what, where=str(self._folder / _PREPROCESSOR), hint=hint) from error
 
 
 def _pair(size: object) -> tuple[int, int] | None:

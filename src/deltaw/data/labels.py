@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.check import Finding
+from deltaw.data.chunk import LongRows
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
 from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown
@@ -148,11 +149,8 @@ class LabelReader(RowReader[AnyExample]):
         label = train[0].label
         if all(example.label == label for example in train):
             what = f"the number {label:g}" if self.classes is None else f"the class '{self.classes[int(label)]}'"
-            raise UserError(
-                f"all training rows have {what}",
-                where=shown(self.settings.train),
-                hint="add rows with other labels, or hold out fewer rows with data.eval",
-            )
+            hint = "add rows with other labels, or hold out fewer rows with data.eval"
+            raise UserError(f"all training rows have {what}", where=shown(self.settings.train), hint=hint)
 
     def _read(self, train: Train, seed: int | None = None) -> tuple[list[AnyExample], list[Any], Report]:
         self._other_files = 0
@@ -237,13 +235,13 @@ class LabelReader(RowReader[AnyExample]):
         where, excess = rows.place(index), len(ids) - self.settings.max_length
         if excess > 0:
             if self.settings.long_rows == "error":
-                self.long.add(where, len(ids))
+                self.long.add(LongRows(1, where, len(ids), len(ids)))
                 return None
             if self.settings.long_rows == "drop":
-                self.account.dropped_long += 1
+                self.account["dropped_long"] += 1
                 return None
-            self.account.cut += 1
-            self.account.tokens_cut += excess
+            self.account["cut"] += 1
+            self.account["tokens_cut"] += excess
             ids, segments = tokenize([text], cut=True)[0]
         if not len(ids):
             what, reason = "the text is empty", "an empty text"
@@ -287,11 +285,8 @@ class _Tokenizing:
         self._columns = [column for column in (columns.text, columns.text_pair) if column]
         special = tokenizer.num_special_tokens_to_add(pair=len(self._columns) == 2)
         if special >= limit:
-            raise UserError(
-                f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row",
-                where="data.max_length",
-                hint=f"set it to at least {special + 1}",
-            )
+            what = f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row"
+            raise UserError(what, where="data.max_length", hint=f"set it to at least {special + 1}")
 
     def texts(self, row: Row, where: str) -> tuple[str, ...]:
         """The one or two texts of a row."""

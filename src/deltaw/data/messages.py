@@ -5,6 +5,7 @@ It knows single rows; not files, columns or tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,19 +56,15 @@ def text_of(value: object, key: str, where: str) -> str:
     """
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise BadRowError(
-            f"'{key}' must be text but is {kind}", reason=WRONG_TYPE, where=where, hint="write it as a string"
-        )
+        what = f"'{key}' must be text but is {kind}"
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="write it as a string")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadRowError(
-                f"'{key}' holds half of a surrogate pair, which is not text",
-                reason="text that is not Unicode",
-                where=where,
-                hint="write the whole character, or remove it",
-            ) from error
+            what = f"'{key}' holds half of a surrogate pair, which is not text"
+            hint = "write the whole character, or remove it"
+            raise BadRowError(what, reason="text that is not Unicode", where=where, hint=hint) from error
     return value
 
 
@@ -80,30 +77,23 @@ def read_messages(value: object, key: str, where: str) -> list[Message]:
         BadRowError: it is not such a list; the message names the turn.
     """
     if not isinstance(value, list):
-        raise BadRowError(
-            f"'{key}' must be a list of messages but is a {type(value).__name__}",
-            reason=WRONG_TYPE,
-            where=where,
-            hint='write it as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
-        )
+        what = f"'{key}' must be a list of messages but is a {type(value).__name__}"
+        hint = 'write it as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
     messages: list[Message] = []
     for number, turn in enumerate(value, start=1):
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict):
-            raise BadRowError(
-                f"a message must be an object but is a {type(turn).__name__}",
-                reason=MALFORMED,
-                where=place,
-                hint="a message is " + '{"role": "user", "content": "…"}',
-            )
+            what = f"a message must be an object but is a {type(turn).__name__}"
+            hint = "a message is " + '{"role": "user", "content": "…"}'
+            raise BadRowError(what, reason=MALFORMED, where=place, hint=hint)
         message: Message = {name: part for name, part in turn.items() if part is not None}
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
             hint = f": {did_you_mean(role, ROLES)}" if isinstance(role, str) else ""
             known = ", ".join(f"'{name}'" for name in ROLES)
-            raise BadRowError(
-                f"the role is {role!r}{hint}", reason=MALFORMED, where=place, hint=f"the roles are {known}"
-            )
+            what = f"the role is {role!r}{hint}"
+            raise BadRowError(what, reason=MALFORMED, where=place, hint=f"the roles are {known}")
         if role == "assistant" and message.get("tool_calls"):
             message.setdefault("content", "")
             message["tool_calls"] = _read_calls(message["tool_calls"], place)
@@ -124,12 +114,9 @@ def _joined(content: object, where: str) -> object:
     for number, part in enumerate(content, start=1):
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(part, dict) or kind != "text":
-            raise BadRowError(
-                f"part {number} of 'content' is not text but {kind or type(part).__name__}",
-                reason="content that is not text",
-                where=where,
-                hint='only parts of text can be learned: {"type": "text", "text": "…"}',
-            )
+            what = f"part {number} of 'content' is not text but {kind or type(part).__name__}"
+            hint = 'only parts of text can be learned: {"type": "text", "text": "…"}'
+            raise BadRowError(what, reason="content that is not text", where=where, hint=hint)
         texts.append(text_of(part.get("text"), "text", where))
     return "\n".join(texts)
 
@@ -143,17 +130,12 @@ def read_tools(value: object, where: str) -> tuple[Message, ...]:
     if value is None or value == "":
         return ()
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = parse(value)
-        except ValueError:
-            value = None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRowError(
-            "'tools' must be a list of objects, or JSON text of one",
-            reason=WRONG_TYPE,
-            where=where,
-            hint='a tool is {"type": "function", "function": {"name": "…", "parameters": {…}}}',
-        )
+        what = "'tools' must be a list of objects, or JSON text of one"
+        hint = 'a tool is {"type": "function", "function": {"name": "…", "parameters": {…}}}'
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
     return tuple(value)
 
 
@@ -169,12 +151,9 @@ def conversation(
     check_order(turns, where)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < len(before):
-        raise BadRowError(
-            "no turn is the assistant's, so there is no label",
-            reason="no answer",
-            where=where,
-            hint="end the conversation with a message of the role 'assistant'",
-        )
+        what = "no turn is the assistant's, so there is no label"
+        hint = "end the conversation with a message of the role 'assistant'"
+        raise BadRowError(what, reason="no answer", where=where, hint=hint)
     weights = [_weight(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
     learned = tuple(turn["role"] == "assistant" and i >= len(before) and weights[i] for i, turn in enumerate(turns))
     messages = tuple({key: part for key, part in turn.items() if key != "weight"} for turn in turns)
@@ -193,12 +172,8 @@ def check_order(turns: Sequence[Message], where: str) -> None:
         if role not in _MAY_FOLLOW[previous]:
             after = f"cannot follow '{previous}'" if previous else "cannot begin a conversation"
             allowed = " or ".join(f"'{name}'" for name in _MAY_FOLLOW[previous])
-            raise BadRowError(
-                f"turn {number} is out of order: '{role}' {after}",
-                reason=OUT_OF_ORDER,
-                where=f"{where}, turn {number}",
-                hint=f"expected {allowed}",
-            )
+            what = f"turn {number} is out of order: '{role}' {after}"
+            raise BadRowError(what, reason=OUT_OF_ORDER, where=f"{where}, turn {number}", hint=f"expected {allowed}")
         previous = role
 
 
@@ -217,8 +192,8 @@ def read_prompt(value: object, where: str) -> list[Message]:
 
 def without_blank_answers(found: Conversation) -> Conversation:
     """The same, with empty answers of the assistant marked as no labels."""
-    learned = tuple(may and not _is_blank(message) for may, message in zip(found.learned, found.messages, strict=True))
-    return replace(found, learned=learned)
+    spoken = [bool(str(m["content"]).strip() or m.get("tool_calls") or reasoning(m)) for m in found.messages]
+    return replace(found, learned=tuple(may and said for may, said in zip(found.learned, spoken, strict=True)))
 
 
 def reasoning(message: Message) -> str:
@@ -234,53 +209,31 @@ def without_nulls(value: object) -> object:
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _is_blank(message: Message) -> bool:
-    return not (str(message["content"]).strip() or message.get("tool_calls") or reasoning(message))
-
-
 def _weight(turn: Message, where: str) -> bool:
     """Whether a turn is trained on, by its ``weight``: 0 or 1, and 1 if it has none."""
     weight = turn.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
-        raise BadRowError(
-            f"the weight is {weight!r}",
-            reason="a weight other than 0 and 1",
-            where=where,
-            hint="a turn is trained on (1) or not (0)",
-        )
+        hint = "a turn is trained on (1) or not (0)"
+        raise BadRowError(f"the weight is {weight!r}", reason="a weight other than 0 and 1", where=where, hint=hint)
     return weight == 1
 
 
 def _read_calls(value: object, where: str) -> list[Any]:
     """Tool calls, their arguments as objects: templates write them as JSON, text would be quoted twice."""
+    hint = 'a call is {"type": "function", "function": {"name": "…", "arguments": {…}}}'
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        raise BadRowError(
-            "'tool_calls' must be a list of objects",
-            reason=MALFORMED,
-            where=where,
-            hint='a call is {"type": "function", "function": {"name": "…", "arguments": {…}}}',
-        )
+        raise BadRowError("'tool_calls' must be a list of objects", reason=MALFORMED, where=where, hint=hint)
     calls = []
     for call in value:
         call = {key: part for key, part in call.items() if part is not None}
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRowError(
-                "a tool call has no name",
-                reason=MALFORMED,
-                where=where,
-                hint='a call is {"type": "function", "function": {"name": "…", "arguments": {…}}}',
-            )
-        function = {**function, "arguments": _arguments(function.get("arguments", {}))}
+            raise BadRowError("a tool call has no name", reason=MALFORMED, where=where, hint=hint)
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                parsed = parse(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
+        function = {**function, "arguments": arguments}
         calls.append({**call, "function": function} if "function" in call else function)
     return calls
-
-
-def _arguments(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = parse(value)
-    except ValueError:
-        return value
-    return parsed if isinstance(parsed, dict) else value

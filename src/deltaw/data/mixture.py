@@ -122,22 +122,16 @@ def _source(entry: object, where: str) -> Source:
     if isinstance(entry, str):
         return Source(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("from"), str):
-        raise UserError(
-            "a source is a reference, or a section with 'from'",
-            where=where,
-            hint="write data.train: [a.jsonl, {from: b.jsonl, weight: 2}]",
-        )
+        hint = "write data.train: [a.jsonl, {from: b.jsonl, weight: 2}]"
+        raise UserError("a source is a reference, or a section with 'from'", where=where, hint=hint)
     for key in entry:
         if key not in _KEYS:
             raise UserError(f"unknown key '{key}'", where=where, hint=did_you_mean(str(key), _KEYS))
     columns, form = entry.get("columns"), entry.get("form")
     if columns is not None:
         if not isinstance(columns, dict) or not all(isinstance(v, str) for v in columns.values()):
-            raise UserError(
-                "'columns' must map our names to the file's",
-                where=where,
-                hint="write columns: {prompt: question, completion: answer}",
-            )
+            hint = "write columns: {prompt: question, completion: answer}"
+            raise UserError("'columns' must map our names to the file's", where=where, hint=hint)
         columns_are_known(columns, f"{where}, columns")
     if form is not None and form not in get_args(FormName):
         raise UserError(f"there is no format '{form}'", where=where, hint=did_you_mean(str(form), get_args(FormName)))
@@ -147,9 +141,6 @@ def _source(entry: object, where: str) -> Source:
 def _weight(value: object, where: str) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not 0 < number <= _MOST:
-        raise UserError(
-            f"the weight is {value!r}",
-            where=where,
-            hint=f"give a number above 0, to {_MOST:g}: 2 shows each row twice in an epoch, 0.5 half of them",
-        )
+        hint = f"give a number above 0, to {_MOST:g}: 2 shows each row twice in an epoch, 0.5 half of them"
+        raise UserError(f"the weight is {value!r}", where=where, hint=hint)
     return float(number)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,10 +24,6 @@ from torch import Tensor
 from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.transfer import to_device
-
-if TYPE_CHECKING:
-    pass
-
 
 # ---- Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
 #
@@ -130,11 +125,14 @@ class PrefixTree:
         self._path = [self.root]
         self._last = np.zeros(0, np.int32)
 
-    def insert(self, tokens: np.ndarray, share: bool, shareable: int | None = None) -> None:
+    def insert(self, tokens: np.ndarray, share: bool, shareable: int | None = None) -> int:
         """Add a row; without ``share`` as a branch of its own.
 
         Args:
             shareable: how many of its first tokens other rows may share; None for all.
+
+        Returns:
+            how many of its tokens the tree did not have.
         """
         common = common_prefix(self._last, tokens[:shareable]) if share else 0
         while self._path[-1].start >= common and len(self._path) > 1:
@@ -151,6 +149,7 @@ class PrefixTree:
             self._path.append(leaf)
         self.ends.append(self._path[-1])
         self._last = tokens[:shareable]
+        return len(tokens) - common
 
     @staticmethod
     def _split(node: Node, at: int) -> Node:
@@ -187,25 +186,8 @@ def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
 
 def added_tokens(ordered: Sequence[np.ndarray], share: bool, shareable: Sequence[int] | None = None) -> list[int]:
     """Tokens that each of the rows, in sorted order, adds to a :class:`PrefixTree` of those before it."""
-    added = []
-    limits = [None] * len(ordered) if shareable is None else shareable
-    last = np.zeros(0, np.int32)
-    path = [(0, 0)]  # start and stop of the nodes of the last row, the root first
-    for tokens, limit in zip(ordered, limits, strict=True):
-        common = common_prefix(last, tokens[:limit]) if share else 0
-        while path[-1][0] >= common and len(path) > 1:
-            path.pop()
-        start, stop = path[-1]
-        if len(path) > 1 and common - start < LEAST_SHARED:
-            common = start
-            path.pop()
-        elif common < stop:
-            path[-1] = (start, common)
-        if common < len(tokens):
-            path.append((common, len(tokens)))
-        added.append(len(tokens) - common)
-        last = tokens[:limit]
-    return added
+    tree, limits = PrefixTree(), [None] * len(ordered) if shareable is None else shareable
+    return [tree.insert(tokens, share, limit) for tokens, limit in zip(ordered, limits, strict=True)]
 
 
 # ---- packing
@@ -292,8 +274,8 @@ def split_into_microbatches(
     """
     if padded:
         by_length = sorted(examples, key=_longest)
-        lengths, counts = [_longest(e) for e in by_length], [len(rows_of(e)) for e in by_length]
-        cuts = cut_by_length(lengths, tokens_per_pass, cost, counts)
+        counts = [len(rows_of(example)) for example in by_length]
+        cuts = cut_by_length([*map(_longest, by_length)], tokens_per_pass, cost, counts)
         return [by_length[start:stop] for start, stop in cuts]
     ordered = sorted(examples, key=lambda e: sort_key(rows_of(e)[0].tokens))
     sizes = [sum(_added(rows_of(example), share, inactive_cost)) for example in ordered]

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from deltaw.data.classes import LabelColumns
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError, Refuse, refuse
 from deltaw.data.row_files import OnBad
-from deltaw.data.sources import KINDS, Rows, read_rows
+from deltaw.data.sources import KINDS, Rows, read_rows, walk
 from deltaw.errors import UserError
 from deltaw.hub import packages
 
@@ -87,34 +87,23 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
-        raise UserError(
-            "images are in the folder itself, where nothing gives their class",
-            where=reference,
-            hint="put the images of each class into a subfolder named after it",
-        )
+        hint = "put the images of each class into a subfolder named after it"
+        raise UserError("images are in the folder itself, where nothing gives their class", where=reference, hint=hint)
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
         return read_rows(reference, on_bad, max_bytes=max_bytes), 0
     if _PARTS.issuperset(folder.name.lower() for folder in folders):
-        raise UserError(
-            f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}",
-            where=reference,
-            hint=f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another",
-        )
+        what = f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}"
+        hint = f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another"
+        raise UserError(what, where=reference, hint=hint)
     rows: list[dict[str, object]] = []
     others = sum(entry.is_file() for entry in entries)
     for folder in folders:
-        files = sorted(
-            file
-            for file in folder.rglob("*")
-            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-        )
+        files = walk(folder)
         images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
-            raise UserError(
-                f"the folder of the class '{folder.name}' has no image",
-                where=f"{reference.rstrip('/')}/{folder.name}",
-                hint="put its images there, or remove the folder; images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
-            )
+            what = f"the folder of the class '{folder.name}' has no image"
+            hint = "put its images there, or remove the folder; images end in " + ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(what, where=f"{reference.rstrip('/')}/{folder.name}", hint=hint)
         others += len(files) - len(images)
         rows += [{"image": file, "label": folder.name} for file in images]
     return Rows(reference, [(reference, range(1, len(rows) + 1), rows)], ["image", "label"]), others
@@ -129,42 +118,60 @@ def read_images(
     Raises:
         UserError: an image cannot be read, or the arrays of a file differ in shape; with the row or path.
     """
-    read = _TableReader(rows, columns) if columns.pixels else _ColumnReader(rows, str(columns.image))
-    shape: tuple[int, ...] | None = None
+    count, shape = len(columns.pixels), None
+    if math.isqrt(count) ** 2 != count:
+        what = f"{count:,} columns besides the label '{columns.label}' do not make a square image"
+        hint = "a table of pixels has height × width columns and the label; name the label's column in data.columns: "
+        raise UserError(what, where=rows.name, hint=hint + "{label: …}, or a column of images in {image: …}")
     for place, (index, label) in enumerate(zip(indices, labels, strict=True)):
         try:
-            example, is_array = _read_image(read, rows, index, label, shape)
+            image, is_array = _given(rows, index, columns)
+            where = str(image) if isinstance(image, Path) else rows.place(index)
+            if isinstance(image, np.ndarray):
+                if is_array and shape is not None and image.shape != shape:
+                    hint = "arrays of one file must have one shape; give images of different sizes as files"
+                    what = f"the image is {_by(image.shape)}, those before it {_by(shape)}"
+                    raise UserError(what, where=where, hint=hint)
+                shape = image.shape if is_array else shape
+                size, content = (image.shape[0], image.shape[1]), image.tobytes() + repr(image.shape).encode()
+            else:
+                content = _content(image, where)
+                size = _searched(content, where)
         except UserError as error:
             reason = "an image that cannot be read"
             on_bad(place, BadRowError(error.what, reason=reason, where=error.where, hint=error.hint))
             yield None
             continue
-        if is_array and isinstance(example.image, np.ndarray):
-            shape = example.image.shape
-        yield example
+        yield ImageExample(rows.number(index), image, label, size, hashlib.blake2b(content, digest_size=16).digest())
 
 
-def _read_image(
-    read: _TableReader | _ColumnReader, rows: Rows, index: int, label: int, shape: tuple[int, ...] | None
-) -> tuple[ImageExample, bool]:
-    """One row's image, and whether it is given as an array; ``shape`` is that of the arrays before it."""
-    image, is_array = read(index)
-    where = str(image) if isinstance(image, Path) else rows.place(index)
-    if isinstance(image, np.ndarray):
-        if is_array and shape is not None and image.shape != shape:
-            raise UserError(
-                f"the image is {_by(image.shape)}, those before it {_by(shape)}",
-                where=where,
-                hint="arrays of one file must have one shape; give images of different sizes as files",
-            )
-        size, content = (image.shape[0], image.shape[1]), image.tobytes()
-    else:
-        content = _content(image, where)
-        size = _searched(content, where)
-    digest = hashlib.blake2b(content, digest_size=16)
-    if isinstance(image, np.ndarray):
-        digest.update(repr(image.shape).encode())
-    return ImageExample(rows.number(index), image, label, size, digest.digest()), is_array
+def _given(rows: Rows, index: int, columns: LabelColumns) -> tuple[np.ndarray | Path | bytes, bool]:
+    """A row's image, and whether it is given as an array.
+
+    One column holds paths, encoded bytes, decoded images or lists of numbers; or a table has a column for each pixel
+    of a square grayscale image, row by row.
+    """
+    row, where = rows[index][1], rows.place(index)
+    if columns.pixels:
+        try:
+            return _array([float(row.get(column)) for column in columns.pixels], where), True  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            hint = "if a column is the label, name it in data.columns: {label: …}"
+            raise UserError(f"a pixel is not a number: {error}", where=where, hint=hint) from error
+    value = row.get(str(columns.image))
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Path | bytes):
+        return value, False
+    if isinstance(value, str) and value:
+        return Path(os.path.expanduser(rows.file(index))).parent / value, False
+    if isinstance(value, Image.Image):
+        return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB")), False
+    if isinstance(value, list | np.ndarray):
+        return _array(value, where), True
+    shown = "is empty" if value is None or value == "" else f"holds a {type(value).__name__}"
+    hint = "give an encoded image, a path relative to the file's folder, or rows of numbers 0 to 255"
+    raise UserError(f"'{columns.image}' {shown}, which is not an image", where=where, hint=hint)
 
 
 def decode(image: np.ndarray | Path | bytes, where: str) -> Image.Image:
@@ -193,9 +200,8 @@ def _content(image: Path | bytes, where: str) -> bytes:
             raise UserError(f"the image {found}", where=where, hint="check its path")
         return image.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"the image cannot be read: {error.strerror or error}", where=where, hint="check its path"
-        ) from error
+        what = f"the image cannot be read: {error.strerror or error}"
+        raise UserError(what, where=where, hint="check its path") from error
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -223,87 +229,24 @@ def _searched(content: bytes, where: str) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-class _ColumnReader:
-    """Images in one column: paths, encoded bytes, decoded images, or lists of numbers."""
-
-    def __init__(self, rows: Rows, column: str) -> None:
-        self._rows = rows
-        self._column = column
-
-    def __call__(self, index: int) -> tuple[np.ndarray | Path | bytes, bool]:
-        """The image, and whether it is given as an array."""
-        value = self._rows[index][1].get(self._column)
-        where = self._rows.place(index)
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, Path | bytes):
-            return value, False
-        if isinstance(value, str) and value:
-            return Path(os.path.expanduser(self._rows.file(index))).parent / value, False
-        if isinstance(value, Image.Image):
-            return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB")), False
-        if isinstance(value, list | np.ndarray):
-            return _array(value, where), True
-        shown = "is empty" if value is None or value == "" else f"holds a {type(value).__name__}"
-        raise UserError(
-            f"'{self._column}' {shown}, which is not an image",
-            where=where,
-            hint="give an encoded image, a path relative to the file's folder, or rows of numbers 0 to 255",
-        )
-
-
-class _TableReader:
-    """Images as rows of a table: a column for each pixel of a square grayscale image, row by row."""
-
-    def __init__(self, rows: Rows, columns: LabelColumns) -> None:
-        self._rows = rows
-        self._columns = columns.pixels
-        count = len(self._columns)
-        if math.isqrt(count) ** 2 != count:
-            raise UserError(
-                f"{count:,} columns besides the label '{columns.label}' do not make a square image",
-                where=rows.name,
-                hint="a table of pixels has height × width columns and the label; name the label's column in "
-                "data.columns: {label: …}, or a column of images in {image: …}",
-            )
-
-    def __call__(self, index: int) -> tuple[np.ndarray, bool]:
-        row, where = self._rows[index][1], self._rows.place(index)
-        try:
-            return _array([float(row.get(column)) for column in self._columns], where), True  # type: ignore[arg-type]
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"a pixel is not a number: {error}",
-                where=where,
-                hint="if a column is the label, name it in data.columns: {label: …}",
-            ) from error
-
-
 def _array(value: object, where: str) -> np.ndarray:
     """8-bit pixels (height, width) or (height, width, channels) from nested or flat lists of numbers."""
     try:
         numbers = np.asarray(value).astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"the pixels are not an array of numbers: {error}", where=where, hint="give height × width numbers"
-        ) from error
+        what = f"the pixels are not an array of numbers: {error}"
+        raise UserError(what, where=where, hint="give height × width numbers") from error
     pixels = np.nan_to_num(numbers, nan=-1.0).clip(-1, 256).astype(np.int16)
     if numbers.size == 0 or pixels.min() < 0 or pixels.max() > 255 or (pixels != numbers).any():
-        raise UserError(
-            "the pixels are not integers from 0 to 255",
-            where=where,
-            hint="give 8-bit pixels; if another column is the label, name it in data.columns: {label: …}",
-        )
+        hint = "give 8-bit pixels; if another column is the label, name it in data.columns: {label: …}"
+        raise UserError("the pixels are not integers from 0 to 255", where=where, hint=hint)
     if pixels.ndim == 1 and math.isqrt(pixels.size) ** 2 == pixels.size:
         pixels = pixels.reshape(math.isqrt(pixels.size), -1)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
-        raise UserError(
-            f"an array of {_by(pixels.shape)} is not an image",
-            where=where,
-            hint="give height × width, or height × width × 3",
-        )
+        hint = "give height × width, or height × width × 3"
+        raise UserError(f"an array of {_by(pixels.shape)} is not an image", where=where, hint=hint)
     return np.ascontiguousarray(pixels, dtype=np.uint8)
 
 

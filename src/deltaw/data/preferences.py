@@ -136,7 +136,7 @@ class AnswerReader(RowReader[RowGroup]):
                 hint="let the answers be one turn each, or set data.labels: last",
             )
         if not all(encoded):
-            self.account.without_label += 1
+            self.account["without_label"] += 1
             return None
         examples = tuple(example_of(rows.number(index), parts[0]) for parts in encoded)
         if not differ(examples):
@@ -206,12 +206,9 @@ def _divided(chosen: object, rejected: object, where: str) -> dict[str, object]:
     """
     texts = isinstance(chosen, str) and isinstance(rejected, str)
     if not texts and not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise BadRowError(
-            "'chosen' and 'rejected' must both be text, or both lists of messages",
-            reason=WRONG_TYPE,
-            where=where,
-            hint="or give the prompt they share in a column 'prompt'",
-        )
+        what = "'chosen' and 'rejected' must both be text, or both lists of messages"
+        hint = "or give the prompt they share in a column 'prompt'"
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
     assert isinstance(chosen, str | list) and isinstance(rejected, str | list)
     shared = 0
     for one, other in zip(chosen, rejected, strict=False):
@@ -221,22 +218,14 @@ def _divided(chosen: object, rejected: object, where: str) -> dict[str, object]:
     if texts and shared and chosen[shared - 1] == " ":
         shared -= 1  # a space belongs to the word that follows it
     if not shared:
-        raise BadRowError(
-            "'chosen' and 'rejected' begin with nothing in common, and there is no prompt",
-            reason="no prompt",
-            where=where,
-            hint="give the prompt in a column 'prompt'",
-        )
+        what = "'chosen' and 'rejected' begin with nothing in common, and there is no prompt"
+        raise BadRowError(what, reason="no prompt", where=where, hint="give the prompt in a column 'prompt'")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _same(where: str) -> BadRowError:
-    return BadRowError(
-        "'chosen' and 'rejected' are the same",
-        reason="the same answer twice",
-        where=where,
-        hint="remove the row: there is nothing to prefer",
-    )
+    hint = "remove the row: there is nothing to prefer"
+    return BadRowError("'chosen' and 'rejected' are the same", reason="the same answer twice", where=where, hint=hint)
 
 
 # ---- Single answers
@@ -365,9 +354,5 @@ def _desired(label: object, where: str) -> bool:
     name = str(label).strip().lower()
     if isinstance(label, bool | int | str) and name in known:
         return known[name]
-    raise BadRowError(
-        f"'label' must be true or false but is {str(label)[:40]!r}",
-        reason=WRONG_TYPE,
-        where=where,
-        hint="true: the answer is one to write; false: it is not",
-    )
+    what = f"'label' must be true or false but is {str(label)[:40]!r}"
+    raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="true: the answer is one to write; false: it is not")

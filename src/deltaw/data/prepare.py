@@ -7,6 +7,7 @@ training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,9 @@ from deltaw.data.report import BadRows, Report, Say, silent
 from deltaw.data.row_reader import UNLIMITED, RunData, ShownExample, ShownRow
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import Rows
-from deltaw.data.settings import DataSettings, held_out_reference
-from deltaw.data.sources import Division, count_duplicates, count_overlap, division, open_source, with_division
-from deltaw.data.stored_rows import Read, read_stored
+from deltaw.data.settings import DataSettings
+from deltaw.data.sources import divide, evaluated, open_source
+from deltaw.data.stored_rows import read_stored
 from deltaw.data.templates import Encoder, TemplateName
 from deltaw.hub.terminators import terminators_in
 
@@ -49,23 +50,29 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
     sources = sources_of(settings.train)
     bad = BadRows(settings.bad_rows)
     read = read_stored(sources, settings, tokenizer, bad, seed=seed, say=say)
-    rows = read.rows
-    ordinals = rows.ordinals()
-    linked = ordinals if (np.diff(ordinals) == 0).any() else None  # examples that one row became
-    divided = division(rows.keys(), rows.groups(), settings, seed, linked)
-    weights = [source.weight for source in sources]
-    train = RowView(rows, weighted(divided.train, read.source_of(divided.train), weights, seed))
-    report = with_division(replace(read.report, source=shown(settings.train)), divided, settings)
-    report = _counted(report, read, train, divided, sources)
-    apart = held_out_reference(settings.eval)
-    if apart is None:
-        held_out = RowView(rows, divided.held_out)
-    else:
-        held_out, evaluation = prepare_file(apart, settings, tokenizer, bad, say=say)
-        overlap = count_overlap(rows.keys()[divided.train], held_out.store.keys())
-        report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
-    longest = max(int(side.lengths.max(initial=0)) for side in (train, held_out))
-    return RunData(train, held_out, replace(report, held_out=len(held_out), longest=longest), bad)
+    ordinals = read.rows.ordinals()
+
+    def read_apart(reference: str) -> tuple[RowView, np.ndarray, Report]:
+        held_out, evaluation = prepare_file(reference, settings, tokenizer, bad, say=say)
+        return held_out, held_out.store.keys(), evaluation
+
+    train, held_out, report = divide(
+        RowView(read.rows, np.arange(len(read.rows))),
+        read.rows.keys(),
+        read.rows.groups(),
+        replace(read.report, source=shown(settings.train)),
+        settings,
+        seed=seed,
+        read_apart=read_apart,
+        linked=ordinals if (np.diff(ordinals) == 0).any() else None,  # examples that one row became
+        weigh=lambda places: weighted(places, read.source_of(places), [source.weight for source in sources], seed),
+    )
+    if len(sources) > 1:
+        counts = np.bincount(read.source_of(train.places), minlength=len(sources)).tolist()
+        told = zip(sources, counts, strict=True)
+        by_source = {source.reference: {"weight": source.weight, "rows": count} for source, count in told}
+        report = replace(report, sources=by_source)
+    return RunData(train, held_out, report, bad)
 
 
 def prepare_file(
@@ -90,16 +97,7 @@ def prepare_file(
     bad = BadRows(settings.bad_rows) if bad is None else bad
     read = read_stored([Source(reference)], settings, tokenizer, bad, say=say)
     examples = RowView(read.rows, np.arange(len(read.rows)))
-    lengths = examples.lengths
-    return examples, replace(
-        read.report,
-        rows_kept=len(examples),
-        tokens=int(lengths.sum()),
-        label_tokens=int(examples.label_counts.sum()),
-        longest=int(lengths.max()),
-        duplicates=count_duplicates(read.rows.keys()),
-        duplicates_kept=True,
-    )
+    return examples, evaluated(examples, read.report, read.rows.keys())
 
 
 class TextReader:
@@ -186,38 +184,15 @@ def encode_prompt(
     return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
 
 
-def _notes_of(account: Account, limit: int) -> Iterator[str]:
-    if account.unrolled:
-        yield f"{account.unrolled_examples} examples, since the template rewrites earlier turns"
-    if account.split:
-        yield f"divided into {account.split_examples} examples of at most {limit:,} tokens"
-    if account.cut:
-        lost = f"{account.tokens_cut:,} lost, {account.labels_cut:,} of them labels"
-        yield f"truncated to {limit:,} tokens: {lost}"
-    if account.dropped_long:
-        lost = f"{account.labels_dropped:,} labels lost"
-        yield f"dropped: longer than data.max_length ({limit:,} tokens), {lost}"
-    if account.without_label:
-        yield "dropped: no label"
-    if account.trailing_turns:
-        yield "truncated after the assistant's last turn: nothing answers what follows"
-
-
-def _counted(report: Report, read: Read, train: RowView, divided: Division, sources: Sequence[Source]) -> Report:
-    """The report with the counts of an epoch, in all and by source."""
-    source_of = read.source_of(train.places)
-    once = np.unique(train.places)
-    by_source = {}
-    if len(sources) > 1:
-        for number, source in enumerate(sources):
-            count = int((source_of == number).sum())
-            by_source[source.reference] = {"weight": source.weight, "rows": count}
-    return replace(
-        report,
-        rows_kept=len(once),
-        repeated=len(train) - len(once),
-        not_drawn=len(divided.train) - len(once),
-        tokens=int(train.lengths.sum()),
-        label_tokens=int(train.label_counts.sum()),
-        sources=by_source,
-    )
+def _notes_of(account: Account, limit: int) -> list[str]:
+    """What is said of a row by what became of it."""
+    notes = {
+        "unrolled": "{unrolled_examples} examples, since the template rewrites earlier turns",
+        "split": "divided into {split_examples} examples of at most {limit:,} tokens",
+        "cut": "truncated to {limit:,} tokens: {tokens_cut:,} lost, {labels_cut:,} of them labels",
+        "dropped_long": "dropped: longer than data.max_length ({limit:,} tokens), {labels_dropped:,} labels lost",
+        "without_label": "dropped: no label",
+        "trailing_turns": "truncated after the assistant's last turn: nothing answers what follows",
+    }
+    counts = Counter(account, limit=limit)
+    return [note.format_map(counts) for name, note in notes.items() if account[name]]

@@ -115,19 +115,15 @@ class _Payments(NodeTransformer):
         self._captured = False  # whether what is written becomes a value of the template's
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        steps = self._step(node.body, node.lineno)
         looked = None if node.test is None else self._step([node.test], node.lineno)
-        before, self._captured = self._captured, self._captured or node.recursive
-        self.generic_visit(node)
-        self._captured = before
-        node.body.insert(0, nodes.ExprStmt(steps).set_lineno(node.lineno))
+        self._body(node, captured=self._captured or node.recursive)
         if looked is not None and node.test is not None:
             node.test = self._placed(nodes.And(looked, node.test), node.lineno)
         return node
 
-    def _body(self, node: Any) -> nodes.Node:
+    def _body(self, node: Any, captured: bool = True) -> nodes.Node:
         steps = self._step(node.body, node.lineno)
-        before, self._captured = self._captured, True
+        before, self._captured = self._captured, captured
         self.generic_visit(node)
         self._captured = before
         node.body.insert(0, nodes.ExprStmt(steps).set_lineno(node.lineno))
@@ -245,18 +241,14 @@ _FILTERS = """
     last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort
     string title trim truncate unique upper wordcount
 """
+# What is put into templates in place of what they say; each is a method of the environment.
+_PAYMENTS = ("step", "made", "sliced", "copied", "added", "joined", "minus", "times", "power", "modulo", "read")
 _CONSTANT = ("count", "d", "default", "first", "last", "length")  # whose cost does not depend on the value
 _NO_METHODS = frozenset(("encode", "expandtabs", "format_map", "from_bytes", "maketrans", "to_bytes", "translate"))
 _COMPARED: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "lteq": operator.le,
-    "gt": operator.gt,
-    "gteq": operator.ge,
-    "in": lambda left, right: left in right,
-    "notin": lambda left, right: left not in right,
-}
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "gt")
+} | {"lteq": operator.le, "gteq": operator.ge}
+_COMPARED |= {"in": lambda left, right: left in right, "notin": lambda left, right: left not in right}
 
 
 _SIZED = (str, list, tuple, dict)
@@ -277,30 +269,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {
             name: function if name in _CONSTANT else self._measured(function) for name, function in self._own.items()
         }
-        self.filters |= {"format": self._format, "int": self._int, "join": self._join}
-        self.filters |= {"indent": self._indent, "replace": self._replace, "round": self._round}
-        self.filters["tojson"] = self._tojson
-        limits: dict[str, Callable[..., Any]] = {
-            "step": self._step,
-            "made": self._copy,
-            "sliced": self._sliced,
-            "copied": self._copied,
-            "added": self._added,
-            "joined": self._joined,
-            "minus": self._minus,
-            "times": self._times,
-            "power": self._power,
-            "modulo": self._modulo,
-            "read": self._read,
-        }
+        own = ("format", "int", "join", "indent", "replace", "round", "tojson")
+        self.filters |= {name: getattr(self, f"_{name}") for name in own}
         # Under names that no template can write.
-        self.filters |= {f" {name}": function for name, function in limits.items()}
+        self.filters |= {f" {name}": getattr(self, f"_{name}") for name in _PAYMENTS}
         for name in _COMPARED:
             self.filters[f" {name}"] = functools.partial(self._compared, name)
-        tests: dict[str, Any] = {name: functools.partial(self._tested, how) for name, how in _TESTS.items()}
-        for name in ("upper", "lower"):
-            tests[name] = self._measured(self.tests[name])  # type: ignore[arg-type]
-        self.tests |= tests
+        self.tests |= {name: functools.partial(self._tested, how) for name, how in _TESTS.items()}
+        self.tests |= {name: self._measured(self.tests[name]) for name in ("upper", "lower")}
         kept = {"range": self.globals["range"], "dict": Dictionary(), "namespace": self._namespace}
         self.globals = {**kept, **functions}
 
@@ -348,7 +324,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             level, depth = inner, depth + 1
         return total, depth
 
-    def _copy(self, value: Any) -> Any:
+    def _made(self, value: Any) -> Any:
         """Pay for a value that was made."""
         kind = type(value)
         if kind is str:
@@ -405,7 +381,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return "".join(values)
         total = values[0]
         for value in values[1:]:
-            total = self._copy(total + value)
+            total = self._made(total + value)
         return total
 
     def _joined(self, values: list[Any]) -> str:
@@ -414,7 +390,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def _minus(self, pair: list[Any]) -> Any:
-        return self._copy(pair[0] - pair[1])
+        return self._made(pair[0] - pair[1])
 
     def _times(self, pair: list[Any]) -> Any:
         for value, count in (pair, pair[::-1]):
@@ -478,7 +454,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             result = function(*args, **kwargs)
             if type(result) is str and type(value) is str and len(result) <= len(value):
                 return result  # paid for with the text that it was made of
-            return self._copy(result)
+            return self._made(result)
 
         return measured
 
@@ -529,7 +505,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _namespace(self, /, *args: Any, **kwargs: Any) -> Attributes:
         made = Attributes()
-        for name, value in self._copy(dict(*args, **kwargs)).items():
+        for name, value in self._made(dict(*args, **kwargs)).items():
             made[name] = value
         return made
 
@@ -542,11 +518,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         Args:
             braces: whether they are those of ``str.format``, not of ``%``.
         """
-        if braces:
-            bare, wide = form.replace("{{", "").replace("}}", ""), _WIDE_BRACES
-        else:
-            bare, wide = form.replace("%%", ""), _WIDE_PERCENT
-        if wide.search(bare):
+        bare = form.replace("{{", "").replace("}}", "") if braces else form.replace("%%", "")
+        if (_WIDE_BRACES if braces else _WIDE_PERCENT).search(bare):
             raise TemplateLimitError("it asks for a very wide field, or for one of a computed width")
         fields = bare.count("{" if braces else "%")
         self._pay(1 + (len(form) + fields * (_WIDTH + self._weight(values)[0])) // COPIED)
@@ -564,13 +537,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             if getattr(obj, "__name__", "") == "format" and hasattr(obj, "__wrapped__"):
                 self._pay_format(obj.__wrapped__.__self__, (*args, *kwargs.values()), braces=True)
             self._pay(1)
-            return self._copy(super().call(context, obj, *args, **kwargs))
+            return self._made(super().call(context, obj, *args, **kwargs))
         # A method of Python's own values; the sandbox saw to it when its name was looked up.
         owner, name = obj.__self__, obj.__name__
         if isinstance(owner, str):
             args = self._pay_method(owner, name, args)
         result = context.call(obj, *args, **kwargs)
-        return result if name == "get" else self._copy(result)
+        return result if name == "get" else self._made(result)
 
     def _pay_method(self, text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments, once the call of a text's method with them is paid for."""
@@ -610,14 +583,8 @@ LONGEST_TEMPLATE = 1 << 18
 OUTPUT, OUTPUT_A_CHARACTER = 1 << 20, 8
 """Characters that a rendering may have, and how many more for each character that goes in."""
 FAULTS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
 )
 """What templates raise on conversations that they are not made for, besides a :class:`TemplateLimitError`."""
 
@@ -713,12 +680,11 @@ def _plain(value: Any, size: list[int]) -> Any:
     Args:
         size: mappings and characters are added to it.
     """
-    kind = type(value)
-    if kind is str:
+    if value is None or type(value) in (int, float, bool):
+        return value
+    if isinstance(value, str):
         size[1] += len(value)
-        return value
-    if value is None or kind in (int, float, bool):
-        return value
+        return str.__str__(value)
     if isinstance(value, Mapping):
         size[0] += 1
         return {_plain(key, size): _plain(item, size) for key, item in value.items()}
@@ -726,14 +692,12 @@ def _plain(value: Any, size: list[int]) -> Any:
         size[1] += len(value)
         made = [_plain(item, size) for item in value]
         return made if isinstance(value, list) else tuple(made)
-    if isinstance(value, str):
-        return _plain(str.__str__(value), size)
     if isinstance(value, np.generic):
         return _plain(value.item(), size)
     for number in (int, float):
         if isinstance(value, number):
             return number(value)
-    return f"<{kind.__name__}>"
+    return f"<{type(value).__name__}>"
 
 
 def _with_reasoning(message: Any) -> Any:

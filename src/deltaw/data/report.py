@@ -329,8 +329,11 @@ class Report:
             origin = f"from {self.held_out_source}" if self.held_out_source else "from the same file"
             lines.append(f"{_rows(self.held_out)} held out for evaluation, {origin}")
         lines += self._lines_of_labels()
-        lines += self._lines_of_examples()
+        unrolled = f"became {self.unrolled_examples:,} examples, since the template rewrites earlier turns"
         losses = [
+            (self.unrolled, f"{unrolled}: each turn is trained as it is written"),
+            (self.split, f"longer than data.max_length became {self.split_examples:,} examples; no label is lost"),
+            *((count, f"skipped: {reason}") for reason, count in self.bad_rows.items()),
             (self.not_chosen, "skipped: data.rows asks for fewer"),
             (self.duplicates, ("kept" if self.duplicates_kept else "dropped") + ": the same as an earlier row"),
             (self.dropped_long, f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)"),
@@ -354,22 +357,6 @@ class Report:
             lines.append("unused columns: " + ", ".join(self.unused_columns))
         if self.evaluation:
             lines += self.evaluation.lines()
-        return lines
-
-    def _lines_of_examples(self) -> list[str]:
-        """The lines on rows that became several examples, and on those that cannot be used."""
-        lines = []
-        if self.unrolled:
-            lines.append(
-                f"{_rows(self.unrolled)} became {self.unrolled_examples:,} examples, since the template "
-                "rewrites earlier turns: each turn is trained as it is written"
-            )
-        if self.split:
-            lines.append(
-                f"{_rows(self.split)} longer than data.max_length became {self.split_examples:,} examples; "
-                "no label is lost"
-            )
-        lines += [f"{_rows(count)} skipped: {reason}" for reason, count in self.bad_rows.items()]
         return lines
 
     def _lines_of_labels(self) -> list[str]:

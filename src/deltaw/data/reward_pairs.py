@@ -119,12 +119,9 @@ def _margin(value: object, where: str) -> float:
     except OverflowError:
         margin = math.inf
     if isinstance(value, bool) or not math.isfinite(margin):
-        raise BadRowError(
-            f"'margin' must be a number but is {str(value)[:40]!r}",
-            reason=WRONG_TYPE,
-            where=where,
-            hint="by how much the chosen answer is better; leave the column out for 0",
-        )
+        what = f"'margin' must be a number but is {str(value)[:40]!r}"
+        hint = "by how much the chosen answer is better; leave the column out for 0"
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
     return margin
 
 

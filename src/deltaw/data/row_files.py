@@ -253,12 +253,8 @@ def decode(data: bytes, name: str, first_line: int = 1) -> str:
 def not_utf8(error: UnicodeDecodeError, name: str, first_line: int) -> BadRowError:
     """The error for bytes whose first ones are in line ``first_line``."""
     line = first_line + error.object.count(b"\n", 0, error.start)
-    return BadRowError(
-        f"line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})",
-        reason="not UTF-8",
-        where=f"{name}, line {line}",
-        hint="save the file as UTF-8",
-    )
+    what = f"line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    return BadRowError(what, reason="not UTF-8", where=f"{name}, line {line}", hint="save the file as UTF-8")
 
 
 # Tables
@@ -340,11 +336,8 @@ class TableReader:
         try:
             return next(self._reader, None)
         except csv.Error as error:
-            raise UserError(
-                f"the table cannot be read: {error}",
-                where=f"{where} (line {self._reader.line_num})",
-                hint='a quote inside a quoted cell is written twice: ""',
-            ) from error
+            what, hint = f"the table cannot be read: {error}", 'a quote inside a quoted cell is written twice: ""'
+            raise UserError(what, where=f"{where} (line {self._reader.line_num})", hint=hint) from error
         except _LongRow:
             raise too_long(
                 f"row {self._count + 1}",
@@ -440,11 +433,8 @@ def read_json(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> 
         number += 1
         row, size = text.value(f"row {number}", f"{name}, row {number}")
         if not isinstance(row, dict):
-            raise UserError(
-                f"row {number} is not an object but a {type(row).__name__}",
-                where=f"{name}, row {number}",
-                hint='every row is an object, such as {"text": "…"}',
-            )
+            what = f"row {number} is not an object but a {type(row).__name__}"
+            raise UserError(what, where=f"{name}, row {number}", hint='every row is an object, such as {"text": "…"}')
         yield number, row, size
         after = text.peek()
         if after == "]":

@@ -28,7 +28,7 @@ from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
 from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import Kept, check_group, choose, divide, evaluated, groups_of, read_rows
+from deltaw.data.sources import check_group, choose, divide, evaluated, group_keys, groups_of, keys_of, read_rows
 from deltaw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 UNLIMITED = 2**30
 _SHOWN = 5  # places that a finding names
 
-Item = TypeVar("Item", bound=Kept)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -246,20 +246,21 @@ class RowReader(abc.ABC, Generic[Item]):
     def prepared(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
         report = replace(report, source=shown(self.settings.train))
-        read_apart = self._evaluated
+        keys, of_groups = keys_of(items, self.key), group_keys(groups)
         train, held_out, report = divide(
-            items, groups, report, self.settings, seed=seed, key=self.key, read_apart=read_apart
+            items, keys, of_groups, report, self.settings, seed=seed, read_apart=self._read_apart
         )
-        sides = self.completed(train, seed), self.completed(held_out, seed)
+        sides = self.completed(list(train), seed), self.completed(list(held_out), seed)
         return RunData(*sides, self.told(report, train), self.bad, self.classes)
 
     def file(self, reference: str) -> tuple[Sequence[Any], Report]:
-        items, report = self._evaluated(reference)
+        items, _, report = self._read_apart(reference)
         return self.completed(items, 0), report
 
-    def _evaluated(self, reference: Train) -> tuple[list[Item], Report]:
+    def _read_apart(self, reference: Train) -> tuple[list[Item], np.ndarray, Report]:
         items, _, report = self._read(reference)
-        return items, self.told(evaluated(items, report, self.key), items)
+        keys = keys_of(items, self.key)
+        return items, keys, self.told(evaluated(items, report, keys), items)
 
     def row(self, rows: Rows, index: int) -> Row:
         """A row under the names that the task knows (``data.columns``)."""
@@ -297,11 +298,9 @@ class RowReader(abc.ABC, Generic[Item]):
         found = []
         for source in sources_of(train):
             if source.weight != 1 or source.columns is not None or source.form is not None:
-                raise UserError(
-                    f"a source whose rows are {self.form} has no weight, columns or form of its own",
-                    where=f"data.train, {source.reference}",
-                    hint="name the sources alone: data.train: [a.jsonl, b.jsonl]",
-                )
+                what = f"a source whose rows are {self.form} has no weight, columns or form of its own"
+                hint = "name the sources alone: data.train: [a.jsonl, b.jsonl]"
+                raise UserError(what, where=f"data.train, {source.reference}", hint=hint)
             found.append(self.read_source(source.reference, on_bad))
             self._check_columns(found[-1])
         return found[0] if len(found) == 1 else Rows.joined(shown(train), found)
@@ -357,7 +356,7 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - known),
             date=self.date,
-            **self.account.as_dict(),
+            **self.account,
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
 
@@ -372,7 +371,7 @@ class RowReader(abc.ABC, Generic[Item]):
 
     def check(self, apart: Sequence[str]) -> Check:
         reader, settings, source = self._whole(), self.settings, shown(self.settings.train)
-        items, report = reader._evaluated(settings.train)
+        items, _, report = reader._read_apart(settings.train)
         report = replace(report, source=source)
         keys, contents = list(map(self.key, items)), list(map(self.content, items))
         known, of_content = Counter(keys), dict[bytes, set[bytes]]()
@@ -390,7 +389,7 @@ class RowReader(abc.ABC, Generic[Item]):
         found += reader.findings(items, report)
         for name in apart:
             of_file = reader._whole()
-            others = of_file._evaluated(name)[0]
+            others = of_file._read_apart(name)[0]
             found += bad_rows_found(of_file.bad, settings, f" of {name}")
             exact = [item for item in others if self.key(item) in known]
             alike = [item for item in others if self.key(item) not in known and self.content(item) in of_content]
@@ -414,7 +413,7 @@ class RowReader(abc.ABC, Generic[Item]):
 
     def rows(self) -> Iterator[ShownRow]:
         reader, limit, source = self._whole(), self.settings.max_length, shown(self.settings.train)
-        for item in reader._evaluated(self.settings.train)[0]:
+        for item in reader._read_apart(self.settings.train)[0]:
             notes = self.notes(item)
             if max(self._lengths([item]), default=0) > limit:
                 notes.append(f"longer than data.max_length ({limit:,} tokens): {self.settings.long_rows}")

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, Protocol, overload
+from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -29,33 +29,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 # Which tokens occur is marked in a byte for each below this; no vocabulary reaches it. Others are collected.
 MARKED_TOKENS = 2**22
-
-
-class RowStore(Protocol):
-    """Examples by their place, and what splitting and counting need of all of them as arrays."""
-
-    def __len__(self) -> int: ...
-
-    def example(self, place: int) -> Example:
-        """The example at ``place``."""
-
-    def lengths(self) -> np.ndarray:
-        """(n,) tokens of each."""
-
-    def label_counts(self) -> np.ndarray:
-        """(n,) labels of each."""
-
-    def keys(self) -> np.ndarray:
-        """(n, 2) uint64, equal for examples of the same tokens and labels."""
-
-    def groups(self) -> np.ndarray | None:
-        """(n, 2) uint64, see :func:`deltaw.data.sources.group_digest`; None without ``data.group``."""
-
-    def ordinals(self) -> np.ndarray:
-        """(n,) the row that each comes from, counted from 0 over all sources."""
-
-    def used_tokens(self) -> np.ndarray:
-        """The different tokens that occur, ascending."""
 
 
 class RowView(Sequence[Example]):
@@ -117,7 +90,7 @@ def key_of(example: Example) -> bytes:
 
 
 class MemoryRows:
-    """Examples in memory."""
+    """Examples in memory by their place, and what splitting and counting need of all of them as arrays."""
 
     def __init__(self) -> None:
         self.examples: list[Example] = []
@@ -136,24 +109,31 @@ class MemoryRows:
         return len(self.examples)
 
     def example(self, place: int) -> Example:
+        """The example at ``place``."""
         return self.examples[place]
 
     def lengths(self) -> np.ndarray:
+        """(n,) tokens of each."""
         return np.fromiter(map(len, self.examples), np.int64, len(self.examples))
 
     def label_counts(self) -> np.ndarray:
+        """(n,) labels of each."""
         return np.fromiter((e.label_count for e in self.examples), np.int64, len(self.examples))
 
     def keys(self) -> np.ndarray:
+        """(n, 2) uint64, equal for examples of the same tokens and labels."""
         return as_keys(self._keys)
 
     def groups(self) -> np.ndarray | None:
+        """(n, 2) uint64, see :func:`deltaw.data.sources.group_digest`; None without ``data.group``."""
         return as_keys(self._groups) if self._groups else None
 
     def ordinals(self) -> np.ndarray:
+        """(n,) the row that each comes from, counted from 0 over all sources."""
         return np.asarray(self._ordinals, np.int64)
 
     def used_tokens(self) -> np.ndarray:
+        """The different tokens that occur, ascending."""
         return np.unique(np.concatenate([e.tokens for e in self.examples]))
 
     def batch(self) -> pyarrow.RecordBatch:
@@ -172,41 +152,27 @@ class MemoryRows:
         owner = np.searchsorted(begins, edges, side="right") - 1
         spans = edges - begins[owner]
         texts = [(example.answer or "").encode("utf-8", "surrogatepass") for example in examples]
-        return pyarrow.RecordBatch.from_arrays(
-            [
-                pyarrow.array(np.fromiter((e.row for e in examples), np.int64, len(examples))),
-                pyarrow.array(self.ordinals()),
-                pyarrow.array(np.fromiter((e.prompt_length for e in examples), np.int64, len(examples))),
-                pyarrow.array(np.fromiter((e.answer is not None for e in examples), np.int8, len(examples))),
-                pyarrow.array(self.label_counts()),
-                pyarrow.array(self._keys, pyarrow.binary(KEY_BYTES)),
-                pyarrow.array(self._groups or [bytes(KEY_BYTES)] * len(examples), pyarrow.binary(KEY_BYTES)),
-                _lists(np.concatenate([e.tokens for e in examples]).astype(np.int32), lengths),
-                _lists(spans.astype(np.int32), np.bincount(owner, minlength=len(examples))),
-                _lists(np.frombuffer(b"".join(texts), np.uint8), np.fromiter(map(len, texts), np.int64)),
-            ],
-            schema=schema(),
-        )
+        columns = {
+            "row": [example.row for example in examples],
+            "ordinal": self.ordinals(),
+            "prompt_length": [example.prompt_length for example in examples],
+            "has_answer": np.array([example.answer is not None for example in examples], np.int8),
+            "label_count": self.label_counts(),
+            "key": self._keys,
+            "group": self._groups or [bytes(KEY_BYTES)] * len(examples),
+            "tokens": _lists(np.concatenate([e.tokens for e in examples]).astype(np.int32), lengths),
+            "label_spans": _lists(spans.astype(np.int32), np.bincount(owner, minlength=len(examples))),
+            "answer": _lists(np.frombuffer(b"".join(texts), np.uint8), np.fromiter(map(len, texts), np.int64)),
+        }
+        return pyarrow.RecordBatch.from_pydict(columns, schema=schema())
 
 
 def schema() -> pyarrow.Schema:
     """The columns of a file of rows."""
     import pyarrow as pa
 
-    key = pa.binary(KEY_BYTES)
-    integers = {name: pa.int64() for name in ("row", "ordinal", "prompt_length")}
-    return pa.schema(
-        {
-            **integers,
-            "has_answer": pa.int8(),
-            "label_count": pa.int64(),
-            "key": key,
-            "group": key,
-            "tokens": pa.list_(pa.int32()),
-            "label_spans": pa.list_(pa.int32()),
-            "answer": pa.list_(pa.uint8()),
-        }
-    )
+    fixed = {name: pa.binary(KEY_BYTES) if d.kind == "V" else pa.from_numpy_dtype(d) for name, d in _FIXED.items()}
+    return pa.schema(fixed | {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in _LISTS.items()})
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pyarrow.Array:
@@ -217,20 +183,14 @@ def _lists(values: np.ndarray, lengths: np.ndarray) -> pyarrow.Array:
 
 
 # Columns of one number or key a row, and of a list of numbers a row.
+_KEY = np.dtype((np.void, KEY_BYTES))
 _FIXED: dict[str, np.dtype[Any]] = {
-    "row": np.dtype(np.int64),
-    "ordinal": np.dtype(np.int64),
-    "prompt_length": np.dtype(np.int64),
+    **dict.fromkeys(("row", "ordinal", "prompt_length"), np.dtype(np.int64)),
     "has_answer": np.dtype(np.int8),
     "label_count": np.dtype(np.int64),
-    "key": np.dtype((np.void, KEY_BYTES)),
-    "group": np.dtype((np.void, KEY_BYTES)),
+    **dict.fromkeys(("key", "group"), _KEY),
 }
-_LISTS: dict[str, np.dtype[Any]] = {
-    "tokens": np.dtype(np.int32),
-    "label_spans": np.dtype(np.int32),
-    "answer": np.dtype(np.uint8),
-}
+_LISTS = {"tokens": np.dtype(np.int32), "label_spans": np.dtype(np.int32), "answer": np.dtype(np.uint8)}
 
 
 class DamagedRowsError(Exception):
@@ -238,7 +198,7 @@ class DamagedRowsError(Exception):
 
 
 class DiskRows:
-    """Examples in an Arrow file.
+    """Examples in an Arrow file, with the members of :class:`MemoryRows`.
 
     Args:
         file: open for reading; it is closed with this object. name: of it, for messages.
@@ -360,11 +320,8 @@ class DiskRows:
 
     def _damaged(self) -> UserError:
         self._on_damage()
-        return UserError(
-            "the stored tokens of a row are damaged",
-            where=self._name,
-            hint="start again: they are made anew from the rows",
-        )
+        hint = "start again: they are made anew from the rows"
+        return UserError("the stored tokens of a row are damaged", where=self._name, hint=hint)
 
     def _list(self, name: str, batch: int, at: int) -> np.ndarray:
         place = int(self._offsets[name][batch]) + 4 * at
@@ -395,3 +352,6 @@ class DiskRows:
         if len(found) != count:
             raise self._damaged()
         return found
+
+
+RowStore = MemoryRows | DiskRows

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from deltaw.data.arrow_rows import ArrowRows, rows_of
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError
@@ -47,34 +47,13 @@ _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 NumberedRow = tuple[int, Row, int]
 
 
-class Part(Protocol):
-    """A file of a source, or a data set of a hub.
+class FilePart:
+    """A file, compressed or not, whose rows may have ``max_bytes``.
 
     Attributes:
         name: for messages. bytes: its size; 0 where it is not known.
         position: bytes read so far. fills_nulls: as in :class:`Rows`.
     """
-
-    name: str
-    bytes: int
-    position: int
-    fills_nulls: bool
-
-    def known(self) -> tuple[list[str], int] | None:
-        """Columns and number of rows, where they are known without reading, and no row is too long."""
-
-    def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
-        """All rows."""
-
-    def stamp(self) -> object:
-        """Changes when the part is written to; cheap."""
-
-    def identity(self) -> object | None:
-        """What tells this content from any other; None where nothing does."""
-
-
-class FilePart:
-    """A file, compressed or not, whose rows may have ``max_bytes``."""
 
     def __init__(self, path: Path, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = name
@@ -87,12 +66,14 @@ class FilePart:
             self.bytes = path.stat().st_size
 
     def known(self) -> tuple[list[str], int] | None:
+        """Columns and number of rows, where they are known without reading, and no row is too long."""
         if self._kind != "parquet":
             return None
         rows = self._arrow()
         return None if rows.rows is None else (rows.columns, rows.rows)
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
+        """All rows."""
         if self.fills_nulls:
             taken = 0
             for row in self._arrow().read(on_bad):
@@ -110,37 +91,34 @@ class FilePart:
 
     def _read_text(self, opened: Opened, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         if self._kind == "jsonl":
-            yield from read_lines(opened.file, self.name, on_bad, max_bytes=self._most)
-        elif self._kind == "json":
-            yield from read_json(opened.file, self.name, max_bytes=self._most)
-        else:
-            reader = self.table(opened, on_bad)
-            for number, cells in reader:
-                row = dict(zip(reader.header, cells, strict=True))
-                yield number, row, sum(map(len, cells))
+            return read_lines(opened.file, self.name, on_bad, max_bytes=self._most)
+        if self._kind == "json":
+            return read_json(opened.file, self.name, max_bytes=self._most)
+        table = self.table(opened, on_bad)
+        return ((n, dict(zip(table.header, cells, strict=True)), sum(map(len, cells))) for n, cells in table)
 
     def table(self, opened: Opened, on_bad: OnBad | None) -> TableReader:
         """The cells of a file that is a table."""
         return TableReader(opened.file, self.name, delimiter_of(self._path), on_bad, max_bytes=self._most)
 
     def stamp(self) -> object:
+        """Changes when the part is written to; cheap."""
         try:
             status = self._path.stat()
         except OSError as error:
-            raise UserError(
-                f"the file disappeared while it was read: {error.strerror or error}",
-                where=self.name,
-                hint="start again when it is there for good",
-            ) from error
+            what = f"the file disappeared while it was read: {error.strerror or error}"
+            raise UserError(what, where=self.name, hint="start again when it is there for good") from error
         return status.st_size, status.st_mtime_ns, status.st_ino
 
     def identity(self) -> object | None:
+        """What tells this content from any other; None where nothing does."""
         with reading(self.name):
             return content_identity(self._path)
 
 
 class HubPart:
-    """A split of a data set that was loaded from a hub; its library keeps it on the disk, decoded."""
+    """A split of a data set that was loaded from a hub, with the members of :class:`FilePart`; its library keeps it
+    on the disk, decoded."""
 
     def __init__(self, found: datasets.Dataset, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = name
@@ -173,6 +151,9 @@ class HubPart:
     def identity(self) -> object | None:
         files = [Path(file["filename"]) for file in self._found.cache_files]
         return [self.name, len(self._found), *map(content_identity, files)] if files else None
+
+
+Part = FilePart | HubPart
 
 
 class RowStream:
@@ -241,7 +222,9 @@ class RowStream:
                 if not columns.keys() >= row.keys():
                     named += sum(len(name) for name in row.keys() - columns.keys())
                     if named > self._most:
-                        raise _too_many_columns(part.name, number)
+                        what = "the names of the rows' columns, taken together, are longer than a row may be"
+                        hint = "rows have the same columns; raise data.max_row_bytes if there are that many"
+                        raise UserError(what, where=f"{part.name}, row {number}", hint=hint)
                     columns.update(dict.fromkeys(row))
                 if self._kept is not None:
                     taken += size
@@ -271,11 +254,8 @@ class RowStream:
         stamps = [part.stamp() for part in self._parts]
         changed = [p for p, a, b in zip(self._parts, self._stamps, stamps, strict=True) if a != b]
         if changed or count != self.rows:
-            raise UserError(
-                "the file changed while it was read",
-                where=changed[0].name if changed else self.name,
-                hint="start again when nothing writes to it",
-            )
+            what, hint = "the file changed while it was read", "start again when nothing writes to it"
+            raise UserError(what, where=changed[0].name if changed else self.name, hint=hint)
 
     def _chunks(self) -> Iterator[Rows]:
         passed_over = None if self._on_bad is None else _told_before
@@ -330,14 +310,6 @@ def sample(file: Any, size: int, digest: Any) -> None:
         digest.update(file.read(_SAMPLE_BYTES))
     file.seek(max(0, size - _SAMPLE_BYTES))
     digest.update(file.read(_SAMPLE_BYTES))
-
-
-def _too_many_columns(name: str, number: int) -> UserError:
-    return UserError(
-        "the names of the rows' columns, taken together, are longer than a row may be",
-        where=f"{name}, row {number}",
-        hint="rows have the same columns; raise data.max_row_bytes if there are that many",
-    )
 
 
 def empty_file(name: str, bad: UserError | None = None) -> UserError:

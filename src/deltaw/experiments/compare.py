@@ -62,7 +62,7 @@ class ComparisonJobs:
         *,
         share: float,
         seeds: Sequence[int],
-        written: Callable[[], None],
+        written: Callable[[], object],
     ) -> None:
         self._entries, self._place, self._pace = entries, place, pace
         self._share, self._seeds, self._written = share, seeds, written
@@ -148,26 +148,23 @@ class ComparisonJobs:
         self._pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self._share)
         if entry.next_rate() is None and entry.chosen() is None:
             lowest = min(entry.losses)
-            error = UserError(
-                f"training diverged at every learning rate tried, down to {lowest:g}",
-                hint=f"try lower ones: --rates {entry.method}={lowest / 10:.1g}",
-            )
-            self._no_rate(entry, error)
+            what = f"training diverged at every learning rate tried, down to {lowest:g}"
+            self._no_rate(entry, UserError(what, hint=f"try lower ones: --rates {entry.method}={lowest / 10:.1g}"))
 
     def _no_rate(self, entry: Entry, error: UserError | WorkerEnded) -> None:
         untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
         self._failed(entry, error, len(self._seeds) + untried * self._share)
 
     def _trained(self, entry: Entry, seed: int, rate: float, found: Found) -> None:
+        which = "" if len(self._seeds) == 1 else f"seed {seed}"
         if isinstance(found, UserError | WorkerEnded):
             left = [other for other in self._seeds if other >= seed]
-            self._failed(entry, found, float(len(left)), "" if len(self._seeds) == 1 else f"seed {seed}: ")
+            self._failed(entry, found, float(len(left)), which and f"{which}: ")
         else:
             entry.store(seed, {"learning_rate": rate, **found})
             remember_settings(entry.config)  # the run may have been made on another machine
             self._place.write_piece(entry.method, entry.piece)
-            which = "" if len(self._seeds) == 1 else f", seed {seed}"
-            self._pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)
+            self._pace.did(f"{entry.method}: trained at {rate:g}{which and f', {which}'}: {_run_text(found)}", 1.0)
         self._written()
 
     def _failed(self, entry: Entry, error: UserError | WorkerEnded, work: float, which: str = "") -> None:
@@ -177,9 +174,8 @@ class ComparisonJobs:
             work: that need not be done now.
             which: what it failed with.
         """
-        where, hint = (error.where, error.hint) if isinstance(error, UserError) else (None, None)
-        what = error.what if isinstance(error, UserError) else str(error)
-        entry.error = UserError(f"{which}{what}", where=where, hint=hint)
+        told = error if isinstance(error, UserError) else UserError(str(error))
+        entry.error = UserError(f"{which}{told.what}", where=told.where, hint=told.hint)
         self._pace.more(-work)
         self._pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
 
@@ -260,14 +256,13 @@ def compare(
         base = _base_entry(config, place)
         pace = Pace(say, _work(entries, base, share, numbers))
 
-        def known() -> Comparison:
-            seeds = _done(entries, numbers)
-            return gathered(config, entries, base, seeds=seeds, reference=reference, folder=str(place.path))
-
-        def written() -> None:
+        def written(draw: Callable[[Comparison, Path], None] | None = None) -> Comparison:
             nonlocal nothing
             nothing = not any(entry.runs(numbers) for entry in entries)
-            _write(known(), place)
+            done = _done(entries, numbers)
+            known = gathered(config, entries, base, seeds=done, reference=reference, folder=str(place.path))
+            _write(known, place, draw)
+            return known
 
         jobs = ComparisonJobs(entries, base, place, pace, share=share, seeds=numbers, written=written)
         with Child(place.log("tuning")) as child:
@@ -279,9 +274,7 @@ def compare(
         written()
         if nothing:
             raise next(entry.error for entry in entries if entry.error is not None)
-        comparison = known()
-        _write(comparison, place, draw)
-        return comparison
+        return written(draw)
     except KeyboardInterrupt:
         nothing = False
         raise
@@ -295,11 +288,8 @@ def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}", where="--seeds", hint="train with at least one seed")
     if reference is not None and reference not in methods:
-        raise UserError(
-            f"'{reference}' is not one of the methods that are compared",
-            where="--reference",
-            hint=did_you_mean(reference, methods),
-        )
+        what = f"'{reference}' is not one of the methods that are compared"
+        raise UserError(what, where="--reference", hint=did_you_mean(reference, methods))
 
 
 def _entry(
@@ -337,9 +327,8 @@ def _base_entry(config: RunConfig, place: ExperimentFolder) -> Entry | None:
     """The untrained model; it can be scored only if it has its own output head."""
     if tasks.entry_of(config.task).new_head:
         return None
-    settings = {
-        key: value for key, value in settings_of(config).items() if not key.startswith(("train.", "method", "lora."))
-    } | {"train.seed": config.train.seed, "procedure": PROCEDURE}
+    of_model = {k: v for k, v in settings_of(config).items() if not k.startswith(("train.", "method", "lora."))}
+    settings = of_model | {"train.seed": config.train.seed, "procedure": PROCEDURE}
     piece = place.piece(BASE)
     if changed(piece.get("settings"), settings):
         piece = {"settings": settings}
@@ -363,9 +352,7 @@ def _done(entries: Sequence[Entry], seeds: Sequence[int]) -> list[int]:
     return done or list(seeds[:1])
 
 
-def _write(
-    comparison: Comparison, place: ExperimentFolder, draw: Callable[[Comparison, Path], None] | None = None
-) -> None:
+def _write(comparison: Comparison, place: ExperimentFolder, draw: Callable[[Comparison, Path], None] | None) -> None:
     place.write_json(NUMBERS, as_json(comparison))
     if draw is not None:
         with replacing(place.path / FIGURE) as temporary:

@@ -6,7 +6,7 @@ It starts no training, and does not know how a terminal or a figure shows its nu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ def t_quantile(level: float, freedom: float) -> float:
     With T = √ν·tan θ the density becomes cos^(ν−1) θ, which is summed over a grid of angles.
     """
     freedom = min(freedom, MANY)
-    angles = np.linspace(0.0, math.pi / 2, 200_001)
+    angles = np.linspace(0.0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
@@ -259,29 +259,29 @@ def failures(comparison: Comparison) -> list[str]:
 def cells(comparison: Comparison, result: MethodResult) -> list[str]:
     """A line's texts, in the order of :data:`COLUMNS`; empty where nothing is known."""
     trained, total = result.trained_parameters, result.total_parameters
+    share = 100 * trained / total if trained is not None and total else None
+    flattened = f"{result.flattened} of {len(result.seeds)}"
+    if result.flattened in (0, len(result.seeds)):
+        flattened = "yes" if result.flattened else "no"
     return [
         result.method,
-        "" if result.learning_rate is None else f"{result.learning_rate:g}",
-        "" if trained is None else f"{trained:,}",
-        "" if trained is None or not total else f"{100 * trained / total:.2g} %" if trained < total else "100 %",
-        "" if result.adapter_bytes is None else size(result.adapter_bytes),
-        "" if result.planned_bytes is None else size(result.planned_bytes),
-        "" if result.peak_bytes is None else size(result.peak_bytes),
-        "" if result.seconds is None else duration(result.seconds),
-        "" if result.steps is None else f"{result.steps:,}",
-        _flattened(result),
+        or_empty(result.learning_rate, "{:g}".format),
+        or_empty(trained, "{:,}".format),
+        "100 %" if share is not None and share >= 100 else or_empty(share, "{:.2g} %".format),
+        or_empty(result.adapter_bytes, size),
+        or_empty(result.planned_bytes, size),
+        or_empty(result.peak_bytes, size),
+        or_empty(result.seconds, duration),
+        or_empty(result.steps, "{:,}".format),
+        flattened if result.seeds else "",
         score_text(comparison, result),
         _relation(comparison, result),
     ]
 
 
-def _flattened(result: MethodResult) -> str:
-    if not result.seeds:
-        return ""
-    count = len(result.seeds)
-    if result.flattened in (0, count):
-        return "yes" if result.flattened else "no"
-    return f"{result.flattened} of {count}"
+def or_empty(value: Any, text: Callable[[Any], str]) -> str:
+    """``text(value)``; empty for None."""
+    return "" if value is None else text(value)
 
 
 def _relation(comparison: Comparison, result: MethodResult) -> str:
@@ -290,37 +290,28 @@ def _relation(comparison: Comparison, result: MethodResult) -> str:
         return "one answer to all"
     if result.method == comparison.reference:
         return "reference" if comparison.asked_reference else "best"
-    return _difference(comparison, result)
+    return _with_interval(comparison, result.difference, result.difference_interval, "+", " to ")
 
 
 def titles(comparison: Comparison) -> list[str]:
     """The heads of the columns, the score under its metric's name, the difference under its reference's."""
-    reference = comparison.asked_reference and comparison.reference
-    return [
-        title.replace("score", comparison.metric.replace("_", " ") or "score").replace(
-            "to the best", f"to {reference}" if reference else "to the best"
-        )
-        for title in COLUMNS
-    ]
+    other = comparison.reference if comparison.asked_reference and comparison.reference else "the best"
+    metric = comparison.metric.replace("_", " ") or "score"
+    return [title.replace("score", metric).replace("to the best", f"to {other}") for title in COLUMNS]
 
 
 def score_text(comparison: Comparison, result: MethodResult) -> str:
-    """A score with its interval; empty where there is none."""
-    if result.score is None:
-        return ""
-    text = number_text(comparison, result.score) + unit(comparison)
-    if result.interval is not None:
-        text += " ({}–{})".format(*(number_text(comparison, bound) for bound in result.interval))
-    return text
+    """A score with its interval; empty if there is none."""
+    return _with_interval(comparison, result.score, result.interval, "", "–", unit(comparison))
 
 
-def _difference(comparison: Comparison, result: MethodResult) -> str:
-    if result.difference is None:
+def _with_interval(
+    comparison: Comparison, value: float | None, bounds: Interval | None, sign: str, between: str, unit: str = ""
+) -> str:
+    if value is None:
         return ""
-    text = number_text(comparison, result.difference, "+")
-    if result.difference_interval is not None:
-        text += " ({} to {})".format(*(number_text(comparison, b, "+") for b in result.difference_interval))
-    return text
+    shown = "" if bounds is None else between.join(number_text(comparison, bound, sign) for bound in bounds)
+    return number_text(comparison, value, sign) + unit + (f" ({shown})" if shown else "")
 
 
 def unit(comparison: Comparison) -> str:
@@ -339,15 +330,16 @@ def size(count: int) -> str:
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     number, unit = (count / 1e6, "MB") if count >= 1e6 else (count / 1e3, "kB")
-    return f"{number:.1f} {unit}" if number < 100 else f"{number:.0f} {unit}"
+    return f"{number:.{int(number < 100)}f} {unit}"
 
 
 def duration(seconds: float) -> str:
     """Seconds as a person reads them."""
-    for number, unit in ((seconds / 3600, "h"), (seconds / 60, "min")):
-        if number >= 1:
-            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    unit = "s"
+    for longer in ("min", "h"):
+        if seconds >= 60:
+            seconds, unit = seconds / 60, longer
+    return f"{seconds:.{int(seconds < 10)}f} {unit}"
 
 
 def listed(results: Sequence[MethodResult]) -> str:
@@ -447,11 +439,11 @@ def _result(entry: Entry, runs: Sequence[Found], seeds: Sequence[int]) -> Method
     """A method's numbers over its seeds."""
     tried = entry.counted() if not entry.fixed else {}
     rates = tuple((rate, loss if math.isfinite(loss) else None) for rate, loss in sorted(tried.items()))
-    if entry.error is not None or len(runs) < len(seeds):
-        error = entry.error
+    error = entry.error
+    if error is not None or len(runs) < len(seeds):
         why = f"{len(runs)} of {len(seeds)} seeds trained" if runs else "not yet trained"
         if error is not None:
-            why = f"{error.what}{f' ({error.where})' if error.where else ''}"
+            why = f"{error.what} ({error.where})" if error.where else error.what
         return MethodResult(entry.method, error=why, rates=rates)
     first, is_run = runs[0], entry.method != BASE
     values = [run["score"]["value"] for run in runs if run["score"] is not None]
@@ -460,11 +452,11 @@ def _result(entry: Entry, runs: Sequence[Found], seeds: Sequence[int]) -> Method
         entry.method,
         learning_rate=entry.chosen() if is_run else None,
         rates=rates,
-        trained_parameters=_number(first, "trained_parameters") if is_run else 0,
-        total_parameters=_number(first, "total_parameters"),
-        adapter_bytes=_number(first, "adapter_bytes"),
-        planned_bytes=next((n for run in runs if (n := _number(run, "planned_memory_bytes"))), None),
-        peak_bytes=max((_number(run, "peak_memory_bytes") or 0 for run in runs), default=0) or None,
+        trained_parameters=first.get("trained_parameters") if is_run else 0,
+        total_parameters=first.get("total_parameters"),
+        adapter_bytes=first.get("adapter_bytes"),
+        planned_bytes=next((n for run in runs if (n := run.get("planned_memory_bytes"))), None),
+        peak_bytes=max(run.get("peak_memory_bytes") or 0 for run in runs) or None,
         seconds=float(np.mean([run["seconds"] for run in runs])) if is_run else None,
         steps=round(float(np.mean([run["steps"] for run in runs]))) if is_run else None,
         score=score,
@@ -475,28 +467,18 @@ def _result(entry: Entry, runs: Sequence[Found], seeds: Sequence[int]) -> Method
 
 
 def _seed(seed: int, run: Found) -> SeedResult:
-    return SeedResult(
-        seed,
-        score=run["score"]["value"] if run["score"] is not None else None,
-        steps=run["steps"],
-        best_step=run["best_step"],
-        flattened=bool(run["flattened"]),
-        seconds=float(run["seconds"]),
-        validation_loss=run["validation_loss"],
-        validation=tuple((int(step), float(loss)) for step, loss in run["validation"]),
-        one_answer=run.get("one_answer"),
-    )
+    same = {name: run[name] for name in ("steps", "best_step", "flattened", "seconds", "validation_loss")}
+    score = run["score"]["value"] if run["score"] is not None else None
+    validation = tuple((int(step), float(loss)) for step, loss in run["validation"])
+    return SeedResult(seed, score=score, validation=validation, one_answer=run.get("one_answer"), **same)
 
 
 def _interval(runs: Sequence[Found], score: float, metric: str) -> Interval | None:
     """Of the score over seeds and rows; around the score, which of a loss is not the mean over rows."""
     scores = matrix(runs)
-    if scores is None:
-        stored = runs[0]["score"].get("interval") if len(runs) == 1 else None
+    stored = runs[0]["score"].get("interval") if len(runs) == 1 else None
+    if stored or scores is None:
         return (stored[0], stored[1]) if stored else None
-    if len(runs) == 1 and runs[0]["score"].get("interval"):
-        low, high = runs[0]["score"]["interval"]
-        return low, high
     low, high = (bound + score - float(scores.mean()) for bound in interval_of(scores))
     return (max(0.0, low), min(1.0, high)) if metric in SHARES else (low, high)
 
@@ -526,11 +508,6 @@ def _compared(
     return replace(result, difference=float(difference.mean()), difference_interval=interval_of(difference))
 
 
-def _number(found: Found, key: str) -> int | None:
-    value = found.get(key)
-    return None if value is None else int(str(value))
-
-
 # What a comparison's numbers say, in sentences, and its page.
 #
 # It knows numbers alone. It says no more than the intervals allow: which differences hold, what had not
@@ -555,10 +532,7 @@ def findings(comparison: Comparison) -> list[str]:
         *[line for result in comparison.scored for line in _edge(result)],
     ]
     if len(comparison.seeds) == 1:
-        lines.append(
-            "One seed is weak evidence: the intervals do not cover what another initialization and order of "
-            "rows would change (--seeds 3)."
-        )
+        lines.append("One seed is weak evidence: other initializations and orders of rows differ (--seeds 3).")
     return lines
 
 
@@ -569,13 +543,16 @@ def _ranking(comparison: Comparison) -> list[str]:
     best, *others = comparison.ranked
     equal = [r for r in comparison.ranked if r.score == best.score]
     are = f"{best.method} is best" if len(equal) == 1 else f"{listed(equal)} share the best score"
-    lines = [f"{are}: {comparison.metric} {score_text(comparison, best)} {_on(comparison)}."]
+    rows, seeds = comparison.held_out_rows, len(comparison.seeds)
+    on = f"on {rows} held-out row{'s' if rows != 1 else ''}{'' if seeds == 1 else f', mean of {seeds} seeds'}"
+    lines = [f"{are}: {comparison.metric} {score_text(comparison, best)} {on}."]
     if best.method != comparison.reference:
         return lines
     near = [r for r in others if r.difference_interval is not None and not r.clearly_other]
     far = [r for r in others if r.clearly_other]
     if near:
-        lines.append(f"{_they(comparison)} {listed(near)} from it: the interval of the difference holds 0.")
+        these = "These rows" if seeds == 1 else "These seeds and rows"
+        lines.append(f"{these} do not tell {listed(near)} from it: the interval of the difference holds 0.")
         lines += _cheapest([best, *near])
     if far:
         lines.append(f"Clearly worse: {listed(far)}.")
@@ -591,15 +568,13 @@ def _against_reference(comparison: Comparison) -> list[str]:
         return []
     sign = 1 if comparison.higher_is_better else -1
     others = [r for r in comparison.ranked if r.method != comparison.reference and r.difference is not None]
-    better = [r for r in others if r.clearly_other and sign * (r.difference or 0) > 0]
-    worse = [r for r in others if r.clearly_other and sign * (r.difference or 0) < 0]
-    near = [r for r in others if not r.clearly_other]
-    parts = [
-        f"clearly better: {listed(better)}" if better else "",
-        f"clearly worse: {listed(worse)}" if worse else "",
-        f"not told apart: {listed(near)}" if near else "",
-    ]
-    return [f"Compared with {comparison.reference}, {'; '.join(part for part in parts if part)}."]
+    groups = {
+        "clearly better": [r for r in others if r.clearly_other and sign * (r.difference or 0) > 0],
+        "clearly worse": [r for r in others if r.clearly_other and sign * (r.difference or 0) < 0],
+        "not told apart": [r for r in others if not r.clearly_other],
+    }
+    parts = [f"{name}: {listed(group)}" for name, group in groups.items() if group]
+    return [f"Compared with {comparison.reference}, {'; '.join(parts)}."]
 
 
 def _untrained(comparison: Comparison) -> list[str]:
@@ -617,10 +592,8 @@ def _learned(comparison: Comparison, result: MethodResult) -> list[str]:
     same = [seed for seed in result.seeds if seed.one_answer is not None]
     if result.learned_nothing:
         answers = joined(sorted({f"'{seed.one_answer}'" for seed in same}))
-        every = "" if len(result.seeds) == 1 else " with every seed"
-        return [
-            f"{result.method} learned nothing{every}: it gives every row the same answer ({answers}). It is not ranked."
-        ]
+        what = f"{result.method} learned nothing{'' if len(result.seeds) == 1 else ' with every seed'}"
+        return [f"{what}: it gives every row the same answer ({answers}). It is not ranked."]
     lines = []
     if same:
         lines.append(f"{result.method} gives one answer to every row with {len(same)} of {len(result.seeds)} seeds.")
@@ -629,49 +602,35 @@ def _learned(comparison: Comparison, result: MethodResult) -> list[str]:
         better = bounds[0] > 0 if comparison.higher_is_better else bounds[1] < 0
         score = number_text(comparison, comparison.constant_score) + unit(comparison)
         if not better:
-            lines.append(
-                f"{result.method} is not clearly better than the answer '{comparison.constant_answer}' to "
-                f"every row ({score})."
-            )
+            constant = f"the answer '{comparison.constant_answer}' to every row ({score})"
+            lines.append(f"{result.method} is not clearly better than {constant}.")
     return lines
 
 
 def _flattening(comparison: Comparison) -> list[str]:
     """Methods that the budget stopped while they were still learning."""
-    unfinished = [r for r in comparison.scored if r.seeds and r.flattened < len(r.seeds)]
-    if not unfinished:
-        return []
-    names = [
-        r.method if not r.flattened else f"{r.method} ({len(r.seeds) - r.flattened} of {len(r.seeds)} seeds)"
-        for r in unfinished
-    ]
-    return [
-        f"Not flattened when the budget ended: {joined(names)}. With more training the order may change "
-        "(--train.epochs, --budget)."
-    ]
-
-
-def _on(comparison: Comparison) -> str:
-    rows = f"on {comparison.held_out_rows} held-out row{'s' if comparison.held_out_rows != 1 else ''}"
-    return rows if len(comparison.seeds) == 1 else f"{rows}, mean of {len(comparison.seeds)} seeds"
-
-
-def _they(comparison: Comparison) -> str:
-    return "These rows do not tell" if len(comparison.seeds) == 1 else "These seeds and rows do not tell"
+    names = []
+    for result in comparison.scored:
+        count = len(result.seeds)
+        if result.flattened < count:
+            some = f" ({count - result.flattened} of {count} seeds)" if result.flattened else ""
+            names.append(f"{result.method}{some}")
+    hint = "With more training the order may change (--train.epochs, --budget)."
+    return [f"Not flattened when the budget ended: {joined(names)}. {hint}"] if names else []
 
 
 def _cheapest(equals: Sequence[MethodResult]) -> list[str]:
     """Of methods that are not told apart, which asks for least."""
+    costs: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "trained_parameters": ("the fewest parameters", "{:,}".format),
+        "peak_bytes": ("the least memory", size),
+        "seconds": ("the least time", duration),
+    }
     said: dict[str, list[str]] = {}
-    small = min(equals, key=lambda r: r.trained_parameters or math.inf)
-    if small.trained_parameters:
-        said.setdefault(small.method, []).append(f"the fewest parameters ({small.trained_parameters:,})")
-    lean = min(equals, key=lambda r: r.peak_bytes or math.inf)
-    if lean.peak_bytes:
-        said.setdefault(lean.method, []).append(f"the least memory ({size(lean.peak_bytes)})")
-    quick = min(equals, key=lambda r: r.seconds or math.inf)
-    if quick.seconds:
-        said.setdefault(quick.method, []).append(f"the least time ({duration(quick.seconds)})")
+    for name, (what, text) in costs.items():
+        least = min(equals, key=lambda r: getattr(r, name) or math.inf)
+        if cost := getattr(least, name):
+            said.setdefault(least.method, []).append(f"{what} ({text(cost)})")
     parts = [f"{method} takes {joined(what)}" for method, what in said.items()]
     return [f"Of these, {', '.join(parts)}."] if parts else []
 
@@ -681,11 +640,9 @@ def _edge(result: MethodResult) -> list[str]:
     rates = sorted(rate for rate, _ in result.rates)
     if len(rates) < 2 or result.learning_rate not in (rates[0], rates[-1]):
         return []
-    way = "lower" if result.learning_rate == rates[0] else "higher"
-    return [
-        f"{result.method}: its best learning rate, {result.learning_rate:g}, is the {way[:-2]}est tried; "
-        f"a {way} one may do better (--rates)."
-    ]
+    way = "low" if result.learning_rate == rates[0] else "high"
+    best = f"its best learning rate, {result.learning_rate:g}, is the {way}est tried"
+    return [f"{result.method}: {best}; a {way}er one may do better (--rates)."]
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
@@ -701,12 +658,12 @@ def comparison_markdown(comparison: Comparison, figure: str | None = None) -> st
         figure: the name of an image file beside the page.
     """
     seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) != 1 else ''}"
-    trained = "" if comparison.training_rows is None else f"trained on {comparison.training_rows:,} rows, "
+    trained = or_empty(comparison.training_rows, "trained on {:,} rows, ".format)
+    scored = f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that no choice was made by"
     lines = [
         "# Methods compared",
         "",
-        f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; "
-        f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that no choice was made by. "
+        f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; {scored}. "
         "Each training went on until its validation loss flattened or the budget ended.",
         "",
         *markdown_table(titles(comparison), [cells(comparison, r) for r in comparison.lines if r.error is None]),
@@ -721,40 +678,25 @@ def comparison_markdown(comparison: Comparison, figure: str | None = None) -> st
 
 def _seed_table(comparison: Comparison) -> list[str]:
     """Each training on a line of its own, if there are several seeds."""
-    if len(comparison.seeds) == 1 or not any(result.seeds for result in comparison.results):
-        return []
+    rows = []
+    for result in comparison.results if len(comparison.seeds) > 1 else ():
+        for seed in result.seeds:
+            score = _with_interval(comparison, seed.score, None, "", "", unit(comparison))
+            steps, flat = [f"{seed.steps:,}", f"{seed.best_step:,}"], "yes" if seed.flattened else "no"
+            rows.append([result.method, str(seed.seed), score, *steps, flat, f"{seed.validation_loss:.4f}"])
     metric = comparison.metric.replace("_", " ")
-    rows = [
-        [
-            result.method,
-            str(seed.seed),
-            "" if seed.score is None else number_text(comparison, seed.score) + unit(comparison),
-            f"{seed.steps:,}",
-            f"{seed.best_step:,}",
-            "yes" if seed.flattened else "no",
-            f"{seed.validation_loss:.4f}",
-        ]
-        for result in comparison.results
-        for seed in result.seeds
-    ]
     heads = ("method", "seed", metric, "steps", "best step", "flattened", "validation loss")
-    return ["## Seed by seed", "", *markdown_table(heads, rows)]
+    return ["## Seed by seed", "", *markdown_table(heads, rows)] if rows else []
 
 
 def _rate_table(comparison: Comparison) -> list[str]:
-    tried = [result for result in comparison.results if len(result.rates) > 1]
-    if not tried:
-        return []
-    return [
-        "## Learning rates tried",
-        "",
-        *markdown_table(("method", "rate: validation loss"), [(r.method, _rates(r)) for r in tried], left=2),
-        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget.",
-        "",
-    ]
-
-
-def _rates(result: MethodResult) -> str:
-    return ", ".join(
-        f"{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in sorted(result.rates)
+    rows = []
+    for result in comparison.results:
+        losses = {rate: "diverged" if loss is None else f"{loss:.4f}" for rate, loss in sorted(result.rates)}
+        if len(losses) > 1:
+            rows.append((result.method, ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())))
+    said = (
+        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget."
     )
+    table = markdown_table(("method", "rate: validation loss"), rows, left=2)
+    return ["## Learning rates tried", "", *table, said, ""] if rows else []

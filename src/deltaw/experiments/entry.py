@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.settings import RunConfig
+from deltaw.training.run_folder import mapping, sequence
 
 # Which learning rates are tried for a method, and which of them is best.
 #
@@ -67,17 +68,11 @@ def parse_rates(given: Iterable[str], methods: Sequence[str]) -> dict[str, list[
         method, equals, numbers = text.partition("=")
         method = method.strip()
         if not equals or not numbers.strip():
-            raise UserError(
-                f"'{text}' does not name a method and its rates",
-                where="--rates",
-                hint="write METHOD=RATE,RATE, for example --rates lora=1e-4,3e-4",
-            )
+            hint = "write METHOD=RATE,RATE, for example --rates lora=1e-4,3e-4"
+            raise UserError(f"'{text}' does not name a method and its rates", where="--rates", hint=hint)
         if method not in methods:
-            raise UserError(
-                f"'{method}' is not one of the methods that are compared",
-                where="--rates",
-                hint=did_you_mean(method, methods),
-            )
+            what = f"'{method}' is not one of the methods that are compared"
+            raise UserError(what, where="--rates", hint=did_you_mean(method, methods))
         rates[method] = sorted({_rate(part.strip(), text) for part in numbers.split(",") if part.strip()})
     return rates
 
@@ -117,11 +112,8 @@ class Entry:
     @property
     def losses(self) -> dict[float, float]:
         """Validation loss by learning rate tried; infinite where training diverged."""
-        pairs = self.piece.get("rates")
-        return {
-            float(rate): math.inf if loss is None else float(loss)
-            for rate, loss in (pairs if isinstance(pairs, list) else [])
-        }
+        pairs = sequence(self.piece.get("rates"))
+        return {float(rate): math.inf if loss is None else float(loss) for rate, loss in pairs}
 
     @property
     def planned(self) -> list[float] | None:
@@ -152,8 +144,7 @@ class Entry:
 
     def run(self, seed: int) -> dict[str, Any] | None:
         """What is stored of the final training with this seed, if it used the chosen rate."""
-        runs = self.piece.get("runs")
-        found = runs.get(str(seed)) if isinstance(runs, dict) else None
+        found = mapping(self.piece.get("runs")).get(str(seed))
         return found if isinstance(found, dict) and found.get("learning_rate") == self.chosen() else None
 
     def runs(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -162,7 +153,5 @@ class Entry:
 
     def store(self, seed: int, found: dict[str, Any] | None) -> None:
         """Put the result of one seed among the others, or take it away."""
-        runs = self.piece.get("runs")
-        kept = dict(runs) if isinstance(runs, dict) else {}
-        kept.pop(str(seed), None)
-        self.piece["runs"] = kept if found is None else {**kept, str(seed): found}
+        runs = {**mapping(self.piece.get("runs")), str(seed): found}
+        self.piece["runs"] = {key: kept for key, kept in runs.items() if kept is not None}

@@ -24,8 +24,8 @@ from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, TrainSettings, duration_seconds
-from deltaw.training.loop import count_steps
-from deltaw.training.run_folder import not_writable
+from deltaw.training.optimizer import count_steps
+from deltaw.training.run_folder import mapping, not_writable
 
 # How long a training of a comparison may take at most: in steps, in time, or both.
 #
@@ -82,21 +82,17 @@ class ExperimentFolder:
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
         check_folder(path, kind)
-        self.is_new = not (path / MARK).exists()
         self._made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / LOCK)
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(
-                f"another process is working on this {kind}",
-                where=str(path),
-                hint="wait for it, or set 'output' to another folder",
-            ) from error
+            hint = "wait for it, or set 'output' to another folder"
+            raise UserError(f"another process is working on this {kind}", where=str(path), hint=hint) from error
         except OSError as error:
             raise not_writable(path, error) from error
-        if self.is_new:
+        if not (path / MARK).exists():
             write_text(path / MARK, json.dumps({"kind": kind}) + "\n")
 
     def log(self, name: str) -> Path:
@@ -144,22 +140,16 @@ def check_folder(path: Path, kind: str) -> None:
         raise not_writable(path, error) from error
     except ValueError:
         mark = {}
-    if holds and (not isinstance(mark, dict) or mark.get("kind") != kind):
-        raise UserError(
-            f"the output folder holds files that are not a {kind}'s, such as '{holds[0]}'",
-            where=str(path),
-            hint="set 'output' to a new or empty folder",
-        )
+    if holds and mapping(mark).get("kind") != kind:
+        what = f"the output folder holds files that are not a {kind}'s, such as '{holds[0]}'"
+        raise UserError(what, where=str(path), hint="set 'output' to a new or empty folder")
 
 
 def require_held_out(config: RunConfig) -> None:
     """Raise a UserError if the settings hold out no rows."""
     if held_out_reference(config.data.eval) is None and held_out_number(config.data.eval) == 0:
-        raise UserError(
-            "no rows are held out, so methods cannot be scored",
-            where="data.eval",
-            hint="set data.eval to a share, a number of rows or a file",
-        )
+        hint = "set data.eval to a share, a number of rows or a file"
+        raise UserError("no rows are held out, so methods cannot be scored", where="data.eval", hint=hint)
 
 
 def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str, object]:
@@ -175,17 +165,12 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
             continue
         entries = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {key: v for key, v in entries.items() if key not in without}
-    trained_on = references(config.data.train)
-    several = trained_on if len(trained_on) > 1 else []
-    for key, reference in {
-        "the file data.train": None if several else trained_on[0],
-        "the model's files": config.model,
-        **{f"the file {file}": file for file in several},
-        **{
-            f"the file data.eval{name and '.'}{name}": held_out_reference(share)
-            for name, share in eval_sets(config.data.eval).items()
-        },
-    }.items():
+    read: dict[str, str | None] = {"the model's files": config.model}
+    files = references(config.data.train)
+    read |= {"the file data.train" if len(files) == 1 else f"the file {file}": file for file in files}
+    for name, share in eval_sets(config.data.eval).items():
+        read[f"the file data.eval{name and '.'}{name}"] = held_out_reference(share)
+    for key, reference in read.items():
         if reference is not None and (content := content_of(reference)):
             flat[key] = content
     return json.loads(json.dumps(flat))
@@ -193,8 +178,7 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
 
 def changed(before: object, now: Mapping[str, object]) -> list[str]:
     """One line for each key that differs, with the old and the new value."""
-    known = before if isinstance(before, Mapping) else {}
-    lines = []
+    known, lines = mapping(before), []
     for key in sorted({*known, *now}):
         old, new = known.get(key), now.get(key)
         if old != new:

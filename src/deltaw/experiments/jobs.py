@@ -74,9 +74,7 @@ class Child:
             if "report" in message:
                 self._write(on_report is None or on_report(message["report"]))
             elif "error" in message:
-                raise UserError(
-                    message["error"]["what"], where=message["error"]["where"], hint=message["error"]["hint"]
-                )
+                raise UserError(**message["error"])
             else:
                 learn(message.get("measured"))
                 return dict(message["done"])
@@ -231,11 +229,9 @@ def check_cluster(cluster: Cluster) -> None:
     """
     _tune()
     if "://" in cluster.address:
-        raise UserError(
-            "an experiment runs on a machine of the cluster, not through Ray's client",
-            where=f"--ray {cluster.address}",
-            hint="start the command on one of its machines, with --ray auto",
-        )
+        what = "an experiment runs on a machine of the cluster, not through Ray's client"
+        hint = "start the command on one of its machines, with --ray auto"
+        raise UserError(what, where=f"--ray {cluster.address}", hint=hint)
 
 
 def elsewhere(jobs: Jobs, cluster: Cluster, storage: Path, *, gpu: bool = True) -> None:
@@ -252,7 +248,9 @@ def elsewhere(jobs: Jobs, cluster: Cluster, storage: Path, *, gpu: bool = True) 
     with _connected(cluster) as (cpus, gpus, at_once):
         search, scheduler = _sides(jobs)
         needs = {"cpu": float(cpus), "gpu": float(min(1, gpus)) if gpu else 0.0}
-        told = {"folder": os.getcwd(), "threads": _threads(cluster), "measured": product_rates.for_children()}
+        # Threads of a job: its cores, or what this process was told if a job has a machine for itself.
+        threads = os.environ.get(_THREADS) if cluster.cpus is None else cluster.cpus
+        told = {"folder": os.getcwd(), "threads": threads, "measured": product_rates.for_children()}
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(work, told=told), needs),
             tune_config=tune.TuneConfig(
@@ -350,17 +348,17 @@ def _not_kept() -> None:
 
 def _answer(result: Any, failed: bool) -> Found:
     """What the last thing that a job reported means."""
-    result = result or {}
-    if not failed and DONE in result:
+    result = {} if failed else result or {}
+    if DONE in result:
         found = json.loads(result[DONE])
         for measured in found["measured"]:
             product_rates.learn(measured)
         return dict(found["answer"])
-    if not failed and ERROR in result:
+    if ERROR in result:
         return UserError(**json.loads(result[ERROR]))
-    if not failed and ENDED in result:
+    if ENDED in result:
         return WorkerEnded(json.loads(result[ENDED]))
-    if not failed and REPORT in result:
+    if REPORT in result:
         return {"stopped": True}
     return WorkerEnded("its machine was lost, or Ray could not start it there")
 
@@ -372,32 +370,22 @@ def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     os.environ.update(_QUIET)
     import ray
 
-    own = cluster.address == "local"
+    dashboard = False if cluster.address == "local" else None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(
-            address=cluster.address,
-            include_dashboard=False if own else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        ray.init(address=cluster.address, include_dashboard=dashboard, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"there is no Ray cluster: {str(error).strip().splitlines()[0][:200]}",
-            where=f"--ray {cluster.address}",
-            hint="start one with 'ray start --head' here and 'ray start --address HOST:6379' on the others, "
-            "or use --ray local",
-        ) from error
+        what = f"there is no Ray cluster: {str(error).strip().splitlines()[0][:200]}"
+        hint = "run 'ray start --head' here and 'ray start --address HOST:6379' elsewhere, or use --ray local"
+        raise UserError(what, where=f"--ray {cluster.address}", hint=hint) from error
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = [int(machine.get("CPU", 0)) for machine in machines]
         cpus = cluster.cpus or min((count for count in cores if count), default=0)
         at_once = sum(count // cpus for count in cores) if cpus else 0
         if not at_once:
-            raise UserError(
-                f"no machine of the cluster has {cluster.cpus or 1} cores (they have {cores})",
-                where="--ray-cpus",
-                hint="ask for fewer cores a trial",
-            )
+            what = f"no machine of the cluster has {cluster.cpus or 1} cores (they have {cores})"
+            raise UserError(what, where="--ray-cpus", hint="ask for fewer cores a trial")
         gpus = [int(machine.get("GPU", 0)) for machine in machines]
         yield cpus, sum(gpus), min(at_once, sum(gpus)) if sum(gpus) else at_once
     finally:
@@ -409,11 +397,6 @@ def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
                 os.environ[name] = value
 
 
-def _threads(cluster: Cluster) -> str | int | None:
-    """Threads of a job: its cores, or what this process was told where a job has a machine for itself."""
-    return os.environ.get(_THREADS) if cluster.cpus is None else cluster.cpus
-
-
 def _tune() -> Any:
     """Ray Tune.
 
@@ -423,9 +406,6 @@ def _tune() -> Any:
     try:
         from ray import tune
     except ImportError as error:
-        raise UserError(
-            "trials on several machines need Ray Tune, which is not installed",
-            where="--ray",
-            hint="pip install 'deltaw[ray]', here and on the other machines",
-        ) from error
+        what = "trials on several machines need Ray Tune, which is not installed"
+        raise UserError(what, where="--ray", hint="on every machine: pip install 'deltaw[ray]'") from error
     return tune

@@ -10,10 +10,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -137,7 +137,7 @@ class Values:
     def at_end(self, value: object) -> str:
         """As for a range, if all values are numbers; other values have no end."""
         numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if len(numbers) < 2 or len(numbers) < len(self.values) or not isinstance(value, int | float):
+        if len(numbers) < max(2, len(self.values)) or not isinstance(value, int | float):
             return ""
         return "low" if value == min(numbers) else "high" if value == max(numbers) else ""
 
@@ -170,31 +170,23 @@ def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
         if key not in known:
             raise UserError(f"there is no setting '{key}'", where="--search", hint=did_you_mean(key, known))
         if key in _FIXED or key.startswith("data."):
-            raise UserError(
-                f"'{key}' cannot be searched: trials are compared on the same rows, model and machine",
-                where="--search",
-                hint="set it in the settings",
-            )
+            what = f"'{key}' cannot be searched: trials are compared on the same rows, model and machine"
+            raise UserError(what, where="--search", hint="set it in the settings")
         space[key] = _domain(key, value, text)
     if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
-        raise UserError(
-            f"lora.alpha and {ALPHA_PER_RANK} exclude each other", where="--search", hint="leave one of them out"
-        )
+        what = f"lora.alpha and {ALPHA_PER_RANK} exclude each other"
+        raise UserError(what, where="--search", hint="leave one of them out")
     return space
 
 
 def _domain(key: str, value: str, text: str) -> Range | Values:
     if value.startswith("["):
-        try:
-            values = parse_yaml(value)
-        except yaml.YAMLError:
-            values = None
+        values = _parsed(value)
         if not isinstance(values, list) or not values:
             raise UserError(f"'{text}' is not a list of values", where="--search", hint=_EXAMPLE)
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
-            raise UserError(
-                f"'{text}' holds a list, or a value twice", where="--search", hint="list plain values, once each"
-            )
+            hint = "list plain values, once each"
+            raise UserError(f"'{text}' holds a list, or a value twice", where="--search", hint=hint)
         return Values(tuple(values))
     log = value.endswith(":log")
     lower, dots, higher = value.removesuffix(":log").partition("..")
@@ -202,28 +194,24 @@ def _domain(key: str, value: str, text: str) -> Range | Values:
     if not dots or low is None or high is None:
         raise UserError(f"'{text}' is neither a range nor a list", where="--search", hint=_EXAMPLE)
     if not low < high or (log and low <= 0):
-        raise UserError(
-            f"'{text}' is an empty range" if low >= high else f"'{text}' has no logarithm at its low end",
-            where="--search",
-            hint="give the lower end first, above 0 where :log",
-        )
-    whole = isinstance(low, int) and isinstance(high, int) and not _takes_fractions(key)
-    return Range(low, high, log, whole)
+        what = "is an empty range" if low >= high else "has no logarithm at its low end"
+        hint = "give the lower end first, above 0 with :log"
+        raise UserError(f"'{text}' {what}", where="--search", hint=hint)
+    fractions = [ALPHA_PER_RANK, *(setting.key for setting in settings() if "float" in str(setting.annotation))]
+    return Range(low, high, log, whole=isinstance(low, int) and isinstance(high, int) and key not in fractions)
 
 
 def _number(text: str) -> float | int | None:
-    try:
-        value = parse_yaml(text.strip())
-    except yaml.YAMLError:
-        return None
+    value = _parsed(text.strip())
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None  # type: ignore[return-value]
 
 
-def _takes_fractions(key: str) -> bool:
-    if key == ALPHA_PER_RANK:
-        return True
-    return any("float" in str(setting.annotation) for setting in settings() if setting.key == key)
+def _parsed(text: str) -> object:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        return None
 
 
 def check_space(config: RunConfig, space: Space) -> None:
@@ -248,18 +236,13 @@ def applied(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
 
 def nested_values(config: RunConfig, values: Mapping[str, object]) -> dict[str, object]:
     """Values by dotted key as nested settings; alpha per rank becomes alpha."""
-    result: dict[str, object] = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         if key == ALPHA_PER_RANK:
             rank = float(str(values.get("lora.rank", config.lora.rank)))
             key, value = "lora.alpha", float(str(value)) * rank
         section, dot, leaf = key.partition(".")
-        if not dot:
-            result[key] = value
-            continue
-        inner = result.setdefault(section, {})
-        if isinstance(inner, dict):
-            inner[leaf] = value
+        result[section] = {**result.get(section, {}), leaf: value} if dot else value
     return result
 
 
@@ -356,41 +339,30 @@ def best_yaml(tuning: Tuning) -> str:
 
 def lessons(tuning: Tuning) -> list[str]:
     """What the search says, in sentences."""
-    ranked = tuning.ranked
-    if not ranked:
+    if not tuning.ranked:
         return []
-    best = ranked[0]
+    best, *others = tuning.ranked
     assert best.loss is not None
     said = ", ".join(f"{key} {_value(value)}" for key, value in best.values.items())
     lines = [f"Trial {best.number} is best: loss {best.loss:.4f} with {said}."]
-    before = next((t for t in ranked if t.number == tuning.first and t.loss is not None), None)
-    if before is best:
+    before = next((trial.loss for trial in others if trial.number == tuning.first), None)
+    if best.number == tuning.first:
         lines.append("These are the settings as they were: nothing that was tried is better.")
-    elif before is not None and before.loss:
-        less = 1 - best.loss / before.loss
-        lines.append(f"The settings as they were gave {before.loss:.4f}: the best has {less:.1%} less.")
-    alike = [t for t in ranked[1:] if t.loss is not None and t.loss <= best.loss * (1 + ALIKE)]
+    elif before:
+        lines.append(f"The settings as they were gave {before:.4f}: the best has {1 - best.loss / before:.1%} less.")
+    alike = [t for t in others if t.loss is not None and t.loss <= best.loss * (1 + ALIKE)]
     if alike:
-        lines.append(
-            f"{len(alike)} of the other {len(ranked) - 1} finished trials come within {ALIKE:.0%} of it; "
-            "do not read much into their order."
-        )
-    lines += _of_weights(tuning)
-    for key, end in tuning.edges.items():
-        lines.append(
-            f"The best {key}, {_value(best.values[key])}, lies at the {end} end of what was searched "
-            f"({tuning.space[key]}): widen it with --search."
-        )
-    return lines + _ends(tuning) + [_rows(tuning)]
-
-
-def _of_weights(tuning: Tuning) -> list[str]:
+        within = f"{len(alike)} of the other {len(others)} finished trials come within {ALIKE:.0%} of it"
+        lines.append(f"{within}; do not read much into their order.")
     known = {key: weight for key, weight in tuning.weights.items() if weight is not None}
-    if not known:
-        return ["There are too few finished trials to say which setting matters."]
-    ordered = sorted(known, key=lambda key: -known[key])
-    said = ", ".join(f"{key} {known[key]:.0%}" for key in ordered)
-    return [f"Of the differences between trials, each setting accounts alone for: {said}."]
+    said = ", ".join(f"{key} {known[key]:.0%}" for key in sorted(known, key=lambda key: -known[key]))
+    accounts = f"Of the differences between trials, each setting accounts alone for: {said}."
+    lines.append(accounts if known else "There are too few finished trials to say which setting matters.")
+    for key, end in tuning.edges.items():
+        where = f"lies at the {end} end of what was searched ({tuning.space[key]})"
+        lines.append(f"The best {key}, {_value(best.values[key])}, {where}: widen it with --search.")
+    rows = f"The loss is that of {tuning.validation_rows} rows taken out of the training rows"
+    return [*lines, *_ends(tuning), f"{rows}; the held-out rows took no part, and score the best settings later."]
 
 
 def _ends(tuning: Tuning) -> list[str]:
@@ -401,30 +373,15 @@ def _ends(tuning: Tuning) -> list[str]:
     return lines + [f"Failed: {note}" for note in list(notes)[:3]]
 
 
-def _rows(tuning: Tuning) -> str:
-    return (
-        f"The loss is that of {tuning.validation_rows} rows taken out of the training rows; the held-out "
-        "rows took no part, and score the best settings when they are trained."
-    )
-
-
 def tuning_markdown(tuning: Tuning) -> str:
     """The search as a page."""
     titles = ["trial", "loss", *tuning.space, "time", "end"]
     others = [trial for trial in tuning.trials if trial.end != "done"]
     rows = [[*trial_cells(tuning, trial), trial.end] for trial in [*tuning.ranked, *others]]
-    lines = [
-        f"# Settings searched: {tuning.method}",
-        "",
-        *[f"- {line}" for line in lessons(tuning)],
-        "",
-        "```yaml",
-        best_yaml(tuning),
-        "```",
-        "",
-        *markdown_table(titles, rows, left=0),
-    ]
-    return "\n".join(lines)
+    head = f"# Settings searched: {tuning.method}"
+    said = "\n".join(f"- {line}" for line in lessons(tuning))
+    table = "\n".join(markdown_table(titles, rows, left=0))
+    return f"{head}\n\n{said}\n\n```yaml\n{best_yaml(tuning)}\n```\n\n{table}"
 
 
 def trial_cells(tuning: Tuning, trial: TrialResult) -> list[str]:
@@ -493,8 +450,7 @@ def tune(
             study = _open_store(config, space, share, place, storage, say)
             first = _begin(study, present(config, space, usual), trials, say)
             pace = Pace(say, max(0, trials - len(_ended(study))))
-            log = place.log("trials")
-            jobs = _Search(study, config, space, share=share, trials=trials, log=log, pace=pace)
+            jobs = _Search(study, config, space, share, trials, place.log("trials"), pace)
             try:
                 if cluster is None:
                     here(jobs, child)
@@ -505,10 +461,8 @@ def tune(
         tuning = _gathered(study, config, space, first, place)
         if not tuning.ranked:
             why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
-            raise UserError(
-                f"none of {len(tuning.trials)} trials finished: {why}",
-                hint="search other values (--search), or correct the settings",
-            )
+            what = f"none of {len(tuning.trials)} trials finished: {why}"
+            raise UserError(what, hint="search other values (--search), or correct the settings")
         _write(tuning, config, place)
         kept = True
         return tuning
@@ -550,15 +504,12 @@ def _open_store(
     file = Path(os.path.expanduser(storage)) if storage is not None else place.path / STORAGE
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        study = optuna.create_study(
-            storage=f"sqlite:///{file.resolve()}", study_name=name, direction="minimize", load_if_exists=True
-        )
+        database = f"sqlite:///{file.resolve()}"
+        study = optuna.create_study(storage=database, study_name=name, direction="minimize", load_if_exists=True)
     except (SQLAlchemyError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"the trials cannot be stored there: {str(error).splitlines()[0]}",
-            where=str(file),
-            hint="name an SQLite file, or one that does not exist yet, with --storage",
-        ) from error
+        what = f"the trials cannot be stored there: {str(error).splitlines()[0]}"
+        hint = "name an SQLite file, or one that does not exist yet, with --storage"
+        raise UserError(what, where=str(file), hint=hint) from error
     place.write_piece(_SETTINGS, settings)
     # The seed changes with the number of trials; otherwise a resumed search would repeat its draws.
     seed = (config.train.seed + len(study.trials)) % 2**32
@@ -576,13 +527,10 @@ def _begin(study: optuna.Study, now: Mapping[str, object] | None, trials: int, s
     ended = _ended(study)
     if ended:
         say(f"{len(ended)} of {trials} trials were made before")
-    for trial in ended:
-        if now is not None and trial.params == dict(now):
-            return trial.number
-    if now is None or ended:
+        return next((trial.number for trial in ended if trial.params == now), None)
+    if now is None:
         return None
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    if not waiting:
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.enqueue_trial(dict(now))
     return len(study.trials) - 1
 
@@ -600,7 +548,7 @@ class _Search:
     """
 
     def __init__(
-        self, study: optuna.Study, config: RunConfig, space: Space, *, share: float, trials: int, log: Path, pace: Pace
+        self, study: optuna.Study, config: RunConfig, space: Space, share: float, trials: int, log: Path, pace: Pace
     ) -> None:
         self._study, self._config, self._space = study, config, space
         self._share, self._trials, self._log, self._pace = share, trials, log, pace
@@ -627,43 +575,31 @@ class _Search:
         return not trial.should_prune()
 
     def ended(self, key: str, found: Found) -> None:
+        from optuna.trial import TrialState
+
         trial, values = self._asked.pop(key)
         loss, end, note = math.inf, "done", ""
         if isinstance(found, UserError | WorkerEnded):
             end, note = "failed", found.what if isinstance(found, UserError) else str(found)
             trial.set_user_attr("note", note)
-            if _hopeless(self._study):
+            ends = [before.user_attrs["end"] for before in _ended(self._study)]
+            if len(ends) >= HOPELESS - 1 and set(ends) == {"failed"}:
                 raise found if isinstance(found, UserError) else UserError(note) from found
         else:
-            for name in ("training_rows", "validation_rows", "steps"):
-                if name in found:
-                    trial.set_user_attr(name, found[name])
+            for name in {"training_rows", "validation_rows", "steps"} & found.keys():
+                trial.set_user_attr(name, found[name])
             if found.get("stopped"):
                 end = "ended early"
             elif found["loss"] is None:
                 end = "diverged"
             else:
                 loss = float(str(found["loss"]))
-        self._store(trial, loss, end)
-        said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        trial.set_user_attr("end", end)
+        state = {"failed": TrialState.FAIL, "ended early": TrialState.PRUNED}.get(end)
+        self._study.tell(trial, None if state else loss, state=state)
+        said = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
         result = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
         self._pace.did(f"trial {len(_ended(self._study))}/{self._trials}: {said}: {result}", 1.0)
-
-    def _store(self, trial: optuna.Trial, loss: float, end: str) -> None:
-        from optuna.trial import TrialState
-
-        trial.set_user_attr("end", end)
-        if end == "failed":
-            self._study.tell(trial, state=TrialState.FAIL)
-        elif end == "ended early":
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial, loss)
-
-
-def _hopeless(study: optuna.Study) -> bool:
-    ends = [trial.user_attrs["end"] for trial in _ended(study)]
-    return len(ends) >= HOPELESS - 1 and all(end == "failed" for end in ends)
 
 
 def _suggested(trial: optuna.Trial, key: str, domain: Range | Values) -> object:
@@ -682,38 +618,25 @@ def _short(value: object) -> object:
 def _gathered(
     study: optuna.Study, config: RunConfig, space: Space, first: int | None, place: ExperimentFolder
 ) -> Tuning:
-    ended = _ended(study)
-    results = [
-        TrialResult(
-            number=trial.number,
-            values={key: _short(trial.params.get(key)) for key in space},
-            loss=trial.value if trial.user_attrs["end"] == "done" else None,
-            end=trial.user_attrs["end"],
-            note=trial.user_attrs.get("note", ""),
-            seconds=trial.duration.total_seconds() if trial.duration is not None else 0.0,
-        )
-        for trial in ended
-    ]
+    ended, results = _ended(study), []
+    for trial in ended:
+        end, took = trial.user_attrs["end"], trial.duration
+        values = {key: _short(trial.params.get(key)) for key in space}
+        note, seconds = trial.user_attrs.get("note", ""), 0.0 if took is None else took.total_seconds()
+        results.append(TrialResult(trial.number, values, trial.value if end == "done" else None, end, note, seconds))
     # A diverged trial counts with the worst rank.
     told = [r for r in results if r.end in ("done", "diverged")]
     losses = [math.inf if r.loss is None else r.loss for r in told]
-    done = [r for r in results if r.loss is not None]
-    best = min(done, key=lambda r: (r.loss, r.number)) if done else None
+    weights = {key: weight([r.values[key] for r in told], losses) for key in space}
     facts = next((t.user_attrs for t in reversed(ended) if "steps" in t.user_attrs), {})
-    edges = {} if best is None else {k: d.at_end(best.values[k]) for k, d in space.items()}
-    return Tuning(
-        folder=str(place.path),
-        method=config.method,
-        space={key: str(domain) for key, domain in space.items()},
-        trials=results,
-        first=first,
-        weights={key: weight([r.values[key] for r in told], losses) for key in space},
-        edges={key: end for key, end in edges.items() if end},
-        best_settings={} if best is None else nested_values(config, best.values),
-        training_rows=int(facts.get("training_rows", 0)),
-        validation_rows=int(facts.get("validation_rows", 0)),
-        steps=int(facts.get("steps", 0)),
-    )
+    counts = {name: facts.get(name, 0) for name in ("training_rows", "validation_rows", "steps")}
+    searched = {key: str(domain) for key, domain in space.items()}
+    tuning = Tuning(str(place.path), config.method, searched, results, first, weights, {}, **counts)
+    if not tuning.ranked:
+        return tuning
+    values = tuning.ranked[0].values
+    edges = {key: end for key, domain in space.items() if (end := domain.at_end(values[key]))}
+    return replace(tuning, edges=edges, best_settings=nested_values(config, values))
 
 
 def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 import torch
@@ -85,8 +85,9 @@ def one_answer(
     if not evaluation.predicted:
         return None
     shortest = min(len(predicted) for predicted, _ in evaluation.predicted)
-    given = {predicted[:shortest].tobytes() for predicted, _ in evaluation.predicted}
-    expected = {truth[:shortest].tobytes() for _, truth in evaluation.predicted}
+    given, expected = (
+        {answer[:shortest].tobytes() for answer in answers} for answers in zip(*evaluation.predicted, strict=True)
+    )
     if len(given) > 1 or len(expected) == 1:
         return None
     return decode(evaluation.predicted[0][0]).strip()
@@ -160,15 +161,13 @@ class Trial:
 
     def _open(self) -> None:
         loaded = load_for(self.config, self.task, self.data, self._say)
-        self.session: Session = assemble(
-            self.config,
-            self.task,
-            self.data,
-            loaded.model,
-            device=str(loaded.choices["device"].value),
-            new_modules=loaded.new_modules,
-            offered=() if loaded.kernels is None else loaded.kernels.approximations,
-        )
+        offered = () if loaded.kernels is None else loaded.kernels.approximations
+        how: dict[str, Any] = {
+            "device": str(loaded.choices["device"].value),
+            "new_modules": loaded.new_modules,
+            "offered": offered,
+        }
+        self.session: Session = assemble(self.config, self.task, self.data, loaded.model, **how)
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:
             self._say(line)
@@ -234,16 +233,9 @@ class Trial:
             Stopped: a signal arrived.
         """
         self._begin()
+        told: dict[str, Any] = {"on_step": on_step, "on_validation": on_validation}
         with self.session.running():
-            curve = until_flat(
-                self.session,
-                self.training,
-                self.validation,
-                rate=rate,
-                budget=budget,
-                on_step=on_step,
-                on_validation=on_validation,
-            )
+            curve = until_flat(self.session, self.training, self.validation, rate=rate, budget=budget, **told)
         if curve.outcome.interrupted:
             raise Stopped
         self._spoilt = False
@@ -289,11 +281,8 @@ def split_off(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[A
         UserError: there are fewer than two rows.
     """
     if len(rows) < 2:
-        raise UserError(
-            f"{len(rows)} training row leaves none to validate settings on",
-            where="data.train",
-            hint="give more rows, or fix train.learning_rate so that nothing is tuned",
-        )
+        hint = "give more rows, or fix train.learning_rate so that nothing is tuned"
+        raise UserError(f"{len(rows)} training row leaves none to validate on", where="data.train", hint=hint)
     count = min(VALIDATION_ROWS, max(1, round(VALIDATION_SHARE * len(rows))))
     drawn = np.zeros(len(rows), bool)
     drawn[np.random.default_rng([seed % 2**64, _SPLITTING]).permutation(len(rows))[:count]] = True
@@ -349,7 +338,7 @@ def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
     finally:
         folder.close()
         trial.close()
-    outcome = curve.outcome
+    outcome, on_gpu = curve.outcome, choose_device(config.device).value.startswith("cuda")
     return {
         "output": str(folder.path),
         "steps": outcome.steps,
@@ -365,7 +354,7 @@ def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
         "trained_parameters": trained,
         "adapter_bytes": sum(file.stat().st_size for file in folder.path.glob(ADAPTER_FILES)),
         "planned_memory_bytes": None if made is None else made.peak_resident_bytes,
-        "peak_memory_bytes": _peak_bytes(choose_device(config.device).value),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
         **scores(task, session.data.held_out, evaluation),
     }
 
@@ -373,15 +362,14 @@ def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
 def _trained(trial: Trial, folder: RunFolder) -> Curve:
     release_free_memory()
 
-    def on_step(step: Step) -> None:
-        folder.write_metrics(step.as_dict())
-
-    def on_validation(step: int, loss: float) -> None:
-        folder.write_metrics({"step": step, "validation": {"loss": loss}})
-
     budget = budget_of(trial.config.train, len(trial.training))
     try:
-        return trial.until_flat(trial.session.learning_rate, budget, on_step=on_step, on_validation=on_validation)
+        return trial.until_flat(
+            trial.session.learning_rate,
+            budget,
+            on_step=lambda step: folder.write_metrics(step.as_dict()),
+            on_validation=lambda step, loss: folder.write_metrics({"step": step, "validation": {"loss": loss}}),
+        )
     except Stopped as error:
         raise UserError("the training was stopped by a signal", hint="start the comparison again") from error
 
@@ -407,12 +395,6 @@ def scores(task: Task, held_out: Sequence[Any], evaluation: Evaluation) -> dict[
     }
 
 
-def _peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
-
-
 Message = Mapping[str, object]
 
 
@@ -431,13 +413,7 @@ class Worker:
 
     def answer(self, request: Message) -> Message:
         """Answer the request that ``request["do"]`` names."""
-        does: dict[str, Callable[[Message], Message]] = {
-            "usual": self.usual,
-            "rate": self.rate,
-            "trial": self.trial,
-            "base": self.base,
-            "run": self.run,
-        }
+        does = {"usual": self.usual, "rate": self.rate, "trial": self.trial, "base": self.base, "run": self.run}
         return does[str(request["do"])](request)
 
     def usual(self, request: Message) -> Message:
@@ -473,7 +449,8 @@ class Worker:
             return self._report({"evaluation": number, "loss": loss})
 
         rate = trial.session.learning_rate
-        facts = {**_rows_of(trial), "learning_rate": rate, "steps": steps}
+        rows = {"training_rows": len(trial.training), "validation_rows": len(trial.validation)}
+        facts = {**rows, "learning_rate": rate, "steps": steps}
         try:
             loss = trial.loss(rate, steps, every=every, on_evaluation=on_evaluation)
         except Stopped:
@@ -488,15 +465,9 @@ class Worker:
         config = _config(request)
         task, data = read_data(config, self._say)
         loaded = load_for(config, task, data, self._say)
-        batcher, _ = task.batcher(
-            loaded.model,
-            data.held_out,
-            device=str(loaded.choices["device"].value),
-            tokens_per_pass=config.train.tokens_per_pass,
-            share=config.train.share_prefixes,
-            method_shares=True,
-            virtual_tokens=0,
-        )
+        device, most = str(loaded.choices["device"].value), config.train.tokens_per_pass
+        how: dict[str, Any] = {"share": config.train.share_prefixes, "method_shares": True, "virtual_tokens": 0}
+        batcher, _ = task.batcher(loaded.model, data.held_out, device=device, tokens_per_pass=most, **how)
         held_out = task.referenced(loaded.model, data.held_out, batcher)
         with task.running(loaded.model, batcher):
             objective = task.objective(loaded.model)
@@ -525,29 +496,17 @@ class Worker:
 
 
 def _config(request: Message) -> RunConfig:
-    settings = request["config"]
-    if not isinstance(settings, Mapping):
-        raise RuntimeError("a request's config is not a mapping")
-    return RunConfig.read(settings)
-
-
-def _rows_of(trial: Trial) -> dict[str, object]:
-    return {"training_rows": len(trial.training), "validation_rows": len(trial.validation)}
+    return RunConfig.read(cast("Mapping[str, object]", request["config"]))
 
 
 def _total_parameters(config: RunConfig, output: Path) -> int:
     """Parameters of the model with the run's head, counted from its configuration."""
     classes = classes_of(output)
     outputs = len(classes) if classes is not None else tasks.entry_of(config.task).outputs
-    device = choose_device(config.device).value
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    kind: dict[str, Any] = {"task": config.task, "num_labels": outputs, "trust_remote_code": config.trust_remote_code}
     with fake_tensors() if LACKS is None else torch.device("meta"):
-        model = skeleton(
-            config.model,
-            dtype=choose_precision(device, config.precision).value,
-            task=config.task,
-            num_labels=outputs,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = skeleton(config.model, dtype=dtype, **kind)
         return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
@@ -31,8 +31,6 @@ from deltaw.methods.files import metadata_of, read_config, read_trained
 from deltaw.methods.in_place import INDICES, VALUES
 from deltaw.methods.parameters import names_of
 
-# ---- What an adapter makes of a weight, a block of rows at a time.
-#
 # Every change turns rows of W into rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). All layers'
 # updates have one form here, ΔW = L·R over the weight's own layout, so that a block of rows of ΔW needs the
 # same rows of L alone and ΔW is never formed whole.
@@ -90,9 +88,7 @@ class Factors:
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
         """(L, R) of each matrix: one, or one for each expert."""
-        if self.left.dim() == 2:
-            return [(self.left, self.right)]
-        return list(zip(self.left, self.right, strict=True))
+        return [(self.left, self.right)] if self.left.dim() == 2 else list(zip(self.left, self.right, strict=True))
 
 
 @dataclass
@@ -131,9 +127,7 @@ class Direction(Change):
     def apply(self, rows: Tensor, start: int) -> Tensor:
         total = self._sum(rows, start)
         if self.outputs_are_rows:
-            norm = total.flatten(1).norm(dim=1)
-            magnitude = self.magnitude[start : start + len(rows)].to(total.dtype)
-            gain = _gain(magnitude, norm)
+            gain = _gain(self.magnitude[start : start + len(rows)].to(total.dtype), total.flatten(1).norm(dim=1))
             return total.mul_(gain.view(-1, *(1 for _ in total.shape[1:])))
         assert self._norm is not None, "prepare comes first"
         return total.mul_(_gain(self.magnitude.to(total.dtype), self._norm.to(total.dtype)))
@@ -170,9 +164,8 @@ class Entries(Change):
         width = rows[0].numel() if len(rows) else 0
         first = start * width
         inside = (self.indices >= first) & (self.indices < first + rows.numel())
-        flat = rows.contiguous().view(-1)
-        flat.index_copy_(0, (self.indices[inside] - first).long(), self.values[inside].to(rows.dtype))
-        return flat.view(rows.shape)
+        places = (self.indices[inside] - first).long()
+        return rows.flatten().index_copy_(0, places, self.values[inside].to(rows.dtype)).view(rows.shape)
 
 
 @dataclass
@@ -196,11 +189,7 @@ class Added(Change):
         return rows.add_(self.values[start : start + len(rows)].to(rows.dtype))
 
 
-# ---- From the files of an adapter to changes.
-
-
 _IN_PLACE = ("head", "input", "bias", "random", "last", "full")
-_OTHER_BASE = "merge it into the base model that it was trained on"
 
 
 @dataclass(frozen=True)
@@ -255,19 +244,13 @@ def changes_of(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     entry = registry.entry_of_adapter(kind)
     name = str(kind) if entry is None else entry.name
     if name == "prompt":
-        raise UserError(
-            "a soft prompt is no weight: it is rows that are prepended to each text",
-            where=str(folder),
-            hint="serve it beside the base model, or train with method lora to have weights to merge",
-        )
+        hint = "serve it beside the base model, or train with method lora to have weights to merge"
+        raise UserError("a soft prompt is no weight: it is rows before each text", where=str(folder), hint=hint)
     if name == "lora":
         return _of_lora(folder, model)
     if name not in _IN_PLACE:
-        raise UserError(
-            f"an adapter of method '{name}' cannot be merged",
-            where=str(folder / ADAPTER_CONFIG),
-            hint=f"there is lora, {', '.join(_IN_PLACE)}",
-        )
+        hint, where = f"use lora, {', '.join(_IN_PLACE)}", str(folder / ADAPTER_CONFIG)
+        raise UserError(f"an adapter of method '{name}' cannot be merged", where=where, hint=hint)
     return _of_parameters(folder, name, model)
 
 
@@ -295,11 +278,8 @@ def _of_parameters(folder: Path, method: str, model: PreTrainedModel) -> Adapter
             added = name not in own and bias_of is not None and len(shape) == 1
             change = change if fits and (name in own or added) else None
         if change is None or (name not in own and bias_of is None):
-            raise UserError(
-                f"the adapter trains '{name}' {shape}, which the model does not have",
-                where=str(folder),
-                hint=_OTHER_BASE,
-            )
+            what = f"the adapter trains '{name}' {shape}, which the model does not have"
+            raise UserError(what, where=str(folder), hint="merge it into the base model that it was trained on")
         trained.append(Trained(names, change, shape, new=isinstance(change, Replaced)))
     metadata = metadata_of(folder)
     replaced = frozenset(str(name) for name in json.loads(metadata.get(REPLACED_KEY, "[]")))
@@ -309,17 +289,16 @@ def _of_parameters(folder: Path, method: str, model: PreTrainedModel) -> Adapter
 def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     load_adapter(model, folder)
     record = attached(model)
-    refused = [(name, reason) for name, layer in record.updated() if (reason := _refusal(layer)) is not None]
-    if refused:
-        name, reason = refused[0]
-        raise UserError(f"'{name}' cannot be merged: {reason}", where=str(folder), hint="keep the adapter separate")
+    for name, layer in record.updated():
+        if (reason := _refusal(layer)) is not None:
+            raise UserError(f"'{name}' cannot be merged: {reason}", where=str(folder), hint="keep the adapter separate")
     trained: list[Trained] = []
     for replacement in record.layers:
         if isinstance(replacement.current, LoRALayer):
             trained += _of_layer(replacement.names, replacement.current)
     for update in record.parameters:
         layer = update.layer
-        owner = _name_of(model, layer.holder)
+        owner = next(name for name, module in model.named_modules() if module is layer.holder)
         trained.append(Trained((f"{owner}.{layer.attribute}",), LowRank(factors_of(layer)), tuple(layer.weight.shape)))
     trained += _of_tokens(record)
     for bias in record.biases:
@@ -331,9 +310,8 @@ def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:
             replaced += names
             trained.append(Trained(names, Replaced(value.detach()), tuple(value.shape), new=True))
     metadata = read_adapter(folder).metadata
-    return AdapterChanges(
-        folder, "lora", trained, metadata.get(FINGERPRINT_KEY), frozenset(replaced), dict(record.copies)
-    )
+    fingerprint, copies = metadata.get(FINGERPRINT_KEY), dict(record.copies)
+    return AdapterChanges(folder, "lora", trained, fingerprint, frozenset(replaced), copies)
 
 
 def _refusal(layer: AdaptedLayer) -> str | None:
@@ -363,27 +341,25 @@ def factors_of(layer: LoRALayer) -> Factors:
     factor_A, factor_B = layer.lora_A.detach(), layer.lora_B.detach()
     if isinstance(layer, LoRAConv):
         return Factors(factor_B.flatten(1) * layer.scaling, factor_A.flatten(1), shape)
-    rows_are_inputs = isinstance(layer, LoRAConv1D | LoRAEmbedding) or (
-        isinstance(layer, LoRAParameter) and layer.weight_is_in_out
-    )
-    if rows_are_inputs:
+    if rows_are_inputs(layer):
         return Factors(factor_A * layer.scaling, factor_B, shape)
     return Factors(factor_B.transpose(-1, -2) * layer.scaling, factor_A.transpose(-1, -2), shape)
 
 
+def rows_are_inputs(layer: LoRALayer) -> bool:
+    """Whether a row of the layer's weight is an input, not an output."""
+    by_parameter = isinstance(layer, LoRAParameter) and layer.weight_is_in_out
+    return by_parameter or isinstance(layer, LoRAConv1D | LoRAEmbedding)
+
+
 def _of_tokens(record: Attachment) -> list[Trained]:
     """Trained rows of tokens: one change for an embedding and the head that follows it."""
-    leaders = [r for r in record.tokens if isinstance(r.current, TrainedTokens) and r.current.follows is None]
     found = []
-    for leader in leaders:
-        layer = leader.current
-        assert isinstance(layer, TrainedTokens)
-        followers = [r for r in record.tokens if isinstance(r.current, TrainedTokens) and r.current.follows is layer]
-        names = tuple(f"{name}.weight" for place in (leader, *followers) for name in place.names)
-        change = TokenRows(layer.tokens.cpu(), layer.trained_tokens.detach())
-        found.append(Trained(names, change, tuple(layer.weight.shape)))
+    layers = [(place.names, place.current) for place in record.tokens if isinstance(place.current, TrainedTokens)]
+    for own, layer in layers:
+        if layer.follows is None:
+            followers = [name for names, other in layers if other.follows is layer for name in names]
+            names = tuple(f"{name}.weight" for name in (*own, *followers))
+            change = TokenRows(layer.tokens.cpu(), layer.trained_tokens.detach())
+            found.append(Trained(names, change, tuple(layer.weight.shape)))
     return found
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in model.named_modules() if found is module)

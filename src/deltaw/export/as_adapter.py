@@ -15,12 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import Factors, LowRank, Trained, factors_of
+from deltaw.export.adapters import Factors, LowRank, Trained, factors_of, rows_are_inputs
 from deltaw.export.base import MergeOptions, Merging, Say, prepared
-from deltaw.export.combine import Combined, Reduced, ratio, reduced, side_by_side, stacked, truncated_dense
+from deltaw.export.combine import (
+    Combined,
+    Reduced,
+    ratio,
+    reduced,
+    require_rank,
+    side_by_side,
+    stacked,
+    truncated_dense,
+)
 from deltaw.export.merged import OF_TOKENIZER
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
@@ -28,11 +37,10 @@ from deltaw.lora.adapt import attach_selected
 from deltaw.lora.attachment import attached
 from deltaw.lora.fingerprint import same_base
 from deltaw.lora.kinds import refusal
-from deltaw.lora.layers import LoRABias, LoRAConv, LoRAConv1D, LoRAEmbedding, LoRALayer
-from deltaw.lora.layers_parts import LoRAParameter
+from deltaw.lora.layers import LoRABias, LoRAConv, LoRALayer
 from deltaw.lora.select import Selection, Target
+from deltaw.settings import SETTINGS
 from deltaw.tensor_files import row_blocks
-from deltaw.training.run_folder import SETTINGS
 from deltaw.working import working
 
 
@@ -74,13 +82,9 @@ def write_adapter(
     target = Path(output)
     check_target(target, overwrite=options.overwrite)
     if rank is None and options.recipe is None:
-        raise UserError(
-            "one adapter alone is an adapter already",
-            where="--as-adapter",
-            hint="give a lower --rank, or more adapters --with",
-        )
-    if rank is not None and rank < 1:
-        raise UserError(f"the rank is {rank}, and must be at least 1", where="--rank")
+        hint = "give a lower --rank, or more adapters --with"
+        raise UserError("one adapter alone is an adapter already", where="--as-adapter", hint=hint)
+    require_rank(rank)
     with (
         prepared(Path(run), options, say) as job,
         appearing(target, overwrite=options.overwrite, say=say) as folder,
@@ -94,18 +98,12 @@ def write_adapter(
             made = _combined(job, folder, rank)
         _copy_beside(job, folder)
         stored = (folder / "adapter_model.safetensors").stat().st_size
-    lost = sum(one.lost for one in made.values())
-    total = sum(one.total for one in made.values())
-    return AdapterResult(
-        target,
-        job.base.reference,
-        max((one.factors.rank for one in made.values()), default=0),
-        stored,
-        sum(one.factors.left.numel() + one.factors.right.numel() for one in made.values()),
-        {name: ratio(one.lost, one.total) for name, one in made.items()},
-        ratio(lost, total),
-        time.perf_counter() - began,
-    )
+    lost, total = sum(one.lost for one in made.values()), sum(one.total for one in made.values())
+    numbers = sum(one.factors.left.numel() + one.factors.right.numel() for one in made.values())
+    largest = max((one.factors.rank for one in made.values()), default=0)
+    errors = {name: ratio(one.lost, one.total) for name, one in made.items()}
+    seconds = time.perf_counter() - began
+    return AdapterResult(target, job.base.reference, largest, stored, numbers, errors, ratio(lost, total), seconds)
 
 
 def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, Reduced]:
@@ -118,11 +116,8 @@ def _reduce_in_place(job: Merging, folder: Path, rank: int) -> dict[str, Reduced
     record = attached(model)
     largest = max((layer.rank for _, layer in record.adapted()), default=0)
     if rank >= largest:
-        raise UserError(
-            f"the adapter's rank is {largest}, and --rank {rank} is not lower",
-            where="--rank",
-            hint=f"give less than {largest}",
-        )
+        what = f"the adapter's rank is {largest}, and --rank {rank} is not lower"
+        raise UserError(what, where="--rank", hint=f"give less than {largest}")
     made = {}
     for name, layer in record.adapted():
         made[name] = reduced(factors_of(layer), rank)
@@ -147,16 +142,12 @@ def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, Reduced
     for one in job.trained:
         owner, _, attribute = one.names[0].rpartition(".")
         module = model.get_submodule(owner)
-        names = modules[id(module)]
-        names = (owner, *(name for name in names if name != owner))
+        names = (owner, *(name for name in modules[id(module)] if name != owner))
         if attribute == "weight" and refusal(module) is None:
             selection.targets.append(Target(names, module, most, float(most)))
         elif isinstance(module, nn.MultiheadAttention) or attribute == "weight":
-            raise UserError(
-                f"'{one.names[0]}' is read without its layer being called, and has no adapter of its own",
-                where=one.names[0],
-                hint="merge the adapters into the model instead",
-            )
+            what = f"'{one.names[0]}' is read without its layer being called, and has no adapter of its own"
+            raise UserError(what, where=one.names[0], hint="merge the adapters into the model instead")
         else:
             selection.parameters.append(Target(names, module, most, float(most), attribute))
     config = LoRAConfig(
@@ -184,11 +175,8 @@ def _factors(one: Trained, job: Merging, rank: int | None) -> Reduced:
     assert recipe is not None and job.combination is not None
     parts = one.change.parts if isinstance(one.change, Combined) else [one.change]
     if any(part is not None and not isinstance(part, LowRank) for part in parts):
-        raise UserError(
-            f"'{one.names[0]}' is not changed by a low-rank update alone, so that it fits into no adapter",
-            where=one.names[0],
-            hint="merge into a model's folder instead",
-        )
+        what = f"'{one.names[0]}' is not changed by a low-rank update alone, so it fits into no adapter"
+        raise UserError(what, where=one.names[0], hint="merge into a model's folder instead")
     if isinstance(one.change, LowRank):  # concat or svd
         lost, total = job.combination.known[one.names[0]]
         if rank is None or rank >= one.change.factors.rank:
@@ -225,12 +213,10 @@ def _fill(layer: LoRALayer, factors: Factors, rank: int) -> None:
     missing = rank - factors.rank
     left = nn.functional.pad(factors.left, (0, missing))
     right = nn.functional.pad(factors.right, (0, 0, 0, missing))
-    factor_A: Tensor
     if isinstance(layer, LoRAConv):
         kernel = layer.lora_A.shape[2:]
-        factor_A = right.view(rank, -1, *kernel)
-        factor_B = left.view(-1, rank, *(1 for _ in kernel))
-    elif isinstance(layer, LoRAConv1D | LoRAEmbedding) or (isinstance(layer, LoRAParameter) and layer.weight_is_in_out):
+        factor_A, factor_B = right.view(rank, -1, *kernel), left.view(-1, rank, *(1 for _ in kernel))
+    elif rows_are_inputs(layer):
         factor_A, factor_B = left, right
     else:
         factor_A, factor_B = right.transpose(-1, -2), left.transpose(-1, -2)
@@ -251,7 +237,6 @@ def _save(model: nn.Module, job: Merging, folder: Path, source: Path | None) -> 
 
 def _copy_beside(job: Merging, folder: Path) -> None:
     """The run's tokenizer and chat template, and the settings of its data where it is one run."""
-    names = [*OF_TOKENIZER, *([SETTINGS] if job.combination is None else [])]
-    for name in names:
+    for name in [*OF_TOKENIZER, *([SETTINGS] if job.combination is None else [])]:
         if (job.run / name).is_file():
             shutil.copyfile(job.run / name, folder / name)

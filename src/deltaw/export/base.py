@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,14 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Written:
+    """What an export reports of what it wrote: ``facts`` for JSON, ``lines`` for a person."""
+
+    facts: dict[str, object]
+    lines: list[str]
+
+
+@dataclass(frozen=True)
 class Base:
     """A base model, as an adapter needs it.
 
@@ -61,26 +70,17 @@ class Base:
     def skeleton(self, folder: Path | None = None) -> PreTrainedModel:
         """The model on the meta device, of the base's config.json or that in another ``folder``."""
         with torch.device("meta"):
-            return skeleton(
-                str(folder or self.folder),
-                dtype="fp32",
-                task=self.task,
-                num_labels=self.outputs,
-                trust_remote_code=self.trust_remote_code,
-            )
+            return skeleton(str(folder or self.folder), dtype="fp32", **self._for_task)
 
     def load(self, precision: str, folder: Path | None = None) -> LoadedModel:
         """The model in memory, or the one in another ``folder``, for the adapter's task."""
         with quiet():
-            return load(
-                str(folder or self.folder),
-                precision=precision,
-                device="cpu",
-                task=self.task,
-                num_labels=self.outputs,
-                trust_remote_code=self.trust_remote_code,
-                say=lambda line: None,
-            )
+            place = str(folder or self.folder)
+            return load(place, precision=precision, device="cpu", say=lambda line: None, **self._for_task)
+
+    @property
+    def _for_task(self) -> dict[str, Any]:
+        return {"task": self.task, "num_labels": self.outputs, "trust_remote_code": self.trust_remote_code}
 
     @functools.cached_property
     def source(self) -> Source:
@@ -115,26 +115,26 @@ class Base:
         return fingerprint_on_disk(model, checkpoint, names_on_disk(model, checkpoint.tensors))
 
 
-def base_of(adapter: Path, model: str | None, dtype: str, say: Say, *, trust_remote_code: bool) -> Base:
+def base_of(adapter: Path, dtype: str, options: MergeOptions, say: Say) -> Base:
     """The base model of the adapter in a folder.
 
     Args:
         adapter: a run's folder, or an adapter's.
-        model: names the base model, where it is not the one that the folder names.
         dtype: what a ``.gguf`` base is converted to.
-        trust_remote_code: whether the caller wants Python code to be run that comes with the base model.
+        options: name the base model, if it is not the one that the folder names, and whether Python code that comes
+            with it is run.
 
     Raises:
         UserError: there is no adapter, no base model to be found, or one that the caller has to allow.
     """
-    found = read_folder(adapter, trust_remote_code=trust_remote_code)
-    reference = found.base_name(model)
+    trust = options.trust_remote_code
+    found = read_folder(adapter, trust_remote_code=trust)
     classes = classes_of(adapter)
     outputs = len(classes) if classes is not None else tasks.entry_of(found.task).outputs
     if outputs is None and tasks.entry_of(found.task).new_head:
         outputs = outputs_of(adapter)
-    folder = local_folder(resolve(found.base(model)), dtype, say, trust_remote_code)
-    return Base(reference, folder, found.task, outputs, classes, found.run, trust_remote_code)
+    folder = local_folder(resolve(found.base(options.model)), dtype, say, trust)
+    return Base(found.base_name(options.model), folder, found.task, outputs, classes, found.run, trust)
 
 
 def other_base(base: Base, adapter: Path, hint: str) -> UserError:
@@ -161,11 +161,9 @@ def check_base(
             for start, stop in row_blocks(tensor.shape)
         )
         if not same:
-            raise UserError(
-                f"the adapter's file has its own copy of the base weight '{name}', which is not that of the model",
-                where=str(adapter.folder),
-                hint="merge it into the base model that it was trained on",
-            )
+            what = f"the adapter's file has its own copy of the base weight '{name}', which is not that of the model"
+            hint = "merge it into the base model that it was trained on"
+            raise UserError(what, where=str(adapter.folder), hint=hint)
     if adapter.fingerprint is None:
         return None
     found = fingerprint_on_disk(model, checkpoint, names, adapter.replaced)
@@ -183,11 +181,9 @@ def fingerprint_on_disk(
     return base_fingerprint(model, [p for name, p in names_of(model).items() if name in replaced])
 
 
-# ---- An adapter whose initialization changed its base's weights (PiSSA, OLoRA), as a plain one.
-#
-# Such an adapter, saved by PEFT as it was trained, belongs to W − s·A₀·B₀, where A₀ and B₀ follow from W. They
-# are found by loading the base model; the plain adapter of twice the rank then goes the way of all others. One
-# that deltaw saved is plain already.
+# An adapter whose initialization changed its base's weights (PiSSA, OLoRA), saved by PEFT as it was trained, belongs to
+# W − s·A₀·B₀, where A₀ and B₀ follow from W. They are found by loading the base model; the plain adapter of twice the
+# rank then goes the way of all others. One that deltaw saved is plain already.
 
 
 @contextlib.contextmanager
@@ -204,9 +200,6 @@ def plain_adapter(folder: Path, base: Base, say: Say) -> Iterator[Path]:
         save_adapter(model, made, base_model=base.reference)
         del model
         yield Path(made)
-
-
-# ---- A merge that is prepared.
 
 
 @dataclass(frozen=True)
@@ -272,17 +265,11 @@ def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
     """
     dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
     with contextlib.ExitStack() as stack, working("reading the adapter"):
-        base = base_of(run, options.model, dtype, say, trust_remote_code=options.trust_remote_code)
-        folders = [run, *options.others]
-        adapters = []
-        for folder in folders:
-            plain = stack.enter_context(plain_adapter(folder, base, say))
-            adapters.append(changes_of(plain, base.skeleton()))
-        trained: Sequence[Trained] = adapters[0].trained
-        combination = None
-        if options.recipe is not None:
-            combination = combine(adapters, options.recipe)
-            trained = combination.trained
-        elif len(adapters) > 1:
+        base = base_of(run, dtype, options, say)
+        plain = [stack.enter_context(plain_adapter(folder, base, say)) for folder in (run, *options.others)]
+        adapters = tuple(changes_of(folder, base.skeleton()) for folder in plain)
+        if options.recipe is None and len(adapters) > 1:
             raise ValueError("several adapters need a recipe")
-        yield Merging(run, base, tuple(adapters), tuple(trained), options, combination)
+        combination = None if options.recipe is None else combine(adapters, options.recipe)
+        trained = adapters[0].trained if combination is None else combination.trained
+        yield Merging(run, base, adapters, tuple(trained), options, combination)

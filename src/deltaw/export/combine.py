@@ -23,13 +23,10 @@ from torch import Tensor
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Blocks, Change, Factors, LowRank, Trained
 
-# ---- What can be said of ΔW = L·R from its factors alone: norms, products, angles, and the best lower rank.
-#
-# ΔW is never formed: for a weight of n rows and m columns everything costs O((n + m)·r²), in float64. Formulas:
-# with L = Q_L·R_L and Rᵀ = Q_R·R_R (QR decompositions) the singular values of L·R are those of the r × r matrix
-# R_L·R_Rᵀ, and the truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
-#
-# It knows matrices only.
+# ΔW is never formed to find its norm, products, angles and best lower rank: for a weight of n rows and m columns
+# everything costs O((n + m)·r²), in float64. Formulas: with L = Q_L·R_L and Rᵀ = Q_R·R_R (QR decompositions) the
+# singular values of L·R are those of the r × r matrix R_L·R_Rᵀ, and the truncated SVD is the best approximation of its
+# rank (Eckart and Young, 1936).
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,6 @@ class Truncated:
     right: Tensor
     kept: Tensor
     discarded: Tensor
-
-    @property
-    def error(self) -> float:
-        """‖ΔW − approximation‖_F / ‖ΔW‖_F; 0 for ΔW = 0."""
-        lost, all_of_it = self.discarded.square().sum(), self.kept.square().sum()
-        total = float(lost + all_of_it)
-        return (float(lost) / total) ** 0.5 if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -71,37 +61,34 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> Truncated:
     """
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().T)
-    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    kept = values[:rank]
-    half = kept.sqrt()
-    return Truncated(
-        (q_left @ (u[:, : len(kept)] * half)).float(),
-        ((half[:, None] * v[: len(kept)]) @ q_right.T).float(),
-        kept,
-        values[rank:],
-    )
+    inner_left, inner_right, kept, discarded = _cut(r_left @ r_right.T, rank)
+    return Truncated((q_left @ inner_left).float(), (inner_right @ q_right.T).float(), kept, discarded)
 
 
 def truncated_dense(delta: Tensor, rank: int) -> Truncated:
     """The same of a ΔW (n, m) that is no product of narrow factors, by its whole SVD."""
-    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    left, right, kept, discarded = _cut(delta.double(), rank)
+    return Truncated(left.float(), right.float(), kept, discarded)
+
+
+def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors of the truncated SVD, and the singular values in it and left out."""
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
     kept = values[:rank]
     half = kept.sqrt()
-    return Truncated((u[:, : len(kept)] * half).float(), (half[:, None] * v[: len(kept)]).float(), kept, values[rank:])
+    return u[:, : len(kept)] * half, half[:, None] * v[: len(kept)], kept, values[rank:]
 
 
 def inner(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> float:
     """⟨ΔW₁, ΔW₂⟩_F = tr((L₁ᵀ·L₂)·(R₂·R₁ᵀ)) of two pairs (L, R)."""
     (l1, r1), (l2, r2) = left, right
-    across = l1.double().T @ l2.double()
     # The trace of X·Yᵀ is the sum of the elementwise product.
-    return float((across * (r1.double() @ r2.double().T)).sum())
+    return float(((l1.double().T @ l2.double()) * (r1.double() @ r2.double().T)).sum())
 
 
 def norm(left: Tensor, right: Tensor) -> float:
     """‖L·R‖_F."""
-    pair = (left, right)
-    return max(inner(pair, pair), 0.0) ** 0.5
+    return max(inner((left, right), (left, right)), 0.0) ** 0.5
 
 
 def angles(left: Tensor, right: Tensor) -> Tensor:
@@ -121,9 +108,6 @@ def _basis(matrix: Tensor) -> Tensor:
     # The bound of numpy's matrix_rank, for numbers that were trained in fp32.
     least = values.max() * max(matrix.shape) * torch.finfo(torch.float32).eps
     return u[:, values > least]
-
-
-# ---- The methods.
 
 
 METHODS = ("concat", "svd", "linear", "ties", "dare")
@@ -156,11 +140,16 @@ class Recipe:
             raise UserError(f"there is no method '{self.method}'", where="--method", hint=f"use {', '.join(METHODS)}")
         if not 0 < self.density <= 1:
             raise UserError(f"the density is {self.density:g}, and a share is above 0 and at most 1", where="--density")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"the rank is {self.rank}, and must be at least 1", where="--rank")
+        require_rank(self.rank)
         bad = [weight for weight in self.weights if not abs(weight) < float("inf")]
         if bad:
             raise UserError(f"a weight is {bad[0]}", where="--with", hint="give a number")
+
+
+def require_rank(rank: int | None) -> None:
+    """Raise a UserError for a rank below 1."""
+    if rank is not None and rank < 1:
+        raise UserError(f"the rank is {rank}, and must be at least 1", where="--rank")
 
 
 @dataclass
@@ -189,8 +178,7 @@ class Combined(Change):
                 part.prepare(blocks)
 
     def apply(self, rows: Tensor, start: int) -> Tensor:
-        delta = self.delta(rows, start)
-        return rows.add_(delta.to(rows.dtype))
+        return rows.add_(self.delta(rows, start).to(rows.dtype))
 
     def delta(self, rows: Tensor, start: int) -> Tensor:
         """These rows of the combined ΔW."""
@@ -203,7 +191,9 @@ class Combined(Change):
             made = torch.zeros_like(exact)
             for number, (weight, one) in enumerate(zip(self.recipe.weights, deltas, strict=True)):
                 if one is not None:
-                    seed = _seed(self.recipe.seed, number, self.name, start)
+                    # Depends on all of these and on nothing else, such as the order of tensors.
+                    text = f"{self.recipe.seed}:{number}:{self.name}:{start}"
+                    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
                     made += weight * dare(one, self.recipe.density, seed)
         else:
             made = exact
@@ -244,12 +234,6 @@ def dare(delta: Tensor, density: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
     return torch.where(kept, delta / density, 0.0)
-
-
-def _seed(seed: int, number: int, name: str, start: int) -> int:
-    """One that depends on all of these and on nothing else, such as the order of tensors."""
-    text = f"{seed}:{number}:{name}:{start}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -298,42 +282,32 @@ def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:
     trained, known = [], {}
     for group in names:
         if taken & set(group):
-            raise UserError(
-                f"the adapters change '{group[0]}' under different names that it is tied by",
-                where=group[0],
-                hint="merge them one after the other",
-            )
+            what = f"the adapters change '{group[0]}' under different names that it is tied by"
+            raise UserError(what, where=group[0], hint="merge them one after the other")
         taken |= set(group)
         parts = [own.get(group) for own in by_adapter]
-        there = [part for part in parts if part is not None]
+        changes = [None if part is None else part.change for part in parts]
+        change: Change
         if recipe.method in FACTORED:
-            change: Change
-            change, known[group[0]] = _factored(group[0], parts, recipe)
+            change, known[group[0]] = _factored(group[0], changes, recipe)
         else:
-            change = Combined(group[0], [None if p is None else p.change for p in parts], recipe)
-        trained.append(Trained(group, change, there[0].shape))
+            change = Combined(group[0], changes, recipe)
+        trained.append(Trained(group, change, next(part.shape for part in parts if part is not None)))
     return Combination(trained, known)
 
 
-def _factored(name: str, parts: Sequence[Trained | None], recipe: Recipe) -> tuple[LowRank, tuple[float, float]]:
+def _factored(name: str, changes: Sequence[Change | None], recipe: Recipe) -> tuple[LowRank, tuple[float, float]]:
     factors = []
-    for weight, part in zip(recipe.weights, parts, strict=True):
-        if part is None:
-            continue
-        if not isinstance(part.change, LowRank):
-            raise UserError(
-                f"'{name}' is not changed by a low-rank update alone, and method '{recipe.method}' combines "
-                "nothing else",
-                where=name,
-                hint="use --method linear, ties or dare",
-            )
-        factors.append(part.change.factors.scaled(weight))
+    for weight, change in zip(recipe.weights, changes, strict=True):
+        if isinstance(change, LowRank):
+            factors.append(change.factors.scaled(weight))
+        elif change is not None:
+            what = f"'{name}' is not changed by a low-rank update alone, as method '{recipe.method}' needs"
+            raise UserError(what, where=name, hint="use --method linear, ties or dare")
     joined = side_by_side(factors)
     if recipe.method == "concat":
-        total = sum(max(inner(pair, pair), 0.0) for pair in joined.matrices())
-        return LowRank(joined), (0.0, total)
-    rank = recipe.rank or max(one.rank for one in factors)
-    made = reduced(joined, rank)
+        return LowRank(joined), (0.0, sum(max(inner(pair, pair), 0.0) for pair in joined.matrices()))
+    made = reduced(joined, recipe.rank or max(one.rank for one in factors))
     return LowRank(made.factors), (made.lost, made.total)
 
 

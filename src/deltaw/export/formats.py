@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -16,18 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from deltaw.data.rendering import FAULTS, rendered_by
 from deltaw.durable import write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.export.base import base_of
+from deltaw.export.base import MergeOptions, Say, base_of
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
-from deltaw.export.gguf_model import WrittenAdapter, WrittenModel, export_gguf, export_gguf_adapter
+from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.terminators import terminators_in
 
-# ---- An Ollama ``Modelfile`` beside a GGUF file.
-#
-# Ollama's templates are Go's, not Jinja. Three published forms are known: ChatML, Llama 3 and Gemma. Whether a
-# chat template is one of them is found by rendering conversations with it and comparing the texts; another one
-# is left out, and that is said.
-
+# Ollama's templates are Go's, not Jinja. Three published forms are known: ChatML, Llama 3 and Gemma. A chat template
+# is recognized by rendering conversations with it and comparing the texts; for another one there is no TEMPLATE.
 
 Message = dict[str, str]
 
@@ -37,41 +33,38 @@ class Form:
     """A way to write a conversation.
 
     Attributes:
-        go: as a Go template of Ollama's ``.Messages``.
-        turn: one message as text. opening: what opens the answer.
+        turn: one message as text, with ``{role}`` and ``{content}``.
+        assistant: the name of the role that answers.
     """
 
-    go: str
-    turn: Callable[[Message], str]
-    opening: str
+    turn: str
+    assistant: str = "assistant"
+
+    @property
+    def opening(self) -> str:
+        """What opens the answer."""
+        return self.turn.partition("{content}")[0].format(role=self.assistant)
+
+    @property
+    def go(self) -> str:
+        """As a Go template of Ollama's ``.Messages``."""
+        role = "{{ .Role }}"
+        if self.assistant != "assistant":
+            role = '{{ if eq .Role "assistant" }}' + self.assistant + "{{ else }}{{ .Role }}{{ end }}"
+        turn = self.turn.format(role=role, content="{{ .Content }}")
+        return "{{- range .Messages }}" + turn + "{{ end }}" + self.opening
 
     def text(self, messages: Sequence[Message]) -> str:
-        return "".join(self.turn(message) for message in messages) + self.opening
+        """A conversation, with what opens the answer."""
+        names = {"assistant": self.assistant}
+        turns = [self.turn.format(role=names.get(m["role"], m["role"]), content=m["content"]) for m in messages]
+        return "".join(turns) + self.opening
 
 
-def _gemma_role(message: Message) -> str:
-    return "model" if message["role"] == "assistant" else message["role"]
-
-
-_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _FORMS = (
-    Form(
-        "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n",
-        lambda m: f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n",
-        "<|im_start|>assistant\n",
-    ),
-    Form(
-        "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>"
-        "{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n",
-        lambda m: f"{_HEADER.format(m['role'])}{m['content']}<|eot_id|>",
-        _HEADER.format("assistant"),
-    ),
-    Form(
-        '{{- range .Messages }}<start_of_turn>{{ if eq .Role "assistant" }}model{{ else }}{{ .Role }}'
-        "{{ end }}\n{{ .Content }}<end_of_turn>\n{{ end }}<start_of_turn>model\n",
-        lambda m: f"<start_of_turn>{_gemma_role(m)}\n{m['content']}<end_of_turn>\n",
-        "<start_of_turn>model\n",
-    ),
+    Form("<|im_start|>{role}\n{content}<|im_end|>\n"),
+    Form("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"),
+    Form("<start_of_turn>{role}\n{content}<end_of_turn>\n", assistant="model"),
 )
 _SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
 _CONVERSATION: list[Message] = [
@@ -104,10 +97,7 @@ def modelfile(
             if system:
                 lines.append(f'SYSTEM """{system}"""')
         elif tokenizer.chat_template:
-            note = (
-                "note: the chat template is none that could be written for Ollama, so the Modelfile has no "
-                "TEMPLATE: write one, or check what Ollama makes of the GGUF file's own"
-            )
+            note = "note: the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one"
         stops = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
         lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop.strip()]
     return "\n".join(lines) + "\n", note
@@ -129,7 +119,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Form, str | None] | Non
         added = plain.removesuffix(own)
         if not added:
             return form, None
-        before, _, after = form.turn({"role": "system", "content": "\0"}).partition("\0")
+        before, _, after = form.turn.format(role="system", content="\0").partition("\0")
         if added.startswith(before) and added.endswith(after):
             system = added.removeprefix(before).removesuffix(after)
             return (form, system) if '"""' not in system else None
@@ -153,9 +143,6 @@ def _path(path: str) -> str:
     return json.dumps(path, ensure_ascii=False) if " " in path else path
 
 
-# ---- The formats by name.
-
-
 FORMATS = {
     "gguf-adapter": "the adapter for llama.cpp and Ollama, beside a GGUF base model",
     "gguf": "base and adapter merged, for llama.cpp and Ollama",
@@ -164,7 +151,8 @@ FORMATS = {
     "mlx": "the adapter for mlx-lm",
 }
 _REFUSED = {"onnx": "merge the adapter (deltaw merge), then: optimum-cli export onnx --model FOLDER OUT"}
-_DEFAULT_KIND = {"gguf-adapter": "f32", "gguf": "f16"}
+# Of GGUF files: the types of numbers, the usual one first.
+_KINDS = {"gguf-adapter": ADAPTER_KINDS, "gguf": ("f16", *KINDS)}
 
 
 @dataclass(frozen=True)
@@ -194,7 +182,7 @@ def export(
     model: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Export:
     """Write the adapter in ``run`` in another program's format.
 
@@ -203,10 +191,10 @@ def export(
         format_name: a key of :data:`FORMATS`.
         output: a file that ends in ``.gguf`` or a folder for one; a folder for the other formats.
         kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and f16 for a model.
-        model: the base model, where it is not the one that the folder names.
+        model: the base model, if it is not the one that the folder names.
         trust_remote_code: run the Python files that came with the base model.
         overwrite: whether files that are there are replaced.
-        say: told a line where something should be known.
+        say: told a line if something should be known.
 
     Raises:
         UserError: the format cannot hold the adapter, or the output cannot be written.
@@ -215,55 +203,32 @@ def export(
     if format_name in _REFUSED:
         raise UserError(f"'{format_name}' is not exported here", where="--format", hint=_REFUSED[format_name])
     if format_name not in FORMATS:
-        raise UserError(
-            f"there is no format '{format_name}'", where="--format", hint=did_you_mean(format_name, FORMATS)
-        )
-    if format_name in _DEFAULT_KIND:
-        kind = kind or _DEFAULT_KIND[format_name]
-        return _gguf(run, format_name, output, kind, model, trust_remote_code, overwrite, say)
+        hint = did_you_mean(format_name, FORMATS)
+        raise UserError(f"there is no format '{format_name}'", where="--format", hint=hint)
+    options = MergeOptions(model, trust_remote_code, "fp32", overwrite=overwrite)
+    if format_name in _KINDS:
+        return _gguf(run, format_name, output, kind or _KINDS[format_name][0], options, say)
     if kind is not None:
-        raise UserError(
-            f"--type is for GGUF files, and {format_name} keeps the factors in fp32",
-            where="--type",
-            hint="leave it out",
-        )
-    written = export_folder(
-        run, output, format_name, model=model, trust_remote_code=trust_remote_code, overwrite=overwrite, say=say
-    )
-    files = [str(output / name) for name in file_names(format_name)]
-    return Export(format_name, files, {**asdict(written), "path": str(output)}, written.lines())
+        what = f"--type is for GGUF files, and {format_name} keeps the factors in fp32"
+        raise UserError(what, where="--type", hint="leave it out")
+    written = export_folder(run, output, format_name, options, say)
+    return Export(format_name, [str(output / name) for name in file_names(format_name)], written.facts, written.lines)
 
 
-def _gguf(
-    run: Path,
-    format_name: str,
-    output: Path,
-    kind: str,
-    model: str | None,
-    trust: bool,
-    overwrite: bool,
-    say: Callable[[str], None],
-) -> Export:
-    known: Iterable[str] = ADAPTER_KINDS if format_name == "gguf-adapter" else KINDS
-    if kind not in known:
-        raise UserError(
-            f"{format_name} does not store numbers as '{kind}'", where="--type", hint=f"there is {', '.join(known)}"
-        )
+def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOptions, say: Say) -> Export:
+    if kind not in _KINDS[format_name]:
+        hint = f"use {', '.join(dict.fromkeys(_KINDS[format_name]))}"
+        raise UserError(f"{format_name} does not store numbers as '{kind}'", where="--type", hint=hint)
     in_folder = output.suffix.lower() != ".gguf"
-    name = f"{run.resolve().name}-{kind}.gguf"
-    path = output / name if in_folder else output
+    path = output / f"{run.resolve().name}-{kind}.gguf" if in_folder else output
     beside = output / "Modelfile" if in_folder else output.with_suffix(".Modelfile")
     for file in (path, beside):
-        if file.is_dir() or (file.exists() and not overwrite):
-            raise UserError(
-                f"there is '{file.name}' already",
-                where=str(file),
-                hint="name another output, or replace it with --overwrite",
-            )
+        if file.is_dir() or (file.exists() and not options.overwrite):
+            hint = "name another output, or replace it with --overwrite"
+            raise UserError(f"there is '{file.name}' already", where=str(file), hint=hint)
     alone = format_name == "gguf-adapter"
-    write = export_gguf_adapter if alone else export_gguf
-    written: WrittenAdapter | WrittenModel = write(run, path, kind=kind, model=model, trust_remote_code=trust, say=say)
-    base = base_of(run, model, "bf16" if alone else "fp32", say, trust_remote_code=trust)
+    written = (export_gguf_adapter if alone else export_gguf)(run, path, kind, options, say)
+    base = base_of(run, "bf16" if alone else "fp32", options, say)
     tokenizer = base.tokenizer(run)
     ends = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
     here = f"./{path.name}"
@@ -272,4 +237,4 @@ def _gguf(
     write_text(beside, text)
     if note is not None:
         say(note)
-    return Export(format_name, [str(path), str(beside)], {**asdict(written), "path": str(path)}, written.lines())
+    return Export(format_name, [str(path), str(beside)], written.facts, written.lines)

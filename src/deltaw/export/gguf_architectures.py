@@ -24,6 +24,7 @@ from deltaw.errors import UserError
 
 _SILU = ("silu", "swish")
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+OWN_CONVERTER = "merge the adapter (deltaw merge) and use llama.cpp's own convert_hf_to_gguf.py"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def _check_gpt2(config: PretrainedConfig) -> None:
 
 def _check_gemma2(config: PretrainedConfig) -> None:
     _check_score_scale(config, large=46)
-    layers = config.num_hidden_layers
-    _check_windows(config, [i % 2 == 0 for i in range(layers)])
+    _check_windows(config, [i % 2 == 0 for i in range(config.num_hidden_layers)])
 
 
 def _check_gemma3(config: PretrainedConfig) -> None:
@@ -122,26 +122,26 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """
     found = _FAMILIES.get(config.model_type)
     if found is None:
-        known = ", ".join(sorted(_FAMILIES))
-        raise UserError(
-            f"'{config.model_type}' models are not exported to GGUF here",
-            where="model",
-            hint=f"known are {known}; otherwise merge the adapter (deltaw merge) and use llama.cpp's own "
-            "convert_hf_to_gguf.py",
-        )
-    activation = next(
-        (
-            value
-            for key in ("hidden_activation", "hidden_act", "activation_function")
-            if (value := getattr(config, key, None)) is not None
-        ),
-        found.activations[0],
-    )
+        hint = f"known are {', '.join(sorted(_FAMILIES))}; otherwise {OWN_CONVERTER}"
+        raise UserError(f"'{config.model_type}' models are not exported to GGUF here", where="model", hint=hint)
+    keys = ("hidden_activation", "hidden_act", "activation_function")
+    named = [value for key in keys if (value := getattr(config, key, None)) is not None]
+    activation = named[0] if named else found.activations[0]
     if activation not in found.activations:
         raise _lost(config, f"the activation '{activation}' (it computes {found.activations[0]})")
     if found.check is not None:
         found.check(config)
     return found
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Numbers of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def key_heads(config: PretrainedConfig) -> int:
+    """Heads of keys and values."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 class TensorNames:
@@ -150,8 +150,8 @@ class TensorNames:
     def __init__(self, architecture: Architecture, config: PretrainedConfig) -> None:
         self._map = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
         self._architecture = architecture
-        self._heads = int(config.num_attention_heads)
-        self._key_heads = int(getattr(config, "num_key_value_heads", None) or self._heads)
+        # The heads whose rows are reordered, by the module's own name.
+        self._heads = {"q_proj": int(config.num_attention_heads), "k_proj": key_heads(config)}
 
     def of_module(self, module: str) -> str | None:
         """``blk.0.attn_q`` of a module's name; None for one that the architecture does not have."""
@@ -166,10 +166,8 @@ class TensorNames:
 
     def outputs(self, module: str, rows: Tensor) -> Tensor:
         """The rows of a weight (out, in), a bias (out) or a factor B (out, r), in llama.cpp's order."""
-        last = module.rpartition(".")[2]
-        if not self._architecture.adjacent_pairs or last not in ("q_proj", "k_proj"):
-            return rows
-        return adjacent_pairs(rows, self._heads if last == "q_proj" else self._key_heads)
+        heads = self._heads.get(module.rpartition(".")[2]) if self._architecture.adjacent_pairs else None
+        return rows if heads is None else adjacent_pairs(rows, heads)
 
     def values(self, tensor: str, value: Tensor) -> Tensor:
         """A whole tensor of the model as it stands in a GGUF file, in fp32."""
@@ -177,19 +175,14 @@ class TensorNames:
         value = value.float()
         if module.endswith("norm") and last == "weight":
             return value + self._architecture.norm_offset
-        if self._architecture.conv1d and last == "weight" and self._is_conv1d(module):
-            return value.t().contiguous()
-        return self.outputs(module, value)
+        return value.t().contiguous() if self._is_conv1d(tensor) else self.outputs(module, value)
 
     def shape(self, tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that :meth:`values` gives."""
-        module, _, last = tensor.rpartition(".")
-        transposed = self._architecture.conv1d and last == "weight" and self._is_conv1d(module)
-        return shape[::-1] if transposed else shape
+        return shape[::-1] if self._is_conv1d(tensor) else shape
 
-    @staticmethod
-    def _is_conv1d(module: str) -> bool:
-        return module.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
+    def _is_conv1d(self, tensor: str) -> bool:
+        return self._architecture.conv1d and tensor.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 def adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
@@ -203,8 +196,5 @@ def adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
 
 
 def _lost(config: PretrainedConfig, what: str) -> UserError:
-    return UserError(
-        f"llama.cpp does not compute this {config.model_type} model's {what}",
-        where="model",
-        hint="serve it with deltaw serve, or merge it (deltaw merge) for another program",
-    )
+    hint = "serve it with deltaw serve, or merge it (deltaw merge) for another program"
+    return UserError(f"llama.cpp does not compute this {config.model_type} model's {what}", where="model", hint=hint)

@@ -21,10 +21,8 @@ from deltaw.durable import replacing
 from deltaw.errors import UserError, did_you_mean
 from deltaw.working import working
 
-# ---- How numbers are stored in a GGUF file: which type each tensor gets, and the numbers packed into it.
-#
-# The ``gguf`` package packs the plain types; K-quants it only reads, so ggml's own routine packs those, through
-# the library that the optional package ``xllamacpp`` carries. Knows arrays, no models.
+# How numbers are stored: the ``gguf`` package packs the plain types; K-quants it only reads, so ggml's own routine
+# packs those, through the library that the optional package ``xllamacpp`` carries. Knows arrays, no models.
 
 
 Q = GGMLQuantizationType
@@ -118,9 +116,7 @@ def _ggml() -> Callable[..., int]:
     try:
         routine = ctypes.CDLL(str(module.__file__)).ggml_quantize_chunk
     except (OSError, AttributeError) as error:
-        raise UserError(
-            "this version of xllamacpp does not give ggml's quantization away", where="--type", hint=hint
-        ) from error
+        raise UserError("this xllamacpp does not export ggml's quantization", where="--type", hint=hint) from error
     routine.restype = ctypes.c_size_t
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     routine.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
@@ -131,9 +127,6 @@ def _ggml() -> Callable[..., int]:
     if not np.array_equal(found, expected):
         raise UserError("xllamacpp's quantization does not work as expected", where="--type", hint=hint)
     return routine
-
-
-# ---- The file.
 
 
 Shapes = Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType]]
@@ -205,9 +198,8 @@ def open_gguf(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(
-            f"the .gguf file cannot be read: {error}", where=str(path), hint="fetch the file again"
-        ) from error
+        what = f"the .gguf file cannot be read: {error}"
+        raise UserError(what, where=str(path), hint="fetch the file again") from error
 
 
 def copy_metadata(reader: GGUFReader, out: GGUFWriter, *, keep: Callable[[str], bool]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,23 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, RopeScalingType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltaw.errors import UserError, did_you_mean
-from deltaw.export.base import Base, MergeOptions, prepared
-from deltaw.export.gguf_architectures import Architecture, TensorNames, architecture_of
-from deltaw.export.gguf_file import (
-    ADAPTER_KINDS,
-    KINDS,
-    Shapes,
-    copy_metadata,
-    open_gguf,
-    require_kind,
-    type_of,
-    write_gguf,
+from deltaw.errors import UserError
+from deltaw.export.base import Base, MergeOptions, Say, Written, prepared
+from deltaw.export.gguf_architectures import (
+    OWN_CONVERTER,
+    Architecture,
+    TensorNames,
+    architecture_of,
+    head_size,
+    key_heads,
 )
+from deltaw.export.gguf_file import KINDS, Shapes, copy_metadata, open_gguf, require_kind, type_of, write_gguf
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, vocabulary_of
 from deltaw.export.merged import MergedModel, NotByName, Output, assemble
 from deltaw.export.plain_adapter import PlainUpdate
 from deltaw.export.portable import folded_lines, read_pair, require_same_base, require_text
 from deltaw.hub.terminators import terminators_in
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
-
-# ---- A model's sizes, norms, positions and windows as GGUF metadata, from its configuration.
-#
-# Knows configurations of transformers and the writer of the ``gguf`` package; no tensors and no tokenizer.
-
 
 Rope = Mapping[str, Any]
 
@@ -61,19 +53,18 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
     if architecture.window_ignored and window and window < context:
         notes.append(f"note: llama.cpp ignores this model's sliding window, so its context is set to {window} tokens")
         context = int(window)
-    heads = int(config.num_attention_heads)
     out.add_context_length(context)
     out.add_embedding_length(config.hidden_size)
     out.add_block_count(config.num_hidden_layers)
-    out.add_head_count(heads)
+    out.add_head_count(config.num_attention_heads)
     out.add_vocab_size(config.vocab_size)
     if architecture.arch == MODEL_ARCH.GPT2:
         out.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         out.add_layer_norm_eps(config.layer_norm_epsilon)
         return notes
-    size = _head_size(config)
+    size = head_size(config)
     out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count_kv(int(getattr(config, "num_key_value_heads", None) or heads))
+    out.add_head_count_kv(key_heads(config))
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
     out.add_key_length(size)
     out.add_value_length(size)
@@ -87,10 +78,6 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
     return notes
 
 
-def _head_size(config: PretrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def _add_given(add: Callable[[float], None], value: float | None) -> None:
     if value is not None:
         add(value)
@@ -101,11 +88,10 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
-        return {"rope_freqs.weight": llama3_divisors(rope, _head_size(config))}
+        return {"rope_freqs.weight": llama3_divisors(rope, head_size(config))}
     if kind == "longrope":
-        return {
-            f"rope_factors_{name}.weight": np.asarray(rope[f"{name}_factor"], np.float32) for name in ("long", "short")
-        }
+        factors = {f"rope_factors_{name}.weight": rope[f"{name}_factor"] for name in ("long", "short")}
+        return {name: np.asarray(values, np.float32) for name, values in factors.items()}
     return {}
 
 
@@ -125,34 +111,29 @@ def llama3_divisors(rope: Rope, size: int) -> np.ndarray:
 
 def _add_positions(out: GGUFWriter, architecture: Architecture, config: PretrainedConfig, head_size: int) -> None:
     rope = _rope(config)
-    turned = int(head_size * rope.get("partial_rotary_factor", 1.0))
-    out.add_rope_dimension_count(turned)
+    out.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
     out.add_rope_freq_base(float(rope["rope_theta"]))
-    nested = config.rope_parameters
-    if "sliding_attention" in nested:
-        local = nested["sliding_attention"]
+    local = config.rope_parameters.get("sliding_attention")
+    if local is not None:
         if local.get("rope_type", "default") != "default":
             raise _unknown(f"{local['rope_type']} in windowed layers")
         out.add_rope_freq_base_swa(float(local["rope_theta"]))
     kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        out.add_rope_scaling_type(RopeScalingType.LINEAR)
+    if kind in ("linear", "yarn"):
+        out.add_rope_scaling_type(RopeScalingType(kind))
         out.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn":
-        out.add_rope_scaling_type(RopeScalingType.YARN)
-        out.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
         out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         _add_given(out.add_rope_scaling_yarn_attn_factor, rope.get("attention_factor"))
         _add_given(out.add_rope_scaling_yarn_beta_fast, rope.get("beta_fast"))
         _add_given(out.add_rope_scaling_yarn_beta_slow, rope.get("beta_slow"))
     elif kind == "longrope" and architecture.arch == MODEL_ARCH.PHI3:
         out.add_rope_scaling_attn_factors(_long_attention(rope, config))
-    elif kind not in ("default", "llama3") or (kind == "llama3" and architecture.arch != MODEL_ARCH.LLAMA):
+    elif kind not in ("default", "linear") and (kind != "llama3" or architecture.arch != MODEL_ARCH.LLAMA):
         raise _unknown(kind)
     if architecture.arch == MODEL_ARCH.PHI3:
-        out.add_rope_scaling_orig_ctx_len(
-            int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        )
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        out.add_rope_scaling_orig_ctx_len(int(original))
 
 
 def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
@@ -172,14 +153,8 @@ def _rope(config: PretrainedConfig) -> Rope:
 
 
 def _unknown(kind: str) -> UserError:
-    return UserError(
-        f"rotary positions of kind '{kind}' are not exported to GGUF here",
-        where="model: rope_parameters",
-        hint="merge the adapter (deltaw merge) and use llama.cpp's own convert_hf_to_gguf.py",
-    )
-
-
-# ---- A merged model as a GGUF file.
+    what = f"rotary positions of kind '{kind}' are not exported to GGUF here"
+    return UserError(what, where="model: rope_parameters", hint=OWN_CONVERTER)
 
 
 _HEAD = "output.weight"
@@ -187,68 +162,32 @@ _HEAD = "output.weight"
 _NOT_COPIED = ("general.", "split.", "quantize.", "deltaw.")
 
 
-@dataclass(frozen=True)
-class WrittenModel:
-    """What was written.
-
-    Attributes:
-        path: of the file. size: its bytes. tensors: how many.
-        kind: how matrices are stored. architecture: llama.cpp's name of the model's.
-        types: how many tensors are stored as which type.
-        notes: what a person should know.
-    """
-
-    path: Path
-    size: int
-    tensors: int
-    kind: str
-    architecture: str
-    types: dict[str, int]
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """For a person."""
-        types = ", ".join(f"{count} {name}" for name, count in sorted(self.types.items()))
-        return [f"architecture {self.architecture}", f"{self.tensors} tensors ({types})", f"{self.size / 1e6:.1f} MB"]
-
-
 def export_gguf(
-    run: Path,
-    path: Path,
-    *,
-    kind: str = "f16",
-    model: str | None = None,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> WrittenModel:
+    run: Path, path: Path, kind: str = "f16", options: MergeOptions | None = None, say: Say = lambda line: None
+) -> Written:
     """Merge the adapter in ``run`` into its base and write the GGUF file ``path``.
 
     Args:
         run: a run's folder, or an adapter's in PEFT's format.
         path: of the file; it appears when it is complete.
         kind: how matrices are stored, a key of :data:`~deltaw.export.gguf_file.KINDS`.
-        model: the base model, where it is not the one that the folder names.
-        trust_remote_code: run the Python files that came with the base model.
-        say: told a line where something should be known.
+        options: name the base model.
+        say: told a line if something should be known.
 
     Raises:
         UserError: the adapter cannot be merged, the model's family or its tokenizer is not known, or the file
             cannot be written. Nothing is written then.
     """
     require_kind(kind)
-    options = MergeOptions(model, trust_remote_code, "fp32")
-    with prepared(run, options, say) as job:
+    with prepared(run, options or MergeOptions(precision="fp32"), say) as job:
         base = job.base
         require_text(base, run)
         architecture = architecture_of(base.config)
         try:
             merged = assemble(job)
         except NotByName as error:
-            raise UserError(
-                f"the model cannot be exported tensor by tensor: {error}",
-                where=str(run),
-                hint="merge it first (deltaw merge), and use llama.cpp's own convert_hf_to_gguf.py",
-            ) from error
+            what = f"the model cannot be exported tensor by tensor: {error}"
+            raise UserError(what, where=str(run), hint=OWN_CONVERTER) from error
         names = TensorNames(architecture, base.config)
         outputs = _outputs(merged, names, architecture)
         tokenizer = base.tokenizer(run)
@@ -256,11 +195,8 @@ def export_gguf(
         if source is None:
             extra = rope_tensors(base.config)
             if tokenizer is None:
-                raise UserError(
-                    "the model's folder holds no tokenizer, and a GGUF file needs one",
-                    where=str(base.folder),
-                    hint="copy the tokenizer's files there",
-                )
+                what = "the model's folder holds no tokenizer, and a GGUF file needs one"
+                raise UserError(what, where=str(base.folder), hint="copy the tokenizer's files there")
             vocabulary_of(tokenizer, int(base.config.vocab_size))  # refuses one that is not known
         else:
             _require_architecture(source, architecture, base)
@@ -276,8 +212,7 @@ def export_gguf(
                 return
             assert tokenizer is not None
             notes.extend(add_hyperparameters(out, architecture, base.config))
-            ends = terminators_in(base.folder, tokenizer)
-            add_tokenizer(out, tokenizer, int(base.config.vocab_size), ends)
+            add_tokenizer(out, tokenizer, int(base.config.vocab_size), terminators_in(base.folder, tokenizer))
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             yield from extra.items()
@@ -291,7 +226,17 @@ def export_gguf(
     for note in notes:
         say(note)
     types = Counter(stored.name for _, stored in shapes.values())
-    return WrittenModel(path, size, len(shapes), kind, architecture.name, dict(types), notes)
+    told = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
+    facts: dict[str, object] = {"kind": kind, "types": dict(types), "notes": notes}
+    return _written(path, size, len(shapes), architecture, facts, f"{len(shapes)} tensors ({told})")
+
+
+def _written(
+    path: Path, size: int, tensors: int, architecture: Architecture, facts: dict[str, object], told: str
+) -> Written:
+    """What is reported of a file of ``size`` bytes."""
+    facts = {"path": str(path), "size": size, "tensors": tensors, "architecture": architecture.name, **facts}
+    return Written(facts, [f"architecture {architecture.name}", told, f"{size / 1e6:.1f} MB"])
 
 
 def _add_origin(out: GGUFWriter, run: Path, base: Base, kind: str) -> None:
@@ -318,11 +263,8 @@ def _outputs(merged: MergedModel, names: TensorNames, architecture: Architecture
         if head and (tied or architecture.always_tied) and not merged.untied:
             continue
         if name is None or (head and architecture.always_tied):
-            raise UserError(
-                f"the merged model's '{output.name}' is no tensor of such a model in llama.cpp",
-                where=str(merged.job.base.folder),
-                hint="keep the adapter apart: serve it with deltaw serve",
-            )
+            what = f"the merged model's '{output.name}' is no tensor of such a model in llama.cpp"
+            raise UserError(what, where=str(merged.job.base.folder), hint="serve it with deltaw serve instead")
         found[name] = output
     return found
 
@@ -331,11 +273,8 @@ def _require_architecture(source: GGUFReader, architecture: Architecture, base: 
     entry = source.get_field(gguf.Keys.General.ARCHITECTURE)
     named = None if entry is None else entry.contents()
     if named != architecture.name:
-        raise UserError(
-            f"the base's file is of architecture '{named}', and '{architecture.name}' would be written",
-            where=str(base.gguf),
-            hint="name the model's safetensors folder with --model",
-        )
+        what = f"the base's file is of architecture '{named}', and '{architecture.name}' would be written"
+        raise UserError(what, where=str(base.gguf), hint="name the model's safetensors folder with --model")
 
 
 def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -351,68 +290,32 @@ def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBas
         add_chat_template(out, own)
 
 
-# ---- A LoRA adapter as a GGUF file, which llama.cpp applies to a GGUF base model.
-#
-# llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the tensor's own rank and alpha the file's
-# one number. So what a scaling has beyond that (rsLoRA, patterns) goes into B. Rows of B are in the order in
-# which the base model's file has the rows of W. Updates of the token embedding are refused: llama.cpp reads
-# them, and adds them twice.
+# Of a LoRA adapter as a GGUF file, llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the tensor's own
+# rank and alpha the file's one number. So what a scaling has beyond that (rsLoRA, patterns) goes into B. Rows of B are
+# in the order in which the base model's file has the rows of W. Updates of the token embedding are refused: llama.cpp
+# reads them, and adds them twice.
 
 
 _MERGE = "merge it instead: --format gguf"
 
 
-@dataclass(frozen=True)
-class WrittenAdapter:
-    """What was written.
-
-    Attributes:
-        path: of the file. size: its bytes. tensors: pairs of A and B.
-        alpha: the file's. folded: how many B took a part of their scaling in.
-        architecture: llama.cpp's name of the base's.
-    """
-
-    path: Path
-    size: int
-    tensors: int
-    alpha: float
-    folded: int
-    architecture: str
-
-    def lines(self) -> list[str]:
-        """For a person."""
-        told = f"{self.tensors} modules, alpha {self.alpha:g}"
-        return [f"architecture {self.architecture}", told, f"{self.size / 1e6:.1f} MB", *folded_lines(self.folded)]
-
-
 def export_gguf_adapter(
-    run: Path,
-    path: Path,
-    *,
-    kind: str = "f32",
-    model: str | None = None,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> WrittenAdapter:
+    run: Path, path: Path, kind: str = "f32", options: MergeOptions | None = None, say: Say = lambda line: None
+) -> Written:
     """Write the adapter in ``run`` to the GGUF file ``path``.
 
     Args:
         run: a run's folder, or an adapter's in PEFT's format.
         path: of the file; it appears when it is complete.
-        kind: how A and B are stored: ``f32``, ``f16`` or ``bf16``.
-        model: the base model, where it is not the one that the folder names.
-        trust_remote_code: run the Python files that came with the base model.
-        say: told a line where something should be known.
+        kind: how A and B are stored, one of :data:`~deltaw.export.gguf_file.ADAPTER_KINDS`.
+        options: name the base model.
+        say: told a line if something should be known.
 
     Raises:
         UserError: the adapter holds more than the format can, the base is another one or of a family that is
             not known, or the file cannot be written. Nothing is written then.
     """
-    if kind not in ADAPTER_KINDS:
-        raise UserError(
-            f"an adapter's factors are not stored as '{kind}'", where="--type", hint=did_you_mean(kind, ADAPTER_KINDS)
-        )
-    adapter, base = read_pair(run, "gguf-adapter", model, trust_remote_code=trust_remote_code, say=say)
+    adapter, base = read_pair(run, "gguf-adapter", options or MergeOptions(), say)
     architecture = architecture_of(base.config)
     names = TensorNames(architecture, base.config)
     fingerprint = require_same_base(base, adapter.fingerprint, run, say)
@@ -431,12 +334,8 @@ def export_gguf_adapter(
         out.add_string(gguf.Keys.Adapter.TYPE, "lora")
         out.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         if adapter.invocation is not None:
-            out.add_key_value(
-                gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS,
-                list(adapter.invocation),
-                GGUFValueType.ARRAY,
-                GGUFValueType.UINT32,
-            )
+            key, tokens = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(adapter.invocation)
+            out.add_key_value(key, tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32)
         _add_origin(out, run, base, kind)
         if fingerprint is not None:
             out.add_string(FINGERPRINT_KEY, fingerprint)
@@ -449,7 +348,9 @@ def export_gguf_adapter(
     }
     size = write_gguf(path, architecture.name, metadata, shapes, tensors())
     folded = sum(factor != 1 for factor in factors)
-    return WrittenAdapter(path, size, len(named), alpha, folded, architecture.name)
+    facts: dict[str, object] = {"alpha": alpha, "folded": folded}
+    written = _written(path, size, len(named), architecture, facts, f"{len(named)} modules, alpha {alpha:g}")
+    return Written(written.facts, written.lines + folded_lines(folded))
 
 
 def with_one_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
@@ -466,23 +367,14 @@ def with_one_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
 def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str:
     """The base tensor's name in llama.cpp, which an update must have to be applied."""
     found = names.of_module(update.module)
+    what, hint = None, _MERGE
     if found is None:
-        raise UserError(
-            f"the adapted module '{update.module}' is no tensor of such a model in llama.cpp",
-            where=str(run),
-            hint="export it with the base model that it was trained on, named with --model",
-        )
-    if update.embedding:
-        raise UserError(
-            f"the adapter changes the embedding '{update.module}', and llama.cpp adds such an update twice",
-            where=str(run),
-            hint=_MERGE,
-        )
-    if tied and found == "output":
-        raise UserError(
-            f"the adapter changes the head '{update.module}', which is tied to the embedding: llama.cpp has "
-            "one tensor for both",
-            where=str(run),
-            hint=_MERGE,
-        )
+        what = f"the adapted module '{update.module}' is no tensor of such a model in llama.cpp"
+        hint = "name the base model that it was trained on with --model"
+    elif update.embedding:
+        what = f"the adapter changes the embedding '{update.module}', and llama.cpp adds such an update twice"
+    elif tied and found == "output":
+        what = f"the adapter changes the head '{update.module}', which is tied: llama.cpp has one tensor for both"
+    if what is not None:
+        raise UserError(what, where=str(run), hint=hint)
     return f"{found}.weight"

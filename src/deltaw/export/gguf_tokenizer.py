@@ -9,8 +9,9 @@ It knows tokenizers of the ``tokenizers`` library; no weights and no model.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,12 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
+from deltaw.export.gguf_architectures import OWN_CONVERTER
 from deltaw.hub.terminators import turn_ends
 
-# ---- Which of llama.cpp's ways to split text a byte-level tokenizer has (``tokenizer.ggml.pre``).
-#
-# A GGUF file names the splitting instead of holding it. A tokenizer's own rules are recognized by what they
-# do: a probe text is split by them and by the rules behind each name, and the pieces are compared. So the
-# vocabulary does not matter, and neither does how a rule is written down.
+# A GGUF file names the splitting of a byte-level tokenizer (``tokenizer.ggml.pre``) instead of holding it. A
+# tokenizer's own rules are recognized by what they do: a probe text is split by them and by the rules behind each name,
+# and the pieces are compared. So the vocabulary does not matter, and neither does how a rule is written down.
 
 
 # Contractions, runs of digits, of spaces, line ends and marks, scripts with and without letter case,
@@ -48,42 +48,29 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?
 _MARKS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 
-def _by(expression: str) -> PreTokenizer:
-    """Split by one expression, without GPT-2's own."""
+def _by(*parts: str) -> PreTokenizer:
+    """Split by one expression of alternatives, without GPT-2's own."""
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(expression), behavior="isolated"),
+            pre_tokenizers.Split(Regex("|".join(parts)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
 
 
-def _like_gpt2() -> PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _single_digits() -> PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _like_gpt2()])
-
-
-def _tekken() -> PreTokenizer:
-    return _by("|".join((*_CASED, r"\p{N}", _MARKS_SLASH, _SPACES)))
-
-
-def _gpt_4o() -> PreTokenizer:
-    cased = [f"{one}{_CONTRACTIONS}?" for one in _CASED]
-    return _by("|".join((*cased, r"\p{N}{1,3}", _MARKS_SLASH, _SPACES)))
-
-
-# llama.cpp's name, and the rules behind it. The first that fits is taken.
-_KNOWN: dict[str, Callable[[], PreTokenizer]] = {
-    "gpt-2": _like_gpt2,
-    "smollm": _single_digits,
-    "qwen2": lambda: _by("|".join((_CONTRACTIONS, _WORDS, r"\p{N}", _MARKS, _SPACES))),
-    "llama-bpe": lambda: _by("|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _MARKS, _SPACES))),
-    "tekken": _tekken,
-    "gpt-4o": _gpt_4o,
-}
+@functools.cache
+def _known() -> dict[str, PreTokenizer]:
+    """llama.cpp's names, and the rules behind them. The first that fits is taken."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    gpt_4o = [f"{one}{_CONTRACTIONS}?" for one in _CASED]
+    return {
+        "gpt-2": gpt2,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
+        "qwen2": _by(_CONTRACTIONS, _WORDS, r"\p{N}", _MARKS, _SPACES),
+        "llama-bpe": _by(_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _MARKS, _SPACES),
+        "tekken": _by(*_CASED, r"\p{N}", _MARKS_SLASH, _SPACES),
+        "gpt-4o": _by(*gpt_4o, r"\p{N}{1,3}", _MARKS_SLASH, _SPACES),
+    }
 
 
 def splitting_of(backend: Tokenizer) -> str:
@@ -95,22 +82,16 @@ def splitting_of(backend: Tokenizer) -> str:
     own = backend.pre_tokenizer
     if own is not None:
         pieces = _pieces(own)
-        for name, make in _KNOWN.items():
-            if _pieces(make()) == pieces:
+        for name, known in _known().items():
+            if _pieces(known) == pieces:
                 return name
-    raise UserError(
-        "the tokenizer splits text in a way that has no known name in llama.cpp",
-        where="tokenizer.json: pre_tokenizer",
-        hint=f"known are {', '.join(_KNOWN)}; where the base model is published as a .gguf file, name that "
-        "file with --model, whose own metadata is then used",
-    )
+    what = "the tokenizer splits text in a way that has no known name in llama.cpp"
+    hint = f"known are {', '.join(_known())}; or name the base model's .gguf file with --model, to use its metadata"
+    raise UserError(what, where="tokenizer.json: pre_tokenizer", hint=hint)
 
 
 def _pieces(splitter: PreTokenizer) -> list[str]:
     return [piece for piece, _ in splitter.pre_tokenize_str(_PROBE)]
-
-
-# ---- The vocabulary, and what goes into a file beside it.
 
 
 _SPACE = "\u2581"  # with which SentencePiece writes a space
@@ -160,14 +141,10 @@ def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int
         out.add_token_merges(vocabulary.merges)
     if vocabulary.space_prefix is not None:
         out.add_add_space_prefix(vocabulary.space_prefix)
-    for add, token in (
-        (out.add_bos_token_id, tokenizer.bos_token_id),
-        (out.add_eos_token_id, tokenizer.eos_token_id),
-        (out.add_unk_token_id, tokenizer.unk_token_id),
-        (out.add_pad_token_id, tokenizer.pad_token_id),
-    ):
+    for name in ("bos", "eos", "unk", "pad"):
+        token = getattr(tokenizer, f"{name}_token_id")
         if token is not None:
-            add(int(token))
+            getattr(out, f"add_{name}_token_id")(int(token))
     turns = [token for token in turn_ends(tokenizer) if token in set(ends)]
     others = [token for token in turns if token != tokenizer.eos_token_id]
     if others:
@@ -197,11 +174,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     if model["type"] != "BPE":
         raise _unknown(model["type"])
     if max(tokenizer.get_vocab().values()) >= size:
-        raise UserError(
-            f"the tokenizer has more tokens than the model's embedding has rows ({size})",
-            where="tokenizer.json",
-            hint="give the tokenizer that belongs to the model",
-        )
+        what = f"the tokenizer has more tokens than the model's embedding has rows ({size})"
+        raise UserError(what, where="tokenizer.json", hint="give the tokenizer that belongs to the model")
     tokens, types = _tokens(tokenizer, model["vocab"], size, bytes_as_tokens=bool(model["byte_fallback"]))
     pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
     if not pairs:
@@ -258,9 +232,6 @@ def _is_byte(token: str) -> bool:
 
 
 def _unknown(kind: str) -> UserError:
-    return UserError(
-        f"a tokenizer of kind '{kind}' is not exported to GGUF here",
-        where="tokenizer.json",
-        hint="known are byte-level BPE and SentencePiece's BPE; otherwise merge the adapter (deltaw merge) "
-        "and use llama.cpp's own convert_hf_to_gguf.py",
-    )
+    hint = f"known are byte-level BPE and SentencePiece's BPE; otherwise {OWN_CONVERTER}"
+    what = f"a tokenizer of kind '{kind}' is not exported to GGUF here"
+    return UserError(what, where="tokenizer.json", hint=hint)

@@ -38,10 +38,9 @@ from deltaw.lora.places import spots_of
 from deltaw.methods.parameters import names_of
 from deltaw.tensor_files import row_blocks
 
-# ---- Changes of weights put into a model that is in memory, without rounding to a narrower type.
-#
-# Weights that are tied to one that the changes leave alone are untied, and biases are added where a model has
-# none. Knows changes and modules; not adapters.
+# Into a model that is in memory, changes are put without rounding to a narrower type. Weights that are tied to one that
+# the changes leave alone are untied, and biases are added where a model has none. Knows changes and modules; not
+# adapters.
 
 
 @torch.no_grad()
@@ -57,11 +56,8 @@ def apply_changes(model: nn.Module, trained: Sequence[Trained]) -> None:
         try:
             spots = spots_of(model, one.names)
         except AttributeError as error:
-            raise UserError(
-                f"the model has no '{one.names[0]}'",
-                where=one.names[0],
-                hint="use the base model that the adapter was trained on",
-            ) from error
+            hint = "use the base model that the adapter was trained on"
+            raise UserError(f"the model has no '{one.names[0]}'", where=one.names[0], hint=hint) from error
         if inside:
             parameter = own[inside[0]]
             if any(p is parameter and name not in one.names for name, p in own.items()):
@@ -95,10 +91,9 @@ def change_in_place(parameter: Tensor, change: Change, *, rounded: torch.dtype |
         data[start : start + len(rows)] = made if rounded is None else made.to(rounded)
 
 
-# ---- The slow way of a merge: the base model is loaded, changed in memory, and saved by transformers.
-#
-# For models whose files do not hold their weights one by one. Takes as much memory as the model in the type of
-# its files, and writes what transformers writes: its save undoes what its load put together.
+# The slow way, by which the base model is loaded, changed in memory and saved by transformers, is for models whose
+# files do not hold their weights one by one. Takes as much memory as the model in the type of its files, and writes
+# what transformers writes: its save undoes what its load put together.
 
 
 _SHARD = "5GB"
@@ -123,13 +118,11 @@ def write_from_memory(job: Merging, folder: Path) -> MergedModel:
         absent = [name for name in one.names if name not in own]
         tied = {n for n, p in own.items() for name in one.names if name in own and p is own[name]}
         if absent or tied - set(one.names):
-            raise UserError(
-                f"'{one.names[0]}' is tied to a weight that the adapter leaves alone, or has no place in a "
-                f"{type(model).__name__}",
-                where=one.names[0],
-                hint="keep the adapter separate",
-            )
-    target = PRECISIONS.get(job.options.precision, _type_named(stored))
+            what = f"'{one.names[0]}' is tied to an unchanged weight, or has no place in a {type(model).__name__}"
+            raise UserError(what, where=one.names[0], hint="keep the adapter separate")
+    named = getattr(torch, stored, None)
+    own_type = named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
+    target = PRECISIONS.get(job.options.precision, own_type)
     # Where the target is narrower than the model in memory, each sum is rounded once, from fp32.
     for one in job.trained:
         change_in_place(own[one.names[0]], one.change, rounded=target)
@@ -141,14 +134,6 @@ def write_from_memory(job: Merging, folder: Path) -> MergedModel:
     )
     changed = {name: one.change for one in job.trained for name in one.names}
     return MergedModel(job, outputs, read_settings(folder), changed, same_base=same)
-
-
-def _type_named(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
-
-
-# ---- From a run to the folder of a merged model.
 
 
 @dataclass(frozen=True)

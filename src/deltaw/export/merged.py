@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +35,13 @@ from deltaw.tensor_files import Entry, StoredTensor, TensorWriter, row_blocks
 from deltaw.version import __version__
 from deltaw.working import working
 
-# ---- The config.json of a merged model: the base's own, with no more changed than the merge needs.
-#
-# Weights that are tied no more, biases that the base has none of, a classifier's head and its classes, the type
-# of the weights. Whether a model of that configuration takes exactly the merged tensors is checked by building
-# one on the meta device.
+# Of config.json no more is changed than the merge needs: weights that are tied no more, biases that the base has none
+# of, a classifier's head and its classes, the type of the weights. Whether a model of that configuration takes exactly
+# the merged tensors is checked by building one on the meta device.
 
 
 _MOST_FLAGS = 6
+_AGAIN, _SEPARATE = "fetch or copy the base model again", "keep the adapter separate"
 CONFIG = "config.json"
 
 
@@ -76,18 +77,12 @@ class MergedConfig:
             there = bool(stored) or any(name in names.converted for name in group)
             optional = any(".pooler." in name or name.startswith("pooler.") for name in group)
             if wrong or not (there or optional):
-                raise UserError(
-                    f"the merged model would lack '{group[0]}'",
-                    where=str(self.base.folder),
-                    hint="fetch or copy the base model again",
-                )
+                what = f"the merged model would lack '{group[0]}'"
+                raise UserError(what, where=str(self.base.folder), hint=_AGAIN)
             if len(group) > 1 and any(name in self.untied for name in group):
-                raise UserError(
-                    f"'{group[0]}' is tied to '{group[1]}', the adapter changes only one of the two, and a "
-                    f"{type(model).__name__} cannot have them apart",
-                    where=group[0],
-                    hint="keep the adapter separate",
-                )
+                pair = f"'{group[0]}' is tied to '{group[1]}', of which the adapter changes only one"
+                what = f"{pair}, and a {type(model).__name__} cannot have them apart"
+                raise UserError(what, where=group[0], hint=_SEPARATE)
 
 
 def _groups(own: Mapping[str, Tensor]) -> list[list[str]]:
@@ -109,18 +104,13 @@ def read_settings(folder: Path) -> dict[str, object]:
         if not isinstance(settings, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the model's config.json cannot be read: {error}", where=str(folder), hint="fetch or copy the model again"
-        ) from error
+        what = f"the model's config.json cannot be read: {error}"
+        raise UserError(what, where=str(folder), hint=_AGAIN) from error
     quantized = settings.get("quantization_config")
     if quantized:
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise UserError(
-            f"the base model's weights are quantized ({kind or 'quantization_config'}), and a sum with ΔW "
-            "would have to be quantized again",
-            where=str(folder / CONFIG),
-            hint="name the unquantized model with --model",
-        )
+        what = f"the base model's weights are quantized ({kind or 'quantization_config'}), and a sum with ΔW is not"
+        raise UserError(what, where=str(folder / CONFIG), hint="name the unquantized model with --model")
     return settings
 
 
@@ -157,24 +147,16 @@ def merged_config(
         made["label2id"] = {label: number for number, label in enumerate(labels)}
         if base.task == "regression":
             made["problem_type"] = "regression"
-    for section in _sections(made):
+    # The configuration itself, and that of the text model inside one of several models.
+    inner = made.get("text_config")
+    for section in [made, inner] if isinstance(inner, dict) else [made]:
         if untied and (section is made or "tie_word_embeddings" in section):
             section["tie_word_embeddings"] = False
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and (key in section or (section is made and key == "dtype")):
                 section[key] = str(dtype).removeprefix("torch.")
-    zeros: dict[str, tuple[int, ...]] = {}
-    if added:
-        zeros = _with_biases(base, skeleton, made, list(added))
+    zeros = _with_biases(base, skeleton, made, list(added)) if added else {}
     return MergedConfig(base, made, other_class, tuple(untied), zeros)
-
-
-def _sections(settings: dict[str, object]) -> Iterator[dict[str, object]]:
-    """The configuration itself, and that of the text model inside one of several models."""
-    yield settings
-    inner = settings.get("text_config")
-    if isinstance(inner, dict):
-        yield inner
 
 
 def _with_biases(
@@ -192,11 +174,8 @@ def _with_biases(
                 settings.update(dict.fromkeys(chosen, True))
                 new = set(own) - before - set(wanted)
                 return {name: tuple(own[name].shape) for name in sorted(new)}
-    raise UserError(
-        f"the adapter adds a bias '{wanted[0]}', for which a {type(skeleton).__name__} has no place",
-        where=wanted[0],
-        hint="keep the adapter separate",
-    )
+    what = f"the adapter adds a bias '{wanted[0]}', for which a {type(skeleton).__name__} has no place"
+    raise UserError(what, where=wanted[0], hint=_SEPARATE)
 
 
 def _built(base: Base, settings: Mapping[str, object]) -> PreTrainedModel:
@@ -206,9 +185,6 @@ def _built(base: Base, settings: Mapping[str, object]) -> PreTrainedModel:
             (Path(folder) / code.name).write_bytes(code.read_bytes())
         (Path(folder) / CONFIG).write_text(json.dumps(settings), encoding="utf-8")
         return base.skeleton(Path(folder))
-
-
-# ---- The tensors of a merged model.
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -255,13 +231,10 @@ class Output:
             made = rows.to(self.dtype)
             narrowed = self.dtype == torch.float16 and self.source is not None
             if (self.changes or narrowed) and not bool(torch.isfinite(made).all()):
-                raise UserError(
-                    f"the merged tensor '{self.name}' holds numbers that are not finite",
-                    where=self.name,
-                    hint="use --precision bf16, whose range is that of fp32"
-                    if self.dtype == torch.float16
-                    else "the adapter is broken: look at it with deltaw inspect",
-                )
+                broken = "the adapter is broken: look at it with deltaw inspect"
+                hint = "use --precision bf16, whose range is that of fp32" if self.dtype == torch.float16 else broken
+                what = f"the merged tensor '{self.name}' holds numbers that are not finite"
+                raise UserError(what, where=self.name, hint=hint)
             yield made
 
     def whole(self) -> Tensor:
@@ -271,14 +244,10 @@ class Output:
     def _base_blocks(self, whole: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of W: in the type that is computed in where W is changed, else as stored."""
         shape = self.shape or (1,)
-        parts = [(0, shape[0])] if whole else row_blocks(shape)
-        for start, stop in parts:
-            if self.source is None:
-                yield start, torch.zeros(stop - start, *shape[1:])
-                continue
-            rows = self.source.rows(start, stop)
+        for start, stop in [(0, shape[0])] if whole else row_blocks(shape):
+            rows = torch.zeros(stop - start, *shape[1:]) if self.source is None else self.source.rows(start, stop)
             if self.changes:
-                rows = rows.to(torch.float64 if self.source.dtype == torch.float64 else torch.float32)
+                rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
             yield start, rows
 
 
@@ -329,28 +298,34 @@ def assemble(job: Merging) -> MergedModel:
     return MergedModel(job, tuple(outputs), config.settings, changed, plan.untied, tuple(drop), same, notes)
 
 
+# By a run's precision, what its adapter was trained on, and what it is merged into.
+_TRAINED_ON = {
+    "int8": "int8-quantized weights; it is merged into the weights that were quantized, as they are in the base "
+    "model's files",
+    "nf4": "weights in NF4; it is merged into the weights that were rounded, as they are in the base model's files, "
+    "on which it acts a little differently",
+    "gguf": "the blocks of a .gguf file; it is merged into these blocks' values, which are no longer in blocks",
+}
+
+
 def _notes(base: Base, same: bool | None, untied: Sequence[str]) -> Iterator[str]:
     if same is False:
         yield f"'{base.reference}' is another base model than the adapter was trained on, as asked"
     elif same is None:
         yield "whether this is the base model that the adapter was trained on cannot be told from its file"
-    if base.run is not None and base.run.precision == "int8":
-        yield (
-            "the adapter was trained on int8-quantized weights; it is merged into the weights that were "
-            "quantized, as they are in the base model's files"
-        )
-    if base.run is not None and base.run.precision == "nf4":
-        yield (
-            "the adapter was trained on weights in NF4; it is merged into the weights that were rounded, as "
-            "they are in the base model's files, on which it acts a little differently"
-        )
-    if base.run is not None and base.run.precision == "gguf":
-        yield (
-            "the adapter was trained on the blocks of a .gguf file; it is merged into these blocks' values, "
-            "which are no longer in blocks"
-        )
+    if base.run is not None and base.run.precision in _TRAINED_ON:
+        yield f"the adapter was trained on {_TRAINED_ON[base.run.precision]}"
     for name in untied:
         yield f"'{name}' was tied to another weight and is not any more: the two differ now"
+
+
+def usual_type(tensors: Iterable[StoredTensor]) -> torch.dtype | None:
+    """The type of most floating-point numbers; None without any."""
+    counts: Counter[torch.dtype] = Counter()
+    for stored in tensors:
+        if stored.is_float:
+            counts[stored.dtype] += stored.numel
+    return max(counts, key=counts.__getitem__) if counts else None
 
 
 class _Plan:
@@ -376,8 +351,7 @@ class _Plan:
             if any(other in names.converted for other in self._group[name]):
                 raise NotByName(f"the files hold '{name}' in parts that are put together while it is loaded")
             if not one.new and not any(other in names.stored for other in self._group[name]):
-                hint = "fetch or copy the model again"
-                raise UserError(f"the base model's files lack '{name}'", where=name, hint=hint)
+                raise UserError(f"the base model's files lack '{name}'", where=name, hint=_AGAIN)
 
     def outputs(self, dropped: set[str], zeros: Mapping[str, tuple[int, ...]]) -> list[Output]:
         """The tensors of the base's files, then the new ones: weights that were tied, heads, biases."""
@@ -388,7 +362,7 @@ class _Plan:
             if name not in dropped
         ]
         last = self._checkpoint.files[-1]
-        usual = self._dtype or self._usual_type()
+        usual = self._dtype or usual_type(self._checkpoint.tensors.values()) or torch.float32
 
         def new(parameter: str, shape: tuple[int, ...], changes: tuple[Change, ...]) -> Output:
             source = self._source(parameter) if parameter in self.untied else None
@@ -403,12 +377,8 @@ class _Plan:
             if parameter != group[0] or any(name in self._names.stored for name in group):
                 continue
             if not isinstance(one.change, Replaced | Added):
-                raise UserError(
-                    f"'{parameter}' is a module that adapters trained whole and the base model lacks, so "
-                    "there is nothing that their changes could be combined upon",
-                    where=parameter,
-                    hint="merge one of them",
-                )
+                what = f"the adapters trained '{parameter}' whole, and the base model lacks it, so it is not combined"
+                raise UserError(what, where=parameter, hint="merge one of them")
             outputs.append(new(parameter, one.shape, (one.change,)))
         return outputs + [new(parameter, shape, ()) for parameter, shape in zeros.items()]
 
@@ -428,30 +398,18 @@ class _Plan:
                 changes = next((c for other in group if (c := self._changes(other))), ())
             shape = self._shapes.get(parameter)
             if changes and shape != stored.shape:
-                raise UserError(
-                    f"'{name}' is {stored.shape} in the base model's file and {shape} in the model",
-                    where=str(stored.file),
-                    hint="fetch the model again, or check that config.json belongs to the weights",
-                )
+                what = f"'{name}' is {stored.shape} in the base model's file and {shape} in the model"
+                hint = "fetch the model again, or check that config.json belongs to the weights"
+                raise UserError(what, where=str(stored.file), hint=hint)
         return Output(name, self._type(source), source.shape, source, changes, stored.file.name)
 
     def _source(self, parameter: str) -> StoredTensor | None:
         """The base's tensor behind a parameter that may be tied: that of the first of its names."""
-        for name in self._group[parameter]:
-            if name in self._names.stored:
-                return self._checkpoint.tensors[self._names.stored[name]]
-        return None
+        stored = [self._names.stored[name] for name in self._group[parameter] if name in self._names.stored]
+        return self._checkpoint.tensors[stored[0]] if stored else None
 
     def _type(self, source: StoredTensor) -> torch.dtype:
         return self._dtype if self._dtype is not None and source.is_float else source.dtype
-
-    def _usual_type(self) -> torch.dtype:
-        """That of most of the base's numbers."""
-        counts: dict[torch.dtype, int] = {}
-        for stored in self._checkpoint.tensors.values():
-            if stored.is_float:
-                counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
-        return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
     def _name(self, parameter: str) -> str:
         """How a file names a parameter; a bias that the base model has no place for, as its weight."""
@@ -465,9 +423,7 @@ class _Plan:
         return found
 
 
-# ---- The files of a merged model: weights in shards with their index, and all else that a model's folder has.
-#
-# Weights are written block by block. Configuration, tokenizer, chat template and terminators come from the base
+# Configuration, tokenizer, chat template and terminators come from the base
 # model, and from the run where that has its own.
 
 
@@ -484,7 +440,7 @@ OF_TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1.0}
+_UNITS = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> list[str]:
@@ -512,8 +468,7 @@ def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> l
                         advance(done)
     if count > 1:
         weights = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-        write_json(folder / INDEX, index)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))})
     return names
 
 
@@ -555,21 +510,11 @@ def write_beside(model: MergedModel, folder: Path) -> None:
         folders = [run, *job.options.others]
         parts = [f"{weight:g} × {one}" for weight, one in zip(recipe.weights, folders, strict=True)]
         facts["combined"] = f"{recipe.method}: {' + '.join(parts)}"
-    lines = [
-        "---",
-        f"base_model: {base.reference!r}",
-        "library_name: transformers",
-        f"tags: [{job.adapters[0].method}, {base.task}, merged, deltaw]",
-        "---",
-        "",
-        f"`{base.reference}` with an adapter merged into its weights by deltaw {__version__}.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    title = f"`{base.reference}` with an adapter merged into its weights by deltaw {__version__}."
+    tags = f"{job.adapters[0].method}, {base.task}, merged, deltaw"
+    header = f"---\nbase_model: {base.reference!r}\nlibrary_name: transformers\ntags: [{tags}]\n---\n"
+    table = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    (folder / "README.md").write_text(f"{header}\n{title}\n\n| | |\n| --- | --- |\n{table}", encoding="utf-8")
 
 
 def parse_size(text: str) -> int:
@@ -578,17 +523,14 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: it is none.
     """
-    stripped = text.strip().upper()
-    for unit, factor in sorted(_UNITS.items(), key=lambda entry: -len(entry[0])):
-        if stripped.endswith(unit):
-            try:
-                size = int(float(stripped.removesuffix(unit)) * factor)
-            except (ValueError, OverflowError):
-                break
-            if size >= 1:
-                return size
-            break
-    raise UserError(f"'{text}' is no size", where="--shard-size", hint="write it as 5GB or 200MB")
+    found = re.fullmatch(rf"(\S+?)\s*({'|'.join(_UNITS)})", text.strip().upper())
+    try:
+        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"'{text}' is not a valid size", where="--shard-size", hint="write it as 5GB or 200MB")
+    return size
 
 
 def _described_by(base: Base, own_tokenizer: bool) -> list[Path]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.durable import sync_folder
+from deltaw.durable import open_to_all, sync_folder
 from deltaw.errors import UserError
 
 _PARTIAL, _BEFORE = ".partial-", ".before-"
@@ -76,17 +76,11 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     if target.is_dir():
         holds = sorted(entry.name for entry in target.iterdir())
         if holds and not overwrite:
-            raise UserError(
-                f"the output folder holds files already, such as '{holds[0]}'",
-                where=str(target),
-                hint="name a new folder, or replace this one with --overwrite",
-            )
-        if holds and target.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
-            raise UserError(
-                "the output folder cannot be replaced while you are in it",
-                where=str(target),
-                hint="go to another folder first",
-            )
+            what = f"the output folder holds files already, such as '{holds[0]}'"
+            raise UserError(what, where=str(target), hint="name a new folder, or replace this one with --overwrite")
+        if holds and Path.cwd().resolve().is_relative_to(target.resolve()):
+            what = "the output folder cannot be replaced while you are in it"
+            raise UserError(what, where=str(target), hint="go to another folder first")
 
 
 def _put(partial: Path, target: Path) -> None:
@@ -94,9 +88,7 @@ def _put(partial: Path, target: Path) -> None:
     before = target.with_name(f".{target.name}{_BEFORE}{os.getpid()}")
     if target.is_dir() and any(target.iterdir()):
         target.rename(before)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o777 & ~umask)
+    open_to_all(partial, 0o777)
     try:
         partial.rename(target)  # over an empty folder too
     except OSError:
@@ -132,50 +124,49 @@ def _alive(folder: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """While open, the folder is locked, where the system can lock one."""
-    if os.name != "posix":
-        yield
-        return
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the folder's lock; None where another process holds it."""
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """While open, the folder is locked, if the system can lock one; some network file systems cannot."""
+    handle = _locked(folder) if os.name == "posix" else None
+    try:
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _is_free(folder: Path) -> bool:
     """Whether nobody holds the folder's lock."""
     if os.name != "posix":
         return True
-    import fcntl
-
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = _locked(folder)
     except OSError:
         return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
+    if handle is not None:
         os.close(handle)
-    return True
+    return handle is not None
 
 
 def _check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed and free < needed + _ROOM:
-        raise UserError(
-            f"the merged model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
-            where=str(target.parent),
-            hint="free some space, choose another disk, or a narrower --precision",
-        )
+        what = f"the merged model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
+        hint = "free some space, choose another disk, or a narrower --precision"
+        raise UserError(what, where=str(target.parent), hint=hint)
 
 
 def _flush(folder: Path) -> None:
@@ -190,8 +181,5 @@ def _flush(folder: Path) -> None:
 
 
 def _not_writable(target: Path, error: OSError) -> UserError:
-    return UserError(
-        f"the folder cannot be written: {error.strerror or error}",
-        where=str(target),
-        hint="name a folder on a disk with room that you may write to",
-    )
+    what = f"the folder cannot be written: {error.strerror or error}"
+    return UserError(what, where=str(target), hint="name a folder on a disk with room that you may write to")

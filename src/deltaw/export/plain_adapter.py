@@ -77,14 +77,10 @@ def read_plain(folder: Path, format_name: str) -> PlainAdapter:
     adapter = read_adapter(folder)
     content = content_of(adapter)
     _refuse_settings(adapter, folder, format_name)
-    _refuse_tensors(adapter, content, folder, format_name)
+    _refuse_tensors(content, folder, format_name)
     updates = [_plain(update, adapter, folder, format_name) for update in content.updates]
-    return PlainAdapter(
-        updates,
-        _invocation(adapter, folder, format_name),
-        adapter.metadata.get(FINGERPRINT_KEY),
-        adapter.metadata.get("task_type"),
-    )
+    invocation, metadata = _invocation(adapter, folder, format_name), adapter.metadata
+    return PlainAdapter(updates, invocation, metadata.get(FINGERPRINT_KEY), metadata.get("task_type"))
 
 
 def require_lora(folder: Path, format_name: str) -> None:
@@ -92,24 +88,15 @@ def require_lora(folder: Path, format_name: str) -> None:
     if not folder.is_dir():
         raise UserError(f"there is no adapter folder '{folder}'", where=str(folder), hint="name the folder of a run")
     if not (folder / CONFIG_NAME).is_file():
-        raise UserError(
-            f"the folder has no {CONFIG_NAME}",
-            where=str(folder),
-            hint="name the folder of a finished run, or of an adapter in PEFT's format",
-        )
+        hint = "name the folder of a finished run, or of an adapter in PEFT's format"
+        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(folder), hint=hint)
     settings = read_config(folder)
     kind = str(settings.get("peft_type") or settings.get("method"))
-    if kind == "LORA":
-        return
-    if kind.lower() in ("prompt", "prompt_tuning", "input"):
-        hint = "it acts through the model's input, which no merge can hold: use deltaw serve or generate"
-    else:
-        hint = _MERGE
-    raise UserError(
-        f"the adapter was made by method '{kind}', and {format_name} holds LoRA alone",
-        where=str(folder / CONFIG_NAME),
-        hint=hint,
-    )
+    if kind != "LORA":
+        by_input = "it acts through the model's input, which no merge can hold: use deltaw serve or generate"
+        hint = by_input if kind.lower() in ("prompt", "prompt_tuning", "input") else _MERGE
+        what = f"the adapter was made by method '{kind}', and {format_name} holds LoRA alone"
+        raise UserError(what, where=str(folder / CONFIG_NAME), hint=hint)
 
 
 def _refuse_settings(adapter: AdapterFile, folder: Path, format_name: str) -> None:
@@ -117,48 +104,41 @@ def _refuse_settings(adapter: AdapterFile, folder: Path, format_name: str) -> No
     if config.dora:
         raise _refusal("DoRA's magnitudes", folder / CONFIG_NAME, format_name)
     if config.init in CHANGING_INITS:
-        raise UserError(
-            f"the adapter was initialized with '{config.init}', whose share of the base's weights is not in the file",
-            where=str(folder / CONFIG_NAME),
-            hint="load it on its base and save it again: deltaw.save_adapter writes a plain one",
-        )
+        what = f"the adapter was initialized with '{config.init}', whose share of the base's weights is not in the file"
+        hint = "load it on its base and save it again: deltaw.save_adapter writes a plain one"
+        raise UserError(what, where=str(folder / CONFIG_NAME), hint=hint)
 
 
-def _refuse_tensors(adapter: AdapterFile, content: FileContent, folder: Path, format_name: str) -> None:
+def _refuse_tensors(content: FileContent, folder: Path, format_name: str) -> None:
     where = folder / WEIGHTS_NAME
-    if content.biases:
-        raise _refusal(f"a bias on B (of {_some(content.biases)})", where, format_name)
-    if content.token_rows:
-        raise _refusal(f"trained rows of tokens (of {_some(content.token_rows)})", where, format_name)
-    if content.others:
-        raise _refusal(f"tensors trained in full ({_some(content.others)})", where, format_name)
-    if content.halves:
-        raise UserError(
-            f"the file has one factor without the other for {_some(content.halves)}",
-            where=str(where),
-            hint="save the adapter again",
-        )
-    if not content.updates:
-        raise UserError("the file holds no LoRA factors", where=str(where), hint="save the adapter again")
+    for names, what in (
+        (content.biases, "a bias on B (of {})"),
+        (content.token_rows, "trained rows of tokens (of {})"),
+        (content.others, "tensors trained in full ({})"),
+    ):
+        if names:
+            raise _refusal(what.format(_some(names)), where, format_name)
+    if content.halves or not content.updates:
+        halves = f"the file has one factor without the other for {_some(content.halves)}"
+        what = halves if content.halves else "the file holds no LoRA factors"
+        raise UserError(what, where=str(where), hint="save the adapter again")
 
 
 def _plain(update: FileUpdate, adapter: AdapterFile, folder: Path, format_name: str) -> PlainUpdate:
     where = folder / WEIGHTS_NAME
-    if update.experts is not None or not update.certain:
-        raise _refusal(f"updates of stacked experts ({update.name})", where, format_name)
-    if update.factor_A.dim() != 2 or update.factor_B.dim() != 2:
-        raise _refusal(f"an update of a convolution ({update.name})", where, format_name)
-    if update.name in adapter.config.target_parameters:
-        raise _refusal(f"an update of a single parameter ({update.name})", where, format_name)
+    for refused, what in (
+        (update.experts is not None or not update.certain, "updates of stacked experts"),
+        (update.factor_A.dim() != 2 or update.factor_B.dim() != 2, "an update of a convolution"),
+        (update.name in adapter.config.target_parameters, "an update of a single parameter"),
+    ):
+        if refused:
+            raise _refusal(f"{what} ({update.name})", where, format_name)
     embedding = f"{update.path}.lora_embedding_A" in adapter.tensors
     factor_A, factor_B = update.factor_A.float(), update.factor_B.float()
     for letter, factor in (("A", factor_A), ("B", factor_B)):
         if not bool(factor.isfinite().all()):
-            raise UserError(
-                f"{letter} of '{update.name}' holds numbers that are not finite",
-                where=str(where),
-                hint="train the adapter again: it cannot be used anywhere",
-            )
+            what = f"{letter} of '{update.name}' holds numbers that are not finite"
+            raise UserError(what, where=str(where), hint="train the adapter again: it cannot be used anywhere")
     return PlainUpdate(update.name, factor_A, factor_B, update.scaling * update.times, embedding)
 
 
@@ -168,11 +148,8 @@ def _invocation(adapter: AdapterFile, folder: Path, format_name: str) -> tuple[i
     tokens = adapter.config.invocation_tokens
     if isinstance(tokens, list):
         return tuple(tokens)
-    raise UserError(
-        f"the activated adapter names no token ids to act from, and {format_name} needs them",
-        where=str(folder / CONFIG_NAME),
-        hint="write alora_invocation_tokens there",
-    )
+    what = f"the activated adapter names no token ids to act from, and {format_name} needs them"
+    raise UserError(what, where=str(folder / CONFIG_NAME), hint="write alora_invocation_tokens there")
 
 
 def _refusal(what: str, where: Path, format_name: str) -> UserError:

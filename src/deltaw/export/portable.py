@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.export.base import Base, Say, base_of, other_base, plain_adapter
+from deltaw.export.base import Base, MergeOptions, Say, Written, base_of, other_base, plain_adapter
 from deltaw.export.merged import write_json
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, read_plain, require_lora
@@ -34,37 +34,31 @@ MLX_WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<inside>.+)")
 # Families whose modules mlx-lm names as transformers does.
 _SAME_NAMES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
-_CONVERT = "convert the model with mlx_lm.convert"
+_CONVERT = "merge the adapter (deltaw merge) and convert the model with mlx_lm.convert"
 
 
 def require_text(base: Base, run: Path) -> None:
-    """Raise a UserError where the adapter in ``run`` is for another task than writing text, or the base model
+    """Raise a UserError if the adapter in ``run`` is for another task than writing text, or the base model
     has no configuration that can be read."""
     if not entry_of(base.task).writes_text:
-        raise UserError(
-            f"this is an adapter for {base.task}, and exports are for models that write text",
-            where=str(run),
-            hint="the run's folder is in PEFT's format already; deltaw merge makes a model of it",
-        )
+        hint = "the run's folder is in PEFT's format already; deltaw merge makes a model of it"
+        raise UserError(f"adapters for {base.task} are not exported, only for text", where=str(run), hint=hint)
     assert base.config is not None  # read now
 
 
-def read_pair(
-    run: Path, format_name: str, model: str | None, *, trust_remote_code: bool, say: Say
-) -> tuple[PlainAdapter, Base]:
+def read_pair(run: Path, format_name: str, options: MergeOptions, say: Say) -> tuple[PlainAdapter, Base]:
     """The plain updates of the adapter in ``run``, and its base model.
 
     A share that the adapter's initialization took out of W is put back.
 
     Args:
         format_name: for messages: what cannot hold the rest.
-        model: the base model, where it is not the one that the folder names.
 
     Raises:
         UserError: the adapter consists of more than plain updates, or its base model cannot be found.
     """
     require_lora(run, format_name)
-    base = base_of(run, model, "bf16", say, trust_remote_code=trust_remote_code)
+    base = base_of(run, "bf16", options, say)
     require_text(base, run)
     with plain_adapter(run, base, say) as folder:
         return read_plain(folder, format_name), base
@@ -101,29 +95,6 @@ class Uniform:
     padded: int
     folded: int
 
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class WrittenFolder:
-    """What was written: the folder, how many modules it adapts, and how the updates were made alike."""
-
-    path: Path
-    modules: int
-    rank: int
-    alpha: float
-    padded: int
-    folded: int
-
-    def lines(self) -> list[str]:
-        """For a person."""
-        lines = [f"{self.modules} modules, rank {self.rank}, alpha {self.alpha:g}"]
-        if self.padded:
-            lines.append(f"{self.padded} modules of smaller rank were padded with zeros")
-        return lines + folded_lines(self.folded)
-
 
 def folded_lines(folded: int) -> list[str]:
     """For a person: how many B took a part of their scaling in."""
@@ -155,45 +126,39 @@ def uniform(updates: Sequence[PlainUpdate]) -> Uniform:
 
 
 def export_folder(
-    run: Path,
-    folder: Path,
-    reader: str = "peft",
-    *,
-    model: str | None = None,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> WrittenFolder:
+    run: Path, folder: Path, reader: str = "peft", options: MergeOptions | None = None, say: Say = lambda line: None
+) -> Written:
     """Write the adapter in ``run`` in its most portable form, or for mlx-lm's ``--adapter-path``.
 
     Args:
         run: a run's folder, or an adapter's in PEFT's format.
         folder: to make.
         reader: ``peft``; ``vllm``, which takes less; or ``mlx``.
-        model: the base model, where it is not the one that the folder names.
-        trust_remote_code: run the Python files that came with the base model.
-        overwrite: whether a folder with files is replaced.
-        say: told a line where something should be known.
+        options: name the base model, and allow replacing a folder with files.
+        say: told a line if something should be known.
 
     Raises:
         UserError: the adapter holds more than the reader takes, the base is another one or of a family that
             the reader names otherwise, or the folder cannot be written. Nothing is written then.
     """
+    options = options or MergeOptions()
     require_lora(run, reader)
-    check_target(folder, overwrite=overwrite)
-    adapter, base = read_pair(run, reader, model, trust_remote_code=trust_remote_code, say=say)
-    if reader == "mlx":
-        _refuse_for_mlx(adapter, base, run)
-    elif reader == "vllm":
-        _refuse_for_vllm(adapter, base, run)
+    check_target(folder, overwrite=options.overwrite)
+    adapter, base = read_pair(run, reader, options, say)
+    if reader in _REFUSALS:
+        _REFUSALS[reader](adapter, base, run)
     fingerprint = require_same_base(base, adapter.fingerprint, run, say)
     alike = uniform(adapter.updates)
     tensors, settings = (_for_mlx if reader == "mlx" else _for_peft)(adapter, alike, base)
     metadata = {"format": "mlx" if reader == "mlx" else "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
-    with appearing(folder, overwrite=overwrite, say=say) as partial:
+    with appearing(folder, overwrite=options.overwrite, say=say) as partial:
         save_tensors(partial / file_names(reader)[0], tensors, metadata)
         write_json(partial / CONFIG_NAME, settings)
-    return WrittenFolder(folder, len(adapter.updates), alike.rank, alike.alpha, alike.padded, alike.folded)
+    made = {"rank": alike.rank, "alpha": alike.alpha, "padded": alike.padded, "folded": alike.folded}
+    lines = [f"{len(alike.factors)} modules, rank {alike.rank}, alpha {alike.alpha:g}"]
+    if alike.padded:
+        lines.append(f"{alike.padded} modules of smaller rank were padded with zeros")
+    return Written({"path": str(folder), "modules": len(alike.factors), **made}, lines + folded_lines(alike.folded))
 
 
 def file_names(reader: str) -> tuple[str, str]:
@@ -236,34 +201,31 @@ def _for_mlx(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[st
         "fine_tune_type": "lora",
         "model": base.reference,
         "num_layers": layers,
-        "lora_parameters": {"rank": alike.rank, "scale": alike.scaling, "dropout": 0.0, "keys": sorted(keys)},
+        "lora_parameters": {
+            "rank": alike.rank,
+            "scale": alike.alpha / alike.rank,
+            "dropout": 0.0,
+            "keys": sorted(keys),
+        },
     }
 
 
 def _refuse_invocation(adapter: PlainAdapter, run: Path, reader: str) -> None:
     if adapter.invocation is not None:
-        raise UserError(
-            f"the adapter acts only from its invocation tokens on, and {reader} would apply it to every token",
-            where=str(run),
-            hint="serve it with deltaw serve, or llama.cpp (--format gguf-adapter)",
-        )
+        what = f"the adapter acts only from its invocation tokens on, and {reader} would apply it to every token"
+        raise UserError(what, where=str(run), hint="use deltaw serve, or llama.cpp (--format gguf-adapter)")
 
 
 def _refuse_for_mlx(adapter: PlainAdapter, base: Base, run: Path) -> None:
-    if base.config.model_type not in _SAME_NAMES:
-        raise UserError(
-            f"the modules of '{base.config.model_type}' models have other names in mlx-lm",
-            where=str(run),
-            hint=f"known are {', '.join(_SAME_NAMES)}; otherwise merge the adapter (deltaw merge) and {_CONVERT}",
-        )
+    kind = base.config.model_type
+    if kind not in _SAME_NAMES:
+        hint = f"known are {', '.join(_SAME_NAMES)}; otherwise {_CONVERT}"
+        raise UserError(f"the modules of '{kind}' models have other names in mlx-lm", where=str(run), hint=hint)
     _refuse_invocation(adapter, run, "mlx-lm")
     outer = [u.module for u in adapter.updates if u.embedding or u.module == "lm_head"]
     if outer and base.config.tie_word_embeddings:
-        raise UserError(
-            f"the adapter changes '{outer[0]}', which is tied: mlx-lm would change both weights",
-            where=str(run),
-            hint=f"merge it instead (deltaw merge) and {_CONVERT}",
-        )
+        what = f"the adapter changes '{outer[0]}', which is tied: mlx-lm would change both weights"
+        raise UserError(what, where=str(run), hint=_CONVERT)
 
 
 def _refuse_for_vllm(adapter: PlainAdapter, base: Base, run: Path) -> None:
@@ -271,11 +233,10 @@ def _refuse_for_vllm(adapter: PlainAdapter, base: Base, run: Path) -> None:
     skeleton = base.skeleton()
     head = skeleton.get_output_embeddings()
     outer = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding) or module is head}
-    for update in adapter.updates:
-        if update.module in outer:
-            raise UserError(
-                f"the adapter changes '{update.module}', and vLLM takes no updates of embeddings and heads "
-                "for most models",
-                where=str(run),
-                hint="merge it into its base instead (deltaw merge), which needs no adapter",
-            )
+    changed = [update.module for update in adapter.updates if update.module in outer]
+    if changed:
+        what = f"the adapter changes '{changed[0]}', and vLLM updates no embeddings and heads of most models"
+        raise UserError(what, where=str(run), hint="merge it into its base instead (deltaw merge)")
+
+
+_REFUSALS = {"mlx": _refuse_for_mlx, "vllm": _refuse_for_vllm}

@@ -30,12 +30,13 @@ from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
 from deltaw.export.base import Merging, Say
 from deltaw.export.merge import apply_changes
+from deltaw.export.merged import usual_type
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.lora import merge
 from deltaw.methods.parameters import names_of
 from deltaw.runtime.quantized_weights import round_to_nf4
-from deltaw.tensor_files import CODES, FLOATS
+from deltaw.tensor_files import CODES
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.origin import InferenceSession, open_run
 from deltaw.training.process import own_random_numbers
@@ -47,13 +48,9 @@ MEAN_FACTOR, MAX_FACTOR, SHARE = 2.0, 4.0, 0.5
 TOLD = 0.1
 # Rows, tokens of a row, and bytes of kept logits that are enough to tell.
 ROWS, TOKENS, KEPT_BYTES = 24, 512, 256 << 20
-UNIT_ROUNDOFF = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    # Sums over some thousand products differ by more than the roundoff of fp32 itself, 2⁻²⁴.
-    torch.float32: 2.0**-20,
-    torch.float64: 2.0**-20,
-}
+# Sums over some thousand products differ by more than the roundoff of fp32 itself, 2⁻²⁴.
+_WIDE = dict.fromkeys((torch.float32, torch.float64), 2.0**-20)
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, **_WIDE}
 _SPARE = 1.3
 
 
@@ -169,11 +166,9 @@ class Verify:
         for line in found.lines():
             self._say(line)
         if found.explained and not found.passed:
-            raise UserError(
-                f"rounding to {found.stored_in} moves logits by {found.lost:.0%} of what the adapter does",
-                where=str(job.run),
-                hint="merge with --precision fp32, or keep the adapter separate",
-            )
+            what = f"rounding to {found.stored_in} moves logits by {found.lost:.0%} of what the adapter does"
+            hint = "merge with --precision fp32, or keep the adapter separate"
+            raise UserError(what, where=str(job.run), hint=hint)
         if not found.passed:
             raise UserError(
                 f"the merged model is not what base and adapter are together: logits moved by "
@@ -210,7 +205,8 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     step = max(UNIT_ROUNDOFF[stored], UNIT_ROUNDOFF[torch.bfloat16] if precision == "bf16" else 0.0)
     everything = narrowed or precision == "bf16"
     if single and opened.method is not None and opened.method.name == "lora":
-        _merge_in_memory(model)
+        with contextlib.suppress(UserError):  # an adapter that the weights cannot take stays beside them
+            merge(model, keep_original=False)
     _perturb(model, None if everything else {n for one in job.trained for n in one.names}, step, stored)
     rounding = _moved(kept, questions.logits(model))
     del model
@@ -219,20 +215,9 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     release_free_memory()
     merged = _moved(kept, questions.logits(job.base.load(precision, folder).model))
     floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
-    return Verification(
-        rows,
-        len(kept),
-        sum(len(logits) for logits in kept),
-        precision,
-        CODES[stored].lower(),
-        merged,
-        rounding,
-        adapter,
-        narrowed,
-        max(MEAN_FACTOR * rounding.mean, floor),
-        max(MAX_FACTOR * rounding.largest, 10 * floor),
-        nf4,
-    )
+    allowed = max(MEAN_FACTOR * rounding.mean, floor), max(MAX_FACTOR * rounding.largest, 10 * floor)
+    positions, types = sum(len(logits) for logits in kept), (precision, CODES[stored].lower())
+    return Verification(rows, len(kept), positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4)
 
 
 def _moved_by_nf4(job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str) -> Movement | None:
@@ -247,34 +232,18 @@ def _moved_by_nf4(job: Merging, kept: Sequence[Tensor], questions: _Questions, p
 
 def _opened(job: Merging, precision: str) -> InferenceSession:
     """Base and adapter, unmerged."""
+    base, trust = str(job.base.folder), job.base.trust_remote_code
     return open_run(
-        str(job.run),
-        model=str(job.base.folder),
-        precision=precision,
-        device="cpu",
-        trust_remote_code=job.base.trust_remote_code,
-        say=lambda line: None,
+        str(job.run), model=base, precision=precision, device="cpu", trust_remote_code=trust, say=lambda line: None
     )
 
 
 def _stored_type(job: Merging, folder: Path) -> tuple[torch.dtype, bool]:
     """The type of most merged weights, and whether the base's are wider."""
 
-    def usual(where: Path) -> torch.dtype:
-        counts: dict[torch.dtype, int] = {}
-        for tensor in read_checkpoint(where).tensors.values():
-            if tensor.code in FLOATS:
-                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
-        return max(counts, key=lambda dtype: counts[dtype])
-
-    merged, base = usual(folder), usual(job.base.folder)
+    merged, base = (usual_type(read_checkpoint(f).tensors.values()) for f in (folder, job.base.folder))
+    assert merged is not None and base is not None
     return merged, UNIT_ROUNDOFF[merged] > UNIT_ROUNDOFF[base]
-
-
-def _merge_in_memory(model: PreTrainedModel) -> None:
-    """Put the adapter into the loaded weights; one that they cannot take stays beside them."""
-    with contextlib.suppress(UserError):
-        merge(model, keep_original=False)
 
 
 @torch.no_grad()
@@ -303,9 +272,8 @@ def _moved(kept: Sequence[Tensor], others: Iterator[Tensor]) -> Movement:
             divergence += float(nn.functional.kl_div(after, before, reduction="sum", log_target=True))
             changed += int((logits.argmax(-1) != other.argmax(-1)).sum())
         squares += float(difference.double().square().sum())
-        largest = (
-            max(largest, float(difference.abs().max())) if bool(torch.isfinite(difference).all()) else (float("inf"))
-        )
+        finite = bool(torch.isfinite(difference).all())
+        largest = max(largest, float(difference.abs().max())) if finite else float("inf")
         numbers += difference.numel()
         positions += len(logits)
     return Movement((squares / numbers) ** 0.5, largest, max(divergence, 0.0) / positions, changed / positions)
@@ -357,11 +325,9 @@ def _questions(opened: InferenceSession, say: Say) -> tuple[_Questions, str]:
         try:
             opened.found.require_rows()
             data = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed)
-            rows, where = (
-                (data.held_out, "held-out rows of the run")
-                if len(data.held_out)
-                else (data.train, "training rows of the run")
-            )
+            rows, where = data.held_out, "held-out rows of the run"
+            if not len(rows):
+                rows, where = data.train, "training rows of the run"
         except UserError as error:
             why = f"the run's data cannot be read ({error.what})"
     if len(rows):
@@ -370,11 +336,8 @@ def _questions(opened: InferenceSession, say: Say) -> tuple[_Questions, str]:
             return _Questions(opened, chosen, labeled=True), where
         return _Questions(opened, [row.tokens for row in _single(chosen)], labeled=False), where
     if opened.task.tokenizer is None:
-        raise UserError(
-            f"{why}, and there are no images to verify the merged model on",
-            where=opened.loaded.reference,
-            hint="use --no-verify",
-        )
+        what = f"{why}, and there are no images to verify the merged model on"
+        raise UserError(what, where=opened.loaded.reference, hint="use --no-verify")
     say(f"{why}: verifying on general prompts")
     tokenizer, settings = opened.task.tokenizer, opened.data
     prompts = [encode_prompt(prompt, settings or "auto", tokenizer) for prompt in MEASURED[:ROWS]]

@@ -23,14 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 
-# ---- The limits a control group puts on this process: how many processors, how much memory.
-#
 # A container or a batch system limits a process through control groups; neither torch nor ``/proc/meminfo``
 # sees that. A limit may sit on the process's own group or on any group above it, so the whole path up to the
 # root is read and the tightest value holds. Versions 1 and 2, and both mounted side by side, are understood.
-#
-# It knows nothing of models. Every function takes the root of the file system, so that a test can build one.
-
 
 # Where the two versions are mounted, relative to the root: version 2 alone, and beside version 1.
 _UNIFIED_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
@@ -127,9 +122,6 @@ def _positive(path: Path) -> int | None:
     return int(words[0]) if words and words[0].isdigit() and int(words[0]) > 0 else None
 
 
-# ---- choices
-
-
 T = TypeVar("T")
 
 # The names of precisions. With int8 and nf4, the blocks' linear layers are quantized after loading; with
@@ -157,13 +149,8 @@ def dtype_of(precision: str) -> torch.dtype:
     """The type that a model is loaded in for one of :data:`PRECISIONS`."""
     import torch
 
-    types: Mapping[str, torch.dtype] = {
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-        "fp32": torch.float32,
-        **dict.fromkeys(QUANTIZED, torch.bfloat16),
-    }
-    return types[precision]
+    types = {"fp16": torch.float16, "fp32": torch.float32}
+    return types.get(precision, torch.bfloat16)
 
 
 def choose_device(asked: str = "auto") -> Choice[str]:
@@ -182,20 +169,14 @@ def choose_device(asked: str = "auto") -> Choice[str]:
         return Choice("cpu", "no CUDA device is there")
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
-        known = ("auto", "cpu", "cuda", "mps")
-        raise UserError(f"'{asked}' is no device", where="device", hint=did_you_mean(asked, known))
+        hint = did_you_mean(asked, ("auto", "cpu", "cuda", "mps"))
+        raise UserError(f"'{asked}' is not a device", where="device", hint=hint)
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "a CUDA device is asked for, and torch sees none",
-            where="device",
-            hint="install the CUDA build of torch and check the driver, or use device: cpu",
-        )
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {asked} is asked for, and there are {torch.cuda.device_count()} CUDA devices",
-            where="device",
-            hint="devices are counted from 0",
-        )
+        hint = "install the CUDA build of torch and check the driver, or use device: cpu"
+        raise UserError("a CUDA device is asked for, and torch sees none", where="device", hint=hint)
+    if kind == "cuda" and index and int(index) >= (count := torch.cuda.device_count()):
+        what = f"device {asked} is asked for, and there are {count} CUDA devices"
+        raise UserError(what, where="device", hint="devices are counted from 0")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("the mps device is asked for, and this torch has none", where="device", hint="use device: cpu")
     return Choice(asked, "as asked")
@@ -216,25 +197,24 @@ def choose_precision(device: str, asked: str = "auto", rates: Mapping[str, float
     """
     if asked not in ("auto", *PRECISIONS):
         hint = did_you_mean(asked, ("auto", *PRECISIONS))
-        raise UserError(f"'{asked}' is no precision", where="precision", hint=hint)
+        raise UserError(f"'{asked}' is not a precision", where="precision", hint=hint)
     kind = device.partition(":")[0]
     if asked == "fp16" and kind == "cpu":
-        raise UserError(
-            "fp16 is not for processors: they multiply it slowly and it overflows where bf16 does not",
-            where="precision",
-            hint="use precision: auto, bf16 or fp32",
-        )
+        what = "fp16 is not for processors: they multiply it slowly and it overflows where bf16 does not"
+        raise UserError(what, where="precision", hint="use precision: auto, bf16 or fp32")
     if asked in QUANTIZED and kind != "cpu":
-        raise UserError(
-            f"{asked} is for processors, and the device is {kind}",
-            where="precision",
-            hint="use precision: auto or bf16",
-        )
+        what = f"{asked} is for processors, and the device is {kind}"
+        raise UserError(what, where="precision", hint="use precision: auto or bf16")
     if asked in ("fp32", "gguf", "nf4"):
         return Choice(asked, "as asked")
     if kind != "cpu":
         return _other_device_precision(device, asked)
-    rates = _measured_rates() if rates is None else rates
+    if rates is None:
+        from deltaw.host.kernel_choice import choose_kernels
+        from deltaw.host.product_rates import GENERIC
+
+        measured = choose_kernels(GENERIC, choose_threads().value)
+        rates = {stored: measured.rate(stored) for stored in ("fp32", "bf16", "int8")}
     best = max(rates["fp32"], rates["bf16"])
     shown = f"bf16 products reach {rates['bf16']:.0f} GFLOP/s, fp32 {rates['fp32']:.0f}"
     if asked == "auto":
@@ -245,22 +225,11 @@ def choose_precision(device: str, asked: str = "auto", rates: Mapping[str, float
     return Choice(asked, "as asked")
 
 
-def _measured_rates() -> dict[str, float]:
-    """GFLOP/s of products of a usual size by the precision of their weights."""
-    from deltaw.host.kernel_choice import choose_kernels
-    from deltaw.host.product_rates import GENERIC
-
-    measured = choose_kernels(GENERIC, choose_threads().value)
-    return {stored: measured.rate(stored) for stored in ("fp32", "bf16", "int8")}
-
-
 def _other_device_precision(device: str, asked: str) -> Choice[str]:
     """The precision on a device that is no processor, where ``asked`` is not fp32."""
-    kind = device.partition(":")[0]
-    reason = native_bf16(device)
+    kind, reason = device.partition(":")[0], native_bf16(device)
     lacking = "this device has no native bf16 (compute capability below 8.0)"
-    if kind != "cuda":
-        lacking = f"bf16 is not taken for granted on {kind}"
+    lacking = lacking if kind == "cuda" else f"bf16 is not taken for granted on {kind}"
     if asked == "bf16" and reason is None:
         return Choice("bf16", f"as asked, though {lacking}: expect it to be slow")
     if asked != "auto":
@@ -279,7 +248,9 @@ def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]
     """
     if asked != "auto":
         if not str(asked).isdigit() or int(asked) < 1:
-            raise UserError(f"'{asked}' is no number of threads", where="threads", hint="use auto or a number from 1")
+            raise UserError(
+                f"'{asked}' is not a number of threads", where="threads", hint="use auto or a number from 1"
+            )
         return Choice(int(asked), "as asked")
     set_by_user = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if set_by_user.isdigit() and int(set_by_user) > 0:

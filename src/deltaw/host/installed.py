@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
+
+from deltaw.host.choices import lines_of
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,7 @@ class Package:
             return True  # a version that cannot be read is not known to be wrong
 
     def as_dict(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "wanted": self.wanted or None,
-            "installed": self.installed,
-            "extra": self.extra,
-            "fits": self.fits,
-        }
+        return {**asdict(self), "wanted": self.wanted or None, "fits": self.fits}
 
 
 def version_of(name: str) -> str | None:
@@ -76,7 +72,8 @@ def packages(requirements: list[str] | None = None) -> list[Package]:
             read = Requirement(text)
         except InvalidRequirement:
             continue
-        extra = _extra_of(read)
+        _, named, rest = str(read.marker or "").partition('extra == "')
+        extra = rest.partition('"')[0] if named else None
         if extra == "dev" or (extra is None and read.marker is not None and not read.marker.evaluate()):
             continue
         package = Package(read.name, str(read.specifier), version_of(read.name), extra)
@@ -85,24 +82,11 @@ def packages(requirements: list[str] | None = None) -> list[Package]:
     return list(found.values())
 
 
-def _extra_of(read: Requirement) -> str | None:
-    """The extra that a requirement belongs to."""
-    marker = "" if read.marker is None else str(read.marker)
-    _, named, rest = marker.partition('extra == "')
-    return rest.partition('"')[0] if named else None
-
-
-# ---- Which OpenMP libraries this process has loaded: a second one brings a second pool of threads.
-
-
 _LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
 
 
 def openmp_libraries(root: Path = Path("/")) -> list[str]:
-    """The files' names, in alphabetical order; empty where the system does not say."""
-    try:
-        maps = (root / "proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    found = (_LIBRARY.search(line.rstrip()) for line in maps.splitlines())
+    """The names of the OpenMP libraries that this process has loaded, in alphabetical order; a second one brings a
+    second pool of threads. Empty where the system does not say."""
+    found = (_LIBRARY.search(line.rstrip()) for line in lines_of(root / "proc/self/maps"))
     return sorted({match[1] for match in found if match})

@@ -15,15 +15,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
 from deltaw.cache import recall, remember, versions
 from deltaw.host import product_rates
-from deltaw.host import product_rates as measurements
 from deltaw.host.processor import processor_flags, processor_name
-from deltaw.host.product_rates import GENERIC, Candidate, Measured, Rates, Sizes, as_values, believable, sizes_of
+from deltaw.host.product_rates import GENERIC, Candidate, Measured, Rates, Sizes, believable, sizes_of
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import APPROXIMATIONS, STORED, TORCH, Arithmetic
 from deltaw.kernels.processor import second_level_cache
@@ -85,15 +84,12 @@ class KernelChoice:
     def why(self, precision: str) -> str:
         """The rates that decided it, the chosen first."""
         stored = STORED_BY_PRECISION.get(precision, "fp32")
-        chosen, way = self.rate(stored), self.arithmetic.of(stored)
         unit = "GOP/s" if stored == "int8" else "GFLOP/s"
-        own = f"{self.arithmetic.kernels}:"
-        others = sorted(self.rates[stored].items(), key=lambda pair: -pair[1])
-        named = [(name.removeprefix(own), rate) for name, rate in others]
-        shown = [f"{name} {rate:.0f}" for name, rate in named if name != way]
-        busy = ["measured while the machine was busy"] if self.disturbed else []
-        forced = [variants.asked().said] if variants.asked().said else []
-        return "; ".join(filter(None, [f"{chosen:.0f} {unit}", ", ".join(shown), *busy, *forced]))
+        ordered = sorted(self.rates[stored].items(), key=lambda pair: -pair[1])
+        named = [(name.removeprefix(f"{self.arithmetic.kernels}:"), rate) for name, rate in ordered]
+        others = ", ".join(f"{name} {rate:.0f}" for name, rate in named if name != self.arithmetic.of(stored))
+        busy = "measured while the machine was busy" if self.disturbed else ""
+        return "; ".join(filter(None, [f"{self.rate(stored):.0f} {unit}", others, busy, variants.asked().said]))
 
     def faster_precision(self, precision: str) -> str | None:
         """What to tell a user whose products would be much faster in another precision; None where none
@@ -105,10 +101,8 @@ class KernelChoice:
         best = min(shares, key=lambda other: shares[other])
         if shares[best] > WORTH_MENTIONING:
             return None
-        return (
-            f"precision: {best} would take about {100 * shares[best]:.0f} % of the time of products "
-            f"({self.rate(best):.0f} instead of {self.rate(stored):.0f} G operations a second)"
-        )
+        instead = f"{self.rate(best):.0f} instead of {self.rate(stored):.0f} G operations a second"
+        return f"precision: {best} would take about {100 * shares[best]:.0f} % of the time of products ({instead})"
 
 
 def settle_kernels(config: object, threads: int | None = None) -> KernelChoice:
@@ -173,16 +167,16 @@ def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
 
 def _measured(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> Measured:
     """The candidates' rates: as they are known on this machine, or new."""
-    told = _of_any(measurements.for_any(), candidates)
+    told = _of_any(product_rates.for_any(), candidates)
     if told is not None:
         return told
     key = _key(sizes, threads, candidates)
-    found = _read(measurements.known(key, lambda kept: _read(kept, candidates) is not None), candidates)
+    found = _read(product_rates.known(key, lambda kept: _read(kept, candidates) is not None), candidates)
     if found is None:
         found = product_rates.measure(sizes, threads)
         # What was measured beside other programs serves this process and its children.
         kept = {"rates": found.rates, "disturbed": found.disturbed}
-        measurements.keep(key, kept, lasting=not found.disturbed)
+        product_rates.keep(key, kept, lasting=not found.disturbed)
     return found
 
 
@@ -197,7 +191,7 @@ def _key(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> list[ob
         versions(("torch", "deltaw.host.product_rates")),
         _libraries(tuple(names)),
         [f"{c.stored} {c.name}" for c in candidates],
-        as_values(sizes),
+        list(astuple(sizes)),
         # What steers torch's own products.
         sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(STEERING)),
     ]
@@ -240,10 +234,8 @@ def _overall(rates: Rates, kernels: str) -> float:
     return math.exp(sum(map(math.log, best)) / len(best))
 
 
-# ---- How fast this processor computes: matrix products as they are computed here, and an operator that hardly
-# computes.
-#
-# Good for the order of settings by their time, and no promise of seconds. Knows no models.
+# Rates for planning: matrix products, and an operator that hardly computes. Good for the order of settings by their
+# time, and no promise of seconds.
 
 
 MADE_BY = ("torch", "deltaw.host.kernel_choice")

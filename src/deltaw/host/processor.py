@@ -39,16 +39,9 @@ def physical_cores(usable: set[int], root: Path) -> int:
     cores = set()
     for number in usable:
         topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
-        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
-        cores.add(siblings.strip() or f"processor {number}")
+        files = [topology / name for name in ("core_cpus_list", "thread_siblings_list")]
+        siblings = [file.read_text().strip() for file in files if file.is_file()]
+        cores.add(siblings[0] if siblings else f"processor {number}")
     if any(not core.startswith("processor ") for core in cores) or root != _ROOT:
         return len(cores)
     return min(len(usable), psutil.cpu_count(logical=False) or len(usable))
-
-
-def _read(path: Path) -> str:
-    """A small kernel file's text; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

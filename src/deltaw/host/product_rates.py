@@ -12,7 +12,6 @@ Knows sizes and candidates; nothing of what is chosen from the rates.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -29,11 +28,9 @@ from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.kernels.variants import MEASURED, asked, best_of_families
 
-# ---- What was measured of this machine: remembered in the cache folder, and handed from process to process.
-#
-# A process that starts others tells them what it knows, and learns from them, so that all of an experiment
-# choose alike, also where the cache folder cannot be written to. Knows keys and JSON; not what is measured.
-# Imports no torch.
+# What was measured is remembered in the cache folder, and handed from process to process. A process that starts others
+# tells them what it knows, and learns from them, so that all of an experiment choose alike, also where the cache folder
+# cannot be written to.
 
 
 KIND = "products"
@@ -54,18 +51,13 @@ def known(key: object, usable: Callable[[object], bool]) -> object | None:
     """What is known for ``key``: used before in this process, told, learned, or remembered; None where
     nothing of it is ``usable``."""
     name = _name(key)
-    places = (
-        lambda: _used[name][1] if name in _used else None,
-        lambda: _told().get(name),
-        lambda: _learned.get(name),
-        lambda: recall(KIND, key),
-    )
-    for place in places:
-        value = place()
-        if value is not None and usable(value):
-            _used[name] = (key, value)
-            return value
-    return None
+    if name not in _used or not usable(_used[name][1]):
+        found = (value for value in (_told().get(name), _learned.get(name)) if value is not None and usable(value))
+        value = next(found, None) or recall(KIND, key)
+        if value is None or not usable(value):
+            return None
+        _used[name] = (key, value)
+    return _used[name][1]
 
 
 def keep(key: object, value: object, lasting: bool) -> None:
@@ -110,9 +102,6 @@ def _told() -> Mapping[str, object]:
 
 def _name(key: object) -> str:
     return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-
-
-# ---- product rates
 
 
 # Of a low-rank update, a microbatch of rows, and the few rows that show which candidates are hopeless.
@@ -217,7 +206,8 @@ def measure(sizes: Sizes, threads: int) -> Measured:
         with _undisturbed(threads), loader.computing():
             clock = time.thread_time if threads == 1 else time.perf_counter
             trials = _timed(sizes, clock)
-            return Measured(_rates(trials), disturbed=not _steady(trials))
+            # Whether the best of each type was timed without being disturbed.
+            return Measured(_rates(trials), disturbed=not all(trial.steady() for trial in _best(trials).values()))
     except _Disturbed:
         with _undisturbed(1), loader.computing():
             trials = _timed(sizes, time.thread_time)
@@ -321,34 +311,20 @@ class _Trial:
     def steady(self) -> bool:
         """Whether the fastest two turns of each product are alike."""
         turns = self.turns[max(self.turns)]
-        if len(turns) < 2:
-            return False
-        for seconds in zip(*turns, strict=True):
-            first, second = sorted(seconds)[:2]
-            if second > first * STEADY:
-                return False
-        return True
+        fastest = [sorted(seconds)[:2] for seconds in zip(*turns, strict=True)]
+        return len(turns) > 1 and all(second <= first * STEADY for first, second in fastest)
 
 
 def _best(trials: Iterable[_Trial], rows: int | None = None) -> dict[str, _Trial]:
     """The fastest of each stored type."""
-    best: dict[str, _Trial] = {}
-    for trial in trials:
-        known = best.setdefault(trial.candidate.stored, trial)
-        if trial.rate(rows) > known.rate(rows):
-            best[trial.candidate.stored] = trial
-    return best
+    by_rate = sorted(trials, key=lambda trial: trial.rate(rows))
+    return {trial.candidate.stored: trial for trial in by_rate}
 
 
 def _near(trials: list[_Trial], rows: int, factor: float) -> list[_Trial]:
     """Those that are not ``factor`` times slower on so many rows than the best of their type."""
     best = _best(trials, rows)
     return [t for t in trials if t.rate(rows) * factor >= best[t.candidate.stored].rate(rows)]
-
-
-def _steady(trials: list[_Trial]) -> bool:
-    """Whether the best of each type was timed without being disturbed."""
-    return all(trial.steady() for trial in _best(trials).values())
 
 
 def _trials(sizes: Sizes, of: list[Candidate]) -> tuple[int, list[_Trial]]:
@@ -366,12 +342,12 @@ def _trials(sizes: Sizes, of: list[Candidate]) -> tuple[int, list[_Trial]]:
     rows = int(min(max(numbers / outputs / sizes.hidden // 64 * 64, 64), ROWS))
     by_type: dict[str, list[tuple[Callable[[int], None], int]]] = {}
     for stored in STORED:
-        mlp = _Operands(stored, min(_whole(sizes.mlp), outputs), _whole(sizes.hidden), generator)
-        attention = _Operands(stored, min(_whole(sizes.attention), outputs), _whole(sizes.hidden), generator)
-        by_type[stored] = [
-            (mlp.forward, mlp.outputs * mlp.inputs),
-            (attention.backward, attention.outputs * attention.inputs),
-        ]
+        mlp, attention = (
+            _Operands(stored, min(_whole(size), outputs), _whole(sizes.hidden), generator)
+            for size in (sizes.mlp, sizes.attention)
+        )
+        sizes_of_both = (mlp.outputs * mlp.inputs, attention.outputs * attention.inputs)
+        by_type[stored] = list(zip((mlp.forward, attention.backward), sizes_of_both, strict=True))
     return rows, [_Trial(candidate, by_type[candidate.stored]) for candidate in of]
 
 
@@ -384,14 +360,11 @@ def _whole(size: int) -> int:
 def _undisturbed(threads: int) -> Iterator[None]:
     """Real tensors, no gradients, and so many threads, whatever the caller is in the middle of."""
     before = torch.get_num_threads()
-    with without_dispatch(), torch.no_grad():
-        try:
-            if threads != before:
-                torch.set_num_threads(threads)
-            yield
-        finally:
-            if threads != before:
-                torch.set_num_threads(before)
+    with without_dispatch(), torch.no_grad(), contextlib.ExitStack() as stack:
+        if threads != before:
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(threads)
+        yield
 
 
 def sizes_of(config: object) -> Sizes:
@@ -423,20 +396,13 @@ def _number(config: object, *names: str) -> int | None:
 
 def believable(rates: object, of: Iterable[Candidate]) -> Rates | None:
     """``rates`` if they are those of just these candidates, and numbers that a processor can reach."""
-    names: dict[str, set[str]] = {stored: set() for stored in STORED}
-    for candidate in of:
-        names[candidate.stored].add(candidate.name)
+    of = list(of)
+    names = {stored: {candidate.name for candidate in of if candidate.stored == stored} for stored in STORED}
     if not isinstance(rates, Mapping) or set(rates) != set(names):
         return None
     for stored, expected in names.items():
         found = rates[stored]
-        if not isinstance(found, Mapping) or set(found) != expected:
-            return None
-        if not all(isinstance(rate, int | float) and 0 < rate < 1e7 for rate in found.values()):
+        right = isinstance(found, Mapping) and set(found) == expected
+        if not right or not all(isinstance(rate, int | float) and 0 < rate < 1e7 for rate in found.values()):
             return None
     return {stored: {name: float(rate) for name, rate in found.items()} for stored, found in rates.items()}
-
-
-def as_values(sizes: Sizes) -> list[int]:
-    """Ready for JSON."""
-    return list(dataclasses.astuple(sizes))

@@ -42,11 +42,8 @@ def require_own_files(folder: Path) -> None:
     """
     require_contained(folder)
     if (folder / _ADAPTER).is_file() and (folder / "config.json").is_file():
-        raise UserError(
-            f"the folder holds a model and an adapter ({_ADAPTER}) as well",
-            where=str(folder),
-            hint="move one of them into a folder of its own",
-        )
+        hint = "move one of them into a folder of its own"
+        raise UserError(f"the folder holds a model and an adapter ({_ADAPTER}) as well", where=str(folder), hint=hint)
     for index in sorted(folder.glob("*.index.json")):
         shards_of(index)
     weights = _setting(folder / "config.json").get("transformers_weights")
@@ -94,11 +91,8 @@ def _refuse_outside(folder: Path, key: str, name: object) -> None:
     except ValueError:  # no path at all
         return
     if there:
-        raise UserError(
-            f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder",
-            where=str(folder / "tokenizer_config.json"),
-            hint=_SOURCE,
-        )
+        what = f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder"
+        raise UserError(what, where=str(folder / "tokenizer_config.json"), hint=_SOURCE)
 
 
 def _setting(file: Path) -> dict[str, object]:
@@ -211,16 +205,11 @@ def _folder(path: Path, name: str) -> Source:
     elif not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
         if pickled:
-            raise UserError(
-                f"the folder's weights are pickled ({pickled[0]}), and opening a pickle can run code",
-                where=str(path),
-                hint="convert the weights to safetensors, or take a revision of the model that has them",
-            )
-        raise UserError(
-            "the folder holds no weights (no .safetensors file)",
-            where=str(path),
-            hint="copy the whole model, or fetch it again",
-        )
+            what = f"the folder's weights are pickled ({pickled[0]}), and opening a pickle can run code"
+            hint = "convert the weights to safetensors, or take a revision of the model that has them"
+            raise UserError(what, where=str(path), hint=hint)
+        hint = "copy the whole model, or fetch it again"
+        raise UserError("the folder holds no weights (no .safetensors file)", where=str(path), hint=hint)
     return Source("folder", path, path.resolve().name or name)
 
 
@@ -233,11 +222,8 @@ def every_shard(index: Path) -> list[str]:
     shards = shards_of(index)
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise UserError(
-            f"{len(missing)} of {len(shards)} files of the weights are missing, the first is '{missing[0]}'",
-            where=str(index.parent),
-            hint="fetch the model again",
-        )
+        what = f"{len(missing)} of {len(shards)} files of the weights are missing, the first is '{missing[0]}'"
+        raise UserError(what, where=str(index.parent), hint="fetch the model again")
     return shards
 
 
@@ -277,11 +263,8 @@ def _inside_package(reference: str) -> Source:
     if (found / "config.json").is_file():
         return _folder(found, package)
     if len(list(found.glob("*.dist-info"))) > 1:  # the packages' common folder: others' models lie there too
-        raise UserError(
-            f"package '{package}' has no folder of its own to look into",
-            where=reference,
-            hint="name the model's path inside the package",
-        )
+        hint = "name the model's path inside the package"
+        raise UserError(f"package '{package}' has no folder of its own to look into", where=reference, hint=hint)
     candidates = sorted(found.rglob("*.gguf")) + sorted(
         file.parent
         for file in found.rglob("config.json")
@@ -295,16 +278,10 @@ def _inside_package(reference: str) -> Source:
         return _file(only)
     inside = ", ".join(f"'{entry.relative_to(found).as_posix()}'" for entry in candidates[:8])
     if not candidates:
-        raise UserError(
-            f"package '{package}' holds no model",
-            where=reference,
-            hint="a model is a .gguf file, or a folder with config.json and safetensors weights",
-        )
-    raise UserError(
-        f"package '{package}' holds {len(candidates)} models: {inside}",
-        where=reference,
-        hint=f"name one, as in {reference.rstrip('/')}/{candidates[0].relative_to(found).as_posix()}",
-    )
+        hint = "a model is a .gguf file, or a folder with config.json and safetensors weights"
+        raise UserError(f"package '{package}' holds no model", where=reference, hint=hint)
+    hint = f"name one, as in {reference.rstrip('/')}/{candidates[0].relative_to(found).as_posix()}"
+    raise UserError(f"package '{package}' holds {len(candidates)} models: {inside}", where=reference, hint=hint)
 
 
 # ---- folders
@@ -367,11 +344,9 @@ def already_here(reference: str) -> str | None:
 def require_gguf_source(source: Source) -> None:
     """Raise a UserError unless a model comes from a ``.gguf`` file, whose blocks precision gguf keeps."""
     if source.kind != "gguf":
-        raise UserError(
-            "precision: gguf keeps the blocks of a .gguf file, and the model is none",
-            where=str(source.location),
-            hint="give a .gguf file as the model, or use precision: nf4, which rounds any model's weights",
-        )
+        what = "precision: gguf keeps the blocks of a .gguf file, and the model is none"
+        hint = "give a .gguf file as the model, or use precision: nf4, which rounds any model's weights"
+        raise UserError(what, where=str(source.location), hint=hint)
 
 
 def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -431,12 +406,8 @@ def _whole_snapshot(model_id: str, revision: str | None) -> Path | None:
 
 def asks_for_code(folder: Path) -> UserError:
     """The refusal of a model that needs its own code to run."""
-    return UserError(
-        "the model brings Python code of its own, which is not run unasked",
-        where=str(folder),
-        hint="read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to "
-        "settings of your own",
-    )
+    hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to settings of your own"
+    return UserError("the model brings Python code of its own, which is not run unasked", where=str(folder), hint=hint)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,6 @@ It does not know what a model is used for, nor how one is loaded from a folder.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -42,6 +41,7 @@ from deltaw.cache import Cache, file_digest, key, of_files
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
+from deltaw.hub.folders import first_line
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import forget_origin, settle
@@ -51,21 +51,6 @@ from deltaw.lora.fingerprint import Values, note_values, values_of_blocks
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
-
-if TYPE_CHECKING:
-    pass
-
-
-# ---- Which token ids end a text: the end of the document, and the end of a turn of a conversation.
-#
-# A chat model is trained to close its turn with a token of its own (``<|im_end|>``, ``<|eot_id|>``), which is
-# often not the tokenizer's ``eos``. A generation that watches only one of them does not stop.
-
-
-def _declared(ends: int | list[int] | None) -> list[int]:
-    """What a configuration says of tokens that end a text, as a list."""
-    return [] if ends is None else [ends] if isinstance(ends, int) else ends
-
 
 # ---- Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
 #
@@ -100,6 +85,16 @@ class BlockEntry:
     offset: int
     order: str | None = None
 
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return FORMATS[self.format].bytes_of_row(self.columns)
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows."""
+        return self.rows * self.width
+
 
 @dataclass
 class Indexed:
@@ -123,7 +118,8 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     names = get_gguf_hf_weights_map(model, processor)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    kept = {f"{name}.weight" for name, module in model.named_modules() if _keeps(module)}
+    # A plain linear layer or a plain embedding can keep its weight in blocks.
+    kept = {f"{name}.weight" for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
     found = Indexed([], {}, {})
     formats: set[str] = set()
     orders: dict[bytes, str] = {}
@@ -131,34 +127,25 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
         name = names.get(tensor.name)
         if len(tensor.shape) > 1:
             formats.add(tensor.tensor_type.name)
-        if name in kept and tensor.tensor_type.name in KEPT:
+        order = None
+        if name in kept and tensor.tensor_type.name in KEPT and tuple(parameters[name].shape) == _shape(tensor):
             order = _order_of_rows(tensor, processor, names, config)
-            if order is not None and tuple(parameters[name].shape) == _shape(tensor):
-                key = orders.setdefault(order.tobytes(), f"order{len(orders)}")
-                whole = bool((order == np.arange(len(order))).all())
-                if not whole:
-                    found.orders[key] = torch.from_numpy(order)
-                rows, columns = _shape(tensor)
-                found.entries.append(
-                    BlockEntry(
-                        name, tensor.tensor_type.name, rows, columns, int(tensor.data_offset), None if whole else key
-                    )
-                )
-                continue
-        _add_plain(found.plain, tensor, processor, names, config, parameters, dtype)
+        if name is None or order is None:
+            _add_plain(found.plain, tensor, processor, names, config, parameters, dtype)
+            continue
+        key = None
+        if (order != np.arange(len(order))).any():
+            key = orders.setdefault(order.tobytes(), f"order{len(orders)}")
+            found.orders[key] = torch.from_numpy(order)
+        rows, columns = _shape(tensor)
+        entry = BlockEntry(name, tensor.tensor_type.name, rows, columns, int(tensor.data_offset), key)
+        found.entries.append(entry)
     if not found.entries:
-        raise UserError(
-            f"none of the file's matrices is in a format that is kept in blocks; they are "
-            f"{', '.join(sorted(formats)) or 'not there'}",
-            where=str(path),
-            hint=f"kept are {', '.join(sorted(KEPT))}; use precision: auto, which converts the file",
-        )
+        there = ", ".join(sorted(formats)) or "not there"
+        what = f"none of the file's matrices is in a format that is kept in blocks; they are {there}"
+        hint = f"kept are {', '.join(sorted(KEPT))}; use precision: auto, which converts the file"
+        raise UserError(what, where=str(path), hint=hint)
     return found
-
-
-def _keeps(module: nn.Module) -> bool:
-    """Whether a module's weight can stay in blocks: a plain linear layer or a plain embedding."""
-    return type(module) is nn.Linear or type(module) is nn.Embedding
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
@@ -208,11 +195,9 @@ def _add_plain(
         parsed_parameters=parsed,
     )
     if parsed["tensors"]:
-        raise UserError(
-            f"'{tensor.name}' holds several parameters of the model, as experts do",
-            where="precision",
-            hint="precision: gguf is for models without experts; use precision: auto",
-        )
+        what = f"'{tensor.name}' holds several parameters of the model, as experts do"
+        hint = "precision: gguf is for models without experts; use precision: auto"
+        raise UserError(what, where="precision", hint=hint)
     name = names.get(result.name or "")
     if name is None or result.weights is None or name not in parameters:
         return
@@ -245,11 +230,8 @@ def entries_of(folder: Path) -> list[BlockEntry]:
         entries = [BlockEntry(**entry) for entry in listed]
         assert all(entry.format in FORMATS and entry.rows > 0 and entry.offset > 0 for entry in entries)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(
-            "the index of the file's blocks cannot be read",
-            where=str(folder / INDEX),
-            hint="remove the folder; it is made anew",
-        ) from error
+        what = "the index of the file's blocks cannot be read"
+        raise UserError(what, where=str(folder / INDEX), hint="remove the folder; it is made anew") from error
     return entries
 
 
@@ -263,23 +245,14 @@ def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
         UserError: the file is shorter than its index says, or was replaced.
     """
     orders = load_file(folder / ORDERS) if (folder / ORDERS).is_file() else {}
-    known = set()
+    entries = entries_of(folder)
     try:
         with file.open("rb") as source:
             length = os.fstat(source.fileno()).st_size
-
-            def read(entry: BlockEntry) -> Tensor:
-                size = entry.rows * FORMATS[entry.format].bytes_of_row(entry.columns)
-                if entry.offset + size > length:
-                    raise UserError(
-                        "the .gguf file is shorter than its own header says",
-                        where=str(file),
-                        hint="fetch the file again",
-                    )
-                return _read(source, entry, orders.get(entry.order or ""))
-
-            entries = entries_of(folder)
-            known |= put_blocks(model, entries, read)
+            if any(entry.offset + entry.bytes > length for entry in entries):
+                hint = "fetch the file again"
+                raise UserError("the .gguf file is shorter than its own header says", where=str(file), hint=hint)
+            known = put_blocks(model, entries, lambda entry: _read(source, entry, orders.get(entry.order or "")))
     except OSError as error:
         raise UserError(
             f"the file cannot be read: {error.strerror or error}", where=str(file), hint="fetch it again"
@@ -331,33 +304,25 @@ def put_blocks(
         for name in _names_in(model, entry.name, weights):
             path = name.removesuffix(".weight")
             module = modules[path]
-            width = FORMATS[entry.format].bytes_of_row(entry.columns)
-            data = read(entry) if read is not None else torch.empty(entry.rows, width, dtype=torch.uint8)
+            data = torch.empty(entry.rows, entry.width, dtype=torch.uint8) if read is None else read(entry)
             stored = BlockWeight(data, entry.format, entry.columns)
             tied = _tied_to(modules, module)
-            layer = _layer(module, stored, None)
-            _put(model, path, layer)
+            is_embedding = isinstance(module, nn.Embedding)
+            layer = BlockEmbedding.of(module, stored) if is_embedding else BlockLinear.of(module, stored)
+            model.set_submodule(path, layer)
             known.add(name)
             for other, head in tied:
-                shared = layer.get_parameter("weight")
-                _put(model, other, _layer(head, stored, shared))
+                model.set_submodule(other, BlockLinear.of(head, stored, layer.get_parameter("weight")))
                 known.add(f"{other}.weight")
     return known
 
 
 def block_bytes(folder: Path) -> int:
     """Bytes of the blocks in a folder's index."""
-    return sum(e.rows * FORMATS[e.format].bytes_of_row(e.columns) for e in entries_of(folder))
+    return sum(entry.bytes for entry in entries_of(folder))
 
 
-def _layer(module: nn.Module, stored: BlockWeight, parameter: nn.Parameter | None) -> nn.Module:
-    if isinstance(module, nn.Embedding):
-        return BlockEmbedding.of(module, stored)
-    assert isinstance(module, nn.Linear)
-    return BlockLinear.of(module, stored, parameter)
-
-
-def _tied_to(modules: dict[str, nn.Module], module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _tied_to(modules: dict[str, nn.Module], module: nn.Module) -> list[tuple[str, nn.Linear]]:
     """Other linear layers that have the same weight."""
     weight = own_parameters(module)["weight"]
     return [
@@ -365,11 +330,6 @@ def _tied_to(modules: dict[str, nn.Module], module: nn.Module) -> list[tuple[str
         for name, other in modules.items()
         if other is not module and isinstance(other, nn.Linear) and own_parameters(other).get("weight") is weight
     ]
-
-
-def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def _names_in(model: PreTrainedModel, name: str, known: Container[str]) -> list[str]:
@@ -383,19 +343,16 @@ def _names_in(model: PreTrainedModel, name: str, known: Container[str]) -> list[
 
 def _read(source: BinaryIO, entry: BlockEntry, order: Tensor | None) -> Tensor:
     """An entry's bytes (rows, bytes of a row), its rows in the model's order."""
-    width = FORMATS[entry.format].bytes_of_row(entry.columns)
-    data = torch.empty(entry.rows, width, dtype=torch.uint8)
+    data = torch.empty(entry.rows, entry.width, dtype=torch.uint8)
     source.seek(entry.offset)
     if order is None:
         _read_into(source, data)
         return data
-    places = torch.empty_like(order)
-    places[order] = torch.arange(entry.rows)
-    step = max(1, READ_AT_ONCE // width)
-    for first in range(0, entry.rows, step):
-        part = torch.empty(min(step, entry.rows - first), width, dtype=torch.uint8)
+    places = order.argsort()
+    for part_of in places.split(max(1, READ_AT_ONCE // entry.width)):
+        part = torch.empty(len(part_of), entry.width, dtype=torch.uint8)
         _read_into(source, part)
-        data[places[first : first + len(part)]] = part
+        data[part_of] = part
     return data
 
 
@@ -459,11 +416,9 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
         try:
             _convert(gguf_path, dtype, cache, name, say)
         except OSError as error:
-            raise UserError(
-                f"cannot keep the converted model: {error.strerror or error}",
-                where=str(cache.folder),
-                hint="free space there, or choose another cache folder",
-            ) from error
+            what = f"cannot keep the converted model: {error.strerror or error}"
+            hint = "free space there, or choose another cache folder"
+            raise UserError(what, where=str(cache.folder), hint=hint) from error
     cache.used(name)
     return target
 
@@ -493,12 +448,9 @@ def split_of_digits_restored(tokenizer: PreTrainedTokenizerFast, pre: str | None
     """
     backend = tokenizer.backend_tokenizer
     if pre in _SINGLE_DIGITS:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
         return True
     # transformers sets a sequence where it knows the name; the bare byte level is its fallback.
     fell_back = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
@@ -536,11 +488,8 @@ def _convert_in_child(path: Path, dtype: str, into: Path, say: Callable[[str], N
         if "what" in entry:
             raise UserError(entry["what"], where=entry["where"], hint=entry["hint"])
     if done.returncode < 0:
-        raise UserError(
-            f"converting the file was stopped by signal {-done.returncode}",
-            where=str(path),
-            hint="it needs more memory than the model itself: free some, or convert where there is more",
-        )
+        hint = "it needs more memory than the model itself: free some, or convert where there is more"
+        raise UserError(f"converting the file was stopped by signal {-done.returncode}", where=str(path), hint=hint)
     if done.returncode:
         raise RuntimeError(f"converting '{path}' failed:\n{done.stderr[-2000:]}")
 
@@ -573,10 +522,6 @@ def convert_here(path: str, dtype: str, into: str) -> int:
 
 
 def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError(
-            "reading a .gguf file needs the package 'accelerate'", where=str(path), hint="pip install accelerate"
-        )
     # Newer versions of transformers can keep the blocks packed; a trained model needs them unpacked.
     packed = getattr(transformers, "GgufConfig", None)
     extra = {} if packed is None else {"quantization_config": packed(dequantize=True)}
@@ -610,11 +555,8 @@ def _damage_named(path: Path, done: str, what: str = "the .gguf file") -> Iterat
     except MemoryError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{what} cannot be {done}: {_first_line(error)}",
-            where=str(path),
-            hint="fetch the file again, or give the model's safetensors folder instead",
-        ) from error
+        hint = "fetch the file again, or give the model's safetensors folder instead"
+        raise UserError(f"{what} cannot be {done}: {first_line(error)}", where=str(path), hint=hint) from error
 
 
 def _save_index(path: Path, model: PreTrainedModel, into: Path) -> None:
@@ -650,11 +592,8 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     with _damage_named(path, "read", "the tokenizer inside the .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            "the .gguf file's tokenizer is of a kind that cannot be saved",
-            where=str(path),
-            hint="give the model's safetensors folder instead",
-        )
+        hint = "give the model's safetensors folder instead"
+        raise UserError("the .gguf file's tokenizer is of a kind that cannot be saved", where=str(path), hint=hint)
     # How it was read just now is nobody's business later.
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
@@ -684,15 +623,7 @@ def _require_gguf(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise UserError(
-            f"the file cannot be read: {error.strerror or error}",
-            where=str(path),
-            hint="check its path and that you may read it",
-        ) from error
+        hint = "check its path and that you may read it"
+        raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(path), hint=hint) from error
     if magic != b"GGUF":
         raise UserError("the file does not begin as a .gguf file does", where=str(path), hint="fetch the file again")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

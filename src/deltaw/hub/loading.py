@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import transformers
@@ -37,6 +37,8 @@ from deltaw.hub.transformers_private import attention_name, configurations_of, h
 from deltaw.lora import fingerprint
 from deltaw.working import working
 
+Made = TypeVar("Made")
+
 # ---- A model of the right shape whose values are whatever stood in memory, from a configuration alone.
 #
 # Memory that nothing was written to takes no room, so a large model can stand here before its weights do.
@@ -52,26 +54,46 @@ def unfilled(
         UserError: the architecture does not fit the task, or its configuration makes no model.
     """
     auto = getattr(transformers, tasks.entry_of(task).auto_model)
-    while True:
-        try:
-            with no_init_weights():
-                model = auto.from_config(
-                    config, dtype=dtype_of(dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
-                )
-            break
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            if "Unrecognized configuration class" in str(error):
-                raise does_not_fit(config, task, folder) from error
-            if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
-                attention = "eager"
-                continue
-            raise UserError(
-                f"the model cannot be made: {first_line(error)}",
-                where=str(folder),
-                hint="check that config.json is whole",
-            ) from error
+
+    def make(attention: str) -> PreTrainedModel:
+        how = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        with no_init_weights():
+            return auto.from_config(config, dtype=dtype_of(dtype), **how)
+
+    model, attention = _with_attention(make, attention, config, task, folder)
     model.tie_weights()  # is left out together with the first values
     return model, attention
+
+
+def _with_attention(
+    make: Callable[[str], Made], attention: str, config: PretrainedConfig, task: str, folder: Path
+) -> tuple[Made, str]:
+    """What ``make`` makes with an attention, and that attention: the eager one if there is no fused one.
+
+    Raises:
+        UserError: the architecture does not fit the task, the files cannot be read, or they need code of their own.
+    """
+    try:
+        return make(attention), attention
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        said = str(error)
+        if "trust_remote_code" in said:
+            raise asks_for_code(folder) from error
+        if "Unrecognized configuration class" in said:
+            raise does_not_fit(config, task, folder) from error
+        if attention != "sdpa" or "scaled_dot_product_attention" not in said:
+            mismatch = "its weights have other shapes than its config.json says"
+            why = mismatch if "ignore_mismatched_sizes" in said else first_line(error)
+            hint = "fetch or copy the model again, or check that config.json belongs to the weights"
+            raise UserError(f"the model cannot be loaded: {why}", where=str(folder), hint=hint) from error
+    return _with_attention(make, "eager", config, task, folder)
+
+
+def _why(used: str, asked: str, config: PretrainedConfig) -> Choice[str]:
+    """The attention in use, with the reason."""
+    if used != asked:
+        return Choice(used, f"{config.model_type} has no fused attention in transformers")
+    return Choice(used, "torch's fused attention" if used == "sdpa" else "as asked")
 
 
 def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
@@ -82,11 +104,8 @@ def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError
         for other in tasks.entries()
         if other.name != task and type(config) in (configurations_of(other.auto_model) or ())
     ]
-    return UserError(
-        f"a {config.model_type} model does not {does}",
-        where=str(folder),
-        hint=f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model",
-    )
+    hint = f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model"
+    return UserError(f"a {config.model_type} model does not {does}", where=str(folder), hint=hint)
 
 
 # ---- loading
@@ -186,9 +205,8 @@ def load(
         if typed.value == "gguf":
             model, missing, used = _blocks(source.path, folder, config, task, attention, trust_remote_code)
         else:
-            model, missing, used = (weights or _weights)(
-                folder, config, task, typed.value, attention, trust_remote_code
-            )
+            make = weights or _weights
+            model, missing, used = make(folder, config, task, typed.value, attention, trust_remote_code)
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
@@ -233,9 +251,8 @@ def _require_whole_files(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"the weights are damaged: {error}", where=str(file), hint="fetch or copy the model again"
-            ) from error
+            hint = "fetch or copy the model again"
+            raise UserError(f"the weights are damaged: {error}", where=str(file), hint=hint) from error
 
 
 def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
@@ -244,20 +261,17 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
     Raises:
         UserError: transformers cannot read it.
     """
-    extra: dict[str, int | str] = {}
     entry = tasks.entry_of(task)
-    if entry.new_head and num_labels is not None:
-        extra["num_labels"] = num_labels
-    extra |= entry.config
+    labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
+    how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra)
+        return AutoConfig.from_pretrained(folder, **how, **labels, **entry.config)
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error
         hint = "a newer version of transformers may know the model, or config.json is damaged"
-        raise UserError(
-            f"the model's config.json cannot be used: {first_line(_reason(error))}", where=str(folder), hint=hint
-        ) from error
+        what = f"the model's config.json cannot be used: {first_line(_reason(error))}"
+        raise UserError(what, where=str(folder), hint=hint) from error
 
 
 def _weights(
@@ -265,39 +279,17 @@ def _weights(
 ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
     """The model, the names of the tensors that its files lack, and the attention it ended up with."""
     auto = getattr(transformers, tasks.entry_of(task).auto_model)
-    used = Choice(attention, "as asked" if attention != "sdpa" else "torch's fused attention")
-    while True:
-        try:
-            with reading_values(folder) as note:
-                model, report = auto.from_pretrained(
-                    folder,
-                    config=config,
-                    dtype=dtype_of(dtype),
-                    use_safetensors=True,
-                    local_files_only=True,
-                    trust_remote_code=trust_remote_code,
-                    attn_implementation=used.value,
-                    output_loading_info=True,
-                )
-                note(model)
-            return model, sorted(report["missing_keys"]), used
-        except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-            message = str(error)
-            if "trust_remote_code" in message:
-                raise asks_for_code(folder) from error
-            if "Unrecognized configuration class" in message:
-                raise does_not_fit(config, task, folder) from error
-            if used.value == "sdpa" and "scaled_dot_product_attention" in message:
-                used = Choice("eager", f"{config.model_type} has no fused attention in transformers")
-                continue
-            why = first_line(error)
-            if "ignore_mismatched_sizes" in message:
-                why = "its weights have other shapes than its config.json says"
-            raise UserError(
-                f"the model cannot be loaded: {why}",
-                where=str(folder),
-                hint="fetch or copy the model again, or check that config.json belongs to the weights",
-            ) from error
+    how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    how |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
+
+    def make(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        with reading_values(folder) as note:
+            model, report = auto.from_pretrained(folder, attn_implementation=attention, **how)
+            note(model)
+        return model, report
+
+    (model, report), used = _with_attention(make, attention, config, task, folder)
+    return model, sorted(report["missing_keys"]), _why(used, attention, config)
 
 
 def _blocks(
@@ -310,13 +302,9 @@ def _blocks(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     missing = gguf.fill(model, folder, file)
-    new = {name.rpartition(".")[0] for name in missing}
-    for name in new:
+    for name in {name.rpartition(".")[0] for name in missing}:
         initialize(model, model.get_submodule(name))
-    why = "as asked" if attention != "sdpa" else "torch's fused attention"
-    if used != attention:
-        why = f"{config.model_type} has no fused attention in transformers"
-    return model, missing, Choice(used, why)
+    return model, missing, _why(used, attention, config)
 
 
 def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
@@ -329,12 +317,10 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
         of_base = [name for name in missing if not name.startswith("pooler.")]
     if of_base or (missing and task != "features" and not tasks.entry_of(task).new_head):
         lacking = of_base or missing
-        raise UserError(
-            f"the folder's weights lack {len(lacking)} of the model's tensors, the first is '{lacking[0]}'",
-            where=str(folder),
-            hint=f"this {model.config.model_type} model may be made for something else than '{task}', or its "
-            "files belong to another config.json",
-        )
+        what = f"the folder's weights lack {len(lacking)} of the model's tensors, the first is '{lacking[0]}'"
+        kind = model.config.model_type
+        hint = f"this {kind} model may be made for another task than '{task}', or its files for another config.json"
+        raise UserError(what, where=str(folder), hint=hint)
     return sorted({name.rpartition(".")[0] for name in missing})
 
 

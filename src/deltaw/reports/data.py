@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from deltaw.data.check import Check, Finding, Lengths
+from deltaw.data.check import Check, Lengths
 from deltaw.data.pieces import Piece
 from deltaw.data.row_reader import ShownExample, ShownRow
 
@@ -15,9 +15,9 @@ _WIDTH = 36
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _STYLES = {"error": "red", "warning": "yellow", "note": "default"}
 _VERDICTS = {
-    "fine": "no problem was found in this data",
-    "warnings": "it can be trained on; look at the warnings first",
-    "unusable": "training would fail or be pointless",
+    "fine": ("no problem was found in this data", "green"),
+    "warnings": ("it can be trained on; look at the warnings first", "yellow"),
+    "unusable": ("training would fail or be pointless", "red"),
 }
 
 
@@ -27,9 +27,8 @@ def check_lines(check: Check) -> Iterator[Text]:
     yield Text(f"{check.source}: {check.rows:,} rows read as {check.form}{template}")
     if check.label_tokens is not None and check.tokens:
         share = check.label_tokens / check.tokens
-        yield Text(
-            f"{check.examples:,} examples: {check.tokens:,} tokens, {check.label_tokens:,} of them labels ({share:.1%})"
-        )
+        labels = f"{check.label_tokens:,} of them labels ({share:.1%})"
+        yield Text(f"{check.examples:,} examples: {check.tokens:,} tokens, {labels}")
     if check.class_counts:
         shown = [f"{name} {count:,}" for name, count in list(check.class_counts.items())[:12]]
         more = f", and {len(check.class_counts) - 12:,} more" if len(check.class_counts) > 12 else ""
@@ -42,12 +41,14 @@ def check_lines(check: Check) -> Iterator[Text]:
     if check.findings:
         yield Text("")
     for finding in check.findings:
-        yield from _finding_lines(finding)
+        yield Text(f"{finding.level}: ", style=_STYLES[finding.level]).append(finding.text, style="default")
+        if finding.hint:
+            yield Text(f"  hint:  {finding.hint}")
+        for row in finding.rows:
+            yield Text(f"  {row}", style="dim")
     yield Text("")
-    yield Text(
-        f"{check.verdict}: {_VERDICTS[check.verdict]}",
-        style={"fine": "green", "warnings": "yellow", "unusable": "red"}[check.verdict],
-    )
+    said, style = _VERDICTS[check.verdict]
+    yield Text(f"{check.verdict}: {said}", style=style)
 
 
 def _length_lines(lengths: Lengths) -> Iterator[Text]:
@@ -63,21 +64,8 @@ def _length_lines(lengths: Lengths) -> Iterator[Text]:
 
 
 def _bar(share: float) -> str:
-    eighths = round(share * _WIDTH * 8)
-    if share > 0:
-        eighths = max(1, eighths)
-    whole, rest = divmod(eighths, 8)
+    whole, rest = divmod(max(int(share > 0), round(share * _WIDTH * 8)), 8)
     return "█" * whole + (_EIGHTHS[rest] if rest else "")
-
-
-def _finding_lines(finding: Finding) -> Iterator[Text]:
-    line = Text(f"{finding.level}: ", style=_STYLES[finding.level])
-    line.append(finding.text, style="default")
-    yield line
-    if finding.hint:
-        yield Text(f"  hint:  {finding.hint}")
-    for row in finding.rows:
-        yield Text(f"  {row}", style="dim")
 
 
 # What a row becomes, for a person: its text with what is trained on in color, or between marks without.

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
 from deltaw.cache import root as cache_root
 from deltaw.errors import UserError, nearest
@@ -33,6 +33,7 @@ from deltaw.kernels.arithmetic import STORED, TORCH
 from deltaw.kernels.processor import processor_flags
 from deltaw.kernels.variants import EMULATED_TILES, LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
 from deltaw.reports.tables import add_row, table
+from deltaw.tensor_files import TensorFile
 from deltaw.training.callbacks import Say, silent
 from deltaw.version import __version__
 
@@ -84,9 +85,9 @@ class Disk:
 
     purpose: str
     path: Path
-    free: int
+    free_bytes: int
     writable: bool
-    held: int | None = None
+    held_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Facts:
     environment: Mapping[str, str]
     versions: Mapping[str, str]
     model: ModelFacts | None = None
-    cache: Mapping[str, int] = field(default_factory=dict)
+    cache_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def gather(
@@ -169,8 +170,12 @@ def gather(
     variants.check_asked()
     chosen = choose_kernels(sizes, threads.value)
     told = measurements.for_any() is not None
-    cache = cache_root()
-    cached = {folder.name: held_bytes(folder) for folder in _folders(cache)}
+    cache, hub = cache_root(), Path(HF_HUB_CACHE)
+    _, folders, _ = next(os.walk(cache), ("", [], []))  # nothing if it is not there, or cannot be read
+    cached = {name: held_bytes(cache / name) for name in sorted(folders)}
+    disks = [_disk("runs", Path(os.path.expanduser(output))), _disk("cache", cache, sum(cached.values()))]
+    if hub.is_dir():
+        disks.append(_disk("hub cache", hub, held_bytes(hub)))
     return Facts(
         processor=processor_name(root),
         machine_processors=os.cpu_count() or len(usable),
@@ -188,20 +193,21 @@ def gather(
         memory_limit=memory_limit_bytes(root),
         free_memory=free_memory_bytes(root),
         swap=swap_bytes(root),
-        disks=[
-            _disk("runs", Path(os.path.expanduser(output))),
-            _disk("cache", cache, held=sum(cached.values())),
-            *_hub_disk(),
-        ],
+        disks=disks,
         packages=packages(),
         optional={name: version_of(name) for name in OPTIONAL},
         gpus=_gpus(),
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
         mps=torch.backends.mps.is_available(),
-        environment=_environment(),
-        versions=_versions(),
+        environment={name: value for name, value in sorted(os.environ.items()) if _matters(name)},
+        versions={
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda or "none",
+        },
         model=asked,
-        cache=cached,
+        cache_bytes=cached,
     )
 
 
@@ -224,14 +230,11 @@ def _model(reference: str, say: Say) -> ModelFacts:
     parameters = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 - the file is no dictionary
-                    shape = weights.get_slice(name).get_shape()
-                    parameters += int(torch.Size(shape).numel())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"the weights are damaged: {error}", where=str(file), hint="fetch or copy the model again"
-            ) from error
+            weights = TensorFile(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            hint = "fetch or copy the model again"
+            raise UserError(f"the weights are damaged: {error}", where=str(file), hint=hint) from error
+        parameters += sum(weights.described(name).numel() for name in weights)
     return ModelFacts(reference, parameters, sizes_of(config))
 
 
@@ -260,21 +263,6 @@ def _disk(purpose: str, path: Path, held: int | None = None) -> Disk:
     return Disk(purpose, path, shutil.disk_usage(there).free, writable, held)
 
 
-def _hub_disk() -> list[Disk]:
-    """The hub's cache, if there is one yet."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE)
-    return [_disk("hub cache", folder, held_bytes(folder))] if folder.is_dir() else []
-
-
-def _folders(cache: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in cache.iterdir() if entry.is_dir())
-    except OSError:
-        return []
-
-
 def _gpus() -> list[Gpu]:
     if not torch.cuda.is_available():
         return []
@@ -288,31 +276,16 @@ def _gpus() -> list[Gpu]:
 
 def _governor(root: Path) -> tuple[str, str]:
     folder = root / "sys/devices/system/cpu/cpu0/cpufreq"
-    words = []
-    for name in ("scaling_governor", "scaling_driver"):
-        try:
-            words.append((folder / name).read_text(encoding="utf-8").strip())
-        except OSError:
-            words.append("")
-    return words[0], words[1]
+    try:
+        governor, driver = (folder / f"scaling_{name}" for name in ("governor", "driver"))
+        return governor.read_text(encoding="utf-8").strip(), driver.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "", ""
 
 
-def _environment() -> dict[str, str]:
-    """The variables that are set and that change something, by name."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(("DELTAW_", *STEERING)) or name in OTHER_VARIABLES
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-    }
+def _matters(variable: str) -> bool:
+    """Whether an environment variable changes something here."""
+    return variable.startswith(("DELTAW_", *STEERING)) or variable in OTHER_VARIABLES
 
 
 # What the facts of a machine mean for training on it: findings, each with what helps.
@@ -364,9 +337,6 @@ class Finding:
     what: str
     hint: str | None = None
 
-    def as_dict(self) -> dict[str, object]:
-        return {"severity": self.severity, "topic": self.topic, "what": self.what, "hint": self.hint}
-
 
 # A finding without its topic.
 Said: TypeAlias = tuple[Severity, str, str | None]
@@ -390,63 +360,33 @@ def diagnose(facts: Facts) -> list[Finding]:
     ]
 
 
-def worst(findings: list[Finding]) -> Severity:
-    """The worst severity among the findings."""
-    return max((finding.severity for finding in findings), key=SEVERITIES.index, default="ok")
-
-
 def _threads(facts: Facts) -> Iterator[Said]:
     threads, why = facts.threads.value, facts.threads.why
     bound = facts.cores if facts.quota is None else min(facts.cores, max(1, int(facts.quota)))
     if why == "OMP_NUM_THREADS" and threads < bound:
-        yield (
-            "warning",
-            f"OMP_NUM_THREADS={threads}: runs compute on {threads} of {bound} cores",
-            "unset OMP_NUM_THREADS, or set 'threads' in the settings",
-        )
+        what = f"OMP_NUM_THREADS={threads}: runs compute on {threads} of {bound} cores"
+        yield ("warning", what, "unset OMP_NUM_THREADS, or set 'threads' in the settings")
     elif why == "OMP_NUM_THREADS" and threads > bound:
-        yield (
-            "warning",
-            f"OMP_NUM_THREADS={threads}: more threads than the {bound} cores that this process may use, so "
-            "that they wait for each other",
-            f"unset OMP_NUM_THREADS, or set it to {bound}",
-        )
+        what = f"OMP_NUM_THREADS={threads}: more threads than usable cores ({bound}), which wait for each other"
+        yield ("warning", what, f"unset OMP_NUM_THREADS, or set it to {bound}")
     else:
         yield ("ok", f"{threads} threads ({why})", None)
     if facts.quota is not None and facts.quota < facts.processors:
-        short = facts.quota < 1
-        yield (
-            "warning" if short else "note",
-            f"a control group allows {facts.quota:g} of {facts.processors} processors",
-            "give the container or job more processors: a run is throttled" if short else None,
-        )
+        what = f"a control group allows {facts.quota:g} of {facts.processors} processors"
+        short: Said = ("warning", what, "give the container or job more processors: a run is throttled")
+        yield short if facts.quota < 1 else ("note", what, None)
     if facts.processors < facts.machine_processors:
-        yield (
-            "note",
-            f"this process may use {facts.processors} of the machine's {facts.machine_processors} processors",
-            "its affinity was set by taskset, a container or a job scheduler",
-        )
+        what = f"this process may use {facts.processors} of the machine's {facts.machine_processors} processors"
+        yield ("note", what, "its affinity was set by taskset, a container or a job scheduler")
     if len(facts.openmp) > 1:
-        yield (
-            "warning",
-            f"{len(facts.openmp)} OpenMP libraries are loaded ({', '.join(facts.openmp)}): their threads "
-            "compete for the cores",
-            "install torch and NumPy from the same source, both with pip or both with conda",
-        )
+        what = f"several OpenMP libraries are loaded ({', '.join(facts.openmp)}), whose threads compete for the cores"
+        yield ("warning", what, "install torch and NumPy from the same source, both with pip or both with conda")
     if facts.load is not None and facts.load > BUSY * facts.processors:
-        yield (
-            "warning",
-            f"other programs keep the machine busy: {facts.load:.1f} are running or waiting on "
-            f"{facts.processors} processors",
-            "wait for them, or set 'threads' to what they leave",
-        )
-    governor, driver = facts.governor
-    if governor == "powersave" and driver == "acpi-cpufreq":  # with other drivers the name means nothing
-        yield (
-            "warning",
-            "the processor is held at its lowest frequency (governor powersave)",
-            "choose the governor schedutil or performance: cpupower frequency-set -g performance",
-        )
+        what = f"the machine is busy: {facts.load:.1f} are running or waiting on {facts.processors} processors"
+        yield ("warning", what, "wait for them, or set 'threads' to what they leave")
+    if facts.governor == ("powersave", "acpi-cpufreq"):  # with other drivers the name means nothing
+        what = "the processor is held at its lowest frequency (governor powersave)"
+        yield ("warning", what, "choose another governor: cpupower frequency-set -g performance")
 
 
 def _kernels(facts: Facts) -> Iterator[Said]:
@@ -457,33 +397,23 @@ def _kernels(facts: Facts) -> Iterator[Said]:
         return
     runs = [variant for variant in facts.variants if not variant.lacking]
     if chosen is None:
-        problem = next((v.problem for v in runs if v.problem), None)
-        yield (
-            "warning",
-            f"there are no compiled kernels ({problem or 'none was built'}): training works, and is slower",
-            "install a C++ compiler (on Debian and Ubuntu: apt install g++), then: pip install "
-            "--force-reinstall --no-deps deltaw, or in a checkout: pip install -e .",
-        )
+        problem = next((v.problem for v in runs if v.problem), "none was built")
+        again = "pip install --force-reinstall --no-deps deltaw, or in a checkout: pip install -e ."
+        hint = f"install a C++ compiler (on Debian and Ubuntu: apt install g++), then: {again}"
+        yield ("warning", f"there are no compiled kernels ({problem}): training works, and is slower", hint)
         return
     yield ("ok", f"compiled kernels: {chosen}", None)
     if left_out := [variant.name for variant in runs[1:] if not variant.built]:
         yield ("ok", f"not built, though this processor runs them too: {', '.join(left_out)}", None)
     if forced.said:
         yield ("note", f"kernels are forced by {forced.said}", f"unset {VARIABLE} to measure")
-    best = runs[0]
-    if not best.built:
-        yield (
-            "note",
-            f"the best kernels for this processor, {best.name}, were not built",
-            "a newer compiler may know them: install it, then install deltaw again",
-        )
+    if not runs[0].built:
+        what = f"the best kernels for this processor, {runs[0].name}, were not built"
+        yield ("note", what, "a newer compiler may know them: install it, then install deltaw again")
     for variant in runs:
         if variant.problem is not None:
-            yield (
-                "warning",
-                f"kernels {variant.name} cannot be used: {variant.problem}",
-                "install deltaw again to rebuild them",
-            )
+            what = f"kernels {variant.name} cannot be used: {variant.problem}"
+            yield ("warning", what, "install deltaw again to rebuild them")
     for note in facts.notes:
         yield ("warning", note, "install torch from its own wheels, with OpenMP")
 
@@ -494,26 +424,17 @@ def _rates(facts: Facts) -> Iterator[Said]:
         rate, way = choice.rate(stored), choice.arithmetic.of(stored)
         by_torch = choice.rates[stored].get(TORCH)
         unit = "GOP/s" if stored == "int8" else "GFLOP/s"
-        if way == TORCH:
-            shown = f"{rate:.0f} {unit} by the math library"
-        else:
-            against = "" if by_torch is None else f"; the math library reaches {by_torch:.0f}"
-            shown = f"{rate:.0f} {unit} ({way}){against}"
-        yield ("ok", f"{stored} products: {shown}", None)
+        against = "" if by_torch is None else f"; the math library reaches {by_torch:.0f}"
+        by = " by the math library" if way == TORCH else f" ({way}){against}"
+        yield ("ok", f"{stored} products: {rate:.0f} {unit}{by}", None)
     fp32, bf16, int8 = (choice.rate(stored) for stored in ("fp32", "bf16", "int8"))
     if bf16 < SLOW * fp32:
-        yield (
-            "note",
-            f"bf16 is emulated: its products reach {bf16 / fp32:.0%} of the rate of fp32",
-            "precision: auto takes fp32 here; bf16 still halves the memory of the weights",
-        )
+        what = f"bf16 is emulated: its products reach {bf16 / fp32:.0%} of the rate of fp32"
+        yield ("note", what, "precision: auto takes fp32 here; bf16 still halves the memory of the weights")
     if int8 < SLOW * max(fp32, bf16):
-        yield (
-            "note",
-            f"int8 products reach {int8 / max(fp32, bf16):.0%} of the rate of the fastest precision",
-            "precision: int8 saves memory here, not time",
-        )
-    faster = choice.faster_precision(choose_precision("cpu", rates=_by_precision(facts)).value)
+        what = f"int8 products reach {int8 / max(fp32, bf16):.0%} of the rate of the fastest precision"
+        yield ("note", what, "precision: int8 saves memory here, not time")
+    faster = choice.faster_precision(_precision(facts))
     if faster is not None:
         yield ("note", faster, None)
     yield from _now(facts)
@@ -525,100 +446,79 @@ def _now(facts: Facts) -> Iterator[Said]:
         return
     shares = {}
     for stored in STORED:
-        way = facts.kernels.arithmetic.of(stored)
-        name = TORCH if way == TORCH else f"{facts.kernels.arithmetic.kernels}:{way}"
-        now = facts.measured.rates.get(stored, {}).get(name)
+        now = facts.measured.rates.get(stored, {}).get(_used(facts.kernels, stored))
         if now is not None:
             shares[stored] = now / facts.kernels.rate(stored)
     if shares and min(shares.values()) < HELD_BACK:
         stored = min(shares, key=lambda name: shares[name])
-        yield (
-            "warning",
-            f"{stored} products are at {shares[stored]:.0%} of the rate that was measured here before",
-            "other programs, heat or a limit on the processor's time hold the machine back",
-        )
+        what = f"{stored} products are at {shares[stored]:.0%} of the rate that was measured here before"
+        yield ("warning", what, "other programs, heat or a limit on the processor's time hold the machine back")
     elif facts.measured.disturbed:
         yield ("note", "other programs disturbed the measurement", "measure again while the machine is idle")
 
 
-def _by_precision(facts: Facts) -> dict[str, float]:
-    return {stored: facts.kernels.rate(stored) for stored in STORED}
+def _used(choice: KernelChoice, stored: str) -> str:
+    """The candidate by which products with weights of a type are computed."""
+    way = choice.arithmetic.of(stored)
+    return TORCH if way == TORCH else f"{choice.arithmetic.kernels}:{way}"
+
+
+def _precision(facts: Facts) -> str:
+    """The precision of runs by default."""
+    return choose_precision("cpu", rates={stored: facts.kernels.rate(stored) for stored in STORED}).value
 
 
 def _memory(facts: Facts) -> Iterator[Said]:
     limit, free = facts.memory_limit, facts.free_memory
-    low = free < LOW_MEMORY
-    yield (
-        "warning" if low else "ok",
-        f"{free / GB:.1f} GB free of {limit.value / GB:.1f} GB ({limit.why})",
-        "end other programs, or give the container more memory" if low else None,
-    )
+    what = f"{free / GB:.1f} GB free of {limit.value / GB:.1f} GB ({limit.why})"
+    low: Said = ("warning", what, "end other programs, or give the container more memory")
+    yield low if free < LOW_MEMORY else ("ok", what, None)
     used, _ = facts.swap
     if used > SWAPPED:
-        yield (
-            "warning",
-            f"{used / GB:.1f} GB are swapped out: a run that does not fit into memory crawls",
-            "end other programs; 'deltaw plan' says what a run needs",
-        )
+        what = f"{used / GB:.1f} GB are swapped out: a run that does not fit into memory crawls"
+        yield ("warning", what, "end other programs; 'deltaw plan' says what a run needs")
     if facts.model is None:
         return
-    precision = choose_precision("cpu", rates=_by_precision(facts)).value
     sizes = {name: facts.model.parameters * size / GB for name, size in BYTES.items()}
-    fits = sizes[precision] * GB < free
+    fits = sizes[_precision(facts)] * GB < free
     shown = ", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items())
-    yield (
-        "ok" if fits else "warning",
-        f"the weights of {facts.model.reference} ({facts.model.parameters / 1e6:,.0f} million) take: {shown}",
-        None if fits else "try precision: int8, or a smaller model; 'deltaw plan' says what a run needs",
-    )
+    what = f"the weights of {facts.model.reference} ({facts.model.parameters / 1e6:,.0f} million) take: {shown}"
+    hint = "try precision: int8, or a smaller model; 'deltaw plan' says what a run needs"
+    yield ("ok", what, None) if fits else ("warning", what, hint)
 
 
 def _disks(facts: Facts) -> Iterator[Said]:
     for disk in facts.disks:
-        held = "" if disk.held is None else f", {disk.held / GB:.2f} GB in it"
-        what = f"{disk.purpose}: {disk.free / GB:.1f} GB free{held} ({disk.path})"
+        held = "" if disk.held_bytes is None else f", {disk.held_bytes / GB:.2f} GB in it"
+        what = f"{disk.purpose}: {disk.free_bytes / GB:.1f} GB free{held} ({disk.path})"
+        severity: Severity = "problem" if disk.purpose == "runs" else "warning"
         if not disk.writable:
-            yield _not_writable(disk)
-        elif disk.free < FULL_DISK:
-            severity: Severity = "problem" if disk.purpose == "runs" else "warning"
+            variable = {"runs": "'output'", "cache": "DELTAW_CACHE"}.get(disk.purpose, "HF_HUB_CACHE")
+            yield (
+                severity,
+                f"the {disk.purpose} cannot be written to {disk.path}",
+                f"set {variable} to another folder",
+            )
+        elif disk.free_bytes < FULL_DISK:
             yield (severity, what, "the disk is full: free some space")
-        elif disk.free < LOW_DISK:
+        elif disk.free_bytes < LOW_DISK:
             yield ("note", what, "checkpoints and kept features take several GB for long runs")
         else:
             yield ("ok", what, None)
 
 
-def _not_writable(disk: Disk) -> Said:
-    if disk.purpose == "runs":
-        return ("problem", f"runs cannot be written to {disk.path}", "set 'output' to another folder")
-    variable = "DELTAW_CACHE" if disk.purpose == "cache" else "HF_HUB_CACHE"
-    return (
-        "warning",
-        f"the {disk.purpose} {disk.path} cannot be written to: what could be kept is made again each time",
-        f"set {variable} to another folder",
-    )
-
-
 def _versions_fit(facts: Facts) -> Iterator[Said]:
     needed = [package for package in facts.packages if package.extra is None]
     if not facts.packages:
-        yield (
-            "note",
-            "this copy of deltaw is not installed, so that the versions of its packages cannot be checked",
-            "pip install -e . in the checkout",
-        )
-    wrong = [package for package in facts.packages if package.installed is not None and not package.fits]
-    missing = [package for package in needed if package.installed is None]
-    for package in wrong:
-        severity: Severity = "problem" if package.extra is None else "warning"
-        yield (
-            severity,
-            f"{package.name} {package.installed} does not fit: deltaw needs {package.wanted}",
-            f"pip install '{package.name}{package.wanted}'",
-        )
-    for package in missing:
-        yield ("problem", f"{package.name} is missing", f"pip install '{package.name}{package.wanted}'")
-    if needed and not wrong and not missing:
+        what = "this copy of deltaw is not installed, so the versions of its packages cannot be checked"
+        yield ("note", what, "pip install -e . in the checkout")
+    unfit = [p for p in facts.packages if not p.fits and (p in needed or p.installed is not None)]
+    for package in unfit:
+        severity: Severity = "problem" if package in needed else "warning"
+        wrong = f"{package.installed} does not fit: deltaw needs {package.wanted}"
+        what = f"{package.name} {wrong if package.installed is not None else 'is missing'}"
+        yield (severity, what, f"pip install '{package.name}{package.wanted}'")
+    if needed and not unfit:
         yield ("ok", f"all {len(needed)} packages that deltaw needs fit", None)
 
 
@@ -636,23 +536,17 @@ def _extras(facts: Facts) -> Iterator[Said]:
 def _gpu(facts: Facts) -> Iterator[Said]:
     for index, gpu in enumerate(facts.gpus):
         major, minor = gpu.capability
-        yield (
-            "ok",
-            f"cuda:{index}: {gpu.name}, {gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free, "
-            f"compute capability {major}.{minor}",
-            None,
-        )
+        memory = f"{gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free"
+        yield ("ok", f"cuda:{index}: {gpu.name}, {memory}, compute capability {major}.{minor}", None)
         if major < 8:
             yield ("note", f"cuda:{index} has no native bf16: runs use fp32 there", None)
     if facts.gpus:
         return
     if facts.nvidia_driver:
         build = "is a build without CUDA" if facts.versions.get("cuda") == "none" else "does not see it"
-        yield (
-            "warning",
-            f"there is an NVIDIA driver, but this torch {build}: runs use the processor",
-            "install the CUDA build of torch (pytorch.org), and check CUDA_VISIBLE_DEVICES and nvidia-smi",
-        )
+        what = f"there is an NVIDIA driver, but this torch {build}: runs use the processor"
+        hint = "install the CUDA build of torch (pytorch.org), and check CUDA_VISIBLE_DEVICES and nvidia-smi"
+        yield ("warning", what, hint)
     elif facts.mps:
         yield ("note", "Apple's GPU is used only when asked for", "set device: mps to try it")
     else:
@@ -672,6 +566,7 @@ def _environment_findings(facts: Facts) -> Iterator[Said]:
 
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
+_PROCESSOR = ("cores", "processors", "machine_processors", "quota", "load", "openmp")
 
 
 @dataclass(frozen=True)
@@ -684,7 +579,7 @@ class Examination:
     @property
     def status(self) -> Severity:
         """The worst of the findings."""
-        return worst(self.findings)
+        return max((finding.severity for finding in self.findings), key=SEVERITIES.index, default="ok")
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, ready for JSON."""
@@ -692,25 +587,16 @@ class Examination:
         choice, now = facts.kernels, facts.measured
         return {
             "deltaw": __version__,
-            "versions": dict(facts.versions),
             "status": self.status,
             "processor": {
                 "name": facts.processor,
-                "cores": facts.cores,
-                "processors": facts.processors,
-                "machine_processors": facts.machine_processors,
-                "quota": facts.quota,
                 "threads": facts.threads.value,
                 "threads_why": facts.threads.why,
-                "load": facts.load,
-                "openmp": facts.openmp,
+                **{name: getattr(facts, name) for name in _PROCESSOR},
             },
             "kernels": {
                 "chosen": choice.arithmetic.as_dict(),
-                "variants": [
-                    {**asdict(variant), "lacking": list(variant.lacking), "usable": variant.usable}
-                    for variant in facts.variants
-                ],
+                "variants": [asdict(variant) | {"usable": variant.usable} for variant in facts.variants],
                 "sizes": asdict(choice.sizes),
                 "rates": choice.rates,
                 "rates_now": None if now is None else now.rates,
@@ -723,85 +609,66 @@ class Examination:
                 "swap_used_bytes": facts.swap[0],
                 "swap_total_bytes": facts.swap[1],
             },
-            "disks": [
-                {
-                    "purpose": disk.purpose,
-                    "path": str(disk.path),
-                    "free_bytes": disk.free,
-                    "writable": disk.writable,
-                    "held_bytes": disk.held,
-                }
-                for disk in facts.disks
-            ],
-            "cache_bytes": dict(facts.cache),
+            "disks": [asdict(disk) | {"path": str(disk.path)} for disk in facts.disks],
             "packages": [package.as_dict() for package in facts.packages],
-            "optional": dict(facts.optional),
-            "gpus": [asdict(gpu) | {"capability": list(gpu.capability)} for gpu in facts.gpus],
-            "environment": dict(facts.environment),
+            "gpus": [asdict(gpu) for gpu in facts.gpus],
             "model": None if facts.model is None else asdict(facts.model),
-            "findings": [finding.as_dict() for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
+            **{name: dict(getattr(facts, name)) for name in ("versions", "cache_bytes", "optional", "environment")},
         }
 
     def render(self) -> RenderableType:
         """A heading, the rates, and the findings."""
-        facts = self.facts
-        versions = facts.versions
-        parts: list[RenderableType] = [
+        facts, choice, versions = self.facts, self.facts.kernels, self.facts.versions
+        unit = (
+            f"billion operations a second with {choice.threads} threads, hidden size {choice.sizes.hidden}; * is used"
+        )
+        return Group(
             Text(f"deltaw {__version__}, Python {versions['python']}, torch {versions['torch']}, {versions['system']}"),
             Text(f"{facts.processor}: {facts.cores} cores, {facts.processors} processors"),
             Text(),
             self._rates(),
-            Text(
-                f"billion operations a second with {facts.kernels.threads} threads, hidden size "
-                f"{facts.kernels.sizes.hidden}; * is used"
-            ),
+            Text(unit),
             Text(),
             self._findings(),
             Text(),
             Text(self._verdict()),
-        ]
-        return Group(*parts)
+        )
 
     def _rates(self) -> Table:
         """Products by kernels and arithmetic, what runs use marked by a star."""
         choice = self.facts.kernels
         made = table(["products by", *STORED], box=None, padding=(0, 1))
         names = dict.fromkeys(name for stored in STORED for name in choice.rates[stored])
-        for name in [*(n for n in names if n != TORCH), *(n for n in names if n == TORCH)]:
+        for name in sorted(names, key=lambda name: name == TORCH):
             cells = []
             for stored in STORED:
                 rate = choice.rates[stored].get(name)
-                way = choice.arithmetic.of(stored)
-                used = name == (TORCH if way == TORCH else f"{choice.arithmetic.kernels}:{way}")
-                cells.append("" if rate is None else f"{'* ' if used else ''}{rate:,.0f}")
+                mark = "* " if name == _used(choice, stored) else ""
+                cells.append("" if rate is None else f"{mark}{rate:,.0f}")
             add_row(made, ["the math library (torch)" if name == TORCH else name, *cells])
         return made
 
     def _findings(self) -> Table:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        made.add_column(no_wrap=True)
+        made.add_column(no_wrap=True)
+        made.add_column(overflow="fold")
         for finding in self.findings:
             said = Text(finding.what)
             if finding.hint:
                 said.append(f"\n{finding.hint}", style="dim")
-            table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.topic, said)
-        return table
+            made.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.topic, said)
+        return made
 
     def _verdict(self) -> str:
-        counts = dict.fromkeys(SEVERITIES, 0)
-        for finding in self.findings:
-            counts[finding.severity] += 1
-        if counts["problem"]:
-            return f"{_counted(counts['problem'], 'problem')}: training is not possible before that is solved"
-        if counts["warning"]:
-            return f"training works; {_counted(counts['warning'], 'warning')} above cost time or memory"
+        count = sum(finding.severity == self.status for finding in self.findings)
+        counted = f"{count} {self.status}{'' if count == 1 else 's'}"
+        if self.status == "problem":
+            return f"{counted}: training is not possible before that is solved"
+        if self.status == "warning":
+            return f"training works; {counted} above cost time or memory"
         return "training works, and nothing holds it back"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def examine(model: str | None = None, output: str = "runs", say: Say = silent) -> Examination:

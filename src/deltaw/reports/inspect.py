@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Group, RenderableType
@@ -24,7 +24,6 @@ from torch import Tensor
 from deltaw.experiments.comparison import without_nan
 from deltaw.export.combine import angles, inner, norm
 from deltaw.lora import read_adapter
-from deltaw.lora.files import AdapterFile
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
 from deltaw.reports.tables import table
@@ -34,61 +33,52 @@ from deltaw.reports.tables import table
 # of n inputs and m outputs.
 
 
-def factor_pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def factor_pairs(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The factors as float64 matrices A (r, n) and B (m, r), one pair a group.
 
     Linear layers and embeddings have one pair. A convolution's A is (r, inputs, kernel…) and its B is
     (outputs, r / groups, 1…); the groups' updates act on different channels, so that the singular values of
     the whole are those of the groups together.
     """
-    a = a.to(torch.float64).flatten(1)
-    b = b.to(torch.float64).flatten(1)
-    if a.shape[0] == b.shape[1]:
-        return [(a, b)]
-    groups = a.shape[0] // b.shape[1]
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    groups = max(1, a.shape[0] // max(1, b.shape[1]))
     return list(zip(a.chunk(groups), b.chunk(groups), strict=True))
 
 
-def singular_values(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+def singular_values(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The singular values of ΔW = scaling · B·A that can be other than zero, descending, float64.
 
     With B = Q_B·R_B and Aᵀ = Q_A·R_A, B·A = Q_B·(R_B·R_Aᵀ)·Q_Aᵀ: those of the r × r matrix in the middle.
     """
     values = []
-    for left, right in factor_pairs(a, b):
-        r_b = torch.linalg.qr(right, mode="r").R
-        r_a = torch.linalg.qr(left.T, mode="r").R
+    for of_a, of_b in factor_pairs(a, b):
+        r_a, r_b = (torch.linalg.qr(matrix, mode="r").R for matrix in (of_a.T, of_b))
         values.append(torch.linalg.svdvals(r_b @ r_a.T))
     return torch.cat(values).sort(descending=True).values * abs(scaling)
 
 
-def effective_rank(values: torch.Tensor) -> float:
+def effective_rank(values: Tensor) -> float:
     """exp of the entropy of σ / Σσ: from 1 (one direction) to the rank (all alike); 0 for ΔW = 0.
 
     O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007, eq. 4.
     """
-    total = float(values.sum())
-    if total == 0.0:
+    if not values.any():
         return 0.0
-    shares = values / total
-    shares = shares[shares > 0]
+    shares = values[values > 0] / values.sum()
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def stable_rank(values: torch.Tensor) -> float:
+def stable_rank(values: Tensor) -> float:
     """‖ΔW‖_F² / σ_max²: how many directions as strong as the strongest would carry it; 0 for ΔW = 0.
 
     M. Rudelson and R. Vershynin, "Sampling from large matrices", J. ACM 54(4), 2007, section 1.
     """
-    if values.numel() == 0 or float(values.max()) == 0.0:
-        return 0.0
-    return float((values / values.max()).square().sum())
+    return float((values / values.max()).square().sum()) if values.any() else 0.0
 
 
 _BARS = "▁▂▃▄▅▆▇█"
 _KINDS_SHOWN = 14
 _PLAIN: dict[str, Any] = {"box": None, "padding": (0, 1), "header_style": "bold"}
-_LAYERS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -188,23 +178,21 @@ class AdapterReport:
             )
             for kind, group in grouped.items()
         ]
-        return sorted(kinds, key=lambda kind: (-_finite(kind.norm), kind.kind))
+        return sorted(kinds, key=lambda kind: (-kind.norm if math.isfinite(kind.norm) else 0.0, kind.kind))
 
     def layers(self) -> dict[str, float]:
         """‖ΔW‖_F of each layer, in the order of the layers; without modules outside of layers."""
-        squares: dict[str, list[float]] = defaultdict(list)
+        norms: dict[str, list[float]] = defaultdict(list)
         for module in self.modules:
-            layer = _layer(module.module)
-            if layer is not None:
-                squares[layer].append(module.norm)
-        ordered = sorted(squares, key=natural)
-        return {layer: root_sum_of_squares(squares[layer]) for layer in ordered}
+            if of_layer := re.match(r"(?:.*?\.)?\d+(?=\.|$)", module.module):  # up to the first number
+                norms[of_layer[0]].append(module.norm)
+        return {layer: root_sum_of_squares(norms[layer]) for layer in sorted(norms, key=natural)}
 
-    def most_moved(self, count: int = _LAYERS_NAMED) -> list[tuple[str, float]]:
-        """The layers with the largest ‖ΔW‖_F, largest first; modules where there are no layers."""
+    def most_moved(self) -> list[tuple[str, float]]:
+        """The five layers with the largest ‖ΔW‖_F, largest first; modules if there are no layers."""
         norms = self.layers() or {module.module: module.norm for module in self.modules}
         moved = [(name, norm) for name, norm in norms.items() if norm > 0]
-        return sorted(moved, key=lambda entry: -entry[1])[:count]
+        return sorted(moved, key=lambda entry: -entry[1])[:5]
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; a number that is not finite becomes None."""
@@ -222,10 +210,8 @@ class AdapterReport:
         layers = self.layers()
         if len(layers) > 1:
             parts += [Text(), _sparkline(layers)]
-        moved = self.most_moved()
-        if moved:
-            said = ", ".join(f"{name} ({norm:.3g})" for name, norm in moved)
-            parts.append(Text(f"moved most: {said}"))
+        if moved := self.most_moved():
+            parts.append(Text("moved most: " + ", ".join(f"{name} ({norm:.3g})" for name, norm in moved)))
         parts += [Text(f"warning: {warning}", style="yellow") for warning in self.warnings]
         return Group(*parts)
 
@@ -256,7 +242,7 @@ class AdapterReport:
             [
                 kind.kind,
                 str(kind.count),
-                "–".join(str(rank) for rank in sorted({kind.ranks[0], kind.ranks[-1]})),
+                "–".join(map(str, sorted({kind.ranks[0], kind.ranks[-1]}))),
                 f"{kind.parameters:,}",
                 f"{kind.norm:.4g}",
                 f"{kind.effective_rank:.1f}",
@@ -276,11 +262,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     Raises:
         UserError: the folder holds no adapter, or a damaged one.
     """
-    return describe(read_adapter(folder), Path(folder))
-
-
-def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
-    """Measure an adapter that has been read; ``folder`` is where it lies, for its size."""
+    adapter = read_adapter(folder)
     content = content_of(adapter)
     modules = [_update(update) for update in sorted(content.updates, key=lambda one: natural(one.name))]
     outside = {name: tensor.numel() for name, tensor in content.others.items()}
@@ -292,7 +274,7 @@ def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
         alpha=adapter.config.alpha,
         ranks=sorted({module.rank for module in modules}),
         scalings=sorted({module.scaling for module in modules}),
-        size_bytes=sum(file.stat().st_size for file in folder.glob("adapter_*") if file.is_file()),
+        size_bytes=sum(file.stat().st_size for file in Path(folder).glob("adapter_*") if file.is_file()),
         trained_parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
         other_parameters=sum(outside.values()),
         other_tensors=sorted(outside, key=natural),
@@ -305,18 +287,15 @@ def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
     )
 
 
-def values_of(update: FileUpdate) -> list[torch.Tensor]:
-    """The singular values of each ΔW of an update that are finite."""
-    return [
-        singular_values(a, b, update.scaling * update.times)
-        for a, b in update.pairs()
-        if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-    ]
+def values_of(update: FileUpdate) -> list[Tensor]:
+    """The singular values of each ΔW of an update whose factors are finite."""
+    pairs = [pair for pair in update.pairs() if all(factor.isfinite().all() for factor in pair)]
+    return [singular_values(*pair, update.scaling * update.times) for pair in pairs]
 
 
 def _update(update: FileUpdate) -> ModuleUpdate:
     a, b = update.factor_A, update.factor_B
-    if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
+    if a.isfinite().all() and b.isfinite().all():
         values = values_of(update)
         norm = root_sum_of_squares(float(of_one.norm()) for of_one in values)
         largest = max((float(of_one[0]) for of_one in values if of_one.numel()), default=0.0)
@@ -338,27 +317,21 @@ def _update(update: FileUpdate) -> ModuleUpdate:
     )
 
 
-def _warnings(modules: list[ModuleUpdate], content: FileContent, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def _warnings(modules: list[ModuleUpdate], content: FileContent, tensors: Mapping[str, Tensor]) -> list[str]:
     found = []
     untrained = [module.module for module in modules if module.untrained]
     if untrained and len(untrained) == len(modules):
-        if content.others or content.biases or content.token_rows:
-            found.append("B is zero in all modules: only what is outside A and B can change the model")
-        else:
-            found.append("B is zero in all modules: the adapter is untrained and changes nothing")
+        others = content.others or content.biases or content.token_rows
+        left = "only what is outside A and B can change the model" if others else "the adapter is untrained"
+        found.append(f"B is zero in all modules: {left}")
     elif untrained:
         found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {shortened(untrained)}")
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         found.append(f"{len(broken)} tensors hold numbers that are not finite: {shortened(broken)}")
     if content.halves:
         found.append(f"{len(content.halves)} modules have one factor without the other: {shortened(content.halves)}")
-    unsure = [update.name for update in content.updates if not update.certain]
-    if unsure:
-        found.append(
-            "rank_pattern or alpha_pattern tells parameters of one module apart, and the file does not: "
-            f"rank and norm are uncertain for {shortened(unsure)}"
-        )
+    if unsure := [update.name for update in content.updates if not update.certain]:
+        found.append(f"rank and norm are uncertain for {shortened(unsure)}: a pattern names single parameters")
     return found
 
 
@@ -374,23 +347,15 @@ def kinds_of(names: Sequence[str]) -> list[str]:
     return [kinds[pattern] for pattern in patterns]
 
 
-def _layer(module: str) -> str | None:
-    """The name up to its first number, which is the layer's; None outside of layers."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", module)
-    return found[0] if found else None
-
-
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts layer 10 behind layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _sparkline(layers: Mapping[str, float]) -> Text:
-    top = max((_finite(norm) for norm in layers.values()), default=0.0)
-    bars = ""
-    for length in layers.values():
-        step = 0 if top == 0 else round(_finite(length) / top * (len(_BARS) - 1))
-        bars += _BARS[step] if math.isfinite(length) else "?"
+    top = max((norm for norm in layers.values() if math.isfinite(norm)), default=0.0)
+    steps = (len(_BARS) - 1) / (top or 1.0)
+    bars = "".join(_BARS[round(norm * steps)] if math.isfinite(norm) else "?" for norm in layers.values())
     names = list(layers)
     return Text(f"‖ΔW‖ by layer, {names[0]} to {names[-1]} (highest {top:.3g})\n{bars}")
 
@@ -403,10 +368,6 @@ def shortened(names: Sequence[str]) -> str:
 def root_sum_of_squares(values: Iterable[float]) -> float:
     """The norm of a whole from those of its parts."""
     return math.sqrt(sum(value * value for value in values))
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 # Two adapters side by side: what was set differently, and how alike their updates are, layer by layer.
@@ -475,7 +436,7 @@ class AdapterComparison:
         """One page for a terminal."""
         parts: list[RenderableType] = [self._head()]
         if self.settings:
-            rows = [(name, *(str(value) for value in values)) for name, values in self.settings.items()]
+            rows = [(name, *map(str, values)) for name, values in self.settings.items()]
             parts += [Text(), table(("settings that differ", "A", "B"), rows, left=3, fold=True, **_PLAIN)]
         if self.layers:
             parts += [Text(), self._layers()]
@@ -525,18 +486,17 @@ def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison
     Raises:
         UserError: a folder holds no adapter, or a damaged one.
     """
-    folders = (Path(first), Path(second))
-    adapters = tuple(read_adapter(folder) for folder in folders)
+    adapters = [read_adapter(folder) for folder in (first, second)]
     contents = [content_of(adapter) for adapter in adapters]
     updates = [{update.name: update for update in content.updates} for content in contents]
-    both = [name for name in updates[0] if name in updates[1]]
     layers, products, notes = [], [], []
-    for name in sorted(both, key=natural):
+    for name in sorted(updates[0].keys() & updates[1].keys(), key=natural):
         pairs = [_matrices(own[name]) for own in updates]
-        if [_sizes(pair) for pair in pairs[0]] != [_sizes(pair) for pair in pairs[1]]:
+        sizes = [[(left.shape[0], right.shape[1]) for left, right in of_one] for of_one in pairs]
+        if sizes[0] != sizes[1]:
             notes.append(f"'{name}' is of another size in B, and is not compared")
             continue
-        layer, product = _compared_layer(name, updates[0][name], updates[1][name], *pairs)
+        layer, product = _compared_layer(name, (updates[0][name].rank, updates[1][name].rank), *pairs)
         layers.append(layer)
         products.append(product)
     compared = {layer.module for layer in layers}
@@ -544,31 +504,31 @@ def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison
         sorted([*(set(own) - compared), *(set(content.others) - set(other.others))], key=natural)
         for own, content, other in zip(updates, contents, contents[::-1], strict=True)
     )
-    norms = tuple(
-        root_sum_of_squares(norm(*pair) for update in own.values() for pair in _matrices(update)) for own in updates
-    )
-    uncertain = [u.name for own in updates for u in own.values() if not u.certain]
-    if uncertain:
-        notes.append(f"rank and alpha of {shortened(sorted(set(uncertain)))} cannot be told from the files")
+    norms = [root_sum_of_squares(norm(*pair) for u in own.values() for pair in _matrices(u)) for own in updates]
+    if uncertain := {update.name for own in updates for update in own.values() if not update.certain}:
+        notes.append(f"rank and alpha of {shortened(sorted(uncertain))} cannot be told from the files")
+    configs = [dataclasses.asdict(adapter.config) for adapter in adapters]
+    metadata = [adapter.metadata for adapter in adapters]
+    bases = [known.get("base_model_name_or_path") or None for known in metadata]
     return AdapterComparison(
-        (str(folders[0]), str(folders[1])),
-        (_base(adapters[0]), _base(adapters[1])),
-        _same_base(adapters),
-        _differing(adapters),
+        (str(first), str(second)),
+        (bases[0], bases[1]),
+        same_base(*(known.get(FINGERPRINT_KEY) for known in metadata)),
+        {name: (value, configs[1][name]) for name, value in configs[0].items() if value != configs[1][name]},
         layers,
         (only[0], only[1]),
         (norms[0], norms[1]),
-        _cosine(sum(products), norms[0], norms[1]),
+        _cosine(sum(products), *norms),
         notes,
     )
 
 
+# L and R with ΔW = L·R, of each expert and group.
+Matrices: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+
 def _compared_layer(
-    name: str,
-    first: FileUpdate,
-    second: FileUpdate,
-    ours: Sequence[tuple[Tensor, Tensor]],
-    theirs: Sequence[tuple[Tensor, Tensor]],
+    name: str, ranks: tuple[int, int], ours: Matrices, theirs: Matrices
 ) -> tuple[LayerComparison, float]:
     """One module, and ⟨ΔW₁, ΔW₂⟩; experts count together, their angles as means."""
     norms = (root_sum_of_squares(norm(*pair) for pair in ours), root_sum_of_squares(norm(*pair) for pair in theirs))
@@ -578,34 +538,15 @@ def _compared_layer(
         outputs.append(angles(_reached(left, right), _reached(other_left, other_right)))
         inputs.append(angles(_reached(right.T, left.T), _reached(other_right.T, other_left.T)))
     cosines = [float(found[0]) for found in outputs if found.numel()]
-    return (
-        LayerComparison(
-            name,
-            (first.rank, second.rank),
-            norms,
-            _cosine(product, *norms),
-            _overlap(outputs),
-            _overlap(inputs),
-            math.degrees(math.acos(max(cosines))) if cosines else None,
-        ),
-        product,
-    )
+    angle = math.degrees(math.acos(max(cosines))) if cosines else None
+    overlaps = _overlap(outputs), _overlap(inputs)
+    return LayerComparison(name, ranks, norms, _cosine(product, *norms), *overlaps, angle), product
 
 
-def _matrices(update: FileUpdate) -> list[tuple[Tensor, Tensor]]:
+def _matrices(update: FileUpdate) -> Matrices:
     """(L, R) with ΔW = L·R (outputs, inputs), of each expert; a kernel's inputs are flattened."""
     factor = update.scaling * update.times
-    found = []
-    for a, b in update.pairs():
-        left, right = b.double().flatten(1), a.double().flatten(1)
-        groups = right.shape[0] // max(1, left.shape[1])
-        parts = zip(left.chunk(groups), right.chunk(groups), strict=True) if groups > 1 else [(left, right)]
-        found += [(one * factor, other) for one, other in parts]
-    return found
-
-
-def _sizes(pair: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    return pair[0].shape[0], pair[1].shape[1]
+    return [(b * factor, a) for pair in update.pairs() for a, b in factor_pairs(*pair)]
 
 
 def _reached(left: Tensor, right: Tensor) -> Tensor:
@@ -622,20 +563,6 @@ def _cosine(product: float, first: float, second: float) -> float | None:
     if not (first > 0 and second > 0):
         return None
     return max(-1.0, min(1.0, product / (first * second)))
-
-
-def _same_base(adapters: Sequence[AdapterFile]) -> bool | None:
-    first, second = (adapter.metadata.get(FINGERPRINT_KEY) for adapter in adapters)
-    return same_base(first, second)
-
-
-def _base(adapter: AdapterFile) -> str | None:
-    return adapter.metadata.get("base_model_name_or_path") or None
-
-
-def _differing(adapters: Sequence[AdapterFile]) -> dict[str, tuple[object, object]]:
-    first, second = (dataclasses.asdict(adapter.config) for adapter in adapters)
-    return {name: (first[name], second[name]) for name in first if first[name] != second[name]}
 
 
 def _shown(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from deltaw.experiments.comparison import without_nan
 
@@ -15,37 +15,25 @@ if TYPE_CHECKING:
 _WORST = 5
 
 
-@runtime_checkable
-class _AsDict(Protocol):
-    def as_dict(self) -> dict[str, object]: ...
-
-
 def merge_lines(result: MergeResult) -> list[str]:
     """The lines of a merged model."""
     lines = []
     if result.error is not None:
         lines += _error_lines(result.errors, result.error)
     if result.dropped:
-        lines.append(
-            f"left out {len(result.dropped)} tensors of the base's files that this model does not use, such "
-            f"as '{result.dropped[0]}'"
-        )
-    rate = result.bytes / 1e9 / max(result.seconds, 1e-9)
+        example = f"such as '{result.dropped[0]}'"
+        lines.append(f"left out {len(result.dropped)} tensors of the base that this model does not use, {example}")
+    size, seconds = result.bytes / 1e9, result.seconds
     files = "1 file" if len(result.files) == 1 else f"{len(result.files)} files"
-    lines.append(
-        f"merged {len(result.changed)} of {result.tensors} tensors into {result.output}: "
-        f"{result.bytes / 1e9:.2f} GB in {files}, {result.seconds:.1f} s ({rate:.2f} GB/s)"
-    )
-    return lines
+    cost = f"{size:.2f} GB in {files}, {seconds:.1f} s ({size / max(seconds, 1e-9):.2f} GB/s)"
+    return [*lines, f"merged {len(result.changed)} of {result.tensors} tensors into {result.output}: {cost}"]
 
 
 def adapter_lines(result: AdapterResult) -> list[str]:
     """The lines of a written adapter."""
-    return [
-        *_error_lines(result.errors, result.error),
-        f"wrote an adapter of rank {result.rank} into {result.output}: {result.parameters:,} parameters, "
-        f"{result.bytes / 1e6:.2f} MB",
-    ]
+    size = f"{result.parameters:,} parameters, {result.bytes / 1e6:.2f} MB"
+    written = f"wrote an adapter of rank {result.rank} into {result.output}: {size}"
+    return [*_error_lines(result.errors, result.error), written]
 
 
 def as_dict(result: MergeResult | AdapterResult) -> dict[str, object]:
@@ -63,8 +51,6 @@ def _error_lines(errors: dict[str, float], total: float) -> list[str]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, _AsDict):
+    if hasattr(value, "as_dict"):
         return _plain(value.as_dict())
-    if isinstance(value, Path):
-        return str(value)
-    return without_nan(value)
+    return str(value) if isinstance(value, Path) else without_nan(value)

@@ -47,13 +47,9 @@ def plan_report(plans: Mapping[str, Plan], own: str) -> RenderableType:
     Args:
         plans: by method. own: the method that the settings name.
     """
-    pieces: list[RenderableType] = []
-    if own in plans:
-        pieces += [plan_table(plans[own]), Text("")]
-    if len(plans) > 1:
-        pieces += [methods_table(plans, own), Text("")]
-    pieces.append(plan_bars(plans))
-    return Group(*pieces)
+    detail = [plan_table(plans[own]), Text("")] if own in plans else []
+    methods = [methods_table(plans, own), Text("")] if len(plans) > 1 else []
+    return Group(*detail, *methods, plan_bars(plans))
 
 
 def plan_table(plan: Plan) -> Table:
@@ -74,14 +70,9 @@ def plan_table(plan: Plan) -> Table:
         rows.append(("features on the disk", gigabytes(plan.disk_bytes)))
     trained = f"{plan.trained_parameters:,} of {plan.total_parameters:,} parameters trained ({share:.2%})"
     where = f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
-    return table(
-        ("at the peak", ""),
-        rows,
-        title=f"method {plan.method}: {trained}",
-        title_justify="left",
-        caption=f"{where};\nmicrobatches of {plan.tokens:,} tokens",
-        caption_justify="left",
-    )
+    caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
+    said = {"title": f"method {plan.method}: {trained}", "caption": caption}
+    return table(("at the peak", ""), rows, title_justify="left", caption_justify="left", **said)
 
 
 # What the optimizer needs for what is trained.
@@ -155,11 +146,8 @@ def picture_kind(path: Path) -> str:
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in PICTURES:
-        raise UserError(
-            f"'{path.name}' names no picture that can be drawn",
-            where="--picture",
-            hint=f"let it end with {', '.join('.' + known for known in PICTURES)}",
-        )
+        hint = f"let it end with {', '.join('.' + known for known in PICTURES)}"
+        raise UserError(f"'{path.name}' names no picture that can be drawn", where="--picture", hint=hint)
     return kind
 
 
@@ -175,24 +163,22 @@ def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
 
     figure = Figure(figsize=(8, 0.9 + 0.5 * len(plans)), layout="constrained")
     axes = figure.subplots()
-    names = list(plans)
-    for row, name in enumerate(names):
-        left = 0.0
-        for part, _, _, color in PARTS:
-            size = parts_of(plans[name]).get(part, 0) / 1e9
-            if size:
+    handles = {}
+    for row, plan in enumerate(plans.values()):
+        left, sizes = 0.0, parts_of(plan)
+        for part, label, _, color in PARTS:
+            if size := sizes.get(part, 0) / 1e9:
                 axes.barh(row, size, left=left, color=color, edgecolor="white", linewidth=0.4)
+                handles[label] = Patch(color=color, label=label)
             left += size
         axes.text(left, row, f" {left:.2f} GB", va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(plans)), list(plans))
     axes.invert_yaxis()
     axes.set_xlabel("peak memory of the process, GB")
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    shown = [p for p in PARTS if any(parts_of(plan).get(p[0], 0) for plan in plans.values())]
-    handles = [Patch(color=color) for *_, color in shown]
-    labels = [label for _, label, *_ in shown]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    shown = [handles[label] for _, label, *_ in PARTS if label in handles]
+    figure.legend(handles=shown, loc="outside lower center", ncols=3, frameon=False)
     with durable.replacing(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=150)
 
@@ -203,11 +189,8 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
     labels = {name: label for name, label, *_ in PARTS}
     most = ", ".join(f"{labels[name]} {gigabytes(size)}" for name, size in parts[:4])
     there = f" of {gigabytes(limit)}" if limit is not None else ""
-    return [
-        f"planned memory: {gigabytes(plan.peak_resident_bytes)}{there}, "
-        f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})",
-        f"  most of it: {most}",
-    ]
+    tensors = f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})"
+    return [f"planned memory: {gigabytes(plan.peak_resident_bytes)}{there}, {tensors}", f"  most of it: {most}"]
 
 
 def budget_table(found: Sequence[Fitting]) -> Table:

@@ -21,11 +21,9 @@ from deltaw.reports.plan import plan_lines
 from deltaw.reports.tables import facts, one_line
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import NEXT_LINE
-from deltaw.training.callbacks import Callback, RunStart
+from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import Result
-from deltaw.training.monitoring.monitor import Sample
-from deltaw.training.monitoring.rates import RateSearch
 from deltaw.training.run_folder import FINISHED, INTERRUPTED
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.summary import next_commands
@@ -64,11 +62,8 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         steps = "1 step" if done.steps == 1 else f"{done.steps:,} steps"
         yield f"interrupted after {steps}", "the adapter of the last whole step is saved"
     if done.seconds:
-        yield (
-            "training",
-            f"{done.rows:,} rows, {done.steps:,} steps in {duration(done.seconds)}: "
-            f"{rate(done.rows / done.seconds)} rows/s, {done.tokens / done.seconds:,.0f} tokens/s",
-        )
+        speed = f"{rate(done.rows / done.seconds)} rows/s, {done.tokens / done.seconds:,.0f} tokens/s"
+        yield "training", f"{done.rows:,} rows, {done.steps:,} steps in {duration(done.seconds)}: {speed}"
     if done.steps:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"
     if result.stopped_early is not None:
@@ -76,11 +71,9 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     evaluation = result.evaluation
     main = f"{evaluation.name} {evaluation.main}".strip()
     for name, value in evaluation.named_metrics().items():
-        bounds = evaluation.interval if name == main else None
-        interval = ""
-        if bounds is not None:
-            low, high = (metric_value(name, bound) for bound in bounds)
-            interval = f" (95 % interval {low} to {high})"
+        bounds = (evaluation.interval if name == main else None) or ()
+        shown = " to ".join(metric_value(name, bound) for bound in bounds)
+        interval = f" (95 % interval {shown})" if shown else ""
         yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
@@ -120,16 +113,12 @@ def header_rows(start: RunStart, plan: Plan | None, limit_bytes: int | None) -> 
         targets = shown(config.lora.target_modules)
         trained += f"; rank {config.lora.rank}, alpha {config.lora.alpha:g}, {targets}"
     yield "method", config.method, trained
-    yield "data", _name(config.data.train), "" if config.data.eval is None else f"eval: {config.data.eval}"
+    yield "data", shown(config.data.train), "" if config.data.eval is None else f"eval: {config.data.eval}"
     length = f"{train.epochs:g} epochs" if train.max_steps is None else f"max_steps: {train.max_steps}"
     yield "steps", f"{start.total_steps:,}", f"of {train.batch_size} rows; {length}"
     told = dict(start.chosen)
-    rate = told.pop("train.learning_rate", None)
-    schedule = f"{train.schedule}, warm-up {train.warmup:g}"
-    if rate is None:
-        yield "learning rate", shown(train.learning_rate), f"as set; {schedule}"
-    else:
-        yield "learning rate", shown(rate.value), f"{rate.why}; {schedule}"
+    rate = told.pop("train.learning_rate", Choice(train.learning_rate, "as set"))
+    yield "learning rate", shown(rate.value), f"{rate.why}; {train.schedule}, warm-up {train.warmup:g}"
     for name, choice in told.items():
         yield name.rpartition(".")[2].replace("_", " "), shown(choice.value), choice.why
     if plan is not None:
@@ -137,10 +126,6 @@ def header_rows(start: RunStart, plan: Plan | None, limit_bytes: int | None) -> 
         yield "memory", gigabytes(plan.peak_resident_bytes), f"{of}planned, at its peak in the {plan.phase}"
     if config.track is not None:
         yield "track", config.track, "as set"
-
-
-def _name(reference: object) -> str:
-    return reference if isinstance(reference, str) else shown(reference)
 
 
 @dataclass
@@ -184,18 +169,16 @@ class LiveLine:
             least = max(importance for importance, _ in pieces)
             pieces = [piece for piece in pieces if piece[0] != least]
         room = width - _length(pieces) - 2
-        words = [word for _, word in pieces]
-        line = Text(words[0], style="bold")
+        (_, first), *others = pieces
+        line = Text(first, style="bold")
         if room >= BAR_LEAST:
-            line.append("  ").append_text(self._bar(min(room, BAR_MOST)))
-        for word in words[1:]:
+            length = min(room, BAR_MOST)
+            filled = round(length * min(1.0, self.step / self.total)) if self.total else 0
+            line.append("  ").append("━" * filled, "cyan").append("━" * (length - filled), "bright_black")
+        for _, word in others:
             line.append(f"  {word}", style="not bold")
         line.truncate(width)
         return line
-
-    def _bar(self, length: int) -> Text:
-        filled = round(length * min(1.0, self.step / self.total)) if self.total else 0
-        return Text().append("━" * filled, "cyan").append("━" * (length - filled), "bright_black")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.text(options.max_width)
@@ -203,9 +186,8 @@ class LiveLine:
 
 def clock(seconds: float) -> str:
     """``0:07``, ``12:05``, ``3:02:10``."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    minutes, rest = divmod(rest, 60)
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 

@@ -15,10 +15,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.svg import Numbers
 from deltaw.reports.tables import add_row, one_line, table
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
-from deltaw.training.run_folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, read_run
+from deltaw.training.run_folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, mapping, read_run
 
 # Where runs are by default.
 FOLDER = "runs"
@@ -41,20 +42,12 @@ def choose_runs(names: Sequence[str]) -> Chosen:
     Raises:
         UserError: a name is neither a run nor a folder.
     """
+    there = Path(FOLDER)
     if not names:
-        folder = Path(FOLDER)
-        if not folder.exists():
-            return Chosen([], False, FOLDER)
-        return Chosen([read_run(path) for path in find_runs(folder)], False, FOLDER)
-    found: list[Path] = []
-    listed = False
-    for name in names:
-        path = _place(name)
-        if is_run(path):
-            found.append(path)
-        else:
-            listed = True
-            found += find_runs(path)
+        return Chosen([read_run(path) for path in find_runs(there)] if there.exists() else [], False, FOLDER)
+    places = [_place(name) for name in names]
+    found = [run for path in places for run in ([path] if is_run(path) else find_runs(path))]
+    listed = not all(map(is_run, places))
     distinct = list({path.resolve(): path for path in found}.values())
     return Chosen([read_run(path) for path in distinct], not listed and len(distinct) > 1, ", ".join(names))
 
@@ -74,10 +67,6 @@ def _place(name: str) -> Path:
         where="the runs to list",
         hint=did_you_mean(name, known) if known else "give the path of a run's folder",
     )
-
-
-# Settings that differ between any two runs and say nothing.
-UNTOLD = ("output",)
 
 
 def names_of(records: Sequence[Run]) -> list[str]:
@@ -104,17 +93,16 @@ def result_rows(records: Sequence[Run]) -> Numbers:
     for name in metrics[:20]:
         last = [record.metrics.evaluated(name)[-1:] for record in records]
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
-    drift = [record.result.get("drift") for record in records]
-    changes = [d.get("change") if isinstance(d, dict) else None for d in drift]
+    changes = [mapping(record.result.get("drift")).get("change") for record in records]
     rows += [
-        ("drift, nats per token", ["" if c is None else f"{c:+.2f}" for c in changes]),
-        ("training loss, mean", [_or_empty(record.result.get("train_loss"), short) for record in records]),
-        ("training time", [duration(record.seconds) if record.seconds else "" for record in records]),
-        ("rows a second", [_or_empty(record.rows_per_second, rate) for record in records]),
-        ("tokens a second", [_or_empty(record.tokens_per_second, count) for record in records]),
-        ("peak memory", [_or_empty(record.peak_bytes, gigabytes) for record in records]),
-        ("planned memory", [_or_empty(record.planned_bytes, gigabytes) for record in records]),
-        ("trained parameters", [_or_empty(record.result.get("trained_parameters"), count) for record in records]),
+        ("drift, nats per token", [or_empty(change, "{:+.2f}".format) for change in changes]),
+        ("training loss, mean", [or_empty(record.result.get("train_loss"), short) for record in records]),
+        ("training time", [or_empty(record.seconds or None, duration) for record in records]),
+        ("rows a second", [or_empty(record.rows_per_second, rate) for record in records]),
+        ("tokens a second", [or_empty(record.tokens_per_second, count) for record in records]),
+        ("peak memory", [or_empty(record.peak_bytes, gigabytes) for record in records]),
+        ("planned memory", [or_empty(record.planned_bytes, gigabytes) for record in records]),
+        ("trained parameters", [or_empty(record.result.get("trained_parameters"), count) for record in records]),
         ("began", [when(record.started) for record in records]),
     ]
     kept = [(name, *cells) for name, cells in rows if any(cells)]
@@ -123,11 +111,8 @@ def result_rows(records: Sequence[Run]) -> Numbers:
 
 def differing_settings(records: Sequence[Run]) -> Numbers:
     """The settings that are not the same in all runs, as they were set or chosen."""
-    keys = dict.fromkeys(key for record in records for key in record.flat_settings)
     rows = []
-    for key in keys:
-        if key in UNTOLD:
-            continue
+    for key in dict.fromkeys(key for record in records for key in record.flat_settings if key != "output"):
         values = [shown(record.setting(key)) if key in record.flat_settings else "" for record in records]
         if len(set(values)) > 1:
             rows.append((key, *values))
@@ -142,19 +127,31 @@ def same_prompts(records: Sequence[Run], most: int = 8) -> list[dict[str, Any]]:
         for sample in sorted(record.metrics.samples, key=lambda sample: sample.step):
             entry = answers.setdefault(sample.prompt, {"expected": sample.expected, "row": sample.row, "of": {}})
             entry["of"][name] = sample.answer
-    found: list[dict[str, Any]] = []
-    for prompt, entry in answers.items():
-        if len(entry["of"]) > 1 and len(found) < most:
-            name = f"Row {entry['row']}" if entry["row"] is not None else f"Prompt {len(found) + 1}"
-            found.append(
-                {
-                    "name": name,
-                    "prompt": prompt[:2000],
-                    "expected": entry["expected"],
-                    "answers": [(run, text[:2000] or "(nothing)") for run, text in entry["of"].items()],
-                }
-            )
-    return found
+    shared = [(prompt, entry) for prompt, entry in answers.items() if len(entry["of"]) > 1]
+    return [
+        {
+            "name": f"Row {entry['row']}" if entry["row"] is not None else f"Prompt {number}",
+            "prompt": prompt[:2000],
+            "expected": entry["expected"],
+            "answers": [(run, text[:2000] or "(nothing)") for run, text in entry["of"].items()],
+        }
+        for number, (prompt, entry) in enumerate(shared[:most], 1)
+    ]
+
+
+# What JSON gives under the name that a record has it by.
+_SAME_NAMES = (
+    "state",
+    "model",
+    "task",
+    "method",
+    "steps",
+    "total_steps",
+    "seconds",
+    "rows_per_second",
+    "started",
+    "changed",
+)
 
 
 def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
@@ -163,33 +160,20 @@ def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
         {
             "name": name,
             "folder": os.fspath(record.path),
-            "state": record.state,
-            "model": record.model,
-            "task": record.task,
-            "method": record.method,
             "rows": int(record.metrics.total("rows")),
-            "steps": record.steps,
-            "total_steps": record.total_steps,
             "held_out_loss": record.held_out_losses[-1][1] if record.held_out_losses else None,
-            "score": None if record.score is None else {"metric": record.score[0], "value": record.score[1]},
+            "score": None if record.score is None else dict(zip(("metric", "value"), record.score, strict=True)),
             "eval": {
-                metric: found[-1][1]
+                metric: evaluated[-1][1]
                 for metric in record.metrics.metric_names()
-                if (found := record.metrics.evaluated(metric))
+                if (evaluated := record.metrics.evaluated(metric))
             },
-            "seconds": record.seconds,
-            "rows_per_second": record.rows_per_second,
             "peak_memory_bytes": record.peak_bytes,
             "planned_memory_bytes": record.planned_bytes,
-            "started": record.started,
-            "changed": record.changed,
+            **{key: getattr(record, key) for key in _SAME_NAMES},
         }
         for name, record in zip(names_of(records), records, strict=True)
     ]
-
-
-def _or_empty(value: Any, wording: Any) -> str:
-    return "" if value is None else str(wording(value))
 
 
 STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
@@ -224,10 +208,6 @@ def _score(record: Run) -> str:
     return f"{metric_name(score[0])} {metric_value(*score)}"
 
 
-def _memory(record: Run) -> str:
-    return "" if record.peak_bytes is None else f"{record.peak_bytes / 1e9:.2f} GB"
-
-
 def _model(record: Run) -> str:
     reference = record.model.rstrip("/")
     last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
@@ -242,8 +222,8 @@ COLUMNS = (
     Column("state", lambda record: record.state, 0, right=False),
     Column("held-out", lambda record: short(record.held_out_losses[-1][1]) if record.held_out_losses else "", 1),
     Column("score", _score, 2),
-    Column("time", lambda record: duration(record.seconds) if record.seconds else "", 4),
-    Column("memory", _memory, 6),
+    Column("time", lambda record: or_empty(record.seconds or None, duration), 4),
+    Column("memory", lambda record: or_empty(record.peak_bytes and record.peak_bytes / 1e9, "{:.2f} GB".format), 6),
     Column("when", lambda record: when(record.started, short=True), 9),
 )
 
@@ -264,9 +244,8 @@ def runs_table(records: Sequence[Run], width: int) -> RenderableType:
     for column, shown_column in zip(columns, made.columns[1:], strict=True):
         shown_column.justify = "right" if column.right else "left"
     for place, (name, record) in enumerate(zip(names, records, strict=True)):
-        styles = [STYLES.get(record.state, "red") if column.title == "state" else "" for column in columns]
-        texts = [cells[column.title][place] for column in columns]
-        add_row(made, [name, *(Text(text, style=style) for text, style in zip(texts, styles, strict=True))])
+        state = Text(record.state, STYLES.get(record.state, "red"))
+        add_row(made, [name, *(state if c.title == "state" else cells[c.title][place] for c in columns)])
     left_out = [column.title for column in COLUMNS if any(cells[column.title]) and column not in columns]
     if not left_out:
         return made

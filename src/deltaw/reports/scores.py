@@ -45,11 +45,10 @@ def confusion_table(classes: Sequence[str], counts: np.ndarray) -> Table:
         counts: (classes, classes).
     """
     names = [one_line(name, ANSWER) for name in classes]
-    styles = [["green" if i == j else "red" if n else "" for j, n in enumerate(row)] for i, row in enumerate(counts)]
-    rows: list[list[Cell]] = [
-        [name, *(Text(f"{count:,}", style=style) for count, style in zip(row, of_row, strict=True))]
-        for name, row, of_row in zip(names, counts, styles, strict=True)
-    ]
+    rows: list[list[Cell]] = []
+    for true, row in enumerate(counts):
+        styles = ["green" if predicted == true else "red" if count else "" for predicted, count in enumerate(row)]
+        rows.append([names[true], *(Text(f"{n:,}", style=style) for n, style in zip(row, styles, strict=True))])
     return table(["", *names], rows, fold=True, title="true class, down; predicted, across")
 
 

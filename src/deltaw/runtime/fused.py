@@ -47,7 +47,7 @@ from deltaw.runtime.projections import (
 )
 from deltaw.runtime.recognition import BlockRoles, Norms, Told, activation_kind, part, signature
 
-# ---- The two halves of a block as functions, each with a backward of its own that keeps what it must.
+# The two halves of a block are functions, each with a backward of its own that keeps what it must.
 #
 # attention:  stream + [after](output(attention(rotate(queries, keys), values))),    all of [before](x)
 # MLP:        stream + [after](output(f(gate)·up)), or output(f(inner)),             of [before](x)
@@ -59,9 +59,6 @@ from deltaw.runtime.recognition import BlockRoles, Norms, Told, activation_kind,
 #
 # Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
 # attention's output and the second half are computed at these places alone, keys and values at all.
-#
-# Knows projections and kernels; not when a block may run so (``fused``), nor how a model's parts are called
-# (``roles``).
 
 
 @dataclass
@@ -361,9 +358,6 @@ def _of_adapted(layers: Sequence[Projection], grads: Sequence[Tensor | None]) ->
     return kept
 
 
-# ---- The block
-
-
 # Outputs of a block are computed at the places that are asked for where these are at most this share of all.
 FEW = 0.9
 # What a block may be called with; anything else that is not None or False is left to its own code.
@@ -561,12 +555,8 @@ class FusedBlock:
         attention = self.roles.attention
         if not attention.causal and not (serves_compiled(hidden) and attention.head_size % 2 == 0):
             return False
-        factors = {
-            id(factor)
-            for layer in self._layers
-            if isinstance(layer, LoRALinear | LoRAConv1D)
-            for factor in (layer.lora_A, layer.lora_B)
-        }
+        adapted = [layer for layer in self._layers if isinstance(layer, LoRALinear | LoRAConv1D)]
+        factors = {id(factor) for layer in adapted for factor in (layer.lora_A, layer.lora_B)}
         return all(id(p) in factors for p in self._parameters if p.requires_grad)
 
     def _made(self) -> tuple[AttentionHalf, MLPHalf] | None:
@@ -578,30 +568,18 @@ class FusedBlock:
         layers = [Projection(layer) for layer in self._layers]
         count = len(attention.inputs)
         how = {**vars(self.told), "causal": attention.causal}
-        first = AttentionHalf(
-            _half_norms(attention.norms, norms),
-            layers[:count],
-            layers[count],
-            *attention.heads(self.block),
-            attention.head_size,
-            attention.split == "grouped",
-            norms.get(attention.query_norm or ""),
-            norms.get(attention.key_norm or ""),
-            how,
-        )
+        heads = (*attention.heads(self.block), attention.head_size, attention.split == "grouped")
+        query_norm, key_norm = (norms.get(path or "") for path in (attention.query_norm, attention.key_norm))
+        of_heads = (*heads, query_norm, key_norm, how)
+        first = AttentionHalf(_half_norms(attention.norms, norms), layers[:count], layers[count], *of_heads)
         second = MLPHalf(_half_norms(mlp.norms, norms), layers[count + 1 : -1], layers[-1], mlp.gated, kind)
         return first, second
 
     def _watched(self) -> bool:
         """Whether somebody looks at, or has changed, what goes on inside the block, or dropout is drawn."""
-        if are_hooked(self._tables):
+        if are_hooked(self._tables) or any("forward" in table for table in self._tables):
             return True
-        for table in self._tables:
-            if "forward" in table:
-                return True
-            if table["training"] and _drops(table):
-                return True
-        return self.block.training and _drops(vars(self.block))
+        return any(table["training"] and _drops(table) for table in [*self._tables, vars(self.block)])
 
     def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around, checkpointed: bool) -> Tensor:
         x, picked = hidden.flatten(0, 1), around.picked
@@ -614,10 +592,7 @@ class FusedBlock:
             y = _Whole.apply(x, whole, around, *self._factors)
         else:
             y = run_attention(x, halves[0], around)
-            if self.roles.parallel:
-                y = run_mlp(x if picked is None else x.index_select(0, picked), y, halves[1])
-            else:
-                y = run_mlp(y, None, halves[1])
+            y = run_mlp(at(x, picked), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
         y = y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
         return y.view(hidden.shape)
 

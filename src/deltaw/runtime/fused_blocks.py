@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -160,11 +161,9 @@ class FusedBlocks:
 
 def last_norm(backbone: nn.Module) -> nn.Module | None:
     """The norm behind a backbone's blocks, where it is one that is known."""
-    for name in _LAST_NORMS:
-        module = own_modules(backbone).get(name)
-        if module is not None:
-            return module if norm_form(module) is not None else None
-    return None
+    there = own_modules(backbone)
+    module = next((there[name] for name in _LAST_NORMS if there.get(name) is not None), None)
+    return module if module is not None and norm_form(module) is not None else None
 
 
 def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
@@ -188,26 +187,16 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     blocks: list[FusedBlock] = []
     for number, block in enumerate(listed):
         given = told.get(number)
-        roles = None
-        if given is not None or not notes:
-            kind = (signature(block), (given or Told(1.0)).kind)
-            roles = recognized.kinds.get(kind)
-        if roles is None:
+        roles = recognized.kinds.get((signature(block), (given or Told(1.0)).kind))
+        if roles is None or (notes and given is None):
             why = f"block {number} ({type(block).__name__}) is of no kind that was verified"
             return FusedBlocks([], Choice(False, why))
         given = given or Told(roles.attention.head_size**-0.5)
         blocks.append(FusedBlock(block, roles, given, mode.layouts))
     norm = last_norm(backbone)
-    return FusedBlocks(
-        blocks,
-        Choice(True, recognized.why),
-        backbone,
-        place,
-        recognized,
-        [fused.told for fused in blocks],
-        mode.layouts,
-        None if norm is None else FusedNorm(norm),
-    )
+    told_blocks, last = [fused.told for fused in blocks], None if norm is None else FusedNorm(norm)
+    choice = Choice(True, recognized.why)
+    return FusedBlocks(blocks, choice, backbone, place, recognized, told_blocks, mode.layouts, last)
 
 
 _RECOGNIZED: dict[tuple[Any, ...], Recognized] = {}
@@ -268,14 +257,9 @@ def _own_code_instead(*args: Any, **kwargs: Any) -> Any:
 def _told_by_block(blocks: list[nn.Module], notes: list[tuple[nn.Module, Told]]) -> dict[int, Told]:
     """What each block's attention was told, by the block's number; without those that were called twice."""
     owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
-    told: dict[int, Told] = {}
-    twice: set[int] = set()
-    for module, given in notes:
-        number = owner.get(id(module), -1)
-        if number in told:
-            twice.add(number)
-        told[number] = given
-    return {number: given for number, given in told.items() if number >= 0 and number not in twice}
+    told = [(owner[id(module)], given) for module, given in notes if id(module) in owner]
+    times = Counter(number for number, _ in told)
+    return {number: given for number, given in told if times[number] == 1}
 
 
 _FUSED: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, FusedBlocks]] = weakref.WeakKeyDictionary()

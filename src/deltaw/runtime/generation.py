@@ -37,12 +37,9 @@ from deltaw.hub.terminators import terminators
 from deltaw.kernels.linear import Product, linear
 from deltaw.runtime.recognition import forward_replaced
 
-# ---- The text of a model's tokens, given out as it becomes certain.
-#
-# Decoding each token alone would break characters of several tokens and lose spaces, decoding everything each
-# time would cost the square of the length. So a few tokens are decoded together.
-#
-# It knows nothing of terminators and stop strings.
+# The text of a model's tokens is given out as it becomes certain. Decoding each token alone would break characters of
+# several tokens and lose spaces, decoding everything each time would cost the square of the length. So a few tokens are
+# decoded together.
 
 
 # What a character decodes to that has begun and not ended, or is none.
@@ -118,9 +115,6 @@ def _in_common(one: str, other: str) -> int:
     if one.startswith(other):
         return len(other)
     return next(n for n, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
-
-
-# ---- Decoding
 
 
 @dataclass(frozen=True)
@@ -226,12 +220,9 @@ def stream(
 
     def decode() -> None:
         try:
+            stopped = StoppingCriteriaList([_Stopped(tokens.closed.is_set)])
             _decoder(model).generate(
-                ids,
-                attention_mask=mask,
-                generation_config=config,
-                streamer=tokens,
-                stopping_criteria=StoppingCriteriaList([_Stopped(tokens.closed.is_set)]),
+                ids, attention_mask=mask, generation_config=config, streamer=tokens, stopping_criteria=stopped
             )
         except BaseException as error:  # handed to the reader, who raises it
             tokens.queue.put(error)
@@ -326,12 +317,8 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        attention_of(model, ordinary_attention(model)),
-        quiet(),
-        torch.random.fork_rng(devices),
-        _own_head_product(model),
-    ):
+    attention, random = attention_of(model, ordinary_attention(model)), torch.random.fork_rng(devices)
+    with attention, quiet(), random, _own_head_product(model):
         torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
@@ -371,9 +358,8 @@ def _decoder(model: PreTrainedModel) -> GenerationMixin:
         UserError: the model does not generate.
     """
     if not isinstance(model, GenerationMixin):
-        raise UserError(
-            f"a {type(model).__name__} does not generate text", where="model", hint="give a causal language model"
-        )
+        what = f"a {type(model).__name__} does not generate text"
+        raise UserError(what, where="model", hint="give a causal language model")
     return model
 
 
@@ -395,11 +381,8 @@ def _batches(
         if length == 0:
             raise UserError("the prompt is empty", where=f"prompt {place + 1}", hint="give it a token at least")
         if allowance < 1:
-            raise UserError(
-                f"the prompt has {length} tokens, and the model {limit} positions",
-                where=f"prompt {place + 1}",
-                hint="shorten the prompt",
-            )
+            what = f"the prompt has {length} tokens, and the model {limit} positions"
+            raise UserError(what, where=f"prompt {place + 1}", hint="shorten the prompt")
         allowances.append(allowance)
     open_batch: list[int] = []
     for place in sorted(range(len(prompts)), key=lambda place: -lengths[place]):

@@ -44,9 +44,7 @@ class Level:
     count: int = 0
 
     def __str__(self) -> str:
-        if self.kind == "head":
-            return "all but the output head"
-        return f"the lower {self.index} of {self.count} blocks"
+        return "all but the output head" if self.kind == "head" else f"the lower {self.index} of {self.count} blocks"
 
 
 class LayerEntry(Protocol):
@@ -158,17 +156,14 @@ class HeadEntry:
     def __init__(self, model: PreTrainedModel) -> None:
         inside = {id(m) for m in model.base_model.modules()}
         self._backbone = model.base_model
-        self._candidates = [
-            m
-            for m in model.modules()
-            if id(m) not in inside and any(p.requires_grad for p in m.parameters(recurse=False))
-        ]
+        beyond = [module for module in model.modules() if id(module) not in inside]
+        self._candidates = [m for m in beyond if any(p.requires_grad for p in m.parameters(recurse=False))]
         self._module: nn.Module | None = None
-        self._answer: Callable[[int], object] = lambda rows: None
+        self._answer: object = None  # the backbone's, of one row of zeros
 
     def outputs(self, run: Callable[[], object]) -> Tensor:
         def answered(module: nn.Module, args: object, output: object) -> None:
-            self._answer = _answer_like(output)
+            self._answer = _answer_like(output, 1)
 
         def arrived(module: nn.Module, args: tuple[object, ...]) -> NoReturn:
             self._module = module
@@ -182,7 +177,7 @@ class HeadEntry:
     def entering(self, hidden: Tensor) -> Iterator[None]:
         if self._module is None:
             raise RuntimeError("the layer entry point has not been found yet")
-        output = self._answer(hidden.shape[0])
+        output = _answer_like(self._answer, hidden.shape[0])
         hook = self._module.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         try:
             with forward_replaced(self._backbone, lambda *args, **kwargs: output):
@@ -245,28 +240,17 @@ def _frozen(value: object) -> Tensor:
     return value.detach()
 
 
-def _answer_like(output: object) -> Callable[[int], object]:
-    """Makes a backbone's output for any number of rows: zeros in the form of ``output``, one token a row."""
-
-    def like(value: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-        shape = tuple(value.shape[1:])
-        return (1, *shape[1:]) if len(shape) == 2 else shape, value.dtype, value.device
-
+def _answer_like(output: object, rows: int) -> object:
+    """A backbone's output for so many rows: zeros in the form of ``output``, one token a row, which take no memory."""
     if isinstance(output, ModelOutput):
-        kind = type(output)
-        fields = {key: like(value) for key, value in output.items() if isinstance(value, Tensor)}
-        return lambda rows: kind(**{key: _zeros(rows, *form) for key, form in fields.items()})
+        fields = {key: _answer_like(value, rows) for key, value in output.items() if isinstance(value, Tensor)}
+        return type(output)(**fields)
     if isinstance(output, tuple):
-        forms = [like(value) if isinstance(value, Tensor) else None for value in output]
-        return lambda rows: tuple(None if form is None else _zeros(rows, *form) for form in forms)
-    if isinstance(output, Tensor):
-        form = like(output)
-        return lambda rows: _zeros(rows, *form)
-    raise RuntimeError(f"the backbone answers with a {type(output).__name__}")
-
-
-def _zeros(rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=device).expand(rows, *shape)
+        return tuple(_answer_like(value, rows) if isinstance(value, Tensor) else None for value in output)
+    if not isinstance(output, Tensor):
+        raise RuntimeError(f"the backbone answers with a {type(output).__name__}")
+    shape = (1, output.shape[2]) if output.dim() == 3 else output.shape[1:]
+    return torch.zeros((), dtype=output.dtype, device=output.device).expand(rows, *shape)
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -33,12 +33,8 @@ from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_
 from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
 from deltaw.runtime.recognition import TOLERANCE, asked_once
 
-# ---- Switching a model to another attention function for a while, wherever its modules look that up.
-#
 # Each module reads the name of its attention from the configuration object that it holds. These are all one,
 # unless a module was copied: a copy that is trained whole brings its own, which transformers does not know of.
-#
-# Knows transformers' models; not what the attention computes.
 
 
 def set_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> None:
@@ -84,24 +80,19 @@ def _copied(model: nn.Module) -> list[PretrainedConfig]:
     found: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = vars(module).get("config")
-        if not isinstance(config, PretrainedConfig):
-            continue
-        found[id(config)] = config
+        if isinstance(config, PretrainedConfig):
+            found[id(config)] = config
         if isinstance(module, PreTrainedModel):
             parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
             known |= {id(config), *(id(part) for part in parts)}
     return [config for key, config in found.items() if key not in known]
 
 
-# ---- Padded rows of tokens or of an image's patches: encoders, and decoders that cannot run packed rows.
-#
-# Attention that sees both ways goes through the compiled kernel. Each row becomes two segments, its tokens and
-# its padding, so that nothing is computed across. It reaches a model as transformers' own attention does and
-# leaves to torch's whatever is asked beyond that: other masks, causal attention, dropout, processors without
-# the kernel. So its results are the model's own. Blocks that are recognized run fused (``fused_blocks``), those
-# of decoders too.
-#
-# Knows transformers' models; not data, losses or training.
+# Padded rows of tokens or of an image's patches are for encoders, and decoders that cannot run packed rows. Attention
+# that sees both ways goes through the compiled kernel. Each row becomes two segments, its tokens and its padding, so
+# that nothing is computed across. It reaches a model as transformers' own attention does and leaves to torch's whatever
+# is asked beyond that: other masks, causal attention, dropout, processors without the kernel. So its results are the
+# model's own. Blocks that are recognized run fused (``fused_blocks``), those of decoders too.
 
 
 PADDED_ATTENTION = "deltaw_padded"
@@ -132,10 +123,8 @@ def _attend_padded(
     if plain and not causal and dropout == 0.0 and is_compiled(q, k, v):
         layout = layout_of_mask(attention_mask, query.shape[0], query.shape[2], causal=False)
     if layout is None:
-        options = {"sliding_window": sliding_window, "softcap": softcap, **others}
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
-        )
+        others |= {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     out = packed_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), layout, scaling=told, causal=False)
     return out.transpose(0, 1).unflatten(0, (query.shape[0], query.shape[2])), None
 
@@ -223,9 +212,6 @@ def _sample(model: PreTrainedModel) -> dict[str, Any]:
 
 
 PADDED = Mode("padded", _padded_layout_of_call, functools.partial(padded_rows, fused=False), _sample)
-
-
-# ---- Packed rows
 
 
 ATTENTION = "deltaw_packed"
@@ -392,10 +378,8 @@ def _packed_against_apart(small: PreTrainedModel) -> float:
     """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own."""
     layout, inputs = sample_rows(small, TREE)
     stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
-    apart = [
-        small(input_ids=row[None], use_cache=False).last_hidden_state[0]
-        for row in (torch.cat([stem, left]), torch.cat([stem, right]), alone)
-    ]
+    rows = (torch.cat([stem, left]), torch.cat([stem, right]), alone)
+    apart = [small(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     with packed_rows(small, fused=False):
         packed = small(**inputs).last_hidden_state[0]
     expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]])
@@ -409,9 +393,8 @@ def _packed_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) 
     return layout
 
 
-PACKED = Mode(
-    "packed",
-    _packed_layout_of_call,
-    functools.partial(packed_rows, fused=False),
-    lambda model: sample_rows(model, TREE)[1],
-)
+def _packed_sample(model: PreTrainedModel) -> dict[str, Any]:
+    return sample_rows(model, TREE)[1]
+
+
+PACKED = Mode("packed", _packed_layout_of_call, functools.partial(packed_rows, fused=False), _packed_sample)

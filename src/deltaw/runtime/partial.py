@@ -64,44 +64,28 @@ def number_of(module: nn.Module) -> int:
 
 
 def partial_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PartialLayout,
-    number: int,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: PartialLayout, number: int, **how: Any
 ) -> Tensor:
     """:func:`deltaw.kernels.attention.packed_attention` of the tokens that run, in layer ``number``.
 
     Args:
         query: (heads, M, d). key, value: (key heads, M, d) and (key heads, M, d_v).
+        how: scaling, window and softcap.
 
     Returns:
         (heads, M, d_v).
     """
     rows = (t.transpose(0, 1) for t in (query, key, value))
-    return _PartialAttention.apply(*rows, layout, number, scaling, window, softcap).transpose(0, 1)
+    return _PartialAttention.apply(*rows, layout, number, {**how, "picked": layout.places}).transpose(0, 1)
 
 
 class _PartialAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: PartialLayout,
-        number: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PartialLayout, number: int, how: dict[str, Any]
     ) -> Tensor:
-        how = {"scaling": scaling, "window": window, "softcap": softcap, "picked": layout.places}
         keys, values = layout.joined(number, key, value)
-        out, kept = attend(query, keys, values, layout.whole, **how)  # type: ignore[arg-type]
+        out, kept = attend(query, keys, values, layout.whole, **how)
         compiled = is_compiled(query, keys, values)
         ctx.save_for_backward(query, keys, values, out if compiled else None, *kept)
         ctx.layout, ctx.how = layout, how
@@ -113,4 +97,4 @@ class _PartialAttention(torch.autograd.Function):
         query, keys, values, out, *kept = ctx.saved_tensors
         d_q, *others = attend_backward(grads[0], query, keys, values, out, kept, ctx.layout.whole, **ctx.how)
         d_k, d_v = (t.index_select(0, ctx.layout.places) for t in others)
-        return d_q, d_k, d_v, None, None, None, None, None
+        return d_q, d_k, d_v, None, None, None

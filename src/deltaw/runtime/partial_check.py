@@ -63,21 +63,15 @@ def _apart_against_whole(small: PreTrainedModel) -> float:
             _run(small, inputs, ~active, keys, acting=False)
         apart = _run(small, inputs, active, keys, acting=True)
         of_apart = torch.autograd.grad((apart * slopes).sum(), factors)
-    sums = [
-        torch.stack([(a - b).detach().square().sum() for a, b in zip(left, right, strict=True)]).sum()
-        / torch.stack([b.detach().square().sum() for b in right]).sum()
-        for left, right in (((apart,), (whole,)), (of_apart, of_whole))
-    ]
-    return float(torch.stack(sums).max().sqrt())
+    differences = []
+    for ours, theirs in (((apart,), (whole,)), (of_apart, of_whole)):
+        flat, expected = (torch.cat([tensor.detach().flatten() for tensor in of]) for of in (ours, theirs))
+        differences.append(float((flat - expected).norm() / expected.norm()))
+    return max(differences)
 
 
 def _run(
-    small: PreTrainedModel,
-    inputs: dict[str, Any],
-    which: Tensor,
-    keys: dict[int, tuple[Tensor, Tensor]],
-    *,
-    acting: bool,
+    small: PreTrainedModel, inputs: dict[str, Any], which: Tensor, keys: dict[int, tuple[Tensor, Tensor]], acting: bool
 ) -> Tensor:
     """(M, hidden) outputs of these tokens alone."""
     places = which.nonzero()[:, 0]

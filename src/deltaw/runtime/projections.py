@@ -103,19 +103,13 @@ def can_project(layer: nn.Module) -> bool:
     """Whether :class:`Projection` computes what a layer does: a linear layer whose own weights are frozen,
     plain or with low-rank factors without dropout."""
     kind = type(layer)
-    if kind is LoRALinear or kind is LoRAConv1D:
-        if layer.training and vars(layer)["dropout"] > 0.0:
+    if isinstance(layer, LoRALayer) and kind in (LoRALinear, LoRAConv1D):
+        if layer.acts_in_part or (layer.training and vars(layer)["dropout"] > 0.0):
             return False
-        if isinstance(layer, LoRALayer) and layer.acts_in_part:
-            return False
-    elif not (
-        kind is nn.Linear or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(layer) or stored_form(layer) is not None
-    ):
+    elif not (kind is nn.Linear or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(layer) or stored_form(layer)):
         return False
     weight, bias = own_parameters(layer).get("weight"), own_parameters(layer).get("bias")
-    if weight is None or weight.requires_grad:
-        return False
-    return bias is None or not bias.requires_grad
+    return weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
 
 
 def at(x: Tensor, places: Tensor | None) -> Tensor:

@@ -62,12 +62,13 @@ class Int8Report:
         said = f"{self.layers - len(self.kept)} of {self.layers} layers are int8-quantized"
         if self.errors:
             said += f", with outputs off by {sum(self.errors.values()) / len(self.errors):.1%} on average"
-        if self.kept:
-            worst = sorted(self.kept, key=lambda name: -self.kept[name])
-            shown = ", ".join(f"{name} ({self.kept[name]:.0%})" for name in worst[:3])
-            said += f"; off by more than {LARGEST_ERROR:.0%}, and so left as they were: {shown}"
-            said += f" and {len(worst) - 3} more" if len(worst) > 3 else ""
-        return said
+        worst = sorted(self.kept, key=lambda name: -self.kept[name])
+        shown = _first_three([f"{name} ({self.kept[name]:.0%})" for name in worst])
+        return f"{said}; off by more than {LARGEST_ERROR:.0%}, and so left as they were: {shown}" if worst else said
+
+
+def _first_three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> Int8Report:
@@ -207,10 +208,7 @@ def give_back(weight: Tensor) -> None:
 
     They stay in the file; whoever reads them again gets them from there. In a dry run there are none.
     """
-    if not has_values(weight):
-        return
-    place = file_mapped_at(weight.data_ptr())
-    if place is None:
+    if not has_values(weight) or file_mapped_at(weight.data_ptr()) is None:
         return
     page = 4096
     begin = -(-weight.data_ptr() // page) * page
@@ -234,13 +232,9 @@ def file_mapped_at(address: int) -> str | None:
     return None
 
 
-# ---- Frozen weights rounded to NF4 (arXiv 2305.14314): which layers, one after another.
-#
-# The linear layers of the model's blocks are taken; embeddings, norms and the head stay as they are. Each
-# layer's own weight is given back as soon as its blocks stand, so a model whose weights are mapped from its
-# files never stands whole in both forms.
-#
-# Knows modules; not data files or training.
+# Rounded to NF4 (arXiv 2305.14314), layers are taken one after another. The linear layers of the model's blocks are
+# taken; embeddings, norms and the head stay as they are. Each layer's own weight is given back as soon as its blocks
+# stand, so a model whose weights are mapped from its files never stands whole in both forms.
 
 
 @dataclass
@@ -254,10 +248,7 @@ class Nf4Report:
         if not self.layers:
             return "no linear layer stands in the blocks, so no weight is rounded to NF4"
         said = f"{self.layers - len(self.kept)} of {self.layers} layers are in NF4"
-        if self.kept:
-            more = f" and {len(self.kept) - 3} more" if len(self.kept) > 3 else ""
-            said += f"; their inputs are no multiple of 64: {', '.join(self.kept[:3])}{more}"
-        return said
+        return f"{said}; their inputs are no multiple of 64: {_first_three(self.kept)}" if self.kept else said
 
 
 def quantize_nf4(model: nn.Module) -> Nf4Report:
@@ -302,11 +293,9 @@ def _linear_layers(model: nn.Module, adapted: bool = False) -> list[tuple[_Held,
     return [(held, held.layer) for held in every if isinstance(held.layer, nn.Linear)]
 
 
-# ---- Large frozen weights of a training in large pages of memory.
-#
-# A product's right side is read in strips of a few columns, so a product with the transposed weight reads a
-# line of each row. Of a large weight each row is another page of 4 KiB, more of them than the processor
-# remembers the places of. Knows modules and memory; not what the weights are for.
+# Large frozen weights of a training lie in large pages of memory. A product's right side is read in strips of a few
+# columns, so a product with the transposed weight reads a line of each row. Of a large weight each row is another page
+# of 4 KiB, more of them than the processor remembers the places of.
 
 
 AT_ONCE = 16 << 20  # bytes that are there twice while a weight moves
@@ -347,11 +336,9 @@ def _large_weights(model: nn.Module) -> list[Tensor]:
 
 def _is_large(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if not plain or not has_values(tensor) or tensor.device.type != "cpu" or tensor.requires_grad:
-        return False
-    if tensor.nbytes < large_pages.WORTH or tensor.dim() < 2 or not tensor.is_contiguous():
-        return False
-    return file_mapped_at(tensor.data_ptr()) is not None
+    frozen = plain and has_values(tensor) and tensor.device.type == "cpu" and not tensor.requires_grad
+    large = frozen and tensor.nbytes >= large_pages.WORTH and tensor.dim() >= 2 and tensor.is_contiguous()
+    return large and file_mapped_at(tensor.data_ptr()) is not None
 
 
 def _move(weight: Tensor) -> None:

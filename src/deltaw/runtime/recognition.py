@@ -37,8 +37,6 @@ from deltaw.lora.stored import stored_form, weight_shape
 
 Answer = TypeVar("Answer")
 
-# ---- The blocks of a model: the one list of like modules that its input goes through.
-
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The name and list of the model's blocks; None where it has no such list.
@@ -46,22 +44,15 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     Found by structure: of all lists of modules the one with the most parameters, lists inside of its own
     blocks (experts) left out, since they have fewer.
     """
-    found: tuple[str, nn.ModuleList] | None = None
-    most = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        size = sum(p.numel() for p in module.parameters())
-        if size > most:
-            found, most = (name, module), size
-    return found
+    lists = [pair for pair in model.named_modules() if isinstance(pair[1], nn.ModuleList)]
+    sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists]
+    return lists[sizes.index(max(sizes))] if any(sizes) else None  # type: ignore[return-value]
 
 
-# ---- A transformer block described by roles: which child does what, and how the parts are put together.
-#
-# A description holds paths, not modules. The parts are looked up in a block whenever they are needed, so a
-# module that was replaced meanwhile (by an adapted layer, by a trained copy) is the one that is found. One
-# description fits every block of its kind, whatever the sizes.
+# A transformer block is described by roles: which child does what, and how the parts are put together. A description
+# holds paths, not modules. The parts are looked up in a block whenever they are needed, so a module that was replaced
+# meanwhile (by an adapted layer, by a trained copy) is the one that is found. One description fits every block of its
+# kind, whatever the sizes.
 #
 # sequential   x₁ = x + attention(norm(x)),       y = x₁ + mlp(norm(x₁))
 # parallel     y  = x + attention(norm(x)) + mlp(norm(x))
@@ -69,21 +60,13 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 # Each half has up to three norms: ``before`` its first projection, ``after`` its last one, inside the residual
 # branch (Gemma 2, arXiv 2408.00118), and ``post``, over the sum with the residual stream (BERT,
 # arXiv 1810.04805).
-#
-# Knows modules and names; not autograd, kernels or how a block is run. Which description is the right one for a
-# block is found in ``recognition``.
 
 
 # Activation functions by the class names that transformers and torch give them, and the kernels' own names.
 ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "PytorchGELUTanh": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
+    **dict.fromkeys(("SiLU", "SiLUActivation"), "silu"),
+    **dict.fromkeys(("PytorchGELUTanh", "GELUTanh", "NewGELUActivation", "FastGELUActivation"), "gelu_tanh"),
+    **dict.fromkeys(("GELUActivation", "GELU"), "gelu"),
     "ReLU": "relu",
 }
 # How one layer's outputs hold queries, keys and values, d numbers a head: all queries, then all keys, then
@@ -286,14 +269,11 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-# ---- A small fp32 copy of a model: the same classes and settings, few and narrow blocks, random weights.
-#
-# What a model's code computes does not depend on its size, nor on its weights. So questions about the code are
-# answered on such a copy: in fp32, where a difference is a difference, in a few milliseconds and megabytes,
-# and alike in a dry run on fake tensors. The size of a head stays, as rotary positions hang on it; so do the
-# ratios that tell layouts apart (several queries to a key, several keys).
-#
-# Knows transformers' configurations; not what is asked of the copy.
+# A small fp32 copy of a model has the same classes and settings, few and narrow blocks, random weights. What a model's
+# code computes does not depend on its size, nor on its weights. So questions about the code are answered on such a
+# copy: in fp32, where a difference is a difference, in a few milliseconds and megabytes, and alike in a dry run on fake
+# tensors. The size of a head stays, as rotary positions hang on it; so do the ratios that tell layouts apart (several
+# queries to a key, several keys).
 
 
 VOCABULARY = 97
@@ -377,11 +357,8 @@ def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
 def _few_layers(small: PretrainedConfig, config: PretrainedConfig) -> None:
     """As many layers as show every kind that the lists in the configuration tell apart, two at least."""
     count = int(config.num_hidden_layers)
-    lists = {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, (list, tuple)) and len(value) == count and count > 1
-    }
+    every = {name: value for name, value in config.to_dict().items() if isinstance(value, (list, tuple))}
+    lists = {name: value for name, value in every.items() if len(value) == count > 1}
     kinds = list(zip(*(map(str, value) for value in lists.values()), strict=True))
     last = max((kinds.index(kind) for kind in set(kinds)), default=0)
     few = min(count, max(2, last + 1))
@@ -410,9 +387,6 @@ def _fill(name: str, values: torch.Tensor, generator: torch.Generator) -> None:
         values.copy_(0.2 * noise)
     else:
         values.copy_(1 + 0.2 * noise)
-
-
-# ---- What fits a block
 
 
 # Relative difference of outputs and of gradients, in fp32, that is rounding and no more.
@@ -460,10 +434,8 @@ def _kind_of(module: nn.Module) -> tuple[str, ...]:
     if _is_conv1d(module):
         return ("conv1d",)
     kind = type(module)
-    return (
-        f"{kind.__module__}.{kind.__qualname__}",
-        *sorted(n for n, p in own_parameters(module).items() if p is not None),
-    )
+    parameters = sorted(name for name, parameter in own_parameters(module).items() if parameter is not None)
+    return (f"{kind.__module__}.{kind.__qualname__}", *parameters)
 
 
 def _flags_of(module: nn.Module) -> Iterator[str]:
@@ -477,7 +449,7 @@ def _flags_of(module: nn.Module) -> Iterator[str]:
             yield f"{name}={value}"
 
 
-def candidates(block: nn.Module) -> Iterator[BlockRoles] | str:
+def candidates(block: nn.Module) -> list[BlockRoles] | str:
     """Descriptions that the names and sizes of a block's parts allow, likeliest first; or what it lacks."""
     modules = dict(block.named_modules())
     linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or _is_conv1d(m)}
@@ -512,16 +484,12 @@ def candidates(block: nn.Module) -> Iterator[BlockRoles] | str:
     causal = vars(part(block, holder)).get("is_causal", True) is not False
     splits: tuple[Split, ...] = ("apart",) if len(inputs) == 3 else ("stacked", "grouped")
     query_norm, key_norm = heads or (None, None)
-    return (
-        BlockRoles(
-            AttentionRoles(inputs, outputs[0], first, split, head_size, query_norm, key_norm, rotary, causal),
-            MLPRoles(into, out, second, gated, activations[0]),
-            parallel,
-        )
-        for rotary, (first, second, parallel), split, (into, out, gated) in itertools.product(
-            (True, False), list(_norm_places(wide)), splits, shapes
-        )
-    )
+    found_roles = []
+    ways = itertools.product((True, False), list(_norm_places(wide)), splits, shapes)
+    for rotary, (first, second, parallel), split, (into, out, gated) in ways:
+        attention = AttentionRoles(inputs, outputs[0], first, split, head_size, query_norm, key_norm, rotary, causal)
+        found_roles.append(BlockRoles(attention, MLPRoles(into, out, second, gated, activations[0]), parallel))
+    return found_roles
 
 
 def _norm_places(wide: list[str]) -> Iterator[tuple[Norms, Norms, bool]]:
@@ -563,18 +531,14 @@ def _head_size(holder: nn.Module) -> int | None:
 
 def _mlp_shapes(inner: list[str], linear: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], str, bool]] | None:
     """(inputs, output, gated) that the MLP's layers may have."""
-    if len(inner) == 3:
-        by_name = {path.rpartition(".")[2]: path for path in inner}
-        for gate, up, down in _GATED:
-            if {gate, up, down} == set(by_name):
-                return [((by_name[gate], by_name[up]), by_name[down], True)]
-        return None
+    by_name = {path.rpartition(".")[2]: path for path in inner}
+    for gate, up, down in _GATED:
+        if len(inner) == 3 and {gate, up, down} == set(by_name):
+            return [((by_name[gate], by_name[up]), by_name[down], True)]
     if len(inner) != 2:
         return None
     (_, wide), (narrow, _) = (sizes(linear[path]) for path in inner)
-    if wide == narrow:
-        return [((inner[0],), inner[1], False)]
-    return [((inner[0],), inner[1], True)] if wide == 2 * narrow else None
+    return [((inner[0],), inner[1], wide != narrow)] if wide in (narrow, 2 * narrow) else None
 
 
 @dataclass(frozen=True)

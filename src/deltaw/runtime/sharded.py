@@ -116,10 +116,8 @@ class ShardedBlocks:
         self._read: list[nn.Module] = []
         for block in blocks:
             self._values.append({name: noted_values(p) for name, p in block.named_parameters()})
-        self._handles = [
-            block.register_forward_pre_hook(functools.partial(self._enter, number))
-            for number, block in enumerate(blocks)
-        ]
+        enter = [functools.partial(self._enter, number) for number in range(len(blocks))]
+        self._handles = [b.register_forward_pre_hook(hook) for b, hook in zip(blocks, enter, strict=True)]
 
     def divide(self) -> None:
         """Read this process's rows of every block that is not divided yet, one block after the other."""
@@ -130,7 +128,9 @@ class ShardedBlocks:
             rows = {name: self._rows_of(p) for name, p in block.named_parameters()}
             read = self._weights.read({self._name(number, name): at for name, at in rows.items()})
             self._load(number, {name: read[self._name(number, name)] for name in rows})
-        self._watch_no_more()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def finish(self) -> None:
         """Divide what was rounded, and make sure that all processes rounded alike.
@@ -154,11 +154,8 @@ class ShardedBlocks:
         every = [torch.empty_like(own) for _ in range(self._group.size())]
         self._wire(0, lambda: dist.all_gather(every, own, group=self._group))
         if any(not torch.equal(other, own) for other in every):
-            raise UserError(
-                "the processes rounded the weights to int8 differently, so that their rows do not belong together",
-                where="precision",
-                hint="use machines with one kind of processor, or precision bf16",
-            )
+            what = "the processes rounded the weights to int8 differently, so their rows do not belong together"
+            raise UserError(what, where="precision", hint="use machines with one kind of processor, or precision bf16")
 
     def rejoin(self) -> None:
         """Let FSDP's changes reach layers that have taken the place of those it knows.
@@ -205,11 +202,6 @@ class ShardedBlocks:
         if rounded:
             self._shard(number)
 
-    def _watch_no_more(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     # FSDP
 
     def _shard(self, number: int) -> None:
@@ -233,12 +225,10 @@ class ShardedBlocks:
         from torch.distributed.tensor import DTensor, Shard
 
         own = dict(self._blocks[number].named_parameters())
-        rows = {
-            name: DTensor.from_local(
-                value, self._mesh, [Shard(0)], run_check=False, shape=own[name].shape, stride=own[name].stride()
-            )
-            for name, value in values.items()
-        }
+        rows = {}
+        for name, value in values.items():
+            shape, stride = own[name].shape, own[name].stride()
+            rows[name] = DTensor.from_local(value, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         with self._as_sharded(number) as block:
             block.load_state_dict(rows, assign=True, strict=False)
         for parameter in self._blocks[number].parameters():
@@ -369,6 +359,5 @@ def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.Proce
 
 
 def _no_blocks(folder: Path, why: str) -> UserError:
-    return UserError(
-        f"the model cannot be divided among processes: {why}", where=str(folder), hint="set train.sharding: none"
-    )
+    what = f"the model cannot be divided among processes: {why}"
+    return UserError(what, where=str(folder), hint="set train.sharding: none")

@@ -60,24 +60,21 @@ def input_embedding(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model has none, or virtual tokens in front of its rows would not reach all of it.
     """
-    name = type(model).__name__
-    hint = "choose another method; a soft prompt is for models that read one row of tokens"
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise UserError(f"a {name} does not read tokens", where="method", hint=hint)
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"a {name} reads rows of tokens in two places", where="method", hint=hint)
-    embedding = kinds.own_embedding(model)
+    config, embedding = getattr(model, "config", None), kinds.own_embedding(model)
     weight = getattr(embedding, "weight", None)
-    if not isinstance(embedding, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise UserError(f"a {name} does not say which module is its token embedding", where="method", hint=hint)
+    why = None
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        why = "does not read tokens"
+    elif getattr(config, "is_encoder_decoder", False):
+        why = "reads rows of tokens in two places"
+    elif not isinstance(embedding, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        why = "does not say which module is its token embedding"
     for other, module in model.named_modules():
         if isinstance(module, nn.Embedding) and other.rpartition(".")[2].startswith(_SECOND_TABLES):
-            raise UserError(
-                f"a {name} looks token ids up in '{other}' as well, which has no rows for a soft prompt",
-                where="method",
-                hint="choose another method",
-            )
+            why = f"looks token ids up in '{other}' as well, which has no rows for a soft prompt"
+    if why is not None or not isinstance(embedding, nn.Module):
+        hint = "choose another method; a soft prompt is for models that read one row of tokens"
+        raise UserError(f"a {type(model).__name__} {why}", where="method", hint=hint)
     return embedding
 
 
@@ -103,10 +100,8 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
     weight = weight_of(embedding)
     width = weight_shape(embedding)[1]
     if prompt.dim() != 2 or prompt.shape[1] != width:
-        raise UserError(
-            f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {width} wide",
-            hint="is it the base model that the prompt was trained on?",
-        )
+        what = f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {width} wide"
+        raise UserError(what, hint="is it the base model that the prompt was trained on?")
     layer = adopt(_class_over(type(embedding)), embedding)
     layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=factor_dtype(weight), copy=True))
     layer.first_id = int(weight.shape[0])

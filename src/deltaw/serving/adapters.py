@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,12 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw import tasks
 from deltaw.contained import require_contained
 from deltaw.data.chat_template import read_chat_template
-from deltaw.errors import UserError
+from deltaw.errors import UserError, did_you_mean
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.attachment import attachment
 from deltaw.lora.factors import AdapterFactors, Factors, read_factors
-from deltaw.lora.files import PICKLED_NAME
+from deltaw.lora.files import PICKLED_NAME, read_settings
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, same_base
 from deltaw.lora.stored import weight_shape
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -51,7 +50,7 @@ class FolderState:
     digest: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterFacts:
     """What is known of an adapter without its weights.
 
@@ -99,6 +98,10 @@ class ActiveAdapter:
 class Adapters(Protocol):
     """Keeps adapters by name. May be called from any thread."""
 
+    @property
+    def loaded(self) -> int:
+        """How many adapters are in memory."""
+
     def names(self) -> tuple[str, ...]:
         """The names that a request may give."""
 
@@ -120,12 +123,16 @@ class Adapters(Protocol):
     def release(self, adapter: ActiveAdapter) -> None:
         """Note that a text which :meth:`acquire` was called for does not need it any more."""
 
+    def close(self) -> None:
+        """Load no more of them."""
+
 
 class FixedAdapters:
     """Adapters that are in memory all the time, such as the one that a run was opened with."""
 
     def __init__(self, by_name: dict[str, ActiveAdapter] | None = None) -> None:
         self._by_name = dict(by_name or {})
+        self.loaded = len(self._by_name)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._by_name)
@@ -134,31 +141,22 @@ class FixedAdapters:
         return self.acquire(name).facts
 
     def acquire(self, name: str) -> ActiveAdapter:
-        found = self._by_name.get(name)
-        if found is None:
+        if name not in self._by_name:
             raise no_adapter(name, self.names())
-        return found
+        return self._by_name[name]
 
     def release(self, adapter: ActiveAdapter) -> None:
         """Nothing to do: it stays."""
 
+    def close(self) -> None:
+        """Nothing to do: none is loaded."""
 
-def no_adapter(name: str, names: tuple[str, ...]) -> UnknownAdapterError:
+
+def no_adapter(name: str, names: Iterable[str]) -> UnknownAdapterError:
     """The error of a name that no adapter has."""
-    known = f"one of {', '.join(names)}" if names else "none: there are no adapters"
-    return UnknownAdapterError(f"there is no adapter '{name}'", where="adapter", hint=f"give {known}")
+    return UnknownAdapterError(f"there is no adapter '{name}'", where=name, hint=did_you_mean(name, names))
 
 
-# ---- An adapter's folder as a server reads it: what acts on a row, how it is talked to, and what is refused.
-#
-# What can be served on a base that others use as well leaves the base's weights alone: low-rank factors of
-# linear layers, with or without an invocation sequence, and soft prompts. Everything else is refused, and the
-# refusal names it. The chat template, the terminators and the settings that were saved with the adapter come
-# along.
-
-
-_OF_ITS_OWN = "merge it into a model of its own: deltaw merge"
-_AS_A_MODEL = "serve it as a model of its own: deltaw serve"
 _OWN_BASE = "serve it on the base model that it was trained on"
 
 
@@ -179,6 +177,11 @@ class AdapterParts:
 
 class FolderReader:
     """Reads adapters for one base model.
+
+    An adapter can be served on a base that others use as well if it leaves the base's weights alone: low-rank
+    factors of linear layers, with or without an invocation sequence, and soft prompts. Everything else is refused,
+    and the refusal names it. The chat template, the terminators and the settings that were saved with the adapter
+    come along.
 
     Args:
         model: the base; it is looked at and never changed.
@@ -208,31 +211,16 @@ class FolderReader:
         refuse_missing(folder)
         before = known if known is not None and known.stat == stat_of(folder) else state_of(folder)
         found = read_folder(folder, trust_remote_code=None)
-        told = tasks.name_of_adapter(found.adapter.get("task_type"))
-        task = found.run.task if found.run is not None else told
-        if task is not None and not tasks.entry_of(task).writes_text:
-            raise UserError(
-                f"it is an adapter for {task}, and the base here writes text",
-                where=str(folder),
-                hint=f"{_AS_A_MODEL} {folder}",
-            )
+        as_a_model = f"serve it as a model of its own: deltaw serve {folder}"
+        if not tasks.entry_of(found.task).writes_text:
+            raise _unfit(folder, f"it is an adapter for {found.task}, and the base here writes text", as_a_model)
         name = method_of_folder(folder, self._tokenizer).name
-        if name == "lora":
-            factors, prompt = self._factors(folder), None
-        elif name == "prompt":
-            factors, prompt = None, self._prompt(folder)
-        else:
-            raise UserError(
-                f"its method '{name}' trains the base model's own weights, which other requests use as well",
-                where=str(folder),
-                hint=f"{_AS_A_MODEL} {folder}",
-            )
+        if name not in ("lora", "prompt"):
+            what = f"its method '{name}' trains the base model's own weights, which other requests use as well"
+            raise _unfit(folder, what, as_a_model)
+        factors, prompt = (self._factors(folder), None) if name == "lora" else (None, self._prompt(folder))
         if stat_of(folder) != before.stat:
-            raise UserError(
-                "the adapter's files change while they are read",
-                where=str(folder),
-                hint="wait until they are written, and add it again",
-            )
+            raise _unfit(folder, "the adapter's files change while they are read", "add it again when they are written")
         invoked = None if factors is None else factors.config.invocation_tokens
         tokenizer = self._own_tokenizer(folder)
         facts = AdapterFacts(
@@ -253,34 +241,21 @@ class FolderReader:
 
     def _refuse_base(self, folder: Path, metadata: Mapping[str, str], named: str | None) -> None:
         if same_base(metadata.get(FINGERPRINT_KEY), self._fingerprint) is False:
-            raise UserError(
-                "it was trained on another base model" + (f": {named}" if named else ""),
-                where=str(folder),
-                hint=_OWN_BASE,
-            )
+            raise _unfit(folder, "it was trained on another base model" + (f": {named}" if named else ""), _OWN_BASE)
 
     def _prompt(self, folder: Path) -> Tensor:
         file = read_prompt(folder)
         if file.whole:
-            raise UserError(
-                f"it has modules trained in full: {', '.join(sorted(file.whole_modules or file.whole))}",
-                where=str(folder),
-                hint=_OF_ITS_OWN,
-            )
-        width = weight_shape(input_embedding(self._model))[1]
-        if file.prompt.dim() != 2 or file.prompt.shape[1] != width:
-            raise UserError(
-                f"the soft prompt is {tuple(file.prompt.shape)}, and the model's embedding is {width} wide",
-                where=str(folder),
-                hint=_OWN_BASE,
-            )
+            names = ", ".join(sorted(file.whole_modules or file.whole))
+            hint = "merge it into a model of its own: deltaw merge"
+            raise _unfit(folder, f"it has modules trained in full: {names}", hint)
+        width, shape = weight_shape(input_embedding(self._model))[1], tuple(file.prompt.shape)
+        if len(shape) != 2 or shape[1] != width:
+            what = f"the soft prompt is {shape}, and the model's embedding is {width} wide"
+            raise _unfit(folder, what, _OWN_BASE)
         prompt = file.prompt.to(torch.float32, copy=True).contiguous()
         if not bool(torch.isfinite(prompt).all()):
-            raise UserError(
-                "the soft prompt has values that are not finite",
-                where=str(folder),
-                hint="take an earlier checkpoint of it",
-            )
+            raise _unfit(folder, "the soft prompt has values that are not finite", "take an earlier checkpoint of it")
         self._refuse_base(folder, metadata_of(folder), file.base_model)
         return prompt
 
@@ -297,18 +272,19 @@ class FolderReader:
 
     def _ends(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
         """The terminators that a generation configuration in the folder declares, else the base's."""
-        declared = _json(folder / "generation_config.json").get("eos_token_id")
+        path = folder / "generation_config.json"
+        declared = read_settings(path).get("eos_token_id") if path.is_file() else None
         if declared is None:
             return tuple(self._terminators)
         ids = declared if isinstance(declared, list) else [declared]
         rows = weight_shape(input_embedding(self._model))[0]
         if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
-            raise UserError(
-                f"its terminators {ids} are no tokens of the base model",
-                where=str(folder / "generation_config.json"),
-                hint="correct eos_token_id",
-            )
+            raise _unfit(path, f"its terminators {ids} are no tokens of the base model", "correct eos_token_id")
         return tuple(sorted({*ids, *terminators(None, tokenizer)}))
+
+
+def _unfit(where: Path, what: str, hint: str) -> UserError:
+    return UserError(what, where=str(where), hint=hint)
 
 
 def refuse_missing(folder: Path) -> None:
@@ -318,19 +294,12 @@ def refuse_missing(folder: Path) -> None:
     require_contained(folder)
     config, weights = _files(folder)
     if not config.is_file():
-        raise UserError(
-            f"the folder has no {ADAPTER_CONFIG}",
-            where=str(folder),
-            hint="name the folder that an adapter was saved in",
-        )
+        raise _unfit(folder, f"the folder has no {ADAPTER_CONFIG}", "name the folder that an adapter was saved in")
+    if not weights.is_file() and (folder / PICKLED_NAME).exists():
+        what = f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read"
+        raise _unfit(folder / PICKLED_NAME, what, f"ask its author to save it again as {ADAPTER_WEIGHTS}")
     if not weights.is_file():
-        if (folder / PICKLED_NAME).exists():
-            raise UserError(
-                f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read",
-                where=str(folder / PICKLED_NAME),
-                hint=f"ask its author to save it again as {ADAPTER_WEIGHTS}",
-            )
-        raise UserError(f"the folder has no {ADAPTER_WEIGHTS}", where=str(folder), hint="copy or download it again")
+        raise _unfit(folder, f"the folder has no {ADAPTER_WEIGHTS}", "copy or download it again")
 
 
 def state_of(folder: Path) -> FolderState:
@@ -346,11 +315,8 @@ def state_of(folder: Path) -> FolderState:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            raise UserError(
-                f"{path.name} cannot be read: {error.strerror or error}",
-                where=str(folder),
-                hint="save or copy the adapter again",
-            ) from error
+            what = f"{path.name} cannot be read: {error.strerror or error}"
+            raise _unfit(folder, what, "save or copy the adapter again") from error
         digest.update(b"\0")
     return FolderState(stat_of(folder), digest.hexdigest())
 
@@ -375,27 +341,9 @@ def _template_in(folder: Path) -> str | None:
     """The chat template that stands in a folder, in a file of its own or among the tokenizer's settings."""
     if (folder / CHAT_TEMPLATE).is_file():
         return read_chat_template(str(folder / CHAT_TEMPLATE))
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
+    settings = folder / "tokenizer_config.json"
+    template = read_settings(settings).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return text_or_none(template)
-
-
-def _json(path: Path) -> dict[str, object]:
-    """The object in a JSON file; empty where there is no such file.
-
-    Raises:
-        UserError: it is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path.name} cannot be read: {error}", where=str(path), hint="save or copy the adapter again"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name} is not a JSON object", where=str(path), hint="copy the adapter again")
-    return value

@@ -24,23 +24,22 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.attachment import attachment, unwrapped
 from deltaw.lora.factors import Factors, more_than_factors
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.runtime.recognition import part
-from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FolderReader, FolderState, refuse_missing, stat_of
+from deltaw.serving.adapters import (
+    ActiveAdapter,
+    AdapterFacts,
+    FolderReader,
+    FolderState,
+    no_adapter,
+    refuse_missing,
+    stat_of,
+)
 from deltaw.serving.decodable import Decodable
-from deltaw.serving.request import UnknownAdapterError
-
-# ---- Where a low-rank update goes in a packed decoding step: from a layer's name to a block's part.
-#
-# A decoder knows the parts of its blocks (query, key, value, output, gate, up, down) and the output head, not
-# the names of a model's modules. A layer that gives several parts (Phi-3's ``qkv_proj`` and ``gate_up_proj``,
-# GPT-2's ``c_attn``) is the first of them there as well, with outputs in the same order. Knows descriptions of
-# blocks, and factors; not files, nor how a step computes.
-
 
 # The output head's place: it is in no block.
 HEAD = (-1, "head")
@@ -48,6 +47,10 @@ HEAD = (-1, "head")
 
 class Packer:
     """Packs the factors of a model's linear layers for its decoder.
+
+    A decoder knows the parts of its blocks (query, key, value, output, gate, up, down) and the output head, not
+    the names of a model's modules. A layer that gives several parts (Phi-3's ``qkv_proj`` and ``gate_up_proj``,
+    GPT-2's ``c_attn``) is the first of them there as well, with outputs in the same order.
 
     Args:
         model: with its head; an adapter may be on it.
@@ -79,14 +82,10 @@ class Packer:
         """
         placed = {}
         for name, factors in layers.items():
-            place = self._places.get(name)
-            if place is None:
-                raise UserError(
-                    f"it adapts '{name}', which is no part of the model's blocks and not its head",
-                    where=name,
-                    hint="merge the adapter into a model of its own: deltaw merge",
-                )
-            placed[place] = (factors.lora_A, factors.lora_B, factors.scaling)
+            if name not in self._places:
+                what = f"it adapts '{name}', which is no part of the model's blocks and not its head"
+                raise UserError(what, where=name, hint="merge the adapter into a model of its own: deltaw merge")
+            placed[self._places[name]] = (factors.lora_A, factors.lora_B, factors.scaling)
         return self._pack(placed)
 
 
@@ -123,9 +122,6 @@ def factors_on(model: nn.Module) -> dict[str, Factors] | str:
     return layers
 
 
-# ---- The adapters by name, and which of them have room in memory.
-
-
 # Seconds after which a request that asked for a version, and did not ask again, is believed to be gone; and
 # after which a version that was loaded for it gives way to others.
 PATIENCE, STAYS = 10.0, 3.0
@@ -138,16 +134,14 @@ class BankStatus:
     """What a bank holds, and what it did so far.
 
     Attributes:
-        adapters: names. versions: that requests may still come for, or use. loaded: those in memory.
-        bytes: that they take, and that a load in hand will take. budget_bytes: the most of them.
+        versions: of adapters, that requests may still come for, or use. loaded: those in memory.
+        bytes: that they take, and that a load in hand will take.
         loads: from a folder. dropped: to make room.
     """
 
-    adapters: int
     versions: int
     loaded: int
     bytes: int
-    budget_bytes: int
     loads: int
     dropped: int
 
@@ -170,7 +164,6 @@ class _Version:
     number: int
     facts: AdapterFacts
     bytes: int
-    pinned: bool
     weights: ActiveAdapter | None = None
     current: bool = True
     loading: bool = False
@@ -184,8 +177,7 @@ class _Version:
     def stays(self) -> bool:
         """Whether its weights must not go. What was loaded for a request stays until the request comes, or
         two adapters that are asked for would drive each other out for ever."""
-        pinned = self.pinned and self.current
-        return self.users > 0 or pinned or (self.current and time.monotonic() - self.came < STAYS)
+        return self.users > 0 or (self.current and time.monotonic() - self.came < STAYS)
 
 
 class AdapterBank:
@@ -235,27 +227,26 @@ class AdapterBank:
         with self._changed:
             return self._named(name).facts
 
-    def acquire(self, name: str, timeout: float = 0.0) -> ActiveAdapter | None:
+    @property
+    def loaded(self) -> int:
+        """How many versions are in memory."""
+        with self._changed:
+            return sum(version.weights is not None for version in self._versions)
+
+    def acquire(self, name: str) -> ActiveAdapter | None:
         """An adapter for one request, in memory until :meth:`release`.
 
-        Args:
-            timeout: seconds to wait for it.
-
         Returns:
-            None where it is not in memory by then: it is being loaded, or others must be released before. It
-            has been asked for; ask again within some seconds.
+            None where it is not in memory: it is being loaded, or others must be released before. It has been
+            asked for; ask again within some seconds.
 
         Raises:
             UserError: there is none of this name, or it cannot be loaded any more.
         """
         with self._changed:
-            until = time.monotonic() + timeout
-            while (version := self._in_memory(name)) is None:
-                left = until - time.monotonic()
-                if left <= 0:
-                    return None
-                # Whoever waits says so again, before he is believed to be gone.
-                self._changed.wait(min(left, PATIENCE / 4))
+            version = self._in_memory(name)
+            if version is None:
+                return None
             version.users += 1
             self._touch(version)
             self._in_use[version.number] = version
@@ -271,30 +262,24 @@ class AdapterBank:
             self._touch(version)
             self._leave_if_done(version)
 
-    def add(self, name: str, folder: Path, *, pinned: bool = False) -> AdapterFacts:
+    def add(self, name: str, folder: Path) -> AdapterFacts:
         """Take in the adapter in ``folder``.
-
-        Args:
-            pinned: whether it stays in memory once it is there.
 
         Raises:
             UserError: the name is taken or none, the adapter cannot be served on this base, or it has no room
                 in the budget. Then nothing has changed.
         """
-        _refuse_name(name)
+        if not name or len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
+            hint = f"give 1 to {LONGEST_NAME} printable characters"
+            raise UserError(f"'{name[:40]}' cannot name an adapter", where="name", hint=hint)
         with self._changing(name):
-            with self._changed:
-                if name in self._names:
-                    raise UserError(
-                        f"there is an adapter '{name}' already", where=name, hint="swap it, or remove it first"
-                    )
-            return self._put(name, folder, pinned)
+            if name in self.names():
+                what = f"there is an adapter '{name}' already"
+                raise UserError(what, where=name, hint="swap it, or remove it first")
+            return self._put(name, folder)
 
-    def swap(self, name: str, folder: Path | None = None, *, pinned: bool | None = None) -> AdapterFacts:
+    def swap(self, name: str, folder: Path) -> AdapterFacts:
         """Let a name stand for the adapter in ``folder``; requests in hand end with the one from before.
-
-        Args:
-            folder: None reads the one that it has again. pinned: None leaves it as it is.
 
         Raises:
             UserError: as :meth:`add`, or there is no such name. Then the one from before stays.
@@ -302,7 +287,7 @@ class AdapterBank:
         with self._changing(name):
             with self._changed:
                 before = self._named(name)
-            return self._put(name, folder or before.facts.folder, before.pinned if pinned is None else pinned, before)
+            return self._put(name, folder, before)
 
     def remove(self, name: str) -> None:
         """Take no more requests for a name; those in hand end with it.
@@ -317,15 +302,7 @@ class AdapterBank:
     def status(self) -> BankStatus:
         """Numbers for whoever watches."""
         with self._changed:
-            return BankStatus(
-                adapters=len(self._names),
-                versions=len(self._versions),
-                loaded=sum(version.weights is not None for version in self._versions),
-                bytes=self._taken(),
-                budget_bytes=self._budget,
-                loads=self._loads,
-                dropped=self._dropped,
-            )
+            return BankStatus(len(self._versions), self.loaded, self._taken(), self._loads, self._dropped)
 
     def close(self) -> None:
         """Load nothing any more; whoever waits for an adapter is told so."""
@@ -341,9 +318,8 @@ class AdapterBank:
         """Nobody else adds or swaps this name meanwhile."""
         with self._changed:
             if name in self._in_hand:
-                raise UserError(
-                    f"adapter '{name}' is being added or swapped at the moment", where=name, hint="try again"
-                )
+                what = f"adapter '{name}' is being added or swapped at the moment"
+                raise UserError(what, where=name, hint="try again")
             self._in_hand.add(name)
         try:
             yield
@@ -351,7 +327,7 @@ class AdapterBank:
             with self._changed:
                 self._in_hand.discard(name)
 
-    def _put(self, name: str, folder: Path, pinned: bool, before: _Version | None = None) -> AdapterFacts:
+    def _put(self, name: str, folder: Path, before: _Version | None = None) -> AdapterFacts:
         """Read a folder and let ``name`` stand for it; ``before`` is what it stands for until then."""
         refuse_missing(folder)
         # Files that cannot fit are not read: a number takes half of its bytes at the least, fp32 as bf16.
@@ -359,14 +335,11 @@ class AdapterBank:
             raise self._too_large(name)
         with self._reading:
             active = self._read(folder, next(self._numbers))
-            version = _Version(name, active.number, active.facts, active.bytes, pinned)
+            version = _Version(name, active.number, active.facts, active.bytes)
             with self._changed:
                 if before is not None and self._names.get(name) is not before:
                     raise UserError(f"adapter '{name}' was removed meanwhile", where=name, hint="add it anew")
-                # Each must have room when nothing but the pinned ones is in memory.
-                after = [version, *(v for v in self._names.values() if v is not before)]
-                most = max((v.bytes for v in after if not v.pinned), default=0)
-                if sum(v.bytes for v in after if v.pinned) + most > self._budget:
+                if version.bytes > self._budget:
                     raise self._too_large(name)
                 if before is not None:
                     self._retire(before)
@@ -418,19 +391,13 @@ class AdapterBank:
         self._changed.notify_all()
 
     def _too_large(self, name: str) -> UserError:
-        return UserError(
-            f"adapter '{name}' has no room in the {self._budget / 1e6:,.1f} MB for adapters",
-            where=name,
-            hint="give adapters more memory, or pin fewer of them",
-        )
+        what = f"adapter '{name}' has no room in the {self._budget / 1e6:,.1f} MB for adapters"
+        return UserError(what, where=name, hint="give adapters more memory")
 
     def _named(self, name: str) -> _Version:
-        version = self._names.get(name)
-        if version is None:
-            raise UnknownAdapterError(
-                f"there is no adapter '{name}'", where=name, hint=did_you_mean(name, list(self._names))
-            )
-        return version
+        if name not in self._names:
+            raise no_adapter(name, self._names)
+        return self._names[name]
 
     def _retire(self, version: _Version) -> None:
         version.current = False
@@ -472,11 +439,8 @@ class AdapterBank:
             except UserError as refused:
                 error = refused
             except Exception as failed:  # a request is told of it; the thread has others to load
-                error = UserError(
-                    f"adapter '{version.name}' cannot be loaded: {type(failed).__name__}: {failed}",
-                    where=str(version.facts.folder),
-                    hint="look at its folder",
-                )
+                what = f"adapter '{version.name}' cannot be loaded: {type(failed).__name__}: {failed}"
+                error = UserError(what, where=str(version.facts.folder), hint="look at its folder")
             with self._changed:
                 version.loading, version.error = False, error
                 if version in self._versions:
@@ -499,16 +463,6 @@ class AdapterBank:
         with self._reading:
             active = self._read(known.folder, version.number, known.state)
         if active.facts.state.digest != known.state.digest:
-            raise UserError(
-                f"the files of adapter '{version.name}' are not those that were added",
-                where=str(known.folder),
-                hint="swap the adapter, to take what is there now",
-            )
+            what = f"the files of adapter '{version.name}' are not those that were added"
+            raise UserError(what, where=str(known.folder), hint="swap the adapter, to take what is there now")
         return active
-
-
-def _refuse_name(name: str) -> None:
-    if not name or len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
-        raise UserError(
-            f"'{name[:40]}' cannot name an adapter", where="name", hint=f"give 1 to {LONGEST_NAME} printable characters"
-        )

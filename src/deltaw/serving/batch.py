@@ -11,9 +11,9 @@ Has no thread and no lock: whoever owns it calls it from one thread at a time.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,104 +23,26 @@ from deltaw.kernels.decode import PackedAdapter
 from deltaw.serving.adapters import Adapters
 from deltaw.serving.decodable import Decodable
 from deltaw.serving.pages import PagePool
-from deltaw.serving.probes import Entry
-from deltaw.serving.request import EngineLoad, Request
-from deltaw.serving.running import Run, next_tokens
+from deltaw.serving.request import EngineLoad, FinishReason
+from deltaw.serving.running import Run, Work, next_tokens
 from deltaw.serving.sampling import prompt_logprobs
 
-# ---- The rows of one decoding step: tokens of several requests end to end, as a decoder takes them.
-#
-# Knows requests and how tokens become rows; not which tokens run, nor what becomes of the logits.
 
-
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Tokens from ``start`` to ``stop`` of a request, in one step."""
 
     run: Run
     start: int
     stop: int
 
-
-@dataclass(frozen=True)
-class StepRows:
-    """What a step is called with; see :meth:`deltaw.kernels.decode.Decoder.step`.
-
-    Attributes:
-        hidden: (n, D) fp32. positions, sequence, adapter: (n) int32. wanted: (k) int32.
-        owners: (k) whose outputs they are: a request, and the place of the token in its sequence.
-    """
-
-    hidden: Tensor
-    positions: Tensor
-    sequence: Tensor
-    adapter: Tensor
-    adapters: Sequence[PackedAdapter]
-    wanted: Tensor
-    owners: Sequence[tuple[Run, int]]
-
-
-def step_rows(parts: Sequence[Part], entry: Entry, default: PackedAdapter | None = None) -> StepRows:
-    """The rows of these parts.
-
-    Args:
-        default: acts on requests that name no adapter.
-    """
-    total = sum(part.stop - part.start for part in parts)
-    tokens = np.empty(total, np.int64)
-    places, sequence = np.empty(total, np.int32), np.empty(total, np.int32)
-    adapter = np.full(total, -1 if default is None else 0, np.int32)
-    packed: list[PackedAdapter] = [] if default is None else [default]
-    numbers: dict[int, int] = {}
-    wanted: list[int] = []
-    owners: list[tuple[Run, int]] = []
-    soft: list[tuple[int, Tensor]] = []
-    at = 0
-    for part in parts:
-        run, start, stop = part.run, part.start, part.stop
-        end = at + stop - start
-        tokens[at:end] = run.tokens[start:stop]
-        places[at:end] = start if stop - start == 1 else np.arange(start, stop)
-        sequence[at:end] = run.slot
-        own = None if run.adapter is None else run.adapter.packed
-        if own is not None and stop > run.acts_from:
-            number = numbers.setdefault(id(own), len(packed))
-            if number == len(packed):
-                packed.append(own)
-            adapter[at + max(0, run.acts_from - start) : end] = number
-        if start < run.virtual and run.adapter is not None and run.adapter.soft_prompt is not None:
-            soft.append((at, run.adapter.soft_prompt[start : min(stop, run.virtual)]))
-        for place in _wanted(part):
-            wanted.append(at + place - start)
-            owners.append((run, place))
-        at = end
-    hidden = entry.rows(torch.from_numpy(tokens))
-    for first, rows in soft:
-        hidden[first : first + len(rows)] = rows.float() * entry.outer
-    positions = torch.from_numpy(places)
-    if entry.positions is not None:
-        hidden += entry.positions.index_select(0, positions)
-    return StepRows(
-        hidden,
-        positions,
-        torch.from_numpy(sequence),
-        torch.from_numpy(adapter),
-        packed,
-        torch.tensor(wanted, dtype=torch.int32),
-        owners,
-    )
-
-
-def _wanted(part: Part) -> range:
-    """The places of a part whose logits are wanted: its last, where that is the request's last token, and
-    all of a prompt whose log-probabilities are asked for."""
-    run = part.run
-    if run.wants_prompt:
-        return range(max(part.start, run.virtual), part.stop)
-    return range(part.stop - 1 if part.stop == run.length else part.stop, part.stop)
-
-
-# ---- The requests in hand, and a step for them.
+    @property
+    def wanted(self) -> range:
+        """The places whose logits are wanted: its last, where that is the request's last token, and all of a
+        prompt whose log-probabilities are asked for."""
+        run, start, stop = self
+        if run.wants_prompt:
+            return range(max(start, run.virtual), stop)
+        return range(stop - 1 if stop == run.length else stop, stop)
 
 
 # How often requests that wait are looked through for those that have ended.
@@ -148,59 +70,30 @@ class BatchLimits:
     least_rows: int = 16
 
 
-class Batch:
-    """The requests in hand.
+class Batch(Work):
+    """The requests in hand, for a decoder.
 
     Args:
         model: what computes a step. pages: how many there are, each ``model.decoder.page_tokens`` long.
-        adapters: of the requests. default: acts on requests that name none.
-
-    Attributes:
-        waiting, running: requests, in the order in which they start, or started.
-        steps, tokens: that were computed since the start.
-        known: how many token ids a prompt may have. vocabulary: how many logits there are.
-        longest: the most tokens that a sequence may have.
+        adapters: of the requests.
     """
 
-    def __init__(
-        self,
-        model: Decodable,
-        pages: int,
-        adapters: Adapters,
-        limits: BatchLimits,
-        default: PackedAdapter | None = None,
-    ) -> None:
+    def __init__(self, model: Decodable, pages: int, adapters: Adapters, limits: BatchLimits) -> None:
         decoder = model.decoder
-        self.model, self.adapters, self.limits, self.default = model, adapters, limits, default
+        super().__init__(model.entry.known, model.vocabulary, min(model.positions, pages * decoder.page_tokens))
+        self.model, self.adapters, self.limits = model, adapters, limits
         self.memory = decoder.new_pages(pages)
         self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy)
-        self.waiting: deque[Run] = deque()
-        self.running: list[Run] = []
-        self.steps = self.tokens = 0
-        self.known, self.vocabulary = model.entry.known, model.vocabulary
-        self.longest = min(model.positions, pages * decoder.page_tokens)
         self._table = np.zeros((limits.running, -(-self.longest // decoder.page_tokens)), np.int32)
         self._page_table = torch.from_numpy(self._table)  # the same memory
         self._slots = list(range(limits.running))
         self._swept = 0.0
 
     @property
-    def idle(self) -> bool:
-        return not self.waiting and not self.running
-
-    @property
     def load(self) -> EngineLoad:
-        """What is in hand at the moment."""
         pool = self.pool
         used = pool.count - pool.available
-        return EngineLoad(len(self.running), len(self.waiting), used, pool.count, pool.reused, self.tokens)
-
-    def refuse(self, request: Request) -> None:
-        """Nothing that a request can ask for is refused."""
-
-    def add(self, run: Run) -> None:
-        """Queue a request."""
-        self.waiting.append(run)
+        return replace(super().load, pages_used=used, pages=pool.count, reused=pool.reused)
 
     def step(self) -> None:
         """Compute one step, and hand out what it gave.
@@ -216,35 +109,36 @@ class Batch:
             if slow is not None:  # nothing can go on before one of them is ready
                 slow.wait(_PATIENCE)
             return
-        self.steps += 1
-        self.tokens += sum(part.stop - part.start for part in parts)
+        self.tokens += sum(stop - start for _, start, stop in parts)
         try:
-            logits, wanted = self._compute(parts)
+            logits, owners = self._compute(parts)
             self._note(parts)
-            self._hand_out(logits, wanted)
+            self._hand_out(logits, owners)
         except Exception as error:  # whatever it was, the requests of this step have no right result
-            for part in parts:
-                if part.run.slot >= 0:
-                    self._fail(part.run, error)
-
-    def end_all(self, error: BaseException | None) -> None:
-        """End every request at once: as cancelled, or with an error."""
-        for run in [*self.running, *self.waiting]:
-            self._leave(run)
-            self._let_go(run)
-            if error is None:
-                run.finish("cancelled")
-            else:
-                run.writing.fail(error)
-        self.running.clear()
-        self.waiting.clear()
+            for run, _, _ in parts:
+                if run.pages is not None:
+                    self.end(run, error)
 
     def hurry(self) -> None:
-        """End texts whose constraints are slow to say what may come next."""
         for run in list(self.running):
             if run.matcher is not None and run.matcher.pending > _SLOW:
-                self._stop(run)
-                run.finish("cancelled")
+                self.end(run, "cancelled")
+
+    def end(self, run: Run, why: FinishReason | BaseException | None) -> None:
+        if run.pages is not None:
+            self._take_out(run, keep=not isinstance(why, BaseException))
+        if run.adapter is not None:
+            self.adapters.release(run.adapter)
+            run.adapter = None
+        super().end(run, why)
+
+    def _take_out(self, run: Run, keep: bool = True) -> None:
+        """Take a request out of those that run: its pages, and its row of the page table, are free."""
+        assert run.pages is not None
+        self.running.remove(run)
+        self.pool.release(run.pages, run.keys if keep else None)
+        self._slots.append(run.slot)
+        run.pages, run.slot = None, -1
 
     def _hear_constraints(self) -> None:
         """Give constraints a moment to say what may come next; those that were late once get none."""
@@ -256,23 +150,12 @@ class Batch:
     def _sweep(self) -> None:
         """End requests that were cancelled, or whose time is up."""
         now = time.monotonic()
-        for run in [run for run in self.running if run.ended_by(now) is not None]:
-            reason = run.ended_by(now)
-            assert reason is not None
-            self._stop(run)
-            run.finish(reason)
-        if now - self._swept < _SWEEP_SECONDS and self.running:
-            return
-        self._swept = now
-        kept: deque[Run] = deque()
-        for run in self.waiting:
-            reason = run.ended_by(now)
-            if reason is None:
-                kept.append(run)
-            else:
-                self._let_go(run)
-                run.finish(reason)
-        self.waiting = kept
+        for run in list(self.running):
+            if (reason := run.ended_by(now)) is not None:
+                self.end(run, reason)
+        if now - self._swept >= _SWEEP_SECONDS or not self.running:
+            self._swept = now
+            self.sweep_waiting(now)
 
     def _admit(self) -> None:
         """Start requests that wait, as long as there are pages for their prompts; those whose adapter is not
@@ -286,24 +169,25 @@ class Batch:
                     self.waiting.appendleft(run)
                     break
             except Exception as error:  # its adapter cannot be loaded, say: it alone ends
-                self._let_go(run)
-                run.writing.fail(error)
+                self.end(run, error)
                 continue
-            if ready:
-                self._start(run)
-            else:
+            if not ready:
                 passed.append(run)
+                continue
+            slot = self._slots.pop()
+            run.begin(self.pool.begin(run.reusable, run.request.owner), slot)
+            assert run.pages is not None
+            self._table[slot, : len(run.pages.pages)] = run.pages.pages
+            self.running.append(run)
         self.waiting.extendleft(reversed(passed))
 
     def _has_adapter(self, run: Run) -> bool:
         """Whether a request's adapter is in memory; it is held then."""
         if run.placed:
             return True
-        adapter = None
-        if run.request.adapter is not None:
-            adapter = self.adapters.acquire(run.request.adapter)
-            if adapter is None:
-                return False
+        adapter = None if run.request.adapter is None else self.adapters.acquire(run.request.adapter)
+        if adapter is None and run.request.adapter is not None:
+            return False
         run.place(adapter)
         return True
 
@@ -311,13 +195,6 @@ class Batch:
         """Whether there are pages for what a request has, and one for each that runs."""
         wanted = -(-run.length // self.pool.page_tokens) + len(self.running)
         return not self.running or self.pool.available >= wanted
-
-    def _start(self, run: Run) -> None:
-        pages = self.pool.begin(run.reusable, run.request.owner)
-        slot = self._slots.pop()
-        run.begin(pages, slot)
-        self._table[slot, : len(pages.pages)] = pages.pages
-        self.running.append(run)
 
     def _parts(self) -> list[Part]:
         """What runs in the next step: rows of texts, and chunks of prompts."""
@@ -351,7 +228,8 @@ class Batch:
         before = len(run.pages.pages)
         while not self.pool.reserve(run.pages, stop):
             last = self.running[-1]
-            self._stop(last, again=True)
+            self._take_out(last)
+            self.waiting.appendleft(last)  # to go on later
             if last is run:
                 return False
         pages = run.pages.pages
@@ -359,27 +237,58 @@ class Batch:
             self._table[run.slot, before : len(pages)] = pages[before:]
         return True
 
-    def _compute(self, parts: list[Part]) -> tuple[Tensor, Sequence[tuple[Run, int]]]:
+    def _compute(self, parts: list[Part]) -> tuple[Tensor, list[tuple[Run, int]]]:
         """Logits (k, V), and whose they are: a request and the place of the token."""
-        rows = step_rows(parts, self.model.entry, self.default)
+        entry = self.model.entry
+        total = sum(stop - start for _, start, stop in parts)
+        tokens = np.empty(total, np.int64)
+        places, sequence, adapter = np.empty(total, np.int32), np.empty(total, np.int32), np.full(total, -1, np.int32)
+        packed: list[PackedAdapter] = []
+        numbers: dict[int, int] = {}
+        wanted: list[int] = []
+        owners: list[tuple[Run, int]] = []
+        soft: list[tuple[int, Tensor]] = []
+        at = 0
+        for part in parts:
+            run, start, stop = part
+            end = at + stop - start
+            tokens[at:end] = run.tokens[start:stop]
+            places[at:end] = start if stop - start == 1 else np.arange(start, stop)
+            sequence[at:end] = run.slot
+            own = None if run.adapter is None else run.adapter.packed
+            if own is not None and stop > run.acts_from:
+                number = numbers.setdefault(id(own), len(packed))
+                if number == len(packed):
+                    packed.append(own)
+                adapter[at + max(0, run.acts_from - start) : end] = number
+            if start < run.virtual and run.adapter is not None and run.adapter.soft_prompt is not None:
+                soft.append((at, run.adapter.soft_prompt[start : min(stop, run.virtual)]))
+            wanted += [at + place - start for place in part.wanted]
+            owners += [(run, place) for place in part.wanted]
+            at = end
+        hidden = entry.rows(torch.from_numpy(tokens))
+        for first, rows in soft:
+            hidden[first : first + len(rows)] = rows.float() * entry.outer
+        positions = torch.from_numpy(places)
+        if entry.positions is not None:
+            hidden += entry.positions.index_select(0, positions)
         _, logits = self.model.decoder.step(
             self.memory,
-            rows.hidden,
-            rows.positions,
-            rows.sequence,
+            hidden,
+            positions,
+            torch.from_numpy(sequence),
             self._page_table,
-            rows.adapter,
-            rows.adapters,
-            rows.wanted,
+            torch.from_numpy(adapter),
+            packed,
+            torch.tensor(wanted, dtype=torch.int32),
         )
-        return logits, rows.owners
+        return logits, owners
 
     def _note(self, parts: list[Part]) -> None:
         """Note what is written now."""
-        for part in parts:
-            run = part.run
+        for run, _, stop in parts:
             assert run.pages is not None
-            if self.pool.wrote(run.pages, run.keys, part.stop):
+            if self.pool.wrote(run.pages, run.keys, stop):
                 self._table[run.slot, : len(run.pages.pages)] = run.pages.pages
 
     def _hand_out(self, logits: Tensor, owners: Sequence[tuple[Run, int]]) -> None:
@@ -390,48 +299,20 @@ class Batch:
         for row, (run, place) in enumerate(owners):
             if run.wants_prompt and place + 1 < run.length:
                 top = run.request.sampling.logprobs or 0
-                run.add_prompt_logprobs(prompt_logprobs(values[row : row + 1], run.tokens[place + 1 : place + 2], top))
+                run.prompt_logprobs += prompt_logprobs(values[row : row + 1], run.tokens[place + 1 : place + 2], top)
             if place + 1 == run.length:
                 if run.allowance:
                     rows.append(row)
                     runs.append(run)
                 else:
-                    self._stop(run)
-                    run.finish("length")
+                    self.end(run, "length")
         if not runs:
             return
         for run, token, logprob in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
             try:
                 ended = run.take(token, logprob)
             except Exception as error:  # of this text alone
-                self._fail(run, error)
+                self.end(run, error)
                 continue
             if ended:
-                self._stop(run)
-
-    def _stop(self, run: Run, again: bool = False) -> None:
-        """Take a request out; ``again`` puts it before those that wait, to go on later."""
-        self.running.remove(run)
-        self._leave(run, keep=True)
-        if again:
-            self.waiting.appendleft(run)
-        else:
-            self._let_go(run)
-
-    def _fail(self, run: Run, error: BaseException) -> None:
-        self.running.remove(run)
-        self._leave(run)
-        self._let_go(run)
-        run.writing.fail(error)
-
-    def _leave(self, run: Run, keep: bool = False) -> None:
-        """Give back a request's pages and its row of the page table."""
-        if run.pages is not None:
-            self.pool.release(run.pages, run.keys if keep else None)
-            self._slots.append(run.slot)
-            run.pages, run.slot = None, -1
-
-    def _let_go(self, run: Run) -> None:
-        if run.adapter is not None:
-            self.adapters.release(run.adapter)
-            run.adapter = None
+                self.end(run, None)

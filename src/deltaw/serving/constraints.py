@@ -23,13 +23,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,17 +42,13 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 
-# ---- The processes in which constraints are compiled and followed: code that runs there, and what is said there.
+# The processes in which constraints are compiled and followed: code that runs there, and what is said there.
 #
 # llguidance counts its work and bounds it, and a hostile grammar or schema has steps that no count sees: they
 # take minutes and gigabytes, while compiling or at the thousandth token. So each constraint has a process of
 # its own, which the kernel ends when an operation takes too much processor time or memory. A launcher reads
 # the tokenizer once, and forks a process for each connection that it is sent; what they have in common is in
-# memory once.
-#
-# This module runs in an interpreter that has imported neither torch nor transformers. It knows llguidance; not
-# models, requests, or which process is on the other side.
-
+# memory once. Its interpreter imports neither torch nor transformers.
 
 # To a constraint's process: a text, and a token of it; or instead of the token, that the text begins or ends.
 REQUEST = struct.Struct("<QI")
@@ -93,40 +89,21 @@ class ProcessLimits:
     idle_seconds: float = 5.0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a launcher is told.
-
-    Args:
-        tokenizer: the JSON of a fast tokenizer. vocabulary: how many logits the model gives.
-        eos: its own terminator.
-    """
-
-    tokenizer: str
-    vocabulary: int
-    eos: int | None
-    limits: ProcessLimits
-
-    def written(self) -> bytes:
-        """As the launcher reads it."""
-        return json.dumps(asdict(self)).encode()
-
-
 def launch(control: int) -> None:
     """The launcher's life: read settings from standard input, say on standard output whether the tokenizer
     can be used, then fork a process for each connection that comes through the socket ``control``."""
     told = json.loads(sys.stdin.buffer.read())
-    settings = Settings(**told | {"limits": ProcessLimits(**told["limits"])})
+    limits = ProcessLimits(**told["limits"])
     with contextlib.suppress(OSError):  # where memory runs out, these processes go before their server
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         from llguidance import LLTokenizer
 
-        tokenizer = LLTokenizer(settings.tokenizer, n_vocab=settings.vocabulary, eos_token=settings.eos)
+        tokenizer = LLTokenizer(told["tokenizer"], n_vocab=told["vocabulary"], eos_token=told["eos"])
     except BaseException as error:  # a panic of Rust is no Exception
-        _say({"error": _first_line(str(error)) or type(error).__name__})
+        print(json.dumps({"error": _first_line(str(error)) or type(error).__name__}), flush=True)
         return
-    _say({"ends": list(tokenizer.eos_tokens)})
+    print(json.dumps({"ends": list(tokenizer.eos_tokens)}), flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends a process whose time is up
     gc.collect()
@@ -139,15 +116,10 @@ def launch(control: int) -> None:
             if not os.fork():
                 try:
                     connections.close()
-                    _serve(Connection(received[0]), tokenizer, settings.limits)
+                    _serve(Connection(received[0]), tokenizer, limits)
                 finally:
                     os._exit(0)
             os.close(received[0])
-
-
-def _say(told: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(told) + "\n")
-    sys.stdout.flush()
 
 
 def _serve(connection: Connection, tokenizer: LLTokenizer, limits: ProcessLimits) -> None:
@@ -157,15 +129,17 @@ def _serve(connection: Connection, tokenizer: LLTokenizer, limits: ProcessLimits
     with contextlib.suppress(EOFError, OSError):  # nobody asks any more
         kind, value = json.loads(connection.recv_bytes())
         texts = _Texts(tokenizer, limits)
-        flags, rest = texts.compile(kind, value)
-        connection.send_bytes(ANSWER.pack(0, flags, max(0, _memory() - own)) + rest)
+
+        def answer(text: int, flags: int, rest: bytes) -> None:
+            connection.send_bytes(ANSWER.pack(text, flags, max(0, _memory() - own)) + rest)
+
+        answer(0, *texts.compile(kind, value))
         while True:
             for text, token in REQUEST.iter_unpack(connection.recv_bytes()):
                 if token == END:
-                    texts.end(text)
-                    continue
-                flags, rest = texts.begin(text) if token == BEGIN else texts.accept(text, token)
-                connection.send_bytes(ANSWER.pack(text, flags, max(0, _memory() - own)) + rest)
+                    texts.following.pop(text, None)
+                else:
+                    answer(text, *(texts.begin(text) if token == BEGIN else texts.accept(text, token)))
 
 
 def _limit_memory(most: int) -> None:
@@ -200,7 +174,7 @@ class _Texts:
 
     def __init__(self, tokenizer: LLTokenizer, limits: ProcessLimits) -> None:
         self._tokenizer, self._limits = tokenizer, limits
-        self._texts: dict[int, _Text] = {}
+        self.following: dict[int, _Text] = {}
         self._grammar = ""
         self._compiled: LLMatcher | None = None
         self._nice = False
@@ -224,11 +198,11 @@ class _Texts:
                 self._compiled = self._anew()
                 matcher = self._compiled.deep_copy()
                 flags, rest = self._state(matcher)
-        self._texts[number] = _Text(matcher)
+        self.following[number] = _Text(matcher)
         return flags, rest
 
     def accept(self, number: int, token: int) -> tuple[int, bytes]:
-        text = self._texts[number]
+        text = self.following[number]
         began = time.process_time()
         with self._limited():
             text.matcher.consume_token(token)
@@ -237,9 +211,6 @@ class _Texts:
         if text.seconds > self._limits.text_seconds:
             return FAILED, f"its text takes more than {self._limits.text_seconds:g} s of work".encode()
         return flags, rest
-
-    def end(self, number: int) -> None:
-        self._texts.pop(number, None)
 
     @contextlib.contextmanager
     def _limited(self) -> Iterator[None]:
@@ -258,29 +229,18 @@ class _Texts:
 
         # Past these a constraint is refused, or its text ends, with a reason that a person can read; the
         # limits of the process are for what they do not count.
-        limits = LLParserLimits(
-            initial_lexer_fuel=300_000,
-            step_lexer_fuel=100_000,
-            max_lexer_states=self._limits.states,
-            max_grammar_size=100_000,
-            verbose_errors=False,
-        )
+        fuel = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "max_grammar_size": 100_000}
+        limits = LLParserLimits(**fuel, max_lexer_states=self._limits.states, verbose_errors=False)
         return LLMatcher(self._tokenizer, self._grammar, log_level=0, limits=limits)
 
     def _state(self, matcher: LLMatcher) -> tuple[int, bytes]:
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()  # may pass a limit
         if matcher.is_error():
-            return FAILED, _reason(matcher).encode()
-        mask = matcher.compute_bitmask()  # may pass a limit
-        if matcher.is_error():
-            return FAILED, _reason(matcher).encode()
-        flags = STOPPED if matcher.is_stopped() else 0
-        return flags | (ACCEPTING if matcher.is_accepting() else 0), mask
-
-
-def _reason(matcher: LLMatcher) -> str:
-    """What is wrong, in a line: what follows in llguidance's messages is the state of its parser."""
-    message = _first_line(matcher.get_error())
-    return "no text matches it" if not message or message.startswith("NoExtension") else message
+            # What follows the first line of llguidance's messages is the state of its parser.
+            message = _first_line(matcher.get_error())
+            unmatched = not message or message.startswith("NoExtension")
+            return FAILED, ("no text matches it" if unmatched else message).encode()
+        return STOPPED * matcher.is_stopped() | ACCEPTING * matcher.is_accepting(), mask
 
 
 def _first_line(message: str) -> str:
@@ -329,19 +289,15 @@ def _property_squares(schema: object) -> int:
     return len(schema) ** 2 + sum(map(_property_squares, schema.values()))
 
 
-# ---- Handles of texts that are followed in other processes, and of those processes.
-#
-# The other side is :mod:`deltaw.serving.constraints`. Nobody has to wait for a handle: a thread of each
-# process takes its answers. A process ends with its connection, and with this process.
-#
-# It knows tokenizers, sockets and tokens; not which constraints there are, nor how many processes there may be.
-
+# Handles of texts that are followed in other processes, and of those processes. Nobody has to wait for a handle:
+# a thread of each process takes its answers. A process ends with its connection, and with this process.
 
 # Seconds for a tokenizer to be read; for an answer on a machine that has much else to do.
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0
 # Messages that a process is sent before it answers: so few have room in a socket that nobody reads.
 _MOST_ASKED = 64
+_ENDED = "the process that compiles constraints has ended"
 # Run by the interpreter of a launcher, which finds modules where this one does.
 _LAUNCH = (
     "import sys; control, *sys.path = sys.argv[1:]; from deltaw.serving.constraints import launch; launch(int(control))"
@@ -369,7 +325,7 @@ class Launcher:
         backend = copy(tokenizer.backend_tokenizer)  # a copy, since batches of rows are padded by it
         backend.no_padding()
         backend.no_truncation()
-        settings = Settings(backend.to_str(), vocabulary, tokenizer.eos_token_id, limits)
+        settings = {"tokenizer": backend.to_str(), "vocabulary": vocabulary, "eos": tokenizer.eos_token_id}
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -381,7 +337,7 @@ class Launcher:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # it is ended with all that it forked, and not by Ctrl-C
             )
-        told = self._told(settings)
+        told = self._told(settings | {"limits": asdict(limits)})
         if "error" in told:
             self.kill()
             raise _unreadable(str(told["error"]))
@@ -404,7 +360,7 @@ class Launcher:
                 socket.send_fds(self._control, [b"+"], [theirs.fileno()])
             except OSError as error:
                 ours.close()
-                raise _ended() from error
+                raise BusyError(_ENDED, hint="ask again later") from error
         return Connection(ours.detach())
 
     def kill(self) -> None:
@@ -416,19 +372,19 @@ class Launcher:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def _told(self, settings: Settings) -> dict:
+    def _told(self, settings: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         patience = threading.Timer(_START_SECONDS, self._process.kill)
         patience.start()
         try:
             with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-                stdin.write(settings.written())
+                stdin.write(json.dumps(settings).encode())
             line = self._process.stdout.readline()
         finally:
             patience.cancel()
         if not line:
             self.kill()
-            raise _ended()
+            raise BusyError(_ENDED, hint="ask again later")
         return dict(json.loads(line))
 
 
@@ -497,15 +453,12 @@ class ConstraintProcess:
         """End the process, as soon as it has done what it is doing."""
         with self._lock:
             self.gone = self.gone or reason
-            with contextlib.suppress(OSError), self._socket() as connected:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as connected:
                 connected.shutdown(socket.SHUT_RDWR)  # wakes whoever reads, on both sides
 
     def _matcher(self, number: int, ends: Sequence[int]) -> Matcher:
         matcher = self._texts[number] = Matcher(self, number, self._vocabulary, ends, self._own_ends)
         return matcher
-
-    def _socket(self) -> socket.socket:
-        return socket.fromfd(self._connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
 
     def _send(self, matcher: Matcher, message: bytes) -> None:
         with self._lock:
@@ -542,17 +495,13 @@ class ConstraintProcess:
                 if memory << 10 > self.memory:
                     self.memory = memory << 10
                     self._changed(self)
-        self.end(self._overrun)
+        limits = self._limits
+        self.end(f"it takes more than {limits.seconds:g} s of work at once, or {limits.memory >> 20} MiB of memory")
         for matcher in list(self._texts.values()):
             matcher.answer(FAILED, str(self.gone).encode())
         with self._lock:
             self._connection.close()
         self._changed(self)
-
-    @property
-    def _overrun(self) -> str:
-        limits = self._limits
-        return f"it takes more than {limits.seconds:g} s of work at once, or {limits.memory >> 20} MiB of memory"
 
 
 class Matcher:
@@ -645,35 +594,15 @@ def _words(vocabulary: int, tokens: Sequence[int]) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-def masks(matchers: Mapping[int, Matcher]) -> dict[int, np.ndarray]:
-    """What each row's matcher allows, as :func:`deltaw.serving.sampling.choose` takes it."""
-    return {row: matcher.allowed() for row, matcher in matchers.items()}
-
-
 def _unreadable(reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"texts cannot be constrained with this model's tokenizer: {reason}",
-        where="tokenizer",
-        hint="leave the constraint out",
-    )
-
-
-def _ended() -> BusyError:
-    return BusyError("the process that compiles constraints has ended", hint="ask again later")
-
-
-# ---- All constraints together: how many there are, how many are compiled at once, and when one goes.
+    what = f"texts cannot be constrained with this model's tokenizer: {reason}"
+    return UnsupportedError(what, where="tokenizer", hint="leave the constraint out")
 
 
 LONGEST_CONSTRAINT = 256 * 1024  # characters
 _MOST_REFUSED = 32  # constraints that are known to be unusable
 _Key = tuple[int, Constraint]  # a constraint, and whose it is
-_NAMES = {
-    "json_schema": "JSON schema",
-    "json_object": "JSON object",
-    "regex": "regular expression",
-    "grammar": "grammar",
-}
+_NAMES = {"json_schema": "JSON schema", "json_object": "JSON object", "regex": "regular expression"}
 
 
 @dataclass(frozen=True)
@@ -727,11 +656,8 @@ class Grammars:
             BusyError: too many others are in use, or wait to be compiled.
         """
         if len(constraint.value) > LONGEST_CONSTRAINT:
-            raise UserError(
-                f"the {_NAMES[constraint.kind]} has {len(constraint.value)} characters",
-                where=constraint.kind,
-                hint=f"at most {LONGEST_CONSTRAINT}",
-            )
+            what = f"the {_name(constraint)} has {len(constraint.value)} characters"
+            raise UserError(what, where=constraint.kind, hint=f"at most {LONGEST_CONSTRAINT}")
         key = owner, constraint
         while isinstance(matcher := self._begun(key, ends), ConstraintProcess):
             self._compile(key, matcher)
@@ -827,9 +753,10 @@ class Grammars:
         self._changed.notify_all()
 
 
+def _name(constraint: Constraint) -> str:
+    return _NAMES.get(constraint.kind, constraint.kind)
+
+
 def _unusable(constraint: Constraint, reason: str) -> UserError:
-    return UserError(
-        f"the {_NAMES[constraint.kind]} cannot be used: {reason}",
-        where=constraint.kind,
-        hint="correct it, or make it simpler",
-    )
+    what = f"the {_name(constraint)} cannot be used: {reason}"
+    return UserError(what, where=constraint.kind, hint="correct it, or make it simpler")

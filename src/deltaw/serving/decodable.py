@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,10 @@ def decodable(
         raise NotDecodable("on this device the model's own code runs")
     int8_head = any(p.dtype == torch.int8 for p in model.parameters())
     with evaluating(model):
-        small = _small(model)
+        try:
+            small = small_copy(model)
+        except Exception as error:  # whatever foreign code raises for a small configuration
+            raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
         exact = difference(_assembled(small, recognized_blocks(small), None, False), small)
         if not exact < TOLERANCE:
             raise NotDecodable(f"a small copy's logits differ from its own by {exact:.1e}")
@@ -97,7 +100,7 @@ def decodable(
     if not rough < tolerance(model, int8_head):
         raise NotDecodable(f"its logits differ from the model's own by {rough:.1e}")
     why = f"logits equal the model's own (relative difference {rough:.1e}, in fp32 {exact:.1e})"
-    return Decodable(made.decoder, made.entry, made.blocks, made.roles, made.vocabulary, why)
+    return replace(made, why=why)
 
 
 def tolerance(model: PreTrainedModel, int8_head: bool = False) -> float:
@@ -127,13 +130,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _small(model: PreTrainedModel) -> PreTrainedModel:
-    try:
-        return small_copy(model)
-    except Exception as error:  # whatever foreign code raises for a small configuration
-        raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
-
-
 def _assembled(
     model: PreTrainedModel, fused: Sequence[FusedBlock], cache_bytes: int | None, int8_head: bool
 ) -> Decodable:
@@ -145,26 +141,22 @@ def _assembled(
     cache_dtype = torch.float32 if types == {torch.float32} else torch.bfloat16
     most = MOST_POSITIONS
     if cache_bytes is not None:
-        most = min(most, cache_bytes // _bytes_per_token(fused, cache_dtype))
+        heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
+        most = min(most, cache_bytes // (2 * heads * cache_dtype.itemsize))  # of a token's keys and values
     roles = tuple(block.roles for block in fused)
     blocks = tuple(block.block for block in fused)
     prober = Prober(model, blocks, [r.extra_outputs for r in roles])
     head = model.get_output_embeddings()
-    final = _final_norm(model)
+    final = last_norm(model.base_model)
+    if final is None:
+        raise NotDecodable("no norm is known behind its blocks")
     try:
         entry = prober.entry(most, [r.attention.rotary for r in roles])
         form = prober.logits_form()
         described = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
         linear = _linear(head, quantize=int8_head)
-        decoder = Decoder(
-            described,
-            final,
-            linear,
-            list(entry.tables),
-            cache_dtype=cache_dtype,
-            logits_softcap=form.cap,
-            logits_scale=form.factor,
-        )
+        last = {"logits_softcap": form.cap, "logits_scale": form.factor}
+        decoder = Decoder(described, _norm(final), linear, list(entry.tables), cache_dtype=cache_dtype, **last)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise NotDecodable(f"{type(error).__name__}: {str(error)[:120]}") from error
     return Decodable(decoder, entry, blocks, roles, linear.outputs)
@@ -187,20 +179,15 @@ def recognized_blocks(model: PreTrainedModel) -> list[FusedBlock]:
     raise NotDecodable(f"its blocks are not known: {why}")
 
 
-def _final_norm(model: PreTrainedModel) -> Norm:
-    module = last_norm(model.base_model)
-    if module is None:
-        raise NotDecodable("no norm is known behind its blocks")
-    return _norm(module)
-
-
 def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: int | None) -> DecoderBlock:
     """A block by its description."""
-    block, roles = fused.block, fused.roles
+    block, roles, told = fused.block, fused.roles, fused.told
     attention, mlp = roles.attention, roles.mlp
     heads, key_heads = attention.heads(block)
-    inputs = [_linear(part(block, path)) for path in attention.inputs]
-    inner = [_linear(part(block, path)) for path in mlp.inputs]
+    # One layer may give several parts; it stands for the first of them.
+    query, *others = (_linear(part(block, path)) for path in attention.inputs)
+    key, value = others or (None, None)
+    gate, *up = (_linear(part(block, path)) for path in mlp.inputs)
     kind = activation_kind(part(block, mlp.activation))
     if kind is None:
         raise NotDecodable("an activation that is not known")
@@ -208,12 +195,12 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
         heads=heads,
         key_heads=key_heads,
         head_size=attention.head_size,
-        query=inputs[0],
-        key=inputs[1] if len(inputs) == 3 else None,
-        value=inputs[2] if len(inputs) == 3 else None,
+        query=query,
+        key=key,
+        value=value,
         output=_linear(part(block, attention.output)),
-        gate=inner[0],
-        up=inner[1] if len(inner) == 2 else None,
+        gate=gate,
+        up=up[0] if up else None,
         down=_linear(part(block, mlp.output)),
         first=_norms(block, attention.norms),
         second=_norms(block, mlp.norms),
@@ -223,9 +210,9 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
         gated=mlp.gated,
         parallel=roles.parallel,
         activation=kind,
-        scaling=fused.told.scaling,
-        window=fused.told.window,
-        softcap=fused.told.softcap,
+        scaling=told.scaling,
+        window=told.window,
+        softcap=told.softcap,
         turned=0 if table is None else tables[table][0].shape[1],
         table=table or 0,
     )
@@ -240,10 +227,8 @@ def _norm(module: nn.Module) -> Norm:
     form = norm_form(module)
     if form is None:
         raise NotDecodable(f"{type(module).__name__} is no norm that is known")
-    weight, bias = (
-        None if t is None else t.detach().float().contiguous()
-        for t in (own_parameters(module).get("weight"), own_parameters(module).get("bias"))
-    )
+    own = own_parameters(module)
+    weight, bias = (None if (t := own.get(n)) is None else t.detach().float().contiguous() for n in ("weight", "bias"))
     return Norm(weight, bias, form.eps, form.offset, form.centered)
 
 
@@ -261,12 +246,6 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     if quantize and weight.dtype != torch.int8:
         weight, scale = quantized_rows(weight)
     return DecoderLinear(weight.contiguous(), bias, scale, layer.smooth_scales)
-
-
-def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values."""
-    heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
-    return 2 * heads * dtype.itemsize
 
 
 def difference(
@@ -300,23 +279,13 @@ def logits_of(made: Decodable, rows: Tensor, adapter: PackedAdapter | None = Non
     pages = -(-count // decoder.page_tokens)
     memory = decoder.new_pages(pages)
     table = torch.arange(pages, dtype=torch.int32)[None]
-    stops = [*(min(count, CHUNK + n) for n in range(SINGLE + 1)), count]
+    stops = sorted({*(min(count, CHUNK + n) for n in range(SINGLE + 1)), count})
     parts: list[Tensor] = []
-    start = 0
-    for stop in stops:
-        if stop == start:
-            continue
-        zeros = torch.zeros(stop - start, dtype=torch.int32)
-        _, logits = decoder.step(
-            memory,
-            rows[start:stop].contiguous(),
-            torch.arange(start, stop, dtype=torch.int32),
-            zeros,
-            table,
-            zeros if adapter is not None else zeros - 1,
-            [] if adapter is None else [adapter],
-            torch.arange(stop - start, dtype=torch.int32),
-        )
+    for start, stop in zip([0, *stops], stops, strict=False):
+        positions = torch.arange(start, stop, dtype=torch.int32)
+        zeros = torch.zeros_like(positions)
+        which = zeros if adapter is not None else zeros - 1
+        packed = [] if adapter is None else [adapter]
+        _, logits = decoder.step(memory, rows[start:stop].contiguous(), positions, zeros, table, which, packed)
         parts.append(logits.clone())
-        start = stop
     return torch.cat(parts)

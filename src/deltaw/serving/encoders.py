@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.images import LabelBatch
 from deltaw.data.labels import LabeledExample
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
@@ -36,19 +36,8 @@ from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, o
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# ---- How the vectors of a row's tokens become one, and what a model's folder says of it.
-#
-# Sentence-transformers writes the way into ``modules.json`` and the folder of its pooling module. Without them
-# an encoder's real tokens are averaged. A model whose tokens see only those before them, a decoder, is not made
-# for that and is refused unless a way is asked for.
-
-
 Pooling = Literal["mean", "first", "last"]
-_KEYS: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_lasttoken": "last",
-}
+_KEYS = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -72,6 +61,10 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 def pooling_of(model: PreTrainedModel, folder: Path, asked: str = "auto") -> tuple[Pooling, str]:
     """The pooling of a model and why.
 
+    Sentence-transformers writes it into ``modules.json`` and the folder of its pooling module. Without them an
+    encoder's real tokens are averaged. A decoder, whose tokens see only those before them, is not made for
+    that, so a way must be asked for.
+
     Raises:
         UserError: the folder says something that is not possible here, or the model is a decoder and nobody
             asked for a way.
@@ -79,17 +72,14 @@ def pooling_of(model: PreTrainedModel, folder: Path, asked: str = "auto") -> tup
     if asked != "auto":
         if asked not in get_args(Pooling):
             raise UserError(f"there is no pooling '{asked}'", hint=f"use one of {', '.join(get_args(Pooling))}")
-        return asked, "as asked"  # type: ignore[return-value]
+        return cast(Pooling, asked), "as asked"
     told = _of_folder(folder)
     if told is not None:
         return told, "as the model's folder says"
     if not sees_both_ways(model):
-        raise UserError(
-            f"{type(model).__name__} is a decoder: its tokens see only those before them, and nothing says "
-            "how it embeds a text",
-            where=str(folder),
-            hint="take an encoder, or ask for pooling 'last' or 'mean' if the model was trained for it",
-        )
+        what = f"{type(model).__name__} is a decoder, and nothing says how it embeds a text"
+        hint = "take an encoder, or ask for pooling 'last' or 'mean' if the model was trained for it"
+        raise UserError(what, where=str(folder), hint=hint)
     return "mean", "an encoder"
 
 
@@ -111,10 +101,8 @@ def _of_folder(folder: Path) -> Pooling | None:
     kinds = [(str(m.get("type", "")).rpartition(".")[2], str(m.get("path", ""))) for m in modules]
     others = [kind for kind, _ in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if others:
-        raise UserError(
-            f"the model's vectors go through a layer '{others[0]}', which is not supported",
-            where=str(folder / "modules.json"),
-        )
+        what = f"the model's vectors go through a layer '{others[0]}', which is not supported"
+        raise UserError(what, where=str(folder / "modules.json"))
     path = next((path for kind, path in kinds if kind == "Pooling"), None)
     if path is None:
         return None
@@ -122,9 +110,10 @@ def _of_folder(folder: Path) -> Pooling | None:
     place = (folder / path / "config.json").resolve()
     settings = _json(place) if place.is_relative_to(folder.resolve()) else None
     on = [key for key, value in (settings or {}).items() if key.startswith("pooling_mode_") and value is True]
-    if len(on) != 1 or on[0] not in _KEYS:
+    known = _KEYS.get(on[0].removeprefix("pooling_mode_")) if len(on) == 1 else None
+    if known is None:
         raise UserError(f"the model's pooling is not supported: {', '.join(on) or 'none is named'}", where=str(place))
-    return _KEYS[on[0]]
+    return cast(Pooling, known)
 
 
 def _json(file: Path) -> Any:
@@ -136,72 +125,76 @@ def _json(file: Path) -> Any:
         raise UserError(f"this is not JSON: {error}", where=str(file)) from error
 
 
-# ---- Models of rows, and the thread that computes the rows of all callers.
-
-
 # Rows that are taken together; more wait for the next round, so that a long request does not hold up others.
 ROWS_AT_ONCE = 256
 
 
-class RowModel(Protocol):
-    """A model that gives each row of tokens a vector of fp32 numbers."""
+class RowModel:
+    """A model that gives each row of tokens a vector of fp32 numbers.
 
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of a row."""
+    Attributes:
+        limit: the most tokens of a row; None where there is no limit. vocabulary: token ids are below it.
+    """
 
-    @property
-    def vocabulary(self) -> int:
-        """Token ids are below it."""
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, width: int) -> None:
+        self.limit = text_positions(model)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self._model, self._tokenizer, self.width = model, tokenizer, width
 
     def tokens(self, text: str) -> np.ndarray:
         """A text as the model reads it, special tokens included: int32 (length,)."""
+        encoded = self._tokenizer(text, return_attention_mask=False, verbose=False)
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
 
     def outputs(self, rows: Sequence[np.ndarray]) -> Tensor:
-        """(rows, width) fp32."""
+        """(rows, width) fp32, by padded microbatches whose attention and blocks run compiled."""
+        examples = [self.seen(LabeledExample(place, row, 0)) for place, row in enumerate(rows)]
+        model, tokenizer = self._model, self._tokenizer
+        batcher, _ = choose_label_batcher(model, examples, device=str(model.device), tokenizer=tokenizer)
+        found = torch.empty(len(rows), self.width)
+        with torch.no_grad(), padded_rows(model):
+            for batch in batcher.batches(examples):
+                found[[example.row for example in batch.examples]] = self.of_batch(batch).cpu()
+        return found
+
+    def seen(self, example: LabeledExample) -> Any:
+        """The example as the model sees it."""
+        return example
+
+    def of_batch(self, batch: LabelBatch) -> Tensor:
+        """The outputs of a batch, in fp32."""
+        raise NotImplementedError
 
 
-class Embedder:
+class Embedder(RowModel):
     """Vectors of texts by an encoder.
 
     Args:
         model: without a head. tokenizer: its own.
         pooling: how the vectors of a row's tokens become one.
         normalize: scale each vector to length 1.
+
+    Attributes:
+        nested: lengths at which a vector's beginning is one too (Matryoshka training, arXiv 2205.13147).
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: Pooling, normalize: bool
     ) -> None:
         config = model.config
-        self._model = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model
-        self._tokenizer = tokenizer
-        self._pooling = pooling
-        self._normalize = normalize
-        self.limit = text_positions(model)
-        self.vocabulary = int(config.get_text_config().vocab_size)
-        self.width = int(config.get_text_config().hidden_size)
-        # Lengths at which a vector's beginning is one too (Matryoshka training, arXiv 2205.13147).
-        told = getattr(config, "matryoshka_dimensions", None)
-        self.nested: tuple[int, ...] = tuple(told or ())
+        super().__init__(model, tokenizer, int(config.get_text_config().hidden_size))
+        if getattr(config, "is_encoder_decoder", False):
+            self._model = model.get_encoder()
+        self._pooling, self._normalize = pooling, normalize
+        self.nested: tuple[int, ...] = tuple(getattr(config, "matryoshka_dimensions", None) or ())
 
-    def tokens(self, text: str) -> np.ndarray:
-        return _tokens(self._tokenizer, text)
-
-    def outputs(self, rows: Sequence[np.ndarray]) -> Tensor:
-        vectors = torch.empty(len(rows), self.width)
-        for batch in _batches(self._model, self._tokenizer, rows):
-            hidden = self._model(**batch.inputs).last_hidden_state
-            found = pooled(hidden.float(), batch.inputs["attention_mask"], self._pooling)
-            vectors[[example.row for example in batch.examples]] = found.cpu()
+    def of_batch(self, batch: LabelBatch) -> Tensor:
+        hidden = self._model(**batch.inputs).last_hidden_state
+        vectors = pooled(hidden.float(), batch.inputs["attention_mask"], self._pooling)
         return torch.nn.functional.normalize(vectors, dim=-1) if self._normalize else vectors
 
 
-class Classifier:
+class Classifier(RowModel):
     """Probabilities of classes by one classifier, with or without an adapter.
 
     Raises:
@@ -209,52 +202,23 @@ class Classifier:
     """
 
     def __init__(self, session: InferenceSession) -> None:
-        if session.task.name != "sequence-classification":
-            raise UserError(
-                f"this is a model for {session.task.name}, which gives no classes of texts",
-                where=session.loaded.reference,
-                hint="use deltaw eval",
-            )
-        self._session = session
+        task = session.task.name
+        if task != "sequence-classification":
+            what = f"this is a model for {task}, which gives no classes of texts"
+            raise UserError(what, where=session.loaded.reference, hint="use deltaw eval")
         self.classes = session.classes or ()
-        self.limit = text_positions(session.model)
-        self.vocabulary = int(session.model.config.get_text_config().vocab_size)
+        super().__init__(session.model, session.tokenizer, len(self.classes))
         if self.limit is not None:
             self.limit -= session.virtual_tokens
+        self.seen = session.example
         self._objective: LabelObjective | None = None
 
-    def tokens(self, text: str) -> np.ndarray:
-        return _tokens(self._session.tokenizer, text)
-
-    def outputs(self, rows: Sequence[np.ndarray]) -> Tensor:
-        session = self._session
+    def of_batch(self, batch: LabelBatch) -> Tensor:
         if self._objective is None:
-            self._objective = LabelObjective(session.model, session.task.name)
-        found = torch.empty(len(rows), len(self.classes))
-        for batch in _batches(session.model, session.tokenizer, rows, session.example):
-            logits = self._objective.predictions(batch).float()
-            # One output is a reward, whose logistic is between 0 and 1.
-            told = logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
-            found[[example.row for example in batch.examples]] = told.cpu()
-        return found
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    encoded = tokenizer(text, return_attention_mask=False, verbose=False)
-    return np.asarray(encoded["input_ids"], dtype=np.int32)
-
-
-def _batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[np.ndarray],
-    seen: Callable[[Any], Any] = lambda example: example,
-) -> Iterator[LabelBatch]:
-    """Padded microbatches of rows, each row's number in its example; attention and blocks run compiled."""
-    examples = [seen(LabeledExample(place, row, 0)) for place, row in enumerate(rows)]
-    batcher, _ = choose_label_batcher(model, examples, device=str(model.device), tokenizer=tokenizer)
-    with torch.no_grad(), padded_rows(model):
-        yield from batcher.batches(examples)
+            self._objective = LabelObjective(self._model, "sequence-classification")
+        logits = self._objective.predictions(batch).float()
+        # One output is a reward, whose logistic is between 0 and 1.
+        return logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
 
 
 @dataclass
@@ -281,23 +245,13 @@ class Encoders:
         self._thread = threading.Thread(target=self._run, name="encoders", daemon=True)
         self._thread.start()
 
-    def model(self, name: str) -> RowModel:
-        """The model of this name.
-
-        Raises:
-            UserError: there is none.
-        """
-        if name not in self.models:
-            raise UserError(f"there is no model '{name}'", hint=did_you_mean(name, self.models))
-        return self.models[name]
-
     def submit(self, name: str, rows: Sequence[np.ndarray]) -> Future[Tensor] | None:
         """Queue rows; the future's result is (rows, width) fp32. None where too many are waiting.
 
         Raises:
             UserError: a row is empty, too long, or has tokens that the model does not know.
         """
-        model = self.model(name)
+        model = self.models[name]
         for place, row in enumerate(rows):
             if not len(row) or (model.limit is not None and len(row) > model.limit):
                 most = "at least one" if not len(row) else f"at most {model.limit:,}"
@@ -367,24 +321,15 @@ def share_weights(models: Sequence[PreTrainedModel]) -> int:
     for model in models[1:]:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             kept = first.get(name)
-            if (
-                kept is not None
-                and kept is not tensor
-                and not tensor.requires_grad
-                and kept.dtype == tensor.dtype
-                and kept.shape == tensor.shape
-                and torch.equal(kept, tensor)
-            ):
+            if kept is None or kept is tensor or tensor.requires_grad or kept.dtype != tensor.dtype:
+                continue
+            if kept.shape == tensor.shape and torch.equal(kept, tensor):
                 saved += tensor.untyped_storage().nbytes()
                 tensor.data = kept.data
     return saved
 
 
-# ---- From references to encoders and classifiers by name: what is loaded, and how it is called in requests.
-
-
 Serves = Literal["text", "vectors", "classes"]
-Say = Callable[[str], None]
 
 
 class How(TypedDict, total=False):
@@ -418,7 +363,7 @@ def open_embedder(
     *,
     pooling: str = "auto",
     normalize: bool = True,
-    say: Say = lambda line: None,
+    say: Callable[[str], None],
     **how: Unpack[How],
 ) -> Encoders:
     """An encoder under its name.
@@ -440,7 +385,7 @@ def open_classifiers(
     adapters: Mapping[str, str],
     *,
     model: str | None = None,
-    say: Say = lambda line: None,
+    say: Callable[[str], None],
     **how: Unpack[How],
 ) -> Encoders:
     """A classifier and its adapters, each under its name.
@@ -465,9 +410,8 @@ def open_classifiers(
         opened[name] = open_run(base, task="sequence-classification", say=say, **how)
         models[name] = Classifier(opened[name])
     if not models:
-        raise UserError(
-            "the model has no head for classes", where=base, hint="name an adapter with --adapter name=folder"
-        )
+        hint = "name an adapter with --adapter name=folder"
+        raise UserError("the model has no head for classes", where=base, hint=hint)
     saved = share_weights([session.model for session in opened.values()])
     if saved:
         say(f"{len(opened)} classifiers share {saved / 2**20:,.0f} MB of weights")

@@ -6,13 +6,12 @@ does is in ``batch``, and for models that have no decoder in ``opening``.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,47 +21,11 @@ from deltaw.errors import UserError
 from deltaw.serving.adapters import Adapters, FixedAdapters
 from deltaw.serving.constraints import ConstraintLimits, Grammars
 from deltaw.serving.request import EngineLoad, Listener, Request, Written
-from deltaw.serving.running import QueuedWriting, Run, validate_stops
+from deltaw.serving.running import QueuedWriting, Run, Work, validate_stops
 from deltaw.serving.sampling import SamplingState, validate
 
 # How long to wait where all that is in hand waits for an adapter that somebody else holds.
 _NOTHING_STARTS = 0.005
-
-
-class Work(Protocol):
-    """What an engine hands requests to. Called from one thread at a time, but for its numbers.
-
-    Attributes:
-        known: how many token ids a prompt may have. vocabulary: how many logits there are.
-        longest: the most tokens that a sequence may have. load: what is in hand.
-        idle: whether nothing is.
-    """
-
-    @property
-    def known(self) -> int: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def longest(self) -> int: ...
-    @property
-    def load(self) -> EngineLoad: ...
-    @property
-    def idle(self) -> bool: ...
-
-    def refuse(self, request: Request) -> None:
-        """Raises UserError where a request asks for what there is not."""
-
-    def add(self, run: Run) -> None:
-        """Queue a request."""
-
-    def step(self) -> None:
-        """Do some work, and hand out what it gave."""
-
-    def hurry(self) -> None:
-        """End what takes long for its own reasons."""
-
-    def end_all(self, error: BaseException | None) -> None:
-        """End every request at once: as cancelled, or with an error."""
 
 
 class Engine:
@@ -83,9 +46,9 @@ class Engine:
         self,
         work: Work,
         tokenizer: PreTrainedTokenizerBase,
-        *,
         terminators: Sequence[int] = (),
         adapters: Adapters | None = None,
+        *,
         own_adapter: str | None = None,
         has_base: bool = True,
         why: str = "",
@@ -113,7 +76,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """What it has in hand at the moment."""
         load = self.work.load
-        return dataclasses.replace(load, waiting=load.waiting + len(self._incoming))
+        return replace(load, waiting=load.waiting + len(self._incoming), adapters_loaded=self.bank.loaded)
 
     def adapters(self) -> tuple[str, ...]:
         """The names that a request may give."""
@@ -123,9 +86,7 @@ class Engine:
         """Queue a request; see :meth:`deltaw.serving.request.TextEngine.submit`."""
         run = self._checked(request, listener)
         with self._changed:
-            self._refuse_closed()
-            self._unfinished.add(run.writing)
-            self._incoming.append(run)
+            self._queue([run])
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="deltaw-engine", daemon=True)
                 self._thread.start()
@@ -143,11 +104,16 @@ class Engine:
         Raises:
             UserError: as :meth:`submit`; then none is written.
         """
-        runs = self._checked_all(requests)
+        runs: list[Run] = []
+        for number, request in enumerate(requests, start=1):
+            try:
+                runs.append(self._checked(request))
+            except UserError as error:
+                if error.where == "prompt" and len(requests) > 1:  # say which
+                    error = UserError(error.what, where=f"prompt {number}", hint=error.hint)
+                raise error
         with self._changed:
-            self._refuse_closed()
-            self._unfinished.update(run.writing for run in runs)
-            self._incoming.extend(runs)
+            self._queue(runs)
         left, told = list(runs), 0
         try:
             with self._stepping:
@@ -179,25 +145,16 @@ class Engine:
             self._thread.join()
         with self._stepping:
             self._take_incoming()
-            self.work.end_all(None)
+            self.work.end_all("cancelled")
         self._grammars.close()
+        self.bank.close()
 
-    def _refuse_closed(self) -> None:
+    def _queue(self, runs: Sequence[Run]) -> None:
+        """Hand requests to the thread that computes; call it with the lock held."""
         if self._closed:
             raise UserError("the engine is shut down", hint="start it again")
-
-    def _checked_all(self, requests: Sequence[Request]) -> list[Run]:
-        """As :meth:`_checked`; of several requests, a refusal says which prompt it is about."""
-        runs: list[Run] = []
-        for request in requests:
-            try:
-                runs.append(self._checked(request))
-            except UserError as error:
-                if error.where != "prompt" or len(requests) == 1:
-                    raise
-                where = f"prompt {len(runs) + 1}"
-                raise UserError(error.what, where=where, hint=error.hint) from error
-        return runs
+        self._unfinished.update(run.writing for run in runs)
+        self._incoming.extend(runs)
 
     def _checked(self, request: Request, listener: Listener | None = None) -> Run:
         """A request that can be served, ready to run.
@@ -207,24 +164,21 @@ class Engine:
         """
         facts = None if request.adapter is None else self.bank.facts(request.adapter)
         tokens = np.asarray(request.tokens)
-        known = self.work.known
         if tokens.ndim != 1 or not len(tokens):
             raise UserError("the prompt is empty", where="prompt", hint="give it a token at least")
-        if tokens.min() < 0 or tokens.max() >= known:
-            raise UserError(
-                "the prompt has a token that does not exist", where="prompt", hint=f"token ids are 0 to {known - 1}"
-            )
-        virtual = 0 if facts is None else facts.virtual_tokens
-        room = self.positions - len(tokens) - virtual
+        if tokens.min() < 0 or tokens.max() >= self.work.known:
+            hint = f"token ids are 0 to {self.work.known - 1}"
+            raise UserError("the prompt has a token that does not exist", where="prompt", hint=hint)
+        length = len(tokens) + (0 if facts is None else facts.virtual_tokens)
+        room = self.positions - length
         if room < min(1, request.max_new_tokens):
-            raise UserError(
-                f"the prompt has {len(tokens) + virtual} tokens, and there are {self.positions} positions",
-                where="prompt",
-                hint="shorten the prompt",
-            )
+            what = f"the prompt has {length} tokens, and there are {self.positions} positions"
+            raise UserError(what, where="prompt", hint="shorten the prompt")
         if request.max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}", where="max_new_tokens", hint="0 or more")
-        self.work.refuse(request)
+        if request.prompt_logprobs and not self.work.scores_prompts:
+            what = "log-probabilities of the prompt are unavailable when transformers decodes"
+            raise UserError(what, where="prompt_logprobs", hint="leave them out")
         validate(request.sampling, self.work.vocabulary)
         validate_stops(request.stop)
         ends = self._ends if facts is None else facts.terminators or self._ends
@@ -246,7 +200,7 @@ class Engine:
     def _take_incoming(self) -> None:
         with self._changed:
             while self._incoming:
-                self.work.add(self._incoming.popleft())
+                self.work.waiting.append(self._incoming.popleft())
 
     def _turn(self) -> None:
         """One step for all that are in hand."""

@@ -15,130 +15,81 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.errors import UserError
 from deltaw.host.memory import free_memory_bytes
 from deltaw.hub.terminators import terminators
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.generation import decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.bank import Packer, packed_from_model
-from deltaw.serving.batch import Batch, BatchLimits, EngineLoad
+from deltaw.serving.batch import Batch, BatchLimits
 from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
 from deltaw.serving.engine import Engine
 from deltaw.serving.probes import NotDecodable
 from deltaw.serving.request import Request
-from deltaw.serving.running import Run, next_tokens
+from deltaw.serving.running import Run, Work, next_tokens
 from deltaw.training.origin import InferenceSession
 from deltaw.working import working
 
-# ---- Texts by transformers' ``generate``, for models that have no decoder: correct for any model, and slower.
-#
-# Requests that wait are decoded together, as many as their tokens allow; who comes meanwhile waits for the next
-# batch. Tokens are chosen and texts cut as in the decoding engine, so that all settings of a request mean the
-# same. Prompts are computed anew each time.
-#
-# Knows inference sessions and requests; not threads.
-
-
 # Positions of a model that does not say how many it has.
 _UNSAID = 1 << 17
+# Tokens of a batch's prompts and texts, at most, unless one request alone exceeds it; and its texts.
+_BATCH_TOKENS, _BATCH_ROWS = 4096, 16
 
 
-class FallbackWork:
-    """Computes requests of a session, a batch at a time; see :class:`deltaw.serving.engine.Work`.
+class FallbackWork(Work):
+    """Computes requests of a session by transformers' ``generate``: correct for any model, and slower.
+
+    Requests that wait are decoded together, as many as their tokens allow; later ones wait for the next batch.
+    Tokens are chosen and texts cut as in the decoding engine, so that all settings of a request mean the same.
+    Prompts are computed anew each time.
 
     Args:
         own_adapter: the name that a request gives to get the session's adapter.
-        batch_tokens: prompts and texts of a batch, at most; one request alone may exceed it. rows: texts of a
-            batch, at most.
     """
 
-    def __init__(
-        self, session: InferenceSession, own_adapter: str | None, *, batch_tokens: int = 4096, rows: int = 16
-    ) -> None:
+    scores_prompts = False  # ``generate`` gives no logits of them
+
+    def __init__(self, session: InferenceSession, own_adapter: str | None) -> None:
         self._session, self._own = session, own_adapter
-        self._batch_tokens, self._rows = batch_tokens, rows
-        self._waiting: deque[Run] = deque()
-        self._running: list[Run] = []
-        self._tokens = 0
-        embedding = session.model.get_input_embeddings().weight
+        known = int(session.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
         head = session.model.get_output_embeddings()
-        self.known = int(embedding.shape[0])  # type: ignore[union-attr, index]
-        self.vocabulary = self.known if head is None else int(head.weight.shape[0])  # type: ignore[union-attr, index]
-        self.longest = position_limit(session.model) or _UNSAID
-
-    @property
-    def idle(self) -> bool:
-        return not self._waiting and not self._running
-
-    @property
-    def load(self) -> EngineLoad:
-        return EngineLoad(len(self._running), len(self._waiting), tokens=self._tokens)
-
-    def refuse(self, request: Request) -> None:
-        """Log-probabilities of prompts need logits that ``generate`` does not give."""
-        if request.prompt_logprobs:
-            raise UserError(
-                "log-probabilities of the prompt are not to be had where transformers decodes",
-                where="prompt_logprobs",
-                hint="leave them out",
-            )
-
-    def add(self, run: Run) -> None:
-        self._waiting.append(run)
-
-    def hurry(self) -> None:
-        """Nothing: constraints are waited for within a step."""
-
-    def end_all(self, error: BaseException | None) -> None:
-        for run in [*self._running, *self._waiting]:
-            if not run.writing.done:
-                if error is None:
-                    run.finish("cancelled")
-                else:
-                    run.writing.fail(error)
-        self._running.clear()
-        self._waiting.clear()
+        vocabulary = known if head is None else int(head.weight.shape[0])  # type: ignore[union-attr, index]
+        super().__init__(known, vocabulary, position_limit(session.model) or _UNSAID)
 
     def step(self) -> None:
         """Write the texts of the next batch, to their ends."""
-        now = time.monotonic()
-        for run in [run for run in self._waiting if run.ended_by(now) is not None]:
-            self._waiting.remove(run)
-            run.finish(run.ended_by(now) or "cancelled")
-        self._running = self._next()
+        self.sweep_waiting(time.monotonic())
+        self.running = self._next()
         try:
-            if self._running:
-                self._write(self._running)
+            if self.running:
+                self._write(self.running)
         except Exception as error:  # whatever foreign code raises: these requests have no right result
-            for run in self._running:
-                if not run.writing.done:
-                    run.writing.fail(error)
-        self._running = []
+            for run in self.running:
+                self.end(run, error)
+        self.running = []
 
     def _next(self) -> list[Run]:
         """The requests of the next batch: those for the same model, in order, as far as they fit."""
         chosen: list[Run] = []
         longest = most = 0
-        for run in list(self._waiting):
+        for run in list(self.waiting):
             if chosen and run.request.adapter != chosen[0].request.adapter:
                 continue
             length, allowance = len(run.request.tokens), run.allowance
             wide = (max(longest, length) + max(most, allowance)) * (len(chosen) + 1)
-            if chosen and (wide > self._batch_tokens or len(chosen) == self._rows):
+            if chosen and (wide > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
                 break
             # Padding takes positions too, so that short prompts beside long ones could run out of them.
             if chosen and max(longest, length) + max(most, allowance) + self._session.virtual_tokens > self.longest:
                 continue
             longest, most = max(longest, length), max(most, allowance)
-            self._waiting.remove(run)
+            self.waiting.remove(run)
             if allowance:
                 chosen.append(run)
             else:
@@ -148,45 +99,37 @@ class FallbackWork:
     def _write(self, runs: list[Run]) -> None:
         session = self._session
         bare = session.adapter and runs[0].request.adapter is None and self._own is not None
+        for run in runs:
+            run.place(None)
         with session.base() if bare else contextlib.nullcontext():
             prompts = [session.prompt(np.asarray(run.request.tokens, np.int64)) for run in runs]
-            for run in runs:
-                run.place(None)
-
             most = max(run.allowance for run in runs)
             decode_by(session.model, session.tokenizer, prompts, most, lambda logits: self._chosen(runs, logits))
 
     def _chosen(self, runs: list[Run], logits: Tensor) -> list[int | None]:
         """The next token of each text that goes on."""
-        self._end(runs)
-        tokens: list[int | None] = [None] * len(runs)
-        rows = [row for row, run in enumerate(runs) if not run.writing.done]
-        if not rows:
-            return tokens
-        self._tokens += len(rows)
-        chosen = next_tokens([runs[row] for row in rows], logits.numpy(force=True)[rows])
-        for row, (run, token, logprob) in zip(rows, chosen, strict=True):
-            try:
-                run.take(token, logprob)
-                tokens[row] = token
-            except Exception as error:  # of this text alone
-                run.writing.fail(error)
-        self._end(runs)
-        return [None if run.writing.done else token for run, token in zip(runs, tokens, strict=True)]
+        rows = self._going(runs)
+        self.tokens += len(rows)
+        tokens: dict[int, int] = {}
+        if rows:
+            chosen = next_tokens([runs[row] for row in rows], logits.numpy(force=True)[rows])
+            for row, (run, token, logprob) in zip(rows, chosen, strict=True):
+                try:
+                    run.take(token, logprob)
+                    tokens[row] = token
+                except Exception as error:  # of this text alone
+                    self.end(run, error)
+        going = self._going(runs)
+        return [tokens[row] if row in going else None for row in range(len(runs))]
 
-    @staticmethod
-    def _end(runs: list[Run]) -> None:
-        """End the texts that end here."""
+    def _going(self, runs: list[Run]) -> list[int]:
+        """The rows of the texts that go on; those that end here are ended."""
         now = time.monotonic()
         for run in runs:
-            if not run.writing.done:
-                if run.matcher is not None:
-                    run.matcher.wait()
-                if (reason := run.ended_by(now)) is not None:
-                    run.finish(reason)
-
-
-# ---- An engine for a session.
+            if run.matcher is not None and not run.writing.done:
+                run.matcher.wait()
+            self.end(run, run.ended_by(now))
+        return [row for row, run in enumerate(runs) if not run.writing.done]
 
 
 # The name of a session's own adapter.
@@ -227,16 +170,10 @@ def open_engine(
             made, adapter = _decoder(session, room)
     except NotDecodable as reason:
         return fallback_engine(session, own, reason, say)
-    beside = {} if adapter is None else {OWN: adapter}
-    return engine_over(
-        made,
-        session,
-        FixedAdapters(beside),
-        cache_bytes=room,
-        limits=limits,
-        own_adapter=OWN if beside else None,
-        has_base=bool(beside) or own is None,
-    )
+    how = {"cache_bytes": room, "limits": limits, "has_base": adapter is not None or own is None}
+    if adapter is None:
+        return engine_over(made, session, FixedAdapters(), **how)
+    return engine_over(made, session, FixedAdapters({OWN: adapter}), own_adapter=OWN, **how)
 
 
 @contextlib.contextmanager
@@ -298,18 +235,10 @@ def engine_over(
     """
     limits = limits or BatchLimits()
     decoder = made.decoder
-    size = decoder.bytes_per_page
     most = limits.running * -(-made.positions // decoder.page_tokens)
-    pages = max(1, min(most, cache_bytes // size))
-    return Engine(
-        Batch(made, pages, adapters, limits),
-        session.tokenizer,
-        terminators=_ends(session),
-        adapters=adapters,
-        own_adapter=own_adapter,
-        has_base=has_base,
-        why=made.why,
-    )
+    pages = max(1, min(most, cache_bytes // decoder.bytes_per_page))
+    work, how = Batch(made, pages, adapters, limits), {"own_adapter": own_adapter, "has_base": has_base}
+    return Engine(work, session.tokenizer, _ends(session), adapters, why=made.why, **how)
 
 
 def fallback_engine(
@@ -326,7 +255,7 @@ def fallback_engine(
     facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
     bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
     work = FallbackWork(session, own)
-    return Engine(work, session.tokenizer, terminators=ends, adapters=bank, own_adapter=own, why=why)
+    return Engine(work, session.tokenizer, ends, bank, own_adapter=own, why=why)
 
 
 def cache_room(cache_bytes: int | None) -> int:

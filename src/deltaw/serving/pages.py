@@ -153,7 +153,7 @@ class PagePool:
         if nearest is None or common < max(1, self.page_tokens * LEAST_COPIED):
             return 0
         self._use(nearest)  # so that it does not give way to its own copy
-        page = self._take()
+        page = self._take() if self.available else None
         self._leave(nearest)
         if page is None:
             return 0
@@ -167,10 +167,7 @@ class PagePool:
         missing = -(-length // self.page_tokens) - len(sequence.pages)
         if missing > self.available:
             return False
-        for _ in range(missing):
-            page = self._take()
-            assert page is not None
-            sequence.pages.append(page)
+        sequence.pages += [self._take() for _ in range(missing)]
         return True
 
     def wrote(self, sequence: SequencePages, keys: np.ndarray, length: int) -> bool:
@@ -251,14 +248,14 @@ class PagePool:
         if not node.children and node.users == 0:
             heapq.heappush(self._oldest, (node.used, next(self._order), node))
 
-    def _take(self) -> int | None:
-        """A page to write, perhaps one that is given up for it."""
+    def _take(self) -> int:
+        """A page to write, perhaps one that is given up for it; one must be ``available``."""
         while not self._free and self._oldest:
             used, _, node = heapq.heappop(self._oldest)
             if node.page >= 0 and node.users == 0 and not node.children and node.used == used:
                 self.evicted += 1
                 self._remove(node)
-        return self._free.pop() if self._free else None
+        return self._free.pop()
 
     def _remove(self, node: _Node) -> None:
         """Take a page without users and children out of the tree."""

@@ -92,7 +92,7 @@ class _Recorders:
     def __init__(self, blocks: Sequence[nn.Module], extra: Sequence[int | None]) -> None:
         self._blocks, self._extra = blocks, extra
         self._names = [list(inspect.signature(type(block).forward).parameters)[2:] for block in blocks]
-        self.rows: list[Tensor | None] = []
+        self.rows: list[Any] = []
         self.turns: list[tuple[Tensor, Tensor] | None] = []
         self.ending = False
 
@@ -162,23 +162,19 @@ class Prober:
         elif int(positions[0]) != 0:
             raise NotDecodable("it takes no positions")
         self.seen.ending = True
-        try:
+        with contextlib.suppress(_Enough):  # the rows that were asked for are noted
             self.backbone(**named)
-        except _Enough:
-            pass  # the rows that were asked for are noted
-        finally:
-            self.seen.ending = False
+        self.seen.ending = False
         if any(rows is None for rows in self.seen.rows):
             raise NotDecodable("not every block is called")
         first = self.seen.rows[0]
-        assert first is not None
-        if any(rows is not first and not torch.equal(rows, first) for rows in self.seen.rows):  # type: ignore[arg-type]
+        if any(rows is not first and not torch.equal(rows, first) for rows in self.seen.rows):
             raise NotDecodable("something happens between its blocks")
 
+    @property
     def _first(self) -> Tensor:
-        rows = self.seen.rows[0]
-        assert rows is not None
-        return rows[0].float()
+        """The rows (T, D) that entered the first block."""
+        return self.seen.rows[0][0].float()
 
     def _turns(self, rotary: Sequence[bool]) -> tuple[list[tuple[Tensor, Tensor]], list[int | None]]:
         """The cosines and sines (T, n) that were given, each once, and which of them each block uses."""
@@ -190,11 +186,10 @@ class Prober:
             if given is None or not used:
                 which.append(None)
                 continue
-            same = (n for n, one in enumerate(different) if _same(one, given))
-            known = next(same, len(different))
-            if known == len(different):
+            same = [n for n, one in enumerate(different) if all(map(torch.equal, one, given))]
+            if not same:
                 different.append(given)
-            which.append(known)
+            which.append(same[0] if same else len(different) - 1)
         return [(cosine[0].float(), sine[0].float()) for cosine, sine in different], which
 
     def _steady(self, limit: int, width: int, rotary: Sequence[bool]) -> int:
@@ -208,9 +203,8 @@ class Prober:
             far = torch.cat([few, torch.tensor([limit - 1])])
             self._run(far, inputs_embeds=torch.zeros(1, len(far), width))
             among, _ = self._turns(rotary)
-            if len(among) == len(alone) and all(
-                torch.equal(a[0], b[0][:-1]) for a, b in zip(alone, among, strict=True)
-            ):
+            same = [torch.equal(a[0], b[0][:-1]) for a, b in zip(alone, among, strict=False)]
+            if len(among) == len(alone) and all(same):
                 break
             limit //= 2
         return limit
@@ -226,7 +220,7 @@ class Prober:
         for start in range(0, limit, chunk):
             places = torch.arange(start, min(limit, start + chunk))
             self._run(places, inputs_embeds=torch.zeros(1, len(places), width))
-            rows = self._first()
+            rows = self._first
             learned.append(rows.clone() if bool(rows.any()) else rows[:0])
             part, of_blocks = self._turns(rotary)
             if parts and of_blocks != which:
@@ -251,9 +245,9 @@ class Prober:
         taken = rows.float()
         shift = 0.0 if learned is None else learned[: len(tokens)]
         self._run(places, inputs_embeds=taken[None])
-        outer = _factor(self._first() - shift, taken, _EXACT)
+        outer = _factor(self._first - shift, taken, _EXACT)
         self._run(places, input_ids=tokens[None])
-        found = self._first()
+        found = self._first
         scale = _factor(found - shift, taken, _EXACT if rows.dtype == torch.float32 else _ROUNDED)
         rounded = float(torch.tensor(scale).to(rows.dtype))  # a model in bf16 has its scale in bf16
         if torch.equal((taken * rounded + shift).to(rows.dtype).float(), found):
@@ -302,13 +296,6 @@ def _rows(table: Tensor | BlockWeight, tokens: Tensor) -> Tensor:
     if isinstance(table, BlockWeight):
         return table.rows_at(tokens, torch.bfloat16)
     return table.index_select(0, tokens)
-
-
-def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    """Whether cosines and sines are the same ones, or equal."""
-    if one[0] is other[0] and one[1] is other[1]:
-        return True
-    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def _factor(found: Tensor, of: Tensor, tolerance: float) -> float:

@@ -5,7 +5,7 @@ Knows neither models nor HTTP: an engine reads these values, and whoever serves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -126,6 +126,16 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     reused: int = 0
+
+    @staticmethod
+    def joined(pieces: Sequence[Piece]) -> Piece:
+        """Pieces of a text as one."""
+        return Piece(
+            "".join(piece.text for piece in pieces),
+            tuple(token for piece in pieces for token in piece.tokens),
+            tuple(one for piece in pieces for one in piece.logprobs),
+            pieces[-1].finish if pieces else None,
+        )
 
 
 @dataclass(frozen=True)

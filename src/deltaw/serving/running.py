@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,18 +19,16 @@ from deltaw.data.invocation import last_occurrence
 from deltaw.errors import UserError
 from deltaw.runtime.generation import TextPieces
 from deltaw.serving.adapters import ActiveAdapter
-from deltaw.serving.constraints import Matcher, masks
+from deltaw.serving.constraints import Matcher
 from deltaw.serving.pages import SequencePages, token_keys, virtual_keys
-from deltaw.serving.request import FinishReason, Listener, Piece, Request, TokenLogprob, Written
+from deltaw.serving.request import EngineLoad, FinishReason, Listener, Piece, Request, TokenLogprob, Written
 from deltaw.serving.sampling import NONE, SamplingState, choose
-
-# ---- A text that is being written, as its reader sees it: pieces in a queue, and the whole at the end.
-#
-# Knows values alone; an engine of any kind fills it.
 
 
 class QueuedWriting:
-    """Implements :class:`deltaw.serving.request.Writing`.
+    """A text that is being written, as its reader sees it: pieces in a queue, and the whole at the end.
+
+    Implements :class:`deltaw.serving.request.Writing`; an engine of any kind fills it.
 
     Args:
         woken: called when the reader cancels, so that an engine that sleeps looks.
@@ -46,10 +45,7 @@ class QueuedWriting:
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._finish: FinishReason = "error"
+        self._all: list[Piece] = []
         self._terminator: int | None = None
         self._exhausted = False
 
@@ -60,11 +56,9 @@ class QueuedWriting:
 
     def put(self, piece: Piece, terminator: int | None = None) -> None:
         """Add a piece; one with a finish reason is the last."""
-        self._text.append(piece.text)
-        self._tokens.extend(piece.tokens)
-        self._logprobs.extend(piece.logprobs)
+        self._all.append(piece)
         if piece.finish is not None:
-            self._finish, self._terminator = piece.finish, terminator
+            self._terminator = terminator
             self._done.set()
         if self._listener is not None:
             self._listener(piece)
@@ -97,21 +91,9 @@ class QueuedWriting:
         self._done.wait()
         if self._error is not None:
             raise self._error
-        return Written(
-            "".join(self._text),
-            np.asarray(self._tokens, dtype=np.int64),
-            self._finish,
-            tuple(self._logprobs),
-            self._terminator,
-        )
-
-
-# ---- The text of one request as its tokens come: valid, and cut at its first stop string.
-#
-# A stop string may begin in one token and end in another. So text that could still become one is held back
-# until the next tokens tell.
-#
-# It knows neither terminators nor the model.
+        whole = Piece.joined(self._all)
+        tokens = np.asarray(whole.tokens, dtype=np.int64)
+        return Written(whole.text, tokens, whole.finish or "error", whole.logprobs, self._terminator)
 
 
 MOST_STOPS = 16
@@ -136,6 +118,9 @@ def validate_stops(stop: Sequence[str]) -> None:
 class WrittenText:
     """The text of one request: tokens in, pieces out; together they are the text before its first stop
     string.
+
+    A stop string may begin in one token and end in another. So text that could still become one is held back
+    until the next tokens tell.
 
     The first is the one that is complete first; of two that end together, the longer.
 
@@ -206,9 +191,6 @@ class _StopString:
         return begun + 1 if self.text[begun] == character else 0
 
 
-# ---- A request on its way.
-
-
 _NEVER = 1 << 60
 
 
@@ -224,6 +206,7 @@ class Run:
         acts_from: the place from which on the adapter's update acts.
         pages: of its sequence, while it runs. slot: its row of the page table; -1 while it waits.
         written: tokens of the text so far.
+        prompt_logprobs: log-probabilities of the prompt's tokens that no piece has told yet.
     """
 
     def __init__(
@@ -251,23 +234,20 @@ class Run:
         self.tokens = self.keys = np.empty(0, np.int64)
         self._told = False
         self._reused = 0
-        self._prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     def place(self, adapter: ActiveAdapter | None) -> None:
         """Lay out the sequence for the adapter that writes it; once, before it first runs."""
         self.adapter = adapter
         prompt = np.asarray(self.request.tokens, dtype=np.int64)
-        facts = None if adapter is None else adapter.facts
-        self.virtual = 0 if facts is None else facts.virtual_tokens
-        known = self.virtual + len(prompt)
-        self.tokens = np.zeros(known + self.allowance, np.int64)
-        self.tokens[self.virtual : known] = prompt
-        self.length = known
-        if adapter is not None and facts is not None and adapter.packed is not None:
-            self.acts_from = 0
-            if facts.invocation is not None:
-                found = last_occurrence(prompt, facts.invocation)
-                self.acts_from = _NEVER if found is None else self.virtual + found
+        self.virtual = 0 if adapter is None else adapter.facts.virtual_tokens
+        self.length = self.virtual + len(prompt)
+        self.tokens = np.zeros(self.length + self.allowance, np.int64)
+        self.tokens[self.virtual : self.length] = prompt
+        if adapter is not None and adapter.packed is not None:
+            invocation = adapter.facts.invocation
+            found = -self.virtual if invocation is None else last_occurrence(prompt, invocation)
+            self.acts_from = _NEVER if found is None else self.virtual + found
         number = 0 if adapter is None else adapter.number
         self.keys = token_keys(self.tokens)
         self.keys[self.acts_from :] = token_keys(self.tokens[self.acts_from :], number)
@@ -293,11 +273,7 @@ class Run:
         self.pages, self.slot = pages, slot
         if not self._told:
             self._reused = max(0, pages.reused - self.virtual)
-            self._prompt_logprobs = []  # a text that lost its pages sees its prompt again
-
-    def add_prompt_logprobs(self, logprobs: Sequence[TokenLogprob]) -> None:
-        """Take log-probabilities of the prompt's next tokens."""
-        self._prompt_logprobs.extend(logprobs)
+            self.prompt_logprobs = []  # a text that lost its pages sees its prompt again
 
     @property
     def may_go_on(self) -> bool:
@@ -324,17 +300,12 @@ class Run:
         if token == NONE:
             failed = None if self.matcher is None else self.matcher.failed
             if failed is not None:
-                raise UserError(
-                    f"the text cannot be held to its constraint any longer: {failed}",
-                    where="constraint",
-                    hint="make it simpler",
-                )
-            raise UserError(
-                "no token can be chosen: the model's logits are not numbers, or nothing is allowed",
-                hint="look for values that are not finite in the model and its adapter",
-            )
+                what = f"the text cannot be held to its constraint any longer: {failed}"
+                raise UserError(what, where="constraint", hint="make it simpler")
+            what = "no token can be chosen: the model's logits are not numbers, or nothing is allowed"
+            raise UserError(what, hint="look for values that are not finite in the model and its adapter")
         if token in self.ends:
-            self.finish("stop", terminator=token)
+            self._put("", (), (), "stop", token)
             return True
         self.tokens[self.length] = token
         number = self.adapter.number if self.adapter is not None and self.length >= self.acts_from else 0
@@ -352,9 +323,9 @@ class Run:
         self._put(text, (token,), () if logprob is None else (logprob,), finish)
         return finish is not None
 
-    def finish(self, reason: FinishReason, terminator: int | None = None) -> None:
+    def finish(self, reason: FinishReason) -> None:
         """End the text."""
-        self._put("", (), (), reason, terminator)
+        self._put("", (), (), reason)
 
     def _put(
         self,
@@ -366,7 +337,7 @@ class Run:
     ) -> None:
         if finish is not None:
             text += self.text.end()
-        of_prompt, self._prompt_logprobs = tuple(self._prompt_logprobs), []
+        of_prompt, self.prompt_logprobs = self.prompt_logprobs, []
         piece = Piece(text, tokens, (*of_prompt, *logprobs), finish, 0 if self._told else self._reused)
         self._told = True
         self.writing.put(piece, terminator)
@@ -374,6 +345,69 @@ class Run:
 
 def next_tokens(runs: Sequence[Run], logits: np.ndarray) -> Iterator[tuple[Run, int, TokenLogprob | None]]:
     """The token that is chosen for each request by its row of logits (k, vocabulary)."""
-    matchers = {n: run.matcher for n, run in enumerate(runs) if run.matcher is not None}
-    chosen = choose(logits, [run.sampler for run in runs], masks(matchers) if matchers else None)
+    allowed = {n: run.matcher.allowed() for n, run in enumerate(runs) if run.matcher is not None}
+    chosen = choose(logits, [run.sampler for run in runs], allowed)
     return zip(runs, chosen.tokens.tolist(), chosen.logprobs, strict=True)
+
+
+class Work:
+    """Requests in hand, and what computes them. Called from one thread at a time, but for its numbers.
+
+    Attributes:
+        known: how many token ids a prompt may have. vocabulary: how many logits there are.
+        longest: the most tokens that a sequence may have.
+        waiting, running: requests, in the order in which they start, or started.
+        tokens: that were computed since the start.
+        scores_prompts: whether log-probabilities of a prompt's own tokens can be had.
+    """
+
+    scores_prompts = True
+
+    def __init__(self, known: int, vocabulary: int, longest: int) -> None:
+        self.known, self.vocabulary, self.longest = known, vocabulary, longest
+        self.waiting: deque[Run] = deque()
+        self.running: list[Run] = []
+        self.tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in hand."""
+        return not self.waiting and not self.running
+
+    @property
+    def load(self) -> EngineLoad:
+        """What is in hand at the moment."""
+        return EngineLoad(len(self.running), len(self.waiting), tokens=self.tokens)
+
+    def step(self) -> None:
+        """Do some work, and hand out what it gave."""
+        raise NotImplementedError
+
+    def hurry(self) -> None:
+        """End texts whose constraints are slow to say what may come next."""
+
+    def end(self, run: Run, why: FinishReason | BaseException | None) -> None:
+        """Let go of a request, which ends for this reason or with this error; None where it has ended."""
+        if run.writing.done or why is None:
+            return
+        if isinstance(why, BaseException):
+            run.writing.fail(why)
+        else:
+            run.finish(why)
+
+    def end_all(self, why: FinishReason | BaseException) -> None:
+        """End every request at once."""
+        for run in [*self.running, *self.waiting]:
+            self.end(run, why)
+        self.running.clear()
+        self.waiting.clear()
+
+    def sweep_waiting(self, now: float) -> None:
+        """End requests that wait, and were cancelled or whose time is up."""
+        kept: deque[Run] = deque()
+        for run in self.waiting:
+            if (reason := run.ended_by(now)) is None:
+                kept.append(run)
+            else:
+                self.end(run, reason)
+        self.waiting = kept

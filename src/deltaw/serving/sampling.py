@@ -55,36 +55,30 @@ def validate(sampling: Sampling, vocabulary: int) -> None:
     Raises:
         UserError: a value is out of range, not a number, or names a token that does not exist.
     """
-    for name, (lowest, highest, what) in _RANGES.items():
+    for name, (lowest, highest, hint) in _RANGES.items():
         value = getattr(sampling, name)
         # Written so that "not a number" is out of range too.
         if not lowest <= value <= highest or not math.isfinite(value):
-            raise UserError(f"{name} is {value}", where=name, hint=what)
-    if sampling.top_p == 0:
-        raise UserError("top_p is 0", where="top_p", hint=_RANGES["top_p"][2])
-    if sampling.repetition_penalty == 0:
-        raise UserError("repetition_penalty is 0", where="repetition_penalty", hint="above 0; 1 changes nothing")
-    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= min(MOST_LOGPROBS, vocabulary):
-        raise UserError(
-            f"logprobs is {sampling.logprobs}",
-            where="logprobs",
-            hint=f"0 for the chosen token alone, at most {min(MOST_LOGPROBS, vocabulary)}",
-        )
+            raise UserError(f"{name} is {value}", where=name, hint=hint)
+    most = min(MOST_LOGPROBS, vocabulary)
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= most:
+        hint = f"0 for the chosen token alone, at most {most}"
+        raise UserError(f"logprobs is {sampling.logprobs}", where="logprobs", hint=hint)
     for token, bias in sampling.logit_bias.items():
         if not 0 <= token < vocabulary:
-            raise UserError(
-                f"there is no token {token}", where="logit_bias", hint=f"token ids are 0 to {vocabulary - 1}"
-            )
+            hint = f"token ids are 0 to {vocabulary - 1}"
+            raise UserError(f"there is no token {token}", where="logit_bias", hint=hint)
         if not -100 <= bias <= 100:
             raise UserError(f"the bias of token {token} is {bias}", where="logit_bias", hint="between -100 and 100")
 
 
+_ABOVE_0 = math.ulp(0.0)
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (0, 100, "0 for the likeliest token, or above 0 to draw; at most 100"),
     "top_k": (0, 2**31, "0 for all tokens, or a number of them"),
-    "top_p": (0, 1, "above 0, at most 1"),
+    "top_p": (_ABOVE_0, 1, "above 0, at most 1"),
     "min_p": (0, 1, "between 0 and 1"),
-    "repetition_penalty": (0, 100, "above 0, at most 100; 1 changes nothing"),
+    "repetition_penalty": (_ABOVE_0, 100, "above 0, at most 100; 1 changes nothing"),
     "presence_penalty": (-2, 2, "between -2 and 2"),
     "frequency_penalty": (-2, 2, "between -2 and 2"),
     "seed": (-(2**63), 2**64 - 1, "a whole number of at most 64 bits"),
@@ -100,13 +94,13 @@ class SamplingState:
 
     Attributes:
         greedy: whether the likeliest token is taken. plain: whether the logits count as they are.
+        random: the request's own generator.
     """
 
     def __init__(self, sampling: Sampling, prompt: np.ndarray, vocabulary: int) -> None:
         self.sampling = sampling
-        self._vocabulary = vocabulary
         # Negative seeds are theirs modulo 2^64.
-        self._random = np.random.Generator(np.random.PCG64(sampling.seed % 2**64))
+        self.random = np.random.Generator(np.random.PCG64(sampling.seed % 2**64))
         self._counts: dict[int, int] = {}
         self._seen = np.empty(0, dtype=np.int64)
         if sampling.repetition_penalty != 1:
@@ -115,10 +109,6 @@ class SamplingState:
         self._penalized = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self.greedy = sampling.temperature == 0
         self.plain = not self._penalized and sampling.repetition_penalty == 1 and not sampling.logit_bias
-        self._bias = (
-            np.fromiter(sampling.logit_bias.keys(), dtype=np.int64),
-            np.fromiter(sampling.logit_bias.values(), dtype=np.float32),
-        )
 
     def append(self, token: int) -> None:
         """Note a token of the text."""
@@ -138,12 +128,7 @@ class SamplingState:
             times = np.fromiter(self._counts.values(), dtype=np.float32)
             row[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
         if sampling.logit_bias:
-            tokens, bias = self._bias
-            row[tokens] += bias
-
-    def draw(self) -> float:
-        """The next number of the request's own generator, in [0, 1)."""
-        return float(self._random.random())
+            row[list(sampling.logit_bias)] += np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
 
 
 def choose(
@@ -157,8 +142,7 @@ def choose(
         allowed: by row, the tokens that a constraint allows: int32 words (ceil(vocabulary / 32)), the lowest
             bit of the first word for token 0. Rows that are not in it may take any token.
     """
-    values = logits.numpy(force=True) if isinstance(logits, Tensor) else logits
-    allowed = allowed or {}
+    values, allowed = logits.numpy(force=True) if isinstance(logits, Tensor) else logits, allowed or {}
     tokens = np.full(len(states), NONE, dtype=np.int64)
     fast = [n for n, state in enumerate(states) if state.greedy and state.plain and n not in allowed]
     if len(fast) == len(states):
@@ -199,7 +183,7 @@ def _chosen(logits: np.ndarray, state: SamplingState, words: np.ndarray | None) 
     if state.greedy:
         return likeliest
     ids, weights = candidates(row, state.sampling)
-    place = _place(weights, state.draw())
+    place = _place(weights, float(state.random.random()))
     return place if ids is None else int(ids[place])
 
 
@@ -225,13 +209,10 @@ def candidates(row: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, 
         np.exp(weights, out=weights)
     if sampling.top_p < 1:
         kept = nucleus(weights, sampling.top_p)
-        ids = kept if ids is None else ids[kept]
-        weights = weights[kept]
-    if sampling.min_p > 0:
-        # The likeliest token has weight 1.
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+    if sampling.min_p > 0:  # the likeliest token has weight 1
         kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
-        ids = kept if ids is None else ids[kept]
-        weights = weights[kept]
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
     return ids, weights
 
 

@@ -15,9 +15,11 @@ import contextlib
 import itertools
 import json
 import math
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -101,11 +103,10 @@ class Measured:
 
     def failing(self, margin: float = 1.0) -> str | None:
         """What is off by too much, in words; None where nothing is."""
-        if not self.whole.within(margin, of_block=False):
-            return f"the gradient is off from fp32 by {self.whole.error:.1%} and not {self.whole.own:.1%}"
-        for name, errors in self.blocks.items():
-            if not errors.within(margin, of_block=True):
-                return f"the gradient of {name} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
+        for name, errors in {"": self.whole, **self.blocks}.items():
+            if not errors.within(margin, of_block=bool(name)):
+                of = f" of {name}" if name else ""
+                return f"the gradient{of} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
         return None
 
     def __str__(self) -> str:
@@ -148,7 +149,7 @@ class GradientCheck:
     ) -> None:
         self.model, self.objective, self.batcher, self.rows = model, objective, batcher, rows
         self.named = dict(zip(names, parameters, strict=True))
-        self.tokens = sum(batch.tokens for batch in batcher.batches(rows))
+        self.tokens = tokens_of(batcher, rows)
         numbers = sum(parameter.numel() for parameter in parameters)
         # An odd distance goes through all columns of a matrix.
         self._distance = 1 if numbers <= COMPARED else -(-numbers // COMPARED) | 1
@@ -165,17 +166,14 @@ class GradientCheck:
         found = measured(offered)
         if found.failing(MARGIN) is None:
             return Chosen(tuple(offered), found)
-        used: list[str] = []
-        refused: dict[str, str] = {}
-        last: Measured | None = None
+        chosen, refused = Chosen((), None), {}
         for name in sorted(offered, key=APPROXIMATIONS.index, reverse=True):  # what errs most comes last
-            found = measured([*used, name])
-            failing = found.failing(MARGIN)
-            if failing is None:
-                used, last = [*used, name], found
-            else:
+            found = measured([*chosen.names, name])
+            if failing := found.failing(MARGIN):
                 refused[name] = failing
-        return Chosen(tuple(used), last, refused)
+            else:
+                chosen = Chosen(found.names, found)
+        return replace(chosen, refused=refused)
 
     def moved(self, names: Sequence[str]) -> tuple[Errors, dict[str, Errors]]:
         """The errors of approximations relative to the gradient without them, which counts as fp32's: of the
@@ -187,15 +185,9 @@ class GradientCheck:
         """The gradient of each parameter by its name, or some of its numbers."""
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         apart = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(loader.computing())
-            loader.compute_with(loader.arithmetic().approximating(approximations))
-            stack.enter_context(_as_with_many_labels(self.objective))
-            if wide:
-                stack.enter_context(widened(self.model, apart=apart))
-            begin = getattr(self.objective, "begin", None)
-            if begin is not None:
+        exact = widened(self.model, apart=apart) if wide else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), _with(approximations), _as_with_many_labels(self.objective), exact:
+            if (begin := getattr(self.objective, "begin", None)) is not None:
                 begin(self.rows, self.batcher, ALONE)
             for batch in self.batcher.batches(self.rows):
                 self.objective(batch).backward()
@@ -217,6 +209,14 @@ class GradientCheck:
         return _errors_of(whole), {block: _errors_of(of) for block, of in large.items()}
 
 
+@contextlib.contextmanager
+def _with(approximations: Sequence[str]) -> Iterator[None]:
+    """While open, the process computes with these approximations and no others."""
+    with loader.computing():
+        loader.compute_with(loader.arithmetic().approximating(approximations))
+        yield
+
+
 def block_of(name: str) -> str:
     """The block that a parameter belongs to: its name as far as the first number in it."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
@@ -225,16 +225,9 @@ def block_of(name: str) -> str:
 
 def _products(reference: Tensor, exact: Tensor, approximate: Tensor) -> Tensor:
     """(6) what errors follow from; those of several parameters are added."""
-    return torch.stack(
-        [
-            reference @ reference,
-            (exact - reference).square().sum(),
-            (approximate - reference).square().sum(),
-            exact @ exact,
-            approximate @ approximate,
-            exact @ approximate,
-        ]
-    )
+    off = [(found - reference).square().sum() for found in (exact, approximate)]
+    lengths = exact @ exact, approximate @ approximate
+    return torch.stack([reference @ reference, *off, *lengths, exact @ approximate])
 
 
 def _errors_of(sums: Tensor) -> Errors:
@@ -248,15 +241,11 @@ def _errors_of(sums: Tensor) -> Errors:
 @contextlib.contextmanager
 def _as_with_many_labels(objective: AnyObjective) -> Iterator[None]:
     """While open, an objective computes the few labels that are looked at as it computes many."""
-    rows = getattr(objective, "rough_rows", None)
-    if rows is None:
+    with contextlib.ExitStack() as stack:
+        if (rows := getattr(objective, "rough_rows", None)) is not None:
+            stack.callback(setattr, objective, "rough_rows", rows)
+            objective.rough_rows = 1  # type: ignore[attr-defined]
         yield
-        return
-    objective.rough_rows = 1  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        objective.rough_rows = rows  # type: ignore[attr-defined]
 
 
 class Approximations:
@@ -277,12 +266,9 @@ class Approximations:
         self.off_since: int | None = None
         self.on_change: Callable[[str, int], None] = lambda line, step: None
 
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> AbstractContextManager[None]:
         """While open, the process computes with those that are on."""
-        with loader.computing():
-            loader.compute_with(loader.arithmetic().approximating(self.names))
-            yield
+        return _with(self.names)
 
     def look_again(self, check: GradientCheck, step: int, processes: Reducer) -> None:
         """Leave out, before this step, what adds too much by now; in each process what process 0 finds.
@@ -302,11 +288,8 @@ class Approximations:
         if self.measured is not None:
             whole, blocks = check.moved(self.names)
             known = self.measured.blocks
-            now = replace(
-                self.measured,
-                whole=_added(self.measured.whole, whole),
-                blocks={name: _added(known[name], of) for name, of in blocks.items() if name in known},
-            )
+            blocks = {name: _added(known[name], of) for name, of in blocks.items() if name in known}
+            now = replace(self.measured, whole=_added(self.measured.whole, whole), blocks=blocks)
             if now.failing() is None:
                 return self.names, ""
         chosen = check.choose(self.names)
@@ -316,7 +299,7 @@ class Approximations:
     def choice(self, refused: Mapping[str, str]) -> Choice[str]:
         """Whether anything is approximate, what, and how that was verified."""
         used = ", ".join(NAMES[name] for name in self.names)
-        if self.measured is not None and used:
+        if used and self.measured:
             used = f"{used}; {self.measured}"
         return Choice("auto" if used else "off", used or "; ".join(dict.fromkeys(refused.values())))
 
@@ -333,18 +316,16 @@ class Approximations:
         """Go on from what :meth:`state` gave."""
         self.off_since = saved["off_since"]
         if saved["measured"] is not None:
-            plain = dict(saved["measured"])
-            plain["names"] = tuple(plain["names"])
-            plain["whole"] = Errors(**plain["whole"])
-            plain["blocks"] = {name: Errors(**errors) for name, errors in plain["blocks"].items()}
-            self.measured = Measured(**plain)
+            plain = saved["measured"]
+            blocks = {name: Errors(**errors) for name, errors in plain["blocks"].items()}
+            changed = {"names": tuple(plain["names"]), "whole": Errors(**plain["whole"]), "blocks": blocks}
+            self.measured = Measured(**{**plain, **changed})
 
     def as_dict(self) -> dict[str, object]:
         """For a run's result."""
         found: dict[str, object] = {"used": list(self.names), "off_since_step": self.off_since}
-        if self.measured is not None:
-            found |= asdict(self.measured.whole)
-            found |= {"tokens": self.measured.tokens, "seconds": round(self.measured.seconds, 2)}
+        if (seen := self.measured) is not None:
+            found |= {**asdict(seen.whole), "tokens": seen.tokens, "seconds": round(seen.seconds, 2)}
         return found
 
 
@@ -365,18 +346,22 @@ def applicable(model: nn.Module, objective: AnyObjective, offered: Iterable[str]
 def rows_to_look_at(rows: Iterable[Any], batcher: AnyBatcher, objective: AnyObjective) -> list[Any]:
     """The first of these rows that are enough to look at, without very long ones where there are others."""
     found: list[Any] = []
-    shortest: tuple[float, Any] = (math.inf, None)
+    longer: list[tuple[int, Any]] = []
     for row in itertools.islice(rows, CANDIDATES):
-        tokens = sum(batch.tokens for batch in batcher.batches([row]))
-        if tokens < shortest[0]:
-            shortest = tokens, row
+        tokens = tokens_of(batcher, [row])
         if tokens > LONGEST_ROW:
+            longer.append((tokens, row))
             continue
         found.append(row)
-        computed = sum(batch.tokens for batch in batcher.batches(found))
+        computed = tokens_of(batcher, found)
         if computed >= TOKENS and (objective.units(found) >= LABELS or computed >= LONGEST_ROW):
             break
-    return found or [shortest[1]]
+    return found or [min(longer, key=operator.itemgetter(0))[1]]
+
+
+def tokens_of(batcher: AnyBatcher, rows: Sequence[Any]) -> int:
+    """Tokens that are computed for these rows."""
+    return sum(batch.tokens for batch in batcher.batches(rows))
 
 
 def steps_between(looked_at: int, step: int) -> int:

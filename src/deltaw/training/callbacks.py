@@ -7,7 +7,7 @@ has one that draws on a terminal (:mod:`deltaw.reports.progress`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from deltaw.memory.plan import Plan
     from deltaw.settings import RunConfig
     from deltaw.training.evaluation.base import Evaluation
-    from deltaw.training.monitoring.monitor import Sample
-    from deltaw.training.monitoring.rates import RateSearch
     from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 
 # Told one line of text that a person may want to read.
@@ -28,6 +26,54 @@ Say: TypeAlias = Callable[[str], None]
 
 def silent(line: str) -> None:
     """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """What a range test came to.
+
+    Attributes:
+        rates, losses: of each step, until the loss ran away.
+        smoothed: the losses, smoothed over steps; those that run away count as much as they may fall.
+        lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before. end: the
+            highest one at which it is still about as low.
+        chosen, why: the rate for the training.
+        usual: the method's usual rate, for comparison.
+        diverged: whether the loss ran away before the highest rate.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    lowest: float | None
+    steepest: float | None
+    end: float | None
+    chosen: float
+    why: str
+    usual: float
+    diverged: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt with its answer.
+
+    Attributes:
+        row: its number in the file. prompt: its last turn. expected: the answer that the data has.
+        answer: what the model wrote.
+    """
+
+    row: int
+    prompt: str
+    expected: str
+    answer: str
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
-from deltaw.durable import sync_folder
+from deltaw.durable import open_to_all, sync_folder
 from deltaw.errors import UserError
 from deltaw.tensor_files import TensorFile, write_tensors
 from deltaw.training.evaluation.base import Evaluation
@@ -118,17 +118,18 @@ def write(parent: Path, step: int, values: Mapping[str, object], tensors: Mappin
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{name_of(step)}-", dir=parent))
     try:
-        files = {}
         with (temporary / TENSORS).open("wb") as file:
-            files[TENSORS] = _write_tensors(file, tensors)
+            hashed_tensors = _Hashing(file)
+            write_tensors(hashed_tensors, tensors, {"format": "pt"})
+            files = {TENSORS: hashed_tensors.entry()}
         text = json.dumps({"step": step, **values}, indent=1, ensure_ascii=False, allow_nan=False)
         with (temporary / VALUES).open("wb") as file:
-            hashing = _Hashing(file)
-            hashing.write(text.encode())
-            files[VALUES] = hashing.entry()
+            hashed_text = _Hashing(file)
+            hashed_text.write(text.encode())
+            files[VALUES] = hashed_text.entry()
         manifest = json.dumps({"version": VERSION, "step": step, "files": files}, indent=1)
         (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())
+        open_to_all(temporary, 0o777)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -198,25 +199,12 @@ class _Hashing:
         return {"sha256": self._digest.hexdigest(), "bytes": self._bytes}
 
 
-def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """Write them as a safetensors file; returns what the manifest says of it."""
-    hashing = _Hashing(file)
-    write_tensors(hashing, tensors, {"format": "pt"})
-    return hashing.entry()
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 # What a checkpoint's values hold, and of which kind; the last four say how the run began.

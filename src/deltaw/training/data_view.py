@@ -5,6 +5,7 @@ Rows are read as a run reads them, by their task, with the model's tokenizer and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from deltaw.data.chat_template import with_chat_template
@@ -39,22 +40,15 @@ def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = sile
     Raises:
         UserError: the data cannot be read, or has no row of that number.
     """
-    given = 0
-    for row in _reader(config, say).rows():
-        if first is not None and row.row < first and not given:
-            continue
-        if first is not None and not given and row.row > first:
-            break
-        yield row
-        given += 1
-        if given == count:
-            return
-    if not given:
-        raise UserError(
-            f"there is no row {first}",
-            where=shown(config.data.train),
-            hint="rows are counted from 1; in JSON Lines, the number is that of the line",
-        )
+    rows = _reader(config, say).rows()
+    if first is not None:
+        rows = itertools.dropwhile(lambda row: row.row < first, rows)
+    found = next(rows, None)
+    if found is None or first not in (None, found.row):
+        hint = "rows are counted from 1; in JSON Lines, the number is that of the line"
+        raise UserError(f"there is no row {first}", where=shown(config.data.train), hint=hint)
+    yield found
+    yield from itertools.islice(rows, count - 1)
 
 
 def _reader(config: RunConfig, say: Say) -> Reader:

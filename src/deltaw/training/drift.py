@@ -7,6 +7,7 @@ the fine-tuned model would still choose. Two forward passes over some 1,300 labe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.origin import InferenceSession
 from deltaw.training.seen import as_seen
 from deltaw.training.session import Session
+from deltaw.training.tasks.base import Task
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
 
@@ -67,11 +69,8 @@ class Drift:
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
-        numbers = {
-            name: None if isinstance(value, float) and not np.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
-        return {**numbers, "change": self.change if np.isfinite(self.change) else None}
+        numbers = {**asdict(self), "change": self.change}
+        return {name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
 
     def lines(self) -> list[str]:
         """For a person: the change, and what to try where it is large."""
@@ -83,8 +82,7 @@ class Drift:
         if self.large:
             said.append(
                 "  this is large: the model may answer other questions worse than the base model. Try "
-                "train.keep_general: 1, a lower train.learning_rate, fewer train.epochs, or general rows in "
-                "the data"
+                "train.keep_general: 1, a lower train.learning_rate, fewer train.epochs, or general rows in the data"
             )
         return said
 
@@ -112,12 +110,11 @@ def base_losses(
     """
     with running():
         side = _Side(model, answers, batcher)
-    targets = _targets(answers)
     losses, choices = [], []
-    for part in side.parts(len(targets)):
-        own = side.log_probabilities(part)
-        losses.append(-own.gather(1, targets[part].to(own.device)[:, None])[:, 0].cpu())
-        choices.append(own.argmax(1).cpu())
+    for part in side.parts():
+        _, loss, choice = side.of_labels(part)
+        losses.append(loss.cpu())
+        choices.append(choice.cpu())
     return BaseLosses(answers, torch.cat(losses), torch.cat(choices))
 
 
@@ -152,31 +149,23 @@ def measure_drift(
     else:
         with running():
             after = _Side(model, [as_trained(example) for example in answers], batcher, before)
-    targets = _targets(answers)
     sums = torch.zeros(4, dtype=torch.float64)
-    for part in after.parts(len(targets)):
-        tuned = after.log_probabilities(part)
-        at = targets[part].to(tuned.device)[:, None]
+    for part in after.parts():
+        tuned, loss, chosen = after.of_labels(part)
         if isinstance(base, BaseLosses):
             base_loss, choice = base.losses[part], base.choices[part]
             divergence = base_loss.new_zeros(())
         else:
             assert before is not None
             with base():
-                own = before.log_probabilities(part)
-            base_loss, choice = -own.gather(1, at)[:, 0], own.argmax(1)
+                own, base_loss, choice = before.of_labels(part)
             divergence = nn.functional.kl_div(tuned, own, reduction="sum", log_target=True)
-        same = (choice.to(tuned.device) == tuned.argmax(1)).sum()
-        parts = (base_loss.double().sum(), -tuned.gather(1, at).double().sum(), divergence, same)
+        same = (choice.to(chosen.device) == chosen).sum()
+        parts = base_loss.double().sum(), loss.double().sum(), divergence, same
         sums += torch.stack([value.double().cpu() for value in parts])
-    base_mean, mean, divergence_mean, same_share = (sums / len(targets)).tolist()
-    known = None if before is None else divergence_mean
-    return Drift(base_mean, mean, known, same_share, len(answers), len(targets))
-
-
-def _targets(answers: Sequence[Example]) -> Tensor:
-    """(P,) the labels of all answers, in their order."""
-    return torch.from_numpy(np.concatenate([e.tokens[e.is_label] for e in answers])).long()
+    count = len(after.targets)
+    base_mean, mean, divergence_mean, same_share = (sums / count).tolist()
+    return Drift(base_mean, mean, None if before is None else divergence_mean, same_share, len(answers), count)
 
 
 class _Side:
@@ -198,18 +187,21 @@ class _Side:
                 at = torch.from_numpy(np.searchsorted(labeled, places)).to(picked.device)
                 outputs[member.example.row] = picked[at]
         self._outputs = torch.cat([outputs[row.row] for row in rows])
+        # (P,) the labels of all rows, in their order.
+        self.targets = torch.from_numpy(np.concatenate([row.tokens[row.is_label] for row in rows])).long()
 
-    def parts(self, count: int) -> list[slice]:
-        """``count`` labels in chunks whose logits are small: some eight tensors of that size are there at
-        once. In a dry run on fake tensors one chunk tells what all of them take."""
+    def parts(self) -> list[slice]:
+        """The labels in chunks whose logits are small: some eight tensors of that size are there at once. In a
+        dry run on fake tensors one chunk tells what all of them take."""
         chunk = max(1, self.objective.chunk // 8)
-        parts = [slice(start, start + chunk) for start in range(0, count, chunk)]
+        parts = [slice(start, start + chunk) for start in range(0, len(self.targets), chunk)]
         return parts if has_values(self._model) else parts[:1]
 
-    def log_probabilities(self, part: slice) -> Tensor:
-        """fp32 (p, V) of these labels."""
+    def of_labels(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """For these labels fp32 log-probabilities (p, V), losses (p,), and the tokens that it would choose (p,)."""
         logits = self.objective.logits_of(self._outputs[part])
-        return nn.functional.log_softmax(logits.float(), -1)
+        found = nn.functional.log_softmax(logits.float(), -1)
+        return found, -found.gather(1, self.targets[part].to(found.device)[:, None])[:, 0], found.argmax(1)
 
 
 # ---- Drift of a finished run, and its general answers beside the base model's.
@@ -233,10 +225,8 @@ def drift_of(opened: InferenceSession) -> Drift | None:
     Raises:
         NoGeneralAnswers: the base model gives none that could be measured; the message says why.
     """
-    if opened.method is None or opened.task.tokenizer is None or opened.task.has_labels:
-        return None
     asked = "auto" if opened.config is None else opened.config.train.drift
-    if asked is False:
+    if opened.method is None or not _is_wanted(asked, opened.task):
         return None
     if asked == "auto":
         check_size(opened.model)
@@ -245,9 +235,6 @@ def drift_of(opened: InferenceSession) -> Drift | None:
         opened.model,
         answers,
         device=str(opened.loaded.choices["device"].value),
-        tokens_per_pass="auto",
-        share="auto",
-        method_shares=True,
         virtual_tokens=opened.method.virtual_tokens,
     )
     return measure_drift(
@@ -260,6 +247,11 @@ def drift_of(opened: InferenceSession) -> Drift | None:
     )
 
 
+def _is_wanted(asked: bool | str, task: Task) -> bool:
+    """Whether drift is measured, by the setting ``train.drift`` and what the model writes."""
+    return asked is not False and task.tokenizer is not None and not task.has_labels
+
+
 def answers_side_by_side(opened: InferenceSession, count: int) -> list[GeneralAnswer]:
     """Greedy answers of both models to ``count`` of the general prompts, taken evenly from all kinds.
 
@@ -269,16 +261,10 @@ def answers_side_by_side(opened: InferenceSession, count: int) -> list[GeneralAn
     answers = _base_answers(opened)
     chosen = answers[:: max(1, len(answers) // count)][:count]
     prompts = [MEASURED[answer.row - 1] for answer in chosen]
-    written = generate(
-        opened.model,
-        opened.tokenizer,
-        [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts],
-        max_new_tokens=ANSWER_TOKENS,
-    )
-    return [
-        GeneralAnswer(prompt, base.answer or "", done.text)
-        for prompt, base, done in zip(prompts, chosen, written, strict=True)
-    ]
+    encoded = [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts]
+    written = generate(opened.model, opened.tokenizer, encoded, max_new_tokens=ANSWER_TOKENS)
+    answered = zip(prompts, chosen, written, strict=True)
+    return [GeneralAnswer(prompt, base.answer or "", done.text) for prompt, base, done in answered]
 
 
 def _base_answers(opened: InferenceSession) -> list[Example]:
@@ -310,8 +296,7 @@ class DriftMeter:
     def __init__(self, session: Session) -> None:
         self._session = session
         asked = session.config.train.drift
-        self._wanted = asked is not False and session.task.tokenizer is not None
-        self._wanted = self._wanted and not session.task.has_labels
+        self._wanted = _is_wanted(asked, session.task)
         self._noted: BaseLosses | None = None
         self._reason: NoGeneralAnswers | None = None
         if not self._wanted:

@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,7 +38,7 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.record import RunRecord, Start, begin, clear_end, settings_to_resume
+from deltaw.training.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
 from deltaw.training.resuming import (
     assemble_alike,
     choices_of,
@@ -56,66 +54,6 @@ from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tracking import Tracking
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to; ``as_dict`` is what ``train --json`` prints."""
-
-    output: Path
-    outcome: Outcome
-    evaluation: Evaluation
-    peak_memory_bytes: int
-    plan: Plan | None = None
-    trained_parameters: int = 0
-    method: str = ""
-    writes_text: bool = True
-    drift: Drift | None = None
-    arithmetic: Mapping[str, str] = field(default_factory=dict)
-    approximations: Mapping[str, object] = field(default_factory=dict)
-    best: Mapping[str, object] | None = None
-    stopped_early: str | None = None
-    resumed_from_step: int | None = None
-    checkpoints: Sequence[Path] = ()
-
-    @property
-    def planned_memory_bytes(self) -> int | None:
-        return None if self.plan is None else self.plan.peak_resident_bytes
-
-    @property
-    def interrupted(self) -> bool:
-        return self.outcome.interrupted
-
-    def as_dict(self) -> dict[str, object]:
-        done = self.outcome
-        seconds = done.seconds or math.inf
-        return {
-            "output": os.fspath(self.output),
-            "rows": done.rows,
-            "tokens": done.tokens,
-            "computed_tokens": done.computed_tokens,
-            "label_tokens": done.label_tokens,
-            "steps": done.steps,
-            "seconds": done.seconds,
-            "rows_per_second": done.rows / seconds,
-            "tokens_per_second": done.tokens / seconds,
-            "train_loss": done.loss if done.steps else None,
-            "trained_parameters": self.trained_parameters,
-            "eval": self.evaluation.as_dict() or None,
-            "score": self.evaluation.score(),
-            "best_step": None if self.best is None else self.best["step"],
-            "best": self.best,
-            "stopped_early": self.stopped_early,
-            "drift": None if self.drift is None else self.drift.as_dict(),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "planned_memory_bytes": self.planned_memory_bytes,
-            "arithmetic": dict(self.arithmetic) or None,
-            "approximations": dict(self.approximations),
-            "interrupted": done.interrupted,
-            "skipped_steps": done.skipped,
-            "resumed_from_step": self.resumed_from_step,
-            "checkpoints": [os.fspath(path) for path in self.checkpoints],
-        }
 
 
 def fit(
@@ -148,9 +86,9 @@ def fit(
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
             raise UserError(
-                "a run that goes on has its own settings and its own folder",
+                "a resumed run keeps its own settings and folder",
                 where=str(resume),
-                hint="give single settings to change, and neither a file of settings, 'output' nor fresh",
+                hint="pass only single settings to change: no settings file, no 'output', no fresh",
             )
         config = {**(config or {}), "output": os.fspath(resume)}
         config = settings_to_resume(Path(os.path.expanduser(resume)), config)
@@ -190,7 +128,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
 
     folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
-        callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
+        callback.on_line(f"{output} held an earlier run, which is now in {folder.moved}")
     choices = choices_of(session, loaded.choices)
     record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
     monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
@@ -287,7 +225,7 @@ def planned(
             f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
             where="the plan",
             hint="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
-            "train.checkpointing, or train all the same with --force true",
+            "train.checkpointing, or train anyway with --force true",
         )
     return config, plan
 

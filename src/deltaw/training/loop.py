@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,69 +21,32 @@ from deltaw.training.callbacks import Callback, Calling
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
-from deltaw.training.optimizer import Schedule
+from deltaw.training.optimizer import Schedule, clipped_norm
 from deltaw.training.parallel.reducer import ALONE, Reducer, Spare, StepSums
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
-from deltaw.training.state import NotFinite, NotFiniteError, Outcome, RowOrder, SavedState, Step, TrainState
+from deltaw.training.state import (
+    NotFinite,
+    NotFiniteError,
+    Outcome,
+    RowOrder,
+    SavedState,
+    Step,
+    TrainOptions,
+    TrainState,
+)
 
-# The command line's allocator keeps what is freed from step to step. So many steps apart it is given back to
-# the system, or the holes that rows of all lengths leave would add up over a long run.
+# The command line's allocator keeps what is freed from step to step. So many steps apart it goes back to the
+# system, or the holes that rows of all lengths leave would add up over a long run.
 STEPS_BETWEEN_TRIMS = 32
-# With ``train.not_finite: skip`` a training ends once so many steps in a row had to be skipped: it has
-# diverged, and would skip all others too.
+# With ``train.not_finite: skip`` a training that skips so many steps in a row has diverged, and ends.
 MOST_IN_ROW = 10
 # Methods of a callback that a training calls.
 _CALLED = ("on_begin", "on_step", "on_skip", "should_stop", "ended", "diagnose")
 
 
-def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a run: every epoch ends with a step of the rows that are left."""
-    per_epoch = math.ceil(rows / batch_size)
-    return max_steps if max_steps is not None else max(1, math.ceil(epochs * per_epoch))
-
-
 def rows_of_step(examples: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
     """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
     return [examples[i] for i in RowOrder(len(examples), batch_size, seed).indices(step)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How a training goes.
-
-    Attributes:
-        learning_rate, total_steps, schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`; a whole
-            schedule takes the place of the three others.
-        batch_size: rows per step. seed: of the order of rows, and of dropout.
-        weight_decay, betas: AdamW's. rate_factors: what each parameter's learning rate is multiplied with; None is
-            1 for all. max_grad_norm: gradients are scaled down to this norm; None: never.
-        names: of the parameters, for messages and for saved states.
-        may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
-            it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
-        before_step, after_step: called with the state and a step's rows before it begins, and once the
-            optimizer has changed the parameters.
-        add_gradients: called with each step's number from 0 once its rows' gradients are there; adds those of
-            another loss and returns it (:class:`deltaw.training.evaluation.general.KeepGeneral`).
-        skip_not_finite: whether steps whose loss or gradient is not finite are left out, up to ``MOST_IN_ROW`` in a
-            row; else the first ends the training.
-    """
-
-    learning_rate: float
-    total_steps: int
-    schedule: str | Schedule = "linear"
-    warmup: float = 0.0
-    batch_size: int = 16
-    seed: int = 0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    rate_factors: Sequence[float] | None = None
-    max_grad_norm: float | None = 1.0
-    names: Sequence[str] | None = None
-    may_skip: Callable[[str], bool] = lambda name: False
-    before_step: Callable[[TrainState, Sequence[Any]], None] = lambda state, rows: None
-    after_step: Callable[[], None] = lambda: None
-    add_gradients: Callable[[int], Tensor | float] | None = None
-    skip_not_finite: bool = False
 
 
 def train(
@@ -199,17 +162,17 @@ class _Loop:
         if sums is None:
             state.abandon_step()
             return None
-        norm = _gradient_norm(state.trained, options.max_grad_norm)
+        norm = clipped_norm(state.trained, options.max_grad_norm)
         rate = state.learning_rate
         if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
-            loss, gradient_norm = _read(sums.loss / units, norm)
+            loss, gradient_norm = float(sums.loss / units), float(norm)
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 return self.leave_out(places, loss, gradient_norm)
         check.before_update()
         state.update(unless=~(torch.isfinite(sums.loss) & torch.isfinite(norm)))
         check.after_update()
         options.after_step()
-        loss, gradient_norm, general_loss = _read(sums.loss / units, norm, general)
+        loss, gradient_norm = float(sums.loss / units), float(norm)  # here the host waits for the device
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return self.leave_out(places, loss, gradient_norm)
         step = Step(
@@ -223,7 +186,7 @@ class _Loop:
             computed_tokens=sums.tokens,
             label_tokens=units,
             seconds=time.perf_counter() - begun,
-            general_loss=None if options.add_gradients is None else general_loss,
+            general_loss=None if options.add_gradients is None else float(general),
             metrics={} if watched is None else watched.means(),
         )
         state.end_step(step)
@@ -285,17 +248,3 @@ def _gradients(
         if stopped():
             return None
     return sums
-
-
-def _read(*numbers: Tensor | float) -> list[float]:
-    """A step's numbers: the one place where the host waits for the device."""
-    return [float(number) for number in numbers]
-
-
-def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # On the processor looking is free, and saves going over all gradients; a device would be waited for.
-    if limit is not None and (norm.device.type != "cpu" or norm > limit):
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm

@@ -8,10 +8,11 @@ model's side changes.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,15 +49,8 @@ class RowLogProbs:
     @classmethod
     def of(cls, batch: Batch, values: Tensor) -> RowLogProbs:
         """Of a batch, whose ``targets`` have these log-probabilities (P,)."""
-        index, row = label_places(batch)
-        device = values.device
-        return cls(
-            values,
-            to_device(torch.from_numpy(index), device),
-            to_device(torch.from_numpy(row), device),
-            tuple(member.example for member in batch.members),
-            batch.groups,
-        )
+        index, row = (to_device(torch.from_numpy(places), values.device) for places in label_places(batch))
+        return cls(values, index, row, tuple(member.example for member in batch.members), batch.groups)
 
     def sums(self) -> Tensor:
         """(rows,) the log-probability of each row's labels together."""
@@ -89,44 +83,20 @@ class Loss(Protocol):
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
         """The sum of a microbatch's losses, a scalar; independent of how a step is cut."""
-        ...
 
     def units(self, rows: Sequence[Any]) -> int:
         """What the sum over these rows, or groups of rows, is divided by."""
-        ...
 
 
-class Watched(Protocol):
-    """What a loss counts beside its sum; nothing of it changes a training."""
-
-    def clear(self) -> None:
-        """Begin a step."""
-        ...
-
-    def totals(self) -> Tensor:
-        """(n,) the sums so far: as many numbers whatever was counted, so that those of several processes can
-        be added up."""
-        ...
-
-    def count(self, totals: Tensor) -> None:
-        """Have these sums instead, those of all processes."""
-        ...
-
-    def means(self) -> dict[str, float]:
-        """Metrics of the step by name; waits for the device."""
-        ...
-
-
-@dataclass
-class WatchedSums:
-    """What most of :class:`Watched` are: sums over a step, on their device; ``means`` is left to each.
+class Watched(abc.ABC):
+    """Sums that a loss keeps beside its own, over a step and on their device; no training depends on them.
 
     Attributes:
-        size: how many sums there are.
+        size: how many sums there are, whatever was counted, so that those of several processes can be added up.
     """
 
-    size: ClassVar[int]
-    sums: Tensor | None = field(default=None, repr=False)
+    size: int
+    sums: Tensor | None = None
 
     def clear(self) -> None:
         """Begin a step."""
@@ -137,8 +107,12 @@ class WatchedSums:
         return torch.zeros(self.size, dtype=torch.float64) if self.sums is None else self.sums
 
     def count(self, totals: Tensor) -> None:
-        """Have these sums instead."""
+        """Have these sums instead, those of all processes."""
         self.sums = totals
+
+    @abc.abstractmethod
+    def means(self) -> dict[str, float]:
+        """Metrics of the step by name, empty if nothing was counted; waits for the device."""
 
     def _plus(self, parts: Sequence[Tensor]) -> None:
         """Add the sums of a microbatch."""
@@ -202,7 +176,7 @@ class PairLosses:
         return (self.rewards[:, 0] - self.rewards[:, 1]).sign() / 2 + 0.5
 
 
-class StepMetrics(WatchedSums):
+class StepMetrics(Watched):
     """Of pairs: their accuracies, both rewards, and how many there are."""
 
     size = 4
@@ -213,7 +187,6 @@ class StepMetrics(WatchedSums):
         self._plus([found.accuracies.sum(), *found.rewards.sum(0), pairs])
 
     def means(self) -> dict[str, float]:
-        """By name; empty where there was no pair."""
         *sums, pairs = self.totals().tolist()
         return named(*(value / pairs for value in sums)) if pairs else {}
 
@@ -252,12 +225,12 @@ class PreferenceLoss:
                 number of labels, and the reference model's sum.
         """
         settings, beta = self.settings, self.settings.strength
+        scores = sums
         if settings.has_reference:
             assert references is not None
-            ratios = sums - references
-            scores = ratios if settings.loss == "dpo" else ratios / counts
-        else:
-            scores = sums / counts
+            scores = sums - references
+        if settings.loss != "dpo":
+            scores = scores / counts
         margins = scores[:, 0] - scores[:, 1]
         rewards = (beta * scores).detach()
         if settings.loss == "ipo":
@@ -281,11 +254,10 @@ def log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) of x < 0, without cancellation at either end; x nearer to 0 than rounding can tell counts
     as that near."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near = x > -math.log(2)
+    middle = -math.log(2)
     # Each branch is given values that are in its range, so that the other's gradient is no nan.
-    return torch.where(
-        near, torch.log(-torch.expm1(x.clamp(min=-math.log(2)))), torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
-    )
+    near, far = torch.log(-torch.expm1(x.clamp(min=middle))), torch.log1p(-torch.exp(x.clamp(max=middle)))
+    return torch.where(x > middle, near, far)
 
 
 def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
@@ -295,12 +267,9 @@ def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
         UserError: a row has none.
     """
     values = [row.reference for row in rows.rows]
-    if any(value is None for value in values):
-        raise UserError(
-            "the rows have no log-probabilities of the reference model",
-            where="preference.loss",
-            hint="give rows to the task's referenced() first",
-        )
+    if None in values:
+        what, hint = "the rows have no log-probabilities of the reference model", "call the task's referenced() first"
+        raise UserError(what, where="preference.loss", hint=hint)
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
@@ -327,7 +296,7 @@ class AnswerLosses:
     accuracies: Tensor
 
 
-class AnswerMetrics(WatchedSums):
+class AnswerMetrics(Watched):
     """Of answers: their accuracies, rewards of either kind, how many of either, and divergences."""
 
     size = 6
@@ -335,21 +304,12 @@ class AnswerMetrics(WatchedSums):
     def add(self, found: AnswerLosses, divergence: Tensor) -> None:
         """Add a microbatch, whose answers count with the same divergence as the step's others."""
         rewards, desired = found.rewards, found.desired.to(found.rewards.dtype)
-        self._plus(
-            [
-                found.accuracies.sum(),
-                (rewards * desired).sum(),
-                (rewards * (1 - desired)).sum(),
-                desired.sum(),
-                (1 - desired).sum(),
-                divergence.to(rewards.dtype) * len(rewards),
-            ]
-        )
+        parts = found.accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
+        self._plus([*(part.sum() for part in parts), divergence.to(rewards.dtype) * len(rewards)])
 
     def means(self) -> dict[str, float]:
-        """By name; empty where there was no answer."""
         sums = self.totals().tolist()
-        return named_answers(*sums) if sums[3] + sums[4] else {}
+        return named_answers(sums) if sums[3] + sums[4] else {}
 
 
 class UnpairedLoss:
@@ -401,10 +361,10 @@ class UnpairedLoss:
         return AnswerLosses(losses, rewards, desired, sides.detach().sign() / 2 + 0.5)
 
 
-def named_answers(
-    accuracies: float, desired: float, undesired: float, desired_count: float, others: float, kl: float
-) -> dict[str, float]:
-    """Metrics by their names, from sums over answers; a kind of answers that is not there has none."""
+def named_answers(sums: Sequence[float]) -> dict[str, float]:
+    """Metrics by their names, from the sums of :class:`AnswerMetrics`; a kind of answers that is not there has
+    none."""
+    accuracies, desired, undesired, desired_count, others, kl = sums
     count = desired_count + others
     found = {"accuracy": accuracies / count, "kl": kl / count}
     if desired_count:

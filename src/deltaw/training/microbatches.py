@@ -23,7 +23,6 @@ class Labeled(Protocol):
     @property
     def label_count(self) -> int:
         """Labels that it brings to the sum of losses."""
-        ...
 
 
 class MicroBatch(Protocol):
@@ -59,11 +58,9 @@ class MicroBatcher(Protocol[RowIn, BatchOut]):
 
     def batches(self, rows: Sequence[RowIn]) -> Iterator[BatchOut]:
         """The microbatches of these rows, each laid out only when its turn comes."""
-        ...
 
     def shapes(self, rows: Sequence[RowIn]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch, without laying any out."""
-        ...
 
 
 class Objective(Protocol[BatchIn]):
@@ -76,11 +73,9 @@ class Objective(Protocol[BatchIn]):
 
     def __call__(self, batch: BatchIn) -> Tensor:
         """The sum of a microbatch's losses: a scalar that gradients flow from."""
-        ...
 
     def units(self, rows: Sequence[Any]) -> int:
         """What the sum over these rows is divided by: labels of a cross-entropy, pairs of a loss of pairs."""
-        ...
 
 
 AnyBatcher = MicroBatcher[Any, Any]

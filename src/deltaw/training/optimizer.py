@@ -94,13 +94,12 @@ class Schedule:
         The rate goes on from where it is and reaches zero at the new end. During the warm-up, a share of it
         becomes that share of the new total, and no fewer steps than are done.
         """
-        warm = warmup_steps(self.warmup, self.total_steps)
+        warm, later = warmup_steps(self.warmup, self.total_steps), self
         if step <= warm:
             warm = max(step, warmup_steps(self.warmup, total_steps))
-            return replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
-        done = self._decayed(step, warm)
-        later = replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
-        return replace(later, since=step, decayed=done)
+        else:
+            later = replace(self, since=step, decayed=self._decayed(step, warm))
+        return replace(later, total_steps=total_steps, warmup=float(warm), planned=True)
 
     def _decayed(self, step: int, warm: int) -> float:
         """The share of the decay that is done at ``step``, after the warm-up."""
@@ -132,8 +131,6 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return 1.0
     return decay_factor((step - warmup) / max(1, total - warmup), schedule)
 
 
@@ -142,3 +139,18 @@ def decay_factor(done: float, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def clipped_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # On the processor looking is free, and saves going over all gradients; a device would be waited for.
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run: every epoch ends with a step of the rows that are left."""
+    per_epoch = math.ceil(rows / batch_size)
+    return max_steps if max_steps is not None else max(1, math.ceil(epochs * per_epoch))

@@ -33,10 +33,9 @@ from deltaw.hub.loading import LoadedModel, load
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.settings import DEFAULT_TASK, RunConfig
+from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.preparation import quantized_nf4
-from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, Writer, score
@@ -216,8 +215,8 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
     flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
     wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
     return UserError(
-        f"the folder names {wanted}, which nobody has named here before: at a folder's word alone, it is "
-        "neither looked for nor fetched",
+        f"the folder names {wanted}, which nobody has named on this machine before; deltaw does not "
+        "look for or fetch what only a folder names",
         where=str(file),
         hint=f"if that is what you want, name it yourself: {flags}",
     )
@@ -226,7 +225,7 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
 def _no_adapter(folder: Path) -> UserError:
     if (folder / SETTINGS).is_file():
         return UserError(
-            "the run has no adapter: it did not get as far as its end",
+            "the run has no adapter: it ended early",
             where=str(folder),
             hint=f"train it again: deltaw train {folder / SETTINGS}",
         )
@@ -237,7 +236,7 @@ def _no_adapter(folder: Path) -> UserError:
 
 def _wants_code(settings: Path, model: str, flag: str) -> UserError:
     return UserError(
-        f"the run's settings ask for Python code to be run that comes with its base model, '{model}'",
+        f"the run's settings ask to run Python code that comes with its base model, '{model}'",
         where=f"trust_remote_code in {settings}",
         hint=f"read the code; if you trust it, add {flag} (in Python: trust_remote_code=True)",
     )

@@ -104,10 +104,9 @@ def checkpoint_blocks(model: PreTrainedModel, blocks: bool | int = True, trained
         trained: the trained parameters; below the lowest of them no backward goes.
     """
     if not model.supports_gradient_checkpointing:
+        hint = "set train.checkpointing to false, or lower train.tokens_per_pass"
         raise UserError(
-            f"{type(model).__name__} has no activation checkpointing",
-            where="train.checkpointing",
-            hint="set train.checkpointing to false, or lower train.tokens_per_pass",
+            f"{type(model).__name__} has no activation checkpointing", where="train.checkpointing", hint=hint
         )
     with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

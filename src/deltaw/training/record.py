@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,14 +27,16 @@ from deltaw.data.example import rows_of
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.settings import RunConfig
+from deltaw.settings import RunConfig, flat
 from deltaw.tensor_files import save_tensors
 from deltaw.training.callbacks import Say
 from deltaw.training.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
+from deltaw.training.drift import Drift
+from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.store import FeatureRecord
 from deltaw.training.origin import settings_in
 from deltaw.training.parallel.group import LostProcess
-from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, flat, refusal, refused, with_choices
+from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, refusal, refused, with_choices
 from deltaw.training.run_folder import (
     DIVERGED,
     FAILED,
@@ -53,7 +57,6 @@ from deltaw.training.summary import facts, next_commands, plain, told_choices
 if TYPE_CHECKING:
     from deltaw.host.choices import Choice
     from deltaw.memory.plan import Plan
-    from deltaw.training.fit import Result
 
 # Row numbers that a line shows.
 _SHOWN = 12
@@ -274,9 +277,7 @@ def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
     """
     if not (run / SETTINGS).is_file():
         raise UserError(
-            "there is no run to go on with",
-            where=str(run),
-            hint="give the folder of a run, the 'output' of its settings",
+            "there is no run to resume", where=str(run), hint="give the folder of a run, the 'output' of its settings"
         )
     return settings_in(run, given, all_of_it=True)
 
@@ -313,7 +314,7 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
         return Start(config, config)
     found, damaged = newest(output / FOLDER)
     for path, why in damaged:
-        say(f"{path.name} is damaged and passed over: {why}")
+        say(f"{path.name} is damaged and was skipped: {why}")
     if found is None:
         return _from_the_first_step(run, config, asked, say)
     choices = found.values["choices"]
@@ -329,7 +330,7 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
     if longer:  # how many steps a time budget gave holds no more
         choices = {key: value for key, value in choices.items() if key not in LENGTH}
     pinned, said = with_choices(config, before, choices)
-    say(f"the run in {output} goes on from {done} ({found.path.name})")
+    say(f"the run in {output} resumes from {done} ({found.path.name})")
     for line in [*said, *_rounded(differing)]:
         say(line)
     return Start(config, pinned, goes_on=True, found=found, run=run, longer=longer, choices=choices)
@@ -346,26 +347,82 @@ def _from_the_first_step(run: Run, config: RunConfig, asked: bool, say: Say) -> 
     if other or (output / ADAPTER_CONFIG).exists():
         return Start(config, config)
     there = "no whole checkpoint" if listed(output / FOLDER) else "no checkpoint yet"
-    say(f"the run in {output} was stopped and has {there}: it begins again with its first step")
+    say(f"the run in {output} was stopped and has {there}: it starts again at its first step")
     return Start(config, config, goes_on=True, run=run)
 
 
 def _rounded(differing: list[Change]) -> list[str]:
     """What to say of changes that round the steps to come in another way."""
-    return [
-        f"{change}: the steps to come are rounded otherwise than they would have been"
-        for change in differing
-        if change.key in ROUNDING
-    ]
+    return [f"{change}: the steps to come are rounded differently" for change in differing if change.key in ROUNDING]
 
 
 def _nothing(output: Path) -> UserError:
     return UserError(
-        "there is no checkpoint to go on from",
+        "there is no checkpoint to resume from",
         where=str(output),
         hint="train without --resume; runs write checkpoints unless train.checkpoint_every and "
         "train.checkpoint_minutes are both null",
     )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; ``as_dict`` is what ``train --json`` prints."""
+
+    output: Path
+    outcome: Outcome
+    evaluation: Evaluation
+    peak_memory_bytes: int
+    plan: Plan | None = None
+    trained_parameters: int = 0
+    method: str = ""
+    writes_text: bool = True
+    drift: Drift | None = None
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+    approximations: Mapping[str, object] = field(default_factory=dict)
+    best: Mapping[str, object] | None = None
+    stopped_early: str | None = None
+    resumed_from_step: int | None = None
+    checkpoints: Sequence[Path] = ()
+
+    @property
+    def planned_memory_bytes(self) -> int | None:
+        return None if self.plan is None else self.plan.peak_resident_bytes
+
+    @property
+    def interrupted(self) -> bool:
+        return self.outcome.interrupted
+
+    def as_dict(self) -> dict[str, object]:
+        done = self.outcome
+        seconds = done.seconds or math.inf
+        return {
+            "output": os.fspath(self.output),
+            "rows": done.rows,
+            "tokens": done.tokens,
+            "computed_tokens": done.computed_tokens,
+            "label_tokens": done.label_tokens,
+            "steps": done.steps,
+            "seconds": done.seconds,
+            "rows_per_second": done.rows / seconds,
+            "tokens_per_second": done.tokens / seconds,
+            "train_loss": done.loss if done.steps else None,
+            "trained_parameters": self.trained_parameters,
+            "eval": self.evaluation.as_dict() or None,
+            "score": self.evaluation.score(),
+            "best_step": None if self.best is None else self.best["step"],
+            "best": self.best,
+            "stopped_early": self.stopped_early,
+            "drift": None if self.drift is None else self.drift.as_dict(),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "planned_memory_bytes": self.planned_memory_bytes,
+            "arithmetic": dict(self.arithmetic) or None,
+            "approximations": dict(self.approximations),
+            "interrupted": done.interrupted,
+            "skipped_steps": done.skipped,
+            "resumed_from_step": self.resumed_from_step,
+            "checkpoints": [os.fspath(path) for path in self.checkpoints],
+        }
 
 
 class RunRecord:
@@ -458,7 +515,7 @@ class RunRecord:
         self.checkpoints.begin(state)
         if self._start.longer and self._start.found is not None:
             self._say(
-                f"{state.total_steps} steps now; the learning rate goes on with {state.learning_rate:.3g}, "
+                f"{state.total_steps} steps now; the learning rate continues at {state.learning_rate:.3g}, "
                 "that of a run of this length"
             )
 
@@ -524,7 +581,7 @@ class RunRecord:
             return
         last = self.checkpoints.last
         if last is not None:
-            self._say(f"all steps before are in {last}: the same command goes on from there")
+            self._say(f"all steps before are in {last}: the same command resumes there")
 
     def _at_the_end(self, state: str) -> dict[str, Any]:
         """When the run ended, what it chose on the way, and commands to go on with; before it was described, only
@@ -583,7 +640,7 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
         if not _is_out_of_memory(error):
             raise
         raise UserError(
-            f"the machine has no memory left: {_first_line(error)}",
+            f"the machine is out of memory: {_first_line(error)}",
             where=where(),
             hint="lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters; "
             + _goes_on(last()),
@@ -594,16 +651,16 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
             raise
         file = getattr(error, "filename", None)
         raise UserError(
-            f"{what}, and the run cannot go on",
+            f"{what}, so the run cannot continue",
             where=str(file or run),
-            hint=f"make it writable again, with room to spare; {_goes_on(last())}",
+            hint=f"make it writable again and free some space; {_goes_on(last())}",
         ) from error
 
 
 def _goes_on(last: Path | None) -> str:
     if last is None:
-        return "the run has no checkpoint yet, and begins again with its first step"
-    return f"the same command goes on from {last.name}"
+        return "the run has no checkpoint yet and starts again at its first step"
+    return f"the same command resumes from {last.name}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -32,7 +32,7 @@ from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import STORED, Arithmetic
 from deltaw.lora.fingerprint import FORMAT
 from deltaw.methods import registry
-from deltaw.settings import RunConfig, settings
+from deltaw.settings import RunConfig, flat, settings
 from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
@@ -142,7 +142,7 @@ def with_choices(
             continue
         value = choices[key]
         if key == "device" and not _is_there(str(value)):
-            said.append(f"the run began on {value}, which is not here: its steps will be rounded otherwise")
+            said.append(f"the run began on {value}, which is not available here: its steps will be rounded differently")
             continue
         section, _, leaf = key.rpartition(".")
         if section:
@@ -180,12 +180,12 @@ def require_same_model(before: str | None, session: Session, run: Path, say: Say
         UserError: they differ.
     """
     if before is not None and not before.startswith(FORMAT):
-        say("not verified: whether the model is as when the run began, with an earlier version of deltaw")
+        say("not verified: whether the model is the one of the checkpoint, which an earlier version of deltaw wrote")
     elif before is not None and session.identity is not None and before != session.identity:
         raise UserError(
-            "the model's weights are not those that the run began with, so it cannot go on",
+            "the model's weights are not those that the run began with, so it cannot be resumed",
             where=f"model: {session.config.model}",
-            hint=f"bring the model back to go on, or {START_ANEW}".format(run=run),
+            hint=f"restore the model to resume, or {START_ANEW}".format(run=run),
         )
 
 
@@ -263,9 +263,9 @@ def require_same_rows(before: Mapping[str, Any], now: Mapping[str, Any], config:
             count = f"still {counts} rows, but not the same ones"
         source = config.data.train if part == "train" or not isinstance(config.data.eval, str) else None
         raise UserError(
-            f"the {what} have changed since the run began ({count}), so it cannot go on",
+            f"the {what} have changed since the run began ({count}), so it cannot be resumed",
             where=f"data.{part}: {source or config.data.eval}",
-            hint=f"bring the data back to go on, or {START_ANEW}".format(run=run),
+            hint=f"restore the data to resume, or {START_ANEW}".format(run=run),
         )
 
 
@@ -279,27 +279,16 @@ def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> Us
         done: how far it came, in words.
     """
     longer = [change.key for change in found if change.key in LENGTH]
-    way = f"go on with 'deltaw train --resume {run}' and the new length, " if longer and not asked else ""
+    way = f"resume with 'deltaw train --resume {run}' and the new length, " if longer and not asked else ""
     if len(longer) != len(found):
-        way = "undo the change to go on, "
+        way = "undo the change to resume, "
     return UserError(
-        f"the run in this folder is not finished ({done}), and cannot go on with other settings: "
+        f"the run in this folder is not finished ({done}) and cannot be resumed with other settings: "
         + "; ".join(str(change) for change in found[:4])
         + (f"; and {len(found) - 4} more" if len(found) > 4 else ""),
         where=str(run),
         hint=way + START_ANEW.format(run=run),
     )
-
-
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key, as :func:`deltaw.settings.settings` names them."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
-        else:
-            found[key] = value
-    return found
 
 
 def _same_place(first: object, second: object) -> bool:
@@ -408,7 +397,7 @@ def _compute_alike(begun: Sequence[str] | None, group: Group) -> Sequence[str] |
             reason = error.what if isinstance(error, UserError) else str(error)
         if reason is not None:
             raise UserError(
-                f"it computes with {_named(ours)} and process 0 with {_named(theirs)}: {reason}",
+                f"it computes with {_named(ours)}, process 0 with {_named(theirs)}: {reason}",
                 where=f"the processor of process {group.rank}",
                 hint=f"set {variants.VARIABLE} in every process to kernels that all processors have",
             )

@@ -31,12 +31,12 @@ from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.settings import RunConfig, parse_yaml
+from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SETTINGS, RUN, METRICS, LEARNING_RATES = "run.yaml", "run.json", "metrics.jsonl", "learning_rate.json"
+RUN, METRICS, LEARNING_RATES = "run.json", "metrics.jsonl", "learning_rate.json"
 FOLDER, LOCK = "checkpoints", ".lock"
 # Where earlier versions kept what is in run.json now; still read.
 EARLIER = ("summary.json", f"{FOLDER}/status.json")
@@ -126,11 +126,7 @@ class Run:
     @cached_property
     def flat_settings(self) -> dict[str, object]:
         """The settings as they were given, by dotted key."""
-        flat: dict[str, object] = {}
-        for key, value in self.settings.items():
-            inner = value if isinstance(value, Mapping) else {"": value}
-            flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-        return flat
+        return flat(self.settings)
 
     @property
     def chosen(self) -> Mapping[str, Any]:
@@ -719,7 +715,7 @@ def not_writable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write into the output folder: {error.strerror or error}",
         where=str(path),
-        hint="set 'output' to a folder that you may write to",
+        hint="set 'output' to a folder that you can write to",
     )
 
 

@@ -108,16 +108,11 @@ def resolve_invocation(
     if tokenizer is None or not all(isinstance(row, Example) for row in _each(rows)):
         raise _only_for_answers()
     given = method.invocation_given
-    if given is not None:
-        tokens = tokenizer(given, add_special_tokens=False)["input_ids"] if isinstance(given, str) else given
-        found = Choice(list(tokens), "as given")
-    else:
-        found = _derived(tokenizer, _each(rows), chat)
+    if isinstance(given, str):
+        given = tokenizer(given, add_special_tokens=False)["input_ids"]
+    found = _derived(tokenizer, _each(rows), chat) if given is None else Choice(list(given), "as given")
     method.invoke_by(found.value)
-    text = tokenizer.decode(found.value)
-    without: list[int] = []
-    before: list[int] = []
-    count = 0
+    without, before, count = [], [], 0
     for row in _each(rows):
         count += 1
         seen = activated(row, found.value)
@@ -125,19 +120,14 @@ def resolve_invocation(
             without.append(row.row)
         elif not learns(seen):
             before.append(row.row)
+    text = repr(tokenizer.decode(found.value))
     if without:
-        raise UserError(
-            f"{len(without):,} of {count:,} rows do not have the invocation sequence {text!r} "
-            f"({found.value}) in their prompt, so that the adapter would not act on them",
-            where=f"row {without[0]}",
-            hint=f"set {KEY} to tokens that all prompts have, or let all prompts end alike",
-        )
+        what = f"{len(without):,} of {count:,} rows do not have the invocation sequence {text} ({found.value})"
+        hint = f"set {KEY} to tokens that all prompts have, or let all prompts end alike"
+        raise UserError(what, where=f"row {without[0]}", hint=hint)
     if before:
-        raise UserError(
-            f"{len(before):,} of {count:,} rows have labels before the last {text!r}, where the adapter does not act",
-            where=f"row {before[0]}",
-            hint="set data.labels: last, or lora.activation: always",
-        )
+        what = f"{len(before):,} of {count:,} rows have labels before the last {text}, where the adapter does not act"
+        raise UserError(what, where=f"row {before[0]}", hint="set data.labels: last, or lora.activation: always")
     return found
 
 
@@ -153,13 +143,9 @@ def _derived(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example], chat: 
     tokens = ending_of_prompts(rows)
     if tokens:
         return Choice(tokens, f"all prompts end with {tokenizer.decode(tokens)!r}")
-    raise UserError(
-        "no invocation sequence can be derived: "
-        + ("the chat template opens no answer, and " if chat else "")
-        + "the prompts do not end alike",
-        where=KEY,
-        hint="end all prompts with the same words, such as 'Answer:', or set lora.invocation_tokens",
-    )
+    why = ("the chat template opens no answer, and " if chat else "") + "the prompts do not end alike"
+    hint = "end all prompts with the same words, such as 'Answer:', or set lora.invocation_tokens"
+    raise UserError(f"no invocation sequence can be derived: {why}", where=KEY, hint=hint)
 
 
 def _only_for_answers() -> UserError:

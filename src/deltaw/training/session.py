@@ -7,13 +7,15 @@ and shows nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.data.chat_template import read_chat_template
@@ -45,14 +47,15 @@ from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import TrainOptions, count_steps, train
+from deltaw.training.loop import train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
-from deltaw.training.parallel.evaluation import shared_objective
+from deltaw.training.optimizer import count_steps
+from deltaw.training.parallel.group import EVALUATE, Group
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.preparation import checkpoint_blocks, quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
-from deltaw.training.state import Outcome, RowOrder, SavedState, TrainState
+from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -171,7 +174,7 @@ class Session:
         Args:
             callback: told of what happens. saved: what the training goes on from.
             rows, batcher: others than those of the session.
-            changed: options of :class:`deltaw.training.loop.TrainOptions` that differ from the settings.
+            changed: options of :class:`deltaw.training.state.TrainOptions` that differ from the settings.
         """
         settings, named = self.config.train, self.trained
         options = TrainOptions(
@@ -241,7 +244,7 @@ class Session:
         chosen = self.data.held_out if examples is None else examples
         if not chosen:
             return Evaluation()
-        objective = shared_objective(self, chosen)
+        objective = _shared_objective(self, chosen)
         with self.method.evaluating(self.model), working("evaluating"):
             return self.task.evaluate(objective, chosen, self.feed, self.data.classes)
 
@@ -267,6 +270,63 @@ class Session:
                 batch_tokens=getattr(self.batcher, "tokens_per_pass", 1024),
                 reserved=self.method.virtual_tokens,
             )
+
+
+def _shared_objective(session: Session, rows: Sequence[Any]) -> Any:
+    """In process 0: what an evaluation of these rows asks. The others are told to do their part where the
+    rows are one of the run's sets; else it is the objective itself, and they wait.
+
+    Where they take part, the one method that an evaluation asks (``Task.evaluation_asks``) is to be asked of each
+    microbatch once and in order.
+    """
+    group, objective = session.processes, session.objective
+    if not isinstance(group, Group) or not session.task.shares_evaluation:
+        return objective
+    sets = enumerate(session.data.sets.values())
+    number = next((number for number, known in sets if known is rows), None)
+    if number is None:
+        return objective
+    group.order(EVALUATE, number)
+    group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
+    asked, turns = getattr(objective, session.task.evaluation_asks), itertools.count()
+
+    def in_turn(batch: Any) -> Tensor | tuple[Tensor, ...]:
+        owner = next(turns) % group.size
+        if owner:
+            given = tuple(group.receive(owner) for _ in range(int(group.receive(owner))))
+            return given if len(given) > 1 else given[0]
+        group.together = True
+        try:
+            return asked(batch)
+        finally:
+            group.together = False
+
+    shared = copy.copy(objective)
+    setattr(shared, session.task.evaluation_asks, in_turn)
+    return shared
+
+
+@torch.no_grad()
+def take_part(session: Session, number: int) -> None:
+    """In a process from 1 on: compute the own microbatches of a set with the parameters of process 0, which
+    may be others than the last ones, and send what they gave."""
+    group = session.processes
+    assert isinstance(group, Group)
+    group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
+    session.method.after_step(session.model)
+    rows = list(session.data.sets.values())[number]
+    asked = getattr(session.objective, session.task.evaluation_asks)
+    with session.method.evaluating(session.model):
+        count, batch = 0, None
+        for place, batch in enumerate(session.task.evaluation_batches(rows, session.feed)):
+            count = place + 1
+            if place % group.size == group.rank:
+                found = asked(batch)
+                given = found if isinstance(found, tuple) else (found,)
+                for tensor in (torch.tensor(len(given)), *given):
+                    group.send(tensor)
+        if group.sharded and 0 < count % group.size <= group.rank:
+            asked(batch)  # the others compute one more, and need this one's rows
 
 
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
@@ -480,7 +540,7 @@ def _method_for(task: Task, config: RunConfig) -> Method:
     method = choose_method(config, task.tokenizer)
     if task.has_pairs and method.activates:
         raise UserError(
-            "an adapter that acts from an invocation sequence on is not trained on pairs",
+            "an adapter with an invocation sequence cannot be trained on pairs",
             where="lora.activation",
             hint="set lora.activation: always",
         )

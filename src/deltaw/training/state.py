@@ -90,6 +90,45 @@ class ArithmeticChangedWarning(UserWarning):
     """A training continues with another rounding than it began with."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a training goes.
+
+    Attributes:
+        learning_rate, total_steps, schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`; a whole
+            schedule takes the place of the three others.
+        batch_size: rows per step. seed: of the order of rows, and of dropout.
+        weight_decay, betas: AdamW's. rate_factors: what each parameter's learning rate is multiplied with; None is
+            1 for all. max_grad_norm: gradients are scaled down to this norm; None: never.
+        names: of the parameters, for messages and for saved states.
+        may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
+            it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
+        before_step, after_step: called with the state and a step's rows before it begins, and once the
+            optimizer has changed the parameters.
+        add_gradients: called with each step's number from 0 once its rows' gradients are there; adds those of
+            another loss and returns it (:class:`deltaw.training.evaluation.general.KeepGeneral`).
+        skip_not_finite: whether steps whose loss or gradient is not finite are left out, up to ``MOST_IN_ROW`` in a
+            row; else the first ends the training.
+    """
+
+    learning_rate: float
+    total_steps: int
+    schedule: str | Schedule = "linear"
+    warmup: float = 0.0
+    batch_size: int = 16
+    seed: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    rate_factors: Sequence[float] | None = None
+    max_grad_norm: float | None = 1.0
+    names: Sequence[str] | None = None
+    may_skip: Callable[[str], bool] = lambda name: False
+    before_step: Callable[[TrainState, Sequence[Any]], None] = lambda state, rows: None
+    after_step: Callable[[], None] = lambda: None
+    add_gradients: Callable[[int], Tensor | float] | None = None
+    skip_not_finite: bool = False
+
+
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step did.
@@ -443,7 +482,7 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
         return
     changed = ", ".join(f"{name}: {ours[name]} instead of {theirs.get(name)}" for name in differing)
     warnings.warn(
-        "products are computed otherwise than when the state was saved, so the training goes on, but not "
+        "products are computed differently than when the state was saved, so the training continues, but not "
         f"equal to the bit ({changed})",
         ArithmeticChangedWarning,
         stacklevel=3,

@@ -50,8 +50,8 @@ def write_card(
     trained_parameters: int,
     drift: Drift | None = None,
 ) -> None:
-    """Write the card of a run into its folder."""
-    config = session.config
+    """Write the model card of a run, ``README.md``, into its folder."""
+    config, writes_text = session.config, not session.task.has_labels
     facts = {
         "base model": config.model,
         "task": config.task,
@@ -70,64 +70,17 @@ def write_card(
         facts["rank / alpha"] = f"{config.lora.rank} / {config.lora.alpha:g}"
     if session.data.classes is not None:
         facts["classes"] = ", ".join(session.data.classes)
-    model_card(
-        folder,
-        config.model,
-        facts,
-        session.data.report.lines(),
-        method=config.method,
-        task=config.task,
-        writes_text=not session.task.has_labels,
-        interrupted=outcome.interrupted,
-    )
-
-
-def model_card(
-    folder: Path,
-    base_model: str,
-    facts: Mapping[str, str],
-    data_lines: Sequence[str],
-    *,
-    method: str = "lora",
-    task: str = "causal-lm",
-    writes_text: bool = True,
-    interrupted: bool,
-) -> None:
-    """Write ``README.md`` into ``folder``.
-
-    Args:
-        facts: name and value of each line of the table.
-        method, task: what was trained, for what. writes_text: whether the model answers in text.
-        data_lines: what became of the rows, in sentences.
-        interrupted: whether the training was stopped before its end.
-    """
-    lines = [
-        "---",
-        f"base_model: {base_model!r}",
-        *(["library_name: peft"] if method in OF_PEFT else []),
-        f"tags: [{method}, {task}, deltaw]",
-        "---",
-        "",
-        f"# {folder.name}",
-        "",
-        f"An adapter ({method}, {task}) for `{base_model}`, trained with deltaw.",
-        "",
-    ]
-    if interrupted:
+    of_peft = config.method in OF_PEFT
+    lines = ["---", f"base_model: {config.model!r}", *(["library_name: peft"] if of_peft else [])]
+    lines += [f"tags: [{config.method}, {config.task}, deltaw]", "---", "", f"# {folder.name}", ""]
+    lines += [f"An adapter ({config.method}, {config.task}) for `{config.model}`, trained with deltaw.", ""]
+    if outcome.interrupted:
         lines += ["**The training was interrupted before its last step.**", ""]
     lines += ["| | |", "| --- | --- |", *[f"| {name} | {value} |" for name, value in facts.items()], ""]
-    lines += ["## Data", "", *[f"- {line}" for line in data_lines], ""]
-    lines += [
-        "## Use",
-        "",
-        "```bash",
-        *([f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if writes_text else []),
-        f"deltaw eval {folder}",
-        *([f"deltaw serve {folder}"] if writes_text else []),
-        "```",
-        "",
-    ]
-    if method in OF_PEFT:
+    lines += ["## Data", "", *[f"- {line}" for line in session.data.report.lines()], "", "## Use", "", "```bash"]
+    lines += [f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if writes_text else []
+    lines += [f"deltaw eval {folder}", *([f"deltaw serve {folder}"] if writes_text else []), "```", ""]
+    if of_peft:
         lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
     write_text(folder / "README.md", "\n".join(lines))
 

@@ -19,17 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deltaw.errors import UserError
-from deltaw.settings import RunConfig
+from deltaw.settings import RunConfig, flat
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Step, TrainState
 
-# The package of each tracker: the module to import, and what pip installs.
-PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
-}
 PROJECT = "deltaw"
 # What of a step is sent; the rest can be computed from it.
 STEP = ("loss", "learning_rate", "gradient_norm", "epoch", "general_loss")
@@ -70,12 +64,10 @@ class Trackio:
     def __init__(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         self._trackio: Any = importlib.import_module("trackio")
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        self._trackio.init(project=project, name=folder.name, config=_plain(settings), resume="allow", **self._quiet())
-
-    def _quiet(self) -> dict[str, object]:
-        """Arguments, where this version has them, against what it would print and measure beside the run."""
+        # Where this version has them: against what it would print and measure itself.
         known = inspect.signature(self._trackio.init).parameters
-        return {name: False for name in ("embed", "auto_log_gpu") if name in known}
+        quiet: dict[str, Any] = {name: False for name in ("embed", "auto_log_gpu") if name in known}
+        self._trackio.init(project=project, name=folder.name, config=_plain(settings), resume="allow", **quiet)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._trackio.log(dict(values), step=step)
@@ -168,7 +160,7 @@ class TrackingCallback(Callback):
             self._tracker = None
             brief = str(error).strip().splitlines()[:1]
             self._tell.on_line(
-                f"track {self._name}: failed, and gets nothing more ({type(error).__name__}: "
+                f"track {self._name}: failed and gets no more metrics ({type(error).__name__}: "
                 f"{brief[0][:160] if brief else 'no reason given'})"
             )
 
@@ -202,25 +194,20 @@ def check_installed(name: str) -> None:
     Raises:
         UserError: it is not installed.
     """
-    module, package = PACKAGES[name]
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(name) is None:  # each module is called like its tracker and its package
         extra = "" if name == "wandb" else ", or pip install 'deltaw[track]'"
         raise UserError(
-            f"track: {name} needs the package {package}, which is not installed",
+            f"track: {name} needs the package {name}, which is not installed",
             where="track",
-            hint=f"pip install {package}{extra}; without a tracker all metrics are in metrics.jsonl",
+            hint=f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl",
         )
 
 
 def settings_of(start: RunStart) -> dict[str, object]:
     """The settings by dotted key, with what the run chose itself for ``auto``."""
-    found: dict[str, object] = {}
-    for key, value in start.config.model_dump(mode="json").items():
-        inner = value if isinstance(value, dict) else {"": value}
-        found |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    found |= {key: choice.value for key, choice in start.chosen.items()}
-    found |= {"trained_parameters": start.trained_parameters, "total_steps": start.total_steps}
-    return found
+    chosen = {key: choice.value for key, choice in start.chosen.items()}
+    counts = {"trained_parameters": start.trained_parameters, "total_steps": start.total_steps}
+    return {**flat(start.config.model_dump(mode="json")), **chosen, **counts}
 
 
 def _plain(settings: Mapping[str, object]) -> dict[str, object]:

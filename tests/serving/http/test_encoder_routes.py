@@ -43,7 +43,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedder(bert):
-    encoders = open_embedder(str(bert), "bert", precision="fp32", device="cpu")
+    encoders = open_embedder(str(bert), "bert", precision="fp32", device="cpu", say=print)
     with serving(encoders, "bert") as url:
         yield url, encoders.models["bert"]
 
@@ -55,7 +55,7 @@ def classifier(bert, tmp_path_factory):
         "mood": str(train_classifier(bert, folder / "mood", ("bad", "fine", "good"))),
         "topic": str(train_classifier(bert, folder / "topic", ("art", "law"))),
     }
-    encoders = open_classifiers(str(bert), "bert", named, precision="fp32", device="cpu")
+    encoders = open_classifiers(str(bert), "bert", named, precision="fp32", device="cpu", say=print)
     with serving(encoders, "bert") as url:
         yield url, encoders
 

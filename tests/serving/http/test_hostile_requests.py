@@ -45,71 +45,55 @@ def answers(server: Running) -> bool:
     return good.status_code == 200 and until(lambda: not server.desk.in_hand)
 
 
-CHANGES: list[tuple[dict[str, Any], str | None]] = [
-    ({"temprature": 1}, "temprature"),
-    ({"temperature": "1"}, "temperature"),
-    ({"temperature": True}, "temperature"),
-    ({"temperature": 2.1}, "temperature"),
-    ({"temperature": [1]}, "temperature"),
-    ({"top_p": 0}, "top_p"),
-    ({"n": 0}, "n"),
-    ({"n": 1.5}, "n"),
-    ({"n": 10**30}, "n"),
-    ({"n": 17}, "n"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": -1}, "max_tokens"),
-    ({"max_tokens": 5000}, "max_tokens"),
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+# Values that a field must not have; the error names the field.
+WRONG: dict[str, list[Any]] = {
+    "temprature": [1],
+    "temperature": ["1", True, 2.1, [1]],
+    "top_p": [0],
+    "n": [0, 1.5, 10**30, 17],
+    "max_tokens": [0, -1, 5000],
+    "stop": ["", [""], ["a"] * 17, {"a": 1}],
+    "seed": [1.5],
+    "logit_bias": [{"x": 1}, {"-1": 1}, {"1": 101}],
+    "logprobs": [2],
+    "stream": ["yes"],
+    "guided_json": ["not JSON", {"a": "x" * 70_000}],
+    "tools": [[{"type": "function"}], [{"type": "function", "function": {"name": "a b"}}]],
+    "functions": [[]],
+    "store": [True],
+    "service_tier": ["priority"],
+    "reasoning_effort": ["high"],
+    "modalities": [["text", "audio"]],
+    "model": ["", None, 5],
+    "response_format": [{"type": "json_schema"}, {"type": "xml"}],
+    "messages": [[], "hi", [{"role": "user"}], [{"role": "king", "content": "hi"}], [{"role": "user", "content": 1}]],
+}
+# Fields that do not go together, and where the error stands, if it stands in one.
+TOGETHER: list[tuple[dict[str, Any], str | None]] = [
     ({"max_tokens": 1, "max_completion_tokens": 1}, None),
-    ({"stop": ""}, "stop"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["a"] * 17}, "stop"),
-    ({"stop": {"a": 1}}, "stop"),
-    ({"seed": 1.5}, "seed"),
-    ({"logit_bias": {"x": 1}}, "logit_bias"),
-    ({"logit_bias": {"-1": 1}}, "logit_bias"),
-    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
     ({"top_logprobs": 2}, None),
-    ({"logprobs": 2}, "logprobs"),
-    ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, None),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
-    ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, None),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, None),
-    ({"guided_json": "not JSON"}, "guided_json"),
-    ({"guided_json": {"a": "x" * 70_000}}, "guided_json"),
     ({"guided_regex": "impossible"}, None),
-    ({"tools": [{"type": "function"}]}, "tools.0.function"),
-    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
     ({"tool_choice": "required"}, None),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "messages"),  # no place in the template
-    ({"functions": []}, "functions"),
-    ({"store": True}, "store"),
-    ({"service_tier": "priority"}, "service_tier"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"),
-    ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"messages": []}, "messages"),
-    ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "user"}]}, "messages.0"),
-    ({"messages": [{"role": "king", "content": "hi"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content"),
+    ({"tools": [FUNCTION]}, "messages"),  # no place in the template
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"messages": [{"role": "user", "content": "hi", "weight": 1}]}, "messages.0.weight"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
     ({"messages": [*GOOD["messages"], {"role": "assistant", "content": "hi"}]}, "messages"),
-    ({"model": ""}, "model"),
-    ({"model": None}, "model"),
-    ({"model": 5}, "model"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
 ]
 
 
-@pytest.mark.parametrize(("change", "param"), CHANGES, ids=lambda value: json.dumps(value)[:50])
-def test_wrong_fields_are_refused_by_name(shared: Running, change: dict[str, Any], param: str | None) -> None:
+def test_wrong_fields_are_refused_by_name(shared: Running) -> None:
+    wrong = [({field: value}, field) for field, values in WRONG.items() for value in values]
     with shared.client() as client:
-        error = refusal(client.post(CHAT, json=GOOD | change), 400)
-    assert error["type"] == "invalid_request_error"
-    if param is not None:
-        assert error["param"] is not None and error["param"].startswith(param)
+        for change, param in [*wrong, *TOGETHER]:
+            error = refusal(client.post(CHAT, json=GOOD | change), 400)
+            assert error["type"] == "invalid_request_error"
+            assert param is None or str(error["param"]).startswith(param), change
     assert answers(shared)
 
 
@@ -121,40 +105,21 @@ def test_an_unknown_field_names_the_nearest(shared: Running) -> None:
         assert error["code"] == "missing_required_parameter" and error["param"] == "messages"
 
 
-@pytest.mark.parametrize("given", [None, "text"])
-def test_fields_without_meaning_are_accepted(shared: Running, given: str | None) -> None:
-    harmless = {"user": given, "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "audio": None}
+def test_fields_without_meaning_are_accepted(shared: Running) -> None:
+    harmless = {"metadata": {"a": "b"}, "store": False, "service_tier": "auto", "audio": None}
     with shared.client() as client:
-        assert client.post(CHAT, json=GOOD | harmless).status_code == 200
+        for user in (None, "text"):
+            assert client.post(CHAT, json=GOOD | harmless | {"user": user}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"suffix": "x"},
-        {"best_of": 2},
-        {"prompt": ""},
-        {"prompt": []},
-        {"prompt": [[]]},
-        {"prompt": ["a", 1]},
-        {"prompt": [1, 2.5]},
-        {"prompt": [-1]},
-        {"prompt": [10**12]},
-        {"prompt": [300]},
-        {"prompt": None},
-        {"prompt": ["a"] * 17},
-        {"prompt": ["a"] * 9, "n": 2},
-        {"max_tokens": 0},
-        {"logprobs": 21},
-        {"echo": "yes"},
-        {"messages": []},
-        {"prompt": "x" * 4096},
-    ],
-    ids=lambda value: json.dumps(value)[:50],
-)
-def test_wrong_completions_are_refused(shared: Running, change: dict[str, Any]) -> None:
+def test_wrong_completions_are_refused(shared: Running) -> None:
+    prompts = ["", [], [[]], ["a", 1], [1, 2.5], [-1], [10**12], [300], None, ["a"] * 17, "x" * 4096]
+    changes: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
+    changes += [{"prompt": ["a"] * 9, "n": 2}, {"max_tokens": 0}, {"logprobs": 21}, {"echo": "yes"}]
+    changes += [{"suffix": "x"}, {"best_of": 2}, {"messages": []}]
     with shared.client() as client:
-        refusal(client.post(COMPLETIONS, json={"model": "base", "prompt": "a"} | change), 400)
+        for change in changes:
+            refusal(client.post(COMPLETIONS, json={"model": "base", "prompt": "a"} | change), 400)
     assert answers(shared)
 
 
@@ -164,38 +129,23 @@ def test_a_prompt_that_is_too_long_says_so(shared: Running) -> None:
     assert error["code"] == "context_length_exceeded" and "4,096 positions" in error["message"]
 
 
-@pytest.mark.parametrize("name", ["nobody", "../../etc/passwd", "/", "a\x00b", "ＢＡＳＥ", "base ", "poet/"])
-def test_models_that_there_are_not(shared: Running, name: str) -> None:
+def test_models_that_there_are_not(shared: Running) -> None:
     with shared.client() as client:
-        error = refusal(client.post(CHAT, json=GOOD | {"model": name}), 404)
-    assert error["code"] == "model_not_found" and error["param"] == "model"
+        for name in ("nobody", "../../etc/passwd", "/", "a\x00b", "ＢＡＳＥ", "base ", "poet/"):
+            error = refusal(client.post(CHAT, json=GOOD | {"model": name}), 404)
+            assert error["code"] == "model_not_found" and error["param"] == "model"
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b"null",
-        b"[]",
-        b'"text"',
-        b"\xff\xfe{}",
-        b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"model": "base", "messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
-        b'{"model": "base", "messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
-        b'{"model": "base", "messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 5000 + b"}",
-        b'{"guided_json": {"minimum": -Infinity}}',
-        b'{"guided_json": ' + b'{"a":' * 70 + b"1" + b"}" * 70 + b"}",
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b"{} {}",
-        b"{'model': 'base'}",
-    ],
-    ids=lambda value: repr(value[:40]),
-)
-def test_bodies_that_are_no_request(shared: Running, body: bytes) -> None:
+def test_bodies_that_are_no_request(shared: Running) -> None:
+    start = b'{"model": "base", "messages": [{"role": "user", "content": '
+    end = b'"hi"}], "temperature": '
+    bodies = [b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe{}", b"{} {}", b"{'model': 'base'}"]
+    bodies += [start + b'"\\ud800"}]}', start + end + b"NaN}", start + end + b"1e999}"]
+    bodies += [start + b'"hi"}], "seed": ' + b"9" * 5000 + b"}", b'{"guided_json": {"minimum": -Infinity}}']
+    bodies += [b'{"guided_json": ' + b'{"a":' * 70 + b"1" + b"}" * 71, b"[" * 100_000, b'{"a":' * 100_000]
     with shared.client() as client:
-        refusal(client.post(CHAT, content=body, headers=JSON), 400)
+        for body in bodies:
+            refusal(client.post(CHAT, content=body, headers=JSON), 400)
     assert answers(shared)
 
 
@@ -227,8 +177,8 @@ def test_large_bodies_are_refused_before_they_are_read(start: Callable[..., Runn
 
 
 def many(field: str, element: str) -> str:
-    """A body with a million elements in a field."""
-    return f'{{"model": "base", "{field}": [' + ",".join([element] * 1_000_000) + "]}"
+    """A body with very many elements in a field."""
+    return f'{{"model": "base", "{field}": [' + ",".join([element] * 300_000) + "]}"
 
 
 @pytest.mark.parametrize(
@@ -238,12 +188,12 @@ def many(field: str, element: str) -> str:
         (COMPLETIONS, many("prompt", "[]")),
         (CHAT, many("messages", "{}")),
         (CHAT, many("stop", "1")),
-        (CHAT, json.dumps(GOOD).replace('"hi"', "[" + ",".join(["{}"] * 1_000_000) + "]")),
-        (CHAT, json.dumps(GOOD | {f"a{number}": 0 for number in range(300_000)})),
+        (CHAT, json.dumps(GOOD).replace('"hi"', "[" + ",".join(["{}"] * 300_000) + "]")),
+        (CHAT, json.dumps(GOOD | {f"a{number}": 0 for number in range(100_000)})),
     ],
     ids=["numbers", "lists", "messages", "stops", "parts", "keys"],
 )
-def test_a_million_mistakes_cost_what_few_do(
+def test_very_many_mistakes_cost_what_few_do(
     shared: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: str
 ) -> None:
     """Each would be an error with a text of its own: gigabytes, and seconds for all other requests."""
@@ -351,7 +301,6 @@ def test_paths_and_methods_that_there_are_not(shared: Running) -> None:
 
 
 def test_a_full_queue_says_when_to_ask_again(start: Callable[..., Running]) -> None:
-
     server = start(ServerSettings(port=0, limits=Limits(queue=3)))
     slow = GOOD | {"messages": [{"role": "user", "content": "be slow"}]}
     with server.client() as client:

@@ -74,10 +74,10 @@ def test_readiness_follows_the_engine(start: Callable[..., Running]) -> None:
 
 def logged(server_settings: ServerSettings, start: Callable[..., Running], work: Any) -> list[dict[str, Any]]:
     """The lines of the log while ``work`` asks a server."""
-    from deltaw.serving.http.guard import RequestLog
+    from deltaw.serving.http.guard import request_log
 
     stream = io.StringIO()
-    with RequestLog(stream):
+    with request_log(stream):
         server = start(server_settings, "poet")
         with server.client() as client:
             work(client)

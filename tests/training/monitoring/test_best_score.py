@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 
-import pytest
-
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.monitoring.best import BestScore, deciding_metric, usual_eval_every
 
@@ -51,12 +49,12 @@ def test_a_run_has_waited_long_enough_after_its_patience_in_a_row():
     assert not BestScore(patience=None, waited=10**6).exhausted
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_no_improvement(value):
-    best = BestScore(patience=1)
-    assert not best.see(1, Evaluation({"loss": value}, "loss", False), writes_text=True)
-    assert best.step is None and best.exhausted and best.as_dict() is None
-    assert best.see(2, of_text(5.0), writes_text=True)
+def test_a_loss_that_is_not_finite_is_no_improvement():
+    for value in (math.nan, math.inf, -math.inf):
+        best = BestScore(patience=1)
+        assert not best.see(1, Evaluation({"loss": value}, "loss", False), writes_text=True)
+        assert best.step is None and best.exhausted and best.as_dict() is None
+        assert best.see(2, of_text(5.0), writes_text=True)
 
 
 def test_it_goes_on_from_its_state():
@@ -71,15 +69,12 @@ def test_it_goes_on_from_its_state():
     assert one.exhausted and other.exhausted
 
 
-@pytest.mark.parametrize(
-    ("steps", "batch", "held_out", "every"),
-    [
+def test_evaluations_are_as_frequent_as_their_cost_allows():
+    for *given, every in [
         (1000, 16, 100, 100),  # ten evaluations: 1,600 rows between them are more than five times 100
         (100, 10, 50, 25),  # 250 rows between evaluations of 50
         (100, 10, 10_000, 25),  # at least four, however large the set
         (3, 16, 5, 1),
         (1, 1, 1, 1),
-    ],
-)
-def test_evaluations_are_as_frequent_as_their_cost_allows(steps, batch, held_out, every):
-    assert usual_eval_every(steps, batch, held_out).value == every
+    ]:
+        assert usual_eval_every(*given).value == every

@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 
-from deltaw.data.settings import DataSettings, drawn_set, eval_sets
+from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit
 from deltaw.training.monitoring import best as best_score
 from deltaw.training.origin import score_run
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import Told, adapter, metrics, opened
+from tests.training.runs import METHODS, Told, adapter, metrics, often, opened
 
 RUINED = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 8, "eval_every": 2}
 
@@ -53,33 +53,20 @@ def test_a_run_stops_once_it_has_not_improved_for_long(settings, tmp_path, contr
     assert len(losses) == len(metrics(result.output, "eval")), "no step is evaluated twice"
 
 
-def test_a_run_that_keeps_improving_is_not_stopped(settings, tmp_path):
-    train = {"learning_rate": 1e-3, "eval_every": 1, "early_stopping": 1, "epochs": 2}
+def test_a_run_that_keeps_improving_is_not_stopped_and_its_best_adapter_is_its_last(settings, tmp_path):
+    train = {"learning_rate": 1e-3, "eval_every": 1, "early_stopping": 1, "epochs": 2, "adapter": "best"}
     result = fit(settings(tmp_path / "run", train=train))
     assert result.outcome.steps == 6 and result.stopped_early is None
+    top, last = adapter(result.output), adapter(result.output / "last")
+    assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
-@pytest.mark.parametrize(
-    ("method", "section"),
-    [
-        ("lora", {"rank": 4}),
-        ("head", {}),
-        ("prompt", {"length": 2}),
-        ("full", {}),
-        pytest.param("bias", {}, marks=pytest.mark.slow),
-        pytest.param("random", {"weights": 500}, marks=pytest.mark.slow),
-        pytest.param("input", {}, marks=pytest.mark.slow),
-        pytest.param("last", {"blocks": 1}, marks=pytest.mark.slow),
-    ],
-)
-def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method, section):
-    model = {}
-    if method == "bias":
-        model = {"model": str(gpt2_folder)}
-    name = {} if not section else {method: section}
+@pytest.mark.parametrize("method", often("lora", "head", "prompt"))
+def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gpt2_folder, worst, method):
+    made = settings(tmp_path / "run", train={**RUINED, "epochs": 4, "adapter": "best"}, **METHODS[method])
+    made |= {"model": str(gpt2_folder)} if method == "bias" else {}
     told = Told()
-    changes = {**model, "method": method, **name, "train": {**RUINED, "epochs": 4, "adapter": "best"}}
-    result = fit(settings(tmp_path / "run", **changes), callback=told)
+    result = fit(made, callback=told)
     losses = losses_by_step(result.output)
     best = max(losses, key=losses.get)
     last = result.outcome.steps
@@ -88,18 +75,10 @@ def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, gp
     assert result.evaluation.metrics["loss"] == pytest.approx(losses[best], rel=1e-6)
     assert len(list((result.output / "best").iterdir())) == 1
     for folder, step in [(result.output, best), (result.output / "last", last)]:
-        run = opened(folder, model=model.get("model", settings(tmp_path)["model"]))
-        config = RunConfig.read(result.output / "run.yaml")
-        rows = run.task.read(config.data, seed=0).held_out
+        run = opened(folder, model=made["model"])
+        rows = run.task.read(RunConfig.read(result.output / "run.yaml").data, seed=0).held_out
         assert score_run(run, rows).metrics["loss"] == pytest.approx(losses[step], rel=1e-4)
     assert f"the adapter is that of step {best}" in told
-
-
-def test_a_best_adapter_that_is_the_last_is_in_both_places(settings, tmp_path):
-    train = {"learning_rate": 1e-3, "eval_every": 1, "adapter": "best", "epochs": 2}
-    result = fit(settings(tmp_path / "run", train=train))
-    top, last = adapter(result.output), adapter(result.output / "last")
-    assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
 def test_an_interrupted_run_has_its_best_adapter_too(settings, tmp_path, worst):
@@ -115,10 +94,9 @@ def test_an_interrupted_run_has_its_best_adapter_too(settings, tmp_path, worst):
     assert (result.output / "best").is_dir(), "a run that goes on needs it"
 
 
-@pytest.mark.parametrize("train", [{"early_stopping": 3}, {"adapter": "best"}])
-def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp_path, train):
+def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp_path):
     told = Told()
-    train = {"epochs": 4, "learning_rate": 1e-4, **train}
+    train = {"epochs": 4, "learning_rate": 1e-4, "early_stopping": 3}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
     assert [line["step"] for line in metrics(result.output, "eval")] == [3, 6, 9, 12]
     assert "evaluating every 3 steps" in told
@@ -126,55 +104,40 @@ def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp
     assert RunConfig.read(result.output / "run.yaml").train.eval_every is None
 
 
-@pytest.mark.parametrize("train", [{"early_stopping": 3}, {"adapter": "best"}, {"eval_answers": 4}])
-def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path, train):
-    with pytest.raises(UserError, match=f"train.{next(iter(train))}") as error:
-        fit(settings(tmp_path / "run", data={"eval": None}, train=train))
-    assert "data.eval" in error.value.hint and not (tmp_path / "run").exists()
+def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path):
+    for name, value in {"early_stopping": 3, "adapter": "best", "eval_answers": 4}.items():
+        with pytest.raises(UserError, match=f"train.{name}") as error:
+            fit(settings(tmp_path / "run", data={"eval": None}, train={name: value}))
+        assert "data.eval" in error.value.hint and not (tmp_path / "run").exists()
 
 
-# Several sets
-
-
-def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, tmp_path):
-    rows = [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]]
-    other = write_rows(tmp_path / "other.jsonl", rows)
+def test_several_sets_are_evaluated_by_name_as_each_would_be_alone_and_the_first_one_decides(
+    settings, tmp_path, rows_file
+):
+    others = write_rows(tmp_path / "other.jsonl", [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]])
+    same = str(shutil.copy(rows_file, tmp_path / "same.jsonl"))
     told = Told()
-    data = {"eval": {"others": str(other), "held_out": 2}}
+    data = {"eval": {"others": str(others), "held_out": 2, "same": same}}
     result = fit(settings(tmp_path / "run", data=data, train={"eval_every": 2}), callback=told)
-    for line in metrics(result.output, "eval"):
-        assert list(line["eval"]) == ["others", "held_out"]
-        assert line["eval"]["others"].keys() == {"loss", "perplexity", "exact_match"}
+    lines = metrics(result.output, "eval")
+    assert all(list(line["eval"]) == [*data["eval"]] for line in lines)
+    assert lines[0]["eval"]["others"].keys() == {"loss", "perplexity", "exact_match"}
     answer = result.as_dict()
-    assert answer["eval"] == metrics(result.output, "eval")[-1]["eval"]
+    assert answer["eval"] == lines[-1]["eval"]
     assert answer["score"]["value"] == answer["eval"]["others"]["exact_match"]
-    assert result.best["value"] == min(line["eval"]["others"]["loss"] for line in metrics(result.output, "eval"))
-    assert "evaluation set 'others': 4 rows" in told
+    assert result.best["value"] == min(line["eval"]["others"]["loss"] for line in lines)
+    assert "evaluation set 'others': 4 rows" in told and "8 of them are also training rows" in told
     assert "held-out held_out loss" in (result.output / "README.md").read_text()
     assert RunConfig.read(result.output / "run.yaml").data.eval == data["eval"]
+    drawn = fit(settings(tmp_path / "drawn", data={"eval": 2})).as_dict()
+    assert answer["eval"]["held_out"] == pytest.approx(drawn["eval"])
+    run = opened(result.output)
+    rows, _ = run.task.read_file(str(others), DataSettings(train="unused"), None)
+    assert answer["eval"]["others"]["loss"] == pytest.approx(score_run(run, rows).metrics["loss"], rel=1e-4)
 
 
-def test_a_set_is_evaluated_as_it_would_be_alone(settings, tmp_path):
-    other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLORS[:5]])
-    several = fit(settings(tmp_path / "several", data={"eval": {"drawn": 3, "other": str(other)}})).as_dict()
-    drawn = fit(settings(tmp_path / "drawn", data={"eval": 3})).as_dict()
-    assert several["eval"]["drawn"] == pytest.approx(drawn["eval"])
-    run = opened(tmp_path / "several")
-    rows, _ = run.task.read_file(str(other), DataSettings(train="unused"), None)
-    assert several["eval"]["other"]["loss"] == pytest.approx(score_run(run, rows).metrics["loss"], rel=1e-4)
-
-
-def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_file):
-    told = Told()
-    shutil.copy(rows_file, tmp_path / "same.jsonl")
-    data = {"eval": {"held_out": 2, "same": str(tmp_path / "same.jsonl")}}
-    fit(settings(tmp_path / "run", data=data, train={"max_steps": 1}), callback=told)
-    assert "8 of them are also training rows" in told
-
-
-@pytest.mark.parametrize(
-    ("sets", "problem"),
-    [
+def test_sets_that_cannot_be_are_refused(settings, tmp_path, rows_file):
+    for sets, problem in [
         ({"a": 0.1, "b": 0.2}, "both to be drawn"),
         ({}, "names no set"),
         ({"a": 0}, "has no rows"),
@@ -182,29 +145,17 @@ def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_fil
         ({"": 0.1}, "no name"),
         ({"a": "missing.jsonl", "b": "gone.jsonl"}, "missing.jsonl"),
         ({"a": 0.3, "b": "gone.jsonl"}, "gone.jsonl"),
-    ],
-)
-def test_sets_that_cannot_be_are_refused(settings, tmp_path, sets, problem):
-    with pytest.raises(UserError) as error:
-        fit(settings(tmp_path / "run") | {"data": {"train": settings(tmp_path)["data"]["train"], "eval": sets}})
-    assert problem in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_names_of_sets():
-    assert eval_sets(None) == {} and eval_sets(0.1) == {"": 0.1}
-    assert drawn_set({"a": "x.jsonl", "b": 0.5}) == "b" and drawn_set({"a": "x.jsonl"}) is None
-    assert drawn_set("0.1") == "" and drawn_set("x.jsonl") is None
-
-
-# Answers and samples
+    ]:
+        with pytest.raises(UserError) as error:
+            fit(settings(tmp_path / "run") | {"data": {"train": str(rows_file), "eval": sets}})
+        assert problem in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
     train = {"eval_every": 2, "eval_answers": 2, "epochs": 12, "batch_size": 8, "learning_rate": 3e-2}
-    changes = {"data": {"eval": str(tmp_path / "same.jsonl")}, "train": {**train, "schedule": "constant"}}
-    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS]
-    write_rows(tmp_path / "same.jsonl", rows[:4])
-    result = fit(settings(tmp_path / "run", **changes))
+    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS[:4]]
+    data = {"eval": str(write_rows(tmp_path / "same.jsonl", rows))}
+    result = fit(settings(tmp_path / "run", data=data, train={**train, "schedule": "constant"}))
     found = [line["eval"]["written_exact_match"] for line in metrics(result.output, "eval")]
     assert set(found) <= {0.0, 0.5, 1.0} and found[-1] == 1.0 > found[0]
     assert result.as_dict()["score"]["metric"] == "exact_match"
@@ -212,20 +163,20 @@ def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
 
 def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
     lora = {"dropout": 0.1}
-    plain = fit(settings(tmp_path / "plain", lora=lora, train={"epochs": 3}))
-    train = {"epochs": 3, "eval_every": 1, "eval_answers": 2, "samples": 2, "adapter": "best"}
+    plain = fit(settings(tmp_path / "plain", lora=lora, train={"epochs": 2}))
+    train = {"epochs": 2, "eval_every": 1, "eval_answers": 2, "samples": 2, "adapter": "best"}
     watched = fit(settings(tmp_path / "watched", lora=lora, train=train))
 
-    def losses(run):
-        lines = [line for line in metrics(run.output) if "loss" in line]
-        return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
-
-    assert losses(plain) == losses(watched)
+    ours, theirs = (
+        [(line["step"], line["loss"], line["gradient_norm"]) for line in metrics(run.output, "learning_rate")]
+        for run in (plain, watched)
+    )
+    assert ours == theirs
     last = adapter(watched.output / "last")
     assert all(torch.equal(tensor, last[name]) for name, tensor in adapter(plain.output).items())
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+@pytest.mark.parametrize("method", often("lora", of=("lora", "full", "prompt")))
 def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_path, method):
     told = Told()
     train = {"samples": 1, "eval_every": 2, "learning_rate": 5e-2, "epochs": 2}
@@ -256,17 +207,10 @@ def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_pat
     assert told.samples == []
 
 
-# A time budget
-
-
 def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, monkeypatch):
     looks = itertools.count()
-
-    def clock():
-        return 0.25 * next(looks)  # each look takes time, and a step has a few of them
-
-    monkeypatch.setattr("deltaw.training.fit.now", clock)
-    monkeypatch.setattr("deltaw.training.monitoring.monitor.now", clock)
+    for module in ("fit", "monitoring.monitor"):  # each look takes time, and a step has a few of them
+        monkeypatch.setattr(f"deltaw.training.{module}.now", lambda: 0.25 * next(looks))
     told = Told()
     train = {"time": "60s", "epochs": 1000, "schedule": "cosine"}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
@@ -278,12 +222,9 @@ def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, m
     assert result.evaluation.metrics
 
 
-# Warnings
-
-
 def test_a_warning_is_said_and_stands_among_the_metrics(settings, tmp_path):
     told = Told()
-    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "epochs": 67}
+    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "batch_size": 1, "max_steps": 201}
     result = fit(settings(tmp_path / "run", train=train), callback=told)
     (line,) = metrics(result.output, "warning")
     assert (line["step"], line["warning"]["kind"]) == (200, "clipped")

@@ -12,32 +12,19 @@ from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
-from tests.training.runs import Told, adapter, metrics, session_of
+from tests.training.runs import METHODS, Told, adapter, metrics, often, session_of
 
-METHODS = [
-    ("lora", {"rank": 4, "dropout": 0.1}),
-    ("lora", {"rank": 4, "dora": True}),
-    ("head", {}),
-    ("prompt", {"length": 2}),
-    ("bias", {}),
-    ("random", {"weights": 500}),
-    ("full", {}),
-    ("input", {}),
-    ("last", {"blocks": 1}),
-]
+KINDS = {"lora": {"lora": {"dropout": 0.1}}, "dora": {"lora": {"dora": True}}}
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("method", "section"), METHODS)
+@pytest.mark.parametrize("method", often("lora", "dora", "prompt", "bias", "full", of={**METHODS, **KINDS}))
 def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
-    settings, tmp_path, gpt2_folder, method, section, precision
+    settings, tmp_path, gpt2_folder, method, precision
 ):
-    changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
-    if section:
-        changes[method] = section
-    if method == "bias":
-        changes["model"] = str(gpt2_folder)
+    changes = {**(METHODS | KINDS)[method], "precision": precision, "train": {"learning_rate": "search"}}
+    changes |= {"model": str(gpt2_folder)} if method == "bias" else {}
     session = session_of(settings(tmp_path / "run", **changes))
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     random = torch.get_rng_state()
@@ -79,17 +66,6 @@ def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
         found = search_rate(session)
     assert found is not None and found.diverged and found.rates[-1] < found.usual * 1e6 / 2
     assert found.chosen < found.rates[-1]
-
-
-def test_a_run_that_goes_on_takes_the_rate_that_was_found_before(settings, tmp_path, monkeypatch):
-    session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
-    (tmp_path / "run").mkdir()
-    assert rates.choose_rate(session, tmp_path / "run", Callback())
-    rate = session.learning_rate
-    again = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
-    monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
-    assert rates.choose_rate(again, tmp_path / "run", Callback())
-    assert again.learning_rate == rate != again.config.train.learning_rate
 
 
 def test_a_search_that_is_stopped_ends_the_run_with_nothing_trained(settings, tmp_path):

@@ -1,7 +1,4 @@
-"""What a run watches goes on with it: a run that is killed and started again ends as if nothing had happened.
-
-A copy of a run's folder, made while the run goes on, is what a process leaves that is killed at that moment.
-"""
+"""What a run watches goes on with it: a run that is killed and started again ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ import deltaw
 from deltaw.training.fit import fit
 from deltaw.training.monitoring import best as best_score
 from deltaw.training.monitoring import rates
-from tests.training.copies import copied
-from tests.training.runs import ADAPTER, Told, outcome
+from tests.training.runs import ADAPTER, Snapshots, Told, outcome
 
 TRAIN = {
     "epochs": 5,
@@ -30,120 +26,91 @@ TRAIN = {
 }
 
 
-class Killed(Told):
-    """Copies the run's folder after steps and within evaluations."""
-
-    def __init__(self, run=None, into=None, moments=()):
-        super().__init__()
-        self.run, self.into, self.moments = run, into, set(moments)
-
-    def on_step(self, step):
-        self._take("step", step.step)
-
-    def on_evaluation(self, step, evaluation):
-        self._take("evaluation", step)
-
-    def _take(self, *moment):
-        if moment in self.moments:
-            copied(self.run, self.into / f"{moment[0]}-{moment[1]}")
-
-
 def goes_on(copy, run):
     """The killed run in the place of the whole one, started again with the same command."""
     shutil.rmtree(run)
     shutil.copytree(copy, run)
 
 
-@pytest.mark.parametrize("adapter", ["best", "last"])
-def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path, monkeypatch, adapter):
-    # The highest loss counts as the best, so that the best step is early and must be remembered.
+@pytest.fixture
+def worst(monkeypatch):
+    """The highest loss counts as the best, so that the best step is early and must be remembered."""
     monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+
+
+def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path, worst):
     run = tmp_path / "run"
-    told = settings(run, train={**TRAIN, "adapter": adapter})
-    moments = [("step", 5), ("evaluation", 9), ("step", 14), ("evaluation", 15)]
-    whole = fit(told, callback=Killed(run, tmp_path, moments))
-    expected, best = outcome(run), whole.as_dict()["best"]
-    assert best["step"] < 9 and (run / "last").is_dir() == (adapter == "best")
-    last = (run / "last" / ADAPTER).read_bytes() if adapter == "best" else None
-    for kind, step in moments:
-        goes_on(tmp_path / f"{kind}-{step}", run)
-        result = fit(told)
+    made = settings(run, train={**TRAIN, "adapter": "best"})
+    taken = Snapshots(run, tmp_path, ["step 5", "evaluation 9", "evaluation 15"])
+    whole = fit(made, callback=taken)
+    expected, best, last = outcome(run), whole.as_dict()["best"], (run / "last" / ADAPTER).read_bytes()
+    assert best["step"] < 9
+    for copy in taken.taken.values():
+        goes_on(copy, run)
+        result = fit(made)
         assert result.resumed_from_step is not None
         assert outcome(run) == expected and result.as_dict()["best"] == best
         assert result.evaluation.metrics == pytest.approx(whole.evaluation.metrics)
-        if last is not None:
-            assert (run / "last" / ADAPTER).read_bytes() == last
+        assert (run / "last" / ADAPTER).read_bytes() == last
+    # A finished run that is trained further remembers its best too.
+    told = Told()
+    further = deltaw.fit({"train": {"epochs": 7}}, resume=run, callback=told)
+    assert further.outcome.steps == 21 and further.best == whole.best
+    assert outcome(run)[1] == expected[1] and "gone" not in told
 
 
-def test_a_killed_run_stops_early_where_it_would_have(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+def test_a_killed_run_stops_early_where_it_would_have(settings, tmp_path, worst):
     run = tmp_path / "run"
-    told = settings(run, train={**TRAIN, "early_stopping": 2})
-    moments = [("step", 8), ("evaluation", 9)]
-    whole = fit(told, callback=Killed(run, tmp_path, moments))
-    assert whole.outcome.steps == 9 and whole.best["step"] == 3
+    made = settings(run, train={**TRAIN, "early_stopping": 2})
+    taken = Snapshots(run, tmp_path, ["step 8", "evaluation 9"])
+    whole = fit(made, callback=taken)
+    assert whole.outcome.steps == 9 and whole.best["step"] == 3 and not (run / "last").exists()
     expected = outcome(run)
-    for kind, step in moments:
-        goes_on(tmp_path / f"{kind}-{step}", run)
-        result = fit(told)
+    for copy in taken.taken.values():
+        goes_on(copy, run)
+        result = fit(made)
         assert outcome(run) == expected
         assert (result.outcome.steps, result.stopped_early) == (9, whole.stopped_early)
 
 
 def test_a_killed_run_does_not_search_its_rate_again(settings, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    told = settings(run, train={**TRAIN, "learning_rate": "search"})
-    fit(told, callback=Killed(run, tmp_path, [("step", 2), ("step", 6)]))
+    made = settings(run, train={**TRAIN, "learning_rate": "search"})
+    taken = Snapshots(run, tmp_path, ["step 2", "step 6"])
+    fit(made, callback=taken)
     expected, rate = outcome(run), json.loads((run / "learning_rate.json").read_text())["chosen"]
     monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
-    for step in (2, 6):
-        goes_on(tmp_path / f"step-{step}", run)
-        fit(told)
+    for copy in taken.taken.values():
+        goes_on(copy, run)
+        fit(made)
         assert outcome(run) == expected
         assert f"learning_rate: search  # {rate}: " in (run / "run.yaml").read_text()
 
 
-def test_a_finished_run_that_is_trained_further_remembers_its_best(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
-    run = tmp_path / "run"
-    first = fit(settings(run, train={**TRAIN, "adapter": "best"}))
-    adapter = (run / ADAPTER).read_bytes()
-    killed = Killed()
-    second = deltaw.fit({"train": {"epochs": 7}}, resume=run, callback=killed)
-    assert second.outcome.steps == 21 and second.best == first.best
-    assert (run / ADAPTER).read_bytes() == adapter
-    assert "gone" not in killed
-
-
 def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings, tmp_path):
-    run, killed = tmp_path / "run", Killed()
-    fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=Told(stop_after=8))
+    run, told = tmp_path / "run", Told()
+    made = settings(run, train={**TRAIN, "adapter": "best"})
+    fit(made, callback=Told(stop_after=8))
     shutil.rmtree(run / "best")
-    result = fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=killed)
-    assert "are gone: the best is sought anew" in killed
+    result = fit(made, callback=told)
+    assert "are gone: the best is sought anew" in told
     assert result.best["step"] > 8
 
 
 def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(settings, tmp_path, monkeypatch):
     looks = itertools.count()
+    for module in ("fit", "monitoring.monitor"):  # each look takes time, and a step has a few of them
+        monkeypatch.setattr(f"deltaw.training.{module}.now", lambda: 0.25 * next(looks))
 
-    def clock():
-        return 0.25 * next(looks)  # each look takes time, and a step has a few of them
-
-    for module in ("fit", "monitoring.monitor"):
-        monkeypatch.setattr(f"deltaw.training.{module}.now", clock)
-
-    class Told(Killed):
-        total = begun = None
-
+    class Begun(Snapshots):
         def on_begin(self, state):
             self.state, self.begun = state, state.total_steps
 
     run = tmp_path / "run"
     train = {**TRAIN, "epochs": 1000, "time": "60s", "eval_every": None, "eval_answers": 0, "samples": 0}
-    first, second = Told(run, tmp_path, [("step", 25)]), Told()
+    first, second = Begun(run, tmp_path, ["step 25"]), Begun(run, tmp_path, [])
     whole = fit(settings(run, train=train), callback=first)
-    goes_on(tmp_path / "step-25", run)
+    goes_on(first.taken["step 25"], run)
     result = fit(settings(run, train=train), callback=second)
     assert first.begun == 3000 and second.begun < 300, "the plan is that of the first process"
     assert second.state.schedule.planned and result.resumed_from_step in (20, 24)  # whichever was durable

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,11 +80,6 @@ class Learned:
     others: Sequence[tuple[str, float]] = ()
     note: str = ""
 
-    @property
-    def norm(self) -> float:
-        """Over all parts."""
-        return root_sum_of_squares(part.norm for part in self.parts)
-
     def layers(self) -> list[int]:
         return sorted({part.layer for part in self.parts if part.layer is not None})
 
@@ -94,12 +90,10 @@ class Learned:
 
     def grid(self) -> dict[str, dict[int | None, float]]:
         """By kind and layer, the norm of all parts there; parts outside of layers are at None."""
-        squares: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+        grid: dict[str, dict[int | None, float]] = defaultdict(dict)
         for part in self.parts:
-            squares[part.kind][part.layer].append(part.norm)
-        return {
-            kind: {layer: root_sum_of_squares(norms) for layer, norms in row.items()} for kind, row in squares.items()
-        }
+            grid[part.kind][part.layer] = math.hypot(grid[part.kind].get(part.layer, 0.0), part.norm)
+        return grid
 
     def by_layer(self) -> list[tuple[int, float, list[float], Part]]:
         """Each layer's norm, its three largest singular values, and the part that changed most."""
@@ -171,12 +165,8 @@ def _of_tensors(weights: Path) -> Learned:
     """
     file = TensorFile(weights)
     norms = {name: _norm(file, name) for name in file if file.described(name).is_floating_point()}
-    kinds = kinds_of(list(norms))
-    parts = [
-        Part(name, layer_of(name), kind, norm)
-        for (name, norm), kind in zip(norms.items(), kinds, strict=True)
-        if math.isfinite(norm)
-    ]
+    named = zip(norms.items(), kinds_of(list(norms)), strict=True)
+    parts = [Part(name, layer_of(name), kind, norm) for (name, norm), kind in named if math.isfinite(norm)]
     return Learned(_in_order(parts), False, note=_meaning(weights.parent))
 
 
@@ -194,9 +184,7 @@ def _meaning(folder: Path) -> str:
     except (OSError, ValueError):
         method = None
     named = f"The method {method}" if method else "This method"
-    return (
-        f"{named} saves values, not the factors of a change: these are the norms of what it saved, not of what changed."
-    )
+    return f"{named} saves values, not the factors of a change: these are norms of what it saved, not of what changed."
 
 
 def layer_of(name: str) -> int | None:
@@ -218,10 +206,8 @@ def learned_figures(learned: Learned) -> list[Figure]:
     """None where nothing was measured."""
     if not learned.parts:
         return []
-    figures = [norm_figure(learned)]
-    if any(len(part.values) > 1 for part in learned.parts):
-        figures.append(spectrum_figure(learned))
-    return figures
+    spectra = [part.values for part in learned.parts if len(part.values) > 1]
+    return [norm_figure(learned), *([spectrum_figure(learned)] if spectra else [])]
 
 
 def norm_figure(learned: Learned) -> Figure:
@@ -240,86 +226,54 @@ def norm_figure(learned: Learned) -> Figure:
     what = "‖ΔW‖, the size of the change of each weight" if learned.is_update else "the norm of what was saved"
     top = max(learned.parts, key=lambda part: part.norm)
     text = f"The stronger the color, the larger is {what}. Largest: {top.name} ({short(top.norm)})."
-    rows = [
-        (
-            str(layer),
-            short(norm),
-            *([", ".join(short(value) for value in values)] if learned.is_update else []),
-            part.name,
-        )
-        for layer, norm, values, part in learned.by_layer()
-    ] or [(part.name, short(part.norm), part.name) for part in learned.parts]
-    head = ("layer", "norm", *(["largest singular values"] if learned.is_update else []), "most in")
-    if not learned.layers():
-        head = ("part", "norm", "name")
+    head, rows = ["part", "norm", "name"], [[part.name, short(part.norm), part.name] for part in learned.parts]
+    if layers:
+        head, rows = ["layer", "norm", "most in"], []
+        if learned.is_update:
+            head.insert(2, "largest singular values")
+        for layer, norm, values, part in learned.by_layer():
+            largest = [", ".join(map(short, values))] if learned.is_update else []
+            rows.append([str(layer), short(norm), *largest, part.name])
     places = evenly(len(rows), ROWS)
     note = f"{len(places)} of {len(rows)} layers" if len(places) < len(rows) else ""
-    return Figure(
-        "learned",
-        "Where it learned" if learned.is_update else "Where the saved values are large",
-        text,
-        heat_map("learned", "Norm by layer and kind of module", text, strips, columns, short),
-        Numbers("Norms by layer", head, [rows[i] for i in places], note),
-    )
+    title = "Where it learned" if learned.is_update else "Where the saved values are large"
+    drawn = heat_map("learned", "Norm by layer and kind of module", text, strips, columns, short)
+    return Figure("learned", title, text, drawn, Numbers("Norms by layer", head, [rows[i] for i in places], note))
 
 
 def spectrum_figure(learned: Learned) -> Figure:
     """The singular values of each ΔW, in relation to its largest: a thin line a module, and their median."""
     parts = [part for part in learned.parts if len(part.values) > 1 and part.values[0] > 0]
-    if not parts:
-        return _no_spectrum()
-    drawn = [parts[i] for i in evenly(len(parts), SPECTRA)]
-    floor = 1e-4
-    curves = [
-        Curve([(n, max(floor, v / part.values[0])) for n, v in enumerate(part.values, 1)], "c1 thin") for part in drawn
-    ]
-    longest = max(len(part.values) for part in parts)
-    shares = np.full((len(parts), longest), np.nan)
-    for row, part in enumerate(parts):
-        shares[row, : len(part.values)] = np.maximum(floor, np.array(part.values) / part.values[0])
-    median = np.nanmedian(shares, axis=0)
-    curves.append(Curve([(n, float(v)) for n, v in enumerate(median, 1)], "c2"))
-    ranks = [part.effective_rank for part in parts if part.effective_rank is not None]
-    text = (
-        f"Singular values of each ΔW as shares of its largest. A line that falls early means that few of the "
-        f"{longest} directions carry the change: in the median module, an effective rank of "
-        f"{np.median(ranks):.1f} out of {longest}."
-    )
-    by_kind = [
-        (
-            kind,
-            short(max(part.values[0] for part in parts if part.kind == kind)),
-            f"{np.median([p.effective_rank for p in parts if p.kind == kind and p.effective_rank]):.1f}",
+    longest = max((len(part.values) for part in parts), default=0)
+    text, legend = "B is zero in all modules: the adapter changes nothing.", []
+    curves: list[Curve] = []
+    rows: list[tuple[str, ...]] = []
+    if parts:
+        shares = np.full((len(parts), longest), np.nan)
+        for row, part in enumerate(parts):
+            shares[row, : len(part.values)] = np.maximum(1e-4, np.array(part.values) / part.values[0])
+        lines = [(shares[row], "c1 thin") for row in evenly(len(parts), SPECTRA)]
+        for values, kind in [*lines, (np.nanmedian(shares, axis=0), "c2")]:
+            curves.append(Curve([(n, float(v)) for n, v in enumerate(values, 1) if not math.isnan(v)], kind))
+        rank = _median_rank(parts)
+        text = (
+            "Singular values of each ΔW as shares of its largest. A line that falls early means that few of the "
+            f"{longest} directions carry the change: the median effective rank is {rank} out of {longest}."
         )
-        for kind in learned.kinds()
-        if any(part.kind == kind for part in parts)
-    ]
-    return Figure(
-        "spectrum",
-        "How many directions it uses",
-        text,
-        line_chart(
-            "spectrum",
-            "Singular values of ΔW",
-            text,
-            curves,
-            x_format=lambda value: f"σ{value:.0f}",
-            y_format=lambda value: f"{value:.0%}" if value >= 0.01 else f"{value:.2%}",
-            log=True,
-        ),
-        Numbers(
-            "Singular values by kind of module", ("kind", "largest singular value", "effective rank, median"), by_kind
-        ),
-        [(swatch("c2"), "median of the modules"), (swatch("c1 thin"), "one module")],
-    )
+        legend = [(swatch("c2"), "median of the modules"), (swatch("c1 thin"), "one module")]
+    for kind in learned.kinds():
+        if same := [part for part in parts if part.kind == kind]:
+            rows.append((kind, short(max(part.values[0] for part in same)), _median_rank(same)))
+    axes: dict[str, Any] = {"x_format": "σ{:.0f}".format, "y_format": _percent, "log": True}
+    drawn = line_chart("spectrum", "Singular values of ΔW", text, curves, **axes)
+    head = ("kind", "largest singular value", "effective rank, median")
+    table = Numbers("Singular values by kind of module", head, rows)
+    return Figure("spectrum", "How many directions it uses", text, drawn, table, legend)
 
 
-def _no_spectrum() -> Figure:
-    text = "B is zero in all modules: the adapter changes nothing."
-    return Figure(
-        "spectrum",
-        "How many directions it uses",
-        text,
-        line_chart("spectrum", "Singular values of ΔW", text, [], x_format=short, y_format=short),
-        Numbers("Singular values", ("kind", "largest singular value"), []),
-    )
+def _median_rank(parts: Sequence[Part]) -> str:
+    return f"{np.median([part.effective_rank or 0.0 for part in parts]):.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.01 else f"{value:.2%}"

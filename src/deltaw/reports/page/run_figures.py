@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,8 @@ COLUMNS = {
 
 def curve_figures(record: Run) -> list[Figure]:
     """The loss first, then what else was measured over the steps."""
-    of_columns = {name: column_figure(record, name) for name in COLUMNS}
-    general = of_columns.pop("general_loss")
-    figures = [loss_figure(record), *metric_figures(record), *of_columns.values(), speed_figure(record), general]
+    rate, gradient, general = (column_figure(record, name) for name in COLUMNS)
+    figures = [loss_figure(record), *metric_figures(record), rate, gradient, speed_figure(record), general]
     return [figure for figure in figures if figure is not None]
 
 
@@ -88,22 +88,22 @@ def loss_figure(record: Run) -> Figure | None:
     if not len(steps):
         return None
     mean = smoothed(losses)
-    held_out = record.held_out_losses
+    held_out = dict(record.held_out_losses)
     curves = [
         Curve(points_of(steps, losses), "c1 raw"),
         Curve(points_of(steps, mean), "c1"),
-        Curve([(float(step), value) for step, value in held_out], "c2", dots=True),
+        Curve([(float(step), value) for step, value in held_out.items()], "c2", dots=True),
     ]
     legend = [(swatch("c1"), "training, running mean"), (swatch("c1 raw"), "training, each step")]
     said = f"The training loss went from {short(mean[0])} to {short(mean[-1])} over {len(steps):,} steps"
     if held_out:
         legend.append((swatch("c2"), "held-out rows"))
-        said += f"; on rows held out it was {short(held_out[-1][1])} at the last evaluation"
-    by_step = dict(held_out)
-    rows = [
-        (f"{steps[i]:,.0f}", short(losses[i]), short(mean[i]), _at(by_step, steps[i]))
-        for i in _rows_with(steps, by_step)
-    ]
+        said += f"; on rows held out it was {short(record.held_out_losses[-1][1])} at the last evaluation"
+    rows = []
+    for place in _rows_with(steps, held_out):
+        step = int(steps[place])
+        of_held_out = short(held_out[step]) if step in held_out else ""
+        rows.append((f"{step:,}", short(losses[place]), short(mean[place]), of_held_out))
     head = ("step", "loss", "running mean", "held-out")
     table = Numbers("Loss by step", head, rows, _selected(len(steps), len(rows)))
     return over_steps("loss", "Loss", said + ".", said, curves, table, legend, height=280)
@@ -117,22 +117,16 @@ def metric_figures(record: Run) -> list[Figure]:
         told = name == record.loss_metric or name.rpartition("/")[2] == "perplexity"
         if told or len(found) < 2 or len(figures) >= 8:
             continue
-        title = metric_name(name)
-        values = [(float(step), value) for step, value in found]
-        said = (
-            f"{title.capitalize()} on held-out rows, from {metric_value(name, found[0][1])} to "
-            f"{metric_value(name, found[-1][1])}"
-        )
-        identity = f"metric-{len(figures) + 1}"
-        thin = points_of(*np.array(values).T)
+        unit = metric_name(name)
+        title = unit.capitalize()
+        first, last = (metric_value(name, found[place][1]) for place in (0, -1))
+        said = f"{title} on held-out rows, from {first} to {last}"
+        points = points_of(*np.array(found, dtype=float).T)
         rows = [(f"{found[i][0]:,}", metric_value(name, found[i][1])) for i in evenly(len(found), ROWS)]
-        table = Numbers(f"{title.capitalize()} by step", ("step", title), rows, _selected(len(found), len(rows)))
-        curves = [Curve(thin, "c2", dots=len(thin) < 100)]
-        figures.append(
-            over_steps(
-                identity, title.capitalize(), said + ".", said, curves, table, y_format=value_format(name), log=False
-            )
-        )
+        table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(found), len(rows)))
+        curves = [Curve(points, "c2", dots=len(points) < 100)]
+        axis: dict[str, Any] = {"y_format": value_format(name), "log": False}
+        figures.append(over_steps(f"metric-{len(figures) + 1}", title, said + ".", said, curves, table, **axis))
     return figures
 
 
@@ -142,7 +136,7 @@ def column_figure(record: Run, column: str) -> Figure | None:
     title, text, unit, smooth = COLUMNS[column]
     if not len(steps):
         return None
-    return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth=smooth)
+    return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth)
 
 
 def speed_figure(record: Run) -> Figure | None:
@@ -154,10 +148,10 @@ def speed_figure(record: Run) -> Figure | None:
     there = (seconds > 0) & np.isfinite(tokens)
     if not there.any():
         return None
-    overall = tokens[there].sum() / seconds[there].sum()
-    text = f"Tokens of the data that went through each second; {count(overall)} over the whole run."
-    rates = tokens[there] / seconds[there]
-    return _figure_of("speed", "Speed", text, "tokens per second", steps[there], rates, smooth=True, from_zero=True)
+    steps, seconds, tokens = steps[there], seconds[there], tokens[there]
+    overall = count(tokens.sum() / seconds.sum())
+    text = f"Tokens of the data that went through each second; {overall} over the whole run."
+    return _figure_of("speed", "Speed", text, "tokens per second", steps, tokens / seconds, True, from_zero=True)
 
 
 def _figure_of(
@@ -167,8 +161,8 @@ def _figure_of(
     unit: str,
     steps: np.ndarray,
     values: np.ndarray,
-    *,
     smooth: bool,
+    *,
     from_zero: bool = False,
 ) -> Figure:
     mean = smoothed(values) if smooth else values
@@ -203,18 +197,13 @@ def memory_figure(record: Run) -> Figure | None:
         text += f"; {gigabytes(peak)} measured at its peak, {abs(off):.1%} {'more' if off > 0 else 'less'}"
     if limit := number(plan.get("limit_bytes")):
         text += f". The machine gives {gigabytes(int(limit))}"
-    rows = [(label, gigabytes(int(size)), f"{size / planned:.1%}") for _, label, size in drawn]
-    rows.append(("planned in all", gigabytes(planned), "100.0%"))
-    if peak:
-        rows.append(("measured at the peak", gigabytes(peak), f"{peak / planned:.1%}"))
-    return Figure(
-        "memory",
-        "Memory planned and measured",
-        text + ".",
-        bars("memory", "Memory planned and measured", text, given),
-        Numbers("Memory at the peak by part", ("part", "size", "of the plan"), rows),
-        [(swatch(kind, area=True), label) for kind, label, size in drawn if size > 0.005 * planned],
-    )
+    sums = [("planned in all", planned), ("measured at the peak", peak)]
+    sized = [*[(label, size) for _, label, size in drawn], *[(label, size) for label, size in sums if size]]
+    rows = [(label, gigabytes(int(size)), f"{size / planned:.1%}") for label, size in sized]
+    table = Numbers("Memory at the peak by part", ("part", "size", "of the plan"), rows)
+    legend = [(swatch(kind, area=True), label) for kind, label, size in drawn if size > 0.005 * planned]
+    title = "Memory planned and measured"
+    return Figure("memory", title, text + ".", bars("memory", title, text, given), table, legend)
 
 
 def length_figure(record: Run) -> Figure | None:
@@ -225,29 +214,24 @@ def length_figure(record: Run) -> Figure | None:
     edges, counts = ([int(n) for n in numbers(sequence(lengths.get(key)))] for key in ("edges", "rows"))
     if len(edges) < 2 or len(edges) != len(counts) + 1:
         return None
-    text = f"Tokens of the training rows; half of them have up to {count(number(lengths.get('median')))}"
-    if labels := number(lengths.get("labels_median")):
+    median, labels, sampled, of = (number(lengths.get(key)) for key in ("median", "labels_median", "sampled", "of"))
+    text = f"Tokens of the training rows; half of them have up to {count(median)}"
+    if labels:
         text += f", of which {count(labels)} are trained on in the median row"
-    if lengths.get("sampled") != lengths.get("of"):
-        text += f" ({count(number(lengths.get('sampled')))} rows of {count(number(lengths.get('of')))})"
-    rows = [
-        (f"{start:,} to {end - 1:,}" if end - start > 1 else f"{start:,}", f"{number:,}")
-        for start, end, number in zip(edges, edges[1:], counts, strict=False)
-    ]
-    return Figure(
-        "lengths",
-        "How long the rows are",
-        text + ".",
-        histogram("lengths", "Rows by number of tokens", text, edges, counts, "tokens"),
-        Numbers("Rows by number of tokens", ("tokens", "rows"), rows),
-    )
+    if sampled != of:
+        text += f" ({count(sampled)} rows of {count(of)})"
+    title, rows = "Rows by number of tokens", []
+    for (start, end), held in zip(pairwise(edges), counts, strict=True):
+        rows.append((f"{start:,} to {end - 1:,}" if end - start > 1 else f"{start:,}", f"{held:,}"))
+    drawn = histogram("lengths", title, text, edges, counts, "tokens")
+    return Figure("lengths", "How long the rows are", text + ".", drawn, Numbers(title, ("tokens", "rows"), rows))
 
 
 def rate_figure(told: Mapping[str, Any]) -> Figure | None:
     """The range test of the learning rate: loss over the rate tried; None where there was none.
 
     Args:
-        told: as :class:`deltaw.training.monitoring.rates.RateSearch` has it.
+        told: as :class:`deltaw.training.callbacks.RateSearch` has it.
     """
     losses, mean = _over_rates(told, "losses"), _over_rates(told, "smoothed")
     if len(losses) < 2:
@@ -272,28 +256,12 @@ def rate_figure(told: Mapping[str, Any]) -> Figure | None:
         if rate is not None and rate > 0:
             curves.append(Curve([(rate, lowest), (rate, highest)], kind))
             legend.append((swatch(kind), f"{name} {rate:.2g}"))
-    by_rate = dict(mean)
-    rows = [
-        (f"{losses[i][0]:.3g}", short(losses[i][1]), short(by_rate.get(losses[i][0])))
-        for i in evenly(len(losses), ROWS)
-    ]
-    return Figure(
-        "rate-search",
-        "Search of the learning rate",
-        text + ".",
-        line_chart(
-            "rate-search",
-            "Loss over learning rate",
-            text,
-            curves,
-            x_format=lambda value: f"{value:.0e}",
-            y_format=tick,
-            log=False,
-            log_x=True,
-        ),
-        Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows),
-        legend,
-    )
+    by_rate, shown = dict(mean), [losses[place] for place in evenly(len(losses), ROWS)]
+    rows = [(f"{rate:.3g}", short(loss), short(by_rate.get(rate))) for rate, loss in shown]
+    table = Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows)
+    axes: dict[str, Any] = {"x_format": "{:.0e}".format, "y_format": tick, "log": False, "log_x": True}
+    drawn = line_chart("rate-search", "Loss over learning rate", text, curves, **axes)
+    return Figure("rate-search", "Search of the learning rate", text + ".", drawn, table, legend)
 
 
 def _over_rates(told: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
@@ -315,10 +283,6 @@ def _rows_with(steps: np.ndarray, evaluated: Mapping[int, float]) -> list[int]:
     index = {int(step): place for place, step in enumerate(steps)} if evaluated else {}
     known = [index[step] for step in evaluated if step in index]
     return sorted(places | {known[i] for i in evenly(len(known), ROWS // 2)})
-
-
-def _at(evaluated: Mapping[int, float], step: float) -> str:
-    return short(evaluated[int(step)]) if int(step) in evaluated else ""
 
 
 def _selected(there: int, shown: int) -> str:

@@ -124,13 +124,9 @@ def headline(record: Run) -> list[Fact]:
     facts = []
     losses = record.held_out_losses
     if len(losses) > 1:
-        facts.append(
-            Fact(
-                "held-out loss",
-                f"{short(losses[0][1])} → {short(losses[-1][1])}",
-                "before and after training" if losses[0][0] == 0 else f"from step {losses[0][0]:,} to the end",
-            )
-        )
+        first, value = losses[0]
+        span = "before and after training" if first == 0 else f"from step {first:,} to the end"
+        facts.append(Fact("held-out loss", f"{short(value)} → {short(losses[-1][1])}", span))
     elif losses:
         facts.append(Fact("held-out loss", short(losses[-1][1]), "after training"))
     score = record.score
@@ -144,8 +140,8 @@ def headline(record: Run) -> list[Fact]:
         mean = smoothed(steps)
         facts.append(Fact("training loss", f"{short(mean[0])} → {short(mean[-1])}", "first step, and mean of the last"))
     if record.rows_per_second:
-        more = f"{count(record.tokens_per_second)} tokens a second"
-        facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", more))
+        tokens = f"{count(record.tokens_per_second)} tokens a second"
+        facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", tokens))
     if record.seconds:
         total = record.total_steps
         of = f" of {total:,}" if total is not None and total != record.steps else ""
@@ -166,14 +162,10 @@ def headline(record: Run) -> list[Fact]:
 def notices(record: Run) -> list[str]:
     """What a person should know before reading on."""
     found = []
+    of = f" of {record.total_steps:,}" if record.total_steps else ""
     if record.state == RUNNING:
-        of = f" of {record.total_steps:,}" if record.total_steps else ""
-        found.append(
-            f"This run goes on: step {record.steps:,}{of}. The page is written again at each evaluation and "
-            "at least every few minutes; reload it to see more."
-        )
+        found.append(f"This run goes on: step {record.steps:,}{of}. The page is written again every few minutes.")
     if record.state in (INTERRUPTED, KILLED):
-        of = f" of {record.total_steps:,}" if record.total_steps else ""
         found.append(f"The run ended after {record.steps:,} steps{of}. The same command goes on with it.")
     if isinstance(record.result.get("stopped_early"), str):
         found.append(f"Stopped early: {record.result['stopped_early']}.")
@@ -186,10 +178,8 @@ def notices(record: Run) -> list[str]:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
     change = number(mapping(record.result.get("drift")).get("change"))
     if change is not None and change > LARGE:
-        found.append(
-            "Drift is large: the model may answer other questions worse than the base model. Try "
-            "train.keep_general: 1, a lower train.learning_rate, or fewer train.epochs."
-        )
+        hint = "Try train.keep_general: 1, a lower train.learning_rate, or fewer train.epochs."
+        found.append(f"Drift is large: the model may answer other questions worse than the base model. {hint}")
     return found
 
 
@@ -201,10 +191,8 @@ def drift_text(record: Run) -> str:
     base, loss, same = (number(drift.get(name)) for name in ("base_loss", "loss", "same"))
     if base is None or loss is None or same is None:
         return ""
-    return (
-        f"Drift: the loss on the base model's own answers to general questions went from {base:.2f} to "
-        f"{loss:.2f} nats per token; {same:.0%} of their tokens are unchanged."
-    )
+    moved = f"from {base:.2f} to {loss:.2f} nats per token; {same:.0%} of their tokens are unchanged"
+    return f"Drift: the loss on the base model's own answers to general questions went {moved}."
 
 
 def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
@@ -215,17 +203,14 @@ def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
-        ends = [answers[0], answers[-1]] if len(answers) > 1 else answers
-        between = answers[1:-1]
-        name = f"row {row}" if row is not None else f"prompt {len(found) + 1}"
+        expected = answers[-1].expected
         found.append(
             {
-                "row": row,
-                "row_name": name,
+                "name": f"row {row}" if row is not None else f"prompt {len(found) + 1}",
                 "prompt": _cut(prompt),
-                "expected": None if answers[-1].expected is None else _cut(answers[-1].expected),
-                "shown": [_answer(sample) for sample in ends],
-                "between": [_answer(sample) for sample in between[-BETWEEN:]],
+                "expected": None if expected is None else _cut(expected),
+                "shown": [_answer(sample) for sample in answers[:: max(1, len(answers) - 1)]],
+                "between": [_answer(sample) for sample in answers[1:-1][-BETWEEN:]],
             }
         )
     return found
@@ -249,13 +234,8 @@ def examples_of(told: object) -> list[dict[str, Any]]:
         if "label" in example:
             size += f", label: {example['label']}"
         pieces = [
-            {
-                "text": str(piece.get("text", "")),
-                "trained": piece.get("trained") is True,
-                "special": piece.get("special") is True,
-            }
-            for piece in sequence(example.get("pieces"))
-            if isinstance(piece, Mapping)
+            {"text": str(piece.get("text", ""))} | {key: piece.get(key) is True for key in ("trained", "special")}
+            for piece in map(mapping, sequence(example.get("pieces")))
         ]
         why = str(example.get("why", "one row"))
         found.append({"row": example.get("row", "?"), "why": why, "size": size, "pieces": pieces})
@@ -265,34 +245,22 @@ def examples_of(told: object) -> list[dict[str, Any]]:
 def settings_table(record: Run) -> Numbers:
     """The settings that are not the defaults, and what the run chose itself, with the reason."""
     defaults = {setting.key: setting.default for setting in all_settings()}
-    chosen = record.chosen
+    given, chosen = record.flat_settings, {key: mapping(choice) for key, choice in record.chosen.items()}
     rows = []
-    for key, value in record.flat_settings.items():
-        choice = mapping(chosen.get(key))
-        if "value" in choice:
-            rows.append((key, shown(choice["value"]), str(choice.get("why", ""))))
-        elif key not in defaults or _differs(value, defaults[key]):
-            rows.append((key, shown(value), "as set"))
-    known = set(record.flat_settings)
-    rows += [
-        (key, shown(mapping(choice).get("value")), str(mapping(choice).get("why", "")))
-        for key, choice in chosen.items()
-        if key not in known
-    ]
+    for key in dict.fromkeys([*given, *chosen]):
+        default = defaults.get(key, ...)
+        if key not in given or "value" in chosen.get(key, {}):
+            rows.append((key, shown(chosen[key].get("value")), str(chosen[key].get("why", ""))))
+        elif given[key] != (list(default) if isinstance(default, tuple) else default):
+            rows.append((key, shown(given[key]), "as set"))
     return Numbers("Settings that are not the default, and what was chosen", ("setting", "value", "why"), rows)
-
-
-def _differs(value: object, default: object) -> bool:
-    if isinstance(default, tuple):
-        default = list(default)
-    return value != default
 
 
 def commands_of(record: Run) -> list[dict[str, str]]:
     """Commands to go on with: those in ``run.json``, or the usual ones."""
     told = [entry for entry in sequence(record.values.get("commands")) if isinstance(entry, Mapping)]
     if told:
-        return [{"command": str(e.get("command", "")), "what": str(e.get("what", ""))} for e in told]
+        return [{key: str(entry.get(key, "")) for key in ("command", "what")} for entry in told]
     writes = record.task in ("causal-lm", "preference")
     return next_commands(record.path, record.state, record.method, writes)
 
@@ -301,11 +269,13 @@ def machine_text(record: Run) -> str:
     """What the run ran on, in a sentence."""
     machine = record.part("machine")
     memory = number(machine.get("memory_bytes"))
-    parts = [str(machine.get("processor") or "")]
-    parts.append(f"{machine['processors']} processors" if "processors" in machine else "")
-    parts.append(f"{gigabytes(int(memory))} of memory" if memory is not None else "")
-    parts.append(str(machine.get("system") or ""))
-    return "; ".join(part for part in parts if part)
+    parts = [
+        str(machine.get("processor") or ""),
+        f"{machine['processors']} processors" if "processors" in machine else "",
+        f"{gigabytes(int(memory))} of memory" if memory is not None else "",
+        str(machine.get("system") or ""),
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def _cut(text: str) -> str:

@@ -3,7 +3,7 @@
 A drawing has no margin at its left: the numbers of the vertical axis stand on their grid lines, as in a
 newspaper, so that the same drawing serves a phone and a wide screen. What is drawn lies in an inner SVG that
 is stretched; text and grid lines lie outside of it. Colors are classes of the page's style sheet. Knows no
-run.
+run: shapes become markup in the template `drawings.html`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,32 @@ TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of th
 Point = tuple[float, float]
 
 
+@lru_cache(maxsize=1)
+def templates() -> tuple[Environment, Markup]:
+    """The templates, which escape all text, and the style sheet that goes into each page."""
+    folder = resources.files("deltaw.reports.page") / "templates"
+    texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
+    style = Markup(texts.pop("style.css"))
+    environment = Environment(loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment, style
+
+
+def macro(name: str, *given: object, **named: object) -> Markup:
+    """A macro of ``drawings.html``."""
+    drawings: Any = templates()[0].get_template("drawings.html").module
+    return Markup(getattr(drawings, name)(*given, **named))
+
+
+def drawing(identity: str, title: str, description: str, height: int, **shapes: object) -> Markup:
+    """An SVG that fills the width, with a title and a description for whoever does not see it."""
+    return macro("drawing", identity, title, description, height, **shapes)
+
+
+def swatch(kind: str, *, area: bool = False) -> Markup:
+    """The sign of a curve, or of an area, in a legend."""
+    return macro("swatch", kind, area)
+
+
 @dataclass(frozen=True)
 class Curve:
     """One line.
@@ -140,14 +170,6 @@ class Curve:
     points: Sequence[Point]
     kind: str
     dots: bool = False
-
-
-def drawing(identity: str, title: str, description: str, height: int, inside: Markup) -> Markup:
-    """An SVG that fills the width, with a title and a description for whoever does not see it."""
-    return Markup(
-        '<svg class="drawing" width="100%" height="{}" role="img" aria-labelledby="{}-t {}-d">'
-        '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
-    ).format(height, identity, identity, identity, title, identity, description, inside)
 
 
 def line_chart(
@@ -173,7 +195,7 @@ def line_chart(
     """
     points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
     if not points:
-        return drawing(identity, title, description, 40, Markup('<text x="0" y="24">nothing yet</text>'))
+        return drawing(identity, title, description, 40, texts=[(0, 24, "nothing yet", "")])
     values = [y for _, y in points]
     log = is_logarithmic(values) if log is None else log and min(values) > 0
     low, high = _range(values, log, from_zero)
@@ -184,43 +206,26 @@ def line_chart(
     plot = height - TOP - BOTTOM
 
     def down(value: float) -> float:
-        place = _share(value, low, high, log)
-        return TOP + plot * (1 - place)
+        return plot * (1 - _share(value, low, high, log))
 
     def along(value: float) -> float:
         return _share(value, left, right, log_x)
 
-    ticks = log_ticks(low, high) if log else linear_ticks(low, high)
-    inner = Markup("").join(_path(curve, along, lambda value: down(value) - TOP) for curve in curves)
+    paths = []
+    for curve in curves:
+        finite = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
+        places = [f"{WIDTH * along(x):.1f} {down(y):.1f}" for x, y in finite]
+        if len(places) > 1:
+            paths.append((curve.kind, "M" + "L".join(places)))
+        if curve.dots or len(places) == 1:
+            # A line of no length with round ends is a dot, however the drawing is stretched.
+            paths.append((f"{curve.kind} dots", "".join(f"M{place}h0" for place in places)))
+    heights = [(TOP + down(tick), tick) for tick in (log_ticks(low, high) if log else linear_ticks(low, high))]
+    texts = [(0, y - 4, y_format(tick), "halo") for y, tick in heights]
     across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4)
-    pieces = [
-        *(_grid_line(down(tick)) for tick in ticks),
-        Markup(
-            '<svg y="{}" width="100%" height="{}" viewBox="0 0 {} {}" preserveAspectRatio="none" '
-            'overflow="visible">{}</svg>'
-        ).format(TOP, plot, WIDTH, plot, inner),
-        *(_words(0, down(tick) - 4, y_format(tick), kind="halo") for tick in ticks),
-        *_axis(height, [(along(tick), x_format(tick)) for tick in across]),
-    ]
-    return drawing(identity, title, description, height, Markup("").join(pieces))
-
-
-def _words(share: float, y: float, said: str, *, kind: str = "") -> Markup:
-    """A text at a share of the width; near an end it stays within the drawing."""
-    anchor = "start" if share < 0.06 else "end" if share > 0.94 else "middle"
-    named = Markup(' class="{}"').format(kind) if kind else ""
-    return Markup('<text{} x="{:.2f}%" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        named, 100 * share, y, anchor, said
-    )
-
-
-def _axis(height: int, ticks: Sequence[tuple[float, str]], *, kind: str = "") -> list[Markup]:
-    """The texts below a drawing, each at a share of the width."""
-    return [_words(share, height - (4 if kind else 6), said, kind=kind) for share, said in ticks]
-
-
-def _grid_line(y: float) -> Markup:
-    return Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
+    texts += [(along(tick), height - 6, x_format(tick), "") for tick in across]
+    shapes = {"grid": [y for y, _ in heights], "plot": (TOP, plot), "paths": paths, "texts": texts}
+    return drawing(identity, title, description, height, **shapes)
 
 
 def _range(values: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:
@@ -242,17 +247,21 @@ def _share(value: float, low: float, high: float, log: bool) -> float:
     return (value - low) / (high - low)
 
 
-def _path(curve: Curve, along: Callable[[float], float], down: Callable[[float], float]) -> Markup:
-    places = [(WIDTH * along(x), down(y)) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
-    pieces = []
-    if len(places) > 1:
-        d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        pieces.append(Markup('<path class="{}" d="{}"/>').format(curve.kind, d))
-    if curve.dots or len(places) == 1:
-        # A line of no length with round ends is a dot, however the drawing is stretched.
-        d = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
-        pieces.append(Markup('<path class="{} dots" d="{}"/>').format(curve.kind, d))
-    return Markup("").join(pieces)
+@dataclass(frozen=True)
+class Rect:
+    """A rectangle: ``x`` and ``width`` are shares of the drawing's width, ``y`` and ``height`` pixels.
+
+    Attributes:
+        kind: classes of the style sheet. hover: what is shown where a pointer rests on it.
+    """
+
+    kind: str
+    x: float
+    y: float
+    width: float
+    height: float
+    hover: str
+    opacity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -274,27 +283,18 @@ def heat_map(
 ) -> Markup:
     """Strips of cells below each other; the darker a cell, the larger its share of the largest value."""
     top = max((v for strip in strips for v in strip.values if v is not None), default=0.0) or 1.0
-    line, cell = 36, 16
-    pieces = []
-    for number, strip in enumerate(strips):
-        y = number * line
-        pieces += [_words(0, y + 13, strip.name), _words(1, y + 13, strip.note, kind="quiet")]
-        cells = [
-            Markup('<rect class="cell" x="{}" y="0" width="1" height="1" fill-opacity="{:.3f}">{}</rect>').format(
-                place, 0.06 + 0.94 * value / top, _hover(f"{columns[place]}: {value_format(value)}")
-            )
-            for place, value in enumerate(strip.values)
-            if value is not None
-        ]
-        pieces.append(
-            Markup(
-                '<svg y="{}" width="100%" height="{}" viewBox="0 0 {} 1" preserveAspectRatio="none">{}</svg>'
-            ).format(y + 18, cell, max(1, len(columns)), Markup("").join(cells))
-        )
+    line, cell, wide = 36, 16, 1 / max(1, len(columns))
+    rects, texts = [], []
+    for y, strip in zip(range(0, line * len(strips), line), strips, strict=True):
+        texts += [(0, y + 13, strip.name, ""), (1, y + 13, strip.note, "quiet")]
+        for place, value in enumerate(strip.values):
+            if value is not None:
+                hover = f"{columns[place]}: {value_format(value)}"
+                rects.append(Rect("cell", place * wide, y + 18, wide, cell, hover, 0.06 + 0.94 * value / top))
     height = line * len(strips) + 18
     ends = [(0.0, columns[0]), (1.0, columns[-1])] if len(columns) > 1 else [(0.0, name) for name in columns]
-    pieces += _axis(height, ends, kind="quiet")
-    return drawing(identity, title, description, height, Markup("").join(pieces))
+    texts += [(share, height - 4, name, "quiet") for share, name in ends]
+    return drawing(identity, title, description, height, rects=rects, texts=texts)
 
 
 @dataclass(frozen=True)
@@ -310,22 +310,15 @@ def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> M
     """Bars below each other on one scale."""
     most = max(sum(size for *_, size in bar.parts) for bar in given) or 1.0
     line, thick = 44, 20
-    pieces = []
-    for number, bar in enumerate(given):
-        y = number * line
-        pieces += [_words(0, y + 13, bar.name), _words(1, y + 13, bar.note)]
+    rects, texts = [], []
+    for y, bar in zip(range(0, line * len(given), line), given, strict=True):
+        texts += [(0, y + 13, bar.name, ""), (1, y + 13, bar.note, "")]
         sofar = 0.0
         for kind, name, size in bar.parts:
-            if size <= 0:
-                continue
-            pieces.append(
-                Markup('<rect class="part {}" x="{:.3f}%" y="{}" width="{:.3f}%" height="{}">{}</rect>').format(
-                    kind, 100 * sofar / most, y + 19, 100 * size / most, thick, _hover(name)
-                )
-            )
-            sofar += size
-    height = line * len(given) + 2
-    return drawing(identity, title, description, height, Markup("").join(pieces))
+            if size > 0:
+                rects.append(Rect(f"part {kind}", sofar / most, y + 19, size / most, thick, name))
+                sofar += size
+    return drawing(identity, title, description, line * len(given) + 2, rects=rects, texts=texts)
 
 
 def histogram(
@@ -335,34 +328,10 @@ def histogram(
     most, height = max(counts, default=0) or 1, 130
     low, span = edges[0], (edges[-1] - edges[0]) or 1
     plot = height - 10 - BOTTOM
-    pieces = []
-    for start, end, number in zip(edges, edges[1:], counts, strict=False):
-        tall = plot * number / most
-        pieces.append(
-            Markup('<rect class="column" x="{:.3f}%" y="{:.1f}" width="{:.3f}%" height="{:.1f}">{}</rect>').format(
-                100 * (start - low) / span,
-                10 + plot - tall,
-                max(0.4, 100 * (end - start) / span - 0.5),
-                tall,
-                _hover(f"{start:g} to {end - 1:g} {name}: {number:,}"),
-            )
-        )
-    pieces.append(_grid_line(10 + plot))
-    pieces += _axis(height, [(0.0, f"{edges[0]:,.0f} {name}"), (1.0, f"{edges[-1] - 1:,.0f} {name}")])
-    return drawing(identity, title, description, height, Markup("").join(pieces))
-
-
-def swatch(kind: str, *, area: bool = False) -> Markup:
-    """The sign of a curve, or of an area, in a legend."""
-    if area:
-        return Markup(
-            '<svg class="swatch" width="12" height="12" aria-hidden="true"><rect class="part {}" '
-            'width="12" height="12"/></svg>'
-        ).format(kind)
-    return Markup(
-        '<svg class="swatch" width="26" height="12" aria-hidden="true"><path class="{}" d="M1 6H25"/></svg>'
-    ).format(kind)
-
-
-def _hover(text: str) -> Markup:
-    return Markup("<title>{}</title>").format(escape(text))
+    rects = []
+    for (start, end), number in zip(itertools.pairwise(edges), counts, strict=True):
+        tall, wide = plot * number / most, max(0.004, (end - start) / span - 0.005)
+        hover = f"{start:g} to {end - 1:g} {name}: {number:,}"
+        rects.append(Rect("column", (start - low) / span, 10 + plot - tall, wide, tall, hover))
+    texts = [(share, height - 6, f"{edge:,.0f} {name}", "") for share, edge in ((0, edges[0]), (1, edges[-1] - 1))]
+    return drawing(identity, title, description, height, grid=[10 + plot], rects=rects, texts=texts)

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from functools import lru_cache
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import DictLoader, Environment, StrictUndefined
-from markupsafe import Markup
 
 from deltaw.durable import write_text
 from deltaw.reports.page.run_figures import over_steps, points_of, rate_figure, value_format
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.page.svg import Curve, Figure, Numbers, drawing, smoothed, swatch
+from deltaw.reports.page.svg import Curve, Figure, Numbers, drawing, macro, smoothed, swatch, templates
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
 from deltaw.reports.wording import metric_name, metric_value, when
-from deltaw.training.monitoring.rates import RateSearch
+from deltaw.training.callbacks import RateSearch
 from deltaw.training.run_folder import Run, find_runs, read_run
 
 # Kinds of curves that the style sheet tells apart, by color and by dashes; the first is not dashed.
@@ -67,7 +63,7 @@ def compared_figures(records: Sequence[Run]) -> list[Figure]:
 def _column(records: Sequence[Run], column: str, title: str, *, smooth: bool) -> Figure | None:
     found = [record.metrics.column(column) for record in records]
     points = [points_of(steps, smoothed(values) if smooth else values) for steps, values in found]
-    said = f"{title} over steps, as a running mean" if smooth else f"{title} over steps"
+    said = f"{title} over steps{', as a running mean' if smooth else ''}"
     return _figure(records, column.replace("_", "-"), title, said, points)
 
 
@@ -117,53 +113,33 @@ def _figure(
 
 
 NAME = "report.html"
-# Of a range test of the learning rate, and its width.
-RATES, WIDTH = "learning_rate.svg", 640
+# Of a range test of the learning rate.
+RATES = "learning_rate.svg"
 # Of several runs, in the folder that holds them.
 COMPARISON = "comparison.html"
 
 
-@lru_cache(maxsize=1)
-def _templates() -> tuple[Environment, Markup]:
-    """The templates, and the style sheet that goes into each page."""
-    folder = resources.files("deltaw.reports.page") / "templates"
-    texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
-    style = Markup(texts.pop("style.css"))
-    environment = Environment(loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment, style
-
-
 def run_page(record: Run) -> str:
     """One run as a page."""
-    environment, style = _templates()
-    return environment.get_template("run.html").render(style=style, **run_view(record)).strip() + "\n"
+    return _rendered("run.html", run_view(record))
 
 
 def comparison_page(records: Sequence[Run]) -> str:
     """Several runs side by side."""
-    environment, style = _templates()
-    return environment.get_template("compare.html").render(style=style, **compare_view(records)).strip() + "\n"
+    return _rendered("compare.html", compare_view(records))
+
+
+def _rendered(template: str, view: Mapping[str, Any]) -> str:
+    environment, style = templates()
+    return environment.get_template(template).render(style=style, **view).strip() + "\n"
 
 
 def rate_drawing(search: RateSearch) -> str:
     """A range test of the learning rate as an SVG that stands alone."""
     figure = rate_figure(search.as_dict())
     if figure is None:
-        return str(drawing("rate-search", "Loss over learning rate", search.why, 40, Markup("")))
-    _, style = _templates()
-    signs = [
-        Markup('<svg x="{0}" y="8" width="150" height="16">{1}<text x="32" y="10">{2}</text></svg>').format(
-            10 + 152 * place, sign, name
-        )
-        for place, (sign, name) in enumerate(figure.legend)
-    ]
-    return str(
-        Markup(
-            '<svg xmlns="http://www.w3.org/2000/svg" class="drawing" viewBox="0 0 {0} 260">'
-            '<style>{1}</style><rect width="{0}" height="260" style="fill: var(--paper)"/>{2}'
-            '<svg x="10" y="40" width="{3}" height="215">{4}</svg></svg>\n'
-        ).format(WIDTH, style, Markup("").join(signs), WIDTH - 20, figure.drawing)
-    )
+        return str(drawing("rate-search", "Loss over learning rate", search.why, 40))
+    return str(macro("alone", figure, templates()[1]))
 
 
 def write_rate_figure(search: RateSearch, folder: Path) -> Path:

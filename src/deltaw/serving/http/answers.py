@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import ANSWERS, GONE, ApiError, as_json, refused
-from deltaw.serving.http.preparing import Desk, Texts, adapter_named, check_choices, text_requests
+from deltaw.serving.http.preparing import Desk, Texts, adapter_named, text_requests
 from deltaw.serving.http.requests import (
     FAILURE,
     ChatRequest,
@@ -32,9 +32,6 @@ from deltaw.serving.http.settings import ServerSettings
 from deltaw.serving.http.tool_calls import FORCED, CallScan
 from deltaw.serving.request import Piece, TokenLogprob
 from deltaw.serving.request import Request as TextRequest
-
-# ---- Log-probabilities of tokens as the two APIs write them.
-
 
 # What stands for a probability of zero, whose logarithm JSON cannot write.
 LEAST = -9999.0
@@ -103,9 +100,6 @@ def _finite(value: float) -> float:
     return max(float(value), LEAST) if value == value else LEAST
 
 
-# ---- An answer: texts that are counted, and told in events while they are written or whole.
-
-
 # Tokens with log-probabilities whose writing would keep the event loop from other requests.
 MANY_LOGPROBS = 200
 DONE = b"data: [DONE]\n\n"
@@ -162,13 +156,10 @@ class Answer(Generic[Asked]):
         if self.asked.stream:
             return EventStream(self.events(texts), texts, desk, self.record)
         pieces: list[list[Piece]] = [[] for _ in self.requests]
-        try:
-            async with _watching(request.receive, request.scope, texts):
-                async for index, piece in texts.pieces():
-                    pieces[index].append(piece)
-                    self._count(index, piece)
-        finally:
-            desk.done(texts)
+        async with _watching(request.receive, self.record, texts, desk):
+            async for index, piece in texts.pieces():
+                pieces[index].append(piece)
+                self._count(index, piece)
 
         def made() -> Response:
             # One after another, since each may have megabytes of log-probabilities, and Python's lock is held
@@ -202,7 +193,8 @@ class Answer(Generic[Asked]):
         """
         record = self.record
         if piece.tokens:
-            record.token()
+            record.last_token = time.perf_counter()
+            record.first_token = record.first_token or record.last_token
             record.completion_tokens += len(piece.tokens)
         if index % self.asked.choices == 0:  # of one prompt's texts, the first counts for what was reused of it
             record.cached_tokens += piece.reused
@@ -236,28 +228,20 @@ class EventStream(Response):
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            async with _watching(receive, scope, self._texts):
-                try:
-                    async for event in self._events:
-                        await send({"type": "http.response.body", "body": as_event(event), "more_body": True})
-                    last = DONE
-                except ApiError as error:
-                    last = self._end(error)
-                except UserError as error:
-                    last = self._end(refused(error))
-                except Exception as error:
-                    last = self._end(ApiError(500, f"the engine failed ({type(error).__name__})"))
+        async with _watching(receive, self._record, self._texts, self._desk):
+            try:
+                async for event in self._events:
+                    await send({"type": "http.response.body", "body": as_event(event), "more_body": True})
+                last = DONE
+            except Exception as error:
+                refusal = refused(error) if isinstance(error, UserError) else error
+                if not isinstance(refusal, ApiError):
+                    refusal = ApiError(500, f"the engine failed ({type(error).__name__})")
                     scope[FAILURE] = error
-            # From here on the client is not watched: a server reports the end of an answer like a client that
-            # has gone.
-            await send({"type": "http.response.body", "body": last, "more_body": False})
-        finally:
-            self._desk.done(self._texts)
-
-    def _end(self, error: ApiError) -> bytes:
-        self._record.error = error.message
-        return as_event(error.body)
+                self._record.error = refusal.message
+                last = as_event(refusal.body)
+        # From here on the client is not watched: a server reports the end of an answer like a client that has gone.
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def as_event(value: Object) -> bytes:
@@ -266,13 +250,13 @@ def as_event(value: Object) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def _watching(receive: Receive, scope: Scope, texts: Texts) -> AsyncIterator[None]:
-    """While open, texts are let go as soon as the client is gone."""
+async def _watching(receive: Receive, record: Record, texts: Texts, desk: Desk) -> AsyncIterator[None]:
+    """While open, texts are let go as soon as the client is gone; afterwards nobody waits for them."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             continue
-        record_of(scope).gone = True
+        record.gone = True
         texts.cancel()
 
     task = asyncio.create_task(watch())
@@ -280,6 +264,7 @@ async def _watching(receive: Receive, scope: Scope, texts: Texts) -> AsyncIterat
         yield
     finally:
         task.cancel()
+        desk.done(texts)
 
 
 class Completion(Answer[CompletionRequest]):
@@ -300,7 +285,7 @@ class Completion(Answer[CompletionRequest]):
             yield {"index": index, "text": text, "logprobs": told, "finish_reason": piece.finish}
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Object:
-        all_of_it = joined(pieces)
+        all_of_it = Piece.joined(pieces)
         text = self._echoed(index) + all_of_it.text
         told = self._logprobs(index, all_of_it, 0, first=True)
         return {"index": index, "text": text, "logprobs": told, "finish_reason": all_of_it.finish}
@@ -352,7 +337,7 @@ class Chat(Answer[ChatRequest]):
             yield _delta(index, {}, finish="tool_calls" if calls else piece.finish)
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Object:
-        all_of_it = joined(pieces)
+        all_of_it = Piece.joined(pieces)
         finish: str | None = all_of_it.finish
         message: Object = {"role": "assistant", "content": all_of_it.text, "refusal": None}
         said = [self._said(index, piece) for piece in pieces]
@@ -380,16 +365,6 @@ def _delta(index: int, delta: Object, *, finish: str | None = None, logprobs: ob
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Pieces of a text as one."""
-    return Piece(
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.tokens),
-        tuple(one for piece in pieces for one in piece.logprobs),
-        pieces[-1].finish if pieces else None,
-    )
-
-
 def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRouter:
     """The routes that write text: ``/v1/chat/completions`` and ``/v1/completions``."""
     router = APIRouter()
@@ -404,9 +379,12 @@ def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRou
             if settings.log_prompts:
                 record.asked = asked.shown
             count = asked.choices * len(asked.prompts)
-            check_choices(count, limits)
+            if count > limits.choices:
+                raise ApiError(400, f"{count} texts are asked for, and a request may have {limits.choices}", param="n")
             desk.check_room(count)
-            requests = await desk.elsewhere(lambda: text_requests(asked, adapter, served, limits, record.owner))
+            requests = await asyncio.get_running_loop().run_in_executor(
+                desk.preparing, text_requests, asked, adapter, served, limits, record.owner
+            )
             record.prompt_tokens = sum(len(r.tokens) for r in requests[:: asked.choices])
             answer = rendering(asked, requests, served.prompts(adapter), record)
             return await answer.response(request, await desk.write(requests), desk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -11,21 +12,18 @@ from starlette.middleware.cors import CORSMiddleware
 from deltaw.errors import UserError
 from deltaw.serving.http.answers import texts_router
 from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, on_error, refusals
-from deltaw.serving.http.guard import CONTENT_TYPE, Guard, Metrics, Observed
+from deltaw.serving.http.guard import Guard, Metrics, Observed
 from deltaw.serving.http.preparing import Desk
 from deltaw.serving.http.served import Served, adapters_router, models_router
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.version import __version__
-
-# ---- For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`.
-
 
 # They answer without a key: probes have none, and learn nothing.
 OPEN = frozenset({"/health", "/ready"})
 
 
 def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> APIRouter:
-    """The three routes."""
+    """For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`."""
     router = APIRouter()
 
     @router.get("/health", summary="Whether the process answers", responses=answer("It does"))
@@ -42,12 +40,9 @@ def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> AP
 
     @router.get("/metrics", summary="Metrics for Prometheus", responses=answer("Metrics", "text/plain") | TOLD)
     async def shown() -> Response:
-        return Response(metrics.shown(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-# ---- The application.
 
 
 def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk | None]:
@@ -56,10 +51,7 @@ def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk 
     Raises:
         UserError: adapters are to be loaded by request, and what is served cannot load any.
     """
-    limits = settings.limits
-    desk = None
-    if served.engine is not None:
-        desk = Desk(served.engine, most=limits.queue, seconds=limits.seconds)
+    desk = None if served.engine is None else Desk(served.engine, settings.limits)
     metrics = Metrics(served.load, lambda: 0 if desk is None else desk.in_hand)
     layers = [
         Middleware(Observed, metrics=metrics),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.serving.encoders import Classifier, Embedder, Encoders
-from deltaw.serving.http.errors import ApiError, answer, json_response, refusals, refused
+from deltaw.serving.encoders import Classifier, Embedder, Encoders, RowModel
+from deltaw.serving.http.errors import ApiError, answer, concerning, json_response, no_model, refusals
 from deltaw.serving.http.preparing import surely_longer
 from deltaw.serving.http.requests import Fields, ModelName, Record, Tokens, described, read_json, record_of
 from deltaw.serving.http.served import Prompts, Served
@@ -35,8 +34,6 @@ Input = (
     | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
 )
 _REFUSED = refusals(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
-
-
 Given = str | list[str] | list[int] | list[list[int]]
 
 
@@ -74,11 +71,9 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
         asked = await read_json(request, fields, limits)
         record = record_of(request.scope)
         if asked.model not in encoders.models:
-            raise ApiError(404, f"there is no model '{asked.model[:128]}'", param="model", code="model_not_found")
+            raise no_model(asked.model)
         model = encoders.models[asked.model]
-        if isinstance(asked, EmbeddingRequest):
-            assert isinstance(model, Embedder)
-            width = _width(model, asked.dimensions)
+        width = _width(model, asked.dimensions) if isinstance(asked, EmbeddingRequest) else 0
         found = await _computed(encoders, asked.model, asked.input, record, limits)
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
         told: dict[str, object] = {"object": "list", "model": asked.model, "usage": usage}
@@ -114,7 +109,7 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
         responses=answer("The vectors" if embeds else "The classes") | _REFUSED,
     )
     others = tuple(other for other in encoders.models if other not in (name, first))
-    return Served(first, None, _no_prompts, reference=reference, routers=(router,), others=others)
+    return Served(first, None, _no_prompts, reference, close=encoders.close, routers=(router,), others=others)
 
 
 async def _computed(encoders: Encoders, name: str, given: Given, record: Record, limits: Limits) -> Tensor:
@@ -123,10 +118,8 @@ async def _computed(encoders: Encoders, name: str, given: Given, record: Record,
     loop = asyncio.get_running_loop()
     rows = await loop.run_in_executor(None, _rows, encoders, name, given, limits)
     record.prompt_tokens = sum(len(row) for row in rows)
-    try:
+    with concerning("input"):
         future = encoders.submit(name, rows)
-    except UserError as error:
-        raise refused(error, param="input") from error
     if future is None:
         raise ApiError(429, "too many texts are waiting", code="queue_full", retry_after=1)
     try:
@@ -141,7 +134,7 @@ def _rows(encoders: Encoders, name: str, given: Given, limits: Limits) -> list[n
     Raises:
         ApiError: there are too many.
     """
-    model = encoders.model(name)
+    model = encoders.models[name]
     listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     most = min(limits.prompt, model.limit or limits.prompt)
     rows: list[np.ndarray] = []
@@ -156,20 +149,19 @@ def _rows(encoders: Encoders, name: str, given: Given, limits: Limits) -> list[n
     return rows
 
 
-def _width(model: Embedder, asked: int | None) -> int:
-    if asked is None or asked == model.width:
-        return model.width
-    if asked in model.nested:
-        return asked
-    possible = ", ".join(str(width) for width in sorted({*model.nested, model.width}))
-    raise ApiError(400, f"the model's vectors have {possible} dimensions", param="dimensions", code="invalid_value")
+def _width(model: RowModel, asked: int | None) -> int:
+    assert isinstance(model, Embedder)
+    possible = sorted({*model.nested, model.width})
+    if asked is not None and asked not in possible:
+        shown = ", ".join(map(str, possible))
+        raise ApiError(400, f"the model's vectors have {shown} dimensions", param="dimensions")
+    return asked or model.width
 
 
 def _form(vector: np.ndarray, form: str) -> list[float] | str:
     if form == "base64":
         return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
-    values: Sequence[float] = vector.tolist()
-    return list(values)
+    return vector.tolist()  # type: ignore[no-any-return]
 
 
 def _no_prompts(adapter: str | None) -> Prompts:

@@ -5,8 +5,9 @@ Knows statuses and their words; not what was asked.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -22,6 +23,12 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 # A client went away before its answer: in logs and metrics only, since nobody reads it.
 GONE = 499
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+# What a UserError of each class becomes; any other is a 400.
+_REFUSED: dict[type[UserError], tuple[int, str]] = {
+    UnknownAdapterError: (404, "model_not_found"),  # it was removed after the request came
+    UnsupportedError: (501, "not_supported"),
+    BusyError: (429, "busy"),
+}
 
 
 class ApiError(Exception):
@@ -29,8 +36,10 @@ class ApiError(Exception):
 
     Args:
         status: of HTTP. message: what is wrong, and what helps.
-        param: the field that it concerns, as ``messages.0.content``. code: a word for programs.
+        param: the field that it concerns, as ``messages.0.content``.
+        code: a word for programs; of a 400, "invalid_value" if none is given.
         retry_after: seconds after which asking again may help.
+        close: whether the connection ends with the answer.
     """
 
     def __init__(
@@ -41,15 +50,16 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
+        self.status, self.message, self.param = status, message, param
+        self.code = "invalid_value" if code is None and status == 400 else code
         self.headers: dict[str, str] = {} if retry_after is None else {"Retry-After": str(retry_after)}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
+        if close:
+            self.headers["Connection"] = "close"
 
     @property
     def body(self) -> dict[str, object]:
@@ -58,16 +68,28 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def refused(error: UserError, *, param: str | None = None, status: int = 400) -> ApiError:
+def refused(error: UserError, *, param: str | None = None) -> ApiError:
     """A user's mistake that code below HTTP found."""
-    if isinstance(error, UnknownAdapterError):
-        # It was there when the request came, and has been removed.
-        return ApiError(404, _sentence(error), param="model", code="model_not_found")
-    if isinstance(error, UnsupportedError):
-        return ApiError(501, _sentence(error), param=param, code="not_supported")
-    if isinstance(error, BusyError):
-        return ApiError(429, _sentence(error), param=param, code="busy", retry_after=1)
-    return ApiError(status, _sentence(error), param=param, code="invalid_value" if status == 400 else None)
+    text = f"{error.what} ({error.where})" if error.where else error.what
+    text = f"{text}: {error.hint}" if error.hint else text
+    status, code = _REFUSED.get(type(error), (400, None))
+    param = "model" if status == 404 else param
+    return ApiError(status, text, param=param, code=code, retry_after=1 if status == 429 else None)
+
+
+def no_model(name: str) -> ApiError:
+    """The error of a name that no model has."""
+    message = f"there is no model '{name[:128]}': /v1/models lists those there are"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+@contextlib.contextmanager
+def concerning(param: str) -> Iterator[None]:
+    """While open, a user's mistake is one in this field of the request."""
+    try:
+        yield
+    except UserError as error:
+        raise refused(error, param=param) from error
 
 
 def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError:
@@ -121,30 +143,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-def _sentence(error: UserError) -> str:
-    text = f"{error.what} ({error.where})" if error.where else error.what
-    return f"{text}: {error.hint}" if error.hint else text
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
 
 
-# ---- What the OpenAPI schema says of answers: the statuses that routes give, and the error object.
-
-
-ERROR: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+# What the OpenAPI schema says of answers: the error object, and the statuses that routes give.
+_KINDS = {"message": "string", "type": "string", "param": ["string", "null"], "code": ["string", "null"]}
+ERROR = _object({"error": _object({name: {"type": kind} for name, kind in _KINDS.items()})})
 _TOLD = {
     400: "The request is not understood, or a value is out of range",
     401: "The API key is missing or wrong",

@@ -7,6 +7,7 @@ Plain ASGI, so that streams pass through without being held up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -19,9 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import TextIO
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,12 +30,6 @@ from deltaw.serving.http.requests import FAILURE, KEY, LARGE, Bodies, Record, re
 from deltaw.serving.http.settings import ServerSettings, is_loopback
 from deltaw.serving.request import EngineLoad
 
-# ---- Numbers for Prometheus, in a registry of the application's own.
-#
-# Labels are bounded: routes are those of the application, models those that it serves.
-
-
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Seconds: from a token of a small model to an answer of a large one.
 _TOKEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _FIRST = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -50,29 +43,21 @@ _GAUGES = {
 }
 
 
-class _Gauges(Collector):
-    """What an engine is doing, asked for when somebody looks."""
-
-    def __init__(self, load: Callable[[], EngineLoad], in_hand: Callable[[], int]) -> None:
-        self._load = load
-        self._in_hand = in_hand
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        load = self._load()
-        for name, told in _GAUGES.items():
-            yield GaugeMetricFamily(f"deltaw_{name}", told, getattr(load, name))
-        yield GaugeMetricFamily("deltaw_in_hand", "Texts in hand, waiting or running", self._in_hand())
+def _number(load: Callable[[], EngineLoad], name: str) -> float:
+    return float(getattr(load(), name))
 
 
 class Metrics:
-    """Counts requests and tokens, and how long they take.
+    """Counts requests and tokens, and how long they take: numbers for Prometheus, in a registry of their own.
+
+    Labels are bounded: routes are those of the application, models those that it serves.
 
     Args:
         load: what the engine is doing. in_hand: texts that the server has taken in.
     """
 
     def __init__(self, load: Callable[[], EngineLoad], in_hand: Callable[[], int]) -> None:
-        registry = self._registry = CollectorRegistry(auto_describe=True)
+        registry = self.registry = CollectorRegistry(auto_describe=True)
         counter = functools.partial(Counter, registry=registry)
         histogram = functools.partial(Histogram, registry=registry)
         self._requests = counter("deltaw_requests", "Requests", ("route", "status", "model"))
@@ -84,7 +69,9 @@ class Metrics:
         first, token = "Time from a request's arrival to its first token", "Time per token of a request after its first"
         self._first = histogram("deltaw_first_token_seconds", first, buckets=_FIRST)
         self._token = histogram("deltaw_token_seconds", f"{token}, over its texts", buckets=_TOKEN)
-        registry.register(_Gauges(load, in_hand))
+        Gauge("deltaw_in_hand", "Texts in hand, waiting or running", registry=registry).set_function(in_hand)
+        for name, told in _GAUGES.items():
+            Gauge(f"deltaw_{name}", told, registry=registry).set_function(functools.partial(_number, load, name))
 
     def count(self, record: Record, route: str, status: int, seconds: float) -> None:
         """Count a request that has been answered."""
@@ -103,22 +90,12 @@ class Metrics:
         if record.completion_tokens > 1:
             self._token.observe((record.last_token - record.first_token) / (record.completion_tokens - 1))
 
-    def shown(self) -> bytes:
-        """All of them in Prometheus's text format."""
-        return generate_latest(self._registry)
-
-
-# ---- Logs as lines of JSON: one for each request, and one for each thing that goes wrong.
-#
-# Lines are written by a thread of their own; where their reader does not keep up, they are dropped and counted,
-# rather than to wait for him. Prompts are left out unless asked for; keys never appear.
-
 
 LOGGER = logging.getLogger("deltaw.serve")
 # Lines that wait for the writer.
 MOST_WAITING = 10_000
-# Of uvicorn, told in the same way.
-_OTHERS = ("uvicorn", "uvicorn.error")
+# Whose lines the log has, and from which level on. Children of uvicorn's logger pass their lines up to it.
+_LEVELS = {LOGGER.name: logging.INFO, "uvicorn": logging.WARNING, "uvicorn.error": logging.WARNING}
 
 
 class _Lines(logging.Formatter):
@@ -135,64 +112,46 @@ class _Lines(logging.Formatter):
 class _Dropping(logging.handlers.QueueHandler):
     """Puts lines into a queue while there is room."""
 
-    dropped = 0
-
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(queue.Full):
             self.queue.put_nowait(record)
-        except queue.Full:
-            self.dropped += 1
 
 
-class RequestLog:
-    """Writes the log of a server to a stream while it is open.
+@contextlib.contextmanager
+def request_log(stream: TextIO | None) -> Iterator[None]:
+    """Write the log of a server to a stream while open: a line of JSON for each request, and for each thing
+    that goes wrong.
+
+    A thread of its own writes the lines; if their reader does not keep up, they are dropped. Prompts are left
+    out unless asked for; keys never appear.
 
     Args:
         stream: such as standard error; None for no lines at all.
     """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        waiting: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
-        self._handler: logging.Handler = logging.NullHandler() if stream is None else _Dropping(waiting)
-        self._listener: logging.handlers.QueueListener | None = None
-        if stream is not None:
-            shown = logging.StreamHandler(stream)
-            shown.setFormatter(_Lines())
-            self._listener = logging.handlers.QueueListener(waiting, shown)
-        self._before: list[tuple[logging.Logger, int, bool]] = []
-
-    def __enter__(self) -> RequestLog:
-        levels = {LOGGER.name: logging.INFO} | dict.fromkeys(_OTHERS, logging.WARNING)
-        for name, level in levels.items():
-            logger = logging.getLogger(name)
-            self._before.append((logger, logger.level, logger.propagate))
-            logger.setLevel(level)
-            # Children of uvicorn's logger pass their lines up to it.
-            logger.propagate = name == "uvicorn.error"
-            if name != "uvicorn.error":
-                logger.addHandler(self._handler)
-        if self._listener is not None:
-            self._listener.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level, propagate in self._before:
-            logger.removeHandler(self._handler)
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
+    handler = logging.NullHandler() if stream is None else _Dropping(waiting)
+    shown = logging.StreamHandler(stream)
+    shown.setFormatter(_Lines())
+    listener = logging.handlers.QueueListener(waiting, shown)
+    loggers = [logging.getLogger(name) for name in _LEVELS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(_LEVELS[logger.name])
+        logger.propagate = logger.name == "uvicorn.error"
+        if not logger.propagate:
+            logger.addHandler(handler)
+    listener.start()
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
             logger.setLevel(level)
             logger.propagate = propagate
-        if self._listener is not None:
-            self._listener.stop()
-
-    @property
-    def dropped(self) -> int:
-        """Lines that were not written."""
-        return getattr(self._handler, "dropped", 0)
-
-
-# ---- The two layers.
+        listener.stop()
 
 
 # After a large request; others that end within this time need no trimming of their own.
@@ -249,7 +208,7 @@ class Observed:
                 fault = ApiError(500, f"a fault of the server; it is in its log as {record.id}")
                 await error_response(fault)(scope, receive, told)
         finally:
-            record.ended()
+            record.bodies.bytes -= record.body  # nothing holds its body any more
             if record.body + written > LARGE:
                 self._trim_soon()
             self._end(scope, record, status, scope.get(FAILURE, failure))
@@ -269,11 +228,10 @@ class Observed:
         seconds = time.perf_counter() - record.began
         status = GONE if record.gone else status
         self._metrics.count(record, route, status, seconds)
-        client = scope.get("client")
         line: dict[str, object] = {
             "event": "request",
             "id": record.id,
-            "client": client[0] if client else None,
+            "client": (scope.get("client") or [None])[0],
             "method": scope["method"][:16],
             "route": route,
             "status": status,
@@ -281,19 +239,10 @@ class Observed:
         }
         if record.model:
             first = None if record.first_token is None else round(record.first_token - record.began, 4)
-            line |= {
-                "model": record.model,
-                "stream": record.stream,
-                "prompt_tokens": record.prompt_tokens,
-                "cached_tokens": record.cached_tokens,
-                "completion_tokens": record.completion_tokens,
-                "first_token_seconds": first,
-                "finish": record.finishes,
-            }
-        if record.error is not None:
-            line["error"] = record.error
-        if record.asked is not None:
-            line["asked"] = record.asked
+            told = ("model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens")
+            line |= {name: getattr(record, name) for name in told}
+            line |= {"first_token_seconds": first, "finish": record.finishes}
+        line |= {name: value for name in ("error", "asked") if (value := getattr(record, name)) is not None}
         level = logging.ERROR if failure is not None else logging.INFO
         LOGGER.log(level, "request", extra={"fields": line}, exc_info=failure)
 
@@ -319,33 +268,26 @@ class Guard:
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
-        if refusal is not None:
-            await error_response(refusal)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        answering = self._app if refusal is None else error_response(refusal)
+        await answering(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if self._check_hosts and not self._known_host(headers.get("host", "")):
-            return ApiError(
-                403, "the Host header names another host: start the server with --allow-host", code="wrong_host"
-            )
+            hint = "start the server with --allow-host"
+            return ApiError(403, f"the Host header names another host: {hint}", code="wrong_host")
         if self._keys and scope["path"] not in self._open:
             number = self._key_of(headers)
             if not number:
-                return ApiError(
-                    401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key"
-                )
+                hint = "send 'Authorization: Bearer KEY'"
+                return ApiError(401, f"the API key is missing or wrong: {hint}", code="invalid_api_key")
             if self._apart:
                 record_of(scope).owner = number
         return None
 
     def _known_host(self, told: str) -> bool:
         name = told.lower()
-        if name.startswith("["):
-            name = name.partition("]")[0] + "]"
-        else:
-            name = name.partition(":")[0]
+        name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
         return is_loopback(name) or name in self._hosts
 
     def _key_of(self, headers: Headers) -> int:

@@ -6,6 +6,7 @@ with one adapter at most; that is said. Knows references, folders and memory; no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def open_any(
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
         paths = {adapter: str(folder) for adapter, folder in folders.items()}
         encoders = open_classifiers(base, name, paths, model=opening.model, say=say, **opening.how)
-    return replace(encoders_served(encoders, name, base, limits), closed=encoders.close)
+    return encoders_served(encoders, name, base, limits)
 
 
 def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say: Callable[[str], None]) -> Served:
@@ -135,7 +136,7 @@ def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say
                 bank.add(adapter, folder)
                 advance(done)
         engine = engine_over(made, session, bank, cache_bytes=room, limits=BatchLimits(running=opening.running))
-        served = _served(name, base, engine, _PromptsOfBank(session, bank), lambda: bank.status().loaded, bank)
+        served = _served(name, base, engine, _prompts_of_bank(session, bank), bank)
     if not opening.page:
         return served
     return replace(served, routers=(page_router(),), open_paths=frozenset({"/"}))
@@ -151,71 +152,31 @@ def _by_transformers(
     say: Callable[[str], None],
 ) -> Served:
     if len(folders) > 1:
-        raise UserError(
-            f"this model has no decoder, and transformers serves one adapter: {len(folders)} are named",
-            where="--adapter",
-            hint="start a server for each, on a port of its own",
-        )
+        what = f"this model has no decoder, and transformers serves one adapter: {len(folders)} are named"
+        raise UserError(what, where="--adapter", hint="start a server for each, on a port of its own")
     own = next(iter(folders), None)
     data: dict[str | None, TokenizerPrompts] = {None: TokenizerPrompts(session.tokenizer, session.data)}
     if own is not None:
         session = open_run(str(folders[own]), model=base, say=say, **opening.how)
         data[own] = TokenizerPrompts(session.tokenizer, session.data)
-    engine = fallback_engine(session, own, reason, say)
-    return _served(name, base, engine, data.__getitem__, lambda: len(folders))
+    return _served(name, base, fallback_engine(session, own, reason, say), data.__getitem__)
 
 
 def _served(
-    name: str,
-    base: str,
-    engine: Engine,
-    prompts: Callable[[str | None], Prompts],
-    loaded: Callable[[], int],
-    bank: AdapterBank | None = None,
+    name: str, base: str, engine: Engine, prompts: Callable[[str | None], Prompts], bank: AdapterBank | None = None
 ) -> Served:
-    """What an engine serves.
-
-    Args:
-        loaded: how many adapters are in memory. bank: that is closed after the engine.
-    """
-
-    def close() -> None:
-        engine.close(drain=False)
-        if bank is not None:
-            bank.close()
-
-    return Served(
-        name,
-        engine,
-        prompts,
-        reference=base,
-        positions=engine.positions,
-        shelf=bank,
-        load=lambda: replace(engine.load, adapters_loaded=loaded()),
-        closed=close,
-    )
+    close = functools.partial(engine.close, drain=False)
+    return Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close=close)
 
 
-class _PromptsOfBank:
+def _prompts_of_bank(session: InferenceSession, bank: AdapterBank) -> Callable[[str | None], Prompts]:
     """Prompts of the adapters that a bank has at the moment: each with its own template, and rendered as its
     rows were."""
+    of_base = TokenizerPrompts(session.tokenizer, session.data)
 
-    def __init__(self, session: InferenceSession, bank: AdapterBank) -> None:
-        self._session = session
-        self._bank = bank
-        self._base = TokenizerPrompts(session.tokenizer, session.data)
-        self._known: dict[str, tuple[AdapterFacts, TokenizerPrompts]] = {}
-
-    def __call__(self, adapter: str | None) -> Prompts:
-        if adapter is None:
-            return self._base
-        facts = self._bank.facts(adapter)
-        known = self._known.get(adapter)
-        if known is not None and known[0] is facts:  # a swap brings other facts
-            return known[1]
+    @functools.lru_cache(MOST_PROMPTS)
+    def of_adapter(facts: AdapterFacts) -> Prompts:  # a swap brings other facts
         data = None if facts.config is None else facts.config.data
-        made = TokenizerPrompts(facts.tokenizer or self._session.tokenizer, data)
-        if len(self._known) >= MOST_PROMPTS:
-            self._known.clear()
-        self._known[adapter] = (facts, made)
-        return made
+        return TokenizerPrompts(facts.tokenizer or session.tokenizer, data)
+
+    return lambda adapter: of_base if adapter is None else of_adapter(bank.facts(adapter))

@@ -24,21 +24,15 @@ from deltaw.data.messages import read_messages
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder, TemplateName
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import ApiError, refused
+from deltaw.serving.http.errors import ApiError, concerning, no_model
 from deltaw.serving.http.requests import ChatRequest, CompletionRequest, json_constraint
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import CallForm, forced_schema, form_of
-from deltaw.serving.request import Constraint, Piece, Request, TextEngine, UnknownAdapterError, Writing
+from deltaw.serving.request import Constraint, Piece, Request, TextEngine, Writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# ---- The texts of requests, between an engine's thread and the event loop: taken in, followed, and let go.
-#
-# The engine tells of each piece as it comes, and the event loop looks at what came; neither waits for the other.
-# Knows neither HTTP nor what the texts are about.
 
 
 # Seconds after a request's own time, in which the engine must have ended its texts.
@@ -47,6 +41,8 @@ GRACE = 10.0
 
 class Texts:
     """The texts of one request, as they are written.
+
+    The engine tells of each piece as it comes, and the event loop looks at what came; neither waits for the other.
 
     Args:
         count: of texts. ended: told, from any thread, how many have ended.
@@ -133,30 +129,22 @@ class Desk:
     """Takes requests in, as many as there may be at once.
 
     Args:
-        engine: that writes. most: texts in hand at once. seconds: for each.
+        engine: that writes.
+
+    Attributes:
+        in_hand: texts that are waiting or being written. closing: whether no more are taken in.
+        preparing: threads for rendering and tokenizing, which take time.
     """
 
-    def __init__(self, engine: TextEngine, *, most: int, seconds: float) -> None:
-        self._engine = engine
-        self._most = most
-        self._seconds = seconds
+    def __init__(self, engine: TextEngine, limits: Limits) -> None:
+        self._engine, self._limits = engine, limits
         self._lock = threading.Lock()
-        self._in_hand = 0
         self._open: set[Texts] = set()
-        self.closing = False
-        self._preparing = ThreadPoolExecutor(4, "deltaw-prepare")
+        self.in_hand, self.closing = 0, False
+        self.preparing = ThreadPoolExecutor(4, "deltaw-prepare")
         # Each may wait for a constraint.
-        self._submitting = ThreadPoolExecutor(most, "deltaw-submit")
+        self._submitting = ThreadPoolExecutor(limits.queue, "deltaw-submit")
         self._submitted: set[asyncio.Future[None]] = set()
-
-    @property
-    def in_hand(self) -> int:
-        """Texts that are waiting or being written."""
-        return self._in_hand
-
-    async def elsewhere(self, work: Callable[[], list[Request]]) -> list[Request]:
-        """The requests that ``work`` makes, in another thread: rendering and tokenizing takes time."""
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
     def check_room(self, count: int) -> None:
         """Refuse what would not be taken in, before work is spent on it.
@@ -166,13 +154,9 @@ class Desk:
         """
         if self.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-        if self._in_hand + count > self._most:
-            raise ApiError(
-                429,
-                f"{self._in_hand} texts are in hand, and {self._most} may be: ask again later",
-                code="queue_full",
-                retry_after=1,
-            )
+        if self.in_hand + count > self._limits.queue:
+            message = f"{self.in_hand} texts are in hand, and {self._limits.queue} may be: ask again later"
+            raise ApiError(429, message, code="queue_full", retry_after=1)
 
     async def write(self, requests: Sequence[Request]) -> Texts:
         """Let the engine write these texts.
@@ -183,8 +167,8 @@ class Desk:
         """
         with self._lock:
             self.check_room(len(requests))
-            self._in_hand += len(requests)
-        texts = Texts(len(requests), self._release, self._seconds)
+            self.in_hand += len(requests)
+        texts = Texts(len(requests), self._release, self._limits.seconds)
         loop = asyncio.get_running_loop()
         submitted = loop.run_in_executor(self._submitting, texts.submit, self._engine, requests)
         self._submitted.add(submitted)
@@ -219,17 +203,12 @@ class Desk:
 
     def close(self) -> None:
         """End the threads; the engine must have been closed."""
-        self._preparing.shutdown(wait=True, cancel_futures=True)
+        self.preparing.shutdown(wait=True, cancel_futures=True)
         self._submitting.shutdown(wait=True)
 
     def _release(self, count: int) -> None:
         with self._lock:
-            self._in_hand -= count
-
-
-# ---- Prompts through a tokenizer and its chat template, rendered as the rows of an adapter's training were.
-#
-# Knows tokenizers and the settings of a run's data; not HTTP.
+            self.in_hand -= count
 
 
 # Texts of so many times the characters that there may be tokens are tokenized without a second look; those of
@@ -238,11 +217,14 @@ _FEW = 4
 
 
 class TokenizerPrompts:
-    """Renders prompts with one tokenizer.
+    """Renders prompts with one tokenizer, as the rows of an adapter's training were.
 
     Args:
         tokenizer: of the adapter or the base model, with its chat template.
         data: how the adapter's rows were read; None where that is not known.
+
+    Attributes:
+        call_form: how the chat template lets a model write calls of tools.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings | None = None) -> None:
@@ -257,13 +239,8 @@ class TokenizerPrompts:
         self._plain = Encoder(tokenizer, "plain")
         self._day = todays_date()
         self._chat = self._encoder(self._day)
-        self._form = self._form_of_template() if self._chat.chat else None
+        self.call_form = self._form_of_template() if self._chat.chat else None
         self._bytes: dict[int, bytes] = {}
-
-    @property
-    def call_form(self) -> CallForm | None:
-        """How the chat template lets a model write calls of tools."""
-        return self._form
 
     def chat(self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]]) -> np.ndarray:
         """A conversation through what opens the assistant's turn: int32 (length,).
@@ -335,54 +312,31 @@ def bytes_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
     text = str(tokenizer.decode([int(token)], clean_up_tokenization_spaces=False))
-    if "\ufffd" in text and all(letter in _BYTE_OF for letter in name):
-        return bytes(_BYTE_OF[letter] for letter in name)
+    byte_of = _byte_letters()
+    if "\ufffd" in text and all(letter in byte_of for letter in name):
+        return bytes(byte_of[letter] for letter in name)
     if name.startswith("\u2581") and not text.startswith(" "):
         text = " " + text  # a decoder drops the space that begins a text
     return text.encode("utf-8", "replace")
 
 
+@functools.cache
 def _byte_letters() -> dict[str, int]:
-    """The character that byte-level vocabularies write for each byte, and the byte: the printable ones stand
-    for themselves, the others for those from 256 on, in order."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    """The character that byte-level vocabularies write for each byte, and the byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-_BYTE_OF = _byte_letters()
-
-
-# ---- From the fields of a request to requests to the engine.
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def adapter_named(served: Served, model: str) -> str | None:
     """The adapter that a request asks for; None for the base model.
 
     Raises:
-        ApiError: 404, there is no such model; 501, the model writes no text.
+        ApiError: 404, there is no such model.
     """
     if model != served.name and model not in served.adapters():
-        raise ApiError(
-            404,
-            f"there is no model '{model[:128]}': /v1/models lists those there are",
-            param="model",
-            code="model_not_found",
-        )
-    if served.engine is None:
-        raise ApiError(400, f"'{model}' writes no text", param="model", code="model_not_supported")
+        raise no_model(model)
     return None if model == served.name else model
-
-
-def check_choices(count: int, limits: Limits) -> None:
-    """Refuse more texts than one request may ask for."""
-    if count > limits.choices:
-        raise ApiError(
-            400,
-            f"{count} texts are asked for, and a request may have {limits.choices}",
-            param="n",
-            code="invalid_value",
-        )
 
 
 def text_requests(
@@ -396,12 +350,13 @@ def text_requests(
     Raises:
         ApiError: a prompt is empty or too long, or a conversation cannot be rendered.
     """
-    prompts = _prompts_of(served, adapter)
+    prompts = served.prompts(adapter)
+    longest = min(limits.prompt, served.positions or limits.prompt)
     if isinstance(asked, ChatRequest):
-        given = [_chat_tokens(asked, prompts, served, limits)]
+        given = [_chat_tokens(asked, prompts, longest)]
         constraint = _forced(asked) if asked.forced else asked.constraint()
     else:
-        given = [_prompt_tokens(prompt, prompts, served, limits) for prompt in asked.prompts]
+        given = [_prompt_tokens(prompt, prompts, longest) for prompt in asked.prompts]
         constraint = asked.constraint()
     sampling = asked.sampling()
     # Each choice draws with a seed of its own, which does not depend on what else is asked for.
@@ -413,7 +368,7 @@ def text_requests(
             sampling=replace(sampling, seed=seed),
             constraint=constraint,
             max_new_tokens=_new_tokens(asked.most_tokens, tokens, served, limits),
-            stop=asked.stops,
+            stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
             stop_ids=() if asked.ignore_eos else None,
             seconds=limits.seconds,
             prompt_logprobs=asked.prompt_logprobs,
@@ -424,35 +379,26 @@ def text_requests(
     ]
 
 
-def _chat_tokens(asked: ChatRequest, prompts: Prompts, served: Served, limits: Limits) -> np.ndarray:
+def _chat_tokens(asked: ChatRequest, prompts: Prompts, longest: int) -> np.ndarray:
     tools = [tool.model_dump(exclude_none=True) for tool in asked.offered]
     turns = [message.as_turn() for message in asked.messages]
-    _refuse_long(json.dumps([turns, tools], ensure_ascii=False), prompts, served, limits)
-    try:
+    _refuse_long(json.dumps([turns, tools], ensure_ascii=False), prompts, longest)
+    with concerning("messages"):
         return prompts.chat(turns, tools)
-    except UserError as error:
-        raise refused(error, param="messages") from error
 
 
-def _prompt_tokens(prompt: str | list[int], prompts: Prompts, served: Served, limits: Limits) -> np.ndarray:
-    if isinstance(prompt, str):
-        _refuse_long(prompt, prompts, served, limits)
-    tokens = prompts.text(prompt) if isinstance(prompt, str) else np.asarray(prompt, dtype=np.int32)
+def _prompt_tokens(prompt: str | list[int], prompts: Prompts, longest: int) -> np.ndarray:
+    if not isinstance(prompt, str):
+        return np.asarray(prompt, dtype=np.int32)
+    _refuse_long(prompt, prompts, longest)
+    tokens = prompts.text(prompt)
     if not len(tokens):
-        raise ApiError(400, "a prompt is empty", param="prompt", code="invalid_value")
+        raise ApiError(400, "a prompt is empty", param="prompt")
     return tokens
 
 
-def _prompts_of(served: Served, adapter: str | None) -> Prompts:
-    try:
-        return served.prompts(adapter)
-    except UnknownAdapterError as error:
-        raise refused(error) from error
-
-
-def _refuse_long(text: str, prompts: Prompts, served: Served, limits: Limits) -> None:
+def _refuse_long(text: str, prompts: Prompts, most: int) -> None:
     """Refuse what is far too long before all of it is tokenized, which would take seconds."""
-    most = min(limits.prompt, served.positions or limits.prompt)
     if surely_longer(text, most, prompts.text):
         raise _too_long(f"the prompt has far more than {most:,} tokens")
 
@@ -461,14 +407,10 @@ def _new_tokens(most: int | None, tokens: np.ndarray, served: Served, limits: Li
     """How many tokens may be written behind a prompt."""
     if len(tokens) > limits.prompt:
         raise _too_long(f"the prompt has {len(tokens):,} tokens, and {limits.prompt:,} are allowed")
-    if most is not None and most > limits.new_tokens:
-        raise ApiError(
-            400,
-            f"{most:,} new tokens are asked for, and {limits.new_tokens:,} are allowed",
-            param="max_tokens",
-            code="invalid_value",
-        )
     most = limits.new_tokens if most is None else most
+    if most > limits.new_tokens:
+        message = f"{most:,} new tokens are asked for, and {limits.new_tokens:,} are allowed"
+        raise ApiError(400, message, param="max_tokens")
     if served.positions is None:
         return most
     room = served.positions - len(tokens)
@@ -478,10 +420,8 @@ def _new_tokens(most: int | None, tokens: np.ndarray, served: Served, limits: Li
 
 
 def _forced(asked: ChatRequest) -> Constraint:
-    try:
+    with concerning("tools"):
         schema = forced_schema([(function.name, function.parameters) for function in asked.forced])
-    except UserError as error:
-        raise refused(error, param="tools") from error
     return json_constraint(schema, "tools")
 
 

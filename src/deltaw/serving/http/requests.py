@@ -14,10 +14,10 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
@@ -31,9 +31,12 @@ Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 # Lists are checked to their first error: a million wrong elements would take gigabytes.
 Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
+# A token as the key of a JSON object.
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 # Tokens that one request may weigh by logit_bias.
 MOST_BIASES = 1024
+MOST_STOPS = 16
 # A constraint's text: it is compiled, which takes time that grows with it.
 LONGEST_CONSTRAINT = 64 << 10
 
@@ -51,6 +54,12 @@ class StreamOptions(Fields):
     include_obfuscation: bool = False
 
 
+def wrong(message: str, param: str | None = None) -> PydanticCustomError:
+    """A mistake that is told as it stands, with the field that it concerns."""
+    # In the message itself, braces would be read as places for values.
+    return PydanticCustomError("invalid_value", "{told}", {"told": message, "param": param})
+
+
 class SchemaFormat(Fields):
     """A JSON schema with the name that the client has for it."""
 
@@ -63,7 +72,7 @@ class SchemaFormat(Fields):
 class ResponseFormat(Fields):
     """What a text must be: any text, a JSON object, or what a JSON schema describes."""
 
-    type: str = Field(pattern=r"^(text|json_object|json_schema)$")
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
 
     @model_validator(mode="after")
@@ -89,7 +98,7 @@ class TextFields(Fields):
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MOST_BIASES)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     response_format: ResponseFormat | None = None
     # Of vLLM.
@@ -121,31 +130,18 @@ class TextFields(Fields):
                 raise wrong(f"the field '{key}' is not supported" + (f": {hint}" if hint else ""), key)
         return kept
 
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) > 16:
-            raise wrong("at most 16 stop texts")
-        return value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for key in value or ():
-            if not (key.isascii() and key.isdecimal() and len(key) < 10):
-                raise wrong(f"{key[:40]!r} is no token id")
-        return value
-
     @model_validator(mode="after")
     def _one_constraint(self) -> TextFields:
         formatted = self.response_format is not None and self.response_format.type != "text"
-        given = [self.guided_json, self.guided_regex, self.guided_grammar, True if formatted else None]
-        if sum(g is not None for g in given) > 1:
+        given = formatted + sum(g is not None for g in (self.guided_json, self.guided_regex, self.guided_grammar))
+        if given > 1:
             raise wrong("give one of response_format, guided_json, guided_regex and guided_grammar")
-        if self.ignore_eos and any(g is not None for g in given):
+        if self.ignore_eos and given:
             raise wrong("'ignore_eos' and a format do not go together: the format says where a text ends")
         if self.stream_options is not None and not self.stream:
             raise wrong("'stream_options' needs 'stream': true")
+        if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
+            raise wrong(f"at most {MOST_STOPS} stop texts", "stop")
         return self
 
     @property
@@ -157,11 +153,6 @@ class TextFields(Fields):
     def with_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts that end a text."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def most_tokens(self) -> int | None:
@@ -220,17 +211,8 @@ def json_constraint(schema: dict[str, Any] | str, param: str) -> Constraint:
     except (ValueError, RecursionError):
         known = False
     if not known:
-        raise ApiError(400, "a schema must be a JSON object", param=param, code="invalid_value")
+        raise ApiError(400, "a schema must be a JSON object", param=param)
     return Constraint("json_schema", text)
-
-
-def wrong(message: str, param: str | None = None) -> PydanticCustomError:
-    """A mistake that is told as it stands, with the field that it concerns."""
-    # In the message itself, braces would be read as places for values.
-    return PydanticCustomError("invalid_value", "{told}", {"told": message, "param": param})
-
-
-# ---- What is known of one request when it has been answered: for its line in the log, and for the metrics.
 
 
 # Where a request's record is, in the scope that ASGI hands on.
@@ -248,7 +230,7 @@ class Bodies:
 
 @dataclass
 class Record:
-    """One request.
+    """What is known of one request when it has been answered: for its line in the log, and for the metrics.
 
     Attributes:
         id: names it in the log and in the header ``x-request-id``.
@@ -279,21 +261,6 @@ class Record:
     bodies: Bodies = field(default_factory=Bodies)
     owner: int = 0
 
-    def token(self) -> None:
-        """A token came."""
-        self.last_token = time.perf_counter()
-        if self.first_token is None:
-            self.first_token = self.last_token
-
-    def arrived(self, count: int) -> None:
-        """A part of the body came."""
-        self.body += count
-        self.bodies.bytes += count
-
-    def ended(self) -> None:
-        """The request has been answered; nothing holds its body any more."""
-        self.bodies.bytes -= self.body
-
     def usage(self) -> dict[str, object]:
         """The counts as answers have them."""
         return {
@@ -306,14 +273,7 @@ class Record:
 
 def record_of(scope: Mapping[str, Any]) -> Record:
     """The record of the request with this scope."""
-    record: Record = scope[KEY]
-    return record
-
-
-# ---- A request's body becomes checked values: read within bounds of size and time, parsed, and validated.
-#
-# Nothing is parsed before all of it has arrived within its bounds. Knows JSON and pydantic; not what the fields
-# mean.
+    return cast(Record, scope[KEY])
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -344,58 +304,36 @@ async def read_json(request: Request, model: type[Model], limits: Limits) -> Mod
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """All bytes of a body.
+    """All bytes of a body; nothing is parsed before all of it has arrived within its bounds.
 
     Raises:
         ApiError: 408, 413, or 429 where those of all requests together are too large.
     """
-    told = request.headers.get("content-length", "0")
-    too_large = ApiError(413, f"the body has more than {limits.body:,} bytes", code="request_too_large")
-    too_many = ApiError(429, "too many requests are arriving", code="busy", retry_after=1)
-    for error in (too_large, too_many):
-        error.headers["Connection"] = "close"
+    told, record = request.headers.get("content-length", "0"), record_of(request.scope)
+    too_large = ApiError(413, f"the body has more than {limits.body:,} bytes", code="request_too_large", close=True)
     if told.isdecimal() and (len(told) > 18 or int(told) > limits.body):
         raise too_large
 
     async def arrived() -> bytes:
         parts: list[bytes] = []
-        record = record_of(request.scope)
         async for part in request.stream():
-            record.arrived(len(part))
+            record.body += len(part)
+            record.bodies.bytes += len(part)
             if record.body > limits.body:
                 raise too_large
             if record.bodies.bytes > max(limits.bodies, limits.body):
-                raise too_many
+                raise ApiError(429, "too many requests are arriving", code="busy", retry_after=1, close=True)
             parts.append(part)
         return b"".join(parts)
 
     try:
         return await asyncio.wait_for(arrived(), limits.body_seconds)
     except ClientDisconnect:
-        record_of(request.scope).gone = True
+        record.gone = True
         raise ApiError(GONE, "the client went away in its body", code="cancelled") from None
     except asyncio.TimeoutError:
-        late = ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s", code="timeout")
-        late.headers["Connection"] = "close"
-        raise late from None
-
-
-def parse(body: bytes, limits: Limits) -> Any:
-    """JSON as values, without NaN, without halves of surrogate pairs, and not deeper than allowed.
-
-    Raises:
-        ApiError: 400.
-    """
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-    except RecursionError:
-        raise _too_deep(limits) from None
-    except UnicodeDecodeError:
-        raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}"[:300], code="invalid_json") from None
-    _check(value, limits)
-    return value
+        message = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, message, code="timeout", close=True) from None
 
 
 def described(model: type[BaseModel]) -> dict[str, Any]:
@@ -405,7 +343,17 @@ def described(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _checked(body: bytes, model: type[Model], limits: Limits) -> Model:
-    value = parse(body, limits)
+    """The fields of a body of JSON without NaN, without halves of surrogate pairs, and not deeper than allowed."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        _check(value, limits)
+    except RecursionError:
+        raise ApiError(400, f"the JSON is nested more than {limits.depth} deep", code="invalid_json") from None
+    except UnicodeError:
+        message = "the body is not UTF-8, or a text holds half of a surrogate pair"
+        raise ApiError(400, message, code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}"[:300], code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_type")
     try:
@@ -415,20 +363,18 @@ def _checked(body: bytes, model: type[Model], limits: Limits) -> Model:
 
 
 def _check(value: Any, limits: Limits) -> None:
-    """Refuse what is too deep, or has text that cannot be written as UTF-8."""
+    """Raise an error where values are too deep, or have text that cannot be written as UTF-8."""
     level = [value]
     for _ in range(limits.depth + 1):
         below: list[Any] = []
         for part in level:
             if isinstance(part, str):
-                if not part.isascii() and not _is_text(part):
-                    raise ApiError(400, "a text holds half of a surrogate pair", code="invalid_value")
-            elif isinstance(part, float):
-                if not math.isfinite(part):
-                    raise ApiError(400, "a number is too large", code="invalid_value")
+                part.encode("utf-8")  # fails for half of a surrogate pair
+            elif isinstance(part, float) and not math.isfinite(part):
+                raise ApiError(400, "a number is too large")
             elif isinstance(part, dict):
                 if len(part) > MOST_KEYS:
-                    raise ApiError(400, f"an object has more than {MOST_KEYS:,} keys", code="invalid_value")
+                    raise ApiError(400, f"an object has more than {MOST_KEYS:,} keys")
                 below += part.keys()
                 below += part.values()
             elif isinstance(part, list):
@@ -436,19 +382,7 @@ def _check(value: Any, limits: Limits) -> None:
         if not below:
             return
         level = below
-    raise _too_deep(limits)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _too_deep(limits: Limits) -> ApiError:
-    return ApiError(400, f"the JSON is nested more than {limits.depth} deep", code="invalid_json")
+    raise RecursionError
 
 
 def _no_constant(name: str) -> None:
@@ -465,15 +399,10 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict):
             return part
         if "$ref" in part:
-            beside = {key: value for key, value in part.items() if key != "$ref"}
-            return put({**definitions[part["$ref"].rpartition("/")[2]], **beside})
-        return {key: put(value) for key, value in part.items()}
+            part = {**definitions[part["$ref"].rpartition("/")[2]], **part}
+        return {key: put(value) for key, value in part.items() if key != "$ref"}
 
-    inlined: dict[str, Any] = put(schema)
-    return inlined
-
-
-# ---- The fields of a chat completion: messages and tools besides those that both have.
+    return cast(dict[str, Any], put(schema))
 
 
 MOST_MESSAGES = 4096
@@ -555,36 +484,16 @@ class Tool(Fields):
     function: Function
 
 
-class NamedFunction(Fields):
-    """A function by its name."""
-
-    name: str
-
-
-class NamedTool(Fields):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-_NEED_TOOLS = "use 'tools' and 'tool_choice'"
-
-
 class ChatRequest(TextFields):
     """The body of ``/v1/chat/completions``."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
-        "functions": ((), _NEED_TOOLS),
-        "function_call": ((), _NEED_TOOLS),
-        "audio": ((), ""),
+        **dict.fromkeys(("functions", "function_call"), ((), "use 'tools' and 'tool_choice'")),
+        **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ((), "")),
         "modalities": ((["text"],), "answers are text"),
-        "prediction": ((), ""),
-        "reasoning_effort": ((), ""),
         "service_tier": (("auto", "default"), ""),
         "store": ((False,), "nothing is stored"),
         "verbosity": (("medium",), ""),
-        "web_search_options": ((), ""),
         "prompt_cache_retention": (("in_memory", "in-memory"), ""),
     }
 
@@ -594,18 +503,13 @@ class ChatRequest(TextFields):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = True
-
-    @field_validator("messages")
-    @classmethod
-    def _asks(cls, value: list[Message]) -> list[Message]:
-        if value[-1].role == "assistant":
-            raise wrong("the last message must not be the assistant's")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
+        if self.messages[-1].role == "assistant":
+            raise wrong("the last message must not be the assistant's", "messages")
         if self.top_logprobs is not None and not self.logprobs:
             raise wrong("'top_logprobs' needs 'logprobs': true")
         if None not in (self.max_tokens, self.max_completion_tokens):
@@ -615,7 +519,7 @@ class ChatRequest(TextFields):
             raise wrong("two tools have one name")
         if self.tool_choice not in (None, "none", "auto") and not names:
             raise wrong("'tool_choice' needs 'tools'")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+        if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in names:
             raise wrong("'tool_choice' names a tool that is not in 'tools'")
         if self.forced and self.constraint() is not None:
             raise wrong("a forced tool call leaves no room for another format")
@@ -624,10 +528,10 @@ class ChatRequest(TextFields):
     @property
     def forced(self) -> list[Function]:
         """The functions of which one must be called; empty where none must."""
-        if isinstance(self.tool_choice, NamedTool):
-            asked = self.tool_choice.function.name
-            return [tool.function for tool in self.tools or () if tool.function.name == asked]
-        return [tool.function for tool in self.tools or ()] if self.tool_choice == "required" else []
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, Tool):
+            return [function for function in functions if function.name == self.tool_choice.function.name]
+        return functions if self.tool_choice == "required" else []
 
     @property
     def offered(self) -> list[Tool]:
@@ -653,9 +557,6 @@ class ChatRequest(TextFields):
     def told_logprobs(self) -> int | None:
         """How many likely tokens are told with each, as in :class:`Sampling`."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-# ---- The fields of a plain completion: prompts as texts or token ids, besides those that both have.
 
 
 MOST_PROMPTS = 1024

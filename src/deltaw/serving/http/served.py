@@ -19,9 +19,9 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, refusals, refused
+from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, no_model, refusals, refused
 from deltaw.serving.http.requests import Fields, described, read_json, record_of
-from deltaw.serving.http.settings import NAME, ServerSettings, check_name
+from deltaw.serving.http.settings import NAME, ServerSettings
 from deltaw.serving.http.tool_calls import CallForm
 from deltaw.serving.request import EngineLoad, TextEngine
 
@@ -84,7 +84,7 @@ class Served:
         shelf: where adapters are added and removed; None where they are fixed.
         load: what the engine is doing.
         alive: whether texts can be written now.
-        closed: ends the engine, and what belongs to it.
+        close: ends what is still being written, and lets go of what it took.
         routers: more routes: embeddings, classes, a page. open_paths: those of them that need no key.
         others: names besides the base model's where there is no engine, such as a classifier's adapters.
     """
@@ -97,30 +97,20 @@ class Served:
     shelf: Shelf | None = None
     load: Callable[[], EngineLoad] = EngineLoad
     alive: Callable[[], bool] = field(default=lambda: True)
-    closed: Callable[[], None] = field(default=lambda: None)
+    close: Callable[[], None] = field(default=lambda: None)
     routers: tuple[APIRouter, ...] = ()
     open_paths: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
-
-    def close(self) -> None:
-        """End what is still being written, and let go of what it took."""
-        self.closed()
 
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may give besides the base model's."""
         return self.others if self.engine is None else self.engine.adapters()
 
 
-# ---- `/v1/models`: the base model and its adapters; and vLLM's routes that load and unload adapters.
-#
-# Adapters are loaded from below one folder only: links are followed first, and what leads out of it is refused
-# like what does not exist, so that nobody learns what lies elsewhere.
-
-
 class UnloadAdapter(Fields):
     """The body of ``/v1/unload_lora_adapter``."""
 
-    lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
+    lora_name: str = Field(pattern=f"^{NAME.pattern}$")
 
 
 class LoadAdapter(UnloadAdapter):
@@ -149,39 +139,33 @@ def models_router(served: Served) -> APIRouter:
     @router.get("/v1/models/{model:path}", summary="One model", responses=answer("The model") | TOLD | refusals(404))
     async def model(model: str) -> Response:
         if model != served.name and model not in served.adapters():
-            raise ApiError(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
+            raise no_model(model)
         return json_response(entry(model))
 
     return router
 
 
 def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> APIRouter:
-    """The routes that load and unload adapters from below ``settings.adapters_from``."""
+    """vLLM's routes that load and unload adapters, from below ``settings.adapters_from`` alone."""
     assert settings.adapters_from is not None
-    router = APIRouter()
     root, limits = settings.adapters_from, settings.limits
     told = answer("What was done", "text/plain") | TOLD | refusals(404, 408, 413, 415, 500)
+    router = APIRouter(responses=told, default_response_class=PlainTextResponse)
     changing = asyncio.Lock()
 
-    @router.post(
-        "/v1/load_lora_adapter",
-        summary="Load an adapter",
-        openapi_extra=described(LoadAdapter),
-        responses=told,
-        response_class=PlainTextResponse,
-    )
+    @router.post("/v1/load_lora_adapter", summary="Load an adapter", openapi_extra=described(LoadAdapter))
     async def load(request: Request) -> Response:
         asked = await read_json(request, LoadAdapter, limits)
-        name = _name(asked.lora_name, served)
-        folder = folder_below(root, asked.lora_path)
+        name, folder = asked.lora_name, folder_below(root, asked.lora_path)
         async with changing:
+            known = served.adapters()
+            if name == served.name:
+                raise ApiError(400, f"'{name}' is the base model", param="lora_name")
+            if name not in known and len(known) >= settings.max_adapters:
+                message = f"{len(known)} adapters are loaded, and {settings.max_adapters} may be: unload one first"
+                raise ApiError(400, message, param="lora_path")
+            put = shelf.swap if asked.load_inplace and name in known else shelf.add
             try:
-                known = served.adapters()
-                if name not in known and len(known) >= settings.max_adapters:
-                    raise UserError(
-                        f"{len(known)} adapters are loaded, and {settings.max_adapters} may be", hint="unload one first"
-                    )
-                put = shelf.swap if asked.load_inplace and name in known else shelf.add
                 await asyncio.get_running_loop().run_in_executor(None, put, name, folder)
             except UserError as error:
                 # Where it lies on this machine is not for everybody.
@@ -189,16 +173,9 @@ def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> A
         record_of(request.scope).model = name
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post(
-        "/v1/unload_lora_adapter",
-        summary="Unload an adapter",
-        openapi_extra=described(UnloadAdapter),
-        responses=told,
-        response_class=PlainTextResponse,
-    )
+    @router.post("/v1/unload_lora_adapter", summary="Unload an adapter", openapi_extra=described(UnloadAdapter))
     async def unload(request: Request) -> Response:
-        asked = await read_json(request, UnloadAdapter, limits)
-        name = _name(asked.lora_name, served)
+        name = (await read_json(request, UnloadAdapter, limits)).lora_name
         async with changing:
             if name not in served.adapters():
                 raise ApiError(404, f"there is no adapter '{name}'", param="lora_name", code="model_not_found")
@@ -210,6 +187,8 @@ def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> A
 
 def folder_below(root: Path, path: str) -> Path:
     """The folder that a request names, which lies below ``root`` when all links are followed.
+
+    What leads out of ``root`` is refused like what does not exist, so that nobody learns what lies elsewhere.
 
     Args:
         path: relative to ``root``, or absolute.
@@ -228,13 +207,3 @@ def folder_below(root: Path, path: str) -> Path:
     if found == top or os.path.commonpath([top, found]) != top or not os.path.isdir(found):
         raise missing
     return Path(found)
-
-
-def _name(name: str, served: Served) -> str:
-    try:
-        check_name(name, "lora_name")
-    except UserError as error:
-        raise refused(error, param="lora_name") from error
-    if name == served.name:
-        raise ApiError(400, f"'{name}' is the base model", param="lora_name", code="invalid_value")
-    return name

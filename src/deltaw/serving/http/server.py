@@ -27,22 +27,17 @@ from deltaw.serving.http.errors import ApiError
 from deltaw.serving.http.preparing import Desk
 from deltaw.serving.http.settings import Limits, ServerSettings
 
-# ---- Connections that end when their clients are too slow, or too many: what uvicorn's own protocol leaves open.
-#
-# uvicorn waits without limit for a request's header, and for a client to read. Each of the two gets a time
-# here. At shutdown it waits for bodies too; here they are refused.
-
-
 # At shutdown, seconds for a client to read what was written for it.
 LAST_SECONDS = 2.0
 
 
-def protocol_of(limits: Limits) -> type[asyncio.Protocol]:
-    """uvicorn's protocol with these limits."""
-    return type("LimitedConnection", (_LimitedConnection,), {"limits": limits})
-
-
 class _LimitedConnection(H11Protocol):
+    """Ends connections whose clients are too slow, or too many, which uvicorn's own protocol leaves open.
+
+    uvicorn waits without limit for a request's header, and for a client to read. Each of the two gets a time
+    here. At shutdown it waits for bodies too; here they are refused.
+    """
+
     limits: ClassVar[Limits]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -97,7 +92,8 @@ class _LimitedConnection(H11Protocol):
 
     def _await_header(self) -> None:
         if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self.limits.body_seconds, self._too_slow)
+            late = ApiError(408, "the request's header did not arrive in time", code="timeout")
+            self._header_timer = self.loop.call_later(self.limits.body_seconds, self._refuse, late)
 
     def _await_reader(self) -> None:
         """Give a client its time to read what waits for it."""
@@ -109,9 +105,6 @@ class _LimitedConnection(H11Protocol):
         waits = self.flow.write_paused or self.cycle.response_complete
         if waits and self.transport.get_write_buffer_size():
             self.transport.abort()
-
-    def _too_slow(self) -> None:
-        self._refuse(ApiError(408, "the request's header did not arrive in time", code="timeout"))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close."""
@@ -129,9 +122,6 @@ class _LimitedConnection(H11Protocol):
             timer.cancel()
 
 
-# ---- The server and its end.
-
-
 # Seconds for cancelled texts to end, and their clients to be told.
 LAST = 5
 
@@ -142,24 +132,20 @@ def listening_socket(settings: ServerSettings) -> socket.socket:
     Raises:
         UserError: the address is not this machine's, or taken.
     """
+    host, port = settings.host, settings.port
     try:
-        found = socket.getaddrinfo(
-            settings.host.strip("[]"), settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         made = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"there is no address {settings.host}", where="--host", hint=str(error)) from error
+        raise UserError(f"there is no address {host}", where="--host", hint=str(error)) from error
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except OSError as error:
         made.close()
-        raise UserError(
-            f"{settings.host}:{settings.port} cannot be listened on: {error.strerror or error}",
-            where="--port",
-            hint="give another --port, or 0 for any free one",
-        ) from error
+        what = f"{host}:{port} cannot be listened on: {error.strerror or error}"
+        raise UserError(what, where="--port", hint="give another --port, or 0 for any free one") from error
     return made
 
 
@@ -181,7 +167,7 @@ class Server(uvicorn.Server):
         limits = settings.limits
         config = uvicorn.Config(
             app,
-            http=protocol_of(limits),
+            http=type("LimitedConnection", (_LimitedConnection,), {"limits": limits}),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -194,11 +180,8 @@ class Server(uvicorn.Server):
             ssl_keyfile=settings.certificate_key,
         )
         super().__init__(config)
-        self._desk = desk
-        self._seconds = limits.shutdown_seconds
-        self._ready = ready
-        self.interrupted = False
-        self._signals = 0
+        self._desk, self._seconds, self._ready = desk, limits.shutdown_seconds, ready
+        self.interrupted, self._signals = False, 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

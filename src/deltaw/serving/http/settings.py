@@ -102,17 +102,11 @@ class ServerSettings:
         """
         for key in self.keys:
             if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-                raise UserError(
-                    f"an API key must have {SHORTEST_KEY} or more printable ASCII characters and no spaces",
-                    hint="make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
-                )
+                what = f"an API key must have {SHORTEST_KEY} or more printable ASCII characters and no spaces"
+                raise UserError(what, hint="make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
         if not self.loopback and not self.keys and not without_key:
-            raise UserError(
-                f"others reach {self.host}, and there is no API key",
-                where="--host",
-                hint="set DELTAW_API_KEY or --api-key-file, or give --without-key where another "
-                "program checks who asks",
-            )
+            hint = "set DELTAW_API_KEY or --api-key-file, or give --without-key if another program checks who asks"
+            raise UserError(f"others reach {self.host}, and there is no API key", where="--host", hint=hint)
         if self.adapters_from is not None and not self.adapters_from.is_dir():
             raise UserError("there is no such folder", where=f"--adapters-from {self.adapters_from}")
         if (self.certificate is None) != (self.certificate_key is None):
@@ -136,10 +130,8 @@ class ServerSettings:
         if self.adapters_from is not None:
             lines.append(f"requests may load adapters from below {self.adapters_from}")
         if not self.loopback and self.certificate is None:
-            lines.append(
-                f"warning: others reach {self.host}, and requests and keys pass unencrypted: use "
-                "--certificate, or a proxy with TLS"
-            )
+            passing = "requests and keys pass unencrypted: use --certificate, or a proxy with TLS"
+            lines.append(f"warning: others reach {self.host}, and {passing}")
         if not self.loopback and not self.keys:
             lines.append(f"warning: whoever reaches {self.host} may ask")
         return lines
@@ -203,9 +195,6 @@ def check_name(name: str, where: str) -> str:
         UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or is too long.
     """
     if not NAME.fullmatch(name):
-        raise UserError(
-            f"{name[:80]!r} is no name for an adapter",
-            where=where,
-            hint="use up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit",
-        )
+        hint = "use up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
+        raise UserError(f"{name[:80]!r} is not a valid name of an adapter", where=where, hint=hint)
     return name

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from deltaw.errors import UserError
@@ -58,11 +58,7 @@ class Call:
 
     def as_dict(self) -> dict[str, object]:
         """As an answer has it, with an id of its own."""
-        return {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": asdict(self)}
 
 
 HERMES = CallForm("<tool_call>", "</tool_call>")
@@ -96,20 +92,14 @@ def parse_calls(text: str, form: CallForm, names: Sequence[str]) -> tuple[str, l
         the text itself and no call where any call in it is not one of these tools', or is not whole.
     """
     calls: list[Call] = []
-    if form.opening:
-        said, *rest = text.split(form.opening)
-        for part in rest:
-            body, _, after = part.partition(form.closing) if form.closing else (part, "", "")
-            found = list(_calls_in(body, form, names))
-            if not found:
-                return text, []
-            calls += found
-            said += after if after.strip() else ""
-    else:
-        said = ""
-        calls = list(_calls_in(text, form, names))
-        if not calls:
+    said, *rest = text.split(form.opening) if form.opening else ("", text)
+    for part in rest:
+        body, _, after = part.partition(form.closing) if form.closing else (part, "", "")
+        found = _calls_in(body, form, names)
+        if not found:
             return text, []
+        calls += found
+        said += after if after.strip() else ""
     return said.strip() if calls else text, calls
 
 
@@ -157,19 +147,14 @@ def forced_schema(functions: Sequence[tuple[str, dict[str, Any] | None]]) -> dic
             for defined, schema in (arguments.pop(key, None) or {}).items():
                 if definitions.setdefault(key, {}).setdefault(defined, schema) != schema:
                     raise UserError(f"two tools define '{defined}' differently", where="tools")
-        options.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": arguments},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
+        properties = {"name": {"const": name}, "arguments": arguments}
+        required = {"required": [*properties], "additionalProperties": False}
+        options.append({"type": "object", "properties": properties, **required})
     whole: dict[str, Any] = options[0] if len(options) == 1 else {"anyOf": options}
     return {**whole, **definitions}
 
 
-def _calls_in(body: str, form: CallForm, names: Sequence[str]) -> Iterator[Call]:
+def _calls_in(body: str, form: CallForm, names: Sequence[str]) -> list[Call]:
     """The calls in what stands between the marks; none at all unless all of it is calls."""
     if form.opening == MISTRAL.opening and (named := re.match(r"\s*([\w.-]+)\[ARGS\]", body)):
         body = json.dumps({"name": named[1]})[:-1] + ', "arguments": ' + body[named.end() :] + "}"
@@ -179,20 +164,13 @@ def _calls_in(body: str, form: CallForm, names: Sequence[str]) -> Iterator[Call]
         try:
             value, end = _DECODER.raw_decode(rest)
         except (ValueError, RecursionError):
-            return
+            return []
         for one in value if isinstance(value, list) else [value]:
-            call = _call(one, form, names)
-            if call is None:
-                return
-            found.append(call)
+            if not isinstance(one, dict) or one.get("name") not in names:
+                return []
+            arguments = one.get(form.arguments, one.get("arguments", {}))
+            if not isinstance(arguments, dict):
+                return []
+            found.append(Call(str(one["name"]), json.dumps(arguments, ensure_ascii=False)))
         rest = rest[end:].lstrip("; \n\t")
-    yield from found
-
-
-def _call(value: object, form: CallForm, names: Sequence[str]) -> Call | None:
-    if not isinstance(value, dict) or value.get("name") not in names:
-        return None
-    arguments = value.get(form.arguments, value.get("arguments", {}))
-    if not isinstance(arguments, dict):
-        return None
-    return Call(str(value["name"]), json.dumps(arguments, ensure_ascii=False))
+    return found

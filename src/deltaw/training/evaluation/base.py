@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
+
+from deltaw.errors import UserError
 
 # ---- How good predictions are: accuracy, F1, errors, correlations, and confidence intervals of them.
 #
@@ -14,17 +17,15 @@ import numpy as np
 # constant, is nan. It knows no models.
 
 Interval = tuple[float, float]
+Found = TypeVar("Found", bound="Evaluation")
+# Samples of a bootstrap.
+DRAWS = 1000
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """int64 (classes, classes): how many rows of class i were taken for class j."""
     pairs = np.asarray(truth, np.int64) * classes + np.asarray(predicted, np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
-def accuracy(counts: np.ndarray) -> float:
-    """The share of rows whose class was told, from a confusion matrix."""
-    return _ratio(np.trace(counts), counts.sum())
 
 
 def f1_of(counts: np.ndarray, index: int) -> float:
@@ -52,10 +53,9 @@ def matthews(counts: np.ndarray) -> float:
 
 def classification_metrics(counts: np.ndarray) -> dict[str, float]:
     """``accuracy``, ``macro_f1``, ``matthews`` and, of two classes, ``f1`` of the second."""
-    metrics = {"accuracy": accuracy(counts), "macro_f1": macro_f1(counts), "matthews": matthews(counts)}
-    if len(counts) == 2:
-        metrics["f1"] = f1_of(counts, 1)
-    return metrics
+    accuracy = _ratio(np.trace(counts), counts.sum())
+    metrics = {"accuracy": accuracy, "macro_f1": macro_f1(counts), "matthews": matthews(counts)}
+    return metrics if len(counts) != 2 else {**metrics, "f1": f1_of(counts, 1)}
 
 
 def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -92,33 +92,20 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2.0)[inverse.reshape(-1)]
 
 
-def bootstrap_interval(
-    rows: np.ndarray,
-    statistic: Callable[[np.ndarray], float] | None = None,
-    *,
-    seed: int = 0,
-    level: float = 0.95,
-    draws: int = 1000,
-) -> Interval:
-    """Where a statistic of the rows lies if other rows of the kind had been drawn: percentile bootstrap.
+def bootstrap_interval(rows: np.ndarray, *, seed: int = 0, level: float = 0.95) -> Interval:
+    """Where the mean of the rows lies if other rows of the kind had been drawn: percentile bootstrap.
 
     Rows are drawn with replacement (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13).
 
     Args:
         rows: (n,) or (n, …), a row's part in the first dimension.
-        statistic: of rows, such as a correlation of two columns; by default the mean.
-        seed: of the draws. level: the share between the bounds. draws: how many samples.
+        seed: of the draws. level: the share between the bounds.
 
     Returns:
-        lower and upper bound; samples of which the statistic is nan do not count, and both are nan where it
-        is nan for all.
+        lower and upper bound; samples whose mean is nan do not count, and both are nan if all are.
     """
-    rows = np.asarray(rows)
-    generator = np.random.default_rng(seed)
-    values = np.empty(draws)
-    for draw in range(draws):
-        sample = rows[generator.integers(0, len(rows), len(rows))]
-        values[draw] = sample.mean() if statistic is None else statistic(sample)
+    generator, count = np.random.default_rng(seed), len(rows)
+    values = np.array([rows[generator.integers(0, count, count)].mean() for _ in range(DRAWS)])
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
@@ -126,11 +113,24 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def mean_interval(per_row: np.ndarray) -> Interval:
+    """The interval of a mean over rows at 95 %, by resampling rows."""
+    return bootstrap_interval(per_row)
+
+
 def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else float("nan")
 
 
-LEVEL = 0.95
+def check_finite(what: str, values: np.ndarray | float) -> None:
+    """Refuse an evaluation of a model whose outputs overflow.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        hint = "if the adapter was trained, train it again with a lower train.learning_rate"
+        raise UserError(f"{what} not finite", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,21 @@ class Evaluation:
     main: str = ""
     higher_is_better: bool = True
     per_row: np.ndarray | None = None
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
     name: str = ""
     others: Mapping[str, Evaluation] = field(default_factory=dict)
 
+    @classmethod
+    def of_rows(cls: type[Found], metrics: dict[str, float], main: str, per_row: np.ndarray, **more: Any) -> Found:
+        """With the interval of the main metric, the mean of ``per_row``."""
+        return cls(metrics, main, per_row=per_row, interval=mean_interval(per_row), **more)
+
     def as_dict(self) -> dict[str, object]:
         """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
-        own: dict[str, object] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        own: dict[str, object] = {name: _finite(value) for name, value in self.metrics.items()}
         if not self.name:
             return own
         return {self.name: own, **{name: other.as_dict() for name, other in self.others.items()}}
@@ -171,19 +176,16 @@ class Evaluation:
         """The metrics of all sets in one, for a person: those of a set with a name begin with it."""
         prefix = f"{self.name} " if self.name else ""
         named = {f"{prefix}{key}": value for key, value in self.metrics.items()}
-        for set_name, other in self.others.items():
-            named |= {f"{set_name} {key}": value for key, value in other.metrics.items()}
-        return named
+        others = self.others.items()
+        return named | {f"{name} {key}": value for name, other in others for key, value in other.metrics.items()}
 
     def score(self) -> dict[str, object] | None:
         """The main metric with its interval, ready for JSON; None where nothing was evaluated."""
         if not self.metrics:
             return None
         interval = None if self.interval is None else [float(bound) for bound in self.interval]
-        value = self.metrics[self.main]
-        return {"metric": self.main, "value": value if math.isfinite(value) else None, "interval": interval}
+        return {"metric": self.main, "value": _finite(self.metrics[self.main]), "interval": interval}
 
 
-def mean_interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The interval of a mean over rows at 95 %, by resampling rows."""
-    return bootstrap_interval(per_row, seed=seed, level=LEVEL)
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

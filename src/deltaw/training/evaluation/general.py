@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,21 +106,19 @@ def general_answers(
     if len(fitting) < LEAST_ANSWERS:
         raise NoGeneralAnswers(f"the model has {limit} positions, too few for general prompts")
     asked = list(fitting.values())
-    if not has_values(model):
-        # In a dry run on fake tensors nothing can be decoded: answers of full length take the same memory.
-        stand_in = [0] * ANSWER_TOKENS
-        return [_example(number, prompt, stand_in, tokenizer) for number, prompt in fitting.items()]
-    key = None if identity is None else _asked(identity, model, asked)
-    written = None if key is None else _recalled(key, len(asked))
-    if written is None:
-        written = _written(model, tokenizer, asked, batch_tokens)
-        if key is not None:
-            remember("general", key, written, MADE_BY)
-    answers = [
-        _example(number, prompt, answer, tokenizer)
-        for (number, prompt), answer in zip(fitting.items(), written, strict=True)
-    ]
-    answers = [answer for answer in answers if (answer.answer or "").strip()]
+    if has_values(model):
+        key = None if identity is None else _asked(identity, model, asked)
+        written = None if key is None else _recalled(key, len(asked))
+        if written is None:
+            written = _written(model, tokenizer, asked, batch_tokens)
+            if key is not None:
+                remember("general", key, written, MADE_BY)
+    else:  # in a dry run on fake tensors nothing can be decoded: answers of full length take the same memory
+        written = [[0] * ANSWER_TOKENS for _ in asked]
+    answered = zip(fitting, asked, written, strict=True)
+    answers = [_example(number, prompt, answer, tokenizer) for number, prompt, answer in answered]
+    if has_values(model):
+        answers = [answer for answer in answers if (answer.answer or "").strip()]
     if len(answers) < LEAST_ANSWERS:
         raise NoGeneralAnswers(f"the base model gives {len(answers)} answers to {len(prompts)} prompts")
     return answers
@@ -129,21 +129,14 @@ def _written(
 ) -> list[list[int]]:
     """The answers' tokens, terminators included."""
     with working("letting the base model answer general questions", len(prompts)) as advance:
-        completions = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=ANSWER_TOKENS,
-            batch_tokens=batch_tokens,
-            on_progress=lambda done, _: advance(done),
-        )
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
+        completions = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **how)
     return [[*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])] for done in completions]
 
 
 def _example(number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     tokens = np.concatenate([prompt, np.asarray(answer, np.int32)]).astype(np.int32)
-    is_label = np.zeros(len(tokens), dtype=bool)
-    is_label[len(prompt) :] = True
+    is_label = np.arange(len(tokens)) >= len(prompt)
     text = str(tokenizer.decode(list(answer), skip_special_tokens=True))
     return Example(number, tokens, is_label, len(prompt), text)
 
@@ -164,6 +157,7 @@ def _recalled(asked: object, count: int) -> list[list[int]] | None:
     return kept if all(isinstance(a, list) and all(type(t) is int for t in a) for a in kept) else None
 
 
+@dataclass(frozen=True)
 class KeepGeneral:
     """Adds the gradients of weight · (mean cross-entropy of general answers) to those of a step
     (``train.keep_general``).
@@ -171,45 +165,35 @@ class KeepGeneral:
     Self-distillation by rehearsal: the factors are pushed away from changes that general answers would pay for. The
     prompts are others than those that drift is measured on.
 
-    Args:
+    Attributes:
         objective: the sum of a microbatch's losses. batcher: cuts rows into microbatches.
         rows: general answers, as the model is to see them.
         weight: what their mean loss is multiplied with; the data's mean loss has weight 1.
         seed: of their order. per_step: how many of them a step takes.
     """
 
-    def __init__(
-        self,
-        objective: AnyObjective,
-        batcher: AnyBatcher,
-        rows: Sequence[Example],
-        *,
-        weight: float,
-        seed: int,
-        per_step: int = 1,
-    ) -> None:
-        self._objective = objective
-        self._batcher = batcher
-        self._rows = rows
-        self._weight = weight
-        self._seed = seed
-        self._per_step = per_step
+    objective: AnyObjective
+    batcher: AnyBatcher
+    rows: Sequence[Example]
+    weight: float
+    seed: int
+    per_step: int = 1
 
     def rows_of(self, step: int) -> list[Example]:
         """The answers of step ``step`` (from 0), a function of its number: each once before any twice."""
-        count = len(self._rows)
-        places = np.arange(step * self._per_step, (step + 1) * self._per_step)
-        orders = {epoch: epoch_order(count, epoch, self._seed) for epoch in set((places // count).tolist())}
-        return [self._rows[orders[place // count][place % count]] for place in places.tolist()]
+        count = len(self.rows)
+        places = np.arange(step * self.per_step, (step + 1) * self.per_step)
+        orders = {epoch: epoch_order(count, epoch, self.seed) for epoch in set((places // count).tolist())}
+        return [self.rows[orders[place // count][place % count]] for place in places.tolist()]
 
     def __call__(self, step: int) -> Tensor:
         """Add the gradients for step ``step``; the mean loss of its answers in nats a token, unweighted: a
         scalar on the model's device, which is not waited for."""
         rows = self.rows_of(step)
-        units = self._objective.units(rows)
+        units = self.objective.units(rows)
         total = torch.zeros(())
-        for batch in self._batcher.batches(rows):
-            loss = self._objective(batch)
-            (self._weight * loss / units).backward()
+        for batch in self.batcher.batches(rows):
+            loss = self.objective(batch)
+            (self.weight * loss / units).backward()
             total = total + unrounded(loss)
         return total / units

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from deltaw.data.packing import Batch, Member
 from deltaw.kernels.transfer import to_device
 from deltaw.runtime.layer_entry import LayerEntry
-from deltaw.training.features.store import FeatureStore
+from deltaw.training.features.store import FeatureStore, Shape
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 
 # Vectors in a batch that goes through nothing but a head.
@@ -57,15 +58,18 @@ class RowIndex:
         # Stored rows are made anew each time; of rows that stay, the content is looked at once.
         self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
+    def shape(self, vectors: Tensor) -> Shape:
+        """What a store of these rows holds, by some of their vectors (n, width)."""
+        return Shape.of(len(self.contents), self.units, vectors.shape[1], vectors.dtype)
+
     def know(self, rows: Sequence[Any]) -> bool:
-        return all(self._slot(row) >= 0 for row in rows)
+        return bool((self.slots(rows) >= 0).all())
 
     def slots(self, rows: Sequence[Any]) -> np.ndarray:
-        """(n,) the rows of the store that hold these examples."""
+        """(n,) the rows of the store that hold these examples; -1 for those that it has no row for."""
         return np.fromiter(map(self._slot, rows), np.int64, len(rows))
 
     def _slot(self, row: Any) -> int:
-        """The row of the store; -1 where there is none."""
         slot = self._known.get(row)
         if slot is None:
             slot = self._known[row] = self._number.get(self._content(row), -1)
@@ -123,22 +127,20 @@ class KeptFeatures(Feed):
     def keep(self, batch: Any) -> Tensor:
         """Compute a batch of the batcher's and store its vectors; what came out of the frozen part."""
         hidden = self.entry.outputs(lambda: self.objective(batch))
-        found = self._sources(batch)
+        examples, places = zip(*self._sources(batch), strict=True)
+        slots = self.rows.slots(examples)
         # What is stored stays: a training that is resumed reads the very values that it read before.
-        new = ~self.store.done[self.rows.slots([example for example, _ in found])]
-        found = [pair for pair, is_new in zip(found, new, strict=True) if is_new]
-        if not found:
+        new = ~self.store.done[slots]
+        if not new.any():
             return hidden
-        slots = self.rows.slots([example for example, _ in found])
-        sources = np.concatenate([places for _, places in found])
+        slots = slots[new]
+        sources = np.concatenate(list(itertools.compress(places, new)))
         targets = self.rows.places(slots)
         if len(sources) != len(targets):
             raise RuntimeError("a row has another number of vectors than expected")
         here = to_device(torch.from_numpy(sources), self.device)
         self.store.write(slots, targets, _flat(hidden).index_select(0, here))
         return hidden
-
-    # What each kind of feed has of its own
 
     def content(self, example: Any) -> bytes:
         """Equal for rows whose vectors are equal."""
@@ -161,8 +163,6 @@ class KeptFeatures(Feed):
     def _sources(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
         """Each example of the batch with the places of its vectors in what comes out, flattened."""
         raise NotImplementedError
-
-    # What they share
 
     def _resuming(self, batch: Any, read: Callable[[], Tensor]) -> Any:
         """The batch over values that are read, or computed, where it runs: a process that goes through the batches
@@ -293,22 +293,17 @@ class WholeRows(KeptFeatures):
 
     def _batch(self, rows: Sequence[Any]) -> Any:
         """A batch of one token a row: above the backbone no more of its inputs is read."""
-        like = self._template
-        inputs = {
-            key: value[:1, :1].expand(len(rows), *value[:1, :1].shape[1:])
-            if isinstance(value, Tensor) and value.dim() > 1
-            else value
-            for key, value in like.inputs.items()
-        }
-        per_row = like.row_tokens // like.rows
+        like, count = self._template, len(rows)
+        targets = torch.tensor([row.label for row in rows], dtype=like.targets.dtype)
+        row_tokens = like.row_tokens // like.rows * count
         return dataclasses.replace(
             like,
-            inputs=inputs,
-            targets=to_device(torch.tensor([row.label for row in rows], dtype=like.targets.dtype), self.device),
+            inputs={key: value[:1, :1].expand(count, 1, *value.shape[2:]) for key, value in like.inputs.items()},
+            targets=to_device(targets, self.device),
             examples=tuple(rows),
-            rows=len(rows),
-            row_tokens=sum(len(row.tokens) for row in rows) if self._is_text else per_row * len(rows),
-            tokens=len(rows),
+            rows=count,
+            row_tokens=sum(len(row.tokens) for row in rows) if self._is_text else row_tokens,
+            tokens=count,
         )
 
     def _sources(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
@@ -319,7 +314,7 @@ def content_of(example: Any, *more: np.ndarray) -> bytes:
     """A hash of what a model sees of a row, and of ``more``."""
     if not hasattr(example, "tokens"):
         if not example.digest:
-            raise RuntimeError("an image without a digest cannot be told from others")
+            raise RuntimeError("an image has no digest to distinguish it by")
         return example.digest
     digest = hashlib.blake2b(digest_size=16)
     for value in (example.tokens, getattr(example, "segments", None), *more):
@@ -339,8 +334,7 @@ def _predictors(example: Any) -> np.ndarray:
 
 def _members(rows: Sequence[Any]) -> tuple[Member, ...]:
     """Rows of which a batch has nothing but labels: their places count them, other tokens' places are -1."""
-    members = []
-    filled = 0
+    members, filled = [], 0
     for example in rows:
         at = _predictors(example)
         places = np.full(len(example.tokens), -1)

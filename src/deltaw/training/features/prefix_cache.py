@@ -91,13 +91,16 @@ def difference_of(
     expected = loss_and_gradients(usual, few, trained)
     for _ in range(2):
         found = loss_and_gradients(ours, few, trained)
-        if loss is None:
-            continue
-        if not near(expected[:1], found[:1], loss):
+        if loss is not None and not near(expected[:1], found[:1], loss):
             return "another loss"
-        if not near(expected[1:], found[1:], gradients or loss):
+        if loss is not None and not near(expected[1:], found[1:], gradients or loss):
             return "other gradients"
     return None
+
+
+def brief(error: Exception) -> str:
+    """An error of a foreign model, in part of a line."""
+    return f"{type(error).__name__}: {str(error)[:100]}"
 
 
 def near(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], tolerance: float) -> bool:
@@ -142,7 +145,7 @@ class Sharing:
 
     def __init__(self, processes: Reducer = ALONE) -> None:
         self._processes = processes
-        self._place: tuple[Path, str] | None = None
+        self._place: tuple[str, str] | None = None
         self.leads = processes.local_rank == 0
 
     def opened(self, store: DiskStore) -> None:
@@ -155,19 +158,14 @@ class Sharing:
         (store.folder / name).write_bytes(store.done.astype(np.uint8).tobytes())
         _use_seen(store, name)
         store.of_run = store.folder / name
-        self._place = store.folder, name
+        self._place = str(store.folder), name
 
     def tell(self, *, keeps: bool) -> bool:
         """Once by each process, the first of each machine after it opened its store: whether features are
         kept on this machine."""
         processes = self._processes
-        if processes.size == 1:
-            return keeps
-        place = None if self._place is None else [str(self._place[0]), self._place[1]]
-        told = processes.texts(json.dumps([keeps, place]))
-        keeps, place = json.loads(told[processes.rank - processes.local_rank])
-        if place is not None:
-            self._place = Path(place[0]), place[1]
+        told = processes.texts(json.dumps([keeps, self._place]))
+        keeps, self._place = json.loads(told[processes.rank - processes.local_rank])
         return keeps
 
     def join(self, shape: Shape) -> DiskStore | None:
@@ -179,13 +177,11 @@ class Sharing:
         if self._place is None:
             return None
         folder, name = self._place
-        if not is_whole(folder, shape):
-            raise UserError(
-                "the features that the first process of this machine keeps are not those of this one",
-                where=str(folder),
-                hint="let all processes of a machine see the same folder, or set train.keep_features: false",
-            )
-        store = DiskStore(folder, shape, None)
+        if not is_whole(Path(folder), shape):
+            what = "the features that the first process of this machine keeps are not those of this one"
+            hint = "let all processes of a machine see the same folder, or set train.keep_features: false"
+            raise UserError(what, where=folder, hint=hint)
+        store = DiskStore(Path(folder), shape, None)
         _use_seen(store, name)
         return store
 
@@ -241,10 +237,8 @@ class DeviceStore(StoreOver):
 
 def on_device(store: FeatureStore, device: torch.device) -> FeatureStore:
     """The store with its vectors on the device too, where that has memory of its own and room for them."""
-    if device.type != "cuda":
-        return store
-    free, _ = torch.cuda.mem_get_info(device)
-    return DeviceStore(store, device) if store.shape.bytes <= SHARE * free else store
+    fits = device.type == "cuda" and store.shape.bytes <= SHARE * torch.cuda.mem_get_info(device)[0]
+    return DeviceStore(store, device) if fits else store
 
 
 # ---- Whether frozen layers run once for each row.
@@ -296,26 +290,20 @@ def cached_prefix(
     try:
         feed = _feed(model, level, objective, batcher)
         vectors = feed.learn(next(iter(batcher.batches(few))))
-
-        def shape_of(rows: RowIndex) -> Shape:
-            return Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
-
         rows = feed.indexed(few)
-        trial = feed.over(rows, MemoryStore(shape_of(rows)))
+        trial = feed.over(rows, MemoryStore(rows.shape(vectors)))
         tolerance = tolerance_of(vectors.dtype) if real else None
         difference = difference_of(Feed(objective, batcher), trial, few, trained, loss=tolerance)
     except Exception as error:  # whatever a foreign model raises here, it can train without kept features
-        brief = f"{type(error).__name__}: {str(error)[:100]}"
-        return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief})")
+        return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief(error)})")
     if difference is not None:
         return None, Choice("off", f"{type(model).__name__} resumed there gives {difference}")
-    too_large = _too_large(feed, examples, vectors, limit)
-    if too_large is not None:
+    if too_large := _too_large(feed, examples, vectors, limit):
         return None, Choice("off", f"features would take about {too_large}")
 
     sharing = sharing or Sharing()
     rows = feed.indexed(examples)
-    shape = shape_of(rows)
+    shape = rows.shape(vectors)
     store: FeatureStore | None = None if sharing.leads else sharing.join(shape)
     if isinstance(store, DiskStore):
         kept = f"{size_text(shape.bytes)} in {store.folder}"
@@ -405,7 +393,7 @@ def _still_right(cached: KeptFeatures) -> int:
     few = [cached.rows.distinct[slot] for slot in slots]
     before = cached.store.read(cached.rows.places(slots))
     again = cached.indexed(few)
-    fresh = cached.over(again, MemoryStore(Shape.of(len(again.contents), again.units, before.shape[1], before.dtype)))
+    fresh = cached.over(again, MemoryStore(again.shape(before)))
     for batch in cached.batcher.batches(few):
         fresh.keep(batch)
     after = fresh.store.read(again.places(again.slots(few))).to(before.device)

@@ -42,6 +42,7 @@ from deltaw.runtime.partial_check import can_run_apart
 from deltaw.training.features.prefix_cache import (
     MADE_BY,
     TRIED_ROWS,
+    brief,
     difference_of,
     facts_of,
     few_rows,
@@ -73,20 +74,14 @@ class PromptIndex:
     def __init__(self, examples: Sequence[Item]) -> None:
         every = (row for item in examples for row in rows_of(item))
         found = {_prompt(row).tobytes(): _prompt(row) for row in every if _is_learned(row)}
-        prompts = list(found.values())
+        ordered = sorted(found.items(), key=lambda named: sort_key(named[1]))
         tree = PrefixTree()
-        order = sorted(range(len(prompts)), key=lambda n: sort_key(prompts[n]))
-        for n in order:
-            tree.insert(prompts[n], share=True)
-        nodes = tree.depth_first()
-        lengths = [len(node.tokens) for node in nodes]
-        begins = dict(zip(map(id, nodes), np.cumsum([0, *lengths])[:-1].tolist(), strict=True))
-        self.units = sum(lengths)
-        self._begins: dict[int, int] = begins
-        names = list(found)
-        self._ends = {names[n]: end for n, end in zip(order, tree.ends, strict=True)}
-        self._root = tree.root
-        self._nodes = nodes
+        for _, prompt in ordered:
+            tree.insert(prompt, share=True)
+        self._root, self._nodes = tree.root, tree.depth_first()
+        *begins, self.units = np.cumsum([0, *(len(node.tokens) for node in self._nodes)]).tolist()
+        self._begins = dict(zip(map(id, self._nodes), begins, strict=True))
+        self._ends = {name: end for (name, _), end in zip(ordered, tree.ends, strict=True)}
 
     def know(self, items: Sequence[Item]) -> bool:
         """Whether all these rows are among them."""
@@ -207,16 +202,14 @@ class StoredPrompts(Feed):
         where = _tensor(places, batch)
         values = to_device(self.store.read(units), where.device)
         length, at = batch.inputs["packed_layout"].length, 0  # type: ignore[attr-defined]
-        keys: dict[int, tuple[Tensor, Tensor]] = {}
+        found: dict[int, list[Tensor]] = {}
         for number in sorted(self.form):
-            both = []
             for shape in self.form[number]:
                 part = values[:, at : at + shape.numel()]
-                whole = part.new_zeros(length, *shape)
-                both.append(whole.index_copy_(0, where, part.view(-1, *shape)))
+                whole = part.new_zeros(length, *shape).index_copy_(0, where, part.view(-1, *shape))
+                found.setdefault(number, []).append(whole)
                 at += shape.numel()
-            keys[number] = (both[0], both[1])
-        return keys
+        return {number: (k, v) for number, (k, v) in found.items()}
 
     @torch.no_grad()
     def _run(self, batch: Batch, places: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -280,30 +273,36 @@ def stored_prompts(
     Returns:
         the prompts, which are to be closed in the end, and how they run; None and why not.
     """
-    whole = "whole rows, the adapter masked before the invocation sequence: "
+
+    def masked(why: str) -> tuple[None, Choice[str]]:
+        return None, Choice("masked", f"whole rows, the adapter masked before the invocation sequence: {why}")
+
     if not isinstance(batcher, CausalMicroBatcher) or not isinstance(objective, CausalObjective):
-        return None, Choice("masked", whole + "the task has batches of its own")
+        return masked("the task has batches of its own")
     if batcher.padded:
-        return None, Choice("masked", whole + "rows are padded")
+        return masked("rows are padded")
     if int(lengths_of(examples).sum()) > MANY_TOKENS:
-        return None, Choice("masked", whole + "there are too many rows to tell prompts that begin alike")
+        return masked("there are too many rows to tell prompts that begin alike")
     index = PromptIndex(examples)
     if not index.units:
-        return None, Choice("masked", whole + "nothing precedes it")
+        return masked("nothing precedes it")
     apart = can_run_apart(model)
     if not apart.value:
-        return None, Choice("masked", whole + apart.why)
+        return masked(apart.why)
     known = [row for item in examples for row in rows_of(item) if index.know([row])]
     few: list[Example] = few_rows(known)
     try:
         form, dtype = _form(objective, batcher, few)
         difference = _difference(model, Feed(objective, batcher), few, form, dtype)
     except Exception as error:  # whatever a foreign model raises here, it can run whole rows
-        brief = f"{type(error).__name__}: {str(error)[:100]}"
-        return None, Choice("masked", f"{whole}{type(model).__name__} cannot run prompts apart ({brief})")
+        return masked(f"{type(model).__name__} cannot run prompts apart ({brief(error)})")
     if difference is not None:
-        return None, Choice("masked", f"{whole}{type(model).__name__} run apart gives {difference}")
-    store, how = _store(model, index, form, dtype, batcher, keep, folder, limit)
+        return masked(f"{type(model).__name__} run apart gives {difference}")
+    once = "prompts run without the adapter and without a backward"
+    store: FeatureStore = NoStore(index.units)
+    how = Choice("recomputed", f"{once}, in each step anew: rows come once")
+    if keep:
+        store, how = _store(model, index, batcher, _width(form), dtype, once, folder=folder, limit=limit)
     prompts = StoredPrompts(objective, batcher, index, store, form, _inactive_cost(model, form))
     try:
         again = _still_right(prompts, known)
@@ -372,23 +371,22 @@ def _difference(
 def _store(
     model: PreTrainedModel,
     index: PromptIndex,
-    form: Form,
-    dtype: torch.dtype,
     batcher: CausalMicroBatcher,
-    keep: bool,
+    width: int,
+    dtype: torch.dtype,
+    once: str,
+    *,
     folder: Path | None,
     limit: int,
 ) -> tuple[FeatureStore, Choice[str]]:
-    """Where keys and values are kept: all of them, or those of as many tokens as there is room for."""
-    once = "prompts run without the adapter and without a backward"
-    if not keep:
-        return NoStore(index.units), Choice("recomputed", f"{once}, in each step anew: rows come once")
-    real = has_values(model)
-    name = _name(model, index, dtype, batcher) if real else ""
-    refused = ""
+    """Where keys and values are kept, and why: all of them, or those of as many tokens as there is room for."""
+    real, name, refused = has_values(model), "", ""
+    if real:
+        below = facts_of(model, Level("head"), torch.device(batcher.device))
+        name = key("features", ["prompts", str(dtype), *below, index.digest().hex()], MADE_BY)
     for share in SHARES:
         units = int(index.units * share)
-        shape = Shape.of(units, units, _width(form), dtype)
+        shape = Shape.of(units, units, width, dtype)
         if not real and shape.bytes > limit:
             continue
         about = f"{type(model).__name__}, keys and values of {units:,} tokens of prompts"
@@ -406,12 +404,6 @@ def _store(
     return NoStore(index.units), Choice("recomputed", f"{once}, in each step anew, since {refused}")
 
 
-def _name(model: PreTrainedModel, index: PromptIndex, dtype: torch.dtype, batcher: CausalMicroBatcher) -> str:
-    """For everything that stored values depend on."""
-    facts = ["prompts", str(dtype), *facts_of(model, Level("head"), torch.device(batcher.device)), index.digest().hex()]
-    return key("features", facts, MADE_BY)
-
-
 def _still_right(prompts: StoredPrompts, rows: Sequence[Example]) -> int:
     """Tokens that the store has already; none, all forgotten, where some computed anew differ from it."""
     store, index = prompts.store, prompts.index
@@ -425,12 +417,8 @@ def _still_right(prompts: StoredPrompts, rows: Sequence[Example]) -> int:
     fresh = StoredPrompts(prompts.objective, prompts.batcher, again, room, prompts.form)  # type: ignore[arg-type]
     for batch in prompts.batcher.batches(few):
         fresh.known_keys(batch, fresh.units_of(batch))
-    for row in few:
-        before, after = store.read(index.places(row)), fresh.store.read(again.places(row))
-        if not near([after], [before], tolerance_of(before.dtype)):
-            store.forget()
-            return 0
-    if not few:
-        store.forget()
-        return 0
-    return count
+    read = ((store.read(index.places(row)), fresh.store.read(again.places(row))) for row in few)
+    if few and all(near([after], [before], tolerance_of(before.dtype)) for before, after in read):
+        return count
+    store.forget()
+    return 0

@@ -42,6 +42,7 @@ COPIES = 4
 # Pages of a mapped store that a process holds at most, roughly: they are given back then, and read again from
 # the system's own cache.
 RESIDENT_BYTES = 256 * 2**20
+FREE_SPACE = "free space there, or choose another cache folder in DELTAW_CACHE"
 VALUES, DONE, DESCRIPTION = "values.bin", "done.bin", "store.json"
 
 
@@ -79,7 +80,10 @@ class FeatureStore:
 
     Attributes:
         done: bool (rows,). resident_bytes: main memory that it takes at most.
+        folder: where it is on the disk; None in memory.
     """
+
+    folder: Path | None = None
 
     def __init__(self, shape: Shape, resident_bytes: int = 0) -> None:
         self.shape, self.resident_bytes = shape, resident_bytes
@@ -139,7 +143,8 @@ class StoreOver(FeatureStore):
     """A store above another one, with which it shares what is done."""
 
     def __init__(self, inner: FeatureStore) -> None:
-        self.inner, self.shape, self.resident_bytes, self.done = inner, inner.shape, inner.resident_bytes, inner.done
+        super().__init__(inner.shape, inner.resident_bytes)
+        self.inner, self.done, self.folder = inner, inner.done, inner.folder
 
     def forget(self) -> None:
         self.inner.forget()
@@ -181,11 +186,12 @@ class DiskStore(FeatureStore):
         of_run: a file that goes with the run; None where there is none.
     """
 
+    folder: Path
+
     def __init__(self, folder: Path, shape: Shape, lock: FileLock | None) -> None:
         super().__init__(shape, min(shape.bytes, RESIDENT_BYTES))
         self.of_run: Path | None = None
-        self.folder = folder
-        self._lock = lock
+        self.folder, self._lock = folder, lock
         self._map = np.memmap(folder / VALUES, np.uint8, "r+", shape=(shape.bytes,))
         self._values = torch.from_numpy(self._map).view(shape.torch_dtype).view(shape.units, shape.width)
         self._marks = np.memmap(folder / DONE, np.uint8, "r+", shape=(shape.rows,))
@@ -251,11 +257,8 @@ def open_store(
     """
     cache = Cache("features", limit, mark=f"{{}}/{DESCRIPTION}", folder=folder)
     if shape.bytes > limit:
-        raise UserError(
-            f"features would take {size_text(shape.bytes)}, all stores together may take {size_text(limit)}",
-            where=str(cache.folder),
-            hint="train on fewer or shorter rows",
-        )
+        what = f"features would take {size_text(shape.bytes)}, all stores together may take {size_text(limit)}"
+        raise UserError(what, where=str(cache.folder), hint="train on fewer or shorter rows")
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         name, lock = _locked(cache, key)
@@ -271,34 +274,25 @@ def open_store(
             lock.release()
             raise
     except OSError as error:
-        raise UserError(
-            f"features of {size_text(shape.bytes)} cannot be kept: {error.strerror or error}",
-            where=str(cache.folder),
-            hint="free space there, or choose another cache folder in DELTAW_CACHE",
-        ) from error
+        what = f"features of {size_text(shape.bytes)} cannot be kept: {error.strerror or error}"
+        raise UserError(what, where=str(cache.folder), hint=FREE_SPACE) from error
 
 
 def _locked(cache: Cache, key: str) -> tuple[str, FileLock]:
     """The first entry of this key that nobody works with, and its lock."""
-    for copy in range(COPIES):
-        name = key if copy == 0 else f"{key}-{copy}"
-        lock = cache.try_lock(name)
-        if lock is not None:
+    for name in (key, *(f"{key}-{copy}" for copy in range(1, COPIES))):
+        if (lock := cache.try_lock(name)) is not None:
             return name, lock
-    raise UserError(
-        f"{COPIES} runs work with the same features", where=str(cache.folder), hint="wait until one of them is done"
-    )
+    what = f"{COPIES} runs work with the same features"
+    raise UserError(what, where=str(cache.folder), hint="wait until one of them is done")
 
 
 def is_whole(folder: Path, shape: Shape) -> bool:
     """Whether a folder holds a store of this shape."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        return (
-            described["shape"] == asdict(shape)
-            and (folder / VALUES).stat().st_size == shape.bytes
-            and (folder / DONE).stat().st_size == shape.rows
-        )
+        sizes = [(folder / name).stat().st_size for name in (VALUES, DONE)]
+        return bool(described["shape"] == asdict(shape)) and sizes == [shape.bytes, shape.rows]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -330,18 +324,12 @@ def _make_room(cache: Cache, needed: int, limit: int) -> None:
     """Remove the stores that were unused longest and that nobody works with, until ``needed`` bytes fit."""
     total = cache.make_room(needed, spare=LEFT_FREE_BYTES)
     if total + needed > limit:
-        raise UserError(
-            f"features of {size_text(needed)} do not fit with the {size_text(total)} of other runs",
-            where=str(cache.folder),
-            hint="wait until one of them is done",
-        )
+        what = f"features of {size_text(needed)} do not fit with the {size_text(total)} of other runs"
+        raise UserError(what, where=str(cache.folder), hint="wait until one of them is done")
     spare = cache.free_bytes() - LEFT_FREE_BYTES
     if spare < needed:
-        raise UserError(
-            f"features would take {size_text(needed)}, and the disk has {size_text(max(0, spare))} to spare",
-            where=str(cache.folder),
-            hint="free space there, or choose another cache folder in DELTAW_CACHE",
-        )
+        what = f"features would take {size_text(needed)}, and the disk has {size_text(max(0, spare))} to spare"
+        raise UserError(what, where=str(cache.folder), hint=FREE_SPACE)
 
 
 def size_text(count: int) -> str:
@@ -358,58 +346,46 @@ def size_text(count: int) -> str:
 # stored afterwards is computed again.
 
 
+@dataclass(frozen=True)
 class FeatureRecord:
     """Remembers and restores which rows of a store are done.
 
-    Args:
+    Attributes:
         store: None where no features are kept. kept: how far up they go, in words.
         say: told where the steps to come cannot be equal to the bit.
     """
 
-    def __init__(self, store: FeatureStore | None, kept: str, say: Callable[[str], None]) -> None:
-        self._store = store
-        self._kept = kept
-        self._say = say
+    store: FeatureStore | None
+    kept: str
+    say: Callable[[str], None]
 
     def state(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the rows as compressed bits."""
-        store = self._store
+        store = self.store
         if store is None:
-            return {"kept": self._kept}
+            return {"kept": self.kept}
         store.mark()
-        bits = zlib.compress(np.packbits(store.done).tobytes(), 1)
-        return {
-            "kept": self._kept,
-            "folder": _folder_of(store),
-            "rows": len(store.done),
-            "done": base64.b64encode(bits).decode(),
-        }
+        folder = store.folder and store.folder.name
+        bits = base64.b64encode(zlib.compress(np.packbits(store.done).tobytes(), 1)).decode()
+        return {"kept": self.kept, "folder": folder, "rows": len(store.done), "done": bits}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Have stored what was stored then, as far as it is still there."""
-        store = self._store
-        if state.get("kept") != self._kept:
-            self._tell(f"features of frozen layers are {self._kept}, and were {state.get('kept')}")
+        store = self.store
+        if state.get("kept") != self.kept:
+            self._tell(f"features of frozen layers are {self.kept}, and were {state.get('kept')}")
         if store is None or state.get("rows") != len(store.done):
             return
         bits = np.frombuffer(zlib.decompress(base64.b64decode(state["done"])), np.uint8)
         then = np.unpackbits(bits, count=len(store.done)).astype(bool)
-        folder = _folder_of(store)
         missing = int((then & ~store.done).sum())
         if missing and state.get("folder") is not None:
             self._tell(f"features of {missing:,} rows are no longer stored, and are computed again")
         elif missing:
             self._tell(f"features of {missing:,} rows were in memory, and are computed again")
-        elif folder is not None and state.get("folder") not in (None, folder):
+        elif store.folder is not None and state.get("folder") not in (None, store.folder.name):
             self._tell("features are read from another store")
         store.done &= then
 
     def _tell(self, what: str) -> None:
-        self._say(f"{what}: the steps to come may be rounded otherwise")
-
-
-def _folder_of(store: FeatureStore) -> str | None:
-    """The name of the folder that a store is in; None where it is in memory."""
-    if isinstance(store, StoreOver):
-        return _folder_of(store.inner)
-    return store.folder.name if isinstance(store, DiskStore) else None
+        self.say(f"{what}: the next steps may be rounded differently")

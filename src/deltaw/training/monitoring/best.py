@@ -88,11 +88,9 @@ class BestParameters:
             if missing := self._parameters().keys() - tensors.keys():
                 raise ValueError(f"it lacks '{min(missing)}'")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"the parameters of the best step, {step}, cannot be read: {error}",
-                where=str(self._file(step)),
-                hint="the adapter of the last step is in the run's folder",
-            ) from error
+            what = f"the parameters of the best step, {step}, cannot be read: {error}"
+            hint = "the adapter of the last step is in the run's folder"
+            raise UserError(what, where=str(self._file(step)), hint=hint) from error
         for name, parameter in self._parameters().items():
             parameter.copy_(tensors[name])
         self._session.method.after_step(self._session.model)
@@ -192,9 +190,7 @@ class BestScore:
 
     def as_dict(self) -> dict[str, object] | None:
         """The best one, ready for JSON; None before the first."""
-        if self.step is None:
-            return None
-        return {"step": self.step, "metric": self.metric, "value": self.value}
+        return None if self.step is None else {"step": self.step, "metric": self.metric, "value": self.value}
 
     def state(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "patience"}
@@ -204,8 +200,6 @@ class BestScore:
             setattr(self, name, state[name])
 
 
-# The first step of a process prepares what later ones use; it does not tell their speed.
-UNMEASURED = 1
 # Steps that are measured before the first plan; more of them, until this share of the budget is spent.
 FEWEST_MEASURED, MOST_MEASURED, MEASURING_SHARE = 3, 16, 0.02
 # The speed is that of so many last steps.
@@ -248,6 +242,7 @@ class TimeBudget:
         clock: gives the time in seconds.
         ending: what comes beside the steps.
         told: the text of the setting, for messages.
+        planned: whether the number of steps was planned already.
     """
 
     seconds: float
@@ -257,20 +252,14 @@ class TimeBudget:
     ending: Ending = field(default_factory=Ending)
     told: str = ""
     _spent_before: float = 0.0  # by earlier processes of the same run
-    _planned: bool = False
+    planned: bool = False
     _mark: float | None = None
     _durations: list[float] = field(default_factory=list)
-    _skipped: int = 0
     _error_planned: float = 0.0
 
     def spent(self) -> float:
         """Seconds since the run began, those of earlier processes included."""
         return self._spent_before + self.clock() - self.began
-
-    @property
-    def planned(self) -> bool:
-        """Whether the number of steps was planned already."""
-        return self._planned
 
     def begin(self) -> None:
         """The first step of this process is about to begin.
@@ -279,13 +268,8 @@ class TimeBudget:
             UserError: the time is over, and no step was ever done.
         """
         if self.spent() >= self.seconds and not self._spent_before:
-            raise UserError(
-                f"the time is over before the first step: {self.spent():.0f} s went into reading the model "
-                "and the rows",
-                where="train.time",
-                hint="give more time",
-            )
-        self._mark = self.clock()
+            what = f"the time is over before the first step: reading the model and the rows took {self.spent():.0f} s"
+            raise UserError(what, where="train.time", hint="give more time")
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -297,14 +281,10 @@ class TimeBudget:
         self.ending.measured = True
 
     def step_done(self) -> None:
-        """Measure the step that has just ended."""
-        at = self.clock()
-        if self._mark is None:
-            return
-        if self._skipped < UNMEASURED:
-            self._skipped += 1
-        else:
-            self._durations = [*self._durations, at - self._mark][-WINDOW:]
+        """Measure the step that has just ended, unless it is the process's first, which prepares what later ones
+        use."""
+        if self._mark is not None:
+            self._durations = [*self._durations, self.clock() - self._mark][-WINDOW:]
 
     def plan(self, state: TrainState, every: int | None) -> str | None:
         """Plan the number of steps where that is due.
@@ -317,7 +297,7 @@ class TimeBudget:
             a line about a new plan.
         """
         measured = len(self._durations)
-        due = self._planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
+        due = self.planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
         return self._plan(state, every) if measured >= FEWEST_MEASURED and due else None
 
     def go_on(self) -> None:
@@ -331,26 +311,17 @@ class TimeBudget:
         return self._left() < self._step_seconds() / 2
 
     def state(self) -> dict[str, Any]:
-        return {
-            "spent": self.spent(),
-            "planned": self._planned,
-            "evaluation": self.ending.evaluation,
-            "evaluation_measured": self.ending.measured,
-        }
+        ending = {"evaluation": self.ending.evaluation, "evaluation_measured": self.ending.measured}
+        return {"spent": self.spent(), "planned": self.planned, **ending}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._spent_before = float(state["spent"])
-        self._planned = bool(state["planned"])
+        self.planned = bool(state["planned"])
         self.ending.evaluation = float(state["evaluation"])
         self.ending.measured = bool(state["evaluation_measured"])
 
     def _step_seconds(self) -> float:
         return sum(self._durations) / len(self._durations)
-
-    def _speed_error(self) -> float:
-        """The standard error of the mean step, as a share of it."""
-        times = self._durations
-        return statistics.stdev(times) / math.sqrt(len(times)) / max(1e-9, statistics.fmean(times))
 
     def _left(self) -> float:
         """Seconds that are left for steps, and for evaluations between them."""
@@ -363,23 +334,22 @@ class TimeBudget:
         total = min(self.most_steps, state.step + fitting)
         to_come = max(1, state.total_steps - state.step)
         off = abs(total - state.total_steps)
-        error = self._speed_error()
+        times = self._durations
+        # The standard error of the mean step, as a share of it.
+        error = statistics.stdev(times) / math.sqrt(len(times)) / max(1e-9, statistics.fmean(times))
         tolerance = max(TOLERANCE, ERRORS * math.hypot(error, self._error_planned))
-        if self._planned and (off <= SLACK or off <= tolerance * to_come):
+        if self.planned and (off <= SLACK or off <= tolerance * to_come):
             return None
-        again = self._planned
-        self._planned, self._error_planned = True, error
+        again, self.planned, self._error_planned = self.planned, True, error
         changed = total != state.total_steps
         state.replan(total)
         if again and not changed:
             return None
-        what = "planned anew" if again else "planned"
-        enough = " (all there are)" if total == self.most_steps else ""
+        what = ("planned anew" if again else "planned") + (" (all there are)" if total == self.most_steps else "")
         kept = self.ending.evaluation + self.ending.after
         return (
-            f"time {self.told or f'{self.seconds:g}s'}: {total} steps {what}{enough}, at "
-            f"{self._step_seconds():.3g} s a step, with {self.spent():.0f} s spent and {kept:.0f} s kept for "
-            "what follows the last step"
+            f"time {self.told or f'{self.seconds:g}s'}: {total} steps {what}, at {self._step_seconds():.3g} s a step, "
+            f"with {self.spent():.0f} s spent and {kept:.0f} s kept for what follows the last step"
         )
 
 

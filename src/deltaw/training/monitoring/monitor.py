@@ -24,14 +24,14 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.settings import RunConfig, duration_seconds
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, TimeBudget, decided, now, usual_eval_every
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import Answer, answers, exact_match
+from deltaw.training.tasks.causal import Answer, answers, exact_answers
 
 # ---- Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
@@ -113,17 +113,17 @@ class StepWatch:
         self._norms = [*before, norm][-WINDOW:]
         if len(before) < FEWEST or norm < TIMES_LARGEST * max(before):
             return None
-        median, spread = _median_and_spread([math.log(other) for other in before])
+        logs = [math.log(other) for other in before]
+        median = statistics.median(logs)
+        spread = OF_NORMAL * statistics.median(abs(value - median) for value in logs)
         if math.log(norm) < median + DEVIATIONS * spread:
             return None
         usual = math.exp(median)
-        return StepWarning(
-            "gradient_norm",
-            f"step {step.step}: the gradient norm is {norm:.3g}, {norm / usual:.0f} times its median of the "
-            f"last {len(before)} steps. Where that comes again, look at the rows of such a step, or lower "
-            "train.learning_rate",
-            {"value": norm, "median": usual},
+        text = (
+            f"step {step.step}: the gradient norm is {norm:.3g}, {norm / usual:.0f} times its median of the last "
+            f"{len(before)} steps. If that comes again, look at the rows of such a step, or lower train.learning_rate"
         )
+        return StepWarning("gradient_norm", text, {"value": norm, "median": usual})
 
     def _clipped(self, step: Step) -> StepWarning | None:
         """Nearly all of the last steps were clipped, so that the limit sets the length of each."""
@@ -134,13 +134,12 @@ class StepWatch:
         if share < CLIPPED:
             return None
         median = statistics.median(norms)
-        return StepWarning(
-            "clipped",
-            f"step {step.step}: {share:.0%} of the last {len(norms)} gradients were clipped to "
-            f"train.max_grad_norm {limit:g}; their median norm is {median:.3g}. Steps with large gradients "
-            f"weigh no more than others then; a limit of {_round_up(2 * median):g} clips only outliers",
-            {"share": share, "median": median, "limit": limit},
+        text = (
+            f"step {step.step}: {share:.0%} of the last {len(norms)} gradients were clipped to train.max_grad_norm "
+            f"{limit:g}; their median norm is {median:.3g}. Steps with large gradients weigh no more than others "
+            f"then; a limit of {_round_up(2 * median):g} clips only outliers"
         )
+        return StepWarning("clipped", text, {"share": share, "median": median, "limit": limit})
 
     def _rising(self, step: Step) -> StepWarning | None:
         """The mean of the last losses stays above the lowest mean before."""
@@ -156,18 +155,11 @@ class StepWatch:
         self._risen = self._risen + 1 if rise > RISE_ERRORS * error and rise > 0 else 0
         if self._risen < RISE_WINDOW:
             return None
-        return StepWarning(
-            "rising_loss",
+        text = (
             f"step {step.step}: the training loss is rising: its mean of the last {RISE_WINDOW} steps is "
-            f"{now[0]:.4f}, and was {self._lowest[0]:.4f} before. Lower train.learning_rate",
-            {"value": now[0], "lowest": self._lowest[0]},
+            f"{now[0]:.4f}, and was {self._lowest[0]:.4f} before. Lower train.learning_rate"
         )
-
-
-def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Median, and the standard deviation that the median absolute deviation from it stands for."""
-    median = statistics.median(values)
-    return median, OF_NORMAL * statistics.median(abs(value - median) for value in values)
+        return StepWarning("rising_loss", text, {"value": now[0], "lowest": self._lowest[0]})
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -196,24 +188,6 @@ _BATCH_TOKENS = 1024
 WRITTEN = "written_exact_match"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One held-out prompt with its answer.
-
-    Attributes:
-        row: its number in the file. prompt: its last turn. expected: the answer that the data has.
-        answer: what the model wrote.
-    """
-
-    row: int
-    prompt: str
-    expected: str
-    answer: str
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
-
 def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
     """``count`` of the rows that have a prompt and an answer, drawn by the seed, in the order of the rows; of
     a pair the chosen answer."""
@@ -223,37 +197,6 @@ def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> l
         return asked
     places = np.random.default_rng([seed % 2**64, stream]).choice(len(asked), size=count, replace=False)
     return [asked[place] for place in sorted(places.tolist())]
-
-
-class WrittenAnswers:
-    """Scores what the model writes to some held-out rows (``train.eval_answers``).
-
-    Args:
-        session: whose model answers.
-        sets: the sets of held-out rows by name.
-    """
-
-    def __init__(self, session: Session, sets: Mapping[str, Sequence[Any]]) -> None:
-        train = session.config.train
-        self._session = session
-        self._rows = {
-            name: choose_rows(rows, train.eval_answers, seed=train.seed, stream=_SCORED)
-            for name, rows in sets.items()
-            if train.eval_answers
-        }
-
-    @property
-    def count(self) -> int:
-        """Answers that one evaluation writes."""
-        return sum(len(rows) for rows in self._rows.values())
-
-    def scored(self, name: str, evaluation: Evaluation) -> Evaluation:
-        """The evaluation of a set, with the share of answers that were written exactly."""
-        rows = self._rows.get(name, [])
-        if not rows:
-            return evaluation
-        share = exact_match(write(self._session, rows, max_new_tokens=None))
-        return replace(evaluation, metrics={**evaluation.metrics, WRITTEN: share})
 
 
 class Samples:
@@ -266,34 +209,29 @@ class Samples:
     """
 
     def __init__(self, session: Session, rows: Sequence[Any], count: int) -> None:
-        seed = session.config.train.seed
         self._session = session
         wanted = session.task.tokenizer is not None and session.task.writes_text and count > 0
-        self._rows = choose_rows(rows, count, seed=seed, stream=_SHOWN) if wanted else []
+        self._rows = choose_rows(rows, count, seed=session.config.train.seed, stream=_SHOWN) if wanted else []
+        longest = max((len(row) - row.prompt_length for row in self._rows), default=0)
+        self._max_new_tokens = min(SAMPLE_TOKENS, max(FEWEST_TOKENS, 2 * longest))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def max_new_tokens(self) -> int:
-        """As many as the longest expected answer has twice over, within bounds."""
-        longest = max((len(row) - row.prompt_length for row in self._rows), default=0)
-        return min(SAMPLE_TOKENS, max(FEWEST_TOKENS, 2 * longest))
-
     def of_base(self) -> list[Sample]:
         """The base model's answers. Where the method keeps no base model, call it before the first step."""
         method, model = self._session.method, self._session.model
-        kept = method.keeps_base(model)
-        rows = [_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows] if kept else None
-        with method.without(model) if kept else contextlib.nullcontext():
-            return self._written(rows or self._rows)
+        if not method.keeps_base(model):
+            return self.of_adapter()
+        with method.without(model):
+            return self._written([_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows])
 
     def of_adapter(self) -> list[Sample]:
         """The model's answers as it is now."""
         return self._written(self._rows)
 
     def _written(self, rows: Sequence[Example]) -> list[Sample]:
-        given = write(self._session, rows, max_new_tokens=self.max_new_tokens)
+        given = write(self._session, rows, max_new_tokens=self._max_new_tokens)
         return [Sample(a.row, a.question, a.expected, a.written) for a in given]
 
 
@@ -306,24 +244,14 @@ def write(session: Session, rows: Sequence[Example], *, max_new_tokens: int | No
     tokenizer = session.task.tokenizer
     if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return []
+    most = getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS)
     with session.method.evaluating(session.model):
-        return answers(
-            session.model,
-            tokenizer,
-            rows,
-            max_new_tokens=max_new_tokens,
-            batch_tokens=getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS),
-        )
+        return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_tokens=most)
 
 
 def _without_virtual_tokens(row: Example, count: int) -> Example:
-    return replace(
-        row,
-        tokens=row.tokens[count:],
-        is_label=row.is_label[count:],
-        prompt_length=row.prompt_length - count,
-        active_from=None,
-    )
+    tokens, is_label, length = row.tokens[count:], row.is_label[count:], row.prompt_length - count
+    return replace(row, tokens=tokens, is_label=is_label, prompt_length=length, active_from=None)
 
 
 # Beside the best adapter: that of the last step.
@@ -345,15 +273,11 @@ def check_monitored(config: RunConfig, task: Task, data: RunData) -> None:
     }
     for key, is_asked in asked.items():
         if is_asked and not data.held_out:
-            raise UserError(
-                "no rows are held out to evaluate on",
-                where=key,
-                hint="set data.eval to a share, a number of rows or a file",
-            )
+            hint = "set data.eval to a share, a number of rows or a file"
+            raise UserError("no rows are held out to evaluate on", where=key, hint=hint)
     if train.eval_answers and (task.has_pairs or not task.writes_text):
-        raise UserError(
-            f"written answers are not scored for the task {task.name}", where="train.eval_answers", hint="set it to 0"
-        )
+        what = f"written answers are not scored for the task {task.name}"
+        raise UserError(what, where="train.eval_answers", hint="set it to 0")
 
 
 class Monitor:
@@ -362,7 +286,7 @@ class Monitor:
     Args:
         session: ready to train. folder: the run's.
         callback: told of what a person should see. write: adds a line to the run's metrics.
-        began: when the run began, by ``clock``. clock: gives the time in seconds; None: the run's own.
+        began: when the run began, by :func:`deltaw.training.monitoring.best.now`.
 
     Attributes:
         best: the best evaluation so far.
@@ -376,18 +300,19 @@ class Monitor:
         callback: Callback,
         write: Callable[[Mapping[str, object]], None],
         *,
-        began: float | None = None,
-        clock: Callable[[], float] | None = None,
+        began: float,
     ) -> None:
         train = session.config.train
-        self._session = session
-        self._folder = folder
-        self._callback = callback
-        self._write = write
+        self._session, self._folder, self._callback, self._write = session, folder, callback, write
         self.best = BestScore(train.early_stopping)
         self.stopped: str | None = None
         self._kept = BestParameters(session, folder) if train.adapter == "best" else None
-        self._answers = WrittenAnswers(session, session.data.sets)
+        # By set, the rows whose answers are scored.
+        self._scored = {
+            name: choose_rows(rows, train.eval_answers, seed=train.seed, stream=_SCORED)
+            for name, rows in session.data.sets.items()
+            if train.eval_answers
+        }
         self._samples = Samples(session, session.data.held_out, self._sample_count())
         self._base: list[Sample] | None = None
         self._watch = StepWatch(train.max_grad_norm)
@@ -396,13 +321,10 @@ class Monitor:
         self._evaluation: Evaluation | None = None
         self._state: TrainState | None = None
         self._written_best: int | None = None
-        self._costs = Costs(session, self._answers.count)
+        self._costs = Costs(session, answers=sum(map(len, self._scored.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            clock = clock or now
-            began = clock() if began is None else began
-            seconds = duration_seconds(train.time)
-            self.budget = TimeBudget(seconds, session.total_steps, began, clock, told=train.time)
+            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, told=train.time)
         else:
             self._settle_every(session.total_steps)
 
@@ -474,7 +396,7 @@ class Monitor:
             self._evaluate(step)
         elif self._evaluation is None:  # it was evaluated by an earlier process, and told then
             self._evaluation = self._measured()
-        return self._decided(self._evaluation or Evaluation())
+        return decided(self.evaluation, writes_text=self._session.task.writes_text)
 
     def put_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
         """Make the run's adapter the best one, with the last beside it; nothing where the last is asked for.
@@ -547,12 +469,11 @@ class Monitor:
         session, asked = self._session, self._session.config.train.samples
         if asked != "auto":
             return int(asked)
-        count = SAMPLES
+        chosen = Choice(SAMPLES, "a language model")
         try:
             if not session.task.writes_text:
                 raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
             check_size(session.model)
-            chosen = Choice(count, "a language model")
         except NoGeneralAnswers as reason:
             chosen = Choice(0, str(reason))
         session.chosen["train.samples"] = chosen
@@ -572,15 +493,16 @@ class Monitor:
 
     def _measured(self) -> Evaluation:
         """The evaluations of all sets; the first one decides."""
-        session = self._session
-        found = {name: self._answers.scored(name, session.evaluate(rows)) for name, rows in session.data.sets.items()}
+        session, found = self._session, {}
+        for name, rows in session.data.sets.items():
+            found[name] = session.evaluate(rows)
+            if asked := self._scored.get(name):
+                share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
+                found[name] = replace(found[name], metrics={**found[name].metrics, WRITTEN: share})
         if not session.data.eval_sets:
             return next(iter(found.values()), Evaluation())
         name, *others = found
         return replace(found[name], name=name, others={other: found[other] for other in others})
-
-    def _decided(self, evaluation: Evaluation) -> Evaluation:
-        return decided(evaluation, writes_text=self._session.task.writes_text)
 
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, tell it, and note whether it is the best so far."""
@@ -594,9 +516,10 @@ class Monitor:
             self._callback.on_evaluation(step, measured)
             if len(self._samples):
                 self._tell_samples(step, self._samples.of_adapter())
-            if self.best.see(step, measured, writes_text=self._session.task.writes_text) and self._kept:
+            writes_text = self._session.task.writes_text
+            if self.best.see(step, measured, writes_text=writes_text) and self._kept:
                 self._kept.keep(step)
-            return self._decided(measured)
+            return decided(measured, writes_text=writes_text)
 
     def _tell_samples(self, step: int, samples: list[Sample]) -> None:
         self._write({"step": step, "samples": [sample.as_dict() for sample in samples]})

@@ -8,11 +8,11 @@ processes make the test together, as they train; process 0 reads its curve and t
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from deltaw.durable import write_text
 from deltaw.host.choices import Choice
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Callback, RateSearch
 from deltaw.training.guarantee import UntrainedParameterWarning
 from deltaw.training.optimizer import RisingRates
 from deltaw.training.parallel.group import Group
@@ -43,36 +43,6 @@ LEVEL, BELOW_END = 0.05, 5.0
 NOISE, FIRST = 2.0, 5
 
 
-@dataclass(frozen=True)
-class RateSearch:
-    """What a range test came to.
-
-    Attributes:
-        rates, losses: of each step, until the loss ran away.
-        smoothed: the losses, smoothed over steps; those that run away count as much as they may fall.
-        lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before. end: the
-            highest one at which it is still about as low.
-        chosen, why: the rate for the training.
-        usual: the method's usual rate, for comparison.
-        diverged: whether the loss ran away before the highest rate.
-    """
-
-    rates: list[float]
-    losses: list[float]
-    smoothed: list[float]
-    lowest: float | None
-    steepest: float | None
-    end: float | None
-    chosen: float
-    why: str
-    usual: float
-    diverged: bool
-
-    def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return asdict(self)
-
-
 def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float, diverged: bool) -> RateSearch:
     """The rate that a range test's curve speaks for.
 
@@ -90,12 +60,12 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float,
     most = 2.0 * first - min(losses, default=0.0)
     bounded = [min(loss, most) for loss in losses]
     smoothed = smooth(bounded)
-    told = {"rates": list(rates), "losses": list(losses), "smoothed": smoothed, "diverged": diverged}
+    found = functools.partial(RateSearch, list(rates), list(losses), smoothed, usual=usual, diverged=diverged)
     at = int(np.argmin(smoothed)) if smoothed else 0
     fall = first - smoothed[at] if smoothed else 0.0
     if at < FIRST or fall <= NOISE * _noise(bounded, smoothed):
         why = "the method's usual rate: in the range test the loss fell by no more than its noise"
-        return RateSearch(**told, lowest=None, steepest=None, end=None, chosen=usual, why=why, usual=usual)  # type: ignore[arg-type]
+        return found(lowest=None, steepest=None, end=None, chosen=usual, why=why)
     logs = np.log(np.asarray(rates))
     slopes = np.gradient(np.asarray(smoothed), logs)
     steepest = float(rates[int(np.argmin(slopes[: at + 1]))])
@@ -107,15 +77,7 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float,
         f"range test: a fifth of the highest rate at which the loss is still low, {rates[end]:.2g}{edge}; "
         f"usual for the method is {usual:.2g}"
     )
-    return RateSearch(
-        **told,  # type: ignore[arg-type]
-        lowest=float(rates[at]),
-        steepest=steepest,
-        end=float(rates[end]),
-        chosen=chosen,
-        why=why,
-        usual=usual,
-    )
+    return found(lowest=float(rates[at]), steepest=steepest, end=float(rates[end]), chosen=chosen, why=why)
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
@@ -158,7 +120,6 @@ BELOW, ABOVE = 30.0, 30.0
 FEWEST, MOST = 20, 60
 # A loss so many times the first ones' mean has run away, and the test ends.
 RUN_AWAY = 2.0
-FIRST_STEPS = 5
 
 
 def choose_rate(session: Session, folder: Path, callback: Callback) -> bool:
@@ -222,36 +183,29 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     timed = session.config.train.time is not None
     steps = FEWEST if timed else min(MOST, max(FEWEST, session.total_steps // 4))
     schedule = RisingRates("constant", usual * ABOVE, steps, lowest=usual / BELOW)
-    rates: list[float] = []
-    losses: list[float] = []
-
-    def on_step(step: Step) -> None:
-        rates.append(step.learning_rate)
-        losses.append(step.loss)
+    seen: list[Step] = []
 
     def has_run_away() -> bool:
-        return len(losses) > FIRST_STEPS and losses[-1] > RUN_AWAY * sum(losses[:FIRST_STEPS]) / FIRST_STEPS
+        first = sum(step.loss for step in seen[:FIRST]) / FIRST
+        return len(seen) > FIRST and seen[-1].loss > RUN_AWAY * first
 
     diverged = False
     with as_it_was(session), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedParameterWarning)  # the training itself says so
         try:
             outcome = session.train(
-                schedule=schedule, total_steps=steps, on_step=on_step, should_stop=should_stop, ended=has_run_away
+                schedule=schedule, total_steps=steps, on_step=seen.append, should_stop=should_stop, ended=has_run_away
             )
             if outcome.interrupted:
                 return None
         except NotFiniteError:
-            if len(losses) < FIRST_STEPS:
+            if len(seen) < FIRST:
                 raise
             diverged = True
-    finite = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
-    return read_curve(
-        [rates[place] for place in finite],
-        [losses[place] for place in finite],
-        usual=usual,
-        diverged=diverged or has_run_away() or len(finite) < len(losses),
-    )
+    finite = [step for step in seen if math.isfinite(step.loss)]
+    diverged = diverged or has_run_away() or len(finite) < len(seen)
+    rates, losses = [step.learning_rate for step in finite], [step.loss for step in finite]
+    return read_curve(rates, losses, usual=usual, diverged=diverged)
 
 
 @contextlib.contextmanager

@@ -27,10 +27,6 @@ from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.reducer import ALONE, Reducer
 
-# ---- A base model divided among the processes of a run: with which settings it can be, and how it is loaded.
-
-_WHOLE = "set train.sharding: none, or "
-
 
 def as_sharded(config: RunConfig, say: Say) -> RunConfig:
     """The settings of a run whose base model is divided; what reads text of its own is off unless asked for.
@@ -39,57 +35,34 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
         UserError: they ask for what a divided base model cannot do.
     """
     train, lora = config.train, config.lora
-    refused = {
-        "method": (config.method != "lora", f"method {config.method}", "method: lora"),
-        "task": (config.task != "causal-lm", f"task {config.task}", "task: causal-lm"),
-        "lora.dora": (lora.dora, "DoRA, which needs the norms of whole weights", "lora.dora: false"),
-        "lora.init": (
-            lora.init not in ("uniform", "gaussian", "orthogonal"),
-            f"init {lora.init}, which needs whole weights or many rows of inputs",
-            "lora.init: uniform",
-        ),
-        "lora.bias": (lora.bias != "none", "trained biases of the base model", "lora.bias: none"),
-        "lora.target_parameters": (
-            bool(lora.target_parameters),
-            "adapted parameters of modules",
-            "adapt linear layers",
-        ),
-        "lora.train_modules": (bool(lora.train_modules), "copies of modules", "lora.train_modules: []"),
-        "lora.trainable_token_indices": (
-            bool(lora.trainable_token_indices),
-            "trained rows of embeddings",
-            "lora.trainable_token_indices: null",
-        ),
-        "lora.activation": (
-            lora.activation != "always",
-            "an adapter that acts from an invocation sequence on",
-            "lora.activation: always",
-        ),
-        "train.keep_features": (
-            train.keep_features is True,
-            "kept features, with which processes would run different blocks",
-            "train.keep_features: false",
-        ),
-        "train.keep_general": (train.keep_general > 0, "general answers", "train.keep_general: 0"),
-        "precision": (
-            config.precision in ("gguf", "nf4"),
-            f"precision {config.precision}, whose blocks are not divided",
-            "precision: bf16 or int8",
-        ),
-        "device": (choose_device(config.device).value != "cpu", f"device {config.device}", "device: cpu"),
-    }
-    for key, (wrong, what, instead) in refused.items():
+    needs_whole = lora.init not in ("uniform", "gaussian", "orthogonal")
+    blocks, device = config.precision in ("gguf", "nf4"), choose_device(config.device).value
+    for wrong, what, key, instead in (
+        (config.method != "lora", f"method {config.method}", "method", "lora"),
+        (config.task != "causal-lm", f"task {config.task}", "task", "causal-lm"),
+        (lora.dora, "DoRA, which needs the norms of whole weights", "lora.dora", "false"),
+        (needs_whole, f"init {lora.init}, which needs whole weights or many rows of inputs", "lora.init", "uniform"),
+        (lora.bias != "none", "trained biases of the base model", "lora.bias", "none"),
+        (lora.target_parameters, "adapted parameters of modules", "lora.target_parameters", "null"),
+        (lora.train_modules, "copies of modules", "lora.train_modules", "[]"),
+        (lora.trainable_token_indices, "trained rows of embeddings", "lora.trainable_token_indices", "null"),
+        (lora.activation != "always", "an adapter with an invocation sequence", "lora.activation", "always"),
+        (train.keep_features is True, "kept features", "train.keep_features", "false"),
+        (train.keep_general > 0, "general answers", "train.keep_general", "0"),
+        (blocks, f"precision {config.precision}, whose blocks are not divided", "precision", "bf16 or int8"),
+        (device != "cpu", f"device {config.device}", "device", "cpu"),
+    ):
         if wrong:
             raise UserError(
-                f"a base model that is divided among processes cannot be used with {what}",
+                f"a base model that is sharded over processes cannot be used with {what}",
                 where=f"{key} (train.sharding: base)",
-                hint=_WHOLE + instead,
+                hint=f"set train.sharding: none, or {key}: {instead}",
             )
     from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_custom_all_gather"):
         raise UserError(
-            f"dividing a base model needs a newer torch than {torch.__version__}",
+            f"sharding a base model needs a newer torch than {torch.__version__}",
             where="train.sharding",
             hint="pip install --upgrade torch, or set train.sharding: none",
         )
@@ -110,8 +83,6 @@ def divided(config: RunConfig, processes: Reducer) -> Weights | None:
     give_large_blocks_back()
     return ShardedLoader(processes.divide(), processes.gathering, rounded=config.precision == "int8")
 
-
-# ---- What settings mean where several processes train together: refused, or as each process has them.
 
 _ONE_PROCESS = "train in one process, without torchrun, or "
 
@@ -152,12 +123,10 @@ def check_device(config: RunConfig, processes: Reducer) -> None:
         return
     if index:
         raise _refused(f"the one device {config.device}", "device", "set device: cuda")
-    import torch
-
     there = torch.cuda.device_count() if kind == "cuda" else 1
     if processes.local_size > there:
         raise UserError(
-            f"{processes.local_size} processes are to train on {there} {kind} devices of this machine",
+            f"{processes.local_size} processes cannot share {there} {kind} devices of this machine",
             where="device",
             hint="start as many processes on a node as it has devices, or set device: cpu",
         )
@@ -219,7 +188,7 @@ def told(environment: Mapping[str, str] | None = None) -> Told | None:
     rank = _number(found, "RANK", None, least=0)
     if rank >= size:
         raise UserError(
-            f"process {rank} is none of {size} processes",
+            f"there is no process {rank} among {size} processes",
             where="the environment: RANK and WORLD_SIZE",
             hint="processes are counted from 0",
         )
@@ -247,7 +216,7 @@ def refuse_alone() -> None:
     """
     if told_size() > 1 and os.environ.get("RANK"):
         raise UserError(
-            f"deltaw.fit trains in one process, and the environment speaks of {told_size()}",
+            f"deltaw.fit trains in one process, but the environment sets {told_size()}",
             where="the environment: RANK and WORLD_SIZE",
             hint="train together with torchrun --nproc-per-node N -m deltaw train run.yaml; to train alone, "
             "take RANK and WORLD_SIZE out of the environment",
@@ -336,7 +305,7 @@ def _store(who: Told) -> dist.Store:
         raise UserError(
             f"process 0 did not answer within {who.seconds:g} seconds",
             where=place,
-            hint=f"start all processes, and let no firewall close the port; {VARIABLE} is the time limit",
+            hint=f"start all processes, and open the port in the firewall; {VARIABLE} is the time limit",
         ) from error
 
 
@@ -348,7 +317,7 @@ def _agree(store: dist.Store, who: Told) -> None:
     """
     if store.add(f"came/{who.rank}", 1) > 1:
         raise UserError(
-            f"two processes are told to be process {who.rank}",
+            f"two processes are both process {who.rank}",
             where="the environment: RANK",
             hint="each process has a number of its own; torchrun sets it by --node-rank",
         )
@@ -420,7 +389,7 @@ def _number(found: Mapping[str, str], name: str, default: int | None, *, least: 
         return default
     if not text.isdigit() or int(text) < least:
         raise UserError(
-            f"{name}={text} is no whole number from {least} on", where="the environment", hint="let torchrun set it"
+            f"{name}={text} is not a whole number from {least} up", where="the environment", hint="let torchrun set it"
         )
     return int(text)
 
@@ -432,13 +401,13 @@ def _seconds(found: Mapping[str, str]) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= ORDERS_SECONDS:
-        raise UserError(f"{VARIABLE}={text} is no number of seconds", where="the environment", hint="such as 300")
+        raise UserError(f"{VARIABLE}={text} is not a number of seconds", where="the environment", hint="such as 300")
     return seconds
 
 
 def _missing(name: str) -> UserError:
     return UserError(
-        f"WORLD_SIZE speaks of several processes, and {name} is not set",
+        f"WORLD_SIZE sets several processes, but {name} is not set",
         where="the environment",
         hint="start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE",
     )

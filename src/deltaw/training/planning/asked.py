@@ -1,4 +1,4 @@
-"""What a person asks of a plan, in text: a size in bytes, a list of methods. Imports no torch."""
+"""What a user asks of a plan, in text: a size in bytes, a list of methods. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
 from deltaw.methods import registry
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_PREFIXES = "kmgt"
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate(_PREFIXES, 1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate(_PREFIXES, 1)}
 
 
 def parse_bytes(text: str, where: str = "--budget") -> int:
     """``6GB``, ``512 MiB`` or a plain number of bytes.
 
     Raises:
-        UserError: it is no size.
+        UserError: it is not a size.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
+        raise UserError(f"'{text}' is not a valid size", where=where, hint="write 6GB, 512MB or 8GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -38,7 +41,7 @@ def refuse_memory(memory: str | None, verb: str) -> None:
     """
     if memory is not None:
         raise UserError(
-            f"memory is kept by 'deltaw train', and not by 'deltaw {verb}'",
+            f"memory limits 'deltaw train', not 'deltaw {verb}'",
             where="memory",
             hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
         )

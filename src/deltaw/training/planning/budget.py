@@ -25,7 +25,7 @@ def memory_budget(memory: str | None, device: str) -> int | None:
     """The setting ``memory`` in bytes; None where it is not set.
 
     Raises:
-        UserError: it is no size, or the run is not on the processor: what a run takes of another device's
+        UserError: it is not a size, or the run is not on the processor: what a run takes of another device's
             memory is not planned, so the limit could not be enforced.
     """
     if memory is None:
@@ -33,7 +33,7 @@ def memory_budget(memory: str | None, device: str) -> int | None:
     size = parse_bytes(memory, where="memory")
     if device != "cpu":
         raise UserError(
-            f"memory limits what a run takes of main memory, and this run is on {device}",
+            f"memory limits main memory, and this run is on {device}",
             where="memory",
             hint="leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu",
         )
@@ -43,7 +43,7 @@ def memory_budget(memory: str | None, device: str) -> int | None:
 def no_plan_to_keep(why: str) -> UserError:
     """The refusal of a run that is to keep within ``memory`` and that cannot be planned."""
     return UserError(
-        f"memory cannot be kept: the dry run on fake tensors failed, so there is no plan ({why})",
+        f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({why})",
         where="memory",
         hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
     )

@@ -49,18 +49,13 @@ from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.loop import rows_of_step
 from deltaw.training.monitoring.rates import as_it_was
 from deltaw.training.parallel.group import deal
-from deltaw.training.planning.asked import _UNITS, of_each
+from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 from deltaw.working import listening, working
-
-# ---- What a person asks of a plan, in text: a size in bytes, a list of methods. Imports no torch.
-
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
 
 # ---- Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
 #
@@ -591,7 +586,7 @@ def _no_dry_run(error: Exception) -> UserError:
     return UserError(
         f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})",
         where="the plan",
-        hint="train it all the same: deltaw train goes without a plan then",
+        hint="train it anyway: deltaw train then runs without a plan",
     )
 
 

@@ -7,16 +7,19 @@ Everything above this package treats tasks alike. A new one is a class in a file
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
+from deltaw.data.example import RowGroup
 from deltaw.data.report import Report
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings, drawn_set, eval_sets
@@ -27,9 +30,13 @@ from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.base import Evaluation, check_finite
+from deltaw.training.losses import PairLosses, named
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
+
+# Names of a model's outputs, in their order.
+Classes: TypeAlias = Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> Reader:
+    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         """How the rows of ``settings.train`` are read, such as a :class:`deltaw.data.row_reader.RowReader`;
         ``classes`` are those of the trained adapter."""
 
@@ -98,9 +105,7 @@ class Task(abc.ABC):
         """The rows of a run."""
         return self.reader(settings).prepared(seed)
 
-    def read_file(
-        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
-    ) -> tuple[Sequence[Any], Report]:
+    def read_file(self, reference: str, settings: DataSettings, classes: Classes) -> tuple[Sequence[Any], Report]:
         """One file to evaluate on; ``classes`` are those of the trained adapter."""
         return self.reader(replace(settings, train=reference), classes).file(reference)
 
@@ -110,17 +115,14 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batcher(
-        self,
-        model: PreTrainedModel,
-        examples: Sequence[Any],
-        *,
-        device: str,
-        tokens_per_pass: int | str,
-        share: bool | str,
-        method_shares: bool,
-        virtual_tokens: int,
+        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
     ) -> tuple[AnyBatcher, dict[str, Choice]]:
-        """How rows become microbatches, and what was chosen for it and why."""
+        """How rows become microbatches, and what was chosen for it and why.
+
+        Args:
+            how: ``device``; and ``tokens_per_pass``, ``share``, ``method_shares``, ``virtual_tokens``, as in
+                :func:`deltaw.training.tasks.causal_batcher.choose_causal_batcher`.
+        """
 
     def initialize_head(  # noqa: B027 - most tasks have nothing to do here
         self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]
@@ -159,11 +161,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(
-        self,
-        objective: AnyObjective,
-        examples: Sequence[Any],
-        batcher: AnyBatcher,
-        classes: Sequence[str] | None = None,
+        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
     ) -> Evaluation:
         """How well the model does on examples; ``classes`` are the names of its outputs. Comparisons and searches
         minimize the metric ``loss``, or ``mse`` where there is none."""
@@ -192,17 +190,43 @@ def task_of(
     entry = tasks.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, say=say)
     config = check_architecture(folder, name, trust_remote_code)
-    return entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference))
+    task: Task = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference))
+    return task
 
 
-# ---- The rows of a run with all sets that it is evaluated on (``data.eval``), whichever task reads them.
-#
-# A task reads the training rows and one set: that which is drawn from them, or a file. The other files are read
-# here, each by the same task. Knows no format of rows.
+@torch.no_grad()
+def evaluate_pairs(
+    pairs: Sequence[RowGroup], batcher: AnyBatcher, of_batch: Callable[[Any], tuple[Sequence[Any], PairLosses]]
+) -> tuple[Evaluation, np.ndarray]:
+    """The mean loss of pairs, the share whose chosen row has the higher reward (pairs with equal rewards count
+    half), the mean difference of rewards, and the mean rewards.
+
+    Args:
+        of_batch: a microbatch's pairs: the first row of each, and their losses.
+
+    Returns:
+        the evaluation, by ``accuracy``, and the rewards (pairs, 2) of chosen and rejected rows.
+
+    Raises:
+        UserError: a loss or a reward is not finite.
+    """
+    place = {id(pair.rows[0]): number for number, pair in enumerate(pairs)}
+    table = np.empty((len(pairs), 4))  # loss, accuracy, rewards
+    for batch in batcher.batches(pairs):
+        rows, found = of_batch(batch)
+        values = torch.cat([found.losses[:, None], found.accuracies[:, None], found.rewards], 1)
+        table[[place[id(row)] for row in rows]] = values.cpu().double().numpy()
+    check_finite("the losses and rewards of the evaluated pairs are", table)
+    loss, *means = table.mean(0).tolist()
+    accuracies = table[:, 1].copy()
+    return Evaluation.of_rows({"loss": loss, **named(*means)}, "accuracy", accuracies), table[:, 2:].copy()
 
 
 def read_run_data(task: Task, settings: DataSettings, *, seed: int, say: Say = silent) -> RunData:
-    """The rows of a run, with all its sets of held-out rows.
+    """The rows of a run, with all its sets of held-out rows (``data.eval``).
+
+    The task reads the training rows and one set: that which is drawn from them, or a file. The other files are
+    read here, each by the same task.
 
     Args:
         say: told of sets that have rows of the training data.

@@ -17,23 +17,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Example, Item, RowGroup, rows_of
+from deltaw.data.packing import Batch
 from deltaw.data.preferences import PairReader, UnpairedReader
 from deltaw.data.prepare import TextReader
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
-from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.loading import has_values
-from deltaw.kernels.layout import Layout
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.evaluation.base import Evaluation, mean_interval
-from deltaw.training.losses import PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named, named_answers
+from deltaw.training.evaluation.base import Evaluation, check_finite, mean_interval
+from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named_answers
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.tasks.base import ModelFiles, Task
+from deltaw.training.tasks.base import Classes, ModelFiles, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -93,23 +92,14 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
         rows_alone = [row for item in part for row in rows_of(item)]
         losses += [found[id(row)][0] for row in rows_alone]
         predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
-    metrics = _loss_metrics(total / labels)
-    if predicted:
-        rows = np.array([np.array_equal(*pair) for pair in predicted], dtype=np.float64)
-        metrics["exact_match"] = float(rows.mean())
-        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows), predicted=predicted)
-    rows = np.array(losses)
-    return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
-
-
-def _loss_metrics(loss: float) -> dict[str, float]:
-    """Mean cross-entropy in nats, and e to its power."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss of the evaluated rows is {loss}",
-            hint="if the adapter was trained, train it again with a lower train.learning_rate",
-        )
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    loss = total / labels
+    check_finite("the loss of the evaluated rows is", loss)
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if not predicted:
+        return Evaluation.of_rows(metrics, "loss", np.array(losses), higher_is_better=False)
+    exact = np.array([np.array_equal(*pair) for pair in predicted], dtype=np.float64)
+    metrics["exact_match"] = float(exact.mean())
+    return Evaluation.of_rows(metrics, "exact_match", exact, predicted=predicted)
 
 
 def answers(
@@ -132,19 +122,16 @@ def answers(
     asked = [e for e in examples if e.answer is not None]
     if not asked:
         return []
-    longest = max(len(e.tokens) - e.prompt_length for e in asked)
     prompts = [e.tokens[: e.prompt_length] for e in asked]
-    count = max_new_tokens or longest + 4
+    count = max_new_tokens or 4 + max(len(e.tokens) - e.prompt_length for e in asked)
     if writer is not None:
         written = writer(prompts, count, on_progress)
     else:
         how = {"batch_tokens": batch_tokens, "on_progress": on_progress}
         completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
         written = [completion.text for completion in completions]
-    return [
-        Answer(row=e.row, question=_question(tokenizer, e), expected=e.answer or "", written=text)
-        for e, text in zip(asked, written, strict=True)
-    ]
+    answered = zip(asked, written, strict=True)
+    return [Answer(e.row, _question(tokenizer, e), e.answer or "", text) for e, text in answered]
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -157,9 +144,9 @@ def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return "\n".join(lines[speaker + 1 :])
 
 
-def exact_match(given: Sequence[Answer]) -> float:
-    """Share of answers equal to what the data says."""
-    return sum(a.exact for a in given) / len(given)
+def exact_answers(given: Sequence[Answer]) -> np.ndarray:
+    """fp64 (answers,): 1 where an answer is equal to what the data says, else 0."""
+    return np.array([answer.exact for answer in given], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -195,13 +182,10 @@ def score(
     how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
     given = answers(model, tokenizer, examples, **how)  # type: ignore[arg-type]
     if given:
-        exact = np.array([answer.exact for answer in given], dtype=np.float64)
-        metrics = {**evaluation.metrics, "exact_match": exact_match(given)}
+        exact = exact_answers(given)
+        metrics = {**evaluation.metrics, "exact_match": float(exact.mean())}
         evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
     return Score(evaluation, given)
-
-
-# ---- causal
 
 
 class CausalTask(Task):
@@ -226,7 +210,7 @@ class CausalTask(Task):
         self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
         return super().read(settings, seed=seed)
 
-    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> Reader:
+    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         return TextReader(settings, self.tokenizer, folder=self.folder, say=self._say)
 
     def batcher(
@@ -241,11 +225,7 @@ class CausalTask(Task):
         return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
-        self,
-        objective: AnyObjective,
-        examples: Sequence[Any],
-        batcher: AnyBatcher,
-        classes: Sequence[str] | None = None,
+        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
     ) -> Evaluation:
         return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
 
@@ -262,19 +242,13 @@ class UnpairedMicroBatcher(CausalMicroBatcher):
 
     def costing(self, rows: Sequence[Any]) -> list[Any]:
         """What a microbatch holds of each row."""
-        return _firsts(rows)
+        return [row.rows[0] if isinstance(row, RowGroup) else row for row in rows]
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        return super().batches(_firsts(rows))
+        return super().batches(self.costing(rows))
 
-    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
-        return super().shapes(_firsts(rows))
-
-    def labels(self, rows: Sequence[Any]) -> list[int]:
-        return super().labels(_firsts(rows))
-
-    def layouts(self, rows: Sequence[Any]) -> Iterator[Layout]:
-        return super().layouts(_firsts(rows))
+    def split(self, rows: Sequence[Any]) -> Iterator[list[Any]]:
+        return super().split(self.costing(rows))
 
     def whole(self, rows: Sequence[Any]) -> Iterator[Any]:
         """The microbatches of both rows of each group, their prompt computed once."""
@@ -312,40 +286,20 @@ def mismatched(rows: Sequence[RowGroup]) -> list[Any]:
     return [group.rows[1] for group in rows]
 
 
-def _firsts(rows: Sequence[Any]) -> list[Any]:
-    return [row.rows[0] if isinstance(row, RowGroup) else row for row in rows]
-
-
-# ---- How well a model tells chosen answers from rejected ones, or desired ones from others: loss, accuracy,
-# margin and rewards.
-
-
-@torch.no_grad()
 def evaluate_preferences(objective: CausalObjective, pairs: Sequence[RowGroup], batcher: AnyBatcher) -> Evaluation:
-    """The mean loss of the pairs, the share whose chosen answer has the higher reward (pairs with equal
-    rewards count half), the mean difference of rewards, and the mean rewards.
+    """The loss and the rewards of pairs of answers (:func:`deltaw.training.tasks.base.evaluate_pairs`).
 
     Raises:
         UserError: the loss is not finite, or rows lack what their loss needs of the reference model.
     """
     loss = objective.loss
     assert isinstance(loss, PreferenceLoss)
-    # Of each pair: loss, accuracy, rewards of chosen and rejected.
-    table = np.empty((len(pairs), 4))
-    for start in range(0, len(pairs), ROWS_AT_ONCE):
-        part = pairs[start : start + ROWS_AT_ONCE]
-        place = {id(pair.rows[0]): start + number for number, pair in enumerate(part)}
-        for batch in batcher.batches(part):
-            rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
-            found = loss.of_rows(rows)
-            columns = [found.losses[:, None], found.accuracies[:, None], found.rewards]
-            values = torch.cat(columns, 1).cpu().double().numpy()
-            table[[place[id(rows.rows[group[0]])] for group in rows.groups]] = values
-    mean_loss, accuracy, chosen, rejected = table.mean(0).tolist()
-    _check_finite(mean_loss)
-    metrics = {"loss": mean_loss, **named(accuracy, chosen, rejected)}
-    accuracies = table[:, 1]
-    return Evaluation(metrics, "accuracy", True, accuracies, mean_interval(accuracies))
+
+    def of_batch(batch: Batch) -> tuple[Sequence[Any], PairLosses]:
+        rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
+        return [rows.rows[group[0]] for group in rows.groups], loss.of_rows(rows)
+
+    return evaluate_pairs(pairs, batcher, of_batch)[0]
 
 
 @torch.no_grad()
@@ -359,40 +313,20 @@ def evaluate_unpaired(objective: UnpairedObjective, answers: Sequence[RowGroup],
         UserError: the loss is not finite, or rows lack what their loss needs of the reference model.
     """
     loss = objective.unpaired
-    parts = [answers[start : start + ROWS_AT_ONCE] for start in range(0, len(answers), ROWS_AT_ONCE)]
     loss.estimate(distance(objective, batcher.batches(mismatched(answers))))
-    # Of each answer: loss, accuracy, reward, whether it is desired.
-    table = np.empty((len(answers), 4))
-    for number, part in enumerate(parts):
-        place = {id(answer.rows[0]): number * ROWS_AT_ONCE + n for n, answer in enumerate(part)}
-        for batch in batcher.batches(part):
-            rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
-            found = loss.of_rows(rows)
-            columns = [found.losses, found.accuracies, found.rewards, found.desired.to(found.rewards.dtype)]
-            table[[place[id(row)] for row in rows.rows]] = torch.stack(columns, 1).cpu().double().numpy()
+    place = {id(answer.rows[0]): number for number, answer in enumerate(answers)}
+    table = np.empty((len(answers), 4))  # loss, accuracy, reward, whether it is desired
+    for batch in batcher.batches(answers):
+        rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
+        found = loss.of_rows(rows)
+        columns = [found.losses, found.accuracies, found.rewards, found.desired.to(found.rewards.dtype)]
+        table[[place[id(row)] for row in rows.rows]] = torch.stack(columns, 1).cpu().double().numpy()
     losses, accuracies, rewards, desired = table.T
-    mean_loss = float(losses.mean())
-    _check_finite(mean_loss)
-    metrics = {
-        "loss": mean_loss,
-        **named_answers(
-            float(accuracies.sum()),
-            float((rewards * desired).sum()),
-            float((rewards * (1 - desired)).sum()),
-            float(desired.sum()),
-            float((1 - desired).sum()),
-            float(loss.divergence) * len(answers),
-        ),
-    }
-    return Evaluation(metrics, "accuracy", True, accuracies.copy(), mean_interval(accuracies))
-
-
-def _check_finite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss of the evaluated answers is {loss}",
-            hint="if the adapter was trained, train it again with a lower train.learning_rate",
-        )
+    check_finite("the losses of the evaluated answers are", losses)
+    sums = accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
+    divergence = float(loss.divergence) * len(answers)
+    metrics = named_answers([*(float(numbers.sum()) for numbers in sums), divergence])
+    return Evaluation.of_rows({"loss": float(losses.mean()), **metrics}, "accuracy", accuracies.copy())
 
 
 # ---- The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one; or
@@ -424,7 +358,7 @@ class PreferenceTask(CausalTask):
     def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
         return cls(files.tokenizer(), files.say, files.preference)
 
-    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> Reader:
+    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         if not self.settings.is_unpaired:
             return PairReader(settings, self.tokenizer, say=self._say)
         weights = self.settings.desirable_weight, self.settings.undesirable_weight
@@ -479,11 +413,7 @@ class PreferenceTask(CausalTask):
         return CausalObjective(model, PreferenceLoss(self.settings))
 
     def evaluate(
-        self,
-        objective: AnyObjective,
-        examples: Sequence[Any],
-        batcher: AnyBatcher,
-        classes: Sequence[str] | None = None,
+        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
     ) -> Evaluation:
         if self.settings.is_unpaired:
             return evaluate_unpaired(objective, examples, batcher)  # type: ignore[arg-type]

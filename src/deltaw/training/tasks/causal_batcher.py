@@ -81,55 +81,36 @@ class CausalMicroBatcher:
 
     def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
-        return microbatch_shapes(
-            list(self._split(rows)),
-            share=self.share,
-            padded=self.padded,
-            fill=self.fill,
-            inactive_cost=self.inactive_cost,
-        )
+        parts, how = list(self.split(rows)), {"share": self.share, "padded": self.padded, "fill": self.fill}
+        return microbatch_shapes(parts, inactive_cost=self.inactive_cost, **how)
 
     def labels(self, rows: Sequence[Item]) -> list[int]:
         """Labels in each microbatch."""
-        return [sum(row.label_count for row in part) for part in self._split(rows)]
+        return [sum(row.label_count for row in part) for part in self.split(rows)]
 
     def layouts(self, rows: Sequence[Item]) -> Iterator[Layout]:
         """The layout of each microbatch; padded rows have none."""
-        for part in [] if self.padded else self._split(rows):
+        for part in [] if self.padded else self.split(rows):
             layout = pack(part, share=self.share, fill=self.fill).inputs["packed_layout"]
             assert isinstance(layout, Layout)
             yield layout
 
     def batches(self, rows: Sequence[Item]) -> Iterator[Batch]:
         """The microbatches of these rows, each laid out only when its turn comes."""
-        for part in _parts(rows):
-            yield from batches(
-                part,
-                self.tokens_per_pass,
-                share=self.share,
-                padded=self.padded,
-                fill=self.fill,
-                device=self.device,
-                cost=microbatch_cost(self.device),
-                inactive_cost=self.inactive_cost,
-            )
+        for part, how in self._parts(rows):
+            yield from batches(part, self.tokens_per_pass, fill=self.fill, device=self.device, **how)
 
-    def _split(self, rows: Sequence[Item]) -> Iterator[list[Item]]:
-        for part in _parts(rows):
-            yield from split_into_microbatches(
-                part,
-                self.tokens_per_pass,
-                share=self.share,
-                padded=self.padded,
-                cost=microbatch_cost(self.device),
-                inactive_cost=self.inactive_cost,
-            )
+    def split(self, rows: Sequence[Item]) -> Iterator[list[Item]]:
+        """The rows of each microbatch."""
+        for part, how in self._parts(rows):
+            yield from split_into_microbatches(part, self.tokens_per_pass, **how)
 
-
-def _parts(rows: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Rows in their order, so many at a time that all of them can be in memory."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        yield rows[start : start + ROWS_AT_ONCE]
+    def _parts(self, rows: Sequence[Item]) -> Iterator[tuple[Sequence[Item], dict[str, Any]]]:
+        """Rows in their order, few enough at a time to be in memory, and how they are cut."""
+        how: dict[str, Any] = {"share": self.share, "padded": self.padded, "inactive_cost": self.inactive_cost}
+        how["cost"] = microbatch_cost(self.device)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            yield rows[start : start + ROWS_AT_ONCE], how
 
 
 def choose_causal_batcher(
@@ -156,27 +137,18 @@ def choose_causal_batcher(
     """
     longest = longest_row(examples, virtual_tokens, position_limit(model))
     packable = can_pack(model)
-    if share == "auto":
-        why = (
-            "exact, and shared prefixes are computed once"
-            if method_shares
-            else "dropout would draw one mask for several rows"
-        )
-        shared = Choice(method_shares, why)
-    else:
-        shared = Choice(bool(share), "as asked")
+    shared = Choice(bool(share), "as asked")
+    if share == "auto" and method_shares:
+        shared = Choice(True, "exact, and shared prefixes are computed once")
+    elif share == "auto":
+        shared = Choice(False, "dropout would draw one mask for several rows")
     if shared.value and not packable.value:
         shared = Choice(False, packable.why)
     tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
     # Fused blocks on the compiled kernels take any shape, unless dropout makes blocks run their own code.
-    any_shape = packable.value and method_shares and loader.library() is not None and _fused(model)
-    return CausalMicroBatcher(tokens.value, shared.value, not packable.value, device, fill=not any_shape), {
-        "train.share_prefixes": shared,
-        "train.tokens_per_pass": tokens,
-        "packing": packable,
-    }
-
-
-def _fused(model: PreTrainedModel) -> bool:
-    with packed_rows(model):
-        return fused_blocks(model).choice.value
+    any_shape = packable.value and method_shares and loader.library() is not None
+    if any_shape:
+        with packed_rows(model):
+            any_shape = fused_blocks(model).choice.value
+    batcher = CausalMicroBatcher(tokens.value, shared.value, not packable.value, device, fill=not any_shape)
+    return batcher, {"train.share_prefixes": shared, "train.tokens_per_pass": tokens, "packing": packable}

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -296,15 +297,16 @@ def _even_chunk(rows: int, most: int) -> int:
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 
-def head_log_probs(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], *, chunk: int
-) -> Tensor:
+# A head: maps (p, d) to logits (p, classes).
+Head: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def head_log_probs(hidden: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor], *, chunk: int) -> Tensor:
     """log softmax(head(hiddenᵢ)) at targetᵢ of any head; the backward recomputes each chunk's logits.
 
     Args:
         hidden: (P, d). targets: (P,) class indices.
-        head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
-        chunk: rows of ``hidden`` at a time.
+        parameters: what ``head`` uses and may be trained. chunk: rows of ``hidden`` at a time.
 
     Returns:
         (P,) in fp32, or fp64 for fp64 inputs.
@@ -326,22 +328,16 @@ class _HeadLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         hidden, targets, *_ = ctx.saved_tensors
-        needed = ctx.needs_input_grad[0]
-        _, grad_hidden, sums = _over_chunks(hidden, targets, grad, ctx.head, ctx.trained, ctx.chunk, needed)
+        _, grad_hidden, sums = _over_chunks(hidden, targets, grad, ctx.head, ctx.trained, ctx.chunk)
         return grad_hidden, None, None, None, *sums
 
 
 def _over_chunks(
-    hidden: Tensor,
-    targets: Tensor,
-    slopes: Tensor,
-    head: Callable[[Tensor], Tensor],
-    trained: Sequence[Tensor],
-    chunk: int,
-    needed: bool,
+    hidden: Tensor, targets: Tensor, slopes: Tensor, head: Head, trained: Sequence[Tensor], chunk: int
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """Log-probabilities, chunk by chunk, and the gradient of Σ slopeᵢ · log-probabilityᵢ, taken while a chunk's logits
-    are there: for ``hidden`` where it is ``needed``, and for what is trained of the head."""
+    are there: for ``hidden`` if it requires one, and for what is trained of the head."""
+    needed = hidden.requires_grad
     grad_hidden = torch.empty_like(hidden) if needed else None
     sums, found = [torch.zeros_like(t) for t in trained], []
     for start in range(0, hidden.shape[0], chunk):
@@ -362,20 +358,13 @@ def _over_chunks(
 
 
 def chunked_cross_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    head: Callable[[Tensor], Tensor],
-    parameters: Sequence[Tensor],
-    *,
-    chunk: int,
+    hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, parameters: Sequence[Tensor], *, chunk: int
 ) -> Tensor:
     """Σ weightᵢ · cross-entropy(head(hiddenᵢ), targetᵢ) of any head, each chunk's logits computed once.
 
     Args:
         hidden: (P, d). targets: (P,) class indices. weights: (P,).
-        head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
-        chunk: rows of ``hidden`` at a time.
+        parameters: what ``head`` uses and may be trained. chunk: rows of ``hidden`` at a time.
 
     Returns:
         a scalar in fp32, or fp64 for fp64 inputs.
@@ -390,8 +379,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, weights, head, chunk, *trained):  # type: ignore[override]
         weights = weights.to(loss_dtype(hidden))
-        needed = hidden.requires_grad
-        values, grad_hidden, sums = _over_chunks(hidden, targets, -weights, head, trained, chunk, needed)
+        values, grad_hidden, sums = _over_chunks(hidden, targets, -weights, head, trained, chunk)
         total = hidden.new_zeros((), dtype=loss_dtype(hidden))
         for part, own in zip(values, weights.split(chunk), strict=True):
             total -= (part * own).sum()
@@ -474,7 +462,7 @@ class CausalObjective:
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """(P,) log p of each of the batch's ``targets``, differentiable, in fp32."""
-        return self._log_probs(self._picked(batch), batch.targets)
+        return self._log_probs(self.label_outputs(batch), batch.targets)
 
     def _log_probs(self, picked: Tensor, targets: Tensor) -> Tensor:
         if not self.chunked:
@@ -485,12 +473,10 @@ class CausalObjective:
 
     def _cross_entropy(self, batch: Batch) -> Tensor:
         """Σ weight · cross-entropy: as the loss of :meth:`token_log_probs`, without logits computed twice."""
-        picked = self._picked(batch)
+        picked = self.label_outputs(batch)
         if self.chunked and not self._head_is_frozen():
-            parameters = list(self.head.parameters())
-            return chunked_cross_entropy(
-                picked, batch.targets, batch.weights, self._logits, parameters, chunk=self.chunk
-            )
+            given, parameters = (batch.targets, batch.weights), list(self.head.parameters())
+            return chunked_cross_entropy(picked, *given, self._logits, parameters, chunk=self.chunk)
         values = self._log_probs(picked, batch.targets)
         return -(values * batch.weights.to(values.dtype)).sum()
 
@@ -512,39 +498,30 @@ class CausalObjective:
         rough = None
         if loader.arithmetic().int8_logits and _may_round(self.head) and picked.dtype == torch.bfloat16:
             rough = replace(self._rough_head, least_rows=self.rough_rows)
+        scales = rough.scales if rough is not None and self._int8 else None
+        blocks = block_weight(self.head)
         return frozen_head_log_probs(
-            picked,
-            targets,
-            self.head.weight,
-            self.head.bias,
-            *change,
-            scales=rough.scales if rough is not None and self._int8 else None,
-            blocks=block_weight(self.head),
-            rough=rough,
+            picked, targets, self.head.weight, self.head.bias, *change, scales=scales, blocks=blocks, rough=rough
         )
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """For each label its cross-entropy (P,), and the likeliest token in its place, int64 (P,)."""
         losses, likeliest = [], []
-        for rows, targets in zip(self._picked(batch).split(self.chunk), batch.targets.split(self.chunk), strict=True):
-            logits = (self._logits(rows) if self.chunked else rows).float()
+        outputs, chunk = self.label_outputs(batch), self.chunk
+        for rows, targets in zip(outputs.split(chunk), batch.targets.split(chunk), strict=True):
+            logits = self.logits_of(rows).float()
             losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
             likeliest.append(logits.argmax(-1))
         return torch.cat(losses), torch.cat(likeliest)
 
-    @torch.no_grad()
-    def label_outputs(self, batch: Batch) -> Tensor:
-        """What :meth:`logits_of` takes, for each distinct label position of the batch in ascending order."""
-        return self._picked(batch)
-
-    @torch.no_grad()
     def logits_of(self, outputs: Tensor) -> Tensor:
         """(P, vocabulary) logits of :meth:`label_outputs`."""
         return self._logits(outputs) if self.chunked else outputs
 
-    def _picked(self, batch: Batch) -> Tensor:
-        """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
+    def label_outputs(self, batch: Batch) -> Tensor:
+        """(P, d) outputs of the backbone for each distinct label position of the batch in ascending order;
+        (P, vocabulary) logits if not chunked."""
         with entered(batch) as run:
             if self.chunked:
                 with outputs_at(self.model, run.asked):
@@ -604,11 +581,11 @@ def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
 
     On fake tensors there are no logits to compare: sizes that fit are all that can be seen.
     """
-    text = model.config.get_text_config()
-    sizes = getattr(head, "in_features", None), getattr(head, "out_features", None)
-    if not model_has_values(model) and sizes == (text.hidden_size, text.vocab_size):
+    text, real = model.config.get_text_config(), model_has_values(model)
+    width = getattr(head, "in_features", None)
+    if not real and (width, getattr(head, "out_features", None)) == (text.hidden_size, text.vocab_size):
         return True
-    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    tokens = torch.arange(8, device=model.device)[None] % text.vocab_size
     outputs: list[Tensor] = []
     backbone = model.base_model
     hook = backbone.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
@@ -620,12 +597,8 @@ def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
         if len(outputs) != 1:
             return False
         hidden = outputs[0][0]
-        if hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
+        if width not in (None, hidden.shape[-1]):
             return False
         ours = final_logits(model, head(hidden)).float()
-    if own.shape != ours.shape:
-        return False
-    if not model_has_values(model):
-        return True  # that the shapes fit is all that can be seen on fake tensors
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool((own - ours).norm() <= tolerance * own.norm())
+    return own.shape == ours.shape and (not real or bool((own - ours).norm() <= tolerance * own.norm()))

@@ -29,14 +29,14 @@ from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import padded_rows
 from deltaw.training.evaluation.base import (
     Evaluation,
+    check_finite,
     classification_metrics,
     confusion,
-    mean_interval,
     regression_metrics,
 )
-from deltaw.training.losses import PairLosses, StepMetrics, named
+from deltaw.training.losses import PairLosses, StepMetrics
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, entered
-from deltaw.training.tasks.base import ModelFiles, Task
+from deltaw.training.tasks.base import Classes, ModelFiles, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
 
 # ---- How labeled rows become microbatches: how many tokens, what pads them, and why.
@@ -92,12 +92,10 @@ def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -
         with torch.no_grad():
             model(pixel_values=pixels)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"the model does not take its images as prepared: {str(error).splitlines()[0]}",
-            where=f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels",
-            hint="check that preprocessor_config.json belongs to the model; without it, images are resized "
-            "to the model's image_size",
-        ) from error
+        what = f"the model does not take its images as prepared: {str(error).splitlines()[0]}"
+        where = f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels"
+        hint = "check that preprocessor_config.json belongs to the model; without it, the model's image_size counts"
+        raise UserError(what, where=where, hint=hint) from error
 
 
 def text_positions(model: PreTrainedModel) -> int | None:
@@ -140,12 +138,8 @@ class LabelObjective:
         self.model = model
         self.task = task
         self.watched = StepMetrics()
-        if task == "regression" and model.config.num_labels != 1:
-            raise UserError(
-                f"the model's head has {model.config.num_labels} outputs, and a regression has one",
-                where="model",
-                hint="load the model for task: regression, or set task: sequence-classification",
-            )
+        if task == "regression":
+            check_one_output(model.config.num_labels, "regression")
         self.head = None if task == "image-classification" else _head_of_last_token(model)
         self.pooled = self.head is not None
         if not self.pooled and task != "image-classification":
@@ -166,22 +160,33 @@ class LabelObjective:
         """Labels of the rows: one each, or one a pair."""
         return sum(row.label_count for row in rows)
 
+    def of_pairs(self, batch: LabelBatch) -> tuple[Sequence[Any], PairLosses]:
+        """The preferred row of each pair of a batch, and the losses of the pairs."""
+        return batch.examples[::2], losses_of_pairs(self.predictions(batch), batch.targets)
+
     def predictions(self, batch: LabelBatch) -> Tensor:
         """Logits (rows, classes), or numbers (rows,) of a regression; in fp32 (fp64 for an fp64 model)."""
         with entered(batch) as run:
-            return self._predicted(run)
-
-    def _predicted(self, batch: LabelBatch) -> Tensor:
-        inputs = {
-            name: value.to(self.model.dtype) if value.is_floating_point() else value
-            for name, value in batch.inputs.items()
-        }
-        if self.head is not None:
-            logits = _at_last_token(self.model, self.head, inputs)
-        else:
-            logits = self.model(**inputs).logits
+            inputs = dict(run.inputs)
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            if self.head is not None:
+                logits = _at_last_token(self.model, self.head, inputs)
+            else:
+                logits = self.model(**inputs).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.squeeze(-1) if self.task == "regression" else logits
+
+
+def check_one_output(outputs: int | None, what: str, model: str = "model") -> None:
+    """Refuse a head with several outputs for a number.
+
+    Args:
+        what: the head gives. model: its reference, for the message.
+    """
+    if outputs != 1:
+        hint = "take a model without a head, or with one output; for classes set task: sequence-classification"
+        raise UserError(f"the model's head has {outputs} outputs, and a {what} has one", where=model, hint=hint)
 
 
 def losses_of_pairs(rewards: Tensor, margins: Tensor) -> PairLosses:
@@ -196,12 +201,7 @@ def losses_of_pairs(rewards: Tensor, margins: Tensor) -> PairLosses:
     Raises:
         UserError: the head has another number of outputs.
     """
-    if rewards.shape[-1] != 1:
-        raise UserError(
-            f"the model's head has {rewards.shape[-1]} outputs, and a reward is one number",
-            where="model",
-            hint="take a model without a head",
-        )
+    check_one_output(rewards.shape[-1], "reward")
     rewards = rewards.view(-1, 2)
     margins = margins.view(-1, 2)[:, 0].to(rewards.dtype)
     losses = -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
@@ -222,8 +222,7 @@ def start_at_mean(model: nn.Module, new_modules: Sequence[str], labels: Sequence
     Returns:
         whether there was a bias to set; decoders' heads have none.
     """
-    for name in reversed(list(new_modules)):
-        module = model.get_submodule(name)
+    for module in map(model.get_submodule, reversed(new_modules)):
         bias = getattr(module, "bias", None)
         if getattr(module, "out_features", None) == 1 and isinstance(bias, Tensor):
             with torch.no_grad():
@@ -243,9 +242,7 @@ def _head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
     ids = _trial_ids(model, 8)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        own = model(**inputs).logits
-        ours = _at_last_token(model, head, inputs)
-        agree = own.shape == ours.shape and bool(_close(own, ours))
+        agree = _close(model(**inputs).logits, _at_last_token(model, head, inputs))
     return head if agree else None
 
 
@@ -268,13 +265,10 @@ def _check_padding(model: PreTrainedModel) -> None:
     with torch.no_grad():
         alone = model(input_ids=short, attention_mask=torch.ones_like(short)).logits
         behind = model(input_ids=ids, attention_mask=padded).logits
-        agree = alone.shape == behind.shape and bool(_close(alone, behind))
-    if not agree:
-        raise UserError(
-            f"the outputs of {type(model).__name__} change when padding follows a row",
-            where="model",
-            hint="choose another model: rows of different lengths could not go through it together",
-        )
+    if not _close(alone, behind):
+        what = f"the outputs of {type(model).__name__} change when padding follows a row"
+        hint = "choose another model: rows of different lengths could not go through it together"
+        raise UserError(what, where="model", hint=hint)
 
 
 def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
@@ -286,10 +280,10 @@ def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
     return ids if pad is None else torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
 
 
-def _close(left: Tensor, right: Tensor) -> Tensor:
+def _close(left: Tensor, right: Tensor) -> bool:
     tolerance = 1e-4 if left.dtype in (torch.float32, torch.float64) else 4e-2
     left, right = left.float(), right.float()
-    return (left - right).norm() <= tolerance * left.norm() + 1e-6
+    return left.shape == right.shape and bool((left - right).norm() <= tolerance * left.norm() + 1e-6)
 
 
 # ---- How well a model predicts classes, numbers, or which of two texts is preferred: metrics, predictions row by
@@ -309,13 +303,14 @@ class LabelEvaluation(Evaluation):
 def evaluate_labels(
     objective: LabelObjective, examples: Sequence[AnyExample], batcher: LabelMicroBatcher, classes: Sequence[str] = ()
 ) -> LabelEvaluation:
-    """Evaluate a model on labeled rows.
+    """Evaluate a model on labeled rows, or on pairs, of which the predictions are the rewards.
 
     Raises:
         UserError: the model's predictions are not finite.
     """
     if isinstance(examples[0], RowGroup):
-        return _of_pairs(objective, examples, batcher)  # type: ignore[arg-type]
+        evaluation, rewards = evaluate_pairs(examples, batcher, objective.of_pairs)  # type: ignore[arg-type]
+        return LabelEvaluation(**vars(evaluation), predictions=rewards)
     parts, order = [], []
     place = {id(example): index for index, example in enumerate(examples)}
     with torch.no_grad():
@@ -325,53 +320,16 @@ def evaluate_labels(
     gathered = np.concatenate(parts)
     predictions = np.empty_like(gathered)
     predictions[order] = gathered
-    if not np.isfinite(predictions).all():
-        raise UserError(
-            "the model's predictions are not finite",
-            hint="if the adapter was trained, train it again with a lower train.learning_rate",
-        )
+    check_finite("the model's predictions are", predictions)
     truth = np.array([example.label for example in examples])
     if objective.task == "regression":
         return _of_numbers(truth, predictions)
     return _of_classes(truth, predictions, tuple(classes))
 
 
-@torch.no_grad()
-def _of_pairs(objective: LabelObjective, pairs: Sequence[RowGroup], batcher: LabelMicroBatcher) -> LabelEvaluation:
-    """Rewards of pairs: the loss, the share whose preferred text has the higher one, and both rewards."""
-    place = {id(pair.rows[0]): index for index, pair in enumerate(pairs)}
-    # Of each pair: loss, accuracy, rewards of the preferred text and the other.
-    table = np.empty((len(pairs), 4))
-    for batch in batcher.batches(pairs):  # type: ignore[arg-type]
-        found = losses_of_pairs(objective.predictions(batch), batch.targets)
-        values = torch.cat([found.losses[:, None], found.accuracies[:, None], found.rewards], 1)
-        table[[place[id(row)] for row in batch.examples[::2]]] = values.cpu().double().numpy()
-    if not np.isfinite(table).all():
-        raise UserError(
-            "the model's rewards are not finite",
-            hint="if the adapter was trained, train it again with a lower train.learning_rate",
-        )
-    loss, accuracy, chosen, rejected = table.mean(0).tolist()
-    return LabelEvaluation(
-        metrics={"loss": loss, **named(accuracy, chosen, rejected)},
-        main="accuracy",
-        higher_is_better=True,
-        per_row=table[:, 1].copy(),
-        interval=mean_interval(table[:, 1]),
-        predictions=table[:, 2:].copy(),
-    )
-
-
 def _of_numbers(truth: np.ndarray, predictions: np.ndarray) -> LabelEvaluation:
-    squared = (predictions.astype(np.float64) - truth) ** 2
-    return LabelEvaluation(
-        metrics=regression_metrics(truth, predictions),
-        main="mse",
-        higher_is_better=False,
-        per_row=squared,
-        interval=mean_interval(squared),
-        predictions=predictions,
-    )
+    metrics, squared = regression_metrics(truth, predictions), (predictions.astype(np.float64) - truth) ** 2
+    return LabelEvaluation.of_rows(metrics, "mse", squared, higher_is_better=False, predictions=predictions)
 
 
 def _of_classes(truth: np.ndarray, logits: np.ndarray, classes: tuple[str, ...]) -> LabelEvaluation:
@@ -380,25 +338,16 @@ def _of_classes(truth: np.ndarray, logits: np.ndarray, classes: tuple[str, ...])
     chosen = logits.argmax(1)
     counts = confusion(truth, chosen, logits.shape[1])
     right = (chosen == truth).astype(np.float64)
-    return LabelEvaluation(
-        metrics={"loss": float(losses.mean()), **classification_metrics(counts)},
-        main="accuracy",
-        higher_is_better=True,
-        per_row=right,
-        interval=mean_interval(right),
-        classes=classes,
-        confusion=counts,
-        predictions=logits,
-    )
-
-
-# ---- labels
+    metrics = {"loss": float(losses.mean()), **classification_metrics(counts)}
+    told = {"classes": classes, "confusion": counts, "predictions": logits}
+    return LabelEvaluation.of_rows(metrics, "accuracy", right, **told)
 
 
 # What the names of architectures end in whose files hold a classifier's head.
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
+@dataclass(eq=False)
 class LabelTask(Task):
     """Predict a text's class or number, or an image's class.
 
@@ -414,34 +363,24 @@ class LabelTask(Task):
     shares_evaluation = True
     evaluation_asks = "predictions"
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        encoder: ImageEncoder | None = None,
-        named: tuple[str, ...] | None = None,
-        own_outputs: int | None = None,
-        model: str = "",
-    ) -> None:
-        self.name = name
-        self.named = named
-        self._own_outputs = own_outputs
-        self._model = model
-        self.tokenizer = tokenizer
-        self.encoder = encoder
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    encoder: ImageEncoder | None = None
+    named: tuple[str, ...] | None = None
+    own_outputs: int | None = None
+    model: str = ""
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
-        named, model = named_classes(files.config), files.reference
+        named, model, code = named_classes(files.config), files.reference, files.trust_remote_code
         if name == "image-classification":
-            encoder = ImageEncoder(files.folder, trust_remote_code=files.trust_remote_code)
+            encoder = ImageEncoder(files.folder, trust_remote_code=code)
             return cls(name, None, encoder, named, own_outputs(files.config), model)
-        tokenizer = files.tokenizer()
         # A regression's configuration has one output, whatever the files say.
-        config = read_config(files.folder, "sequence-classification", None, files.trust_remote_code)
-        return cls(name, tokenizer, None, named, own_outputs(config), model)
+        config = read_config(files.folder, "sequence-classification", None, code)
+        return cls(name, files.tokenizer(), None, named, own_outputs(config), model)
 
-    def reader(self, settings: DataSettings, classes: Sequence[str] | None = None) -> LabelReader | RewardReader:
+    def reader(self, settings: DataSettings, classes: Classes = None) -> LabelReader | RewardReader:
         if self.name == "sequence-classification" and are_pairs(settings.train, settings):
             assert self.tokenizer is not None  # texts are not read without one
             self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
@@ -450,62 +389,34 @@ class LabelTask(Task):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         reader = self.reader(settings)
-        if isinstance(reader, RewardReader):
-            self._check_reward_head()
-            return reader.prepared(seed)
+        is_reward = isinstance(reader, RewardReader)
+        if is_reward:
+            self._check_outputs(None, "reward")
         data = reader.prepared(seed)
         found = data.classes
         reordered = found is not None and self.named is not None and set(found) == set(self.named)
         if reordered and settings.classes is None and found != self.named:
             # A head for these very classes keeps the order of its outputs.
             data = self.reader(settings, self.named).prepared(seed)
-        self._check_outputs(data.classes)
+        if not is_reward:
+            self._check_outputs(data.classes, "regression")
         return data
 
-    def _check_reward_head(self) -> None:
-        if self._own_outputs not in (None, 1):
-            raise UserError(
-                f"the model's head has {self._own_outputs} outputs, and a reward is one number",
-                where=self._model,
-                hint="take a model without a head, or with one output",
-            )
-
-    def _check_outputs(self, classes: Sequence[str] | None) -> None:
+    def _check_outputs(self, classes: Classes, what: str) -> None:
         """Refuse rows that the model's own head is not made for, before its weights are read."""
-        if self._own_outputs is None:
-            return
-        if classes is not None:
-            check_classes(self._own_outputs, classes, self._model)
-        elif self._own_outputs != 1:
-            raise UserError(
-                f"the model's head has {self._own_outputs} outputs, and a regression has one",
-                where=self._model,
-                hint="set task: sequence-classification, or take a model without a head",
-            )
+        if self.own_outputs is not None and classes is not None:
+            check_classes(self.own_outputs, classes, self.model)
+        elif self.own_outputs is not None:
+            check_one_output(self.own_outputs, what, self.model)
 
     def outputs(self, data: RunData) -> int | None:
         return 1 if data.classes is None else len(data.classes)
 
     def batcher(
-        self,
-        model: PreTrainedModel,
-        examples: Sequence[Any],
-        *,
-        device: str,
-        tokens_per_pass: int | str,
-        share: bool | str,
-        method_shares: bool,
-        virtual_tokens: int,
+        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
     ) -> tuple[AnyBatcher, dict[str, Choice]]:
-        return choose_label_batcher(
-            model,
-            examples,
-            device=device,
-            tokens_per_pass=tokens_per_pass,
-            virtual_tokens=virtual_tokens,
-            tokenizer=self.tokenizer,
-            encoder=self.encoder,
-        )
+        known = {name: how[name] for name in ("device", "tokens_per_pass", "virtual_tokens") if name in how}
+        return choose_label_batcher(model, examples, tokenizer=self.tokenizer, encoder=self.encoder, **known)
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]) -> None:
         """A regression begins at the mean of the labels."""
@@ -527,11 +438,7 @@ class LabelTask(Task):
         return padded_rows(model)
 
     def evaluate(
-        self,
-        objective: AnyObjective,
-        examples: Sequence[Any],
-        batcher: AnyBatcher,
-        classes: Sequence[str] | None = None,
+        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
     ) -> Evaluation:
         return evaluate_labels(objective, examples, batcher, classes or ())  # type: ignore[arg-type]
 

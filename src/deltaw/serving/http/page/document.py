@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
@@ -18,10 +18,18 @@ from fastapi import APIRouter, Request, Response
 SCRIPTS = ("stream.js", "difference.js", "tokens.js", "answers.js", "chat.js")
 # What only a header can say; browsers pass over it in a document.
 FRAMES = "frame-ancestors 'none'"
+FORBIDDEN = "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
 
 
-@dataclass(frozen=True)
-class Document:
+HEADERS = {
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class Document(NamedTuple):
     """The page as it is sent.
 
     Attributes:
@@ -48,26 +56,13 @@ def chat_page() -> Document:
     """The page, put together once."""
     style = _read("style.css")
     script = "".join(['"use strict";\n(() => {\n', *(_read(name) for name in SCRIPTS), "})();\n"])
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"style-src {_hash(style)}",
-            f"script-src {_hash(script)}",
-            "connect-src 'self'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "require-trusted-types-for 'script'",
-        )
-    )
+    styles = f"style-src {_hash(style)}; script-src {_hash(script)}"
+    policy = f"default-src 'none'; {styles}; connect-src 'self'; img-src data:; {FORBIDDEN}"
     page = _read("page.html")
     for name, text in (("policy", policy), ("style", style), ("script", script)):
         page = page.replace("{{ " + name + " }}", text, 1)
     content = page.encode()
     return Document(content, f"{policy}; {FRAMES}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-
-
-# ---- The route of the chat page; an application includes the router. Knows nothing of engines.
 
 
 def page_router() -> APIRouter:
@@ -77,14 +72,7 @@ def page_router() -> APIRouter:
     @router.get("/", include_in_schema=False)
     def page(request: Request) -> Response:
         document = chat_page()
-        headers = {
-            "Content-Security-Policy": document.policy,
-            "Cache-Control": "no-cache",
-            "ETag": document.tag,
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-            "Cross-Origin-Opener-Policy": "same-origin",
-        }
+        headers = {**HEADERS, "Content-Security-Policy": document.policy, "ETag": document.tag}
         if request.headers.get("if-none-match") == document.tag:
             return Response(status_code=304, headers=headers)
         return Response(document.content, media_type="text/html; charset=utf-8", headers=headers)

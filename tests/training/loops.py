@@ -1,0 +1,94 @@
+"""Trainings of tiny models through the loop alone."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+
+from deltaw.data.example import Example
+from deltaw.lora import LoRAConfig
+from deltaw.methods.in_place import Bias, Full, Random
+from deltaw.methods.lora import LoRA
+from deltaw.methods.settings import RandomSettings
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.loop import train
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.tiny_models import VOCABULARY, causal_model
+
+METHODS = {
+    "lora": lambda: LoRA(LoRAConfig(rank=4, alpha=8)),
+    "lora with dropout": lambda: LoRA(LoRAConfig(rank=4, alpha=8, dropout=0.3)),
+    "lora plus": lambda: LoRA(LoRAConfig(rank=4, alpha=8), b_rate=4.0),
+    "bias": lambda: Bias(None),
+    "full": lambda: Full(None),
+    "random": lambda: Random(RandomSettings(weights=0.05)),
+}
+SPLIT = CausalMicroBatcher(40, True, False, "cpu")
+SETTINGS = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": 4, "seed": 5, "schedule": "cosine", "warmup": 0.2}
+
+
+def example(number, tokens, first_label, **more):
+    """A row whose labels begin at a place, where its prompt ends."""
+    given = np.asarray(tokens, np.int32)
+    return Example(number, given, np.arange(len(given)) >= first_label, first_label, None, **more)
+
+
+def examples(count=7, seed=0):
+    """Rows of one stem and different ends; the end is to be learned."""
+    random = np.random.default_rng(seed)
+    stem = random.integers(3, VOCABULARY, 6)
+    made = []
+    for number in range(count):
+        made.append(example(number + 1, [*stem, *random.integers(3, VOCABULARY, 2 + number % 3)], 6))
+    return made
+
+
+class Training:
+    """New objects for the same training, and what it left behind: its steps, its outcome, states after some steps."""
+
+    def __init__(self, method="lora with dropout", family="qwen3", dtype=torch.float32, rows=11, batcher=SPLIT, **more):
+        self.model = causal_model(family).to(dtype)
+        self.method = METHODS[method]()
+        self.method.prepare(self.model, seed=0)
+        self.trained = dict(self.method.parameters(self.model))
+        self.before = {name: weight.clone() for name, weight in self.weights().items()}
+        with self.method.evaluating(self.model):
+            self.objective = CausalObjective(self.model)
+        self.rows, self.batcher, self.settings = examples(rows), batcher, SETTINGS | more
+        self.steps, self.states = [], {}
+
+    def go(self, saved=None, keep=(), should_stop=lambda: False, on_step=lambda step: None):
+        def on_begin(state):
+            self.state = state
+
+        def note(step):
+            self.steps.append(step)
+            on_step(step)
+            if step.step in keep:
+                self.states[step.step] = self.state.state()
+
+        with contextlib.nullcontext() if self.batcher.padded else packed_rows(self.model):
+            self.outcome = train(
+                self.objective,
+                [*self.trained.values()],
+                self.rows,
+                self.batcher,
+                names=[*self.trained],
+                rate_factors=[self.method.rate_factor(name) for name in self.trained],
+                after_step=lambda: self.method.after_step(self.model),
+                saved=saved,
+                on_begin=on_begin,
+                on_step=note,
+                should_stop=should_stop,
+                **self.settings,
+            )
+        return self
+
+    def stopped_after(self, count):
+        return self.go(keep=(count,), should_stop=lambda: len(self.steps) >= count)
+
+    def weights(self):
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
