@@ -60,9 +60,6 @@ def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, i
     return tuple((PHASES[phase], size) for phase, size in highest)
 
 
-# ---- The process
-
-
 # Of what comes and goes within a step, the share that the allocator holds beside it: holes between blocks of
 # many sizes. It belongs to glibc's way of cutting blocks, not to a version or a processor.
 SLACK = 0.06

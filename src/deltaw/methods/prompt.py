@@ -160,9 +160,6 @@ def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
         raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
 
 
-# ---- The method
-
-
 _ENDINGS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
