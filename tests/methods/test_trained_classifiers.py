@@ -24,6 +24,10 @@ from tests.methods.test_trained_exactly import METHODS, changed, check_moved, ru
 HEADS = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"], "llama": ["score"]}
 
 
+def objective(model: PreTrainedModel) -> LabelObjective:
+    return LabelObjective(model, "sequence-classification")
+
+
 def rows() -> list[LabeledExample]:
     rng = np.random.default_rng(0)
     return [LabeledExample(n + 1, rng.integers(3, 60, size=5 + n).astype(np.int32), n % 3) for n in range(6)]
@@ -45,7 +49,6 @@ def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: 
     model, before, method = copy.deepcopy(base), values_of(base), make()
     heads = HEADS[family]
     with padded_rows(model):
-        objective = LabelObjective(model, "sequence-classification")
         start = run(model, method, objective, LabelMicroBatcher(1024, "cpu"), rows(), extra_modules=heads)
     check_moved(model, method, start)
     moved = changed(model, before)

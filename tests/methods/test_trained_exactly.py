@@ -62,19 +62,19 @@ def changed(model: nn.Module, before: Named) -> set[str]:
 def run(
     model: PreTrainedModel,
     method: Method,
-    objective: Any = None,
+    objective: Callable[[PreTrainedModel], Any] = CausalObjective,
     batcher: Any = None,
     rows: Sequence[Any] = (),
     extra_modules: Sequence[str] = (),
 ) -> Named:
     """Prepare and train for three steps; what was trained, as it was before the first step."""
-    packed = model.config.model_type not in PADDED and objective is None
+    packed = model.config.model_type not in PADDED and batcher is None
     method.prepare(model, seed=0, extra_modules=extra_modules)
     named = method.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in named}
     with packed_rows(model) if packed else torch.enable_grad(), method.evaluating(model):
         train(
-            objective or CausalObjective(model),
+            objective(model),
             [parameter for _, parameter in named],
             [as_seen(row, method) for row in rows or random_rows(6)],
             batcher or CausalMicroBatcher(1024, packed, not packed, "cpu"),

@@ -320,7 +320,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
-    of_tokens = [t.transpose(0, 1) for t in (query, key, value)]
+    of_tokens = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     told = how["scaling"], how.get("window"), how.get("softcap")
     causal = how.get("causal", True)
     if causal:

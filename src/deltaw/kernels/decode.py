@@ -321,8 +321,8 @@ class Decoder:
         if loader.library() is None or hidden.device.type != "cpu":
             return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
         tables = [packed.table for packed in adapters]
-        rows = [t.contiguous() for t in (positions, sequence, adapter, page_table, wanted)]
-        return self._compiled.step(pages.data, hidden.contiguous(), tables, rows)
+        told = [t.contiguous() for t in (positions, sequence, adapter, page_table, wanted)]
+        return self._compiled.step(pages.data, hidden.contiguous(), tables, told)
 
 
 # Which phase of a block, or behind all blocks, reads a layer's factors.

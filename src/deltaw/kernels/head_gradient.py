@@ -97,9 +97,6 @@ _class_gradient = define(
 )
 
 
-# ---- head gradient
-
-
 # Rows whose unlikely classes are summed. With more of them the product takes less time, and the error grows.
 TOGETHER = 16
 # A class is likely if it has this part of the probability beside the target's, and, in the kernels, is among

@@ -142,7 +142,7 @@ def can_multiply(x: Tensor, of: Product) -> bool:
     ):
         return False
     group = 4 if int8 else 4 // x.dtype.itemsize
-    if any(size % group for size in of.sizes):
+    if weight.shape[0] % group or (of.format is None and weight.shape[1] % group):
         return False
     lora_A = of.lora_A
     return lora_A is None or (lora_A.dtype == torch.float32 and lora_A.shape[-1] % (4 // x.dtype.itemsize) == 0)
@@ -161,8 +161,9 @@ def linear(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    _check(x, of, *of.sizes)
-    check_shape("what is added", added, x.shape[0], of.sizes[1])
+    inputs, outputs = of.sizes
+    _check(x, of, inputs, (inputs, outputs))
+    check_shape("what is added", added, x.shape[0], outputs)
     if of.scale is not None:
         check_shape("x in int8", x_int8, *x.shape)
         check_shape("the scales of x in int8", x_scales, *scales_shape(x, of.in_blocks))
@@ -229,7 +230,7 @@ def linear_backward(
         ValueError: the shapes do not fit each other.
     """
     inputs, outputs = of.sizes
-    _check(grad, of, outputs, inputs)
+    _check(grad, of, outputs, (inputs, outputs))
     check_shape("what is added", added, grad.shape[0], inputs)
     dx, narrow = _linear_backward(grad, *of, added, need_x, in_int8)
     return dx, narrow
@@ -300,11 +301,11 @@ def _some_rows(weight: BlockWeight, dtype: torch.dtype) -> Iterator[tuple[slice,
         yield rows, weight.dequantized(torch.bfloat16, rows.start, rows.stop).to(dtype)
 
 
-def _check(left: Tensor, of: Product, width: int, across: int) -> None:
-    """That a product of ``left`` (M, width) with a weight, to (M, across), and the factors on both sides is one."""
+def _check(left: Tensor, of: Product, width: int, sizes: tuple[int, int]) -> None:
+    """That a product of ``left`` (M, width) with a weight of these sizes, and the factors on both sides, is one."""
     if left.dim() != 2:
         raise ValueError(f"a product is of two matrices, not of {tuple(left.shape)} and {tuple(of.weight.shape)}")
-    inputs, outputs = of.sizes
+    inputs, outputs = sizes
     check_shape("the left side", left, left.shape[0], width)
     check_shape("the weight's scales", of.scale, outputs)
     check_shape("the SmoothQuant scales", of.smooth_scales, inputs)
@@ -334,29 +335,39 @@ def factors_backward_reference(
 
 
 def _are(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    return all(t is None or t.dtype == dtype for t in tensors)
+    for tensor in tensors:  # noqa: SIM110 - all() takes twice as long, and there are many small products
+        if tensor is not None and tensor.dtype != dtype:
+            return False
+    return True
 
 
-def _compiled(left: Tensor, of: Product, added: Tensor | None) -> bool:
-    """Whether the compiled kernel takes the product's tensors, and what is added to it."""
+def _compiled(left: Tensor, of: Product, added: Tensor | None, scales: Tensor | None = None) -> bool:
+    """Whether the compiled kernel takes the product's tensors, what is added to it, and scales of the left side."""
     if not can_multiply(left, of) or not _are(left.dtype, added):
         return False
-    return _are(torch.float32, of.scale, of.smooth_scales, of.lora_B)
+    return _are(torch.float32, of.scale, of.smooth_scales, of.lora_B, scales)
 
 
 def _laid_out(of: Product) -> Product:
     """As the kernels read it: numbers side by side, rows one after another."""
-    return Product(*(t.contiguous() if isinstance(t, Tensor) else t for t in of))
+    for tensor in (of.scale, of.smooth_scales, of.bias, of.lora_A, of.lora_B):  # the weight is, if it is served
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        return of
+    return Product._make(t.contiguous() if isinstance(t, Tensor) else t for t in of)
 
 
 def _compute_linear(*args: Any) -> tuple[Tensor, Tensor]:
     x, (of, (added, x_int8, x_scales)) = args[0], product_of(args)
-    compiled = _compiled(x, of, added) and (_are(x.dtype, of.bias) or _are(torch.float32, of.bias))
+    compiled = _compiled(x, of, added, x_scales) and (_are(x.dtype, of.bias) or _are(torch.float32, of.bias))
     compiled = compiled and (of.scale is None or of.in_blocks or x.shape[1] <= LONGEST_SUM)
-    if not compiled or not _are(torch.uint8, x_int8) or not _are(torch.float32, x_scales):
+    if not compiled or not _are(torch.uint8, x_int8):
         return linear_reference(x, of, added, x_int8, x_scales)
     x, of = x.contiguous(), _laid_out(of)
-    added, x_int8, x_scales = (None if t is None else t.contiguous() for t in (added, x_int8, x_scales))
+    added = None if added is None else added.contiguous()
+    if x_int8 is not None and x_scales is not None:
+        x_int8, x_scales = x_int8.contiguous(), x_scales.contiguous()
     (rows, width), (_, out) = x.shape, of.sizes
     y, h = torch.empty(rows, out, dtype=x.dtype), _narrow_like(x, of)
     quantize = of.scale is not None and x_int8 is None

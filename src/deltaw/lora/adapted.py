@@ -142,9 +142,6 @@ def _holds_tokens(cache: Any) -> bool:
         return True
 
 
-# ---- The layer
-
-
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 

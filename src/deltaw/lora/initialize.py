@@ -42,9 +42,6 @@ def from_peft(tensor: Tensor, attribute: str, experts: int | None) -> Tensor:
     return tensor.t() if tensor.dim() == 2 else tensor
 
 
-# ---- Initial values
-
-
 @dataclass
 class ChangedInit:
     """What a layer began with whose initialization changed W: W before, and the factors taken out of it."""

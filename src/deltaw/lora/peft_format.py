@@ -102,8 +102,6 @@ def without_wrappers(name: str) -> str:
     return name.removeprefix(PREFIX).replace(_INNER, "")
 
 
-# ---- Settings and tensors
-
 PEFT_FORMAT = "0.21.2"
 """The version of PEFT whose files these are."""
 

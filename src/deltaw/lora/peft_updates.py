@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -125,11 +126,8 @@ def _updates(factors: Mapping[str, Factors], config: LoRAConfig, twice: bool) ->
             attention = _attention_of(path, factors)
             # PEFT gives the output projection the rank and the alpha of its attention.
             owner = module if attention is None else without_wrappers(attention)
-            rank = factors[path]["A"].shape[0]
-            alpha = meant.alpha(owner)
-            times = 2 if twice and attention is not None else 1
-            factor = scaling(rank, alpha, config.rslora)
-            yield FileUpdate(module, path, rank, factor, factors[path]["A"], factors[path]["B"], times=times)
+            rank, times = factors[path]["A"].shape[0], 2 if twice and attention is not None else 1
+            yield meant.update(module, path, factors[path], rank, meant.alpha(owner), times=times)
 
 
 def _of_parameters(
@@ -149,8 +147,7 @@ def _of_parameters(
     best = [fit for fit, count in zip(fitting, counts, strict=True) if count == min(counts)]
     if not best:
         for path, row in zip(paths, rows, strict=True):
-            factor = scaling(row, meant.config.alpha, meant.config.rslora)
-            yield FileUpdate(module, path, row, factor, factors[path]["A"], factors[path]["B"], certain=False)
+            yield meant.update(module, path, factors[path], row, meant.config.alpha, certain=False)
         return
     order, ranks, alphas = best[0]
     certain = all(fit[1:] == (ranks, alphas) for fit in best)
@@ -158,10 +155,7 @@ def _of_parameters(
         name = order[0] if len(best) == 1 and len(order) == 1 else f"{module} #{number + 1}"
         count = factors[path]["A"].shape[0] // rank
         experts = count if count > 1 else None
-        factor = scaling(rank, alpha, meant.config.rslora)
-        yield FileUpdate(
-            name, path, rank, factor, factors[path]["A"], factors[path]["B"], experts=experts, certain=certain
-        )
+        yield meant.update(name, path, factors[path], rank, alpha, experts=experts, certain=certain)
 
 
 class _Meant:
@@ -181,6 +175,11 @@ class _Meant:
         if self._lasts:
             excluded = _means("exclude_modules", config.exclude_modules or [], modules)
             self._whole = _means("target_modules", config.target_modules, modules) - excluded
+
+    def update(self, name: str, path: str, pair: Factors, rank: int, alpha: float, **more: Any) -> FileUpdate:
+        """The update of a pair of factors."""
+        factor = scaling(rank, alpha, self.config.rslora)
+        return FileUpdate(name, path, rank, factor, pair["A"], pair["B"], **more)
 
     def rank(self, name: str) -> int:
         """Of a module or a parameter."""

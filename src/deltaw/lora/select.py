@@ -166,8 +166,6 @@ class _Search:
                 )
         return outer
 
-    # ---- Modules
-
     def _targeted(self) -> list[Named]:
         """The modules to adapt, without those that are trained in full."""
         if not self.config.target_modules:
@@ -269,8 +267,6 @@ class _Search:
             hint = f"name what is in it: {shown(below)}"
         raise UserError(f"'{name}' cannot be adapted: {reason}", where=name, hint=hint)
 
-    # ---- Parameters
-
     def _parameters(self) -> list[tuple[Named, Named, str]]:
         """The parameters that ``target_parameters`` means, in the order of the model: each one's full names,
         its module, and its own name there.
@@ -307,8 +303,6 @@ class _Search:
                 hint = "leave it out of target_parameters"
                 raise UserError(f"'{full.names[0]}' cannot be adapted: {reason}", where="target_parameters", hint=hint)
         return chosen
-
-    # ---- Rows of tokens
 
     def _tokens(self) -> list[TokenTarget]:
         """The embeddings (and heads) that ``trainable_token_indices`` means, each with what is tied to it.

@@ -60,9 +60,6 @@ def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, i
     return tuple((PHASES[phase], size) for phase, size in highest)
 
 
-# ---- The process
-
-
 # Of what comes and goes within a step, the share that the allocator holds beside it: holes between blocks of
 # many sizes. It belongs to glibc's way of cutting blocks, not to a version or a processor.
 SLACK = 0.06
@@ -151,24 +148,11 @@ class Plan:
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
-        return {
-            "total_parameters": self.total_parameters,
-            "trained_parameters": self.trained_parameters,
-            "peak_bytes": self.peak_bytes,
-            "peak_resident_bytes": self.peak_resident_bytes,
-            "parts": dict(self.parts),
-            "resident": dict(self.resident),
-            "phases": dict(self.phases),
-            "phase": self.phase,
-            "module": self.module,
-            "activations": dict(self.activations),
-            "tokens_per_pass": self.tokens,
-            "rows_per_step": self.rows,
-            "precision": self.precision,
-            "arithmetic": dict(self.arithmetic),
-            "operations_per_step": self.operations,
-            "disk_bytes": self.disk_bytes,
-        }
+        values = self.kept()
+        for name in ("method", "timeline", "operators", "block_bytes"):
+            del values[name]
+        renamed = {"tokens": "tokens_per_pass", "rows": "rows_per_step", "operations": "operations_per_step"}
+        return {renamed.get(name, name): value for name, value in values.items()}
 
     def kept(self) -> dict[str, object]:
         """Every field, ready for JSON; :meth:`from_kept` is the way back."""
@@ -202,17 +186,10 @@ class Fitting:
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
-        return {
-            "method": self.method,
-            "rank": self.rank,
-            "tokens_per_pass": self.tokens_per_pass,
-            "checkpointing": self.checkpointing,
-            "precision": self.precision,
-            "peak_resident_bytes": self.plan.peak_resident_bytes,
-            "peak_bytes": self.plan.peak_bytes,
-            "trained_parameters": self.plan.trained_parameters,
-            "estimated_seconds_per_step": self.seconds,
-        }
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("plan", "seconds")}
+        needs = ("peak_resident_bytes", "peak_bytes", "trained_parameters")
+        of_plan = {name: getattr(self.plan, name) for name in needs}
+        return {**values, **of_plan, "estimated_seconds_per_step": self.seconds}
 
 
 def resident_parts(

@@ -207,9 +207,6 @@ def arena_bytes(func: object, args: Arguments) -> int:
     return 0 if rule is None else rule(args)
 
 
-# ---- Operators of torch
-
-
 _aten = torch.ops.aten
 
 

@@ -285,8 +285,6 @@ class MemoryTracker(TorchDispatchMode):
         self._pending: tuple[_Life | None, int] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    # --- what is known beforehand -------------------------------------------------------------------------
-
     def track(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count ``tensors``, and let their storages be of this ``kind``, one of :data:`KINDS`."""
         if kind not in KINDS:
@@ -305,8 +303,6 @@ class MemoryTracker(TorchDispatchMode):
         self.track((p for p in parameters if p.requires_grad), "trained")
         for name, module in model.named_modules():
             self._names[id(module)] = name
-
-    # --- while the program runs ---------------------------------------------------------------------------
 
     def __enter__(self) -> MemoryTracker:
         self._hooks = [
@@ -409,8 +405,6 @@ class MemoryTracker(TorchDispatchMode):
             in_backward = self._phase == _BACKWARD and not self._stack
             self._peak_module = self._backward_module if in_backward else "".join(self._stack[-1:])
 
-    # --- phases and modules -------------------------------------------------------------------------------
-
     def _current_phase(self) -> int:
         if self._optimizing:
             return _OPTIMIZER
@@ -461,8 +455,6 @@ class MemoryTracker(TorchDispatchMode):
 
         return enter
 
-    # --- afterwards ---------------------------------------------------------------------------------------
-
     def footprint(self) -> Footprint:
         """What was seen so far, at the moment of the peak."""
         parts = dict.fromkeys(KINDS, 0)
@@ -507,9 +499,6 @@ def _called_by_engine(frame: FrameType | None) -> bool:
     ):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == ENGINE
-
-
-# ---- Fake tensors, and runs on them
 
 
 _aten = torch.ops.aten

@@ -101,9 +101,6 @@ def _measured(name: str, uses: list[Callable[[], object]]) -> int:
     return grown
 
 
-# ---- Operators and products, counted
-
-
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv}
 HALF = (torch.bfloat16, torch.float16)

@@ -1,10 +1,11 @@
 """What a method is: which parameters a run trains, and what it saves of them.
 
-Training, planning and comparing know methods through this protocol alone.
+Training, planning and comparing know methods through this class alone.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ class TrainOptions(Protocol):
     def b_rate(self) -> float: ...
 
 
-Made = TypeVar("Made", bound="MethodBase")
+Made = TypeVar("Made", bound="Method")
 Folder: TypeAlias = str | os.PathLike[str]
 Calibration: TypeAlias = Callable[[], None]
 """Runs the model on some of the user's rows."""
@@ -38,8 +39,9 @@ CLASSES_KEY = "deltaw.classes"
 REPLACED_KEY = "deltaw.replaced"
 
 
-class Method(Protocol):
-    """One way to train few parameters of a model.
+class Method(abc.ABC):
+    """One way to train few parameters of a model. By default nothing is random, all parameters have one learning
+    rate, and there are no virtual tokens.
 
     Attributes:
         name: the value of the setting ``method``.
@@ -50,19 +52,35 @@ class Method(Protocol):
         activates: whether what it trains acts only from an invocation sequence on.
         invocation_given: that sequence as the user gave it, ids or text; None where it is to be derived.
         invocation: its token ids, once they are known; else None.
+        section: the class of its settings.
     """
 
     name: str
     usual_rate: float
-    falls_with_width: bool
-    virtual_tokens: int
-    activates: bool
-    invocation_given: Sequence[int] | str | None
-    invocation: Sequence[int] | None
+    falls_with_width: bool = True
+    virtual_tokens: int = 0
+    activates: bool = False
+    invocation_given: Sequence[int] | str | None = None
+    invocation: Sequence[int] | None = None
+    section: type | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
-    def invoke_by(self, tokens: Sequence[int]) -> None:
+    def __init__(self, settings: Any = None) -> None:
+        self.settings: Any = self.section() if settings is None and self.section is not None else settings
+
+    @classmethod
+    def from_run(
+        cls: type[Made], section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Made:
+        """See :class:`deltaw.methods.registry.Implementation`."""
+        made = cls() if section is None else cls(section)
+        made.tokenizer = tokenizer
+        return made
+
+    def invoke_by(self, tokens: Sequence[int]) -> None:  # noqa: B027 - most act on all tokens
         """Be told the invocation sequence, before :meth:`prepare`."""
 
+    @abc.abstractmethod
     def prepare(
         self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
@@ -79,11 +97,14 @@ class Method(Protocol):
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within the block nothing is random: the model answers as it will after training."""
+        return contextlib.nullcontext()
 
     def keeps_base(self, model: nn.Module) -> bool:
         """Whether :meth:`without` is possible. Not where parameters were trained in place: nobody paid for a
         copy of them. After :meth:`load` it always is."""
+        return True
 
+    @abc.abstractmethod
     def without(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within the block the model is the base model.
 
@@ -91,18 +112,22 @@ class Method(Protocol):
             UserError: the base model was not kept.
         """
 
+    @abc.abstractmethod
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters, by name. Only these have gradients and optimizer state."""
 
     def rate_factor(self, name: str) -> float:
         """The factor on the learning rate of this parameter."""
+        return 1.0
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - most change the very tensors
         """Write what the optimizer changed into the model, where the tensors are different ones."""
 
     def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """The row that the model sees: (length,) to (virtual tokens + length,)."""
+        return tokens
 
+    @abc.abstractmethod
     def save(
         self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
     ) -> None:
@@ -113,55 +138,10 @@ class Method(Protocol):
             metadata: added to the metadata of the weights file.
         """
 
+    @abc.abstractmethod
     def load(self, model: nn.Module, folder: Folder) -> str:
         """Apply a saved adapter to a freshly loaded model, frozen, and return a few lines about it."""
 
     def can_share_prefixes(self) -> bool:
         """Whether training is the same when a prefix that rows share is computed once."""
-
-
-class MethodBase:
-    """What most methods have in common: no randomness, one learning rate, and no virtual tokens."""
-
-    falls_with_width = True
-    virtual_tokens = 0
-    activates: bool = False
-    invocation_given: Sequence[int] | str | None = None
-    invocation: Sequence[int] | None = None
-
-    section: type | None = None
-    """The class of its settings."""
-    tokenizer: PreTrainedTokenizerBase | None = None
-
-    def __init__(self, settings: Any = None) -> None:
-        self.settings: Any = self.section() if settings is None and self.section is not None else settings
-
-    @classmethod
-    def from_run(
-        cls: type[Made], section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Made:
-        """See :class:`deltaw.methods.registry.Implementation`."""
-        made = cls() if section is None else cls(section)
-        made.tokenizer = tokenizer
-        return made
-
-    def invoke_by(self, tokens: Sequence[int]) -> None:
-        """Nothing: most methods act on all tokens."""
-
-    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def keeps_base(self, model: nn.Module) -> bool:
-        return True
-
-    def rate_factor(self, name: str) -> float:
-        return 1.0
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing: the optimizer changes the very tensors that the model computes with."""
-
-    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        return tokens
-
-    def can_share_prefixes(self) -> bool:
         return True

@@ -23,7 +23,7 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_b
 from deltaw.lora.kinds import is_linear, own_embedding, own_head
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, MethodBase
+from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Method
 from deltaw.methods.files import metadata_of, read_trained, write_trained
 from deltaw.methods.parameters import (
     add_biases,
@@ -159,7 +159,7 @@ def _outside(modules: Sequence[str], model: nn.Module) -> list[str]:
     return [name for name in names if name not in within]
 
 
-class InPlace(MethodBase):
+class InPlace(Method):
     """The common part; a subclass has a name, a usual rate, and :meth:`chosen`."""
 
     name = ""

@@ -23,10 +23,10 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.attachment import attached
-from deltaw.methods.base import Calibration, Folder, MethodBase, TrainOptions
+from deltaw.methods.base import Calibration, Folder, Method, TrainOptions
 
 
-class LoRA(MethodBase):
+class LoRA(Method):
     """Train A and B of ΔW = scaling · A·B, and extra modules where asked (``lora.train_modules``).
 
     Args:

@@ -26,7 +26,7 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_b
 from deltaw.lora.peft_format import PEFT_FORMAT
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, MethodBase
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Method
 from deltaw.methods.files import metadata_of, read_config, text_or_none, write_adapter
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.settings import PromptSettings
@@ -160,9 +160,6 @@ def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
         raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
 
 
-# ---- The method
-
-
 _ENDINGS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -172,7 +169,7 @@ _ENDINGS = {
 }
 
 
-class Prompt(MethodBase):
+class Prompt(Method):
     """Train ``settings.length`` vectors prepended to every row.
 
     Args:
