@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 
 httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
@@ -25,10 +25,7 @@ SECONDS = 120
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "base"
-    tiny_llama(max_position_embeddings=4096).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tiny_llama(max_position_embeddings=4096), tmp_path_factory.mktemp("serve") / "base")
 
 
 class Process:
