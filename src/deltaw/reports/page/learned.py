@@ -231,8 +231,8 @@ def norm_figure(learned: Learned) -> Figure:
         head, rows = ["layer", "norm", "most in"], []
         if learned.is_update:
             head.insert(2, "largest singular values")
-        for layer, norm, values, part in learned.by_layer():
-            largest = [", ".join(map(short, values))] if learned.is_update else []
+        for layer, norm, singular, part in learned.by_layer():
+            largest = [", ".join(map(short, singular))] if learned.is_update else []
             rows.append([str(layer), short(norm), *largest, part.name])
     places = evenly(len(rows), ROWS)
     note = f"{len(places)} of {len(rows)} layers" if len(places) < len(rows) else ""
