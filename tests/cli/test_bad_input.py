@@ -147,7 +147,6 @@ VALUES = [
     ({"precision": "fp16"}, ["precision", "'bf16'"]),
     ({"device": "cude"}, ["device", "'cuda'"]),
     ({"task": "summarizing"}, ["task", "'causal-lm'"]),
-    ({"task": "image-classification"}, ["does not classify images", "causal-lm"]),
     ({"method": "qlora"}, ["method", "'lora'"]),
     ({"model": None}, ["model"]),
     ({"data": None}, ["data.train"]),

@@ -637,9 +637,9 @@ def _gathered(
     tuning = Tuning(str(place.path), config.method, searched, results, first, weights, {}, **counts)
     if not tuning.ranked:
         return tuning
-    values = tuning.ranked[0].values
-    edges = {key: end for key, domain in space.items() if (end := domain.at_end(values[key]))}
-    return replace(tuning, edges=edges, best_settings=nested_values(config, values))
+    best = tuning.ranked[0].values
+    edges = {key: end for key, domain in space.items() if (end := domain.at_end(best[key]))}
+    return replace(tuning, edges=edges, best_settings=nested_values(config, best))
 
 
 def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:
