@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ class Ended:
 
 
 Call = Callable[..., Ended]
+
+
+def assert_refused(ended: Ended, *words: object) -> None:
+    """The command ended with one message, which has these words."""
+    assert ended.status == 2 and "Traceback" not in ended.err, ended
+    assert len(re.findall("^error: ", ended.err, re.MULTILINE | re.IGNORECASE)) == 1, ended.err
+    for word in words:
+        assert str(word) in ended.err, ended.err
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_ctrl_c_says_how_to_go_on(call, file, monkeypatch):
     monkeypatch.setattr("deltaw.experiments.tune.tune", interrupted)
     for verb, folder in (("compare", "run-compare"), ("tune", "run-tune")):
         ended = call(verb, file)
-        assert ended.status == 130 and folder in ended.out and "goes on" in ended.out
+        assert ended.status == 130 and folder in ended.out and "resumes" in ended.out
 
 
 @pytest.mark.parametrize(

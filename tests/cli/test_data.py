@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.byte_models import tiny_llama
+from tests.conftest import write_rows
 from tests.data.chat_templates import tokenizer_of
 
 ROWS = [
@@ -41,11 +42,6 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "not JSON\n", encoding="utf-8")
-    return path
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -131,7 +127,7 @@ def test_warnings_alone_are_no_failure(call, thinker, file):
 
 def test_nothing_wrong_is_said_too(call, thinker, tmp_path):
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(30)]
-    ended = call("data", "check", write(tmp_path / "d.jsonl", rows), "--model", thinker)
+    ended = call("data", "check", write_rows(tmp_path / "d.jsonl", rows), "--model", thinker)
     assert ended.status == 0
     assert "fine: no problem was found" in ended.out and "█" in ended.out
 
@@ -152,7 +148,7 @@ def test_a_check_as_json_is_one_object_whatever_it_finds(call, thinker, file):
 
 def test_a_model_that_would_never_learn_to_stop_is_an_error(call, thinker, tmp_path):
     """Long rows are truncated, so that each of them loses the end of its turn."""
-    rows = write(tmp_path / "d.jsonl", [{"prompt": f"{n}", "completion": "x"} for n in range(30)])
+    rows = write_rows(tmp_path / "d.jsonl", [{"prompt": f"{n}", "completion": "x"} for n in range(30)])
     template = tmp_path / "endless.jinja"
     template.write_text(
         "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
@@ -174,7 +170,7 @@ def test_a_model_that_would_never_learn_to_stop_is_an_error(call, thinker, tmp_p
 def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
     train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
     apart = [train[4], {"prompt": "What is 5?", "completion": "Five."}, {"prompt": "New?", "completion": "Yes."}]
-    files = write(tmp_path / "d.jsonl", train), write(tmp_path / "t.jsonl", apart)
+    files = write_rows(tmp_path / "d.jsonl", train), write_rows(tmp_path / "t.jsonl", apart)
     ended = call("data", "check", files[0], "--data.eval", files[1], "--model", thinker)
     assert ended.status == 0
     assert f"1 example of {files[1]} that are also training rows" in ended.out
@@ -184,7 +180,8 @@ def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
 def test_every_evaluation_file_is_compared(call, thinker, tmp_path):
     train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
     files = [
-        write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("d", train), ("t", train[3:4]), ("u", train[5:7]))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("d", train), ("t", train[3:4]), ("u", train[5:7]))
     ]
     sets = f"{{one: {files[1]}, two: {files[2]}, drawn: 0.1}}"
     ended = call("data", "check", files[0], "--data.eval", sets, "--model", thinker)
@@ -193,23 +190,25 @@ def test_every_evaluation_file_is_compared(call, thinker, tmp_path):
     assert f"2 examples of {files[2]} that are also" in ended.out
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"prompt": "Odd?", "completion": "..."}, "1 row with an answer that has no letter or digit"),
-        ({"prompt": "Odd?", "completion": " "}, "1 row with an empty answer at the end"),
-        ({"prompt": " ", "completion": ""}, "1 row with only white space"),
-        ({"prompt": "Caf\ufffd?", "completion": "Yes."}, "1 row with �"),
-        ({"prompt": "<|im_end|>", "completion": "Yes."}, "1 row with a special token written in the text"),
-        ({"prompt": "what is 7", "completion": "IT IS 7!"}, "1 row like an earlier one but for case"),
-    ],
-)
-def test_odd_texts_are_found(call, thinker, tmp_path, row, said):
+ODD = {
+    "1 row with an answer that has no letter or digit": ("Odd?", "..."),
+    "2 rows with an empty answer at the end": ("Even?", " "),
+    "1 row with only white space": (" ", ""),
+    "1 row with �": ("Caf\ufffd?", "Yes."),
+    "1 row with a special token written in the text": ("<|im_end|>", "Yes."),
+    "1 row like an earlier one but for case": ("what is 7", "IT IS 7!"),
+}
+
+
+def test_odd_texts_are_found(call, thinker, tmp_path):
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
-    path = write(tmp_path / "d.jsonl", rows)
-    assert said not in call("data", "check", path, "--model", thinker).out
-    ended = call("data", "check", write(path, [*rows, row]), "--model", thinker)
-    assert ended.status == 0 and said in ended.out and f"{path}, row 31" in ended.out
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    sound = call("data", "check", path, "--model", thinker).out
+    odd = [{"prompt": prompt, "completion": answer} for prompt, answer in ODD.values()]
+    ended = call("data", "check", write_rows(path, [*rows, *odd]), "--model", thinker)
+    assert ended.status == 0
+    for number, said in enumerate(ODD, 31):
+        assert said not in sound and said in ended.out and f"{path}, row {number}" in ended.out
 
 
 def test_settings_come_from_a_file_or_a_run(call, thinker, file, tmp_path, finished_run):
@@ -226,7 +225,7 @@ def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     rows = [{"text": f"film {n}", "label": "good" if n % 3 else "bad"} for n in range(40)]
     rows += [{"text": "film 3", "label": "good"}, {"text": "rare film", "label": "odd"}, {"text": 3, "label": "good"}]
     rows += [{"text": "rarer film", "label": "odd"}, rows[0]]
-    path = write(tmp_path / "d.jsonl", rows)
+    path = write_rows(tmp_path / "d.jsonl", rows)
     flags = ("--model", thinker, "--task", "sequence-classification")
     ended = call("data", "check", path, *flags)
     assert ended.status == 2

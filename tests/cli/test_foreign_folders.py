@@ -226,7 +226,7 @@ def test_an_endless_template_of_a_model(tmp_path, model_folder, rows_file, call,
 
 def _consent(run: Path, outside: Path) -> str:
     _changed(run / "run.yaml", trust_remote_code=True)
-    return "ask for Python code"
+    return "ask to run Python code"
 
 
 def _base_of_run(run: Path, outside: Path) -> str:

@@ -30,37 +30,32 @@ def test_the_file_trains_as_it_is(call, model_folder, rows_file, tmp_path, monke
     assert (tmp_path / "runs" / "colors" / "adapter_model.safetensors").is_file()
 
 
-def test_pairs_of_answers_get_a_run_that_prefers(call, model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("answers", "form", "loss", "metric"),
+    [
+        ([{"chosen": "red", "rejected": "blue"}] * 2, "pairs of answers, the longest of 3", "dpo", "margin"),
+        ([{"completion": "red", "label": desired} for desired in (True, False)], "single answers", "kto", "kl"),
+    ],
+)
+def test_answers_to_prefer_get_a_run_that_prefers_them(
+    call, model_folder, tmp_path, monkeypatch, answers, form, loss, metric
+):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"paint {n}", "chosen": "red", "rejected": "blue"} for n in range(12)]
-    write_rows(tmp_path / "pairs.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"paint {n}", **answers[n % 2]} for n in range(12)])
     ended = call("init", "--model", model_folder, "--yes")
-    assert ended.status == 0 and "12 rows of pairs of answers, the longest of 3" in ended.out, ended
+    assert ended.status == 0 and f"12 rows of {form}" in ended.out, ended
     config = RunConfig.read("train.yaml")
-    assert (config.task, config.preference.loss, config.data.max_length) == ("preference", "dpo", 128)
-    ended = call("train", "train.yaml", "--train.max_steps", 1, "--precision", "fp32", "--preference.beta", 0.2)
+    assert (config.task, config.preference.loss) == ("preference", loss)
+    ended = call("train", "train.yaml", "--train.max_steps", 2, "--precision", "fp32", "--preference.beta", 0.2)
     assert ended.status == 0, ended
-    assert RunConfig.read(tmp_path / "runs" / "pairs" / "run.yaml").preference.beta == 0.2
-    ended = call("eval", "runs/pairs", "--base", "--precision", "fp32")
-    assert ended.status == 0 and "accuracy" in ended.out and "margin" in ended.out, ended
-    assert call("plan", "train.yaml", "--methods", "lora").status == 0
-    ended = call("train", "train.yaml", "--task", "causal-lm", "--output", "other")
-    assert ended.status == 2 and "set task: preference" in ended.err, ended
-
-
-def test_single_answers_get_a_run_that_judges_them(call, model_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"paint {n}", "completion": "red", "label": n % 2 == 0} for n in range(12)]
-    write_rows(tmp_path / "answers.jsonl", rows)
-    ended = call("init", "--model", model_folder, "--yes")
-    assert ended.status == 0 and "12 rows of single answers" in ended.out, ended
-    assert RunConfig.read("train.yaml").preference.loss == "kto"
-    ended = call("train", "train.yaml", "--train.max_steps", 2, "--precision", "fp32")
-    assert ended.status == 0, ended
-    ended = call("eval", "runs/answers", "--base", "--precision", "fp32")
-    assert ended.status == 0 and "kl" in ended.out and "accuracy" in ended.out, ended
-    assert call("plan", "train.yaml", "--methods", "lora").status == 0
-    assert call("data", "check", "train.yaml").status == 0
+    assert RunConfig.read(tmp_path / "runs" / "rows" / "run.yaml").preference.beta == 0.2
+    ended = call("eval", "runs/rows", "--base", "--precision", "fp32")
+    assert ended.status == 0 and "accuracy" in ended.out and metric in ended.out, ended
+    for verb in (["plan", "train.yaml", "--methods", "lora"], ["data", "check", "train.yaml"]):
+        assert call(*verb).status == 0
+    if loss == "dpo":
+        ended = call("train", "train.yaml", "--task", "causal-lm", "--output", "other")
+        assert ended.status == 2 and "set task: preference" in ended.err, ended
 
 
 def test_a_reward_model_is_planned_checked_trained_and_evaluated(call, model_folder, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_three_times_is_the_run_that_is_not(flags, tmp_path
             process.kill()
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), err
         if number != signal.SIGKILL:
-            assert f"go on with: deltaw train --resume {run}" in out and "interrupted after" in out
+            assert f"deltaw train --resume {run}" in out and "interrupted after" in out
     done = call("train", *resumable(flags, run), "--json")
     told = json.loads(done.out)
     assert done.status == 0 and told["resumed_from_step"] > 50

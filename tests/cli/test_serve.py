@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 
 httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
@@ -25,10 +25,7 @@ SECONDS = 120
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "base"
-    tiny_llama(max_position_embeddings=4096).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tiny_llama(max_position_embeddings=4096), tmp_path_factory.mktemp("serve") / "base")
 
 
 class Process:
@@ -108,7 +105,7 @@ def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> 
         (["--host", "192.0.2.1", "--without-key"], "cannot be listened on"),
         (["--port", "70000"], "70000"),
         (["--adapter", "poet"], "name=folder"),
-        (["--adapter", "a/b=/tmp"], "no name for an adapter"),
+        (["--adapter", "a/b=/tmp"], "not a valid name of an adapter"),
         (["--adapter", "a=/nowhere"], "no such folder"),
         (["--adapter", "a=/tmp", "--adapter", "a=/tmp"], "two adapters"),
         (["--adapters-from", "/nowhere"], "/nowhere"),
@@ -117,7 +114,7 @@ def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> 
         (["--max-body", "ten"], "--max-body"),
         (["--max-adapters", "0"], "--max-adapters"),
         (["--request-seconds", "0"], "--request-seconds"),
-        (["--cache-memory", "much"], "no size"),
+        (["--cache-memory", "much"], "not a valid size"),
         (["--certificate", __file__], "TLS"),
         (["--log", "xml"], "--log"),
         (["--unknown"], "--unknown"),

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import byte_tokenizer, saved, tiny_llama
 from tests.cli.test_serve import KEY, SECONDS, Process
 from tests.serving.http.hostile import ANSWERS, CHAT, Hostile, memory
 from tests.serving.http.waiting import until
@@ -75,8 +75,7 @@ class Honest:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[Process, str]]:
     """A server of a tiny model, and where it is."""
-    tiny_llama(max_position_embeddings=4096).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    saved(tiny_llama(max_position_embeddings=4096), folder)
     server = Process(
         *(str(folder), "--port", "0", "--name", "tiny", "--precision", "fp32"),
         *("--cache-memory", "16MB", "--body-seconds", "2", "--write-seconds", "2"),

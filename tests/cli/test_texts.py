@@ -93,7 +93,7 @@ def test_what_decodes_is_said_and_both_say_the_same(
     assert by_engine.status == by_transformers.status == 0
 
 
-@pytest.mark.parametrize("decoder", ["engine", "transformers"])
+@pytest.mark.parametrize("decoder", ["engine", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_flags_reach_the_sampler(
     decoder: str, generate: Callable[..., list[dict]], request: pytest.FixtureRequest
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,26 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> type[WorkerHere]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> type[WorkerHere]:
     return use_worker_here(monkeypatch)
+
+
+@pytest.fixture
+def meddling(untrained: type[WorkerHere]) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """While open, a function sees each request with its settings first: it may raise, or answer itself."""
+
+    @contextlib.contextmanager
+    def during(see: Callable[[str, Mapping[str, Any]], object]) -> Iterator[None]:
+        answer = untrained.ask
+
+        def ask(self: WorkerHere, do: str, *told: Any, **request: Any) -> Any:
+            found = see(do, request.get("config", {}))
+            return answer(self, do, *told, **request) if found is None else found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(untrained, "ask", ask)
+            yield
+        untrained.asked = []
+
+    return during
 
 
 @pytest.fixture

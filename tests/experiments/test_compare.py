@@ -162,45 +162,36 @@ def test_a_fixed_rate_is_taken_without_trials(untrained, study_settings, tmp_pat
     assert comparison.results[0].learning_rate == 2e-3 and comparison.results[0].rates == ()
 
 
-def test_an_interruption_loses_one_piece_at_most(untrained, study_settings, tmp_path, monkeypatch):
+def test_an_interruption_loses_one_piece_at_most(untrained, meddling, study_settings, tmp_path):
     settings = study_settings(tmp_path / "run")
-    answer = untrained.ask
 
-    def interrupted(self, do, *args, **request):
-        found = answer(self, do, *args, **request)
-        if do == "rate" and untrained.asked.count("rate head") == 2:
+    def interrupt(do, config):
+        if do == "rate" and untrained.asked.count("rate head") == 1:
             raise KeyboardInterrupt
-        return found
 
-    monkeypatch.setattr(untrained, "ask", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with meddling(interrupt), pytest.raises(KeyboardInterrupt):
         compared(settings, tmp_path / "out", ["head"])
-    monkeypatch.setattr(untrained, "ask", answer)
-    untrained.asked = []
     comparison, said = compared(settings, tmp_path / "out", ["head"])
     assert "head: 1 learning rates tried before" in said
     tried = len(comparison.results[0].rates) - 1
     assert untrained.asked == ["rate head"] * tried + ["run head"]
 
 
-def test_a_run_that_did_not_end_leaves_no_trace(untrained, study_settings, tmp_path, monkeypatch):
+def test_a_run_that_did_not_end_leaves_no_trace(meddling, study_settings, tmp_path):
     settings = study_settings(tmp_path / "run", train={"learning_rate": 2e-3})
-    answer = untrained.ask
+    run = tmp_path / "out" / "head" / "seed-0"
 
-    def killed(self, do, *args, **request):
+    def kill(do, config):
         if do == "run":
-            (tmp_path / "out" / "head" / "seed-0").mkdir(parents=True)
-            (tmp_path / "out" / "head" / "seed-0" / "metrics.jsonl").write_text("")
+            run.mkdir(parents=True)
+            (run / "metrics.jsonl").write_text("")
             raise WorkerEnded("its process was ended by SIGKILL")
-        return answer(self, do, *args, **request)
 
-    monkeypatch.setattr(untrained, "ask", killed)
-    with pytest.raises(UserError, match="SIGKILL"):
+    with meddling(kill), pytest.raises(UserError, match="SIGKILL"):
         compared(settings, tmp_path / "out", ["head"])
-    monkeypatch.setattr(untrained, "ask", answer)
     comparison, _ = compared(settings, tmp_path / "out", ["head"])
     assert comparison.results[0].score is not None
-    assert [p.name for p in (tmp_path / "out" / "head").iterdir()] == ["seed-0"]
+    assert list(run.parent.iterdir()) == [run] and not list(run.iterdir())
 
 
 class TestSeeds:
@@ -272,40 +263,31 @@ class TestSeeds:
         first = {r.method: r.seeds[0].score for r in comparison.results}
         assert {r.method: r.score for r in one.results} == first
 
-    def test_an_interruption_between_seeds_loses_no_seed(self, done, untrained, tmp_path, monkeypatch):
+    def test_an_interruption_between_seeds_loses_no_seed(self, done, untrained, meddling, tmp_path):
         settings = done[0]
-        answer = untrained.ask
-        whole, _ = compared(settings, tmp_path / "whole", ["lora", "head"], rates=self.RATES, seeds=3)
+        given = {"methods": ["lora", "head"], "rates": self.RATES, "seeds": 3}
+        whole, _ = compared(settings, tmp_path / "whole", **given)
         untrained.asked = []
 
-        def interrupted(self, do, *args, **request):
+        def interrupt(do, config):
             if untrained.asked.count("run lora") == 2 and do == "run":
                 raise KeyboardInterrupt
-            return answer(self, do, *args, **request)
 
-        monkeypatch.setattr(untrained, "ask", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=3)
+        with meddling(interrupt), pytest.raises(KeyboardInterrupt):
+            compared(settings, tmp_path / "out", **given)
         so_far = json.loads((tmp_path / "out" / "comparison.json").read_text())
         assert so_far["seeds"] == [5] and all(m["score"] is not None for m in so_far["methods"])
-        monkeypatch.setattr(untrained, "ask", answer)
-        untrained.asked = []
-        again, _ = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=3)
+        again, _ = compared(settings, tmp_path / "out", **given)
         assert untrained.asked == ["run head", "run lora", "run head"]
         assert again.results == whole.results
 
-    def test_a_seed_that_diverges_is_named_and_its_method_not_scored(self, done, untrained, tmp_path, monkeypatch):
-        settings = done[0]
-        answer = untrained.ask
-
-        def diverging(self, do, *args, **request):
-            config = request.get("config", {})
+    def test_a_seed_that_diverges_is_named_and_its_method_not_scored(self, done, meddling, tmp_path):
+        def diverge(do, config):
             if do == "run" and config["method"] == "lora" and config["train"]["seed"] == 6:
                 raise UserError("training diverged")
-            return answer(self, do, *args, **request)
 
-        monkeypatch.setattr(untrained, "ask", diverging)
-        comparison, said = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=2)
+        with meddling(diverge):
+            comparison, said = compared(done[0], tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=2)
         assert "lora: not possible: seed 6: training diverged" in said
         assert comparison.results[-1].method == "lora" and comparison.results[-1].score is None
         assert len(comparison.results[0].seeds) == 2
@@ -341,14 +323,9 @@ def test_time_can_be_the_budget(here, study_settings, tmp_path):
         assert not (tmp_path / "other").exists()
 
 
-def test_a_method_that_diverges_at_all_rates_says_so(untrained, study_settings, tmp_path, monkeypatch):
-    answer = untrained.ask
-
-    def diverging(self, do, *args, **request):
-        return {"loss": None} if do == "rate" else answer(self, do, *args, **request)
-
-    monkeypatch.setattr(untrained, "ask", diverging)
-    with pytest.raises(UserError, match="diverged at every learning rate tried, down to"):
+def test_a_method_that_diverges_at_all_rates_says_so(meddling, study_settings, tmp_path):
+    diverged = meddling(lambda do, config: {"loss": None} if do == "rate" else None)
+    with diverged, pytest.raises(UserError, match="diverged at every learning rate tried, down to"):
         compared(study_settings(tmp_path / "run"), tmp_path / "out", ["head"])
 
 

@@ -58,17 +58,14 @@ def test_other_settings_are_another_search(search, untrained):
     assert search(1)[2] == []
 
 
-def test_a_trial_that_fails_does_not_end_the_search(search, untrained, monkeypatch):
-    answer = untrained.ask
-
-    def failing(self, do, *args, **request):
+def test_a_trial_that_fails_does_not_end_the_search(search, untrained, meddling):
+    def fail(do, config):
         if do == "trial" and len(untrained.asked) == 2:
             untrained.asked.append("trial lost")
             raise WorkerEnded("its process was ended by SIGKILL")
-        return answer(self, do, *args, **request)
 
-    monkeypatch.setattr(untrained, "ask", failing)
-    tuning, *_ = search(3)
+    with meddling(fail):
+        tuning, *_ = search(3)
     assert [trial.end for trial in tuning.trials] == ["done", "failed", "done"]
     assert "Failed: its process was ended by SIGKILL" in lessons(tuning)
 
@@ -79,18 +76,13 @@ def test_settings_that_never_work_end_the_search(search, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_trial_does_not_count(search, untrained, monkeypatch):
-    answer = untrained.ask
-
-    def interrupted(self, do, *args, **request):
+def test_an_interrupted_trial_does_not_count(search, untrained, meddling):
+    def interrupt(do, config):
         if do == "trial" and len(untrained.asked) == 2:
             raise KeyboardInterrupt
-        return answer(self, do, *args, **request)
 
-    monkeypatch.setattr(untrained, "ask", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with meddling(interrupt), pytest.raises(KeyboardInterrupt):
         search(3)
-    monkeypatch.setattr(untrained, "ask", answer)
     tuning, said, asked = search(3)
     assert "1 of 3 trials were made before" in said and len(asked) == 2 and len(tuning.trials) == 3
 

@@ -7,19 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.reports.page.svg import evenly, is_logarithmic, linear_ticks, log_ticks, smoothed, thinned
-
-
-def test_a_thinned_curve_keeps_its_ends_and_every_peak():
-    x = np.arange(100_000.0)
-    y = np.random.default_rng(0).normal(size=100_000)
-    y[[123, 77_777]] = 50, -60
-    thin_x, thin_y = thinned(x, y, places=100)
-    assert len(thin_x) <= 202 and np.all(np.diff(thin_x) > 0)
-    assert {123.0, 77_777.0, 0.0, 99_999.0} <= set(thin_x.tolist())
-    assert np.array_equal(y[thin_x.astype(int)], thin_y)
-    few, _ = thinned(x[:200], y[:200], places=100)
-    assert len(few) == 200
+from deltaw.reports.page.svg import is_logarithmic, linear_ticks, log_ticks, smoothed
 
 
 def test_smoothing_of_a_constant_changes_nothing_and_follows_a_step():
@@ -49,9 +37,3 @@ def test_log_ticks_are_few_and_within(power, span):
     ticks = log_ticks(low, high)
     assert 1 <= len(ticks) <= 5
     assert all(low * 0.999 <= tick <= high * 1.01 for tick in ticks)
-
-
-def test_places_for_a_table():
-    assert evenly(3, 10) == [0, 1, 2]
-    places = evenly(1000, 10)
-    assert len(places) == 10 and places[0] == 0 and places[-1] == 999

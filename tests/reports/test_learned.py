@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaw.reports.page.learned import kinds_of, layer_of, learned_figures, what_was_learned
+from deltaw.reports.page.learned import learned_figures, what_was_learned
 from tests.reports.run_folders import write_factors, write_run
 
 
@@ -64,9 +64,3 @@ def test_an_adapter_that_is_not_there_untrained_or_not_finite(tmp_path):
     broken = {name: t * torch.nan for name, t in tensors.items()}
     save_file(broken, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     assert what_was_learned(folder).parts == []
-
-
-def test_kinds_are_as_short_as_they_can_be():
-    names = ["model.layers.0.attn.out", "model.layers.1.attn.out", "model.layers.0.mlp.out", "lm_head"]
-    assert kinds_of(names) == ["attn.out", "attn.out", "mlp.out", "lm_head"]
-    assert [layer_of(name) for name in names] == [0, 1, 0, None]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from deltaw.host.choices import Choice
-from deltaw.reports.progress import LiveLine, TerminalCallback, clock, run_header, show_end
+from deltaw.reports.progress import LiveLine, TerminalCallback, run_header, show_end
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import RunStart
 from deltaw.training.drift import Drift
@@ -184,7 +184,3 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     assert f"adapter: {tmp_path}" in lines_of(out)
     assert any(line.startswith(f"next: deltaw train --resume {tmp_path}") for line in lines_of(out))
     assert not any("chat" in line for line in lines_of(out))
-
-
-def test_a_clock():
-    assert [clock(s) for s in (0, 7.4, 725, 10_930)] == ["0:00", "0:07", "12:05", "3:02:10"]

@@ -58,14 +58,15 @@ def command(
     _say_not_invoked(opened, sets, out)
     writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
 
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "writer": writer}
+
+    def score_of(name: str, examples: Sequence[Any]) -> Score:
+        with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
+            return score_run(opened, examples, on_progress=lambda done, total: advance(done), **how)
+
     def scored() -> dict[str, Score]:
         """Each set's score, as the model is now."""
-        scores: dict[str, Score] = {}
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "writer": writer}
-        for name, examples in sets.items():
-            with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
-                scores[name] = score_run(opened, examples, on_progress=lambda done, _, a=advance: a(done), **how)
-        return scores
+        return {name: score_of(name, examples) for name, examples in sets.items()}
 
     by_model: dict[str, dict[str, Score]] = {}
     if with_base:

@@ -108,4 +108,4 @@ def _weighted(text: str) -> tuple[Path, float]:
         if Path(text).is_dir():
             return Path(text), 1.0
         hint = "write it as --with runs/other=0.5"
-        raise UserError(f"'{number}' is no weight", where=f"--with {text}", hint=hint) from error
+        raise UserError(f"'{number}' is not a valid weight", where=f"--with {text}", hint=hint) from error

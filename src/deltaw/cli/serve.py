@@ -124,7 +124,7 @@ def command(
         from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    memory = {"cache_bytes": cache, "adapter_bytes": room}
+    memory: dict[str, Any] = {"cache_bytes": cache, "adapter_bytes": room}
     opening = Opening(name=name, page=not no_page, normalize=not no_normalize, **memory, **how)
     served = open_any(base, folders, opening, settings.limits, say=notes.print)
     try:

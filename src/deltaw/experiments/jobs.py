@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
@@ -48,9 +47,7 @@ class Child:
     def __enter__(self) -> Child:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def ask(
@@ -78,8 +75,7 @@ class Child:
             else:
                 learn(message.get("measured"))
                 return dict(message["done"])
-        status = self.close()
-        raise WorkerEnded(self._ended(status))
+        raise WorkerEnded(self._ended(self.close()))
 
     def close(self) -> int | None:
         """End the process. Returns its exit status, or None if no process was running."""
@@ -93,9 +89,8 @@ class Child:
             process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
         process.stdout.close()
-        return process.returncode
+        return process.wait()
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
@@ -326,7 +321,7 @@ def _sides(jobs: Jobs) -> tuple[Any, Any]:
             """As it does not go on from Ray Tune's files."""
 
         def __reduce__(self) -> Any:
-            return _not_kept, ()  # Ray Tune pickles its settings; the experiment cannot be, and need not be
+            return type(None), ()  # Ray Tune pickles its settings; the experiment cannot be, and need not be
 
     class Scheduler(FIFOScheduler):  # type: ignore[misc]
         """Ends the jobs that the experiment does not let go on."""
@@ -337,13 +332,9 @@ def _sides(jobs: Jobs) -> tuple[Any, Any]:
             return str(FIFOScheduler.CONTINUE)
 
         def __reduce__(self) -> Any:
-            return _not_kept, ()
+            return type(None), ()
 
     return Search(), Scheduler()
-
-
-def _not_kept() -> None:
-    """What Ray Tune's files hold in the place of the experiment."""
 
 
 def _answer(result: Any, failed: bool) -> Found:
@@ -366,7 +357,7 @@ def _answer(result: Any, failed: bool) -> Found:
 @contextlib.contextmanager
 def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     """While open, this process belongs to the cluster: cores of a job, its GPUs, and how many fit at once."""
-    before = {name: os.environ.get(name) for name in _QUIET}
+    before = {name: os.environ[name] for name in _QUIET if name in os.environ}
     os.environ.update(_QUIET)
     import ray
 
@@ -390,11 +381,9 @@ def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
         yield cpus, sum(gpus), min(at_once, sum(gpus)) if sum(gpus) else at_once
     finally:
         ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in _QUIET:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _tune() -> Any:

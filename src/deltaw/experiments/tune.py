@@ -540,49 +540,52 @@ def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if "end" in t.user_attrs]
 
 
+@dataclass
 class _Search:
     """The trials as jobs: Optuna proposes values, sees reports and results, and stores them.
 
-    Args:
-        trials: how many there shall be in the end.
+    Attributes:
+        trials: how many there shall be in the end. asked: those under way, with their values, by key.
     """
 
-    def __init__(
-        self, study: optuna.Study, config: RunConfig, space: Space, share: float, trials: int, log: Path, pace: Pace
-    ) -> None:
-        self._study, self._config, self._space = study, config, space
-        self._share, self._trials, self._log, self._pace = share, trials, log, pace
-        self._asked: dict[str, tuple[optuna.Trial, dict[str, object]]] = {}
+    study: optuna.Study
+    config: RunConfig
+    space: Space
+    share: float
+    trials: int
+    log: Path
+    pace: Pace
+    asked: dict[str, tuple[optuna.Trial, dict[str, object]]] = field(default_factory=dict)
 
     def next(self) -> Job | None:
-        while len(_ended(self._study)) + len(self._asked) < self._trials:
-            trial = self._study.ask()
+        while len(_ended(self.study)) + len(self.asked) < self.trials:
+            trial = self.study.ask()
             key = str(trial.number)
-            values = {name: _suggested(trial, name, domain) for name, domain in self._space.items()}
-            self._asked[key] = trial, values
+            values = {name: _suggested(trial, name, domain) for name, domain in self.space.items()}
+            self.asked[key] = trial, values
             try:
-                config = applied(self._config, values).model_dump(mode="json")
+                config = applied(self.config, values).model_dump(mode="json")
             except UserError as error:
                 self.ended(key, error)
                 continue
-            request = {"config": config, "share": self._share, "evaluations": EVALUATIONS}
-            return Job(key, "trial", self._log, request)
+            request = {"config": config, "share": self.share, "evaluations": EVALUATIONS}
+            return Job(key, "trial", self.log, request)
         return None
 
     def report(self, key: str, report: Mapping[str, object]) -> bool:
-        trial, _ = self._asked[key]
+        trial, _ = self.asked[key]
         trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
 
     def ended(self, key: str, found: Found) -> None:
         from optuna.trial import TrialState
 
-        trial, values = self._asked.pop(key)
+        trial, values = self.asked.pop(key)
         loss, end, note = math.inf, "done", ""
         if isinstance(found, UserError | WorkerEnded):
             end, note = "failed", found.what if isinstance(found, UserError) else str(found)
             trial.set_user_attr("note", note)
-            ends = [before.user_attrs["end"] for before in _ended(self._study)]
+            ends = [before.user_attrs["end"] for before in _ended(self.study)]
             if len(ends) >= HOPELESS - 1 and set(ends) == {"failed"}:
                 raise found if isinstance(found, UserError) else UserError(note) from found
         else:
@@ -596,10 +599,10 @@ class _Search:
                 loss = float(str(found["loss"]))
         trial.set_user_attr("end", end)
         state = {"failed": TrialState.FAIL, "ended early": TrialState.PRUNED}.get(end)
-        self._study.tell(trial, None if state else loss, state=state)
+        self.study.tell(trial, None if state else loss, state=state)
         said = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
         result = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
-        self._pace.did(f"trial {len(_ended(self._study))}/{self._trials}: {said}: {result}", 1.0)
+        self.pace.did(f"trial {len(_ended(self.study))}/{self.trials}: {said}: {result}", 1.0)
 
 
 def _suggested(trial: optuna.Trial, key: str, domain: Range | Values) -> object:
@@ -634,9 +637,9 @@ def _gathered(
     tuning = Tuning(str(place.path), config.method, searched, results, first, weights, {}, **counts)
     if not tuning.ranked:
         return tuning
-    values = tuning.ranked[0].values
-    edges = {key: end for key, domain in space.items() if (end := domain.at_end(values[key]))}
-    return replace(tuning, edges=edges, best_settings=nested_values(config, values))
+    best = tuning.ranked[0].values
+    edges = {key: end for key, domain in space.items() if (end := domain.at_end(best[key]))}
+    return replace(tuning, edges=edges, best_settings=nested_values(config, best))
 
 
 def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:

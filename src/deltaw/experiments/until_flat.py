@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -54,9 +53,7 @@ class BestPoint:
     def __enter__(self) -> BestPoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     @torch.no_grad()
@@ -124,9 +121,7 @@ def steps_between(steps_per_epoch: int, steps: int | None) -> int:
     """Steps from one evaluation to the next: a quarter of an epoch, or a tenth of a budget of ``steps`` if
     that is less."""
     apart = steps_per_epoch / OF_EPOCH
-    if steps is not None:
-        apart = min(apart, steps / OF_BUDGET)
-    return max(1, int(apart))
+    return max(1, int(apart if steps is None else min(apart, steps / OF_BUDGET)))
 
 
 # Progress of an experiment: one line for each finished step, with elapsed and estimated remaining time.

@@ -218,22 +218,17 @@ class Trial:
         self._spoilt = False
         return loss
 
-    def until_flat(
-        self,
-        rate: float,
-        budget: Budget,
-        *,
-        on_step: Callable[[Step], None] = lambda step: None,
-        on_validation: Callable[[int, float], None] = lambda step, loss: None,
-    ) -> Curve:
+    def until_flat(self, rate: float, budget: Budget, **told: Any) -> Curve:
         """Train from the initialization until the validation loss flattens or the budget ends.
+
+        Args:
+            told: of each step and validation loss; see :func:`deltaw.experiments.until_flat.until_flat`.
 
         Raises:
             UserError: training diverged.
             Stopped: a signal arrived.
         """
         self._begin()
-        told: dict[str, Any] = {"on_step": on_step, "on_validation": on_validation}
         with self.session.running():
             curve = until_flat(self.session, self.training, self.validation, rate=rate, budget=budget, **told)
         if curve.outcome.interrupted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -47,8 +48,8 @@ def plan_report(plans: Mapping[str, Plan], own: str) -> RenderableType:
     Args:
         plans: by method. own: the method that the settings name.
     """
-    detail = [plan_table(plans[own]), Text("")] if own in plans else []
-    methods = [methods_table(plans, own), Text("")] if len(plans) > 1 else []
+    detail: list[RenderableType] = [plan_table(plans[own]), Text("")] if own in plans else []
+    methods: list[RenderableType] = [methods_table(plans, own), Text("")] if len(plans) > 1 else []
     return Group(*detail, *methods, plan_bars(plans))
 
 
@@ -71,7 +72,7 @@ def plan_table(plan: Plan) -> Table:
     trained = f"{plan.trained_parameters:,} of {plan.total_parameters:,} parameters trained ({share:.2%})"
     where = f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
     caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
-    said = {"title": f"method {plan.method}: {trained}", "caption": caption}
+    said: dict[str, Any] = {"title": f"method {plan.method}: {trained}", "caption": caption}
     return table(("at the peak", ""), rows, title_justify="left", caption_justify="left", **said)
 
 

@@ -104,7 +104,8 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
         if task == "image-classification":
             return Look(task, "images", len(rows), tuple(rows.columns), None, classes=_classes(rows, task))
         longest, estimated = _longest(rows, reference, model, task)
-        form, classes = "labeled text", ()
+        form = "labeled text"
+        classes: tuple[str, ...] = ()
         if task == DEFAULT_TASK:
             form = f"the form '{choose_form(rows).name}'"
         elif task == "preference":

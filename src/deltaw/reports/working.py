@@ -58,7 +58,8 @@ class WorkingDisplay:
             if len(self._works) > 1:
                 return
             self._idle = threading.Event()
-            self._thread = threading.Thread(target=self._draw, args=(self._idle,), name="deltaw-progress", daemon=True)
+            draw = self._spin if self._console.is_terminal else self._lines
+            self._thread = threading.Thread(target=draw, args=(self._idle,), name="deltaw-progress", daemon=True)
             self._thread.start()
 
     def advanced(self, done: float) -> None:
@@ -75,9 +76,6 @@ class WorkingDisplay:
         if idle is not None and thread is not None:
             idle.set()
             thread.join()
-
-    def _draw(self, idle: threading.Event) -> None:
-        (self._spin if self._console.is_terminal else self._lines)(idle)
 
     def _shown(self) -> str | None:
         with self._lock:

@@ -220,7 +220,7 @@ def norm_figure(learned: Learned) -> Figure:
     for kind in (kind for kind in ranked if kind in shown):
         row = grid[kind]
         inside = any(layer is not None for layer in row)
-        values = [row.get(layer) for layer in layers] if inside else [row[None]] + [None] * (len(columns) - 1)
+        values = [row.get(layer) for layer in layers] if inside else [row[None], *[None] * (len(columns) - 1)]
         note = f"up to {short(max(v for v in values if v is not None))}"
         strips.append(Strip(kind if inside else f"{kind} (outside of layers)", note, values))
     what = "‖ΔW‖, the size of the change of each weight" if learned.is_update else "the norm of what was saved"
@@ -231,8 +231,8 @@ def norm_figure(learned: Learned) -> Figure:
         head, rows = ["layer", "norm", "most in"], []
         if learned.is_update:
             head.insert(2, "largest singular values")
-        for layer, norm, values, part in learned.by_layer():
-            largest = [", ".join(map(short, values))] if learned.is_update else []
+        for layer, norm, singular, part in learned.by_layer():
+            largest = [", ".join(map(short, singular))] if learned.is_update else []
             rows.append([str(layer), short(norm), *largest, part.name])
     places = evenly(len(rows), ROWS)
     note = f"{len(places)} of {len(rows)} layers" if len(places) < len(rows) else ""

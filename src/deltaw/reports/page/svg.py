@@ -130,6 +130,8 @@ def evenly(count: int, most: int) -> list[int]:
 WIDTH = 1000  # of the stretched inner drawing
 TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
 Point = tuple[float, float]
+# A text of a drawing: share of the width, height in pixels, what it says, and its class of the style sheet.
+Words = tuple[float, float, str, str]
 
 
 @lru_cache(maxsize=1)
@@ -221,7 +223,7 @@ def line_chart(
             # A line of no length with round ends is a dot, however the drawing is stretched.
             paths.append((f"{curve.kind} dots", "".join(f"M{place}h0" for place in places)))
     heights = [(TOP + down(tick), tick) for tick in (log_ticks(low, high) if log else linear_ticks(low, high))]
-    texts = [(0, y - 4, y_format(tick), "halo") for y, tick in heights]
+    texts: list[Words] = [(0, y - 4, y_format(tick), "halo") for y, tick in heights]
     across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4)
     texts += [(along(tick), height - 6, x_format(tick), "") for tick in across]
     shapes = {"grid": [y for y, _ in heights], "plot": (TOP, plot), "paths": paths, "texts": texts}
@@ -284,7 +286,8 @@ def heat_map(
     """Strips of cells below each other; the darker a cell, the larger its share of the largest value."""
     top = max((v for strip in strips for v in strip.values if v is not None), default=0.0) or 1.0
     line, cell, wide = 36, 16, 1 / max(1, len(columns))
-    rects, texts = [], []
+    rects: list[Rect] = []
+    texts: list[Words] = []
     for y, strip in zip(range(0, line * len(strips), line), strips, strict=True):
         texts += [(0, y + 13, strip.name, ""), (1, y + 13, strip.note, "quiet")]
         for place, value in enumerate(strip.values):
@@ -310,7 +313,8 @@ def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> M
     """Bars below each other on one scale."""
     most = max(sum(size for *_, size in bar.parts) for bar in given) or 1.0
     line, thick = 44, 20
-    rects, texts = [], []
+    rects: list[Rect] = []
+    texts: list[Words] = []
     for y, bar in zip(range(0, line * len(given), line), given, strict=True):
         texts += [(0, y + 13, bar.name, ""), (1, y + 13, bar.note, "")]
         sofar = 0.0
