@@ -31,7 +31,7 @@ def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(
         (["merge", str(tmp_path / "none"), "--output", str(out)], "there is no adapter"),
         (["merge", run, "--output", str(out), "--rank", "2"], "--as-adapter"),
         (["merge", run, "--output", str(out), "--as-adapter"], "is an adapter already"),
-        (["merge", run, "--output", str(out), "--shard-size", "many"], "is no size"),
+        (["merge", run, "--output", str(out), "--shard-size", "many"], "is not a valid size"),
         (["merge", run, "--output", str(out), "--with", "other=x"], "is no weight"),
         (["merge", run, "--output", str(out), "--with", str(tmp_path / "none")], "cannot be read"),
         (["merge", run, "--output", run], "holds files already"),
