@@ -60,7 +60,7 @@ def _stored(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+            found |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls") else set()
     return found
 
 
@@ -100,7 +100,7 @@ def foreign_names(files: dict[str, str]) -> list[str]:
                 names = [part for alias in node.names for part in alias.name.split(".")]
             elif isinstance(node, ast.ImportFrom) and not (node.module or "deltaw").startswith("deltaw"):
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in BY_NAME:
                 names = [a.value for a in node.args if isinstance(a, ast.Constant)]
             elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 names = [name for name in [node.slice.value] if name in NAMES]

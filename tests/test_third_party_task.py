@@ -45,7 +45,7 @@ def run_settings(settings, tmp_path):
     return lambda **changes: settings(tmp_path / "run", **laid_over(plain, changes))
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "head"])
+@pytest.mark.parametrize("method", ["lora", "prompt", pytest.param("head", marks=pytest.mark.slow)])
 def test_a_task_in_a_file_of_its_own_trains_saves_and_is_opened_again(toy, run_settings, method):
     said = []
     result = deltaw.fit(run_settings(method=method), callback=Lines(said.append))

@@ -50,24 +50,23 @@ REPLACED = {
 # British spellings: the American one. Words of Python's own (`cancelled`, `afterwards` in prose) stay.
 BRITISH = {
     r"(?:\b|_)labell(?:ed|ing)(?:\b|_)": "labeled, labeling",
-    r"\b\w*colour\w*": "color",
+    r"colour\w*": "color",
     r"\bcentred?\b": "center, centered",
     r"\bgrey\w*": "gray",
     r"\b(?:mis)?spelt\b": "spelled",
     r"\blicences?\b": "license",
     r"\btowards\b": "toward",
     r"\bbehaviours?\b": "behavior",
-    r"\b\w*(?:ormal|nitial|ptim|uant|oken|erial|ummar|ecogn|organ|inim|axim)is(?:e[ds]?|ing|ation)\b": "-ize",
+    r"(?:ormal|nitial|ptim|uant|oken|erial|ummar|ecogn|organ|inim|axim)is(?:e[ds]?|ing|ation)\b": "-ize",
 }
-REPLACED |= BRITISH
+PATTERNS = {re.compile(p.replace(" ", r"[\s#/*]+"), re.IGNORECASE): term for p, term in (REPLACED | BRITISH).items()}
 
 
 def replaced_words(text: str) -> list[tuple[int, str, str]]:
     """Line number, the phrase found and the term that replaces it; phrases may run over a line's end."""
     found = []
-    for pattern, term in REPLACED.items():
-        spaced = pattern.replace(" ", r"[\s#/*]+")
-        for match in re.finditer(spaced, text, re.IGNORECASE):
+    for pattern, term in PATTERNS.items():
+        for match in pattern.finditer(text):
             found.append((text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), term))
     return sorted(found)
 

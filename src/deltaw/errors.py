@@ -34,7 +34,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled whole, for other processes: a subclass may be made of other arguments."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -66,9 +66,9 @@ def command(
         from deltaw.export.base import MergeOptions
         from deltaw.export.combine import Recipe
         from deltaw.export.merge import merge_run
-        from deltaw.export.merged import parse_size
         from deltaw.export.verify import Verify
         from deltaw.reports.merging import adapter_lines, as_dict, merge_lines
+        from deltaw.training.planning.asked import parse_bytes
     several = [_weighted(text) for text in others]
     recipe = None
     if several or weight != 1.0:
@@ -76,7 +76,7 @@ def command(
         recipe = Recipe(method, weights, rank if method == "svd" else None, density, seed)
     options = MergeOptions(
         **given,
-        shard_size=None if shard_size is None else parse_size(shard_size),
+        shard_size=None if shard_size is None else parse_bytes(shard_size, "--shard-size"),
         others=tuple(folder for folder, _ in several),
         recipe=recipe,
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -440,7 +439,6 @@ OF_TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_UNITS = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> list[str]:
@@ -515,22 +513,6 @@ def write_beside(model: MergedModel, folder: Path) -> None:
     header = f"---\nbase_model: {base.reference!r}\nlibrary_name: transformers\ntags: [{tags}]\n---\n"
     table = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     (folder / "README.md").write_text(f"{header}\n{title}\n\n| | |\n| --- | --- |\n{table}", encoding="utf-8")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB`` or ``200MB``.
-
-    Raises:
-        UserError: it is none.
-    """
-    found = re.fullmatch(rf"(\S+?)\s*({'|'.join(_UNITS)})", text.strip().upper())
-    try:
-        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(f"'{text}' is not a valid size", where="--shard-size", hint="write it as 5GB or 200MB")
-    return size
 
 
 def _described_by(base: Base, own_tokenizer: bool) -> list[Path]:

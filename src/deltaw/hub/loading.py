@@ -265,7 +265,7 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
     labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
     how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(folder, **how, **labels, **entry.config)
+        return AutoConfig.from_pretrained(folder, **{**how, **labels, **entry.config})
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error

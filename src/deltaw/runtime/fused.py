@@ -577,9 +577,12 @@ class FusedBlock:
 
     def _watched(self) -> bool:
         """Whether somebody looks at, or has changed, what goes on inside the block, or dropout is drawn."""
-        if are_hooked(self._tables) or any("forward" in table for table in self._tables):
+        if are_hooked(self._tables):
             return True
-        return any(table["training"] and _drops(table) for table in [*self._tables, vars(self.block)])
+        for table in self._tables:
+            if "forward" in table or (table["training"] and _drops(table)):
+                return True
+        return self.block.training and _drops(vars(self.block))
 
     def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around, checkpointed: bool) -> Tensor:
         x, picked = hidden.flatten(0, 1), around.picked
