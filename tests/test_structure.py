@@ -2,7 +2,7 @@
 
 Imports run downward between packages and never in a circle between modules, `training` does not print,
 `lora` and `kernels` stay free of the rest, and files and functions stay short. Imports inside functions
-count like those at the top of a file; nothing is imported or run.
+and those for the type checker count like those at the top of a file; nothing is imported or run.
 """
 
 from __future__ import annotations
@@ -20,24 +20,14 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "deltaw"
 
-# From the bottom to the top. A package may import packages on its own level and below.
-LEVELS = (
-    ("errors", "version", "private_names"),
-    ("cache", "contained", "durable", "registry", "working"),
-    ("tensor_files",),
-    ("tasks",),
-    ("kernels",),
-    ("lora",),
-    ("hub", "host"),
-    ("runtime",),
-    ("memory", "methods", "data", "settings", "schema"),
-    ("training",),
-    ("experiments", "serving", "export"),
-    ("reports",),
-    ("cli",),
-    ("", "__main__"),  # the public face
+# From the bottom to the top. A package may import those before it; imports for the type checker count.
+ORDER = (
+    *("errors", "version", "private_names", "contained", "durable", "registry", "working", "cache"),
+    *("tensor_files", "tasks", "kernels", "lora", "machine", "hub", "runtime", "data", "memory", "methods"),
+    *("settings", "schema", "training", "runs", "export", "serving", "experiments", "reports", "cli"),
+    *("", "__main__"),  # the public face
 )
-LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+LEVEL = {package: level for level, package in enumerate(ORDER)}
 FOUNDATION = {"torch", "safetensors", "numpy"}
 LONGEST_FILE = 900
 LONGEST_FUNCTION = 80
@@ -51,13 +41,11 @@ class Import:
         module: name of the importing module, such as ``deltaw.lora.layers``.
         target: name of the imported module.
         line: line number in the importing file.
-        type_only: whether it stands under ``if TYPE_CHECKING``.
     """
 
     module: str
     target: str
     line: int
-    type_only: bool
 
     def __str__(self) -> str:
         return f"{self.module}, line {self.line}: imports {self.target}"
@@ -69,33 +57,17 @@ def _module_name(file: Path, source: Path) -> str:
 
 
 def _package_of(module: str) -> str:
-    """The part of a deltaw module's name that LEVELS lists; empty for ``deltaw`` itself."""
+    """The part of a deltaw module's name that ORDER lists; empty for ``deltaw`` itself."""
     return module.split(".")[1] if "." in module else ""
-
-
-def _is_type_checking(test: ast.expr) -> bool:
-    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
-        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
-    )
-
-
-def _statements(node: ast.AST, type_only: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, type_only
-        elif isinstance(child, ast.If) and _is_type_checking(child.test):
-            for part, guarded in ((child.body, True), (child.orelse, type_only)):
-                for statement in part:
-                    yield from _statements(ast.Module([statement], []), guarded)
-        else:
-            yield from _statements(child, type_only)
 
 
 def imports_of(file: Path, source: Path, modules: set[str]) -> list[Import]:
     """All imports of a file. ``from package import name`` targets ``package.name`` where that is a module."""
     module = _module_name(file, source)
     found: list[Import] = []
-    for node, type_only in _statements(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         else:
@@ -105,7 +77,7 @@ def imports_of(file: Path, source: Path, modules: set[str]) -> list[Import]:
                 kept = within[: len(within) - node.level + 1]
                 base = ".".join([*kept, base] if base else kept)
             targets = [inner if (inner := f"{base}.{alias.name}") in modules else base for alias in node.names]
-        found += [Import(module, target, node.lineno, type_only) for target in dict.fromkeys(targets)]
+        found += [Import(module, target, node.lineno) for target in dict.fromkeys(targets)]
     return found
 
 
@@ -166,12 +138,11 @@ def _own(imports: list[Import]) -> list[Import]:
 
 
 def upward(imports: list[Import]) -> list[str]:
-    """Imports from a package on a higher level; those for the type checker alone do not count."""
+    """Imports from a package that comes later in the order."""
     return [
         str(i)
         for i in _own(imports)
-        if not i.type_only
-        and LEVEL[_package_of(i.target)] > LEVEL[_package_of(i.module)]
+        if LEVEL[_package_of(i.target)] > LEVEL[_package_of(i.module)]
         and not (_package_of(i.target) == "" and _package_of(i.module) == "__main__")
     ]
 
@@ -189,8 +160,7 @@ def test_imports_between_packages_run_downward(imports: list[Import]) -> None:
 def test_modules_do_not_import_one_another_in_a_circle(imports: list[Import]) -> None:
     graph: dict[str, set[str]] = {}
     for i in _own(imports):
-        if not i.type_only:
-            graph.setdefault(i.module, set()).add(i.target)
+        graph.setdefault(i.module, set()).add(i.target)
     found = circles(graph)
     assert not found, "\n".join(", ".join(group) for group in found)
 
@@ -257,20 +227,20 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
         {
             "__init__.py": "",
             "lora/__init__.py": "from .layers import Layer",
-            "lora/layers.py": "def make():\n    from deltaw.training.fit import fit\n    return fit",
+            "lora/layers.py": "def make():\n    from deltaw.runs.fit import fit\n    return fit",
             "training/__init__.py": "",
-            "training/fit.py": "from deltaw.training import loop",
-            "training/loop.py": "import typing\n\ndef run():\n    from . import fit",
+            "runs/__init__.py": "",
+            "runs/fit.py": "from deltaw.runs import loop",
+            "runs/loop.py": "import typing\n\ndef run():\n    from . import fit",
             "training/typed.py": "import typing\nif typing.TYPE_CHECKING:\n    from . import user",
             "training/user.py": "from deltaw.training.typed import x",
         },
     )
     _, imports = all_imports(source)
-    assert upward(imports) == ["deltaw.lora.layers, line 2: imports deltaw.training.fit"]
+    assert upward(imports) == ["deltaw.lora.layers, line 2: imports deltaw.runs.fit"]
     graph: dict[str, set[str]] = {}
     for i in _own(imports):
-        if not i.type_only:
-            graph.setdefault(i.module, set()).add(i.target)
+        graph.setdefault(i.module, set()).add(i.target)
     assert circles(graph) == [["deltaw.training.fit", "deltaw.training.loop"]]
     assert "deltaw.lora.layers" in graph["deltaw.lora"]
 

@@ -15,7 +15,7 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
 from deltaw.training import checkpoints as files
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Calling
 from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.resuming import dumped, with_choices
@@ -343,12 +343,11 @@ def test_checkpoints_by_time(tmp_path, settings, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    class Slow(Callback):
-        def on_step(self, step):
-            clock[0] += 25.0
+    def slow(step):
+        clock[0] += 25.0
 
     train = {**TRAIN, "checkpoint_every": None, "checkpoint_minutes": 1.0, "keep_checkpoints": 9, "eval_every": None}
-    result = deltaw.fit(settings(tmp_path / "run", train=train), callback=Slow())
+    result = deltaw.fit(settings(tmp_path / "run", train=train), callback=Calling(on_step=slow))
     assert [path.name for path in result.checkpoints] == [f"step-{n:06d}" for n in (3, 6, 9, 12)]
 
 
@@ -365,12 +364,11 @@ def test_without_checkpoints_none_are_written_and_the_run_begins_again(settings,
 def test_a_second_run_while_one_goes_on_is_refused(settings, tmp_path):
     run, seen = tmp_path / "run", []
 
-    class Second(Callback):
-        def on_step(self, step):
-            if step.step == 2:
-                with pytest.raises(UserError, match=r"process \d+ is training into this folder") as refused:
-                    deltaw.fit(settings(run, train=TRAIN))
-                seen.append(refused.value.where)
+    def second(step):
+        if step.step == 2:
+            with pytest.raises(UserError, match=r"process \d+ is training into this folder") as refused:
+                deltaw.fit(settings(run, train=TRAIN))
+            seen.append(refused.value.where)
 
-    result = deltaw.fit(settings(run, train=TRAIN), callback=Second())
+    result = deltaw.fit(settings(run, train=TRAIN), callback=Calling(on_step=second))
     assert seen == [str(run)] and result.outcome.steps == 12

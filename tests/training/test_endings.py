@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
 from deltaw.training import checkpoints
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Calling
 from deltaw.training.checkpoints import listed
 from deltaw.training.fit import fit
 from deltaw.training.loop import MOST_IN_ROW
@@ -24,15 +24,14 @@ from tests.training.runs import TRAIN, Told, adapter, assert_same_run, metrics
 SKIP = {**TRAIN, "not_finite": "skip", "eval_every": None}
 
 
-class Raising(Callback):
+def raising(after, error):
     """Ends the training with an error once so many steps are done."""
 
-    def __init__(self, after, error):
-        self.after, self.error = after, error
+    def on_step(step):
+        if step.step == after:
+            raise error
 
-    def on_step(self, step):
-        if step.step == self.after:
-            raise self.error
+    return Calling(on_step=on_step)
 
 
 NO_MEMORY = (
@@ -51,7 +50,7 @@ def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"), "the disk is full"),
     ):
         with pytest.raises(UserError, match=what) as ended:
-            fit(made, callback=Raising(5, error))
+            fit(made, callback=raising(5, error))
         assert "resumes from step-000004" in ended.value.hint and Run(tmp_path / "run").state == "failed"
     assert fit(made).resumed_from_step == 4
     assert_same_run(tmp_path / "run", whole)
@@ -59,7 +58,7 @@ def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_
 
 def test_other_errors_stay_what_they_are(settings, tmp_path):
     with pytest.raises(RuntimeError, match="a fault"):
-        fit(settings(tmp_path / "run", train=TRAIN), callback=Raising(3, RuntimeError("a fault")))
+        fit(settings(tmp_path / "run", train=TRAIN), callback=raising(3, RuntimeError("a fault")))
     assert fit(settings(tmp_path / "run", train=TRAIN)).resumed_from_step == 2
 
 

@@ -221,7 +221,7 @@ def test_rows_that_differ_between_processes_are_refused(settings, tmp_path, task
     port, both = free_port(), []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        answers = [{"completion": str(rank)}, {"chosen": "a" * (rank + 1), "rejected": "b"}][task == "preference"]
+        answers = {"completion": str(rank)} if task == "causal-lm" else {"chosen": "a" * (rank + 1), "rejected": "b"}
         write_rows(tmp_path / str(rank) / "rows.jsonl", ({"prompt": f"a{n}", **answers} for n in range(9)))
         both.append(start(rank, 2, port, ["train", tmp_path / "run.yaml"], folder=tmp_path / str(rank)))
     zero, one = ended(both)

@@ -14,7 +14,7 @@ import torch
 import deltaw
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Calling
 from deltaw.training.process import frozen_heap, own_random_numbers, own_threads, stop_signals
 from tests.training.loops import Training
 
@@ -55,15 +55,12 @@ def own_process():
 
 
 def test_a_whole_run_leaves_the_process_as_it_was(own_process, settings, tmp_path):
-    class Seen(Callback):
-        def on_begin(self, state):
-            self.within = everything()
-
-    seen = Seen()
-    deltaw.fit(settings(tmp_path / "run", threads=1, lora={"dropout": 0.2}), callback=seen)
+    within = {}
+    notes = Calling(on_begin=lambda state: within.update(everything()))
+    deltaw.fit(settings(tmp_path / "run", threads=1, lora={"dropout": 0.2}), callback=notes)
     assert everything() == own_process
     # The test would say nothing if a run changed nothing on its way.
-    differing = {key for key, value in seen.within.items() if value != own_process[key]}
+    differing = {key for key, value in within.items() if value != own_process[key]}
     assert {"threads", "torch", "frozen", "handlers"} <= differing
 
 

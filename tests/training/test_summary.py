@@ -14,7 +14,7 @@ import pytest
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Calling
 from deltaw.training.fit import fit
 from deltaw.training.run_folder import RUN as NAME
 from deltaw.training.run_folder import RunFolder, is_alive, this_process
@@ -30,11 +30,7 @@ def read(folder):
 def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     run, seen = tmp_path / "run", []
 
-    class Reads(Callback):
-        def on_step(self, step):
-            seen.append(read(run))
-
-    result = fit(settings(run), callback=Reads())
+    result = fit(settings(run), callback=Calling(on_step=lambda step: seen.append(read(run))))
     told = seen[0]
     assert told["state"] == "running" and told["ended"] is None and "result" not in told
     assert told["process"]["id"] == os.getpid() and is_alive(told["process"]) is True
@@ -58,9 +54,8 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     ],
 )
 def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
-    fails = mock.Mock(spec=Callback, **{"should_stop.return_value": False, "on_step.side_effect": error})
     with pytest.raises(type(error)):
-        fit(settings(tmp_path / "run"), callback=fails)
+        fit(settings(tmp_path / "run"), callback=Calling(on_step=mock.Mock(side_effect=error)))
     told = read(tmp_path / "run")
     assert told["state"] == state and told.get("error", {}).get("what") == what
     assert (tmp_path / "run" / ADAPTER).is_file() == (state == "failed")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Calling
 from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
@@ -69,12 +70,8 @@ def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
 
 
 def test_a_search_that_is_stopped_ends_the_run_with_nothing_trained(settings, tmp_path):
-    class Stops(Callback):
-        asked = 0
+    asked = itertools.count(1)
+    stops = Calling(should_stop=lambda: next(asked) == 4)  # once, as a signal comes once
 
-        def should_stop(self):
-            self.asked += 1
-            return self.asked == 4  # once, as a signal comes once
-
-    result = fit(settings(tmp_path / "run", train={"learning_rate": "search"}), callback=Stops())
+    result = fit(settings(tmp_path / "run", train={"learning_rate": "search"}), callback=stops)
     assert result.interrupted and result.outcome.steps == 0
