@@ -25,7 +25,7 @@ from deltaw.serving.decodable import Decodable
 from deltaw.serving.pages import PagePool
 from deltaw.serving.request import EngineLoad, FinishReason
 from deltaw.serving.running import Run, Work, next_tokens
-from deltaw.serving.sampling import prompt_logprobs
+from deltaw.serving.sampling import logprob
 
 
 class Part(NamedTuple):
@@ -299,7 +299,7 @@ class Batch(Work):
         for row, (run, place) in enumerate(owners):
             if run.wants_prompt and place + 1 < run.length:
                 top = run.request.sampling.logprobs or 0
-                run.prompt_logprobs += prompt_logprobs(values[row : row + 1], run.tokens[place + 1 : place + 2], top)
+                run.prompt_logprobs.append(logprob(values[row], int(run.tokens[place + 1]), top))
             if place + 1 == run.length:
                 if run.allowance:
                     rows.append(row)
@@ -308,9 +308,9 @@ class Batch(Work):
                     self.end(run, "length")
         if not runs:
             return
-        for run, token, logprob in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
+        for run, token, told in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
             try:
-                ended = run.take(token, logprob)
+                ended = run.take(token, told)
             except Exception as error:  # of this text alone
                 self.end(run, error)
                 continue

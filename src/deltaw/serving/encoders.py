@@ -210,8 +210,11 @@ class Classifier(RowModel):
         super().__init__(session.model, session.tokenizer, len(self.classes))
         if self.limit is not None:
             self.limit -= session.virtual_tokens
-        self.seen = session.example
+        self._session = session
         self._objective: LabelObjective | None = None
+
+    def seen(self, example: LabeledExample) -> Any:
+        return self._session.example(example)
 
     def of_batch(self, batch: LabelBatch) -> Tensor:
         if self._objective is None:

@@ -367,7 +367,7 @@ def _delta(index: int, delta: Object, *, finish: str | None = None, logprobs: ob
 
 def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRouter:
     """The routes that write text: ``/v1/chat/completions`` and ``/v1/completions``."""
-    router = APIRouter()
+    router = APIRouter(responses=ANSWERS, default_response_class=Response)
     limits = settings.limits
 
     def route(path: str, name: str, summary: str, fields: type[Asked], rendering: type[Answer[Asked]]) -> None:
@@ -389,16 +389,7 @@ def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRou
             answer = rendering(asked, requests, served.prompts(adapter), record)
             return await answer.response(request, await desk.write(requests), desk)
 
-        router.add_api_route(
-            path,
-            respond,
-            methods=["POST"],
-            name=name,
-            summary=summary,
-            openapi_extra=described(fields),
-            responses=ANSWERS,
-            response_class=Response,
-        )
+        router.post(path, name=name, summary=summary, openapi_extra=described(fields))(respond)
 
     route("/v1/chat/completions", "chat", "Answer a conversation", ChatRequest, Chat)
     route("/v1/completions", "completions", "Continue prompts", CompletionRequest, Completion)
