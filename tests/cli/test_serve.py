@@ -108,7 +108,7 @@ def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> 
         (["--host", "192.0.2.1", "--without-key"], "cannot be listened on"),
         (["--port", "70000"], "70000"),
         (["--adapter", "poet"], "name=folder"),
-        (["--adapter", "a/b=/tmp"], "no name for an adapter"),
+        (["--adapter", "a/b=/tmp"], "valid name of an adapter"),
         (["--adapter", "a=/nowhere"], "no such folder"),
         (["--adapter", "a=/tmp", "--adapter", "a=/tmp"], "two adapters"),
         (["--adapters-from", "/nowhere"], "/nowhere"),
