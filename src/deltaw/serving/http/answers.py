@@ -16,8 +16,8 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import ANSWERS, GONE, ApiError, as_json, refused
-from deltaw.serving.http.preparing import Desk, Texts, adapter_named, text_requests
+from deltaw.serving.http.errors import ANSWERS, GONE, ApiError, as_json, no_model, refused
+from deltaw.serving.http.preparing import Desk, Texts, text_requests
 from deltaw.serving.http.requests import (
     FAILURE,
     ChatRequest,
@@ -374,7 +374,9 @@ def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRou
         async def respond(request: Request) -> Response:
             asked: Asked = await read_json(request, fields, limits)
             record = record_of(request.scope)
-            adapter = adapter_named(served, asked.model)
+            adapter = None if asked.model == served.name else asked.model
+            if adapter is not None and adapter not in served.adapters():
+                raise no_model(asked.model)
             record.model, record.stream = asked.model, bool(asked.stream)
             if settings.log_prompts:
                 record.asked = asked.shown

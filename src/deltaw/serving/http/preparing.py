@@ -24,7 +24,7 @@ from deltaw.data.messages import read_messages
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder, TemplateName
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import ApiError, concerning, no_model
+from deltaw.serving.http.errors import ApiError, concerning
 from deltaw.serving.http.requests import ChatRequest, CompletionRequest, json_constraint
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
@@ -326,17 +326,6 @@ def _byte_letters() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
-
-
-def adapter_named(served: Served, model: str) -> str | None:
-    """The adapter that a request asks for; None for the base model.
-
-    Raises:
-        ApiError: 404, there is no such model.
-    """
-    if model != served.name and model not in served.adapters():
-        raise no_model(model)
-    return None if model == served.name else model
 
 
 def text_requests(
