@@ -44,6 +44,7 @@ def alone(model: torch.nn.Module, text: str) -> torch.Tensor:
         return model(**byte_tokenizer()(text, return_tensors="pt")).last_hidden_state[0]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pooling", ["auto", "mean", "first", "last"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_are_those_of_each_text_alone(bert, pooling, normalize, embedder):

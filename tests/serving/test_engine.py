@@ -231,7 +231,7 @@ def test_closing_drains_or_ends_at_once_and_takes_no_more() -> None:
 def test_many_threads_get_their_own_texts() -> None:
     model, _ = llama()
     ours = engine()
-    asked = prompts(24, seed=11)
+    asked = prompts(12, seed=11)
     found: dict[int, list[int]] = {}
 
     def ask(number: int) -> None:

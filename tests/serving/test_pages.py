@@ -106,7 +106,7 @@ def test_the_least_recently_used_pages_give_way_and_running_out_is_told() -> Non
     assert memory.run(token_keys(np.arange(500, 540))) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_no_page_is_lost_or_written_by_two_over_random_histories(data: st.DataObject) -> None:
     memory = Memory(12)
