@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import ClassVar
@@ -109,7 +110,9 @@ class Stress:
         log = self.logs[name]
         start = log.done
         try:
-            active = self.bank.acquire(name)
+            patience = time.monotonic() + draw.choice([0.0, 0.0, 5.0])
+            while (active := self.bank.acquire(name)) is None and time.monotonic() < patience:
+                time.sleep(0.001)
         except UserError as error:
             self.check("no adapter" in error.what and None in set(log.intended[start:]), error.what)
             return
