@@ -14,17 +14,12 @@ from tests.conftest import laid_over, write_rows
 TEXTS = ["a", "some longer text", "x" * 40, "snow ☃"]
 
 
+SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 def bert_config(**changes: object) -> BertConfig:
-    shape = {
-        "vocab_size": 259,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    return BertConfig(**shape | changes)
+    return BertConfig(**{**SHAPE, "initializer_range": 0.2, **changes})
 
 
 def write_bert(folder: Path, **changes: object) -> Path:
@@ -36,15 +31,7 @@ def write_bert(folder: Path, **changes: object) -> Path:
 
 def write_llama(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    config = LlamaConfig(**SHAPE, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -52,14 +39,14 @@ def write_llama(folder: Path) -> Path:
 
 def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more: object) -> Path:
     """A run of a few steps on made-up rows."""
-    rows = [{"text": f"{name} number {n}", "label": name} for n in range(8) for name in classes]
+    rows = [{"text": f"{name} number {n}", "label": name} for n in range(4) for name in classes]
     settings = {
         "model": str(model),
         "task": "sequence-classification",
         "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows))},
         "method": "lora",
         "lora": {"rank": 2, "alpha": 4},
-        "train": {"learning_rate": 1e-2, "batch_size": 4, "epochs": 1},
+        "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
         "precision": "fp32",
         "device": "cpu",
         "threads": 1,

@@ -18,7 +18,7 @@ from deltaw.methods.files import write_trained
 from deltaw.methods.prompt import Prompt, PromptFile, write_prompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.serving.adapters import FolderReader, state_of
+from deltaw.serving.adapters import FolderReader
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 
@@ -39,12 +39,18 @@ def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
     parts = reader.read(tmp_path)
     adapted = copy.deepcopy(model)
     load_adapter(adapted, tmp_path)
+    with pytest.raises(UserError, match="has an adapter on it"):
+        FolderReader(adapted, None)
     assert len(parts.layers) == 7 and all(".layers.1." in name for name in parts.layers)
     for name, factors in parts.layers.items():
         layer = adapted.get_submodule(name)
         assert torch.equal(factors.lora_A, layer.lora_A) and torch.equal(factors.lora_B, layer.lora_B)
         assert factors.scaling == layer.scaling
-    assert {layer.rank for layer in parts.layers.values()} == {4, 7} and len(parts.layers) == 7
+    assert {layer.rank for layer in parts.layers.values()} == {4, 7}
+    gpt2 = tiny_gpt2()  # whose layers are transposed
+    write_lora(gpt2, tmp_path, target_modules=["c_attn"])
+    factors = FolderReader(gpt2, None).read(tmp_path).layers["transformer.h.0.attn.c_attn"]
+    assert factors.lora_A.shape == (32, 4) and factors.lora_B.shape == (4, 96)
 
 
 def test_an_adapter_of_pefts_is_read(model, reader, tmp_path):
@@ -55,13 +61,6 @@ def test_an_adapter_of_pefts_is_read(model, reader, tmp_path):
     assert {name.rpartition(".")[2] for name in parts.layers} == {"v_proj", "up_proj"}
     assert {factors.scaling for factors in parts.layers.values()} == {5 / 3}
     assert parts.facts.invocation is None and parts.facts.config is None
-
-
-def test_transposed_layers_have_factors_in_the_same_orientation(tmp_path):
-    gpt2 = tiny_gpt2()
-    write_lora(gpt2, tmp_path, target_modules=["c_attn"])
-    factors = FolderReader(gpt2, None).read(tmp_path).layers["transformer.h.0.attn.c_attn"]
-    assert factors.lora_A.shape == (32, 4) and factors.lora_B.shape == (4, 96)
 
 
 def test_a_soft_prompt_is_rows_before_the_prompt(model, reader, tmp_path):
@@ -80,14 +79,10 @@ def test_template_terminators_and_invocation_come_with_the_folder(model, reader,
     assert {7, 9} <= set(facts.terminators)
     asked = [{"role": "user", "content": "hm"}]
     assert facts.tokenizer.apply_chat_template(asked, tokenize=False) == "<hm>"
-    assert "im_start" in byte_tokenizer().apply_chat_template(asked, tokenize=False)
-
-
-def test_without_its_own_the_bases_template_and_terminators_hold(model, reader, tmp_path):
-    write_lora(model, tmp_path)
-    facts = reader.read(tmp_path).facts
+    write_lora(model, tmp_path / "bare")
+    facts = reader.read(tmp_path / "bare").facts  # without its own, the base's hold
     assert set(facts.terminators) == {0, 2}  # end of text, and of a turn
-    assert "im_start" in facts.tokenizer.chat_template
+    assert "im_start" in facts.tokenizer.apply_chat_template(asked, tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -234,19 +229,3 @@ def test_reading_leaves_the_model_as_it_is(model, reader, tmp_path):
         reader.read(tmp_path)
     assert {name: (id(module), type(module)) for name, module in model.named_modules()} == before
     assert all(torch.equal(p, bits[name]) for name, p in model.named_parameters())
-
-
-def test_a_model_that_carries_an_adapter_is_no_base(model, tmp_path):
-    write_lora(model, tmp_path)
-    adapted = copy.deepcopy(model)
-    load_adapter(adapted, tmp_path)
-    with pytest.raises(UserError, match="has an adapter on it"):
-        FolderReader(adapted, None)
-
-
-def test_the_state_of_a_folder_is_its_content(model, tmp_path):
-    write_lora(model, tmp_path / "a")
-    write_lora(model, tmp_path / "b")
-    write_lora(model, tmp_path / "c", seed=1)
-    digests = [state_of(tmp_path / name).digest for name in "abc"]
-    assert digests[0] == digests[1] != digests[2]

@@ -1,15 +1,20 @@
-"""Requests with different adapters run together and write what each adapter writes on its own model."""
+"""Requests with different adapters run together and write what each adapter writes on its own model; one whose
+adapter is late or lost holds up nobody."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
+from deltaw.methods.base import Method
 from deltaw.methods.files import method_of_folder
+from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.request import Request
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
@@ -40,15 +45,21 @@ def bank_over(folders: dict[str, Path], budget: int = 1 << 30) -> AdapterBank:
     return bank
 
 
+@functools.cache
+def carrier(folder: Path) -> tuple[PreTrainedModel, Method]:
+    """The model with an adapter on it."""
+    model = copy.deepcopy(llama()[0])
+    method = method_of_folder(folder, tokenizer())
+    method.load(model, folder)
+    return model, method
+
+
 def alone(folder: Path | None, prompt: np.ndarray) -> list[int]:
     """What transformers writes with this adapter on a model of its own."""
-    model = llama()[0]
     if folder is None:
-        return greedy(model, prompt, NEW)
-    carrier = copy.deepcopy(model)
-    method = method_of_folder(folder, tokenizer())
-    method.load(carrier, folder)
-    return greedy(carrier, method.with_virtual_tokens(prompt), NEW)
+        return greedy(llama()[0], prompt, NEW)
+    model, method = carrier(folder)
+    return greedy(model, method.with_virtual_tokens(prompt), NEW)
 
 
 def asked(seed: int = 0) -> list[np.ndarray]:
@@ -61,15 +72,17 @@ def asked(seed: int = 0) -> list[np.ndarray]:
 def test_together_they_write_what_each_writes_alone(folders):
     bank = bank_over(folders)
     engine = over(llama()[1], 64, adapters=bank)
-    requests = [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked() for name in (None, *folders)]
+    requests = [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked()[:4] for name in (None, *folders)]
     texts = [text.tokens.tolist() for text in engine.write_all(requests)]
     for request, text in zip(requests, texts, strict=True):
         folder = None if request.adapter is None else folders[request.adapter]
         assert text == alone(folder, request.tokens), request.adapter
+    again = engine.write_all(requests)  # prompts are taken over
+    assert [text.tokens.tolist() for text in again] == texts and engine.load.reused > 0
     of_base = texts[:: len(folders) + 1]
     for number in range(len(folders)):
         assert texts[number + 1 :: len(folders) + 1] != of_base, "each adapter changes something"
-    bank.close()
+    engine.close()
 
 
 def test_adapters_that_leave_memory_come_back_for_their_requests(folders):
@@ -85,7 +98,7 @@ def test_adapters_that_leave_memory_come_back_for_their_requests(folders):
         assert request.adapter is not None
         assert text.tokens.tolist() == alone(plain[request.adapter], request.tokens)
     assert bank.status().dropped > 0
-    bank.close()
+    engine.close()
 
 
 def test_a_swapped_adapter_never_meets_keys_of_the_one_before(folders, tmp_path):
@@ -101,7 +114,7 @@ def test_a_swapped_adapter_never_meets_keys_of_the_one_before(folders, tmp_path)
         assert all(piece.reused == 0 for piece in pieces), "nothing is kept under the new version yet"
     (again,) = engine.write_all([Request(prompt, "x", max_new_tokens=NEW, stop_ids=())])
     assert again.tokens.tolist() == alone(folders["soft"], prompt)
-    bank.close()
+    engine.close()
 
 
 def test_an_activated_adapter_shares_the_bases_keys(folders):
@@ -113,7 +126,7 @@ def test_an_activated_adapter_shares_the_bases_keys(folders):
     assert pieces[0].reused == len(prompt) - len(INVOCATION)
     written = [token for piece in pieces for token in piece.tokens]
     assert written == alone(folders["activated"], prompt)
-    bank.close()
+    engine.close()
 
 
 def test_an_adapter_ends_its_texts_with_its_own_terminators(folders, tmp_path):
@@ -122,9 +135,10 @@ def test_an_adapter_ends_its_texts_with_its_own_terminators(folders, tmp_path):
     written = alone(folder, prompt)
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written[3]}}}')
     bank = bank_over({"own": folder})
-    (text,) = over(llama()[1], 64, adapters=bank).write_all([Request(prompt, "own", max_new_tokens=NEW)])
+    engine = over(llama()[1], 64, adapters=bank)
+    (text,) = engine.write_all([Request(prompt, "own", max_new_tokens=NEW)])
     assert text.terminator == written[3] and text.tokens.tolist() == written[: written.index(written[3])]
-    bank.close()
+    engine.close()
 
 
 def test_a_removed_adapter_is_refused_and_one_in_hand_is_written_to_its_end(folders):
@@ -139,4 +153,42 @@ def test_a_removed_adapter_is_refused_and_one_in_hand_is_written_to_its_end(fold
         engine.submit(Request(prompt, "x"))
     written = [*first.tokens, *(token for piece in pieces for token in piece.tokens)]
     assert written == alone(folders["narrow"], prompt)
-    bank.close()
+    engine.close()
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_alone() -> None:
+    class Failing(FixedAdapters):
+        def facts(self, name: str) -> AdapterFacts:
+            return AdapterFacts()
+
+        def acquire(self, name: str) -> ActiveAdapter:
+            raise UserError("its files are gone", where=name)
+
+    model, made = llama()
+    engine = over(made, 16, adapters=Failing())
+    lost = engine.submit(Request(np.arange(3, 9), "lost", max_new_tokens=4))
+    kept = engine.submit(Request(np.arange(3, 9), max_new_tokens=4))
+    with pytest.raises(UserError, match="files are gone"):
+        lost.result()
+    assert kept.result().tokens.tolist() == greedy(model, np.arange(3, 9), 4)
+    engine.close()
+
+
+def test_requests_whose_adapter_is_being_loaded_let_others_pass() -> None:
+    class Slow(FixedAdapters):
+        ready = False
+
+        def facts(self, name: str) -> AdapterFacts:
+            return AdapterFacts()
+
+        def acquire(self, name: str) -> ActiveAdapter | None:  # type: ignore[override]
+            return ActiveAdapter(1, AdapterFacts()) if self.ready else None
+
+    adapters = Slow()
+    engine = over(llama()[1], 16, adapters=adapters)
+    waits = engine.submit(Request(np.arange(3, 9), "slow", max_new_tokens=4))
+    passes = engine.submit(Request(np.arange(3, 9), max_new_tokens=4))
+    assert passes.result().finish == "length" and not waits.done
+    adapters.ready = True
+    assert waits.result().finish == "length"
+    engine.close()

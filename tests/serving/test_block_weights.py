@@ -17,13 +17,12 @@ from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.decodable import decodable, tolerance
-from deltaw.serving.request import Request
 from tests.byte_models import tiny_llama
 from tests.kernels.test_decode_blocks import drawn
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
-from tests.serving.engines import engine_of, greedy
 from tests.serving.mixed_rows import Rows, drawn_prompts, written
+from tests.serving.test_mixed_adapters import families, off
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY}
 ROWS, STEPS = 12, 4
@@ -43,11 +42,7 @@ def in_blocks(name: str) -> tuple[nn.Module, nn.Module]:
     return kept, plain.float()
 
 
-def off(ours: torch.Tensor, own: torch.Tensor) -> float:
-    return float((ours - own).norm() / own.norm())
-
-
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=families("NF4 Q4_K", " ".join(sorted({*FORMATS} - {"NF4", "Q4_K"}))))
 def served(request, tmp_path_factory):
     """A model in blocks with its decoder, the model of the blocks' numbers, two adapters and their bank."""
     kept, plain = in_blocks(request.param)
@@ -99,28 +94,6 @@ def test_any_number_of_threads_and_rows_gives_the_same_bits(served):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_greedy_texts_are_transformers_on_the_numbers(served):
-    kept, plain, *_ = served
-    engine = engine_of(kept, terminators=(0,))
-    equal = 0
-    try:
-        prompts = drawn_prompts(8, VOCABULARY, seed=3)
-        texts = engine.write_all([Request(prompt, max_new_tokens=12) for prompt in prompts])
-        for prompt, text in zip(prompts, texts, strict=True):
-            ours, own = [*text.tokens.tolist(), 0], [*greedy(plain, prompt, 12, (0,)), 0]
-            equal += ours == own
-            if ours != own:  # where they part, both tokens are likeliest but for rounding
-                at = next(n for n, pair in enumerate(zip(ours, own, strict=False)) if len(set(pair)) > 1)
-                with torch.no_grad():
-                    seen = torch.as_tensor([*prompt, *own[:at]])[None]
-                    logits = plain(input_ids=seen).logits[0, -1]
-                gap = float(logits[own[at]] - logits[ours[at]])
-                assert gap < 2 * tolerance(kept) * float(logits.norm()) / len(logits) ** 0.5
-    finally:
-        engine.close()
-    assert equal >= 6
-
-
 def test_nothing_is_dequantized_for_a_decoder(served):
     kept, _, made, _, _ = served
     decoder = made.decoder
@@ -131,7 +104,7 @@ def test_nothing_is_dequantized_for_a_decoder(served):
     assert isinstance(made.entry.weight, BlockWeight) and made.entry.known == VOCABULARY
 
 
-@pytest.mark.parametrize("family", ["Gemma3", "GPTNeoX", "Phi3", "Qwen3"])
+@pytest.mark.parametrize("family", families("Phi3 GPTNeoX", "Gemma3 Qwen3"))
 def test_families_in_nf4_are_decoded_too(family):
     model = model_of(family, torch.bfloat16, intermediate_size=128)
     assert not quantize_nf4(model.base_model).kept

@@ -17,21 +17,6 @@ from tests.serving.encoder_models import TEXTS, bert_config, train_classifier, w
 from tests.serving.http.waiting import at_once
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models") / "bert")
-
-
-@pytest.fixture(scope="module")
-def runs(bert, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    return {
-        "mood": train_classifier(bert, folder / "mood", ("bad", "fine", "good")),
-        "topic": train_classifier(bert, folder / "topic", ("art", "law"), lora={"rank": 4}),
-        "prefix": train_classifier(bert, folder / "prefix", ("no", "yes"), method="prompt", prompt={"length": 3}),
-    }
-
-
 @pytest.fixture
 def embedder():
     """Opens encoders, and closes them after the test."""
@@ -59,6 +44,7 @@ def alone(model: torch.nn.Module, text: str) -> torch.Tensor:
         return model(**byte_tokenizer()(text, return_tensors="pt")).last_hidden_state[0]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pooling", ["auto", "mean", "first", "last"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_are_those_of_each_text_alone(bert, pooling, normalize, embedder):

@@ -21,17 +21,7 @@ from transformers.generation.logits_process import (
 
 from deltaw.errors import UserError
 from deltaw.serving.request import Sampling
-from deltaw.serving.sampling import (
-    LEAST_LOGPROB,
-    NONE,
-    SamplingState,
-    candidates,
-    choose,
-    logprob,
-    nucleus,
-    prompt_logprobs,
-    validate,
-)
+from deltaw.serving.sampling import LEAST_LOGPROB, NONE, SamplingState, candidates, choose, logprob, nucleus, validate
 
 V = 997
 PROMPT = np.array([5, 9, 9, 700])
@@ -75,8 +65,6 @@ def by_transformers(row: np.ndarray, **settings: float) -> np.ndarray:
 def test_greedy_rows_take_the_likeliest_token() -> None:
     logits = some_logits(5)
     assert choose(logits, [state() for _ in range(5)]).tokens.tolist() == logits.argmax(axis=1).tolist()
-    as_tensor = choose(torch.from_numpy(logits), [state() for _ in range(5)])
-    assert as_tensor.tokens.tolist() == logits.argmax(axis=1).tolist()
 
 
 MANY = [(0.7, None, None, None), (1.0, 1, None, None), (1.3, 40, None, None), (1.0, 400, None, None)]
@@ -112,7 +100,7 @@ def test_as_many_tokens_are_drawn_as_their_probabilities_say() -> None:
     chosen = {"temperature": 0.9, "top_k": 30, "top_p": 0.9}
     one = state(700, seed=11, **chosen)
     counts = np.zeros(700)
-    for _ in range(8_000):
+    for _ in range(5_000):
         counts[choose(row[None], [one]).tokens[0]] += 1
     expected = probabilities(row, **chosen)
     assert counts[expected == 0].sum() == 0
@@ -258,15 +246,6 @@ def test_log_probabilities_are_the_models_own() -> None:
         assert [token for token, _ in found.top] == np.argsort(-expected[n])[:count].tolist()
         assert [value for _, value in found.top] == pytest.approx(sorted(expected[n], reverse=True)[:count], abs=1e-5)
     assert choose(logits, [state(), state()]).logprobs == (None, None)
-
-
-def test_log_probabilities_of_a_prompt_are_those_of_the_rows_before() -> None:
-    logits = some_logits(3)
-    expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
-    found = prompt_logprobs(torch.from_numpy(logits), np.array([4, 5, 6]), 2)
-    assert [one.token for one in found] == [4, 5, 6]
-    assert [one.logprob for one in found] == pytest.approx([expected[n, n + 4] for n in range(3)], abs=1e-5)
-    assert all(len(one.top) == 2 for one in found)
 
 
 def test_equally_likely_tokens_are_told_in_the_order_of_their_ids() -> None:

@@ -25,7 +25,7 @@ from deltaw.serving.decodable import Decodable
 from deltaw.serving.pages import PagePool
 from deltaw.serving.request import EngineLoad, FinishReason
 from deltaw.serving.running import Run, Work, next_tokens
-from deltaw.serving.sampling import prompt_logprobs
+from deltaw.serving.sampling import logprob
 
 
 class Part(NamedTuple):
@@ -112,7 +112,10 @@ class Batch(Work):
         self.tokens += sum(stop - start for _, start, stop in parts)
         try:
             logits, owners = self._compute(parts)
-            self._note(parts)
+            for run, _, stop in parts:  # is written now
+                assert run.pages is not None
+                if self.pool.wrote(run.pages, run.keys, stop):
+                    self._table[run.slot, : len(run.pages.pages)] = run.pages.pages
             self._hand_out(logits, owners)
         except Exception as error:  # whatever it was, the requests of this step have no right result
             for run, _, _ in parts:
@@ -165,15 +168,17 @@ class Batch(Work):
             run = self.waiting.popleft()
             try:
                 ready = self._has_adapter(run)
-                if ready and not self._has_room(run):
-                    self.waiting.appendleft(run)
-                    break
             except Exception as error:  # its adapter cannot be loaded, say: it alone ends
                 self.end(run, error)
                 continue
             if not ready:
                 passed.append(run)
                 continue
+            # Pages for what it has, and one for each that runs.
+            wanted = -(-run.length // self.pool.page_tokens) + len(self.running)
+            if self.running and self.pool.available < wanted:
+                self.waiting.appendleft(run)
+                break
             slot = self._slots.pop()
             run.begin(self.pool.begin(run.reusable, run.request.owner), slot)
             assert run.pages is not None
@@ -190,11 +195,6 @@ class Batch(Work):
             return False
         run.place(adapter)
         return True
-
-    def _has_room(self, run: Run) -> bool:
-        """Whether there are pages for what a request has, and one for each that runs."""
-        wanted = -(-run.length // self.pool.page_tokens) + len(self.running)
-        return not self.running or self.pool.available >= wanted
 
     def _parts(self) -> list[Part]:
         """What runs in the next step: rows of texts, and chunks of prompts."""
@@ -284,13 +284,6 @@ class Batch(Work):
         )
         return logits, owners
 
-    def _note(self, parts: list[Part]) -> None:
-        """Note what is written now."""
-        for run, _, stop in parts:
-            assert run.pages is not None
-            if self.pool.wrote(run.pages, run.keys, stop):
-                self._table[run.slot, : len(run.pages.pages)] = run.pages.pages
-
     def _hand_out(self, logits: Tensor, owners: Sequence[tuple[Run, int]]) -> None:
         """Choose the next token of each text, and end those that are done."""
         values = logits.numpy()
@@ -299,7 +292,7 @@ class Batch(Work):
         for row, (run, place) in enumerate(owners):
             if run.wants_prompt and place + 1 < run.length:
                 top = run.request.sampling.logprobs or 0
-                run.prompt_logprobs += prompt_logprobs(values[row : row + 1], run.tokens[place + 1 : place + 2], top)
+                run.prompt_logprobs.append(logprob(values[row], int(run.tokens[place + 1]), top))
             if place + 1 == run.length:
                 if run.allowance:
                     rows.append(row)
@@ -308,9 +301,9 @@ class Batch(Work):
                     self.end(run, "length")
         if not runs:
             return
-        for run, token, logprob in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
+        for run, token, told in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
             try:
-                ended = run.take(token, logprob)
+                ended = run.take(token, told)
             except Exception as error:  # of this text alone
                 self.end(run, error)
                 continue

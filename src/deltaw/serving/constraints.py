@@ -229,7 +229,7 @@ class _Texts:
 
         # Past these a constraint is refused, or its text ends, with a reason that a person can read; the
         # limits of the process are for what they do not count.
-        fuel = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "max_grammar_size": 100_000}
+        fuel: dict[str, Any] = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "max_grammar_size": 100_000}
         limits = LLParserLimits(**fuel, max_lexer_states=self._limits.states, verbose_errors=False)
         return LLMatcher(self._tokenizer, self._grammar, log_level=0, limits=limits)
 

@@ -18,6 +18,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def _assembled(
         form = prober.logits_form()
         described = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
         linear = _linear(head, quantize=int8_head)
-        last = {"logits_softcap": form.cap, "logits_scale": form.factor}
+        last: dict[str, Any] = {"logits_softcap": form.cap, "logits_scale": form.factor}
         decoder = Decoder(described, _norm(final), linear, list(entry.tables), cache_dtype=cache_dtype, **last)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise NotDecodable(f"{type(error).__name__}: {str(error)[:120]}") from error

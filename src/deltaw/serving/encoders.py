@@ -210,8 +210,11 @@ class Classifier(RowModel):
         super().__init__(session.model, session.tokenizer, len(self.classes))
         if self.limit is not None:
             self.limit -= session.virtual_tokens
-        self.seen = session.example
+        self._session = session
         self._objective: LabelObjective | None = None
+
+    def seen(self, example: LabeledExample) -> Any:
+        return self._session.example(example)
 
     def of_batch(self, batch: LabelBatch) -> Tensor:
         if self._objective is None:
@@ -283,10 +286,8 @@ class Encoders:
                 for one in round_:
                     one.answer.set_exception(error)
                 continue
-            place = 0
-            for one in round_:
-                one.answer.set_result(found[place : place + len(one.rows)])
-                place += len(one.rows)
+            for one, part in zip(round_, found.split([len(one.rows) for one in round_]), strict=True):
+                one.answer.set_result(part)
 
     def _next(self) -> list[_Waiting] | None:
         """The longest waiting request and others for its model, as many as go together; None at the end."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,13 +143,7 @@ _SAMPLE = 24
 _BESIDE = ("lora", "prompt")
 
 
-def open_engine(
-    session: InferenceSession,
-    *,
-    cache_bytes: int | None = None,
-    limits: BatchLimits | None = None,
-    say: Callable[[str], None],
-) -> Engine:
+def open_engine(session: InferenceSession, *, cache_bytes: int | None = None, say: Callable[[str], None]) -> Engine:
     """An engine that writes texts with a session's model and its adapter.
 
     ``engine.own_adapter`` is the name by which requests ask for the session's adapter, and
@@ -170,7 +165,7 @@ def open_engine(
             made, adapter = _decoder(session, room)
     except NotDecodable as reason:
         return fallback_engine(session, own, reason, say)
-    how = {"cache_bytes": room, "limits": limits, "has_base": adapter is not None or own is None}
+    how: dict[str, Any] = {"cache_bytes": room, "has_base": adapter is not None or own is None}
     if adapter is None:
         return engine_over(made, session, FixedAdapters(), **how)
     return engine_over(made, session, FixedAdapters({OWN: adapter}), own_adapter=OWN, **how)
@@ -237,8 +232,8 @@ def engine_over(
     decoder = made.decoder
     most = limits.running * -(-made.positions // decoder.page_tokens)
     pages = max(1, min(most, cache_bytes // decoder.bytes_per_page))
-    work, how = Batch(made, pages, adapters, limits), {"own_adapter": own_adapter, "has_base": has_base}
-    return Engine(work, session.tokenizer, _ends(session), adapters, why=made.why, **how)
+    how: dict[str, Any] = {"own_adapter": own_adapter, "has_base": has_base, "why": made.why}
+    return Engine(Batch(made, pages, adapters, limits), session.tokenizer, _ends(session), adapters, **how)
 
 
 def fallback_engine(

@@ -103,12 +103,12 @@ class PagePool:
         count: of pages. page_tokens: tokens of one. copy: copies a page to another.
 
     Attributes:
-        reused, copied, evicted: tokens found written, and pages copied and given up, since the start.
+        reused: tokens found written, since the start.
     """
 
     def __init__(self, count: int, page_tokens: int, copy: Callable[[int, int], None]) -> None:
         self.count, self.page_tokens = count, page_tokens
-        self.reused = self.copied = self.evicted = 0
+        self.reused = 0
         self._copy = copy
         self._free = list(range(count - 1, -1, -1))
         self._roots: dict[int, _Node] = {}
@@ -158,7 +158,6 @@ class PagePool:
         if page is None:
             return 0
         self._copy(nearest.page, page)
-        self.copied += 1
         found.pages.append(page)
         return common
 
@@ -253,7 +252,6 @@ class PagePool:
         while not self._free and self._oldest:
             used, _, node = heapq.heappop(self._oldest)
             if node.page >= 0 and node.users == 0 and not node.children and node.used == used:
-                self.evicted += 1
                 self._remove(node)
         return self._free.pop()
 

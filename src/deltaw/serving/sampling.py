@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.serving.request import Sampling, TokenLogprob
@@ -132,7 +131,7 @@ class SamplingState:
 
 
 def choose(
-    logits: np.ndarray | Tensor, states: Sequence[SamplingState], allowed: Mapping[int, np.ndarray] | None = None
+    logits: np.ndarray, states: Sequence[SamplingState], allowed: Mapping[int, np.ndarray] | None = None
 ) -> Choices:
     """Take a token for every row, and note it in the row's state.
 
@@ -142,19 +141,19 @@ def choose(
         allowed: by row, the tokens that a constraint allows: int32 words (ceil(vocabulary / 32)), the lowest
             bit of the first word for token 0. Rows that are not in it may take any token.
     """
-    values, allowed = logits.numpy(force=True) if isinstance(logits, Tensor) else logits, allowed or {}
+    allowed = allowed or {}
     tokens = np.full(len(states), NONE, dtype=np.int64)
     fast = [n for n, state in enumerate(states) if state.greedy and state.plain and n not in allowed]
     if len(fast) == len(states):
-        tokens = values.argmax(axis=1)
+        tokens = logits.argmax(axis=1)
     elif fast:
-        tokens[fast] = values[fast].argmax(axis=1)
+        tokens[fast] = logits[fast].argmax(axis=1)
     for n in fast:
         # An argmax over anything with a NaN in it finds the NaN.
-        if math.isnan(values[n, tokens[n]]):
+        if math.isnan(logits[n, tokens[n]]):
             tokens[n] = NONE
     for n in sorted(set(range(len(states))) - set(fast)):
-        tokens[n] = _chosen(values[n], states[n], allowed.get(n))
+        tokens[n] = _chosen(logits[n], states[n], allowed.get(n))
     logprobs: list[TokenLogprob | None] = [None] * len(states)
     for n, state in enumerate(states):
         token = int(tokens[n])
@@ -162,7 +161,7 @@ def choose(
             continue
         state.append(token)
         if state.sampling.logprobs is not None:
-            logprobs[n] = logprob(values[n], token, state.sampling.logprobs)
+            logprobs[n] = logprob(logits[n], token, state.sampling.logprobs)
     return Choices(tokens, tuple(logprobs))
 
 
@@ -296,9 +295,3 @@ def logprob(logits: np.ndarray, token: int, top: int = 0) -> TokenLogprob:
         return max(float(logits[one]) - whole, LEAST_LOGPROB)
 
     return TokenLogprob(token, value(token), tuple((one, value(one)) for one in likeliest.tolist()))
-
-
-def prompt_logprobs(logits: np.ndarray | Tensor, tokens: np.ndarray, top: int = 0) -> list[TokenLogprob]:
-    """Log-probabilities of tokens (n) by the logits (n, vocabulary) at the places before them."""
-    values = logits.numpy(force=True) if isinstance(logits, Tensor) else logits
-    return [logprob(row, int(token), top) for row, token in zip(values, tokens, strict=True)]

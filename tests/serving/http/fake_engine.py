@@ -7,10 +7,11 @@ that a test sees which prompt and which adapter a text came from. Some prompts m
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,6 @@ class FakeWriting:
         self._engine = engine
         self._request = request
         self._cancelled = threading.Event()
-        self._failed = False
         self._began = time.monotonic()
 
     def cancel(self) -> None:
@@ -56,13 +56,7 @@ class FakeWriting:
             self._engine.cancelled += 1
 
     def result(self) -> Written:
-        if self._failed:
-            raise RuntimeError("a secret of the engine")
-        pieces = list(self)
-        tokens = np.asarray([t for piece in pieces for t in piece.tokens], dtype=np.int32)
-        finish = pieces[-1].finish
-        assert finish is not None
-        return Written("".join(piece.text for piece in pieces), tokens, finish)
+        raise RuntimeError("a secret of the engine")
 
     def __iter__(self) -> Iterator[Piece]:
         engine = self._engine
@@ -80,7 +74,6 @@ class FakeWriting:
         prompt = self._engine.text_of(request.tokens)
         line = prompt.replace("<|im_end|>\n<|im_start|>assistant\n", "").splitlines()[-1]
         if line == FAIL:
-            self._failed = True
             yield Piece("", finish="error")
             return
         text, finish = self._text(line), "stop"
@@ -95,7 +88,7 @@ class FakeWriting:
         reused = len(request.tokens) // 2
         # As in a real engine, a character comes with its last byte.
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        for done, token in enumerate(self._endless(tokens) if finish == "length" else tokens):
+        for done, token in enumerate(itertools.cycle(tokens) if finish == "length" else tokens):
             if (ended := self._ended()) is not None:
                 yield Piece("", finish=ended)
                 return
@@ -117,25 +110,18 @@ class FakeWriting:
     def _text(self, line: str) -> str:
         request = self._request
         if request.constraint is not None:
-            return _matching(request.constraint.kind, request.constraint.value)
+            kind, value = request.constraint.kind, request.constraint.value
+            return json.dumps(_instance(json.loads(value or "{}"))) if kind.startswith("json") else "matched"
         if line.startswith("say "):
             return line.removeprefix("say ").replace("\\n", "\n")
         name = f"{request.adapter}: " if request.adapter not in (None, "tools") else ""
         drawn = f" {request.sampling.seed}" if request.sampling.temperature else ""
         return name + (line * 20 if line == SLOW else line.upper()) + drawn
 
-    @staticmethod
-    def _endless(tokens: list[int]) -> Iterator[int]:
-        while True:
-            yield from tokens
-
-    def _logprobs(self, tokens: object) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, tokens: Iterable[int]) -> tuple[TokenLogprob, ...]:
         count = self._request.sampling.logprobs or 0
-        found = []
-        for token in tokens:  # type: ignore[attr-defined]
-            top = tuple((int(token) + n, -0.5 - n) for n in range(count))
-            found.append(TokenLogprob(int(token), -0.5, top))
-        return tuple(found)
+        tops = {int(token): tuple((int(token) + n, -0.5 - n) for n in range(count)) for token in tokens}
+        return tuple(TokenLogprob(int(token), -0.5, tops[int(token)]) for token in tokens)
 
 
 class FakeEngine:
@@ -188,11 +174,9 @@ class FakeShelf:
         self.folders: dict[str, Path] = {}
 
     def add(self, name: str, folder: Path) -> None:
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError("this is no adapter", where=str(folder))
         if name in self.engine.names:
             raise UserError("the name is taken", where=name)
-        self.folders[name] = folder
+        self.swap(name, folder)
         self.engine.names.append(name)
 
     def swap(self, name: str, folder: Path) -> None:
@@ -235,20 +219,11 @@ def _byte(token: int) -> int:
     return _BYTE.get(token, 0x3F)
 
 
-def _matching(kind: str, value: str) -> str:
-    """A text that matches a constraint of a kind that the tests use."""
-    if kind == "json_object":
-        return "{}"
-    if kind != "json_schema":
-        return "matched"
-    return json.dumps(_instance(json.loads(value)))
-
-
 def _instance(schema: dict) -> object:
     if "anyOf" in schema:
         return _instance(schema["anyOf"][0])
     if "const" in schema:
         return schema["const"]
-    if schema.get("type") == "object":
+    if schema.get("type", "object") == "object":
         return {key: _instance(value) for key, value in schema.get("properties", {}).items()}
     return {"integer": 7, "number": 0.5, "boolean": True, "array": []}.get(schema.get("type", ""), "text")

@@ -137,32 +137,14 @@ def test_adapters_are_loaded_and_unloaded(start: Callable[..., Running], adapter
         refusal(client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"}), 404)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "..",
-        ".",
-        "/",
-        "../private",
-        "poet/../../private",
-        "../adapters-too",
-        "outside",
-        "loop",
-        "missing",
-        "poet/adapter_config.json",
-        "poet\x00",
-        "poet\n",
-        "~",
-        "file:///etc",
-        "/proc/self",
-        "a" * 1024,
-    ],
-)
-def test_nothing_outside_the_folder_is_reached(start: Callable[..., Running], adapters: Path, path: str) -> None:
+def test_nothing_outside_the_folder_is_reached(start: Callable[..., Running], adapters: Path) -> None:
     server = start(ServerSettings(port=0, adapters_from=adapters))
+    paths = ["..", ".", "/", "../private", "poet/../../private", "../adapters-too", "outside", "loop", "missing"]
+    paths += ["poet/adapter_config.json", "poet\x00", "poet\n", "~", "file:///etc", "/proc/self", "a" * 1024]
     with server.client() as client:
-        error = refusal(load(client, "a", path), 404)
-        assert str(adapters.parent) not in error["message"]
+        for path in paths:
+            error = refusal(load(client, "a", path), 404)
+            assert str(adapters.parent) not in error["message"]
     assert server.engine.names == []
 
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltaw.errors import UserError
-from tests.serving.encoder_models import train_classifier, write_bert, write_llama
+from tests.serving.encoder_models import write_llama
 
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
-
-CLASSES = ("cold", "warm")
 
 
 def client_of(served: Any) -> TestClient:
@@ -52,22 +50,19 @@ def test_a_model_that_writes_text_has_a_page_unless_told_otherwise(tmp_path: Pat
     assert bare.get("/").status_code == 404
 
 
-def test_an_encoder_gives_vectors(tmp_path: Path, opened: Any) -> None:
-    base = write_bert(tmp_path / "bert")
-    client = client_of(opened(base, name="bert"))
+def test_an_encoder_gives_vectors(tmp_path: Path, bert: Path, opened: Any) -> None:
+    client = client_of(opened(bert, name="bert"))
     answer = client.post("/v1/embeddings", json={"model": "bert", "input": ["a", "b"]})
     assert answer.status_code == 200 and len(answer.json()["data"]) == 2
     refused = client.post("/v1/chat/completions", json={"model": "bert", "messages": []})
     assert refused.status_code == 404 and client.get("/ready").status_code == 200
     with pytest.raises(UserError, match="without adapters"):
-        opened(base, {"a": tmp_path})
+        opened(bert, {"a": tmp_path})
 
 
-def test_a_classifiers_run_gives_classes_under_its_folders_name(tmp_path: Path, opened: Any) -> None:
-    base = write_bert(tmp_path / "bert")
-    run = train_classifier(base, tmp_path / "weather", CLASSES)
-    client = client_of(opened(run))
-    answer = client.post("/v1/classify", json={"model": "weather", "input": "cold number 1"})
+def test_a_classifiers_run_gives_classes_under_its_folders_name(runs: dict[str, Path], opened: Any) -> None:
+    client = client_of(opened(runs["mood"]))
+    answer = client.post("/v1/classify", json={"model": "mood", "input": "good number 1"})
     assert answer.status_code == 200, answer.text
-    assert answer.json()["data"][0]["label"] in CLASSES
-    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["weather"]
+    assert answer.json()["data"][0]["label"] in ("bad", "fine", "good")
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["mood"]

@@ -15,22 +15,25 @@ if TYPE_CHECKING:
 openai = pytest.importorskip("openai", reason="the official client is not installed: it is in 'dev'")
 
 HELLO = [{"role": "user", "content": "hello"}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"$ref": "#/$defs/count"}},
-            "$defs": {"count": {"type": "integer"}},
-        },
-    },
-}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"$ref": "#/$defs/count"}}}
+COUNT = {"$defs": {"count": {"type": "integer"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY | COUNT}}
 
 
 @pytest.fixture(scope="module")
 def client(shared: Running) -> Any:
     return openai.OpenAI(base_url=shared.url + "/v1", api_key="any", max_retries=0, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def chat(client: Any) -> Any:
+    """Asks for an answer to one message of the user."""
+
+    def ask(text: str = "hello", model: str = "base", **asked: Any) -> Any:
+        settings = {"messages": [{"role": "user", "content": text}], "temperature": 0, **asked}
+        return client.chat.completions.create(model=model, **settings)
+
+    return ask
 
 
 def test_models_are_the_base_and_its_adapters(client: Any) -> None:
@@ -43,8 +46,8 @@ def test_models_are_the_base_and_its_adapters(client: Any) -> None:
 
 
 @pytest.mark.parametrize(("model", "text"), [("base", "HELLO"), ("poet", "poet: HELLO")])
-def test_the_model_names_the_adapter(client: Any, model: str, text: str) -> None:
-    answer = client.chat.completions.create(model=model, messages=HELLO, temperature=0)
+def test_the_model_names_the_adapter(chat: Any, model: str, text: str) -> None:
+    answer = chat(model=model)
     assert answer.object == "chat.completion" and answer.model == model
     [choice] = answer.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", text, "stop")
@@ -54,13 +57,10 @@ def test_the_model_names_the_adapter(client: Any, model: str, text: str) -> None
     assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens // 2
 
 
-def test_a_stream_says_the_same_as_the_whole_answer(client: Any) -> None:
-    asked = [{"role": "user", "content": "say Grüße, 東京 🙂"}]
-    whole = client.chat.completions.create(model="base", messages=asked, temperature=0)
-    stream = client.chat.completions.create(
-        model="base", messages=asked, temperature=0, stream=True, stream_options={"include_usage": True}
-    )
-    events = list(stream)
+def test_a_stream_says_the_same_as_the_whole_answer(chat: Any) -> None:
+    asked = "say Grüße, 東京 🙂"
+    whole = chat(asked)
+    events = list(chat(asked, stream=True, stream_options={"include_usage": True}))
     assert events[0].choices[0].delta.role == "assistant"
     text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
     assert text == whole.choices[0].message.content == "Grüße, 東京 🙂"
@@ -68,47 +68,30 @@ def test_a_stream_says_the_same_as_the_whole_answer(client: Any) -> None:
     assert events[-1].choices == [] and events[-1].usage == whole.usage
     assert all(event.usage is None for event in events[:-1])
     assert len({event.id for event in events}) == 1
+    events = list(chat(stream=True))
+    assert all(event.usage is None and event.choices for event in events), "no usage unless asked for"
 
 
-def test_a_stream_without_options_has_no_usage(client: Any) -> None:
-    events = list(client.chat.completions.create(model="base", messages=HELLO, stream=True))
-    assert all(event.usage is None and event.choices for event in events)
-
-
-def test_several_choices_have_seeds_of_their_own(client: Any, shared: Running) -> None:
-    answer = client.chat.completions.create(model="base", messages=HELLO, n=3, seed=41)
+def test_several_choices_have_seeds_of_their_own(chat: Any, shared: Running) -> None:
+    answer = chat(n=3, seed=41, temperature=1)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert [choice.message.content for choice in answer.choices] == ["HELLO 41", "HELLO 42", "HELLO 43"]
     prompt = shared.engine.submitted[-1].tokens
     assert answer.usage.prompt_tokens == len(prompt)  # once, not for each choice
     assert answer.usage.prompt_tokens_details.cached_tokens == len(prompt) // 2
     texts = ["", "", ""]
-    for event in client.chat.completions.create(model="base", messages=HELLO, n=3, seed=41, stream=True):
+    for event in chat(n=3, seed=41, stream=True, temperature=1):
         texts[event.choices[0].index] += event.choices[0].delta.content or ""
     assert texts == ["HELLO 41", "HELLO 42", "HELLO 43"]
+    drawn = {chat(temperature=1).choices[0].message.content for _ in "ab"}
+    assert len(drawn) == 2, "without a seed texts are drawn anew"
 
 
-def test_without_a_seed_texts_are_drawn_anew(client: Any) -> None:
-    texts = {client.chat.completions.create(model="base", messages=HELLO).choices[0].message.content for _ in "ab"}
-    assert len(texts) == 2
-
-
-def test_settings_reach_the_engine(client: Any, shared: Running) -> None:
-    client.chat.completions.create(
-        model="clerk",
-        messages=HELLO,
-        temperature=0.5,
-        top_p=0.9,
-        presence_penalty=0.25,
-        frequency_penalty=-0.5,
-        logit_bias={"65": -100, "66": 1.5},
-        seed=-1,
-        stop=["\n", "END"],
-        max_completion_tokens=5,
-        user="someone",
-        store=False,
-        extra_body={"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "ignore_eos": True},
-    )
+def test_settings_reach_the_engine(chat: Any, shared: Running) -> None:
+    drawing = {"temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.25, "frequency_penalty": -0.5, "seed": -1}
+    limits = {"logit_bias": {"65": -100, "66": 1.5}, "stop": ["\n", "END"], "max_completion_tokens": 5}
+    of_vllm = {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "ignore_eos": True}
+    chat(model="clerk", user="someone", store=False, extra_body=of_vllm, **drawing, **limits)
     request = shared.engine.submitted[-1]
     sampling = request.sampling
     assert request.adapter == "clerk" and request.stop == ("\n", "END") and request.max_new_tokens == 5
@@ -119,26 +102,20 @@ def test_settings_reach_the_engine(client: Any, shared: Running) -> None:
     assert sampling.logit_bias == {65: -100.0, 66: 1.5} and sampling.seed == 2**63 - 1
 
 
-def test_the_defaults_are_those_of_openai(client: Any, shared: Running) -> None:
+def test_the_defaults_are_those_of_openai(client: Any, chat: Any, shared: Running) -> None:
     client.chat.completions.create(model="base", messages=HELLO)
     request = shared.engine.submitted[-1]
     assert request.sampling.temperature == 1 and request.sampling.top_p == 1 and request.sampling.top_k == 0
     assert request.max_new_tokens == 4096 - len(request.tokens)  # what the model's positions leave
+    answer = chat(max_tokens=3)
+    assert answer.choices[0].finish_reason == "length" and answer.choices[0].message.content == "HEL"
     client.completions.create(model="base", prompt="x")
     assert shared.engine.submitted[-1].max_new_tokens == 16
 
 
-def test_a_text_that_reaches_the_limit_says_so(client: Any) -> None:
-    answer = client.chat.completions.create(model="base", messages=HELLO, max_tokens=3, temperature=0)
-    assert answer.choices[0].finish_reason == "length" and answer.choices[0].message.content == "HEL"
-
-
-def test_logprobs_name_tokens_and_bytes(client: Any) -> None:
-    asked = [{"role": "user", "content": "say aé"}]
+def test_logprobs_name_tokens_and_bytes(chat: Any) -> None:
     for stream in (False, True):
-        answer = client.chat.completions.create(
-            model="base", messages=asked, logprobs=True, top_logprobs=2, stream=stream, temperature=0
-        )
+        answer = chat("say aé", logprobs=True, top_logprobs=2, stream=stream)
         if stream:
             content = [t for e in answer if e.choices[0].logprobs for t in e.choices[0].logprobs.content]
         else:
@@ -146,27 +123,20 @@ def test_logprobs_name_tokens_and_bytes(client: Any) -> None:
         assert [bytes(one.bytes) for one in content] == [b"a", b"\xc3", b"\xa9"]
         assert content[0].token == "a" and content[0].logprob == -0.5
         assert [top.logprob for top in content[0].top_logprobs] == [-0.5, -1.5]
-
-
-def test_many_logprobs_come_whole(client: Any) -> None:
-    asked = [{"role": "user", "content": "say " + "ab" * 200}]
-    answer = client.chat.completions.create(model="base", messages=asked, logprobs=True, temperature=0)
+    answer = chat("say " + "ab" * 200, logprobs=True)
     assert "".join(one.token for one in answer.choices[0].logprobs.content) == "ab" * 200
 
 
-def test_a_response_format_becomes_a_constraint(client: Any, shared: Running) -> None:
-    answer = client.chat.completions.create(model="base", messages=HELLO, response_format={"type": "json_object"})
+def test_a_response_format_becomes_a_constraint(chat: Any, shared: Running) -> None:
+    answer = chat(response_format={"type": "json_object"})
     assert answer.choices[0].message.content == "{}"
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
-    answer = client.chat.completions.create(
-        model="base",
-        messages=HELLO,
-        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
-    )
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    answer = chat(response_format=form)
     assert json.loads(answer.choices[0].message.content) == {"age": 7}
     constraint = shared.engine.submitted[-1].constraint
     assert constraint is not None and json.loads(constraint.value) == schema
-    client.chat.completions.create(model="base", messages=HELLO, extra_body={"guided_regex": "[a-z]+"})
+    chat(extra_body={"guided_regex": "[a-z]+"})
     constraint = shared.engine.submitted[-1].constraint
     assert constraint is not None and (constraint.kind, constraint.value) == ("regex", "[a-z]+")
 
@@ -188,12 +158,8 @@ def test_completions_take_texts_and_tokens(client: Any) -> None:
 
 
 def test_completions_stream(client: Any) -> None:
-    options = {"include_usage": True}
-    events = list(
-        client.completions.create(
-            model="poet", prompt=["a", "b"], stream=True, echo=True, temperature=0, stream_options=options
-        )
-    )
+    streamed = {"stream": True, "stream_options": {"include_usage": True}, "echo": True}
+    events = list(client.completions.create(model="poet", prompt=["a", "b"], temperature=0, **streamed))
     texts = ["", ""]
     for event in events[:-1]:
         texts[event.choices[0].index] += event.choices[0].text
@@ -215,9 +181,9 @@ def test_echo_scores_a_prompt(client: Any) -> None:
     assert told.tokens == ["a", "b", "A", "B"] and told.token_logprobs == [None, -0.5, -0.5, -0.5]
 
 
-def test_a_forced_tool_call_follows_its_schema(client: Any, shared: Running) -> None:
+def test_a_forced_tool_call_follows_its_schema(chat: Any, shared: Running) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-        answer = client.chat.completions.create(model="tools", messages=HELLO, tools=[WEATHER], tool_choice=choice)
+        answer = chat(model="tools", tools=[WEATHER], tool_choice=choice)
         [call] = answer.choices[0].message.tool_calls
         assert call.function.name == "weather" and answer.choices[0].finish_reason == "tool_calls"
         assert json.loads(call.function.arguments)["city"] == "text"
@@ -229,39 +195,29 @@ def test_a_forced_tool_call_follows_its_schema(client: Any, shared: Running) -> 
     assert schema["$defs"] == {"count": {"type": "integer"}} and schema["properties"]["name"]
 
 
-def test_tool_calls_are_found_in_the_text(client: Any, shared: Running) -> None:
+def test_tool_calls_are_found_in_the_text(chat: Any, shared: Running) -> None:
     call = '<tool_call>\\n{"name": "weather", "arguments": {"city": "Bern"}}\\n</tool_call>'
-    asked = [{"role": "user", "content": f"say Let me see.{call}{call}"}]
-    answer = client.chat.completions.create(model="tools", messages=asked, tools=[WEATHER], temperature=0)
+    text = f"say Let me see.{call}{call}"
+    answer = chat(text, "tools", tools=[WEATHER])
     message = answer.choices[0].message
     assert message.content == "Let me see." and len(message.tool_calls) == 2
     assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Bern"}
     assert "weather" in shared.engine.text_of(shared.engine.submitted[-1].tokens)
     # The answer goes back to the model with the tool's, as the client has it.
-    again = [
-        *asked,
-        message.model_dump(),
-        {"role": "tool", "content": "sunny", "tool_call_id": message.tool_calls[0].id},
-    ]
-    client.chat.completions.create(model="tools", messages=again, tools=[WEATHER])
+    result = {"role": "tool", "content": "sunny", "tool_call_id": message.tool_calls[0].id}
+    again = [{"role": "user", "content": text}, message.model_dump(), result]
+    chat(model="tools", messages=again, tools=[WEATHER])
     assert "sunny" in shared.engine.text_of(shared.engine.submitted[-1].tokens)
-    one = client.chat.completions.create(
-        model="tools", messages=asked, tools=[WEATHER], parallel_tool_calls=False, temperature=0
-    )
+    one = chat(text, "tools", tools=[WEATHER], parallel_tool_calls=False)
     assert len(one.choices[0].message.tool_calls) == 1
-    none = client.chat.completions.create(
-        model="tools", messages=asked, tools=[WEATHER], tool_choice="none", temperature=0
-    )
+    none = chat(text, "tools", tools=[WEATHER], tool_choice="none")
     assert none.choices[0].message.tool_calls is None and "<tool_call>" in none.choices[0].message.content
 
 
-def test_tool_calls_in_a_stream_come_whole(client: Any) -> None:
+def test_tool_calls_in_a_stream_come_whole(chat: Any) -> None:
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
-    asked = [{"role": "user", "content": f"say Let me < see.{call}"}]
     text, calls, finish = "", [], None
-    for event in client.chat.completions.create(
-        model="tools", messages=asked, tools=[WEATHER], temperature=0, stream=True
-    ):
+    for event in chat(f"say Let me < see.{call}", "tools", tools=[WEATHER], stream=True):
         delta = event.choices[0].delta
         text += delta.content or ""
         calls += delta.tool_calls or []
@@ -271,16 +227,14 @@ def test_tool_calls_in_a_stream_come_whole(client: Any) -> None:
     assert call.index == 0 and json.loads(call.function.arguments) == {"city": "Bern"}
 
 
-def test_failures_of_the_engine_are_not_told_in_full(client: Any, shared: Running) -> None:
-    asked = [{"role": "user", "content": "fail"}]
+def test_failures_of_the_engine_are_not_told_in_full(chat: Any, shared: Running) -> None:
     with pytest.raises(openai.InternalServerError) as error:
-        client.chat.completions.create(model="base", messages=asked)
+        chat("fail")
     assert "secret" not in str(error.value)
     with pytest.raises(openai.APIError) as streamed:
-        list(client.chat.completions.create(model="base", messages=asked, stream=True))
+        list(chat("fail", stream=True))
     assert "secret" not in str(streamed.value) and "engine failed" in str(streamed.value)
-    answer = client.chat.completions.create(model="base", messages=HELLO, temperature=0)
-    assert answer.choices[0].message.content == "HELLO"
+    assert chat().choices[0].message.content == "HELLO"
     assert until(lambda: not shared.desk.in_hand)
 
 

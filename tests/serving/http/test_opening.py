@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -53,21 +54,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def opening(base: Path, adapters: dict[str, Path], say: Any = lambda line: None, **changes: Any) -> Any:
+    """What a base and adapters serve."""
+    from deltaw.serving.http.opening import Opening, open_served
+
+    how = {"name": "base", "precision": "fp32", "cache_bytes": 1 << 22, **changes}
+    return open_served(str(base), adapters, Opening(**how), say=say)
+
+
 @pytest.fixture(scope="module")
 def server(packages: None, folders: Path) -> Iterator[Running]:
-    from deltaw.serving.http.opening import Opening, open_served
     from deltaw.serving.http.settings import ServerSettings
     from tests.serving.http.running import running
 
-    clerk = {"clerk": folders / "adapters" / "clerk"}
-    opening = Opening(name="base", precision="fp32", cache_bytes=1 << 24)
-    served = open_served(str(folders / "base"), clerk, opening, say=lambda line: None)
     settings = ServerSettings(port=0, adapters_from=folders / "adapters")
-    try:
-        with running(served, settings) as server:
-            yield server
-    finally:
-        served.close()
+    served = opening(folders / "base", {"clerk": folders / "adapters" / "clerk"})
+    with contextlib.closing(served), running(served, settings) as server:
+        yield server
 
 
 def expected(model: LlamaForCausalLM, prompt: str) -> str:
@@ -85,16 +88,12 @@ RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_each_name_gets_its_own_texts(server: Running) -> None:
-    with server.client() as client:
-        texts = {name: answer_of(client, name) for name in ("base", "clerk")}
-    assert texts["base"] == expected(tiny_llama(), RENDERED)
-    assert texts["clerk"] == expected(adapted(1), RENDERED) != texts["base"]
-
-
-def test_a_prompt_is_reused_and_told(server: Running) -> None:
     long = ASKED | {"model": "clerk", "messages": [{"role": "user", "content": "x" * 70}]}
     with server.client() as client:
+        texts = {name: answer_of(client, name) for name in ("base", "clerk")}
         first, second = (client.post(CHAT, json=long).json() for _ in "ab")
+    assert texts["base"] == expected(tiny_llama(), RENDERED)
+    assert texts["clerk"] == expected(adapted(1), RENDERED) != texts["base"]
     assert first["choices"] == second["choices"]
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
@@ -156,35 +155,26 @@ def test_a_schema_binds_the_text(server: Running) -> None:
 
 
 def test_a_run_is_served_under_its_folders_name(folders: Path, packages: None) -> None:
-    from deltaw.serving.http.opening import Opening, open_served
-
-    opening = Opening(model=str(folders / "base"), name="base", precision="fp32", cache_bytes=1 << 22)
-    served = open_served(str(folders / "adapters" / "clerk"), {}, opening, say=lambda line: None)
-    try:
-        assert served.name == "base" and served.adapters() == ("clerk",)
-    finally:
-        served.close()
-
-
-def test_what_cannot_be_served_is_refused(folders: Path, packages: None, tmp_path: Path) -> None:
-    from deltaw.serving.http.opening import Opening, open_served
-
-    def refused(base: Path, adapters: dict[str, Path], match: str, **changes: Any) -> None:
-        opening = Opening(precision="fp32", cache_bytes=1 << 22, **changes)
-        with pytest.raises(UserError, match=match):
-            open_served(str(base), adapters, opening, say=lambda line: None)
-
     clerk = folders / "adapters" / "clerk"
-    refused(folders / "base", {"a": clerk}, "base model's name", name="a")
-    refused(clerk, {"clerk": clerk}, "two adapters", model=str(folders / "base"))
-    refused(folders / "base", {"a": folders / "adapters" / "broken"}, "broken|adapter")
-    refused(folders / "adapters" / "broken", {}, "does not say which model")
+    with contextlib.closing(opening(clerk, {}, model=str(folders / "base"))) as served:
+        assert served.name == "base" and served.adapters() == ("clerk",)
+
+
+def test_what_cannot_be_served_is_refused(folders: Path, packages: None) -> None:
+    base, clerk, broken = folders / "base", folders / "adapters" / "clerk", folders / "adapters" / "broken"
+    for reference, adapters, changes, match in (
+        (base, {"a": clerk}, {"name": "a"}, "base model's name"),
+        (clerk, {"clerk": clerk}, {"model": str(base)}, "two adapters"),
+        (base, {"a": broken}, {}, "broken|adapter"),
+        (broken, {}, {}, "does not say which model"),
+    ):
+        with pytest.raises(UserError, match=match):
+            opening(reference, adapters, **changes)
 
 
 def test_a_model_without_a_decoder_is_run_by_transformers(
     folders: Path, packages: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltaw.serving.http import opening as module
     from deltaw.serving.http.settings import ServerSettings
     from deltaw.serving.probes import NotDecodable
     from tests.serving.http.running import running
@@ -192,21 +182,16 @@ def test_a_model_without_a_decoder_is_run_by_transformers(
     def none(*_: object, **__: object) -> None:
         raise NotDecodable("it has wheels")
 
-    monkeypatch.setattr(module, "decodable", none)
+    monkeypatch.setattr("deltaw.serving.http.opening.decodable", none)
     said: list[str] = []
-    how = module.Opening(name="base", precision="fp32")
     clerk = folders / "adapters" / "clerk"
-    served = module.open_served(str(folders / "base"), {"clerk": clerk}, how, say=said.append)
-    assert any("it has wheels" in line for line in said)
-    try:
+    with contextlib.closing(opening(folders / "base", {"clerk": clerk}, said.append)) as served:
+        assert any("it has wheels" in line for line in said)
         with running(served, ServerSettings(port=0)) as server, server.client() as client:
             texts = {name: answer_of(client, name) for name in ("base", "clerk")}
-    finally:
-        served.close()
     assert texts == {"base": expected(tiny_llama(), RENDERED), "clerk": expected(adapted(1), RENDERED)}
     with pytest.raises(UserError, match="serves one adapter"):
-        both = {"a": clerk, "b": folders / "adapters" / "poet"}
-        module.open_served(str(folders / "base"), both, how, say=said.append)
+        opening(folders / "base", {"a": clerk, "b": folders / "adapters" / "poet"})
 
 
 def test_no_answer_is_wrong_or_lost_among_many_clients(server: Running) -> None:

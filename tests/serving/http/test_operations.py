@@ -62,16 +62,6 @@ def test_texts_in_hand_are_seen(start: Callable[..., Running]) -> None:
         assert found["deltaw_in_hand"] == 1 and found["deltaw_running"] == 1
 
 
-def test_readiness_follows_the_engine(start: Callable[..., Running]) -> None:
-    alive = True
-    server = start(ServerSettings(port=0), alive=lambda: alive)
-    with server.client() as client:
-        assert client.get("/ready").json() == {"status": "ready"}
-        alive = False
-        assert refusal(client.get("/ready"), 503)["code"] == "engine_failed"
-        assert client.get("/health").status_code == 200
-
-
 def logged(server_settings: ServerSettings, start: Callable[..., Running], work: Any) -> list[dict[str, Any]]:
     """The lines of the log while ``work`` asks a server."""
     from deltaw.serving.http.guard import request_log

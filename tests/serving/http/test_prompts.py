@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -11,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from deltaw.data import DataSettings, encode_prompt
 from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer
+from tests.serving.http.waiting import at_once
 
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
 
@@ -92,16 +91,10 @@ def test_the_bytes_of_tokens_with_byte_fallback() -> None:
 def test_several_threads_may_ask_at_once() -> None:
     prompts = TokenizerPrompts(byte_tokenizer())
     expected = prompts.chat(HELLO, [])
-    wrong: list[int] = []
+    right: list[bool] = []
 
-    def ask() -> None:
-        for _ in range(50):
-            if not np.array_equal(prompts.chat(HELLO, []), expected):
-                wrong.append(1)
+    def ask(_: int) -> None:
+        right.extend(np.array_equal(prompts.chat(HELLO, []), expected) for _ in range(50))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    at_once(ask, range(4))
+    assert len(right) == 200 and all(right)

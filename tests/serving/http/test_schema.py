@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.serving.http.running import Running
 
-EXAMPLES = 25
+EXAMPLES = 10
 QUIET = hypothesis.settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -16,8 +16,8 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import ANSWERS, GONE, ApiError, as_json, refused
-from deltaw.serving.http.preparing import Desk, Texts, adapter_named, text_requests
+from deltaw.serving.http.errors import ANSWERS, GONE, ApiError, as_json, no_model, refused
+from deltaw.serving.http.preparing import Desk, Texts, text_requests
 from deltaw.serving.http.requests import (
     FAILURE,
     ChatRequest,
@@ -367,14 +367,16 @@ def _delta(index: int, delta: Object, *, finish: str | None = None, logprobs: ob
 
 def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRouter:
     """The routes that write text: ``/v1/chat/completions`` and ``/v1/completions``."""
-    router = APIRouter()
+    router = APIRouter(responses=ANSWERS, default_response_class=Response)
     limits = settings.limits
 
     def route(path: str, name: str, summary: str, fields: type[Asked], rendering: type[Answer[Asked]]) -> None:
         async def respond(request: Request) -> Response:
             asked: Asked = await read_json(request, fields, limits)
             record = record_of(request.scope)
-            adapter = adapter_named(served, asked.model)
+            adapter = None if asked.model == served.name else asked.model
+            if adapter is not None and adapter not in served.adapters():
+                raise no_model(asked.model)
             record.model, record.stream = asked.model, bool(asked.stream)
             if settings.log_prompts:
                 record.asked = asked.shown
@@ -389,16 +391,7 @@ def texts_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRou
             answer = rendering(asked, requests, served.prompts(adapter), record)
             return await answer.response(request, await desk.write(requests), desk)
 
-        router.add_api_route(
-            path,
-            respond,
-            methods=["POST"],
-            name=name,
-            summary=summary,
-            openapi_extra=described(fields),
-            responses=ANSWERS,
-            response_class=Response,
-        )
+        router.post(path, name=name, summary=summary, openapi_extra=described(fields))(respond)
 
     route("/v1/chat/completions", "chat", "Answer a conversation", ChatRequest, Chat)
     route("/v1/completions", "completions", "Continue prompts", CompletionRequest, Completion)

@@ -22,7 +22,7 @@ from deltaw.version import __version__
 OPEN = frozenset({"/health", "/ready"})
 
 
-def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> APIRouter:
+def operations_router(desk: Desk | None, metrics: Metrics) -> APIRouter:
     """For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`."""
     router = APIRouter()
 
@@ -34,8 +34,6 @@ def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> AP
     async def ready() -> Response:
         if desk is not None and desk.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        if not served.alive():
-            raise ApiError(503, "the engine has failed", code="engine_failed")
         return json_response({"status": "ready"})
 
     @router.get("/metrics", summary="Metrics for Prometheus", responses=answer("Metrics", "text/plain") | TOLD)
@@ -75,7 +73,7 @@ def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk 
         redoc_url=None,
         exception_handlers=dict.fromkeys((ApiError, UserError, HTTPException), on_error),
     )
-    app.include_router(operations_router(served, desk, metrics))
+    app.include_router(operations_router(desk, metrics))
     app.include_router(models_router(served))
     if settings.adapters_from is not None:
         if served.shelf is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -99,15 +99,9 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
         told |= {"id": f"classify-{record.id}", "created": int(time.time())}
         return json_response(told | {"usage": {**usage, "completion_tokens": 0}})
 
-    router.add_api_route(
-        path,
-        respond,
-        methods=["POST"],
-        name="embeddings" if embeds else "classify",
-        summary="Vectors of texts" if embeds else "Classes of texts",
-        openapi_extra=described(fields),
-        responses=answer("The vectors" if embeds else "The classes") | _REFUSED,
-    )
+    what = "vectors" if embeds else "classes"
+    how: dict[str, Any] = {"openapi_extra": described(fields), "responses": answer(f"The {what}") | _REFUSED}
+    router.post(path, name=path.removeprefix("/v1/"), summary=f"Give {what} of texts", **how)(respond)
     others = tuple(other for other in encoders.models if other not in (name, first))
     return Served(first, None, _no_prompts, reference, close=encoders.close, routers=(router,), others=others)
 

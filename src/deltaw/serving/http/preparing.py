@@ -24,7 +24,7 @@ from deltaw.data.messages import read_messages
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder, TemplateName
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import ApiError, concerning, no_model
+from deltaw.serving.http.errors import ApiError, concerning
 from deltaw.serving.http.requests import ChatRequest, CompletionRequest, json_constraint
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
@@ -328,17 +328,6 @@ def _byte_letters() -> dict[str, int]:
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
-def adapter_named(served: Served, model: str) -> str | None:
-    """The adapter that a request asks for; None for the base model.
-
-    Raises:
-        ApiError: 404, there is no such model.
-    """
-    if model != served.name and model not in served.adapters():
-        raise no_model(model)
-    return None if model == served.name else model
-
-
 def text_requests(
     asked: ChatRequest | CompletionRequest, adapter: str | None, served: Served, limits: Limits, owner: int = 0
 ) -> list[Request]:
@@ -355,10 +344,14 @@ def text_requests(
     if isinstance(asked, ChatRequest):
         given = [_chat_tokens(asked, prompts, longest)]
         constraint = _forced(asked) if asked.forced else asked.constraint()
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        scored = False  # a prompt's own tokens get no log-probabilities
     else:
         given = [_prompt_tokens(prompt, prompts, longest) for prompt in asked.prompts]
-        constraint = asked.constraint()
-    sampling = asked.sampling()
+        constraint, logprobs, most = asked.constraint(), asked.logprobs, asked.max_tokens
+        scored = asked.echo is True and logprobs is not None
+    sampling = asked.sampling(logprobs)
     # Each choice draws with a seed of its own, which does not depend on what else is asked for.
     seeds: Sequence[int] = [(sampling.seed + number) % (1 << 63) for number in range(asked.choices)]
     return [
@@ -367,11 +360,11 @@ def text_requests(
             adapter=adapter,
             sampling=replace(sampling, seed=seed),
             constraint=constraint,
-            max_new_tokens=_new_tokens(asked.most_tokens, tokens, served, limits),
+            max_new_tokens=_new_tokens(most, tokens, served, limits),
             stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
             stop_ids=() if asked.ignore_eos else None,
             seconds=limits.seconds,
-            prompt_logprobs=asked.prompt_logprobs,
+            prompt_logprobs=scored,
             owner=owner,
         )
         for tokens in given

@@ -154,22 +154,7 @@ class TextFields(Fields):
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def most_tokens(self) -> int | None:
-        """Tokens of a text at most; None where the request does not say."""
-        return self.max_tokens
-
-    @property
-    def told_logprobs(self) -> int | None:
-        """How many likely tokens are told with each, as in :class:`Sampling`."""
-        raise NotImplementedError
-
-    @property
-    def prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of the prompt's own tokens are told."""
-        return False
-
-    def sampling(self) -> Sampling:
+    def sampling(self, logprobs: int | None) -> Sampling:
         """How tokens are chosen; without a seed by one that nobody knows."""
         named = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         given = {name: value for name in named if (value := getattr(self, name)) is not None}
@@ -179,7 +164,7 @@ class TextFields(Fields):
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             # Engines take seeds as numpy does: not negative.
             seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
-            logprobs=self.told_logprobs,
+            logprobs=logprobs,
         )
 
     def constraint(self) -> Constraint | None:
@@ -539,11 +524,6 @@ class ChatRequest(TextFields):
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
-    def most_tokens(self) -> int | None:
-        """Tokens of a text at most; None where the request does not say."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
     def prompts(self) -> list[list[Message]]:
         """What is answered: one conversation."""
         return [self.messages]
@@ -552,11 +532,6 @@ class ChatRequest(TextFields):
     def shown(self) -> object:
         """What the log shows of it, where it does."""
         return [message.as_turn() for message in self.messages]
-
-    @property
-    def told_logprobs(self) -> int | None:
-        """How many likely tokens are told with each, as in :class:`Sampling`."""
-        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 MOST_PROMPTS = 1024
@@ -603,13 +578,3 @@ class CompletionRequest(TextFields):
     def shown(self) -> object:
         """What the log shows of it, where it does."""
         return self.prompt
-
-    @property
-    def told_logprobs(self) -> int | None:
-        """How many likely tokens are told with each, as in :class:`Sampling`."""
-        return self.logprobs
-
-    @property
-    def prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of the prompt's own tokens are told."""
-        return self.echo is True and self.logprobs is not None

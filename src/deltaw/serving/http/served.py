@@ -83,7 +83,6 @@ class Served:
         positions: the most tokens of a prompt and its text; None where the engine alone knows.
         shelf: where adapters are added and removed; None where they are fixed.
         load: what the engine is doing.
-        alive: whether texts can be written now.
         close: ends what is still being written, and lets go of what it took.
         routers: more routes: embeddings, classes, a page. open_paths: those of them that need no key.
         others: names besides the base model's where there is no engine, such as a classifier's adapters.
@@ -96,7 +95,6 @@ class Served:
     positions: int | None = None
     shelf: Shelf | None = None
     load: Callable[[], EngineLoad] = EngineLoad
-    alive: Callable[[], bool] = field(default=lambda: True)
     close: Callable[[], None] = field(default=lambda: None)
     routers: tuple[APIRouter, ...] = ()
     open_paths: frozenset[str] = frozenset()
