@@ -194,8 +194,7 @@ def load(
     source = resolve(reference)
     folder = local_folder(source, typed.value, say, trust_remote_code)
     _require_whole_files(folder)
-    with quiet():
-        config = read_config(folder, task, num_labels, trust_remote_code)
+    config = check_architecture(folder, task, trust_remote_code, num_labels)
     kernels = None
     if placed.value == "cpu":
         kernels = settle_kernels(config, counted.value)
@@ -324,14 +323,16 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
     return sorted({name.rpartition(".")[0] for name in missing})
 
 
-def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, whose weights are not read.
+def check_architecture(
+    folder: Path, task: str, trust_remote_code: bool, num_labels: int | None = None
+) -> PretrainedConfig:
+    """The configuration of the model in ``folder``, made for ``task``; weights are not read.
 
     Raises:
         UserError: it cannot do ``task``.
     """
     with quiet():
-        config = read_config(folder, task, None, trust_remote_code)
+        config = read_config(folder, task, num_labels, trust_remote_code)
     known = configurations_of(tasks.entry_of(task).auto_model)
     if not trust_remote_code and known is not None and type(config) not in known:
         raise does_not_fit(config, task, folder)
@@ -371,8 +372,8 @@ def skeleton(
         UserError: the reference leads nowhere, or the architecture does not fit the task.
     """
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
+    config = check_architecture(folder, task, trust_remote_code, num_labels)
     with quiet():
-        config = read_config(folder, task, num_labels, trust_remote_code)
         model, _ = unfilled(folder, config, task, dtype, attention, trust_remote_code)
     if dtype == "gguf":
         from deltaw.hub import gguf
