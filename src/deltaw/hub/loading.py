@@ -99,11 +99,9 @@ def _why(used: str, asked: str, config: PretrainedConfig) -> Choice[str]:
 def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
     """The refusal of a model that is not made for ``task``; it names what it is made for."""
     does = tasks.entry_of(task).does
-    fits = [
-        other.name
-        for other in tasks.entries()
-        if other.name != task and type(config) in (configurations_of(other.auto_model) or ())
-    ]
+    known = {other.name: configurations_of(other.auto_model) for other in tasks.entries() if other.name != task}
+    # Not "of or ()": whether transformers' mapping is empty is only known once all models are imported.
+    fits = [name for name, of in known.items() if of is not None and type(config) in of]
     hint = f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model"
     return UserError(f"a {config.model_type} model does not {does}", where=str(folder), hint=hint)
 
