@@ -59,9 +59,8 @@ def check_decoded(decoded: int, stored: int, where: str, hint: str) -> None:
     """Refuse what would take ``decoded`` bytes in memory and takes ``stored`` in its file, if that is out of
     proportion."""
     if decoded > max(LEAST, MOST * stored):
-        raise UserError(
-            f"{stored:,} bytes of the file would become {decoded:,} bytes in memory", where=where, hint=hint
-        )
+        what = f"{stored:,} bytes of the file would become {decoded:,} bytes in memory"
+        raise UserError(what, where=where, hint=hint)
 
 
 # Parquet
@@ -540,9 +539,8 @@ def _sizes(array: pyarrow.Array, where: str, max_bytes: int) -> np.ndarray:
     try:
         lengths = pyarrow.compute.binary_length(array).fill_null(0)
     except pyarrow.ArrowNotImplementedError:
-        raise UserError(
-            f"a column of the type {kind} cannot be read", where=where, hint="leave the column out"
-        ) from None
+        hint = "leave the column out"
+        raise UserError(f"a column of the type {kind} cannot be read", where=where, hint=hint) from None
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 

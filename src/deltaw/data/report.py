@@ -118,12 +118,9 @@ def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, 
         size: its bytes, where they are known without reading it. hint: what else may be wrong.
     """
     has = "has more" if size is None else f"has {size:,} bytes, more"
-    return BadRowError(
-        f"{what} {has} than the {max_bytes:,} bytes that a row may have",
-        reason=TOO_LONG,
-        where=where,
-        hint=(hint and f"{hint}; ") + "if it is meant to be that long, raise data.max_row_bytes",
-    )
+    what = f"{what} {has} than the {max_bytes:,} bytes that a row may have"
+    hint = (hint and f"{hint}; ") + "if it is meant to be that long, raise data.max_row_bytes"
+    return BadRowError(what, reason=TOO_LONG, where=where, hint=hint)
 
 
 # Told the place of a row in a chunk and why it cannot be used; returns if the row is to be skipped.

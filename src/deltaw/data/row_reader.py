@@ -168,9 +168,8 @@ class RowReader(abc.ABC, Generic[Item]):
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None, *, say: Say = silent
     ) -> None:
         if settings.long_rows == "split":
-            raise UserError(
-                f"{self.noun} cannot be divided", where="data.long_rows: split", hint="set it to cut or drop"
-            )
+            hint = "set it to cut or drop"
+            raise UserError(f"{self.noun} cannot be divided", where="data.long_rows: split", hint=hint)
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
@@ -311,12 +310,9 @@ class RowReader(abc.ABC, Generic[Item]):
         there = (set(rows.columns) - set(columns.values())) | set(columns)
         lacking = [column for column in self.needs if column not in there]
         if lacking:
-            raise UserError(
-                f"{self.form} need the column '{lacking[0]}'",
-                where=f"{rows.name}, whose columns are {', '.join(map(repr, rows.columns))}",
-                hint=f"{did_you_mean(lacking[0], rows.columns)}; map other names with data.columns: "
-                f"{{{lacking[0]}: …}}",
-            )
+            where = f"{rows.name}, whose columns are {', '.join(map(repr, rows.columns))}"
+            hint = f"{did_you_mean(lacking[0], rows.columns)}; map other names with data.columns: {{{lacking[0]}: …}}"
+            raise UserError(f"{self.form} need the column '{lacking[0]}'", where=where, hint=hint)
 
     def _read(self, train: Train, seed: int | None = None) -> tuple[list[Item], list[Hashable], Report]:
         """All usable rows, or those that ``seed`` chooses, their groups, and the report.

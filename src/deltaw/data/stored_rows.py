@@ -110,14 +110,13 @@ class RowCache:
 
     Args:
         key: of the entry. say: told when this process waits for another, or finds damage.
-        folder: where entries are. limit: bytes that all entries may take.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, key: str, say: Say, *, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
-        self._cache = Cache("rows", limit, folder=folder)
+    def __init__(self, key: str, say: Say) -> None:
+        self._cache = Cache("rows", LIMIT_BYTES)
         self.folder = self._cache.folder
         self._key = key
         self._say = say

@@ -254,9 +254,8 @@ def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
                 raise UserError("the .gguf file is shorter than its own header says", where=str(file), hint=hint)
             known = put_blocks(model, entries, lambda entry: _read(source, entry, orders.get(entry.order or "")))
     except OSError as error:
-        raise UserError(
-            f"the file cannot be read: {error.strerror or error}", where=str(file), hint="fetch it again"
-        ) from error
+        hint = "fetch it again"
+        raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file), hint=hint) from error
     named = dict(model.named_parameters(remove_duplicate=False))
     told_by = [path for path in (file, folder / INDEX, folder / ORDERS) if path.is_file()]
     _note_values(model, told_by, {e.name: full for e in entries for full in _names_in(model, e.name, named)})
