@@ -352,7 +352,7 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - known),
             date=self.date,
-            **self.account,
+            **self.account,  # type: ignore[arg-type]
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
 

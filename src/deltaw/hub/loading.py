@@ -26,11 +26,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.initialization import no_init_weights
 
 from deltaw import tasks
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.host.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.kernel_choice import KernelChoice, settle_kernels
 from deltaw.hub.checkpoint import reading_values
-from deltaw.hub.folders import Source, asks_for_code, config_folder, first_line, local_folder, resolve, say_on_stderr
+from deltaw.hub.folders import Source, asks_for_code, config_folder, local_folder, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
