@@ -369,9 +369,6 @@ def _decoded(body: memoryview, offset: int, length: int) -> int:
     return max(0, _read("<q", body, offset)) if length else 0
 
 
-# ---- arrow rows
-
-
 # Rows that are made into objects at once take about so many bytes, unless one alone takes more.
 _PART_BYTES = 2**20
 # Elements of lists whose sizes are computed at once.

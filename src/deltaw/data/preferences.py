@@ -148,9 +148,6 @@ def _prompt_of(row: Example) -> bytes:
     return row.tokens[: row.prompt_length].tobytes()
 
 
-# ---- Pairs
-
-
 class PairReader(AnswerReader):
     """Reads files of pairs."""
 
@@ -227,7 +224,6 @@ def _same(where: str) -> BadRowError:
     return BadRowError("'chosen' and 'rejected' are the same", reason="the same answer twice", where=where, hint=hint)
 
 
-# ---- Single answers
 #
 # Each row comes with a second one, its prompt with the answer of another row, of which the loss estimates how far
 # the model has moved.

@@ -576,9 +576,6 @@ _TESTS = {
 }
 
 
-# ---- rendering
-
-
 LONGEST_TEMPLATE = 1 << 18
 """Characters of a template; those of published models have up to thirty thousand."""
 OUTPUT, OUTPUT_A_CHARACTER = 1 << 20, 8

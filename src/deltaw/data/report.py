@@ -211,9 +211,6 @@ def _shown(row: object) -> object:
         return text
 
 
-# ---- report
-
-
 @dataclass(frozen=True)
 class Report:
     """The row counts of one preparation.

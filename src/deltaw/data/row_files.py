@@ -61,9 +61,6 @@ def check_levels(value: object) -> None:
     raise ValueError(f"it has more than {LEVELS} levels")
 
 
-# ---- row files
-
-
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -176,8 +176,6 @@ class RowReader(abc.ABC, Generic[Item]):
         self.account, self.long = Account(), LongRows()
         self._say = say
 
-    # ---- what a task says of its rows
-
     def example(self, row: Row, number: int, where: str) -> Item:
         """What a row becomes: an :class:`deltaw.data.example.Example`, or a group of them.
 
@@ -239,8 +237,6 @@ class RowReader(abc.ABC, Generic[Item]):
     def read_source(self, reference: str, on_bad: OnBad | None) -> Rows:
         """The rows of one source."""
         return read_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
-
-    # ---- reading
 
     def prepared(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
@@ -355,8 +351,6 @@ class RowReader(abc.ABC, Generic[Item]):
             **self.account,  # type: ignore[arg-type]
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
-
-    # ---- checking and showing
 
     def _whole(self) -> RowReader[Item]:
         """A reader of the same rows that refuses none and shortens none."""

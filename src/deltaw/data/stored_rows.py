@@ -405,9 +405,6 @@ def _answer(item: Any) -> Any:
     return _work(item)
 
 
-# ---- stored rows
-
-
 # With ``data.cache: auto``, rows are kept where their files are larger, or where tokenizing took longer.
 LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 1.0
 # Below this, looking for kept rows takes longer than making them.

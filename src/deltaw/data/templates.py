@@ -367,9 +367,6 @@ def fewest(turns: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups[::-1]
 
 
-# ---- templates
-
-
 TemplateName = Literal["auto", "chat", "plain"]
 LabelsName = Literal["all-turns", "last"]
 

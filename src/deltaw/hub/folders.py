@@ -277,9 +277,6 @@ def _inside_package(reference: str) -> Source:
     raise UserError(f"package '{package}' holds {len(candidates)} models: {inside}", where=reference, hint=hint)
 
 
-# ---- folders
-
-
 # What is fetched from a hub: no pickles, no other frameworks' weights, no second copy in a subfolder.
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -365,9 +365,6 @@ def _read_into(source: BinaryIO, data: Tensor) -> None:
         done += count
 
 
-# ---- gguf
-
-
 # All converted models together; a larger one is kept until the next is converted.
 LIMIT_BYTES = 256 * 2**30
 CONVERTED_BY = (

@@ -106,9 +106,6 @@ def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError
     return UserError(f"a {config.model_type} model does not {does}", where=str(folder), hint=hint)
 
 
-# ---- loading
-
-
 @dataclass
 class LoadedModel:
     """A model and what was settled on the way to it.
