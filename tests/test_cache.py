@@ -71,11 +71,11 @@ def test_every_maker_that_is_named_is_there():
 
 
 def test_rows_are_made_by_all_that_reads_them():
-    """What ``data`` imports of deltaw, but what only makes batches, finds files or counts processors."""
+    """What ``data`` imports of deltaw, but what makes batches, finds files, counts processors or declares settings."""
     from deltaw.data.stored_rows import MADE_BY
 
     apart = {"kernels", "errors", "durable", "cache", "contained", "working", "registry", "private_names"}
-    apart |= {"hub.packages", "hub.folders", "host.processor", "host.memory"}
+    apart |= {"hub.packages", "hub.folders", "host.processor", "host.memory", "lora.config"}
     used = {i.target for i in all_imports(SOURCE)[1] if i.module.startswith("deltaw.data")}
     used -= {"deltaw.hub"}  # of which a name is imported
     for target in sorted(target for target in used if target.startswith("deltaw.")):

@@ -6,7 +6,6 @@ message and exit status 2. Any other exception is a bug in deltaw.
 
 from __future__ import annotations
 
-import copyreg
 import difflib
 from collections.abc import Iterable
 from typing import Any
@@ -33,8 +32,13 @@ class UserError(Exception):
         super().__init__("\n".join(parts))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled whole, for other processes: a subclass may be made of other arguments."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+        """Pickled whole, for other processes."""
+        return _not_yet_made, (type(self), self.args), self.__dict__
+
+
+def _not_yet_made(kind: type[UserError], args: tuple[Any, ...]) -> UserError:
+    """An error without its attributes; its class may be made of other arguments."""
+    return kind.__new__(kind, *args)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -50,3 +54,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
     shown = ", ".join(f"'{n}'" for n in known[:12])
     return f"there is {shown}" + (", …" if len(known) > 12 else "") if shown else "there is none"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's own first line, for a refusal of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -32,8 +32,9 @@ def _packed(path: Path, blocks: Iterator[bytes]) -> None:
             for block in blocks:
                 file.write(block)
         return
+    quickly = {".gz": {"compresslevel": 1}, ".bz2": {"compresslevel": 1}, ".xz": {"preset": 0}}
     opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, io.open)
-    with opened(path, "wb") as file:  # type: ignore[operator]
+    with opened(path, "wb", **quickly.get(path.suffix, {})) as file:  # type: ignore[operator]
         for block in blocks:
             file.write(block)
 

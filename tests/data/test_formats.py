@@ -136,21 +136,6 @@ def test_a_column_that_the_file_lacks_names_the_nearest() -> None:
     assert "'question'" in str(error.hint)
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"prompt": "a"}, "'completion' is missing"),
-        ({"prompt": None, "completion": "b"}, "'prompt' is empty (null)"),
-        ({"prompt": "a", "completion": 1}, "'completion' must be text but is a int"),
-        ({"prompt": "a", "completion": "\ud800"}, "surrogate"),
-    ],
-)
-def test_a_later_row_that_differs_is_named(row: Row, said: str) -> None:
-    error = refusal({"prompt": "a", "completion": "b"}, row)
-    assert said in error.what
-    assert error.where == "d.jsonl, row 2"
-
-
 def test_a_missing_cell_is_named_as_the_file_names_it() -> None:
     rows = ({"question": "a", "answer": "b"}, {"question": "a", "answer": None})
     error = refusal(*rows, columns={"prompt": "question", "completion": "answer"})
@@ -158,53 +143,47 @@ def test_a_missing_cell_is_named_as_the_file_names_it() -> None:
 
 
 GOOD = [user("a"), assistant("b")]
+WRONG = [
+    ({"prompt": "a"}, "", "'completion' is missing"),
+    ({"prompt": None, "completion": "b"}, "", "'prompt' is empty (null)"),
+    ({"prompt": "a", "completion": 1}, "", "'completion' must be text but is a int"),
+    ({"prompt": "a", "completion": "\ud800"}, "", "surrogate"),
+    ({"prompt": [user("a")], "completion": [user("b")]}, ", turn 2", "'user' cannot follow 'user'"),
+    ([user("a"), user("b"), assistant("c")], ", turn 2", "'user' cannot follow 'user'"),
+    ([assistant("b"), user("a")], ", turn 1", "cannot begin"),
+    ([user("a"), system("s"), assistant("b")], ", turn 2", "'system' cannot follow 'user'"),
+    ([*GOOD, assistant("c")], ", turn 3", "'assistant' cannot follow 'assistant'"),
+    ([{"role": "tool", "content": "x"}, assistant("b")], ", turn 1", "cannot begin"),
+    ([user("a"), {"role": "asistant", "content": "b"}], ", turn 2", "did you mean 'assistant'"),
+    ([user("a"), {"content": "b"}], ", turn 2", "the role is None"),
+    ([user("a"), assistant(None)], ", turn 2", "'content' must be text but is null"),
+    ([user([{"type": "image_url"}]), assistant("b")], ", turn 1", "part 1 of 'content' is not text but image_url"),
+    ([user("a"), "b"], ", turn 2", "must be an object but is a str"),
+    ([user("a")], "", "no turn is the assistant's"),
+    ([], "", "no turn is the assistant's"),
+    ("a", "", "'messages' must be a list"),
+    ({"conversations": "a"}, "", "'conversations' must be a list"),
+    ({"conversations": [{"from": "huma", "value": "a"}]}, ", turn 1", "'huma' is not a known speaker"),
+    ({"conversations": [{"role": "user"}]}, ", turn 1", "'from' and 'value'"),
+    ({"input": "a", "ideal": []}, "", "empty list"),
+    ({"input": 3, "ideal": "b"}, "", "'input' must be text"),
+    ({"instruction": "a", "input": 3, "output": "b"}, "", "'input' must be text"),
+]
+FINE = {
+    "messages": {"messages": GOOD},
+    "prompt": {"prompt": "a", "completion": "b"},
+    "conversations": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "input": {"input": "a", "ideal": "b"},
+    "instruction": {"instruction": "a", "output": "b"},
+}
 
 
-@pytest.mark.parametrize(
-    ("messages", "turn", "said"),
-    [
-        ([user("a"), user("b"), assistant("c")], 2, "'user' cannot follow 'user'"),
-        ([assistant("b"), user("a")], 1, "cannot begin"),
-        ([user("a"), system("s"), assistant("b")], 2, "'system' cannot follow 'user'"),
-        ([*GOOD, assistant("c")], 3, "'assistant' cannot follow 'assistant'"),
-        ([{"role": "tool", "content": "x"}, assistant("b")], 1, "cannot begin"),
-        ([user("a"), {"role": "asistant", "content": "b"}], 2, "did you mean 'assistant'"),
-        ([user("a"), {"content": "b"}], 2, "the role is None"),
-        ([user("a"), assistant(None)], 2, "'content' must be text but is null"),
-        ([user([{"type": "image_url"}]), assistant("b")], 1, "part 1 of 'content' is not text but image_url"),
-        ([user("a"), "b"], 2, "must be an object but is a str"),
-    ],
-)
-def test_a_turn_that_is_wrong_is_named(messages: list[Row], turn: int, said: str) -> None:
-    error = refusal({"messages": GOOD}, {"messages": messages})
-    assert said in error.what
-    assert error.where == f"d.jsonl, row 2, turn {turn}"
-
-
-@pytest.mark.parametrize("messages", [[user("a")], [system("s")], []])
-def test_a_conversation_without_an_answer_is_named(messages: list[Row]) -> None:
-    error = refusal({"messages": GOOD}, {"messages": messages})
-    assert "no turn is the assistant's" in error.what
-    assert error.where == "d.jsonl, row 2"
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"messages": "a"}, "'messages' must be a list"),
-        ({"conversations": "a"}, "'conversations' must be a list"),
-        ({"conversations": [{"from": "huma", "value": "a"}]}, "'huma' is not a known speaker"),
-        ({"conversations": [{"role": "user"}]}, "'from' and 'value'"),
-        ({"input": "a", "ideal": []}, "empty list"),
-        ({"input": 3, "ideal": "b"}, "'input' must be text"),
-        ({"instruction": "a", "input": 3, "output": "b"}, "'input' must be text"),
-        ({"prompt": [user("a")], "completion": [user("b")]}, "'user' cannot follow 'user'"),
-    ],
-)
-def test_values_of_the_wrong_type_are_refused(row: Row, said: str) -> None:
-    error = refusal(row)
-    assert said in error.what
-    assert str(error.where).startswith("d.jsonl, row 1")
+@pytest.mark.parametrize(("wrong", "turn", "said"), WRONG)
+def test_a_later_row_that_is_wrong_is_named_with_its_turn(wrong: object, turn: str, said: str) -> None:
+    """A row, or its messages."""
+    row = wrong if isinstance(wrong, dict) else {"messages": wrong}
+    error = refusal(FINE[next(iter(row))], row)
+    assert said in error.what and error.where == f"d.jsonl, row 2{turn}"
 
 
 @pytest.mark.parametrize("prompt", [[], GOOD, [assistant("x")], "a", [user(3)]])

@@ -135,8 +135,14 @@ def test_every_row_is_accounted_for(write):
     )
 
 
-def test_equal_texts_with_different_labels_are_no_duplicates(write):
-    rows = [{"text": "film", "label": "a"}, {"text": "film", "label": "b"}, {"text": "film", "label": "a"}]
+def test_classes_are_checked_and_numbers_in_yaml_are_names(write):
+    for classes in (["a"], [], ["a", "b", "a"]):
+        with pytest.raises(UserError) as caught:
+            DataSettings(train="x", classes=classes)
+        assert caught.value.where == "data.classes"
+    settings = TypeAdapter(DataSettings).validate_python({"train": "x", "classes": [1, 0], "eval": 3})
+    assert settings.classes == ["1", "0"] and settings.eval == 3.0
+    rows = [{"text": "film", "label": label} for label in "aba"]  # another label is no duplicate
     assert prepared(write(rows)).report.duplicates == 1
     assert len(prepared(write(rows), duplicates="keep").train) == 3
 
@@ -171,15 +177,3 @@ def test_the_head_must_have_as_many_outputs_as_there_are_classes():
     check_classes(2, ("a", "b"), "model")
     with pytest.raises(UserError, match="3 outputs, but there are 2 classes"):
         check_classes(3, ("a", "b"), "model")
-
-
-@pytest.mark.parametrize("classes", [["a"], [], ["a", "b", "a"]])
-def test_settings_refuse_classes_that_tell_nothing_apart(classes):
-    with pytest.raises(UserError) as caught:
-        DataSettings(train="x", classes=classes)
-    assert caught.value.where == "data.classes"
-
-
-def test_classes_that_are_bare_numbers_in_yaml_are_names():
-    settings = TypeAdapter(DataSettings).validate_python({"train": "x", "classes": [1, 0], "eval": 3})
-    assert settings.classes == ["1", "0"] and settings.eval == 3.0

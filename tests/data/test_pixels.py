@@ -50,18 +50,15 @@ def vit(folder: Path, channels: int = 3, **preprocessor: object) -> Path:
     folder.mkdir()
     ViTConfig(image_size=8, patch_size=4, num_channels=channels).save_pretrained(folder)
     if preprocessor:
-        written = {
-            "image_processor_type": "ViTImageProcessor",
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "size": {"height": 8, "width": 8},
+        does = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+        scale = {
             "image_mean": [0.5] * channels,
             "image_std": [0.5] * channels,
             "rescale_factor": 1 / 255,
             "resample": 2,
-            **preprocessor,
         }
+        size = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+        written = {**size, **does, **scale, **preprocessor}
         (folder / "preprocessor_config.json").write_text(json.dumps(written))
     return folder
 
@@ -162,28 +159,16 @@ def test_a_table_of_bare_numbers_is_pixels_and_then_the_label(tmp_path: Path):
     found = prepared(digits(tmp_path, rows))
     assert found.classes == ("3", "7") and found.report.rows_read == 6
     assert (found.train[2].image == rows[2, :9].reshape(3, 3)).all() and found.train[2].row == 3
+    headed = prepared(digits(tmp_path, np.array([[1, 0, 1, 2, 3], [0, 9, 8, 7, 6]]), "label,p0,p1,p2,p3\n"))
+    assert headed.train[0].image.tolist() == [[0, 1], [2, 3]] and headed.classes == ("0", "1")
     first = prepared(digits(tmp_path, rows[:, ::-1]), columns={"label": "column_1"})
     assert (first.train[0].image.ravel() == rows[0, 8::-1]).all() and first.classes == ("3", "7")
 
 
-def test_a_table_with_a_header_finds_its_label_by_name(tmp_path: Path):
-    rows = np.array([[1, 0, 1, 2, 3], [0, 9, 8, 7, 6]])
-    found = prepared(digits(tmp_path, rows, "label,p0,p1,p2,p3\n"))
-    assert found.train[0].image.tolist() == [[0, 1], [2, 3]] and found.classes == ("0", "1")
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ([1, 2, 3, 256, 1], "0 to 255"),
-        ([1, 2, 3, -1, 1], "0 to 255"),
-        ([1, 2, 3, 0.5, 1], "0 to 255"),
-        ([1, 2, 3, float("nan"), 1], "0 to 255"),
-    ],
-)
-def test_pixels_that_are_none_are_refused_with_their_row(tmp_path: Path, row, said):
-    error = refusal(digits(tmp_path, np.array([[1, 2, 3, 4, 0], row])))
-    assert said in error.what and "row 2" in str(error.where)
+@pytest.mark.parametrize("pixel", [256, -1, 0.5, float("nan")])
+def test_pixels_that_are_none_are_refused_with_their_row(tmp_path: Path, pixel: float):
+    error = refusal(digits(tmp_path, np.array([[1, 2, 3, 4, 0], [1, 2, 3, pixel, 1]])))
+    assert "0 to 255" in error.what and "row 2" in str(error.where)
     assert "make a square image" in refusal(digits(tmp_path, np.array([[1, 2, 3, 0], [1, 2, 3, 1]]))).what
 
 

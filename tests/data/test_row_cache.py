@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.cache import Cache
 from deltaw.data import DataSettings, RunData, prepare, prepare_file, row_stream, stored_rows
 from deltaw.data.chunk import ChunkReader
 from deltaw.data.row_store import DiskRows, MemoryRows
@@ -306,24 +305,6 @@ def test_who_comes_second_waits_and_reads_what_the_first_wrote(data: Path, folde
         assert first.find(lambda *told: told) is None
     thread.join(20)
     assert found == [None]
-
-
-# Room
-
-
-def test_the_longest_unused_entries_make_room(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for age, key in enumerate(("new", "middle", "old")):
-        (folder / f"{key}.arrow").write_bytes(bytes(100))
-        (folder / f"{key}.json").write_text("{}")
-        os.utime(folder / f"{key}.json", (1000 - age, 1000 - age))
-    Cache("rows", 250).make_room()
-    assert sorted(path.stem for path in folder.glob("*.json")) == ["middle", "new"]
-    with RowCache("middle", lambda line: None):
-        Cache("rows", 50).make_room()  # a process works with the one, the other is too large alone
-    assert sorted(path.stem for path in folder.glob("*.arrow")) == ["middle"]
-    Cache("rows", 50).make_room(but="middle")
-    assert (folder / "middle.arrow").exists()
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(data, tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,39 +32,35 @@ def write_gguf(path: Path, architecture: str = "llama", spread: float = 1.0) -> 
     random = np.random.default_rng(0)
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "ĊĊ"]
     out = gguf_format.GGUFWriter(path, architecture)
-    out.add_context_length(64)
-    out.add_embedding_length(HIDDEN)
-    out.add_block_count(1)
-    out.add_feed_forward_length(INNER)
-    out.add_head_count(2)
-    out.add_head_count_kv(1)
-    out.add_layer_norm_rms_eps(1e-5)
-    out.add_rope_dimension_count(KEYS)
-    out.add_vocab_size(len(tokens))
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("smollm")
-    out.add_token_list(tokens)
-    out.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    out.add_token_merges(["Ġ Ġ", "Ċ Ċ"])
-    out.add_bos_token_id(1)
-    out.add_eos_token_id(2)
-    out.add_add_bos_token(False)
-    out.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    facts: dict[str, object] = {
+        "context_length": 64,
+        "embedding_length": HIDDEN,
+        "block_count": 1,
+        "feed_forward_length": INNER,
+        "head_count": 2,
+        "head_count_kv": 1,
+        "layer_norm_rms_eps": 1e-5,
+        "rope_dimension_count": KEYS,
+        "vocab_size": len(tokens),
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": tokens,
+        "token_types": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
+        "token_merges": ["Ġ Ġ", "Ċ Ċ"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "add_bos_token": False,
+        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    for name, value in facts.items():
+        getattr(out, f"add_{name}")(value)
     block = gguf_format.GGMLQuantizationType.Q8_0
     values = {}
-    shapes = {
-        "token_embd": (len(tokens), HIDDEN),
-        "output_norm": (HIDDEN,),
-        "blk.0.attn_norm": (HIDDEN,),
-        "blk.0.ffn_norm": (HIDDEN,),
-        "blk.0.attn_q": (HIDDEN, HIDDEN),
-        "blk.0.attn_k": (KEYS, HIDDEN),
-        "blk.0.attn_v": (KEYS, HIDDEN),
-        "blk.0.attn_output": (HIDDEN, HIDDEN),
-        "blk.0.ffn_gate": (INNER, HIDDEN),
-        "blk.0.ffn_up": (INNER, HIDDEN),
-        "blk.0.ffn_down": (HIDDEN, INNER),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    shapes |= {f"blk.0.{name}_norm": (HIDDEN,) for name in ("attn", "ffn")}
+    shapes |= {f"blk.0.attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "output")}
+    shapes |= {f"blk.0.attn_{name}": (KEYS, HIDDEN) for name in ("k", "v")}
+    shapes |= {"blk.0.ffn_gate": (INNER, HIDDEN), "blk.0.ffn_up": (INNER, HIDDEN), "blk.0.ffn_down": (HIDDEN, INNER)}
     for name, shape in shapes.items():
         tensor = random.standard_normal(shape).astype(np.float32)
         if len(shape) == 2:
@@ -96,8 +95,13 @@ def folder(written: tuple[Path, dict[str, np.ndarray]], tmp_path_factory: pytest
     return made
 
 
-def test_tensors_are_the_dequantized_ones(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_the_folder_is_the_dequantized_model(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
     values = written[1]
+    assert gguf.converted(written[0], "bf16", lambda line: pytest.fail(line)) == folder
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert (config["architectures"], config["rms_norm_eps"]) == (["LlamaForCausalLM"], 1e-5)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
     tensors = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     expected = torch.from_numpy(values["blk.0.ffn_down"]).bfloat16()
@@ -105,25 +109,6 @@ def test_tensors_are_the_dequantized_ones(folder: Path, written: tuple[Path, dic
     embedding = torch.from_numpy(values["token_embd"]).bfloat16()
     assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
     assert "lm_head.weight" not in tensors  # tied, since the file has no output.weight
-
-
-def test_nothing_of_the_quantisation_is_left(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["rms_norm_eps"] == 1e-5
-
-
-def test_all_terminators_are_in_the_generation_config(folder: Path) -> None:
-    config = json.loads((folder / "generation_config.json").read_text())
-    assert config["eos_token_id"] == [0, 2]
-
-
-def test_second_conversion_is_the_first(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
-    def say(line: str) -> None:
-        raise AssertionError(line)
-
-    assert gguf.converted(written[0], "bf16", say) == folder
 
 
 def test_loaded_model_and_tokenizer(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
@@ -136,12 +121,7 @@ def test_loaded_model_and_tokenizer(folder: Path, written: tuple[Path, dict[str,
     assert tokenizer.eos_token == "<|im_end|>"
     for text in ("  indented = 12\n\n3", "naïve 日本 🙂", "a  b"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_digits_stand_alone_and_keep_the_spaces_before_them_together(folder, written):
-    """GPT-2's splitting, the fallback, would give the space before a digit to the digit: Ġ Ġ 1."""
-    tokenizer = load(str(written[0]), precision="bf16", threads=str(torch.get_num_threads())).tokenizer
-    assert tokenizer is not None
+    # GPT-2's splitting, the fallback, would give the space before a digit to the digit: Ġ Ġ 1.
     assert tokenizer.tokenize("a  12\n\n3") == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
 
 
@@ -150,7 +130,13 @@ def test_unknown_splitting_is_reported_not_passed_over(tokenizer: object) -> Non
     assert not gguf.split_of_digits_restored(tokenizer, "never-heard-of")  # type: ignore[arg-type]
 
 
-def test_damaged_files_leave_nothing_behind(tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_damaged_files_leave_nothing_behind(tmp_path, written, monkeypatch):
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            status = gguf.convert_here(*command[3:6])
+        return subprocess.CompletedProcess(command, status, told.getvalue(), "")
+
+    monkeypatch.setattr(gguf.subprocess, "run", run)  # in this process
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(written[0].read_bytes()[:9000])
     with pytest.raises(UserError, match="cannot be"):
@@ -163,17 +149,22 @@ def test_damaged_files_leave_nothing_behind(tmp_path: Path, written: tuple[Path,
     assert left == []
 
 
+def converts(conversions: list[Path], content: str = "{}"):
+    """In the place of a conversion: writes a file."""
+
+    def convert(path: Path, dtype: str, into: Path, say: object) -> None:
+        conversions.append(into)
+        (into / "config.json").write_text(content)
+
+    return convert
+
+
 def test_two_at_once_convert_once(tmp_path, written, monkeypatch):
     """The lock is on an open file, so that two threads stand for two processes."""
-    conversions = []
-
-    def slowly(path: Path, dtype: str, into: Path, say: object) -> None:
-        conversions.append(into)
-        time.sleep(0.2)
-        (into / "config.json").write_text("{}")
-
+    conversions: list[Path] = []
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
-    monkeypatch.setattr(gguf, "_convert_in_child", slowly)
+    write = converts(conversions)
+    monkeypatch.setattr(gguf, "_convert_in_child", lambda *of: time.sleep(0.2) or write(*of))
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda _: gguf.converted(written[0], "fp32", lambda line: None), range(2)))
     assert made[0] == made[1] and (made[0] / "config.json").is_file()
@@ -184,14 +175,9 @@ def test_two_at_once_convert_once(tmp_path, written, monkeypatch):
     "change", ["transformers", "gguf", "hub/gguf.py", "hub/terminators.py", "tensor_files.py", "file"]
 )
 def test_a_file_is_converted_anew_by_another_version_or_code(change, tmp_path, written, monkeypatch):
-    conversions = []
-
-    def whole(path: Path, dtype: str, into: Path, say: object) -> None:
-        conversions.append(path)
-        (into / "config.json").write_text("{}")
-
+    conversions: list[Path] = []
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
-    monkeypatch.setattr(gguf, "_convert_in_child", whole)
+    monkeypatch.setattr(gguf, "_convert_in_child", converts(conversions))
     file = Path(shutil.copy(written[0], tmp_path / "tiny.gguf"))
     first = gguf.converted(file, "fp32", lambda line: None)
     assert gguf.converted(file, "fp32", lambda line: None) == first and len(conversions) == 1
@@ -207,18 +193,15 @@ def test_a_file_is_converted_anew_by_another_version_or_code(change, tmp_path, w
 
 
 def test_interrupted_conversion_leaves_nothing_and_is_made_anew(tmp_path, written, monkeypatch):
-    def interrupted(path: Path, dtype: str, into: Path, say: object) -> None:
-        (into / "config.json").write_text("half of i")
+    def interrupted(*of: object) -> None:
+        converts([], "half of i")(*of)  # type: ignore[arg-type]
         raise KeyboardInterrupt
-
-    def whole(path: Path, dtype: str, into: Path, say: object) -> None:
-        (into / "config.json").write_text("whole")
 
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
     monkeypatch.setattr(gguf, "_convert_in_child", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gguf.converted(written[0], "fp32", lambda line: None)
     assert [path for path in (packages.cache_folder() / "gguf").iterdir() if path.is_dir()] == []
-    monkeypatch.setattr(gguf, "_convert_in_child", whole)
+    monkeypatch.setattr(gguf, "_convert_in_child", converts([], "whole"))
     made = gguf.converted(written[0], "fp32", lambda line: None)
     assert (made / "config.json").read_text() == "whole"

@@ -28,21 +28,25 @@ def copied(llama_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama_folder, tmp_path / "copy"))
 
 
-def test_loaded_model_is_frozen_in_eval_mode_and_the_same(llama_folder: Path) -> None:
+def test_loaded_model_is_frozen_in_eval_mode_and_the_same(llama_folder, monkeypatch, capfd) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     loaded = quietly(llama_folder)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before and capfd.readouterr() == ("", "")
+    assert set(loaded.choices) == {"device", "precision", "threads", "attention", "kernels"}
+    assert loaded.choices["precision"].value == "fp32" and all(choice.why for choice in loaded.choices.values())
+    assert loaded.tokenizer is not None and len(loaded.tokenizer) == 259  # no token is added for padding
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert not any(module.training for module in loaded.model.modules())
     for (name, one), (_, other) in zip(loaded.model.named_parameters(), tiny_llama().named_parameters(), strict=True):
         assert torch.equal(one, other), name
     assert loaded.name == "tiny-llama"
     assert loaded.new_modules == []
-
-
-def test_choices_come_with_reasons(llama_folder: Path) -> None:
-    loaded = quietly(llama_folder)
-    assert set(loaded.choices) == {"device", "precision", "threads", "attention", "kernels"}
-    assert loaded.choices["precision"].value == "fp32"
-    assert all(choice.why for choice in loaded.choices.values())
 
 
 def test_precision_is_the_type_of_the_weights(llama_folder: Path) -> None:
@@ -57,22 +61,6 @@ def test_threads_are_set(llama_folder: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-def test_local_folder_asks_no_hub(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the network was asked")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    assert quietly(llama_folder).tokenizer is not None
-
-
-def test_no_token_is_added_for_padding(llama_folder: Path) -> None:
-    loaded = quietly(llama_folder)
-    assert loaded.tokenizer is not None
-    assert len(loaded.tokenizer) == 259
-    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
 
 
 def test_tokenizer_alone(llama_folder: Path, tmp_path: Path) -> None:
@@ -141,9 +129,6 @@ def test_encoder_gets_a_new_head_for_classification_and_says_so(encoder: Path) -
     assert any("classifier" in line for line in said)
     assert quietly(encoder, task="regression").model.config.problem_type == "regression"
     assert quietly(encoder, task="features").new_modules == []
-
-
-def test_encoder_without_language_head_is_refused_as_causal_model(encoder: Path) -> None:
     with pytest.raises(UserError, match="lack"):
         quietly(encoder)
 
@@ -164,13 +149,6 @@ def test_hub_that_cannot_be_reached_is_a_users_error(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="cannot be reached") as raised:
         quietly("someone/some-model")
     assert "local folder" in (raised.value.hint or "")
-
-
-def test_library_settings_are_as_before(llama_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    quietly(llama_folder)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_attention_is_switched_and_restored() -> None:

@@ -21,18 +21,11 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def test_folder_with_config_and_weights(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "mine")
-    assert resolve(str(folder)) == Source("folder", folder, "mine")
-
-
-def test_gguf_file(tmp_path: Path) -> None:
-    file = tmp_path / "Small-1B.Q4_1.gguf"
+def test_a_folder_a_file_and_a_hub_id(tmp_path: Path) -> None:
+    folder, file = make_model(tmp_path / "mine"), tmp_path / "Small-1B.Q4_1.gguf"
     file.write_bytes(b"GGUF")
+    assert resolve(str(folder)) == Source("folder", folder, "mine")
     assert resolve(str(file)) == Source("gguf", file, "Small-1B.Q4_1")
-
-
-def test_hub_id_with_and_without_revision() -> None:
     assert resolve("owner/name-1.5") == Source("hub", "owner/name-1.5", "name-1.5")
     assert resolve("owner/name@refs/pr/3") == Source("hub", "owner/name", "name", "refs/pr/3")
 
@@ -59,11 +52,6 @@ def test_what_is_nowhere_is_refused(reference: str, tmp_path: Path, monkeypatch:
         resolve(reference)
 
 
-def test_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json"):
-        resolve(str(tmp_path))
-
-
 def test_adapter_folder_names_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
     with pytest.raises(UserError) as raised:
@@ -71,20 +59,18 @@ def test_adapter_folder_names_its_base_model(tmp_path: Path) -> None:
     assert "owner/base" in (raised.value.hint or "")
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_configuration_or_safe_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        resolve(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="pickle"):
         resolve(str(tmp_path))
     with pytest.raises(UserError, match="not a model") as raised:
         resolve(str(tmp_path / "pytorch_model.bin"))
     assert "safetensors" in (raised.value.hint or "")
-
-
-def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no weights"):
-        resolve(str(tmp_path))
 
 
 def test_missing_file_of_split_weights_is_named(llama_folder: Path, tmp_path: Path) -> None:

@@ -63,8 +63,9 @@ def change_one_value(file: Path, name: str, place: int) -> None:
     assert all(getattr(after, what) == getattr(before, what) for what in ("st_size", "st_ino", "st_mtime_ns"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("precision", "stored"), [("bf16", torch.float32), ("fp32", torch.float32), ("fp32", torch.bfloat16)]
+)
 def test_files_and_memory_give_one_fingerprint_in_any_type(folder: Path, stored, precision: str) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=stored).save_pretrained(folder)
     model = loaded(folder, precision)

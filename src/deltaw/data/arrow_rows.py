@@ -59,9 +59,8 @@ def check_decoded(decoded: int, stored: int, where: str, hint: str) -> None:
     """Refuse what would take ``decoded`` bytes in memory and takes ``stored`` in its file, if that is out of
     proportion."""
     if decoded > max(LEAST, MOST * stored):
-        raise UserError(
-            f"{stored:,} bytes of the file would become {decoded:,} bytes in memory", where=where, hint=hint
-        )
+        what = f"{stored:,} bytes of the file would become {decoded:,} bytes in memory"
+        raise UserError(what, where=where, hint=hint)
 
 
 # Parquet
@@ -219,6 +218,10 @@ def _header(file: IO[bytes], at: int) -> tuple[dict[int, object], int]:
             length *= 8
 
 
+# Thrift's types of true, false, bytes and doubles: the bytes that they take.
+_FIXED_BYTES = {1: 0, 2: 0, 3: 1, 7: 8}
+
+
 class _Thrift:
     """Reads structs of Thrift's compact protocol; of what they hold, integers and structs are kept."""
 
@@ -262,24 +265,21 @@ class _Thrift:
     def _value(self, kind: int, depth: int) -> object:
         if depth > 16:
             raise ValueError("a header is nested too deeply")
-        if kind in (1, 2):  # true and false
-            return None
         if kind in (4, 5, 6):
             return self._integer()
         if kind == 12:
             return self.fields(depth + 1)
-        if kind == 8:
-            self._pass_over(self._varint())
-        elif kind in (3, 7):
-            self._pass_over(1 if kind == 3 else 8)
-        elif kind in (9, 10):
+        if kind in (9, 10):
             head = self._byte()
-            count = head >> 4 if head >> 4 < 15 else self._varint()
-            for _ in range(count):
+            for _ in range(head >> 4 if head >> 4 < 15 else self._varint()):
                 if head & 15 in (1, 2):
                     self._pass_over(1)
                 else:
                     self._value(head & 15, depth + 1)
+        elif kind == 8:
+            self._pass_over(self._varint())
+        elif kind in _FIXED_BYTES:
+            self._pass_over(_FIXED_BYTES[kind])
         else:
             raise ValueError(f"a header has a field of the type {kind}")
         return None
@@ -306,12 +306,8 @@ def decoded_sizes(messages: pyarrow.ipc.MessageReader, name: str) -> Iterator[No
         body = memoryview(message.body)
         decoded = sum(_decoded(body, offset, length) for offset, length in _compressed(batch))
         stored += len(body)
-        check_decoded(
-            decoded + kept,
-            stored,
-            f"{name}, message {number}",
-            "if it is right, write it again in smaller batches or uncompressed",
-        )
+        hint = "if it is right, write it again in smaller batches or uncompressed"
+        check_decoded(decoded + kept, stored, f"{name}, message {number}", hint)
         if kind == _DICTIONARY_BATCH:
             kept += decoded
         else:
@@ -371,9 +367,6 @@ def _compressed(batch: _Table) -> Iterator[tuple[int, int]]:
 def _decoded(body: memoryview, offset: int, length: int) -> int:
     """The bytes that a compressed buffer becomes, which stand before it; -1 there means that it is not."""
     return max(0, _read("<q", body, offset)) if length else 0
-
-
-# ---- arrow rows
 
 
 # Rows that are made into objects at once take about so many bytes, unless one alone takes more.
@@ -540,9 +533,8 @@ def _sizes(array: pyarrow.Array, where: str, max_bytes: int) -> np.ndarray:
     try:
         lengths = pyarrow.compute.binary_length(array).fill_null(0)
     except pyarrow.ArrowNotImplementedError:
-        raise UserError(
-            f"a column of the type {kind} cannot be read", where=where, hint="leave the column out"
-        ) from None
+        hint = "leave the column out"
+        raise UserError(f"a column of the type {kind} cannot be read", where=where, hint=hint) from None
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 

@@ -103,6 +103,5 @@ def check_date(date: str | None) -> None:
     try:
         datetime.date.fromisoformat(date)
     except ValueError as error:
-        raise UserError(
-            f"data.date is '{date}'", where="data.date", hint="write it as 2026-01-31, or null for today's"
-        ) from error
+        hint = "write it as 2026-01-31, or null for today's"
+        raise UserError(f"data.date is '{date}'", where="data.date", hint=hint) from error

@@ -214,9 +214,6 @@ def digest_of(*parts: bytes) -> int:
     return int.from_bytes(digest.digest(), "little") or 1
 
 
-# ---- check
-
-
 Level = Literal["error", "warning", "note"]
 # Below this share of labels most of the time goes into tokens that nothing is learned from.
 _FEW_LABELS = 0.02

@@ -133,9 +133,6 @@ class _Part:
         return {self._numbers[turn] for piece in pieces for turn in piece.turns}
 
 
-# ---- chunk
-
-
 # What became of rows besides one example each: the counts of :class:`deltaw.data.report.Report`, by their names there.
 Account = Counter[str]
 

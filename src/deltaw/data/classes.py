@@ -189,12 +189,11 @@ def _check_found(classes: Sequence[str], rows: int, source: str) -> None:
         what = f"all rows have the class '{classes[0]}'" if classes else "no row has a label"
         raise UserError(what, where=source, hint="a classifier needs rows of at least two classes")
     if len(classes) > max(_MANY, rows // 2):
-        raise UserError(
-            f"the labels have {len(classes):,} different values in {rows:,} rows",
-            where=source,
-            hint="if they are numbers, set task: regression; if another column has the classes, "
-            "data.columns: {label: …}; if they are classes, list them in data.classes",
+        what = f"the labels have {len(classes):,} different values in {rows:,} rows"
+        hint = (
+            "set task: regression for numbers, data.columns: {label: …} to another column, or list them in data.classes"
         )
+        raise UserError(what, where=source, hint=hint)
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:

@@ -84,12 +84,12 @@ class ImageEncoder:
         first = images[0].size
         for example in images:
             if self._shape(example.size) != self._shape(first):
-                raise UserError(
-                    f"the image has {example.size[0]}×{example.size[1]} pixels, those before it "
-                    f"{first[0]}×{first[1]}, and the model's preprocessor does not resize",
-                    where=str(example.image) if isinstance(example.image, Path) else f"{source}, row {example.row}",
-                    hint=f"resize the images, or set do_resize and size in {self._folder / _PREPROCESSOR}",
-                )
+                (height, width), where = example.size, f"{source}, row {example.row}"
+                what = f"the image has {height}×{width} pixels, those before it {first[0]}×{first[1]}, "
+                what += "and the model's preprocessor does not resize"
+                hint = f"resize the images, or set do_resize and size in {self._folder / _PREPROCESSOR}"
+                where = str(example.image) if isinstance(example.image, Path) else where
+                raise UserError(what, where=where, hint=hint)
 
     def encode(self, examples: Sequence[ImageExample]) -> Tensor:
         """fp32 (images, channels, height, width).
@@ -234,32 +234,23 @@ class LabelMicroBatcher:
         inputs = {"input_ids": tokens, "attention_mask": mask}
         if self.segments and any(row.segments is not None for row in rows):
             inputs["token_type_ids"] = segments
-        return LabelBatch(
-            inputs={name: to_device(torch.from_numpy(values), self.device) for name, values in inputs.items()},
-            targets=self._targets(rows),
-            examples=tuple(rows),
-            rows=len(rows),
-            row_tokens=int(mask.sum()),
-            tokens=tokens.size,
-            pairs=pairs,
-        )
+        on_device = {name: to_device(torch.from_numpy(values), self.device) for name, values in inputs.items()}
+        return self._batch(rows, on_device, int(mask.sum()), tokens.size, pairs)
 
     def _images(self, rows: Sequence[ImageExample]) -> LabelBatch:
         if self.encoder is None:
             raise UserError("images need the model's preprocessor", where="task", hint="task: image-classification")
-        return LabelBatch(
-            inputs={"pixel_values": to_device(self.encoder.encode(rows), self.device)},
-            targets=self._targets(rows),
-            examples=tuple(rows),
-            rows=len(rows),
-            row_tokens=len(rows) * self.tokens_per_image,
-            tokens=len(rows) * self.tokens_per_image,
-        )
+        inputs = {"pixel_values": to_device(self.encoder.encode(rows), self.device)}
+        tokens = len(rows) * self.tokens_per_image
+        return self._batch(rows, inputs, tokens, tokens)
 
-    def _targets(self, rows: Sequence[AnyExample]) -> Tensor:
+    def _batch(
+        self, rows: Sequence[AnyExample], inputs: dict[str, Tensor], row_tokens: int, tokens: int, pairs: bool = False
+    ) -> LabelBatch:
         labels = [row.label for row in rows]
         dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
-        return to_device(torch.tensor(labels, dtype=dtype), self.device)
+        targets = to_device(torch.tensor(labels, dtype=dtype), self.device)
+        return LabelBatch(inputs, targets, tuple(rows), len(rows), row_tokens, tokens, pairs)
 
 
 def _longest(item: Any) -> int:

@@ -70,6 +70,8 @@ class LabeledExample:
 
 
 AnyExample = LabeledExample | ImageExample
+# A row's token ids and, for pairs of texts, which text each token belongs to.
+_Tokens = tuple[np.ndarray, np.ndarray | None]
 
 
 class LabelReader(RowReader[AnyExample]):
@@ -220,32 +222,28 @@ class LabelReader(RowReader[AnyExample]):
                     self.skip(rows, index, error)
             tokens = dict(zip(texts, tokenize(list(texts.values())) if texts else [], strict=True))
             for index in part:
-                yield self._text(rows, index, texts[index], *tokens[index], tokenize) if index in texts else None
+                yield self._text(rows, index, texts[index], tokens[index], tokenize) if index in texts else None
 
     def _text(
-        self,
-        rows: Rows,
-        index: int,
-        text: tuple[str, ...],
-        ids: np.ndarray,
-        segments: np.ndarray | None,
-        tokenize: _Tokenizing,
+        self, rows: Rows, index: int, text: tuple[str, ...], tokens: _Tokens, tokenize: _Tokenizing
     ) -> LabeledExample | None:
         """A text of at most ``data.max_length`` tokens; None if it is skipped or dropped, which is counted."""
-        where, excess = rows.place(index), len(ids) - self.settings.max_length
+        where, length, way = rows.place(index), len(tokens[0]), self.settings.long_rows
+        excess = length - self.settings.max_length
+        if excess > 0 and way == "error":
+            self.long.add(LongRows(1, where, length, length))
+            return None
+        if excess > 0 and way == "drop":
+            self.account["dropped_long"] += 1
+            return None
         if excess > 0:
-            if self.settings.long_rows == "error":
-                self.long.add(LongRows(1, where, len(ids), len(ids)))
-                return None
-            if self.settings.long_rows == "drop":
-                self.account["dropped_long"] += 1
-                return None
             self.account["cut"] += 1
             self.account["tokens_cut"] += excess
-            ids, segments = tokenize([text], cut=True)[0]
+            (tokens,) = tokenize([text], cut=True)
+        ids, segments = tokens
         if not len(ids):
-            what, reason = "the text is empty", "an empty text"
-            self.skip(rows, index, BadRowError(what, reason=reason, where=where, hint="remove the row"))
+            error = BadRowError("the text is empty", reason="an empty text", where=where, hint="remove the row")
+            self.skip(rows, index, error)
             return None
         return LabeledExample(rows.number(index), ids, self._labels[index], segments)
 
@@ -277,9 +275,8 @@ class _Tokenizing:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limit: int, columns: LabelColumns) -> None:
         if tokenizer is None:
-            raise UserError(
-                "the model's folder holds no tokenizer", where="model", hint="copy its tokenizer.json into it"
-            )
+            hint = "copy its tokenizer.json into it"
+            raise UserError("the model's folder holds no tokenizer", where="model", hint=hint)
         self._tokenizer = tokenizer
         self._limit = limit
         self._columns = [column for column in (columns.text, columns.text_pair) if column]
@@ -292,9 +289,7 @@ class _Tokenizing:
         """The one or two texts of a row."""
         return tuple(text_of(row.get(column), column, where) for column in self._columns)
 
-    def __call__(
-        self, texts: Sequence[tuple[str, ...]], *, cut: bool = False
-    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def __call__(self, texts: Sequence[tuple[str, ...]], *, cut: bool = False) -> list[_Tokens]:
         """Each row's token ids and, for pairs, which text each token belongs to."""
         columns = [list(column) for column in zip(*texts, strict=True)]
         # The tokenizer truncates, so it keeps its special tokens and shortens the longer text of a pair.

@@ -190,9 +190,6 @@ def added_tokens(ordered: Sequence[np.ndarray], share: bool, shareable: Sequence
     return [tree.insert(tokens, share, limit) for tokens, limit in zip(ordered, limits, strict=True)]
 
 
-# ---- packing
-
-
 # What a data set has: rows, or groups of rows that one loss sees together.
 # Matrix libraries build a kernel for each shape that they meet, which takes about as long as a small product
 # and some 0.6 MB each: packed rows are filled up to lengths that come again, at most this share longer. The

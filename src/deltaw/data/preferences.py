@@ -129,11 +129,10 @@ class AnswerReader(RowReader[RowGroup]):
         """
         where = rows.place(index)
         if max(map(len, encoded)) > 1:
+            what = "the template rewrites earlier turns of an answer with several, so it is no single row"
+            hint = "let the answers be one turn each, or set data.labels: last"
             raise BadRowError(
-                "the template rewrites earlier turns of an answer with several, so it is no single row",
-                reason="an answer of several turns that the template rewrites",
-                where=where,
-                hint="let the answers be one turn each, or set data.labels: last",
+                what, reason="an answer of several turns that the template rewrites", where=where, hint=hint
             )
         if not all(encoded):
             self.account["without_label"] += 1
@@ -147,9 +146,6 @@ class AnswerReader(RowReader[RowGroup]):
 
 def _prompt_of(row: Example) -> bytes:
     return row.tokens[: row.prompt_length].tobytes()
-
-
-# ---- Pairs
 
 
 class PairReader(AnswerReader):
@@ -228,7 +224,6 @@ def _same(where: str) -> BadRowError:
     return BadRowError("'chosen' and 'rejected' are the same", reason="the same answer twice", where=where, hint=hint)
 
 
-# ---- Single answers
 #
 # Each row comes with a second one, its prompt with the answer of another row, of which the loss estimates how far
 # the model has moved.
@@ -279,12 +274,9 @@ class UnpairedReader(AnswerReader):
     def prepared(self, seed: int = 0) -> RunData:
         found = super().prepared(seed)
         if len(found.train) < 2:
-            raise UserError(
-                "a single row to train on gives no other row's answer, of which kto estimates how far the model has "
-                "moved",
-                where=found.report.source,
-                hint="add rows, or hold out fewer with data.eval",
-            )
+            what = "kto estimates how far the model has moved on another row's answer, and there is a single row"
+            hint = "add rows, or hold out fewer with data.eval"
+            raise UserError(what, where=found.report.source, hint=hint)
         return found
 
     def completed(self, items: list[RowGroup], seed: int) -> list[RowGroup]:

@@ -68,7 +68,8 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
         weigh=lambda places: weighted(places, read.source_of(places), [source.weight for source in sources], seed),
     )
     if len(sources) > 1:
-        counts = np.bincount(read.source_of(train.places), minlength=len(sources)).tolist()
+        places = train.places  # type: ignore[attr-defined]
+        counts = np.bincount(read.source_of(places), minlength=len(sources)).tolist()
         told = zip(sources, counts, strict=True)
         by_source = {source.reference: {"weight": source.weight, "rows": count} for source, count in told}
         report = replace(report, sources=by_source)
@@ -194,5 +195,5 @@ def _notes_of(account: Account, limit: int) -> list[str]:
         "without_label": "dropped: no label",
         "trailing_turns": "truncated after the assistant's last turn: nothing answers what follows",
     }
-    counts = Counter(account, limit=limit)
+    counts = Counter({**account, "limit": limit})
     return [note.format_map(counts) for name, note in notes.items() if account[name]]

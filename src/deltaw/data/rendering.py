@@ -275,8 +275,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {f" {name}": getattr(self, f"_{name}") for name in _PAYMENTS}
         for name in _COMPARED:
             self.filters[f" {name}"] = functools.partial(self._compared, name)
-        self.tests |= {name: functools.partial(self._tested, how) for name, how in _TESTS.items()}
-        self.tests |= {name: self._measured(self.tests[name]) for name in ("upper", "lower")}
+        tests: dict[str, Any] = {name: functools.partial(self._tested, how) for name, how in _TESTS.items()}
+        of_case: dict[str, Any] = {name: self.tests[name] for name in ("upper", "lower")}
+        self.tests |= tests | {name: self._measured(test) for name, test in of_case.items()}
         kept = {"range": self.globals["range"], "dict": Dictionary(), "namespace": self._namespace}
         self.globals = {**kept, **functions}
 
@@ -573,9 +574,6 @@ _TESTS = {
     **dict.fromkeys(("ge", ">="), "gteq"),
     "in": "in",
 }
-
-
-# ---- rendering
 
 
 LONGEST_TEMPLATE = 1 << 18

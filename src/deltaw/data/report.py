@@ -118,12 +118,9 @@ def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, 
         size: its bytes, where they are known without reading it. hint: what else may be wrong.
     """
     has = "has more" if size is None else f"has {size:,} bytes, more"
-    return BadRowError(
-        f"{what} {has} than the {max_bytes:,} bytes that a row may have",
-        reason=TOO_LONG,
-        where=where,
-        hint=(hint and f"{hint}; ") + "if it is meant to be that long, raise data.max_row_bytes",
-    )
+    what = f"{what} {has} than the {max_bytes:,} bytes that a row may have"
+    hint = (hint and f"{hint}; ") + "if it is meant to be that long, raise data.max_row_bytes"
+    return BadRowError(what, reason=TOO_LONG, where=where, hint=hint)
 
 
 # Told the place of a row in a chunk and why it cannot be used; returns if the row is to be skipped.
@@ -212,9 +209,6 @@ def _shown(row: object) -> object:
         return json.loads(json.dumps(json.loads(text), allow_nan=False))
     except ValueError:
         return text
-
-
-# ---- report
 
 
 @dataclass(frozen=True)
@@ -330,19 +324,19 @@ class Report:
             lines.append(f"{_rows(self.held_out)} held out for evaluation, {origin}")
         lines += self._lines_of_labels()
         unrolled = f"became {self.unrolled_examples:,} examples, since the template rewrites earlier turns"
+        kept = "kept" if self.duplicates_kept else "dropped"
+        lost = f"{self.tokens_cut:,} tokens lost, {self.labels_cut:,} of them labels"
+        split = f"{self.split_examples:,} examples; no label is lost"
         losses = [
             (self.unrolled, f"{unrolled}: each turn is trained as it is written"),
-            (self.split, f"longer than data.max_length became {self.split_examples:,} examples; no label is lost"),
+            (self.split, f"longer than data.max_length became {split}"),
             *((count, f"skipped: {reason}") for reason, count in self.bad_rows.items()),
             (self.not_chosen, "skipped: data.rows asks for fewer"),
-            (self.duplicates, ("kept" if self.duplicates_kept else "dropped") + ": the same as an earlier row"),
+            (self.duplicates, f"{kept}: the same as an earlier row"),
             (self.dropped_long, f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)"),
             (self.other_classes, "dropped: their class is not in data.classes"),
             (self.without_label, "dropped: no label (an empty answer, or all of it truncated)"),
-            (
-                self.cut,
-                f"truncated to data.max_length: {self.tokens_cut:,} tokens lost, {self.labels_cut:,} of them labels",
-            ),
+            (self.cut, f"truncated to data.max_length: {lost}"),
             (self.trailing_turns, "truncated after the assistant's last turn: nothing answers what follows"),
             (self.repeated, "more in an epoch: their source has a weight above 1"),
             (self.not_drawn, "left out: their source has a weight with a fraction"),
@@ -363,10 +357,8 @@ class Report:
         """The lines on groups, classes and images."""
         lines = []
         if self.group:
-            lines.append(
-                f"rows with the same '{self.group}' stay together: {self.groups:,} groups to train on, "
-                f"{self.held_out_groups:,} held out"
-            )
+            sides = f"{self.groups:,} groups to train on, {self.held_out_groups:,} held out"
+            lines.append(f"rows with the same '{self.group}' stay together: {sides}")
         if self.class_counts:
             shown = [f"{name} {count:,}" for name, count in list(self.class_counts.items())[:12]]
             more = f", and {len(self.class_counts) - 12:,} more" if len(self.class_counts) > 12 else ""
@@ -376,9 +368,8 @@ class Report:
                 lines.append(f"classes with fewer than 2 training rows: {', '.join(few[:12])}")
         if self.image_sizes:
             low_height, low_width, height, width = self.image_sizes
-            lines.append(
-                f"images of {low_height}×{low_width} to {height}×{width} pixels, resized by the model's preprocessor"
-            )
+            sizes = f"{low_height}×{low_width} to {height}×{width} pixels"
+            lines.append(f"images of {sizes}, resized by the model's preprocessor")
         if self.other_files:
             what = "file that is not an image" if self.other_files == 1 else "files that are not images"
             lines.append(f"{self.other_files:,} {what} skipped")

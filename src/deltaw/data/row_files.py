@@ -61,9 +61,6 @@ def check_levels(value: object) -> None:
     raise ValueError(f"it has more than {LEVELS} levels")
 
 
-# ---- row files
-
-
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -316,13 +313,11 @@ class TableReader:
                 continue
             self._count += 1
             if len(cells) != len(self.header):
-                error = BadRowError(
-                    f"row {self._count} has {len(cells)} cells, the "
-                    f"{'header' if self.has_header else 'first row'} has {len(self.header)}",
-                    reason="another number of cells",
-                    where=f"{self._name}, row {self._count} (ends in line {self._reader.line_num})",
-                    hint=f"put cells that hold a {'tab' if self._delimiter != ',' else 'comma'} in quotes",
-                )
+                first = "header" if self.has_header else "first row"
+                what = f"row {self._count} has {len(cells)} cells, the {first} has {len(self.header)}"
+                where = f"{self._name}, row {self._count} (ends in line {self._reader.line_num})"
+                hint = f"put cells that hold a {'tab' if self._delimiter != ',' else 'comma'} in quotes"
+                error = BadRowError(what, reason="another number of cells", where=where, hint=hint)
                 if self._on_bad is None:
                     raise error
                 self._on_bad(error, cells)
@@ -339,12 +334,9 @@ class TableReader:
             what, hint = f"the table cannot be read: {error}", 'a quote inside a quoted cell is written twice: ""'
             raise UserError(what, where=f"{where} (line {self._reader.line_num})", hint=hint) from error
         except _LongRow:
-            raise too_long(
-                f"row {self._count + 1}",
-                self._text.max_bytes,
-                where=f"{where} (lines {self._text.first} to {self._text.number})",
-                hint="a quote that is never closed joins all lines that follow it",
-            ) from None
+            where += f" (lines {self._text.first} to {self._text.number})"
+            hint = "a quote that is never closed joins all lines that follow it"
+            raise too_long(f"row {self._count + 1}", self._text.max_bytes, where=where, hint=hint) from None
 
 
 class _LongRow(Exception):
@@ -385,11 +377,6 @@ class _Lines:
         if self._left < 0:
             raise _LongRow
         return line
-
-
-def delimiter_of(path: Path) -> str:
-    """A tab for ``.tsv``, else a comma."""
-    return "\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]] else ","
 
 
 def _is_number(cell: str) -> bool:
@@ -533,9 +520,8 @@ def _no_list(text: _Text, name: str) -> UserError:
     """The error for a file that is not a list: what it is instead."""
     value, _ = text.value("the file is not a list of objects, and its first value", name)
     if isinstance(value, dict) and text.peek():
-        return UserError(
-            "the file is not a list of objects", where=name, hint="it looks like one object per line: name it .jsonl"
-        )
+        hint = "it looks like one object per line: name it .jsonl"
+        return UserError("the file is not a list of objects", where=name, hint=hint)
     inside = [key for key, found in value.items() if isinstance(found, list)] if isinstance(value, dict) else []
     hint = f"; extract the list under '{inside[0]}'" if inside else ""
     return UserError("the file is not a list of objects", where=name, hint="it must be [{…}, {…}]" + hint)

@@ -168,16 +168,13 @@ class RowReader(abc.ABC, Generic[Item]):
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None, *, say: Say = silent
     ) -> None:
         if settings.long_rows == "split":
-            raise UserError(
-                f"{self.noun} cannot be divided", where="data.long_rows: split", hint="set it to cut or drop"
-            )
+            hint = "set it to cut or drop"
+            raise UserError(f"{self.noun} cannot be divided", where="data.long_rows: split", hint=hint)
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
         self.account, self.long = Account(), LongRows()
         self._say = say
-
-    # ---- what a task says of its rows
 
     def example(self, row: Row, number: int, where: str) -> Item:
         """What a row becomes: an :class:`deltaw.data.example.Example`, or a group of them.
@@ -240,8 +237,6 @@ class RowReader(abc.ABC, Generic[Item]):
     def read_source(self, reference: str, on_bad: OnBad | None) -> Rows:
         """The rows of one source."""
         return read_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
-
-    # ---- reading
 
     def prepared(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
@@ -311,12 +306,9 @@ class RowReader(abc.ABC, Generic[Item]):
         there = (set(rows.columns) - set(columns.values())) | set(columns)
         lacking = [column for column in self.needs if column not in there]
         if lacking:
-            raise UserError(
-                f"{self.form} need the column '{lacking[0]}'",
-                where=f"{rows.name}, whose columns are {', '.join(map(repr, rows.columns))}",
-                hint=f"{did_you_mean(lacking[0], rows.columns)}; map other names with data.columns: "
-                f"{{{lacking[0]}: …}}",
-            )
+            where = f"{rows.name}, whose columns are {', '.join(map(repr, rows.columns))}"
+            hint = f"{did_you_mean(lacking[0], rows.columns)}; map other names with data.columns: {{{lacking[0]}: …}}"
+            raise UserError(f"{self.form} need the column '{lacking[0]}'", where=where, hint=hint)
 
     def _read(self, train: Train, seed: int | None = None) -> tuple[list[Item], list[Hashable], Report]:
         """All usable rows, or those that ``seed`` chooses, their groups, and the report.
@@ -356,11 +348,9 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - known),
             date=self.date,
-            **self.account,
+            **self.account,  # type: ignore[arg-type]
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
-
-    # ---- checking and showing
 
     def _whole(self) -> RowReader[Item]:
         """A reader of the same rows that refuses none and shortens none."""

@@ -190,7 +190,11 @@ _FIXED: dict[str, np.dtype[Any]] = {
     "label_count": np.dtype(np.int64),
     **dict.fromkeys(("key", "group"), _KEY),
 }
-_LISTS = {"tokens": np.dtype(np.int32), "label_spans": np.dtype(np.int32), "answer": np.dtype(np.uint8)}
+_LISTS: dict[str, np.dtype[Any]] = {
+    "tokens": np.dtype(np.int32),
+    "label_spans": np.dtype(np.int32),
+    "answer": np.dtype(np.uint8),
+}
 
 
 class DamagedRowsError(Exception):

@@ -17,17 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaw.data.arrow_rows import ArrowRows, rows_of
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError
-from deltaw.data.row_files import (
-    TYPED,
-    OnBad,
-    Opened,
-    TableReader,
-    delimiter_of,
-    kind_of,
-    read_json,
-    read_lines,
-    reading,
-)
+from deltaw.data.row_files import TYPED, OnBad, Opened, TableReader, kind_of, read_json, read_lines, reading
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError
 
@@ -99,7 +89,8 @@ class FilePart:
 
     def table(self, opened: Opened, on_bad: OnBad | None) -> TableReader:
         """The cells of a file that is a table."""
-        return TableReader(opened.file, self.name, delimiter_of(self._path), on_bad, max_bytes=self._most)
+        delimiter = "\t" if ".tsv" in self._path.name.lower() else ","
+        return TableReader(opened.file, self.name, delimiter, on_bad, max_bytes=self._most)
 
     def stamp(self) -> object:
         """Changes when the part is written to; cheap."""

@@ -110,14 +110,13 @@ class RowCache:
 
     Args:
         key: of the entry. say: told when this process waits for another, or finds damage.
-        folder: where entries are. limit: bytes that all entries may take.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, key: str, say: Say, *, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
-        self._cache = Cache("rows", limit, folder=folder)
+    def __init__(self, key: str, say: Say) -> None:
+        self._cache = Cache("rows", LIMIT_BYTES)
         self.folder = self._cache.folder
         self._key = key
         self._say = say
@@ -406,9 +405,6 @@ def _answer(item: Any) -> Any:
     return _work(item)
 
 
-# ---- stored rows
-
-
 # With ``data.cache: auto``, rows are kept where their files are larger, or where tokenizing took longer.
 LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 1.0
 # Below this, looking for kept rows takes longer than making them.
@@ -632,7 +628,7 @@ class _Reading:
             unused_columns=tuple(unused),
             date=self.encoder.dated if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
-            **account,
+            **account,  # type: ignore[arg-type]
         )
 
 

@@ -284,12 +284,8 @@ def _name_of(tool: Message) -> str:
 
 
 def _refused(what: str, where: str) -> BadRowError:
-    return BadRowError(
-        f"the labels cannot be found with the model's chat template: {what}",
-        reason="labels not found with the chat template",
-        where=where,
-        hint=_HINT,
-    )
+    what = f"the labels cannot be found with the model's chat template: {what}"
+    return BadRowError(what, reason="labels not found with the chat template", where=where, hint=_HINT)
 
 
 # ---- Plain text instead of a chat template: what the parts of a record are, and which of them are labels.
@@ -369,9 +365,6 @@ def fewest(turns: Sequence[Sequence[int]]) -> list[list[int]]:
         else:
             groups.append([turn])
     return groups[::-1]
-
-
-# ---- templates
 
 
 TemplateName = Literal["auto", "chat", "plain"]

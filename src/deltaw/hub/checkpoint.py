@@ -88,9 +88,6 @@ class Renaming:
         return target, converter is not None
 
 
-# ---- checkpoint
-
-
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

@@ -48,12 +48,8 @@ def require_own_files(folder: Path) -> None:
         shards_of(index)
     weights = _setting(folder / "config.json").get("transformers_weights")
     if weights is not None and not (str(weights).endswith(".safetensors") and lies_in(folder, str(weights))):
-        raise UserError(
-            f"the configuration names '{weights}' as the model's weights, which is not a safetensors file of "
-            "its folder",
-            where=str(folder / "config.json"),
-            hint=_SOURCE,
-        )
+        what = f"the configuration names '{weights}' as the weights, which is not a safetensors file of its folder"
+        raise UserError(what, where=str(folder / "config.json"), hint=_SOURCE)
     settings = _setting(folder / "tokenizer_config.json")
     for key, value in settings.items():
         if key in _OPENED or (key.endswith("_file") and key != _NOT_OPENED):
@@ -71,14 +67,12 @@ def shards_of(index: Path) -> list[str]:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({str(file) for file in weights.values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"the index of the weights cannot be read: {error}", where=str(index), hint="fetch or copy the model again"
-        ) from error
+        hint = "fetch or copy the model again"
+        raise UserError(f"the index of the weights cannot be read: {error}", where=str(index), hint=hint) from error
     for file in files:
         if Path(file).name != file or file in ("", ".", ".."):
-            raise UserError(
-                f"the index names the file '{file}', which is not in the model's folder", where=str(index), hint=_SOURCE
-            )
+            what = f"the index names the file '{file}', which is not in the model's folder"
+            raise UserError(what, where=str(index), hint=_SOURCE)
     return files
 
 
@@ -163,9 +157,8 @@ def resolve(reference: str) -> Source:
         return _file(path)
     if (hub := resolve_hub_id(reference)) is not None:
         return hub
-    raise UserError(
-        f"there is no model at '{reference}'", where="model", hint=_what_is_near(path) or _KINDS_OF_REFERENCE
-    )
+    hint = _what_is_near(path) or _KINDS_OF_REFERENCE
+    raise UserError(f"there is no model at '{reference}'", where="model", hint=hint)
 
 
 def resolve_hub_id(reference: str) -> Source | None:
@@ -284,9 +277,6 @@ def _inside_package(reference: str) -> Source:
     raise UserError(f"package '{package}' holds {len(candidates)} models: {inside}", where=reference, hint=hint)
 
 
-# ---- folders
-
-
 # What is fetched from a hub: no pickles, no other frameworks' weights, no second copy in a subfolder.
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -360,25 +350,29 @@ def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> P
             return held
     try:
         fetched = _snapshot(model_id, revision, patterns)
-    except hub_errors.GatedRepoError as error:
-        hint = "accept its license on the hub, and log in or set HF_TOKEN"
-        raise UserError("access to the model is restricted", where=model_id, hint=hint) from error
-    except hub_errors.RevisionNotFoundError as error:
-        hint = "give a branch, tag or commit that the model has, or none for the newest"
-        raise UserError(f"the model has no revision '{revision}'", where=model_id, hint=hint) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in or set HF_TOKEN"
-        raise UserError("the hub has no such model", where=model_id, hint=hint) from error
-    except hub_errors.HFValidationError as error:
-        raise UserError("this is no hub id", where=model_id, hint="a hub id is written owner/name") from error
     except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise UserError(
-            f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
-            f"({type(error).__name__})",
-            where=model_id,
-            hint="check the connection and HF_HUB_OFFLINE, or give a local folder, a .gguf file or "
-            "pypi:package==version",
-        ) from error
+        refusals = {
+            hub_errors.GatedRepoError: (
+                "access to the model is restricted",
+                "accept its license on the hub, and log in or set HF_TOKEN",
+            ),
+            hub_errors.RevisionNotFoundError: (
+                f"the model has no revision '{revision}'",
+                "give a branch, tag or commit that the model has, or none for the newest",
+            ),
+            hub_errors.RepositoryNotFoundError: (
+                "the hub has no such model",
+                "check the spelling; for a private model log in or set HF_TOKEN",
+            ),
+            hub_errors.HFValidationError: ("this is no hub id", "a hub id is written owner/name"),
+            Exception: (
+                f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
+                f"({type(error).__name__})",
+                "check the connection and HF_HUB_OFFLINE, or give a local folder, .gguf file or pypi:package==version",
+            ),
+        }
+        what, hint = next(told for kind, told in refusals.items() if isinstance(error, kind))
+        raise UserError(what, where=model_id, hint=hint) from error
     return resolve(str(fetched)).path
 
 
@@ -408,9 +402,3 @@ def asks_for_code(folder: Path) -> UserError:
     """The refusal of a model that needs its own code to run."""
     hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to settings of your own"
     return UserError("the model brings Python code of its own, which is not run unasked", where=str(folder), hint=hint)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own first line, for a refusal of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -38,10 +38,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from deltaw.cache import Cache, file_digest, key, of_files
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
-from deltaw.hub.folders import first_line
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import forget_origin, settle
@@ -254,9 +253,8 @@ def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
                 raise UserError("the .gguf file is shorter than its own header says", where=str(file), hint=hint)
             known = put_blocks(model, entries, lambda entry: _read(source, entry, orders.get(entry.order or "")))
     except OSError as error:
-        raise UserError(
-            f"the file cannot be read: {error.strerror or error}", where=str(file), hint="fetch it again"
-        ) from error
+        hint = "fetch it again"
+        raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file), hint=hint) from error
     named = dict(model.named_parameters(remove_duplicate=False))
     told_by = [path for path in (file, folder / INDEX, folder / ORDERS) if path.is_file()]
     _note_values(model, told_by, {e.name: full for e in entries for full in _names_in(model, e.name, named)})
@@ -365,9 +363,6 @@ def _read_into(source: BinaryIO, data: Tensor) -> None:
         if not count:
             raise OSError("it ends early")
         done += count
-
-
-# ---- gguf
 
 
 # All converted models together; a larger one is kept until the next is converted.

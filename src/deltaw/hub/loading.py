@@ -26,11 +26,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.initialization import no_init_weights
 
 from deltaw import tasks
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.host.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.kernel_choice import KernelChoice, settle_kernels
 from deltaw.hub.checkpoint import reading_values
-from deltaw.hub.folders import Source, asks_for_code, config_folder, first_line, local_folder, resolve, say_on_stderr
+from deltaw.hub.folders import Source, asks_for_code, config_folder, local_folder, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
@@ -99,16 +99,11 @@ def _why(used: str, asked: str, config: PretrainedConfig) -> Choice[str]:
 def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
     """The refusal of a model that is not made for ``task``; it names what it is made for."""
     does = tasks.entry_of(task).does
-    fits = [
-        other.name
-        for other in tasks.entries()
-        if other.name != task and type(config) in (configurations_of(other.auto_model) or ())
-    ]
+    known = {other.name: configurations_of(other.auto_model) for other in tasks.entries() if other.name != task}
+    # Not "of or ()": whether transformers' mapping is empty is only known once all models are imported.
+    fits = [name for name, of in known.items() if of is not None and type(config) in of]
     hint = f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model"
     return UserError(f"a {config.model_type} model does not {does}", where=str(folder), hint=hint)
-
-
-# ---- loading
 
 
 @dataclass
@@ -194,8 +189,7 @@ def load(
     source = resolve(reference)
     folder = local_folder(source, typed.value, say, trust_remote_code)
     _require_whole_files(folder)
-    with quiet():
-        config = read_config(folder, task, num_labels, trust_remote_code)
+    config = check_architecture(folder, task, trust_remote_code, num_labels)
     kernels = None
     if placed.value == "cpu":
         kernels = settle_kernels(config, counted.value)
@@ -324,14 +318,16 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
     return sorted({name.rpartition(".")[0] for name in missing})
 
 
-def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, whose weights are not read.
+def check_architecture(
+    folder: Path, task: str, trust_remote_code: bool, num_labels: int | None = None
+) -> PretrainedConfig:
+    """The configuration of the model in ``folder``, made for ``task``; weights are not read.
 
     Raises:
         UserError: it cannot do ``task``.
     """
     with quiet():
-        config = read_config(folder, task, None, trust_remote_code)
+        config = read_config(folder, task, num_labels, trust_remote_code)
     known = configurations_of(tasks.entry_of(task).auto_model)
     if not trust_remote_code and known is not None and type(config) not in known:
         raise does_not_fit(config, task, folder)
@@ -371,8 +367,8 @@ def skeleton(
         UserError: the reference leads nowhere, or the architecture does not fit the task.
     """
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
+    config = check_architecture(folder, task, trust_remote_code, num_labels)
     with quiet():
-        config = read_config(folder, task, num_labels, trust_remote_code)
         model, _ = unfilled(folder, config, task, dtype, attention, trust_remote_code)
     if dtype == "gguf":
         from deltaw.hub import gguf

@@ -213,9 +213,8 @@ def _select(names: list[str], path: str, wanted: PackageReference) -> list[str]:
     same = [name for name in names if name.rsplit("/", 1)[-1] == last]
     hint = "did you mean " + " or ".join(f"'{name}'" for name in same[:3]) + "?" if same else ""
     shown = [name for name in names if ".dist-info/" not in name and not name.endswith((".py", ".pyc"))]
-    raise UserError(
-        f"the package has no member '{path}'", where=f"{SCHEME}{wanted.pin}", hint=hint or did_you_mean(path, shown)
-    )
+    hint = hint or did_you_mean(path, shown)
+    raise UserError(f"the package has no member '{path}'", where=f"{SCHEME}{wanted.pin}", hint=hint)
 
 
 class _Wheel:
@@ -269,9 +268,8 @@ def _open_store(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
         try:
             yield archive
         except _DAMAGED as error:
-            raise UserError(
-                f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", hint="run it again"
-            ) from error
+            hint = "run it again"
+            raise UserError(f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", hint=hint) from error
         finally:
             archive.close()
 

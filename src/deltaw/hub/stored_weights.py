@@ -52,12 +52,11 @@ class StoredWeights:
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         names = names_on_disk(model, self._file_of)
         if names.converted:
-            raise UserError(
-                f"'{next(iter(names.converted))}' is put together of several tensors while the model is "
-                "loaded, which is not done by rows",
-                where=str(folder),
-                hint="set train.sharding: none, or save the model with transformers as it is in memory",
+            what = (
+                f"'{next(iter(names.converted))}' is made of several tensors while it is loaded, which rows cannot be"
             )
+            hint = "set train.sharding: none, or save the model with transformers as it is in memory"
+            raise UserError(what, where=str(folder), hint=hint)
         self._stored = dict(names.stored)
         self._dtypes: dict[str, torch.dtype] = {}
         self.missing: list[str] = []

@@ -63,11 +63,8 @@ def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     """
     make = look_up(model, "_init_weights")
     if make is None:
-        raise UserError(
-            f"a new head needs PreTrainedModel._init_weights, which transformers {transformers.__version__} "
-            "does not have",
-            hint="install another version of transformers, or of deltaw",
-        )
+        what = f"transformers {transformers.__version__} has no PreTrainedModel._init_weights, which a new head needs"
+        raise UserError(what, hint="install another version of transformers, or of deltaw")
     make(module)
 
 
