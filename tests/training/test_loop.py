@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.loop import rows_of_step
 from deltaw.training.optimizer import count_steps
+from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.training.loops import Training, examples
 

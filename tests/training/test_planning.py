@@ -29,9 +29,9 @@ from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import KINDS, PHASES, Plan
 from deltaw.settings import RunConfig
 from deltaw.training.fit import fit, load_for, read_data
-from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
+from deltaw.training.state import rows_of_step
 from deltaw.working import listening
 from tests.byte_models import byte_tokenizer, saved, tiny_llama
 from tests.conftest import RATES, laid_over, write_rows

@@ -44,11 +44,6 @@ MOST_IN_ROW = 10
 _CALLED = ("on_begin", "on_step", "on_skip", "should_stop", "ended", "diagnose")
 
 
-def rows_of_step(examples: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
-    """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
-    return [examples[i] for i in RowOrder(len(examples), batch_size, seed).indices(step)]
-
-
 def train(
     objective: AnyObjective,
     parameters: Sequence[nn.Parameter],
@@ -165,14 +160,14 @@ class _Loop:
         norm = clipped_norm(state.trained, options.max_grad_norm)
         rate = state.learning_rate
         if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
-            loss, gradient_norm = float(sums.loss / units), float(norm)
+            loss, gradient_norm = _read(sums.loss / units, norm)
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 return self.leave_out(places, loss, gradient_norm)
         check.before_update()
         state.update(unless=~(torch.isfinite(sums.loss) & torch.isfinite(norm)))
         check.after_update()
         options.after_step()
-        loss, gradient_norm = float(sums.loss / units), float(norm)  # here the host waits for the device
+        loss, gradient_norm, general_loss = _read(sums.loss / units, norm, general)
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return self.leave_out(places, loss, gradient_norm)
         step = Step(
@@ -186,7 +181,7 @@ class _Loop:
             computed_tokens=sums.tokens,
             label_tokens=units,
             seconds=time.perf_counter() - begun,
-            general_loss=None if options.add_gradients is None else float(general),
+            general_loss=None if options.add_gradients is None else general_loss,
             metrics={} if watched is None else watched.means(),
         )
         state.end_step(step)
@@ -248,3 +243,8 @@ def _gradients(
         if stopped():
             return None
     return sums
+
+
+def _read(*numbers: Tensor | float) -> list[float]:
+    """A step's numbers: the one place where the host waits for the device."""
+    return [float(number) for number in numbers]

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from deltaw.kernels.arithmetic import UNSAID
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
 
+Item = TypeVar("Item")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -265,6 +266,11 @@ class RowOrder:
         """The rows of step ``step`` (from 0), by their place in the data."""
         epoch, position = self.place(step)
         return epoch_order(self.rows, epoch, self.seed)[position : position + self.batch_size]
+
+
+def rows_of_step(examples: Sequence[Item], step: int, batch_size: int, seed: int) -> list[Item]:
+    """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
+    return [examples[i] for i in RowOrder(len(examples), batch_size, seed).indices(step)]
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,13 @@ from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.features.prompts import StoredPrompts
-from deltaw.training.loop import rows_of_step
 from deltaw.training.monitoring.rates import as_it_was
 from deltaw.training.parallel.group import deal
 from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 from deltaw.working import listening, working
