@@ -27,9 +27,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from deltaw.data.example import Example
+from deltaw.data.example import Example, LabeledExample
 from deltaw.data.images import LabelBatch, LabelMicroBatcher
-from deltaw.data.labels import LabeledExample
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA

@@ -33,7 +33,7 @@ def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(
         (["merge", run, "--output", str(out), "--as-adapter"], "is an adapter already"),
         (["merge", run, "--output", str(out), "--shard-size", "many"], "is not a valid size"),
         (["merge", run, "--output", str(out), "--with", "other=x"], "is not a valid weight"),
-        (["merge", run, "--output", str(out), "--with", str(tmp_path / "none")], "the folder has no"),
+        (["merge", run, "--output", str(out), "--with", str(tmp_path / "none")], "no adapter_config.json"),
         (["merge", run, "--output", run], "holds files already"),
     ):
         ended = call(*arguments)

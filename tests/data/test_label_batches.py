@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaw.data.example import LabeledExample
 from deltaw.data.images import GRID, LabelMicroBatcher
-from deltaw.data.labels import LabeledExample
 from deltaw.data.packing import cut_by_length
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelMicroBatcher
-from deltaw.data.labels import LabeledExample
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_of_folder
 from deltaw.runtime.packed import padded_rows

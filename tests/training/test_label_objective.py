@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+from deltaw.data.example import LabeledExample
 from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
-from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
 from deltaw.memory.simulation import fake_tensors, simulate

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from deltaw.data import DataSettings
+from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelMicroBatcher
-from deltaw.data.labels import LabeledExample
 from deltaw.data.reward_pairs import RewardPair, RewardReader
 from deltaw.errors import UserError
 from deltaw.runtime.packed import padded_rows

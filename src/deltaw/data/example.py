@@ -5,6 +5,7 @@ Knows no tokenizer, no file and no batch.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -109,3 +110,36 @@ Item: TypeAlias = Example | RowGroup
 def rows_of(item: Item) -> tuple[Example, ...]:
     """The rows of a group, or the row itself."""
     return item.rows if isinstance(item, RowGroup) else (item,)
+
+
+@dataclass(frozen=True, eq=False)
+class LabeledExample:
+    """The tokens of one row, special tokens included, and its label.
+
+    Attributes:
+        row: number of the row in its file, from 1.
+        tokens: int32 (length,).
+        label: index of the class, or the number of a regression.
+        segments: int8 (length,), which of the two texts each token belongs to; None for one text, or if the
+            tokenizer does not say.
+    """
+
+    row: int
+    tokens: np.ndarray
+    label: int | float
+    segments: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def label_count(self) -> int:
+        return 1
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for rows with the same tokens and segments."""
+        digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=16)
+        if self.segments is not None:
+            digest.update(self.segments.tobytes())
+        return digest.digest()

@@ -17,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
-from deltaw.data.example import RowGroup, rows_of
-from deltaw.data.labels import AnyExample, LabeledExample
+from deltaw.data.example import LabeledExample, RowGroup, rows_of
 from deltaw.data.packing import cut_by_length, microbatch_cost, side_by_side
-from deltaw.data.pixels import ImageExample
+from deltaw.data.pixels import AnyExample, ImageExample
 from deltaw.errors import UserError
 from deltaw.hub.folders import asks_for_code
 from deltaw.kernels.transfer import to_device

@@ -5,9 +5,8 @@ Knows neither models nor batches.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +14,11 @@ import numpy as np
 from deltaw.data.check import Finding
 from deltaw.data.chunk import LongRows
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
+from deltaw.data.example import LabeledExample
 from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown
 from deltaw.data.pieces import Piece, pieces
-from deltaw.data.pixels import ImageExample, image_rows, read_images
+from deltaw.data.pixels import AnyExample, ImageExample, image_rows, read_images
 from deltaw.data.report import BadRowError, Report
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_reader import RowReader, RunData, ShownExample
@@ -36,40 +36,6 @@ _CHUNK = 4096  # rows tokenized at once
 _RARE = 0.1
 
 
-@dataclass(frozen=True, eq=False)
-class LabeledExample:
-    """The tokens of one row, special tokens included, and its label.
-
-    Attributes:
-        row: number of the row in its file, from 1.
-        tokens: int32 (length,).
-        label: index of the class, or the number of a regression.
-        segments: int8 (length,), which of the two texts each token belongs to; None for one text, or if the
-            tokenizer does not say.
-    """
-
-    row: int
-    tokens: np.ndarray
-    label: int | float
-    segments: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def label_count(self) -> int:
-        return 1
-
-    @property
-    def digest(self) -> bytes:
-        """Equal for rows with the same tokens and segments."""
-        digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=16)
-        if self.segments is not None:
-            digest.update(self.segments.tobytes())
-        return digest.digest()
-
-
-AnyExample = LabeledExample | ImageExample
 # A row's token ids and, for pairs of texts, which text each token belongs to.
 _Tokens = tuple[np.ndarray, np.ndarray | None]
 

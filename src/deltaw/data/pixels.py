@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from deltaw.data.classes import LabelColumns
+from deltaw.data.example import LabeledExample
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError, Refuse, refuse
 from deltaw.data.row_files import OnBad
 from deltaw.data.sources import KINDS, Rows, read_rows, walk
@@ -68,6 +69,10 @@ class ImageExample:
             UserError: it has become unreadable since it was read.
         """
         return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
+
+
+# A labeled row, of text or with an image.
+AnyExample = LabeledExample | ImageExample
 
 
 def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> tuple[Rows, int]:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import Example, LabeledExample, RowGroup
 from deltaw.data.formats import PAIR_COLUMNS, Pair, Record
-from deltaw.data.labels import LabeledExample
 from deltaw.data.messages import WRONG_TYPE, Conversation
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.preferences import PairReader
@@ -32,7 +31,7 @@ class RewardPair(RowGroup):
     """Two answers as a classifier reads them, the chosen one first.
 
     Attributes:
-        rows: :class:`deltaw.data.labels.LabeledExample`, whose label is the pair's margin; answers of a
+        rows: :class:`deltaw.data.example.LabeledExample`, whose label is the pair's margin; answers of a
             language model while they are read.
         margin: by how much the chosen answer should be better.
     """

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
+from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
-from deltaw.data.labels import LabeledExample
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import config_folder

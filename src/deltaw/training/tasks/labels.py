@@ -17,8 +17,8 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
 from deltaw.data.example import RowGroup
 from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
-from deltaw.data.labels import AnyExample, LabelReader
-from deltaw.data.pixels import ImageExample
+from deltaw.data.labels import LabelReader
+from deltaw.data.pixels import AnyExample, ImageExample
 from deltaw.data.reward_pairs import RewardPair, RewardReader, are_pairs
 from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
