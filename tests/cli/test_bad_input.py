@@ -264,4 +264,4 @@ def test_a_loss_that_is_not_finite_is_no_result(call, model_folder, rows_file, t
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
     saved(model, tmp_path / "nan")
-    assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "nan", "hint")
+    assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "not finite", "hint")
