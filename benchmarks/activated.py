@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from deltaw.host.processor import processor_flags, processor_name
 from deltaw.hub.packages import member
+from deltaw.machine.processor import processor_flags, processor_name
+from deltaw.runs.fit import fit, load_for
 from deltaw.settings import RunConfig
-from deltaw.training.fit import fit, load_for
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step
 

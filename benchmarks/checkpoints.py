@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--threads", default="auto")
     given = parser.parse_args()
 
+    from deltaw.runs.checkpoints import Checkpoints
+    from deltaw.runs.fit import fit
     from deltaw.training.callbacks import Callback
-    from deltaw.training.checkpoints import Checkpoints
-    from deltaw.training.fit import fit
 
     waited: dict[int, float] = {}
     step_done = Checkpoints.step_done

@@ -22,10 +22,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from deltaw.data.packing import Batch
-from deltaw.host.choices import choose_threads
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
+from deltaw.machine.choices import choose_threads
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.training.tasks.causal_objective import CausalObjective
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     arguments = parser.parse_args()
 
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:

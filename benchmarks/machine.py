@@ -11,7 +11,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from deltaw.host.processor import physical_cores, processor_flags, processor_name, usable_processors
+from deltaw.machine.processor import physical_cores, processor_flags, processor_name, usable_processors
 
 # Flags that decide how fast matrices are multiplied, x86 first, then ARM.
 FLAGS = (

@@ -241,8 +241,8 @@ def child(what: str, settings: dict) -> dict:
 def tensors(settings: dict) -> dict:
     """The peak of all tensors: planned, and by the allocator's events."""
     from deltaw.memory.measure import peak_tensor_bytes
+    from deltaw.runs.fit import load_for
     from deltaw.settings import RunConfig
-    from deltaw.training.fit import load_for
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.host.processor import processor_flags
+from deltaw.machine.processor import processor_flags
 
 # By kind of number: the instruction's flag, the loop, and operations in a loop of twelve; the best first.
 LOOPS = {

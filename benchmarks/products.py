@@ -50,7 +50,7 @@ def main() -> None:
         print("RESULT " + json.dumps(child(json.loads(arguments.child))), flush=True)
         return
 
-    from deltaw.host.choices import choose_threads
+    from deltaw.machine.choices import choose_threads
 
     threads = arguments.threads or choose_threads().value
     known = peaks(threads)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
 
-    from deltaw.host.choices import choose_threads
+    from deltaw.machine.choices import choose_threads
 
     threads = arguments.threads or choose_threads().value
     reference, folder = made("smollm2", Path(tempfile.gettempdir()))

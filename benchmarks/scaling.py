@@ -81,7 +81,7 @@ def run(job: dict) -> dict:
 def child(job: dict) -> dict:
     """Train on rows of one length; returns speed and memory."""
     from deltaw.hub.tokenizers import load_tokenizer
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     length, scratch = job["length"], Path(job["scratch"])
     word = load_tokenizer(job["model"]).encode(" the", add_special_tokens=False)

@@ -23,10 +23,10 @@ from pathlib import Path
 from machine import print_machine
 
 from deltaw.data import DataSettings, prepare
-from deltaw.host.choices import choose_threads
 from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
+from deltaw.machine.choices import choose_threads
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher

@@ -23,9 +23,9 @@ def deltaw_side(job: dict) -> dict:
     import torch
 
     from deltaw.data.example import Example
-    from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
+    from deltaw.machine.memory import keep_freed_memory
     from deltaw.runtime.packed import packed_rows
     from deltaw.runtime.quantized_weights import quantize_int8
     from deltaw.training.loop import train
@@ -115,7 +115,7 @@ def main() -> None:
     job["rows"] = json.loads(Path(job["rows"]).read_text())
     measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
 
-    from deltaw.host.memory import peak_resident_bytes
+    from deltaw.machine.memory import peak_resident_bytes
 
     measured["rows_per_second"] = len(job["rows"]) / measured["seconds"]
     measured["peak_bytes"] = peak_resident_bytes()

@@ -134,8 +134,8 @@ def work(settings: str) -> None:
     plan's peak (of process 0), all in MB, and how many parameters were trained."""
     from deltaw.cli import main as command
     from deltaw.memory.plan import Plan
-    from deltaw.training import fit, process  # noqa: F401
-    from deltaw.training.parallel import follower
+    from deltaw.runs import fit, follower
+    from deltaw.training import process  #  noqa: F401
 
     path = Path(json.loads(settings)["output"]).parent / f"run-{os.environ['RANK']}.json"
     path.write_text(settings)

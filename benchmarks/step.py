@@ -80,7 +80,7 @@ def main() -> None:
     if arguments.in_turns and arguments.steps < 2 * STEPS_OF_A_TURN:
         parser.error(f"--in-turns needs --steps of {2 * STEPS_OF_A_TURN} or more: the first turn does not count")
 
-    from deltaw.host.choices import choose_threads
+    from deltaw.machine.choices import choose_threads
 
     reference, folder = made(arguments.model, arguments.models)
     threads = arguments.threads or choose_threads().value

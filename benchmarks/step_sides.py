@@ -169,8 +169,8 @@ def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ..
     import numpy as np
 
     from deltaw.data.example import Example
-    from deltaw.host.memory import keep_freed_memory
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.machine.memory import keep_freed_memory
     from deltaw.runtime.packed import packed_rows
     from deltaw.runtime.quantized_weights import use_large_pages
     from deltaw.training.approximations import Approximations, GradientCheck, applicable
@@ -304,7 +304,7 @@ def speeds(seconds: list[float], tokens: int) -> dict[str, Any]:
 
 
 def memory_above(resident: int) -> dict[str, Any]:
-    from deltaw.host.memory import peak_resident_bytes
+    from deltaw.machine.memory import peak_resident_bytes
 
     peak = peak_resident_bytes()
     return {"peak_bytes": peak, "above_bytes": peak - resident}
@@ -312,7 +312,7 @@ def memory_above(resident: int) -> dict[str, Any]:
 
 def loaded_bytes(model: Any) -> int:
     """Resident memory with all weights read, mapped ones included; resets the peak."""
-    from deltaw.host.memory import release_free_memory, resident_bytes
+    from deltaw.machine.memory import release_free_memory, resident_bytes
 
     for parameter in model.parameters():
         parameter.detach().flatten()[::512].clone()

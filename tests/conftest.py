@@ -90,7 +90,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
         monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
-        monkeypatch.setattr("deltaw.training.fit.plan_run", shared_plan)
+        monkeypatch.setattr("deltaw.runs.fit.plan_run", shared_plan)
         monkeypatch.setattr(os, "fsync", lambda handle: None)
         # A run collects garbage, and would walk through all the objects of torch and of pytest each time.
         gc.collect()
@@ -101,7 +101,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _own_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("planned"):
-        monkeypatch.setattr("deltaw.training.fit.plan_run", plan_run)
+        monkeypatch.setattr("deltaw.runs.fit.plan_run", plan_run)
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,6 @@ def settings(model_folder: Path, rows_file: Path) -> Settings:
 @pytest.fixture(scope="session")
 def finished_run(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. Tests that change it copy it first."""
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     return fit(settings(tmp_path_factory.mktemp("runs") / "done", train={"epochs": 4})).output

@@ -27,8 +27,8 @@ from pathlib import Path
 PRELOADED = (
     "deltaw.cli.generate",
     "deltaw.cli.train",
-    "deltaw.training.fit",
-    "deltaw.training.parallel.follower",
+    "deltaw.runs.fit",
+    "deltaw.runs.follower",
     "tests.byte_models",
     "torch.distributed",
     "transformers.models.llama.modeling_llama",

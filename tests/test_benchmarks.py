@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.host.processor import processor_name
 from deltaw.hub.loading import load
+from deltaw.machine.processor import processor_name
 
 pytest.importorskip("psutil")
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -19,10 +19,10 @@ from deltaw.cli import group
 from deltaw.data.example import Example, RowGroup
 from deltaw.methods import registry
 from deltaw.methods.files import choose_method
+from deltaw.runs.fit import Result, fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
-from deltaw.training.fit import Result, fit
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import saved
 from tests.conftest import write_rows

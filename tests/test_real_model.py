@@ -14,8 +14,8 @@ import torch
 from deltaw.data import DataSettings, prepare
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
+from deltaw.runs.fit import fit
 from deltaw.runtime.packed import can_pack, packed_rows
-from deltaw.training.fit import fit
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 

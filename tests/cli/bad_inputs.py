@@ -23,9 +23,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import yaml
 
+from deltaw.runs import checkpoints
 from deltaw.schema import run_schema
 from deltaw.settings import settings
-from deltaw.training import checkpoints
 
 ROWS = [{"prompt": f"paint it {color}", "completion": color[0]} for color in ("red", "blue", "gray")]
 VERBS = ("eval", "generate", "chat", "inspect")

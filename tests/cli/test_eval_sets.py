@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 
 
 @pytest.fixture(scope="module")

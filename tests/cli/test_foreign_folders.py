@@ -326,7 +326,7 @@ def test_links_in_a_run(what, tmp_path, finished_run, model_folder, outside, ref
 
 
 def test_links_in_what_a_run_goes_on_with(tmp_path, settings, outside, refused):
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     run = fit(settings(tmp_path / "run", train={"max_steps": 1})).output
     victim = tmp_path / "outside" / "victim"
@@ -393,7 +393,7 @@ def test_the_caller_allows_what_a_folder_names_and_is_not_asked_again(
 
 
 def test_a_run_of_ones_own_needs_no_word(tmp_path, settings, call):
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     run = fit(settings(tmp_path / "run", train={"max_steps": 1})).output
     how = ["--precision", "fp32", "--device", "cpu"]
@@ -404,7 +404,7 @@ def test_a_run_of_ones_own_needs_no_word(tmp_path, settings, call):
 
 
 def test_code_is_the_callers_to_allow_each_time(tmp_path, settings, model_folder, call, refused, outside):
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     model = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

@@ -165,7 +165,7 @@ def test_prompt_that_leaves_no_room_is_named(call: Call, finished_run: Path) -> 
 @pytest.fixture
 def weights_run(settings: Callable[..., dict], tmp_path: Path) -> Path:
     """A run whose method trained the base model's own weights."""
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     changes = {"method": "last", "last": {"blocks": 1}, "lora": None}
     made = {k: v for k, v in settings(tmp_path / "run", **changes).items() if v is not None}
@@ -226,7 +226,7 @@ def test_evaluation_counts_what_the_engine_writes(
 def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
     settings: Callable[..., dict], call: Call, tmp_path: Path
 ) -> None:
-    from deltaw.training.fit import fit
+    from deltaw.runs.fit import fit
 
     made = settings(tmp_path / "run", method="prompt", prompt={"length": 3}, lora=None)
     run = fit({key: value for key, value in made.items() if value is not None}).output

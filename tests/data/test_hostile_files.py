@@ -39,7 +39,7 @@ from pathlib import Path
 import pyarrow
 from deltaw.data.sources import open_source, read_rows
 from deltaw.errors import UserError
-from deltaw.host.memory import peak_resident_bytes, resident_bytes
+from deltaw.machine.memory import peak_resident_bytes, resident_bytes
 from tests.data.hostile_files import HOSTILE
 
 def in_child(work):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from deltaw.experiments.jobs import Child
-from deltaw.host import kernel_choice, product_rates
-from deltaw.host import product_rates as measurements
+from deltaw.machine import kernel_choice, product_rates
+from deltaw.machine import product_rates as measurements
 from deltaw.settings import RunConfig
 
 

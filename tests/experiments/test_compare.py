@@ -14,7 +14,7 @@ from rich.console import Console
 from deltaw.errors import UserError
 from deltaw.experiments.compare import compare
 from deltaw.experiments.jobs import Child, WorkerEnded
-from deltaw.host.memory import peak_resident_bytes
+from deltaw.machine.memory import peak_resident_bytes
 from deltaw.reports.comparison import comparison_tables, draw_comparison
 from deltaw.settings import RunConfig
 from deltaw.training.session import read_data

@@ -119,7 +119,7 @@ _MEASURED = """
 import sys
 from deltaw.export.base import MergeOptions
 from deltaw.export.merge import merge_run
-from deltaw.host.memory import peak_resident_bytes, resident_bytes
+from deltaw.machine.memory import peak_resident_bytes, resident_bytes
 tiny, adapter, out, size = sys.argv[1:]
 merge_run(tiny, out + "-tiny")  # what is imported late is imported now
 before = resident_bytes()

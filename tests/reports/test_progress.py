@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deltaw.host.choices import Choice
+from deltaw.machine.choices import Choice
 from deltaw.reports.progress import LiveLine, TerminalCallback, run_header, show_end
+from deltaw.runs.fit import Result
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import RunStart
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import Result
 from deltaw.training.state import Outcome, Step
 from tests.reports.test_plan import plan
 

@@ -9,8 +9,8 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.reports import run as reports_run
+from deltaw.runs.folder import read_run
 from deltaw.training.callbacks import Callback, Lines
-from deltaw.training.run_folder import read_run
 from tests.reports.html_pages import Page
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from tests.byte_models import byte_tokenizer
 from tests.conftest import laid_over, write_rows
 

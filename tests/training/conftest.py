@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from tests.conftest import Settings, laid_over, write_rows
 from tests.training.runs import TRAIN, stopped_run
 

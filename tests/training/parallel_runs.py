@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from tests import processes
 from tests.training.runs import adapter, metrics
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from deltaw.reports.progress import TerminalCallback
+from deltaw.runs import checkpoints
+from deltaw.runs.fit import Result, fit, load_for
 from deltaw.settings import RunConfig
-from deltaw.training import checkpoints
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import Result, fit, load_for
 from deltaw.training.origin import InferenceSession, open_run
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.invocation import activated
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
+from deltaw.machine.choices import Choice
+from deltaw.runs.fit import fit
 from deltaw.runtime import partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
 from deltaw.training.features import prefix_cache, store
 from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
-from deltaw.training.fit import fit
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.origin import score_run
 from deltaw.training.preparation import checkpoint_blocks

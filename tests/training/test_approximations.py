@@ -18,13 +18,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from deltaw.host.kernel_choice import KernelChoice
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.variants import LEFT_OUT_BY
 from deltaw.lora import LoRAConfig, attach
+from deltaw.machine.kernel_choice import KernelChoice
 from deltaw.methods.base import ADAPTER_WEIGHTS
+from deltaw.runs.fit import fit, load_for
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.widened import widened
 from deltaw.settings import RunConfig
@@ -38,7 +39,6 @@ from deltaw.training.approximations import (
     rows_to_look_at,
     steps_between,
 )
-from deltaw.training.fit import fit, load_for
 from deltaw.training.process import guest
 from deltaw.training.session import Session
 from deltaw.training.state import ArithmeticChangedWarning
@@ -252,7 +252,7 @@ def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
             if step.step == 2:
                 rescale(models[-1], 64)
 
-    monkeypatch.setattr("deltaw.training.fit.load_for", loading)
+    monkeypatch.setattr("deltaw.runs.fit.load_for", loading)
     told = Changing()
     done = fit(bf16_run("failing"), callback=told)
     assert [line for line in told.lines if line.startswith("not approximate from step 3 on: gradients")]

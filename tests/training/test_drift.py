@@ -15,6 +15,7 @@ from deltaw import cache
 from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach, disabled
+from deltaw.runs.fit import fit
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.drift import LARGE, Drift, answers_side_by_side, drift_of, measure_drift
@@ -27,7 +28,6 @@ from deltaw.training.evaluation.general import (
     identity_of,
 )
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
-from deltaw.training.fit import fit
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, ViTConfig, ViTModel
 
 from deltaw.errors import UserError
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from deltaw.training.origin import score_run
 from tests.byte_models import saved
 from tests.conftest import write_rows

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from deltaw.training.parallel.group import deal
 from deltaw.training.parallel.joining import told
 from tests.conftest import RATES, write_rows

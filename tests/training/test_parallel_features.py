@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
 from deltaw.training.features import store as stores
 from deltaw.training.features.prefix_cache import Sharing
 from deltaw.training.features.store import Shape, open_store
-from deltaw.training.fit import fit
 from deltaw.training.parallel.group import Group
 from tests.conftest import laid_over, write_rows
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all

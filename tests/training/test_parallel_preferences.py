@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import RowGroup
+from deltaw.runs.fit import fit
+from deltaw.runs.resuming import digest_of_rows
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
-from deltaw.training.fit import fit
 from deltaw.training.parallel.group import Group, deal
-from deltaw.training.resuming import digest_of_rows
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama

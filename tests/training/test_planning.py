@@ -22,13 +22,13 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.lora.stored import weight_scales
+from deltaw.machine.choices import Choice
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import KINDS, PHASES, Plan
+from deltaw.runs.fit import fit, load_for, read_data
 from deltaw.settings import RunConfig
-from deltaw.training.fit import fit, load_for, read_data
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
 from deltaw.training.state import rows_of_step
@@ -332,7 +332,7 @@ def test_a_run_says_its_plan_and_is_the_same_without_one(settings, tmp_path, mon
     assert told["trained_parameters"] == result.plan.trained_parameters
 
     failing = mock.Mock(side_effect=RuntimeError("a kernel without a shape"))
-    monkeypatch.setattr("deltaw.training.fit.plan_run", failing)
+    monkeypatch.setattr("deltaw.runs.fit.plan_run", failing)
     result, said = fit_aloud(settings(tmp_path / "without"))
     assert "no memory plan" in said and "a kernel without a shape" in said and "planned memory" not in said
     assert result.plan is None and result.as_dict()["planned_memory_bytes"] is None
@@ -340,7 +340,7 @@ def test_a_run_says_its_plan_and_is_the_same_without_one(settings, tmp_path, mon
 
 
 def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.training.fit.memory_limit_bytes", lambda: Choice(1000, "a small machine"))
+    monkeypatch.setattr("deltaw.runs.fit.memory_limit_bytes", lambda: Choice(1000, "a small machine"))
     with pytest.raises(UserError, match="the machine gives 1,000") as refused:
         fit(settings(tmp_path / "run"))
     assert "force" in refused.value.hint and "--budget" in refused.value.hint
@@ -351,7 +351,7 @@ def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(set
 
 @pytest.mark.planned
 def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.training.fit.load", mock.Mock(side_effect=AssertionError("the model was loaded")))
+    monkeypatch.setattr("deltaw.runs.fit.load", mock.Mock(side_effect=AssertionError("the model was loaded")))
     with pytest.raises(UserError, match="nosuch"):
         fit(settings(tmp_path / "run", lora={"target_modules": ["nosuch"]}))
     assert not list(tmp_path.iterdir())

@@ -17,9 +17,9 @@ from torch.nn.functional import logsigmoid
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
-from deltaw.training.fit import fit
 from deltaw.training.losses import PreferenceLoss, log1mexp
 from deltaw.training.origin import score_run
 from deltaw.training.session import Session

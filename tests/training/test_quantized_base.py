@@ -21,8 +21,8 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.layers import LoRAForeignLinear
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.lora.stored import block_weight, count_numbers
+from deltaw.runs.fit import fit
 from deltaw.runtime.quantized_weights import quantize_nf4
-from deltaw.training.fit import fit
 from deltaw.training.origin import open_run
 from deltaw.training.planning.plan_run import plan
 from tests.byte_models import saved, tiny_llama

@@ -14,8 +14,8 @@ import pytest
 
 from deltaw.cache import recall, remember
 from deltaw.errors import UserError
-from deltaw.host import product_rates as measurements
-from deltaw.host.product_rates import Measured
+from deltaw.machine import product_rates as measurements
+from deltaw.machine.product_rates import Measured
 from deltaw.settings import RunConfig
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.asked import refuse_memory

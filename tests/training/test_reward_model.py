@@ -16,8 +16,8 @@ from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.reward_pairs import RewardPair, RewardReader
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
 from deltaw.runtime.packed import padded_rows
-from deltaw.training.fit import fit
 from deltaw.training.origin import score_run
 from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.byte_models import byte_tokenizer

@@ -14,7 +14,7 @@ import json, sys
 import torch
 from torch import nn
 import deltaw
-from deltaw.host.memory import peak_resident_bytes, resident_bytes
+from deltaw.machine.memory import peak_resident_bytes, resident_bytes
 from deltaw.reports.page.learned import what_was_learned
 from deltaw.training.guarantee import TrainedCheck
 

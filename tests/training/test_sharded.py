@@ -18,8 +18,8 @@ from deltaw.errors import UserError
 from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
 from deltaw.kernels import loader
 from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
-from deltaw.training.fit import fit
 from deltaw.training.parallel.joining import as_sharded
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data

@@ -10,9 +10,9 @@ import pytest
 from deltaw.data import encode_prompt
 from deltaw.data.report import SKIPPED_ROWS
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
 from deltaw.runtime.generation import generate
 from deltaw.training.data_view import shown_rows
-from deltaw.training.fit import fit
 from deltaw.training.origin import open_run, settings_in
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows

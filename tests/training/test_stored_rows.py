@@ -9,8 +9,8 @@ from deltaw.data import stored_rows
 from deltaw.data.row_store import DiskRows, MemoryRows
 from deltaw.data.sequences import lengths_of
 from deltaw.experiments.worker import split_off
+from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
-from deltaw.training.fit import fit
 from deltaw.training.planning.remembered import digest_of
 from deltaw.training.session import read_data
 from deltaw.training.tasks import causal_batcher

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from deltaw.lora.layers import LoRAConv1D
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from deltaw.training.origin import score_run
 from tests.byte_models import saved, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows

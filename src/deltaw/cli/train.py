@@ -36,7 +36,7 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
         from deltaw.training.parallel.joining import joined
     with joined() as processes:
         if processes.rank:
-            from deltaw.training.parallel.follower import follow
+            from deltaw.runs.follower import follow
             from deltaw.training.parallel.group import Group
 
             assert isinstance(processes, Group)
@@ -55,7 +55,7 @@ def _train(
     """As process 0, or alone."""
     out = console(as_json)
     with working("starting"):
-        from deltaw.host.memory import keep_freed_memory
+        from deltaw.machine.memory import keep_freed_memory
         from deltaw.reports.progress import TerminalCallback, show_end
         from deltaw.reports.run import fit
         from deltaw.settings import RunConfig

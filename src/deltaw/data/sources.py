@@ -26,8 +26,8 @@ from deltaw.data.rows import Row, Rows, Table
 from deltaw.data.sequences import lengths_of, picked
 from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
 from deltaw.errors import UserError, did_you_mean, nearest
-from deltaw.host.memory import free_memory_bytes, memory_limit_bytes
 from deltaw.hub import packages
+from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
 
 if TYPE_CHECKING:
     import datasets

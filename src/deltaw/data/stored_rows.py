@@ -42,7 +42,7 @@ from deltaw.data.sources import check_group, choose, group_digest, groups_of, op
 from deltaw.data.templates import Encoder
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.host.processor import usable_processors
+from deltaw.machine.processor import usable_processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,9 +25,9 @@ from deltaw.experiments.folder import ExperimentFolder, changed, require_held_ou
 from deltaw.experiments.jobs import Child, Cluster, Found, Job, WorkerEnded, check_cluster, elsewhere, here
 from deltaw.experiments.until_flat import Pace
 from deltaw.methods import registry
+from deltaw.runs.folder import remember_settings
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.run_folder import remember_settings
 
 # The share of the budget for which a learning rate is tried.
 SHARE = 0.3

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.runs.folder import mapping, sequence
 from deltaw.settings import RunConfig
-from deltaw.training.run_folder import mapping, sequence
 
 # Which learning rates are tried for a method, and which of them is best.
 #

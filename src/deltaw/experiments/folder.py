@@ -23,9 +23,9 @@ from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods import registry
+from deltaw.runs.folder import mapping, not_writable
 from deltaw.settings import RunConfig, TrainSettings, duration_seconds
 from deltaw.training.optimizer import count_steps
-from deltaw.training.run_folder import mapping, not_writable
 
 # How long a training of a comparison may take at most: in steps, in time, or both.
 #

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
-from deltaw.host import product_rates
-from deltaw.host.product_rates import for_children, learn
+from deltaw.machine import product_rates
+from deltaw.machine.product_rates import for_children, learn
 
 SECONDS_TO_END = 10.0
 

@@ -29,24 +29,24 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget, budget_of
 from deltaw.experiments.until_flat import Curve, until_flat, validation_loss
-from deltaw.host import product_rates
-from deltaw.host.choices import choose_device, choose_precision
-from deltaw.host.memory import keep_freed_memory, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture, skeleton
 from deltaw.kernels.torch_private import LACKS
+from deltaw.machine import product_rates
+from deltaw.machine.choices import choose_device, choose_precision
+from deltaw.machine.memory import keep_freed_memory, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.files import choose_method, classes_of
+from deltaw.runs.fit import load_for, planned, save_adapter
+from deltaw.runs.folder import RunFolder, check_output
+from deltaw.runs.summary import write_card
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Lines, Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import load_for, planned, save_adapter
 from deltaw.training.process import guest
-from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data, usual_rate_of
 from deltaw.training.state import Step
-from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.labels import LabelEvaluation
 

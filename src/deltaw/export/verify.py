@@ -31,9 +31,9 @@ from deltaw.errors import UserError
 from deltaw.export.base import Merging, Say
 from deltaw.export.merge import apply_changes
 from deltaw.export.merged import usual_type
-from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.lora import merge
+from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.methods.parameters import names_of
 from deltaw.runtime.quantized_weights import round_to_nf4
 from deltaw.tensor_files import CODES

@@ -39,7 +39,6 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from deltaw.cache import Cache, file_digest, key, of_files
 from deltaw.errors import UserError, first_line
-from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
@@ -48,6 +47,7 @@ from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import Values, note_values, values_of_blocks
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
+from deltaw.machine.choices import dtype_of
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
@@ -393,7 +393,7 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
 
     Args:
         gguf_path: the file.
-        dtype: a key of :data:`deltaw.host.choices.PRECISIONS`.
+        dtype: a key of :data:`deltaw.machine.choices.PRECISIONS`.
         say: told in one line what is being done, when it is done.
 
     Raises:

@@ -27,14 +27,14 @@ from transformers.initialization import no_init_weights
 
 from deltaw import tasks
 from deltaw.errors import UserError, first_line
-from deltaw.host.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
-from deltaw.host.kernel_choice import KernelChoice, settle_kernels
 from deltaw.hub.checkpoint import reading_values
 from deltaw.hub.folders import Source, asks_for_code, config_folder, local_folder, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
 from deltaw.lora import fingerprint
+from deltaw.machine.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.machine.kernel_choice import KernelChoice, settle_kernels
 from deltaw.working import working
 
 Made = TypeVar("Made")
@@ -360,7 +360,7 @@ def skeleton(
 
     Args:
         reference: as for ``load``; a hub id is fetched whole.
-        dtype: a key of :data:`deltaw.host.choices.PRECISIONS`.
+        dtype: a key of :data:`deltaw.machine.choices.PRECISIONS`.
         task, num_labels, attention, trust_remote_code: as for ``load``.
 
     Raises:

@@ -15,10 +15,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, first_line
-from deltaw.host.choices import choose_precision
-from deltaw.host.memory import trim_memory
 from deltaw.hub.folders import asks_for_code, local_folder, require_own_files, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
+from deltaw.machine.choices import choose_precision
+from deltaw.machine.memory import trim_memory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 # What else a tokenizer's behavior depends on.

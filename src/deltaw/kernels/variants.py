@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 LIST = FOLDER / "csrc" / "variants.txt"
 # What forces a variant, what switches all of them off, and how that is said.
 VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
-# What hands measured rates to the processes that a process starts; see deltaw.host.kernel_choice.
+# What hands measured rates to the processes that a process starts; see deltaw.machine.kernel_choice.
 MEASURED = "DELTAW_MEASURED"
 # What leaves an approximation out if it is 0, for benchmarks; see APPROXIMATIONS in arithmetic.py.
 LEFT_OUT_BY = {

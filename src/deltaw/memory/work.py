@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import flop_registry
 
 from deltaw.cache import recall, remember
-from deltaw.host.memory import resident_bytes, trim_memory
-from deltaw.host.processor import processor_flags, processor_name
 from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, TorchDispatchMode
+from deltaw.machine.memory import resident_bytes, trim_memory
+from deltaw.machine.processor import processor_flags, processor_name
 
 # ---- What torch's libraries hold beside tensors: measured on this machine, not written down.
 #

@@ -18,20 +18,20 @@ from rich.text import Text
 
 from deltaw.cache import root as cache_root
 from deltaw.errors import UserError, nearest
-from deltaw.host import choices, product_rates
-from deltaw.host import product_rates as measurements
-from deltaw.host.choices import SLOW, Choice, choose_precision, choose_threads
-from deltaw.host.installed import Package, openmp_libraries, packages, version_of
-from deltaw.host.kernel_choice import KernelChoice, choose_kernels
-from deltaw.host.memory import free_memory_bytes, memory_limit_bytes, swap_bytes
-from deltaw.host.processor import physical_cores, processor_name, usable_processors
-from deltaw.host.product_rates import GENERIC, Measured, Sizes, sizes_of
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import read_config
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import STORED, TORCH
 from deltaw.kernels.processor import processor_flags
 from deltaw.kernels.variants import EMULATED_TILES, LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
+from deltaw.machine import choices, product_rates
+from deltaw.machine import product_rates as measurements
+from deltaw.machine.choices import SLOW, Choice, choose_precision, choose_threads
+from deltaw.machine.installed import Package, openmp_libraries, packages, version_of
+from deltaw.machine.kernel_choice import KernelChoice, choose_kernels
+from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes, swap_bytes
+from deltaw.machine.processor import physical_cores, processor_name, usable_processors
+from deltaw.machine.product_rates import GENERIC, Measured, Sizes, sizes_of
 from deltaw.reports.tables import add_row, table
 from deltaw.tensor_files import TensorFile
 from deltaw.training.callbacks import Say, silent

@@ -12,8 +12,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.live import Live
 from rich.text import Text
 
-from deltaw.host.choices import Choice
-from deltaw.host.memory import resident_bytes
+from deltaw.machine.choices import Choice
+from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
@@ -21,12 +21,12 @@ from deltaw.reports.plan import plan_lines
 from deltaw.reports.tables import facts, one_line
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import NEXT_LINE
+from deltaw.runs.fit import Result
+from deltaw.runs.folder import FINISHED, INTERRUPTED
+from deltaw.runs.summary import next_commands
 from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import Result
-from deltaw.training.run_folder import FINISHED, INTERRUPTED
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.training.summary import next_commands
 from deltaw.version import __version__
 
 # Columns of what is printed: longer lines are hard to read.

@@ -1,4 +1,4 @@
-"""A run that leaves its page: :func:`deltaw.training.fit.fit` with ``report.html`` written on the way.
+"""A run that leaves its page: :func:`deltaw.runs.fit.fit` with ``report.html`` written on the way.
 
 This is what the command line and ``deltaw.fit`` call; training itself knows no reports. A page that cannot be
 written is told, and the run goes on.
@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deltaw.reports.page.write import write_page
+from deltaw.runs.fit import Result
+from deltaw.runs.fit import fit as train
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import Result
-from deltaw.training.fit import fit as train
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.state import Step
 

@@ -19,7 +19,7 @@ from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.svg import Numbers
 from deltaw.reports.tables import add_row, one_line, table
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
-from deltaw.training.run_folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, mapping, read_run
+from deltaw.runs.folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, mapping, read_run
 
 # Where runs are by default.
 FOLDER = "runs"

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.host.choices import Choice
 from deltaw.kernels.torch_private import own_modules
+from deltaw.machine.choices import Choice
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
 from deltaw.runtime.recognition import (
     BlockRoles,

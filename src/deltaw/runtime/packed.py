@@ -22,13 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from deltaw.host.choices import Choice
 from deltaw.hub.quiet import quiet
 from deltaw.hub.transformers_private import attention_name, dispatches_attention, set_attention_name
 from deltaw.kernels import loader
 from deltaw.kernels.attention import is_compiled, packed_attention
 from deltaw.kernels.layout import Layout
 from deltaw.lora.adapted import PLACES, Activation
+from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
 from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
 from deltaw.runtime.recognition import TOLERANCE, asked_once

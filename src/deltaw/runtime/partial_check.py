@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.lora.adapted import PLACES
+from deltaw.machine.choices import Choice
 from deltaw.runtime.packed import TREE, backbone_of, packed_rows, sample_rows
 from deltaw.runtime.partial import PartialLayout
 from deltaw.runtime.recognition import TOLERANCE, asked_once

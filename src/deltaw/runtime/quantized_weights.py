@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltaw.host.memory import free_memory_bytes
 from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
 from deltaw.kernels.quantize import quantized_reference, quantized_rows, spread_scales
@@ -30,6 +29,7 @@ from deltaw.lora.fingerprint import has_values
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d, own_embedding
 from deltaw.lora.layers import LoRALinear
 from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, can_be_nf4, in_nf4
+from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.recognition import blocks_of
 
 # A layer keeps its weights where rounding to bytes moves its outputs by more than this share of their norm.

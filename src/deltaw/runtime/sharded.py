@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.hub.stored_weights import Rows, StoredWeights, fill, unfilled
 from deltaw.hub.transformers_private import attention_name
 from deltaw.kernels.torch_private import is_view, own_parameters, share_parameters, sized_tensor
 from deltaw.lora.fingerprint import Values, note_base, note_values, noted_values
 from deltaw.lora.stored import weight_scales
+from deltaw.machine.choices import Choice
 from deltaw.runtime.recognition import blocks_of
 
 # Rows of fewer bytes, as a norm's, travel together: a message costs as much as sending so many bytes does.

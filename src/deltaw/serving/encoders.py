@@ -25,9 +25,9 @@ from deltaw import tasks
 from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
+from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.host.memory import free_memory_bytes
 from deltaw.hub.terminators import terminators
+from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.generation import decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
+from deltaw.machine.choices import Choice
 from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.widened import widened
 from deltaw.training.microbatches import AnyBatcher, AnyObjective

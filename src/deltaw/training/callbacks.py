@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltaw.host.choices import Choice
+    from deltaw.machine.choices import Choice
     from deltaw.memory.plan import Plan
     from deltaw.settings import RunConfig
     from deltaw.training.evaluation.base import Evaluation

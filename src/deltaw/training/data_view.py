@@ -14,7 +14,7 @@ from deltaw.data.mixture import shown
 from deltaw.data.row_reader import Reader, ShownRow
 from deltaw.data.settings import eval_sets, held_out_reference
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
+from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.tasks.base import task_of

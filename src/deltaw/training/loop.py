@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.host.memory import trim_memory
+from deltaw.machine.memory import trim_memory
 from deltaw.training.callbacks import Callback, Calling
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.losses import Watched

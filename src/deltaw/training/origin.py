@@ -27,9 +27,9 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.data.invocation import last_occurrence
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import already_here
 from deltaw.hub.loading import LoadedModel, load
+from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
 from deltaw.runtime.quantized_weights import quantize_int8

@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
-from deltaw.host.memory import release_free_memory
 from deltaw.hub.quiet import quiet
+from deltaw.machine.memory import release_free_memory
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4

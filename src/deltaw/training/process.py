@@ -2,7 +2,7 @@
 
 Somebody who imports the library has a process of their own: threads, random numbers, the way products are
 computed, signal handlers and the garbage collector are as before once a call returns. Only the command line,
-whose process is deltaw's, changes the allocator (:func:`deltaw.host.memory.keep_freed_memory`), which cannot
+whose process is deltaw's, changes the allocator (:func:`deltaw.machine.memory.keep_freed_memory`), which cannot
 be put back.
 """
 

@@ -17,7 +17,7 @@ from deltaw.data.example import Example, RowGroup, rows_of
 from deltaw.data.invocation import activated, ending_of_prompts, learns, opening_of_answer
 from deltaw.data.sequences import lengths_of, picked
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
+from deltaw.machine.choices import Choice
 from deltaw.methods.base import Method
 
 KEY = "lora.invocation_tokens"

@@ -21,10 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice, choose_device, choose_precision
-from deltaw.host.memory import PeakWatch
 from deltaw.hub.loading import has_values
 from deltaw.kernels import attention, loader
+from deltaw.machine.choices import Choice, choose_device, choose_precision
+from deltaw.machine.memory import PeakWatch
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
 from deltaw.runtime.packed import fused_blocks, packed_rows

@@ -10,8 +10,8 @@ import torch
 
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
-from deltaw.training.fit import fit
 from deltaw.training.monitoring import best as best_score
 from deltaw.training.origin import score_run
 from tests.conftest import COLORS, write_rows

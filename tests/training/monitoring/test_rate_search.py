@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
+from deltaw.runs.fit import fit
 from deltaw.training.callbacks import Calling
-from deltaw.training.fit import fit
 from deltaw.training.monitoring import rates
 from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule

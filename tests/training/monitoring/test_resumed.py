@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 import deltaw
-from deltaw.training.fit import fit
+from deltaw.runs.fit import fit
 from deltaw.training.monitoring import best as best_score
 from deltaw.training.monitoring import rates
 from tests.training.runs import ADAPTER, Snapshots, Told, outcome

@@ -24,7 +24,7 @@ from deltaw.reports.page.svg import (
 )
 from deltaw.reports.plan import PARTS
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
-from deltaw.training.run_folder import Run, number, numbers, sequence
+from deltaw.runs.folder import Run, number, numbers, sequence
 
 # Rows of the table behind a curve.
 ROWS = 40

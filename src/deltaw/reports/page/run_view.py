@@ -15,9 +15,7 @@ from deltaw.reports.page.learned import learned_figures, what_was_learned
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
 from deltaw.reports.page.svg import Numbers, smoothed
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
-from deltaw.settings import settings as all_settings
-from deltaw.training.drift import LARGE
-from deltaw.training.run_folder import (
+from deltaw.runs.folder import (
     DIVERGED,
     FAILED,
     FINISHED,
@@ -31,7 +29,9 @@ from deltaw.training.run_folder import (
     numbers,
     sequence,
 )
-from deltaw.training.summary import next_commands
+from deltaw.runs.summary import next_commands
+from deltaw.settings import settings as all_settings
+from deltaw.training.drift import LARGE
 
 # The most prompts whose answers are shown, answers in between of one, and characters of a text.
 PROMPTS, BETWEEN, TEXT = 12, 20, 3000

@@ -19,8 +19,8 @@ from deltaw.reports.page.run_view import run_view
 from deltaw.reports.page.svg import Curve, Figure, Numbers, drawing, macro, smoothed, swatch, templates
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
 from deltaw.reports.wording import metric_name, metric_value, when
+from deltaw.runs.folder import Run, find_runs, read_run
 from deltaw.training.callbacks import RateSearch
-from deltaw.training.run_folder import Run, find_runs, read_run
 
 # Kinds of curves that the style sheet tells apart, by color and by dashes; the first is not dashed.
 KINDS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")

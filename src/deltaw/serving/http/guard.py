@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deltaw.host.memory import trim_memory
+from deltaw.machine.memory import trim_memory
 from deltaw.serving.http.errors import GONE, ApiError, error_response
 from deltaw.serving.http.requests import FAILURE, KEY, LARGE, Bodies, Record, record_of
 from deltaw.serving.http.settings import ServerSettings, is_loopback

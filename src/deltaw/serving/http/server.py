@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deltaw.errors import UserError
-from deltaw.host.memory import share_heaps
+from deltaw.machine.memory import share_heaps
 from deltaw.serving.http.errors import ApiError
 from deltaw.serving.http.preparing import Desk
 from deltaw.serving.http.settings import Limits, ServerSettings

@@ -24,11 +24,11 @@ from deltaw.data.prepare import encode_prompt
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import TemplateName
 from deltaw.errors import UserError
-from deltaw.host.choices import QUANTIZED
-from deltaw.host.kernel_choice import computed_on
 from deltaw.hub.loading import has_values
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_numbers
+from deltaw.machine.choices import QUANTIZED
+from deltaw.machine.kernel_choice import computed_on
 from deltaw.runtime.generation import generate, position_limit
 from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective

@@ -23,11 +23,11 @@ from deltaw.cache import key
 from deltaw.data.example import RowGroup
 from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
-from deltaw.host.kernel_choice import computed_on
 from deltaw.hub.loading import has_values
 from deltaw.hub.transformers_private import READ_FROM
 from deltaw.kernels.transfer import to_device
+from deltaw.machine.choices import Choice
+from deltaw.machine.kernel_choice import computed_on
 from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, lowest_trained
 from deltaw.training.features.cached import EveryToken, KeptFeatures, LabelTokens, RowIndex, WholeRows
 from deltaw.training.features.store import (

@@ -30,11 +30,11 @@ from deltaw.data.invocation import learns
 from deltaw.data.packing import Batch, Node, PrefixTree, sort_key
 from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.hub.loading import has_values
 from deltaw.kernels.transfer import to_device
 from deltaw.lora import adapter_parameters, is_factor_B
 from deltaw.lora.adapted import PLACES
+from deltaw.machine.choices import Choice
 from deltaw.runtime.layer_entry import Level
 from deltaw.runtime.packed import backbone_of
 from deltaw.runtime.partial import PartialLayout

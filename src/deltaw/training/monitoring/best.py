@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
+from deltaw.machine.choices import Choice
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, check_size

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
+from deltaw.machine.choices import Choice
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import Evaluation

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from deltaw.durable import write_text
-from deltaw.host.choices import Choice
+from deltaw.machine.choices import Choice
 from deltaw.training.callbacks import Callback, RateSearch
 from deltaw.training.guarantee import UntrainedParameterWarning
 from deltaw.training.optimizer import RisingRates

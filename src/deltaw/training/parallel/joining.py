@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_threads
-from deltaw.host.memory import give_large_blocks_back
 from deltaw.hub.loading import Weights
+from deltaw.machine.choices import choose_device, choose_threads
+from deltaw.machine.memory import give_large_blocks_back
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group, LostProcess

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from deltaw.errors import UserError
-from deltaw.host.kernel_choice import measured_rates
+from deltaw.machine.kernel_choice import measured_rates
 from deltaw.memory.plan import Fitting, Plan
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent

@@ -24,10 +24,6 @@ from transformers import PreTrainedModel
 
 from deltaw.data.sequences import joined, lengths_of, used_tokens
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision, choose_threads, dtype_of
-from deltaw.host.kernel_choice import settle_kernels
-from deltaw.host.memory import resident_bytes, trim_memory
-from deltaw.host.product_rates import basis
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
@@ -35,6 +31,10 @@ from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_numbers
+from deltaw.machine.choices import choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.machine.kernel_choice import settle_kernels
+from deltaw.machine.memory import resident_bytes, trim_memory
+from deltaw.machine.product_rates import basis
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up

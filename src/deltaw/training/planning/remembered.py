@@ -22,11 +22,11 @@ from deltaw.cache import file_state, recall, remember, stamp
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets
 from deltaw.errors import UserError
-from deltaw.host import choices
-from deltaw.host.processor import processor_flags, processor_name, usable_processors
 from deltaw.hub import packages
 from deltaw.hub.folders import resolve
 from deltaw.kernels.variants import MEASURED
+from deltaw.machine import choices
+from deltaw.machine.processor import processor_flags, processor_name, usable_processors
 from deltaw.memory.plan import Plan
 from deltaw.settings import RunConfig
 

@@ -24,10 +24,10 @@ from deltaw.data.report import Report
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings, drawn_set, eval_sets
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.machine.choices import Choice
 from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite

@@ -22,8 +22,8 @@ from deltaw.data.preferences import PairReader, UnpairedReader
 from deltaw.data.prepare import TextReader
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
-from deltaw.host.choices import Choice
 from deltaw.hub.loading import has_values
+from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.settings import PreferenceSettings

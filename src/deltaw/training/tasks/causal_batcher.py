@@ -12,9 +12,9 @@ from deltaw.data.example import Item, RowGroup
 from deltaw.data.packing import Batch, batches, microbatch_cost, microbatch_shapes, pack, split_into_microbatches
 from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
+from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import can_pack, fused_blocks, packed_rows
 

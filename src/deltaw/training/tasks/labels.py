@@ -23,8 +23,8 @@ from deltaw.data.reward_pairs import RewardPair, RewardReader, are_pairs
 from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice
 from deltaw.hub.loading import read_config
+from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import padded_rows
 from deltaw.training.evaluation.base import (

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
-from deltaw.training import checkpoints
+from deltaw.runs import checkpoints
+from deltaw.runs.checkpoints import listed
+from deltaw.runs.fit import fit
+from deltaw.runs.folder import Run, RunFolder
 from deltaw.training.callbacks import Calling
-from deltaw.training.checkpoints import listed
-from deltaw.training.fit import fit
 from deltaw.training.loop import MOST_IN_ROW
-from deltaw.training.run_folder import Run, RunFolder
 from tests.training.runs import TRAIN, Told, adapter, assert_same_run, metrics
 
 SKIP = {**TRAIN, "not_finite": "skip", "eval_every": None}

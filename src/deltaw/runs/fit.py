@@ -15,17 +15,30 @@ import torch
 from safetensors import SafetensorError
 
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice, choose_device, choose_precision
-from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.kernels import loader
 from deltaw.lora.attachment import count_parameters
+from deltaw.machine.choices import Choice, choose_device, choose_precision
+from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
+from deltaw.runs.checkpoints import listed
+from deltaw.runs.folder import FOLDER, Run, RunFolder, check_output
+from deltaw.runs.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
+from deltaw.runs.resuming import (
+    assemble_alike,
+    choices_of,
+    compute_as,
+    require_same_model,
+    require_same_rows,
+    rows_facts,
+    send_settings,
+)
+from deltaw.runs.summary import write_card
+from deltaw.runs.tracking import Tracking
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, RunStart, Say, silent
-from deltaw.training.checkpoints import listed
 from deltaw.training.drift import Drift, DriftMeter
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
@@ -38,22 +51,9 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
-from deltaw.training.resuming import (
-    assemble_alike,
-    choices_of,
-    compute_as,
-    require_same_model,
-    require_same_rows,
-    rows_facts,
-    send_settings,
-)
-from deltaw.training.run_folder import FOLDER, Run, RunFolder, check_output
 from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
-from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tracking import Tracking
 
 
 def fit(
@@ -76,7 +76,7 @@ def fit(
             then a dictionary of settings that change, or None.
         fresh: begin with the first step, whatever is in the folder; it is moved.
         processes: that train together; this is process 0, and the others
-            :func:`deltaw.training.parallel.follower.follow`.
+            :func:`deltaw.runs.follower.follow`.
 
     Raises:
         UserError: something the user gave cannot be used; nothing was written then. Or the machine has no

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.errors import UserError
+from deltaw.runs.folder import METRICS, SETTINGS, RunFolder, check_output, settings_text
 from deltaw.settings import RunConfig
-from deltaw.training.run_folder import METRICS, SETTINGS, RunFolder, check_output, settings_text
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
 

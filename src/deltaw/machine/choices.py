@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.host.processor import native_bf16, physical_cores, usable_processors
+from deltaw.machine.processor import native_bf16, physical_cores, usable_processors
 
 if TYPE_CHECKING:
     import torch
@@ -210,8 +210,8 @@ def choose_precision(device: str, asked: str = "auto", rates: Mapping[str, float
     if kind != "cpu":
         return _other_device_precision(device, asked)
     if rates is None:
-        from deltaw.host.kernel_choice import choose_kernels
-        from deltaw.host.product_rates import GENERIC
+        from deltaw.machine.kernel_choice import choose_kernels
+        from deltaw.machine.product_rates import GENERIC
 
         measured = choose_kernels(GENERIC, choose_threads().value)
         rates = {stored: measured.rate(stored) for stored in ("fp32", "bf16", "int8")}

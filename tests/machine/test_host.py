@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.host import choices, memory
+from deltaw.machine import choices, memory
 
 GIB = 1 << 30
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 from deltaw.errors import UserError
+from deltaw.runs import checkpoints as files
+from deltaw.runs.checkpoints import Checkpoints, listed, newest
+from deltaw.runs.folder import EARLIER, RUN, Run
+from deltaw.runs.resuming import dumped, with_choices
 from deltaw.settings import RunConfig
-from deltaw.training import checkpoints as files
 from deltaw.training.callbacks import Calling
-from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.resuming import dumped, with_choices
-from deltaw.training.run_folder import EARLIER, RUN, Run
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
 from tests.conftest import laid_over, write_rows
 from tests.kernels.conftest import compiled_only

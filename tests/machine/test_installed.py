@@ -6,8 +6,8 @@ import importlib.metadata
 
 import pytest
 
-from deltaw.host import installed
-from deltaw.host.installed import packages
+from deltaw.machine import installed
+from deltaw.machine.installed import packages
 
 
 @pytest.fixture(autouse=True)

@@ -83,10 +83,10 @@ class Run:
 
     @property
     def training(self) -> Mapping[str, Any] | None:
-        """What resuming needs: ``steps`` done, ``settings`` as :func:`deltaw.training.resuming.dumped`, ``features``
+        """What resuming needs: ``steps`` done, ``settings`` as :func:`deltaw.runs.resuming.dumped`, ``features``
         of :class:`deltaw.training.features.store.FeatureRecord` before the first step, and ``finished`` (``steps`` at
         which the run was done once, ``lines`` of its metrics then, and what
-        :meth:`deltaw.training.checkpoints.Checkpoints.beside` gave; None if it never was). None where nothing can be
+        :meth:`deltaw.runs.checkpoints.Checkpoints.beside` gave; None if it never was). None where nothing can be
         resumed."""
         found = mapping(self.values.get("training"))
         whole = isinstance(found.get("settings"), dict) and type(found.get("steps")) is int

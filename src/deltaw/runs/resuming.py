@@ -26,11 +26,11 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.row_store import RowView, key_of
 from deltaw.data.sequences import Joined
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice, choose_device
 from deltaw.hub.loading import LoadedModel
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import STORED, Arithmetic
 from deltaw.lora.fingerprint import FORMAT
+from deltaw.machine.choices import Choice, choose_device
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, flat, settings
 from deltaw.training.callbacks import Say

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from deltaw.runs import checkpoints as files
+from deltaw.runs.checkpoints import DamagedCheckpoint
 from deltaw.tensor_files import CODES
-from deltaw.training import checkpoints as files
-from deltaw.training.checkpoints import DamagedCheckpoint
 
 TENSORS = {
     "a scalar": torch.tensor(3.5),

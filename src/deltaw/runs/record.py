@@ -27,17 +27,8 @@ from deltaw.data.example import rows_of
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.settings import RunConfig, flat
-from deltaw.tensor_files import save_tensors
-from deltaw.training.callbacks import Say
-from deltaw.training.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
-from deltaw.training.drift import Drift
-from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.features.store import FeatureRecord
-from deltaw.training.origin import settings_in
-from deltaw.training.parallel.group import LostProcess
-from deltaw.training.resuming import LENGTH, ROUNDING, Change, changes, dumped, refusal, refused, with_choices
-from deltaw.training.run_folder import (
+from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
+from deltaw.runs.folder import (
     DIVERGED,
     FAILED,
     FINISHED,
@@ -50,12 +41,21 @@ from deltaw.training.run_folder import (
     RunLock,
     this_process,
 )
+from deltaw.runs.resuming import LENGTH, ROUNDING, Change, changes, dumped, refusal, refused, with_choices
+from deltaw.runs.summary import facts, next_commands, plain, told_choices
+from deltaw.settings import RunConfig, flat
+from deltaw.tensor_files import save_tensors
+from deltaw.training.callbacks import Say
+from deltaw.training.drift import Drift
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.features.store import FeatureRecord
+from deltaw.training.origin import settings_in
+from deltaw.training.parallel.group import LostProcess
 from deltaw.training.session import Session
 from deltaw.training.state import NotFinite, NotFiniteError, Outcome, SavedState, TrainState
-from deltaw.training.summary import facts, next_commands, plain, told_choices
 
 if TYPE_CHECKING:
-    from deltaw.host.choices import Choice
+    from deltaw.machine.choices import Choice
     from deltaw.memory.plan import Plan
 
 # Row numbers that a line shows.
@@ -429,8 +429,8 @@ class RunRecord:
     """Keeps ``run.json`` and the checkpoints of a run current. Made once the run's folder is there.
 
     Args:
-        rows: of :func:`deltaw.training.resuming.rows_facts`.
-        choices: of :func:`deltaw.training.resuming.choices_of`.
+        rows: of :func:`deltaw.runs.resuming.rows_facts`.
+        choices: of :func:`deltaw.runs.resuming.choices_of`.
         say: told what a person may want to know.
 
     Attributes:
@@ -473,7 +473,7 @@ class RunRecord:
         self._write(RUNNING, process=this_process(), ended=None)
 
     def describe(self, plan: Plan | None, chosen: Mapping[str, Choice], limit: int) -> None:
-        """Note what is known before the first step: see :func:`deltaw.training.summary.facts`."""
+        """Note what is known before the first step: see :func:`deltaw.runs.summary.facts`."""
         self._folder.note(**facts(self._session, plan, chosen, limit))
 
     def add(self, name: str, extra: Stateful, *, durable: Callable[[], None]) -> None:

@@ -14,11 +14,11 @@ import pytest
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
+from deltaw.runs.folder import RUN as NAME
+from deltaw.runs.folder import RunFolder, is_alive, this_process
+from deltaw.runs.summary import TEXT, example_rows, length_counts, next_commands, plain
 from deltaw.training.callbacks import Calling
-from deltaw.training.fit import fit
-from deltaw.training.run_folder import RUN as NAME
-from deltaw.training.run_folder import RunFolder, is_alive, this_process
-from deltaw.training.summary import TEXT, example_rows, length_counts, next_commands, plain
 from tests.byte_models import byte_tokenizer
 from tests.training.runs import ADAPTER
 

@@ -11,11 +11,11 @@ from transformers import GPT2Config, LlamaConfig
 
 from deltaw.cache import recall, remember
 from deltaw.errors import UserError
-from deltaw.host import kernel_choice, product_rates
-from deltaw.host.kernel_choice import KernelChoice, choose_kernels, chosen_of
-from deltaw.host.product_rates import Candidate, Measured, Sizes, believable, sizes_of
 from deltaw.kernels import linear, loader, variants
 from deltaw.kernels.arithmetic import STORED, Arithmetic, offered
+from deltaw.machine import kernel_choice, product_rates
+from deltaw.machine.kernel_choice import KernelChoice, choose_kernels, chosen_of
+from deltaw.machine.product_rates import Candidate, Measured, Sizes, believable, sizes_of
 from tests.caches import other_text, other_version
 
 SIZES = Sizes(128, 256, 128)
@@ -145,7 +145,7 @@ def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, 
     if change == "torch":
         other_version(monkeypatch, "torch")
     elif change == "code":
-        other_text(monkeypatch, tmp_path / "source", "host/product_rates.py")
+        other_text(monkeypatch, tmp_path / "source", "machine/product_rates.py")
     elif change == "variable":
         monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
     elif change in OTHERS:

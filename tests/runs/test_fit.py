@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM
 
 from deltaw.errors import UserError
+from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig
-from deltaw.training.fit import fit
 from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective

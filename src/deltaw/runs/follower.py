@@ -9,13 +9,13 @@ import contextlib
 import warnings
 
 from deltaw.errors import UserError
+from deltaw.runs.fit import load_for
+from deltaw.runs.resuming import assemble_alike, receive_settings
 from deltaw.runtime.sharded import sharded_blocks
-from deltaw.training.fit import load_for
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.rates import follow_rate
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.process import guest
-from deltaw.training.resuming import assemble_alike, receive_settings
 from deltaw.training.session import read_data, take_part
 from deltaw.training.state import NotFiniteError
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.host import choices
-from deltaw.host.choices import Choice
+from deltaw.machine import choices
+from deltaw.machine.choices import Choice
 
 _ROOT = Path("/")
 # Of glibc's malloc.h.

@@ -23,10 +23,10 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.mixture import shown
 from deltaw.data.pieces import pieces
 from deltaw.durable import write_text
-from deltaw.host.processor import processor_name, usable_processors
+from deltaw.machine.processor import processor_name, usable_processors
+from deltaw.runs.folder import FINISHED, FOLDER
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.run_folder import FINISHED, FOLDER
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome
 from deltaw.version import __version__
@@ -34,7 +34,7 @@ from deltaw.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from deltaw.host.choices import Choice
+    from deltaw.machine.choices import Choice
     from deltaw.memory.plan import Plan
 
 

@@ -16,9 +16,9 @@ from unittest import mock
 import pytest
 
 from deltaw.errors import UserError
+from deltaw.runs import tracking
+from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
-from deltaw.training import tracking
-from deltaw.training.fit import fit
 from tests.training.runs import Told, metrics
 
 

@@ -20,12 +20,12 @@ from dataclasses import astuple, dataclass
 import torch
 
 from deltaw.cache import recall, remember, versions
-from deltaw.host import product_rates
-from deltaw.host.processor import processor_flags, processor_name
-from deltaw.host.product_rates import GENERIC, Candidate, Measured, Rates, Sizes, believable, sizes_of
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import APPROXIMATIONS, STORED, TORCH, Arithmetic
 from deltaw.kernels.processor import second_level_cache
+from deltaw.machine import product_rates
+from deltaw.machine.processor import processor_flags, processor_name
+from deltaw.machine.product_rates import GENERIC, Candidate, Measured, Rates, Sizes, believable, sizes_of
 
 # Torch's product must be so much faster, since what surrounds it is not computed in one call then; and a
 # variant of lower rank so much faster than one that has all of its instructions.
@@ -188,7 +188,7 @@ def _key(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> list[ob
         sorted(processor_flags()),
         second_level_cache(),
         threads,
-        versions(("torch", "deltaw.host.product_rates")),
+        versions(("torch", "deltaw.machine.product_rates")),
         _libraries(tuple(names)),
         [f"{c.stored} {c.name}" for c in candidates],
         list(astuple(sizes)),
@@ -238,7 +238,7 @@ def _overall(rates: Rates, kernels: str) -> float:
 # time, and no promise of seconds.
 
 
-MADE_BY = ("torch", "deltaw.host.kernel_choice")
+MADE_BY = ("torch", "deltaw.machine.kernel_choice")
 _REPEATS, _TRIALS = 20, 5
 
 
@@ -254,7 +254,7 @@ def measured_rates(precision: str) -> PlanningRates:
     """The rates of this machine with torch's present number of threads, and the arithmetic chosen for it.
 
     Args:
-        precision: one of :data:`deltaw.host.choices.PRECISIONS`; its weights are those of most products.
+        precision: one of :data:`deltaw.machine.choices.PRECISIONS`; its weights are those of most products.
     """
     stored = STORED_BY_PRECISION.get(precision, "fp32")
     return PlanningRates(choose_kernels().rate(stored) * 1e9, _seconds_per_operator())

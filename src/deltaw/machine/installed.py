@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
 
-from deltaw.host.choices import lines_of
+from deltaw.machine.choices import lines_of
 
 
 @dataclass(frozen=True)
