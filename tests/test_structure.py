@@ -246,7 +246,7 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
 
 
 def test_the_pages_for_developers_name_files_that_exist() -> None:
-    pages = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "development" / "decisions.md"]
+    pages = [ROOT / "docs" / name for name in ("architecture.md", "development.md", "development/decisions.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     named = set(re.findall(r"`((?:\w+/)*[\w*]+\.(?:py|cpp|h))`", text))
     folders = set(re.findall(r"`((?:\w+/)+\w*)`", text))
