@@ -10,7 +10,7 @@ import pytest
 from deltaw.hub.gguf import convert_here
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _converted_here() -> Iterator[None]:
     def convert(path: Path, dtype: str, into: Path, say: Callable[[str], None]) -> None:
         assert convert_here(str(path), dtype, str(into)) == 0

@@ -248,7 +248,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_that_is_said(settings, tmp_path
         stopped_run(made, 3)
     told = Told()
     assert deltaw.fit(made, callback=told).resumed_from_step == 3
-    assert "not verified: whether the model is as when the run began, with an earlier version" in told
+    assert "not verified: whether the model is the one of the checkpoint" in told
 
 
 def as_earlier_versions_wrote(run):

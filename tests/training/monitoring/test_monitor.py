@@ -209,8 +209,8 @@ def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_pat
 
 def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, monkeypatch):
     looks = itertools.count()
-    for module in ("fit", "monitoring.monitor"):  # each look takes time, and a step has a few of them
-        monkeypatch.setattr(f"deltaw.training.{module}.now", lambda: 0.25 * next(looks))
+    for module in ("runs.fit", "training.monitoring.monitor"):  # each look takes time, and a step has a few of them
+        monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(looks))
     told = Told()
     train = {"time": "60s", "epochs": 1000, "schedule": "cosine"}
     result = fit(settings(tmp_path / "run", train=train), callback=told)

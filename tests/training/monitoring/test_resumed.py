@@ -99,8 +99,8 @@ def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings
 
 def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(settings, tmp_path, monkeypatch):
     looks = itertools.count()
-    for module in ("fit", "monitoring.monitor"):  # each look takes time, and a step has a few of them
-        monkeypatch.setattr(f"deltaw.training.{module}.now", lambda: 0.25 * next(looks))
+    for module in ("runs.fit", "training.monitoring.monitor"):  # each look takes time, and a step has a few of them
+        monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(looks))
 
     class Begun(Snapshots):
         def on_begin(self, state):

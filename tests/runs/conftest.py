@@ -1,0 +1,29 @@
+"""Runs that tests share: one that nothing stopped, and one that was stopped after three steps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deltaw.runs.fit import fit
+from tests.conftest import Settings
+from tests.training.runs import TRAIN, stopped_run
+
+
+@pytest.fixture(scope="session")
+def whole(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps that nothing stopped."""
+    return fit(settings(tmp_path_factory.mktemp("whole") / "run", train=TRAIN)).output
+
+
+@pytest.fixture(scope="session")
+def _stopped(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped_run(settings(tmp_path_factory.mktemp("stopped") / "run", train=TRAIN), 3)
+
+
+@pytest.fixture
+def stopped(_stopped: Path, tmp_path: Path) -> Path:
+    """A copy, in ``tmp_path / "run"``, of the same run that its caller stopped after three steps."""
+    return Path(shutil.copytree(_stopped, tmp_path / "run"))
