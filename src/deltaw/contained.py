@@ -86,7 +86,7 @@ def _leads_into(path: Path, roots: list[Path]) -> bool:
     return any(end.is_relative_to(root) for root in roots)
 
 
-# ---- What this user named to deltaw on this machine: base models, rows, templates
+# What this user named to deltaw on this machine: base models, rows, templates
 #
 # Folders with adapters name such things too, and come from anywhere. The record is in the cache, outside of the
 # folders, so a folder cannot add a name to it. Only hashes of names are kept.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 
-# ---- What a Parquet or Arrow file takes in memory once it is decoded, told by its headers before it is.
+# What a Parquet or Arrow file takes in memory once it is decoded, told by its headers before it is.
 #
 # A file of a kilobyte can stand for gigabytes: a page says how large it becomes, a dictionary repeats one
 # value, and runs of equal numbers take no space. The headers that are read here are those that the decoder

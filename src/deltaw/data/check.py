@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- A few numbers for each example of a data set: what a check of the data needs of it, in bounded memory.
+# A few numbers for each example of a data set: what a check of the data needs of it, in bounded memory.
 #
 # Texts are kept as hashes of eight bytes, so that millions of rows take some 50 bytes each. It knows rows and
 # their tokens; what the numbers mean is :mod:`deltaw.data.check`'s.

@@ -21,7 +21,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 
-# ---- Rows that are longer than ``data.max_length`` are divided, and every label stays a label, once.
+# Rows that are longer than ``data.max_length`` are divided, and every label stays a label, once.
 #
 # A conversation is divided between turns: each piece is a conversation that begins with the system message and
 # a question. A turn that is too long on its own, and all plain text, is divided between tokens. It knows

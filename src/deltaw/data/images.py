@@ -134,7 +134,7 @@ def _pair(size: object) -> tuple[int, int] | None:
     return None
 
 
-# ---- Labeled rows become batches: texts side by side, padded as little as pays, or images of one size.
+# Labeled rows become batches: texts side by side, padded as little as pays, or images of one size.
 #
 # A pair of texts, one of which is preferred, stays within one batch.
 #

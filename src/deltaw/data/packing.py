@@ -25,7 +25,7 @@ from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.transfer import to_device
 
-# ---- Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
+# Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
 #
 # Rows of language models that cannot run packed, and labeled texts, are padded by the same functions. Padding
 # is masked by length, whatever token id it has.
@@ -89,7 +89,7 @@ def side_by_side(
     return tokens, mask
 
 
-# ---- The prefix tree of rows: tokens that rows share at their beginning are one node, the rest hangs under it.
+# The prefix tree of rows: tokens that rows share at their beginning are one node, the rest hangs under it.
 #
 # Knows tokens alone.
 

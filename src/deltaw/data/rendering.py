@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- What a chat template may use besides Jinja's own language, as transformers gives it, and how it is ended.
+# What a chat template may use besides Jinja's own language, as transformers gives it, and how it is ended.
 #
 # It knows Jinja; not conversations, nor what anything costs.
 
@@ -85,7 +85,7 @@ class GenerationTag(Extension):
         return caller()
 
 
-# ---- Where a template pays for what it does: its source, with filters of our own put around what costs.
+# Where a template pays for what it does: its source, with filters of our own put around what costs.
 #
 # Each body that may be entered more than once begins with ``step``. Sums, products, comparisons and literals
 # become filters that estimate the cost and then compute the same. Names of the filters begin with a space, so
@@ -212,7 +212,7 @@ def _is_short(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Dict) and not node.items
 
 
-# ---- Jinja's sandbox with an account: whatever makes a rendering long or large is paid for, up to a limit.
+# Jinja's sandbox with an account: whatever makes a rendering long or large is paid for, up to a limit.
 #
 # The sandbox keeps a template from reading and calling what it must not. It lets one loop, recurse and multiply
 # texts without end. Here a template is compiled with a payment in each loop, macro and block, and in every

@@ -19,7 +19,7 @@ from typing import IO, Literal
 from deltaw.durable import replacing
 from deltaw.errors import UserError
 
-# ---- Lines on how far a long reading is: rows, megabytes a second, time left.
+# Lines on how far a long reading is: rows, megabytes a second, time left.
 #
 # It knows counts and the clock; not what is read or who is told.
 
@@ -83,7 +83,7 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# ---- Rows that cannot be used: an error at the first of them, or skipped, counted by reason and listed.
+# Rows that cannot be used: an error at the first of them, or skipped, counted by reason and listed.
 #
 # The list is a temporary file, since a large file may have many such rows. It knows no format and no tokenizer.
 

@@ -25,7 +25,7 @@ from deltaw.data.report import MAX_ROW_BYTES, BadRowError, too_long
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
 
-# ---- JSON from anywhere as values: a limit on its levels, so that whatever follows may use recursion.
+# JSON from anywhere as values: a limit on its levels, so that whatever follows may use recursion.
 
 
 # Python's own limit is near a thousand, less what calls it; rows and their tools have a dozen levels.
@@ -387,7 +387,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-# ---- The objects of a JSON list, one after another: of the text only what is being parsed is in memory.
+# The objects of a JSON list, one after another: of the text only what is being parsed is in memory.
 #
 # It knows one list; not what its objects mean.
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- What stored rows depend on: files, tokenizer, template, settings, and the code that makes rows of them.
+# What stored rows depend on: files, tokenizer, template, settings, and the code that makes rows of them.
 #
 # It knows how to tell whether one of these changed; not what is stored.
 
@@ -73,7 +73,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return digest.hexdigest()
 
 
-# ---- Where rows' tokens are kept on the disk, and found again by all that they depend on.
+# Where rows' tokens are kept on the disk, and found again by all that they depend on.
 #
 # An entry is an Arrow file and a description. The description is written last, after the rows are on the disk:
 # a process that is killed on the way leaves nothing that is believed. An entry whose file is not what the
@@ -325,7 +325,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(what, where=str(folder), hint=hint) from error
 
 
-# ---- Work on many items by several processes, its results in the order of the items.
+# Work on many items by several processes, its results in the order of the items.
 #
 # Processes are forked, so they share what is in memory already and begin at once. They run Python alone: no
 # operator of torch, whose threads a forked process does not have. It knows neither rows nor tokens.

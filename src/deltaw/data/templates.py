@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- Conversations through a chat template: what precedes each answer when it is written, and the answer.
+# Conversations through a chat template: what precedes each answer when it is written, and the answer.
 #
 # A chat template is arbitrary code, so what it renders is checked: the answer must be there as the row has it,
 # after the prompt that a model is given to write it, and so must all that precedes it. Templates that render an
@@ -288,7 +288,7 @@ def _refused(what: str, where: str) -> BadRowError:
     return BadRowError(what, reason="labels not found with the chat template", where=where, hint=_HINT)
 
 
-# ---- Plain text instead of a chat template: what the parts of a record are, and which of them are labels.
+# Plain text instead of a chat template: what the parts of a record are, and which of them are labels.
 #
 # It knows text; tokens are :mod:`deltaw.data.templates`'s.
 
@@ -343,7 +343,7 @@ def _needs_template(what: str, where: str) -> BadRowError:
     return BadRowError(f"{what} a chat template", reason="tools without a chat template", where=where, hint=hint)
 
 
-# ---- The turns of a conversation become as few examples as exactness allows.
+# The turns of a conversation become as few examples as exactness allows.
 #
 # A template may render earlier turns differently once more turns follow, for example without their reasoning.
 # Each turn is then an example of its own, in the context that it is written in. Turns whose tokens are a prefix

@@ -23,7 +23,7 @@ from deltaw.lora.fingerprint import Values, in_threads, note_values, saved_tenso
 from deltaw.tensor_files import DTYPES, StoredTensor, read_header
 from deltaw.working import working
 
-# ---- Which tensor of a model's weight files is which of its parameters.
+# Which tensor of a model's weight files is which of its parameters.
 #
 # Files are not always named as the model's modules are: the base model's prefix may be missing, transformers
 # renames, and it may build one parameter of several tensors (experts that are fused while they are loaded).
@@ -147,7 +147,7 @@ def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None
     return None
 
 
-# ---- The values in a model's weight files, for the fingerprint of its weights (``lora/fingerprint.py``).
+# The values in a model's weight files, for the fingerprint of its weights (``lora/fingerprint.py``).
 #
 # Every tensor of a file is hashed once, and the result is remembered until the file changes. Files are read a
 # piece at a time and not mapped, so that they do not count as memory of the process.

@@ -19,7 +19,7 @@ from deltaw.contained import lies_in, require_contained
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
 
-# ---- What a model's folder leads to besides itself, refused before anything of it is read by others.
+# What a model's folder leads to besides itself, refused before anything of it is read by others.
 #
 # Files of a model name other files: an index its shards, a configuration its weights, a tokenizer's settings
 # its vocabulary. transformers opens some of them wherever they lie. Whoever made the folder would choose which
@@ -98,7 +98,7 @@ def _setting(file: Path) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-# ---- What a reference to a model means: a folder, a ``.gguf`` file, a package's member, or a hub id.
+# What a reference to a model means: a folder, a ``.gguf`` file, a package's member, or a hub id.
 #
 # ./my-model                              a folder with config.json and safetensors weights
 # model.gguf                              one file, as llama.cpp writes it

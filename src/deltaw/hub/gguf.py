@@ -51,7 +51,7 @@ from deltaw.machine.choices import dtype_of
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
-# ---- Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
+# Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
 #
 # A parameter whose rows are stored in blocks that are kept as they are (``kernels/block_linear.py``) is an
 # entry: its place in the file, its format, and the order of its rows, since some families store heads' rows in
@@ -203,7 +203,7 @@ def _add_plain(
     plain[name] = torch.from_numpy(np.array(result.weights)).to(dtype).view(parameters[name].shape)
 
 
-# ---- A model whose weights stay in the blocks of its ``.gguf`` file, read from there into memory as they are.
+# A model whose weights stay in the blocks of its ``.gguf`` file, read from there into memory as they are.
 #
 # The folder that belongs to the file (``hub/gguf.py``) has the configuration, the index of the blocks and the
 # plain tensors. Layers take the places of the linear layers and embeddings whose weights are in the index, one

@@ -39,7 +39,7 @@ from deltaw.working import working
 
 Made = TypeVar("Made")
 
-# ---- A model of the right shape whose values are whatever stood in memory, from a configuration alone.
+# A model of the right shape whose values are whatever stood in memory, from a configuration alone.
 #
 # Memory that nothing was written to takes no room, so a large model can stand here before its weights do.
 # Knows configurations and transformers' classes; reads no weights.
@@ -340,7 +340,7 @@ def _reason(error: Exception) -> BaseException:
     return error if cause is None else cause
 
 
-# ---- A model of the right shape without its weights: made from config.json alone, in no time and no memory.
+# A model of the right shape without its weights: made from config.json alone, in no time and no memory.
 #
 # Within :func:`deltaw.memory.simulation.fake_tensors` its tensors are fake, and a dry run shows what a run
 # would take. Knows configurations and transformers' classes; reads no weights.

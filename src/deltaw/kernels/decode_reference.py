@@ -26,7 +26,7 @@ from deltaw.kernels.bounds import check_vector
 from deltaw.kernels.quantize import LONGEST_SUM, quantized_reference
 from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, activation_reference, rotate_reference
 
-# ---- What a decoder is made of: linear layers, norms and blocks as tensors and plain values.
+# What a decoder is made of: linear layers, norms and blocks as tensors and plain values.
 #
 # The parts are those of csrc/block.h, with weights as (out, in) alone. Knows tensors; not modules, caches or
 # how a step is computed.

@@ -20,7 +20,7 @@ from deltaw.kernels.bounds import check_shape, check_targets
 from deltaw.kernels.operators import define
 from deltaw.kernels.quantize import INT8_BLOCK, rows_as_int8
 
-# ---- The gradient of a classifier's input from that of its logits, as an int8 product.
+# The gradient of a classifier's input from that of its logits, as an int8 product.
 #
 # Knows tensors; not which head or vocabulary they belong to.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import own_parameters
 
-# ---- Activated LoRA: the tokens on which an adapter acts (Greenewald et al., arXiv 2504.12397).
+# Activated LoRA: the tokens on which an adapter acts (Greenewald et al., arXiv 2504.12397).
 #
 # An activated adapter is off before its invocation sequence and on from the sequence's first token; of several
 # occurrences in a row the last one counts, and a row without one is the base model's own, as in PEFT

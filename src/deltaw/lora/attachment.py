@@ -186,7 +186,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# ---- How many parameters a model has and how many of them are trained.
+# How many parameters a model has and how many of them are trained.
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def is_factor_B(name: str) -> bool:
     return name.rpartition(".")[2] == "lora_B"
 
 
-# ---- Add ΔW to the weights and take it out again.
+# Add ΔW to the weights and take it out again.
 #
 # The sum is formed in fp32 and rounded once; taking ΔW out again gives back the very weights from before, not
 # W + ΔW − ΔW. All refusals come before the first change.

@@ -17,7 +17,7 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.config import CHANGING_INITS, INITS
 from deltaw.lora.stored import quantized_as
 
-# ---- Factors as PEFT lays them out, in files and when it draws random numbers, and back.
+# Factors as PEFT lays them out, in files and when it draws random numbers, and back.
 #
 # Ours are A (in, r) and B (r, out), so that y = x·A·B. PEFT has weights of torch layers, (r, in) and (out, r).
 # For stacked experts, A (experts, in, r) and B (experts, r, out) here, PEFT has one matrix each: the rows of A

@@ -23,7 +23,7 @@ from deltaw.lora.initialize import from_peft, to_peft
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
 from deltaw.lora.matching import endings
 
-# ---- Where PEFT's files have what a model trains: its wrappers nest, and each adds a part to the names below it.
+# Where PEFT's files have what a model trains: its wrappers nest, and each adds a part to the names below it.
 #
 # An adapted layer of ours has the name of the layer that it stands in for. In PEFT a wrapper has that name,
 # with the layer inside of it as ``base_layer``. That shows in a tensor's name in three cases: a trained bias of

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# ---- A run's tensors at their peak, part by part. Knows numbers alone.
+# A run's tensors at their peak, part by part. Knows numbers alone.
 
 
 KINDS = (

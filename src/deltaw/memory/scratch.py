@@ -22,7 +22,7 @@ from deltaw.kernels.linear import Product, product_of, rows_at_once
 from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
-# ---- Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
+# Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 #
 # The kernels themselves say what they take, since that differs between processors: each thread takes what it
 # needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the

@@ -41,7 +41,7 @@ from deltaw.kernels.torch_private import (
 from deltaw.memory.plan import KINDS, PHASES, Footprint, coarse
 from deltaw.memory.scratch import arena_bytes, scratch_bytes
 
-# ---- What an operator returns for inputs of given shapes, remembered: models repeat themselves layer by layer.
+# What an operator returns for inputs of given shapes, remembered: models repeat themselves layer by layer.
 #
 # The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new,
 # which are views of an input and which are an input changed in place. Whenever the same operator comes with
@@ -226,7 +226,7 @@ def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
     return _Fresh(value.shape, value.stride(), value.dtype)
 
 
-# ---- Every storage of tensors from birth to end: how many bytes are alive, of what kind, and when the peak is.
+# Every storage of tensors from birth to end: how many bytes are alive, of what kind, and when the peak is.
 #
 # A dispatch mode sees what each operator returns; a weak reference to the storage tells of its end. It is the
 # same on real tensors and on fake tensors. What operators allocate inside and give back before they

@@ -23,7 +23,7 @@ from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, TorchD
 from deltaw.machine.memory import resident_bytes, trim_memory
 from deltaw.machine.processor import processor_flags, processor_name
 
-# ---- What torch's libraries hold beside tensors: measured on this machine, not written down.
+# What torch's libraries hold beside tensors: measured on this machine, not written down.
 #
 # Two things. On its first use a library loads its own code and tables and starts its threads: :func:`warm_up`
 # uses what a training uses once, on tensors of a few kilobytes, so that this memory is part of what the process

@@ -174,7 +174,7 @@ def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-# ---- The method that settings ask for, or that made an adapter's folder.
+# The method that settings ask for, or that made an adapter's folder.
 
 
 class Settings(Protocol):

@@ -38,7 +38,7 @@ from deltaw.methods.parameters import (
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.runtime.recognition import blocks_of
 
-# ---- Single weights of the model's parameters, trained: optimizer state exists for the chosen ones alone.
+# Single weights of the model's parameters, trained: optimizer state exists for the chosen ones alone.
 #
 # A weight matrix stays dense and in the model's precision. The optimizer trains the values (fp32) at the chosen
 # positions (int32). The backward pass computes each matrix's gradient, takes the chosen entries out of it, and
@@ -284,7 +284,7 @@ class SubsetInPlace(InPlace):
         return super().put(model, self._subset.put(model, tensors, where), tied, where)
 
 
-# ---- Train the biases alone (BitFit, arXiv 2106.10199).
+# Train the biases alone (BitFit, arXiv 2106.10199).
 #
 # Newer models have none. There, each linear layer but the head gets a bias of zeros first, which changes
 # nothing until it is trained.
@@ -344,7 +344,7 @@ class Full(InPlace):
         return list(names_of(model))
 
 
-# ---- Train the output layer alone, everything below it frozen.
+# Train the output layer alone, everything below it frozen.
 #
 # No gradient flows through the backbone, and none of its activations are kept: it is a frozen prefix.
 
@@ -387,7 +387,7 @@ class Last(InPlace):
         return inside([f"{name}.{i}" for i in range(len(blocks) - self.settings.blocks, len(blocks))], names_of(model))
 
 
-# ---- Train a random subset of the weights, as many as asked for, spread evenly over all parameters.
+# Train a random subset of the weights, as many as asked for, spread evenly over all parameters.
 #
 # Gradients, optimizer state and the saved file exist for the chosen weights alone (see ``subset``).
 
@@ -434,7 +434,7 @@ class Random(SubsetInPlace):
         return [int(end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-# ---- Train the input layer, or another early part, with everything above it frozen.
+# Train the input layer, or another early part, with everything above it frozen.
 #
 # The gradient runs through the whole network to get there, so every block keeps its activations. The blocks'
 # own gradients and their optimizer state are saved.

@@ -40,7 +40,7 @@ from deltaw.runtime.virtual_tokens import (
     weight_of,
 )
 
-# ---- A soft prompt on disk, in PEFT's format: each loads what the other writes.
+# A soft prompt on disk, in PEFT's format: each loads what the other writes.
 #
 # The prompt is the tensor ``prompt_embeddings`` (k, d). Extra trainable modules have their names in the model
 # with the prefix ``base_model.``. Safetensors only: nothing is unpickled. It knows no models.

@@ -310,7 +310,7 @@ def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-# ---- What all processes of a run must have alike: the settings travel; model, precision and rows are compared.
+# What all processes of a run must have alike: the settings travel; model, precision and rows are compared.
 #
 # Each process reads the model and the rows from its own machine's files, so that they may differ there.
 

@@ -204,7 +204,7 @@ class _Side:
         return found, -found.gather(1, self.targets[part].to(found.device)[:, None])[:, 0], found.argmax(1)
 
 
-# ---- Drift of a finished run, and its general answers beside the base model's.
+# Drift of a finished run, and its general answers beside the base model's.
 #
 # What :class:`DriftMeter` is to a run that trains, this is to one that is opened again.
 
@@ -275,7 +275,7 @@ def _base_answers(opened: InferenceSession) -> list[Example]:
         )
 
 
-# ---- Drift of a run that trains: what is noted before the first step, and measured after the last.
+# Drift of a run that trains: what is noted before the first step, and measured after the last.
 #
 # Most methods keep the base model, and everything is measured at the end. Methods that train the base model's
 # own parameters keep no copy of them: of those the base model's answers are evaluated before training.

@@ -143,7 +143,7 @@ def label_places(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return index, np.repeat(np.arange(len(places)), [len(own) for own in places])
 
 
-# ---- Losses of pairs of answers, DPO, IPO, ORPO and SimPO, of log-probabilities of a chosen and a rejected one.
+# Losses of pairs of answers, DPO, IPO, ORPO and SimPO, of log-probabilities of a chosen and a rejected one.
 #
 # A group of rows is a pair: the chosen answer with its prompt, then the rejected one with the same prompt. What
 # a reference model gives them is a number that each row brings along. Knows no model and no data.
@@ -273,7 +273,7 @@ def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-# ---- KTO (arXiv 2402.01306, eqs. 7 and 8): a loss of single answers, desired or not, against a reference.
+# KTO (arXiv 2402.01306, eqs. 7 and 8): a loss of single answers, desired or not, against a reference.
 #
 # With r = s − s°, an answer's log-probability less the reference model's, and z the mean of r over prompts with
 # other rows' answers, no less than 0 and taken as a constant, the loss is w (1 − σ(β (r − z))) of a desired

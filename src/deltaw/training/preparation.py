@@ -89,7 +89,7 @@ def _single(items: Sequence[Any]) -> Sequence[Any]:
     return [row for item in items[:CALIBRATION_TOKENS] for row in item.rows]
 
 
-# ---- Activation checkpointing of a model's blocks: a block keeps its input, and its backward runs it again.
+# Activation checkpointing of a model's blocks: a block keeps its input, and its backward runs it again.
 
 
 def checkpoint_blocks(model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()) -> None:

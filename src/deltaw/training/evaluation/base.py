@@ -11,7 +11,7 @@ import numpy as np
 
 from deltaw.errors import UserError
 
-# ---- How good predictions are: accuracy, F1, errors, correlations, and confidence intervals of them.
+# How good predictions are: accuracy, F1, errors, correlations, and confidence intervals of them.
 #
 # Arrays in, numbers out. A metric that is not defined for what it is given, such as a correlation with a
 # constant, is nan. It knows no models.

@@ -46,7 +46,7 @@ from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.tasks.causal_objective import CausalObjective
 
-# ---- Two ways to run the same rows are compared by the loss and gradients of a few of them.
+# Two ways to run the same rows are compared by the loss and gradients of a few of them.
 
 TRIED_ROWS = 3
 # Numbers of a gradient that are compared at a time.
@@ -123,7 +123,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
 
 
-# ---- One store for all processes of a machine that train together: the first opens it, the others join.
+# One store for all processes of a machine that train together: the first opens it, the others join.
 #
 # Values and marks are mapped files, so what one process writes is there for the others. Which rows have their
 # values is told by a mapped file of its own, which lasts as long as the run: marks for later runs are written
@@ -191,7 +191,7 @@ def _use_seen(store: DiskStore, name: str) -> None:
     store.done = np.asarray(mapped).view(bool)
 
 
-# ---- A store's vectors on the device that uses them, besides where they are kept.
+# A store's vectors on the device that uses them, besides where they are kept.
 #
 # The first epoch writes them to both. Later epochs gather them on the device, so that a step neither copies
 # vectors nor waits for one. Vectors of an earlier run are brought over as they are asked for.
@@ -241,7 +241,7 @@ def on_device(store: FeatureStore, device: torch.device) -> FeatureStore:
     return DeviceStore(store, device) if fits else store
 
 
-# ---- Whether frozen layers run once for each row.
+# Whether frozen layers run once for each row.
 
 # Below this share of the blocks, reading features saves less than keeping them costs.
 LEAST_FROZEN = 1 / 8

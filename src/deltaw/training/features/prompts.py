@@ -232,7 +232,7 @@ def _tensor(places: np.ndarray, batch: Batch) -> Tensor:
     return to_device(torch.from_numpy(places), batch.predictors.device)
 
 
-# ---- Whether prompts run apart from answers under an activated adapter, and where their keys are kept.
+# Whether prompts run apart from answers under an activated adapter, and where their keys are kept.
 #
 # This is verified first, on a small copy of the model (``runtime.partial_check``) and on the model itself: a
 # few of the user's own rows run in two parts, with keys computed and keys read, and as a whole with the adapter

@@ -339,7 +339,7 @@ def size_text(count: int) -> str:
     return f"{count / 2**20:.0f} MB" if count < 2**30 else f"{count / 2**30:.1f} GB"
 
 
-# ---- Which rows' features were stored at a point of a training, so that it can go on from there to the bit.
+# Which rows' features were stored at a point of a training, so that it can go on from there to the bit.
 #
 # Features are computed together with those of the rows beside them, which decides their rounding. A training
 # that goes on from a checkpoint must find stored what was stored then, and nothing more: what a killed process

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# ---- The trained parameters as they were at the best evaluation, on disk until the run ends.
+# The trained parameters as they were at the best evaluation, on disk until the run ends.
 #
 # Every method names its trained parameters, so they are kept as these, bit for bit, and the method writes its
 # adapter from them once they are back in the model. Knows no scores.
@@ -112,7 +112,7 @@ class BestParameters:
                 file.unlink(missing_ok=True)
 
 
-# ---- Which evaluation was the best so far, and whether it has been too long since.
+# Which evaluation was the best so far, and whether it has been too long since.
 
 # Evaluations over a run where nobody says how many: at most, and at least.
 MOST, FEWEST = 10, 4
@@ -353,7 +353,7 @@ class TimeBudget:
         )
 
 
-# ---- What a run's evaluations and its end will take, estimated from the speed of its steps.
+# What a run's evaluations and its end will take, estimated from the speed of its steps.
 #
 # Estimates are cautious, and give way to what is measured: a run with a time budget keeps so much time back.
 

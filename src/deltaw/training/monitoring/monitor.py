@@ -33,7 +33,7 @@ from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal import Answer, answers, exact_answers
 
-# ---- Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
+# Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
 # Every rule compares a run with itself: with the median and the spread of its own last steps. So none depends
 # on a model, a loss or a batch size. Knows steps; not who is told.
@@ -173,7 +173,7 @@ def _round_up(value: float) -> float:
     return round(math.ceil(value / power) * power, 10)
 
 
-# ---- What the model itself writes to held-out prompts while it trains: scored at evaluations, or shown.
+# What the model itself writes to held-out prompts while it trains: scored at evaluations, or shown.
 #
 # Decoding is greedy, draws no random numbers and leaves the model as it was found, so a training goes on as if
 # nothing had happened. Knows no folders and shows nothing.

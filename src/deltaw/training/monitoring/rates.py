@@ -28,7 +28,7 @@ from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import RATE, Session, usual_rate_of
 from deltaw.training.state import NotFiniteError, Step
 
-# ---- The curve of a learning-rate range test, and the rate that is read off it.
+# The curve of a learning-rate range test, and the rate that is read off it.
 #
 # Range test: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, 3.3.
 # Knows numbers; not how they came about.

@@ -30,7 +30,7 @@ from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.parallel.reducer import Reducer, Spare, StepSums
 from deltaw.training.state import SavedState, TrainState
 
-# ---- The sum of gradients over processes: one flat vector, whose ranges travel while the backward goes on.
+# The sum of gradients over processes: one flat vector, whose ranges travel while the backward goes on.
 #
 # The vector holds the parameters from the last to the first, about the order in which a backward is done with
 # them, and is cut into a few ranges. In the last microbatch of a step, a range travels once all of its
@@ -194,7 +194,7 @@ def _ranges(counts: Sequence[int], size: int, bytes_each: int) -> list[list[int]
     return ranges
 
 
-# ---- Which process computes which rows of a step: as much work for each, and rows that begin alike together.
+# Which process computes which rows of a step: as much work for each, and rows that begin alike together.
 #
 # A step's time is that of its slowest process. Rows are dealt by the tokens that they cost, in one of two ways:
 # the rows in the order of their tokens, cut into runs (a prefix is computed once where the rows that share it

@@ -57,7 +57,7 @@ from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 from deltaw.working import listening, working
 
-# ---- Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
+# Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
 #
 # Weights of the type that they are stored in are mapped from their file, and the system brings in what is
 # touched. Of a large vocabulary that is often little. Knows a session and its rows; not how much a run needs.
@@ -144,7 +144,7 @@ def _resident_at(address: int) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-# ---- Which step of a run is its heaviest, and which of its microbatches show its peak.
+# Which step of a run is its heaviest, and which of its microbatches show its peak.
 #
 # Found by the batcher's own arithmetic, without running the model. Knows batchers and layouts; no memory.
 

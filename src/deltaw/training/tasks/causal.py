@@ -37,7 +37,7 @@ from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatche
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
 
-# ---- How well a model does on examples: loss and perplexity, and exact match of what it writes itself.
+# How well a model does on examples: loss and perplexity, and exact match of what it writes itself.
 
 
 class Writer(Protocol):
@@ -224,7 +224,7 @@ class CausalTask(Task):
         return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
 
 
-# ---- How single answers are trained: their own rows with gradients, and before each step those of mismatched
+# How single answers are trained: their own rows with gradients, and before each step those of mismatched
 # answers without, which tell how far the model has moved.
 #
 # An item of the data is a group of two rows (:mod:`deltaw.data.preferences`); microbatches hold the first of each.
@@ -323,7 +323,7 @@ def evaluate_unpaired(objective: UnpairedObjective, answers: Sequence[RowGroup],
     return Evaluation.of_rows({"loss": float(losses.mean()), **metrics}, "accuracy", accuracies.copy())
 
 
-# ---- The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one; or
+# The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one; or
 # of single answers, make those likelier that are desired.
 #
 # The reference of losses that have one is the base model itself: its log-probabilities are computed once,

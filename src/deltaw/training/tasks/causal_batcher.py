@@ -18,7 +18,7 @@ from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import can_pack, fused_blocks, packed_rows
 
-# ---- How many tokens go through a model at once: what every task's batcher chooses alike.
+# How many tokens go through a model at once: what every task's batcher chooses alike.
 
 # Tokens of a microbatch where the setting is ``auto``: enough for matrix products to run at full speed, and
 # on a processor no more, since activations grow with it.

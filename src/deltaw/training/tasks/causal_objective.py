@@ -41,7 +41,7 @@ from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs, Watched
 from deltaw.training.microbatches import entered
 
-# ---- Logits of a frozen head from int8 products, for where those that count are computed once more.
+# Logits of a frozen head from int8 products, for where those that count are computed once more.
 #
 # A head's inputs have a few columns with numbers far larger than all others, and one scale for each row would
 # have to span them. So the largest columns are taken out before a row is rounded, and come back as a low-rank
@@ -133,7 +133,7 @@ class RoughLogits:
         return math.expm1(scale * scale * self.variance() / 2) <= LARGEST_ERROR
 
 
-# ---- A language model's output head on hidden vectors, in chunks: all logits never exist at once.
+# A language model's output head on hidden vectors, in chunks: all logits never exist at once.
 #
 # Three functions for three cases: a frozen linear head, whose chunks' logits become their own gradient; any
 # head, with log-probabilities whose logits the backward recomputes; and the weighted sum over any

@@ -39,7 +39,7 @@ from deltaw.training.microbatches import AnyBatcher, AnyObjective, entered
 from deltaw.training.tasks.base import Classes, ModelFiles, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
 
-# ---- How labeled rows become microbatches: how many tokens, what pads them, and why.
+# How labeled rows become microbatches: how many tokens, what pads them, and why.
 
 
 def choose_label_batcher(
@@ -108,7 +108,7 @@ def text_positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
-# ---- The objective of labeled rows: cross-entropy of classes, the squared error of numbers, or of pairs the
+# The objective of labeled rows: cross-entropy of classes, the squared error of numbers, or of pairs the
 # likelihood that the preferred one wins.
 #
 # A decoder's output is read at each row's last token, found by the row's length. Transformers finds it by the
@@ -286,7 +286,7 @@ def _close(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and bool((left - right).norm() <= tolerance * left.norm() + 1e-6)
 
 
-# ---- How well a model predicts classes, numbers, or which of two texts is preferred: metrics, predictions row by
+# How well a model predicts classes, numbers, or which of two texts is preferred: metrics, predictions row by
 # row, and their interval.
 
 
