@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import start
 
 _MEASURED = """
 import json, sys
@@ -57,9 +58,10 @@ print(json.dumps(found))
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
     """The folder that was written to, and the bytes that writing and measuring added to the peak."""
     folder = tmp_path_factory.mktemp("saved")
-    done = subprocess.run([sys.executable, "-c", _MEASURED, str(folder), "2048"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+    process = start("-c", _MEASURED, folder, 2048)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return folder, json.loads(out)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")

@@ -51,6 +51,8 @@ KILLED, UNKNOWN = "killed", "unknown"
 LOSSES = ("loss", "mse")
 # How names end of what is being written; deltaw.durable gives the same to its files.
 PARTIAL = ".part"
+# The same text as SafeDumper's, from C where PyYAML has it.
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 # Bytes of a file's or folder's name on the usual file systems.
 _LONGEST_NAME = 255
 
@@ -612,7 +614,8 @@ class RunFolder(Run):
             UserError, OSError: it cannot be written.
         """
         self.values = {**self.values, **values}
-        write_text(self.path / RUN, json.dumps(self.values, indent=1, ensure_ascii=False) + "\n")
+        parts = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.values.items())
+        write_text(self.path / RUN, "{\n" + ",\n".join(parts) + "\n}\n")
         for name in EARLIER:
             (self.path / name).unlink(missing_ok=True)
 
@@ -725,7 +728,7 @@ def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -
     lines = []
     of_settings = set()
     section = ""
-    for line in yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=1000).splitlines():
+    for line in yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=1000).splitlines():
         key = line.partition(":")[0]
         if not line.startswith(" "):
             section = key

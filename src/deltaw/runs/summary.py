@@ -6,6 +6,7 @@ the processor, and commands to go on with. It knows nothing of how any of this i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -293,6 +294,7 @@ def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> l
     return [{"command": command, "what": what} for command, what in commands]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of Python, deltaw and the libraries that numbers depend on."""
     found = {"deltaw": __version__, "python": platform.python_version()}

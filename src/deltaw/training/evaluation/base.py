@@ -20,6 +20,8 @@ Interval = tuple[float, float]
 Found = TypeVar("Found", bound="Evaluation")
 # Samples of a bootstrap.
 DRAWS = 1000
+# Rows that are drawn at once, to bound the memory.
+AT_ONCE = 1 << 16
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -105,7 +107,10 @@ def bootstrap_interval(rows: np.ndarray, *, seed: int = 0, level: float = 0.95) 
         lower and upper bound; samples whose mean is nan do not count, and both are nan if all are.
     """
     generator, count = np.random.default_rng(seed), len(rows)
-    values = np.array([rows[generator.integers(0, count, count)].mean() for _ in range(DRAWS)])
+    block = max(1, AT_ONCE // max(1, count))
+    sizes = [min(block, DRAWS - start) for start in range(0, DRAWS, block)]
+    drawn = (rows[generator.integers(0, count, (size, count))] for size in sizes)
+    values = np.concatenate([of.reshape(len(of), -1).mean(axis=1) for of in drawn])
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
