@@ -23,7 +23,7 @@ from deltaw.errors import UserError
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.methods.base import Method
 from deltaw.methods.prompt import Prompt, PromptSettings
-from deltaw.runtime.generation import generate, stream
+from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.virtual_tokens import attached
 from deltaw.training.tasks.causal import answers
@@ -238,7 +238,6 @@ def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
         assert answer.tokens.tolist() == row[0, len(prompt) :].tolist()
         (alone,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[0])
         assert alone.tokens.tolist() == answer.tokens.tolist()
-        assert "".join(stream(model, tokenizer, prompt, max_new_tokens=8, stop_ids=[0])) == answer.text
 
 
 def test_evaluation_asks_with_virtual_tokens_rows_and_shows_their_questions_without_the_prompt():

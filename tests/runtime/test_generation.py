@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
-from deltaw.runtime.generation import generate, stream
+from deltaw.runtime.generation import generate
 from tests.byte_models import tiny_gpt2, tiny_llama
 
 Maker = Callable[[int], PreTrainedModel]
@@ -110,35 +110,18 @@ def test_model_and_random_state_are_left_as_found(tokenizer) -> None:
     model.model.register_forward_pre_hook(lambda module, _: seen.append(module.config._attn_implementation))
     state = torch.random.get_rng_state()
     modes = [module.training for module in model.modules()]
-    generate(model, tokenizer, some_prompts(2), max_new_tokens=3, temperature=1.0)
-    list(stream(model, tokenizer, some_prompts(1)[0], max_new_tokens=3, temperature=1.0))
+    generate(model, tokenizer, some_prompts(2), max_new_tokens=3)
     assert set(seen) == {"sdpa"}
     assert model.config._attn_implementation == "test_training_attention"
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_drawing_depends_on_the_seed_alone(tokenizer) -> None:
-    model = tiny_llama(initializer_range=0.1)
-    prompts = some_prompts(3)
-
-    def drawn(seed: int) -> list[list[int]]:
-        answers = generate(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=seed)
-        return [answer.tokens.tolist() for answer in answers]
-
-    first = drawn(1)
-    torch.rand(5)
-    assert drawn(1) == first
-    assert drawn(2) != first
-
-
-def test_top_k_of_one_is_greedy_and_prefill_computes_logits_of_the_last_position_only(tokenizer) -> None:
+def test_prefill_computes_logits_of_the_last_position_only(tokenizer) -> None:
     model, prompts = tiny_llama(), some_prompts(3)
-    one = generate(model, tokenizer, prompts, max_new_tokens=6, temperature=2.0, top_k=1)
     lengths: list[int] = []
     model.lm_head.register_forward_hook(lambda _, inputs, output: lengths.append(output.shape[1]))
-    greedy = generate(model, tokenizer, prompts, max_new_tokens=6)
-    assert [a.tokens.tolist() for a in one] == [a.tokens.tolist() for a in greedy]
+    generate(model, tokenizer, prompts, max_new_tokens=6)
     assert set(lengths) == {1}
 
 
@@ -151,12 +134,9 @@ def test_answers_end_where_the_positions_do(tokenizer) -> None:
         assert answer.tokens.tolist() == without_cache(model, prompt, len(answer.tokens), [])
 
 
-WRONG = ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1})
-
-
 @pytest.mark.parametrize(
     ("prompt", "settings"),
-    [(np.array([], dtype=int), {}), (np.full(128, 5), {}), *((np.array([5]), wrong) for wrong in WRONG)],
+    [(np.array([], dtype=int), {}), (np.full(128, 5), {}), (np.array([5]), {"max_new_tokens": 0})],
 )
 def test_what_cannot_be_decoded_is_refused(prompt: np.ndarray, settings: dict[str, float], tokenizer) -> None:
     with pytest.raises(UserError):
@@ -170,53 +150,3 @@ def test_progress_counts_prompts(tokenizer) -> None:
     assert len(told) > 1
     assert told[-1] == (5, 5)
     assert generate(tiny_llama(), tokenizer, []) == []
-
-
-def test_streamed_pieces_are_the_generated_text(tokenizer) -> None:
-    model = tiny_llama()
-    for prompt in some_prompts(2):
-        pieces = list(stream(model, tokenizer, prompt, max_new_tokens=30))
-        assert "".join(pieces) == generate(model, tokenizer, [prompt], max_new_tokens=30)[0].text
-        assert all(pieces)
-
-
-def test_streamed_characters_of_several_tokens_come_whole(tokenizer) -> None:
-    """A model that repeats its prompt's text: each next token is looked up in a table."""
-    text = "naïve 日本語 🙂🙃 end" * 3
-    tokens = tokenizer(text)["input_ids"]
-    model = tiny_llama()
-    script = iter([*tokens, 0])
-
-    def scripted(_: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
-        forced = torch.full_like(output, -1e4)
-        forced[..., next(script)] = 1e4
-        return forced
-
-    model.lm_head.register_forward_hook(scripted)
-    pieces = list(stream(model, tokenizer, np.array([5, 6]), max_new_tokens=120))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert "日" in pieces and "🙂" in pieces
-
-
-def test_closing_the_stream_stops_the_model(tokenizer) -> None:
-    model = tiny_llama()
-    steps: list[int] = []
-    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
-    pieces = stream(model, tokenizer, np.array([40, 41, 42]), max_new_tokens=100, stop_ids=[])
-    next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
-    done = len(steps)
-    assert done < 100
-    assert model.generation_config.eos_token_id == 0
-
-
-def test_error_while_streaming_reaches_the_reader(tokenizer) -> None:
-    model = tiny_llama()
-
-    def fail(*_: object) -> None:
-        raise ArithmeticError("broken")
-
-    model.lm_head.register_forward_hook(fail)
-    with pytest.raises(ArithmeticError, match="broken"):
-        list(stream(model, tokenizer, np.array([40])))

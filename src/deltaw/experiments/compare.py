@@ -41,6 +41,7 @@ OWN = ("train.learning_rate", "train.schedule")
 BASE_WORK = 0.2
 
 
+@dataclasses.dataclass
 class ComparisonJobs:
     """What is left to do of a comparison, as jobs: the base model, learning rates, and final trainings.
 
@@ -48,30 +49,23 @@ class ComparisonJobs:
     Every answer is stored in its method's entry and reported in a line.
 
     Args:
-        base: the untrained model; None where it is not scored.
+        base: the untrained model; None where it is not scored, or has been handed out.
         share: of the budget, for which a rate is tried. seeds: that each method is trained with.
         written: called after each final training.
     """
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        base: Entry | None,
-        place: ExperimentFolder,
-        pace: Pace,
-        *,
-        share: float,
-        seeds: Sequence[int],
-        written: Callable[[], object],
-    ) -> None:
-        self._entries, self._place, self._pace = entries, place, pace
-        self._share, self._seeds, self._written = share, seeds, written
-        self._base = None if base is None or "score" in base.piece else base
-        self._ends: dict[str, Callable[[Found], None]] = {}
+    entries: Sequence[Entry]
+    base: Entry | None
+    place: ExperimentFolder
+    pace: Pace
+    share: float
+    seeds: Sequence[int]
+    written: Callable[[], object]
+    _ends: dict[str, Callable[[Found], None]] = dataclasses.field(default_factory=dict)
 
     def know_rates(self, child: Child) -> None:
         """Ask for the usual rates of the methods that are tuned, which follow from the model's shape."""
-        for entry in self._entries:
+        for entry in self.entries:
             if entry.planned is not None:
                 continue
             try:
@@ -81,17 +75,17 @@ class ComparisonJobs:
                 self._no_rate(entry, error)
 
     def next(self) -> Job | None:
-        if self._base is not None:
-            base, self._base = self._base, None
+        base, self.base = self.base, None
+        if base is not None and "score" not in base.piece:
             return self._job(BASE, "base", partial(self._base_scored, base), base.config)
-        for entry in self._entries:
+        for entry in self.entries:
             rate = None if entry.error is not None else entry.next_rate()
             if rate is not None and entry.method not in self._ends:
                 ends = partial(self._rate_tried, entry, rate)
-                job = self._job(entry.method, "rate", ends, entry.config, rate=rate, share=self._share)
-                return dataclasses.replace(job, log=self._place.log(f"tuning-{entry.method}"))
-        for seed in self._seeds:
-            for entry in self._entries:
+                job = self._job(entry.method, "rate", ends, entry.config, rate=rate, share=self.share)
+                return dataclasses.replace(job, log=self.place.log(f"tuning-{entry.method}"))
+        for seed in self.seeds:
+            for entry in self.entries:
                 if (run := self._run(entry, seed)) is not None:
                     return run
         return None
@@ -105,7 +99,7 @@ class ComparisonJobs:
 
     def _job(self, key: str, do: str, ends: Callable[[Found], None], config: RunConfig, **request: object) -> Job:
         self._ends[key] = ends
-        return Job(key, do, self._place.log(key), {"config": config.model_dump(mode="json"), **request})
+        return Job(key, do, self.place.log(key), {"config": config.model_dump(mode="json"), **request})
 
     def _run(self, entry: Entry, seed: int) -> Job | None:
         """The final training with a seed, where it is left to do and can begin; what an interrupted one left is
@@ -117,22 +111,21 @@ class ComparisonJobs:
             return None
         folder = Path(entry.config.output) / f"seed-{seed}"
         if str(seed) not in (entry.piece.get("runs") or {}):
-            self._place.remove(folder)
+            self.place.remove(folder)
         entry.store(seed, None)
-        self._place.write_piece(entry.method, entry.piece)
-        train = entry.config.train.model_copy(update={"learning_rate": rate, "seed": seed})
-        config = entry.config.model_copy(update={"train": train, "output": str(folder)})
+        self.place.write_piece(entry.method, entry.piece)
+        config = entry.config.with_train(learning_rate=rate, seed=seed).model_copy(update={"output": str(folder)})
         # The plan is the same for every seed. The peak of memory is measured in a process that does nothing else.
-        job = self._job(key, "run", partial(self._trained, entry, seed, rate), config, plan=seed == self._seeds[0])
+        job = self._job(key, "run", partial(self._trained, entry, seed, rate), config, plan=seed == self.seeds[0])
         return dataclasses.replace(job, alone=True)
 
     def _base_scored(self, base: Entry, found: Found) -> None:
         if isinstance(found, UserError | WorkerEnded):
-            self._pace.did(f"{BASE}: {found}", BASE_WORK)
+            self.pace.did(f"{BASE}: {found}", BASE_WORK)
             return
         base.piece |= found
-        self._place.write_piece(BASE, base.piece)
-        self._pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
+        self.place.write_piece(BASE, base.piece)
+        self.pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
 
     def _rate_tried(self, entry: Entry, rate: float, found: Found) -> None:
         if isinstance(found, UserError | WorkerEnded):
@@ -140,12 +133,12 @@ class ComparisonJobs:
             return
         loss = math.inf if found["loss"] is None else float(str(found["loss"]))
         if rate not in (entry.planned or ()):
-            self._pace.more(self._share)
+            self.pace.more(self.share)
         tried = sorted((entry.losses | {rate: loss}).items())
         entry.piece["rates"] = [[r, x if math.isfinite(x) else None] for r, x in tried]
-        self._place.write_piece(entry.method, entry.piece)
+        self.place.write_piece(entry.method, entry.piece)
         said = f"validation loss {loss:.4f}" if math.isfinite(loss) else "diverged"
-        self._pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self._share)
+        self.pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self.share)
         if entry.next_rate() is None and entry.chosen() is None:
             lowest = min(entry.losses)
             what = f"training diverged at every learning rate tried, down to {lowest:g}"
@@ -153,19 +146,19 @@ class ComparisonJobs:
 
     def _no_rate(self, entry: Entry, error: UserError | WorkerEnded) -> None:
         untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
-        self._failed(entry, error, len(self._seeds) + untried * self._share)
+        self._failed(entry, error, len(self.seeds) + untried * self.share)
 
     def _trained(self, entry: Entry, seed: int, rate: float, found: Found) -> None:
-        which = "" if len(self._seeds) == 1 else f"seed {seed}"
+        which = "" if len(self.seeds) == 1 else f"seed {seed}"
         if isinstance(found, UserError | WorkerEnded):
-            left = [other for other in self._seeds if other >= seed]
+            left = [other for other in self.seeds if other >= seed]
             self._failed(entry, found, float(len(left)), which and f"{which}: ")
         else:
             entry.store(seed, {"learning_rate": rate, **found})
             remember_settings(entry.config)  # the run may have been made on another machine
-            self._place.write_piece(entry.method, entry.piece)
-            self._pace.did(f"{entry.method}: trained at {rate:g}{which and f', {which}'}: {_run_text(found)}", 1.0)
-        self._written()
+            self.place.write_piece(entry.method, entry.piece)
+            self.pace.did(f"{entry.method}: trained at {rate:g}{which and f', {which}'}: {_run_text(found)}", 1.0)
+        self.written()
 
     def _failed(self, entry: Entry, error: UserError | WorkerEnded, work: float, which: str = "") -> None:
         """Store why a method has no result; the other methods continue.
@@ -176,8 +169,8 @@ class ComparisonJobs:
         """
         told = error if isinstance(error, UserError) else UserError(str(error))
         entry.error = UserError(f"{which}{told.what}", where=told.where, hint=told.hint)
-        self._pace.more(-work)
-        self._pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
+        self.pace.more(-work)
+        self.pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
 
 
 def _run_text(found: Mapping[str, object]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -369,6 +369,7 @@ def without_nan(value: object) -> object:
 
 
 Found = Mapping[str, Any]
+Scores: TypeAlias = np.ndarray | None
 
 
 def gathered(
@@ -395,9 +396,9 @@ def gathered(
     results.sort(key=lambda result: _order(result, higher))
     ranked = [result.method for result in results if result.ranked]
     chosen = reference if reference in ranked else next(iter(ranked), None)
-    constant = None if scored is None else scored.get("constant")
     against = matrix(runs[chosen]) if chosen is not None else None
-    baseline = None if constant is None else np.asarray(constant["per_row"])[None]
+    constant = {} if scored is None else scored.get("constant") or {}
+    baseline = np.asarray(constant["per_row"])[None] if constant else None
     results = [_compared(r, matrix(runs[r.method]), against, baseline, chosen) for r in results]
     untrained = None
     if base is not None and "score" in base.piece:
@@ -413,14 +414,14 @@ def gathered(
         seeds=tuple(seeds),
         reference=chosen,
         asked_reference=reference,
-        constant_answer=None if constant is None else constant["answer"],
+        constant_answer=constant.get("answer"),
         constant_score=None if baseline is None else float(baseline.mean()),
         results=tuple(results),
         base=untrained,
     )
 
 
-def matrix(runs: Sequence[Found]) -> np.ndarray | None:
+def matrix(runs: Sequence[Found]) -> Scores:
     """(seeds, rows): what each held-out row scores; None where the metric has no such form."""
     rows = [run.get("per_row") for run in runs]
     lengths = {len(row) if isinstance(row, list) else None for row in rows}
@@ -484,28 +485,23 @@ def _interval(runs: Sequence[Found], score: float, metric: str) -> Interval | No
 
 
 def _compared(
-    result: MethodResult,
-    ours: np.ndarray | None,
-    theirs: np.ndarray | None,
-    baseline: np.ndarray | None,
-    reference: str | None,
+    result: MethodResult, ours: Scores, theirs: Scores, baseline: Scores, reference: str | None
 ) -> MethodResult:
     """Add the difference from the reference, seed by seed and row by row, and that from the best constant
     answer."""
     if result.score is None or ours is None:
         return result
     if baseline is not None and baseline.shape[1] == ours.shape[1]:
-        result = replace(
-            result, over_constant=float((ours - baseline).mean()), over_constant_interval=interval_of(ours - baseline)
-        )
+        over = ours - baseline
+        result = replace(result, over_constant=float(over.mean()), over_constant_interval=interval_of(over))
     if theirs is None or theirs.shape[1] != ours.shape[1]:
         return result
     if result.method == reference:
         return replace(result, difference=0.0, difference_interval=(0.0, 0.0))
     if len(ours) not in (1, len(theirs)):
         return result
-    difference = ours - theirs
-    return replace(result, difference=float(difference.mean()), difference_interval=interval_of(difference))
+    over = ours - theirs
+    return replace(result, difference=float(over.mean()), difference_interval=interval_of(over))
 
 
 # What a comparison's numbers say, in sentences, and its page.
@@ -696,7 +692,7 @@ def _rate_table(comparison: Comparison) -> list[str]:
         if len(losses) > 1:
             rows.append((result.method, ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())))
     said = (
-        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget."
+        "The loss is the lowest on rows taken out of the training rows, with the first seed and a part of the budget."
     )
     table = markdown_table(("method", "rate: validation loss"), rows, left=2)
     return ["## Learning rates tried", "", *table, said, ""] if rows else []

@@ -166,37 +166,38 @@ def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
     for text in given:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not value:
-            raise UserError(f"'{text}' names no setting to search", where="--search", hint=_EXAMPLE)
+            raise _refused(f"'{text}' names no setting to search")
         if key not in known:
-            raise UserError(f"there is no setting '{key}'", where="--search", hint=did_you_mean(key, known))
+            raise _refused(f"there is no setting '{key}'", did_you_mean(key, known))
         if key in _FIXED or key.startswith("data."):
             what = f"'{key}' cannot be searched: trials are compared on the same rows, model and machine"
-            raise UserError(what, where="--search", hint="set it in the settings")
+            raise _refused(what, "set it in the settings")
         space[key] = _domain(key, value, text)
     if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
-        what = f"lora.alpha and {ALPHA_PER_RANK} exclude each other"
-        raise UserError(what, where="--search", hint="leave one of them out")
+        raise _refused(f"lora.alpha and {ALPHA_PER_RANK} exclude each other", "leave one of them out")
     return space
+
+
+def _refused(what: str, hint: str = _EXAMPLE) -> UserError:
+    return UserError(what, where="--search", hint=hint)
 
 
 def _domain(key: str, value: str, text: str) -> Range | Values:
     if value.startswith("["):
         values = _parsed(value)
         if not isinstance(values, list) or not values:
-            raise UserError(f"'{text}' is not a list of values", where="--search", hint=_EXAMPLE)
+            raise _refused(f"'{text}' is not a list of values")
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
-            hint = "list plain values, once each"
-            raise UserError(f"'{text}' holds a list, or a value twice", where="--search", hint=hint)
+            raise _refused(f"'{text}' holds a list, or a value twice", "list plain values, once each")
         return Values(tuple(values))
     log = value.endswith(":log")
     lower, dots, higher = value.removesuffix(":log").partition("..")
     low, high = _number(lower), _number(higher)
     if not dots or low is None or high is None:
-        raise UserError(f"'{text}' is neither a range nor a list", where="--search", hint=_EXAMPLE)
+        raise _refused(f"'{text}' is neither a range nor a list")
     if not low < high or (log and low <= 0):
         what = "is an empty range" if low >= high else "has no logarithm at its low end"
-        hint = "give the lower end first, above 0 with :log"
-        raise UserError(f"'{text}' {what}", where="--search", hint=hint)
+        raise _refused(f"'{text}' {what}", "give the lower end first, above 0 with :log")
     fractions = [ALPHA_PER_RANK, *(setting.key for setting in settings() if "float" in str(setting.annotation))]
     return Range(low, high, log, whole=isinstance(low, int) and isinstance(high, int) and key not in fractions)
 
@@ -443,14 +444,16 @@ def tune(
     check_space(config, asked)
     place = ExperimentFolder(Path(os.path.expanduser(folder)), "tuning")
     kept = False
+    log = place.log("trials")
     try:
-        with Child(place.log("trials")) as child:
+        with Child(log) as child:
             usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = asked or default_space(config, usual)
-            study = _open_store(config, space, share, place, storage, say)
+            file = place.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
+            study = _open_store(config, space, share, place, file, say)
             first = _begin(study, present(config, space, usual), trials, say)
             pace = Pace(say, max(0, trials - len(_ended(study))))
-            jobs = _Search(study, config, space, share, trials, place.log("trials"), pace)
+            jobs = _Search(study, config, space, share, trials, log, pace)
             try:
                 if cluster is None:
                     here(jobs, child)
@@ -482,12 +485,7 @@ def _require_optuna() -> None:
 
 
 def _open_store(
-    config: RunConfig,
-    space: Space,
-    share: float,
-    place: ExperimentFolder,
-    storage: str | os.PathLike[str] | None,
-    say: Say,
+    config: RunConfig, space: Space, share: float, place: ExperimentFolder, file: Path, say: Say
 ) -> optuna.Study:
     """The Optuna study for these settings and this space; a new one if either has changed."""
     import optuna
@@ -501,7 +499,6 @@ def _open_store(
     if before and (lines := changed(before, settings)):
         say(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
     name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
-    file = Path(os.path.expanduser(storage)) if storage is not None else place.path / STORAGE
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         database = f"sqlite:///{file.resolve()}"

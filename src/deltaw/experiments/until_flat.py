@@ -231,9 +231,8 @@ def until_flat(
             on_step(step)
             training.after(step.step)
 
-        outcome = session.train(
-            on_begin=training.begin, on_step=step_done, total_steps=training.most, learning_rate=rate, rows=rows
-        )
+        how: dict[str, Any] = {"total_steps": training.most, "learning_rate": rate, "rows": rows}
+        outcome = session.train(on_begin=training.begin, on_step=step_done, **how)
         curve = training.curve
         curve.outcome, curve.best_step, curve.best_loss = outcome, best.step, best.loss
         if not outcome.interrupted and best.step != outcome.steps:
@@ -242,32 +241,30 @@ def until_flat(
     return curve
 
 
+@dataclass
 class _Training:
     """Decides, after each step, whether to evaluate and whether to cool down."""
 
-    def __init__(
-        self,
-        session: Session,
-        rows: Sequence[Any],
-        validation: Sequence[Any],
-        rate: float,
-        budget: Budget,
-        best: BestPoint,
-        on_validation: Callable[[int, float], None],
-    ) -> None:
-        settings = session.config.train
-        self.session, self.validation, self.budget = session, validation, budget
-        self.rate, self.best, self.on_validation = rate, best, on_validation
-        self.curve = Curve()
-        self.most = budget.steps or ENDLESS
-        per_epoch = math.ceil(len(rows) / settings.batch_size)
-        self.every = settings.eval_every or steps_between(per_epoch, budget.steps)
+    session: Session
+    rows: Sequence[Any]
+    validation: Sequence[Any]
+    rate: float
+    budget: Budget
+    best: BestPoint
+    on_validation: Callable[[int, float], None]
+    curve: Curve = field(default_factory=Curve)
+    cooling: bool = False
+    began: float = 0.0
+    _state: TrainState | None = None
+
+    def __post_init__(self) -> None:
+        settings, steps = self.session.config.train, self.budget.steps
+        self.most = steps or ENDLESS
+        per_epoch = math.ceil(len(self.rows) / settings.batch_size)
+        self.every = settings.eval_every or steps_between(per_epoch, steps)
         # A share means one of the budget's steps, and of an epoch's where only time is limited.
-        self.warmup = warmup_steps(settings.warmup, budget.steps or per_epoch)
+        self.warmup = warmup_steps(settings.warmup, steps or per_epoch)
         self.last = self.most if self.most < 3 else math.floor(self.most / (1 + COOLDOWN))
-        self.cooling = False
-        self.began = time.monotonic()
-        self._state: TrainState | None = None
 
     def begin(self, state: TrainState) -> None:
         self._state = state

@@ -79,18 +79,15 @@ def one_answer(
             close = np.ptp(evaluation.predictions) <= SPREAD * np.std(truth)
             return f"{evaluation.predictions.mean():.4g}" if close and np.ptp(truth) > 0 else None
         chosen = evaluation.predictions.argmax(1)
-        if len(set(chosen.tolist())) > 1 or len(set(truth.tolist())) == 1:
-            return None
-        return str(evaluation.classes[chosen[0]])
+        alike = len(set(chosen.tolist())) == 1 < len(set(truth.tolist()))
+        return str(evaluation.classes[chosen[0]]) if alike else None
     if not evaluation.predicted:
         return None
     shortest = min(len(predicted) for predicted, _ in evaluation.predicted)
     given, expected = (
         {answer[:shortest].tobytes() for answer in answers} for answers in zip(*evaluation.predicted, strict=True)
     )
-    if len(given) > 1 or len(expected) == 1:
-        return None
-    return decode(evaluation.predicted[0][0]).strip()
+    return decode(evaluation.predicted[0][0]).strip() if len(given) == 1 < len(expected) else None
 
 
 def constant_scores(evaluation: Evaluation, examples: Sequence[Any]) -> tuple[str, np.ndarray] | None:
@@ -162,11 +159,8 @@ class Trial:
     def _open(self) -> None:
         loaded = load_for(self.config, self.task, self.data, self._say)
         offered = () if loaded.kernels is None else loaded.kernels.approximations
-        how: dict[str, Any] = {
-            "device": str(loaded.choices["device"].value),
-            "new_modules": loaded.new_modules,
-            "offered": offered,
-        }
+        device = str(loaded.choices["device"].value)
+        how: dict[str, Any] = {"device": device, "new_modules": loaded.new_modules, "offered": offered}
         self.session: Session = assemble(self.config, self.task, self.data, loaded.model, **how)
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:
@@ -265,8 +259,7 @@ class Trial:
 
 def with_features(config: RunConfig) -> RunConfig:
     """The settings with what frozen layers give kept, since every row is seen again."""
-    train = config.train.model_copy(update={"keep_features": True})
-    return config.model_copy(update={"train": train})
+    return config.with_train(keep_features=True)
 
 
 def split_off(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -293,6 +286,7 @@ def split_off(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[A
 ADAPTER_FILES = "adapter_*"
 
 
+@guest()
 def final_run(config: RunConfig, say: Say, *, plan: bool) -> dict[str, object]:
     """Train until the validation loss flattens, write the run's folder, and score the held-out rows.
 
@@ -305,11 +299,6 @@ def final_run(config: RunConfig, say: Say, *, plan: bool) -> dict[str, object]:
     Raises:
         UserError: the input cannot be used, training diverged, or a signal stopped it.
     """
-    with guest():
-        return _final_run(config, say, plan)
-
-
-def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
     check_output(Path(os.path.expanduser(config.output)))
     config = with_features(config)
     task, data = read_data(config, say)
@@ -356,12 +345,10 @@ def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
 
 def _trained(trial: Trial, folder: RunFolder) -> Curve:
     release_free_memory()
-
-    budget = budget_of(trial.config.train, len(trial.training))
     try:
         return trial.until_flat(
             trial.session.learning_rate,
-            budget,
+            budget_of(trial.config.train, len(trial.training)),
             on_step=lambda step: folder.write_metrics(step.as_dict()),
             on_validation=lambda step, loss: folder.write_metrics({"step": step, "validation": {"loss": loss}}),
         )
@@ -372,8 +359,7 @@ def _trained(trial: Trial, folder: RunFolder) -> Curve:
 def scores(task: Task, held_out: Sequence[Any], evaluation: Evaluation) -> dict[str, object]:
     """An evaluation of the held-out rows, ready for JSON: with what each row scores, the answer that every
     row was given, if there was only one, and what the best such answer would score."""
-    per_row = evaluation.per_row
-    tokenizer = task.tokenizer
+    per_row, tokenizer = evaluation.per_row, task.tokenizer
     rows = [row for item in held_out for row in rows_of(item)]
 
     def decode(tokens: np.ndarray) -> str:
@@ -481,7 +467,7 @@ class Worker:
         key = (config.data, config.task, config.model, config.data_seed)
         known = self._known[1] if self._known is not None and self._known[0] == key else None
         self._trial = Trial(config, self._say, known)
-        self._known = (key, (self._trial.task, self._trial.data))
+        self._known = key, (self._trial.task, self._trial.data)
         return self._trial
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Text from a model: many prompts in batches, or one prompt piece by piece.
+"""Text from a model: many prompts in batches.
 
 The decoding is transformers' own ``generate``. What is added is what callers get wrong: prompts of unequal
 length are padded on the left and masked by length, every terminator stops a text, settings that a model's
@@ -11,8 +11,6 @@ It does not know how prompts are rendered from conversations.
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,10 +23,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from deltaw.errors import UserError
 from deltaw.hub.loading import attention_of, ordinary_attention
@@ -149,37 +145,29 @@ def generate(
     *,
     max_new_tokens: int = 64,
     batch_tokens: int = 4096,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     stop_ids: Sequence[int] | None = None,
-    seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Continue every prompt; the answers stand in the order of the prompts.
 
-    Prompts of like length share a batch, the longest first. In fp32 and without sampling a prompt gets the
-    same answer in a batch as alone.
+    Each token is the likeliest one. Prompts of like length share a batch, the longest first. In fp32 a prompt
+    gets the same answer in a batch as alone.
 
     Args:
         prompts: token ids, each (length,).
         max_new_tokens: the most tokens to write; fewer where the model's positions end before.
         batch_tokens: the most tokens that a batch holds in the end, rows × (longest prompt + new tokens).
             It bounds the memory for keys and values; one prompt alone may exceed it.
-        temperature: 0 takes the likeliest token; above it tokens are drawn.
-        top_p: draw from the likeliest tokens that together have this probability.
-        top_k: draw from this many of the likeliest tokens; 0 is all of them.
         stop_ids: the tokens that end a text instead of the model's own (:func:`terminators`).
-        seed: of the drawing.
         on_progress: told (prompts done, prompts) after each batch.
 
     Raises:
-        UserError: a prompt is empty or leaves no room for an answer, or a setting is out of range.
+        UserError: a prompt is empty or leaves no room for an answer, or ``max_new_tokens`` is below 1.
     """
-    config = _config(model, tokenizer, stop_ids, max_new_tokens, temperature, top_p, top_k)
+    config = _config(model, tokenizer, stop_ids, max_new_tokens)
     answers: list[Completion | None] = [None] * len(prompts)
     done = 0
-    with _as_found(model, config, seed):
+    with _as_found(model, config):
         for batch in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
             config.max_new_tokens = batch.allowance
             rows = [np.asarray(prompts[place], dtype=np.int64) for place in batch.places]
@@ -191,52 +179,6 @@ def generate(
             if on_progress is not None:
                 on_progress(done, len(prompts))
     return [answer for answer in answers if answer is not None]
-
-
-def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: np.ndarray,
-    *,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop_ids: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Continue one prompt, a piece of text at a time; the pieces together are :func:`generate`'s text.
-
-    A character of several tokens comes whole. Closing the iterator stops the model.
-
-    Raises:
-        UserError: as :func:`generate` does.
-    """
-    config = _config(model, tokenizer, stop_ids, max_new_tokens, temperature, top_p, top_k)
-    (batch,) = _batches([prompt], max_new_tokens, 1, position_limit(model))
-    config.max_new_tokens = batch.allowance
-    ids, mask = _padded([np.asarray(prompt, dtype=np.int64)], config.pad_token_id, model.device)
-    tokens = _Tokens()
-
-    def decode() -> None:
-        try:
-            stopped = StoppingCriteriaList([_Stopped(tokens.closed.is_set)])
-            _decoder(model).generate(
-                ids, attention_mask=mask, generation_config=config, streamer=tokens, stopping_criteria=stopped
-            )
-        except BaseException as error:  # handed to the reader, who raises it
-            tokens.queue.put(error)
-        else:
-            tokens.queue.put(None)
-
-    writer = threading.Thread(target=decode, name="deltaw-stream", daemon=True)
-    with _as_found(model, config, seed):
-        writer.start()
-        try:
-            yield from _pieces(tokens, tokenizer, config.eos_token_id)
-        finally:
-            tokens.closed.set()
-            writer.join()
 
 
 def decode_by(
@@ -256,7 +198,7 @@ def decode_by(
     Raises:
         UserError: the model does not generate.
     """
-    config = _config(model, tokenizer, (), max_new_tokens, 0.0, 1.0, 0)
+    config = _config(model, tokenizer, (), max_new_tokens)
     config.max_new_tokens = max_new_tokens
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
 
@@ -267,59 +209,46 @@ def decode_by(
             forced[row, 0 if token is None else token] = 0.0
         return forced
 
-    with _as_found(model, config, 0):
+    def stopped(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        return ended
+
+    with _as_found(model, config):
         ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
         _decoder(model).generate(
             ids,
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([chosen]),  # type: ignore[list-item]
-            stopping_criteria=StoppingCriteriaList([_Stopped(lambda: ended)]),
+            stopping_criteria=StoppingCriteriaList([stopped]),  # type: ignore[list-item]
         )
 
 
 def _config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int] | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int] | None, max_new_tokens: int
 ) -> GenerationConfig:
     """A generation configuration that holds these settings and nothing else."""
-    for name, value, right, hint in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "0 for the likeliest token, or above 0 to draw"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
-        ("top_k", top_k, top_k >= 0, "0 for all tokens, or a number of them"),
-    ):
-        if not right:
-            raise UserError(f"{name} is {value}", where=name, hint=hint)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", hint="at least 1")
     ends = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
     pad = tokenizer.pad_token_id
-    config = GenerationConfig(
-        do_sample=temperature > 0,
+    return GenerationConfig(
+        do_sample=False,
         use_cache=True,
         eos_token_id=ends or None,
         # Padding is masked by length, so any id does where there is no token for it.
         pad_token_id=pad if pad is not None else (ends[0] if ends else 0),
         bos_token_id=tokenizer.bos_token_id,
     )
-    if temperature > 0:
-        config.temperature, config.top_p, config.top_k = temperature, top_p, top_k
-    return config
 
 
 @contextlib.contextmanager
-def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> Iterator[None]:
+def _as_found(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Ready the model for decoding within the block, and leave it as it was before."""
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
     attention, random = attention_of(model, ordinary_attention(model)), torch.random.fork_rng(devices)
     with attention, quiet(), random, _own_head_product(model):
-        torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
         model.generation_config = GenerationConfig(pad_token_id=config.pad_token_id)
@@ -415,46 +344,3 @@ def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, ends: list[
     tokens = row[: at[0]] if at.size else row
     terminator = int(row[at[0]]) if at.size else None
     return Completion(tokens, text_of(tokenizer, tokens.tolist()), bool(at.size), terminator)
-
-
-class _Tokens(BaseStreamer):
-    """Hands new token ids from the decoding thread to the reader, then None, or the error that ended it."""
-
-    def __init__(self) -> None:
-        self.queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        self.closed = threading.Event()
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take what ``generate`` puts: first the prompt, then one token a step."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.flatten().tolist():
-            self.queue.put(token)
-
-    def end(self) -> None:
-        """Nothing to do: the end is put once ``generate`` has returned."""
-
-
-class _Stopped(StoppingCriteria):
-    """Stops the rows of which ``stopped`` is true, or all of them."""
-
-    def __init__(self, stopped: Callable[[], Tensor | bool]) -> None:
-        self._stopped = stopped
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        rows = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        return rows | self._stopped()
-
-
-def _pieces(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Iterator[str]:
-    """The text of the tokens as it becomes certain, terminators left out."""
-    text = TextPieces(tokenizer)
-    while (token := tokens.queue.get()) is not None:
-        if isinstance(token, BaseException):
-            raise token
-        if not (ends and token in ends) and (piece := text.add(token)):
-            yield piece
-    if rest := text.end():
-        yield rest
