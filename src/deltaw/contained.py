@@ -70,12 +70,8 @@ def _roots(folder: Path) -> list[Path]:
     """Where links of a folder may lead: into the folder, and for a hub's ``models--owner--name/snapshots/revision``
     into the ``blobs`` of the same model."""
     own = folder.resolve()
-    of_hub = [
-        parent.parent / "blobs"
-        for parent in own.parents
-        if parent.name == "snapshots" and parent.parent.name.startswith(("models--", "datasets--"))
-    ]
-    return [own, *of_hub]
+    in_hub = (parent.parent for parent in own.parents if parent.name == "snapshots")
+    return [own, *(place / "blobs" for place in in_hub if place.name.startswith(("models--", "datasets--")))]
 
 
 def _leads_into(path: Path, roots: list[Path]) -> bool:

@@ -33,9 +33,8 @@ def run_schema() -> Schema:
     made = RunConfig.model_json_schema(schema_generator=_Plain, mode="validation")
     parts = {name: _section(part) for name, part in made.pop("$defs", {}).items()}
     required = made["required"]
-    properties = {
-        name: _described(entry, parts, may_be_null=name not in required) for name, entry in made["properties"].items()
-    }
+    listed = made["properties"].items()
+    properties = {name: _described(entry, parts, may_be_null=name not in required) for name, entry in listed}
     properties["data"] = _or_rows_alone(properties["data"])
     _add_pefts_names(properties["lora"])
     return {

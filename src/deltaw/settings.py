@@ -37,6 +37,15 @@ WITH_REFERENCE = ("dpo", "ipo", "kto")
 _USUAL_BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 
 
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+
+
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field with its default, its description, and the limits of its value."""
+    return Field(default, description=description, **limits)
+
+
 class PreferenceSettings(BaseModel):
     """The ``preference:`` section; for ``task: preference``.
 
@@ -46,27 +55,20 @@ class PreferenceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    loss: LossName = Field(
-        "dpo",
-        description="dpo, ipo, kto: against the base model; orpo, simpo: without it; kto is for single labeled answers",
+    loss: LossName = setting(
+        "dpo", "dpo, ipo, kto: against the base model; orpo, simpo: without it; kto is for single labeled answers"
     )
-    beta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    beta: Annotated[float, Field(gt=0)] | Auto = setting(
         "auto",
-        description="of dpo, ipo, kto: how closely to stay with the base model; of orpo: weight of the odds ratio; of "
+        "of dpo, ipo, kto: how closely to stay with the base model; of orpo: weight of the odds ratio; of "
         "simpo: scale of rewards; auto: 0.1, and 2 for simpo",
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="of dpo and simpo: the share of pairs that are taken to be labeled the wrong way"
+    label_smoothing: float = setting(
+        0.0, "of dpo and simpo: the share of pairs that are taken to be labeled the wrong way", ge=0, lt=0.5
     )
-    gamma: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="of simpo: the margin that the rewards of a pair should have; null: 0.5"
-    )
-    desirable_weight: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of kto: what the loss of a desired answer is multiplied with"
-    )
-    undesirable_weight: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of kto: what the loss of an undesired answer is multiplied with"
-    )
+    gamma: float | None = setting(None, "of simpo: the margin that the rewards of a pair should have; null: 0.5", ge=0)
+    desirable_weight: float = setting(1.0, "of kto: what the loss of a desired answer is multiplied with", gt=0)
+    undesirable_weight: float = setting(1.0, "of kto: what the loss of an undesired answer is multiplied with", gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> PreferenceSettings:
@@ -112,79 +114,65 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
-    learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto", "search"] = Field(
-        "auto", description="peak learning rate of AdamW; auto: the method's usual one; search: by a range test"
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto", "search"] = setting(
+        "auto", "peak learning rate of AdamW; auto: the method's usual one; search: by a range test"
     )
-    b_rate: float = Field(1.0, gt=0, le=1e4, description="LoRA+: factor on the learning rate of B")
-    epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever epochs says")
-    time: str | None = Field(
-        None, description="a time budget such as 30m or 2h: steps and schedule follow from measured speed"
+    b_rate: float = setting(1.0, "LoRA+: factor on the learning rate of B", gt=0, le=1e4)
+    epochs: float = setting(1.0, "passes over the training rows; may be a fraction", gt=0)
+    max_steps: int | None = setting(None, "stop after so many optimizer steps, whatever epochs says", ge=1)
+    time: str | None = setting(None, "a time budget such as 30m or 2h: steps and schedule follow from measured speed")
+    batch_size: int = setting(16, "rows per optimizer step", ge=1)
+    tokens_per_pass: Count | Auto = setting("auto", "the most tokens in a microbatch; more needs more memory")
+    share_prefixes: bool | Auto = setting("auto", "compute prefixes that rows share once; auto: unless lora.dropout")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "linear", "learning rate after the warm-up: constant, or decayed to zero"
     )
-    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
-    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="the most tokens in a microbatch; more needs more memory"
+    warmup: float = setting(0.03, "steps of linear warm-up; below 1, a share of all steps", ge=0)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", ge=0)
+    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "AdamW's decay of its two moments")
+    max_grad_norm: float | None = setting(1.0, "clip gradients to this norm; null: never", gt=0)
+    keep_features: bool | Auto = setting(
+        "auto", "run frozen lower layers once for each row and keep their outputs; auto: if rows are seen again"
     )
-    share_prefixes: bool | Literal["auto"] = Field(
-        "auto", description="compute prefixes that rows share once; auto: unless lora.dropout"
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="learning rate after the warm-up: constant, or decayed to zero"
-    )
-    warmup: float = Field(0.03, ge=0, description="steps of linear warm-up; below 1, a share of all steps")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="clip gradients to this norm; null: never")
-    keep_features: bool | Literal["auto"] = Field(
+    checkpointing: bool | Count = setting(False, "activation checkpointing of all blocks; a number: of so many blocks")
+    approximate: Literal["auto", "off"] = setting(
         "auto",
-        description="run frozen lower layers once for each row and keep their outputs; auto: if rows are seen again",
-    )
-    checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        False, description="activation checkpointing of all blocks; a number: of so many blocks"
-    )
-    approximate: Literal["auto", "off"] = Field(
-        "auto",
-        description="with 16-bit and int8 weights, compute some products in int8 and sum a head's unlikely "
+        "with 16-bit and int8 weights, compute some products in int8 and sum a head's unlikely "
         "classes over rows; auto: what is faster here and was verified on the model and some rows; off: none",
     )
-    sharding: Literal["none", "base"] = Field(
-        "none", description="base: each process holds a share of the blocks' frozen weights (FSDP2); none: all of them"
+    sharding: Literal["none", "base"] = setting(
+        "none", "base: each process holds a share of the blocks' frozen weights (FSDP2); none: all of them"
     )
-    keep_general: float = Field(
-        0.0, ge=0, le=1e3, description="weight of the loss of a general answer of the base model in each step; 0: none"
+    keep_general: float = setting(
+        0.0, "weight of the loss of a general answer of the base model in each step; 0: none", ge=0, le=1e3
     )
-    drift: bool | Literal["auto"] = Field(
-        "auto",
-        description="measure how far general answers moved; auto: if a language model is large enough to give any",
+    drift: bool | Auto = setting(
+        "auto", "measure how far general answers moved; auto: if a language model is large enough to give any"
     )
-    eval_every: int | None = Field(None, ge=1, description="evaluate after every so many steps; always at the end")
-    eval_answers: int = Field(
-        0,
-        ge=0,
-        description="at each evaluation, compare the model's answers to so many held-out rows with the rows' own",
+    eval_every: int | None = setting(None, "evaluate after every so many steps; always at the end", ge=1)
+    eval_answers: int = setting(
+        0, "at each evaluation, compare the model's answers to so many held-out rows with the rows' own", ge=0
     )
-    samples: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        "auto",
-        description="held-out prompts whose answers each evaluation shows; auto: 2, if the model is large enough",
+    samples: Annotated[int, Field(ge=0)] | Auto = setting(
+        "auto", "held-out prompts whose answers each evaluation shows; auto: 2, if the model is large enough"
     )
-    early_stopping: int | None = Field(
-        None, ge=1, description="stop after so many evaluations in a row without improvement; null: never"
+    early_stopping: int | None = setting(
+        None, "stop after so many evaluations in a row without improvement; null: never", ge=1
     )
-    adapter: Literal["last", "best"] = Field(
-        "last",
-        description="which one the run's folder holds: the last, or the best by evaluation (the last is in last/ then)",
+    adapter: Literal["last", "best"] = setting(
+        "last", "which one the run's folder holds: the last, or the best by evaluation (the last is in last/ then)"
     )
-    checkpoint_every: int | None = Field(
-        None, ge=1, description="write a checkpoint after every so many steps; null: by time alone"
+    checkpoint_every: int | None = setting(
+        None, "write a checkpoint after every so many steps; null: by time alone", ge=1
     )
-    checkpoint_minutes: float | None = Field(
-        10.0, gt=0, description="write a checkpoint once so many minutes have passed; null: by steps alone"
+    checkpoint_minutes: float | None = setting(
+        10.0, "write a checkpoint once so many minutes have passed; null: by steps alone", gt=0
     )
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
-    not_finite: Literal["stop", "skip"] = Field(
-        "stop", description="a step whose loss or gradient is not a finite number: stop with a diagnosis, or skip it"
+    keep_checkpoints: int = setting(2, "how many of the last checkpoints are kept", ge=1)
+    not_finite: Literal["stop", "skip"] = setting(
+        "stop", "a step whose loss or gradient is not a finite number: stop with a diagnosis, or skip it"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows")
+    seed: int = setting(0, "of the initialization, the held-out rows and the order of rows", ge=0, lt=2**63)
 
     @field_validator("approximate", mode="before")
     @classmethod
@@ -244,20 +232,18 @@ class RunConfig(BaseModel):
         default_factory=lambda: PreferenceSettings.model_validate({}),
         description="the loss of pairs of answers, for task: preference",
     )
-    force: bool = Field(False, description="train even if the plan exceeds the machine's memory")
-    memory: str | None = Field(
-        None, description="the most memory the process may take, such as 2GB, by activation checkpointing as needed"
+    force: bool = setting(False, "train even if the plan exceeds the machine's memory")
+    memory: str | None = setting(
+        None, "the most memory the process may take, such as 2GB, by activation checkpointing as needed"
     )
-    precision: Literal["auto", "bf16", "fp32", "int8", "gguf", "nf4"] = Field(
-        "auto", description="of the frozen weights; int8, nf4: of the blocks' linear layers; gguf: as in the GGUF file"
+    precision: Literal["auto", "bf16", "fp32", "int8", "gguf", "nf4"] = setting(
+        "auto", "of the frozen weights; int8, nf4: of the blocks' linear layers; gguf: as in the GGUF file"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="processor threads")
-    trust_remote_code: bool = Field(False, description="run code that comes with a model; only if you know it")
-    track: Literal["tensorboard", "trackio", "wandb"] | None = Field(
-        None, description="also send metrics to this tracker"
-    )
-    output: str = Field("runs/latest", min_length=1, description="folder that the run is written to")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: Count | Auto = setting("auto", "processor threads")
+    trust_remote_code: bool = setting(False, "run code that comes with a model; only if you know it")
+    track: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "also send metrics to this tracker")
+    output: str = setting("runs/latest", "folder that the run is written to", min_length=1)
 
     @model_validator(mode="after")
     def _preference_is_used(self) -> RunConfig:
@@ -432,9 +418,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> object:

@@ -242,16 +242,13 @@ def compare(
     # The same rows for all seeds.
     config = config.model_copy(update={"data": dataclasses.replace(config.data, seed=config.data_seed)})
     numbers = [config.train.seed + number for number in range(seeds)]
-    place = ExperimentFolder(Path(os.path.expanduser(folder)), "comparison")
-    nothing = True
-    try:
+    with ExperimentFolder(Path(os.path.expanduser(folder)), "comparison") as place:
         entries = [_entry(config, method, rates or {}, share, numbers, place, say) for method in methods]
         base = _base_entry(config, place)
         pace = Pace(say, _work(entries, base, share, numbers))
 
         def written(draw: Callable[[Comparison, Path], None] | None = None) -> Comparison:
-            nonlocal nothing
-            nothing = not any(entry.runs(numbers) for entry in entries)
+            place.kept = any(entry.runs(numbers) for entry in entries)
             done = _done(entries, numbers)
             known = gathered(config, entries, base, seeds=done, reference=reference, folder=str(place.path))
             _write(known, place, draw)
@@ -265,14 +262,9 @@ def compare(
         if cluster is not None:
             elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
         written()
-        if nothing:
+        if not place.kept:
             raise next(entry.error for entry in entries if entry.error is not None)
         return written(draw)
-    except KeyboardInterrupt:
-        nothing = False
-        raise
-    finally:
-        place.close(discard=nothing)
 
 
 def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str | None) -> None:

@@ -228,10 +228,8 @@ class Comparison:
         values = asdict(self)
         values["methods"] = values.pop("results")
         for result, method in zip(self.results, values["methods"], strict=True):
-            method |= {
-                "learned_nothing": result.learned_nothing,
-                "flattened": result.flattened == len(result.seeds) if result.seeds else None,
-            }
+            flat = result.flattened == len(result.seeds) if result.seeds else None
+            method |= {"learned_nothing": result.learned_nothing, "flattened": flat}
         return {key: without_nan(value) for key, value in values.items()}
 
 
@@ -692,7 +690,7 @@ def _rate_table(comparison: Comparison) -> list[str]:
         if len(losses) > 1:
             rows.append((result.method, ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())))
     said = (
-        "The loss is the lowest on rows taken out of the training rows, with the first seed and a part of the budget."
+        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget."
     )
     table = markdown_table(("method", "rate: validation loss"), rows, left=2)
     return ["## Learning rates tried", "", *table, said, ""] if rows else []

@@ -45,10 +45,8 @@ class Budget:
 
     def times(self, share: float) -> Budget:
         """A share of it, at least one step."""
-        return Budget(
-            None if self.steps is None else max(1, round(share * self.steps)),
-            None if self.seconds is None else share * self.seconds,
-        )
+        steps = None if self.steps is None else max(1, round(share * self.steps))
+        return Budget(steps, None if self.seconds is None else share * self.seconds)
 
 
 def budget_of(settings: TrainSettings, rows: int) -> Budget:
@@ -75,12 +73,16 @@ class ExperimentFolder:
         path: the folder; created if it does not exist.
         kind: ``comparison`` or ``tuning``.
 
+    Attributes:
+        kept: whether what is in it is worth keeping; else leaving the block deletes the folder if this process
+            created it, unless the user interrupted the experiment.
+
     Raises:
         UserError: the folder cannot be written, holds other files, or is in use by another process.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self.path = path
+        self.path, self.kept = path, False
         check_folder(path, kind)
         self._made = not path.exists()
         try:
@@ -120,10 +122,12 @@ class ExperimentFolder:
         if run.is_dir() and self.path in run.parents:
             shutil.rmtree(run)
 
-    def close(self, *, discard: bool = False) -> None:
-        """Release the lock; with ``discard``, delete the folder if this process created it."""
+    def __enter__(self) -> ExperimentFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.release()
-        if discard and self._made:
+        if self._made and not self.kept and kind is not KeyboardInterrupt:
             shutil.rmtree(self.path, ignore_errors=True)
 
 

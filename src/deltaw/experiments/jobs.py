@@ -246,14 +246,10 @@ def elsewhere(jobs: Jobs, cluster: Cluster, storage: Path, *, gpu: bool = True) 
         # Threads of a job: its cores, or what this process was told if a job has a machine for itself.
         threads = os.environ.get(_THREADS) if cluster.cpus is None else cluster.cpus
         told = {"folder": os.getcwd(), "threads": threads, "measured": product_rates.for_children()}
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(work, told=told), needs),
-            tune_config=tune.TuneConfig(
-                num_samples=-1, search_alg=search, scheduler=scheduler, max_concurrent_trials=at_once
-            ),
-            run_config=tune.RunConfig(name="ray", storage_path=str(storage.resolve()), verbose=0, callbacks=[]),
-        )
-        tuner.fit()
+        does = tune.with_resources(tune.with_parameters(work, told=told), needs)
+        how = tune.TuneConfig(num_samples=-1, search_alg=search, scheduler=scheduler, max_concurrent_trials=at_once)
+        files = tune.RunConfig(name="ray", storage_path=str(storage.resolve()), verbose=0, callbacks=[])
+        tune.Tuner(does, tune_config=how, run_config=files).fit()
         if search.error is not None:
             raise search.error
 

@@ -388,12 +388,9 @@ def tuning_markdown(tuning: Tuning) -> str:
 def trial_cells(tuning: Tuning, trial: TrialResult) -> list[str]:
     """A trial's texts: number, loss, a value for each setting, time."""
     mark = " (as it was)" if trial.number == tuning.first else ""
-    return [
-        f"{trial.number}{mark}",
-        "" if trial.loss is None else f"{trial.loss:.4f}",
-        *[_value(trial.values.get(key, "")) for key in tuning.space],
-        duration(trial.seconds),
-    ]
+    loss = "" if trial.loss is None else f"{trial.loss:.4f}"
+    values = [_value(trial.values.get(key, "")) for key in tuning.space]
+    return [f"{trial.number}{mark}", loss, *values, duration(trial.seconds)]
 
 
 def _value(value: object) -> str:
@@ -442,10 +439,8 @@ def tune(
     refuse_memory(config.memory, "tune")
     asked = parse_space(search)
     check_space(config, asked)
-    place = ExperimentFolder(Path(os.path.expanduser(folder)), "tuning")
-    kept = False
-    log = place.log("trials")
-    try:
+    with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as place:
+        log = place.log("trials")
         with Child(log) as child:
             usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = asked or default_space(config, usual)
@@ -460,20 +455,14 @@ def tune(
                 else:
                     elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
             finally:
-                kept = any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
+                place.kept = any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
         tuning = _gathered(study, config, space, first, place)
         if not tuning.ranked:
             why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
             what = f"none of {len(tuning.trials)} trials finished: {why}"
             raise UserError(what, hint="search other values (--search), or correct the settings")
         _write(tuning, config, place)
-        kept = True
         return tuning
-    except KeyboardInterrupt:
-        kept = True
-        raise
-    finally:
-        place.close(discard=not kept)
 
 
 def _require_optuna() -> None:
@@ -491,10 +480,8 @@ def _open_store(
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    settings = settings_of(config, without=tuple(space)) | {
-        "what is searched": {key: str(domain) for key, domain in space.items()},
-        "share of steps": share,
-    }
+    searched = {key: str(domain) for key, domain in space.items()}
+    settings = settings_of(config, without=tuple(space)) | {"what is searched": searched, "share of steps": share}
     before = place.piece(_SETTINGS)
     if before and (lines := changed(before, settings)):
         say(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")

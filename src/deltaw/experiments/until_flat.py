@@ -279,7 +279,9 @@ class _Training:
             if step == self._state.total_steps:
                 self._evaluate(step)
             return
-        flat, ended = False, self._budget_ends(step)
+        seconds, flat = self.budget.seconds, False
+        over = seconds is not None and (time.monotonic() - self.began) * (1 + COOLDOWN) >= seconds
+        ended = step >= self.last or over
         if step % self.every == 0 or ended:
             self._evaluate(step)
             untrained, *losses = (loss for _, loss in self.curve.points)
@@ -287,12 +289,6 @@ class _Training:
         if flat or ended:
             self.curve.flattened = flat
             self._cool_down(step)
-
-    def _budget_ends(self, step: int) -> bool:
-        if step >= self.last:
-            return True
-        seconds = self.budget.seconds
-        return seconds is not None and (time.monotonic() - self.began) * (1 + COOLDOWN) >= seconds
 
     def _evaluate(self, step: int) -> None:
         loss = validation_loss(self.session, self.validation)

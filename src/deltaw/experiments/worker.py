@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -84,9 +84,8 @@ def one_answer(
     if not evaluation.predicted:
         return None
     shortest = min(len(predicted) for predicted, _ in evaluation.predicted)
-    given, expected = (
-        {answer[:shortest].tobytes() for answer in answers} for answers in zip(*evaluation.predicted, strict=True)
-    )
+    sides = zip(*evaluation.predicted, strict=True)
+    given, expected = ({answer[:shortest].tobytes() for answer in answers} for answers in sides)
     return decode(evaluation.predicted[0][0]).strip() if len(given) == 1 < len(expected) else None
 
 
@@ -120,6 +119,10 @@ def constant_scores(evaluation: Evaluation, examples: Sequence[Any]) -> tuple[st
 VALIDATION_SHARE = 0.1
 VALIDATION_ROWS = 256
 _SPLITTING = 4  # selects a random stream of its own for the seed
+
+
+# Told the number of an evaluation and its loss; whether the training is to continue.
+OnEvaluation: TypeAlias = Callable[[int, float], bool]
 
 
 class Stopped(Exception):
@@ -173,12 +176,7 @@ class Trial:
         return max(1, math.ceil(share * self.session.total_steps))
 
     def loss(
-        self,
-        rate: float,
-        steps: int,
-        *,
-        every: int | None = None,
-        on_evaluation: Callable[[int, float], bool] | None = None,
+        self, rate: float, steps: int, *, every: int | None = None, on_evaluation: OnEvaluation | None = None
     ) -> float:
         """The validation loss after a training from the initialization; infinite if it diverges.
 

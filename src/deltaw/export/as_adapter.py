@@ -150,12 +150,9 @@ def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, Reduced
             raise UserError(what, where=one.names[0], hint="merge the adapters into the model instead")
         else:
             selection.parameters.append(Target(names, module, most, float(most), attribute))
-    config = LoRAConfig(
-        rank=most,
-        alpha=float(most),
-        target_modules=[target.names[0] for target in selection.targets],
-        target_parameters=[f"{p.names[0]}.{p.attribute}" for p in selection.parameters],
-    )
+    layers = [target.names[0] for target in selection.targets]
+    parameters = [f"{p.names[0]}.{p.attribute}" for p in selection.parameters]
+    config = LoRAConfig(rank=most, alpha=float(most), target_modules=layers, target_parameters=parameters)
     attach_selected(model, config, selection, filled=False)
     record = attached(model)
     by_weight = {f"{name}.weight": layer for name, layer in record.adapted() if layer.is_layer}

@@ -156,11 +156,8 @@ def check_base(
     """
     for name, tensor in adapter.copies.items():
         stored = checkpoint.tensors.get(names.stored.get(name, ""))
-        same = stored is not None and all(
-            torch.equal(tensor[start:stop].to(stored.dtype), stored.rows(start, stop))
-            for start, stop in row_blocks(tensor.shape)
-        )
-        if not same:
+        blocks = row_blocks(tensor.shape)
+        if stored is None or not all(torch.equal(tensor[a:b].to(stored.dtype), stored.rows(a, b)) for a, b in blocks):
             what = f"the adapter's file has its own copy of the base weight '{name}', which is not that of the model"
             hint = "merge it into the base model that it was trained on"
             raise UserError(what, where=str(adapter.folder), hint=hint)

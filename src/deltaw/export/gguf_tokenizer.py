@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +51,8 @@ _MARKS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 def _by(*parts: str) -> PreTokenizer:
     """Split by one expression of alternatives, without GPT-2's own."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("|".join(parts)), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex("|".join(parts)), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 @functools.cache
@@ -194,6 +191,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=prefix)
 
 
+# Tokens that mark structure though their tokenizer does not call them special, as Gemma's pad; and those of a byte.
+_SPECIAL = re.compile(r"<pad>|<mask>|\[@BOS@\]|<2mass>|<\|(.*\|)?>|<unused.*>", re.DOTALL)
+_BYTE = re.compile(r"<0x..>", re.DOTALL)
+
+
 def _tokens(
     tokenizer: PreTrainedTokenizerFast, vocabulary: dict[str, int], size: int, *, bytes_as_tokens: bool
 ) -> tuple[list[str], list[int]]:
@@ -203,12 +205,12 @@ def _tokens(
     for number in range(size):
         if number in added:
             entry = added[number]
-            special = entry.special or _looks_special(entry.content)
+            special = entry.special or _SPECIAL.fullmatch(entry.content)
             tokens.append(entry.content if special else entry.content.replace(_SPACE, " "))
             types.append(TokenType.CONTROL if special else TokenType.USER_DEFINED)
         elif number in by_id:
             tokens.append(by_id[number])
-            is_byte = bytes_as_tokens and _is_byte(by_id[number])
+            is_byte = bytes_as_tokens and _BYTE.fullmatch(by_id[number])
             types.append(TokenType.BYTE if is_byte else TokenType.NORMAL)
         else:
             tokens.append(f"[PAD{number}]")
@@ -216,19 +218,6 @@ def _tokens(
     if bytes_as_tokens and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = TokenType.UNKNOWN
     return tokens, [int(kind) for kind in types]
-
-
-def _looks_special(token: str) -> bool:
-    """Whether a token marks structure though its tokenizer does not call it special, as Gemma's pad."""
-    return (
-        token in ("<pad>", "<mask>", "[@BOS@]", "<2mass>")
-        or (token.startswith("<|") and token.endswith("|>"))
-        or (token.startswith("<unused") and token.endswith(">"))
-    )
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _unknown(kind: str) -> UserError:

@@ -110,10 +110,8 @@ def write_from_memory(job: Merging, folder: Path) -> MergedModel:
     stored = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     model = job.base.load("fp32" if stored in _FP32 else "bf16").model
     own = names_of(model)
-    same = job.same_base(
-        same_base(base_fingerprint(model, [own[name] for name in one.replaced if name in own]), one.fingerprint)
-        for one in job.adapters
-    )
+    found = [base_fingerprint(model, [own[name] for name in one.replaced if name in own]) for one in job.adapters]
+    same = job.same_base(same_base(name, one.fingerprint) for name, one in zip(found, job.adapters, strict=True))
     for one in job.trained:
         absent = [name for name in one.names if name not in own]
         tied = {n for n, p in own.items() for name in one.names if name in own and p is own[name]}
@@ -129,9 +127,8 @@ def write_from_memory(job: Merging, folder: Path) -> MergedModel:
     with quiet():
         nn.Module.to(model, target)
         model.save_pretrained(folder, max_shard_size=job.options.shard_size or _SHARD)
-    outputs = tuple(
-        Output(t.name, t.dtype, t.shape, t, (), t.file.name) for t in read_checkpoint(folder).tensors.values()
-    )
+    written = read_checkpoint(folder).tensors.values()
+    outputs = tuple(Output(t.name, t.dtype, t.shape, t, (), t.file.name) for t in written)
     changed = {name: one.change for one in job.trained for name in one.names}
     return MergedModel(job, outputs, read_settings(folder), changed, same_base=same)
 

@@ -355,11 +355,8 @@ class _Plan:
     def outputs(self, dropped: set[str], zeros: Mapping[str, tuple[int, ...]]) -> list[Output]:
         """The tensors of the base's files, then the new ones: weights that were tied, heads, biases."""
         parameter_of = {stored: name for name, stored in self._names.stored.items()}
-        outputs = [
-            self._of_file(name, stored, parameter_of.get(name))
-            for name, stored in self._checkpoint.tensors.items()
-            if name not in dropped
-        ]
+        kept = {name: stored for name, stored in self._checkpoint.tensors.items() if name not in dropped}
+        outputs = [self._of_file(name, stored, parameter_of.get(name)) for name, stored in kept.items()]
         last = self._checkpoint.files[-1]
         usual = self._dtype or usual_type(self._checkpoint.tensors.values()) or torch.float32
 

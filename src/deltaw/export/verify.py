@@ -69,6 +69,12 @@ class Movement:
     divergence: float
     changed: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:.2g} (largest {self.largest:.2g})"
+
+    def of_choices(self, verb: str) -> str:
+        return f"KL {self.divergence:.2g} nats, and {verb} {self.changed:.2%} of the choices"
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -125,15 +131,13 @@ class Verification:
         merged, rounding = self.merged, self.rounding
         said = [
             f"verified on {self.rows}: {self.count} rows, {self.positions:,} positions, computed in {self.computed_in}",
-            f"  merging moved logits by {merged.mean:.2g} (largest {merged.largest:.2g}), KL "
-            f"{merged.divergence:.2g} nats, and changed {merged.changed:.2%} of the choices",
-            f"  rounding to {self.stored_in} alone moves them by {rounding.mean:.2g} (largest "
-            f"{rounding.largest:.2g}); allowed {self.allowed_mean:.2g} ({self.allowed_largest:.2g})",
+            f"  merging moved logits by {merged}, {merged.of_choices('changed')}",
+            f"  rounding to {self.stored_in} alone moves them by {rounding}; "
+            f"allowed {self.allowed_mean:.2g} ({self.allowed_largest:.2g})",
         ]
         if self.adapter is not None:
             said.append(
-                f"  the adapter itself moves them by {self.adapter.mean:.2g}, KL "
-                f"{self.adapter.divergence:.2g} nats, and changes {self.adapter.changed:.2%} of the choices"
+                f"  the adapter itself moves them by {self.adapter.mean:.2g}, {self.adapter.of_choices('changes')}"
             )
             if self.passed and self.lost > TOLD:
                 said.append(
@@ -143,8 +147,7 @@ class Verification:
         if self.nf4 is not None:
             said.append(
                 "  apart from merging, the adapter was trained over NF4, whose rounding of the base moves "
-                f"logits by {self.nf4.mean:.2g} (largest {self.nf4.largest:.2g}), KL "
-                f"{self.nf4.divergence:.2g} nats, and changes {self.nf4.changed:.2%} of the choices"
+                f"logits by {self.nf4}, {self.nf4.of_choices('changes')}"
             )
         return said
 
@@ -170,13 +173,11 @@ class Verify:
             hint = "merge with --precision fp32, or keep the adapter separate"
             raise UserError(what, where=str(job.run), hint=hint)
         if not found.passed:
-            raise UserError(
-                f"the merged model is not what base and adapter are together: logits moved by "
-                f"{found.merged.mean:.2g} (largest {found.merged.largest:.2g}), and rounding to "
-                f"{found.stored_in} explains at most {found.allowed_mean:.2g} ({found.allowed_largest:.2g})",
-                where=str(job.run),
-                hint="look at it with --keep, merge with --precision fp32, or report the model as not merged correctly",
-            )
+            most = f"{found.allowed_mean:.2g} ({found.allowed_largest:.2g})"
+            moved = f"logits moved by {found.merged}, and rounding to {found.stored_in} explains at most {most}"
+            hint = "look at it with --keep, merge with --precision fp32, or report the model as not merged correctly"
+            what = f"the merged model is not what base and adapter are together: {moved}"
+            raise UserError(what, where=str(job.run), hint=hint)
         return found
 
 

@@ -248,9 +248,8 @@ def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]
     """
     if asked != "auto":
         if not str(asked).isdigit() or int(asked) < 1:
-            raise UserError(
-                f"'{asked}' is not a number of threads", where="threads", hint="use auto or a number from 1"
-            )
+            hint = "use auto or a number from 1"
+            raise UserError(f"'{asked}' is not a number of threads", where="threads", hint=hint)
         return Choice(int(asked), "as asked")
     set_by_user = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if set_by_user.isdigit() and int(set_by_user) > 0:

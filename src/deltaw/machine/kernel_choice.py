@@ -13,8 +13,7 @@ import functools
 import hashlib
 import math
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -239,7 +238,6 @@ def _overall(rates: Rates, kernels: str) -> float:
 
 
 MADE_BY = ("torch", "deltaw.machine.kernel_choice")
-_REPEATS, _TRIALS = 20, 5
 
 
 @dataclass(frozen=True)
@@ -266,18 +264,6 @@ def _seconds_per_operator() -> float:
     if isinstance(known, float) and known > 0:
         return known
     few = torch.ones(16)
-    seconds = _fastest(lambda: few.add(1.0))
+    seconds = product_rates.fastest(lambda: few.add(1.0), trials=5, repeats=20)
     remember("rates", key, seconds, MADE_BY)
     return seconds
-
-
-def _fastest(use: Callable[[], object]) -> float:
-    """Seconds of one use, in the fastest of some trials: what else the machine does only slows it down."""
-    use()
-    seconds = []
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        for _ in range(_REPEATS):
-            use()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds) / _REPEATS

@@ -331,24 +331,29 @@ def _trials(sizes: Sizes, of: list[Candidate]) -> tuple[int, list[_Trial]]:
     """How many rows a product gets, and all candidates with products that are short enough."""
     generator = torch.Generator().manual_seed(0)
     left = torch.ones(256, 256)
-    seconds = []
-    for _ in range(LEAST_ROUNDS):
-        began = time.perf_counter()
-        left @ left
-        seconds.append(time.perf_counter() - began)
-    numbers = 256**3 / min(seconds) * SECONDS_OF_PRODUCT
+    numbers = 256**3 / fastest(lambda: left @ left, LEAST_ROUNDS) * SECONDS_OF_PRODUCT
     # Rows as they are, and fewer outputs where that would take too long; then fewer rows.
     outputs = int(min(max(numbers / ROWS / sizes.hidden // 64 * 64, 256), 1 << 16))
     rows = int(min(max(numbers / outputs / sizes.hidden // 64 * 64, 64), ROWS))
     by_type: dict[str, list[tuple[Callable[[int], None], int]]] = {}
     for stored in STORED:
-        mlp, attention = (
-            _Operands(stored, min(_whole(size), outputs), _whole(sizes.hidden), generator)
-            for size in (sizes.mlp, sizes.attention)
-        )
+        widths = (min(_whole(size), outputs) for size in (sizes.mlp, sizes.attention))
+        mlp, attention = (_Operands(stored, width, _whole(sizes.hidden), generator) for width in widths)
         sizes_of_both = (mlp.outputs * mlp.inputs, attention.outputs * attention.inputs)
         by_type[stored] = list(zip((mlp.forward, attention.backward), sizes_of_both, strict=True))
     return rows, [_Trial(candidate, by_type[candidate.stored]) for candidate in of]
+
+
+def fastest(use: Callable[[], object], trials: int, repeats: int = 1) -> float:
+    """Seconds of one use, in the fastest of some trials: what else the machine does only slows it down."""
+    use()
+    seconds = []
+    for _ in range(trials):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            use()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) / repeats
 
 
 def _whole(size: int) -> int:

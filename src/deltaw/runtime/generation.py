@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,14 +131,6 @@ class Completion:
     terminator: int | None = None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts (by their place in the caller's list) that are decoded together, for ``allowance`` steps."""
-
-    places: list[int]
-    allowance: int
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -168,12 +161,12 @@ def generate(
     answers: list[Completion | None] = [None] * len(prompts)
     done = 0
     with _as_found(model, config):
-        for batch in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
-            config.max_new_tokens = batch.allowance
-            rows = [np.asarray(prompts[place], dtype=np.int64) for place in batch.places]
+        for places, allowance in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
+            config.max_new_tokens = allowance
+            rows = [np.asarray(prompts[place], dtype=np.int64) for place in places]
             ids, mask = _padded(rows, config.pad_token_id, model.device)
             written = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
-            for place, row in zip(batch.places, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
+            for place, row in zip(places, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
                 answers[place] = _completion(row, tokenizer, config.eos_token_id)
             done += len(rows)
             if on_progress is not None:
@@ -199,7 +192,6 @@ def decode_by(
         UserError: the model does not generate.
     """
     config = _config(model, tokenizer, (), max_new_tokens)
-    config.max_new_tokens = max_new_tokens
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
 
     def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -214,13 +206,9 @@ def decode_by(
 
     with _as_found(model, config):
         ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
-        _decoder(model).generate(
-            ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([chosen]),  # type: ignore[list-item]
-            stopping_criteria=StoppingCriteriaList([stopped]),  # type: ignore[list-item]
-        )
+        choosing, ending = LogitsProcessorList([chosen]), StoppingCriteriaList([stopped])  # type: ignore[list-item]
+        how: dict[str, Any] = {"logits_processor": choosing, "stopping_criteria": ending}
+        _decoder(model).generate(ids, attention_mask=mask, generation_config=config, **how)
 
 
 def _config(
@@ -231,14 +219,10 @@ def _config(
         raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", hint="at least 1")
     ends = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
     pad = tokenizer.pad_token_id
-    return GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=ends or None,
-        # Padding is masked by length, so any id does where there is no token for it.
-        pad_token_id=pad if pad is not None else (ends[0] if ends else 0),
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    if pad is None:  # padding is masked by length, so any id does
+        pad = ends[0] if ends else 0
+    tokens = {"eos_token_id": ends or None, "pad_token_id": pad, "bos_token_id": tokenizer.bos_token_id}
+    return GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, **tokens)
 
 
 @contextlib.contextmanager
@@ -301,8 +285,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 def _batches(
     prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, limit: int | None
-) -> Iterator[_Batch]:
-    """Prompts in batches, the longest first, so that a lack of memory shows at once."""
+) -> Iterator[tuple[list[int], int]]:
+    """The places of prompts that are decoded together, and for how many steps; the longest first, so that a lack of
+    memory shows at once."""
     lengths = [len(prompt) for prompt in prompts]
     allowances = []
     for place, length in enumerate(lengths):
@@ -320,11 +305,11 @@ def _batches(
             tokens = (len(open_batch) + 1) * (lengths[first] + allowances[first])
             # Rows near the end of the positions may write fewer tokens than others, as each does alone.
             if tokens > batch_tokens or allowances[place] != allowances[first]:
-                yield _Batch(open_batch, allowances[first])
+                yield open_batch, allowances[first]
                 open_batch = []
         open_batch.append(place)
     if open_batch:
-        yield _Batch(open_batch, allowances[open_batch[0]])
+        yield open_batch, allowances[open_batch[0]]
 
 
 def _padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,9 +42,8 @@ class PartialLayout:
     def joined(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The whole row's keys and values in layer ``number``, with those of the tokens that run, (M, …)."""
         if number not in self.keys:
-            self.keys[number] = tuple(  # type: ignore[assignment]
-                t.new_zeros(self.whole.length, *t.shape[1:]) for t in (key, value)
-            )
+            empty = (t.new_zeros(self.whole.length, *t.shape[1:]) for t in (key, value))
+            self.keys[number] = tuple(empty)  # type: ignore[assignment]
         for whole, own in zip(self.keys[number], (key, value), strict=True):
             whole.index_copy_(0, self.places, own)
         return self.keys[number]
