@@ -208,8 +208,7 @@ class Cache:
 
     def __init__(self, kind: str, limit: int, *, mark: str = "{}.json", folder: Path | None = None) -> None:
         self.folder = folder or root() / kind
-        self._limit = limit
-        self._mark = mark
+        self._limit, self._mark = limit, mark
 
     def lock(self, name: str, waiting: Callable[[], object] = lambda: None) -> FileLock:
         """The lock of an entry, acquired; only its owner works with the entry. Creates the folder.

@@ -21,15 +21,9 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.hint = hint
-        parts = [what]
-        if where:
-            parts.append(f"  where: {where}")
-        if hint:
-            parts.append(f"  hint:  {hint}")
-        super().__init__("\n".join(parts))
+        self.what, self.where, self.hint = what, where, hint
+        more = (f"\n  where: {where}" if where else "") + (f"\n  hint:  {hint}" if hint else "")
+        super().__init__(what + more)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled whole, for other processes."""

@@ -37,10 +37,7 @@ class Registry(Generic[Entry]):
     def __init__(
         self, kind: str, entry_type: type[Entry], group: str, check: Callable[[Entry], None] | None = None
     ) -> None:
-        self._kind = kind
-        self._entry_type = entry_type
-        self._group = group
-        self._check = check
+        self._kind, self._entry_type, self._group, self._check = kind, entry_type, group, check
         self._plugins: list[metadata.EntryPoint] | None = None
         self._loading = False
         self._entries: dict[str, Entry] = {}

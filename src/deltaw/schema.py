@@ -127,7 +127,5 @@ def _add_pefts_names(section: Schema) -> None:
     for name, leaf in leaves.items():
         leaves[name] = _nullable(dict(leaf))
     for theirs, ours in PEFT_NAMES.items():
-        leaf = dict(leaves[ours])
-        if ours == "init":
-            leaf = {"anyOf": [leaf, {"type": "boolean"}]}
+        leaf = {"anyOf": [leaves[ours], {"type": "boolean"}]} if ours == "init" else leaves[ours]
         leaves[theirs] = {**leaf, "description": f"PEFT's name of {ours}"}

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -248,8 +247,7 @@ class TensorWriter:
             header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._left = end
-        self._file = file
+        self._left, self._file = end, file
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, rows: Tensor) -> None:
@@ -261,9 +259,7 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._left:
             raise ValueError(f"{self._left} bytes were announced and not written")
 

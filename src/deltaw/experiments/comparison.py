@@ -423,9 +423,7 @@ def matrix(runs: Sequence[Found]) -> Scores:
     """(seeds, rows): what each held-out row scores; None where the metric has no such form."""
     rows = [run.get("per_row") for run in runs]
     lengths = {len(row) if isinstance(row, list) else None for row in rows}
-    if len(lengths) != 1 or None in lengths:
-        return None
-    return np.asarray(rows, dtype=np.float64)
+    return None if len(lengths) != 1 or None in lengths else np.asarray(rows, dtype=np.float64)
 
 
 def _order(result: MethodResult, higher: bool) -> tuple[int, float]:

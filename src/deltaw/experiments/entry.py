@@ -132,9 +132,7 @@ class Entry:
         return next_rate(self.planned, self.counted(), extend=self.asked is None)
 
     def chosen(self) -> float | None:
-        if self.fixed and self.asked is not None:
-            return self.asked[0]
-        return best_rate(self.counted())
+        return self.asked[0] if self.fixed and self.asked is not None else best_rate(self.counted())
 
     def counted(self) -> dict[float, float]:
         """Losses of the rates in this comparison; rates that only an earlier one was given are ignored."""

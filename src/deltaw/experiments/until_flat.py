@@ -139,8 +139,7 @@ class Pace:
     """
 
     def __init__(self, say: Say, left: float) -> None:
-        self._say = say
-        self._left = left
+        self._say, self._left = say, left
         self._done = 0.0
         self._begun = self._last = time.monotonic()
 

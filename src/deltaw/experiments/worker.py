@@ -153,8 +153,7 @@ class Trial:
     ) -> None:
         # Features of frozen layers are computed once for all repetitions.
         self.config = with_features(config)
-        self._say = say
-        self._once = once
+        self._say, self._once = say, once
         self.task, self.data = known or read_data(self.config, say)
         self._spoilt = False
         self._open()
@@ -385,8 +384,7 @@ class Worker:
     """
 
     def __init__(self, report: Callable[[Message], bool], say: Say) -> None:
-        self._report = report
-        self._say = say
+        self._report, self._say = report, say
         self._trial: Trial | None = None
         self._known: tuple[tuple[DataSettings, str, str, int], tuple[Task, RunData]] | None = None
 

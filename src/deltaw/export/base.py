@@ -163,8 +163,7 @@ def check_base(
             raise UserError(what, where=str(adapter.folder), hint=hint)
     if adapter.fingerprint is None:
         return None
-    found = fingerprint_on_disk(model, checkpoint, names, adapter.replaced)
-    return same_base(found, adapter.fingerprint)
+    return same_base(fingerprint_on_disk(model, checkpoint, names, adapter.replaced), adapter.fingerprint)
 
 
 def fingerprint_on_disk(

@@ -258,11 +258,8 @@ class Combination:
         return ratio(sum(lost for lost, _ in squares), sum(total for _, total in squares))
 
     def _squares(self) -> dict[str, tuple[float, float]]:
-        found = dict(self.known)
-        for one in self.trained:
-            if isinstance(one.change, Combined):
-                found[one.names[0]] = (one.change.lost, one.change.total)
-        return found
+        made = [(one.names[0], one.change) for one in self.trained if isinstance(one.change, Combined)]
+        return {**self.known, **{name: (change.lost, change.total) for name, change in made}}
 
 
 def ratio(lost: float, total: float) -> float:

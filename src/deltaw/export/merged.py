@@ -171,8 +171,7 @@ def _with_biases(
             own = names_of(_built(base, {**settings, **dict.fromkeys(chosen, True)}))
             if set(wanted) <= set(own) and before <= set(own):
                 settings.update(dict.fromkeys(chosen, True))
-                new = set(own) - before - set(wanted)
-                return {name: tuple(own[name].shape) for name in sorted(new)}
+                return {name: tuple(own[name].shape) for name in sorted(set(own) - before - set(wanted))}
     what = f"the adapter adds a bias '{wanted[0]}', for which a {type(skeleton).__name__} has no place"
     raise UserError(what, where=wanted[0], hint=_SEPARATE)
 

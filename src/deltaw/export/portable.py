@@ -121,8 +121,7 @@ def uniform(updates: Sequence[PlainUpdate]) -> Uniform:
             factor_A = torch.cat([factor_A, factor_A.new_zeros(missing, factor_A.shape[1])])
             factor_B = torch.cat([factor_B, factor_B.new_zeros(factor_B.shape[0], missing)], 1)
         factors.append((factor_A, factor_B))
-    padded = sum(update.rank < rank for update in updates)
-    return Uniform(rank, alpha, factors, padded, folded)
+    return Uniform(rank, alpha, factors, sum(update.rank < rank for update in updates), folded)
 
 
 def export_folder(

@@ -284,9 +284,7 @@ class _Questions:
     """Rows, and how their logits are had from a model."""
 
     def __init__(self, opened: InferenceSession, rows: Sequence[Any], *, labeled: bool) -> None:
-        self._opened = opened
-        self._rows = rows
-        self._labeled = labeled
+        self._opened, self._rows, self._labeled = opened, rows, labeled
 
     def logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
         """(positions, outputs) in fp32 of each row."""

@@ -29,9 +29,7 @@ def native_bf16(device: str) -> str | None:
 
 def usable_processors() -> set[int]:
     """Numbers of the processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def physical_cores(usable: set[int], root: Path) -> int:

@@ -145,9 +145,7 @@ class Candidate:
 
     def arithmetic(self) -> Arithmetic:
         """The process's arithmetic while this one is timed."""
-        if self.kernels is None:
-            return Arithmetic()
-        return Arithmetic(self.kernels).but({self.stored: self.way})
+        return Arithmetic() if self.kernels is None else Arithmetic(self.kernels).but({self.stored: self.way})
 
 
 def candidates() -> list[Candidate]:
@@ -289,8 +287,7 @@ class _Trial:
     the number of rows."""
 
     def __init__(self, candidate: Candidate, products: list[tuple[Callable[[int], None], int]]) -> None:
-        self.candidate = candidate
-        self.products = products
+        self.candidate, self.products = candidate, products
         self.turns: dict[int, list[list[float]]] = {}
 
     def time(self, rows: int, clock: Callable[[], float]) -> None:

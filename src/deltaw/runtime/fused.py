@@ -247,9 +247,8 @@ class _MLP(torch.autograd.Function):
         del d_y
         of_output = half.output.factors_backward(y, h_o, above, narrow)
         del y
-        d_inner = (d_gate, d_up)[: ctx.count]
-        if half.gated and ctx.count == 1:
-            d_inner = (torch.cat([d_gate, d_up], 1),)
+        joined = half.gated and ctx.count == 1
+        d_inner = (torch.cat([d_gate, d_up], 1),) if joined else (d_gate, d_up)[: ctx.count]
         del d_gate, d_up
         n = _input_again(x, half.inputs, norms.before)
         need_x, of_stream = ctx.needs_input_grad[0], None if ctx.apart else grad
@@ -351,11 +350,8 @@ def _gate_and_up(inner: Sequence[Tensor], half: MLPHalf) -> tuple[Tensor, Tensor
 
 def _of_adapted(layers: Sequence[Projection], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of those layers that have factors."""
-    kept: list[Tensor | None] = []
-    for layer, (of_A, of_B) in zip(layers, zip(grads[::2], grads[1::2], strict=True), strict=True):
-        if layer.factors is not None:
-            kept += [of_A, of_B]
-    return kept
+    pairs = zip(grads[::2], grads[1::2], strict=True)
+    return [grad for layer, pair in zip(layers, pairs, strict=True) if layer.factors is not None for grad in pair]
 
 
 # Outputs of a block are computed at the places that are asked for where these are at most this share of all.
@@ -503,11 +499,9 @@ class FusedBlock:
 
     def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | PartialLayout | None:
         """The call's layout; None where it asks for what only the block's own code knows."""
-        if hidden.dim() != 3 or not _on_processor(hidden):
+        other = (v is not None and v is not False and name not in _KNOWN for name, v in named.items())
+        if hidden.dim() != 3 or not _on_processor(hidden) or any(other):
             return None
-        for name, value in named.items():
-            if value is not None and value is not False and name not in _KNOWN:
-                return None
         return self.layouts(hidden, named, self.roles.attention.causal)
 
     def _found(self, hidden: Tensor) -> tuple[AttentionHalf, MLPHalf] | None:
@@ -522,9 +516,7 @@ class FusedBlock:
         if state != self._state:
             self._state, self._whole, self._factors = state, None, []
             self._halves = self._made() if self._can_run(hidden) else None
-        if self._halves is None or self._watched():
-            return None
-        return self._halves
+        return None if self._halves is None or self._watched() else self._halves
 
     def _has_same_modules(self) -> bool:
         """Whether the block has the modules that were noted, each of the class that it had."""
@@ -586,9 +578,8 @@ class FusedBlock:
 
     def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around, checkpointed: bool) -> Tensor:
         x, picked = hidden.flatten(0, 1), around.picked
-        whole = None
-        if around.partial is None and unwatched(hidden) and hidden.is_contiguous():
-            whole = self._as_whole(x, halves, around)
+        at_once = around.partial is None and unwatched(hidden) and hidden.is_contiguous()
+        whole = self._as_whole(x, halves, around) if at_once else None
         if whole is not None:
             if checkpointed:  # it may be running again, when its weights lie elsewhere
                 whole = whole.settled()

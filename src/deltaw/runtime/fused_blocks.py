@@ -242,8 +242,7 @@ def _verified_kinds(small: PreTrainedModel, mode: Mode) -> Recognized:
             seen = dataclasses.replace(call, told=given, real=inputs.get("attention_mask"))
             roles, why = verified(seen, run)
             if roles is None:
-                name = type(call.block).__name__
-                return Recognized(why=f"{name} is not known here: {why}")
+                return Recognized(why=f"{type(call.block).__name__} is not known here: {why}")
             recognized.kinds[kind] = roles
             recognized.why = why
     return recognized

@@ -119,9 +119,8 @@ def _attend_padded(
     note(module, told, sliding_window, softcap)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     plain = query.shape[2] == key.shape[2] and sliding_window is None and softcap is None
-    layout = None
-    if plain and not causal and dropout == 0.0 and is_compiled(q, k, v):
-        layout = layout_of_mask(attention_mask, query.shape[0], query.shape[2], causal=False)
+    known = plain and not causal and dropout == 0.0 and is_compiled(q, k, v)
+    layout = layout_of_mask(attention_mask, query.shape[0], query.shape[2], causal=False) if known else None
     if layout is None:
         others |= {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap}
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
@@ -388,9 +387,7 @@ def _packed_against_apart(small: PreTrainedModel) -> float:
 
 def _packed_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
     layout: Layout | PartialLayout | None = named.get("packed_layout")
-    if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
-        return None
-    return layout
+    return None if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1] else layout
 
 
 def _packed_sample(model: PreTrainedModel) -> dict[str, Any]:

@@ -119,9 +119,7 @@ def at(x: Tensor, places: Tensor | None) -> Tensor:
 
 def spread(rows: Tensor, places: Tensor | None, length: int) -> Tensor:
     """Rows (P, …) at their places of ``length``, zeros elsewhere; as they are where they stand at all."""
-    if places is None:
-        return rows
-    return rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, places, rows)
+    return rows if places is None else rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, places, rows)
 
 
 def head_views(y: Tensor, heads: int, key_heads: int, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:

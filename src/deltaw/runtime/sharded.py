@@ -267,9 +267,7 @@ def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
     view."""
     if isinstance(output, Tensor):
         return output.clone() if is_view(output) else output
-    if isinstance(output, tuple):
-        return tuple(_no_view(block, inputs, value) for value in output)
-    return output
+    return tuple(_no_view(block, inputs, value) for value in output) if isinstance(output, tuple) else output
 
 
 class _Gather:
