@@ -225,12 +225,9 @@ class RunConfig(BaseModel):
     method: str = _METHOD
     if TYPE_CHECKING:
         lora: LoRAConfig
-    train: TrainSettings = Field(
-        default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
-    )
+    train: TrainSettings = Field(default_factory=TrainSettings, description="how long and how fast")
     preference: PreferenceSettings = Field(
-        default_factory=lambda: PreferenceSettings.model_validate({}),
-        description="the loss of pairs of answers, for task: preference",
+        default_factory=PreferenceSettings, description="the loss of pairs of answers, for task: preference"
     )
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
     memory: str | None = setting(
@@ -247,7 +244,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _preference_is_used(self) -> RunConfig:
-        if self.task != "preference" and self.preference != PreferenceSettings.model_validate({}):
+        if self.task != "preference" and self.preference != PreferenceSettings():
             what = f"the settings have a section 'preference', and the task is '{self.task}'"
             raise UserError(what, where="preference", hint="set task: preference, or remove the section")
         return self

@@ -114,8 +114,7 @@ class ExperimentFolder:
         self.write_json(Path(PIECES) / f"{name}.json", content)
 
     def write_json(self, name: str | Path, content: Mapping[str, object]) -> None:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2)
-        write_text(self.path / name, text + "\n")
+        write_text(self.path / name, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
     def remove(self, run: Path) -> None:
         """Delete an incomplete run inside this folder."""

@@ -630,5 +630,4 @@ def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:
     place.write_json(NUMBERS, tuning.as_dict())
     write_text(place.path / PAGE, tuning_markdown(tuning))
     best = applied(config, tuning.ranked[0].values)
-    text = yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_text(place.path / BEST, text)
+    write_text(place.path / BEST, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

@@ -76,8 +76,7 @@ class MergedConfig:
             there = bool(stored) or any(name in names.converted for name in group)
             optional = any(".pooler." in name or name.startswith("pooler.") for name in group)
             if wrong or not (there or optional):
-                what = f"the merged model would lack '{group[0]}'"
-                raise UserError(what, where=str(self.base.folder), hint=_AGAIN)
+                raise UserError(f"the merged model would lack '{group[0]}'", where=str(self.base.folder), hint=_AGAIN)
             if len(group) > 1 and any(name in self.untied for name in group):
                 pair = f"'{group[0]}' is tied to '{group[1]}', of which the adapter changes only one"
                 what = f"{pair}, and a {type(model).__name__} cannot have them apart"
@@ -103,8 +102,7 @@ def read_settings(folder: Path) -> dict[str, object]:
         if not isinstance(settings, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        what = f"the model's config.json cannot be read: {error}"
-        raise UserError(what, where=str(folder), hint=_AGAIN) from error
+        raise UserError(f"the model's config.json cannot be read: {error}", where=str(folder), hint=_AGAIN) from error
     quantized = settings.get("quantization_config")
     if quantized:
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else None

@@ -196,8 +196,8 @@ def _for_mlx(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[st
     keys = {module if match is None else match["inside"] for module, match in found.items()}
     # mlx-lm takes 0 for none of the layers.
     layers = int(base.config.num_hidden_layers) - min(numbers) if numbers else 0
-    update = {"rank": alike.rank, "scale": alike.alpha / alike.rank, "dropout": 0.0, "keys": sorted(keys)}
-    return tensors, {"fine_tune_type": "lora", "model": base.reference, "num_layers": layers, "lora_parameters": update}
+    scaled = {"rank": alike.rank, "scale": alike.alpha / alike.rank, "dropout": 0.0, "keys": sorted(keys)}
+    return tensors, {"fine_tune_type": "lora", "model": base.reference, "num_layers": layers, "lora_parameters": scaled}
 
 
 def _refuse_invocation(adapter: PlainAdapter, run: Path, reader: str) -> None:

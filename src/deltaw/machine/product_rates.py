@@ -164,8 +164,7 @@ def candidates() -> list[Candidate]:
             # Kernels that were asked for by name compute products too, unless these were left to torch by
             # name.
             of_type.append(Candidate(stored, names[0] if names else None, TORCH))
-        forced_of_type = [c for c in of_type if c.way == forced.arithmetic]
-        found += forced_of_type or of_type
+        found += [c for c in of_type if c.way == forced.arithmetic] or of_type
     return found
 
 

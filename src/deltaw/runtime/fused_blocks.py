@@ -239,8 +239,7 @@ def _verified_kinds(small: PreTrainedModel, mode: Mode) -> Recognized:
             kind = (signature(call.block), (given or Told(1.0)).kind)
             if kind in recognized.kinds:
                 continue
-            seen = dataclasses.replace(call, told=given, real=inputs.get("attention_mask"))
-            roles, why = verified(seen, run)
+            roles, why = verified(dataclasses.replace(call, told=given, real=inputs.get("attention_mask")), run)
             if roles is None:
                 return Recognized(why=f"{type(call.block).__name__} is not known here: {why}")
             recognized.kinds[kind] = roles

@@ -157,8 +157,7 @@ def layout_of_mask(mask: Tensor | None, rows: int, length: int, *, causal: bool)
         padded_at_end = seen == (places < counts[:, None])
         same = (mask == expected).all() if mask.shape[2] == length or not causal else torch.tensor(False)
         if bool(padded_at_end.all() & same & (counts > 0).all()):
-            lengths = [part for n in counts.tolist() for part in (n, length - n) if part]
-            layout = Layout.of_lengths(lengths)
+            layout = Layout.of_lengths([part for n in counts.tolist() for part in (n, length - n) if part])
     _LAST[:] = [(weakref.ref(mask), causal, layout)]
     return layout
 
