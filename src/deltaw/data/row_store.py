@@ -257,8 +257,7 @@ class DiskRows:
                 buffers = batch.column(name).buffers()
                 of_lists[name].append(buffers[1].address - whole.address)
                 found[name].append(buffers[3].address - whole.address if buffers[3] else 0)
-            offsets = np.frombuffer(batch.column("tokens").buffers()[1], np.int32, batch.num_rows + 1)
-            lengths.append(np.diff(offsets))
+            lengths.append(np.diff(np.frombuffer(batch.column("tokens").buffers()[1], np.int32, batch.num_rows + 1)))
         self._places = {name: np.asarray(places, np.int64) for name, places in found.items()}
         self._offsets = {name: np.asarray(places, np.int64) for name, places in of_lists.items()}
         return counts, np.cumsum(np.concatenate(lengths), dtype=np.int64)
@@ -328,8 +327,7 @@ class DiskRows:
         return UserError("the stored tokens of a row are damaged", where=self._name, hint=hint)
 
     def _list(self, name: str, batch: int, at: int) -> np.ndarray:
-        place = int(self._offsets[name][batch]) + 4 * at
-        start, stop = np.frombuffer(self._bytes(place, 8), np.int32).tolist()
+        start, stop = np.frombuffer(self._bytes(int(self._offsets[name][batch]) + 4 * at, 8), np.int32).tolist()
         return self._read(name, batch, start, stop - start)
 
     def _read(self, name: str, batch: int, at: int, count: int) -> np.ndarray:
