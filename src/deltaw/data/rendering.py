@@ -269,7 +269,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         for name in _COMPARED:
             self.filters[f" {name}"] = functools.partial(self._compared, name)
         tests: dict[str, Any] = {name: functools.partial(self._tested, how) for name, how in _TESTS.items()}
-        self.tests |= tests | {name: self._measured(self.tests[name]) for name in ("upper", "lower")}
+        of_case: dict[str, Any] = {name: self.tests[name] for name in ("upper", "lower")}
+        self.tests |= tests | {name: self._measured(test) for name, test in of_case.items()}
         kept = {"range": self.globals["range"], "dict": Dictionary(), "namespace": self._namespace}
         self.globals = {**kept, **functions}
 

@@ -257,7 +257,8 @@ class DiskRows:
                 buffers = batch.column(name).buffers()
                 of_lists[name].append(buffers[1].address - whole.address)
                 found[name].append(buffers[3].address - whole.address if buffers[3] else 0)
-            lengths.append(np.diff(np.frombuffer(batch.column("tokens").buffers()[1], np.int32, batch.num_rows + 1)))
+            offsets = np.frombuffer(batch.column("tokens").buffers()[1], np.int32, batch.num_rows + 1)
+            lengths.append(np.diff(offsets))
         self._places = {name: np.asarray(places, np.int64) for name, places in found.items()}
         self._offsets = {name: np.asarray(places, np.int64) for name, places in of_lists.items()}
         return counts, np.cumsum(np.concatenate(lengths), dtype=np.int64)
