@@ -13,6 +13,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -55,9 +56,9 @@ def downloads(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every download, made without starting pip: the wheel of the folder is opened."""
     asked: list[str] = []
 
-    def download(wanted: packages.PackageReference, folder: Path) -> packages._Wheel:
+    def download(wanted: packages.PackageReference, folder: Path) -> Path:
         asked.append(wanted.path)
-        return packages._Wheel(next(index.glob("*.whl")))
+        return next(index.glob("*.whl"))
 
     monkeypatch.setattr(packages, "_download_with_pip", download)
     return asked
@@ -110,15 +111,15 @@ def test_a_folder_is_fetched_whole_even_where_one_of_its_files_was_there(downloa
 
 
 def test_an_extraction_that_was_interrupted_is_made_good(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = packages._Wheel.copy
+    open_member = zipfile.ZipFile.open
 
-    def interrupted(self: packages._Wheel, name: str, out: object) -> None:
+    def interrupted(self: zipfile.ZipFile, name: str) -> IO[bytes]:
         if name.endswith("b.csv.bz2"):
             raise KeyboardInterrupt
-        copy(self, name, out)  # type: ignore[arg-type]
+        return open_member(self, name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(packages._Wheel, "copy", interrupted)
+        patch.setattr(zipfile.ZipFile, "open", interrupted)
         member(f"pypi:{NAME}==1.0")
     folder = member(f"pypi:{NAME}==1.0")
     assert (folder / "data" / "b.csv.bz2").read_bytes() == b"BZ"
@@ -193,10 +194,10 @@ def test_a_wheel_that_is_not_the_known_one_is_refused(index: Path, monkeypatch: 
 
 
 def test_a_damaged_wheel_is_refused(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(self: packages._Wheel, name: str, out: object) -> None:
+    def damaged(self: zipfile.ZipFile, name: str) -> None:
         raise zipfile.BadZipFile("Bad CRC-32")
 
-    monkeypatch.setattr(packages._Wheel, "copy", damaged)
+    monkeypatch.setattr(zipfile.ZipFile, "open", damaged)
     assert "damaged: Bad CRC-32" in refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl").what
 
 

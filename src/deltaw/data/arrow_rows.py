@@ -59,8 +59,7 @@ def check_decoded(decoded: int, stored: int, where: str, hint: str) -> None:
     """Refuse what would take ``decoded`` bytes in memory and takes ``stored`` in its file, if that is out of
     proportion."""
     if decoded > max(LEAST, MOST * stored):
-        what = f"{stored:,} bytes of the file would become {decoded:,} bytes in memory"
-        raise UserError(what, where=where, hint=hint)
+        raise UserError(f"{stored:,} bytes of the file would become {decoded:,} in memory", where=where, hint=hint)
 
 
 # Parquet
@@ -87,24 +86,15 @@ class _Column:
     longest: int = 0
 
 
-@dataclass(frozen=True)
-class Group:
-    """How to read a group of rows.
-
-    Attributes:
-        rows: of a batch. dictionaries: numbers of the columns to be read as dictionaries, without which their
-            values would be repeated too often.
-    """
-
-    rows: int
-    dictionaries: tuple[int, ...]
-
-
-def check_group(parquet: pyarrow.parquet.ParquetFile, number: int, file: IO[bytes], name: str) -> Group:
+def check_group(parquet: pyarrow.parquet.ParquetFile, number: int, file: IO[bytes], name: str) -> tuple[int, list[int]]:
     """Look through the pages of a group of rows.
 
     Args:
         file: the same file. name: for messages.
+
+    Returns:
+        how many rows a batch should have, and the numbers of the columns to be read as dictionaries, without which
+        their values would be repeated too often.
 
     Raises:
         UserError: it is damaged, or decoding it takes memory out of all proportion to its size.
@@ -140,7 +130,7 @@ def check_group(parquet: pyarrow.parquet.ParquetFile, number: int, file: IO[byte
             dense += width
     hint = "if it is right, write it again with smaller groups (row_group_size)"
     check_decoded(needed, min(stored, size), where, hint)
-    return Group(max(1, min(BATCH_ROWS, int(_BATCH_BYTES / dense))), tuple(dictionaries))
+    return max(1, min(BATCH_ROWS, int(_BATCH_BYTES / dense))), dictionaries
 
 
 def _pages(chunk: pyarrow.parquet.ColumnChunkMetaData, file: IO[bytes], size: int) -> _Column:
@@ -178,8 +168,7 @@ def _pages(chunk: pyarrow.parquet.ColumnChunkMetaData, file: IO[bytes], size: in
             found.densest = max(found.densest, decoded / max(1, values))
             if encoding in _DICTIONARY or encoding == _DELTA:
                 found.repeating += max(0, values)
-                longest = found.entry if encoding in _DICTIONARY else decoded
-                found.longest = max(found.longest, longest)
+                found.longest = max(found.longest, found.entry if encoding in _DICTIONARY else decoded)
     return found
 
 
@@ -304,7 +293,8 @@ def decoded_sizes(messages: pyarrow.ipc.MessageReader, name: str) -> Iterator[No
             continue
         number += 1
         body = memoryview(message.body)
-        decoded = sum(_decoded(body, offset, length) for offset, length in _compressed(batch))
+        # The bytes that a compressed buffer becomes stand before it; -1 there means that it is not compressed.
+        decoded = sum(max(0, _read("<q", body, offset)) for offset, length in _compressed(batch) if length)
         stored += len(body)
         hint = "if it is right, write it again in smaller batches or uncompressed"
         check_decoded(decoded + kept, stored, f"{name}, message {number}", hint)
@@ -362,11 +352,6 @@ def _compressed(batch: _Table) -> Iterator[tuple[int, int]]:
     for number in range(_read("<I", batch.data, at)):
         place = at + 4 + 16 * number
         yield _read("<q", batch.data, place), _read("<q", batch.data, place + 8)
-
-
-def _decoded(body: memoryview, offset: int, length: int) -> int:
-    """The bytes that a compressed buffer becomes, which stand before it; -1 there means that it is not."""
-    return max(0, _read("<q", body, offset)) if length else 0
 
 
 # Rows that are made into objects at once take about so many bytes, unless one alone takes more.
@@ -446,14 +431,11 @@ class ArrowRows:
         if self._kind == "parquet":
             with self._path.open("rb") as file:
                 for number in range(self._parquet.num_row_groups):
-                    group = check_group(self._parquet, number, file, self._name)
+                    count, dictionaries = check_group(self._parquet, number, file, self._name)
                     parquet = pyarrow.parquet.ParquetFile(
-                        self._path,
-                        metadata=self._parquet.metadata,
-                        read_dictionary=list(group.dictionaries),
-                        pre_buffer=False,
+                        self._path, metadata=self._parquet.metadata, read_dictionary=dictionaries, pre_buffer=False
                     )
-                    yield from parquet.iter_batches(group.rows, row_groups=[number])
+                    yield from parquet.iter_batches(count, row_groups=[number])
             return
         messages = pyarrow.ipc.MessageReader.open_stream(self._stream)
         checked = decoded_sizes(messages, self._name)
@@ -533,8 +515,8 @@ def _sizes(array: pyarrow.Array, where: str, max_bytes: int) -> np.ndarray:
     try:
         lengths = pyarrow.compute.binary_length(array).fill_null(0)
     except pyarrow.ArrowNotImplementedError:
-        hint = "leave the column out"
-        raise UserError(f"a column of the type {kind} cannot be read", where=where, hint=hint) from None
+        what = f"a column of the type {kind} cannot be read"
+        raise UserError(what, where=where, hint="leave the column out") from None
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 

@@ -91,8 +91,7 @@ def with_date(template: str, date: str) -> str:
     formats = dict.fromkeys(match[1] or match[2] or "" for match in _ASKS_FORMAT.finditer(template))
     if not formats or len(_ASKS_FORMAT.findall(template)) < template.count("strftime_now("):
         return template  # it makes its format itself: the clock's date is all there is
-    moment = datetime.datetime.fromisoformat(date)
-    texts = {shape: moment.strftime(shape) for shape in formats}
+    texts = {shape: datetime.datetime.fromisoformat(date).strftime(shape) for shape in formats}
     return f"{_MACRO % json.dumps(texts)}{template}"
 
 
@@ -103,5 +102,4 @@ def check_date(date: str | None) -> None:
     try:
         datetime.date.fromisoformat(date)
     except ValueError as error:
-        hint = "write it as 2026-01-31, or null for today's"
-        raise UserError(f"data.date is '{date}'", where="data.date", hint=hint) from error
+        raise UserError(f"data.date is '{date}'", where="data.date", hint="write it as 2026-01-31, or null") from error

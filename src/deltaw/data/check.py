@@ -19,7 +19,7 @@ from deltaw.data.example import Example
 from deltaw.data.formats import Form, Pair, Record, Text, choose_form, read_records
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.pieces import special_tokens
-from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.report import BadRowError, BadRows, count_of
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source
@@ -84,11 +84,7 @@ class Facts:
 
     def first_of_rows(self) -> np.ndarray:
         """The places of the first example of each row."""
-        rows = self.examples["row"]
-        starts = np.ones(len(rows), bool)
-        starts[1:] = rows[1:] != rows[:-1]
-        starts[self._starts] = True
-        return np.flatnonzero(starts)
+        return np.union1d(np.flatnonzero(np.diff(self.examples["row"])) + 1, self._starts).astype(np.int64)
 
     def places(self, examples: np.ndarray) -> tuple[str, ...]:
         """Where the rows of the first few of these examples are."""
@@ -175,8 +171,7 @@ def _of_chunk(
         bad.add(error, rows[place][1])
 
     records = read_records(rows, range(len(rows)), form, columns, on_bad)
-    encoded = encoder.encode(records, places, on_bad)
-    for index, (record, parts) in enumerate(zip(records, encoded, strict=True)):
+    for index, (record, parts) in enumerate(zip(records, encoder.encode(records, places, on_bad), strict=True)):
         if record is not None and index not in refused:
             yield places[index], record, [example_of(rows.number(index), part) for part in parts]
 
@@ -340,7 +335,7 @@ def check_facts(
     found += _contradictions(facts)
     for name, (level, text, hint) in _TEXTS.items():
         count, places = facts.counts[name], tuple(facts.notable.get(name, ()))
-        found.append(Finding(name, level, count, f"{count_rows(count)} {text}", hint, places))
+        found.append(Finding(name, level, count, f"{count_of(count)} {text}", hint, places))
     for name, others in held_out:
         found += bad_rows_found(others.bad, settings, f" of {name}")
         found += _long_rows(others, settings, f" of {name}")
@@ -364,14 +359,8 @@ def lengths_of(lengths: np.ndarray) -> Lengths | None:
     """Quantiles and a histogram; None for no lengths."""
     if not len(lengths):
         return None
-    return Lengths(
-        int(lengths.min()),
-        int(np.median(lengths)),
-        round(float(lengths.mean()), 1),
-        int(np.quantile(lengths, 0.95)),
-        int(lengths.max()),
-        _bins(lengths),
-    )
+    shortest, median, p95, longest = (int(length) for length in np.quantile(lengths, [0, 0.5, 0.95, 1]))
+    return Lengths(shortest, median, round(float(lengths.mean()), 1), p95, longest, _bins(lengths))
 
 
 def _bins(lengths: np.ndarray, count: int = 10) -> tuple[tuple[int, int, int], ...]:
@@ -393,8 +382,7 @@ def _bins(lengths: np.ndarray, count: int = 10) -> tuple[tuple[int, int, int], .
 
 def ordered(found: Sequence[Finding]) -> tuple[Finding, ...]:
     """Those that count something, the gravest first."""
-    grave = ("error", "warning", "note")
-    return tuple(sorted((f for f in found if f.count), key=lambda f: grave.index(f.level)))
+    return tuple(f for level in ("error", "warning", "note") for f in found if f.count and f.level == level)
 
 
 def bad_rows_found(bad: BadRows, settings: DataSettings, where: str) -> list[Finding]:
@@ -409,7 +397,7 @@ def bad_rows_found(bad: BadRows, settings: DataSettings, where: str) -> list[Fin
     hint = "correct them, or set data.bad_rows: skip" if refused else "they are skipped"
     return [
         Finding(
-            "bad_rows", level, count, f"{count_rows(count)}{where} that cannot be used: {reason}", hint, tuple(places)
+            "bad_rows", level, count, f"{count_of(count)}{where} that cannot be used: {reason}", hint, tuple(places)
         )
         for (reason, count), places in zip(bad.counts.items(), rows.values(), strict=True)
     ]
@@ -417,7 +405,7 @@ def bad_rows_found(bad: BadRows, settings: DataSettings, where: str) -> list[Fin
 
 def _nothing(facts: Facts) -> list[Finding]:
     if len(facts.examples):
-        few = f"there are only {count_rows(facts.rows)}"
+        few = f"there are only {count_of(facts.rows)}"
         return [Finding("few_rows", "note", int(facts.rows < _FEW_ROWS) and facts.rows, few)]
     return [Finding("no_rows", "error", 1, "no row can be used")]
 
@@ -427,17 +415,16 @@ def _long_rows(facts: Facts, settings: DataSettings, where: str) -> list[Finding
     long = np.flatnonzero(examples["length"] > settings.max_length)
     if not len(long):
         return []
-    counted = f"{count_rows(len(long))}{where} longer than data.max_length ({settings.max_length:,} tokens)"
+    counted = f"{count_of(len(long))}{where} longer than data.max_length ({settings.max_length:,} tokens)"
     hint = f"data.max_length: {examples['length'].max()} fits all"
     levels: dict[str, Level] = {"error": "error", "split": "note"}
-    if settings.long_rows == "drop":
-        counted += f": dropped, with {examples['labels'][long].sum():,} labels"
-    elif settings.long_rows == "cut":
-        counted += f": truncated, {examples['lost'][long].sum():,} labels lost"
-    elif settings.long_rows == "split":
-        counted += ": divided, no label lost"
-    else:
-        hint += "; data.long_rows: cut, drop or split"
+    counted += {
+        "error": "",
+        "drop": f": dropped, with {examples['labels'][long].sum():,} labels",
+        "cut": f": truncated, {examples['lost'][long].sum():,} labels lost",
+        "split": ": divided, no label lost",
+    }[settings.long_rows]
+    hint += "; data.long_rows: cut, drop or split" if settings.long_rows == "error" else ""
     level = levels.get(settings.long_rows, "warning")
     return [Finding("long_rows", level, len(long), counted, hint, facts.places(long))]
 
@@ -446,7 +433,7 @@ def _without_labels(facts: Facts, labels: np.ndarray) -> list[Finding]:
     without = np.flatnonzero(labels == 0)
     if len(without) and len(without) == len(labels):
         return [Finding("no_labels", "error", len(without), "no row has a label: there is nothing to train on")]
-    text = f"{count_rows(len(without))} without a label, such as an empty answer (dropped)"
+    text = f"{count_of(len(without))} without a label, such as an empty answer (dropped)"
     return [Finding("without_label", "warning", len(without), text, None, facts.places(without))]
 
 
@@ -463,17 +450,17 @@ def _ends(facts: Facts, labels: np.ndarray, end_names: Mapping[int, str]) -> lis
         text = f"no token that ends a text ({known}) is ever trained: the model will not learn to stop"
         hint = "let the chat template end each turn with one, or set data.template: plain"
         return [Finding("end_never_trained", "error", trained, text, hint)]
-    text = f"{_examples(lacking)} of {trained:,} without a token at the end that ends a text ({known})"
+    text = f"{count_of(lacking, 'example')} of {trained:,} without a token at the end that ends a text ({known})"
     return [Finding("end_not_trained", "warning", lacking, text)]
 
 
 def _duplicates(facts: Facts, settings: DataSettings) -> list[Finding]:
     again = _again(facts.examples["key"])
     done = "dropped" if settings.duplicates == "drop" else "kept, since data.duplicates is keep"
-    exact = f"{_examples(len(again))} with the same tokens and labels as an earlier one ({done})"
+    exact = f"{count_of(len(again), 'example')} with the same tokens and labels as an earlier one ({done})"
     distinct = np.setdiff1d(facts.first_of_rows(), again)
     near = distinct[_again(facts.examples["text"][distinct])]
-    alike = f"{count_rows(len(near))} like an earlier one but for case, spacing or punctuation"
+    alike = f"{count_of(len(near))} like an earlier one but for case, spacing or punctuation"
     return [
         Finding("duplicates", "warning", len(again), exact, None, facts.places(again)),
         Finding("near_duplicates", "note", len(near), alike, None, facts.places(near)),
@@ -490,8 +477,8 @@ def _contradictions(facts: Facts) -> list[Finding]:
     other_answer = answers[order][1:] != answers[order][:-1]
     contradicted = np.unique(prompts[order][1:][same_prompt & other_answer])
     rows = asked[np.isin(prompts, contradicted)]
-    counted = "1 prompt" if len(contradicted) == 1 else f"{len(contradicted):,} prompts"
-    text = f"{counted} with different answers in different rows ({_examples(len(rows))})"
+    counted = f"({count_of(len(rows), 'example')})"
+    text = f"{count_of(len(contradicted), 'prompt')} with different answers in different rows {counted}"
     hint = "if one answer is right, correct the others; with data.group they stay on one side of the split"
     found = [Finding("contradictions", "warning", len(contradicted), text, hint, facts.places(rows))]
     if len(np.unique(answers)) == 1 and len(np.unique(prompts)) > 1:
@@ -505,8 +492,8 @@ def _overlap(facts: Facts, others: Facts, name: str) -> list[Finding]:
     is_exact = np.isin(theirs["key"], known["key"])
     is_asked = np.isin(theirs["prompt"], known["prompt"]) & (theirs["prompt"] != 0) & ~is_exact
     exact, asked = np.flatnonzero(is_exact), np.flatnonzero(is_asked)
-    same = f"{_examples(len(exact))} of {name} that are also training rows, which inflates the scores"
-    alike = f"{_examples(len(asked))} of {name} with the prompt of a training row"
+    same = f"{count_of(len(exact), 'example')} of {name} that are also training rows, which inflates the scores"
+    alike = f"{count_of(len(asked), 'example')} of {name} with the prompt of a training row"
     hint = "remove them from one of the files"
     return [
         Finding("overlap", "warning", len(exact), same, hint, others.places(exact)),
@@ -533,22 +520,10 @@ def _proportions(facts: Facts, lengths: np.ndarray, labels: np.ndarray) -> list[
     unrolled = "of which several examples come, since the template rewrites earlier turns"
     return [
         Finding("few_labels", "note", int(0 < share < _FEW_LABELS) and int(labels.sum()), few),
-        Finding("unrolled", "note", facts.unrolled, f"{count_rows(facts.unrolled)} {unrolled}"),
+        Finding("unrolled", "note", facts.unrolled, f"{count_of(facts.unrolled)} {unrolled}"),
     ]
 
 
 def _again(keys: np.ndarray) -> np.ndarray:
     """Places of the keys that occurred before, ascending."""
-    first = np.unique(keys, return_index=True)[1]
-    again = np.ones(len(keys), bool)
-    again[first] = False
-    return np.flatnonzero(again)
-
-
-def count_rows(count: int) -> str:
-    """``1 row`` or ``2 rows``."""
-    return "1 row" if count == 1 else f"{count:,} rows"
-
-
-def _examples(count: int) -> str:
-    return "1 example" if count == 1 else f"{count:,} examples"
+    return np.setdiff1d(np.arange(len(keys)), np.unique(keys, return_index=True)[1])

@@ -96,8 +96,7 @@ def _split_conversation(conversation: Conversation, encoder: Encoder, limit: int
             if first < question:
                 first = question
                 continue
-            alone = _Part(conversation, opening, first, pending[:1])
-            rows = encoder.encode([alone.conversation], [where])[0]
+            rows = encoder.encode([_Part(conversation, opening, first, pending[:1]).conversation], [where])[0]
             pieces = [piece for row in rows for piece in windows(row, limit, encoder.leading, filled=True)]
             done = set(pending[:1])
         found += pieces

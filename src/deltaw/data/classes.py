@@ -73,8 +73,7 @@ def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
         pair = "text_pair"
     there = [column for column in there if column not in (text, pair)]
     usual = ("label", *_LABELS, *(("score",) if task == "regression" else ()))
-    label = columns.get("label") or _named(rows, there, "label", usual)
-    return LabelColumns(label or usual[0], text, pair)
+    return LabelColumns(columns.get("label") or _named(rows, there, "label", usual) or usual[0], text, pair)
 
 
 def class_name(value: object, column: str, where: str) -> str | None:
@@ -104,12 +103,10 @@ def number(value: object, column: str, where: str) -> float:
     Raises:
         BadRowError: it is not a finite number.
     """
-    result = math.nan
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:
-            result = float(value)
-        except (ValueError, OverflowError):
-            result = math.nan
+    try:
+        result = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        result = math.nan
     if not math.isfinite(result):
         shown = "empty" if value is None or value == "" else repr(value)
         hint = "write a number, remove the row, or name the right column in data.columns: {label: …}"
@@ -145,12 +142,9 @@ def class_numbers(
             continue
         if name is None:
             raise empty_label(where)
-        known = f"the classes are {listed(given)}"
-        if trained is not None:
-            what = f"the label '{name}' was not seen in training"
-        else:
-            what = f"the label '{name}' is not in data.classes"
-        raise UserError(what, where=where, hint=f"{known}; data.other_classes: drop drops rows of others")
+        what = f"the label '{name}' " + ("is not in data.classes" if trained is None else "was not seen in training")
+        hint = f"the classes are {listed(given)}; data.other_classes: drop drops rows of others"
+        raise UserError(what, where=where, hint=hint)
     classes = given or _sorted({name for name in names if name is not None})
     if not given:
         _check_found(classes, len(names), source)
@@ -189,11 +183,8 @@ def _check_found(classes: Sequence[str], rows: int, source: str) -> None:
         what = f"all rows have the class '{classes[0]}'" if classes else "no row has a label"
         raise UserError(what, where=source, hint="a classifier needs rows of at least two classes")
     if len(classes) > max(_MANY, rows // 2):
-        what = f"the labels have {len(classes):,} different values in {rows:,} rows"
-        hint = (
-            "set task: regression for numbers, data.columns: {label: …} to another column, or list them in data.classes"
-        )
-        raise UserError(what, where=source, hint=hint)
+        hint = "set task: regression for numbers, name another column in data.columns: {label: …}, or list data.classes"
+        raise UserError(f"the labels have {len(classes):,} different values in {rows:,} rows", where=source, hint=hint)
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:

@@ -170,13 +170,12 @@ def require(
 
 
 def _no_form(rows: Rows | RowStream, what: str, lacking: str | None) -> UserError:
-    known = known_columns()
     if set(PAIR_COLUMNS) <= set(rows.columns):
         hint = "for pairs of a chosen and a rejected answer, set task: preference. "
     elif lacking:
         hint = f"did you mean data.columns: {{{lacking}: …}}? "
     else:
-        near = [(column, did_you_mean(column, known)) for column in rows.columns]
+        near = [(column, did_you_mean(column, known_columns())) for column in rows.columns]
         hint = "; ".join(f"'{column}': {said}" for column, said in near if said.startswith("did")) or ""
         hint = hint + ". " if hint else ""
     shapes = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMS)
@@ -231,19 +230,17 @@ def _read_evals(row: Row, where: str) -> Record:
     ideal = row["ideal"]
     if isinstance(ideal, list):
         if not ideal:
-            hint = "give at least one answer"
-            raise BadRowError("'ideal' is an empty list", reason="no answer", where=where, hint=hint)
+            raise BadRowError("'ideal' is an empty list", reason="no answer", where=where, hint="give an answer")
         ideal = ideal[0]
     if isinstance(row["input"], list):
         answer = [_message("assistant", ideal, "ideal", where)]
         return conversation(read_messages(row["input"], "input", where), answer, where)
-    answered = text_of(ideal, "ideal", where)
-    return Pair(text_of(row["input"], "input", where), answered)
+    return Pair(text_of(row["input"], "input", where), text_of(ideal, "ideal", where))
 
 
 def _read_messages(row: Row, where: str) -> Conversation:
-    tools = read_tools(row.get("tools"), where)
-    return conversation([], read_messages(row["messages"], "messages", where), where, tools)
+    messages = read_messages(row["messages"], "messages", where)
+    return conversation([], messages, where, read_tools(row.get("tools"), where))
 
 
 _SHAREGPT_ROLES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -269,8 +266,8 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
         messages.append(message)
-    tools = read_tools(row.get("tools"), where)
-    return conversation([], _with_system(_system(row, where), messages), where, tools)
+    messages = _with_system(_system(row, where), messages)
+    return conversation([], messages, where, read_tools(row.get("tools"), where))
 
 
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
 from deltaw.data.example import LabeledExample, RowGroup, rows_of
-from deltaw.data.packing import cut_by_length, microbatch_cost, side_by_side
+from deltaw.data.packing import cut_by_length, longest_of, microbatch_cost, side_by_side
 from deltaw.data.pixels import AnyExample, ImageExample
 from deltaw.errors import UserError
 from deltaw.hub.folders import asks_for_code
@@ -115,8 +115,7 @@ class ImageEncoder:
             images = [image.resize((width, height), Image.Resampling.BILINEAR) for image in images]
         arrays = [np.asarray(image).reshape(image.height, image.width, self._channels) for image in images]
         if self._processor is None:
-            stacked = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
-            return stacked.contiguous() / 127.5 - 1.0
+            return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1.0
         try:
             encoded = self._processor(arrays, return_tensors="pt", input_data_format="channels_last")
             return encoded["pixel_values"].float()
@@ -213,8 +212,8 @@ class LabelMicroBatcher:
                 yield [images[index] for index in part], 0, False
             return
         for kind, of_each in ((RowGroup, 2), (LabeledExample, 1)):
-            items: list[Any] = sorted((row for row in rows if isinstance(row, kind)), key=_longest)
-            lengths = [self._padded(_longest(item)) for item in items]
+            items: list[Any] = sorted((row for row in rows if isinstance(row, kind)), key=longest_of)
+            lengths = [self._padded(longest_of(item)) for item in items]
             cost = microbatch_cost(self.device)
             for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost, [of_each] * len(items)):
                 yield [row for item in items[start:stop] for row in rows_of(item)], lengths[stop - 1], of_each == 2
@@ -239,9 +238,8 @@ class LabelMicroBatcher:
     def _images(self, rows: Sequence[ImageExample]) -> LabelBatch:
         if self.encoder is None:
             raise UserError("images need the model's preprocessor", where="task", hint="task: image-classification")
-        inputs = {"pixel_values": to_device(self.encoder.encode(rows), self.device)}
         tokens = len(rows) * self.tokens_per_image
-        return self._batch(rows, inputs, tokens, tokens)
+        return self._batch(rows, {"pixel_values": to_device(self.encoder.encode(rows), self.device)}, tokens, tokens)
 
     def _batch(
         self, rows: Sequence[AnyExample], inputs: dict[str, Tensor], row_tokens: int, tokens: int, pairs: bool = False
@@ -250,7 +248,3 @@ class LabelMicroBatcher:
         dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
         targets = to_device(torch.tensor(labels, dtype=dtype), self.device)
         return LabelBatch(inputs, targets, tuple(rows), len(rows), row_tokens, tokens, pairs)
-
-
-def _longest(item: Any) -> int:
-    return max(map(len, rows_of(item)))

@@ -28,8 +28,7 @@ _QUESTIONS = ("Why?", "Name a color", "7 + 5 =", "Thank you.")
 def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens with which the chat template opens the assistant's turn; empty where there are none of
     their own."""
-    wholes = []
-    text = ""
+    wholes, text = [], ""
     try:
         for question in _QUESTIONS:
             message = [{"role": "user", "content": question}]
@@ -40,8 +39,7 @@ def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             wholes.append(np.asarray(tokenizer(asked, add_special_tokens=False)["input_ids"], np.int32))
     except FAULTS:
         return []  # whoever renders rows with it says what is wrong
-    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _common_ending(wholes, len(alone))
+    return _common_ending(wholes, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def ending_of_prompts(rows: Iterable[Example]) -> list[int]:
@@ -56,9 +54,7 @@ def _common_ending(sequences: Iterable[np.ndarray], most: int) -> list[int]:
         ending = other[::-1][:most] if ending is None else ending[: common_prefix(ending, other[::-1])]
         if not len(ending):
             break
-    if ending is None:
-        return []
-    return [int(token) for token in ending[::-1]]
+    return [] if ending is None else ending[::-1].tolist()
 
 
 def activated(row: Example, invocation: Sequence[int]) -> Example:

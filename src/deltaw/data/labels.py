@@ -69,15 +69,12 @@ class LabelReader(RowReader[AnyExample]):
     ) -> None:
         super().__init__(settings, tokenizer)
         self.task = task
+        self._reads_images = task == "image-classification"
         self.classes = None if classes is None else tuple(classes)
         self._encoder = encoder
         self._other_files = self._other_classes = 0
         self._columns = LabelColumns("label")
         self._labels: dict[int, int | float] = {}
-
-    @property
-    def _reads_images(self) -> bool:
-        return self.task == "image-classification"
 
     def read_source(self, reference: str, on_bad: OnBad | None) -> Rows:
         if not self._reads_images:
@@ -127,8 +124,7 @@ class LabelReader(RowReader[AnyExample]):
         if (sizes != sizes[:1]).any():
             (low_height, low_width), (height, width) = sizes.min(0).tolist(), sizes.max(0).tolist()
             report = replace(report, image_sizes=(low_height, low_width, height, width))
-        report = replace(report, other_files=self._other_files, other_classes=self._other_classes)
-        return examples, groups, report
+        return examples, groups, replace(report, other_files=self._other_files, other_classes=self._other_classes)
 
     def told(self, report: Report, items: Sequence[AnyExample]) -> Report:
         if self.classes is None:
@@ -241,8 +237,7 @@ class _Tokenizing:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limit: int, columns: LabelColumns) -> None:
         if tokenizer is None:
-            hint = "copy its tokenizer.json into it"
-            raise UserError("the model's folder holds no tokenizer", where="model", hint=hint)
+            raise UserError("the model has no tokenizer", where="model", hint="copy its tokenizer.json into its folder")
         self._tokenizer = tokenizer
         self._limit = limit
         self._columns = [column for column in (columns.text, columns.text_pair) if column]

@@ -56,8 +56,7 @@ def text_of(value: object, key: str, where: str) -> str:
     """
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        what = f"'{key}' must be text but is {kind}"
-        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="write it as a string")
+        raise BadRowError(f"'{key}' must be text but is {kind}", reason=WRONG_TYPE, where=where, hint="write a string")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -85,14 +84,13 @@ def read_messages(value: object, key: str, where: str) -> list[Message]:
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict):
             what = f"a message must be an object but is a {type(turn).__name__}"
-            hint = "a message is " + '{"role": "user", "content": "…"}'
+            hint = 'a message is {"role": "user", "content": "…"}'
             raise BadRowError(what, reason=MALFORMED, where=place, hint=hint)
         message: Message = {name: part for name, part in turn.items() if part is not None}
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            hint = f": {did_you_mean(role, ROLES)}" if isinstance(role, str) else ""
             known = ", ".join(f"'{name}'" for name in ROLES)
-            what = f"the role is {role!r}{hint}"
+            what = f"the role is {role!r}" + (f": {did_you_mean(role, ROLES)}" if isinstance(role, str) else "")
             raise BadRowError(what, reason=MALFORMED, where=place, hint=f"the roles are {known}")
         if role == "assistant" and message.get("tool_calls"):
             message.setdefault("content", "")
@@ -151,9 +149,8 @@ def conversation(
     check_order(turns, where)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < len(before):
-        what = "no turn is the assistant's, so there is no label"
         hint = "end the conversation with a message of the role 'assistant'"
-        raise BadRowError(what, reason="no answer", where=where, hint=hint)
+        raise BadRowError("no turn is the assistant's: there is no label", reason="no answer", where=where, hint=hint)
     weights = [_weight(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
     learned = tuple(turn["role"] == "assistant" and i >= len(before) and weights[i] for i, turn in enumerate(turns))
     messages = tuple({key: part for key, part in turn.items() if key != "weight"} for turn in turns)
@@ -198,8 +195,7 @@ def without_blank_answers(found: Conversation) -> Conversation:
 
 def reasoning(message: Message) -> str:
     """The reasoning that a message has apart from its content; empty if it has none."""
-    found = next((message[key] for key in REASONING if message.get(key)), "")
-    return str(found).strip()
+    return str(next((message[key] for key in REASONING if message.get(key)), "")).strip()
 
 
 def without_nulls(value: object) -> object:

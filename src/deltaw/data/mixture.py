@@ -22,30 +22,19 @@ _KEYS = ("from", "weight", "columns", "form")
 _WEIGHING = 3  # selects a random stream of its own for the seed
 _MOST = 1000.0
 # A list of sources in the settings' JSON schema.
-SOURCES_SCHEMA = {
-    "type": "array",
-    "minItems": 1,
-    "items": {
-        "anyOf": [
-            {"type": "string"},
-            {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["from"],
-                "properties": {
-                    "from": {"type": "string", "description": "file, folder, hub id or package"},
-                    "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": _MOST},
-                    "columns": {
-                        "type": "object",
-                        "propertyNames": {"enum": list(known_columns())},
-                        "additionalProperties": {"type": "string"},
-                    },
-                    "form": {"enum": list(get_args(FormName))},
-                },
-            },
-        ]
+_TEXT, _NAMED = {"type": "string"}, {"propertyNames": {"enum": list(known_columns())}}
+_SECTION = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["from"],
+    "properties": {
+        "from": {**_TEXT, "description": "file, folder, hub id or package"},
+        "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": _MOST},
+        "columns": {"type": "object", **_NAMED, "additionalProperties": _TEXT},
+        "form": {"enum": list(get_args(FormName))},
     },
 }
+SOURCES_SCHEMA = {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _SECTION]}}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,7 @@ def cut_by_length(
     begins = np.zeros(count + 1, np.int64)
     for stop in range(1, count + 1):
         longest = max(1, lengths[stop - 1])
-        most = budget // longest  # rows
-        first = min(stop - 1, int(np.searchsorted(rows, rows[stop] - most, side="left")))
+        first = min(stop - 1, int(np.searchsorted(rows, rows[stop] - budget // longest, side="left")))
         costs = best[first:stop] + (rows[stop] - rows[first:stop]) * longest
         begins[stop] = first + costs.argmin()
         best[stop] = costs.min() + cost
@@ -270,9 +270,9 @@ def split_into_microbatches(
     packed token on which an activated adapter does not act counts ``inactive_cost``.
     """
     if padded:
-        by_length = sorted(examples, key=_longest)
+        by_length = sorted(examples, key=longest_of)
         counts = [len(rows_of(example)) for example in by_length]
-        cuts = cut_by_length([*map(_longest, by_length)], tokens_per_pass, cost, counts)
+        cuts = cut_by_length([*map(longest_of, by_length)], tokens_per_pass, cost, counts)
         return [by_length[start:stop] for start, stop in cuts]
     ordered = sorted(examples, key=lambda e: sort_key(rows_of(e)[0].tokens))
     sizes = [sum(_added(rows_of(example), share, inactive_cost)) for example in ordered]
@@ -306,8 +306,7 @@ def microbatch_shapes(
         if padded:
             shapes.append((len(rows), max(len(row.tokens) for row in rows)))
         else:
-            ordered = sorted(rows, key=lambda row: sort_key(row.tokens))
-            size = sum(_added(ordered, share, inactive_cost))
+            size = sum(_added(sorted(rows, key=lambda row: sort_key(row.tokens)), share, inactive_cost))
             shapes.append((1, size + (_filler(size) if fill else 0)))
     return shapes
 
@@ -424,8 +423,7 @@ def batches(
         if padded:
             yield pad(part, device=device)
         else:
-            apart = inactive_cost != 1.0
-            yield pack(part, share=share, fill=fill, fill_active=apart, device=device)
+            yield pack(part, share=share, fill=fill, fill_active=inactive_cost != 1.0, device=device)
 
 
 def _active(rows: Sequence[Example], active: np.ndarray, device: str | torch.device) -> dict[str, Tensor]:
@@ -439,17 +437,13 @@ def _groups(items: Sequence[Item], order: Sequence[int]) -> tuple[tuple[int, ...
     """Each group's rows by their place in ``order``, which holds the numbers of all rows."""
     if not any(isinstance(item, RowGroup) for item in items):
         return ()
-    place = {n: at for at, n in enumerate(order)}
-    groups, begin = [], 0
-    for item in items:
-        count = len(rows_of(item))
-        groups.append(tuple(place[n] for n in range(begin, begin + count)))
-        begin += count
-    return tuple(groups)
+    places = iter(np.argsort(order).tolist())
+    return tuple(tuple(next(places) for _ in rows_of(item)) for item in items)
 
 
-def _longest(item: Item) -> int:
-    return max(len(row.tokens) for row in rows_of(item))
+def longest_of(item: Any) -> int:
+    """Tokens of the longest row of a group, or of a row."""
+    return max(map(len, rows_of(item)))
 
 
 def _added(rows: Sequence[Example], share: bool, inactive_cost: float = 1.0) -> list[int]:
@@ -462,15 +456,13 @@ def _added(rows: Sequence[Example], share: bool, inactive_cost: float = 1.0) -> 
 
 def _costs(ordered: Sequence[Item], share: bool, inactive_cost: float = 1.0) -> list[int]:
     """Tokens that each row or group adds to a microbatch when it follows the one before it."""
-    rows = [row for item in ordered for row in rows_of(item)]
-    each = iter(_added(rows, share, inactive_cost))
+    each = iter(_added([row for item in ordered for row in rows_of(item)], share, inactive_cost))
     return [sum(next(each) for _ in rows_of(item)) for item in ordered]
 
 
 def _filler(length: int) -> int:
     """Tokens without a label that bring a packed row to a length that comes again (see FILL)."""
-    step = 1 << max(0, (length // FILL).bit_length() - 1)
-    return -length % max(FILL, step)
+    return -length % max(FILL, 1 << max(0, (length // FILL).bit_length() - 1))
 
 
 def _tensor(values: np.ndarray, device: str | torch.device) -> Tensor:

@@ -59,11 +59,7 @@ class AnswerReader(RowReader[RowGroup]):
         if settings.form != "auto":
             raise UserError(f"{self.noun} has one form", where="data.form", hint="set it to auto")
         self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
-        self.template = self.encoder.template
-
-    @property
-    def date(self) -> str | None:  # type: ignore[override]
-        return self.encoder.dated
+        self.template, self.date = self.encoder.template, self.encoder.dated
 
     @abc.abstractmethod
     def records(self, row: Row, where: str) -> tuple[Record, ...]:
@@ -203,14 +199,10 @@ def _divided(chosen: object, rejected: object, where: str) -> dict[str, object]:
     texts = isinstance(chosen, str) and isinstance(rejected, str)
     if not texts and not (isinstance(chosen, list) and isinstance(rejected, list)):
         what = "'chosen' and 'rejected' must both be text, or both lists of messages"
-        hint = "or give the prompt they share in a column 'prompt'"
-        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="or give the prompt they share as 'prompt'")
     assert isinstance(chosen, str | list) and isinstance(rejected, str | list)
-    shared = 0
-    for one, other in zip(chosen, rejected, strict=False):
-        if one != other:
-            break
-        shared += 1
+    shorter, pairs = min(len(chosen), len(rejected)), enumerate(zip(chosen, rejected, strict=False))
+    shared = next((place for place, (one, other) in pairs if one != other), shorter)
     if texts and shared and chosen[shared - 1] == " ":
         shared -= 1  # a space belongs to the word that follows it
     if not shared:
@@ -275,8 +267,7 @@ class UnpairedReader(AnswerReader):
         found = super().prepared(seed)
         if len(found.train) < 2:
             what = "kto estimates how far the model has moved on another row's answer, and there is a single row"
-            hint = "add rows, or hold out fewer with data.eval"
-            raise UserError(what, where=found.report.source, hint=hint)
+            raise UserError(what, where=found.report.source, hint="add rows, or hold out fewer with data.eval")
         return found
 
     def completed(self, items: list[RowGroup], seed: int) -> list[RowGroup]:

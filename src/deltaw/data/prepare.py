@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +101,7 @@ def prepare_file(
     return examples, evaluated(examples, read.report, read.rows.keys())
 
 
+@dataclass(frozen=True)
 class TextReader:
     """The rows of a causal model, see :class:`deltaw.data.row_reader.Reader`.
 
@@ -108,33 +109,28 @@ class TextReader:
         folder: of the model, which names the tokens that end a text.
     """
 
-    def __init__(
-        self,
-        settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        folder: Path | None = None,
-        say: Say = silent,
-    ) -> None:
-        self._settings, self._tokenizer, self._folder, self._say = settings, tokenizer, folder, say
+    settings: DataSettings
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path | None = None
+    say: Say = silent
 
     def prepared(self, seed: int = 0) -> RunData:
-        return prepare(self._settings, self._tokenizer, seed=seed, say=self._say)
+        return prepare(self.settings, self.tokenizer, seed=seed, say=self.say)
 
     def file(self, reference: str) -> tuple[RowView, Report]:
-        return prepare_file(reference, self._settings, self._tokenizer, say=self._say)
+        return prepare_file(reference, self.settings, self.tokenizer, say=self.say)
 
     def check(self, apart: Sequence[str]) -> Check:
-        settings, tokenizer = self._settings, self._tokenizer
-        ends = terminators_in(self._folder, tokenizer) if self._folder else [int(tokenizer.eos_token_id)]
+        settings, tokenizer = self.settings, self.tokenizer
+        ends = terminators_in(self.folder, tokenizer) if self.folder else [int(tokenizer.eos_token_id)]
         names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
         facts = collect(settings.train, settings, tokenizer, ends)
         held_out = [(name, collect(name, settings, tokenizer, ends)) for name in apart]
         return check_facts(facts, settings, shown(settings.train), end_names=names, held_out=held_out)
 
     def rows(self) -> Iterator[ShownRow]:
-        settings = self._settings
-        encoder = Encoder(self._tokenizer, settings.template, settings.labels, settings.date)
+        settings = self.settings
+        encoder = Encoder(self.tokenizer, settings.template, settings.labels, settings.date)
         for source in sources_of(settings.train):
             stream = open_source(source.reference, BadRows("skip").add, max_bytes=settings.max_row_bytes)
             stream.scan()
@@ -150,7 +146,7 @@ class TextReader:
         (examples,) = reader.read(rows, [index])
         found = []
         for example in examples:
-            parts = tuple(pieces(example.tokens, example.is_label, self._tokenizer))
+            parts = tuple(pieces(example.tokens, example.is_label, self.tokenizer))
             found.append(ShownExample(len(example), example.label_count, parts))
         done = "refused" if settings.bad_rows == "error" else "skipped"
         notes = [f"{done}: {line['error']}" for line in bad.lines()]

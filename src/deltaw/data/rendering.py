@@ -12,7 +12,7 @@ import json
 import operator
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from deltaw.data.messages import REASONING
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,16 +101,9 @@ _SHORT = 64  # characters of a constant, and elements of a list of such, that co
 _OF_CALLS = ("varargs", "kwargs")  # what a macro was called with besides its parameters
 
 
-def with_payments(tree: nodes.Template, environment: Environment) -> nodes.Template:
-    """A template's source with the payments in it, which are filters of ``environment``.
-
-    Raises:
-        TemplateSyntaxError: it uses what cannot be paid for.
-    """
-    return cast("nodes.Template", _Payments(environment).visit(tree))
-
-
 class _Payments(NodeTransformer):
+    """Puts the payments into a template's source, which are filters of ``environment``."""
+
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._captured = False  # whether what is written becomes a value of the template's
@@ -196,8 +190,7 @@ class _Payments(NodeTransformer):
         return self._limit(name, self._placed(nodes.List(values), line))
 
     def _limit(self, name: str, value: nodes.Expr) -> nodes.Expr:
-        made = nodes.Filter(value, f" {name}", [], [], None, None)
-        return self._placed(made, value.lineno)
+        return self._placed(nodes.Filter(value, f" {name}", [], [], None, None), value.lineno)
 
     def _placed(self, node: Any, line: int) -> Any:
         return node.set_lineno(line).set_environment(self._environment)
@@ -289,9 +282,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """A template's source with payments in it.
 
         Raises:
-            TemplateSyntaxError: it is no Jinja.
+            TemplateSyntaxError: it is no Jinja, or uses what cannot be paid for.
         """
-        return with_payments(self.parse(text), self)
+        return cast("nodes.Template", _Payments(self).visit(self.parse(text)))
 
     # The account
 
@@ -344,12 +337,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if hasattr(items, "__len__"):
             self._pay(1 + len(items))
             return items
-        return self._one_by_one(items) if hasattr(items, "__next__") else items
+        return map(self._passed, items) if hasattr(items, "__next__") else items
 
-    def _one_by_one(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self._pay(1)
-            yield item
+    def _passed(self, item: Any) -> Any:
+        self._pay(1)
+        return item
 
     # What is put into templates in place of what they say
 
@@ -366,20 +358,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _copied(self, value: Any) -> Any:
         """Pay for a value as the text that it is written as."""
-        if type(value) is not str:
-            value = str(value)
-        self._pay(1 + len(value) // COPIED)
-        return value
+        return self._joined([value])
 
     def _added(self, values: list[Any]) -> Any:
-        size = 0
-        for value in values:
-            if type(value) is not str:
-                break
-            size += len(value)
-        else:
-            self._pay(1 + size // COPIED)
-            return "".join(values)
+        if all(type(value) is str for value in values):
+            return self._joined(values)
         total = values[0]
         for value in values[1:]:
             total = self._made(total + value)
@@ -461,11 +444,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     @pass_eval_context
     def _join(self, context: EvalContext, value: Any, d: str = "", attribute: Any = None) -> Any:
-        between = len(str(d))
-
         def paid() -> Iterator[Any]:
             for item in value:
-                self._pay(1 + (self._weight(item)[0] + between) // COPIED)
+                self._pay(1 + (self._weight(item)[0] + len(str(d))) // COPIED)
                 yield item
 
         return self._own["join"](context, paid(), d, attribute)
@@ -587,7 +568,6 @@ FAULTS = (
 """What templates raise on conversations that they are not made for, besides a :class:`TemplateLimitError`."""
 
 _LONGEST_DATE = 1000  # characters of a date's format
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def rendered(
@@ -612,7 +592,22 @@ def rendered(
     found = _compiled(template)
     if isinstance(found, Exception):
         raise found.with_traceback(None)  # else it would grow each time
-    return found.render(messages, generation, tools, variables)
+    environment, program, lock = found
+    size = [0, 0]
+    given = {key: _plain(value, size) for key, value in variables.items()}
+    given["messages"] = [_with_reasoning(_plain(message, size)) for message in messages]
+    given["tools"] = [_plain(tool, size) for tool in tools] or None
+    given |= {"documents": None, "add_generation_prompt": generation}
+    most = OUTPUT + OUTPUT_A_CHARACTER * size[1]
+    pieces: list[str] = []
+    with lock:
+        environment.open_account(*size)
+        for piece in program.generate(given):
+            most -= len(piece)
+            if most < 0:
+                raise TemplateLimitError("it writes more than a conversation of this length may become")
+            pieces.append(piece)
+    return "".join(pieces)
 
 
 def rendered_by(
@@ -627,45 +622,14 @@ def rendered_by(
     return rendered(template, messages, generation=generation, variables=tokenizer.special_tokens_map)
 
 
-class _Rendering:
-    """One compiled template."""
-
-    def __init__(self, text: str) -> None:
+@functools.lru_cache(maxsize=64)
+def _compiled(text: str) -> tuple[LimitedEnvironment, jinja2.Template, threading.Lock] | Exception:
+    """The template with its environment, whose one account is locked; or why it is none."""
+    try:
         if len(text) > LONGEST_TEMPLATE:
             raise TemplateLimitError(f"it has {len(text):,} characters, and {LONGEST_TEMPLATE:,} are the most")
-        self._environment = LimitedEnvironment(raise_exception=_raise, strftime_now=_now)
-        self._template = self._environment.from_string(self._environment.limited(text))
-        self._lock = threading.Lock()  # there is one account
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        generation: bool,
-        tools: Sequence[Mapping[str, object]],
-        variables: Mapping[str, object],
-    ) -> str:
-        size = [0, 0]
-        given = {key: _plain(value, size) for key, value in variables.items()}
-        given["messages"] = [_with_reasoning(_plain(message, size)) for message in messages]
-        given["tools"] = [_plain(tool, size) for tool in tools] or None
-        given |= {"documents": None, "add_generation_prompt": generation}
-        most = OUTPUT + OUTPUT_A_CHARACTER * size[1]
-        pieces: list[str] = []
-        with self._lock:
-            self._environment.open_account(*size)
-            for piece in self._template.generate(given):
-                most -= len(piece)
-                if most < 0:
-                    raise TemplateLimitError("it writes more than a conversation of this length may become")
-                pieces.append(piece)
-        return "".join(pieces)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(text: str) -> _Rendering | Exception:
-    """The template, or why it is none."""
-    try:
-        return _Rendering(text)
+        environment = LimitedEnvironment(raise_exception=_raise, strftime_now=_now)
+        return environment, environment.from_string(environment.limited(text)), threading.Lock()
     except (jinja2.TemplateError, TemplateLimitError) as error:
         return error
     except (*FAULTS, SyntaxError) as error:  # what Python makes of Jinja's translation
@@ -702,7 +666,7 @@ def _with_reasoning(message: Any) -> Any:
     """The message with its reasoning under all names that templates read, where transformers does that."""
     if not isinstance(message, dict):
         raise TypeError(f"a message of a conversation is a dictionary, not {message!r}")
-    told = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    told = next((message[key] for key in REASONING if message.get(key) is not None), None)
     if told is None or not _fills_reasoning():
         return message
     return {"thinking": told, **message, "reasoning_content": told}

@@ -152,8 +152,7 @@ class BadRows:
         """The rows that :meth:`write` wrote."""
         found = cls("skip")
         with path.open("rb") as lines:
-            for line in lines:
-                found._put(json.loads(line))
+            found.extend(map(json.loads, lines))
         return found
 
     def __len__(self) -> int:
@@ -163,8 +162,7 @@ class BadRows:
         """Skip one row, or raise ``error``."""
         if self.mode == "error":
             raise error
-        shown = _shown(row)
-        self._put({"where": error.where, "reason": error.reason, "error": error.what, "row": shown})
+        self._put({"where": error.where, "reason": error.reason, "error": error.what, "row": _shown(row)})
 
     def extend(self, lines: Iterable[dict[str, object]]) -> None:
         """Add rows that were skipped elsewhere, as :meth:`lines` tells them."""
@@ -316,12 +314,12 @@ class Report:
         sizes += f", {self.label_tokens:,} of them labels" if self.template else ""
         sizes += f"; the longest row has {self.longest:,} tokens"
         lines = [
-            f"{self.source}: {_rows(self.rows_read)} read as {self.form}{template}",
-            f"{_rows(self.rows_kept)} kept" + ("" if self.form == "labeled images" else sizes),
+            f"{self.source}: {count_of(self.rows_read)} read as {self.form}{template}",
+            f"{count_of(self.rows_kept)} kept" + ("" if self.form == "labeled images" else sizes),
         ]
         if self.held_out:
             origin = f"from {self.held_out_source}" if self.held_out_source else "from the same file"
-            lines.append(f"{_rows(self.held_out)} held out for evaluation, {origin}")
+            lines.append(f"{count_of(self.held_out)} held out for evaluation, {origin}")
         lines += self._lines_of_labels()
         unrolled = f"became {self.unrolled_examples:,} examples, since the template rewrites earlier turns"
         kept = "kept" if self.duplicates_kept else "dropped"
@@ -342,9 +340,9 @@ class Report:
             (self.not_drawn, "left out: their source has a weight with a fraction"),
             (self.overlap, "of the evaluation file are also training rows, which inflates its scores"),
         ]
-        lines += [f"{_rows(count)} {what}" for count, what in losses if count]
+        lines += [f"{count_of(count)} {what}" for count, what in losses if count]
         for reference, told in self.sources.items():
-            lines.append(f"{reference}: weight {told['weight']:g}, {_rows(int(told['rows']))} in an epoch")
+            lines.append(f"{reference}: weight {told['weight']:g}, {count_of(int(told['rows']))} in an epoch")
         if self.date:
             lines.append(f"the template writes the date into each row: {self.date} (data.date sets it)")
         if self.unused_columns:
@@ -380,5 +378,6 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row" if count == 1 else f"{count:,} rows"
+def count_of(count: int, noun: str = "row") -> str:
+    """``1 row`` or ``2 rows``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

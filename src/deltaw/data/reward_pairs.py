@@ -75,12 +75,9 @@ class RewardReader(PairReader):
             [prompt for prompt, _ in texts], [answer for _, answer in texts], return_attention_mask=False, verbose=False
         )
         for place, (number, ids) in enumerate(zip(numbers, encoded["input_ids"], strict=True)):
-            of_text = encoded.sequence_ids(place)
-            begin = next((n for n, text in enumerate(of_text) if text == 1), len(ids))
-            # All that follows the prompt tells the answers apart.
-            spans = [(begin, len(ids))] if begin < len(ids) else []
-            if spans:
-                found[number].append(Encoded(list(ids), spans, begin, texts[place][1]))
+            begin = next((n for n, text in enumerate(encoded.sequence_ids(place)) if text == 1), len(ids))
+            if begin < len(ids):  # all that follows the prompt tells the answers apart
+                found[number].append(Encoded(list(ids), [(begin, len(ids))], begin, texts[place][1]))
         return found
 
     def group(self, examples: tuple[Example, ...], row: Row, where: str) -> RowGroup:
@@ -119,8 +116,7 @@ def _margin(value: object, where: str) -> float:
         margin = math.inf
     if isinstance(value, bool) or not math.isfinite(margin):
         what = f"'margin' must be a number but is {str(value)[:40]!r}"
-        hint = "by how much the chosen answer is better; leave the column out for 0"
-        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
+        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="leave the column out for a margin of 0")
     return margin
 
 

@@ -111,9 +111,8 @@ class Opened:
 
     def __init__(self, path: Path) -> None:
         self._raw: IO[bytes] = path.open("rb")
-        suffix = path.suffix.lower()
         try:
-            self.file: IO[bytes] = _decompressed(self._raw, suffix)
+            self.file: IO[bytes] = _decompressed(self._raw, path.suffix.lower())
         except BaseException:
             self._raw.close()
             raise
@@ -305,10 +304,7 @@ class TableReader:
         if self._first is not None:
             self._count += 1
             yield self._count, self._first
-        while True:
-            cells = self._next()
-            if cells is None:
-                return
+        while (cells := self._next()) is not None:
             if not cells:
                 continue
             self._count += 1
@@ -501,27 +497,26 @@ class _Text:
         self.text, self.at = self.text[self.at :], 0
         wanted = max(_CHARACTERS, min(len(self.text), self._most + 1 - len(self.text)))
         while data := self._file.read(wanted):
-            try:
-                text = self._bytes.decode(data)
-            except UnicodeDecodeError as error:
-                raise not_utf8(error, self._name, self._read_lines) from error
+            text = self._decoded(data)
             self._read_lines += text.count("\n")
             if text:
                 self.text += text
                 return True
+        self._decoded(b"", final=True)
+        return False
+
+    def _decoded(self, data: bytes, final: bool = False) -> str:
         try:
-            self._bytes.decode(b"", final=True)
+            return self._bytes.decode(data, final)
         except UnicodeDecodeError as error:
             raise not_utf8(error, self._name, self._read_lines) from error
-        return False
 
 
 def _no_list(text: _Text, name: str) -> UserError:
     """The error for a file that is not a list: what it is instead."""
     value, _ = text.value("the file is not a list of objects, and its first value", name)
     if isinstance(value, dict) and text.peek():
-        hint = "it looks like one object per line: name it .jsonl"
-        return UserError("the file is not a list of objects", where=name, hint=hint)
+        return UserError("the file is not a list of objects", where=name, hint="if each line is one, name it .jsonl")
     inside = [key for key, found in value.items() if isinstance(found, list)] if isinstance(value, dict) else []
     hint = f"; extract the list under '{inside[0]}'" if inside else ""
     return UserError("the file is not a list of objects", where=name, hint="it must be [{…}, {…}]" + hint)

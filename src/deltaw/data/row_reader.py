@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from deltaw.data.check import Check, Finding, bad_rows_found, count_rows, lengths_of, ordered
+from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
 from deltaw.data.chunk import Account, LongRows, limited, nothing_left
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pieces import Piece, pieces
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, silent
+from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
@@ -168,8 +167,7 @@ class RowReader(abc.ABC, Generic[Item]):
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None, *, say: Say = silent
     ) -> None:
         if settings.long_rows == "split":
-            hint = "set it to cut or drop"
-            raise UserError(f"{self.noun} cannot be divided", where="data.long_rows: split", hint=hint)
+            raise UserError(f"{self.noun} cannot be divided", where="data.long_rows: split", hint="set cut or drop")
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
@@ -364,11 +362,11 @@ class RowReader(abc.ABC, Generic[Item]):
         items, _, report = reader._read_apart(settings.train)
         report = replace(report, source=source)
         keys, contents = list(map(self.key, items)), list(map(self.content, items))
-        known, of_content = Counter(keys), dict[bytes, set[bytes]]()
-        for key, content in zip(keys, contents, strict=True):
+        known, of_content, again = set[bytes](), dict[bytes, set[bytes]](), list[Item]()
+        for item, key, content in zip(items, keys, contents, strict=True):
             of_content.setdefault(content, set()).add(key)
-        first: dict[bytes, int] = {}
-        again = [item for n, (item, key) in enumerate(zip(items, keys, strict=True)) if first.setdefault(key, n) != n]
+            again += [item] if key in known else []
+            known.add(key)
         torn = [item for item, content in zip(items, contents, strict=True) if len(of_content[content]) > 1]
         several = sum(len(of_one) > 1 for of_one in of_content.values()) if self.torn_by_content else len(torn)
         kept = "dropped" if settings.duplicates == "drop" else "kept"
@@ -431,5 +429,5 @@ def _finding(
     """A warning about these items of a file; ``count`` where not they are counted."""
     places = tuple(f"{source}, row {item.row}" for item in items[:_SHOWN])
     return Finding(
-        name, "warning", len(items) if count is None else count, f"{count_rows(len(items))} {text}", hint, places
+        name, "warning", len(items) if count is None else count, f"{count_of(len(items))} {text}", hint, places
     )

@@ -328,8 +328,7 @@ class DiskRows:
         return UserError("the stored tokens of a row are damaged", where=self._name, hint=hint)
 
     def _list(self, name: str, batch: int, at: int) -> np.ndarray:
-        place = int(self._offsets[name][batch]) + 4 * at
-        start, stop = np.frombuffer(self._bytes(place, 8), np.int32).tolist()
+        start, stop = np.frombuffer(self._bytes(int(self._offsets[name][batch]) + 4 * at, 8), np.int32).tolist()
         return self._read(name, batch, start, stop - start)
 
     def _read(self, name: str, batch: int, at: int, count: int) -> np.ndarray:

@@ -57,10 +57,8 @@ class FilePart:
 
     def known(self) -> tuple[list[str], int] | None:
         """Columns and number of rows, where they are known without reading, and no row is too long."""
-        if self._kind != "parquet":
-            return None
-        rows = self._arrow()
-        return None if rows.rows is None else (rows.columns, rows.rows)
+        rows = self._arrow() if self._kind == "parquet" else None
+        return None if rows is None or rows.rows is None else (rows.columns, rows.rows)
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         """All rows."""
@@ -295,12 +293,10 @@ def content_identity(path: Path) -> list[object]:
 
 def sample(file: Any, size: int, digest: Any) -> None:
     """Feed parts of a file of ``size`` bytes, spread evenly from its first to its last byte, to a hash."""
-    step = max(1, (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-    for start in range(0, max(1, size - _SAMPLE_BYTES + 1), step):
+    last = max(0, size - _SAMPLE_BYTES)
+    for start in (*range(0, last + 1, max(1, last // (_SAMPLES - 1))), last):
         file.seek(start)
         digest.update(file.read(_SAMPLE_BYTES))
-    file.seek(max(0, size - _SAMPLE_BYTES))
-    digest.update(file.read(_SAMPLE_BYTES))
 
 
 def empty_file(name: str, bad: UserError | None = None) -> UserError:

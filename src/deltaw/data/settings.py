@@ -148,8 +148,7 @@ def held_out_number(share: EvalSets) -> float:
         return 0.0
     number = float(share)
     if not math.isfinite(number) or number < 0 or (number > 1 and number != int(number)):
-        hint = "give a share below 1, a whole number of rows, a file, or null for none"
-        raise UserError(f"data.eval is {share}", hint=hint)
+        raise UserError(f"data.eval is {share}", hint="give a share below 1, a whole number of rows, a file, or null")
     return number
 
 

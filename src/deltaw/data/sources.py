@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,10 +63,9 @@ def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = M
     if not isinstance(found, list):
         part = (reference, range(1, len(found) + 1), found)
         return Rows(reference, [part], columns=found.column_names, fills_nulls=True)
-    fills = any(kind_of(path) in TYPED for path, _ in found)
     room = _Room(reference)
     parts = [(name, *_read_file(path, name, on_bad, max_bytes, room)) for path, name in found]
-    rows = Rows(reference, parts, fills_nulls=fills)
+    rows = Rows(reference, parts, fills_nulls=any(kind_of(path) in TYPED for path, _ in found))
     if not len(rows):
         raise empty_file(reference)
     return rows
@@ -106,8 +105,7 @@ def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
 def _files(path: Path, name: str) -> list[tuple[Path, str]]:
     if not path.is_dir():
         if kind_of(path) is None:
-            what = f"a file that ends in '{path.suffix}' cannot be read as data"
-            raise UserError(what, where=name, hint=f"give {KNOWN}")
+            raise UserError(f"a '{path.suffix}' file cannot be read as data", where=name, hint=f"give {KNOWN}")
         return [(path, name)]
     return [(file, f"{name.rstrip('/')}/{file.relative_to(path).as_posix()}") for file in _inside(path, name)]
 
@@ -124,7 +122,7 @@ def _inside(folder: Path, name: str) -> list[Path]:
     if len(kinds) > 1:
         hint = "one may be a copy of another; name those to read, one or a list: " + ", ".join(shown[:6])
         raise UserError(f"the folder holds files of several types ({', '.join(kinds)})", where=name, hint=hint)
-    held_out = [file for file in shown if _is_held_out(file)]
+    held_out = [file for file in shown if any(_HELD_OUT_NAME.fullmatch(part.split(".")[0]) for part in file.split("/"))]
     if held_out and len(held_out) < len(files):
         what = f"the folder also holds evaluation data ('{held_out[0]}'), which must not be trained on"
         raise UserError(what, where=name, hint="name the files or folders: data.train and data.eval")
@@ -138,10 +136,6 @@ def walk(folder: Path) -> list[Path]:
         folders[:] = [inner for inner in folders if not inner.startswith(".") and inner not in _NOT_DATA]
         found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(file for file in found if file.is_file())
-
-
-def _is_held_out(path: str) -> bool:
-    return any(_HELD_OUT_NAME.fullmatch(part.split(".")[0]) for part in path.split("/"))
 
 
 def _read_file(
@@ -188,8 +182,7 @@ class _Room:
         self._told = self._taken
         if free_memory_bytes() < memory_limit_bytes().value // 20:
             what = f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read"
-            hint = "give fewer rows; only rows of text without a label are read in chunks"
-            raise UserError(what, where=self._name, hint=hint)
+            raise UserError(what, where=self._name, hint="give fewer rows; only text without labels is read in chunks")
 
 
 def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
@@ -285,31 +278,18 @@ def group_digest(value: Hashable) -> bytes:
     return hashlib.blake2b(text, digest_size=KEY_BYTES).digest()
 
 
-@dataclass(frozen=True)
-class Division:
-    """The outcome of a split.
-
-    Attributes:
-        train, held_out: places of the rows, ascending.
-        duplicates: rows with the key of an earlier one.
-        groups, held_out_groups: groups of either side, without rows that are their own group.
-    """
-
-    train: np.ndarray
-    held_out: np.ndarray
-    duplicates: int
-    groups: int
-    held_out_groups: int
-
-
 def division(
     keys: np.ndarray, groups: np.ndarray | None, settings: DataSettings, seed: int, linked: np.ndarray | None = None
-) -> Division:
+) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
     """Drop duplicates, and draw the rows that are held out.
 
     Args:
         keys: (n, 2) uint64, equal for duplicates. groups: (n, 2), zeros for a row that is its own group.
         linked: (n,) int, equal for examples of one row, which stay on one side.
+
+    Returns:
+        the places of the rows to train on and of those held out, ascending; how many have the key of an earlier
+        one; and the number of groups on either side, without rows that are their own group.
 
     Raises:
         UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
@@ -326,13 +306,12 @@ def division(
     if linked is not None:
         _, index, inverse = np.unique(linked[kept], return_index=True, return_inverse=True)
         classes.append(index[inverse])
-    units = _connected(classes)
-    is_apart = _drawn(units, distinct, settings, seed)
+    is_apart = _drawn(_connected(classes), distinct, settings, seed)
     counts = [0, 0]
     if group_of is not None and groups is not None:
         in_group = (groups[kept] != 0).any(1)
         counts = [len(np.unique(group_of[in_group & side])) for side in (~is_apart, is_apart)]
-    return Division(kept[~is_apart], kept[is_apart], duplicates, *counts)
+    return kept[~is_apart], kept[is_apart], duplicates, counts
 
 
 def divide(
@@ -362,34 +341,34 @@ def divide(
     Raises:
         UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
     """
-    divided = division(keys, groups, settings, seed, linked)
-    places = weigh(divided.train)
+    for_training, drawn, duplicates, (of_train, of_held_out) = division(keys, groups, settings, seed, linked)
+    places = weigh(for_training)
     train, once = picked(rows, places), len(np.unique(places))
     report = replace(
         counted(report, train),
         rows_kept=once,
         repeated=len(places) - once,
-        not_drawn=len(divided.train) - once,
-        duplicates=divided.duplicates,
+        not_drawn=len(for_training) - once,
+        duplicates=duplicates,
         duplicates_kept=settings.duplicates == "keep",
     )
     apart = held_out_reference(settings.eval)
     if apart is not None:
         held_out, others, evaluation = read_apart(apart)
-        overlap = count_overlap(keys[divided.train], others)
+        overlap = count_overlap(keys[for_training], others)
         report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
     else:
-        held_out = picked(rows, divided.held_out)
+        held_out = picked(rows, drawn)
         if settings.group is not None:
-            held_out_groups = divided.held_out_groups
-            report = replace(report, group=settings.group, groups=divided.groups, held_out_groups=held_out_groups)
-    longest = max(report.longest, _longest(held_out))
-    return train, held_out, replace(report, held_out=len(held_out), longest=longest)
+            report = replace(report, group=settings.group, groups=of_train, held_out_groups=of_held_out)
+    report = replace(report, held_out=len(held_out), longest=max(report.longest, _longest(held_out)))
+    return train, held_out, report
 
 
 def evaluated(rows: Sequence[Any], report: Report, keys: np.ndarray) -> Report:
     """The report of an evaluation file, which keeps duplicates."""
-    return replace(counted(report, rows), duplicates=count_duplicates(keys), duplicates_kept=True)
+    duplicates = int((first_places(keys) != np.arange(len(keys))).sum())
+    return replace(counted(report, rows), duplicates=duplicates, duplicates_kept=True)
 
 
 def counted(report: Report, rows: Sequence[Any]) -> Report:
@@ -423,14 +402,8 @@ def first_places(keys: np.ndarray) -> np.ndarray:
         order = np.lexsort((part[:, 1], part[:, 0]))  # stable: equal keys stay in the order of the file
         part = part[order]
         begins = np.concatenate([[True], (part[1:] != part[:-1]).any(1)])
-        leaders = places[order[begins]]
-        first[places[order]] = leaders[np.cumsum(begins) - 1]
+        first[places[order]] = places[order[begins]][np.cumsum(begins) - 1]
     return first
-
-
-def count_duplicates(keys: np.ndarray) -> int:
-    """Rows with the key of an earlier one."""
-    return int((first_places(keys) != np.arange(len(keys))).sum())
 
 
 def count_overlap(train: np.ndarray, held_out: np.ndarray) -> int:

@@ -111,6 +111,9 @@ class RowCache:
     Args:
         key: of the entry. say: told when this process waits for another, or finds damage.
 
+    Attributes:
+        path, skipped: files of the rows, and of the list of rows that were skipped.
+
     Raises:
         UserError: the folder cannot be written.
     """
@@ -118,6 +121,7 @@ class RowCache:
     def __init__(self, key: str, say: Say) -> None:
         self._cache = Cache("rows", LIMIT_BYTES)
         self.folder = self._cache.folder
+        self.path, self.skipped = self.folder / f"{key}{_ROWS}", self.folder / f"{key}{_SKIPPED}"
         self._key = key
         self._say = say
         self._opened = contextlib.ExitStack()
@@ -133,16 +137,6 @@ class RowCache:
     def __exit__(self, *error: object) -> None:
         self._opened.close()
 
-    @property
-    def path(self) -> Path:
-        """Of the rows."""
-        return self.folder / f"{self._key}{_ROWS}"
-
-    @property
-    def skipped(self) -> Path:
-        """Of the list of rows that were skipped."""
-        return self.folder / f"{self._key}{_SKIPPED}"
-
     def find(self, read: Callable[[RowStore, dict[str, Any], Path], T]) -> T | None:
         """What ``read`` makes of the rows, of what was told of them, and of the list of skipped ones; None
         where they are not there, or not whole."""
@@ -151,18 +145,12 @@ class RowCache:
             told = json.loads(about.read_text(encoding="utf-8"))
             found = read(self._open(told), dict(told["facts"]), self.skipped)
             self._cache.used(self._key)
-        except FileNotFoundError as error:
-            if error.filename != str(about):
-                self._discard()
-            return None
-        except (OSError, ValueError, KeyError, TypeError, DamagedRowsError):
-            self._discard()
+        except (OSError, ValueError, KeyError, TypeError, DamagedRowsError) as error:
+            if not isinstance(error, FileNotFoundError) or error.filename != str(about):
+                self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
+                self._cache.remove(self._key)
             return None
         return found
-
-    def _discard(self) -> None:
-        self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
-        self._cache.remove(self._key)
 
     def _open(self, told: dict[str, Any]) -> RowStore:
         file = self.path.open("rb")
@@ -196,15 +184,8 @@ class RowCache:
         with _writing(self.folder):
             with self.path.open("rb") as file:
                 size, digest = _sample(file)
-            told = {
-                "about": about,
-                "format": FORMAT,
-                "rows": count,
-                "bytes": size,
-                "sample": digest,
-                "grouped": grouped,
-                "facts": dict(facts),
-            }
+            told = {"about": about, "format": FORMAT, "rows": count, "bytes": size, "sample": digest}
+            told |= {"grouped": grouped, "facts": dict(facts)}
             write_text(self.path.with_suffix(_ABOUT), json.dumps(told, indent=1) + "\n")
 
 
@@ -320,9 +301,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"the rows' tokens cannot be kept: {error.strerror or error}"
         hint = "free space there, or choose another cache folder in DELTAW_CACHE"
-        raise UserError(what, where=str(folder), hint=hint) from error
+        raise UserError(f"tokens cannot be kept: {error.strerror or error}", where=str(folder), hint=hint) from error
 
 
 # Work on many items by several processes, its results in the order of the items.
@@ -529,8 +509,7 @@ class _Reading:
         """Rows that were kept, with what was counted when they were made, and the list of skipped ones."""
         if facts["report"]["bad_rows"]:
             self.bad.extend(BadRows.read(skipped).lines())
-        told = dict(facts["report"])
-        told["unused_columns"] = tuple(told["unused_columns"])
+        told = facts["report"] | {"unused_columns": tuple(facts["report"]["unused_columns"])}
         return Read(rows, Report(source=self.name, **told), list(facts["ends"]))
 
     def into(self, writer: RowWriter) -> Read:
@@ -545,8 +524,7 @@ class _Reading:
         progress = Progress(self.say, f"tokenizing {self.name}", self.bytes)
         account, long = Account(), LongRows()
         count = processes() if self.bytes > SEVERAL_BYTES else 1
-        read = functools.partial(self._read_part, forms)
-        for part in in_order(self._parts(chosen), read, count):
+        for part in in_order(self._parts(chosen), functools.partial(self._read_part, forms), count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
             long.add(part.long)
@@ -569,8 +547,7 @@ class _Reading:
         """Find the format of each source, before anything slow begins."""
         forms = []
         for source, stream in zip(self.sources, self.streams, strict=True):
-            progress = Progress(self.say, f"reading {source.reference}", stream.bytes)
-            stream.scan(progress.at)
+            stream.scan(Progress(self.say, f"reading {source.reference}", stream.bytes).at)
             check_group(stream.name, stream.columns, self.settings.group)
             forms.append(choose_form(stream, source.form or self.settings.form, self._columns(source)))
         return forms

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from deltaw.data.chat_template import asks_for_date, todays_date, with_date
 from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, reasoning, without_blank_answers
+from deltaw.data.pieces import special_tokens
 from deltaw.data.rendering import FAULTS, rendered
 from deltaw.data.report import BadRowError, Refuse, refuse
 from deltaw.errors import UserError
@@ -332,8 +333,7 @@ def plain_parts(record: Record, where: str) -> list[PlainPart]:
             context.append(message)
             continue
         before = "".join(f"{message['content']}\n" for message in context)
-        parts.append(PlainPart(before, False, False))
-        parts.append(PlainPart(str(message["content"]), True, learned, turn))
+        parts += [PlainPart(before, False, False), PlainPart(str(message["content"]), True, learned, turn)]
         context = []
     return parts
 
@@ -358,12 +358,11 @@ def fewest(turns: Sequence[Sequence[int]]) -> list[list[int]]:
     groups: list[list[int]] = []
     for turn in reversed(range(len(turns))):
         tokens = turns[turn]
-        for group in groups:
-            if turns[group[-1]][: len(tokens)] == tokens:
-                group.insert(0, turn)
-                break
-        else:
+        found = next((group for group in groups if turns[group[-1]][: len(tokens)] == tokens), None)
+        if found is None:
             groups.append([turn])
+        else:
+            found.insert(0, turn)
     return groups[::-1]
 
 
@@ -399,6 +398,10 @@ class Encoder:
         labels: "all-turns" makes every answer of the assistant a label, "last" the last one only.
         date: what templates that ask for the current date are told, as 2026-01-31; None for today's.
 
+    Attributes:
+        chat, template: the rendering in use, as ``template`` "chat" or "plain".
+        leading: the tokens that begin every plain text, such as BOS.
+
     Raises:
         UserError: "chat" is asked for, and the tokenizer has no template.
     """
@@ -415,29 +418,18 @@ class Encoder:
             hint = "set data.template: plain, name a file in data.chat_template, or use the instruction-tuned model"
             raise UserError("the model's tokenizer has no chat template", where="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
+        self.template = "chat" if self.chat else "plain"
         self.labels = labels
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        special = {number for number, token in added.items() if token.special}
         ends = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-        special |= {*tokenizer.all_special_ids, *ends}
+        special = ends | special_tokens(tokenizer).keys()
         self._special_ids = frozenset(special)
         texts = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special))}
-        self._leading = _leading_tokens(tokenizer)
+        self.leading = _leading_tokens(tokenizer)
         self._date = date or todays_date()
         marks = tuple(sorted(texts - {""}, key=len, reverse=True))
         names = frozenset(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ends)))
         self._renderer = ChatRenderer(tokenizer, marks, names, self._date)
-
-    @property
-    def template(self) -> str:
-        """The rendering in use, "chat" or "plain"."""
-        return "chat" if self.chat else "plain"
-
-    @property
-    def leading(self) -> tuple[int, ...]:
-        """The tokens that begin every plain text, such as BOS."""
-        return tuple(self._leading)
 
     @property
     def dated(self) -> str | None:
@@ -447,7 +439,7 @@ class Encoder:
     @property
     def identity(self) -> str:
         """A hash of what the tokens of a record depend on, besides the tokenizer's vocabulary."""
-        parts = [self.template, self.labels, str(self.dated), repr(self._leading), str(self._special_ids)]
+        parts = [self.template, self.labels, str(self.dated), repr(self.leading), str(self._special_ids)]
         parts.append(repr(self._tokenizer.chat_template) if self.chat else "")
         parts.append(str(self._tokenizer.eos_token_id))
         return hashlib.blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
@@ -501,8 +493,7 @@ class Encoder:
         if self.chat:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            rendered = self._renderer.render(prompt, "the prompt", generation=True, tools=tools)
-            return self._tokenize([rendered])[0]
+            return self._tokenize([self._renderer.render(prompt, "the prompt", generation=True, tools=tools)])[0]
         if isinstance(prompt, str):
             return self._with_leading(self._tokenize([prompt])[0])
         # With some answer at the end, the messages are a row; what precedes that answer is the prompt.
@@ -574,8 +565,7 @@ class Encoder:
             if not part.completion:
                 continue
             prompt_length = start
-            last = number == len(parts) - 1
-            if part.learned and (last or self.labels == "all-turns"):
+            if part.learned and (number == len(parts) - 1 or self.labels == "all-turns"):
                 # Nothing precedes the first token, so it is never predicted.
                 spans.append((max(start, 1), len(joined)))
                 turns += [] if part.turn is None else [part.turn]
@@ -588,7 +578,7 @@ class Encoder:
 
     def _with_leading(self, tokens: list[int]) -> list[int]:
         """With the tokens that the tokenizer adds before any text, such as BOS, once."""
-        return tokens if tokens[: len(self._leading)] == self._leading else self._leading + tokens
+        return tokens if tokens[: len(self.leading)] == self.leading else self.leading + tokens
 
     def _with_eos(self, tokens: list[int]) -> list[int]:
         eos = self._tokenizer.eos_token_id
@@ -599,7 +589,5 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer adds before a text, found by tokenizing one."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked = tokenizer("a")["input_ids"]
-    for start in range(len(marked) - len(bare) + 1):
-        if marked[start : start + len(bare)] == bare:
-            return list(marked[:start])
-    return []
+    starts = range(len(marked) - len(bare) + 1)
+    return next((list(marked[:start]) for start in starts if marked[start : start + len(bare)] == bare), [])

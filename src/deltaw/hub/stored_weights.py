@@ -52,9 +52,7 @@ class StoredWeights:
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         names = names_on_disk(model, self._file_of)
         if names.converted:
-            what = (
-                f"'{next(iter(names.converted))}' is made of several tensors while it is loaded, which rows cannot be"
-            )
+            what = f"'{next(iter(names.converted))}' is made of several tensors when loaded, which rows cannot be"
             hint = "set train.sharding: none, or save the model with transformers as it is in memory"
             raise UserError(what, where=str(folder), hint=hint)
         self._stored = dict(names.stored)
@@ -87,8 +85,7 @@ class StoredWeights:
                     if rows is None:
                         given = file.get_tensor(self._stored[name])
                     elif rows[0] == rows[1]:
-                        shape = file.get_slice(self._stored[name]).get_shape()
-                        given = torch.empty(0, *shape[1:])
+                        given = torch.empty(0, *file.get_slice(self._stored[name]).get_shape()[1:])
                     else:
                         # A view of the mapped file would hold more: the system maps what lies around it.
                         given = file.get_slice(self._stored[name])[rows[0] : rows[1]].clone()
@@ -125,8 +122,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         inner(self, name, param)
         if param is not None and not param.is_meta:
-            moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            setattr(self, name, moved)
+            setattr(self, name, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # The tokens with which published chat models end a turn or a document.
-_ENDS = (
+_ENDS = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -26,7 +26,7 @@ _ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<|END_OF_TURN_TOKEN|>",
-)
+]
 
 
 def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -37,14 +37,10 @@ def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | No
     """
     found: set[int] = set()
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        declared = getattr(config, "eos_token_id", None)
-        if declared is not None:
-            found.update([declared] if isinstance(declared, int) else declared)
+        found |= _ids(getattr(config, "eos_token_id", None))
     if tokenizer is not None:
-        if tokenizer.eos_token_id is not None:
-            found.add(int(tokenizer.eos_token_id))
         # Only tokens that are matched whole in a text: an ordinary vocabulary entry is no terminator.
-        found.update(turn_ends(tokenizer))
+        found |= {*_ids(tokenizer.eos_token_id), *turn_ends(tokenizer)}
     return sorted(found)
 
 
@@ -59,10 +55,10 @@ def terminators_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
     """As :func:`terminators`, for a model whose weights are not loaded, by the files in its folder."""
     found = set(terminators(None, tokenizer))
     for name in ("generation_config.json", "config.json"):
-        if not (folder / name).is_file():
-            continue
-        settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        declared = settings.get("eos_token_id")
-        if declared is not None:
-            found.update([declared] if isinstance(declared, int) else declared)
+        if (folder / name).is_file():
+            found |= _ids(json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id"))
     return sorted(found)
+
+
+def _ids(declared: int | list[int] | None) -> set[int]:
+    return set() if declared is None else {declared} if isinstance(declared, int) else set(declared)
