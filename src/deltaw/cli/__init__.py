@@ -85,11 +85,8 @@ def refuse_several(verb: str | None) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if verb in (None, "train") or size in ("", "1") or "RANK" not in os.environ:
         return
-    raise UserError(
-        f"'{verb}' runs in one process, but the environment sets {size}",
-        where="WORLD_SIZE",
-        hint="start it without torchrun; 'train' alone takes several processes",
-    )
+    what, hint = f"'{verb}' runs in one process, but the environment sets {size}", "start it without torchrun"
+    raise UserError(what, where="WORLD_SIZE", hint=f"{hint}; 'train' alone takes several processes")
 
 
 def main(arguments: list[str] | None = None) -> None:

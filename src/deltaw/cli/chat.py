@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("chat")
 @click.argument("run")
-@click.option("--system", default=None, help="a system message at the start")
+@click.option("--system", help="a system message at the start")
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
 @text_flags(max_new_tokens=512)
 @model_flags
@@ -37,10 +37,7 @@ def command(run: str, system: str | None, with_base: bool, how: TextSettings, **
     opened = open_run(run, say=notes.print, **opening)
     opened.require_generation()
 
-    def say(line: str) -> None:
-        notes.print(line, highlight=False, markup=False)
-
-    with contextlib.closing(engine_for(opened, say)) as engine:
+    with contextlib.closing(engine_for(opened, notes.print)) as engine:
         # A text of no tokens: what the flags say is checked before the first question.
         engine.write_all([replace(how.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
         start = [{"role": "system", "content": system}] if system else []
@@ -53,14 +50,14 @@ def command(run: str, system: str | None, with_base: bool, how: TextSettings, **
             try:
                 as_text(line, "your line")
                 if with_base and opened.adapter:
-                    with base_engine(opened, engine, say) as of_base:
+                    with base_engine(opened, engine, notes.print) as of_base:
                         _answer(opened, of_base, None, talk, how, "base")
                 name = "adapter" if opened.adapter else "model"
                 answer = _answer(opened, engine, engine.own_adapter, talk, how, name)
                 talk.append({"role": "assistant", "content": answer})
             except UserError as error:
                 # A talk that has grown too long, say: the question is taken back and the talk goes on.
-                notes.print(str(error), markup=False)
+                notes.print(str(error))
                 talk.pop()
 
 

@@ -6,42 +6,19 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import cluster_flags, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import SHARE, cluster_flags, console, json_flag, nested, print_json, settings_flags
 
 
 @click.command("compare")
 @click.argument("settings", required=False, type=click.Path())
-@click.option("--methods", default=None, help="names of methods  [default: lora,head,prompt,bias,random,full]")
+@click.option("--methods", help="names of methods  [default: lora,head,prompt,bias,random,full]")
+@click.option("--rates", multiple=True, metavar="METHOD=RATE,…", help="learning rates to try; a single one is used")
 @click.option(
-    "--rates",
-    multiple=True,
-    metavar="METHOD=RATE,…",
-    help="learning rates to try for a method; a single one is used without trying",
+    "--share", default=0.3, type=SHARE, help="share of the budget that each rate is tried for  [default: 0.3]"
 )
-@click.option(
-    "--share",
-    default=0.3,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="share of the budget that each learning rate is tried for  [default: 0.3]",
-)
-@click.option(
-    "--seeds",
-    default=1,
-    type=click.IntRange(1),
-    help="train each method with so many seeds, on the same rows; 3 or more make evidence  [default: 1]",
-)
-@click.option(
-    "--reference",
-    default=None,
-    metavar="METHOD",
-    help="the method that all others are compared with  [default: the best]",
-)
-@click.option(
-    "--budget",
-    default=None,
-    metavar="TIME",
-    help="the most time that one training may take, such as 10m, as --train.time  [default: train.epochs]",
-)
+@click.option("--seeds", default=1, type=click.IntRange(1), help="seeds of each method; 3 make evidence  [default: 1]")
+@click.option("--reference", metavar="METHOD", help="the method that others are compared with  [default: the best]")
+@click.option("--budget", metavar="TIME", help="most time of one training, such as 10m  [default: train.epochs]")
 @cluster_flags
 @settings_flags
 @json_flag

@@ -13,8 +13,7 @@ def command(context: click.Context, shell: str) -> None:
     from click.shell_completion import get_completion_class
 
     made = get_completion_class(shell)
-    if made is None:
-        raise click.UsageError(f"there is no completion for {shell}")
+    assert made is not None  # of the shells above
     # Without asking a bash of the system for its version, which the machine of the script need not have.
     source = made(context.find_root().command, {}, "deltaw", "_DELTAW_COMPLETE")
     click.echo(source.source_template % source.source_vars())

@@ -21,9 +21,9 @@ def command() -> None:
 
 @command.command("show")
 @click.argument("file", required=False, type=click.Path())
-@click.option("--row", default=None, type=click.IntRange(1), help="the row of this number, as in messages")
-@click.option("--rows", "count", default=None, type=click.IntRange(1), help="so many rows  [default: 3, or 1]")
-@click.option("--settings", default=None, type=click.Path(), help="a YAML file with the run's settings")
+@click.option("--row", type=click.IntRange(1), help="the row of this number, as in messages")
+@click.option("--rows", "count", type=click.IntRange(1), help="so many rows  [default: 3, or 1]")
+@click.option("--settings", type=click.Path(), help="a YAML file with the run's settings")
 @settings_flags
 @json_flag
 def show(
@@ -51,7 +51,7 @@ def show(
 
 @command.command("check")
 @click.argument("file", required=False, type=click.Path())
-@click.option("--settings", default=None, type=click.Path(), help="a YAML file with the run's settings")
+@click.option("--settings", type=click.Path(), help="a YAML file with the run's settings")
 @settings_flags
 @json_flag
 def check(file: str | None, settings: str | None, as_json: bool, **given: str | None) -> int:

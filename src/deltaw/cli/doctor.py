@@ -9,10 +9,7 @@ from deltaw.cli.options import completing, console, json_flag, print_json
 
 @click.command("doctor")
 @click.option(
-    "--model",
-    default=None,
-    help="measure products of this model's sizes, and say what its weights take",
-    shell_complete=completing("model"),
+    "--model", help="measure this model's sizes, and say what its weights take", shell_complete=completing("model")
 )
 @click.option("--output", default="runs", show_default=True, type=click.Path(), help="folder that runs are written to")
 @json_flag

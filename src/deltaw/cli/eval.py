@@ -22,31 +22,23 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("run")
-@click.option("--data", default=None, help="a file, hub id or package member; by default the run's held-out rows")
+@click.option("--data", help="a file, hub id or package member; by default the run's held-out rows")
 @click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
-@click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows of a set")
-@click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
+@click.option("--rows", type=click.IntRange(1), help="only the first so many rows of a set")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
-@click.option("--task", default=None, type=click.Choice(tasks.names()), help="what a bare model is to do")
+@click.option("--task", type=click.Choice(tasks.names()), help="what a bare model is to do")
 @model_flags
 @json_flag
 def command(
-    run: str,
-    data: str | None,
-    names: tuple[str, ...],
-    with_base: bool,
-    rows: int | None,
-    max_new_tokens: int | None,
-    shown: int,
-    with_drift: bool,
-    general: int,
-    as_json: bool,
-    **opening: Any,
+    run: str, data: str | None, names: tuple[str, ...], with_base: bool, rows: int | None, as_json: bool, **opening: Any
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
+    shown, general, with_drift = (opening.pop(name) for name in ("shown", "general", "with_drift"))
+    how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens")}
     out = console(as_json)
     with working("starting"):
         from deltaw.serving.opening import SessionWriter
@@ -56,9 +48,7 @@ def command(
     opened = open_run(run, say=out.print, **opening)
     sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, out).items()}
     _say_not_invoked(opened, sets, out)
-    writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
-
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "writer": writer}
+    how["writer"] = SessionWriter(opened, out.print)
 
     def score_of(name: str, examples: Sequence[Any]) -> Score:
         with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
@@ -76,7 +66,7 @@ def command(
     for name, examples in sets.items():
         if name:
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
-            out.print(f"\n{name}: {count}", highlight=False, markup=False)
+            out.print(f"\n{name}: {count}")
         _print_scores({model: found[name] for model, found in by_model.items()}, shown, out)
     drift = _drift(opened, out, general) if with_drift else None
     if as_json:
@@ -107,7 +97,7 @@ def _rows_by_set(
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")
     for line in lines:
-        out.print(line, highlight=False, markup=False)
+        out.print(line)
     if unknown := [name for name in names if name not in sets]:
         there = [name for name in sets if name]
         hint = f"it has {', '.join(there)}" if there else "it has one set without a name; leave out --set"
@@ -125,7 +115,7 @@ def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]]
     rows = [row for examples in sets.values() for row in examples]
     prompts = [row.tokens[: row.prompt_length] for row in rows if isinstance(row, Example) and row.prompt_length]
     if (lacking := opened.not_invoked(prompts)) is not None:
-        out.print(lacking, highlight=False, markup=False)
+        out.print(lacking)
 
 
 def _print_scores(scores: Mapping[str, Score], shown: int, out: Console) -> None:
@@ -173,11 +163,11 @@ def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None
     try:
         drift = drift_of(opened)
         for line in [] if drift is None else drift.lines():
-            out.print(line, highlight=False)
+            out.print(line)
         if general and drift is not None:
             out.print(general_table(answers_side_by_side(opened, general)))
     except NoGeneralAnswers as reason:
-        out.print(f"drift: not measured ({reason})", highlight=False)
+        out.print(f"drift: not measured ({reason})")
         return None
     return drift
 

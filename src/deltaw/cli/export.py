@@ -19,7 +19,6 @@ FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
 @click.option(
     "--type",
     "kind",
-    default=None,
     metavar="TYPE",
     help="how a GGUF file stores numbers: f32, f16, bf16; of a model also q8_0, q5_0, q5_1, q4_0, q4_1, "
     "q6_k, q5_k, q4_k  [default: f32 for an adapter, f16 for a model]",

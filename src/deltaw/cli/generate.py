@@ -19,19 +19,16 @@ if TYPE_CHECKING:
     from deltaw.serving.engine import Engine
     from deltaw.serving.request import TokenLogprob, Written
 
+LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many likeliest tokens"
+
 
 @click.command("generate")
 @click.argument("run")
 @click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
-@click.option("--system", default=None, help="a system message before each prompt")
+@click.option("--system", help="a system message before each prompt")
 @click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
 @text_flags(max_new_tokens=256)
-@click.option(
-    "--logprobs",
-    default=None,
-    type=click.IntRange(0, 100),
-    help="with --json: each token's log-probability, and those of so many likeliest tokens",
-)
+@click.option("--logprobs", type=click.IntRange(0, 100), help=LOGPROBS_HELP)
 @model_flags
 @json_flag
 def command(
@@ -40,13 +37,12 @@ def command(
     system: str | None,
     with_base: bool,
     how: TextSettings,
-    logprobs: int | None,
     as_json: bool,
     **opening: Any,
 ) -> None:
     """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
     standard input."""
-    notes = console(True)
+    notes, logprobs = console(True), opening.pop("logprobs")
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
     with working("starting"):
@@ -58,14 +54,11 @@ def command(
     if not asked:
         raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
 
-    def say(line: str) -> None:
-        notes.print(line, highlight=False, markup=False)
-
-    opened = open_run(run, say=say, **opening)
+    opened = open_run(run, say=notes.print, **opening)
     opened.require_generation()
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
     if (line := opened.not_invoked(tokens)) is not None:
-        say(line)
+        notes.print(line)
 
     def completed(by: Engine, adapter: str | None) -> list[Written]:
         requests = [how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
@@ -73,17 +66,17 @@ def command(
             return by.write_all(requests, lambda done, _: advance(done))
 
     base: list[Written] | None = None
-    with contextlib.closing(engine_for(opened, say)) as engine:
+    with contextlib.closing(engine_for(opened, notes.print)) as engine:
         written = completed(engine, engine.own_adapter)
         if with_base:
-            with base_engine(opened, engine, say) as of_base:
+            with base_engine(opened, engine, notes.print) as of_base:
                 base = completed(of_base, None)
     if as_json:
-        rows = []
-        for number, prompt in enumerate(asked):
-            rows.append({"prompt": prompt, **_as_dict(written[number], "", opened.tokenizer)})
-            if base is not None:
-                rows[-1] |= _as_dict(base[number], "base", opened.tokenizer)
+        rows = [
+            {"prompt": prompt, **_as_dict(w, "", opened.tokenizer)} for prompt, w in zip(asked, written, strict=True)
+        ]
+        for row, text in zip(rows, base or (), strict=False):
+            row |= _as_dict(text, "base", opened.tokenizer)
         print_json({"completions": rows})
         return
     for number, completion in enumerate(written):

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @click.command("init")
 @click.argument("file", default="train.yaml", type=click.Path())
-@click.option("--model", default=None, help="which model", shell_complete=completing("model"))
-@click.option("--data", default=None, help="which rows", shell_complete=completing("data.train"))
-@click.option("--task", default=None, type=click.Choice(tasks.names()), help="what the model is to learn")
+@click.option("--model", help="which model", shell_complete=completing("model"))
+@click.option("--data", help="which rows", shell_complete=completing("data.train"))
+@click.option("--task", type=click.Choice(tasks.names()), help="what the model is to learn")
 @click.option("--yes", is_flag=True, help="ask nothing: take the flags, and the defaults for the rest")
 @click.option("--force", is_flag=True, help="overwrite FILE")
 def command(file: str, model: str | None, data: str | None, task: str | None, yes: bool, force: bool) -> None:

@@ -11,8 +11,8 @@ from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
 
-PRECISIONS = ("keep", "bf16", "fp16", "fp32")
-METHODS = ("concat", "svd", "linear", "ties", "dare")
+PRECISIONS = click.Choice(["keep", "bf16", "fp16", "fp32"])
+METHODS = click.Choice(["concat", "svd", "linear", "ties", "dare"])
 
 
 @click.command("merge")
@@ -20,46 +20,29 @@ METHODS = ("concat", "svd", "linear", "ties", "dare")
 @click.option("--output", required=True, type=click.Path(), help="the folder to make")
 @base_flags
 @click.option(
-    "--precision",
-    default="keep",
-    type=click.Choice(PRECISIONS),
-    help="type of the merged weights; keep: that of the base's files",
+    "--precision", default="keep", type=PRECISIONS, help="of the merged weights; keep: that of the base's files"
 )
-@click.option("--shard-size", default=None, help="most bytes of a file, as 5GB; by default as the base's")
+@click.option("--shard-size", help="most bytes of a file, as 5GB; by default as the base's")
 @click.option("--overwrite", is_flag=True, help="replace an output folder that holds files")
 @click.option("--other-base", is_flag=True, help="merge also into another base model than the adapter's")
 @click.option(
-    "--verify/--no-verify",
-    "with_verify",
-    default=True,
-    help="compare the merged model with the unmerged pair, and refuse what rounding does not explain",
+    "--verify/--no-verify", default=True, help="compare with the unmerged pair; refuse what rounding does not explain"
 )
 @click.option("--keep", is_flag=True, help="keep the folder also where verifying refuses it")
 @click.option("--with", "others", multiple=True, metavar="RUN=WEIGHT", help="a further adapter; repeatable")
 @click.option("--weight", default=1.0, type=float, help="of RUN's own update")
-@click.option("--method", default="concat", type=click.Choice(METHODS), help="how several adapters are combined")
-@click.option("--rank", default=None, type=click.IntRange(1), help="of method svd, or of the adapter written")
+@click.option("--method", default="concat", type=METHODS, help="how several adapters are combined")
+@click.option("--rank", type=click.IntRange(1), help="of method svd, or of the adapter written")
 @click.option("--density", default=0.5, type=float, help="share of each update that ties and dare keep [default: 0.5]")
 @click.option("--seed", default=0, type=click.IntRange(0), help="of dare")
 @click.option("--as-adapter", is_flag=True, help="write one adapter in PEFT's format, not a model")
 @json_flag
 def command(
-    run: str,
-    output: str,
-    shard_size: str | None,
-    with_verify: bool,
-    keep: bool,
-    others: tuple[str, ...],
-    weight: float,
-    method: str,
-    rank: int | None,
-    density: float,
-    seed: int,
-    as_adapter: bool,
-    as_json: bool,
-    **given: Any,
+    run: str, output: str, others: tuple[str, ...], weight: float, method: str, rank: int | None, **given: Any
 ) -> None:
     """Merge RUN (a run's folder, or an adapter's) into its base model: a folder that transformers loads."""
+    as_json, as_adapter, shard_size = (given.pop(name) for name in ("as_json", "as_adapter", "shard_size"))
+    verify, keep, density, seed = (given.pop(name) for name in ("verify", "keep", "density", "seed"))
     out = console(as_json)
     with working("starting"):
         from deltaw.export.as_adapter import write_adapter
@@ -87,8 +70,8 @@ def command(
         if rank is not None and (recipe is None or method != "svd"):
             what = "--rank is for method svd and for --as-adapter: a merged weight has no rank to choose"
             raise UserError(what, where="--rank", hint="add --as-adapter, or --with other=0.5 --method svd")
-        verify = Verify(out.print) if with_verify else None
-        merged = merge_run(run, output, options, verify=verify, keep=keep, say=out.print)
+        checked = Verify(out.print) if verify else None
+        merged = merge_run(run, output, options, verify=checked, keep=keep, say=out.print)
         lines, value = merge_lines(merged), as_dict(merged)
     if as_json:
         print_json(value)

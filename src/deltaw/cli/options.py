@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 import yaml
@@ -18,26 +18,28 @@ from deltaw.settings import parse_yaml, settings
 from deltaw.working import listen
 
 Command = TypeVar("Command", bound=Callable)
+SHARE = click.FloatRange(0, 1, min_open=True)
 # Settings whose values are files or folders, for a shell that completes them.
 FILES = {"model": "file", "data.train": "file", "data.eval": "file", "data.chat_template": "file", "output": "dir"}
 
 
+def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """Give ``command`` these options, shown in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def settings_flags(command: Command) -> Command:
     """Give ``command`` a flag ``--key.sub VALUE`` for every setting; those given arrive as ``flags``."""
-    for setting in reversed(list(settings())):
+    options = []
+    for setting in settings():
         default = "" if setting.default is ... else f"  [default: {_shown(setting.default)}]"
         # As in the file, where `data: rows.jsonl` stands for `data: {train: rows.jsonl}`.
-        short = ["--data"] if setting.key == "data.train" else []
-        command = click.option(
-            f"--{setting.key}",
-            *short,
-            _argument_name(setting.key),
-            metavar="VALUE",
-            default=None,
-            help=setting.description + default,
-            shell_complete=completing(setting.key),
-        )(command)
-    return command
+        names = [f"--{setting.key}", *(["--data"] if setting.key == "data.train" else []), _argument_name(setting.key)]
+        how: dict[str, Any] = {"help": setting.description + default, "shell_complete": completing(setting.key)}
+        options.append(click.option(*names, metavar="VALUE", **how))
+    return with_options(command, *options)
 
 
 def completing(key: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
@@ -85,10 +87,8 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
 
 
-def json_flag(command: Command) -> Command:
-    return click.option(
-        "--json", "as_json", is_flag=True, help="one JSON object on standard output, the rest on standard error"
-    )(command)
+JSON_HELP = "one JSON object on standard output, the rest on standard error"
+json_flag = click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 
 
 def cluster_flags(command: Command) -> Command:
@@ -103,18 +103,13 @@ def cluster_flags(command: Command) -> Command:
             raise UserError("there is no cluster", where=f"--ray-cpus {ray_cpus}", hint="give --ray too")
         return command(*args, cluster=None if ray is None else Cluster(ray, ray_cpus), **given)
 
-    wrapped: Callable = click.option(
-        "--ray-cpus",
-        default=None,
-        type=click.IntRange(1),
-        help="with --ray: cores that a training takes  [default: all of a machine]",
-    )(called)
-    return click.option(  # type: ignore[return-value]
-        "--ray",
-        default=None,
-        metavar="ADDRESS",
-        help="train on the machines of a Ray cluster, several at once: auto, HOST:PORT, or local (this one)",
-    )(wrapped)
+    address = "train on the machines of a Ray cluster, several at once: auto, HOST:PORT, or local (this one)"
+    cores = "with --ray: cores that a training takes  [default: all of a machine]"
+    options = (
+        click.option("--ray", metavar="ADDRESS", help=address),
+        click.option("--ray-cpus", type=click.IntRange(1), help=cores),
+    )
+    return with_options(called, *options)  # type: ignore[return-value]
 
 
 def as_text(given: str, where: str) -> str:
@@ -134,24 +129,24 @@ def as_text(given: str, where: str) -> str:
 
 def base_flags(command: Command) -> Command:
     """Flags of the verbs that need a run's base model: which one, and whether its own code is run."""
-    command = click.option(
-        "--trust-remote-code", is_flag=True, help="run Python code that comes with the base model; only if you know it"
-    )(command)
-    return click.option(
-        "--model",
-        default=None,
-        help="the base model: where the folder does not name it, names another, or comes from somewhere else",
-        shell_complete=completing("model"),
-    )(command)
+    which = "the base model: where the folder does not name it, names another, or comes from somewhere else"
+    trust = "run Python code that comes with the base model; only if you know it"
+    return with_options(
+        command,
+        click.option("--model", help=which, shell_complete=completing("model")),
+        click.option("--trust-remote-code", is_flag=True, help=trust),
+    )
 
 
 def model_flags(command: Command) -> Command:
     """Flags of the verbs that open a run: its base model, and how it is loaded."""
-    command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
-    command = click.option(
-        "--precision", default="auto", help="auto, bf16, fp32, int8, gguf, nf4", shell_complete=completing("precision")
-    )(command)
-    return base_flags(command)
+    types: dict[str, Any] = {"help": "auto, bf16, fp32, int8, gguf, nf4", "shell_complete": completing("precision")}
+    return with_options(
+        command,
+        base_flags,
+        click.option("--precision", default="auto", **types),
+        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps"),
+    )
 
 
 def _argument_name(key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,14 +20,10 @@ if TYPE_CHECKING:
 @click.command("plan")
 @click.argument("settings", required=False, type=click.Path())
 @click.option("--methods", default="all", show_default=True, help="methods to plan besides the run's own: a,b,c")
-@click.option("--picture", default=None, type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
-@click.option("--budget", default=None, help="search for settings that fit into so much memory, such as 6GB")
+@click.option("--picture", type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
+@click.option("--budget", help="search for settings that fit into so much memory, such as 6GB")
 @click.option(
-    "--processes",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="plan one of so many processes that train together; with train.sharding base they share weights",
+    "--processes", default=1, show_default=True, type=click.IntRange(1), help="plan one of so many that train together"
 )
 @settings_flags
 @json_flag
@@ -38,7 +34,7 @@ def command(
     budget: str | None,
     processes: int,
     as_json: bool,
-    **given: str | None,
+    **given: Any,
 ) -> None:
     """The memory that a run needs, part by part, for every method on the same model. Reads the
     model's configuration and the rows, no weights."""
@@ -56,7 +52,7 @@ def command(
     known = recalled(config, names, processes) if size is None else None
     if known is not None:
         for line in known.lines:
-            out.print(line, highlight=False)
+            out.print(line)
         plans = {name: of_each(plan, config.train.sharding, processes) for name, plan in known.plans.items()}
         _show(plans, config.method, picture, out, as_json)
         return
@@ -74,20 +70,13 @@ def command(
         return
     from deltaw.training.planning.plan_run import plan_each
 
-    plans = plan_each(
-        config,
-        task,
-        data,
-        names,
-        refused=lambda method, error: out.print(f"{method}: {error.what}", highlight=False),
-        processes=processes,
-    )
+    def refused(method: str, error: UserError) -> None:
+        out.print(f"{method}: {error.what}")
+
+    plans = plan_each(config, task, data, names, refused=refused, processes=processes)
     if not plans:
-        raise UserError(
-            "no method can be planned",
-            where=config.model,
-            hint="train it all the same: deltaw train goes without a plan where none can be made",
-        )
+        hint = "train it all the same: deltaw train goes without a plan where none can be made"
+        raise UserError("no method can be planned", where=config.model, hint=hint)
     _show(plans, config.method, picture, out, as_json)
 
 
@@ -97,6 +86,6 @@ def _show(plans: Mapping[str, Plan], own: str, picture: str | None, out: Console
     out.print(plan_report(plans, own))
     if picture is not None:
         draw_plans(plans, Path(picture))
-        out.print(f"drawn to {picture}", highlight=False)
+        out.print(f"drawn to {picture}")
     if as_json:
         print_json({name: plan.as_dict() for name, plan in plans.items()})

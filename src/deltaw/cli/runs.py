@@ -9,9 +9,7 @@ from deltaw.cli.options import console, json_flag, print_json
 
 @click.command("runs")
 @click.argument("names", nargs=-1, type=click.Path())
-@click.option(
-    "--output", default=None, type=click.Path(), help="with two or more runs: write a page that compares them"
-)
+@click.option("--output", type=click.Path(), help="with two or more runs: write a page that compares them")
 @click.option("--report", is_flag=True, help="write report.html of each run again, from the files in its folder")
 @json_flag
 def command(names: tuple[str, ...], output: str | None, report: bool, as_json: bool) -> None:
@@ -28,9 +26,8 @@ def command(names: tuple[str, ...], output: str | None, report: bool, as_json: b
     records = chosen.records
     if output is not None:
         if len(records) < 2:
-            raise UserError(
-                "a comparison needs two runs", where="--output", hint="name two or more: deltaw runs ONE OTHER"
-            )
+            hint = "name two or more: deltaw runs ONE OTHER"
+            raise UserError("a comparison needs two runs", where="--output", hint=hint)
         from deltaw.durable import write_text
 
         write_text(output, comparison_page(records))

@@ -6,7 +6,7 @@ import click
 
 
 @click.command("schema")
-@click.option("--output", default=None, type=click.Path(), help="write it to this file")
+@click.option("--output", type=click.Path(), help="write it to this file")
 def command(output: str | None) -> None:
     """Print the JSON schema of a settings file, with which an editor completes and checks it."""
     from deltaw.durable import write_text

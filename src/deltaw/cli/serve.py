@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deltaw.cli.options import Command, console, model_flags
+from deltaw.cli.options import Command, console, model_flags, with_options
 from deltaw.serving.http.settings import Limits, ServerSettings, named_folders, read_keys
 from deltaw.working import working
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+POOLING = click.Choice(["auto", "mean", "first", "last"])
+KEY_HELP = "a key that requests must bring; others on this machine see it: DELTAW_API_KEY or a file is better"
 SECONDS = click.FloatRange(0, min_open=True)
 # The limits by their names in Limits: flag, kind, and what is said of it.
 LIMITS: dict[str, tuple[str, click.ParamType, str]] = {
@@ -35,73 +37,42 @@ LIMITS: dict[str, tuple[str, click.ParamType, str]] = {
 
 def _limit_flags(command: Command) -> Command:
     """A flag for each of the server's limits, with its default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Limits)}
-    for name, (flag, kind, told) in reversed(LIMITS.items()):
-        option = click.option(flag, name, default=defaults[name], show_default=True, type=kind, help=told)
-        command = option(command)
-    return command
+    options = [
+        click.option(flag, name, default=getattr(Limits, name), show_default=True, type=kind, help=told)
+        for name, (flag, kind, told) in LIMITS.items()
+    ]
+    return with_options(command, *options)
 
 
 @click.command("serve")
 @click.argument("base")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="an adapter; several times")
-@click.option("--name", default=None, help="the base model's name in requests  [default: BASE as given]")
+@click.option("--name", help="the base model's name in requests  [default: BASE as given]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one")
-@click.option(
-    "--api-key",
-    "keys",
-    multiple=True,
-    help="a key that requests must bring; others on this machine see it: DELTAW_API_KEY or a file is better",
-)
-@click.option("--api-key-file", default=None, type=FILE, help="a file of keys, one a line")
+@click.option("--api-key", "keys", multiple=True, help=KEY_HELP)
+@click.option("--api-key-file", type=FILE, help="a file of keys, one a line")
 @click.option("--without-key", is_flag=True, help="let anybody ask who reaches an address that is not loopback")
-@click.option(
-    "--adapters-from",
-    default=None,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="let requests load adapters from below this folder, and unload them",
-)
-@click.option(
-    "--max-adapters", default=1000, show_default=True, type=click.IntRange(1), help="names of adapters at once"
-)
-@click.option(
-    "--share-cache", is_flag=True, help="let API keys share computed prompts; each can tell what others asked"
-)
+@click.option("--adapters-from", type=FOLDER, help="let requests load adapters from below this folder, and unload them")
+@click.option("--max-adapters", default=1000, show_default=True, type=click.IntRange(1), help="adapters at once")
+@click.option("--share-cache", is_flag=True, help="let API keys share computed prompts; each sees what others asked")
 @click.option("--allow-host", "hosts", multiple=True, help="a name in Host headers besides the loopback's")
 @click.option("--cors-origin", "origins", multiple=True, help="an origin whose web pages may ask")
-@click.option("--certificate", default=None, type=FILE, help="a certificate for TLS (PEM)")
-@click.option("--certificate-key", default=None, type=FILE, help="the certificate's key (PEM)")
+@click.option("--certificate", type=FILE, help="a certificate for TLS (PEM)")
+@click.option("--certificate-key", type=FILE, help="the certificate's key (PEM)")
 @click.option("--log", default="json", show_default=True, type=click.Choice(["json", "off"]), help="on standard error")
 @click.option("--log-prompts", is_flag=True, help="log what was asked too")
 @click.option("--running", default=64, show_default=True, type=click.IntRange(1), help="texts written at once")
-@click.option(
-    "--cache-memory", default=None, help="for keys and values, such as 2GB  [default: a quarter of what is free]"
-)
+@click.option("--cache-memory", help="for keys and values, such as 2GB  [default: a quarter of what is free]")
 @click.option("--adapter-memory", default="1GB", show_default=True, help="for adapters; others wait on disk")
 @click.option("--no-page", is_flag=True, help="no chat page at /")
 @click.option(
-    "--pooling",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "mean", "first", "last"]),
-    help="how an encoder's vectors are made of those of tokens",
+    "--pooling", default="auto", show_default=True, type=POOLING, help="how vectors of tokens become a text's"
 )
 @click.option("--no-normalize", is_flag=True, help="leave an encoder's vectors as long as they are")
 @_limit_flags
 @model_flags
-def command(
-    base: str,
-    adapters: tuple[str, ...],
-    name: str | None,
-    log: str,
-    no_page: bool,
-    no_normalize: bool,
-    cache_memory: str | None,
-    adapter_memory: str,
-    without_key: bool,
-    **given: Any,
-) -> None:
+def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, without_key: bool, **given: Any) -> None:
     """Serve BASE, a model or a run's folder, and adapters over HTTP as the OpenAI API does. In
     requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
     classes. Ctrl-C or SIGTERM lets texts in hand end."""
@@ -110,13 +81,15 @@ def command(
 
     require_packages()
     how = {key: given.pop(key) for key in ("model", "trust_remote_code", "precision", "device", "pooling", "running")}
+    how |= {key: not given.pop(f"no_{key}") for key in ("page", "normalize")}
+    for kind in ("cache", "adapter"):
+        memory = given.pop(f"{kind}_memory")
+        how[f"{kind}_bytes"] = None if memory is None else parse_bytes(memory, f"--{kind}-memory")
     limits = Limits(**{key: given.pop(key) for key in LIMITS})
     keys = read_keys(given.pop("keys"), given.pop("api_key_file"))
     settings = ServerSettings(keys=keys, limits=limits, **given)
     settings.check(without_key=without_key)
     folders = named_folders(adapters)
-    cache = None if cache_memory is None else parse_bytes(cache_memory, "--cache-memory")
-    room = parse_bytes(adapter_memory, "--adapter-memory")
     notes = console(True)
     with working("starting"):
         from deltaw.serving.http import server
@@ -124,8 +97,7 @@ def command(
         from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    memory: dict[str, Any] = {"cache_bytes": cache, "adapter_bytes": room}
-    opening = Opening(name=name, page=not no_page, normalize=not no_normalize, **memory, **how)
+    opening = Opening(name=name, **how)
     served = open_any(base, folders, opening, settings.limits, say=notes.print)
     try:
         app, desk = create_app(served, settings)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.options import as_text
+from deltaw.cli.options import SHARE, Command, as_text, with_options
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     from deltaw.serving.request import Constraint, Request, Sampling
     from deltaw.training.origin import InferenceSession
 
-Command = TypeVar("Command", bound=Callable)
-# The flags that say how tokens are chosen, under the names of Sampling's fields.
-SAMPLING = [
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-]
-PENALTY, SHARE = click.FloatRange(-2, 2), click.FloatRange(0, 1, min_open=True)
+PENALTY, FACTOR = click.FloatRange(-2, 2), click.FloatRange(0, 100, min_open=True)
+# The flags that say how tokens are chosen, by the names of Sampling's fields: default, kind, and what is said of it.
+SAMPLING: dict[str, tuple[float, click.ParamType, str]] = {
+    "temperature": (0.0, click.FloatRange(0, 100), "0: the likeliest token"),
+    "top_k": (0, click.IntRange(0), "draw from so many likeliest tokens; 0: all"),
+    "top_p": (1.0, SHARE, "draw from the likeliest tokens that together have this probability"),
+    "min_p": (0.0, click.FloatRange(0, 1), "leave out tokens below this share of the likeliest's probability"),
+    "repetition_penalty": (1.0, FACTOR, "make tokens of the prompt and the text less likely; 1: no change"),
+    "presence_penalty": (0.0, PENALTY, "taken from the logits of tokens that the text has"),
+    "frequency_penalty": (0.0, PENALTY, "the same, for each time that the text has them"),
+    "seed": (0, click.IntRange(-(2**63), 2**63 - 1), ""),
+}
 
 
 @dataclass(frozen=True)
@@ -99,49 +98,16 @@ class TextSettings:
 
 def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
     """Give a command the flags of :class:`TextSettings`; they arrive as one argument, ``how``."""
+    sampling = [
+        click.option(f"--{name.replace('_', '-')}", default=default, show_default=True, type=kind, help=told)
+        for name, (default, kind, told) in SAMPLING.items()
+    ]
     options = (
         click.option("--max-new-tokens", default=max_new_tokens, show_default=True, type=click.IntRange(1)),
-        click.option(
-            "--temperature",
-            default=0.0,
-            show_default=True,
-            type=click.FloatRange(0, 100),
-            help="0: the likeliest token",
-        ),
-        click.option("--top-k", default=0, type=click.IntRange(0), help="draw from so many likeliest tokens; 0: all"),
-        click.option(
-            "--top-p",
-            default=1.0,
-            type=SHARE,
-            help="draw from the likeliest tokens that together have this probability",
-        ),
-        click.option(
-            "--min-p",
-            default=0.0,
-            type=click.FloatRange(0, 1),
-            help="leave out tokens below this share of the likeliest's probability",
-        ),
-        click.option(
-            "--repetition-penalty",
-            default=1.0,
-            type=click.FloatRange(0, 100, min_open=True),
-            help="make tokens of the prompt and the text less likely; 1: no change",
-        ),
-        click.option(
-            "--presence-penalty", default=0.0, type=PENALTY, help="taken from the logits of tokens that the text has"
-        ),
-        click.option(
-            "--frequency-penalty", default=0.0, type=PENALTY, help="the same, for each time that the text has them"
-        ),
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(-(2**63), 2**63 - 1)),
+        *sampling,
         click.option("--stop", multiple=True, help="end texts before this string; may be given several times"),
-        click.option(
-            "--json-schema",
-            default=None,
-            type=click.Path(path_type=Path),
-            help="a file; texts are JSON that matches it",
-        ),
-        click.option("--regex", default=None, help="texts match this regular expression"),
+        click.option("--json-schema", type=click.Path(path_type=Path), help="a file; texts are JSON that matches it"),
+        click.option("--regex", help="texts match this regular expression"),
     )
 
     def give(command: Command) -> Command:
@@ -153,10 +119,7 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
             rest = {name: given.pop(name) for name in ("max_new_tokens", "stop", "json_schema", "regex")}
             return command(*args, how=TextSettings(sampling=sampling, **rest).checked(), **given)
 
-        wrapped: Callable = called
-        for option in reversed(options):
-            wrapped = option(wrapped)
-        return wrapped  # type: ignore[return-value]
+        return with_options(called, *options)  # type: ignore[return-value]
 
     return give
 

@@ -6,28 +6,20 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import cluster_flags, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import SHARE, cluster_flags, console, json_flag, nested, print_json, settings_flags
 
 
 @click.command("tune")
 @click.argument("settings", required=False, type=click.Path())
-@click.option(
-    "--trials", default=20, show_default=True, type=click.IntRange(1), help="trials there shall be in the end"
-)
+@click.option("--trials", default=20, show_default=True, type=click.IntRange(1), help="trials to have in the end")
 @click.option(
     "--search",
     multiple=True,
     metavar="KEY=…",
     help="what may change: KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=[VALUE, VALUE]  [default: by method]",
 )
-@click.option("--storage", default=None, type=click.Path(), help="SQLite file that the trials are kept in")
-@click.option(
-    "--share",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="part of a run's steps that a trial takes",
-)
+@click.option("--storage", type=click.Path(), help="SQLite file that the trials are kept in")
+@click.option("--share", default=1.0, show_default=True, type=SHARE, help="part of a run's steps that a trial takes")
 @cluster_flags
 @settings_flags
 @json_flag

@@ -28,18 +28,15 @@ SCORE, SEED, PLANNED, MEASURED = "#0072B2", "#56B4E9", "#E69F00", "#0072B2"
 INK, GRAY, GRID = "#222222", "#666666", "#DDDDDD"
 _STYLE: dict[Any, object] = {
     "font.size": 11,
+    "figure.facecolor": "white",
+    "axes.edgecolor": GRAY,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRAY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "white",
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
 }
+_MARK: dict[str, Any] = {"markersize": 7, "elinewidth": 1.4, "capsize": 3, "zorder": 3}
 # Where a label may stand next to its point, in points, the nearest first.
 _PLACES: list[tuple[float, float]] = [
     (distance * x, distance * y)
@@ -72,18 +69,10 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
 
     points = _points(comparison)
     for point in points:
-        axes.errorbar(
-            point.x,
-            point.value,
-            yerr=[[point.value - point.low], [point.high - point.value]],
-            fmt="x" if point.kind == "same" else "o",
-            color=GRAY if point.kind == "same" else SCORE,
-            markerfacecolor="white" if point.kind == "unfinished" else None,
-            markersize=7,
-            elinewidth=1.4,
-            capsize=3,
-            zorder=3,
-        )
+        sign, color = ("x", GRAY) if point.kind == "same" else ("o", SCORE)
+        bars = [[point.value - point.low], [point.high - point.value]]
+        inside = "white" if point.kind == "unfinished" else None
+        axes.errorbar(point.x, point.value, bars, fmt=sign, color=color, markerfacecolor=inside, **_MARK)
         if len(point.seeds) > 1:
             axes.plot([point.x] * len(point.seeds), point.seeds, "_", color=SEED, markersize=11, zorder=2)
     axes.set_xscale("log")
@@ -95,19 +84,14 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
         if level is None:
             continue
         axes.axhline(factor * level, color=GRAY, linestyle="--", linewidth=1.2, zorder=0)
-        offset: dict[str, Any] = {
-            "xycoords": ("axes fraction", "data"),
-            "xytext": (-4, 4),
-            "textcoords": "offset points",
-        }
-        axes.annotate(text, (1, factor * level), ha="right", color=GRAY, **offset)
+        at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 4), "textcoords": "offset points"}
+        axes.annotate(text, (1, factor * level), ha="right", color=GRAY, **at)
     name = comparison.metric.replace("_", " ")
     better = "higher is better" if comparison.higher_is_better else "lower is better"
     axes.set_ylabel(f"{name}{', %' if factor == 100 else ''} ({better})")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     seeds = f", {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-    rows = f"{comparison.held_out_rows} held-out rows{seeds}"
-    axes.set_title(f"{name.capitalize()} on {rows}, 95 % intervals")
+    axes.set_title(f"{name.capitalize()} on {comparison.held_out_rows} held-out rows{seeds}, 95 % intervals")
     notes = {
         "short lines: seeds": any(len(point.seeds) > 1 for point in points),
         "hollow: not flattened": any(point.kind == "unfinished" for point in points),
@@ -252,10 +236,8 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
     parts = [list(every)] if width >= WIDE else [list(every[:_COSTS]), [0, *every[_COSTS:]]]
     tables = []
     for columns in parts:
-        made = table(
-            [heads[n].replace(" (", "\n(").replace(" rate", "\nrate").replace("y p", "y\np") for n in columns],
-            padding=(0, 1, 0, 0),
-        )
+        broken = [heads[n].replace(" (", "\n(").replace(" rate", "\nrate").replace("y p", "y\np") for n in columns]
+        made = table(broken, padding=(0, 1, 0, 0))
         for result in comparison.lines:
             if result.error is None:
                 best = bool(comparison.ranked) and result is comparison.ranked[0]

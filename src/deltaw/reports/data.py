@@ -90,20 +90,12 @@ def row_lines(row: ShownRow, *, color: bool) -> Iterator[Text]:
 
 def row_as_dict(row: ShownRow) -> dict[str, object]:
     """For JSON."""
-    return {
-        "row": row.row,
-        "where": row.where,
-        "notes": list(row.notes),
-        "examples": [
-            {
-                "tokens": example.tokens,
-                "label_tokens": None if example.label is not None else example.labels,
-                "label": example.label,
-                "pieces": [vars(piece) for piece in example.pieces],
-            }
-            for example in row.examples
-        ],
-    }
+    examples = []
+    for one in row.examples:
+        labels = one.labels if one.label is None else None
+        pieces = [vars(piece) for piece in one.pieces]
+        examples.append({"tokens": one.tokens, "label_tokens": labels, "label": one.label, "pieces": pieces})
+    return {"row": row.row, "where": row.where, "notes": list(row.notes), "examples": examples}
 
 
 def _heading(example: ShownExample, number: int, count: int) -> str:

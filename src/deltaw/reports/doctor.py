@@ -173,6 +173,13 @@ def gather(
     cache, hub = cache_root(), Path(HF_HUB_CACHE)
     _, folders, _ = next(os.walk(cache), ("", [], []))  # nothing if it is not there, or cannot be read
     cached = {name: held_bytes(cache / name) for name in sorted(folders)}
+
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    of_torch = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+
+    def matters(variable: str) -> bool:
+        return variable.startswith(("DELTAW_", *STEERING)) or variable in OTHER_VARIABLES
+
     disks = [_disk("runs", Path(os.path.expanduser(output))), _disk("cache", cache, sum(cached.values()))]
     if hub.is_dir():
         disks.append(_disk("hub cache", hub, held_bytes(hub)))
@@ -196,16 +203,11 @@ def gather(
         disks=disks,
         packages=packages(),
         optional={name: version_of(name) for name in OPTIONAL},
-        gpus=_gpus(),
+        gpus=[_gpu_of(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
         mps=torch.backends.mps.is_available(),
-        environment={name: value for name, value in sorted(os.environ.items()) if _matters(name)},
-        versions={
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda or "none",
-        },
+        environment={name: value for name, value in sorted(os.environ.items()) if matters(name)},
+        versions={"python": platform.python_version(), "system": system, **of_torch},
         model=asked,
         cache_bytes=cached,
     )
@@ -263,15 +265,9 @@ def _disk(purpose: str, path: Path, held: int | None = None) -> Disk:
     return Disk(purpose, path, shutil.disk_usage(there).free, writable, held)
 
 
-def _gpus() -> list[Gpu]:
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        capability = torch.cuda.get_device_capability(index)
-        found.append(Gpu(torch.cuda.get_device_name(index), total, free, capability))
-    return found
+def _gpu_of(index: int) -> Gpu:
+    free, total = torch.cuda.mem_get_info(index)
+    return Gpu(torch.cuda.get_device_name(index), total, free, torch.cuda.get_device_capability(index))
 
 
 def _governor(root: Path) -> tuple[str, str]:
@@ -281,11 +277,6 @@ def _governor(root: Path) -> tuple[str, str]:
         return governor.read_text(encoding="utf-8").strip(), driver.read_text(encoding="utf-8").strip()
     except OSError:
         return "", ""
-
-
-def _matters(variable: str) -> bool:
-    """Whether an environment variable changes something here."""
-    return variable.startswith(("DELTAW_", *STEERING)) or variable in OTHER_VARIABLES
 
 
 # What the facts of a machine mean for training on it: findings, each with what helps.
@@ -494,11 +485,8 @@ def _disks(facts: Facts) -> Iterator[Said]:
         severity: Severity = "problem" if disk.purpose == "runs" else "warning"
         if not disk.writable:
             variable = {"runs": "'output'", "cache": "DELTAW_CACHE"}.get(disk.purpose, "HF_HUB_CACHE")
-            yield (
-                severity,
-                f"the {disk.purpose} cannot be written to {disk.path}",
-                f"set {variable} to another folder",
-            )
+            what = f"the {disk.purpose} cannot be written to {disk.path}"
+            yield (severity, what, f"set {variable} to another folder")
         elif disk.free_bytes < FULL_DISK:
             yield (severity, what, "the disk is full: free some space")
         elif disk.free_bytes < LOW_DISK:
@@ -585,15 +573,13 @@ class Examination:
         """Plain values, ready for JSON."""
         facts = self.facts
         choice, now = facts.kernels, facts.measured
+        threads = {"threads": facts.threads.value, "threads_why": facts.threads.why}
+        limit = {"limit_bytes": facts.memory_limit.value, "limit_why": facts.memory_limit.why}
+        swap = dict(zip(("swap_used_bytes", "swap_total_bytes"), facts.swap, strict=True))
         return {
             "deltaw": __version__,
             "status": self.status,
-            "processor": {
-                "name": facts.processor,
-                "threads": facts.threads.value,
-                "threads_why": facts.threads.why,
-                **{name: getattr(facts, name) for name in _PROCESSOR},
-            },
+            "processor": {"name": facts.processor, **threads, **{name: getattr(facts, name) for name in _PROCESSOR}},
             "kernels": {
                 "chosen": choice.arithmetic.as_dict(),
                 "variants": [asdict(variant) | {"usable": variant.usable} for variant in facts.variants],
@@ -602,13 +588,7 @@ class Examination:
                 "rates_now": None if now is None else now.rates,
                 "disturbed": choice.disturbed or (now is not None and now.disturbed),
             },
-            "memory": {
-                "limit_bytes": facts.memory_limit.value,
-                "limit_why": facts.memory_limit.why,
-                "free_bytes": facts.free_memory,
-                "swap_used_bytes": facts.swap[0],
-                "swap_total_bytes": facts.swap[1],
-            },
+            "memory": {**limit, "free_bytes": facts.free_memory, **swap},
             "disks": [asdict(disk) | {"path": str(disk.path)} for disk in facts.disks],
             "packages": [package.as_dict() for package in facts.packages],
             "gpus": [asdict(gpu) for gpu in facts.gpus],
@@ -620,20 +600,11 @@ class Examination:
     def render(self) -> RenderableType:
         """A heading, the rates, and the findings."""
         facts, choice, versions = self.facts, self.facts.kernels, self.facts.versions
-        unit = (
-            f"billion operations a second with {choice.threads} threads, hidden size {choice.sizes.hidden}; * is used"
-        )
-        return Group(
-            Text(f"deltaw {__version__}, Python {versions['python']}, torch {versions['torch']}, {versions['system']}"),
-            Text(f"{facts.processor}: {facts.cores} cores, {facts.processors} processors"),
-            Text(),
-            self._rates(),
-            Text(unit),
-            Text(),
-            self._findings(),
-            Text(),
-            Text(self._verdict()),
-        )
+        program = f"deltaw {__version__}, Python {versions['python']}, torch {versions['torch']}, {versions['system']}"
+        machine = f"{facts.processor}: {facts.cores} cores, {facts.processors} processors"
+        how = f"with {choice.threads} threads, hidden size {choice.sizes.hidden}; * is used"
+        head, unit = Text(f"{program}\n{machine}\n"), Text(f"billion operations a second {how}\n")
+        return Group(head, self._rates(), unit, self._findings(), Text(f"\n{self._verdict()}"))
 
     def _rates(self) -> Table:
         """Products by kernels and arithmetic, what runs use marked by a star."""

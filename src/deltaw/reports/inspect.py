@@ -166,18 +166,13 @@ class AdapterReport:
         grouped: dict[str, list[ModuleUpdate]] = defaultdict(list)
         for module, kind in zip(self.modules, kinds_of([m.module for m in self.modules]), strict=True):
             grouped[kind].append(module)
-        kinds = [
-            KindUpdate(
-                kind=kind,
-                count=len(group),
-                ranks=sorted({m.rank for m in group}),
-                parameters=sum(m.parameters for m in group),
-                norm=root_sum_of_squares(m.norm for m in group),
-                effective_rank=sum(m.effective_rank for m in group) / len(group),
-                stable_rank=sum(m.stable_rank for m in group) / len(group),
-            )
-            for kind, group in grouped.items()
-        ]
+        kinds = []
+        for kind, group in grouped.items():
+            ranks, parameters = sorted({m.rank for m in group}), sum(m.parameters for m in group)
+            norm = root_sum_of_squares(m.norm for m in group)
+            effective = sum(m.effective_rank for m in group) / len(group)
+            stable = sum(m.stable_rank for m in group) / len(group)
+            kinds.append(KindUpdate(kind, len(group), ranks, parameters, norm, effective, stable))
         return sorted(kinds, key=lambda kind: (-kind.norm if math.isfinite(kind.norm) else 0.0, kind.kind))
 
     def layers(self) -> dict[str, float]:
@@ -237,19 +232,11 @@ class AdapterReport:
         return head
 
     def _table(self) -> Table:
-        kinds = self.kinds()
-        rows = [
-            [
-                kind.kind,
-                str(kind.count),
-                "–".join(map(str, sorted({kind.ranks[0], kind.ranks[-1]}))),
-                f"{kind.parameters:,}",
-                f"{kind.norm:.4g}",
-                f"{kind.effective_rank:.1f}",
-                f"{kind.stable_rank:.1f}",
-            ]
-            for kind in kinds[:_KINDS_SHOWN]
-        ]
+        kinds, rows = self.kinds(), []
+        for kind in kinds[:_KINDS_SHOWN]:
+            ranks = "–".join(map(str, sorted({kind.ranks[0], kind.ranks[-1]})))
+            measured = (f"{kind.norm:.4g}", f"{kind.effective_rank:.1f}", f"{kind.stable_rank:.1f}")
+            rows.append([kind.kind, str(kind.count), ranks, f"{kind.parameters:,}", *measured])
         if len(kinds) > _KINDS_SHOWN:
             rows.append([f"and {len(kinds) - _KINDS_SHOWN} more kinds"])
         heads = ("module kind", "modules", "rank", "parameters", "‖ΔW‖", "effective rank", "stable rank")
@@ -303,18 +290,9 @@ def _update(update: FileUpdate) -> ModuleUpdate:
         stable = sum(stable_rank(of_one) for of_one in values) / len(values)
     else:
         norm = largest = effective = stable = math.nan
-    return ModuleUpdate(
-        module=update.name,
-        rank=update.rank,
-        scaling=update.scaling,
-        parameters=a.numel() + b.numel(),
-        norm=norm,
-        largest=largest,
-        effective_rank=effective,
-        stable_rank=stable,
-        untrained=not (math.isnan(norm) or bool(b.any())),
-        experts=update.experts,
-    )
+    untrained, measured = not (math.isnan(norm) or bool(b.any())), (norm, largest, effective, stable)
+    parameters = a.numel() + b.numel()
+    return ModuleUpdate(update.name, update.rank, update.scaling, parameters, *measured, untrained, update.experts)
 
 
 def _warnings(modules: list[ModuleUpdate], content: FileContent, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -95,15 +95,10 @@ def methods_table(plans: Mapping[str, Plan], own: str) -> Table:
     heads = ("method", "trained", "share", "state", "activations", "tensors", "process")
     made = table(heads, caption=caption, caption_justify="left")
     for name, plan in plans.items():
-        cells = (
-            name,
-            f"{plan.trained_parameters:,}",
-            f"{plan.trained_parameters / plan.total_parameters:.2%}",
-            gigabytes(sum(plan.parts[part] for part in STATE)),
-            gigabytes(plan.parts["activations"]),
-            gigabytes(plan.peak_bytes),
-            gigabytes(plan.peak_resident_bytes),
-        )
+        share = f"{plan.trained_parameters / plan.total_parameters:.2%}"
+        state = sum(plan.parts[part] for part in STATE)
+        sizes = (state, plan.parts["activations"], plan.peak_bytes, plan.peak_resident_bytes)
+        cells = (name, f"{plan.trained_parameters:,}", share, *map(gigabytes, sizes))
         add_row(made, cells, "bold" if name == own else "")
     return made
 
@@ -197,16 +192,9 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
 def budget_table(found: Sequence[Fitting]) -> Table:
     """Settings that fit a budget, the fastest first."""
     heads = ("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time")
-    rows = [
-        (
-            row.method,
-            str(row.rank or ""),
-            f"{row.tokens_per_pass:,}",
-            "on" if row.checkpointing else "off",
-            row.precision,
-            gigabytes(row.plan.peak_resident_bytes),
-            f"{row.seconds / found[0].seconds:.2f} x",
-        )
-        for row in found
-    ]
-    return table(heads, rows)
+    made = table(heads)
+    for one in found:
+        how = (f"{one.tokens_per_pass:,}", "on" if one.checkpointing else "off", one.precision)
+        cost = (gigabytes(one.plan.peak_resident_bytes), f"{one.seconds / found[0].seconds:.2f} x")
+        add_row(made, (one.method, str(one.rank or ""), *how, *cost))
+    return made

@@ -62,11 +62,8 @@ def _place(name: str) -> Path:
         return below
     there = Path(FOLDER)
     known = [os.path.relpath(run, there) for run in find_runs(there)] if there.is_dir() else []
-    raise UserError(
-        f"'{name}' is neither a run nor a folder of runs",
-        where="the runs to list",
-        hint=did_you_mean(name, known) if known else "give the path of a run's folder",
-    )
+    hint = did_you_mean(name, known) if known else "give the path of a run's folder"
+    raise UserError(f"'{name}' is neither a run nor a folder of runs", where="the runs to list", hint=hint)
 
 
 def names_of(records: Sequence[Run]) -> list[str]:
@@ -84,9 +81,7 @@ def names_of(records: Sequence[Run]) -> list[str]:
 def result_rows(records: Sequence[Run]) -> Numbers:
     """One row a result, one column a run; rows that no run has are left out."""
     rows: list[tuple[str, list[str]]] = [
-        ("state", [record.state for record in records]),
-        ("model", [record.model for record in records]),
-        ("method", [record.method for record in records]),
+        *((name, [getattr(record, name) for record in records]) for name in ("state", "model", "method")),
         ("steps", [f"{record.steps:,}" for record in records]),
     ]
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
@@ -140,18 +135,7 @@ def same_prompts(records: Sequence[Run], most: int = 8) -> list[dict[str, Any]]:
 
 
 # What JSON gives under the name that a record has it by.
-_SAME_NAMES = (
-    "state",
-    "model",
-    "task",
-    "method",
-    "steps",
-    "total_steps",
-    "seconds",
-    "rows_per_second",
-    "started",
-    "changed",
-)
+_SAME = ("state", "model", "task", "method", "steps", "total_steps", "seconds", "rows_per_second", "started", "changed")
 
 
 def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
@@ -164,13 +148,13 @@ def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
             "held_out_loss": record.held_out_losses[-1][1] if record.held_out_losses else None,
             "score": None if record.score is None else dict(zip(("metric", "value"), record.score, strict=True)),
             "eval": {
-                metric: evaluated[-1][1]
-                for metric in record.metrics.metric_names()
-                if (evaluated := record.metrics.evaluated(metric))
+                name: found[-1][1]
+                for name in record.metrics.metric_names()
+                if (found := record.metrics.evaluated(name))
             },
             "peak_memory_bytes": record.peak_bytes,
             "planned_memory_bytes": record.planned_bytes,
-            **{key: getattr(record, key) for key in _SAME_NAMES},
+            **{key: getattr(record, key) for key in _SAME},
         }
         for name, record in zip(names_of(records), records, strict=True)
     ]

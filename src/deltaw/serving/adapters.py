@@ -222,16 +222,10 @@ class FolderReader:
         if stat_of(folder) != before.stat:
             raise _unfit(folder, "the adapter's files change while they are read", "add it again when they are written")
         invoked = None if factors is None else factors.config.invocation_tokens
-        tokenizer = self._own_tokenizer(folder)
-        facts = AdapterFacts(
-            virtual_tokens=0 if prompt is None else len(prompt),
-            invocation=tuple(invoked) if isinstance(invoked, list) else None,
-            terminators=self._ends(folder, tokenizer),
-            folder=folder,
-            state=before,
-            tokenizer=tokenizer,
-            config=found.run,
-        )
+        invocation = tuple(invoked) if isinstance(invoked, list) else None
+        tokenizer, virtual = self._own_tokenizer(folder), 0 if prompt is None else len(prompt)
+        ends = self._ends(folder, tokenizer)
+        facts = AdapterFacts(virtual, invocation, ends, folder, before, tokenizer, found.run)
         return AdapterParts(facts, {} if factors is None else factors.layers, prompt)
 
     def _factors(self, folder: Path) -> AdapterFactors:

@@ -368,14 +368,12 @@ class AdapterBank:
     def _make_room(self, wanted: int) -> bool:
         """Let weights go that nobody uses, the least recently used first, until so many bytes are free. None
         goes where all of them would not be enough."""
-        free = self._budget - self._taken()
-        going = []
+        free, going = self._budget - self._taken(), []
         idle = [v for v in self._versions if v.weights is not None and not v.stays]
         for version in sorted(idle, key=lambda v: v.used):
-            if free >= wanted:
-                break
-            free += version.bytes
-            going.append(version)
+            if free < wanted:
+                free += version.bytes
+                going.append(version)
         if free < wanted:
             return False
         for version in going:

@@ -105,9 +105,8 @@ class Batch(Work):
         self._admit()
         parts = self._parts()
         if not parts:
-            slow = next((run.matcher for run in self.running if not run.may_go_on), None)
-            if slow is not None:  # nothing can go on before one of them is ready
-                slow.wait(_PATIENCE)
+            if slow := next((run.matcher for run in self.running if not run.may_go_on), None):
+                slow.wait(_PATIENCE)  # nothing can go on before one of them is ready
             return
         self.tokens += sum(stop - start for _, start, stop in parts)
         try:
@@ -267,21 +266,14 @@ class Batch(Work):
             owners += [(run, place) for place in part.wanted]
             at = end
         hidden = entry.rows(torch.from_numpy(tokens))
-        for first, rows in soft:
-            hidden[first : first + len(rows)] = rows.float() * entry.outer
-        positions = torch.from_numpy(places)
+        for first, prompt in soft:
+            hidden[first : first + len(prompt)] = prompt.float() * entry.outer
+        positions, sequences, adapters = map(torch.from_numpy, (places, sequence, adapter))
         if entry.positions is not None:
             hidden += entry.positions.index_select(0, positions)
-        _, logits = self.model.decoder.step(
-            self.memory,
-            hidden,
-            positions,
-            torch.from_numpy(sequence),
-            self._page_table,
-            torch.from_numpy(adapter),
-            packed,
-            torch.tensor(wanted, dtype=torch.int32),
-        )
+        outputs = torch.tensor(wanted, dtype=torch.int32)
+        rows = (hidden, positions, sequences, self._page_table, adapters)
+        _, logits = self.model.decoder.step(self.memory, *rows, packed, outputs)
         return logits, owners
 
     def _hand_out(self, logits: Tensor, owners: Sequence[tuple[Run, int]]) -> None:

@@ -202,8 +202,7 @@ class _Texts:
         return flags, rest
 
     def accept(self, number: int, token: int) -> tuple[int, bytes]:
-        text = self.following[number]
-        began = time.process_time()
+        text, began = self.following[number], time.process_time()
         with self._limited():
             text.matcher.consume_token(token)
             flags, rest = self._state(text.matcher)
@@ -397,23 +396,19 @@ class ConstraintProcess:
 
     Attributes:
         compiled: whether texts can begin. memory: bytes that it takes, as far as is known.
+        heard: when it last answered.
         gone: why it has ended; None while it has not.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        vocabulary: int,
-        own_ends: Sequence[int],
-        limits: ProcessLimits,
-        changed: Callable[[ConstraintProcess], None],
+        self, launcher: Launcher, vocabulary: int, limits: ProcessLimits, changed: Callable[[ConstraintProcess], None]
     ) -> None:
         self.compiled, self.memory = False, 0
         self.gone: str | None = None
-        self._connection, self._limits, self._changed = connection, limits, changed
-        self._vocabulary, self._own_ends = vocabulary, own_ends
+        self._connection, self._limits, self._changed = launcher.connection(), limits, changed
+        self._vocabulary, self._own_ends = vocabulary, launcher.ends
         self._lock = threading.Lock()
-        self._heard = time.monotonic()
+        self.heard = time.monotonic()
         self._numbers = itertools.count(1)
         self._texts: weakref.WeakValueDictionary[int, Matcher] = weakref.WeakValueDictionary()
         self.ended: deque[int] = deque()  # texts that nobody holds any more
@@ -425,11 +420,6 @@ class ConstraintProcess:
     def idle(self) -> bool:
         """Whether it is compiled, and has no text."""
         return self.compiled and not len(self._texts)
-
-    @property
-    def silent(self) -> bool:
-        """Whether it has been quiet for as long as an unused one stays."""
-        return time.monotonic() - self._heard >= self._limits.idle_seconds
 
     def compile(self, constraint: Constraint) -> str | None:
         """Compile its constraint; why that is not possible, or None."""
@@ -484,7 +474,7 @@ class ConstraintProcess:
                     continue
                 answer = self._connection.recv_bytes()
                 number, flags, memory = ANSWER.unpack_from(answer)
-                self._heard = time.monotonic()
+                self.heard = time.monotonic()
                 with self._lock:
                     self._asked -= 1
                     self._send_some()
@@ -733,13 +723,13 @@ class Grammars:
             except UnsupportedError as error:
                 self._unsupported = error
                 raise
-        launcher = self._launcher
-        return ConstraintProcess(launcher.connection(), self._vocabulary, launcher.ends, each, self._watch)
+        return ConstraintProcess(self._launcher, self._vocabulary, each, self._watch)
 
     def _watch(self, process: ConstraintProcess) -> None:
         """A process needs more memory, or has been silent for a while, or is gone; told from its thread."""
         with self._changed:
-            if process.gone is not None or (process.idle and process.silent):
+            silent = time.monotonic() - process.heard >= self._limits.each.idle_seconds
+            if process.gone is not None or (process.idle and silent):
                 self._forget(process)
             # Memory is given back only by processes that end: those without texts first, then the largest.
             while sum(one.memory for one in self._processes.values()) > self._limits.memory:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from deltaw.hub.loading import load, read_config
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
+from deltaw.training.callbacks import Say
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
 from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, own_outputs, text_positions
 
@@ -73,8 +74,7 @@ def pooling_of(model: PreTrainedModel, folder: Path, asked: str = "auto") -> tup
         if asked not in get_args(Pooling):
             raise UserError(f"there is no pooling '{asked}'", hint=f"use one of {', '.join(get_args(Pooling))}")
         return cast(Pooling, asked), "as asked"
-    told = _of_folder(folder)
-    if told is not None:
+    if (told := _of_folder(folder)) is not None:
         return told, "as the model's folder says"
     if not sees_both_ways(model):
         what = f"{type(model).__name__} is a decoder, and nothing says how it embeds a text"
@@ -359,13 +359,7 @@ def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
 
 
 def open_embedder(
-    reference: str,
-    name: str,
-    *,
-    pooling: str = "auto",
-    normalize: bool = True,
-    say: Callable[[str], None],
-    **how: Unpack[How],
+    reference: str, name: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
 ) -> Encoders:
     """An encoder under its name.
 
@@ -381,13 +375,7 @@ def open_embedder(
 
 
 def open_classifiers(
-    base: str,
-    name: str,
-    adapters: Mapping[str, str],
-    *,
-    model: str | None = None,
-    say: Callable[[str], None],
-    **how: Unpack[How],
+    base: str, name: str, adapters: Mapping[str, str], *, model: str | None = None, say: Say, **how: Unpack[How]
 ) -> Encoders:
     """A classifier and its adapters, each under its name.
 
@@ -413,8 +401,7 @@ def open_classifiers(
     if not models:
         hint = "name an adapter with --adapter name=folder"
         raise UserError("the model has no head for classes", where=base, hint=hint)
-    saved = share_weights([session.model for session in opened.values()])
-    if saved:
+    if saved := share_weights([session.model for session in opened.values()]):
         say(f"{len(opened)} classifiers share {saved / 2**20:,.0f} MB of weights")
     return Encoders(models)
 

@@ -21,7 +21,7 @@ from deltaw.errors import UserError
 from deltaw.serving.adapters import Adapters, FixedAdapters
 from deltaw.serving.constraints import ConstraintLimits, Grammars
 from deltaw.serving.request import EngineLoad, Listener, Request, Written
-from deltaw.serving.running import QueuedWriting, Run, Work, validate_stops
+from deltaw.serving.running import QueuedWriting, Run, Work, WrittenText, validate_stops
 from deltaw.serving.sampling import SamplingState, validate
 
 # How long to wait where all that is in hand waits for an adapter that somebody else holds.
@@ -181,9 +181,8 @@ class Engine:
             raise UserError(what, where="prompt_logprobs", hint="leave them out")
         validate(request.sampling, self.work.vocabulary)
         validate_stops(request.stop)
-        ends = self._ends if facts is None else facts.terminators or self._ends
-        if request.stop_ids is not None:
-            ends = request.stop_ids
+        own_ends = self._ends if facts is None else facts.terminators or self._ends
+        ends = own_ends if request.stop_ids is None else request.stop_ids
         matcher = None
         if request.constraint is not None:
             possible = [end for end in ends if 0 <= end < self.work.vocabulary]
@@ -191,7 +190,8 @@ class Engine:
         sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
         allowance = min(request.max_new_tokens, room)
         writing = QueuedWriting(self._wake, listener)
-        return Run(request, writing, sampler, matcher, self.tokenizer, ends, allowance)
+        text = WrittenText(self.tokenizer, request.stop)
+        return Run(request, writing, sampler, matcher, text, frozenset(ends), allowance)
 
     def _wake(self) -> None:
         with self._changed:

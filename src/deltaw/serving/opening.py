@@ -37,6 +37,7 @@ from deltaw.serving.running import Run, Work, next_tokens
 from deltaw.training.origin import InferenceSession
 from deltaw.working import working
 
+_LIMITS = BatchLimits()
 # Positions of a model that does not say how many it has.
 _UNSAID = 1 << 17
 # Tokens of a batch's prompts and texts, at most, unless one request alone exceeds it; and its texts.
@@ -166,9 +167,8 @@ def open_engine(session: InferenceSession, *, cache_bytes: int | None = None, sa
     except NotDecodable as reason:
         return fallback_engine(session, own, reason, say)
     how: dict[str, Any] = {"cache_bytes": room, "has_base": adapter is not None or own is None}
-    if adapter is None:
-        return engine_over(made, session, FixedAdapters(), **how)
-    return engine_over(made, session, FixedAdapters({OWN: adapter}), own_adapter=OWN, **how)
+    named = {} if adapter is None else {OWN: adapter}
+    return engine_over(made, session, FixedAdapters(named), own_adapter=OWN if named else None, **how)
 
 
 @contextlib.contextmanager
@@ -219,21 +219,19 @@ def engine_over(
     adapters: Adapters,
     *,
     cache_bytes: int,
-    limits: BatchLimits | None = None,
-    own_adapter: str | None = None,
-    has_base: bool = True,
+    limits: BatchLimits = _LIMITS,
+    **how: Any,
 ) -> Engine:
     """An engine over a decoder and any adapters.
 
     Args:
-        cache_bytes: memory for keys and values.
+        cache_bytes: memory for keys and values. how: ``own_adapter`` and ``has_base`` of the engine.
     """
-    limits = limits or BatchLimits()
     decoder = made.decoder
     most = limits.running * -(-made.positions // decoder.page_tokens)
     pages = max(1, min(most, cache_bytes // decoder.bytes_per_page))
-    how: dict[str, Any] = {"own_adapter": own_adapter, "has_base": has_base, "why": made.why}
-    return Engine(Batch(made, pages, adapters, limits), session.tokenizer, _ends(session), adapters, **how)
+    work = Batch(made, pages, adapters, limits)
+    return Engine(work, session.tokenizer, _ends(session), adapters, why=made.why, **how)
 
 
 def fallback_engine(
@@ -249,8 +247,7 @@ def fallback_engine(
     ends = _ends(session)
     facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
     bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
-    work = FallbackWork(session, own)
-    return Engine(work, session.tokenizer, ends, bank, own_adapter=own, why=why)
+    return Engine(FallbackWork(session, own), session.tokenizer, ends, bank, own_adapter=own, why=why)
 
 
 def cache_room(cache_bytes: int | None) -> int:

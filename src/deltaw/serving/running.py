@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -194,13 +195,12 @@ class _StopString:
 _NEVER = 1 << 60
 
 
+@dataclass(eq=False)
 class Run:
     """A request on its way.
 
-    Args:
-        ends: the tokens that end its text. allowance: tokens that it may write.
-
     Attributes:
+        text: that is written. ends: the tokens that end it. allowance: tokens that it may write.
         tokens, keys: (length) of the sequence, virtual tokens first (their ids are 0); and their keys.
         virtual: how many virtual tokens stand in front.
         acts_from: the place from which on the adapter's update acts.
@@ -209,32 +209,28 @@ class Run:
         prompt_logprobs: log-probabilities of the prompt's tokens that no piece has told yet.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        writing: QueuedWriting,
-        sampler: SamplingState,
-        matcher: Matcher | None,
-        tokenizer: PreTrainedTokenizerBase,
-        ends: Sequence[int],
-        allowance: int,
-    ) -> None:
-        self.request, self.writing = request, writing
-        self.sampler, self.matcher = sampler, matcher
-        self.ends, self.allowance = frozenset(ends), allowance
-        self.text = WrittenText(tokenizer, request.stop)
-        self.deadline = None if request.seconds is None else time.monotonic() + request.seconds
-        self.adapter: ActiveAdapter | None = None
-        self.pages: SequencePages | None = None
-        self.slot = -1
-        self.virtual = 0
-        self.acts_from = _NEVER
-        self.written = 0
-        self.length = 0
+    request: Request
+    writing: QueuedWriting
+    sampler: SamplingState
+    matcher: Matcher | None
+    text: WrittenText
+    ends: frozenset[int]
+    allowance: int
+    adapter: ActiveAdapter | None = None
+    pages: SequencePages | None = None
+    slot: int = -1
+    virtual: int = 0
+    acts_from: int = _NEVER
+    written: int = 0
+    length: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    _told: bool = False
+    _reused: int = 0
+
+    def __post_init__(self) -> None:
+        seconds = self.request.seconds
+        self.deadline = None if seconds is None else time.monotonic() + seconds
         self.tokens = self.keys = np.empty(0, np.int64)
-        self._told = False
-        self._reused = 0
-        self.prompt_logprobs: list[TokenLogprob] = []
 
     def place(self, adapter: ActiveAdapter | None) -> None:
         """Lay out the sequence for the adapter that writes it; once, before it first runs."""
@@ -305,7 +301,7 @@ class Run:
             what = "no token can be chosen: the model's logits are not numbers, or nothing is allowed"
             raise UserError(what, hint="look for values that are not finite in the model and its adapter")
         if token in self.ends:
-            self._put("", (), (), "stop", token)
+            self._put(Piece("", finish="stop"), token)
             return True
         self.tokens[self.length] = token
         number = self.adapter.number if self.adapter is not None and self.length >= self.acts_from else 0
@@ -320,27 +316,20 @@ class Run:
             self.matcher.accept(token)  # whether that ends it, is asked before the next one
         elif self.written >= self.allowance:
             finish = "length"
-        self._put(text, (token,), () if logprob is None else (logprob,), finish)
+        self._put(Piece(text, (token,), () if logprob is None else (logprob,), finish))
         return finish is not None
 
     def finish(self, reason: FinishReason) -> None:
         """End the text."""
-        self._put("", (), (), reason)
+        self._put(Piece("", finish=reason))
 
-    def _put(
-        self,
-        text: str,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...],
-        finish: FinishReason | None,
-        terminator: int | None = None,
-    ) -> None:
-        if finish is not None:
-            text += self.text.end()
-        of_prompt, self.prompt_logprobs = self.prompt_logprobs, []
-        piece = Piece(text, tokens, (*of_prompt, *logprobs), finish, 0 if self._told else self._reused)
+    def _put(self, piece: Piece, terminator: int | None = None) -> None:
+        """Hand out a piece, with what is told besides: the text's end, and what is known of its prompt."""
+        text = piece.text if piece.finish is None else piece.text + self.text.end()
+        logprobs, self.prompt_logprobs = (*self.prompt_logprobs, *piece.logprobs), []
+        whole = Piece(text, piece.tokens, logprobs, piece.finish, 0 if self._told else self._reused)
         self._told = True
-        self.writing.put(piece, terminator)
+        self.writing.put(whole, terminator)
 
 
 def next_tokens(runs: Sequence[Run], logits: np.ndarray) -> Iterator[tuple[Run, int, TokenLogprob | None]]:

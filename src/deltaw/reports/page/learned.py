@@ -237,7 +237,7 @@ def norm_figure(learned: Learned) -> Figure:
     places = evenly(len(rows), ROWS)
     note = f"{len(places)} of {len(rows)} layers" if len(places) < len(rows) else ""
     title = "Where it learned" if learned.is_update else "Where the saved values are large"
-    drawn = heat_map("learned", "Norm by layer and kind of module", text, strips, columns, short)
+    drawn = heat_map("learned", "Norm by layer and kind of module", text, strips, columns)
     return Figure("learned", title, text, drawn, Numbers("Norms by layer", head, [rows[i] for i in places], note))
 
 

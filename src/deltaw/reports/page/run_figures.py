@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from deltaw.reports.page.svg import (
     Bar,
     Curve,
     Figure,
+    Legend,
     Numbers,
     bars,
     evenly,
@@ -34,21 +34,12 @@ ABOVE_FIRST = 1.5
 STEP = "step"
 
 
+_GENERAL = "The loss on the base model's own answers that each step also learns (train.keep_general)."
 # Columns of the metrics with a figure: title, what it shows, unit of the vertical axis, and whether it is smoothed.
 COLUMNS = {
     "learning_rate": ("Learning rate", "The learning rate that each step used.", "learning rate", False),
-    "gradient_norm": (
-        "Gradient norm",
-        "The norm of each step's gradient before it was clipped.",
-        "gradient norm",
-        True,
-    ),
-    "general_loss": (
-        "General answers",
-        "The loss on the base model's own answers that each step also learns (train.keep_general).",
-        "loss, nats per token",
-        True,
-    ),
+    "gradient_norm": ("Gradient norm", "The gradient's norm at each step, before clipping.", "gradient norm", True),
+    "general_loss": ("General answers", _GENERAL, "loss, nats per token", True),
 }
 
 
@@ -60,25 +51,15 @@ def curve_figures(record: Run) -> list[Figure]:
 
 
 def over_steps(
-    identity: str,
-    title: str,
-    text: str,
-    said: str,
-    curves: Sequence[Curve],
-    numbers: Numbers,
-    legend: Sequence[tuple[Markup, str]] = (),
-    *,
-    y_format: Callable[[float], str] = tick,
-    **axis: Any,
+    identity: str, title: str, text: str, said: str, curves: list[Curve], numbers: Numbers, legend: Legend, **axis: Any
 ) -> Figure:
     """Curves over the steps of a run.
 
     Args:
         said: what is drawn, in a sentence. axis: of :func:`deltaw.reports.page.svg.line_chart`.
     """
-    drawn = line_chart(
-        identity, f"{title} over steps", said, curves, x_format=_step, y_format=y_format, x_from=0, **axis
-    )
+    axis = {"x_format": _step, "y_format": tick, "x_from": 0, **axis}
+    drawn = line_chart(identity, f"{title} over steps", said, curves, **axis)
     return Figure(identity, title, text, drawn, numbers, legend)
 
 
@@ -126,7 +107,7 @@ def metric_figures(record: Run) -> list[Figure]:
         table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(found), len(rows)))
         curves = [Curve(points, "c2", dots=len(points) < 100)]
         axis: dict[str, Any] = {"y_format": value_format(name), "log": False}
-        figures.append(over_steps(f"metric-{len(figures) + 1}", title, said + ".", said, curves, table, **axis))
+        figures.append(over_steps(f"metric-{len(figures) + 1}", title, said + ".", said, curves, table, (), **axis))
     return figures
 
 
@@ -151,19 +132,12 @@ def speed_figure(record: Run) -> Figure | None:
     steps, seconds, tokens = steps[there], seconds[there], tokens[there]
     overall = count(tokens.sum() / seconds.sum())
     text = f"Tokens of the data that went through each second; {overall} over the whole run."
-    return _figure_of("speed", "Speed", text, "tokens per second", steps, tokens / seconds, True, from_zero=True)
+    from_zero = {"from_zero": True, "log": False}
+    return _figure_of("speed", "Speed", text, "tokens per second", steps, tokens / seconds, True, **from_zero)
 
 
 def _figure_of(
-    identity: str,
-    title: str,
-    text: str,
-    unit: str,
-    steps: np.ndarray,
-    values: np.ndarray,
-    smooth: bool,
-    *,
-    from_zero: bool = False,
+    identity: str, title: str, text: str, unit: str, steps: np.ndarray, values: np.ndarray, smooth: bool, **axis: Any
 ) -> Figure:
     mean = smoothed(values) if smooth else values
     curves = [Curve(points_of(steps, mean), "c1")]
@@ -174,8 +148,7 @@ def _figure_of(
     said = f"{unit} from {short(values[0])} at step {steps[0]:,.0f} to {short(values[-1])} at {steps[-1]:,.0f}"
     rows = [(f"{steps[i]:,.0f}", short(values[i])) for i in evenly(len(steps), ROWS)]
     table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(steps), len(rows)))
-    log = False if from_zero else None
-    return over_steps(identity, title, text, said, curves, table, legend, from_zero=from_zero, log=log)
+    return over_steps(identity, title, text, said, curves, table, legend, **axis)
 
 
 def memory_figure(record: Run) -> Figure | None:
@@ -223,7 +196,7 @@ def length_figure(record: Run) -> Figure | None:
     title, rows = "Rows by number of tokens", []
     for (start, end), held in zip(pairwise(edges), counts, strict=True):
         rows.append((f"{start:,} to {end - 1:,}" if end - start > 1 else f"{start:,}", f"{held:,}"))
-    drawn = histogram("lengths", title, text, edges, counts, "tokens")
+    drawn = histogram("lengths", title, text, edges, counts)
     return Figure("lengths", "How long the rows are", text + ".", drawn, Numbers(title, ("tokens", "rows"), rows))
 
 

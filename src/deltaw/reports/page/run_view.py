@@ -11,17 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.reports.page.learned import learned_figures, what_was_learned
+from deltaw.reports.page.learned import Learned, learned_figures, what_was_learned
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
 from deltaw.reports.page.svg import Numbers, smoothed
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
 from deltaw.runs.folder import (
-    DIVERGED,
-    FAILED,
-    FINISHED,
     INTERRUPTED,
     KILLED,
     RUNNING,
+    STATES,
     Run,
     SampleAnswer,
     mapping,
@@ -41,14 +39,7 @@ WARNINGS = {
     "clipped": "nearly all gradients were clipped",
     "rising_loss": "the training loss was rising",
 }
-STATES = {
-    RUNNING: "running",
-    FINISHED: "finished",
-    INTERRUPTED: "interrupted",
-    FAILED: "failed",
-    DIVERGED: "diverged",
-    KILLED: "killed before its end",
-}
+STATE_TEXTS = {state: state for state in STATES} | {KILLED: "killed before its end"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,8 @@ class Fact:
 
 def run_view(record: Run) -> dict[str, Any]:
     """The variables of the template ``run.html``."""
-    learned = what_was_learned(record.path)
+    learned = what_was_learned(record.path) or Learned()
+    norms = [(name, short(norm)) for name, norm in learned.others[:60]]
     curves = curve_figures(record)
     answers = answers_of(record.metrics.samples)
     examples = examples_of(record.part("data").get("examples"))
@@ -70,13 +62,9 @@ def run_view(record: Run) -> dict[str, Any]:
     changed = settings_table(record)
     view: dict[str, Any] = {
         "title": f"{record.name} – deltaw run",
-        "name": record.name,
+        **{key: getattr(record, key) for key in ("name", "model", "method", "task", "state")},
         "folder": os.fspath(record.path),
-        "model": record.model,
-        "method": record.method,
-        "task": record.task,
-        "state": record.state,
-        "state_text": STATES.get(record.state, "state not known"),
+        "state_text": STATE_TEXTS.get(record.state, "state not known"),
         "when": when(record.started),
         "when_machine": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.started)),
         "error": {key: str(record.part("error").get(key) or "") for key in ("what", "where", "hint")},
@@ -91,13 +79,9 @@ def run_view(record: Run) -> dict[str, Any]:
         "lengths": length_figure(record),
         "examples": examples,
         "masked": any(piece["trained"] for example in examples for piece in example["pieces"]),
-        "learned": [] if learned is None else learned_figures(learned),
-        "learned_note": "" if learned is None else learned.note,
-        "others": Numbers(
-            "Norms of what the adapter holds besides A and B",
-            ("name", "norm"),
-            [] if learned is None else [(name, short(norm)) for name, norm in learned.others[:60]],
-        ),
+        "learned": learned_figures(learned),
+        "learned_note": learned.note,
+        "others": Numbers("Norms of what the adapter holds besides A and B", ("name", "norm"), norms),
         "settings": changed,
         "settings_text": record.settings_text[:SETTINGS_TEXT],
         "commands": commands_of(record),
@@ -203,16 +187,12 @@ def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
-        expected = answers[-1].expected
-        found.append(
-            {
-                "name": f"row {row}" if row is not None else f"prompt {len(found) + 1}",
-                "prompt": _cut(prompt),
-                "expected": None if expected is None else _cut(expected),
-                "shown": [_answer(sample) for sample in answers[:: max(1, len(answers) - 1)]],
-                "between": [_answer(sample) for sample in answers[1:-1][-BETWEEN:]],
-            }
-        )
+        expected = None if answers[-1].expected is None else _cut(answers[-1].expected)
+        name = f"row {row}" if row is not None else f"prompt {len(found) + 1}"
+        shown_ones = [_answer(sample) for sample in answers[:: max(1, len(answers) - 1)]]
+        between = [_answer(sample) for sample in answers[1:-1][-BETWEEN:]]
+        entry = {"name": name, "prompt": _cut(prompt), "expected": expected}
+        found.append({**entry, "shown": shown_ones, "between": between})
     return found
 
 

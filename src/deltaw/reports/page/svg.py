@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
+
+from deltaw.reports.wording import short
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Numbers:
     note: str = ""
 
 
+# Sign and name of each thing that is drawn.
+Legend: TypeAlias = Sequence[tuple[Markup, str]]
+
+
 @dataclass(frozen=True)
 class Figure:
     """One figure.
@@ -51,7 +57,7 @@ class Figure:
     text: str
     drawing: Markup
     numbers: Numbers
-    legend: Sequence[tuple[Markup, str]] = ()
+    legend: Legend = ()
 
 
 # Places along a curve; each keeps its lowest and its highest value.
@@ -275,14 +281,7 @@ class Strip:
     values: Sequence[float | None]
 
 
-def heat_map(
-    identity: str,
-    title: str,
-    description: str,
-    strips: Sequence[Strip],
-    columns: Sequence[str],
-    value_format: Callable[[float], str],
-) -> Markup:
+def heat_map(identity: str, title: str, description: str, strips: Sequence[Strip], columns: Sequence[str]) -> Markup:
     """Strips of cells below each other; the darker a cell, the larger its share of the largest value."""
     top = max((v for strip in strips for v in strip.values if v is not None), default=0.0) or 1.0
     line, cell, wide = 36, 16, 1 / max(1, len(columns))
@@ -292,7 +291,7 @@ def heat_map(
         texts += [(0, y + 13, strip.name, ""), (1, y + 13, strip.note, "quiet")]
         for place, value in enumerate(strip.values):
             if value is not None:
-                hover = f"{columns[place]}: {value_format(value)}"
+                hover = f"{columns[place]}: {short(value)}"
                 rects.append(Rect("cell", place * wide, y + 18, wide, cell, hover, 0.06 + 0.94 * value / top))
     height = line * len(strips) + 18
     ends = [(0.0, columns[0]), (1.0, columns[-1])] if len(columns) > 1 else [(0.0, name) for name in columns]
@@ -325,17 +324,15 @@ def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> M
     return drawing(identity, title, description, line * len(given) + 2, rects=rects, texts=texts)
 
 
-def histogram(
-    identity: str, title: str, description: str, edges: Sequence[float], counts: Sequence[int], name: str
-) -> Markup:
-    """Upright bars over bins."""
+def histogram(identity: str, title: str, description: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:
+    """Upright bars over bins of numbers of tokens."""
     most, height = max(counts, default=0) or 1, 130
     low, span = edges[0], (edges[-1] - edges[0]) or 1
     plot = height - 10 - BOTTOM
     rects = []
     for (start, end), number in zip(itertools.pairwise(edges), counts, strict=True):
         tall, wide = plot * number / most, max(0.004, (end - start) / span - 0.005)
-        hover = f"{start:g} to {end - 1:g} {name}: {number:,}"
+        hover = f"{start:g} to {end - 1:g} tokens: {number:,}"
         rects.append(Rect("column", (start - low) / span, 10 + plot - tall, wide, tall, hover))
-    texts = [(share, height - 6, f"{edge:,.0f} {name}", "") for share, edge in ((0, edges[0]), (1, edges[-1] - 1))]
+    texts = [(share, height - 6, f"{edge:,.0f} tokens", "") for share, edge in ((0, edges[0]), (1, edges[-1] - 1))]
     return drawing(identity, title, description, height, grid=[10 + plot], rects=rects, texts=texts)

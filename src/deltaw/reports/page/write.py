@@ -16,7 +16,7 @@ import numpy as np
 from deltaw.durable import write_text
 from deltaw.reports.page.run_figures import over_steps, points_of, rate_figure, value_format
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.page.svg import Curve, Figure, Numbers, drawing, macro, smoothed, swatch, templates
+from deltaw.reports.page.svg import Curve, Figure, Numbers, Point, drawing, macro, smoothed, swatch, templates
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
 from deltaw.reports.wording import metric_name, metric_value, when
 from deltaw.runs.folder import Run, find_runs, read_run
@@ -64,7 +64,7 @@ def _column(records: Sequence[Run], column: str, title: str, *, smooth: bool) ->
     found = [record.metrics.column(column) for record in records]
     points = [points_of(steps, smoothed(values) if smooth else values) for steps, values in found]
     said = f"{title} over steps{', as a running mean' if smooth else ''}"
-    return _figure(records, column.replace("_", "-"), title, said, points)
+    return _figure(records, column.replace("_", "-"), title, said, points, "")
 
 
 def _metric(records: Sequence[Run], name: str) -> Figure | None:
@@ -72,18 +72,11 @@ def _metric(records: Sequence[Run], name: str) -> Figure | None:
     title = f"Held-out {metric_name(name)}"
     identity = "held-out-" + "".join(letter if letter.isalnum() else "-" for letter in name)
     points = [points_of(*values.T) for values in found]
-    return _figure(records, identity, title, f"{title} over steps", points, metric=name, log=False)
+    return _figure(records, identity, title, f"{title} over steps", points, name, log=False)
 
 
 def _figure(
-    records: Sequence[Run],
-    identity: str,
-    title: str,
-    said: str,
-    found: Sequence[Sequence[tuple[float, float]]],
-    *,
-    metric: str = "",
-    log: bool | None = None,
+    records: Sequence[Run], identity: str, title: str, said: str, found: list[list[Point]], metric: str, **axis: Any
 ) -> Figure | None:
     """Curves of several runs; None where no run has one."""
     drawn = [
@@ -98,18 +91,11 @@ def _figure(
         values = [value for _, value in points]
         ends = (metric_value(metric, value) for value in (values[0], values[-1], min(values)))
         rows.append((name, *ends, f"{points[-1][0]:,.0f}"))
-    return over_steps(
-        identity,
-        title,
-        said + ".",
-        said,
-        [Curve(points, kind, dots=len(points) < 40) for _, kind, points in drawn],
-        Numbers(f"{title} by run", ("run", "first", "last", "lowest", "at step"), rows),
-        [(swatch(kind), name) for name, kind, _ in drawn],
-        y_format=value_format(metric),
-        log=log,
-        height=260 if identity == "loss" else 210,
-    )
+    curves = [Curve(points, kind, dots=len(points) < 40) for _, kind, points in drawn]
+    table = Numbers(f"{title} by run", ("run", "first", "last", "lowest", "at step"), rows)
+    legend = [(swatch(kind), name) for name, kind, _ in drawn]
+    axis |= {"y_format": value_format(metric), "height": 260 if identity == "loss" else 210}
+    return over_steps(identity, title, said + ".", said, curves, table, legend, **axis)
 
 
 NAME = "report.html"

@@ -144,12 +144,8 @@ class Answer(Generic[Asked]):
 
     def head(self, kind: str) -> Object:
         """What begins each object of the answer."""
-        return {
-            "id": f"{self.prefix}-{self.record.id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.asked.model,
-        }
+        identity = f"{self.prefix}-{self.record.id}"
+        return {"id": identity, "object": kind, "created": self.created, "model": self.asked.model}
 
     async def response(self, request: Request, texts: Texts, desk: Desk) -> Response:
         """The response, as events while the texts are written or whole."""
@@ -222,11 +218,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),
-        ]
+        kind = (b"content-type", b"text/event-stream; charset=utf-8")
+        headers = [kind, (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with _watching(receive, self._record, self._texts, self._desk):
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -57,13 +59,9 @@ def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk 
     ]
     if settings.origins:
         # Outside the guard, since a browser asks beforehand without a key.
-        cross_origin = Middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-        layers.insert(1, cross_origin)
+        allowed: dict[str, Any] = {"allow_origins": list(settings.origins), "allow_methods": ["GET", "POST"]}
+        headers = ["Authorization", "Content-Type"]
+        layers.insert(1, Middleware(CORSMiddleware, allow_headers=headers, **allowed))
     app = FastAPI(
         title="deltaw",
         version=__version__,

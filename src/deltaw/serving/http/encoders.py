@@ -87,15 +87,11 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
             ]
             return await asyncio.get_running_loop().run_in_executor(None, json_response, told)
         assert isinstance(model, Classifier)
-        told["data"] = [
-            {
-                "index": index,
-                "label": model.classes[int(probabilities.argmax())],
-                "probs": probabilities.tolist(),
-                "num_classes": len(model.classes),
-            }
-            for index, probabilities in enumerate(found)
-        ]
+        data, count = [], len(model.classes)
+        for index, row in enumerate(found):
+            label = model.classes[int(row.argmax())]
+            data.append({"index": index, "label": label, "probs": row.tolist(), "num_classes": count})
+        told["data"] = data
         told |= {"id": f"classify-{record.id}", "created": int(time.time())}
         return json_response(told | {"usage": {**usage, "completion_tokens": 0}})
 

@@ -228,15 +228,9 @@ class Observed:
         seconds = time.perf_counter() - record.began
         status = GONE if record.gone else status
         self._metrics.count(record, route, status, seconds)
-        line: dict[str, object] = {
-            "event": "request",
-            "id": record.id,
-            "client": (scope.get("client") or [None])[0],
-            "method": scope["method"][:16],
-            "route": route,
-            "status": status,
-            "seconds": round(seconds, 4),
-        }
+        client, method = (scope.get("client") or [None])[0], scope["method"][:16]
+        line: dict[str, object] = {"event": "request", "id": record.id, "client": client, "method": method}
+        line |= {"route": route, "status": status, "seconds": round(seconds, 4)}
         if record.model:
             first = None if record.first_token is None else round(record.first_token - record.began, 4)
             told = ("model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens")

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from deltaw.errors import UserError
 from deltaw.serving.adapters import AdapterFacts
@@ -25,9 +26,12 @@ from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits, check_name
 from deltaw.serving.opening import cache_room, engine_over, fallback_engine
 from deltaw.serving.probes import NotDecodable
+from deltaw.training.callbacks import Say
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
 from deltaw.working import working
 
+# The prompts of an adapter by its name; of the base model for None.
+AllPrompts: TypeAlias = Callable[[str | None], Prompts]
 # Renderings that are kept, of adapters that were asked for; each holds little, but adapters come and go.
 MOST_PROMPTS = 1024
 
@@ -63,9 +67,7 @@ class Opening:
         return {"precision": self.precision, "device": self.device, "trust_remote_code": self.trust_remote_code}
 
 
-def open_any(
-    base: str, folders: Mapping[str, Path], opening: Opening, limits: Limits, *, say: Callable[[str], None]
-) -> Served:
+def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: Limits, *, say: Say) -> Served:
     """What a reference names, ready to serve: a model that writes text, an encoder, or a classifier.
 
     Args:
@@ -83,9 +85,8 @@ def open_any(
         if folders:
             raise UserError("an encoder is served without adapters", where="--adapter")
         name = opening.name or base
-        encoders = open_embedder(
-            base, name, pooling=opening.pooling, normalize=opening.normalize, say=say, **opening.how
-        )
+        vectors: dict[str, Any] = {"pooling": opening.pooling, "normalize": opening.normalize}
+        encoders = open_embedder(base, name, say=say, **vectors, **opening.how)
     else:
         name = opening.name or (check_name(Path(base).resolve().name, base) if is_run else base)
         if name in folders:
@@ -95,7 +96,7 @@ def open_any(
     return encoders_served(encoders, name, base, limits)
 
 
-def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say: Callable[[str], None]) -> Served:
+def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say: Say) -> Served:
     """A base model and its adapters, ready to serve.
 
     Args:
@@ -122,35 +123,31 @@ def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say
     session = open_run(base, say=say, **opening.how)
     session.require_generation()
     room = cache_room(opening.cache_bytes)
+    bank: AdapterBank | None = None
     try:
         with working("preparing the decoder"):
             made = decodable(session.model, cache_bytes=room)
     except NotDecodable as reason:
-        served = _by_transformers(base, name, folders, session, opening, reason, say)
+        engine, prompts = _by_transformers(base, folders, session, opening, reason, say)
     else:
-        bank = AdapterBank(
-            session.model, session.tokenizer, Packer(session.model, made), budget_bytes=opening.adapter_bytes
-        )
+        packer = Packer(session.model, made)
+        bank = AdapterBank(session.model, session.tokenizer, packer, budget_bytes=opening.adapter_bytes)
         with working("loading adapters", len(folders)) as advance:
             for done, (adapter, folder) in enumerate(folders.items(), start=1):
                 bank.add(adapter, folder)
                 advance(done)
         engine = engine_over(made, session, bank, cache_bytes=room, limits=BatchLimits(running=opening.running))
-        served = _served(name, base, engine, _prompts_of_bank(session, bank), bank)
+        prompts = _prompts_of_bank(session, bank)
+    close = functools.partial(engine.close, drain=False)
+    served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close=close)
     if not opening.page:
         return served
     return replace(served, routers=(page_router(),), open_paths=frozenset({"/"}))
 
 
 def _by_transformers(
-    base: str,
-    name: str,
-    folders: Mapping[str, Path],
-    session: InferenceSession,
-    opening: Opening,
-    reason: NotDecodable,
-    say: Callable[[str], None],
-) -> Served:
+    base: str, folders: Mapping[str, Path], session: InferenceSession, opening: Opening, reason: NotDecodable, say: Say
+) -> tuple[Engine, AllPrompts]:
     if len(folders) > 1:
         what = f"this model has no decoder, and transformers serves one adapter: {len(folders)} are named"
         raise UserError(what, where="--adapter", hint="start a server for each, on a port of its own")
@@ -159,17 +156,10 @@ def _by_transformers(
     if own is not None:
         session = open_run(str(folders[own]), model=base, say=say, **opening.how)
         data[own] = TokenizerPrompts(session.tokenizer, session.data)
-    return _served(name, base, fallback_engine(session, own, reason, say), data.__getitem__)
+    return fallback_engine(session, own, reason, say), data.__getitem__
 
 
-def _served(
-    name: str, base: str, engine: Engine, prompts: Callable[[str | None], Prompts], bank: AdapterBank | None = None
-) -> Served:
-    close = functools.partial(engine.close, drain=False)
-    return Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close=close)
-
-
-def _prompts_of_bank(session: InferenceSession, bank: AdapterBank) -> Callable[[str | None], Prompts]:
+def _prompts_of_bank(session: InferenceSession, bank: AdapterBank) -> AllPrompts:
     """Prompts of the adapters that a bank has at the moment: each with its own template, and rendered as its
     rows were."""
     of_base = TokenizerPrompts(session.tokenizer, session.data)

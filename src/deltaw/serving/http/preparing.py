@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -354,22 +354,14 @@ def text_requests(
     sampling = asked.sampling(logprobs)
     # Each choice draws with a seed of its own, which does not depend on what else is asked for.
     seeds: Sequence[int] = [(sampling.seed + number) % (1 << 63) for number in range(asked.choices)]
-    return [
-        Request(
-            tokens=tokens,
-            adapter=adapter,
-            sampling=replace(sampling, seed=seed),
-            constraint=constraint,
-            max_new_tokens=_new_tokens(most, tokens, served, limits),
-            stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
-            stop_ids=() if asked.ignore_eos else None,
-            seconds=limits.seconds,
-            prompt_logprobs=scored,
-            owner=owner,
-        )
-        for tokens in given
-        for seed in seeds
-    ]
+    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+    how: dict[str, Any] = {"stop": stop, "stop_ids": () if asked.ignore_eos else None, "seconds": limits.seconds}
+    how |= {"constraint": constraint, "prompt_logprobs": scored, "owner": owner}
+    requests = []
+    for tokens in given:
+        how["max_new_tokens"] = _new_tokens(most, tokens, served, limits)
+        requests += [Request(tokens, adapter, replace(sampling, seed=seed), **how) for seed in seeds]
+    return requests
 
 
 def _chat_tokens(asked: ChatRequest, prompts: Prompts, longest: int) -> np.ndarray:

@@ -165,21 +165,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, desk: Desk | None, settings: ServerSettings, ready: Callable[[], None]) -> None:
         limits = settings.limits
-        config = uvicorn.Config(
-            app,
-            http=type("LimitedConnection", (_LimitedConnection,), {"limits": limits}),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=limits.keep_alive,
-            timeout_graceful_shutdown=int(limits.shutdown_seconds) + LAST,
-            ssl_certfile=settings.certificate,
-            ssl_keyfile=settings.certificate_key,
-        )
-        super().__init__(config)
+        how: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None}
+        how |= dict.fromkeys(("access_log", "proxy_headers", "server_header"), False)
+        how |= {"ssl_certfile": settings.certificate, "ssl_keyfile": settings.certificate_key}
+        how |= {"http": type("LimitedConnection", (_LimitedConnection,), {"limits": limits})}
+        wait = int(limits.shutdown_seconds) + LAST
+        how |= {"timeout_keep_alive": limits.keep_alive, "timeout_graceful_shutdown": wait}
+        super().__init__(uvicorn.Config(app, **how))
         self._desk, self._seconds, self._ready = desk, limits.shutdown_seconds, ready
         self.interrupted, self._signals = False, 0
         self._loop: asyncio.AbstractEventLoop | None = None

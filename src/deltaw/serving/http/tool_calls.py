@@ -111,10 +111,8 @@ class CallScan:
     """
 
     def __init__(self, form: CallForm, names: Sequence[str]) -> None:
-        self._form = form
-        self._names = names
-        self._held = ""
-        self._spoke = False
+        self._form, self._names = form, names
+        self._held, self._spoke = "", False
 
     def feed(self, text: str, tokens: Sequence[int] = ()) -> str:
         """The next part of the text, with its tokens: what of all so far can be said now."""
