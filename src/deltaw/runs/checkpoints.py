@@ -421,11 +421,8 @@ class Checkpoints:
 
     def _cannot_write(self, step: int, error: OSError) -> UserError:
         before = "" if self.last is None else f": it goes on from {self.last.name}"
-        return UserError(
-            f"the checkpoint of step {step} cannot be written: {error.strerror or error}",
-            where=str(self.folder),
-            hint=f"make room there and run the same command again{before}",
-        )
+        what = f"the checkpoint of step {step} cannot be written: {error.strerror or error}"
+        return UserError(what, where=str(self.folder), hint=f"make room there and run the same command again{before}")
 
 
 def listed(folder: Path) -> list[Path]:

@@ -85,11 +85,8 @@ def fit(
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
-            raise UserError(
-                "a resumed run keeps its own settings and folder",
-                where=str(resume),
-                hint="pass only single settings to change: no settings file, no 'output', no fresh",
-            )
+            hint = "pass only single settings to change: no settings file, no 'output', no fresh"
+            raise UserError("a resumed run keeps its own settings and folder", where=str(resume), hint=hint)
         config = {**(config or {}), "output": os.fspath(resume)}
         config = settings_to_resume(Path(os.path.expanduser(resume)), config)
     config = RunConfig.read(config)

@@ -253,11 +253,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """
     path = Path(folder)
     if not is_run(path):
-        raise UserError(
-            "this is not the folder of a run: it holds neither run.yaml nor metrics.jsonl",
-            where=str(path),
-            hint="give a run's folder; 'deltaw runs' lists those below a folder",
-        )
+        what = "this is not the folder of a run: it holds neither run.yaml nor metrics.jsonl"
+        raise UserError(what, where=str(path), hint="give a run's folder; 'deltaw runs' lists those below a folder")
     require_contained(path)
     return Run(path)
 
@@ -273,11 +270,8 @@ def find_runs(folder: Path, depth: int = 3) -> list[Path]:
         UserError: the folder cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(
-            "there is no such folder",
-            where=str(folder),
-            hint="name the folder that your runs are in: the one above a run's 'output'",
-        )
+        hint = "name the folder that your runs are in: the one above a run's 'output'"
+        raise UserError("there is no such folder", where=str(folder), hint=hint)
     found: list[Path] = []
     try:
         inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -518,11 +512,9 @@ class RunLock:
             self._lock.acquire()
         except Timeout as error:
             process = mapping(Run(run).values.get("process")).get("id")
-            raise UserError(
-                f"{'another process' if process is None else f'process {process}'} is training into this folder",
-                where=str(run),
-                hint="wait until it is done, stop it, or set 'output' to another folder",
-            ) from error
+            what = f"{'another process' if process is None else f'process {process}'} is training into this folder"
+            hint = "wait until it is done, stop it, or set 'output' to another folder"
+            raise UserError(what, where=str(run), hint=hint) from error
         except OSError as error:
             raise not_writable(run, error) from error
 
@@ -600,11 +592,8 @@ class RunFolder(Run):
         try:
             self.path.rename(renamed)
         except OSError as error:
-            raise UserError(
-                f"cannot rename the earlier run: {error.strerror or error}",
-                where=str(self.path),
-                hint="set 'output' to another folder",
-            ) from error
+            what = f"cannot rename the earlier run: {error.strerror or error}"
+            raise UserError(what, where=str(self.path), hint="set 'output' to another folder") from error
         return renamed
 
     def note(self, **values: Any) -> None:
@@ -687,17 +676,11 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
     except OSError as error:
         raise not_writable(path, error) from error
     if holds not in ([], [FOLDER]) and SETTINGS not in holds and METRICS not in holds:
-        raise UserError(
-            f"the output folder holds files that are not a run's, such as '{holds[0]}'",
-            where=str(path),
-            hint="set 'output' to a new or empty folder",
-        )
+        what = f"the output folder holds files that are not a run's, such as '{holds[0]}'"
+        raise UserError(what, where=str(path), hint="set 'output' to a new or empty folder")
     if holds and not goes_on and path.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(
-            "the output folder holds an earlier run, and cannot be renamed while you are in it",
-            where=str(path),
-            hint="set 'output' to a folder below this one",
-        )
+        what = "the output folder holds an earlier run, and cannot be renamed while you are in it"
+        raise UserError(what, where=str(path), hint="set 'output' to a folder below this one")
 
 
 def _belongs_to_a_run(path: Path) -> bool:
@@ -715,11 +698,8 @@ def _is_leftover(file: Path) -> bool:
 
 def not_writable(path: Path, error: OSError) -> UserError:
     """The refusal of an output folder."""
-    return UserError(
-        f"cannot write into the output folder: {error.strerror or error}",
-        where=str(path),
-        hint="set 'output' to a folder that you can write to",
-    )
+    hint = "set 'output' to a folder that you can write to"
+    return UserError(f"cannot write into the output folder: {error.strerror or error}", where=str(path), hint=hint)
 
 
 def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> str:

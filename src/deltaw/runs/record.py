@@ -262,11 +262,9 @@ class Start:
             return
         if self.found.step == total_steps and not self.finished:
             return  # it was stopped in its last evaluation
-        raise UserError(
-            f"the run has done {self.found.step} steps, and the settings ask for {total_steps}",
-            where=str(self.found.path.parent.parent),
-            hint="ask for more with --train.epochs or --train.max_steps",
-        )
+        what = f"the run has done {self.found.step} steps, and the settings ask for {total_steps}"
+        hint = "ask for more with --train.epochs or --train.max_steps"
+        raise UserError(what, where=str(self.found.path.parent.parent), hint=hint)
 
 
 def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
@@ -650,11 +648,8 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
         if what is None:
             raise
         file = getattr(error, "filename", None)
-        raise UserError(
-            f"{what}, so the run cannot continue",
-            where=str(file or run),
-            hint=f"make it writable again and free some space; {_goes_on(last())}",
-        ) from error
+        hint = f"make it writable again and free some space; {_goes_on(last())}"
+        raise UserError(f"{what}, so the run cannot continue", where=str(file or run), hint=hint) from error
 
 
 def _goes_on(last: Path | None) -> str:

@@ -182,11 +182,9 @@ def require_same_model(before: str | None, session: Session, run: Path, say: Say
     if before is not None and not before.startswith(FORMAT):
         say("not verified: whether the model is the one of the checkpoint, which an earlier version of deltaw wrote")
     elif before is not None and session.identity is not None and before != session.identity:
-        raise UserError(
-            "the model's weights are not those that the run began with, so it cannot be resumed",
-            where=f"model: {session.config.model}",
-            hint=f"restore the model to resume, or {START_ANEW}".format(run=run),
-        )
+        what = "the model's weights are not those that the run began with, so it cannot be resumed"
+        hint = f"restore the model to resume, or {START_ANEW}".format(run=run)
+        raise UserError(what, where=f"model: {session.config.model}", hint=hint)
 
 
 def compute_as(arithmetic: object) -> tuple[str, ...]:
@@ -396,11 +394,9 @@ def _compute_alike(begun: Sequence[str] | None, group: Group) -> Sequence[str] |
         except (UserError, OSError, RuntimeError, ValueError) as error:
             reason = error.what if isinstance(error, UserError) else str(error)
         if reason is not None:
-            raise UserError(
-                f"it computes with {_named(ours)}, process 0 with {_named(theirs)}: {reason}",
-                where=f"the processor of process {group.rank}",
-                hint=f"set {variants.VARIABLE} in every process to kernels that all processors have",
-            )
+            what = f"it computes with {_named(ours)}, process 0 with {_named(theirs)}: {reason}"
+            hint = f"set {variants.VARIABLE} in every process to kernels that all processors have"
+            raise UserError(what, where=f"the processor of process {group.rank}", hint=hint)
     return begun
 
 
@@ -425,11 +421,8 @@ def _compare(facts: dict[str, Any], group: Group) -> None:
     theirs = json.loads(group.receive_text())
     for name, ours in json.loads(json.dumps(facts)).items():
         if ours != theirs[name]:
-            raise UserError(
-                f"it does not have the same {name} as process 0",
-                where=f"{name}: {_brief(ours)} instead of {_brief(theirs[name])}",
-                hint=_HINTS[name],
-            )
+            what = f"it does not have the same {name} as process 0"
+            raise UserError(what, where=f"{name}: {_brief(ours)} instead of {_brief(theirs[name])}", hint=_HINTS[name])
 
 
 def _brief(value: object) -> str:

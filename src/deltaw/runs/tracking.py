@@ -196,11 +196,8 @@ def check_installed(name: str) -> None:
     """
     if importlib.util.find_spec(name) is None:  # each module is called like its tracker and its package
         extra = "" if name == "wandb" else ", or pip install 'deltaw[track]'"
-        raise UserError(
-            f"track: {name} needs the package {name}, which is not installed",
-            where="track",
-            hint=f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl",
-        )
+        hint = f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl"
+        raise UserError(f"track: {name} needs the package {name}, which is not installed", where="track", hint=hint)
 
 
 def settings_of(start: RunStart) -> dict[str, object]:

@@ -73,11 +73,8 @@ class FoundFolder:
         """
         named = self.run.model if self.run is not None else self.adapter.get("base_model_name_or_path")
         if model is None and not (isinstance(named, str) and named):
-            raise UserError(
-                "the adapter does not say which model it belongs to",
-                where=str(self.folder / ADAPTER_CONFIG),
-                hint="name the base model with --model",
-            )
+            what = "the adapter does not say which model it belongs to"
+            raise UserError(what, where=str(self.folder / ADAPTER_CONFIG), hint="name the base model with --model")
         return str(named) if model is None else model
 
     def base(self, model: str | None) -> str:
@@ -224,22 +221,17 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
 
 def _no_adapter(folder: Path) -> UserError:
     if (folder / SETTINGS).is_file():
-        return UserError(
-            "the run has no adapter: it ended early",
-            where=str(folder),
-            hint=f"train it again: deltaw train {folder / SETTINGS}",
-        )
+        hint = f"train it again: deltaw train {folder / SETTINGS}"
+        return UserError("the run has no adapter: it ended early", where=str(folder), hint=hint)
     return UserError(
         f"there is no adapter in '{folder}'", where=str(folder), hint="name a run's folder, or an adapter's"
     )
 
 
 def _wants_code(settings: Path, model: str, flag: str) -> UserError:
-    return UserError(
-        f"the run's settings ask to run Python code that comes with its base model, '{model}'",
-        where=f"trust_remote_code in {settings}",
-        hint=f"read the code; if you trust it, add {flag} (in Python: trust_remote_code=True)",
-    )
+    what = f"the run's settings ask to run Python code that comes with its base model, '{model}'"
+    hint = f"read the code; if you trust it, add {flag} (in Python: trust_remote_code=True)"
+    return UserError(what, where=f"trust_remote_code in {settings}", hint=hint)
 
 
 # An inference session: a finished run, or a bare model, for evaluation, generation and chat.
@@ -337,11 +329,8 @@ class InferenceSession:
     def require_generation(self) -> None:
         """Raise a UserError where the model does not write text."""
         if not self.task.writes_text:
-            raise UserError(
-                f"this is an adapter for {self.task.name}, which writes no text",
-                where=self.loaded.reference,
-                hint="use deltaw eval",
-            )
+            what = f"this is an adapter for {self.task.name}, which writes no text"
+            raise UserError(what, where=self.loaded.reference, hint="use deltaw eval")
 
 
 def open_run(

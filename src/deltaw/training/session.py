@@ -539,11 +539,8 @@ def _method_for(task: Task, config: RunConfig) -> Method:
     """
     method = choose_method(config, task.tokenizer)
     if task.has_pairs and method.activates:
-        raise UserError(
-            "an adapter with an invocation sequence cannot be trained on pairs",
-            where="lora.activation",
-            hint="set lora.activation: always",
-        )
+        what = "an adapter with an invocation sequence cannot be trained on pairs"
+        raise UserError(what, where="lora.activation", hint="set lora.activation: always")
     return method
 
 

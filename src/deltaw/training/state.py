@@ -441,11 +441,9 @@ class TrainState:
         for name, parameter in zip(self.names, self.trained, strict=True):
             value = saved.tensors[f"parameter/{name}"]
             if value.shape != parameter.shape:
-                raise UserError(
-                    f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state",
-                    where="the saved state",
-                    hint="continue with the model and the settings that it began with",
-                )
+                what = f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state"
+                hint = "continue with the model and the settings that it began with"
+                raise UserError(what, where="the saved state", hint=hint)
             parameter.copy_(value)
             kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
             on_device = {k: t.to(parameter.device, copy=True) for k, t in kept.items() if t is not None}

@@ -32,21 +32,15 @@ def memory_budget(memory: str | None, device: str) -> int | None:
         return None
     size = parse_bytes(memory, where="memory")
     if device != "cpu":
-        raise UserError(
-            f"memory limits main memory, and this run is on {device}",
-            where="memory",
-            hint="leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu",
-        )
+        hint = "leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu"
+        raise UserError(f"memory limits main memory, and this run is on {device}", where="memory", hint=hint)
     return size
 
 
 def no_plan_to_keep(why: str) -> UserError:
     """The refusal of a run that is to keep within ``memory`` and that cannot be planned."""
-    return UserError(
-        f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({why})",
-        where="memory",
-        hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
-    )
+    what = f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({why})"
+    return UserError(what, where="memory", hint="leave memory out and set train.checkpointing or train.tokens_per_pass")
 
 
 def fitting_settings(
@@ -107,11 +101,8 @@ def fitting_settings(
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"
-        raise UserError(
-            f"no settings fit into {budget:,} bytes: {need}",
-            where="--budget",
-            hint="allow more memory, try other methods with --methods, or take a smaller model",
-        )
+        hint = "allow more memory, try other methods with --methods, or take a smaller model"
+        raise UserError(f"no settings fit into {budget:,} bytes: {need}", where="--budget", hint=hint)
     return sorted(found, key=lambda fitting: fitting.seconds)
 
 

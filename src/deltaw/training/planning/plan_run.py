@@ -583,11 +583,8 @@ def plan_each(
 
 
 def _no_dry_run(error: Exception) -> UserError:
-    return UserError(
-        f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})",
-        where="the plan",
-        hint="train it anyway: deltaw train then runs without a plan",
-    )
+    what = f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
+    return UserError(what, where="the plan", hint="train it anyway: deltaw train then runs without a plan")
 
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:
