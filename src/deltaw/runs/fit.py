@@ -218,12 +218,9 @@ def planned(
         return config, None
     callback.on_plan(plan, limit)
     if plan.peak_resident_bytes > limit and not config.force:
-        raise UserError(
-            f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
-            where="the plan",
-            hint="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
-            "train.checkpointing, or train anyway with --force true",
-        )
+        what = f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}"
+        ways = "lower train.tokens_per_pass, set train.checkpointing, or train anyway with --force true"
+        raise UserError(what, where="the plan", hint=f"see what fits with 'deltaw plan --budget', {ways}")
     return config, plan
 
 
@@ -262,8 +259,7 @@ def load_for(
             say(f"{name}: {choice}")
         else:
             choose(name, choice)
-    faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
-    if faster is not None:
+    if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
         say(faster)
     return loaded
 
@@ -383,6 +379,4 @@ def _arithmetic(session: Session) -> dict[str, str]:
 
 
 def _peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes()

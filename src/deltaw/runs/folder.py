@@ -307,16 +307,8 @@ def is_alive(process: Mapping[str, object]) -> bool | None:
 
 # Columns of the metrics that are kept of a step.
 COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "gradient_norm",
-    "rows",
-    "tokens",
-    "label_tokens",
-    "seconds",
-    "general_loss",
+    *("step", "epoch", "loss", "learning_rate", "gradient_norm"),
+    *("rows", "tokens", "label_tokens", "seconds", "general_loss"),
 )
 # Lines of other kinds that are kept, the last of them: a file that grows without bound is still shown.
 KEPT = 20_000
@@ -419,15 +411,9 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")
-            metrics.samples.append(
-                SampleAnswer(
-                    step,
-                    row if isinstance(row, int) else None,
-                    str(sample.get("prompt", "")),
-                    None if expected is None else str(expected),
-                    str(sample.get("answer", "")),
-                )
-            )
+            row, expected = row if isinstance(row, int) else None, None if expected is None else str(expected)
+            prompt, answer = (str(sample.get(name, "")) for name in ("prompt", "answer"))
+            metrics.samples.append(SampleAnswer(step, row, prompt, expected, answer))
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -539,9 +525,7 @@ class RunFolder(Run):
         UserError: the folder cannot be written, is in use, or holds something that is not a run.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, lock: RunLock | None = None, lines_kept: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, lock: RunLock | None = None, lines_kept: int | None = None) -> None:
         super().__init__(path)
         goes_on = lines_kept is not None
         self._lock = lock

@@ -14,9 +14,9 @@ import inspect
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig, flat
@@ -96,11 +96,9 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[Trackio] | type[WandB]] = {
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-    "wandb": WandB,
-}
+# Makes the tracker of a run, from its folder, its settings and its first step.
+Maker: TypeAlias = Callable[[Path, Mapping[str, object], int], Tracker]
+TRACKERS: dict[str, Maker] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
 
 
 class TrackingCallback(Callback):

@@ -11,6 +11,7 @@ what the folder names and how to allow it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,9 +95,7 @@ class FoundFolder:
             return name
         if (here := already_here(name)) is not None:
             return here
-        raise _foreign(
-            self.folder / SETTINGS if self.run is not None else self.folder / ADAPTER_CONFIG, {"model": name}
-        )
+        raise _foreign(self.folder / (ADAPTER_CONFIG if self.run is None else SETTINGS), {"model": name})
 
     def require_rows(self) -> None:
         """Refuse to read rows that only the folder names.
@@ -205,10 +204,8 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
     Args:
         named: by the settings' dotted keys. flag: how to name it, where that is not the settings' own flags.
     """
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        for key, value in named.items()
-    }
+    as_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
+    texts = {key: value if isinstance(value, str) else as_json(value) for key, value in named.items()}
     flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
     wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
     return UserError(
@@ -367,14 +364,8 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    work = task_of(
-        kind,
-        base,
-        dtype,
-        trust_remote_code=trust_remote_code,
-        say=say,
-        preference=None if config is None else config.preference,
-    )
+    preference = None if config is None else config.preference
+    work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, preference=preference)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
     fixed = tasks.entry_of(kind).outputs
@@ -427,15 +418,8 @@ def score_run(
         examples = opened.task.referenced(opened.model, examples, batcher)
     rows = [opened.example(example) for example in examples]
     if opened.task.writes_text and not opened.task.has_pairs:
-        return score(
-            opened.model,
-            opened.tokenizer,
-            rows,
-            batcher,
-            max_new_tokens=max_new_tokens,
-            on_progress=on_progress,
-            writer=writer,
-        )
+        how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
+        return score(opened.model, opened.tokenizer, rows, batcher, **how)
     with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)
         return Score(opened.task.evaluate(objective, rows, batcher, opened.classes), [])

@@ -232,12 +232,9 @@ class Outcome:
 
     def add(self, step: Step) -> None:
         self.steps += 1
-        self.rows += step.rows
-        self.tokens += step.tokens
-        self.computed_tokens += step.computed_tokens
-        self.label_tokens += step.label_tokens
         self.loss_sum += step.loss * step.label_tokens
-        self.seconds += step.seconds
+        for name in ("rows", "tokens", "computed_tokens", "label_tokens", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(step, name))
 
 
 @dataclass(frozen=True)
@@ -457,11 +454,9 @@ class TrainState:
 
     def _require_same(self, saved: SavedState) -> None:
         if saved.values["version"] != VERSION:
-            raise UserError(
-                f"the saved state has version {saved.values['version']}, and this deltaw reads {VERSION}",
-                where="the saved state",
-                hint="continue with the version of deltaw that wrote it",
-            )
+            hint = "continue with the version of deltaw that wrote it"
+            wrong = f"the saved state has version {saved.values['version']}, and this deltaw reads {VERSION}"
+            raise UserError(wrong, where="the saved state", hint=hint)
         same = {
             "the trained parameters": (saved.values["names"], self.names),
             "the order of rows": (saved.values["order"], asdict(self.order)),
@@ -469,10 +464,9 @@ class TrainState:
         }
         for what, (theirs, ours) in same.items():
             if theirs != ours:
+                hint = "continue with the settings and the data that it began with"
                 raise UserError(
-                    f"{what} differs from that of the training to continue",
-                    where="the saved state",
-                    hint="continue with the settings and the data that it began with",
+                    f"{what} differs from that of the training to continue", where="the saved state", hint=hint
                 )
 
 
@@ -485,9 +479,6 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     if not differing:
         return
     changed = ", ".join(f"{name}: {ours[name]} instead of {theirs.get(name)}" for name in differing)
-    warnings.warn(
-        "products are computed differently than when the state was saved, so the training continues, but not "
-        f"equal to the bit ({changed})",
-        ArithmeticChangedWarning,
-        stacklevel=3,
-    )
+    how = "so the training continues, but not equal to the bit"
+    text = f"products are computed differently than when the state was saved, {how} ({changed})"
+    warnings.warn(text, ArithmeticChangedWarning, stacklevel=3)

@@ -228,9 +228,9 @@ class EveryToken(KeptFeatures):
         if isinstance(batch, Batch):
             return [(member.example, member.places) for member in batch.members]
         longest = batch.inputs["input_ids"].shape[1] if self._is_text else self._patches
+        starts = range(0, longest * len(batch.examples), longest)
         return [
-            (example, np.arange(row * longest, row * longest + self.units(example)))
-            for row, example in enumerate(batch.examples)
+            (one, np.arange(start, start + self.units(one))) for start, one in zip(starts, batch.examples, strict=True)
         ]
 
 
