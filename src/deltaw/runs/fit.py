@@ -116,7 +116,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
-    session = assemble_alike(config, task, data, loaded, processes, begun=begun)
+    session = assemble_alike(config, task, data, loaded, processes, begun)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from deltaw.machine.choices import Choice
     from deltaw.memory.plan import Plan
 
+Facts: TypeAlias = Mapping[str, object]
 # Row numbers that a line shows.
 _SHOWN = 12
 
@@ -419,14 +420,7 @@ class RunRecord:
     """
 
     def __init__(
-        self,
-        start: Start,
-        session: Session,
-        folder: RunFolder,
-        *,
-        rows: Mapping[str, object],
-        choices: Mapping[str, object],
-        say: Say,
+        self, start: Start, session: Session, folder: RunFolder, *, rows: Facts, choices: Facts, say: Say
     ) -> None:
         settings = session.config.train
         self._start, self._session, self._folder, self._say = start, session, folder, say

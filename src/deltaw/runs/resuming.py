@@ -300,13 +300,7 @@ def receive_settings(group: Group) -> RunConfig:
 
 
 def assemble_alike(
-    config: RunConfig,
-    task: Task,
-    data: RunData,
-    loaded: LoadedModel,
-    processes: Reducer,
-    *,
-    begun: Sequence[str] | None = None,
+    config: RunConfig, task: Task, data: RunData, loaded: LoadedModel, processes: Reducer, begun: Sequence[str] | None
 ) -> Session:
     """The session of a run, in each process; what must be alike is compared with process 0.
 

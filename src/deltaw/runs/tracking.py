@@ -156,11 +156,9 @@ class TrackingCallback(Callback):
                 call()
         except Exception as error:
             self._tracker = None
-            brief = str(error).strip().splitlines()[:1]
-            self._tell.on_line(
-                f"track {self._name}: failed and gets no more metrics ({type(error).__name__}: "
-                f"{brief[0][:160] if brief else 'no reason given'})"
-            )
+            brief = [*str(error).strip().splitlines(), "no reason given"][0][:160]
+            what = f"failed and gets no more metrics ({type(error).__name__}: {brief})"
+            self._tell.on_line(f"track {self._name}: {what}")
 
 
 class Tracking:

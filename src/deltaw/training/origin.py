@@ -208,21 +208,17 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
     texts = {key: value if isinstance(value, str) else as_json(value) for key, value in named.items()}
     flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
     wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
-    return UserError(
-        f"the folder names {wanted}, which nobody has named on this machine before; deltaw does not "
-        "look for or fetch what only a folder names",
-        where=str(file),
-        hint=f"if that is what you want, name it yourself: {flags}",
-    )
+    what = f"the folder names {wanted}, which nobody has named on this machine before"
+    why = "deltaw does not look for or fetch what only a folder names"
+    return UserError(f"{what}; {why}", where=str(file), hint=f"if that is what you want, name it yourself: {flags}")
 
 
 def _no_adapter(folder: Path) -> UserError:
     if (folder / SETTINGS).is_file():
         hint = f"train it again: deltaw train {folder / SETTINGS}"
         return UserError("the run has no adapter: it ended early", where=str(folder), hint=hint)
-    return UserError(
-        f"there is no adapter in '{folder}'", where=str(folder), hint="name a run's folder, or an adapter's"
-    )
+    hint = "name a run's folder, or an adapter's"
+    return UserError(f"there is no adapter in '{folder}'", where=str(folder), hint=hint)
 
 
 def _wants_code(settings: Path, model: str, flag: str) -> UserError:
@@ -418,7 +414,7 @@ def score_run(
         examples = opened.task.referenced(opened.model, examples, batcher)
     rows = [opened.example(example) for example in examples]
     if opened.task.writes_text and not opened.task.has_pairs:
-        how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
         return score(opened.model, opened.tokenizer, rows, batcher, **how)
     with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)

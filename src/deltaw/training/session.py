@@ -188,7 +188,7 @@ class Session:
             **{name: getattr(settings, name) for name in _SETTINGS},
         )
         parameters = [parameter for _, parameter in named]
-        how = {"callback": callback, "saved": saved, "reducer": self.processes, **changed}
+        how: dict[str, Any] = {"callback": callback, "saved": saved, "reducer": self.processes, **changed}
         rows = self.data.train if rows is None else rows
         return train(self.objective, parameters, rows, batcher or self.feed, options, **how)
 
@@ -207,7 +207,8 @@ class Session:
                 return
             few = rows_to_look_at(rows, self.batcher, self.objective)
             with self.method.evaluating(model):
-                check = GradientCheck(model, self.objective, self.batcher, state.names, state.trained, few)
+                named = dict(zip(state.names, state.trained, strict=True))
+                check = GradientCheck(model, self.objective, self.batcher, named, few)
                 approximations.look_again(check, state.step + 1, self.processes)
 
         return before_step
@@ -241,16 +242,10 @@ class Session:
             raise NoGeneralAnswers("the model does not read text")
         kept = self.method.keeps_base(self.model)
         base = self.method.without(self.model) if kept else contextlib.nullcontext()
+        how: dict[str, Any] = {"identity": self.identity, "reserved": self.method.virtual_tokens}
+        how["batch_tokens"] = getattr(self.batcher, "tokens_per_pass", 1024)
         with self.method.evaluating(self.model), base:
-            return general_answers(
-                self.model,
-                self.task.tokenizer,
-                prompts,
-                self.config.data,
-                identity=self.identity,
-                batch_tokens=getattr(self.batcher, "tokens_per_pass", 1024),
-                reserved=self.method.virtual_tokens,
-            )
+            return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **how)
 
 
 def _shared_objective(session: Session, rows: Sequence[Any]) -> Any:
@@ -436,9 +431,7 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
         said = working("comparing gradients with those in fp32")
         with said, session.running(), session.method.evaluating(model):
             few = rows_to_look_at(rows, batcher, session.objective)
-            names, parameters = zip(*session.trained, strict=True)
-            check = GradientCheck(model, session.objective, batcher, names, parameters, few)
-            chosen = check.choose(offered)
+            chosen = GradientCheck(model, session.objective, batcher, dict(session.trained), few).choose(offered)
     except Exception as error:  # whatever a foreign model raises in fp32, it trains without
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         chosen = Chosen((), None, dict.fromkeys(offered, f"it could not be compared with fp32 ({brief})"))

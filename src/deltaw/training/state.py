@@ -42,15 +42,12 @@ class MasterWeights:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.trained: list[nn.Parameter] = []
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self._hooks = []
         for parameter in parameters:
-            if parameter.dtype not in HALF:
-                self.trained.append(parameter)
-                continue
-            master = nn.Parameter(parameter.detach().float())
-            self.trained.append(master)
-            self._pairs.append((parameter, master))
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(master)))
+            half = parameter.dtype in HALF
+            self.trained.append(nn.Parameter(parameter.detach().float()) if half else parameter)
+            if half:
+                self._pairs.append((parameter, self.trained[-1]))
+        self._hooks = [own.register_post_accumulate_grad_hook(_into(master)) for own, master in self._pairs]
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -182,11 +179,8 @@ class NotFinite:
 
     def as_dict(self) -> dict[str, object]:
         """Its line of ``metrics.jsonl``; JSON has no infinite numbers, so they are texts."""
-        return {
-            "step": self.step,
-            "skipped": {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"},
-            "learning_rate": self.learning_rate,
-        }
+        skipped = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
+        return {"step": self.step, "skipped": skipped, "learning_rate": self.learning_rate}
 
 
 class NotFiniteError(UserError):
@@ -323,9 +317,8 @@ class TrainState:
         self.sources = list(parameters.values())
         self._master_weights = MasterWeights(self.sources)
         self.trained = self._master_weights.trained
-        self.optimizer = adamw(
-            self.trained, schedule.learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
-        )
+        adam: dict[str, Any] = {"factors": rate_factors, "weight_decay": weight_decay, "betas": betas}
+        self.optimizer = adamw(self.trained, schedule.learning_rate, **adam)
         self._random: dict[str, Tensor] = {}
 
     @property
@@ -465,9 +458,8 @@ class TrainState:
         for what, (theirs, ours) in same.items():
             if theirs != ours:
                 hint = "continue with the settings and the data that it began with"
-                raise UserError(
-                    f"{what} differs from that of the training to continue", where="the saved state", hint=hint
-                )
+                differs = f"{what} differs from that of the training to continue"
+                raise UserError(differs, where="the saved state", hint=hint)
 
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:

@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
@@ -24,7 +23,7 @@ from deltaw.machine.choices import choose_device, choose_threads
 from deltaw.machine.memory import give_large_blocks_back
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say
-from deltaw.training.parallel.group import Group, LostProcess
+from deltaw.training.parallel.group import Group, LostProcess, Told
 from deltaw.training.parallel.reducer import ALONE, Reducer
 
 
@@ -53,19 +52,15 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
         (device != "cpu", f"device {config.device}", "device", "cpu"),
     ):
         if wrong:
-            raise UserError(
-                f"a base model that is sharded over processes cannot be used with {what}",
-                where=f"{key} (train.sharding: base)",
-                hint=f"set train.sharding: none, or {key}: {instead}",
-            )
+            refused = f"a base model that is sharded over processes cannot be used with {what}"
+            hint = f"set train.sharding: none, or {key}: {instead}"
+            raise UserError(refused, where=f"{key} (train.sharding: base)", hint=hint)
     from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_custom_all_gather"):
-        raise UserError(
-            f"sharding a base model needs a newer torch than {torch.__version__}",
-            where="train.sharding",
-            hint="pip install --upgrade torch, or set train.sharding: none",
-        )
+        old = f"sharding a base model needs a newer torch than {torch.__version__}"
+        hint = "pip install --upgrade torch, or set train.sharding: none"
+        raise UserError(old, where="train.sharding", hint=hint)
     answers = {"drift": False, "samples": 0}
     off = {key: value for key, value in answers.items() if getattr(train, key) == "auto"}
     if off:
@@ -146,21 +141,6 @@ VARIABLE, SECONDS = "DELTAW_PEER_SECONDS", 300.0
 # What waits while process 0 evaluates, writes samples or saves; a process that dies is noticed at once.
 ORDERS_SECONDS = 86400.0
 _POLL = 0.05
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the environment says of the processes."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    address: str
-    port: int
-    agent: bool
-    attempt: str
-    seconds: float
 
 
 def told_size(environment: Mapping[str, str] | None = None) -> int:
@@ -253,24 +233,19 @@ def _join(who: Told) -> Group:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and who.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(who.local_rank)
+    backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=who.seconds)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=who.rank,
-            world_size=who.size,
-            timeout=timedelta(seconds=who.seconds),
-        )
+        dist.init_process_group(backend, store=store, rank=who.rank, world_size=who.size, timeout=limit)
         orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
         # Gradients leave when they are there, which each process sees at another time: not among what else
         # is asked of all in one order.
-        gradients = dist.new_group(timeout=timedelta(seconds=who.seconds))
+        gradients = dist.new_group(timeout=limit)
     except RuntimeError as error:
         what = f"the processes cannot connect to each other: {_first_line(error)}"
         hint = "let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes"
         raise UserError(what, where=f"process {who.rank} of {who.size}", hint=hint) from error
     assert orders is not None and gradients is not None
-    return Group(who.rank, who.size, who.local_size, orders, gradients, seconds=who.seconds, local_rank=who.local_rank)
+    return Group(who, orders, gradients)
 
 
 def _store(who: Told) -> dist.Store:
@@ -364,9 +339,8 @@ def _number(found: Mapping[str, str], name: str, default: int | None, *, least: 
             raise _missing(name)
         return default
     if not text.isdigit() or int(text) < least:
-        raise UserError(
-            f"{name}={text} is not a whole number from {least} up", where="the environment", hint="let torchrun set it"
-        )
+        what = f"{name}={text} is not a whole number from {least} up"
+        raise UserError(what, where="the environment", hint="let torchrun set it")
     return int(text)
 
 

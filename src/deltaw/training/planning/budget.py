@@ -82,9 +82,8 @@ def fitting_settings(
         say(f"planning {method}")
         try:
             for rank in _ranks(config, method):
-                settings = config.model_copy(
-                    update={"method": method, "lora": dataclasses.replace(config.lora, rank=rank)}
-                )
+                lora = dataclasses.replace(config.lora, rank=rank)
+                settings = config.model_copy(update={"method": method, "lora": lora})
                 plain = try_out(settings.with_train(checkpointing=False))
                 found += [plain] if plain is not None else []
                 if plain is not None and plain.tokens_per_pass == TOKENS[0]:
@@ -130,12 +129,9 @@ def within_memory(
 
     least = planned(True)
     if least[1].peak_resident_bytes > budget:
-        raise UserError(
-            f"the run needs {least[1].peak_resident_bytes:,} bytes with activation checkpointing in every "
-            f"block, and memory allows {budget:,}",
-            where="memory",
-            hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4",
-        )
+        need = f"{least[1].peak_resident_bytes:,} bytes with activation checkpointing in every block"
+        hint = "allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4"
+        raise UserError(f"the run needs {need}, and memory allows {budget:,}", where="memory", hint=hint)
     budget = max(int(budget * (1 - LEFT_FREE)), least[1].peak_resident_bytes)
     saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks
     count = max(1, math.ceil((plan.peak_resident_bytes - budget) / max(1.0, saved)))

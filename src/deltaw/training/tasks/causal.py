@@ -163,11 +163,7 @@ class Score:
 
 
 def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batcher: AnyBatcher,
-    **how: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Rows, batcher: AnyBatcher, **how: Any
 ) -> Score:
     """Everything that ``deltaw eval`` says of a causal language model; ``how`` are options of :func:`answers`."""
     padded = getattr(batcher, "padded", False)
