@@ -190,16 +190,16 @@ def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ..
     keep_freed_memory()  # as the command line does
     use_large_pages(model)  # as a run does
     objective, seconds, turns = CausalObjective(model), [], Turns(job)
-    names, parameters = zip(*adapter_parameters(model), strict=True)
+    named = dict(adapter_parameters(model))
     with packed_rows(model):
-        check = GradientCheck(model, objective, batcher, names, parameters, examples[:1])
+        check = GradientCheck(model, objective, batcher, named, examples[:1])
         used = applicable(model, objective, offered)
         chosen = check.choose(used) if used else None
     approximations = Approximations(chosen.names if chosen else ())
     with approximations.on(), packed_rows(model):
         outcome = train(
             objective,
-            list(parameters),
+            list(named.values()),
             examples,
             batcher,
             learning_rate=1e-4,

@@ -12,6 +12,7 @@ from deltaw.training.features import store as stores
 from deltaw.training.features.prefix_cache import Sharing
 from deltaw.training.features.store import Shape, open_store
 from deltaw.training.parallel.group import Group
+from deltaw.training.parallel.group import Told as Processes
 from tests.conftest import laid_over, write_rows
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all
 
@@ -49,7 +50,7 @@ class Told(Group):
     """A process whose texts are those of all."""
 
     def __init__(self, rank, of_all):
-        super().__init__(rank, 2, 2, None, None, seconds=1.0, local_rank=rank)
+        super().__init__(Processes(rank, 2, rank, 2, "", 0, False, "0", 1.0), None, None)
         self.of_all = of_all
 
     def texts(self, text):

@@ -14,7 +14,7 @@ from deltaw.runs.fit import fit
 from deltaw.runs.resuming import digest_of_rows
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
-from deltaw.training.parallel.group import Group, deal
+from deltaw.training.parallel.group import Group, Told, deal
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
@@ -114,7 +114,7 @@ class Apart(Group):
     """A process that computes its part and meets no others."""
 
     def __init__(self, rank: int, size: int):
-        super().__init__(rank, size, size, None, None, seconds=1.0)
+        super().__init__(Told(rank, size, 0, size, "", 0, False, "0", 1.0), None, None)
         self.sent = None
 
     def add(self, numbers, *, patient=False):

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -230,6 +230,7 @@ class Stateful(Protocol):
         """Be as :meth:`state` said."""
 
 
+@dataclass(eq=False)
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -244,32 +245,22 @@ class Checkpoints:
         durable: called between two steps once one is on the disk.
 
     Attributes:
-        enabled: whether any are written at all. about, durable: as given.
+        enabled: whether any are written at all.
         last: the newest one that was written, durable or not yet; None where there is none.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        every: int | None,
-        minutes: float | None,
-        keep: int,
-        about: Mapping[str, object],
-        extras: Mapping[str, Stateful] | None = None,
-        sync: Callable[[], int] = lambda: 0,
-        durable: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.folder = folder
-        self.enabled = every is not None or minutes is not None
+    folder: Path
+    every: int | None
+    minutes: float | None
+    keep: int
+    about: dict[str, object]
+    extras: Mapping[str, Stateful] = field(default_factory=dict)
+    sync: Callable[[], int] = lambda: 0
+    durable: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.enabled = self.every is not None or self.minutes is not None
         self.last: Path | None = None
-        self._every = every
-        self._minutes = minutes
-        self._keep = keep
-        self.about = dict(about)
-        self._extras = extras if extras is not None else {}
-        self._sync = sync
-        self.durable = durable
         self._state: TrainState | None = None
         self._best: tuple[float, int] | None = None
         self._written: int | None = None
@@ -293,7 +284,7 @@ class Checkpoints:
         best = found.values["best"]
         if best is not None:
             self._best = (float(best["rank"]), int(best["step"]))
-        for name, extra in self._extras.items():
+        for name, extra in self.extras.items():
             if name in found.values["extras"]:
                 extra.restore(found.values["extras"][name])
 
@@ -329,8 +320,8 @@ class Checkpoints:
         state = self._state
         if state is None or not self.enabled:
             return
-        by_steps = self._every is not None and state.step % self._every == 0
-        by_time = self._minutes is not None and time.monotonic() - self._since >= 60 * self._minutes
+        by_steps = self.every is not None and state.step % self.every == 0
+        by_time = self.minutes is not None and time.monotonic() - self._since >= 60 * self.minutes
         if by_steps or by_time or best or state.step == state.total_steps:
             self.write()
 
@@ -346,7 +337,7 @@ class Checkpoints:
             return
         step = state.step
         try:
-            lines = self._sync()
+            lines = self.sync()
             saved = state.view()
             values = {**self.about, "training": saved.values, "metrics_lines": lines, **self.beside()}
             draft = write(self.folder, step, values, saved.tensors)
@@ -361,7 +352,7 @@ class Checkpoints:
     def beside(self) -> dict[str, Any]:
         """What a checkpoint holds besides the training: ``best`` and ``extras``."""
         best = None if self._best is None else {"rank": self._best[0], "step": self._best[1]}
-        return {"best": best, "extras": {name: extra.state() for name, extra in self._extras.items()}}
+        return {"best": best, "extras": {name: extra.state() for name, extra in self.extras.items()}}
 
     def check(self, *, until_durable: bool = False) -> None:
         """Learn what became of the last checkpoint.
@@ -412,7 +403,7 @@ class Checkpoints:
     def _delete_others(self, step: int) -> None:
         """Delete the checkpoints that are neither among the last ones, nor the best, nor that of a step."""
         there = sorted(_steps_in(self.folder), reverse=True)
-        kept = set(there[: self._keep]) | {step}
+        kept = set(there[: self.keep]) | {step}
         if self._best is not None:
             kept.add(self._best[1])
         for other in there:
@@ -421,11 +412,8 @@ class Checkpoints:
 
     def _cannot_write(self, step: int, error: OSError) -> UserError:
         before = "" if self.last is None else f": it goes on from {self.last.name}"
-        return UserError(
-            f"the checkpoint of step {step} cannot be written: {error.strerror or error}",
-            where=str(self.folder),
-            hint=f"make room there and run the same command again{before}",
-        )
+        what = f"the checkpoint of step {step} cannot be written: {error.strerror or error}"
+        return UserError(what, where=str(self.folder), hint=f"make room there and run the same command again{before}")
 
 
 def listed(folder: Path) -> list[Path]:

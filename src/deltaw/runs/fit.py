@@ -85,11 +85,8 @@ def fit(
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
-            raise UserError(
-                "a resumed run keeps its own settings and folder",
-                where=str(resume),
-                hint="pass only single settings to change: no settings file, no 'output', no fresh",
-            )
+            hint = "pass only single settings to change: no settings file, no 'output', no fresh"
+            raise UserError("a resumed run keeps its own settings and folder", where=str(resume), hint=hint)
         config = {**(config or {}), "output": os.fspath(resume)}
         config = settings_to_resume(Path(os.path.expanduser(resume)), config)
     config = RunConfig.read(config)
@@ -119,7 +116,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
-    session = assemble_alike(config, task, data, loaded, processes, begun=begun)
+    session = assemble_alike(config, task, data, loaded, processes, begun)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:
@@ -221,12 +218,9 @@ def planned(
         return config, None
     callback.on_plan(plan, limit)
     if plan.peak_resident_bytes > limit and not config.force:
-        raise UserError(
-            f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
-            where="the plan",
-            hint="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
-            "train.checkpointing, or train anyway with --force true",
-        )
+        what = f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}"
+        ways = "lower train.tokens_per_pass, set train.checkpointing, or train anyway with --force true"
+        raise UserError(what, where="the plan", hint=f"see what fits with 'deltaw plan --budget', {ways}")
     return config, plan
 
 
@@ -265,8 +259,7 @@ def load_for(
             say(f"{name}: {choice}")
         else:
             choose(name, choice)
-    faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
-    if faster is not None:
+    if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
         say(faster)
     return loaded
 
@@ -386,6 +379,4 @@ def _arithmetic(session: Session) -> dict[str, str]:
 
 
 def _peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes()

@@ -253,11 +253,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """
     path = Path(folder)
     if not is_run(path):
-        raise UserError(
-            "this is not the folder of a run: it holds neither run.yaml nor metrics.jsonl",
-            where=str(path),
-            hint="give a run's folder; 'deltaw runs' lists those below a folder",
-        )
+        what = "this is not the folder of a run: it holds neither run.yaml nor metrics.jsonl"
+        raise UserError(what, where=str(path), hint="give a run's folder; 'deltaw runs' lists those below a folder")
     require_contained(path)
     return Run(path)
 
@@ -273,11 +270,8 @@ def find_runs(folder: Path, depth: int = 3) -> list[Path]:
         UserError: the folder cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(
-            "there is no such folder",
-            where=str(folder),
-            hint="name the folder that your runs are in: the one above a run's 'output'",
-        )
+        hint = "name the folder that your runs are in: the one above a run's 'output'"
+        raise UserError("there is no such folder", where=str(folder), hint=hint)
     found: list[Path] = []
     try:
         inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -313,16 +307,8 @@ def is_alive(process: Mapping[str, object]) -> bool | None:
 
 # Columns of the metrics that are kept of a step.
 COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "gradient_norm",
-    "rows",
-    "tokens",
-    "label_tokens",
-    "seconds",
-    "general_loss",
+    *("step", "epoch", "loss", "learning_rate", "gradient_norm"),
+    *("rows", "tokens", "label_tokens", "seconds", "general_loss"),
 )
 # Lines of other kinds that are kept, the last of them: a file that grows without bound is still shown.
 KEPT = 20_000
@@ -425,15 +411,9 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")
-            metrics.samples.append(
-                SampleAnswer(
-                    step,
-                    row if isinstance(row, int) else None,
-                    str(sample.get("prompt", "")),
-                    None if expected is None else str(expected),
-                    str(sample.get("answer", "")),
-                )
-            )
+            row, expected = row if isinstance(row, int) else None, None if expected is None else str(expected)
+            prompt, answer = (str(sample.get(name, "")) for name in ("prompt", "answer"))
+            metrics.samples.append(SampleAnswer(step, row, prompt, expected, answer))
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -518,11 +498,9 @@ class RunLock:
             self._lock.acquire()
         except Timeout as error:
             process = mapping(Run(run).values.get("process")).get("id")
-            raise UserError(
-                f"{'another process' if process is None else f'process {process}'} is training into this folder",
-                where=str(run),
-                hint="wait until it is done, stop it, or set 'output' to another folder",
-            ) from error
+            what = f"{'another process' if process is None else f'process {process}'} is training into this folder"
+            hint = "wait until it is done, stop it, or set 'output' to another folder"
+            raise UserError(what, where=str(run), hint=hint) from error
         except OSError as error:
             raise not_writable(run, error) from error
 
@@ -547,9 +525,7 @@ class RunFolder(Run):
         UserError: the folder cannot be written, is in use, or holds something that is not a run.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, lock: RunLock | None = None, lines_kept: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, lock: RunLock | None = None, lines_kept: int | None = None) -> None:
         super().__init__(path)
         goes_on = lines_kept is not None
         self._lock = lock
@@ -600,11 +576,8 @@ class RunFolder(Run):
         try:
             self.path.rename(renamed)
         except OSError as error:
-            raise UserError(
-                f"cannot rename the earlier run: {error.strerror or error}",
-                where=str(self.path),
-                hint="set 'output' to another folder",
-            ) from error
+            what = f"cannot rename the earlier run: {error.strerror or error}"
+            raise UserError(what, where=str(self.path), hint="set 'output' to another folder") from error
         return renamed
 
     def note(self, **values: Any) -> None:
@@ -687,17 +660,11 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
     except OSError as error:
         raise not_writable(path, error) from error
     if holds not in ([], [FOLDER]) and SETTINGS not in holds and METRICS not in holds:
-        raise UserError(
-            f"the output folder holds files that are not a run's, such as '{holds[0]}'",
-            where=str(path),
-            hint="set 'output' to a new or empty folder",
-        )
+        what = f"the output folder holds files that are not a run's, such as '{holds[0]}'"
+        raise UserError(what, where=str(path), hint="set 'output' to a new or empty folder")
     if holds and not goes_on and path.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(
-            "the output folder holds an earlier run, and cannot be renamed while you are in it",
-            where=str(path),
-            hint="set 'output' to a folder below this one",
-        )
+        what = "the output folder holds an earlier run, and cannot be renamed while you are in it"
+        raise UserError(what, where=str(path), hint="set 'output' to a folder below this one")
 
 
 def _belongs_to_a_run(path: Path) -> bool:
@@ -715,11 +682,8 @@ def _is_leftover(file: Path) -> bool:
 
 def not_writable(path: Path, error: OSError) -> UserError:
     """The refusal of an output folder."""
-    return UserError(
-        f"cannot write into the output folder: {error.strerror or error}",
-        where=str(path),
-        hint="set 'output' to a folder that you can write to",
-    )
+    hint = "set 'output' to a folder that you can write to"
+    return UserError(f"cannot write into the output folder: {error.strerror or error}", where=str(path), hint=hint)
 
 
 def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> str:

@@ -50,7 +50,7 @@ def _follow(group: Group) -> int:
     config = receive_settings(group).with_train(keep_general=0.0)
     task, data = read_data(config)
     loaded = load_for(config, task, data, processes=group)
-    session = assemble_alike(config, task, data, loaded, group)
+    session = assemble_alike(config, task, data, loaded, group, None)
     sharded = sharded_blocks(loaded.model)
     if sharded is not None:
         group.gather = sharded.gather

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from deltaw.machine.choices import Choice
     from deltaw.memory.plan import Plan
 
+Facts: TypeAlias = Mapping[str, object]
 # Row numbers that a line shows.
 _SHOWN = 12
 
@@ -80,16 +82,16 @@ class Diagnosis:
     def __call__(self, found: NotFinite) -> list[str]:
         """What is known of the step, in lines."""
         items = [self._session.data.train[place] for place in found.rows]
-        numbers = [row.row for item in items for row in rows_of(item)]
+        rows = [row for item in items for row in rows_of(item)]
         try:
             lines = [self.first_place(items)]
         except Exception as error:  # whatever a model in this state raises; the step's own error comes first
             lines = [f"its rows could not be run again ({type(error).__name__}: {str(error)[:100]})"]
-        shown = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
+        shown = ", ".join(str(row.row) for row in rows[:_SHOWN]) + (", …" if len(rows) > _SHOWN else "")
         lines.append(f"rows of the step: {shown}")
         name = f"failed_step-{found.step:06d}"
         try:
-            self._save(name, found, items, numbers, lines)
+            self._save(name, found, rows, lines)
         except OSError as error:
             return [*lines, f"they could not be saved: {error.strerror or error}"]
         return [*lines, f"saved as {name}.json and {name}.safetensors in {self._folder}"]
@@ -110,9 +112,8 @@ class Diagnosis:
             if not _finite(loss):
                 return "the outputs of all modules are finite, and the loss is not"
             gradients = torch.autograd.grad(loss / units, [p for _, p in trained], allow_unused=True)
-            failing = [
-                name for (name, _), g in zip(trained, gradients, strict=True) if g is not None and not _finite(g)
-            ]
+            found = zip(trained, gradients, strict=True)
+            failing = [name for (name, _), g in found if g is not None and not _finite(g)]
             if failing:
                 # A backward comes to the last layers first.
                 return f"the loss is finite, and not the gradient, first of '{failing[-1]}'" + (
@@ -120,10 +121,7 @@ class Diagnosis:
                 )
         return "run again, the rows give finite numbers: they are too large only when added up"
 
-    def _save(
-        self, name: str, found: NotFinite, items: Sequence[Any], numbers: Sequence[int], lines: Sequence[str]
-    ) -> None:
-        rows = [row for item in items for row in rows_of(item)]
+    def _save(self, name: str, found: NotFinite, rows: Sequence[Any], lines: Sequence[str]) -> None:
         tensors: dict[str, Tensor] = {}
         for place, row in enumerate(rows):
             for key, value in _arrays_of(row).items():
@@ -134,7 +132,7 @@ class Diagnosis:
             "loss": str(found.loss),
             "gradient_norm": str(found.gradient_norm),
             "learning_rate": found.learning_rate,
-            "rows": list(numbers),
+            "rows": [row.row for row in rows],
             "places": [int(place) for place in found.rows],
             "diagnosis": list(lines),
         }
@@ -145,18 +143,13 @@ class Diagnosis:
 def _watched(model: nn.Module) -> Iterator[list[str]]:
     """While open, the name of the first module whose output is not finite is added to the list."""
     first: list[str] = []
-    hooks = []
 
-    def watch(name: str) -> Any:
-        def look(module: nn.Module, inputs: object, output: object) -> None:
-            if not first and not all(_finite(t) for t in _tensors_in(output)):
-                first.append(name)
+    def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if not first and not all(_finite(t) for t in _tensors_in(output)):
+            first.append(name)
 
-        return look
-
-    for name, module in model.named_modules():
-        if name:
-            hooks.append(module.register_forward_hook(watch(name)))
+    named = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(functools.partial(look, name)) for name, module in named]
     try:
         yield first
     finally:
@@ -167,11 +160,8 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 def _tensors_in(output: object) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, Mapping):
-        return [t for value in output.values() for t in _tensors_in(value)]
-    if isinstance(output, list | tuple):
-        return [t for value in output for t in _tensors_in(value)]
-    return []
+    inner = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [tensor for value in inner for tensor in _tensors_in(value)]
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -262,11 +252,9 @@ class Start:
             return
         if self.found.step == total_steps and not self.finished:
             return  # it was stopped in its last evaluation
-        raise UserError(
-            f"the run has done {self.found.step} steps, and the settings ask for {total_steps}",
-            where=str(self.found.path.parent.parent),
-            hint="ask for more with --train.epochs or --train.max_steps",
-        )
+        what = f"the run has done {self.found.step} steps, and the settings ask for {total_steps}"
+        hint = "ask for more with --train.epochs or --train.max_steps"
+        raise UserError(what, where=str(self.found.path.parent.parent), hint=hint)
 
 
 def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
@@ -276,9 +264,8 @@ def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
         UserError: there is no such run, or its settings name what the caller has to allow.
     """
     if not (run / SETTINGS).is_file():
-        raise UserError(
-            "there is no run to resume", where=str(run), hint="give the folder of a run, the 'output' of its settings"
-        )
+        hint = "give the folder of a run, the 'output' of its settings"
+        raise UserError("there is no run to resume", where=str(run), hint=hint)
     return settings_in(run, given, all_of_it=True)
 
 
@@ -357,12 +344,9 @@ def _rounded(differing: list[Change]) -> list[str]:
 
 
 def _nothing(output: Path) -> UserError:
-    return UserError(
-        "there is no checkpoint to resume from",
-        where=str(output),
-        hint="train without --resume; runs write checkpoints unless train.checkpoint_every and "
-        "train.checkpoint_minutes are both null",
-    )
+    off = "train.checkpoint_every and train.checkpoint_minutes are both null"
+    hint = f"train without --resume; runs write checkpoints unless {off}"
+    return UserError("there is no checkpoint to resume from", where=str(output), hint=hint)
 
 
 @dataclass(frozen=True)
@@ -396,14 +380,10 @@ class Result:
     def as_dict(self) -> dict[str, object]:
         done = self.outcome
         seconds = done.seconds or math.inf
+        sums = ("rows", "tokens", "computed_tokens", "label_tokens", "steps", "seconds")
         return {
             "output": os.fspath(self.output),
-            "rows": done.rows,
-            "tokens": done.tokens,
-            "computed_tokens": done.computed_tokens,
-            "label_tokens": done.label_tokens,
-            "steps": done.steps,
-            "seconds": done.seconds,
+            **{name: getattr(done, name) for name in sums},
             "rows_per_second": done.rows / seconds,
             "tokens_per_second": done.tokens / seconds,
             "train_loss": done.loss if done.steps else None,
@@ -440,14 +420,7 @@ class RunRecord:
     """
 
     def __init__(
-        self,
-        start: Start,
-        session: Session,
-        folder: RunFolder,
-        *,
-        rows: Mapping[str, object],
-        choices: Mapping[str, object],
-        say: Say,
+        self, start: Start, session: Session, folder: RunFolder, *, rows: Facts, choices: Facts, say: Say
     ) -> None:
         settings = session.config.train
         self._start, self._session, self._folder, self._say = start, session, folder, say
@@ -514,10 +487,8 @@ class RunRecord:
         self._state = state
         self.checkpoints.begin(state)
         if self._start.longer and self._start.found is not None:
-            self._say(
-                f"{state.total_steps} steps now; the learning rate continues at {state.learning_rate:.3g}, "
-                "that of a run of this length"
-            )
+            rate = f"the learning rate continues at {state.learning_rate:.3g}, that of a run of this length"
+            self._say(f"{state.total_steps} steps now; {rate}")
 
     def diagnose(self, found: NotFinite) -> Sequence[str]:
         """What is wrong with a step, once all that was trained before it is safe."""
@@ -639,22 +610,15 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise UserError(
-            f"the machine is out of memory: {_first_line(error)}",
-            where=where(),
-            hint="lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters; "
-            + _goes_on(last()),
-        ) from error
+        hint = "lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters"
+        what = f"the machine is out of memory: {_first_line(error)}"
+        raise UserError(what, where=where(), hint=f"{hint}; {_goes_on(last())}") from error
     except (OSError, SafetensorError) as error:
-        what = _disk_error(error)
-        if what is None:
+        if (wrong := _disk_error(error)) is None:
             raise
         file = getattr(error, "filename", None)
-        raise UserError(
-            f"{what}, so the run cannot continue",
-            where=str(file or run),
-            hint=f"make it writable again and free some space; {_goes_on(last())}",
-        ) from error
+        hint = f"make it writable again and free some space; {_goes_on(last())}"
+        raise UserError(f"{wrong}, so the run cannot continue", where=str(file or run), hint=hint) from error
 
 
 def _goes_on(last: Path | None) -> str:

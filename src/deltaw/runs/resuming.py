@@ -42,37 +42,15 @@ from deltaw.training.tasks.base import RunData, Task
 # How long a training is; may change where the user says that it goes on.
 LENGTH = ("train.epochs", "train.max_steps", "train.time")
 # May change at any time, since no step depends on them.
-FREE = {
-    "output",
-    "force",
-    "track",
-    "trust_remote_code",
-    "data.cache",
-    "train.eval_every",
-    "train.eval_answers",
-    "train.samples",
-    "train.early_stopping",
-    "train.adapter",
-    "train.drift",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.not_finite",
-}
+_WATCHING = ("eval_every", "eval_answers", "samples", "early_stopping", "adapter", "drift", "not_finite")
+_KEEPING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+FREE = {"output", "force", "track", "trust_remote_code", "data.cache"}
+FREE |= {f"train.{key}" for key in (*_WATCHING, *_KEEPING)}
 # No run chooses them itself: a checkpoint from somewhere else that says so is not believed.
 NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code", "output"}
 # May change, but then the steps to come are rounded in another way.
-ROUNDING = {
-    "device",
-    "threads",
-    "memory",
-    "train.tokens_per_pass",
-    "train.approximate",
-    "train.share_prefixes",
-    "train.checkpointing",
-    "train.keep_features",
-    "train.sharding",
-}
+_COMPUTING = ("tokens_per_pass", "approximate", "share_prefixes", "checkpointing", "keep_features", "sharding")
+ROUNDING = {"device", "threads", "memory"} | {f"train.{key}" for key in _COMPUTING}
 
 
 @dataclass(frozen=True)
@@ -145,10 +123,7 @@ def with_choices(
             said.append(f"the run began on {value}, which is not available here: its steps will be rounded differently")
             continue
         section, _, leaf = key.rpartition(".")
-        if section:
-            flags.setdefault(section, {})[leaf] = value
-        else:
-            flags[leaf] = value
+        (flags.setdefault(section, {}) if section else flags)[leaf] = value
     return RunConfig.read(dumped(config), flags), said
 
 
@@ -182,11 +157,9 @@ def require_same_model(before: str | None, session: Session, run: Path, say: Say
     if before is not None and not before.startswith(FORMAT):
         say("not verified: whether the model is the one of the checkpoint, which an earlier version of deltaw wrote")
     elif before is not None and session.identity is not None and before != session.identity:
-        raise UserError(
-            "the model's weights are not those that the run began with, so it cannot be resumed",
-            where=f"model: {session.config.model}",
-            hint=f"restore the model to resume, or {START_ANEW}".format(run=run),
-        )
+        what = "the model's weights are not those that the run began with, so it cannot be resumed"
+        hint = f"restore the model to resume, or {START_ANEW}".format(run=run)
+        raise UserError(what, where=f"model: {session.config.model}", hint=hint)
 
 
 def compute_as(arithmetic: object) -> tuple[str, ...]:
@@ -241,10 +214,8 @@ def _seen_fields(kind: Any) -> tuple[str, ...]:
 
 def rows_facts(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, object]:
     """What a checkpoint says of a run's rows."""
-    return {
-        "train": {"count": len(train), "digest": digest_of_rows(train)},
-        "eval": {"count": len(held_out), "digest": digest_of_rows(held_out)},
-    }
+    parts = {"train": train, "eval": held_out}
+    return {name: {"count": len(rows), "digest": digest_of_rows(rows)} for name, rows in parts.items()}
 
 
 def require_same_rows(before: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, run: Path) -> None:
@@ -262,11 +233,9 @@ def require_same_rows(before: Mapping[str, Any], now: Mapping[str, Any], config:
         if isinstance(theirs, Mapping) and theirs.get("count") == ours["count"]:
             count = f"still {counts} rows, but not the same ones"
         source = config.data.train if part == "train" or not isinstance(config.data.eval, str) else None
-        raise UserError(
-            f"the {what} have changed since the run began ({count}), so it cannot be resumed",
-            where=f"data.{part}: {source or config.data.eval}",
-            hint=f"restore the data to resume, or {START_ANEW}".format(run=run),
-        )
+        changed = f"the {what} have changed since the run began ({count}), so it cannot be resumed"
+        hint = f"restore the data to resume, or {START_ANEW}".format(run=run)
+        raise UserError(changed, where=f"data.{part}: {source or config.data.eval}", hint=hint)
 
 
 START_ANEW = "set 'output' to another folder, or start anew with --fresh (what is in {run} is moved)"
@@ -282,13 +251,9 @@ def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> Us
     way = f"resume with 'deltaw train --resume {run}' and the new length, " if longer and not asked else ""
     if len(longer) != len(found):
         way = "undo the change to resume, "
-    return UserError(
-        f"the run in this folder is not finished ({done}) and cannot be resumed with other settings: "
-        + "; ".join(str(change) for change in found[:4])
-        + (f"; and {len(found) - 4} more" if len(found) > 4 else ""),
-        where=str(run),
-        hint=way + START_ANEW.format(run=run),
-    )
+    shown = "; ".join([*map(str, found[:4]), *([f"and {len(found) - 4} more"] if len(found) > 4 else [])])
+    what = f"the run in this folder is not finished ({done}) and cannot be resumed with other settings: {shown}"
+    return UserError(what, where=str(run), hint=way + START_ANEW.format(run=run))
 
 
 def _same_place(first: object, second: object) -> bool:
@@ -335,13 +300,7 @@ def receive_settings(group: Group) -> RunConfig:
 
 
 def assemble_alike(
-    config: RunConfig,
-    task: Task,
-    data: RunData,
-    loaded: LoadedModel,
-    processes: Reducer,
-    *,
-    begun: Sequence[str] | None = None,
+    config: RunConfig, task: Task, data: RunData, loaded: LoadedModel, processes: Reducer, begun: Sequence[str] | None
 ) -> Session:
     """The session of a run, in each process; what must be alike is compared with process 0.
 
@@ -396,11 +355,9 @@ def _compute_alike(begun: Sequence[str] | None, group: Group) -> Sequence[str] |
         except (UserError, OSError, RuntimeError, ValueError) as error:
             reason = error.what if isinstance(error, UserError) else str(error)
         if reason is not None:
-            raise UserError(
-                f"it computes with {_named(ours)}, process 0 with {_named(theirs)}: {reason}",
-                where=f"the processor of process {group.rank}",
-                hint=f"set {variants.VARIABLE} in every process to kernels that all processors have",
-            )
+            what = f"it computes with {_named(ours)}, process 0 with {_named(theirs)}: {reason}"
+            hint = f"set {variants.VARIABLE} in every process to kernels that all processors have"
+            raise UserError(what, where=f"the processor of process {group.rank}", hint=hint)
     return begun
 
 
@@ -425,11 +382,8 @@ def _compare(facts: dict[str, Any], group: Group) -> None:
     theirs = json.loads(group.receive_text())
     for name, ours in json.loads(json.dumps(facts)).items():
         if ours != theirs[name]:
-            raise UserError(
-                f"it does not have the same {name} as process 0",
-                where=f"{name}: {_brief(ours)} instead of {_brief(theirs[name])}",
-                hint=_HINTS[name],
-            )
+            what = f"it does not have the same {name} as process 0"
+            raise UserError(what, where=f"{name}: {_brief(ours)} instead of {_brief(theirs[name])}", hint=_HINTS[name])
 
 
 def _brief(value: object) -> str:

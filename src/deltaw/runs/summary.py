@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import Example, rows_of
 from deltaw.data.mixture import shown
 from deltaw.data.pieces import pieces
 from deltaw.durable import write_text
@@ -44,12 +44,7 @@ OF_PEFT = ("lora", "prompt")
 
 
 def write_card(
-    folder: Path,
-    session: Session,
-    outcome: Outcome,
-    evaluation: Evaluation,
-    trained_parameters: int,
-    drift: Drift | None = None,
+    folder: Path, session: Session, outcome: Outcome, evaluation: Evaluation, trained: int, drift: Drift | None = None
 ) -> None:
     """Write the model card of a run, ``README.md``, into its folder."""
     config, writes_text = session.config, not session.task.has_labels
@@ -60,7 +55,7 @@ def write_card(
         "training data": shown(config.data.train),
         "rows": str(outcome.rows),
         "optimizer steps": str(outcome.steps),
-        "trained parameters": f"{trained_parameters:,}",
+        "trained parameters": f"{trained:,}",
         "learning rate": f"{session.learning_rate:g}",
         "training loss": f"{outcome.loss:.4f}" if outcome.steps else "none",
         **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.named_metrics().items() if math.isfinite(v)},
@@ -124,11 +119,8 @@ def example_rows(
     for place in np.linspace(0, len(rows) - 1, ROWS).round():
         if len(wanted) < min(ROWS, len(rows)):
             wanted.setdefault(int(place), "one more row")
-    return [
-        {"why": why, **_described(row, tokenizer, classes)}
-        for place, why in wanted.items()
-        for row in _single(rows[place])
-    ][:ROWS]
+    single = [(row, why) for place, why in wanted.items() for row in rows_of(rows[place])]
+    return [{"why": why, **_described(row, tokenizer, classes)} for row, why in single[:ROWS]]
 
 
 def length_counts(rows: Sequence[Any]) -> dict[str, object] | None:
@@ -159,14 +151,6 @@ def length_counts(rows: Sequence[Any]) -> dict[str, object] | None:
 
 def _places(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).round().astype(int))
-
-
-def _single(row: Any) -> Iterator[Any]:
-    """A row, or the rows of a group."""
-    if isinstance(row, RowGroup):
-        yield from row.rows
-    else:
-        yield row
 
 
 def _described(row: Any, tokenizer: PreTrainedTokenizerBase | None, classes: Sequence[str] | None) -> dict[str, object]:

@@ -14,9 +14,9 @@ import inspect
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig, flat
@@ -96,11 +96,9 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[Trackio] | type[WandB]] = {
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-    "wandb": WandB,
-}
+# Makes the tracker of a run, from its folder, its settings and its first step.
+Maker: TypeAlias = Callable[[Path, Mapping[str, object], int], Tracker]
+TRACKERS: dict[str, Maker] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
 
 
 class TrackingCallback(Callback):
@@ -158,11 +156,9 @@ class TrackingCallback(Callback):
                 call()
         except Exception as error:
             self._tracker = None
-            brief = str(error).strip().splitlines()[:1]
-            self._tell.on_line(
-                f"track {self._name}: failed and gets no more metrics ({type(error).__name__}: "
-                f"{brief[0][:160] if brief else 'no reason given'})"
-            )
+            brief = [*str(error).strip().splitlines(), "no reason given"][0][:160]
+            what = f"failed and gets no more metrics ({type(error).__name__}: {brief})"
+            self._tell.on_line(f"track {self._name}: {what}")
 
 
 class Tracking:
@@ -196,11 +192,8 @@ def check_installed(name: str) -> None:
     """
     if importlib.util.find_spec(name) is None:  # each module is called like its tracker and its package
         extra = "" if name == "wandb" else ", or pip install 'deltaw[track]'"
-        raise UserError(
-            f"track: {name} needs the package {name}, which is not installed",
-            where="track",
-            hint=f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl",
-        )
+        hint = f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl"
+        raise UserError(f"track: {name} needs the package {name}, which is not installed", where="track", hint=hint)
 
 
 def settings_of(start: RunStart) -> dict[str, object]:

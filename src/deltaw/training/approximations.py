@@ -130,27 +130,24 @@ class Chosen:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass
 class GradientCheck:
     """Computes the gradient of a few of a training's rows in several ways, and compares them.
 
     Args:
-        model, objective, batcher: as in the training. names, parameters: what is trained.
+        model, objective, batcher: as in the training. named: what is trained, by name.
         rows: those that are looked at.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: AnyObjective,
-        batcher: AnyBatcher,
-        names: Sequence[str],
-        parameters: Sequence[nn.Parameter],
-        rows: Sequence[Any],
-    ) -> None:
-        self.model, self.objective, self.batcher, self.rows = model, objective, batcher, rows
-        self.named = dict(zip(names, parameters, strict=True))
-        self.tokens = tokens_of(batcher, rows)
-        numbers = sum(parameter.numel() for parameter in parameters)
+    model: nn.Module
+    objective: AnyObjective
+    batcher: AnyBatcher
+    named: Mapping[str, nn.Parameter]
+    rows: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        self.tokens = tokens_of(self.batcher, self.rows)
+        numbers = sum(parameter.numel() for parameter in self.named.values())
         # An odd distance goes through all columns of a matrix.
         self._distance = 1 if numbers <= COMPARED else -(-numbers // COMPARED) | 1
 

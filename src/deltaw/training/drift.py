@@ -7,10 +7,12 @@ the fine-tuned model would still choose. Two forward passes over some 1,300 labe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -87,6 +89,10 @@ class Drift:
         return said
 
 
+# What changes a model while it is open.
+Open: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+
 @dataclass(frozen=True)
 class BaseLosses:
     """The base model on its own answers, for each label: its loss, and the token that it would choose."""
@@ -97,12 +103,7 @@ class BaseLosses:
 
 
 @torch.no_grad()
-def base_losses(
-    model: PreTrainedModel,
-    answers: Sequence[Example],
-    batcher: AnyBatcher,
-    running: Callable[[], AbstractContextManager[None]],
-) -> BaseLosses:
+def base_losses(model: PreTrainedModel, answers: Sequence[Example], batcher: AnyBatcher, running: Open) -> BaseLosses:
     """What :func:`measure_drift` needs of a base model that will not be there any more.
 
     Args:
@@ -125,8 +126,8 @@ def measure_drift(
     answers: Sequence[Example],
     batcher: AnyBatcher,
     *,
-    base: Callable[[], AbstractContextManager[None]] | BaseLosses,
-    running: Callable[[], AbstractContextManager[None]],
+    base: Open | BaseLosses,
+    running: Open,
     as_trained: Callable[[Example], Example] = lambda example: example,
 ) -> Drift:
     """Compare the fine-tuned model with its base model on the base model's answers.
@@ -233,14 +234,9 @@ def drift_of(opened: InferenceSession) -> Drift | None:
     answers = _base_answers(opened)
     device, virtual_tokens = str(opened.loaded.choices["device"].value), opened.method.virtual_tokens
     batcher, _ = opened.task.batcher(opened.model, answers, device=device, virtual_tokens=virtual_tokens)
-    return measure_drift(
-        opened.model,
-        answers,
-        batcher,
-        base=opened.base,
-        running=lambda: opened.task.running(opened.model, batcher),
-        as_trained=opened.example,
-    )
+    running = functools.partial(opened.task.running, opened.model, batcher)
+    how: dict[str, Any] = {"base": opened.base, "running": running, "as_trained": opened.example}
+    return measure_drift(opened.model, answers, batcher, **how)
 
 
 def _is_wanted(asked: bool | str, task: Task) -> bool:
@@ -264,15 +260,10 @@ def answers_side_by_side(opened: InferenceSession, count: int) -> list[GeneralAn
 
 
 def _base_answers(opened: InferenceSession) -> list[Example]:
+    reserved = 0 if opened.method is None else opened.method.virtual_tokens
+    how: dict[str, Any] = {"identity": opened.identity, "reserved": reserved}
     with opened.base():
-        return general_answers(
-            opened.model,
-            opened.tokenizer,
-            MEASURED,
-            opened.data or "auto",
-            identity=opened.identity,
-            reserved=0 if opened.method is None else opened.method.virtual_tokens,
-        )
+        return general_answers(opened.model, opened.tokenizer, MEASURED, opened.data or "auto", **how)
 
 
 # Drift of a run that trains: what is noted before the first step, and measured after the last.
@@ -320,12 +311,7 @@ class DriftMeter:
         session, model = self._session, self._session.model
         noted = self._noted
         answers = session.general_answers(MEASURED) if noted is None else noted.answers
+        base = noted or functools.partial(session.method.without, model)
+        how: dict[str, Any] = {"base": base, "as_trained": functools.partial(as_seen, method=session.method)}
         with session.method.evaluating(model):
-            return measure_drift(
-                model,
-                answers,
-                session.batcher,
-                base=noted or (lambda: session.method.without(model)),
-                running=session.running,
-                as_trained=lambda example: as_seen(example, session.method),
-            )
+            return measure_drift(model, answers, session.batcher, running=session.running, **how)

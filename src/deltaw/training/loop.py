@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from deltaw.machine.memory import trim_memory
 from deltaw.training.callbacks import Callback, Calling
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.losses import Watched
-from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.optimizer import Schedule, clipped_norm
 from deltaw.training.parallel.reducer import ALONE, Reducer, Spare, StepSums
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
@@ -47,7 +47,7 @@ _CALLED = ("on_begin", "on_step", "on_skip", "should_stop", "ended", "diagnose")
 def train(
     objective: AnyObjective,
     parameters: Sequence[nn.Parameter],
-    examples: Sequence[Row],
+    examples: Sequence[Any],
     batcher: AnyBatcher,
     options: TrainOptions | None = None,
     *,
@@ -85,37 +85,31 @@ def train(
     """
     functions = {name: changed.pop(name) for name in _CALLED if name in changed}
     options = TrainOptions(**changed) if options is None else replace(options, **changed)
-    loop = _Loop(parameters, objective, examples, batcher, options, callback or Calling(**functions), reducer)
-    return loop.run(saved)
+    state = _first_state(parameters, len(examples), options)
+    return _Loop(state, objective, examples, batcher, options, callback or Calling(**functions), reducer).run(saved)
 
 
+def _first_state(parameters: Sequence[nn.Parameter], rows: int, options: TrainOptions) -> TrainState:
+    names = options.names or [f"parameter {n}" for n in range(len(parameters))]
+    schedule = options.schedule
+    if isinstance(schedule, str):
+        schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
+    order = RowOrder(rows, options.batch_size, options.seed)
+    adam: dict[str, Any] = {name: getattr(options, name) for name in ("rate_factors", "weight_decay", "betas")}
+    return TrainState(dict(zip(names, parameters, strict=True)), schedule, order, **adam)
+
+
+@dataclass
 class _Loop:
     """A training with all that a step needs."""
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        objective: AnyObjective,
-        examples: Sequence[Any],
-        batcher: AnyBatcher,
-        options: TrainOptions,
-        callback: Callback,
-        reducer: Reducer,
-    ) -> None:
-        names = options.names or [f"parameter {n}" for n in range(len(parameters))]
-        schedule = options.schedule
-        if isinstance(schedule, str):
-            schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
-        self.state = TrainState(
-            dict(zip(names, parameters, strict=True)),
-            schedule,
-            RowOrder(len(examples), options.batch_size, options.seed),
-            rate_factors=options.rate_factors,
-            weight_decay=options.weight_decay,
-            betas=options.betas,
-        )
-        self.objective, self.examples, self.batcher = objective, examples, batcher
-        self.options, self.callback, self.reducer = options, callback, reducer
+    state: TrainState
+    objective: AnyObjective
+    examples: Sequence[Any]
+    batcher: AnyBatcher
+    options: TrainOptions
+    callback: Callback
+    reducer: Reducer
 
     def run(self, saved: SavedState | None) -> Outcome:
         """All steps, from the first or from ``saved``."""
@@ -188,7 +182,7 @@ class _Loop:
         return step
 
     def own_gradients(
-        self, rows: Sequence[Row], units: int, stopped: Callable[[], bool]
+        self, rows: Sequence[Any], units: int, stopped: Callable[[], bool]
     ) -> tuple[StepSums | None, Tensor | float]:
         """The gradients of this process's rows of a step, and of what is added to them: the sums, None where
         it was asked to stop, and the added loss."""

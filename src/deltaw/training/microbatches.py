@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -17,53 +17,25 @@ if TYPE_CHECKING:
     from deltaw.training.features.store import FeatureStore
 
 
-class Labeled(Protocol):
-    """A row of the data, or a group of rows that belong together."""
-
-    @property
-    def label_count(self) -> int:
-        """Labels that it brings to the sum of losses."""
-
-
-class MicroBatch(Protocol):
-    """What one forward and backward sees.
-
-    Attributes:
-        rows: rows in it. row_tokens: tokens of all rows. tokens: tokens that are computed, which sharing
-            makes fewer and padding more.
-    """
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def row_tokens(self) -> int: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-
-Row = TypeVar("Row", bound=Labeled)
-RowIn = TypeVar("RowIn", contravariant=True)
-BatchOut = TypeVar("BatchOut", bound=MicroBatch, covariant=True)
-BatchIn = TypeVar("BatchIn", contravariant=True)
-
-
-class MicroBatcher(Protocol[RowIn, BatchOut]):
+class AnyBatcher(Protocol):
     """Cuts the rows of an optimizer step into microbatches. How it does so changes no result.
+
+    A row, or a group of rows that belong together, has ``label_count``: labels that it brings to the sum of losses.
+    A microbatch, which one forward and backward sees, has ``rows``: how many are in it, ``row_tokens``: tokens of all
+    of them, and ``tokens``: those that are computed, which sharing makes fewer and padding more.
 
     One whose microbatches hold other rows than it is given also has ``costing(rows)``: by whose cost each of
     them is dealt where several processes train together.
     """
 
-    def batches(self, rows: Sequence[RowIn]) -> Iterator[BatchOut]:
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         """The microbatches of these rows, each laid out only when its turn comes."""
 
-    def shapes(self, rows: Sequence[RowIn]) -> list[tuple[int, int]]:
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch, without laying any out."""
 
 
-class Objective(Protocol[BatchIn]):
+class AnyObjective(Protocol):
     """A model together with what it is trained to make small.
 
     One whose loss depends on a step's rows together also has ``begin(rows, batcher, processes)``, which is
@@ -71,15 +43,11 @@ class Objective(Protocol[BatchIn]):
     train together (:class:`deltaw.training.parallel.reducer.Reducer`).
     """
 
-    def __call__(self, batch: BatchIn) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """The sum of a microbatch's losses: a scalar that gradients flow from."""
 
     def units(self, rows: Sequence[Any]) -> int:
         """What the sum over these rows is divided by: labels of a cross-entropy, pairs of a loss of pairs."""
-
-
-AnyBatcher = MicroBatcher[Any, Any]
-AnyObjective = Objective[Any]
 
 
 class Feed:

@@ -29,13 +29,8 @@ def adamw(
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, factor in zip(parameters, factors or [1.0] * len(parameters), strict=True):
         groups.setdefault(factor, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": members, "factor": factor} for factor, members in groups.items()],
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        betas=betas,
-        fused=True,
-    )
+    given = [{"params": members, "factor": factor} for factor, members in groups.items()]
+    return torch.optim.AdamW(given, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

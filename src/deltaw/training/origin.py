@@ -11,6 +11,7 @@ what the folder names and how to allow it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,11 +74,8 @@ class FoundFolder:
         """
         named = self.run.model if self.run is not None else self.adapter.get("base_model_name_or_path")
         if model is None and not (isinstance(named, str) and named):
-            raise UserError(
-                "the adapter does not say which model it belongs to",
-                where=str(self.folder / ADAPTER_CONFIG),
-                hint="name the base model with --model",
-            )
+            what = "the adapter does not say which model it belongs to"
+            raise UserError(what, where=str(self.folder / ADAPTER_CONFIG), hint="name the base model with --model")
         return str(named) if model is None else model
 
     def base(self, model: str | None) -> str:
@@ -97,9 +95,7 @@ class FoundFolder:
             return name
         if (here := already_here(name)) is not None:
             return here
-        raise _foreign(
-            self.folder / SETTINGS if self.run is not None else self.folder / ADAPTER_CONFIG, {"model": name}
-        )
+        raise _foreign(self.folder / (ADAPTER_CONFIG if self.run is None else SETTINGS), {"model": name})
 
     def require_rows(self) -> None:
         """Refuse to read rows that only the folder names.
@@ -208,38 +204,27 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
     Args:
         named: by the settings' dotted keys. flag: how to name it, where that is not the settings' own flags.
     """
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        for key, value in named.items()
-    }
+    as_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
+    texts = {key: value if isinstance(value, str) else as_json(value) for key, value in named.items()}
     flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
     wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
-    return UserError(
-        f"the folder names {wanted}, which nobody has named on this machine before; deltaw does not "
-        "look for or fetch what only a folder names",
-        where=str(file),
-        hint=f"if that is what you want, name it yourself: {flags}",
-    )
+    what = f"the folder names {wanted}, which nobody has named on this machine before"
+    why = "deltaw does not look for or fetch what only a folder names"
+    return UserError(f"{what}; {why}", where=str(file), hint=f"if that is what you want, name it yourself: {flags}")
 
 
 def _no_adapter(folder: Path) -> UserError:
     if (folder / SETTINGS).is_file():
-        return UserError(
-            "the run has no adapter: it ended early",
-            where=str(folder),
-            hint=f"train it again: deltaw train {folder / SETTINGS}",
-        )
-    return UserError(
-        f"there is no adapter in '{folder}'", where=str(folder), hint="name a run's folder, or an adapter's"
-    )
+        hint = f"train it again: deltaw train {folder / SETTINGS}"
+        return UserError("the run has no adapter: it ended early", where=str(folder), hint=hint)
+    hint = "name a run's folder, or an adapter's"
+    return UserError(f"there is no adapter in '{folder}'", where=str(folder), hint=hint)
 
 
 def _wants_code(settings: Path, model: str, flag: str) -> UserError:
-    return UserError(
-        f"the run's settings ask to run Python code that comes with its base model, '{model}'",
-        where=f"trust_remote_code in {settings}",
-        hint=f"read the code; if you trust it, add {flag} (in Python: trust_remote_code=True)",
-    )
+    what = f"the run's settings ask to run Python code that comes with its base model, '{model}'"
+    hint = f"read the code; if you trust it, add {flag} (in Python: trust_remote_code=True)"
+    return UserError(what, where=f"trust_remote_code in {settings}", hint=hint)
 
 
 # An inference session: a finished run, or a bare model, for evaluation, generation and chat.
@@ -337,11 +322,8 @@ class InferenceSession:
     def require_generation(self) -> None:
         """Raise a UserError where the model does not write text."""
         if not self.task.writes_text:
-            raise UserError(
-                f"this is an adapter for {self.task.name}, which writes no text",
-                where=self.loaded.reference,
-                hint="use deltaw eval",
-            )
+            what = f"this is an adapter for {self.task.name}, which writes no text"
+            raise UserError(what, where=self.loaded.reference, hint="use deltaw eval")
 
 
 def open_run(
@@ -378,14 +360,8 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    work = task_of(
-        kind,
-        base,
-        dtype,
-        trust_remote_code=trust_remote_code,
-        say=say,
-        preference=None if config is None else config.preference,
-    )
+    preference = None if config is None else config.preference
+    work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, preference=preference)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
     fixed = tasks.entry_of(kind).outputs
@@ -438,15 +414,8 @@ def score_run(
         examples = opened.task.referenced(opened.model, examples, batcher)
     rows = [opened.example(example) for example in examples]
     if opened.task.writes_text and not opened.task.has_pairs:
-        return score(
-            opened.model,
-            opened.tokenizer,
-            rows,
-            batcher,
-            max_new_tokens=max_new_tokens,
-            on_progress=on_progress,
-            writer=writer,
-        )
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
+        return score(opened.model, opened.tokenizer, rows, batcher, **how)
     with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)
         return Score(opened.task.evaluate(objective, rows, batcher, opened.classes), [])

@@ -105,9 +105,8 @@ def checkpoint_blocks(model: PreTrainedModel, blocks: bool | int = True, trained
     """
     if not model.supports_gradient_checkpointing:
         hint = "set train.checkpointing to false, or lower train.tokens_per_pass"
-        raise UserError(
-            f"{type(model).__name__} has no activation checkpointing", where="train.checkpointing", hint=hint
-        )
+        what = f"{type(model).__name__} has no activation checkpointing"
+        raise UserError(what, where="train.checkpointing", hint=hint)
     with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Only reentrant checkpointing needs it; the backward would run through all that is frozen.

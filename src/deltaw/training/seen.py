@@ -42,11 +42,8 @@ def as_seen(example: Any, method: Method) -> Any:
         return replace(example, tokens=method.with_virtual_tokens(example.tokens))
     if invocation is not None:
         raise _only_for_answers()
-    raise UserError(
-        f"method '{method.name}' puts tokens before a row, and images have none",
-        where="method",
-        hint="choose another method",
-    )
+    hint = "choose another method"
+    raise UserError(f"method '{method.name}' puts tokens before a row, and images have none", where="method", hint=hint)
 
 
 def rows_as_seen(rows: Sequence[Any], method: Method) -> Sequence[Any]:
@@ -149,8 +146,5 @@ def _derived(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example], chat: 
 
 
 def _only_for_answers() -> UserError:
-    return UserError(
-        "lora.activation 'completion' is for models that write an answer to a prompt",
-        where="lora.activation",
-        hint="set task: causal-lm, or lora.activation: always",
-    )
+    what = "lora.activation 'completion' is for models that write an answer to a prompt"
+    return UserError(what, where="lora.activation", hint="set task: causal-lm, or lora.activation: always")

@@ -66,6 +66,8 @@ CALIBRATION_ROWS = 256
 WIDTH = 4096
 # Settings whose values a run may choose itself.
 RATE, APPROXIMATE = "train.learning_rate", "train.approximate"
+# Settings that the loop has by the same names.
+_SETTINGS = ("batch_size", "seed", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm")
 
 
 @dataclass
@@ -144,11 +146,8 @@ class Session:
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
-        return [
-            *lines,
-            f"{total} step{'s' if total != 1 else ''} of {size} rows, "
-            f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}",
-        ]
+        steps = f"{total} step{'s' if total != 1 else ''} of {size} rows"
+        return [*lines, f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -186,25 +185,12 @@ class Session:
             before_step=self._look_again(changed.get("batch_size", settings.batch_size)),
             after_step=lambda: self.method.after_step(self.model),
             add_gradients=self._keep_general(),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            max_grad_norm=settings.max_grad_norm,
+            **{name: getattr(settings, name) for name in _SETTINGS},
         )
-        return train(
-            self.objective,
-            [parameter for _, parameter in named],
-            self.data.train if rows is None else rows,
-            batcher or self.feed,
-            options,
-            callback=callback,
-            saved=saved,
-            reducer=self.processes,
-            **changed,
-        )
+        parameters = [parameter for _, parameter in named]
+        how: dict[str, Any] = {"callback": callback, "saved": saved, "reducer": self.processes, **changed}
+        rows = self.data.train if rows is None else rows
+        return train(self.objective, parameters, rows, batcher or self.feed, options, **how)
 
     def _look_again(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None]:
         """What verifies approximations before some of the steps."""
@@ -221,7 +207,8 @@ class Session:
                 return
             few = rows_to_look_at(rows, self.batcher, self.objective)
             with self.method.evaluating(model):
-                check = GradientCheck(model, self.objective, self.batcher, state.names, state.trained, few)
+                named = dict(zip(state.names, state.trained, strict=True))
+                check = GradientCheck(model, self.objective, self.batcher, named, few)
                 approximations.look_again(check, state.step + 1, self.processes)
 
         return before_step
@@ -231,13 +218,8 @@ class Session:
         settings = self.config.train
         if not self.general:
             return None
-        return KeepGeneral(
-            CausalObjective(self.model) if self.task.has_pairs else self.objective,
-            self.batcher,
-            self.general,
-            weight=settings.keep_general,
-            seed=settings.seed,
-        )
+        objective = CausalObjective(self.model) if self.task.has_pairs else self.objective
+        return KeepGeneral(objective, self.batcher, self.general, settings.keep_general, settings.seed)
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
         """Evaluate the model on examples, by default those held out; call within :meth:`running`."""
@@ -260,16 +242,10 @@ class Session:
             raise NoGeneralAnswers("the model does not read text")
         kept = self.method.keeps_base(self.model)
         base = self.method.without(self.model) if kept else contextlib.nullcontext()
+        how: dict[str, Any] = {"identity": self.identity, "reserved": self.method.virtual_tokens}
+        how["batch_tokens"] = getattr(self.batcher, "tokens_per_pass", 1024)
         with self.method.evaluating(self.model), base:
-            return general_answers(
-                self.model,
-                self.task.tokenizer,
-                prompts,
-                self.config.data,
-                identity=self.identity,
-                batch_tokens=getattr(self.batcher, "tokens_per_pass", 1024),
-                reserved=self.method.virtual_tokens,
-            )
+            return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **how)
 
 
 def _shared_objective(session: Session, rows: Sequence[Any]) -> Any:
@@ -335,14 +311,8 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
         read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
-        task = task_of(
-            config.task,
-            config.model,
-            dtype,
-            trust_remote_code=config.trust_remote_code,
-            say=say,
-            preference=config.preference,
-        )
+        how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "preference": config.preference}
+        task = task_of(config.task, config.model, dtype, say=say, **how)
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
@@ -433,8 +403,7 @@ def assemble(
     with method.evaluating(model):
         objective = task.objective(model)
     feed = Feed(objective, batcher)
-    session = Session(config, model, method, task, data, feed, chosen, said, identity=identity)
-    session.processes = processes
+    session = Session(config, model, method, task, data, feed, chosen, said, identity=identity, processes=processes)
     if settings.keep_general:
         _take_general_answers(session)
     _keep_features(session, invocation)
@@ -462,9 +431,7 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
         said = working("comparing gradients with those in fp32")
         with said, session.running(), session.method.evaluating(model):
             few = rows_to_look_at(rows, batcher, session.objective)
-            names, parameters = zip(*session.trained, strict=True)
-            check = GradientCheck(model, session.objective, batcher, names, parameters, few)
-            chosen = check.choose(offered)
+            chosen = GradientCheck(model, session.objective, batcher, dict(session.trained), few).choose(offered)
     except Exception as error:  # whatever a foreign model raises in fp32, it trains without
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         chosen = Chosen((), None, dict.fromkeys(offered, f"it could not be compared with fp32 ({brief})"))
@@ -521,9 +488,8 @@ def _take_general_answers(session: Session) -> None:
             raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
         answers = session.general_answers(KEPT)
     except NoGeneralAnswers as reason:
-        raise UserError(
-            f"general answers cannot be kept: {reason}", where="train.keep_general", hint="set train.keep_general: 0"
-        ) from reason
+        what = f"general answers cannot be kept: {reason}"
+        raise UserError(what, where="train.keep_general", hint="set train.keep_general: 0") from reason
     session.general = [as_seen(answer, session.method) for answer in answers]
     session.said.append(
         f"keep_general {weight:g}: each step also learns one of {len(answers)} general answers of the base "
@@ -539,11 +505,8 @@ def _method_for(task: Task, config: RunConfig) -> Method:
     """
     method = choose_method(config, task.tokenizer)
     if task.has_pairs and method.activates:
-        raise UserError(
-            "an adapter with an invocation sequence cannot be trained on pairs",
-            where="lora.activation",
-            hint="set lora.activation: always",
-        )
+        what = "an adapter with an invocation sequence cannot be trained on pairs"
+        raise UserError(what, where="lora.activation", hint="set lora.activation: always")
     return method
 
 

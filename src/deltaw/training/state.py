@@ -42,15 +42,12 @@ class MasterWeights:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.trained: list[nn.Parameter] = []
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self._hooks = []
         for parameter in parameters:
-            if parameter.dtype not in HALF:
-                self.trained.append(parameter)
-                continue
-            master = nn.Parameter(parameter.detach().float())
-            self.trained.append(master)
-            self._pairs.append((parameter, master))
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(master)))
+            half = parameter.dtype in HALF
+            self.trained.append(nn.Parameter(parameter.detach().float()) if half else parameter)
+            if half:
+                self._pairs.append((parameter, self.trained[-1]))
+        self._hooks = [own.register_post_accumulate_grad_hook(_into(master)) for own, master in self._pairs]
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -182,11 +179,8 @@ class NotFinite:
 
     def as_dict(self) -> dict[str, object]:
         """Its line of ``metrics.jsonl``; JSON has no infinite numbers, so they are texts."""
-        return {
-            "step": self.step,
-            "skipped": {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"},
-            "learning_rate": self.learning_rate,
-        }
+        skipped = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
+        return {"step": self.step, "skipped": skipped, "learning_rate": self.learning_rate}
 
 
 class NotFiniteError(UserError):
@@ -232,12 +226,9 @@ class Outcome:
 
     def add(self, step: Step) -> None:
         self.steps += 1
-        self.rows += step.rows
-        self.tokens += step.tokens
-        self.computed_tokens += step.computed_tokens
-        self.label_tokens += step.label_tokens
         self.loss_sum += step.loss * step.label_tokens
-        self.seconds += step.seconds
+        for name in ("rows", "tokens", "computed_tokens", "label_tokens", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(step, name))
 
 
 @dataclass(frozen=True)
@@ -326,9 +317,8 @@ class TrainState:
         self.sources = list(parameters.values())
         self._master_weights = MasterWeights(self.sources)
         self.trained = self._master_weights.trained
-        self.optimizer = adamw(
-            self.trained, schedule.learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
-        )
+        adam: dict[str, Any] = {"factors": rate_factors, "weight_decay": weight_decay, "betas": betas}
+        self.optimizer = adamw(self.trained, schedule.learning_rate, **adam)
         self._random: dict[str, Tensor] = {}
 
     @property
@@ -441,11 +431,9 @@ class TrainState:
         for name, parameter in zip(self.names, self.trained, strict=True):
             value = saved.tensors[f"parameter/{name}"]
             if value.shape != parameter.shape:
-                raise UserError(
-                    f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state",
-                    where="the saved state",
-                    hint="continue with the model and the settings that it began with",
-                )
+                what = f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state"
+                hint = "continue with the model and the settings that it began with"
+                raise UserError(what, where="the saved state", hint=hint)
             parameter.copy_(value)
             kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
             on_device = {k: t.to(parameter.device, copy=True) for k, t in kept.items() if t is not None}
@@ -459,11 +447,9 @@ class TrainState:
 
     def _require_same(self, saved: SavedState) -> None:
         if saved.values["version"] != VERSION:
-            raise UserError(
-                f"the saved state has version {saved.values['version']}, and this deltaw reads {VERSION}",
-                where="the saved state",
-                hint="continue with the version of deltaw that wrote it",
-            )
+            hint = "continue with the version of deltaw that wrote it"
+            wrong = f"the saved state has version {saved.values['version']}, and this deltaw reads {VERSION}"
+            raise UserError(wrong, where="the saved state", hint=hint)
         same = {
             "the trained parameters": (saved.values["names"], self.names),
             "the order of rows": (saved.values["order"], asdict(self.order)),
@@ -471,11 +457,9 @@ class TrainState:
         }
         for what, (theirs, ours) in same.items():
             if theirs != ours:
-                raise UserError(
-                    f"{what} differs from that of the training to continue",
-                    where="the saved state",
-                    hint="continue with the settings and the data that it began with",
-                )
+                hint = "continue with the settings and the data that it began with"
+                differs = f"{what} differs from that of the training to continue"
+                raise UserError(differs, where="the saved state", hint=hint)
 
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
@@ -487,9 +471,6 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     if not differing:
         return
     changed = ", ".join(f"{name}: {ours[name]} instead of {theirs.get(name)}" for name in differing)
-    warnings.warn(
-        "products are computed differently than when the state was saved, so the training continues, but not "
-        f"equal to the bit ({changed})",
-        ArithmeticChangedWarning,
-        stacklevel=3,
-    )
+    how = "so the training continues, but not equal to the bit"
+    text = f"products are computed differently than when the state was saved, {how} ({changed})"
+    warnings.warn(text, ArithmeticChangedWarning, stacklevel=3)

@@ -228,10 +228,8 @@ class EveryToken(KeptFeatures):
         if isinstance(batch, Batch):
             return [(member.example, member.places) for member in batch.members]
         longest = batch.inputs["input_ids"].shape[1] if self._is_text else self._patches
-        return [
-            (example, np.arange(row * longest, row * longest + self.units(example)))
-            for row, example in enumerate(batch.examples)
-        ]
+        places = [np.arange(self.units(one)) + row * longest for row, one in enumerate(batch.examples)]
+        return list(zip(batch.examples, places, strict=True))
 
 
 class LabelTokens(KeptFeatures):

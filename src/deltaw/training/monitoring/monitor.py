@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -254,6 +254,8 @@ def _without_virtual_tokens(row: Example, count: int) -> Example:
     return replace(row, tokens=tokens, is_label=is_label, prompt_length=length, active_from=None)
 
 
+# Adds a line to a run's metrics.
+Write: TypeAlias = Callable[[Mapping[str, object]], None]
 # Beside the best adapter: that of the last step.
 LAST = "last"
 SAMPLES = 2
@@ -293,15 +295,7 @@ class Monitor:
         stopped: why the run ends before its last step; None where it does not.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        folder: Path,
-        callback: Callback,
-        write: Callable[[Mapping[str, object]], None],
-        *,
-        began: float,
-    ) -> None:
+    def __init__(self, session: Session, folder: Path, callback: Callback, write: Write, *, began: float) -> None:
         train = session.config.train
         self._session, self._folder, self._callback, self._write = session, folder, callback, write
         self.best = BestScore(train.early_stopping)

@@ -73,10 +73,8 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float,
     end = next((n - 1 for n in range(at, len(smoothed)) if smoothed[n] > level), len(smoothed) - 1)
     chosen = float(f"{rates[end] / BELOW_END:.2g}")
     edge = ", the highest rate tried" if end == len(rates) - 1 and not diverged else ""
-    why = (
-        f"range test: a fifth of the highest rate at which the loss is still low, {rates[end]:.2g}{edge}; "
-        f"usual for the method is {usual:.2g}"
-    )
+    low = f"the highest rate at which the loss is still low, {rates[end]:.2g}{edge}"
+    why = f"range test: a fifth of {low}; usual for the method is {usual:.2g}"
     return found(lowest=float(rates[at]), steepest=steepest, end=float(rates[end]), chosen=chosen, why=why)
 
 

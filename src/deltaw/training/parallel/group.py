@@ -11,23 +11,25 @@ Knows the state of a training; not models, rows or files.
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltaw.data.example import rows_of
 from deltaw.data.packing import common_prefix, sort_key
 from deltaw.errors import UserError
 from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher
-from deltaw.training.parallel.reducer import Reducer, Spare, StepSums
+from deltaw.training.parallel.reducer import Parameters, Reducer, Spare, StepSums
 from deltaw.training.state import SavedState, TrainState
 
 # The sum of gradients over processes: one flat vector, whose ranges travel while the backward goes on.
@@ -69,12 +71,7 @@ class GradientSum:
     """
 
     def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        sources: Sequence[nn.Parameter],
-        begin: Callable[[Tensor], Waited],
-        *,
-        size: int,
+        self, parameters: Parameters, sources: Parameters, begin: Callable[[Tensor], Waited], *, size: int
     ) -> None:
         self.early = 0
         self._parameters, self._sources, self._begin = list(parameters), list(sources), begin
@@ -132,13 +129,10 @@ class GradientSum:
         self._missing = [len(own) for own in self._ranges]
         for number, source in enumerate(self._sources):
             if source.requires_grad:
-                hook = source.register_post_accumulate_grad_hook(self._noticing(number))
-                self._hooks.append(hook)
+                noticing = functools.partial(self._is_there, number)
+                self._hooks.append(source.register_post_accumulate_grad_hook(noticing))
 
-    def _noticing(self, number: int) -> Callable[[Tensor], None]:
-        return lambda source: self._is_there(number)
-
-    def _is_there(self, number: int) -> None:
+    def _is_there(self, number: int, source: Tensor) -> None:
         """The gradient of a parameter is there; ranges that are whole now leave."""
         calls = self._calls[number] = self._calls.get(number, 0) + 1
         place = self._range_of[number]
@@ -218,11 +212,8 @@ def deal(rows: Sequence[Any], parts: int, *, share: bool) -> list[list[int]]:
     saved = [0] + [_alike(firsts[a], firsts[b]) for a, b in itertools.pairwise(order)]
     runs = _in_runs([whole[place] for place in order], saved, parts)
     together = [sorted(order[i] for i in run) for run in runs]
-    if _busiest(runs, [whole[place] for place in order], saved) <= max(
-        sum(whole[place] for place in part) for part in even
-    ):
-        return together
-    return even
+    most = max(sum(whole[place] for place in part) for part in even)
+    return together if _busiest(runs, [whole[place] for place in order], saved) <= most else even
 
 
 def _cost(row: Any, share: bool) -> int:
@@ -300,14 +291,28 @@ class LostProcess(UserError):
     """Another process ended or does not answer."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the environment says of the processes; ``seconds`` is the time limit of what all do together."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+    agent: bool
+    attempt: str
+    seconds: float
+
+
 class Group(Reducer):
     """This process among several.
 
     Args:
-        rank, size, local_size, local_rank: as :class:`Reducer` has them.
+        who: this process and the others, with the time limit of what all do together.
         orders: a gloo group for what process 0 says, with a long time limit.
         gradients: a group of the same processes for the sum of gradients alone.
-        seconds: the time limit of what all do together.
 
     Attributes:
         lost: whether another process is lost.
@@ -318,24 +323,14 @@ class Group(Reducer):
             orders each gathering.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        local_size: int,
-        orders: dist.ProcessGroup,
-        gradients: dist.ProcessGroup,
-        *,
-        seconds: float,
-        local_rank: int = 0,
-    ) -> None:
-        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+    def __init__(self, who: Told, orders: dist.ProcessGroup, gradients: dist.ProcessGroup) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = who.rank, who.size, who.local_rank, who.local_size
         self.lost = False
         self.evaluate: Callable[[int], None] = lambda number: None
         self.gather: Callable[[int], None] = lambda number: None
         self.sharded, self.together = False, True
         self._orders, self._apart = orders, gradients
-        self._seconds = seconds
+        self._seconds = who.seconds
         self._gradients: GradientSum | None = None
 
     # Orders
@@ -448,9 +443,7 @@ class Group(Reducer):
         return batches if self._gradients is None else self._gradients.microbatches(batches)
 
     @torch.no_grad()
-    def total(
-        self, parameters: Sequence[nn.Parameter], sums: StepSums | None, watched: Watched | None = None
-    ) -> StepSums | None:
+    def total(self, parameters: Parameters, sums: StepSums | None, watched: Watched | None = None) -> StepSums | None:
         self.together = False
         gradients = self._gradients
         assert gradients is not None, "begin() was not called"
@@ -561,12 +554,10 @@ class Group(Reducer):
             self.lost = True
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
             what = f"did not answer within {self._seconds:g} seconds" if late else "ended"
-            raise LostProcess(
-                f"another of the {self.size} processes {what}",
-                where=f"process {self.rank}",
-                hint="what that process printed says why; the same command, with any number of processes, "
-                "goes on from the last checkpoint",
-            ) from error
+            again = "the same command, with any number of processes, goes on from the last checkpoint"
+            hint = f"what that process printed says why; {again}"
+            what = f"another of the {self.size} processes {what}"
+            raise LostProcess(what, where=f"process {self.rank}", hint=hint) from error
 
 
 def _bytes_of(text: str) -> Tensor:

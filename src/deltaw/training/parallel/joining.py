@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
@@ -24,7 +23,7 @@ from deltaw.machine.choices import choose_device, choose_threads
 from deltaw.machine.memory import give_large_blocks_back
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say
-from deltaw.training.parallel.group import Group, LostProcess
+from deltaw.training.parallel.group import Group, LostProcess, Told
 from deltaw.training.parallel.reducer import ALONE, Reducer
 
 
@@ -53,19 +52,15 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
         (device != "cpu", f"device {config.device}", "device", "cpu"),
     ):
         if wrong:
-            raise UserError(
-                f"a base model that is sharded over processes cannot be used with {what}",
-                where=f"{key} (train.sharding: base)",
-                hint=f"set train.sharding: none, or {key}: {instead}",
-            )
+            refused = f"a base model that is sharded over processes cannot be used with {what}"
+            hint = f"set train.sharding: none, or {key}: {instead}"
+            raise UserError(refused, where=f"{key} (train.sharding: base)", hint=hint)
     from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_custom_all_gather"):
-        raise UserError(
-            f"sharding a base model needs a newer torch than {torch.__version__}",
-            where="train.sharding",
-            hint="pip install --upgrade torch, or set train.sharding: none",
-        )
+        old = f"sharding a base model needs a newer torch than {torch.__version__}"
+        hint = "pip install --upgrade torch, or set train.sharding: none"
+        raise UserError(old, where="train.sharding", hint=hint)
     answers = {"drift": False, "samples": 0}
     off = {key: value for key, value in answers.items() if getattr(train, key) == "auto"}
     if off:
@@ -125,11 +120,9 @@ def check_device(config: RunConfig, processes: Reducer) -> None:
         raise _refused(f"the one device {config.device}", "device", "set device: cuda")
     there = torch.cuda.device_count() if kind == "cuda" else 1
     if processes.local_size > there:
-        raise UserError(
-            f"{processes.local_size} processes cannot share {there} {kind} devices of this machine",
-            where="device",
-            hint="start as many processes on a node as it has devices, or set device: cpu",
-        )
+        what = f"{processes.local_size} processes cannot share {there} {kind} devices of this machine"
+        hint = "start as many processes on a node as it has devices, or set device: cpu"
+        raise UserError(what, where="device", hint=hint)
 
 
 def threads_of(config: RunConfig, processes: Reducer) -> str | int:
@@ -148,21 +141,6 @@ VARIABLE, SECONDS = "DELTAW_PEER_SECONDS", 300.0
 # What waits while process 0 evaluates, writes samples or saves; a process that dies is noticed at once.
 ORDERS_SECONDS = 86400.0
 _POLL = 0.05
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the environment says of the processes."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    address: str
-    port: int
-    agent: bool
-    attempt: str
-    seconds: float
 
 
 def told_size(environment: Mapping[str, str] | None = None) -> int:
@@ -187,11 +165,8 @@ def told(environment: Mapping[str, str] | None = None) -> Told | None:
         return None
     rank = _number(found, "RANK", None, least=0)
     if rank >= size:
-        raise UserError(
-            f"there is no process {rank} among {size} processes",
-            where="the environment: RANK and WORLD_SIZE",
-            hint="processes are counted from 0",
-        )
+        what = f"there is no process {rank} among {size} processes"
+        raise UserError(what, where="the environment: RANK and WORLD_SIZE", hint="processes are counted from 0")
     if not found.get("MASTER_ADDR"):
         raise _missing("MASTER_ADDR")
     return Told(
@@ -258,26 +233,19 @@ def _join(who: Told) -> Group:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and who.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(who.local_rank)
+    backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=who.seconds)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=who.rank,
-            world_size=who.size,
-            timeout=timedelta(seconds=who.seconds),
-        )
+        dist.init_process_group(backend, store=store, rank=who.rank, world_size=who.size, timeout=limit)
         orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
         # Gradients leave when they are there, which each process sees at another time: not among what else
         # is asked of all in one order.
-        gradients = dist.new_group(timeout=timedelta(seconds=who.seconds))
+        gradients = dist.new_group(timeout=limit)
     except RuntimeError as error:
-        raise UserError(
-            f"the processes cannot connect to each other: {_first_line(error)}",
-            where=f"process {who.rank} of {who.size}",
-            hint="let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes",
-        ) from error
+        what = f"the processes cannot connect to each other: {_first_line(error)}"
+        hint = "let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes"
+        raise UserError(what, where=f"process {who.rank} of {who.size}", hint=hint) from error
     assert orders is not None and gradients is not None
-    return Group(who.rank, who.size, who.local_size, orders, gradients, seconds=who.seconds, local_rank=who.local_rank)
+    return Group(who, orders, gradients)
 
 
 def _store(who: Told) -> dist.Store:
@@ -291,22 +259,13 @@ def _store(who: Told) -> dist.Store:
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
-            raise UserError(
-                f"port {who.port} is in use",
-                where=place,
-                hint="give torchrun another one with --master-port, or --standalone on one machine",
-            ) from error
+            hint = "give torchrun another one with --master-port, or --standalone on one machine"
+            raise UserError(f"port {who.port} is in use", where=place, hint=hint) from error
         if serves:
-            raise UserError(
-                f"process 0 cannot listen there: {_first_line(error)}",
-                where=place,
-                hint="MASTER_ADDR must be a name or address of the machine that process 0 runs on",
-            ) from error
-        raise UserError(
-            f"process 0 did not answer within {who.seconds:g} seconds",
-            where=place,
-            hint=f"start all processes, and open the port in the firewall; {VARIABLE} is the time limit",
-        ) from error
+            hint = "MASTER_ADDR must be a name or address of the machine that process 0 runs on"
+            raise UserError(f"process 0 cannot listen there: {_first_line(error)}", where=place, hint=hint) from error
+        hint = f"start all processes, and open the port in the firewall; {VARIABLE} is the time limit"
+        raise UserError(f"process 0 did not answer within {who.seconds:g} seconds", where=place, hint=hint) from error
 
 
 def _agree(store: dist.Store, who: Told) -> None:
@@ -316,11 +275,8 @@ def _agree(store: dist.Store, who: Told) -> None:
         UserError: one does not come in time, comes twice, or was told another number.
     """
     if store.add(f"came/{who.rank}", 1) > 1:
-        raise UserError(
-            f"two processes are both process {who.rank}",
-            where="the environment: RANK",
-            hint="each process has a number of its own; torchrun sets it by --node-rank",
-        )
+        hint = "each process has a number of its own; torchrun sets it by --node-rank"
+        raise UserError(f"two processes are both process {who.rank}", where="the environment: RANK", hint=hint)
     store.set(f"size/{who.rank}", str(who.size))
     if who.rank == 0:
         verdict = _verdict(store, who)
@@ -334,11 +290,8 @@ def _agree(store: dist.Store, who: Told) -> None:
         return
     if verdict.isdigit():
         verdict = f"process {who.rank} was told that there are {who.size} processes, and process 0 {verdict}"
-    raise UserError(
-        verdict,
-        where=f"process {who.rank}: WORLD_SIZE={who.size}",
-        hint=f"start all nodes with the same --nnodes and --nproc-per-node; {VARIABLE} is the time limit in seconds",
-    )
+    hint = f"start all nodes with the same --nnodes and --nproc-per-node; {VARIABLE} is the time limit in seconds"
+    raise UserError(verdict, where=f"process {who.rank}: WORLD_SIZE={who.size}", hint=hint)
 
 
 def _verdict(store: dist.Store, who: Told) -> str:
@@ -366,11 +319,9 @@ def _read_verdict(store: dist.Store, who: Told) -> str:
         store.wait(["verdict"], timedelta(seconds=2 * who.seconds + 5))
         return store.get("verdict").decode()
     except (dist.DistError, RuntimeError) as error:
-        raise UserError(
-            "process 0 ended before all processes were there",
-            where=f"process {who.rank} of {who.size}",
-            hint="what process 0 printed says why",
-        ) from error
+        what = "process 0 ended before all processes were there"
+        hint = "what process 0 printed says why"
+        raise UserError(what, where=f"process {who.rank} of {who.size}", hint=hint) from error
 
 
 def _await_readers(store: dist.Store, who: Told) -> None:
@@ -388,9 +339,8 @@ def _number(found: Mapping[str, str], name: str, default: int | None, *, least: 
             raise _missing(name)
         return default
     if not text.isdigit() or int(text) < least:
-        raise UserError(
-            f"{name}={text} is not a whole number from {least} up", where="the environment", hint="let torchrun set it"
-        )
+        what = f"{name}={text} is not a whole number from {least} up"
+        raise UserError(what, where="the environment", hint="let torchrun set it")
     return int(text)
 
 
@@ -406,11 +356,8 @@ def _seconds(found: Mapping[str, str]) -> float:
 
 
 def _missing(name: str) -> UserError:
-    return UserError(
-        f"WORLD_SIZE sets several processes, but {name} is not set",
-        where="the environment",
-        hint="start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE",
-    )
+    hint = "start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE"
+    return UserError(f"WORLD_SIZE sets several processes, but {name} is not set", where="the environment", hint=hint)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from deltaw.training.losses import Watched, unrounded
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.state import TrainState
+
+Parameters: TypeAlias = Sequence[nn.Parameter]
 
 
 @dataclass
@@ -96,9 +98,7 @@ class Reducer:
         """One text of each process, by their numbers; all ask for it together."""
         return [text]
 
-    def total(
-        self, parameters: Sequence[nn.Parameter], sums: StepSums | None, watched: Watched | None = None
-    ) -> StepSums | None:
+    def total(self, parameters: Parameters, sums: StepSums | None, watched: Watched | None = None) -> StepSums | None:
         """Add up gradients and sums over all processes; each has them afterwards.
 
         Args:

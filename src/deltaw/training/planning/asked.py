@@ -40,11 +40,8 @@ def refuse_memory(memory: str | None, verb: str) -> None:
         UserError: it is set.
     """
     if memory is not None:
-        raise UserError(
-            f"memory limits 'deltaw train', not 'deltaw {verb}'",
-            where="memory",
-            hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
-        )
+        hint = "leave memory out and set train.checkpointing or train.tokens_per_pass"
+        raise UserError(f"memory limits 'deltaw train', not 'deltaw {verb}'", where="memory", hint=hint)
 
 
 def chosen_methods(text: str, own: str) -> list[str]:

@@ -32,21 +32,15 @@ def memory_budget(memory: str | None, device: str) -> int | None:
         return None
     size = parse_bytes(memory, where="memory")
     if device != "cpu":
-        raise UserError(
-            f"memory limits main memory, and this run is on {device}",
-            where="memory",
-            hint="leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu",
-        )
+        hint = "leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu"
+        raise UserError(f"memory limits main memory, and this run is on {device}", where="memory", hint=hint)
     return size
 
 
 def no_plan_to_keep(why: str) -> UserError:
     """The refusal of a run that is to keep within ``memory`` and that cannot be planned."""
-    return UserError(
-        f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({why})",
-        where="memory",
-        hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
-    )
+    what = f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({why})"
+    return UserError(what, where="memory", hint="leave memory out and set train.checkpointing or train.tokens_per_pass")
 
 
 def fitting_settings(
@@ -88,9 +82,8 @@ def fitting_settings(
         say(f"planning {method}")
         try:
             for rank in _ranks(config, method):
-                settings = config.model_copy(
-                    update={"method": method, "lora": dataclasses.replace(config.lora, rank=rank)}
-                )
+                lora = dataclasses.replace(config.lora, rank=rank)
+                settings = config.model_copy(update={"method": method, "lora": lora})
                 plain = try_out(settings.with_train(checkpointing=False))
                 found += [plain] if plain is not None else []
                 if plain is not None and plain.tokens_per_pass == TOKENS[0]:
@@ -107,11 +100,8 @@ def fitting_settings(
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"
-        raise UserError(
-            f"no settings fit into {budget:,} bytes: {need}",
-            where="--budget",
-            hint="allow more memory, try other methods with --methods, or take a smaller model",
-        )
+        hint = "allow more memory, try other methods with --methods, or take a smaller model"
+        raise UserError(f"no settings fit into {budget:,} bytes: {need}", where="--budget", hint=hint)
     return sorted(found, key=lambda fitting: fitting.seconds)
 
 
@@ -139,12 +129,9 @@ def within_memory(
 
     least = planned(True)
     if least[1].peak_resident_bytes > budget:
-        raise UserError(
-            f"the run needs {least[1].peak_resident_bytes:,} bytes with activation checkpointing in every "
-            f"block, and memory allows {budget:,}",
-            where="memory",
-            hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4",
-        )
+        need = f"{least[1].peak_resident_bytes:,} bytes with activation checkpointing in every block"
+        hint = "allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4"
+        raise UserError(f"the run needs {need}, and memory allows {budget:,}", where="memory", hint=hint)
     budget = max(int(budget * (1 - LEFT_FREE)), least[1].peak_resident_bytes)
     saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks
     count = max(1, math.ceil((plan.peak_resident_bytes - budget) / max(1.0, saved)))

@@ -87,9 +87,9 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     if isinstance(embedding, BlockEmbedding):
         return 0  # it is read, not mapped
     weight = embedding.weight
-    names = session.model.named_parameters(remove_duplicate=False)
+    named = session.model.named_parameters(remove_duplicate=False)
     folder = config_folder(session.config.model, dtype, session.config.trust_remote_code)
-    if sum(parameter is weight for _, parameter in names) != 1 or not any(folder.glob("*.safetensors")):
+    if sum(parameter is weight for _, parameter in named) != 1 or not any(folder.glob("*.safetensors")):
         return 0
     tokens = used_tokens(session.data.every).astype(np.int64)
     if not len(tokens):
@@ -246,15 +246,9 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
             labeled = rows_of(heavy[2])
     # Of a large evaluation, the first rows show what shapes there are.
     held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
-    return Heaviest(
-        rows_of(largest[2]),
-        feed.shapes(rows_of(largest[2])),
-        every,
-        set(feed.shapes(held_out)) if held_out else set(),
-        labeled,
-        tiles,
-        _tile_shapes(session, held_out) if held_out else set(),
-    )
+    evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
+    heaviest = rows_of(largest[2])
+    return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], labeled, tiles, evaluated[1])
 
 
 def _weigher(session: Session) -> Callable[[tuple[int, int, Any]], float]:
@@ -281,11 +275,8 @@ def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
 
 def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
     window = getattr(session.model.config.get_text_config(), "sliding_window", None)
-    return {
-        (batch.count, batch.queries, batch.keys.shape[1])
-        for width in {None, window}
-        for batch in layout.tiles(width).batches
-    }
+    found = (batch for width in {None, window} for batch in layout.tiles(width).batches)
+    return {(batch.count, batch.queries, batch.keys.shape[1]) for batch in found}
 
 
 class TellingBatcher:
@@ -420,14 +411,9 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     threads = choose_threads(config.threads).value
     torch.set_num_threads(threads)  # what some operators take besides their results depends on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     with fake_tensors():  # the run's model, before the method is applied
-        model = skeleton(
-            config.model,
-            dtype=dtype,
-            task=config.task,
-            num_labels=task.outputs(data),
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = skeleton(config.model, task=config.task, num_labels=task.outputs(data), **how)
     kernels = settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     before = resident_bytes()
@@ -438,9 +424,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         if config.precision == "nf4":
             quantize_nf4(model.base_model)
         block_bytes = _block_bytes(model)
-    new: list[str] = []
-    if task.has_labels:
-        new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    new = new_modules(model, config.model, **how) if task.has_labels else []
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
     made: list[_DryRun] = []
 
@@ -453,7 +437,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     store = done.session.feed.store
     with fake_tensors():
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
-    converted = converted_bytes(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    converted = converted_bytes(model, config.model, **how)
     folder = config_folder(config.model, dtype, config.trust_remote_code)
     trim_memory()
     resident, phases = resident_parts(
@@ -562,15 +546,10 @@ def plan_each(
     plans: dict[str, Plan] = {}
     for method in methods:
         try:
-            first = next(iter(plans.values()), None)
-            plans[method] = plan_run(
-                config.model_copy(update={"method": method}),
-                task,
-                data,
-                # Each plan leaves something behind, which a run that makes one plan does not have.
-                process_bytes=None if first is None else first.resident["process"],
-                processes=processes,
-            )
+            # Each plan leaves something behind, which a run that makes one plan does not have.
+            before = next((plan.resident["process"] for plan in plans.values()), None)
+            settings = config.model_copy(update={"method": method})
+            plans[method] = plan_run(settings, task, data, process_bytes=before, processes=processes)
         except UserError as error:
             if method == config.method:
                 raise
@@ -583,11 +562,8 @@ def plan_each(
 
 
 def _no_dry_run(error: Exception) -> UserError:
-    return UserError(
-        f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})",
-        where="the plan",
-        hint="train it anyway: deltaw train then runs without a plan",
-    )
+    what = f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
+    return UserError(what, where="the plan", hint="train it anyway: deltaw train then runs without a plan")
 
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:

@@ -64,12 +64,8 @@ class Remembered:
         files = _files_of(config) if files is None else files
         if files is None:
             return None
-        key = {
-            "settings": config.model_dump(mode="json", exclude=_WITHOUT),
-            "files": files,
-            "machine": _machine(),
-            "processes": processes,
-        }
+        settings = config.model_dump(mode="json", exclude=_WITHOUT)
+        key = {"settings": settings, "files": files, "machine": _machine(), "processes": processes}
         kept = recall(KIND, key, MADE_BY)
         return cls(key, kept if isinstance(kept, dict) else {})
 
@@ -99,9 +95,7 @@ class Remembered:
         except TypeError:
             return None
 
-    def keep(
-        self, plan: Plan, rows: Iterable[Any], lines: Sequence[str], measured: Sequence[Sequence[object]] = ()
-    ) -> None:
+    def keep(self, plan: Plan, rows: Iterable[Any], lines: Sequence[str], measured: Sequence[Any] = ()) -> None:
         """Remember a plan, with the account of the rows that it was made of.
 
         Args:

@@ -37,6 +37,11 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 
 # Names of a model's outputs, in their order.
 Classes: TypeAlias = Sequence[str] | None
+# Rows of a data set, or groups of them.
+Rows: TypeAlias = Sequence[Any]
+Named: TypeAlias = Sequence[tuple[str, nn.Parameter]]
+# A batcher, and by setting the value chosen with its reason.
+Batched: TypeAlias = tuple[AnyBatcher, dict[str, Choice]]
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,7 @@ class Task(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def batcher(
-        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
-    ) -> tuple[AnyBatcher, dict[str, Choice]]:
+    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
         """How rows become microbatches, and what was chosen for it and why.
 
         Args:
@@ -124,20 +127,14 @@ class Task(abc.ABC):
                 :func:`deltaw.training.tasks.causal_batcher.choose_causal_batcher`.
         """
 
-    def initialize_head(  # noqa: B027 - most tasks have nothing to do here
-        self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]
-    ) -> None:
+    def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:  # noqa: B027
         """Give modules that the model's files do not hold a better start than chance, from the rows."""
 
-    def trained(
-        self, named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[Any]
-    ) -> Sequence[tuple[str, nn.Parameter]]:
+    def trained(self, named: Named, rows: Rows) -> Named:
         """Of a method's parameters those that the loss of these rows depends on; for most losses all."""
         return named
 
-    def referenced(
-        self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher, processes: Reducer = ALONE
-    ) -> Sequence[Any]:
+    def referenced(self, model: PreTrainedModel, rows: Rows, batcher: AnyBatcher, processes: Reducer = ALONE) -> Rows:
         """The rows with what their loss needs to know of the base model; most losses need nothing.
 
         Args:
@@ -160,9 +157,7 @@ class Task(abc.ABC):
         """While open, the model takes the batches of ``batcher``."""
 
     @abc.abstractmethod
-    def evaluate(
-        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
-    ) -> Evaluation:
+    def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         """How well the model does on examples; ``classes`` are the names of its outputs. Comparisons and searches
         minimize the metric ``loss``, or ``mse`` where there is none."""
 

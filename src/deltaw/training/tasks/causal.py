@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from deltaw.training.evaluation.base import Evaluation, check_finite, mean_inter
 from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named_answers
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.tasks.base import Classes, ModelFiles, Task, evaluate_pairs
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -40,13 +40,11 @@ from deltaw.working import working
 # How well a model does on examples: loss and perplexity, and exact match of what it writes itself.
 
 
-class Writer(Protocol):
-    """Writes greedy completions; what an evaluation is given instead of transformers' decoding."""
-
-    def __call__(
-        self, prompts: Sequence[np.ndarray], max_new_tokens: int, on_progress: Callable[[int, int], None] | None
-    ) -> list[str]:
-        """The texts behind prompts of token ids, virtual ones among them, in their order."""
+# Told how many of how many are done.
+Progress: TypeAlias = Callable[[int, int], None] | None
+# Writes greedy completions, for an evaluation that does not take transformers' decoding: of prompts of token ids,
+# virtual ones among them, a number of tokens and a progress, the texts behind the prompts in their order.
+Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, Progress], list[str]]
 
 
 @dataclass(frozen=True)
@@ -165,11 +163,7 @@ class Score:
 
 
 def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batcher: AnyBatcher,
-    **how: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Rows, batcher: AnyBatcher, **how: Any
 ) -> Score:
     """Everything that ``deltaw eval`` says of a causal language model; ``how`` are options of :func:`answers`."""
     padded = getattr(batcher, "padded", False)
@@ -207,9 +201,7 @@ class CausalTask(Task):
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         return TextReader(settings, self.tokenizer, folder=self.folder, say=self._say)
 
-    def batcher(
-        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
-    ) -> tuple[AnyBatcher, dict[str, Choice]]:
+    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
         return choose_causal_batcher(model, examples, **how)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
@@ -218,10 +210,8 @@ class CausalTask(Task):
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
-    def evaluate(
-        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
-    ) -> Evaluation:
-        return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
+    def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
+        return evaluate_causal(objective, rows, batcher)  # type: ignore[arg-type]
 
 
 # How single answers are trained: their own rows with gradients, and before each step those of mismatched
@@ -358,9 +348,7 @@ class PreferenceTask(CausalTask):
         weights = self.settings.desirable_weight, self.settings.undesirable_weight
         return UnpairedReader(settings, self.tokenizer, say=self._say, weights=weights)
 
-    def batcher(
-        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
-    ) -> tuple[AnyBatcher, dict[str, Choice]]:
+    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
         batcher, chosen = super().batcher(model, examples, **how)
         if self.settings.is_unpaired:
             assert isinstance(batcher, CausalMicroBatcher)
@@ -370,9 +358,7 @@ class PreferenceTask(CausalTask):
             chosen = {**chosen, "preference.beta": beta}
         return batcher, chosen
 
-    def referenced(
-        self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher, processes: Reducer = ALONE
-    ) -> Sequence[RowGroup]:
+    def referenced(self, model: PreTrainedModel, rows: Rows, batcher: AnyBatcher, processes: Reducer = ALONE) -> Rows:
         if not self.settings.has_reference or not len(rows):
             return rows
         if not has_values(model):  # a dry run: no value is known, and none is needed
@@ -406,9 +392,7 @@ class PreferenceTask(CausalTask):
             return UnpairedObjective(model, self.settings)
         return CausalObjective(model, PreferenceLoss(self.settings))
 
-    def evaluate(
-        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
-    ) -> Evaluation:
+    def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         if self.settings.is_unpaired:
-            return evaluate_unpaired(objective, examples, batcher)  # type: ignore[arg-type]
-        return evaluate_preferences(objective, examples, batcher)  # type: ignore[arg-type]
+            return evaluate_unpaired(objective, rows, batcher)  # type: ignore[arg-type]
+        return evaluate_preferences(objective, rows, batcher)  # type: ignore[arg-type]

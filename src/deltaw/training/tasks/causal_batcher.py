@@ -38,11 +38,9 @@ def longest_row(rows: Sequence[Any], virtual_tokens: int, limit: int | None) -> 
         rows = [row for group in rows for row in group.rows]
     longest = int(lengths_of(rows).max()) + virtual_tokens
     if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
-            where="data.max_length",
-            hint=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
-        )
+        what = f"the longest row has {longest:,} tokens, and the model {limit:,} positions"
+        hint = f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop"
+        raise UserError(what, where="data.max_length", hint=hint)
     return longest
 
 

@@ -36,7 +36,7 @@ from deltaw.training.evaluation.base import (
 )
 from deltaw.training.losses import PairLosses, StepMetrics
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, entered
-from deltaw.training.tasks.base import Classes, ModelFiles, Task, evaluate_pairs
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Rows, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
 
 # How labeled rows become microbatches: how many tokens, what pads them, and why.
@@ -100,12 +100,10 @@ def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -
 
 def text_positions(model: PreTrainedModel) -> int | None:
     """The most tokens that a row may have; RoBERTa and its kin count positions from the pad id's on."""
-    limit = position_limit(model)
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            rows = getattr(module, "num_embeddings", limit)
-            return int(rows) - int(module.padding_idx) - 1  # type: ignore[arg-type]
-    return limit
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return position_limit(model)
 
 
 # The objective of labeled rows: cross-entropy of classes, the squared error of numbers, or of pairs the
@@ -398,17 +396,14 @@ class LabelTask(Task):
         if self.own_outputs is not None and data.classes is not None:
             check_classes(self.own_outputs, data.classes, self.model)
         elif self.own_outputs is not None:
-            check_one_output(
-                self.own_outputs, "reward" if isinstance(reader, RewardReader) else "regression", self.model
-            )
+            kind = "reward" if isinstance(reader, RewardReader) else "regression"
+            check_one_output(self.own_outputs, kind, self.model)
         return data
 
     def outputs(self, data: RunData) -> int | None:
         return 1 if data.classes is None else len(data.classes)
 
-    def batcher(
-        self, model: PreTrainedModel, examples: Sequence[Any], **how: Any
-    ) -> tuple[AnyBatcher, dict[str, Choice]]:
+    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
         known = {name: how[name] for name in ("device", "tokens_per_pass", "virtual_tokens") if name in how}
         return choose_label_batcher(model, examples, tokenizer=self.tokenizer, encoder=self.encoder, **known)
 
@@ -417,9 +412,7 @@ class LabelTask(Task):
         if self.name == "regression":
             start_at_mean(model, new_modules, [row.label for row in rows])
 
-    def trained(
-        self, named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[Any]
-    ) -> Sequence[tuple[str, nn.Parameter]]:
+    def trained(self, named: Named, rows: Rows) -> Named:
         """A reward's bias, the one parameter of one number, drops out of the difference of two rewards."""
         if not isinstance(rows[0], RewardPair):
             return named
@@ -431,10 +424,8 @@ class LabelTask(Task):
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model)
 
-    def evaluate(
-        self, objective: AnyObjective, examples: Sequence[Any], batcher: AnyBatcher, classes: Classes = None
-    ) -> Evaluation:
-        return evaluate_labels(objective, examples, batcher, classes or ())  # type: ignore[arg-type]
+    def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
+        return evaluate_labels(objective, rows, batcher, classes or ())  # type: ignore[arg-type]
 
 
 def own_outputs(config: PretrainedConfig) -> int | None:
