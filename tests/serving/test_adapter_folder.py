@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning, load_adapter
-from deltaw.methods.files import write_trained
+from deltaw.methods.files import Saved, write_trained
 from deltaw.methods.prompt import Prompt, PromptFile, write_prompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.quantized_weights import quantize_int8
@@ -105,7 +105,7 @@ def test_more_than_factors_of_linear_layers_is_refused_by_name(model, reader, tm
 @pytest.mark.parametrize("method", ["full", "last", "random", "bias", "head", "input"])
 def test_methods_that_change_the_bases_weights_are_refused(reader, tmp_path, method):
     tensors = {"lm_head.weight": torch.zeros(259, 32)}
-    write_trained(tmp_path, method, tensors, settings={}, tied={}, base_model="tiny", metadata={})
+    write_trained(tmp_path, Saved(method, "tiny"), tensors, {})
     with pytest.raises(UserError, match=f"'{method}'.*own weights"):
         reader.read(tmp_path)
 

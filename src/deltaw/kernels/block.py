@@ -47,26 +47,19 @@ class AttentionTensors(Protocol):
             :func:`deltaw.kernels.attention.attend`.
     """
 
-    @property
-    def norms(self) -> HalfNorms: ...
+    norms: HalfNorms
+    heads: int
+    key_heads: int
+    head_size: int
+    grouped: bool
+    query_norm: Norm | None
+    key_norm: Norm | None
+    how: dict[str, Any]
+
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
     def output(self) -> LinearTensors: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def key_heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
-    @property
-    def grouped(self) -> bool: ...
-    @property
-    def query_norm(self) -> Norm | None: ...
-    @property
-    def key_norm(self) -> Norm | None: ...
-    @property
-    def how(self) -> dict[str, Any]: ...
 
 
 class MLPTensors(Protocol):
@@ -77,16 +70,14 @@ class MLPTensors(Protocol):
         kind: of the activation, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
     """
 
-    @property
-    def norms(self) -> HalfNorms: ...
+    norms: HalfNorms
+    gated: bool
+    kind: str
+
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
     def output(self) -> LinearTensors: ...
-    @property
-    def gated(self) -> bool: ...
-    @property
-    def kind(self) -> str: ...
 
 
 _P, _L = ctypes.c_void_p, ctypes.c_int64

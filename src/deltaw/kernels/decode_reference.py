@@ -198,7 +198,8 @@ def check_norm(norm: Norm | None, size: int) -> None:
 
 
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.
-Factors = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Factors = Mapping[tuple[int, str], Pair]
 FACTOR_PANEL = 16  # outputs of a panel of B; the kernel's own number
 
 
@@ -273,12 +274,7 @@ def cached(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int) -> 
 
 
 def block_reference(
-    x: Tensor,
-    number: int,
-    block: DecoderBlock,
-    table: tuple[Tensor, Tensor] | None,
-    cache: tuple[Tensor, Tensor],
-    tokens: Tokens,
+    x: Tensor, number: int, block: DecoderBlock, table: Pair | None, cache: Pair, tokens: Tokens
 ) -> Tensor:
     """One block over rows x (n, D); its keys and values are written to the cache."""
     n = _norm(x, block.first.before)
@@ -343,9 +339,7 @@ def _queries_keys_values(n: Tensor, number: int, block: DecoderBlock, tokens: To
     return of_key_head[:, :, :group].flatten(1, 2), of_key_head[:, :, group], of_key_head[:, :, group + 1]
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: tuple[Tensor, Tensor], tokens: Tokens
-) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: Pair, tokens: Tokens) -> Tensor:
     """What each row (n, heads, d) takes of the values of its sequence up to itself."""
     keys, values = cache
     pages = tokens.page_table.long()

@@ -52,7 +52,5 @@ def in_one_piece(parts: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors, one behind another in one piece of memory, each at the beginning of a line."""
     sizes = [-(-part.nbytes // LINE) * LINE for part in parts]
     piece = large_empty(sum(sizes), torch.uint8)
-    copies = []
-    for part, room in zip(parts, piece.split(sizes), strict=True):
-        copies.append(room[: part.nbytes].view(part.dtype).view(part.shape).copy_(part))
-    return copies
+    rooms = zip(parts, piece.split(sizes), strict=True)
+    return [room[: part.nbytes].view(part.dtype).view(part.shape).copy_(part) for part, room in rooms]

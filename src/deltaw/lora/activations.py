@@ -85,9 +85,8 @@ def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None
         if reason := init_refusal(layer, "eva"):
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
         if not bool((layer.lora_B == 0).all()):
-            raise UserError(
-                f"'{name}' is trained already", where="init", hint="call initialize_from_activations right after attach"
-            )
+            hint = "call initialize_from_activations right after attach"
+            raise UserError(f"'{name}' is trained already", where="init", hint=hint)
     width = 2 * max(layer.rank for _, layer in layers) + 8
     watch = _Watch(width, torch.Generator().manual_seed(seed))
     hooks = [layer.register_forward_pre_hook(watch.seen, with_kwargs=True) for _, layer in layers]

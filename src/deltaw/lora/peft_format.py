@@ -165,8 +165,7 @@ def settings_of(
     whole = [replacement.names[0] for replacement in record.extra_modules]
     targets = [replacement.names[0] for replacement in record.layers]
     targets += [update.names[0] for update in record.parameters if update.of_attention]
-    settings = dict(DEFAULTS)
-    settings |= {
+    settings = DEFAULTS | {
         "alora_invocation_tokens": config.invocation_tokens,
         "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
         "base_model_name_or_path": base_model,

@@ -32,6 +32,9 @@ class Scales(NamedTuple):
 
 Stored: TypeAlias = Scales | BlockWeight
 
+BLOCK_BUFFERS = ("weight_absmax", "weight_group_scale", "weight_offset")
+"""What belongs to a weight in blocks, in the order of :class:`~deltaw.kernels.block_linear.BlockWeight`."""
+
 LIBRARIES = ("bitsandbytes", "torchao")
 """Other libraries whose quantized tensors are known by their modules' names; they multiply themselves."""
 
@@ -51,14 +54,7 @@ def block_weight(module: nn.Module) -> BlockWeight | None:
         return None
     buffers, data = own_buffers(module), own_parameters(module)["weight"]
     assert data is not None
-    return BlockWeight(
-        data.detach(),
-        name,
-        vars(module)["block_columns"],
-        buffers.get("weight_absmax"),
-        buffers.get("weight_group_scale"),
-        buffers.get("weight_offset"),
-    )
+    return BlockWeight(data.detach(), name, vars(module)["block_columns"], *map(buffers.get, BLOCK_BUFFERS))
 
 
 def stored_form(module: nn.Module) -> Stored | None:

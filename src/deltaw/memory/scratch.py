@@ -203,8 +203,7 @@ TENSORS: dict[object, Rule] = {
 
 def arena_bytes(func: object, args: Arguments) -> int:
     """What the kernels' arenas hold at the peak of ``func``, over all threads; 0 for other operators."""
-    rule = ARENAS.get(func)
-    return 0 if rule is None else rule(args)
+    return ARENAS[func](args) if func in ARENAS else 0
 
 
 _aten = torch.ops.aten
@@ -212,8 +211,7 @@ _aten = torch.ops.aten
 
 def scratch_bytes(func: object, args: Arguments) -> int:
     """Tensors that ``func`` allocates in addition to its result, at its own peak, in bytes."""
-    rule = _SCRATCH.get(func)
-    return 0 if rule is None else rule(args)
+    return _SCRATCH[func](args) if func in _SCRATCH else 0
 
 
 def _flash_tiles(query: Tensor, key: Tensor) -> tuple[int, int]:
