@@ -318,8 +318,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     causal = how.get("causal", True)
     if causal:
         _check_inputs(*of_tokens, layout, None)
-        served = _attend_compiled(query, key, value, layout, *told)
-        if served is not None:
+        if (served := _attend_compiled(query, key, value, layout, *told)) is not None:
             return served
     return _PackedAttention.apply(*of_tokens, layout, *told, causal).transpose(0, 1)
 
@@ -612,8 +611,7 @@ def _weights(rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None
     if softcap is not None:
         capped = torch.tanh_(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
-    width = batch.hidden.shape[-1]
-    if width:
+    if width := batch.hidden.shape[-1]:
         by_tile = scores.view(-1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2])
         by_tile[..., -width:].masked_fill_(batch.hidden[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1), slope

@@ -68,11 +68,7 @@ class Pages:
     """
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.data = large_empty(count * numbers, dtype).view(count, numbers)
-
-    @property
-    def count(self) -> int:
-        return self.data.shape[0]
+        self.count, self.data = count, large_empty(count * numbers, dtype).view(count, numbers)
 
     def copy(self, from_page: int, to_page: int) -> None:
         """Make ``to_page`` hold what ``from_page`` holds."""
@@ -287,11 +283,11 @@ class Decoder:
             raise TypeError(f"the pages are {pages.data.dtype}, not {self.cache_dtype}")
         if loader.library() is None or hidden.device.type != "cpu":
             return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
-        rows = [t.contiguous() for t in (hidden, positions, sequence, adapter, page_table, wanted)]
+        told = [t.contiguous() for t in (hidden, positions, sequence, adapter, page_table, wanted)]
         out, logits = torch.empty(len(wanted), self.hidden), torch.empty(len(wanted), self.head.outputs)
         tables = (ctypes.c_void_p * len(adapters))(*(ctypes.addressof(packed.table) for packed in adapters))
         step = DecodeStep(
-            *(t.data_ptr() for t in rows),
+            *(t.data_ptr() for t in told),
             ctypes.addressof(tables),
             *(t.data_ptr() for t in (pages.data, out, logits)),
             *(n, *page_table.shape, len(wanted), len(adapters), pages.count),

@@ -166,7 +166,7 @@ class DecoderBlock:
             "key": (self.hidden, narrow),
             "value": (self.hidden, narrow),
             "output": (wide, self.hidden),
-            "gate": (self.hidden, 2 * inner if self.gate_gives_up else inner),
+            "gate": (self.hidden, 2 * inner if self.gated and self.up is None else inner),
             "up": (self.hidden, inner),
             "down": (inner, self.hidden),
         }
@@ -178,15 +178,10 @@ class DecoderBlock:
     def hidden(self) -> int:
         return self.query.inputs
 
-    @property
-    def gate_gives_up(self) -> bool:
-        return self.gated and self.up is None
-
     def layers(self) -> Iterator[tuple[str, DecoderLinear]]:
         """The layers that there are, with their names."""
         for name in LAYERS:
-            layer = getattr(self, name)
-            if layer is not None:
+            if (layer := getattr(self, name)) is not None:
                 yield name, layer
 
 

@@ -276,8 +276,7 @@ def _found() -> tuple[Opened | None, str | None]:
         return None, f"compiled kernels are not for {platform.system()} on {platform.machine()}"
     reasons = []
     for variant in variants.allowed(processor_flags()):
-        reason = _reason_against(variant)
-        if reason is None:
+        if (reason := _reason_against(variant)) is None:
             return open_variant(variant.name), None
         reasons.append(reason)
     # What failed says more than what was never built.

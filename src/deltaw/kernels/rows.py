@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from deltaw.kernels.bounds import check_shape, check_targets
 from deltaw.kernels.operators import define, sums_dtype
 
 # Activation functions of gated and plain MLPs, by the kernels' own numbers.
-_FUNCTIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
+_GELU_TANH = partial(F.gelu, approximate="tanh")
+_FUNCTIONS: dict[str, Any] = {"silu": F.silu, "gelu_tanh": _GELU_TANH, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS = tuple(_FUNCTIONS)
 
 

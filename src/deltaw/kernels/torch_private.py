@@ -187,8 +187,7 @@ def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
     Raises:
         UserError: this version of torch makes none.
     """
-    make = look_up(Tensor, "_make_wrapper_subclass")
-    if make is None:
+    if (make := look_up(Tensor, "_make_wrapper_subclass")) is None:
         raise _lack("train.sharding: base", "Tensor._make_wrapper_subclass")
     return make(cls, size, dtype=dtype, device="cpu")
 

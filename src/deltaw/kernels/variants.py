@@ -188,14 +188,12 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
     from deltaw.errors import UserError, did_you_mean
 
     flags = set(flags)
-    found = next((v for v in every_variant() if v.name == name), None)
-    if found is None:
+    if (found := next((v for v in every_variant() if v.name == name), None)) is None:
         hint = did_you_mean(name, [v.name for v in for_machine(of_machine)])
         raise UserError(f"there are no kernels '{name}'", where=VARIABLE, hint=hint)
     built = [v.name for v in allowed(flags, of_machine) if file_of(v).is_file()]
     hint = f"this machine runs {', '.join(built)}" if built else "no kernels that run on this machine were built"
-    lacking = found.lacking(flags, of_machine)
-    if lacking:
+    if lacking := found.lacking(flags, of_machine):
         what = f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}"
         raise UserError(what, where=VARIABLE, hint=hint)
     if not file_of(found).is_file() and not _built_in_checkout(found):

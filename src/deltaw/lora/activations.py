@@ -56,10 +56,8 @@ class ActivationInit:
     def __str__(self) -> str:
         fewest, most = self.tokens
         seen = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        lines = [
-            f"A of {self.initialized} layers is initialized from {seen} tokens of their inputs; its "
-            f"directions hold {self.explained:.0%} of the variance"
-        ]
+        what = f"A of {self.initialized} layers is initialized from {seen} tokens of their inputs"
+        lines = [f"{what}; its directions hold {self.explained:.0%} of the variance"]
         for names, said in ((self.short, "saw too few tokens for their rank"), (self.unseen, "were not run")):
             if names:
                 lines.append(f"  {len(names)} layers {said}, such as {names[0]}")

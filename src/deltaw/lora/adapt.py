@@ -163,15 +163,13 @@ def detach(model: nn.Module) -> None:
     set_attachment(model, None)
 
 
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block ``model`` gives the base model's own outputs; gradients are not for here.
 
     Raises:
         UserError: no adapter is attached, or it was merged without keeping the weights before.
     """
-    with base_in_place(unwrapped(model)):
-        yield
+    return base_in_place(unwrapped(model))
 
 
 @contextlib.contextmanager
@@ -291,8 +289,8 @@ def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachme
     copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
     for whole in selection.extra_modules:
         for parameter in whole.module.parameters():
-            others = [name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied]
-            if others:
+            users = shared.get(id(parameter), ())
+            if others := [name for name in users if id(model.get_submodule(name)) not in copied]:
                 tied = f"the weight of '{whole.names[0]}' was tied to that of '{others[0]}'"
                 notes.append(f"{tied}; its copy is trained, the other stays as it is")
 

@@ -309,8 +309,7 @@ def unmerge(model: nn.Module) -> None:
         UserError: nothing is merged, or the weights from before were not kept.
     """
     layers = adapted_layers(unwrapped(model))
-    merged = [(name, layer) for name, layer in layers if layer.merged]
-    if not merged:
+    if not (merged := [(name, layer) for name, layer in layers if layer.merged]):
         raise UserError("the adapter is not merged", hint="call merge first")
     for name, layer in merged:
         if layer._unmerged_weight is None:

@@ -226,8 +226,7 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
         return [(index, index) for index in layers]
     ranges: list[tuple[int, int | None]] = []
     for part in layers.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{0,9}))?\s*", part)
-        if not match:
+        if not (match := re.fullmatch(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{0,9}))?\s*", part)):
             hint = "write '16-', '0-7', '3', '0-3,8' or [1, 2]"
             raise UserError(f"'{layers}' is no list of layers", where="layers", hint=hint)
         first = int(match[1])
@@ -292,8 +291,7 @@ def _ids(value: object) -> list[int]:
     key = "trainable_token_indices"
     if not all(map(_is_number, ids)):
         raise _cannot_be(key, value, "give a list of token ids, or one for each embedding: {embed_tokens: [5, 6]}")
-    twice = [number for number in ids if ids.count(number) > 1]
-    if twice:
+    if twice := [number for number in ids if ids.count(number) > 1]:
         raise UserError(f"{key} holds {twice[0]} twice", where=key, hint="name each token once")
     return ids
 

@@ -273,8 +273,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = weights_of(folder)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 

@@ -56,7 +56,8 @@ def match_entries(
         (hit,) = names_matching(key, [wanted], (name for m in modules for name in m.names))
         found = [m for m in modules if not hit.isdisjoint(m.names)]
         if not found and strict:
-            raise matches_nothing(key, wanted, modules, as_list=any(_ends(m, wanted) for m in modules))
+            ends_so = any(wanted in endings(name) for m in modules for name in m.names)
+            raise matches_nothing(key, wanted, modules, as_list=ends_so)
         matches[f"{key} '{wanted}'"] = tuple(m.names[0] for m in found)
         return found
     hits: dict[str, list[str]] = {entry: [] for entry in wanted}
@@ -83,10 +84,6 @@ def endings(name: str) -> Iterator[str]:
         at = name.find(".", at + 1)
 
 
-def _ends(named: Named, entry: str) -> bool:
-    return any(entry in endings(name) for name in named.names)
-
-
 def match_patterns(key: str, pattern: Pattern, chosen: list[Named], matches: Matches, strict: bool) -> dict[str, float]:
     """A value for each name that a key of ``pattern`` matches; the first key that matches counts."""
     names = [named.names[0] for named in chosen]
@@ -104,7 +101,8 @@ def values_by_pattern(key: str, pattern: Pattern, names: Iterable[str]) -> dict[
         key: the setting.
     """
     values: dict[str, float] = {}
-    for entry, hit in zip(pattern, names_matching(key, pattern, names, endings=True) if pattern else (), strict=True):
+    hits = names_matching(key, pattern, names, endings=True) if pattern else ()
+    for entry, hit in zip(pattern, hits, strict=True):
         for name in hit:
             values.setdefault(name, pattern[entry])
     return values

@@ -156,8 +156,7 @@ class _Search:
         below = {id(inner) for m in found for inner in m.module.modules() if inner is not m.module}
         outer = [m for m in found if id(m.module) not in below]
         for named in outer:
-            kept = next(filter(None, map(quantized_as, named.module.modules())), None)
-            if kept is not None:
+            if (kept := next(filter(None, map(quantized_as, named.module.modules())), None)) is not None:
                 what = f"'{named.names[0]}' cannot be trained in full: its weight is {kept}"
                 raise UserError(what, where="train_modules", hint="leave it out, or load the model with precision bf16")
             if not any(p.is_floating_point() for p in named.module.parameters()):
@@ -212,8 +211,7 @@ class _Search:
 
     def _excluded(self) -> set[int]:
         """What exclude_modules leaves out: the modules that it names, and for a list all below them."""
-        wanted = self.config.exclude_modules
-        if wanted is None:
+        if (wanted := self.config.exclude_modules) is None:
             return set()
         found = self._match("exclude_modules", wanted)
         if isinstance(wanted, str):
@@ -225,8 +223,7 @@ class _Search:
             return chosen
         by_index: dict[int, list[Named]] = {}
         for named in chosen:
-            index = layer_index(named.names[0])
-            if index is not None:
+            if (index := layer_index(named.names[0])) is not None:
                 by_index.setdefault(index, []).append(named)
         kept: set[int] = set()
         for first, last in parse_layers(self.config.layers):
@@ -267,8 +264,7 @@ class _Search:
         Raises:
             UserError: an entry matches nothing, or a parameter that cannot be adapted.
         """
-        wanted = self.config.target_parameters
-        if not wanted:
+        if not (wanted := self.config.target_parameters):
             return []
         every = [
             (Named(tuple(f"{name}.{attribute}" for name in named.names), named.module), named, attribute)
@@ -303,8 +299,7 @@ class _Search:
         Raises:
             UserError: no embedding is found, a token is not in it, or another setting trains the same weight.
         """
-        wanted = self.config.trainable_token_indices
-        if not wanted:
+        if not (wanted := self.config.trainable_token_indices):
             return []
         if isinstance(wanted, Mapping):
             chosen = [
@@ -323,19 +318,16 @@ class _Search:
     def _input_embedding(self) -> Named:
         """The embedding that the model names, else the one called ``embed_tokens`` as in PEFT."""
         embedding = own_embedding(self.model)
-        for named in self.modules:
-            if named.module is embedding:
-                return named
-        for named in self.modules:
-            if any(name.rpartition(".")[2] == "embed_tokens" for name in named.names):
-                return named
+        own = [named for named in self.modules if named.module is embedding]
+        usual = [m for m in self.modules if any(name.rpartition(".")[2] == "embed_tokens" for name in m.names)]
+        if own or usual:
+            return (own or usual)[0]
         what = "the model does not say which of its modules is the input embedding"
         raise UserError(what, where="trainable_token_indices", hint="name it: trainable_token_indices: {embed: [5, 6]}")
 
     def _refuse_tokens(self, named: Named, tokens: tuple[int, ...]) -> None:
         name, module = named.names[0], named.module
-        reason = self._rows_refusal(named)
-        if reason is not None:
+        if (reason := self._rows_refusal(named)) is not None:
             what = f"tokens of '{name}' cannot be trained: {reason}"
             hint = "name the module in one setting only, and only an embedding or a linear head here"
             raise UserError(what, where="trainable_token_indices", hint=hint)
@@ -386,8 +378,7 @@ class _Search:
                 and tokens_of.get(id(other.module), tokens) == tokens
             ]
             for other in tied:
-                reason = self._rows_refusal(other)
-                if reason is not None:
+                if (reason := self._rows_refusal(other)) is not None:
                     what = f"'{named.names[0]}' is tied to '{other.names[0]}', whose rows cannot be trained: {reason}"
                     hint = f"leave '{other.names[0]}' out of the other setting, or untie the two"
                     raise UserError(what, where="trainable_token_indices", hint=hint)

@@ -41,16 +41,14 @@ LIBRARIES = ("bitsandbytes", "torchao")
 
 def weight_scales(module: nn.Module) -> Scales | None:
     """The scales of a layer with an int8-quantized weight; None for any other."""
-    scale = own_buffers(module).get("weight_scale")
-    if scale is None:
+    if (scale := own_buffers(module).get("weight_scale")) is None:
         return None
     return Scales(scale, own_buffers(module).get("weight_columns"), vars(module).get("in_blocks", False))
 
 
 def block_weight(module: nn.Module) -> BlockWeight | None:
     """The weight of a layer that keeps it in blocks; None for any other."""
-    name = vars(module).get("block_format")
-    if name is None:
+    if (name := vars(module).get("block_format")) is None:
         return None
     buffers, data = own_buffers(module), own_parameters(module)["weight"]
     assert data is not None

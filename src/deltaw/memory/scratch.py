@@ -40,10 +40,6 @@ Arguments: TypeAlias = tuple[Any, ...]
 Rule: TypeAlias = Callable[[Arguments], int]
 
 
-def _up(count: int, to: int) -> int:
-    return -(-count // to) * to
-
-
 def _room_of_linear(args: Arguments, in_blocks: bool, backward: bool, need_x: bool, in_int8: bool) -> int:
     left, (of, _) = args[0], product_of(args)
     if not _multiplied(left, of.scale):
@@ -90,7 +86,7 @@ def _head_gradient(args: Arguments) -> int:
 
 def _cross_entropy(args: Arguments) -> int:
     logits, with_gradient = args[0], args[5]
-    return torch.get_num_threads() * _up(logits.shape[1], 16) * 4 if with_gradient else 0
+    return torch.get_num_threads() * -(-logits.shape[1] // 16) * 16 * 4 if with_gradient else 0
 
 
 def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:

@@ -92,8 +92,7 @@ class Answers:
         key = tuple(parts)
         if key not in self._known:
             self._known[key] = self._asked(func, args, kwargs, tensors)
-        known = self._known[key]
-        if known is None:
+        if (known := self._known[key]) is None:
             return func(*args, **kwargs)
         kind, outputs = known
         if kind is Tensor:
@@ -279,12 +278,10 @@ class MemoryTracker(DispatchMode):
 
     def track_model(self, model: nn.Module) -> None:
         """Count the parameters and buffers of ``model`` by whether they are trained, and learn its names."""
-        parameters = list(model.parameters())
-        self.track((p for p in parameters if not p.requires_grad), "weights")
+        self.track((p for p in model.parameters() if not p.requires_grad), "weights")
         self.track(model.buffers(), "weights")
-        self.track((p for p in parameters if p.requires_grad), "trained")
-        for name, module in model.named_modules():
-            self._names[id(module)] = name
+        self.track((p for p in model.parameters() if p.requires_grad), "trained")
+        self._names |= {id(module): name for name, module in model.named_modules()}
 
     def __enter__(self) -> MemoryTracker:
         self._hooks = [

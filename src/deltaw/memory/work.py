@@ -199,7 +199,8 @@ def kernel_bytes(
         counts[product.half] += next(met, tiles if product.batched else 1.0)
     for routed, calls in work.routed.items():
         counts[routed.half] += _distinct(routed, calls * repeats)
-    most = _capacity() * LEFT_BEHIND
+    told = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or os.environ.get("DNNL_PRIMITIVE_CACHE_CAPACITY") or ""
+    most = (int(told) if told.isdigit() else DEFAULT_CAPACITY) * LEFT_BEHIND
     products = sum(min(most, counts[half]) * product_bytes(half) for half in counts if counts[half])
     attention = attention_bytes(max(work.lengths) > SHORT) * lengths if work.lengths else 0
     return int(products + attention)
@@ -214,9 +215,3 @@ def _distinct(routed: Routed, calls: float) -> float:
     experts = routed.weight[0]
     spread = max(1.0, 2 * routed.rows / experts)
     return float(spread * (1 - (1 - 1 / spread) ** (calls * experts)))
-
-
-def _capacity() -> int:
-    """How many kernels oneDNN keeps."""
-    told = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or os.environ.get("DNNL_PRIMITIVE_CACHE_CAPACITY")
-    return int(told) if told and told.isdigit() else DEFAULT_CAPACITY

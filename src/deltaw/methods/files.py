@@ -191,8 +191,7 @@ def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
     """
     config = read_config(folder)
     kind = config.get("peft_type") or config.get("method")
-    entry = registry.entry_of_adapter(kind)
-    if entry is None:
+    if (entry := registry.entry_of_adapter(kind)) is None:
         hint = "give a LoRA, a prompt-tuning or one of deltaw's own adapters"
         raise UserError(f"the adapter is of the unknown kind {kind!r}", where=str(folder / ADAPTER_CONFIG), hint=hint)
     return entry.load().from_run(None, train=None, tokenizer=tokenizer)

@@ -238,10 +238,7 @@ class Bias(InPlace):
 
     name = "bias"
     usual_rate = 5e-4
-
-    def __init__(self, settings: object = None) -> None:
-        super().__init__(settings)
-        self._added = 0
+    _added = 0
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         return [name for name in _outside(extra_modules, model) if name.rpartition(".")[2] == "bias"]
@@ -256,9 +253,8 @@ class Bias(InPlace):
 
     def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
         text = super().summary(model, total, extra_modules)
-        if not self._added:
-            return text
-        return f"{text}\n  note: the model has no biases; {self._added} linear layers were given one of zeros"
+        note = f"\n  note: the model has no biases; {self._added} linear layers were given one of zeros"
+        return text + note if self._added else text
 
 
 def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple[str, nn.Module]]:
@@ -312,8 +308,7 @@ class Last(InPlace):
     settings: LastSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        found = blocks_of(model)
-        if found is None:
+        if (found := blocks_of(model)) is None:
             what = f"a {type(model).__name__} has no list of blocks"
             raise UserError(what, where="method", hint="choose another method")
         name, blocks = found

@@ -73,9 +73,8 @@ class LoRA(Method):
         self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
         config = self.config
-        extra = [name for name in extra_modules if name not in (config.train_modules or ())]
-        if extra:
-            config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *extra])
+        if extra := [name for name in extra_modules if name not in config.train_modules]:
+            config = dataclasses.replace(config, train_modules=[*config.train_modules, *extra])
         said = str(attach(model, config, seed=seed))
         if config.init == "eva":
             if calibrate is None:

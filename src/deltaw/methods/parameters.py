@@ -64,7 +64,8 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[ParameterPlace]
     for same in together.values():
         before = everywhere[same[0]]
         now = nn.Parameter(before.detach().clone()) if id(before) in outside else before
-        places.append(ParameterPlace(tuple(same), spots_of(model, same), before, now.requires_grad_(True)))
+        now.requires_grad_(True)
+        places.append(ParameterPlace(tuple(same), spots_of(model, same), before, now))
         places[-1].put_current()
     return places
 

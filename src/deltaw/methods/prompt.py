@@ -122,12 +122,18 @@ def read_prompt(folder: Path) -> PromptFile:
     Raises:
         UserError: a file is missing or damaged, it is an adapter of another kind, or its parts disagree.
     """
-    settings = read_config(folder)
-    _refuse_others(settings, folder)
+    settings, where = read_config(folder), str(folder / ADAPTER_CONFIG)
+    kind = settings.get("peft_type") or settings.get("method")
+    if kind != KIND:
+        what = f"the adapter was made by {kind!r}, not by prompt tuning"
+        raise UserError(what, where=where, hint="name its own method")
+    task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
+    if task not in _TASKS or parts not in (1, None):
+        what = f"a soft prompt for task_type {task!r} with {parts} parts is not supported"
+        raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
     tensors, _ = read_tensors(folder)
     where = str(folder / ADAPTER_WEIGHTS)
-    prompt = tensors.pop(PROMPT, None)
-    if prompt is None:
+    if (prompt := tensors.pop(PROMPT, None)) is None:
         raise UserError(f"tensor '{PROMPT}' is missing", where=where, hint="save or copy the adapter again")
     shape = (settings.get("num_virtual_tokens"), settings.get("token_dim"))
     if tuple(prompt.shape) != shape:
@@ -144,19 +150,6 @@ def read_prompt(folder: Path) -> PromptFile:
         base_model=text_or_none(settings.get("base_model_name_or_path")),
         task_type=text_or_none(settings.get("task_type")),
     )
-
-
-def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
-    """Raise a UserError if the settings are not those of a prompt for one row of tokens."""
-    where = str(folder / ADAPTER_CONFIG)
-    kind = settings.get("peft_type") or settings.get("method")
-    if kind != KIND:
-        what = f"the adapter was made by {kind!r}, not by prompt tuning"
-        raise UserError(what, where=where, hint="name its own method")
-    task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
-    if task not in _TASKS or parts not in (1, None):
-        what = f"a soft prompt for task_type {task!r} with {parts} parts is not supported"
-        raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
 
 
 class Prompt(Method):
