@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning, load_adapter
-from deltaw.methods.files import write_trained
+from deltaw.methods.files import Saved, write_trained
 from deltaw.methods.prompt import Prompt, PromptFile, write_prompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.quantized_weights import quantize_int8
@@ -46,7 +46,7 @@ def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
         layer = adapted.get_submodule(name)
         assert torch.equal(factors.lora_A, layer.lora_A) and torch.equal(factors.lora_B, layer.lora_B)
         assert factors.scaling == layer.scaling
-    assert {layer.rank for layer in parts.layers.values()} == {4, 7}
+    assert {layer.lora_A.shape[1] for layer in parts.layers.values()} == {4, 7}
     gpt2 = tiny_gpt2()  # whose layers are transposed
     write_lora(gpt2, tmp_path, target_modules=["c_attn"])
     factors = FolderReader(gpt2, None).read(tmp_path).layers["transformer.h.0.attn.c_attn"]
@@ -105,7 +105,7 @@ def test_more_than_factors_of_linear_layers_is_refused_by_name(model, reader, tm
 @pytest.mark.parametrize("method", ["full", "last", "random", "bias", "head", "input"])
 def test_methods_that_change_the_bases_weights_are_refused(reader, tmp_path, method):
     tensors = {"lm_head.weight": torch.zeros(259, 32)}
-    write_trained(tmp_path, method, tensors, settings={}, tied={}, base_model="tiny", metadata={})
+    write_trained(tmp_path, Saved(method, "tiny"), tensors, {})
     with pytest.raises(UserError, match=f"'{method}'.*own weights"):
         reader.read(tmp_path)
 

@@ -61,8 +61,7 @@ class Arithmetic:
     def approximating(self, names: Iterable[str]) -> Arithmetic:
         """The same with these approximations on, and no others."""
         wanted = set(names)
-        on = {name: name in wanted for name in APPROXIMATIONS}
-        return replace(self, **on)  # type: ignore[arg-type]
+        return replace(self, **{name: name in wanted for name in APPROXIMATIONS})  # type: ignore[arg-type]
 
     def of(self, stored: str) -> str:
         """How products with weights stored as ``stored`` are computed."""
@@ -109,9 +108,8 @@ def default_of(kernels: str, library: ctypes.CDLL, forced: str | None = None) ->
     ways = {stored: (*offered(library, stored), TORCH) for stored in STORED}
     if forced is not None and not any(forced in of for of in ways.values()):
         known = sorted({way for of in ways.values() for way in of})
-        raise UserError(
-            f"kernels '{kernels}' have no arithmetic '{forced}'", where=VARIABLE, hint=f"they have {', '.join(known)}"
-        )
+        what = f"kernels '{kernels}' have no arithmetic '{forced}'"
+        raise UserError(what, where=VARIABLE, hint=f"they have {', '.join(known)}")
     return Arithmetic(kernels).but({s: forced if forced in of else of[0] for s, of in ways.items()})
 
 
@@ -123,8 +121,7 @@ def tell(library: ctypes.CDLL, arithmetic: Arithmetic) -> None:
     """
     for number, stored in enumerate(STORED):
         way = arithmetic.of(stored)
-        if way == TORCH:
-            continue
-        if way not in offered(library, stored):
+        if way not in (TORCH, *offered(library, stored)):
             raise ValueError(f"kernels '{arithmetic.kernels}' do not compute {stored} by '{way}'")
-        library.dw_set_arithmetic(number, ARITHMETICS.index(way))
+        if way != TORCH:
+            library.dw_set_arithmetic(number, ARITHMETICS.index(way))

@@ -31,7 +31,7 @@ from torch import Tensor
 from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_places, check_shape
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
-from deltaw.kernels.operators import define
+from deltaw.kernels.operators import define, sums_dtype
 from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, softmax_backward
 from deltaw.kernels.transfer import to_device
 
@@ -107,10 +107,9 @@ def tree_attention(
 
 def tree_mask(layout: Layout, window: int | None = None) -> Any:
     """The layout's ``BlockMask`` on its device, made once: all layers of a model use the same one."""
-    found = layout.masks.get(window)
-    if found is None:
-        found = layout.masks[window] = _block_mask(layout, window)
-    return found
+    if window not in layout.masks:
+        layout.masks[window] = _block_mask(layout, window)
+    return layout.masks[window]
 
 
 def ranks(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -218,13 +217,14 @@ def serves(
     Args:
         reference: what :func:`tree_attention` must give, called likewise.
     """
-    if query.device.type not in DEVICES or type(query) not in (Tensor, torch.nn.Parameter):
-        return False
-    if query.dtype not in TOLERANCE or in_dispatch_mode():
+    plain = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
+    if not plain or query.dtype not in TOLERANCE or in_dispatch_mode():
         return False
     form = _form(query, key, value, window, softcap)
     if form not in _TRIALS:
-        _TRIALS[form] = _tried((query, key, value), reference, window is not None, softcap)
+        inputs, trees = (query, key, value), (Layout.of_lengths(*tree) for tree in TRIED)
+        each = (_tried_on(tree, inputs, reference, window is not None, softcap) for tree in trees)
+        _TRIALS[form] = next(filter(None, each), None)
     return _TRIALS[form] is None
 
 
@@ -255,17 +255,10 @@ def _failed(error: Exception) -> str:
     return f"FlexAttention failed ({type(error).__name__}: {brief})"
 
 
-def _tried(
-    inputs: tuple[Tensor, ...], reference: Callable[..., Tensor], window: bool, softcap: float | None
-) -> str | None:
-    """Why FlexAttention does not serve inputs of this form; None where small trees show that it does."""
-    each = (_tried_on(Layout.of_lengths(*tree), inputs, reference, window, softcap) for tree in TRIED)
-    return next(filter(None, each), None)
-
-
 def _tried_on(
     layout: Layout, inputs: tuple[Tensor, ...], reference: Callable[..., Tensor], window: bool, softcap: float | None
 ) -> str | None:
+    """Why FlexAttention does not serve inputs of this form; None where a small tree shows that it does."""
     device, dtype, size = inputs[0].device, inputs[0].dtype, inputs[0].shape[-1]
     layout.device = device
     generator = torch.Generator(device=device).manual_seed(0)
@@ -325,8 +318,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     causal = how.get("causal", True)
     if causal:
         _check_inputs(*of_tokens, layout, None)
-        served = _attend_compiled(query, key, value, layout, *told)
-        if served is not None:
+        if (served := _attend_compiled(query, key, value, layout, *told)) is not None:
             return served
     return _PackedAttention.apply(*of_tokens, layout, *told, causal).transpose(0, 1)
 
@@ -334,7 +326,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
 def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **how: Unpack[How]) -> Tensor:
     """The reference implementation of :func:`packed_attention`: all T × T scores at once, by autograd."""
     group, softcap = query.shape[0] // key.shape[0], how.get("softcap")
-    wide = _score_dtype(query)
+    wide = sums_dtype(query)
     keys, values = (t.repeat_interleave(group, dim=0) for t in (key, value))
     scores = how["scaling"] * (query.to(wide) @ keys.to(wide).transpose(1, 2))
     if softcap is not None:
@@ -385,7 +377,7 @@ def attend(
     if not how.get("causal", True):
         raise NotImplementedError("attention both ways needs the compiled kernel")
     q, k, v = (t.transpose(0, 1) for t in (_at_all_places(query, picked, len(key)), key, value))
-    out, kept = _tiles_forward(q, k, v, layout.tiles(how.get("window")), how["scaling"], how.get("softcap"))
+    out, kept = _tiles_forward(q, k, v, layout.tiles(how.get("window")), how)
     out = out.transpose(0, 1)
     return (out if picked is None else out.index_select(0, picked)), kept
 
@@ -413,7 +405,7 @@ def attend_backward(
         return _attention_backward(grad, query, key, value, out, logs, layout.segments(), *_numbers(how), picked)
     spread = (_at_all_places(t, picked, len(key)) for t in (grad, query))
     d, q, k, v = (t.transpose(0, 1) for t in (*spread, key, value))
-    grads = _tiles_backward(d, q, k, v, kept, layout.tiles(how.get("window")), how["scaling"], how.get("softcap"))
+    grads = _tiles_backward(d, q, k, v, kept, layout.tiles(how.get("window")), how)
     of_q, of_k, of_v = (t.transpose(0, 1) for t in grads)
     return (of_q if picked is None else of_q.index_select(0, picked)), of_k, of_v
 
@@ -527,16 +519,15 @@ _attention_backward = define(
 )
 
 
-def _tiles_forward(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scaling: float, softcap: float | None
-) -> tuple[Tensor, list[Tensor]]:
+def _tiles_forward(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, how: How) -> tuple[Tensor, list[Tensor]]:
     """(heads, T, d_v), and the weights of each batch of tiles where they are small enough to be kept."""
-    key_heads = key.shape[0]
-    wide = _score_dtype(query)
+    scaling, softcap = how["scaling"], how.get("softcap")
+    key_heads, wide = key.shape[0], sums_dtype(query)
     queries = query.to(wide).mul(scaling).index_select(1, tiles.gather)
     wide_key = key.to(wide)
     products, kept, at = [], [], 0
-    keep = softcap is None and _weights_bytes(query, tiles) <= KEPT_WEIGHTS * _nbytes(query, key, value)
+    pairs = query.shape[0] * sum(batch.count * batch.queries * batch.keys.shape[1] for batch in tiles.batches)
+    keep = softcap is None and pairs * wide.itemsize <= KEPT_WEIGHTS * sum(t.nbytes for t in (query, key, value))
     for batch in tiles.batches:
         rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
         weights, _ = _weights(rows, _gathered(wide_key, batch), batch, softcap)
@@ -549,17 +540,10 @@ def _tiles_forward(
 
 
 def _tiles_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kept: Sequence[Tensor],
-    tiles: Tiles,
-    scaling: float,
-    softcap: float | None,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Sequence[Tensor], tiles: Tiles, how: How
 ) -> tuple[Tensor, Tensor, Tensor]:
-    key_heads = key.shape[0]
-    wide = _score_dtype(query)
+    scaling, softcap = how["scaling"], how.get("softcap")
+    key_heads, wide = key.shape[0], sums_dtype(query)
     # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
     grad_key, grad_value = (torch.zeros(t.shape, dtype=wide, device=t.device).flatten(0, 1) for t in (key, value))
     queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
@@ -587,19 +571,6 @@ def _tiles_backward(
     grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
     grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-def _weights_bytes(query: Tensor, tiles: Tiles) -> int:
-    pairs = sum(b.count * b.queries * b.keys.shape[1] for b in tiles.batches)
-    return pairs * query.shape[0] * _score_dtype(query).itemsize
-
-
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _score_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _folded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:
@@ -640,8 +611,7 @@ def _weights(rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None
     if softcap is not None:
         capped = torch.tanh_(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
-    width = batch.hidden.shape[-1]
-    if width:
+    if width := batch.hidden.shape[-1]:
         by_tile = scores.view(-1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2])
         by_tile[..., -width:].masked_fill_(batch.hidden[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1), slope

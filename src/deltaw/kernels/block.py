@@ -47,26 +47,19 @@ class AttentionTensors(Protocol):
             :func:`deltaw.kernels.attention.attend`.
     """
 
-    @property
-    def norms(self) -> HalfNorms: ...
+    norms: HalfNorms
+    heads: int
+    key_heads: int
+    head_size: int
+    grouped: bool
+    query_norm: Norm | None
+    key_norm: Norm | None
+    how: dict[str, Any]
+
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
     def output(self) -> LinearTensors: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def key_heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
-    @property
-    def grouped(self) -> bool: ...
-    @property
-    def query_norm(self) -> Norm | None: ...
-    @property
-    def key_norm(self) -> Norm | None: ...
-    @property
-    def how(self) -> dict[str, Any]: ...
 
 
 class MLPTensors(Protocol):
@@ -77,16 +70,14 @@ class MLPTensors(Protocol):
         kind: of the activation, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
     """
 
-    @property
-    def norms(self) -> HalfNorms: ...
+    norms: HalfNorms
+    gated: bool
+    kind: str
+
     @property
     def inputs(self) -> Sequence[LinearTensors]: ...
     @property
     def output(self) -> LinearTensors: ...
-    @property
-    def gated(self) -> bool: ...
-    @property
-    def kind(self) -> str: ...
 
 
 _P, _L = ctypes.c_void_p, ctypes.c_int64
@@ -114,7 +105,7 @@ class Block:
             blocks := [None if of is None else of.described() for of in layers],
             [(norm.weight, norm.bias) for norm in norms if norm is not None],
         )
-        self._factors = [None if of is None else (of.lora_A, of.lora_B) for of in layers]
+        self._factors = [f for of in layers for f in ((None, None) if of is None else (of.lora_A, of.lora_B))]
         split = APART if len(attention.inputs) == 3 else GROUPED if attention.grouped else STACKED
         how = attention.how
         self._parts = BlockParts(
@@ -179,21 +170,13 @@ class Block:
         length, picks = len(x), 0 if picked is None else len(picked)
         scratch = torch.empty(self._room(length, picks)[2], dtype=torch.uint8)
         dx = torch.empty_like(x) if need_x else None
-        factors: list[Tensor] = []
-        addresses: list[int | None] = []
-        for pair in self._factors:
-            for factor in pair or (None, None):
-                if factor is None or not need_factors:
-                    addresses.append(None)
-                    continue
-                factors.append(torch.empty(factor.shape))
-                addresses.append(factors[-1].data_ptr())
+        made = [torch.empty(f.shape) if need_factors and f is not None else None for f in self._factors]
         loader.kernels().dw_block_backward(
             self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(picked),
             picks, loader.address(cosine), loader.address(sine), saved.data_ptr(), scratch.data_ptr(),
-            grad.data_ptr(), loader.address(dx), (_P * len(addresses))(*addresses),
+            grad.data_ptr(), loader.address(dx), (_P * len(made))(*map(loader.address, made)),
         )  # fmt: skip
-        return dx, factors
+        return dx, [factor for factor in made if factor is not None]
 
     def _room(self, length: int, picks: int) -> tuple[int, int, int]:
         """Bytes kept, and of scratch forward and backward, for so many tokens."""

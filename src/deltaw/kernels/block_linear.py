@@ -306,9 +306,8 @@ def quantize_nf4(weight: Tensor) -> BlockWeight:
     groups = absmax.view(-1, NF4_GROUP)
     group_scale = groups.abs().amax(1)
     eight_bits = _nearest(_over(groups, group_scale), dynamic_codes().to(weight.device)).flatten()
-    return BlockWeight(
-        data.view(rows, -1), "NF4", columns, eight_bits[: len(largest)].view(rows, -1).contiguous(), group_scale, offset
-    )
+    of_blocks = eight_bits[: len(largest)].view(rows, -1).contiguous()
+    return BlockWeight(data.view(rows, -1), "NF4", columns, of_blocks, group_scale, offset)
 
 
 def _over(numbers: Tensor, largest: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from deltaw.kernels.decode_reference import (
     LAYERS,
     DecoderBlock,
     DecoderLinear,
+    Factors,
+    Pair,
     Tokens,
     block_reference,
     cached,
@@ -37,89 +39,14 @@ from deltaw.kernels.decode_reference import (
 )
 from deltaw.kernels.large_pages import in_one_piece, large_empty
 from deltaw.kernels.rows import ACTIVATIONS, Norm, described
-from deltaw.kernels.structs import BlockData, DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
+from deltaw.kernels.structs import DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
 
 _SPLITS = ("apart", "stacked", "grouped")  # by the numbers of csrc/block.h
 # Of an adapter: LAYERS of each block, and the head's.
 Table: TypeAlias = "ctypes.Array[DecodeFactors]"
 
 
-class CompiledDecoder:
-    """The structs of a decoder, and all that they point to; made once, so that a step hands over its rows alone."""
-
-    def __init__(self, of: Decoder) -> None:
-        self._of = of
-        self._sums: list[Tensor] = []
-        self._described: list[BlockData] = []
-        self._blocks = (DecodeBlock * len(of.blocks))(*map(self._block, of.blocks, of.offsets))
-        addresses = ctypes.c_void_p * max(1, len(of.tables))
-        self._cosines = addresses(*(cosine.data_ptr() for cosine, _ in of.tables))
-        self._sines = addresses(*(sine.data_ptr() for _, sine in of.tables))
-        used = {block.table for block in of.blocks if block.turned}
-        positions = min((len(of.tables[table][0]) for table in used), default=2**31 - 1)
-        self._model = DecodeModel(
-            *(ctypes.addressof(part) for part in (self._blocks, self._cosines, self._sines)),
-            *(len(of.blocks), len(of.tables), positions, of.head.inputs),
-            *(loader.number(of.cache_dtype), of.page_tokens, of.offsets[-1]),
-            *(of.logits_scale, of.logits_softcap or 0.0),
-            described(of.final_norm),
-            self._linear(of.head),
-        )
-
-    def step(
-        self, pages: Tensor, hidden: Tensor, adapters: Sequence[Table], rows: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """See :meth:`deltaw.kernels.decode.Decoder.step`; all tensors are contiguous.
-
-        Args:
-            rows: positions, sequence, adapter, page table, and wanted rows.
-
-        Raises:
-            IndexError: a position, page, sequence, adapter or wanted row is out of bounds.
-        """
-        *_, page_table, wanted = rows
-        out = torch.empty(len(wanted), hidden.shape[1])
-        logits = torch.empty(len(wanted), self._of.head.outputs)
-        tables = (ctypes.c_void_p * len(adapters))(*map(ctypes.addressof, adapters))
-        step = DecodeStep(
-            *(t.data_ptr() for t in (hidden, *rows)),
-            ctypes.addressof(tables),
-            *(t.data_ptr() for t in (pages, out, logits)),
-            *(len(hidden), *page_table.shape, len(wanted), len(adapters), len(pages)),
-        )
-        loader.kernels().dw_decode(ctypes.addressof(self._model), ctypes.addressof(step))
-        return out, logits
-
-    def _block(self, block: DecoderBlock, offset: int) -> DecodeBlock:
-        layers = dict(block.layers())
-        return DecodeBlock(
-            *(block.heads, block.key_heads, block.head_size, ACTIVATIONS.index(block.activation)),
-            *(block.window or 0, block.turned, block.table, _SPLITS.index(block.split)),
-            *(block.gated, block.parallel, offset, block.scaling, block.softcap or 0.0),
-            *(norms.described() for norms in (block.first, block.second)),
-            *map(described, (block.query_norm, block.key_norm)),
-            *(self._linear(layers[name]) if name in layers else DecodeLinear() for name in LAYERS),
-        )
-
-    def _linear(self, layer: DecoderLinear) -> DecodeLinear:
-        weight, sums = layer.weight, None
-        if isinstance(weight, BlockWeight):
-            described = weight.described()
-            self._described.append(described)
-            address, kind = ctypes.addressof(described), weight.number
-        else:
-            address, kind = weight.data_ptr(), loader.number(weight.dtype)
-            if layer.scale is not None:
-                sums = weight.sum(1, dtype=torch.int32)
-                self._sums.append(sums)
-        return DecodeLinear(
-            address,
-            *map(loader.address, (layer.scale, layer.columns, layer.bias, sums)),
-            *(layer.inputs, layer.outputs, kind),
-        )
-
-
-def adapter_table(factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]], blocks: int) -> Table:
+def adapter_table(factors: Factors, blocks: int) -> Table:
     """Where an adapter's factors lie; the caller keeps them alive."""
     table: Table = (DecodeFactors * (blocks * len(LAYERS) + 1))()
     for (number, name), (A, B) in factors.items():
@@ -141,15 +68,7 @@ class Pages:
     """
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.data = large_empty(count * numbers, dtype).view(count, numbers)
-
-    @property
-    def count(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def bytes_per_page(self) -> int:
-        return self.data.shape[1] * self.data.itemsize
+        self.count, self.data = count, large_empty(count * numbers, dtype).view(count, numbers)
 
     def copy(self, from_page: int, to_page: int) -> None:
         """Make ``to_page`` hold what ``from_page`` holds."""
@@ -166,7 +85,7 @@ class PackedAdapter:
         table: where they lie, for the compiled kernels.
     """
 
-    factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+    factors: Factors
     table: Table
 
     @property
@@ -220,7 +139,53 @@ class Decoder:
         for block in self.blocks:
             numbers = block.key_heads * numbers_of_head(block.head_size, cache_dtype) * PAGE_TOKENS
             self.offsets.append(self.offsets[-1] + numbers)
-        self._compiled = CompiledDecoder(self)
+        self._alive: list[object] = []  # what the structs point to
+        self._model = self._described()
+
+    def _described(self) -> DecodeModel:
+        """The kernels' struct of it; made once, so that a step hands over its rows alone."""
+        blocks = (DecodeBlock * len(self.blocks))(*map(self._block, self.blocks, self.offsets))
+        addresses = ctypes.c_void_p * max(1, len(self.tables))
+        turns = [addresses(*(table.data_ptr() for table in tables)) for tables in zip(*self.tables, strict=True)]
+        pointed_to = (blocks, *(turns or (addresses(), addresses())))
+        self._alive += pointed_to
+        positions = min((len(self.tables[b.table][0]) for b in self.blocks if b.turned), default=2**31 - 1)
+        return DecodeModel(
+            *map(ctypes.addressof, pointed_to),
+            *(len(self.blocks), len(self.tables), positions, self.hidden),
+            *(loader.number(self.cache_dtype), PAGE_TOKENS, self.offsets[-1]),
+            *(self.logits_scale, self.logits_softcap or 0.0),
+            described(self.final_norm),
+            self._linear(self.head),
+        )
+
+    def _block(self, block: DecoderBlock, offset: int) -> DecodeBlock:
+        layers = dict(block.layers())
+        return DecodeBlock(
+            *(block.heads, block.key_heads, block.head_size, ACTIVATIONS.index(block.activation)),
+            *(block.window or 0, block.turned, block.table, _SPLITS.index(block.split)),
+            *(block.gated, block.parallel, offset, block.scaling, block.softcap or 0.0),
+            *(norms.described() for norms in (block.first, block.second)),
+            *map(described, (block.query_norm, block.key_norm)),
+            *(self._linear(layers[name]) if name in layers else DecodeLinear() for name in LAYERS),
+        )
+
+    def _linear(self, layer: DecoderLinear) -> DecodeLinear:
+        weight, sums = layer.weight, None
+        if isinstance(weight, BlockWeight):
+            described = weight.described()
+            self._alive.append(described)
+            address, kind = ctypes.addressof(described), weight.number
+        else:
+            address, kind = weight.data_ptr(), loader.number(weight.dtype)
+            if layer.scale is not None:
+                sums = weight.sum(1, dtype=torch.int32)
+                self._alive.append(sums)
+        return DecodeLinear(
+            address,
+            *map(loader.address, (layer.scale, layer.columns, layer.bias, sums)),
+            *(layer.inputs, layer.outputs, kind),
+        )
 
     def _check_table(self, number: int, block: DecoderBlock) -> None:
         if not 0 <= block.table < len(self.tables):
@@ -255,12 +220,10 @@ class Decoder:
             rank = A.shape[1] if A.dim() == 2 else 0
             check_shape(f"A of {name} in block {number}", A, layer.inputs, rank)
             check_shape(f"B of {name} in block {number}", B, rank, layer.outputs)
-            dtype = layer.factors_dtype
-            with torch.no_grad():
-                own = A.detach().float().t().to(dtype), (B.detach().float() * scaling).to(dtype)
             if rank:
-                place = (-1, HEAD) if name == HEAD else (number, name)
-                packed[place] = own[0], in_panels(own[1])
+                place, dtype = (-1, HEAD) if name == HEAD else (number, name), layer.factors_dtype
+                scaled = (B.detach().float() * scaling).to(dtype)
+                packed[place] = A.detach().float().t().to(dtype), in_panels(scaled)
         together = _in_one_piece(packed)
         return PackedAdapter(together, adapter_table(together, len(self.blocks)))
 
@@ -320,18 +283,24 @@ class Decoder:
             raise TypeError(f"the pages are {pages.data.dtype}, not {self.cache_dtype}")
         if loader.library() is None or hidden.device.type != "cpu":
             return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
-        tables = [packed.table for packed in adapters]
-        told = [t.contiguous() for t in (positions, sequence, adapter, page_table, wanted)]
-        return self._compiled.step(pages.data, hidden.contiguous(), tables, told)
+        told = [t.contiguous() for t in (hidden, positions, sequence, adapter, page_table, wanted)]
+        out, logits = torch.empty(len(wanted), self.hidden), torch.empty(len(wanted), self.head.outputs)
+        tables = (ctypes.c_void_p * len(adapters))(*(ctypes.addressof(packed.table) for packed in adapters))
+        step = DecodeStep(
+            *(t.data_ptr() for t in told),
+            ctypes.addressof(tables),
+            *(t.data_ptr() for t in (pages.data, out, logits)),
+            *(n, *page_table.shape, len(wanted), len(adapters), pages.count),
+        )
+        loader.kernels().dw_decode(ctypes.addressof(self._model), ctypes.addressof(step))
+        return out, logits
 
 
 # Which phase of a block, or behind all blocks, reads a layer's factors.
 _PHASE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3, HEAD: 4}
 
 
-def _in_one_piece(
-    factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]],
-) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+def _in_one_piece(factors: Factors) -> dict[tuple[int, str], Pair]:
     """The factors in the order in which a step reads them: of each phase the As, then the Bs."""
     order = [(number, _PHASE[name], half, name) for number, name in factors for half in (0, 1)]
     order.sort(key=lambda at: (at[3] == HEAD, *at[:3]))

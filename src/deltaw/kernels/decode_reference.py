@@ -166,7 +166,7 @@ class DecoderBlock:
             "key": (self.hidden, narrow),
             "value": (self.hidden, narrow),
             "output": (wide, self.hidden),
-            "gate": (self.hidden, 2 * inner if self.gate_gives_up else inner),
+            "gate": (self.hidden, 2 * inner if self.gated and self.up is None else inner),
             "up": (self.hidden, inner),
             "down": (inner, self.hidden),
         }
@@ -178,15 +178,10 @@ class DecoderBlock:
     def hidden(self) -> int:
         return self.query.inputs
 
-    @property
-    def gate_gives_up(self) -> bool:
-        return self.gated and self.up is None
-
     def layers(self) -> Iterator[tuple[str, DecoderLinear]]:
         """The layers that there are, with their names."""
         for name in LAYERS:
-            layer = getattr(self, name)
-            if layer is not None:
+            if (layer := getattr(self, name)) is not None:
                 yield name, layer
 
 
@@ -198,7 +193,8 @@ def check_norm(norm: Norm | None, size: int) -> None:
 
 
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.
-Factors = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Factors = Mapping[tuple[int, str], Pair]
 FACTOR_PANEL = 16  # outputs of a panel of B; the kernel's own number
 
 
@@ -273,12 +269,7 @@ def cached(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int) -> 
 
 
 def block_reference(
-    x: Tensor,
-    number: int,
-    block: DecoderBlock,
-    table: tuple[Tensor, Tensor] | None,
-    cache: tuple[Tensor, Tensor],
-    tokens: Tokens,
+    x: Tensor, number: int, block: DecoderBlock, table: Pair | None, cache: Pair, tokens: Tokens
 ) -> Tensor:
     """One block over rows x (n, D); its keys and values are written to the cache."""
     n = _norm(x, block.first.before)
@@ -343,9 +334,7 @@ def _queries_keys_values(n: Tensor, number: int, block: DecoderBlock, tokens: To
     return of_key_head[:, :, :group].flatten(1, 2), of_key_head[:, :, group], of_key_head[:, :, group + 1]
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: tuple[Tensor, Tensor], tokens: Tokens
-) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: Pair, tokens: Tokens) -> Tensor:
     """What each row (n, heads, d) takes of the values of its sequence up to itself."""
     keys, values = cache
     pages = tokens.page_table.long()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_shape, check_targets
-from deltaw.kernels.operators import define
+from deltaw.kernels.operators import define, sums_dtype
 from deltaw.kernels.quantize import INT8_BLOCK, rows_as_int8
 
 # The gradient of a classifier's input from that of its logits, as an int8 product.
@@ -178,7 +178,7 @@ def head_gradient_reference_(
     unlikely: Tensor,
 ) -> Tensor:
     """The reference implementation of :func:`head_gradient_`; leaves ``logits`` as they are."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = sums_dtype(logits)
     rows = torch.arange(len(targets), device=logits.device)
 
     def changed(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +237,5 @@ _head_gradient = define(
     "head_gradient_(Tensor(a!) logits, Tensor targets, Tensor hidden, Tensor weight, Tensor? bias, "
     "float scale, float softcap, Tensor(b!) slopes, Tensor(c!) shares, Tensor(d!) unlikely) -> Tensor",
     _compute_head_gradient,
-    lambda logits, *_: logits.new_empty(
-        logits.shape[0], dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32
-    ),
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=sums_dtype(logits)),
 )

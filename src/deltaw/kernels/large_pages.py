@@ -34,8 +34,7 @@ def large_page_bytes(system: Path = SYSTEM) -> int:
 def large_empty(numbers: int, dtype: torch.dtype) -> Tensor:
     """(numbers), not initialized. The system provides the memory as it is first written, and takes it back
     when the tensor goes."""
-    size = numbers * dtype.itemsize
-    page = large_page_bytes()
+    size, page = numbers * dtype.itemsize, large_page_bytes()
     if size < max(WORTH, 2 * page) or not page or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(numbers, dtype=dtype)
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -52,7 +51,5 @@ def in_one_piece(parts: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors, one behind another in one piece of memory, each at the beginning of a line."""
     sizes = [-(-part.nbytes // LINE) * LINE for part in parts]
     piece = large_empty(sum(sizes), torch.uint8)
-    copies = []
-    for part, room in zip(parts, piece.split(sizes), strict=True):
-        copies.append(room[: part.nbytes].view(part.dtype).view(part.shape).copy_(part))
-    return copies
+    rooms = zip(parts, piece.split(sizes), strict=True)
+    return [room[: part.nbytes].view(part.dtype).view(part.shape).copy_(part) for part, room in rooms]

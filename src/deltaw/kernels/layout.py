@@ -8,7 +8,7 @@ This module knows positions and visibility only; not what the tokens are, nor an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,8 +167,8 @@ class Layout:
         Args:
             window: a query sees keys at most ``window - 1`` positions back; None for no limit.
         """
-        segment = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
-        return self._visible(self._ancestry(), segment, segment, *2 * (self.positions(),), window)
+        everywhere = np.arange(self.length)
+        return self._visibility(window)(everywhere, everywhere)
 
     def tiles(self, window: int | None = None) -> Tiles:
         """The row cut into tiles that cover every visible pair, at about the least cost; kept once made."""
@@ -176,27 +176,20 @@ class Layout:
             self._tiles[window] = self._batched(self._plan(window), window)
         return self._tiles[window]
 
-    def _ancestry(self) -> np.ndarray:
-        """(S, S) bool: [i, j] is True where segment j is i or an ancestor of i."""
-        count = len(self.parents)
-        ancestry = np.eye(count, dtype=bool)
+    def _visibility(self, window: int | None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """What tells which of the keys at some places (K) the queries at others (L) see: bool (L, K)."""
+        ancestry = np.eye(len(self.parents), dtype=bool)  # [i, j]: segment j is i or an ancestor of i
         for segment, parent in enumerate(self.parents):
             if parent >= 0:
                 ancestry[segment] |= ancestry[parent]
-        return ancestry
+        segments, positions = np.repeat(np.arange(len(self.starts)), self.stops - self.starts), self.positions()
 
-    @staticmethod
-    def _visible(
-        ancestry: np.ndarray,
-        query_segment: np.ndarray,
-        key_segment: np.ndarray,
-        query_position: np.ndarray,
-        key_position: np.ndarray,
-        window: int | None,
-    ) -> np.ndarray:
-        back = query_position[:, None] - key_position[None, :]
-        seen = ancestry[query_segment[:, None], key_segment[None, :]] & (back >= 0)
-        return seen & (back < window) if window is not None else seen
+        def sees(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+            back = positions[queries][:, None] - positions[keys]
+            seen = ancestry[segments[queries][:, None], segments[keys]] & (back >= 0)
+            return seen & (back < window) if window is not None else seen
+
+        return sees
 
     def _plan(self, window: int | None) -> list[Tile]:
         """Neighbouring atoms become one tile where that is cheaper: dynamic programming over the last cut."""
@@ -247,8 +240,7 @@ class Layout:
 
     def _batched(self, tiles: list[Tile], window: int | None) -> Tiles:
         by_shape = _grouped(tiles)
-        ancestry, positions = self._ancestry(), self.positions()
-        segments = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
+        sees = self._visibility(window)
         batches, gather, fillings = [], [], []
         slots = np.zeros(self.length, dtype=np.int64)
         filled = 0
@@ -267,9 +259,7 @@ class Layout:
                     columns = np.concatenate([np.arange(low, high) for low, high in tile.ranges])
                     places[n, :height], key_places[n, :width] = rows, columns
                     slots[rows] = filled + n * queries + np.arange(height)
-                    seen[n, :height, :width] = self._visible(
-                        ancestry, segments[rows], segments[columns], positions[rows], positions[columns], window
-                    )
+                    seen[n, :height, :width] = sees(rows, columns)
                     seen[n, :height, width:] = False
                 used = [t.stop - t.start for t in part] + [0] * (count - len(part))
                 filling = np.concatenate([n * queries + np.arange(u, queries) for n, u in enumerate(used)])

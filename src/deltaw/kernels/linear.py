@@ -27,7 +27,7 @@ from torch import Tensor
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.bounds import check_shape
-from deltaw.kernels.operators import define
+from deltaw.kernels.operators import define, sums_dtype
 from deltaw.kernels.quantize import (
     INT8,
     LONGEST_SUM,
@@ -274,8 +274,7 @@ def linear_backward_reference(
             wide *= scale
     update = None if of.lora_A is None else narrow @ of.lora_A.to(grad.dtype).t()
     if blocks is not None:
-        sums_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        sums = torch.zeros(grad.shape[0], of.columns, dtype=sums_dtype, device=grad.device)
+        sums = torch.zeros(grad.shape[0], of.columns, dtype=sums_dtype(grad), device=grad.device)
         for rows, values in _some_rows(blocks, grad.dtype):
             sums += plus_product(update, grad[:, rows], values)
             update = None
@@ -330,7 +329,7 @@ def factors_backward_reference(
     x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """The reference implementation of :func:`factors_backward`."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = sums_dtype(x)
     return (x.t() @ narrow).to(wide), (h.t() @ grad).to(wide) * scaling
 
 

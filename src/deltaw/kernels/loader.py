@@ -38,34 +38,26 @@ ABI = 9
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-# What functions return beside a status, and what each is given; see csrc/kernels.h.
-_ROOMS: dict[str, list[type]] = {
-    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _I, _L, _I, _I],
-    "dw_factors_room": [_I, _L, _L],
-    "dw_class_gradient_room": [_L, _L, _L],
-    "dw_head_gradient_room": [_L, _L],
-    "dw_attention_room": [_I, _L, _L, _L, _L, _L],
-    "dw_attention_backward_room": [_I, _L, _L, _L, _L, _L],
-}
-_RESULTS: dict[str, type] = {
-    **dict.fromkeys(_ROOMS, _L),
-    "dw_abi": _I,
-    "dw_layout_of": _L,
-    "dw_scratch_held": _L,
-    "dw_ready": _I,
-    "dw_arithmetics": _L,
+# What each function is given, and what those return that return no status; see csrc/kernels.h.
+_RESULTS: dict[str, tuple[type, list[type]]] = {
+    "dw_linear_room": (_L, [_I, _L, _L, _L, _I, _I, _I, _I, _L, _I, _I]),
+    "dw_factors_room": (_L, [_I, _L, _L]),
+    "dw_class_gradient_room": (_L, [_L, _L, _L]),
+    "dw_head_gradient_room": (_L, [_L, _L]),
+    "dw_attention_room": (_L, [_I, _L, _L, _L, _L, _L]),
+    "dw_attention_backward_room": (_L, [_I, _L, _L, _L, _L, _L]),
+    "dw_abi": (_I, []),
+    "dw_layout_of": (_L, [_I, _P, _L]),
+    "dw_scratch_held": (_L, [_I]),
+    "dw_ready": (_I, []),
+    "dw_arithmetics": (_L, [_I]),
 }
 _SIGNATURES: dict[str, list[type]] = {
-    **_ROOMS,
-    "dw_abi": [],
-    "dw_layout_of": [_I, _P, _L],
+    **{name: arguments for name, (_, arguments) in _RESULTS.items()},
     "dw_threads": [_P] * 4,
-    "dw_ready": [],
-    "dw_arithmetics": [_I],
     "dw_set_arithmetic": [_I, _I],
     "dw_set_cache": [_L],
     "dw_release": [],
-    "dw_scratch_held": [_I],
     "dw_linear": [*(_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _I), *(_P, _P, _L, _F, _P, _P, _P, _I, _I, _P, _P)],
     "dw_linear_backward": [_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _P, _L, _F, *[_P] * 5],
     "dw_factors_backward": [_I, _L, _L, _L, _L, _P, _P, _P, _P, _F, _P, _P],
@@ -122,22 +114,19 @@ def library() -> ctypes.CDLL | None:
     Raises:
         UserError: ``DELTAW_KERNELS`` asks for what cannot run here.
     """
-    found = _in_use()
-    return None if found is None else found.library
+    return found.library if (found := _in_use()) else None
 
 
 def kernels() -> ctypes.CDLL:
     """The kernels, for those who have asked :func:`serves`; an error where there are none."""
-    found = library()
-    if found is None:
+    if (found := library()) is None:
         raise RuntimeError(why_not())
     return found
 
 
 def variant() -> str | None:
     """The name of the variant in use; None where there is none."""
-    found = _in_use()
-    return None if found is None else found.variant.name
+    return found.variant.name if (found := _in_use()) else None
 
 
 def why_not() -> str | None:
@@ -147,8 +136,7 @@ def why_not() -> str | None:
 
 def threads_note() -> str | None:
     """Why the kernels run on one thread, in one line; None where they do not, or are not used."""
-    found = _in_use()
-    return None if found is None else found.threads_note
+    return found.threads_note if (found := _in_use()) else None
 
 
 def notes() -> list[str]:
@@ -231,11 +219,9 @@ def open_file(path: Path, variant: Variant) -> Opened:
     if kernels.dw_ready() != 0:
         what = f"kernels '{variant.name}' cannot run: the operating system does not grant what they need"
         raise UserError(what, where=variants.VARIABLE, hint=f"set {variants.VARIABLE} to another variant, or unset it")
-    threads = openmp_functions()
-    if threads is not None:
+    if (threads := openmp_functions()) is not None:
         kernels.dw_threads(*threads)
-    cache = second_level_cache()
-    if cache is not None:
+    if (cache := second_level_cache()) is not None:
         kernels.dw_set_cache(cache)
     note = "compiled kernels run on one thread: torch's OpenMP library was not found"
     return Opened(variant, kernels, None if threads is not None else note)
@@ -290,8 +276,7 @@ def _found() -> tuple[Opened | None, str | None]:
         return None, f"compiled kernels are not for {platform.system()} on {platform.machine()}"
     reasons = []
     for variant in variants.allowed(processor_flags()):
-        reason = _reason_against(variant)
-        if reason is None:
+        if (reason := _reason_against(variant)) is None:
             return open_variant(variant.name), None
         reasons.append(reason)
     # What failed says more than what was never built.
@@ -338,16 +323,16 @@ def load(path: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(os.fspath(path))
     abi = kernels.dw_abi() if hasattr(kernels, "dw_abi") else 0
     if abi != ABI:
-        raise RuntimeError(
-            f"they were built from other sources (ABI {abi}, not {ABI}); install deltaw again to rebuild them"
-        )
+        rebuild = "install deltaw again to rebuild them"
+        raise RuntimeError(f"they were built from other sources (ABI {abi}, not {ABI}); {rebuild}")
     for name, arguments in _SIGNATURES.items():
         function = getattr(kernels, name)
-        function.argtypes, function.restype = arguments, _RESULTS.get(name, _I)
-        if name not in _RESULTS:
-            function.errcheck = _check_status
-    struct = differing(kernels)
-    if struct is not None:
+        function.argtypes = arguments
+        if name in _RESULTS:
+            function.restype, _ = _RESULTS[name]
+        else:
+            function.restype, function.errcheck = _I, _check_status
+    if (struct := differing(kernels)) is not None:
         raise RuntimeError(f"they lay out {struct} otherwise; install deltaw again to rebuild them")
     return kernels
 
@@ -356,12 +341,9 @@ def _check_status(status: int, function: Any, arguments: tuple[Any, ...]) -> int
     """What a kernel reports, as Python's own errors; see csrc/status.h."""
     if status == 0:
         return status
-    name = function.__name__
-    if status == 1:
-        raise MemoryError(f"{name} found no memory to work in")
-    if status == 2:
-        raise IndexError(f"{name} was given an index out of bounds")
-    raise RuntimeError(f"{name} failed (status {status})")
+    kinds = {1: (MemoryError, "found no memory to work in"), 2: (IndexError, "was given an index out of bounds")}
+    kind, what = kinds.get(status, (RuntimeError, f"failed (status {status})"))
+    raise kind(f"{function.__name__} {what}")
 
 
 def release_scratch() -> None:

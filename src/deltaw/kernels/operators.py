@@ -54,6 +54,11 @@ def define(
     return call
 
 
+def sums_dtype(of: Tensor) -> torch.dtype:
+    """The type of sums over numbers of a tensor: fp32, and fp64 for fp64."""
+    return torch.float64 if of.dtype == torch.float64 else torch.float32
+
+
 def unwatched(*tensors: Tensor) -> bool:
     """Whether these are real CPU tensors, and no dispatch mode, profiler or compiler observes the call."""
     if watched():

@@ -7,6 +7,8 @@ implementation. Knows tensors; not modules.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,12 @@ from torch.nn import functional as F
 
 from deltaw.kernels import loader, structs
 from deltaw.kernels.bounds import check_shape, check_targets
-from deltaw.kernels.operators import define
+from deltaw.kernels.operators import define, sums_dtype
 
 # Activation functions of gated and plain MLPs, by the kernels' own numbers.
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+_GELU_TANH = partial(F.gelu, approximate="tanh")
+_FUNCTIONS: dict[str, Any] = {"silu": F.silu, "gelu_tanh": _GELU_TANH, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS = tuple(_FUNCTIONS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +54,7 @@ class Norm:
 
     def reference(self, x: Tensor) -> Tensor:
         """The norm of rows by the reference implementation."""
-        how = {"offset": self.offset, "eps": self.eps, "centered": self.centered}
-        return norm_reference(x, self.weight, self.bias, **how)[0]  # type: ignore[arg-type]
+        return norm_reference(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centered=self.centered)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +108,7 @@ def norm_reference(
 
 
 def norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    *,
-    offset: float,
-    centered: bool,
-    added: Tensor | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, offset: float, centered: bool, added: Tensor | None
 ) -> Tensor:
     """∂L/∂x of :func:`norm` with a frozen weight, plus ``added``; (M, D)."""
     check_shape("the gradient", grad, *x.shape)
@@ -123,14 +119,7 @@ def norm_backward(
 
 
 def norm_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    *,
-    offset: float,
-    centered: bool,
-    added: Tensor | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, offset: float, centered: bool, added: Tensor | None
 ) -> Tensor:
     """The reference implementation of :func:`norm_backward`."""
     mean, rstd = stats.split(1, -1)
@@ -151,10 +140,7 @@ def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
 
 def activation_reference(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """The reference implementation of :func:`activation`."""
-    wide = _wide(gate)
-    f = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}[kind](
-        wide
-    )
+    f = _FUNCTIONS[kind](_wide(gate))
     return (f if up is None else f * _wide(up)).to(gate.dtype)
 
 
@@ -325,14 +311,10 @@ def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # t
     return losses
 
 
-def _stats_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 _norm = define(
     "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centered) -> (Tensor, Tensor)",
     _compute_norm,
-    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=_stats_dtype(x))),
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=sums_dtype(x))),
 )
 _norm_backward = define(
     "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centered, "
@@ -363,5 +345,5 @@ _cross_entropy = define(
     "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float softcap, "
     "bool grad) -> Tensor",
     _compute_cross_entropy,
-    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=_stats_dtype(logits)),
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=sums_dtype(logits)),
 )

@@ -95,9 +95,16 @@ class _NoDispatchMode:
         return None
 
 
+class DispatchMode(_REQUIRED["TorchDispatchMode"] or _NoDispatchMode):  # type: ignore[misc]
+    """Sees every operator of its thread while it is open."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in dry runs, and guarding every call costs time
+
+
 FakeTensor: Any = _REQUIRED["FakeTensor"] or _NoFakeTensor
 FakeTensorMode: Any = _REQUIRED["FakeTensorMode"]
-TorchDispatchMode: Any = _REQUIRED["TorchDispatchMode"] or _NoDispatchMode
 tree_map_only: Callable[..., Any] = _REQUIRED["tree_map_only"]
 tree_leaves: Callable[..., list[Any]] = _REQUIRED["tree_leaves"]
 LOCAL_SCALAR: Any = _REQUIRED["_local_scalar_dense"]
@@ -180,8 +187,7 @@ def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
     Raises:
         UserError: this version of torch makes none.
     """
-    make = look_up(Tensor, "_make_wrapper_subclass")
-    if make is None:
+    if (make := look_up(Tensor, "_make_wrapper_subclass")) is None:
         raise _lack("train.sharding: base", "Tensor._make_wrapper_subclass")
     return make(cls, size, dtype=dtype, device="cpu")
 

@@ -165,19 +165,17 @@ def asked(environment: Mapping[str, str] | None = None) -> Asked:
     name, _, arithmetic = value.partition(":")
     known, here = [v.name for v in every_variant()], [v.name for v in for_machine()]
     if name not in (*known, ANY, NONE, "torch"):
-        hint = did_you_mean(name, [*here, NONE])
-        raise UserError(f"there are no kernels '{name}'", where=said, hint=hint)
+        raise UserError(f"there are no kernels '{name}'", where=said, hint=did_you_mean(name, [*here, NONE]))
     if arithmetic and arithmetic not in ARITHMETICS:
-        hint = did_you_mean(arithmetic, ARITHMETICS)
-        raise UserError(f"there is no arithmetic '{arithmetic}'", where=said, hint=hint)
+        what = f"there is no arithmetic '{arithmetic}'"
+        raise UserError(what, where=said, hint=did_you_mean(arithmetic, ARITHMETICS))
     switched_off = name in (NONE, "torch")
     if switched_off and arithmetic not in ("", "torch"):
         hint = f"name a variant, such as {here[0]}:{arithmetic}, or leave ':{arithmetic}' out"
         raise UserError(f"without compiled kernels there is no arithmetic '{arithmetic}'", where=said, hint=hint)
     if off and not switched_off:
-        raise UserError(
-            f"{said} and {OFF}=0 contradict each other", where=VARIABLE, hint=f"unset one of {VARIABLE} and {OFF}"
-        )
+        hint = f"unset one of {VARIABLE} and {OFF}"
+        raise UserError(f"{said} and {OFF}=0 contradict each other", where=VARIABLE, hint=hint)
     return Asked(NONE if switched_off else None if name == ANY else name, arithmetic or None, said)
 
 
@@ -190,17 +188,14 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
     from deltaw.errors import UserError, did_you_mean
 
     flags = set(flags)
-    found = next((v for v in every_variant() if v.name == name), None)
-    if found is None:
+    if (found := next((v for v in every_variant() if v.name == name), None)) is None:
         hint = did_you_mean(name, [v.name for v in for_machine(of_machine)])
         raise UserError(f"there are no kernels '{name}'", where=VARIABLE, hint=hint)
     built = [v.name for v in allowed(flags, of_machine) if file_of(v).is_file()]
     hint = f"this machine runs {', '.join(built)}" if built else "no kernels that run on this machine were built"
-    lacking = found.lacking(flags, of_machine)
-    if lacking:
-        raise UserError(
-            f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}", where=VARIABLE, hint=hint
-        )
+    if lacking := found.lacking(flags, of_machine):
+        what = f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}"
+        raise UserError(what, where=VARIABLE, hint=hint)
     if not file_of(found).is_file() and not _built_in_checkout(found):
         build = f"to build them: DELTAW_VARIANTS={name} pip install -e . in a checkout"
         raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=f"{hint}; {build}")

@@ -56,10 +56,8 @@ class ActivationInit:
     def __str__(self) -> str:
         fewest, most = self.tokens
         seen = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        lines = [
-            f"A of {self.initialized} layers is initialized from {seen} tokens of their inputs; its "
-            f"directions hold {self.explained:.0%} of the variance"
-        ]
+        what = f"A of {self.initialized} layers is initialized from {seen} tokens of their inputs"
+        lines = [f"{what}; its directions hold {self.explained:.0%} of the variance"]
         for names, said in ((self.short, "saw too few tokens for their rank"), (self.unseen, "were not run")):
             if names:
                 lines.append(f"  {len(names)} layers {said}, such as {names[0]}")
@@ -85,9 +83,8 @@ def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None
         if reason := init_refusal(layer, "eva"):
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
         if not bool((layer.lora_B == 0).all()):
-            raise UserError(
-                f"'{name}' is trained already", where="init", hint="call initialize_from_activations right after attach"
-            )
+            hint = "call initialize_from_activations right after attach"
+            raise UserError(f"'{name}' is trained already", where="init", hint=hint)
     width = 2 * max(layer.rank for _, layer in layers) + 8
     watch = _Watch(width, torch.Generator().manual_seed(seed))
     hooks = [layer.register_forward_pre_hook(watch.seen, with_kwargs=True) for _, layer in layers]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,9 +65,8 @@ class Summary:
         return self.trained / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.adapted} adapted layers; {self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
-        ]
+        counted = f"{self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
+        lines = [f"{self.adapted} adapted layers; {counted}"]
         for entry, names in self.matches.items():
             example = f", such as {names[0]}" if len(names) > 1 else f": {names[0]}" if names else ""
             lines.append(f"  {entry}: {len(names)} module{'s' if len(names) != 1 else ''}{example}")
@@ -112,10 +112,11 @@ def attach_selected(
         # What changes weights comes last, when nothing else can be refused any more.
         changing = config.init in CHANGING_INITS
         init = config.init if filled and not changing else None
+        how = {"rslora": config.rslora, "init": init, "generator": generator}
         for target in selection.targets:
-            _adapt(model, target, record, init, generator)
+            _adapt(model, target, record, how)
         for chosen in selection.parameters:
-            _adapt_parameter(chosen, record, init, generator)
+            _adapt_parameter(chosen, record, how)
         for rows in selection.tokens:
             _train_tokens(model, rows, record)
         if changing:
@@ -162,15 +163,13 @@ def detach(model: nn.Module) -> None:
     set_attachment(model, None)
 
 
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block ``model`` gives the base model's own outputs; gradients are not for here.
 
     Raises:
         UserError: no adapter is attached, or it was merged without keeping the weights before.
     """
-    with base_in_place(unwrapped(model)):
-        yield
+    return base_in_place(unwrapped(model))
 
 
 @contextlib.contextmanager
@@ -192,13 +191,10 @@ def refuse_adapted(model: nn.Module) -> None:
         raise UserError("the model has an adapter already", hint="call detach on it first, or merge it")
 
 
-def _adapt(
-    model: nn.Module, target: Target, record: Attachment, init: str | None, generator: torch.Generator | None
-) -> None:
+def _adapt(model: nn.Module, target: Target, record: Attachment, how: Mapping[str, Any]) -> None:
     """Make the adapted layer over ``target``, or both updates of an attention; a refusal names it."""
     config = record.config
     given = (target.module, target.rank, target.alpha)
-    how = {"rslora": config.rslora, "init": init, "generator": generator}
     try:
         if isinstance(target.module, nn.MultiheadAttention):
             updates = adapt_attention(*given, **how)  # type: ignore[arg-type]
@@ -211,13 +207,11 @@ def _adapt(
     record.layers.append(_replacement(model, target.names, target.module, layer))
 
 
-def _adapt_parameter(target: Target, record: Attachment, init: str | None, generator: torch.Generator | None) -> None:
+def _adapt_parameter(target: Target, record: Attachment, how: Mapping[str, Any]) -> None:
     """Make the update of a parameter; a refusal names it."""
     try:
         given = (target.module, target.attribute, target.rank, target.alpha)
-        how = {"rslora": record.config.rslora, "init": init, "generator": generator}
-        in_out = bool(getattr(target.module, "is_transposed", False))
-        layer = LoRAParameter(*given, **how, is_in_out=in_out)  # type: ignore[arg-type]
+        layer = LoRAParameter(*given, **how, is_in_out=bool(getattr(target.module, "is_transposed", False)))
     except UserError as error:
         raise _named(f"{target.names[0]}.{target.attribute}", error) from error
     record.parameters.append(ParameterUpdate(target.names, target.module, f"lora_{target.attribute}", layer))
@@ -295,12 +289,10 @@ def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachme
     copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
     for whole in selection.extra_modules:
         for parameter in whole.module.parameters():
-            others = [name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied]
-            if others:
-                notes.append(
-                    f"the weight of '{whole.names[0]}' was tied to that of '{others[0]}'; "
-                    "its copy is trained, the other stays as it is"
-                )
+            users = shared.get(id(parameter), ())
+            if others := [name for name in users if id(model.get_submodule(name)) not in copied]:
+                tied = f"the weight of '{whole.names[0]}' was tied to that of '{others[0]}'"
+                notes.append(f"{tied}; its copy is trained, the other stays as it is")
 
 
 def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> None:

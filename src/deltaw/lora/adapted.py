@@ -196,8 +196,7 @@ class AdaptedLayer(nn.Module):
         """
         if self.activation is None:
             return None
-        places = self.activation.places
-        if places is None:
+        if (places := self.activation.places) is None:
             what = "an activated adapter needs the token ids of each row: there are none, or several rows are packed"
             hint = f"call the model with input_ids, or name the places in {PLACES}"
             raise UserError(what, where="input_ids", hint=hint)

@@ -106,19 +106,16 @@ class Attachment:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` or ``DistributedDataParallel``."""
-    while True:
-        inner = inside_compiled(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
+    wrapper = nn.parallel.DistributedDataParallel
+    while (inner := model.module if isinstance(model, wrapper) else inside_compiled(model)) is not None:
         model = inner
+    return model
 
 
 def attachment(model: nn.Module) -> Attachment | None:
     """The record on ``model``, or None."""
-    record = vars(model).get(_ATTRIBUTE)
-    return record if isinstance(record, Attachment) else None
+    found: Attachment | None = vars(model).get(_ATTRIBUTE)
+    return found
 
 
 def attached(model: nn.Module) -> Attachment:
@@ -127,8 +124,7 @@ def attached(model: nn.Module) -> Attachment:
     Raises:
         UserError: there is none.
     """
-    record = attachment(model)
-    if record is None:
+    if (record := attachment(model)) is None:
         raise _no_adapter()
     return record
 
@@ -151,11 +147,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     Raises:
         UserError: there is none.
     """
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, AdaptedLayer) and module.follows is None
-    ]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.follows is None]
     if not layers:
         raise _no_adapter()
     return layers
@@ -217,9 +209,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     model = unwrapped(model)
     record = attachment(model)
     base: dict[int, int] = {}
+    copies: set[int] = set()
     for whole in record.extra_modules if record else ():
         base.update({id(p): p.numel() for p in whole.original.parameters()})
-    copies = {id(p) for whole in (record.extra_modules if record else ()) for p in whole.current.parameters()}
+        copies.update(id(p) for p in whole.current.parameters())
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -316,14 +309,12 @@ def unmerge(model: nn.Module) -> None:
         UserError: nothing is merged, or the weights from before were not kept.
     """
     layers = adapted_layers(unwrapped(model))
-    merged = [(name, layer) for name, layer in layers if layer.merged]
-    if not merged:
+    if not (merged := [(name, layer) for name, layer in layers if layer.merged]):
         raise UserError("the adapter is not merged", hint="call merge first")
     for name, layer in merged:
         if layer._unmerged_weight is None:
-            raise UserError(
-                "the weights from before the merge were not kept", where=name, hint="merge with keep_original=True"
-            )
+            what = "the weights from before the merge were not kept"
+            raise UserError(what, where=name, hint="merge with keep_original=True")
     for _, layer in merged:
         layer.unset_merged()
 
@@ -331,11 +322,7 @@ def unmerge(model: nn.Module) -> None:
 def _other_users(model: nn.Module, layer: AdaptedLayer, shared: dict[int, list[str]]) -> list[str]:
     """The modules with the same weight that would not expect the merged one."""
     users = [(name, model.get_submodule(name)) for name in shared.get(id(layer.weight), ())]
-    return [
-        name
-        for name, user in users
-        if user is not layer.holder and not (isinstance(user, AdaptedLayer) and user.follows is layer)
-    ]
+    return [name for name, user in users if user is not layer.holder and getattr(user, "follows", None) is not layer]
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:

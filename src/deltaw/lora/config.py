@@ -138,7 +138,12 @@ class LoRAConfig:
         self.layers = _layers(self.layers)
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _whole_number)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _positive)
-        self._check_expressions()
+        for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, key)
+            if isinstance(value, Mapping):
+                check_expressions(key, list(value))
+            elif isinstance(value, str) and value not in KEYWORDS:
+                check_expressions(key, [value])
         _one_of("init", self.init, INITS)
         _one_of("bias", self.bias, BIASES)
         for key in ("rslora", "dora", "lora_bias"):
@@ -146,9 +151,8 @@ class LoRAConfig:
                 raise _cannot_be(key, getattr(self, key), "give true or false")
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
         if self.init == "orthogonal" and odd:
-            raise UserError(
-                f"init 'orthogonal' needs an even rank, not {odd[0]}", where="rank", hint=f"use {odd[0] + 1}"
-            )
+            what = f"init 'orthogonal' needs an even rank, not {odd[0]}"
+            raise UserError(what, where="rank", hint=f"use {odd[0] + 1}")
         self.train_modules = _entries("train_modules", self.train_modules)
         _one_of("activation", self.activation, ACTIVATIONS)
         self.invocation_tokens = _invocation(self.invocation_tokens)
@@ -159,41 +163,24 @@ class LoRAConfig:
             what = "invocation_tokens are for an adapter that is not always active"
             raise UserError(what, where="invocation_tokens", hint="set activation: completion, or leave them out")
 
-    def _check_expressions(self) -> None:
-        for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-            value = getattr(self, key)
-            if isinstance(value, Mapping):
-                check_expressions(key, list(value))
-            elif isinstance(value, str) and value not in KEYWORDS:
-                check_expressions(key, [value])
-
     def _refuse_beside_activation(self) -> None:
         """What would change the base model's own part of a row, and so is not activated LoRA."""
-        changing = "init" if self.init in CHANGING_INITS else ""
-        for key, value in (
-            ("dora", self.dora),
-            ("lora_bias", self.lora_bias),
-            ("bias", self.bias != "none"),
-            (changing, changing),
-            ("target_parameters", self.target_parameters),
-            ("trainable_token_indices", self.trainable_token_indices),
-            ("train_modules", self.train_modules),
-        ):
-            if value:
-                told = f"{key} '{getattr(self, key)}'" if isinstance(getattr(self, key), str) else key
-                raise UserError(
-                    f"activation 'completion' and {told} do not go together: it is for plain updates of linear layers",
-                    where=key,
-                    hint=f"leave {key} out, or set activation: always",
-                )
+        harmless = {"none", *INITS} - {*CHANGING_INITS}
+        others = ("target_parameters", "trainable_token_indices", "train_modules")
+        for key in ("dora", "lora_bias", "bias", "init", *others):
+            value = getattr(self, key)
+            if value and not (isinstance(value, str) and value in harmless):
+                told = f"{key} '{value}'" if isinstance(value, str) else key
+                why = "it is for plain updates of linear layers"
+                what = f"activation 'completion' and {told} do not go together: {why}"
+                raise UserError(what, where=key, hint=f"leave {key} out, or set activation: always")
 
     def _refuse_combinations(self) -> None:
         """Settings that have no meaning together, in PEFT's files either."""
         if self.lora_bias and (self.dora or self.init != "uniform"):
             other = "dora" if self.dora else f"init '{self.init}'"
-            raise UserError(
-                f"lora_bias and {other} do not go together", where="lora_bias", hint="leave one of the two out"
-            )
+            what = f"lora_bias and {other} do not go together"
+            raise UserError(what, where="lora_bias", hint="leave one of the two out")
         for key in ("dropout", "dora", "lora_bias"):
             if self.target_parameters and getattr(self, key):
                 what = f"target_parameters and {key} do not go together: the inputs of the update are not known"
@@ -218,9 +205,8 @@ class LoRAConfig:
                 hint = did_you_mean(str(key), sorted(known | set(PEFT_NAMES)))
                 raise UserError(f"LoRA has no setting '{key}'", where=str(key), hint=hint)
             if name in values:
-                raise UserError(
-                    f"'{name}' is given twice, also under PEFT's name", where=str(key), hint="leave one of the two out"
-                )
+                what = f"'{name}' is given twice, also under PEFT's name"
+                raise UserError(what, where=str(key), hint="leave one of the two out")
             if name == "init" and isinstance(value, bool):
                 value = "uniform"
             if value is not None:
@@ -240,17 +226,14 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
         return [(index, index) for index in layers]
     ranges: list[tuple[int, int | None]] = []
     for part in layers.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{0,9}))?\s*", part)
-        if not match:
-            raise UserError(
-                f"'{layers}' is no list of layers", where="layers", hint="write '16-', '0-7', '3', '0-3,8' or [1, 2]"
-            )
+        if not (match := re.fullmatch(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{0,9}))?\s*", part)):
+            hint = "write '16-', '0-7', '3', '0-3,8' or [1, 2]"
+            raise UserError(f"'{layers}' is no list of layers", where="layers", hint=hint)
         first = int(match[1])
         last = first if match[2] is None else (int(match[3]) if match[3] else None)
         if last is not None and last < first:
-            raise UserError(
-                f"layers '{part.strip()}' ends before it begins", where="layers", hint=f"write '{last}-{first}'"
-            )
+            what = f"layers '{part.strip()}' ends before it begins"
+            raise UserError(what, where="layers", hint=f"write '{last}-{first}'")
         ranges.append((first, last))
     return ranges
 
@@ -308,8 +291,7 @@ def _ids(value: object) -> list[int]:
     key = "trainable_token_indices"
     if not all(map(_is_number, ids)):
         raise _cannot_be(key, value, "give a list of token ids, or one for each embedding: {embed_tokens: [5, 6]}")
-    twice = [number for number in ids if ids.count(number) > 1]
-    if twice:
+    if twice := [number for number in ids if ids.count(number) > 1]:
         raise UserError(f"{key} holds {twice[0]} twice", where=key, hint="name each token once")
     return ids
 

@@ -34,10 +34,6 @@ class Factors:
     lora_B: Tensor
     scaling: float
 
-    @property
-    def rank(self) -> int:
-        return int(self.lora_A.shape[1])
-
 
 @dataclass(frozen=True)
 class AdapterFactors:
@@ -63,8 +59,7 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
     """
     adapter = read_adapter(folder)
     where = str(Path(folder) / WEIGHTS_NAME)
-    reason = more_than_factors(adapter.config)
-    if reason is not None:
+    if (reason := more_than_factors(adapter.config)) is not None:
         raise UserError(reason, where=str(folder), hint=_MERGE)
     layers: dict[str, Factors] = {}
     for target, lora_A, lora_B in factor_tensors(model, adapter, where):

@@ -38,6 +38,7 @@ PICKLED_NAME = "adapter_model.bin"
 
 _LONGEST_NAME = 2000  # names are taken apart at every dot
 _COPY_AGAIN = "copy or download the adapter again"
+_ITS_BASE = "load it on the base model that it was trained on"
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -124,7 +125,10 @@ def save_adapter(
     if base_model is None:
         base_model = str(getattr(model, "name_or_path", "") or "") or None
     if task_type == "auto":
-        task_type = _task_of(model, record)
+        task_type = task_type_of(model)
+        # A classifier's task promises a trained head.
+        if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not record.extra_modules:
+            task_type = None
     init = record.config.init
     if init in CHANGING_INITS and any(layer.changed_init is None for _, layer in record.adapted()):
         what = f"after init '{init}' was merged without keeping the weights before, there is no adapter to save"
@@ -269,8 +273,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = weights_of(folder)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
@@ -335,8 +338,8 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     for target in selection.targets:
         if not any(name in targets for name in target.names) and id(target.module) not in whole_modules:
             missing = f"{PREFIX}{target.names[0]}.lora_A.weight"
-            hint = "load it on the base model that it was trained on, or save the adapter again"
-            raise UserError(f"tensor '{missing}' is missing: the settings name its module", where=where, hint=hint)
+            what = f"tensor '{missing}' is missing: the settings name its module"
+            raise UserError(what, where=where, hint=f"{_ITS_BASE}, or save the adapter again")
     return Selection(chosen, extra, selection.parameters, selection.tokens, selection.matches)
 
 
@@ -346,11 +349,8 @@ def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: l
         return []
     stored = {without_wrappers(name) for name in tensors}
     parents = {name[: match.start()] for name in stored for match in re.finditer(r"\.", name)}
-    found = [
-        named
-        for named in modules
-        if named.names[0] in parents and any(named.names[0].endswith(entry) for entry in config.train_modules)
-    ]
+    entries = tuple(config.train_modules)
+    found = [named for named in modules if named.names[0] in parents and named.names[0].endswith(entries)]
     below = {id(inner) for named in found for inner in named.module.modules() if inner is not named.module}
     return [named for named in found if id(named.module) not in below]
 
@@ -402,8 +402,7 @@ def _filled(place: Filled, values: Tensor) -> Filled:
 
 def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> Tensor:
     if key not in left:
-        hint = "load it on the base model that it was trained on, or save the adapter again"
-        raise UserError(f"tensor '{key}' is missing", where=where, hint=hint)
+        raise UserError(f"tensor '{key}' is missing", where=where, hint=f"{_ITS_BASE}, or save the adapter again")
     found = left.pop(key)
     if found.shape != shape:
         what = f"tensor '{key}' does not fit: {tuple(shape)} is needed, and the file has {tuple(found.shape)}"
@@ -412,14 +411,14 @@ def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> T
 
 
 def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Tensor, where: str) -> None:
-    """PEFT writes some of the base model's own weights as well; they are skipped if they are the same."""
+    """PEFT writes some of the base model's own weights as well; they are skipped if they are the same. Under
+    bias 'all' it writes the biases of extra trainable modules a second time under the names of its wrappers."""
     name = key.removeprefix(PREFIX)
-    if any(name.startswith(f"{w.names[0]}.{part}.") for w in record.extra_modules for part in _WRAPPER_PARTS):
+    wrapped = ((f"{whole.name}.original_module.", f"{whole.name}.modules_to_save.") for whole in record.extra_modules)
+    if any(map(name.startswith, wrapped)):
         return
     path, _, attribute = without_wrappers(key).rpartition(".")
-    own = None
-    if any(path == n for n, _ in model.named_modules()):
-        own = getattr(model.get_submodule(path), attribute, None)
+    own = getattr(dict(model.named_modules()).get(path), attribute, None)
     if isinstance(own, Tensor) and own.shape == tensor.shape:
         if own.is_meta:
             record.copies[f"{path}.{attribute}"] = tensor  # a skeleton has no values to compare with
@@ -427,21 +426,12 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
         if torch.equal(tensor.to(own), own):
             return
     if isinstance(own, Tensor):
-        raise UserError(
-            f"the file's copy of the base weight '{name}' {tuple(tensor.shape)} is not the model's {tuple(own.shape)}",
-            where=where,
-            hint="load it on the base model that it was trained on, with the vocabulary of the same size",
-        )
-    hint = "load it on the base model that it was trained on"
-    raise UserError(f"tensor '{key}' fits nothing in the model", where=where, hint=hint)
+        sizes = f"{tuple(tensor.shape)} is not the model's {tuple(own.shape)}"
+        hint = f"{_ITS_BASE}, with the vocabulary of the same size"
+        raise UserError(f"the file's copy of the base weight '{name}' {sizes}", where=where, hint=hint)
+    raise UserError(f"tensor '{key}' fits nothing in the model", where=where, hint=_ITS_BASE)
 
 
-_WRAPPER_PARTS = ("original_module", "modules_to_save")
-"""Under bias 'all' PEFT writes the biases of extra trainable modules a second time under these names."""
-
-
-def _task_of(model: nn.Module, record: Attachment) -> str | None:
-    """PEFT's name of the task; a classifier's promises a trained head, so none is given without one."""
-    kind = type(model).__name__
-    task = next((name for ending, name in _TASKS.items() if kind.endswith(ending)), None)
-    return None if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not record.extra_modules else task
+def task_type_of(model: nn.Module) -> str | None:
+    """PEFT's name of the task, by the name of the model's class."""
+    return next((name for ending, name in _TASKS.items() if type(model).__name__.endswith(ending)), None)

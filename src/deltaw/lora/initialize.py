@@ -159,8 +159,7 @@ def _embedding(layer: Factored, method: str, generator: torch.Generator | None) 
         _normal((layer.lora_B.shape[1], layer.rank), generator)
         layer.lora_A.copy_(drawn.t() / (layer.rank if method == "gaussian" else 1))
         layer.lora_B.zero_()
-    padding_idx = getattr(layer, "padding_idx", None)
-    if padding_idx is not None:
+    if (padding_idx := getattr(layer, "padding_idx", None)) is not None:
         layer.lora_A[padding_idx] = 0
 
 

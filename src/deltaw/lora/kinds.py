@@ -49,9 +49,8 @@ PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' ``Conv1D``, int8-quantized or not, told without importing transformers."""
-    if isinstance(module, Int8Conv1D):
-        return True
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in own_parameters(module)
+    plain = type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in own_parameters(module)
+    return plain or isinstance(module, Int8Conv1D)
 
 
 def own_head(model: nn.Module) -> nn.Module | None:
@@ -88,13 +87,11 @@ def refusal(module: nn.Module) -> str | None:
         return "it is adapted already"
     if isinstance(module, nn.MultiheadAttention):
         return attention_refusal(module)
-    reason = _kind_refusal(module)
-    if reason is not None:
+    if (reason := _kind_refusal(module)) is not None:
         return reason
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced from outside, as device maps and offloading do"
-    weight = own_parameters(module).get("weight")
-    if weight is None:
+    if (weight := own_parameters(module).get("weight")) is None:
         return f"the weight of this {kind} is computed from other parameters (a parametrization)"
     if isinstance(weight, UninitializedParameter):
         return f"this {kind} has no size before its first forward"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -91,13 +92,7 @@ class LoRALayer(AdaptedLayer):
         return cls
 
     def _begin(
-        self,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        rslora: bool,
-        init: str | None,
-        generator: torch.Generator | None = None,
+        self, rank: int, alpha: float, dropout: float, rslora: bool, init: str | None, generator: torch.Generator | None
     ) -> None:
         """Freeze what the layer has, and add factors."""
         if rank < 1:
@@ -105,19 +100,10 @@ class LoRALayer(AdaptedLayer):
         if not 0.0 <= dropout < 1.0:
             what = f"dropout is {dropout}, and must be at least 0 and below 1"
             raise UserError(what, where="dropout", hint="give 0.05, say")
-        self._freeze(
-            rank=rank,
-            alpha=float(alpha),
-            dropout=float(dropout) if self.has_dropout else 0.0,
-            rslora=rslora,
-            scaling=scaling_of(rank, float(alpha), rslora),
-            changed_init=None,
-        )
-        like_A, like_B = (
-            torch.zeros(shape, dtype=factor_dtype(self.weight), device=self.weight.device)
-            for shape in self._shapes(rank)
-        )
-        self.lora_A, self.lora_B = nn.Parameter(like_A), nn.Parameter(like_B)
+        dropout, scaling = float(dropout) if self.has_dropout else 0.0, scaling_of(rank, float(alpha), rslora)
+        self._freeze(rank=rank, alpha=float(alpha), dropout=dropout, rslora=rslora, scaling=scaling, changed_init=None)
+        zeros = partial(torch.zeros, dtype=factor_dtype(self.weight), device=self.weight.device)
+        self.lora_A, self.lora_B = (nn.Parameter(zeros(shape)) for shape in self._shapes(rank))
         self._add_parameters()
         if init is None:
             self.initialized()
@@ -244,7 +230,7 @@ class LoRALinear(_LinearUpdate, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._begin(rank, alpha, dropout, rslora, init)
+        self._begin(rank, alpha, dropout, rslora, init, None)
 
 
 class LoRAConv1D(_LinearUpdate):
@@ -372,7 +358,7 @@ class LoRAEmbedding(LoRALayer, ScaledEmbedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self._begin(rank, alpha, 0.0, rslora, init)
+        self._begin(rank, alpha, 0.0, rslora, init, None)
 
     def _take_over(self, module: nn.Module) -> None:
         if self.max_norm is not None:
@@ -439,7 +425,7 @@ class LoRAConv(LoRALayer):
         # LoRAConv is not made itself: the next class in line is the torch convolution of the subclass.
         options = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
-        self._begin(rank, alpha, dropout, rslora, init)
+        self._begin(rank, alpha, dropout, rslora, init, None)
 
     @classmethod
     def _class_over(cls: type[_Layer], module: nn.Module) -> type[_Layer]:

@@ -109,10 +109,7 @@ class LoRAParameter(LoRALayer):
         # Autocast would round W and the product apart, and the module's own product casts the sum anyway.
         with without_autocast(weight.device.type):
             factor_A, factor_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            if self.weight_is_in_out:
-                left, right = factor_A, factor_B
-            else:
-                left, right = factor_B.transpose(-1, -2), factor_A.transpose(-1, -2)
+            left, right = (factor_A, factor_B) if self.weight_is_in_out else (factor_B.mT, factor_A.mT)
             add = torch.baddbmm if weight.dim() == 3 else torch.addmm
             return add(weight, left, right, alpha=self.scaling)
 
@@ -148,8 +145,7 @@ class LoRAParameter(LoRALayer):
 
 def parameter_refusal(holder: nn.Module, attribute: str) -> str | None:
     """Why a parameter cannot be adapted, or None where it can be."""
-    parameter = own_parameters(holder).get(attribute)
-    if parameter is None:
+    if (parameter := own_parameters(holder).get(attribute)) is None:
         return "it is not there"
     if parameter.dim() not in (2, 3):
         return f"it has {parameter.dim()} dimensions, not two or three"
@@ -269,8 +265,5 @@ class TrainedTokensLinear(TrainedTokens, nn.Linear):
 
 def trained_tokens_of(module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None) -> TrainedTokens:
     """The layer over an embedding or a linear layer; with ``follows`` it takes that layer's rows."""
-    if isinstance(module, nn.Embedding):
-        return TrainedTokensEmbedding.from_embedding(module, tokens, follows)
-    if isinstance(module, nn.Linear):
-        return TrainedTokensLinear.from_linear(module, tokens, follows)
-    raise TypeError(f"a {type(module).__name__} has no rows of tokens")
+    kind = TrainedTokensEmbedding if isinstance(module, nn.Embedding) else TrainedTokensLinear
+    return kind.from_module(module, tokens, follows)

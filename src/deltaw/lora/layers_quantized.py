@@ -23,7 +23,7 @@ from deltaw.kernels import quantize
 from deltaw.kernels.block_linear import NF4_BLOCK, BlockWeight, quantize_nf4
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import note_base
-from deltaw.lora.stored import Scales, block_weight, frozen_linear
+from deltaw.lora.stored import BLOCK_BUFFERS, Scales, block_weight, frozen_linear
 
 
 class _Int8(nn.Module):
@@ -119,9 +119,9 @@ class _Blocks(nn.Module):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(stored.data, requires_grad=False) if parameter is None else parameter
         vars(self).update(block_format=stored.format, block_columns=stored.columns)
-        for name, tensor in zip(("absmax", "group_scale", "offset"), stored.tensors[1:], strict=True):
+        for name, tensor in zip(BLOCK_BUFFERS, stored.tensors[1:], strict=True):
             if tensor is not None:
-                self.register_buffer(f"weight_{name}", tensor, persistent=False)
+                self.register_buffer(name, tensor, persistent=False)
         self.training = of.training
 
     @property

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean, nearest
 from deltaw.lora.config import KEYWORDS
 from deltaw.lora.expressions import matches as names_matching
+
+Matches: TypeAlias = dict[str, tuple[str, ...]]
+"""Of each entry of the settings the names that it matched."""
+Pattern: TypeAlias = Mapping[str, int] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,7 @@ def modules_once(model: nn.Module) -> list[Named]:
 
 
 def match_entries(
-    key: str,
-    wanted: str | Iterable[str],
-    modules: list[Named],
-    matches: dict[str, tuple[str, ...]],
-    strict: bool,
-    kind: str = "module",
+    key: str, wanted: str | Iterable[str], modules: list[Named], matches: Matches, strict: bool, kind: str
 ) -> list[Named]:
     """The modules that a text (full expression) or a list (name endings) matches.
 
@@ -56,7 +56,8 @@ def match_entries(
         (hit,) = names_matching(key, [wanted], (name for m in modules for name in m.names))
         found = [m for m in modules if not hit.isdisjoint(m.names)]
         if not found and strict:
-            raise matches_nothing(key, wanted, modules, as_list=any(_ends(m, wanted) for m in modules))
+            ends_so = any(wanted in endings(name) for m in modules for name in m.names)
+            raise matches_nothing(key, wanted, modules, as_list=ends_so)
         matches[f"{key} '{wanted}'"] = tuple(m.names[0] for m in found)
         return found
     hits: dict[str, list[str]] = {entry: [] for entry in wanted}
@@ -83,17 +84,7 @@ def endings(name: str) -> Iterator[str]:
         at = name.find(".", at + 1)
 
 
-def _ends(named: Named, entry: str) -> bool:
-    return any(entry in endings(name) for name in named.names)
-
-
-def match_patterns(
-    key: str,
-    pattern: Mapping[str, int] | Mapping[str, float],
-    chosen: list[Named],
-    matches: dict[str, tuple[str, ...]],
-    strict: bool,
-) -> dict[str, float]:
+def match_patterns(key: str, pattern: Pattern, chosen: list[Named], matches: Matches, strict: bool) -> dict[str, float]:
     """A value for each name that a key of ``pattern`` matches; the first key that matches counts."""
     names = [named.names[0] for named in chosen]
     for entry, hit in zip(pattern, names_matching(key, pattern, names, endings=True), strict=True):
@@ -103,18 +94,15 @@ def match_patterns(
     return values_by_pattern(key, pattern, names)
 
 
-def values_by_pattern(
-    key: str, pattern: Mapping[str, int] | Mapping[str, float], names: Iterable[str]
-) -> dict[str, float]:
+def values_by_pattern(key: str, pattern: Pattern, names: Iterable[str]) -> dict[str, float]:
     """For each name whose ending a key of ``pattern`` matches, the value of the first such key.
 
     Args:
         key: the setting.
     """
     values: dict[str, float] = {}
-    if not pattern:
-        return values
-    for entry, hit in zip(pattern, names_matching(key, pattern, names, endings=True), strict=True):
+    hits = names_matching(key, pattern, names, endings=True) if pattern else ()
+    for entry, hit in zip(pattern, hits, strict=True):
         for name in hit:
             values.setdefault(name, pattern[entry])
     return values

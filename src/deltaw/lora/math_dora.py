@@ -184,7 +184,8 @@ class _DoRALinear(torch.autograd.Function):
             grad_m = _from_output(grad_y, kept.reshape(grad_y.shape), bias, magnitude)
         elif needs_m:
             if again and seen is not None:
-                kept = _matrix_product(seen, weight, ctx) + h @ scaled(lora_B, ctx.scaling, dtype)
+                matrix = (weight.t() if ctx.weight_is_in_out else weight).to(seen.dtype)
+                kept = F.linear(seen, matrix) + h @ scaled(lora_B, ctx.scaling, dtype)
             grad_m = gain(_column_dots(grad_y, kept, magnitude.dtype) / ctx.keep, norm)
         if needs_x and narrow is not None:
             grad_x = _input_gradient(ctx, grad_y, weight, g, narrow, lora_A, mask)
@@ -204,10 +205,6 @@ def _input_gradient(
         return through
     base = grad_y @ matrix
     return base + (through - base / ctx.keep) * mask.reshape(base.shape)
-
-
-def _matrix_product(x: Tensor, weight: Tensor, ctx: Any) -> Tensor:
-    return F.linear(x, (weight.t() if ctx.weight_is_in_out else weight).to(x.dtype))
 
 
 def _from_output(grad_y: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:

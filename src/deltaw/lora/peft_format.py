@@ -111,16 +111,15 @@ _UNSET = """
     modules_to_save monteclora_config revision target_modules target_parameters task_type trainable_token_indices
     use_bdlora velora_config
 """
+_OFF = "ensure_weight_tying fan_in_fan_out lora_bias use_dora use_qalora use_rslora"
 _SET: dict[str, object] = {
+    **dict.fromkeys(_OFF.split(), False),
     "alpha_pattern": {},
     "bias": "none",
-    "ensure_weight_tying": False,
-    "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
     "loftq_config": {},
     "lora_alpha": 8,
-    "lora_bias": False,
     "lora_dropout": 0.0,
     "megatron_core": "megatron.core",
     "peft_type": "LORA",
@@ -128,9 +127,6 @@ _SET: dict[str, object] = {
     "qalora_group_size": 16,
     "r": 8,
     "rank_pattern": {},
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
 }
 DEFAULTS: dict[str, object] = dict(sorted({**dict.fromkeys(_UNSET.split()), **_SET}.items()))
 """Every key of PEFT's own file, and the value that it has there where nothing was set."""
@@ -165,8 +161,7 @@ def settings_of(
     whole = [replacement.names[0] for replacement in record.extra_modules]
     targets = [replacement.names[0] for replacement in record.layers]
     targets += [update.names[0] for update in record.parameters if update.of_attention]
-    settings = dict(DEFAULTS)
-    settings |= {
+    settings = DEFAULTS | {
         "alora_invocation_tokens": config.invocation_tokens,
         "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
         "base_model_name_or_path": base_model,
@@ -313,11 +308,11 @@ def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | 
 
 def _extra_entries(names: list[str], whole: list[str]) -> list[str]:
     """Entries for extra trainable modules; PEFT matches them by how the name ends, dot or no dot."""
-    entries = []
+    entries = set()
     for name in whole:
         ends = [end for end in endings(name) if all(n in whole for n in names if n.endswith(end))]
-        entries.append(ends[-1] if ends else name)
-    return sorted(set(entries))
+        entries.add(ends[-1] if ends else name)
+    return sorted(entries)
 
 
 def _plain(value: float) -> float | int:

@@ -118,8 +118,7 @@ def _updates(factors: Mapping[str, Factors], config: LoRAConfig, twice: bool) ->
         by_module[without_wrappers(path)].append(path)
     meant = _Meant(config, list(by_module))
     for module, paths in by_module.items():
-        parameters = meant.parameters(module)
-        if parameters:
+        if parameters := meant.parameters(module):
             yield from _of_parameters(module, paths, parameters, factors, meant)
             continue
         for path in paths:

@@ -37,11 +37,11 @@ _MLP = """
 ATTENTION_NAMES, MLP_NAMES = frozenset(_ATTENTION.split()), frozenset(_MLP.split())
 """Last parts of names that mean attention or an MLP wherever they stand."""
 
+_MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "densereludense")
+"""In the name of a module, they make what is below it an MLP."""
+
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 """Choose between experts; they are no part of what 'mlp' means."""
-
-_NOT_OF_ATTENTION = ("dora", "lora_bias")
-"""Settings that an adapted ``nn.MultiheadAttention`` has no arithmetic for."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,12 @@ class _Search:
         below = {id(inner) for m in found for inner in m.module.modules() if inner is not m.module}
         outer = [m for m in found if id(m.module) not in below]
         for named in outer:
-            kept = next(filter(None, map(quantized_as, named.module.modules())), None)
-            if kept is not None:
+            if (kept := next(filter(None, map(quantized_as, named.module.modules())), None)) is not None:
                 what = f"'{named.names[0]}' cannot be trained in full: its weight is {kept}"
                 raise UserError(what, where="train_modules", hint="leave it out, or load the model with precision bf16")
             if not any(p.is_floating_point() for p in named.module.parameters()):
-                raise UserError(
-                    f"'{named.names[0]}' has no parameters to train", where="train_modules", hint="leave it out"
-                )
+                what = f"'{named.names[0]}' has no parameters to train"
+                raise UserError(what, where="train_modules", hint="leave it out")
         return outer
 
     def _targeted(self) -> list[Named]:
@@ -174,9 +172,8 @@ class _Search:
         excluded = self._excluded()
         chosen = [m for m in chosen if id(m.module) not in excluded]
         if not chosen and self.strict:
-            raise UserError(
-                "exclude_modules leaves nothing to adapt", where="exclude_modules", hint="exclude fewer modules"
-            )
+            what = "exclude_modules leaves nothing to adapt"
+            raise UserError(what, where="exclude_modules", hint="exclude fewer modules")
         kept = [m for m in chosen if id(m.module) not in self.inside]
         if not kept and self.strict:
             what = "train_modules holds everything that target_modules matches"
@@ -208,19 +205,13 @@ class _Search:
         head = own_head(self.model)
         attentions = [m.module for m in self.modules if isinstance(m.module, nn.MultiheadAttention)]
         excluded = {id(head), *(id(attention.out_proj) for attention in attentions)}
-        linear = [
-            m
-            for m in self.modules
-            if (is_linear(m.module) or isinstance(m.module, nn.MultiheadAttention)) and id(m.module) not in excluded
-        ]
-        if head is not None:
-            return linear
-        return [m for m in linear if m.names[0].split(".")[0] not in HEAD_NAMES]
+        among = [m for m in self.modules if id(m.module) not in excluded]
+        linear = [m for m in among if is_linear(m.module) or isinstance(m.module, nn.MultiheadAttention)]
+        return [m for m in linear if head is not None or m.names[0].split(".")[0] not in HEAD_NAMES]
 
     def _excluded(self) -> set[int]:
         """What exclude_modules leaves out: the modules that it names, and for a list all below them."""
-        wanted = self.config.exclude_modules
-        if wanted is None:
+        if (wanted := self.config.exclude_modules) is None:
             return set()
         found = self._match("exclude_modules", wanted)
         if isinstance(wanted, str):
@@ -232,8 +223,7 @@ class _Search:
             return chosen
         by_index: dict[int, list[Named]] = {}
         for named in chosen:
-            index = layer_index(named.names[0])
-            if index is not None:
+            if (index := layer_index(named.names[0])) is not None:
                 by_index.setdefault(index, []).append(named)
         kept: set[int] = set()
         for first, last in parse_layers(self.config.layers):
@@ -255,8 +245,8 @@ class _Search:
         attention = isinstance(named.module, nn.MultiheadAttention)
         reason = read_directly(self.model, name, parent) or refusal(named.module)
         if reason is None and attention:
-            unknown = (key for key in _NOT_OF_ATTENTION if getattr(self.config, key))
-            reason = next((f"nn.MultiheadAttention has no {key}" for key in unknown), None)
+            unknown = (f"nn.MultiheadAttention has no {k}" for k in ("dora", "lora_bias") if getattr(self.config, k))
+            reason = next(unknown, None)
         if reason is None:
             return
         below = [f"{name}.{n}" for n, m in named.module.named_modules() if n and is_linear(m)]
@@ -274,8 +264,7 @@ class _Search:
         Raises:
             UserError: an entry matches nothing, or a parameter that cannot be adapted.
         """
-        wanted = self.config.target_parameters
-        if not wanted:
+        if not (wanted := self.config.target_parameters):
             return []
         every = [
             (Named(tuple(f"{name}.{attribute}" for name in named.names), named.module), named, attribute)
@@ -310,8 +299,7 @@ class _Search:
         Raises:
             UserError: no embedding is found, a token is not in it, or another setting trains the same weight.
         """
-        wanted = self.config.trainable_token_indices
-        if not wanted:
+        if not (wanted := self.config.trainable_token_indices):
             return []
         if isinstance(wanted, Mapping):
             chosen = [
@@ -330,19 +318,16 @@ class _Search:
     def _input_embedding(self) -> Named:
         """The embedding that the model names, else the one called ``embed_tokens`` as in PEFT."""
         embedding = own_embedding(self.model)
-        for named in self.modules:
-            if named.module is embedding:
-                return named
-        for named in self.modules:
-            if any(name.rpartition(".")[2] == "embed_tokens" for name in named.names):
-                return named
+        own = [named for named in self.modules if named.module is embedding]
+        usual = [m for m in self.modules if any(name.rpartition(".")[2] == "embed_tokens" for name in m.names)]
+        if own or usual:
+            return (own or usual)[0]
         what = "the model does not say which of its modules is the input embedding"
         raise UserError(what, where="trainable_token_indices", hint="name it: trainable_token_indices: {embed: [5, 6]}")
 
     def _refuse_tokens(self, named: Named, tokens: tuple[int, ...]) -> None:
         name, module = named.names[0], named.module
-        reason = self._rows_refusal(named)
-        if reason is not None:
+        if (reason := self._rows_refusal(named)) is not None:
             what = f"tokens of '{name}' cannot be trained: {reason}"
             hint = "name the module in one setting only, and only an embedding or a linear head here"
             raise UserError(what, where="trainable_token_indices", hint=hint)
@@ -393,8 +378,7 @@ class _Search:
                 and tokens_of.get(id(other.module), tokens) == tokens
             ]
             for other in tied:
-                reason = self._rows_refusal(other)
-                if reason is not None:
+                if (reason := self._rows_refusal(other)) is not None:
                     what = f"'{named.names[0]}' is tied to '{other.names[0]}', whose rows cannot be trained: {reason}"
                     hint = f"leave '{other.names[0]}' out of the other setting, or untie the two"
                     raise UserError(what, where="trainable_token_indices", hint=hint)
@@ -406,20 +390,13 @@ class _Search:
 def _role(named: Named) -> str | None:
     """'attention' or 'mlp', by the module's own name and those above it; None for neither."""
     parts = named.names[0].split(".")
-    last = parts[-1]
-    if any("attn" in part.lower() or "attention" in part.lower() for part in parts):
-        return "attention"
-    if last in ATTENTION_NAMES:
+    last, small = parts[-1], [part.lower() for part in parts]
+    if last in ATTENTION_NAMES or any("attn" in part or "attention" in part for part in small):
         return "attention"
     if last in ROUTER_NAMES:
         return None
-    if last in MLP_NAMES or any(_is_mlp(part) for part in parts[:-1]):
+    if last in MLP_NAMES or any(word in part for part in small[:-1] for word in _MLP_WORDS):
         return "mlp"
     # BERT and its kin: layer.N.intermediate.dense and layer.N.output.dense are the two halves of the MLP.
     bert = len(parts) >= 3 and last == "dense" and parts[-2] in ("intermediate", "output")
     return "mlp" if bert and parts[-3].isdigit() else None
-
-
-def _is_mlp(part: str) -> bool:
-    part = part.lower()
-    return any(word in part for word in ("mlp", "ffn", "feed_forward", "feedforward", "expert", "densereludense"))

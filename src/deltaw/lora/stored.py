@@ -32,33 +32,27 @@ class Scales(NamedTuple):
 
 Stored: TypeAlias = Scales | BlockWeight
 
+BLOCK_BUFFERS = ("weight_absmax", "weight_group_scale", "weight_offset")
+"""What belongs to a weight in blocks, in the order of :class:`~deltaw.kernels.block_linear.BlockWeight`."""
+
 LIBRARIES = ("bitsandbytes", "torchao")
 """Other libraries whose quantized tensors are known by their modules' names; they multiply themselves."""
 
 
 def weight_scales(module: nn.Module) -> Scales | None:
     """The scales of a layer with an int8-quantized weight; None for any other."""
-    scale = own_buffers(module).get("weight_scale")
-    if scale is None:
+    if (scale := own_buffers(module).get("weight_scale")) is None:
         return None
     return Scales(scale, own_buffers(module).get("weight_columns"), vars(module).get("in_blocks", False))
 
 
 def block_weight(module: nn.Module) -> BlockWeight | None:
     """The weight of a layer that keeps it in blocks; None for any other."""
-    name = vars(module).get("block_format")
-    if name is None:
+    if (name := vars(module).get("block_format")) is None:
         return None
     buffers, data = own_buffers(module), own_parameters(module)["weight"]
     assert data is not None
-    return BlockWeight(
-        data.detach(),
-        name,
-        vars(module)["block_columns"],
-        buffers.get("weight_absmax"),
-        buffers.get("weight_group_scale"),
-        buffers.get("weight_offset"),
-    )
+    return BlockWeight(data.detach(), name, vars(module)["block_columns"], *map(buffers.get, BLOCK_BUFFERS))
 
 
 def stored_form(module: nn.Module) -> Stored | None:

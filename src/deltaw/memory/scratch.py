@@ -40,10 +40,6 @@ Arguments: TypeAlias = tuple[Any, ...]
 Rule: TypeAlias = Callable[[Arguments], int]
 
 
-def _up(count: int, to: int) -> int:
-    return -(-count // to) * to
-
-
 def _room_of_linear(args: Arguments, in_blocks: bool, backward: bool, need_x: bool, in_int8: bool) -> int:
     left, (of, _) = args[0], product_of(args)
     if not _multiplied(left, of.scale):
@@ -90,7 +86,7 @@ def _head_gradient(args: Arguments) -> int:
 
 def _cross_entropy(args: Arguments) -> int:
     logits, with_gradient = args[0], args[5]
-    return torch.get_num_threads() * _up(logits.shape[1], 16) * 4 if with_gradient else 0
+    return torch.get_num_threads() * -(-logits.shape[1] // 16) * 16 * 4 if with_gradient else 0
 
 
 def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:
@@ -203,8 +199,7 @@ TENSORS: dict[object, Rule] = {
 
 def arena_bytes(func: object, args: Arguments) -> int:
     """What the kernels' arenas hold at the peak of ``func``, over all threads; 0 for other operators."""
-    rule = ARENAS.get(func)
-    return 0 if rule is None else rule(args)
+    return ARENAS[func](args) if func in ARENAS else 0
 
 
 _aten = torch.ops.aten
@@ -212,8 +207,7 @@ _aten = torch.ops.aten
 
 def scratch_bytes(func: object, args: Arguments) -> int:
     """Tensors that ``func`` allocates in addition to its result, at its own peak, in bytes."""
-    rule = _SCRATCH.get(func)
-    return 0 if rule is None else rule(args)
+    return _SCRATCH[func](args) if func in _SCRATCH else 0
 
 
 def _flash_tiles(query: Tensor, key: Tensor) -> tuple[int, int]:

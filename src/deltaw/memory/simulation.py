@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ from deltaw.kernels.torch_private import (
     ENGINE,
     GROUPED_PRODUCT,
     LOCAL_SCALAR,
+    DispatchMode,
     FakeTensor,
     FakeTensorMode,
-    TorchDispatchMode,
     as_fake,
     in_backward,
     require_dry_runs,
@@ -56,28 +56,17 @@ _LISTS = ("aten::_foreach_", "aten::_fused_")
 _RESHAPING = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "as_strided_", "swap")
 
 
-@dataclass(frozen=True, slots=True)
-class _Fresh:
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+class _Made(NamedTuple):
+    """A new tensor, or a view ``of`` an input, by its number."""
 
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    of: int
+    of: int | None
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Argument:
-    number: int
-
-
-_Output = _Fresh | _View | _Argument | None
+_Output = _Made | int | None  # a number is that of an input, which comes back
 
 
 class Answers:
@@ -103,8 +92,7 @@ class Answers:
         key = tuple(parts)
         if key not in self._known:
             self._known[key] = self._asked(func, args, kwargs, tensors)
-        known = self._known[key]
-        if known is None:
+        if (known := self._known[key]) is None:
             return func(*args, **kwargs)
         kind, outputs = known
         if kind is Tensor:
@@ -137,15 +125,12 @@ class Answers:
         return self._as_fake(meta.detach())
 
     def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
-        if output is None:
-            return None
-        if type(output) is _Argument:
-            return tensors[output.number]
+        if not isinstance(output, _Made):
+            return None if output is None else tensors[output]
         with without_dispatch():
-            if type(output) is _Fresh:
+            if output.of is None:
                 meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
             else:
-                assert type(output) is _View
                 meta = torch.empty(0, dtype=output.dtype, device="meta")
                 storage = tensors[output.of].untyped_storage()
                 meta.set_(storage, output.offset, output.shape, output.stride)  # type: ignore[call-overload]
@@ -199,10 +184,8 @@ def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool
 
 def _outputs(func: Callable[..., Any], result: Any, tensors: list[Tensor]) -> tuple[type, list[_Output]] | None:
     """How to make ``result`` again from ``tensors``; None where that is not possible."""
-    if _name(func).rpartition("::")[2] in _RESHAPING:
-        return None
     single = isinstance(result, Tensor) or result is None
-    if not single and not isinstance(result, (list, tuple)):
+    if _name(func).rpartition("::")[2] in _RESHAPING or not (single or isinstance(result, (list, tuple))):
         return None
     outputs: list[_Output] = []
     for value in [result] if single else result:
@@ -218,12 +201,10 @@ def _outputs(func: Callable[..., Any], result: Any, tensors: list[Tensor]) -> tu
 def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
     for number, tensor in enumerate(tensors):
         if tensor is value:
-            return _Argument(number)
+            return number
     storage = value.untyped_storage()
-    for number, tensor in enumerate(tensors):
-        if tensor.untyped_storage() is storage:
-            return _View(number, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
-    return _Fresh(value.shape, value.stride(), value.dtype)
+    of = next((number for number, tensor in enumerate(tensors) if tensor.untyped_storage() is storage), None)
+    return _Made(of, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
 
 
 # Every storage of tensors from birth to end: how many bytes are alive, of what kind, and when the peak is.
@@ -259,7 +240,7 @@ class _Life:
     kept: bool = False
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(DispatchMode):
     """While open, follow every storage that an operator returns or that was made known by :meth:`track`.
 
     Open it above any other dispatch mode. Not for use from several threads.
@@ -297,12 +278,10 @@ class MemoryTracker(TorchDispatchMode):
 
     def track_model(self, model: nn.Module) -> None:
         """Count the parameters and buffers of ``model`` by whether they are trained, and learn its names."""
-        parameters = list(model.parameters())
-        self.track((p for p in parameters if not p.requires_grad), "weights")
+        self.track((p for p in model.parameters() if not p.requires_grad), "weights")
         self.track(model.buffers(), "weights")
-        self.track((p for p in parameters if p.requires_grad), "trained")
-        for name, module in model.named_modules():
-            self._names[id(module)] = name
+        self.track((p for p in model.parameters() if p.requires_grad), "trained")
+        self._names |= {id(module): name for name, module in model.named_modules()}
 
     def __enter__(self) -> MemoryTracker:
         self._hooks = [
@@ -318,10 +297,6 @@ class MemoryTracker(TorchDispatchMode):
         super().__exit__(*raised)  # type: ignore[arg-type]
         for hook in self._hooks:
             hook.remove()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and guarding every call costs time
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -368,11 +343,7 @@ class MemoryTracker(TorchDispatchMode):
         if self._vocabularies and tensor.dim() and tensor.shape[-1] in self._vocabularies:
             kind = "logits" if tensor.is_floating_point() else kind
         recomputed = bool(self._stack) and self._phase == _BACKWARD
-        if self._phase == _BACKWARD and not self._stack:
-            module = self._backward_module
-        else:
-            module = self._stack[-1] if self._stack else ""
-        life = _Life(storage.nbytes(), self._at, self._phase, module, kind, recomputed)
+        life = _Life(storage.nbytes(), self._at, self._phase, self._module(), kind, recomputed)
 
         def end(gone: weakref.ref[torch.UntypedStorage]) -> None:
             life.died = self._at
@@ -401,9 +372,13 @@ class MemoryTracker(TorchDispatchMode):
     def _note_peak(self, scratch: int) -> None:
         if self._now + scratch > self._peak:
             self._peak, self._peak_at, self._scratch_at_peak = self._now + scratch, self._at, scratch
-            self._peak_phase = self._phase
-            in_backward = self._phase == _BACKWARD and not self._stack
-            self._peak_module = self._backward_module if in_backward else "".join(self._stack[-1:])
+            self._peak_phase, self._peak_module = self._phase, self._module()
+
+    def _module(self) -> str:
+        """The innermost module at work."""
+        if self._stack:
+            return self._stack[-1]
+        return self._backward_module if self._phase == _BACKWARD else ""
 
     def _current_phase(self) -> int:
         if self._optimizing:
@@ -445,15 +420,13 @@ class MemoryTracker(TorchDispatchMode):
         if not self._stack:
             return
         name = self._stack.pop()
-        for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(self._backward_enters(name))
 
-    def _backward_enters(self, name: str) -> Callable[[Sequence[Tensor]], None]:
         def enter(gradients: Sequence[Tensor]) -> None:
             self._backward_module = name
 
-        return enter
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(enter)
 
     def footprint(self) -> Footprint:
         """What was seen so far, at the moment of the peak."""
@@ -544,17 +517,13 @@ _ANSWERED = {
 _OPEN = threading.local()
 
 
-class _FakeTensors(TorchDispatchMode):
+class _FakeTensors(DispatchMode):
     """Sends each operator to real or to fake tensors. Is entered after the FakeTensorMode, above it."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake = fake
         self.answers = Answers(fake)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and guarding every call costs time
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}

@@ -11,7 +11,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import flop_registry
 
 from deltaw.cache import recall, remember
-from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, TorchDispatchMode
+from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, DispatchMode
 from deltaw.machine.memory import resident_bytes, trim_memory
 from deltaw.machine.processor import processor_flags, processor_name
 
@@ -102,7 +102,8 @@ def _measured(name: str, uses: list[Callable[[], object]]) -> int:
 
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv}
+_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv, *_IN_PLACE}
 HALF = (torch.bfloat16, torch.float16)
 
 # As many kernels stay in memory (oneDNN's default, unless its own variable says otherwise), and an eighth
@@ -126,7 +127,7 @@ class Routed(NamedTuple):
     weight: tuple[int, ...]
 
 
-class WorkCounter(TorchDispatchMode):
+class WorkCounter(DispatchMode):
     """While open, counts operators and their work.
 
     Attributes:
@@ -146,24 +147,18 @@ class WorkCounter(TorchDispatchMode):
         self.products: list[Product] = []
         self.routed: Counter[Routed] = Counter()
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and guarding every call costs time
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.operators += 1
         packet = func.overloadpacket
-        formula = flop_registry.get(packet)
-        if formula is None and packet in (_aten.addmm_, _aten.baddbmm_):
-            formula = flop_registry.get(_aten.addmm if packet is _aten.addmm_ else _aten.baddbmm)
+        formula = flop_registry.get(packet) or flop_registry.get(_IN_PLACE.get(packet))
         if formula is not None:
             self.operations += int(formula(*args, **kwargs, out_val=result))
         if packet is GROUPED_PRODUCT:
             rows, weight = args[0], args[1]
             self.routed[Routed(rows.dtype in HALF, rows.shape[0], tuple(weight.shape))] += 1
-        elif packet in _PRODUCTS or packet in (_aten.addmm_, _aten.baddbmm_):
+        elif packet in _PRODUCTS:
             self._note_product(packet, args)
         elif packet is FLASH_BACKWARD and args[1].dtype in HALF:
             self.lengths.add(args[1].shape[-2])
@@ -179,13 +174,11 @@ class WorkCounter(TorchDispatchMode):
             self.products.append(Product(tensors[-1].dtype in HALF, sizes, batched))
 
 
+Varying: TypeAlias = Sequence[tuple[Collection[int], float]]
+
+
 def kernel_bytes(
-    work: WorkCounter,
-    *,
-    varying: Sequence[tuple[Collection[int], float]],
-    lengths: int = 0,
-    tiles: float = 1.0,
-    repeats: float = 1.0,
+    work: WorkCounter, *, varying: Varying, lengths: int = 0, tiles: float = 1.0, repeats: float = 1.0
 ) -> int:
     """What the libraries keep over a run.
 
@@ -206,7 +199,8 @@ def kernel_bytes(
         counts[product.half] += next(met, tiles if product.batched else 1.0)
     for routed, calls in work.routed.items():
         counts[routed.half] += _distinct(routed, calls * repeats)
-    most = _capacity() * LEFT_BEHIND
+    told = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or os.environ.get("DNNL_PRIMITIVE_CACHE_CAPACITY") or ""
+    most = (int(told) if told.isdigit() else DEFAULT_CAPACITY) * LEFT_BEHIND
     products = sum(min(most, counts[half]) * product_bytes(half) for half in counts if counts[half])
     attention = attention_bytes(max(work.lengths) > SHORT) * lengths if work.lengths else 0
     return int(products + attention)
@@ -221,9 +215,3 @@ def _distinct(routed: Routed, calls: float) -> float:
     experts = routed.weight[0]
     spread = max(1.0, 2 * routed.rows / experts)
     return float(spread * (1 - (1 - 1 / spread) ** (calls * experts)))
-
-
-def _capacity() -> int:
-    """How many kernels oneDNN keeps."""
-    told = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or os.environ.get("DNNL_PRIMITIVE_CACHE_CAPACITY")
-    return int(told) if told and told.isdigit() else DEFAULT_CAPACITY

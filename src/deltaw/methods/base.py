@@ -28,6 +28,7 @@ class TrainOptions(Protocol):
 
 Made = TypeVar("Made", bound="Method")
 Folder: TypeAlias = str | os.PathLike[str]
+Metadata: TypeAlias = Mapping[str, str]
 Calibration: TypeAlias = Callable[[], None]
 """Runs the model on some of the user's rows."""
 
@@ -72,7 +73,13 @@ class Method(abc.ABC):
     def from_run(
         cls: type[Made], section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> Made:
-        """See :class:`deltaw.methods.registry.Implementation`."""
+        """Make the method from its section of a run's settings; None stands for the defaults.
+
+        Args:
+            section: the section; None where the method has none, or where an adapter is loaded.
+            train: the run's ``train:`` section; None where an adapter is loaded.
+            tokenizer: of the model; None for images.
+        """
         made = cls() if section is None else cls(section)
         made.tokenizer = tokenizer
         return made
@@ -128,9 +135,7 @@ class Method(abc.ABC):
         return tokens
 
     @abc.abstractmethod
-    def save(
-        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
         """Write the trained parameters.
 
         Args:

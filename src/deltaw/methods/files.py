@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,24 +41,14 @@ class Saved:
     tied: dict[str, list[str]] = field(default_factory=dict)
 
 
-def write_trained(
-    folder: Path,
-    method: str,
-    tensors: Mapping[str, Tensor],
-    *,
-    settings: Mapping[str, object],
-    tied: Mapping[str, Sequence[str]],
-    base_model: str,
-    metadata: Mapping[str, str],
-) -> None:
+def write_trained(folder: Path, saved: Saved, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write both files, each whole or not at all.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    kept = {name: list(others) for name, others in tied.items()}
-    config = {"method": method, "base_model_name_or_path": base_model, "settings": dict(settings), "tied": kept}
-    write_adapter(folder, tensors, {**config, "deltaw_version": __version__}, metadata)
+    config = {"method": saved.method, "base_model_name_or_path": saved.base_model, "settings": saved.settings}
+    write_adapter(folder, tensors, {**config, "tied": saved.tied, "deltaw_version": __version__}, metadata)
 
 
 def write_adapter(
@@ -165,9 +155,8 @@ def text_or_none(value: object) -> str | None:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"the adapter's weights are damaged or cannot be read: {error}", where=str(path), hint="save or copy it again"
-    )
+    what = f"the adapter's weights are damaged or cannot be read: {error}"
+    return UserError(what, where=str(path), hint="save or copy it again")
 
 
 def _mapping(value: object) -> Mapping[str, object]:
@@ -202,8 +191,7 @@ def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
     """
     config = read_config(folder)
     kind = config.get("peft_type") or config.get("method")
-    entry = registry.entry_of_adapter(kind)
-    if entry is None:
+    if (entry := registry.entry_of_adapter(kind)) is None:
         hint = "give a LoRA, a prompt-tuning or one of deltaw's own adapters"
         raise UserError(f"the adapter is of the unknown kind {kind!r}", where=str(folder / ADAPTER_CONFIG), hint=hint)
     return entry.load().from_run(None, train=None, tokenizer=tokenizer)

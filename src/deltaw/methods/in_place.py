@@ -23,8 +23,8 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_b
 from deltaw.lora.kinds import is_linear, own_embedding, own_head
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Method
-from deltaw.methods.files import metadata_of, read_trained, write_trained
+from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method
+from deltaw.methods.files import Saved, metadata_of, read_trained, write_trained
 from deltaw.methods.parameters import (
     add_biases,
     as_base,
@@ -37,119 +37,6 @@ from deltaw.methods.parameters import (
 )
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.runtime.recognition import blocks_of
-
-# Single weights of the model's parameters, trained: optimizer state exists for the chosen ones alone.
-#
-# A weight matrix stays dense and in the model's precision. The optimizer trains the values (fp32) at the chosen
-# positions (int32). The backward pass computes each matrix's gradient, takes the chosen entries out of it, and
-# frees it before it computes the next one.
-
-
-INDICES, VALUES = ".indices", ".values"
-
-
-@dataclass
-class _Part:
-    """Chosen positions of one parameter, their trained values, and the values there before."""
-
-    name: str
-    weight: nn.Parameter
-    indices: Tensor
-    values: nn.Parameter
-    before: Tensor
-
-
-class Subset:
-    """The chosen weights of a model; empty at first."""
-
-    def __init__(self) -> None:
-        self._parts: list[_Part] = []
-
-    def __len__(self) -> int:
-        return sum(part.indices.numel() for part in self._parts)
-
-    def begin(self, place: ParameterPlace, indices: Tensor) -> None:
-        """Train the entries of ``place``'s parameter at ``indices``, ascending flat positions (k,)."""
-        weight = place.current
-        at = indices.to(device=weight.device, dtype=torch.int32)
-        with torch.no_grad():
-            before = weight.data.view(-1).index_select(0, at)
-        values = nn.Parameter(before.to(factor_dtype(weight), copy=True))
-        self._parts.append(_Part(place.name, weight, at, values, before))
-
-        def take(parameter: Tensor) -> None:
-            grad = parameter.grad
-            assert grad is not None
-            parameter.grad = None
-            chosen = grad.reshape(-1).index_select(0, at).to(values.dtype)
-            values.grad = chosen if values.grad is None else values.grad.add_(chosen)
-
-        weight.register_post_accumulate_grad_hook(take)
-
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The trained values, by name."""
-        return [(part.name + VALUES, part.values) for part in self._parts]
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Write the values into the weights, rounded to their dtype."""
-        for part in self._parts:
-            _write(part.weight, part.indices, part.values)
-
-    @contextlib.contextmanager
-    def without(self, others: contextlib.AbstractContextManager[None]) -> Iterator[None]:
-        """Within the block the weights are the base model's; so are those of ``others``."""
-        with others:
-            for part in self._parts:
-                _write(part.weight, part.indices, part.before)
-            try:
-                yield
-            finally:
-                self.write()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Positions and values of each parameter, as stored in a file."""
-        kept: dict[str, Tensor] = {}
-        for part in self._parts:
-            kept[part.name + INDICES] = part.indices
-            kept[part.name + VALUES] = part.values.detach()
-        return kept
-
-    def put(self, model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """Write a file's values into the weights, and return the tensors that are not of this kind.
-
-        Raises:
-            UserError: a position is outside its parameter, or the model has no such parameter.
-        """
-        parameters = names_of(model)
-        others = {k: t for k, t in tensors.items() if not k.endswith((INDICES, VALUES))}
-        parts = []
-        for key in (k for k in tensors if k.endswith(INDICES)):
-            name = key.removesuffix(INDICES)
-            weight, indices, values = parameters.get(name), tensors[key], tensors.get(name + VALUES)
-            fits = (
-                weight is not None
-                and values is not None
-                and indices.dim() == 1
-                and indices.shape == values.shape
-                and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < weight.numel())
-            )
-            if not fits or weight is None or values is None:
-                what = f"the adapter trains weights of '{name}' that the model does not have"
-                raise UserError(what, where=where, hint="load it onto the base model that it was trained on")
-            indices = indices.to(device=weight.device, dtype=torch.int32)
-            before = weight.data.view(-1).index_select(0, indices)
-            trained = nn.Parameter(values.to(device=weight.device), requires_grad=False)
-            parts.append(_Part(name, weight, indices, trained, before))
-        self._parts = parts
-        self.write()
-        return others
-
-
-@torch.no_grad()
-def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
-    """weight.flatten()[indices] = values, rounded to the weight's dtype."""
-    weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
 
 
 def _outside(modules: Sequence[str], model: nn.Module) -> list[str]:
@@ -178,20 +65,15 @@ class InPlace(Method):
     def prepare(
         self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
-        total = count_numbers(model)
-        self._note_base(model, extra_modules)
+        total, own = count_numbers(model), names_of(model)
+        # Before anything is trained.
+        self._replaced = inside(extra_modules, own)
+        self._base_fingerprint = base_fingerprint(model, [own[name] for name in self._replaced])
         self._places = self.start(model, extra_modules, seed)
         if not self.parameters(model):
             what = f"method '{self.name}' finds nothing to train in a {type(model).__name__}"
             raise UserError(what, where="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
-
-    def _note_base(self, model: nn.Module, extra_modules: Sequence[str]) -> None:
-        """Take the base model's fingerprint, before anything is trained."""
-        own = names_of(model)
-        replaced = inside(extra_modules, own)
-        self._base_fingerprint = base_fingerprint(model, [own[name] for name in replaced])
-        self._replaced = replaced
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         """Freeze the model and make what is trained trainable; returns the parameters trained whole."""
@@ -204,9 +86,8 @@ class InPlace(Method):
         names = [place.name for place in self._places]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines = [f"{self.name}: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): {shown}"]
-        for place in self._places:
-            if place.current is not place.original and place.original is not None:
-                lines.append(f"  note: '{place.name}' was tied; its copy is trained, the other weight stays as it is")
+        tied = [p.name for p in self._places if p.current is not p.original and p.original is not None]
+        lines += [f"  note: '{name}' was tied; its copy is trained, the other weight stays as it is" for name in tied]
         return "\n".join(lines)
 
     def keeps_base(self, model: nn.Module) -> bool:
@@ -218,70 +99,132 @@ class InPlace(Method):
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(place.name, place.current) for place in self._places]
 
-    def save(
-        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        write_trained(
-            Path(folder),
-            self.name,
-            self.tensors(),
-            settings=dataclasses.asdict(self.settings) if dataclasses.is_dataclass(self.settings) else {},  # type: ignore[arg-type]
-            tied={p.name: list(p.names[1:]) for p in self._places if len(p.names) > 1},
-            base_model=base_model,
-            metadata={**(metadata or {}), **self._of_base()},
-        )
-
-    def _of_base(self) -> dict[str, str]:
-        """What the weights file says of the base model that was trained."""
-        if self._base_fingerprint is None:
-            return {}
-        return {FINGERPRINT_KEY: self._base_fingerprint, REPLACED_KEY: json.dumps(self._replaced)}
+    def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
+        kept = dict(metadata or {})
+        if self._base_fingerprint is not None:
+            kept |= {FINGERPRINT_KEY: self._base_fingerprint, REPLACED_KEY: json.dumps(self._replaced)}
+        settings = {} if self.settings is None else dataclasses.asdict(self.settings)
+        tied = {p.name: list(p.names[1:]) for p in self._places if len(p.names) > 1}
+        write_trained(Path(folder), Saved(self.name, base_model, settings, tied), self.tensors(), kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of the weights file, by name."""
         return {place.name: place.current.detach() for place in self._places}
 
     def load(self, model: nn.Module, folder: Folder) -> str:
-        tensors, settings = read_trained(Path(folder), self.name)
+        tensors, saved = read_trained(Path(folder), self.name)
         metadata = metadata_of(Path(folder))
         own = names_of(model)
         replaced = [own[name] for name in json.loads(metadata.get(REPLACED_KEY, "[]")) if name in own]
-        warn_of_base("the adapter", metadata, base_fingerprint(model, replaced), folder, settings.base_model)
-        self._places = self.put(model, tensors, settings.tied, str(folder))
+        warn_of_base("the adapter", metadata, base_fingerprint(model, replaced), folder, saved.base_model)
+        self._places = self.put(model, tensors, saved, str(folder))
         return f"{sum(t.numel() for t in tensors.values()):,} parameters of '{self.name}' from {folder}"
 
-    def put(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[ParameterPlace]:
+    def put(self, model: nn.Module, tensors: Mapping[str, Tensor], saved: Saved, where: str) -> list[ParameterPlace]:
         """Put the file's tensors into the model, frozen."""
         model.requires_grad_(False)
-        return put_loaded(model, tensors, tied, where)
+        return put_loaded(model, tensors, saved.tied, where)
+
+
+# Single weights of the model's parameters, trained: optimizer state exists for the chosen ones alone.
+#
+# A weight matrix stays dense and in the model's precision. The optimizer trains the values (fp32) at the chosen
+# positions (int32). The backward pass computes each matrix's gradient, takes the chosen entries out of it, and
+# frees it before it computes the next one.
+
+
+INDICES, VALUES = ".indices", ".values"
+
+
+@dataclass
+class _Part:
+    """Chosen positions of one parameter, their trained values, and the values there before."""
+
+    name: str
+    weight: nn.Parameter
+    indices: Tensor
+    values: nn.Parameter
+    before: Tensor
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """weight.flatten()[indices] = values, rounded to the weight's dtype."""
+        rounded = values.detach().to(self.weight.dtype)
+        self.weight.data.view(-1).index_copy_(0, self.indices.long(), rounded)
+
+
+def _fit(weight: Tensor, indices: Tensor, values: Tensor) -> bool:
+    """Whether a file's positions, and the values there, are those of a weight."""
+    if indices.dim() != 1 or indices.shape != values.shape:
+        return False
+    return not indices.numel() or 0 <= int(indices.min()) <= int(indices.max()) < weight.numel()
 
 
 class SubsetInPlace(InPlace):
-    """A method that also trains single weights of parameters that otherwise stay frozen."""
+    """A method that also trains single weights of parameters that otherwise stay frozen; none at first."""
 
     def __init__(self, settings: object = None) -> None:
         super().__init__(settings)
-        self._subset = Subset()
+        self._parts: list[_Part] = []
+
+    def _train_entries(self, place: ParameterPlace, indices: Tensor) -> None:
+        """Train the entries of ``place``'s parameter at ``indices``, ascending flat positions (k,)."""
+        weight = place.current
+        at = indices.to(device=weight.device, dtype=torch.int32)
+        before = weight.data.view(-1).index_select(0, at)
+        values = nn.Parameter(before.to(factor_dtype(weight), copy=True))
+        self._parts.append(_Part(place.name, weight, at, values, before))
+
+        def take(parameter: Tensor) -> None:
+            grad = parameter.grad
+            assert grad is not None
+            parameter.grad = None
+            chosen = grad.reshape(-1).index_select(0, at).to(values.dtype)
+            values.grad = chosen if values.grad is None else values.grad.add_(chosen)
+
+        weight.register_post_accumulate_grad_hook(take)
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [*super().parameters(model), *self._subset.parameters()]
+        return [*super().parameters(model), *((part.name + VALUES, part.values) for part in self._parts)]
 
     def after_step(self, model: nn.Module) -> None:
-        self._subset.write()
+        for part in self._parts:
+            part.write(part.values)
 
-    def without(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return self._subset.without(super().without(model))
+    @contextlib.contextmanager
+    def without(self, model: nn.Module) -> Iterator[None]:
+        with super().without(model):
+            for part in self._parts:
+                part.write(part.before)
+            try:
+                yield
+            finally:
+                self.after_step(model)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), **self._subset.tensors()}
+        kept = super().tensors()
+        for part in self._parts:
+            kept |= {part.name + INDICES: part.indices, part.name + VALUES: part.values.detach()}
+        return kept
 
-    def put(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[ParameterPlace]:
+    def put(self, model: nn.Module, tensors: Mapping[str, Tensor], saved: Saved, where: str) -> list[ParameterPlace]:
         model.requires_grad_(False)
-        return super().put(model, self._subset.put(model, tensors, where), tied, where)
+        parameters = names_of(model)
+        parts = []
+        for key in (k for k in tensors if k.endswith(INDICES)):
+            name = key.removesuffix(INDICES)
+            weight, indices, values = parameters.get(name), tensors[key], tensors.get(name + VALUES)
+            if weight is None or values is None or not _fit(weight, indices, values):
+                what = f"the adapter trains weights of '{name}' that the model does not have"
+                raise UserError(what, where=where, hint="load it onto the base model that it was trained on")
+            indices = indices.to(device=weight.device, dtype=torch.int32)
+            before = weight.data.view(-1).index_select(0, indices)
+            trained = nn.Parameter(values.to(device=weight.device), requires_grad=False)
+            parts.append(_Part(name, weight, indices, trained, before))
+        self._parts = parts
+        self.after_step(model)
+        others = {k: t for k, t in tensors.items() if not k.endswith((INDICES, VALUES))}
+        return super().put(model, others, saved, where)
 
 
 # Train the biases alone (BitFit, arXiv 2106.10199).
@@ -295,10 +238,7 @@ class Bias(InPlace):
 
     name = "bias"
     usual_rate = 5e-4
-
-    def __init__(self, settings: object = None) -> None:
-        super().__init__(settings)
-        self._added = 0
+    _added = 0
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         return [name for name in _outside(extra_modules, model) if name.rpartition(".")[2] == "bias"]
@@ -313,22 +253,15 @@ class Bias(InPlace):
 
     def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
         text = super().summary(model, total, extra_modules)
-        if not self._added:
-            return text
-        return f"{text}\n  note: the model has no biases; {self._added} linear layers were given one of zeros"
+        note = f"\n  note: the model has no biases; {self._added} linear layers were given one of zeros"
+        return text + note if self._added else text
 
 
 def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The linear layers below the output head."""
-    head = own_head(model)
-    excluded = tuple(extra_modules)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if is_linear(module)
-        and module is not head
-        and not any(name == other or name.startswith(f"{other}.") for other in excluded)
-    ]
+    head, excluded = own_head(model), tuple(f"{other}." for other in extra_modules)
+    linear = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
+    return [(name, module) for name, module in linear if not f"{name}.".startswith(excluded)]
 
 
 class Full(InPlace):
@@ -375,11 +308,9 @@ class Last(InPlace):
     settings: LastSettings
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        found = blocks_of(model)
-        if found is None:
-            raise UserError(
-                f"a {type(model).__name__} has no list of blocks", where="method", hint="choose another method"
-            )
+        if (found := blocks_of(model)) is None:
+            what = f"a {type(model).__name__} has no list of blocks"
+            raise UserError(what, where="method", hint="choose another method")
         name, blocks = found
         if self.settings.blocks > len(blocks):
             what = f"last.blocks asks for {self.settings.blocks} blocks, and the model has {len(blocks)}"
@@ -389,7 +320,7 @@ class Last(InPlace):
 
 # Train a random subset of the weights, as many as asked for, spread evenly over all parameters.
 #
-# Gradients, optimizer state and the saved file exist for the chosen weights alone (see ``subset``).
+# Gradients, optimizer state and the saved file exist for the chosen weights alone.
 
 
 class Random(SubsetInPlace):
@@ -412,13 +343,13 @@ class Random(SubsetInPlace):
         for place, count in zip(spread, counts, strict=True):
             if count:
                 drawn = rng.choice(place.current.numel(), size=count, replace=False, shuffle=False)
-                self._subset.begin(place, torch.from_numpy(np.sort(drawn).astype(np.int32)))
+                self._train_entries(place, torch.from_numpy(np.sort(drawn).astype(np.int32)))
             else:
                 place.current.requires_grad_(False)
         return [place for place in places if place.name in extra]
 
     def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
-        count = len(self._subset)
+        count = sum(part.indices.numel() for part in self._parts)
         extra = sum(place.current.numel() for place in self._places)
         text = f"random: {count:,} of {total:,} weights trained ({count / total:.2%})"
         return text + (f", and {extra:,} of {', '.join(extra_modules)}" if extra else "")
@@ -463,7 +394,7 @@ class Input(SubsetInPlace):
         places = train_places(model, [name, *inside(extra_modules, names_of(model))])
         embedding = next(place for place in places if place.name == name)
         width = embedding.current.shape[1]
-        self._subset.begin(embedding, (rows[:, None] * width + torch.arange(width)).flatten())
+        self._train_entries(embedding, (rows[:, None] * width + torch.arange(width)).flatten())
         return [place for place in places if place is not embedding]
 
     def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
@@ -481,13 +412,11 @@ class Input(SubsetInPlace):
             raise UserError(f"'{token}' is no token of the model's vocabulary", where="input.tokens", hint=hint)
         return int(vocabulary[token])
 
-    def put(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[ParameterPlace]:
+    def put(self, model: nn.Module, tensors: Mapping[str, Tensor], saved: Saved, where: str) -> list[ParameterPlace]:
         names = {key.removesuffix(INDICES) for key in tensors if key.endswith(INDICES)}
         # As in training: rows of an embedding that is tied to the output layer change in a copy of it.
         train_places(model, [name for name in names_of(model) if name in names])
-        return super().put(model, tensors, tied, where)
+        return super().put(model, tensors, saved, where)
 
 
 def _input_layer(model: nn.Module) -> str:

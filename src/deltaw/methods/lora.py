@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -23,7 +23,7 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.attachment import attached
-from deltaw.methods.base import Calibration, Folder, Method, TrainOptions
+from deltaw.methods.base import Calibration, Folder, Metadata, Method, TrainOptions
 
 
 class LoRA(Method):
@@ -73,9 +73,8 @@ class LoRA(Method):
         self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
         config = self.config
-        extra = [name for name in extra_modules if name not in (config.train_modules or ())]
-        if extra:
-            config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *extra])
+        if extra := [name for name in extra_modules if name not in config.train_modules]:
+            config = dataclasses.replace(config, train_modules=[*config.train_modules, *extra])
         said = str(attach(model, config, seed=seed))
         if config.init == "eva":
             if calibrate is None:
@@ -102,9 +101,7 @@ class LoRA(Method):
     def rate_factor(self, name: str) -> float:
         return self.b_rate if is_factor_B(name) else 1.0
 
-    def save(
-        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
         save_adapter(model, Path(folder), base_model=base_model, metadata=metadata)
 
     def load(self, model: nn.Module, folder: Folder) -> str:

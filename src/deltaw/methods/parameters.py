@@ -63,13 +63,10 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[ParameterPlace]
     places: list[ParameterPlace] = []
     for same in together.values():
         before = everywhere[same[0]]
-        now: nn.Parameter = before
-        if id(before) in outside:
-            now = nn.Parameter(before.detach().clone())
-        place = ParameterPlace(tuple(same), spots_of(model, same), before, now)
+        now = nn.Parameter(before.detach().clone()) if id(before) in outside else before
         now.requires_grad_(True)
-        place.put_current()
-        places.append(place)
+        places.append(ParameterPlace(tuple(same), spots_of(model, same), before, now))
+        places[-1].put_current()
     return places
 
 
@@ -90,9 +87,8 @@ def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> li
         assert weight is not None
         dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
         bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=dtype, device=weight.device))
-        place = ParameterPlace((f"{name}.bias",), [(module, "bias")], None, bias)
-        place.put_current()
-        places.append(place)
+        places.append(ParameterPlace((f"{name}.bias",), [(module, "bias")], None, bias))
+        places[-1].put_current()
     return places
 
 
@@ -139,15 +135,11 @@ def put_loaded(
             raise UserError(f"the adapter trains '{name}', which the model does not have", where=where, hint=hint)
         module, attribute = spots[0]
         before = own_parameters(module)[attribute]
-        weight = own_parameters(module).get("weight")
-        like = before
-        if before is None and attribute == "bias" and weight is not None:
-            like = weight
+        like = own_parameters(module).get("weight") if before is None and attribute == "bias" else before
         shape = None if like is None else tuple(like.shape[:1] if before is None else like.shape)
         if like is None or tuple(tensor.shape) != shape:
-            raise UserError(
-                f"'{name}' is {tuple(tensor.shape)} in the adapter and {shape} in the model", where=where, hint=hint
-            )
+            what = f"'{name}' is {tuple(tensor.shape)} in the adapter and {shape} in the model"
+            raise UserError(what, where=where, hint=hint)
         now = nn.Parameter(tensor.to(device=like.device, dtype=like.dtype), requires_grad=False)
         places.append(ParameterPlace(names, spots, before, now))
     for place in places:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.lora.files import read_tensors
+from deltaw.lora.files import read_tensors, task_type_of
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
 from deltaw.lora.peft_format import PEFT_FORMAT
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Method
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method
 from deltaw.methods.files import metadata_of, read_config, text_or_none, write_adapter
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.settings import PromptSettings
@@ -122,12 +122,18 @@ def read_prompt(folder: Path) -> PromptFile:
     Raises:
         UserError: a file is missing or damaged, it is an adapter of another kind, or its parts disagree.
     """
-    settings = read_config(folder)
-    _refuse_others(settings, folder)
+    settings, where = read_config(folder), str(folder / ADAPTER_CONFIG)
+    kind = settings.get("peft_type") or settings.get("method")
+    if kind != KIND:
+        what = f"the adapter was made by {kind!r}, not by prompt tuning"
+        raise UserError(what, where=where, hint="name its own method")
+    task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
+    if task not in _TASKS or parts not in (1, None):
+        what = f"a soft prompt for task_type {task!r} with {parts} parts is not supported"
+        raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
     tensors, _ = read_tensors(folder)
     where = str(folder / ADAPTER_WEIGHTS)
-    prompt = tensors.pop(PROMPT, None)
-    if prompt is None:
+    if (prompt := tensors.pop(PROMPT, None)) is None:
         raise UserError(f"tensor '{PROMPT}' is missing", where=where, hint="save or copy the adapter again")
     shape = (settings.get("num_virtual_tokens"), settings.get("token_dim"))
     if tuple(prompt.shape) != shape:
@@ -144,29 +150,6 @@ def read_prompt(folder: Path) -> PromptFile:
         base_model=text_or_none(settings.get("base_model_name_or_path")),
         task_type=text_or_none(settings.get("task_type")),
     )
-
-
-def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
-    """Raise a UserError if the settings are not those of a prompt for one row of tokens."""
-    where = str(folder / ADAPTER_CONFIG)
-    kind = settings.get("peft_type") or settings.get("method")
-    if kind != KIND:
-        raise UserError(
-            f"the adapter was made by {kind!r}, not by prompt tuning", where=where, hint="name its own method"
-        )
-    task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
-    if task not in _TASKS or parts not in (1, None):
-        what = f"a soft prompt for task_type {task!r} with {parts} parts is not supported"
-        raise UserError(what, where=where, hint="use one for a model that reads one row of tokens")
-
-
-_ENDINGS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
 
 
 class Prompt(Method):
@@ -200,21 +183,19 @@ class Prompt(Method):
         weight = weight_of(embedding)
         tokens, said = self._first_tokens(int(weight.shape[0]), seed)
         own = names_of(model)
-        replaced = [own[name] for name in inside(extra_modules, own)]
-        self._base_fingerprint = base_fingerprint(model, replaced)
+        replaced = inside(extra_modules, own)
+        self._base_fingerprint = base_fingerprint(model, [own[name] for name in replaced])
         with torch.no_grad():
             start = embedding(tokens.to(weight.device))
-        self._places = train_places(model, inside(extra_modules, names_of(model)))
+        self._places = train_places(model, replaced)
         layer = attach(model, start)
         self._know(layer)
         total = count_numbers(model)
         trained = sum(p.numel() for _, p in self.parameters(model))
-        lines = [
-            f"prompt: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): "
-            f"{self.settings.length} vectors of {layer.prompt.shape[1]} prepended to every row, {said}"
-        ]
-        lines += [f"  extra trainable modules: {', '.join(extra_modules)}"] if extra_modules else []
-        return "\n".join(lines)
+        share = f"prompt: {trained:,} of {total:,} parameters trained ({trained / total:.2%})"
+        vectors = f"{self.settings.length} vectors of {layer.prompt.shape[1]} prepended to every row"
+        extra = f"\n  extra trainable modules: {', '.join(extra_modules)}" if extra_modules else ""
+        return f"{share}: {vectors}, {said}{extra}"
 
     def keeps_base(self, model: nn.Module) -> bool:
         return keep_base(self._places)
@@ -237,10 +218,9 @@ class Prompt(Method):
             raise RuntimeError("prepare or load the method first: that fixes the ids of virtual tokens")
         return np.concatenate([self._virtual_ids.astype(tokens.dtype), tokens])
 
-    def save(
-        self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        task = next((t for ending, t in _ENDINGS.items() if type(model).__name__.endswith(ending)), None)
+    def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
+        task = task_type_of(model)
+        task = task if task in _TASKS else None
         trained = {place.name.rpartition(".")[0] for place in self._places}
         modules = _whole_modules(model, [*trained, *(ALWAYS_WHOLE if task == "SEQ_CLS" else ())])
         current = names_of(model)
@@ -301,9 +281,8 @@ class Prompt(Method):
         # With the special tokens that the tokenizer adds to a text, as in PEFT.
         ids = [int(i) for i in self.tokenizer(text)["input_ids"]]
         if not ids or max(ids) >= vocabulary:
-            raise UserError(
-                "prompt.text has no tokens of the model's vocabulary", where="prompt.text", hint="give another text"
-            )
+            what = "prompt.text has no tokens of the model's vocabulary"
+            raise UserError(what, where="prompt.text", hint="give another text")
         if len(ids) == length:
             said = "initialized with prompt.text"
         elif len(ids) > length:
@@ -315,8 +294,7 @@ class Prompt(Method):
 
 
 def _layer(model: nn.Module) -> VirtualTokens:
-    layer = attached(model)
-    if layer is None:
+    if (layer := attached(model)) is None:
         raise UserError("the model has no soft prompt", hint="prepare the method, or load a prompt, first")
     return layer
 

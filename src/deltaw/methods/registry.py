@@ -9,29 +9,12 @@ from __future__ import annotations
 
 import keyword
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from deltaw.registry import Registry, imported
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from deltaw.methods.base import Method, TrainOptions
-
-
-class Implementation(Protocol):
-    """A method's class."""
-
-    def from_run(
-        self, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Method:
-        """Make the method from its section of a run's settings; None stands for the defaults.
-
-        Args:
-            section: the section; None where the method has none, or where an adapter is loaded.
-            train: the run's ``train:`` section; None where an adapter is loaded.
-            tokenizer: of the model; None for images.
-        """
+    from deltaw.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -50,16 +33,16 @@ class MethodEntry:
     """
 
     name: str
-    implementation: str | Implementation
+    implementation: str | type[Method]
     settings: type | None = None
     description: str = ""
     peft_type: str | None = None
     search: tuple[str, ...] = ("train.weight_decay=[0.0, 0.01, 0.1]",)
     compared: bool = False
 
-    def load(self) -> Implementation:
+    def load(self) -> type[Method]:
         """The method's class."""
-        found: Implementation = imported(self.implementation)
+        found: type[Method] = imported(self.implementation)
         return found
 
 

@@ -73,9 +73,8 @@ class PromptSettings:
         if self.init not in ("random", "text"):
             raise UserError(f"prompt.init is '{self.init}'", hint="give random or text")
         if (self.init == "text") != bool(self.text):
-            raise UserError(
-                "prompt.init text and prompt.text belong together", where="prompt.text", hint="give both, or neither"
-            )
+            what = "prompt.init text and prompt.text belong together"
+            raise UserError(what, where="prompt.text", hint="give both, or neither")
 
 
 register(
@@ -105,9 +104,8 @@ class RandomSettings:
 
     def __post_init__(self) -> None:
         if not self.weights > 0 or (self.weights > 1 and self.weights != int(self.weights)):
-            raise UserError(
-                f"random.weights is {self.weights}", hint="give a share below 1, or a whole number of weights"
-            )
+            hint = "give a share below 1, or a whole number of weights"
+            raise UserError(f"random.weights is {self.weights}", hint=hint)
 
 
 register(
