@@ -64,24 +64,11 @@ def fit(
     fresh: bool = False,
     processes: Reducer = ALONE,
 ) -> Result:
-    """Train as ``config`` says and write the run's folder.
-
-    A run in the same folder that was not done goes on from its last checkpoint. The process is left as it
-    was: its threads, random numbers, signal handlers and garbage collector.
+    """Train as ``config`` says and write the run's folder, all but its page, which :func:`deltaw.reports.run.fit`
+    adds: arguments, result and errors are described there.
 
     Args:
-        config: settings, a dictionary of them, or the path of a YAML file.
-        callback: told of everything on the way; without one, the run is silent.
-        resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
-            then a dictionary of settings that change, or None.
-        fresh: begin with the first step, whatever is in the folder; it is moved.
-        processes: that train together; this is process 0, and the others
-            :func:`deltaw.runs.follower.follow`.
-
-    Raises:
-        UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
-            memory or no room on the disk, or the training diverged: what was trained before is kept.
-        UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
+        processes: that train together; this is process 0, and the others :func:`deltaw.runs.follower.follow`.
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
