@@ -113,7 +113,8 @@ def header_rows(start: RunStart, plan: Plan | None, limit_bytes: int | None) -> 
         targets = shown(config.lora.target_modules)
         trained += f"; rank {config.lora.rank}, alpha {config.lora.alpha:g}, {targets}"
     yield "method", config.method, trained
-    yield "data", shown(config.data.train), "" if config.data.eval is None else f"eval: {config.data.eval}"
+    held_out = f"{config.data.eval:g}" if isinstance(config.data.eval, float) else config.data.eval
+    yield "data", shown(config.data.train), "" if held_out is None else f"eval: {held_out}"
     length = f"{train.epochs:g} epochs" if train.max_steps is None else f"max_steps: {train.max_steps}"
     yield "steps", f"{start.total_steps:,}", f"of {train.batch_size} rows; {length}"
     told = dict(start.chosen)
