@@ -99,14 +99,14 @@ def recall(kind: str, parts: object, made_by: Sequence[str] = ()) -> object | No
     return kept.get("value") if isinstance(kept, dict) and kept.get("key") == _text(asked) else None
 
 
-def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = ()) -> None:
-    """Store ``value``, which JSON can hold. If the folder cannot be written to, nothing is stored, and the value
-    is computed again the next time."""
+def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = (), most: int = KEPT) -> None:
+    """Store ``value``, which JSON can hold, beside ``most - 1`` others of its kind. If the folder cannot be written
+    to, nothing is stored, and the value is computed again the next time."""
     asked = [parts, versions(made_by)]
     file = _file(kind, asked)
     try:
         write_text(file, json.dumps({"key": _text(asked), "value": value}))
-        for old in sorted(file.parent.glob("*.json"), key=_changed)[:-KEPT]:
+        for old in sorted(file.parent.glob("*.json"), key=_changed)[:-most]:
             old.unlink(missing_ok=True)
     except (OSError, UserError):
         return

@@ -30,6 +30,7 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.widened import widened
 from deltaw.settings import RunConfig
 from deltaw.training import approximations
+from deltaw.training import session as sessions
 from deltaw.training.approximations import (
     Approximations,
     Errors,
@@ -50,6 +51,12 @@ from tests.training.runs import Told, metrics, session_of, stopped_run
 
 GRADIENTS = "int8_gradients"
 COLUMNS = 8  # of 256 that are rescaled
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    """Each training compares gradients itself."""
+    monkeypatch.setattr(sessions, "recall", lambda *of: None)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import RowGroup
+from deltaw.data.row_store import digest_of_rows
 from deltaw.runs.fit import fit
-from deltaw.runs.resuming import digest_of_rows
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import PreferenceSettings
 from deltaw.training.parallel.group import Group, Told, deal

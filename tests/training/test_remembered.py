@@ -11,19 +11,28 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from deltaw.cache import recall, remember
+from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
+from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.machine import product_rates as measurements
 from deltaw.machine.product_rates import Measured
+from deltaw.runtime import quantized_weights
 from deltaw.settings import RunConfig
+from deltaw.training.approximations import Chosen, GradientCheck
+from deltaw.training.evaluation import general
+from deltaw.training.monitoring.monitor import Samples
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.asked import refuse_memory
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
-from deltaw.training.planning.remembered import Remembered, digest_of, recalled
+from deltaw.training.planning.remembered import Remembered, recalled
 from deltaw.training.session import read_data
 from tests.caches import other_text, other_version
 from tests.conftest import write_rows
+from tests.kernels.conftest import compiled_only
+from tests.training.runs import session_of
 
 
 @pytest.fixture
@@ -96,7 +105,7 @@ def test_the_same_run_is_planned_once_and_with_other_rows_anew(settings, tmp_pat
     assert planning.plan_run(RunConfig.read(settings(tmp_path / "other")), task, data) == first
     assert counted.call_count == 1
     fewer = type(data)(data.train[:3], data.held_out, data.report)
-    assert digest_of(fewer.every) != digest_of(data.every)
+    assert digest_of_rows(fewer.every) != digest_of_rows(data.every)
     planning.plan_run(config, task, fewer)
     assert counted.call_count == 2
 
@@ -152,3 +161,33 @@ def test_a_limit_that_nobody_watches_is_refused_by_name():
         assert refused.value.where == "memory"
     assert no_plan_to_keep("why").where == "memory"
     refuse_memory(None, "tune")
+
+
+@compiled_only
+def test_the_next_start_finds_calibration_comparison_and_answers_of_the_base(
+    settings, tmp_path, own_cache, monkeypatch
+):
+    """And measures anew where rows or the start of the adapter are others."""
+    rounded, written = mock.Mock(wraps=quantized_weights._best), mock.Mock(wraps=general.generate)
+    monkeypatch.setattr(quantized_weights, "_best", rounded)
+    monkeypatch.setattr(general, "generate", written)
+    compared = mock.Mock(side_effect=lambda check, offered: Chosen(tuple(offered), None))
+    monkeypatch.setattr(GradientCheck, "choose", lambda check, offered: compared(check, offered))
+
+    def start(**train: object) -> tuple[dict, list[str], list]:
+        session = session_of(settings(tmp_path / "run", precision="int8", train=train), offered=APPROXIMATIONS)
+        answers = Samples(session, session.data.held_out, 2).of_base()
+        return session.model.state_dict(), session.said, answers
+
+    def calls() -> tuple[int, ...]:
+        return rounded.call_count, compared.call_count, written.call_count
+
+    weights, said, answers = start()
+    first = calls()
+    assert all(first) and answers
+    again = start(learning_rate=3e-3, max_steps=7)
+    assert calls() == first
+    assert again[1:] == (said, answers)
+    assert weights.keys() == again[0].keys() and all(torch.equal(weights[name], again[0][name]) for name in weights)
+    start(seed=5)  # other rows are held out, and the adapter begins elsewhere
+    assert all(now > before for now, before in zip(calls(), first, strict=True))

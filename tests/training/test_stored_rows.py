@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from deltaw.data import stored_rows
-from deltaw.data.row_store import DiskRows, MemoryRows
+from deltaw.data.row_store import DiskRows, MemoryRows, digest_of_rows
 from deltaw.data.sequences import lengths_of
 from deltaw.experiments.worker import split_off
 from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
-from deltaw.training.planning.remembered import digest_of
 from deltaw.training.session import read_data
 from deltaw.training.tasks import causal_batcher
 from tests.conftest import laid_over
@@ -62,8 +61,8 @@ def test_what_a_run_asks_of_all_rows_needs_no_row(settings, tmp_path, monkeypatc
     assert len(lengths_of(data.every)) == len(data.every) == 10
     training, validation = split_off(data.train, 0)
     assert len(training) + len(validation) == len(data.train)
-    on_disk = digest_of(data.every)
+    on_disk = digest_of_rows(data.every)
     monkeypatch.undo()
     _, data = read_data(config)
     assert isinstance(data.train.store, MemoryRows)
-    assert digest_of(data.every) == on_disk
+    assert digest_of_rows(data.every) == on_disk

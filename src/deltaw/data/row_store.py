@@ -9,6 +9,8 @@ It knows examples and one file; not where files are kept, or what rows are train
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import mmap
 import os
@@ -18,7 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from deltaw.data.example import Example
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.sequences import Joined
 from deltaw.data.sources import KEY_BYTES, as_keys
 from deltaw.errors import UserError
 
@@ -87,6 +90,38 @@ def key_of(example: Example) -> bytes:
     digest = hashlib.blake2b(example.tokens.tobytes(), digest_size=KEY_BYTES)
     digest.update(np.packbits(example.is_label).tobytes())
     return digest.digest()
+
+
+def digest_of_rows(rows: Sequence[Any]) -> str:
+    """A hash of what a training sees of rows, in order; stored rows are not read for it."""
+    if isinstance(rows, RowView | Joined):
+        return rows.digest().hex()
+    digest = hashlib.blake2b(digest_size=16)
+    for item in rows:
+        for row in item.rows if isinstance(item, RowGroup) else (item,):
+            # As stored rows do it, so that it does not matter whether rows are stored.
+            digest.update(key_of(row) if isinstance(row, Example) else _key_of_fields(row))
+            desired = getattr(row, "desired", None)
+            if desired is not None:
+                digest.update(bytes([int(desired)]))
+    return digest.hexdigest()
+
+
+def _key_of_fields(row: Any) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    kind: Any = type(row)
+    for name in _seen_fields(kind):
+        value = getattr(row, name)
+        whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        digest.update(len(whole).to_bytes(8, "little") + whole)
+    return digest.digest()
+
+
+@functools.cache
+def _seen_fields(kind: Any) -> tuple[str, ...]:
+    """The fields of a kind of row that a training sees; not where the row was read."""
+    names = (field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
+    return tuple(name for name in names if name not in ("row", "image"))  # an image has a digest
 
 
 class MemoryRows:

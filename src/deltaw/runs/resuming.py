@@ -10,9 +10,6 @@ Knows settings, choices and rows; not models or tensors.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,11 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deltaw.data.example import Example, RowGroup
-from deltaw.data.row_store import RowView, key_of
-from deltaw.data.sequences import Joined
+from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
 from deltaw.kernels import loader, variants
@@ -178,38 +171,6 @@ def compute_as(arithmetic: object) -> tuple[str, ...]:
         with contextlib.suppress(UserError, OSError, RuntimeError, ValueError):
             loader.compute_with(exact)
     return tuple(name for name in saved.approximations if variants.is_left_in(name))
-
-
-def digest_of_rows(rows: Sequence[Any]) -> str:
-    """A hash of what a training sees of rows, in order; stored rows are not read for it."""
-    if isinstance(rows, RowView | Joined):
-        return rows.digest().hex()
-    digest = hashlib.blake2b(digest_size=16)
-    for item in rows:
-        for row in item.rows if isinstance(item, RowGroup) else (item,):
-            # As stored rows do it, so that it does not matter whether rows are stored.
-            digest.update(key_of(row) if isinstance(row, Example) else _key_of_fields(row))
-            desired = getattr(row, "desired", None)
-            if desired is not None:
-                digest.update(bytes([int(desired)]))
-    return digest.hexdigest()
-
-
-def _key_of_fields(row: Any) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    kind: Any = type(row)
-    for name in _seen_fields(kind):
-        value = getattr(row, name)
-        whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
-        digest.update(len(whole).to_bytes(8, "little") + whole)
-    return digest.digest()
-
-
-@functools.cache
-def _seen_fields(kind: Any) -> tuple[str, ...]:
-    """The fields of a kind of row that a training sees; not where the row was read."""
-    names = (field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
-    return tuple(name for name in names if name not in ("row", "image"))  # an image has a digest
 
 
 def rows_facts(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, object]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
-from deltaw.kernels.quantize import quantized_reference, quantized_rows, spread_scales
+from deltaw.kernels.quantize import quantized, quantized_rows, spread_scales
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d, own_embedding
 from deltaw.lora.layers import LoRALinear
@@ -43,18 +44,52 @@ WORTH_BLOCKS = 0.85
 TOKENS, ROWS = 512, 256
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How layers with one input are rounded.
+
+    Attributes:
+        errors: of each layer by name, its outputs' relative error on the calibration rows.
+        columns: (in,) in fp32, what the input is multiplied with; None leaves it as it is.
+        in_blocks: whether each block of an input's row has a scale of its own.
+    """
+
+    errors: dict[str, float]
+    columns: Tensor | None
+    in_blocks: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Exact, as JSON can hold it."""
+        columns = self.columns if self.columns is None else b64encode(self.columns.numpy().tobytes()).decode()
+        return {"errors": self.errors, "columns": columns, "in_blocks": self.in_blocks}
+
+    @classmethod
+    def of_json(cls, kept: dict[str, Any]) -> Rounding:
+        """What :meth:`as_json` gave."""
+        columns = kept["columns"] and torch.frombuffer(bytearray(b64decode(kept["columns"])), dtype=torch.float32)
+        return cls(kept["errors"], columns, kept["in_blocks"])
+
+
 @dataclass
 class Int8Report:
     """What was done.
 
     Attributes:
-        layers: of the blocks. kept: names of those that keep their weights, with their error.
-        errors: of every layer, its outputs' relative error on the calibration rows.
+        layers: how many layers the blocks have. roundings: how they are rounded, if that was calibrated.
     """
 
     layers: int = 0
-    kept: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
+    roundings: list[Rounding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Of every layer that was calibrated, its outputs' relative error on the calibration rows."""
+        return {name: error for rounding in self.roundings for name, error in rounding.errors.items()}
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Names of the layers that keep their weights, with their error."""
+        return {name: error for name, error in self.errors.items() if error > LARGEST_ERROR}
 
     def __str__(self) -> str:
         if not self.layers:
@@ -71,22 +106,29 @@ def _first_three(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> Int8Report:
+def quantize_int8(
+    model: nn.Module, run: Callable[[], object] | None = None, *, known: Sequence[Rounding] | None = None
+) -> Int8Report:
     """Put layers with weights in int8 in the place of the blocks' linear layers.
 
     Args:
         model: frozen, without adapters.
         run: runs the model on some rows; without it there is no calibration and every layer is taken.
+        known: what an earlier calibration found, which saves this one.
     """
-    report = Int8Report()
+    report = Int8Report(roundings=list(known or ()))
     found = blocks_of(model)
     if found is None:
         return report
     prefix, blocks = found
-    if run is None:
+    if run is None or known is not None:
+        of_name = {name: rounding for rounding in report.roundings for name in rounding.errors}
         for held in _held(prefix, blocks, _can_be_int8):
-            report.layers += 1
-            held.replace(_in_int8(held.layer))
+            if known is None:
+                held.replace(_in_int8(held.layer))
+            elif held.name in of_name:
+                held.round(of_name[held.name])
+            report.layers += known is None or held.name in of_name
         return report
     handles: list[Any] = []
     for number, block in enumerate(blocks):
@@ -115,6 +157,12 @@ class _Held(NamedTuple):
     def replace(self, other: nn.Module) -> None:
         """Put another layer in its place."""
         setattr(self.parent, self.child, other)
+
+    def round(self, rounding: Rounding) -> None:
+        """Put the layer in int8 in its place, unless that would be off by too much."""
+        if rounding.errors[self.name] <= LARGEST_ERROR:
+            self.replace(_in_int8(self.layer, rounding.columns, rounding.in_blocks))
+            give_back(self.layer.get_parameter("weight"))
 
 
 def _held(prefix: str, root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[_Held]:
@@ -162,14 +210,11 @@ def _change(layers: list[_Held], inputs: dict[int, Tensor], report: Int8Report, 
     for sharing in together.values():
         x = inputs[id(sharing[0].layer)].float()
         columns, in_blocks, errors = _best(x, [held.layer for held in sharing])
-        for held, error in zip(sharing, errors, strict=True):
-            report.layers += 1
-            report.errors[held.name] = error
-            if error > LARGEST_ERROR:
-                report.kept[held.name] = error
-                continue
-            held.replace(_in_int8(held.layer, columns, in_blocks))
-            give_back(held.layer.get_parameter("weight"))
+        rounding = Rounding({held.name: error for held, error in zip(sharing, errors, strict=True)}, columns, in_blocks)
+        report.roundings.append(rounding)
+        report.layers += len(sharing)
+        for held in sharing:
+            held.round(rounding)
     inputs.clear()
 
 
@@ -191,7 +236,7 @@ def _best(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, bool, lis
             columns = 1.0 / (by / by.log().mean().exp())
         rounded_weights = [quantized_rows(w if columns is None else w / columns) for w in weights]
         for in_blocks in (False, True):
-            steps, scales = quantized_reference(x, columns, in_blocks)
+            steps, scales = quantized(x, columns, in_blocks)
             rounded = (steps.float() - 128) * spread_scales(scales, x.shape[1])
             errors = []
             for (int8, scale), y in zip(rounded_weights, wanted, strict=True):

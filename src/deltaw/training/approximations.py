@@ -92,7 +92,7 @@ class Measured:
 
     Attributes:
         names: of those that were on. whole: of the whole gradient. blocks: by block.
-        tokens: of the rows. seconds: that it took.
+        tokens: of the rows. seconds: that it took; 0 where an earlier run did it.
     """
 
     names: tuple[str, ...]
@@ -100,6 +100,13 @@ class Measured:
     blocks: Mapping[str, Errors] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def of_dict(cls, plain: Mapping[str, Any]) -> Measured:
+        """What ``asdict`` gave, perhaps read from JSON."""
+        blocks = {name: Errors(**errors) for name, errors in plain["blocks"].items()}
+        changed = {"names": tuple(plain["names"]), "whole": Errors(**plain["whole"]), "blocks": blocks}
+        return cls(**{**plain, **changed})
 
     def failing(self, margin: float = 1.0) -> str | None:
         """What is off by too much, in words; None where nothing is."""
@@ -110,10 +117,9 @@ class Measured:
         return None
 
     def __str__(self) -> str:
-        return (
-            f"gradient off from fp32 by {self.whole.error:.1%} (bf16 alone {self.whole.own:.1%}) "
-            f"on {self.tokens} tokens of the rows, looked at in {self.seconds:.1f} s"
-        )
+        when = f"looked at in {self.seconds:.1f} s" if self.seconds else "as an earlier run found on the same rows"
+        off = f"gradient off from fp32 by {self.whole.error:.1%} (bf16 alone {self.whole.own:.1%})"
+        return f"{off} on {self.tokens} tokens of the rows, {when}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,12 @@ class Chosen:
     names: tuple[str, ...]
     measured: Measured | None
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_earlier_run(cls, plain: Mapping[str, Any]) -> Chosen:
+        """What another run found in the same case, as ``asdict`` gave it."""
+        measured = plain["measured"] and replace(Measured.of_dict(plain["measured"]), seconds=0.0)
+        return cls(tuple(plain["names"]), measured, plain["refused"])
 
 
 @dataclass
@@ -313,10 +325,7 @@ class Approximations:
         """Go on from what :meth:`state` gave."""
         self.off_since = saved["off_since"]
         if saved["measured"] is not None:
-            plain = saved["measured"]
-            blocks = {name: Errors(**errors) for name, errors in plain["blocks"].items()}
-            changed = {"names": tuple(plain["names"]), "whole": Errors(**plain["whole"]), "blocks": blocks}
-            self.measured = Measured(**{**plain, **changed})
+            self.measured = Measured.of_dict(saved["measured"])
 
     def as_dict(self) -> dict[str, object]:
         """For a run's result."""

@@ -11,19 +11,23 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from deltaw.cache import recall, remember
 from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
+from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.kernels import attention, loader
+from deltaw.lora.fingerprint import fingerprint_of, values_in_memory
 from deltaw.machine.choices import Choice, choose_device, choose_precision
+from deltaw.machine.kernel_choice import computed_on
 from deltaw.machine.memory import PeakWatch
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
@@ -68,6 +72,13 @@ WIDTH = 4096
 RATE, APPROXIMATE = "train.learning_rate", "train.approximate"
 # Settings that the loop has by the same names.
 _SETTINGS = ("batch_size", "seed", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm")
+# Settings that change nothing about the gradient at the start, besides through rows and parameters.
+_WITHOUT_GRADIENT: dict[str, Any] = dict.fromkeys(("model", "data", "force", "memory", "track", "output"), True)
+_WITHOUT_GRADIENT["train"] = {
+    *("learning_rate", "b_rate", "epochs", "max_steps", "time", "schedule", "warmup", "weight_decay", "betas"),
+    *("max_grad_norm", "eval_every", "eval_answers", "samples", "early_stopping", "adapter", "drift", "not_finite"),
+    *("keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+}
 
 
 @dataclass
@@ -361,7 +372,7 @@ def assemble(
     torch.manual_seed(settings.seed)
     identity = identity_of(model, config.precision)
     real = sharded_blocks(model) is not None or has_values(model)
-    said = quantized(model, config.precision, data.train) if real else []
+    said = quantized(model, config.precision, data.train, identity) if real else []
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -431,7 +442,14 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
         said = working("comparing gradients with those in fp32")
         with said, session.running(), session.method.evaluating(model):
             few = rows_to_look_at(rows, batcher, session.objective)
-            chosen = GradientCheck(model, session.objective, batcher, dict(session.trained), few).choose(offered)
+            key = _what_gradients_follow_from(session, few, offered)
+            kept = None if key is None else recall("approximations", key, ("torch", "transformers", "deltaw"))
+            if isinstance(kept, dict):
+                chosen = Chosen.of_earlier_run(kept)
+            else:
+                chosen = GradientCheck(model, session.objective, batcher, dict(session.trained), few).choose(offered)
+                if key is not None:
+                    remember("approximations", key, asdict(chosen), ("torch", "transformers", "deltaw"))
     except Exception as error:  # whatever a foreign model raises in fp32, it trains without
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         chosen = Chosen((), None, dict.fromkeys(offered, f"it could not be compared with fp32 ({brief})"))
@@ -441,6 +459,18 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
     session.approximations = Approximations(agreed, chosen.measured)
     session.chosen[APPROXIMATE] = session.approximations.choice(chosen.refused)
     session.said += session.approximations.lines(chosen.refused)
+
+
+def _what_gradients_follow_from(session: Session, rows: Sequence[Any], offered: Sequence[str]) -> object | None:
+    """All that the gradient at the start depends on besides versions; None where some of it has no name."""
+    config = session.config
+    ours = all(type(part).__module__.startswith("deltaw.") for part in (session.task, session.method))
+    if session.identity is None or not ours or config.trust_remote_code or session.processes.size > 1:
+        return None
+    start = fingerprint_of({name: values_in_memory(parameter) for name, parameter in session.trained})
+    settings = config.model_dump(mode="json", exclude=_WITHOUT_GRADIENT)
+    computed = [computed_on(session.model.device), torch.get_num_threads(), *offered]
+    return [session.identity, settings, session.said, digest_of_rows(rows), start, computed]
 
 
 def _keep_features(session: Session, invocation: Choice | None) -> None:

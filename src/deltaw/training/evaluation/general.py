@@ -7,6 +7,7 @@ tokens. It knows no method and no run; whoever calls makes sure that the model a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_numbers
 from deltaw.machine.choices import QUANTIZED
 from deltaw.machine.kernel_choice import computed_on
-from deltaw.runtime.generation import generate, position_limit
+from deltaw.runtime.generation import Completion, generate, position_limit
 from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.working import working
@@ -107,12 +108,10 @@ def general_answers(
         raise NoGeneralAnswers(f"the model has {limit} positions, too few for general prompts")
     asked = list(fitting.values())
     if has_values(model):
-        key = None if identity is None else _asked(identity, model, asked)
-        written = None if key is None else _recalled(key, len(asked))
-        if written is None:
-            written = _written(model, tokenizer, asked, batch_tokens)
-            if key is not None:
-                remember("general", key, written, MADE_BY)
+        with working("letting the base model answer general questions", len(asked)) as advance:
+            how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
+            done = base_answers(model, tokenizer, asked, ANSWER_TOKENS, identity=identity, **how)
+        written = [[*one.tokens, *([] if one.terminator is None else [one.terminator])] for one in done]
     else:  # in a dry run on fake tensors nothing can be decoded: answers of full length take the same memory
         written = [[0] * ANSWER_TOKENS for _ in asked]
     answered = zip(fitting, asked, written, strict=True)
@@ -124,14 +123,34 @@ def general_answers(
     return answers
 
 
-def _written(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], batch_tokens: int
-) -> list[list[int]]:
-    """The answers' tokens, terminators included."""
-    with working("letting the base model answer general questions", len(prompts)) as advance:
-        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
-        completions = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **how)
-    return [[*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])] for done in completions]
+def base_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    count: int,
+    *,
+    identity: str | None,
+    **how: Any,
+) -> list[Completion]:
+    """The base model's greedy answers, each of at most ``count`` tokens; remembered.
+
+    Args:
+        identity: names the base model's weights and their precision; None remembers nothing. how: of :func:`generate`.
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
+    asked = [identity, count, digest.hexdigest(), computed_on(model.device)]
+    kept = None if identity is None else recall("general", asked, MADE_BY)
+    if isinstance(kept, list) and len(kept) == len(prompts):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # somebody else wrote the file
+            return [
+                Completion(np.array(tokens, np.int32), str(text), end is not None, end) for tokens, text, end in kept
+            ]
+    done = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
+    if identity is not None:
+        remember("general", asked, [[one.tokens.tolist(), one.text, one.terminator] for one in done], MADE_BY)
+    return done
 
 
 def _example(number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -139,22 +158,6 @@ def _example(number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: 
     is_label = np.arange(len(tokens)) >= len(prompt)
     text = str(tokenizer.decode(list(answer), skip_special_tokens=True))
     return Example(number, tokens, is_label, len(prompt), text)
-
-
-def _asked(identity: str, model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> list[object]:
-    """What the answers follow from, besides the code that writes them."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
-    return [identity, ANSWER_TOKENS, digest.hexdigest(), computed_on(model.device)]
-
-
-def _recalled(asked: object, count: int) -> list[list[int]] | None:
-    """The answers that were written before; None if there are none, or if they are not answers."""
-    kept = recall("general", asked, MADE_BY)
-    if not isinstance(kept, list) or len(kept) != count:
-        return None
-    return kept if all(isinstance(a, list) and all(type(t) is int for t in a) for a in kept) else None
 
 
 @dataclass(frozen=True)

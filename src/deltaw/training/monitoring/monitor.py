@@ -26,7 +26,7 @@ from deltaw.machine.choices import Choice
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
+from deltaw.training.evaluation.general import NoGeneralAnswers, base_answers, check_size
 from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, TimeBudget, decided, now, usual_eval_every
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
@@ -224,19 +224,23 @@ class Samples:
         if not method.keeps_base(model):
             return self.of_adapter()
         with method.without(model):
-            return self._written([_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows])
+            rows = [_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows]
+            return self._written(rows, of_base=True)
 
     def of_adapter(self) -> list[Sample]:
         """The model's answers as it is now."""
         return self._written(self._rows)
 
-    def _written(self, rows: Sequence[Example]) -> list[Sample]:
-        given = write(self._session, rows, max_new_tokens=self._max_new_tokens)
+    def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
+        given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
         return [Sample(a.row, a.question, a.expected, a.written) for a in given]
 
 
-def write(session: Session, rows: Sequence[Example], *, max_new_tokens: int | None) -> list[Answer]:
-    """The model's greedy answers to rows as it sees them; also within ``session.running()``.
+def write(
+    session: Session, rows: Sequence[Example], *, max_new_tokens: int | None, of_base: bool = False
+) -> list[Answer]:
+    """The model's greedy answers to rows as it sees them; also within ``session.running()``. Those of the base
+    model are remembered.
 
     A microbatch of answers holds no more tokens than one of a training step, and keeps keys and values alone,
     so it takes less memory than a step.
@@ -245,8 +249,14 @@ def write(session: Session, rows: Sequence[Example], *, max_new_tokens: int | No
     if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return []
     most = getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS)
+
+    def remembered(prompts: Sequence[np.ndarray], count: int, _: object) -> list[str]:
+        done = base_answers(session.model, tokenizer, prompts, count, identity=session.identity, batch_tokens=most)
+        return [one.text for one in done]
+
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
     with session.method.evaluating(session.model):
-        return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_tokens=most)
+        return answers(session.model, tokenizer, rows, **how, writer=remembered if of_base else None)
 
 
 def _without_virtual_tokens(row: Example, count: int) -> Example:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaw.cache import file_state, recall, remember, stamp
 from deltaw.data.mixture import references
+from deltaw.data.row_store import digest_of_rows
 from deltaw.data.settings import eval_sets
 from deltaw.errors import UserError
 from deltaw.hub import packages
@@ -78,15 +79,13 @@ class Remembered:
     def refusal(self) -> UserError | None:
         """Why the method does not fit the model; None where it does, or where nobody tried."""
         told = self.found.get("refusal")
-        if not isinstance(told, dict):
-            return None
-        return UserError(str(told["what"]), where=told["where"], hint=told["hint"])
+        return UserError(**told) if isinstance(told, dict) else None
 
-    def plan(self, rows: Iterable[Any] | None = None) -> Plan | None:
+    def plan(self, rows: Sequence[Any] | None = None) -> Plan | None:
         """The plan; None where there is none, or where it was made of other ``rows`` than these, or with what
         was chosen by other rates."""
         kept = self.found.get("plan")
-        if not isinstance(kept, dict) or (rows is not None and self.found.get("rows") != digest_of(rows)):
+        if not isinstance(kept, dict) or (rows is not None and self.found.get("rows") != digest_of_rows(rows)):
             return None
         if any(stamp(kind, key) != known for kind, key, known in self.found.get("measured", ())):
             return None
@@ -95,19 +94,19 @@ class Remembered:
         except TypeError:
             return None
 
-    def keep(self, plan: Plan, rows: Iterable[Any], lines: Sequence[str], measured: Sequence[Any] = ()) -> None:
+    def keep(self, plan: Plan, rows: Sequence[Any], lines: Sequence[str], measured: Sequence[Any] = ()) -> None:
         """Remember a plan, with the account of the rows that it was made of.
 
         Args:
             measured: kind, key and state of each remembered result that the plan rests on.
         """
-        told = {"plan": plan.kept(), "rows": digest_of(rows), "lines": list(lines), "measured": list(measured)}
+        told = {"plan": plan.kept(), "rows": digest_of_rows(rows), "lines": list(lines), "measured": list(measured)}
         remember(KIND, self.key, told, MADE_BY)
 
-    def keep_refusal(self, error: UserError, rows: Iterable[Any]) -> None:
+    def keep_refusal(self, error: UserError, rows: Sequence[Any]) -> None:
         """Remember that the method does not fit."""
-        told = {"what": error.what, "where": error.where, "hint": error.hint}
-        remember(KIND, self.key, {"refusal": told, "rows": digest_of(rows)}, MADE_BY)
+        told = {"refusal": {"what": error.what, "where": error.where, "hint": error.hint}}
+        remember(KIND, self.key, {**told, "rows": digest_of_rows(rows)}, MADE_BY)
 
 
 @dataclass(frozen=True)
@@ -149,21 +148,6 @@ def recalled(config: RunConfig, methods: Sequence[str], processes: int = 1) -> R
         else:
             return None
     return Recalled(plans, lines) if plans else None
-
-
-def digest_of(rows: Iterable[Any]) -> str:
-    """A hash of what a plan sees of examples: tokens and labels, or their sizes where they have none."""
-    known = getattr(rows, "digest", None)
-    if known is not None:
-        return known().hex()
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(len(row).to_bytes(8, "little"))
-        for name in ("tokens", "is_label"):
-            values = getattr(row, name, None)
-            if values is not None:
-                digest.update(values.tobytes())
-    return digest.hexdigest()
 
 
 def _files_of(config: RunConfig) -> list[object] | None:
