@@ -142,16 +142,6 @@ def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them(writer
         assert ended or len(labels) == ANSWER_TOKENS
 
 
-def test_a_completion_names_its_terminator(writer):
-    model, tokenizer = writer
-    prompt = np.arange(10, 20)
-    (whole,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[1])
-    assert whole.terminator is None
-    stop = int(whole.tokens[3])
-    (cut,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[stop])
-    assert cut.stopped and cut.terminator == stop and stop not in cut.tokens
-
-
 def test_answers_are_written_once_for_each_model_version_code_and_arithmetic(writer, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     calls = mock.Mock(wraps=generate)
