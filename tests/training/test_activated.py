@@ -34,7 +34,7 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
-from tests.training.loops import example
+from tests.training.loops import example, moved
 from tests.training.runs import metrics, often, opened, session_of
 from tests.training.test_losses import log_prob
 
@@ -61,11 +61,7 @@ def rows(count: int = 9) -> list[Example]:
 def adapted(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = causal_model(family).to(dtype)
     attach(model, LoRAConfig(rank=4, alpha=8, activation="completion", invocation_tokens=INVOCATION), seed=0)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    return model
+    return moved(model, 0.3, seed=2)
 
 
 def factors(model: nn.Module) -> list[nn.Parameter]:
@@ -172,16 +168,10 @@ def test_a_later_epoch_runs_no_token_of_a_prompt_and_the_next_run_finds_the_stor
 
 
 def test_prompts_keep_no_activations(tmp_path):
-    model, examples = adapted("llama"), rows()
-    kept: list[int] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.shape[0] if tensor.dim() else 0)
-        return tensor
-
+    model, examples, kept = adapted("llama"), rows(), []
     with prompts_of(model, examples, tmp_path) as prompts:
         batch = next(iter(prompts.batches(examples)))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[:1].numel()) or t, lambda t: t):
             prompts.objective(batch)
         units = prompts.units_of(batch)
     # The row's keys and values alone are as long as the row.

@@ -27,7 +27,6 @@ from deltaw.training.features import prefix_cache
 from deltaw.training.features.prefix_cache import DeviceStore, on_device
 from deltaw.training.features.store import MemoryStore, Shape, open_store
 from deltaw.training.loop import train
-from deltaw.training.optimizer import adamw, skipping
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import causal_model
@@ -119,27 +118,6 @@ def test_the_guard_sees_what_waits(unread):
     with packed_rows(model), pytest.raises(RuntimeError, match="meta"):
         batcher = CausalMicroBatcher(1000, True, False, "meta")
         train(reading, parameters, examples(), batcher, learning_rate=1e-3, total_steps=1)
-
-
-@pytest.mark.parametrize("skipped", [True, False])
-def test_a_step_of_the_optimizer_is_left_out_where_a_tensor_says_so(skipped):
-    draw = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(5, generator=draw)) for _ in range(2)]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    ours, theirs = adamw(parameters, 1e-2), adamw(twins, 1e-2)
-    for step in range(4):
-        left_out = step == 2 and skipped
-        for p, twin in zip(parameters, twins, strict=True):
-            twin.grad = torch.full_like(p, step + 1.0)
-            p.grad = twin.grad * torch.nan if left_out else twin.grad
-        with skipping(ours, torch.tensor(left_out)):
-            ours.step()
-        if not left_out:
-            theirs.step()
-    assert not hasattr(ours, "found_inf")
-    for one, other in zip(parameters, twins, strict=True):
-        assert torch.equal(one, other)
-        assert all(torch.equal(value, theirs.state[other][key]) for key, value in ours.state[one].items())
 
 
 SHAPE = Shape.of(rows=3, units=6, width=2, dtype=torch.float32)

@@ -34,7 +34,7 @@ from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.caches import other_text, other_version
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
-from tests.training.loops import example
+from tests.training.loops import example, moved
 from tests.training.runs import METHODS, Told, metrics, often, opened
 from tests.training.test_losses import assert_gradients, gradients, log_prob
 
@@ -47,13 +47,9 @@ def made_up_answers(count, vocabulary, seed=0):
     return [example(n, generator.integers(3, vocabulary, length), 3) for n, length in enumerate(lengths, 1)]
 
 
-def moved(model, scale):
+def drifted(model, scale):
     attach(model, LoRAConfig(rank=3, alpha=6), seed=1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=scale)
-    return model
+    return moved(model, scale)
 
 
 def by_hand(model, rows, base):
@@ -76,7 +72,7 @@ def by_hand(model, rows, base):
     ("family", "scale"), [("llama", 0.3), ("llama", 0.0), ("gemma2", 0.3), ("cohere", 0.3), ("bloom", 0.3)]
 )
 def test_drift_is_what_a_plain_computation_says(family, scale):
-    model, rows = moved(causal_model(family), scale), made_up_answers(9, VOCABULARY)
+    model, rows = drifted(causal_model(family), scale), made_up_answers(9, VOCABULARY)
     padded = family == "bloom"
     running = contextlib.nullcontext if padded else lambda: packed_rows(model)
     batcher = CausalMicroBatcher(40, True, padded, "cpu")
@@ -239,7 +235,7 @@ def test_general_answers_cannot_be_kept_by_a_classifier(settings, tmp_path, room
 
 
 def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
-    model = moved(causal_model("llama"), 0.3)
+    model = drifted(causal_model("llama"), 0.3)
     batcher, rows = CausalMicroBatcher(64, True, False, "cpu"), made_up_answers(5, VOCABULARY)
     keep = KeepGeneral(CausalObjective(model), batcher, rows, weight=0.7, seed=3, per_step=2)
     with packed_rows(model):

@@ -183,7 +183,8 @@ def test_after_an_epoch_the_prefix_does_not_run_and_the_next_run_finds_the_featu
     with opened(model, rows[::-1], tmp_path) as again:  # whatever the order of its rows
         assert again.store.folder == cached.store.folder
         assert again.store.done.all() and "11 of 11 rows there already" in again.choice.why
-    (np.fromfile(values := cached.store.folder / feature_store.VALUES, np.float32) * 1.5).tofile(values)
+    values = cached.store.folder / feature_store.VALUES
+    (np.fromfile(values, np.float32) * 1.5).tofile(values)
     with opened(model, rows, tmp_path) as again:  # values that are not right any more are forgotten
         assert not again.store.done.any()
 

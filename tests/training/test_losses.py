@@ -22,7 +22,7 @@ from deltaw.training.tasks import causal_objective
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective, frozen_head_log_probs, head_log_probs
 from tests.tiny_models import VOCABULARY, causal_model
-from tests.training.loops import example
+from tests.training.loops import example, moved
 from tests.training.toy_preference import BETA, Preference
 
 
@@ -68,11 +68,7 @@ def assert_gradients(found, expected, share, floor=1e-2):
 def adapted(family, method, seed=0):
     model = causal_model(family)
     method.prepare(model, seed=seed)
-    with torch.no_grad():  # so that A has a gradient too
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    return model
+    return moved(model, 0.05)  # so that A has a gradient too
 
 
 METHODS = {"frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)), "trained head": lambda: Full(None)}
