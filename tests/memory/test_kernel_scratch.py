@@ -50,8 +50,8 @@ def agree(operator, *args) -> None:
     assert 0.9 * found - rounding <= planned <= 1.1 * found + rounding, (planned, found)
 
 
-def random_factors(n_in: int, n_out: int, rank: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    return random(n_in, rank, dtype=torch.float32), random(rank, n_out, dtype=torch.float32)
+def random_factors(n_in: int, n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
 
 
 def product_calls(of: Product, x: torch.Tensor, grad: torch.Tensor) -> tuple:
@@ -83,13 +83,23 @@ def test_attention(dtype, lengths, heads, key_heads, size):
 
 @pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (512, 4096, 2048)])
-def test_products(cache, dtype, rows, n_in, n_out):
+@pytest.mark.parametrize(
+    ("rows", "n_in", "n_out", "in_blocks"),
+    [
+        *((1024, 576, 1536, False), (200, 4864, 896, False), (512, 4096, 2048, False)),
+        *((40, 1536, 576, True), (1200, 1536, 576, True)),
+    ],
+)
+def test_products(cache, dtype, rows, n_in, n_out, in_blocks):
     x, weight, grad = (random(*shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
     A, B = random_factors(n_in, n_out)
-    forward, backward = product_calls(Product(weight, lora_A=A, lora_B=B), x, grad)
-    (_, h), (_, narrow) = (operator(*args) for operator, args in (forward, backward))
-    for operator, args in (forward, backward, (ops.factors_backward, (x, h, grad, narrow, 1.0))):
+    if in_blocks:
+        calls = product_calls(Product.of_blocks(quantize_nf4(weight.float()), None, A, B), x, grad)
+    else:
+        calls = product_calls(Product(weight, lora_A=A, lora_B=B), x, grad)
+        (_, h), (_, narrow) = (operator(*args) for operator, args in calls)
+        calls += ((ops.factors_backward, (x, h, grad, narrow, 1.0)),)
+    for operator, args in calls:
         agree(operator, *args)
 
 
@@ -168,14 +178,3 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
     args = (logits, targets, weights, 1.0, softcap, with_gradient)
     found = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=args[:3]) - bytes_of(*args[:3])
     assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(found, rel=0.01)
-
-
-@pytest.mark.each_pair
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [40, 1200])
-def test_products_with_weights_in_blocks(cache, dtype, rows):
-    weight = quantize_nf4(torch.randn(576, 1536, generator=torch.Generator().manual_seed(0)))
-    x, grad = random(rows, 1536, dtype=dtype), random(rows, 576, dtype=dtype)
-    A, B = random_factors(1536, 576, rank=8)
-    for operator, args in product_calls(Product.of_blocks(weight, None, A, B), x, grad):
-        agree(operator, *args)

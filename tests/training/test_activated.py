@@ -169,9 +169,14 @@ def test_a_later_epoch_runs_no_token_of_a_prompt_and_the_next_run_finds_the_stor
 
 def test_prompts_keep_no_activations(tmp_path):
     model, examples, kept = adapted("llama"), rows(), []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape[:1].numel())
+        return tensor
+
     with prompts_of(model, examples, tmp_path) as prompts:
         batch = next(iter(prompts.batches(examples)))
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[:1].numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prompts.objective(batch)
         units = prompts.units_of(batch)
     # The row's keys and values alone are as long as the row.

@@ -23,10 +23,9 @@ from deltaw.training.features import store as feature_store
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
 from deltaw.training.preparation import checkpoint_blocks
-from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
+from deltaw.training.tasks.labels import LabelObjective
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.loops import example
@@ -252,22 +251,6 @@ def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(
         assert "in memory" in cached.choice.why
     monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
     assert "KB" in refused(model, tmp_path, limit=100).why
-
-
-def test_evaluations_are_the_same_with_and_without(tmp_path):
-    model, rows = causal("head"), causal_rows()
-    with opened(model, rows, tmp_path) as cached:
-        usual = evaluate_causal(CausalObjective(model), rows, SHARED)
-        for _ in range(2):
-            found = evaluate_causal(cached.objective, rows, cached)
-            assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
-            np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
-    model, rows = train_head(model_of("bert"), "classifier"), examples_of(LENGTHS)
-    objective, batcher = LabelObjective(model, "sequence-classification"), LabelMicroBatcher(64, "cpu")
-    cached, _ = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
-    found, usual = evaluate_labels(cached.objective, rows, cached), evaluate_labels(objective, rows, batcher)
-    np.testing.assert_allclose(found.predictions, usual.predictions, rtol=1e-4, atol=1e-6)
-    cached.close()
 
 
 @pytest.mark.parametrize("trained", often("upper block", of=("head", "upper block")))
