@@ -73,26 +73,20 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def long_rows(tmp_path_factory):
-    told = ((f"{n} times {n % 7}", n * (n % 7)) for n in range(40))
-    rows = [{"prompt": f"say {what}", "completion": f"{what} is {product}"} for what, product in told]
-    return write_rows(tmp_path_factory.mktemp("rows") / "long.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def bf16_run(settings, long_rows, bases, tmp_path_factory):
+def bf16_run(settings, bases, tmp_path_factory):
     """Settings of a run in bf16."""
     folder = tmp_path_factory.mktemp("bf16")
+    told = ((f"{n} times {n % 7}", n * (n % 7)) for n in range(40))
+    rows = [{"prompt": f"say {what}", "completion": f"{what} is {product}"} for what, product in told]
+    plain = {
+        "data": {"train": str(write_rows(folder / "long.jsonl", rows)), "eval": 4},
+        "lora": {"rank": 8, "alpha": 16},
+        "train": {"batch_size": 8, "max_steps": 2, "drift": False, "samples": 0},
+        "precision": "bf16",
+    }
 
     def make(name: str, *, factor: float = 1, **changes: object) -> dict:
-        plain = {
-            "model": str(bases(factor)),
-            "data": {"train": str(long_rows), "eval": 4},
-            "lora": {"rank": 8, "alpha": 16},
-            "train": {"batch_size": 8, "max_steps": 2, "drift": False, "samples": 0},
-            "precision": "bf16",
-        }
-        return settings(folder / name, **laid_over(plain, changes))
+        return settings(folder / name, **laid_over({"model": str(bases(factor)), **plain}, changes))
 
     return make
 

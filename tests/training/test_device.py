@@ -17,7 +17,6 @@ import torch
 from deltaw.data.example import RowGroup
 from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
-from deltaw.kernels.transfer import to_device
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
@@ -53,6 +52,13 @@ def made_on(device, family="llama", **lora):
     return model, [p for _, p in method.parameters(model)], objective
 
 
+def trained(model, parameters, objective, rows=None, *, tokens=40, share=True, **how):
+    """Its outcome."""
+    batcher = CausalMicroBatcher(tokens, share, False, model.device.type)
+    with packed_rows(model):
+        return train(objective, parameters, rows or examples(8), batcher, learning_rate=1e-3, **how)
+
+
 @pytest.fixture
 def unread(monkeypatch):
     """Training on the meta device: the list is told how many numbers are read at the end of each step."""
@@ -83,17 +89,16 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_packed_rows_waits_once(kind, unread):
-    model, parameters, objective = made_on("meta", **KINDS[kind])
-    batcher = CausalMicroBatcher(40, kind != "apart", False, "meta")
-    rows, more = activated_rows() if kind == "activated" else examples(8), {}
+    made = _, _, objective = made_on("meta", **KINDS[kind])
+    rows, how = activated_rows() if kind == "activated" else examples(8), {"share": kind != "apart"}
     if kind == "pairs":
         objective.loss = Preference()
         rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
     elif kind == "general answers":  # they are read with the rest
-        more["add_gradients"] = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
-    with packed_rows(model):
-        outcome = train(objective, parameters, rows, batcher, learning_rate=1e-3, total_steps=2, **more)
-    assert unread == [3, 3] and outcome.steps == 2
+        batcher = CausalMicroBatcher(40, True, False, "meta")
+        how["add_gradients"] = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
+    assert trained(*made, rows, total_steps=2, **how).steps == 2
+    assert unread == [3, 3]
 
 
 def test_places_of_queries_on_a_device_are_not_read():
@@ -115,9 +120,8 @@ def test_the_guard_sees_what_waits(unread):
         return loss
 
     reading.units = objective.units
-    with packed_rows(model), pytest.raises(RuntimeError, match="meta"):
-        batcher = CausalMicroBatcher(1000, True, False, "meta")
-        train(reading, parameters, examples(), batcher, learning_rate=1e-3, total_steps=1)
+    with pytest.raises(RuntimeError, match="meta"):
+        trained(model, parameters, reading, total_steps=1)
 
 
 SHAPE = Shape.of(rows=3, units=6, width=2, dtype=torch.float32)
@@ -162,17 +166,9 @@ def test_only_a_device_with_room_of_its_own_keeps_a_copy(monkeypatch):
         assert on_device(inner, torch.device("cuda")) is expected
 
 
-def test_a_tensor_stays_what_it_is_on_its_way_to_a_device():
-    tensor = torch.arange(5)
-    there = to_device(tensor, "meta")
-    assert to_device(tensor, "cpu") is tensor and there.is_meta and there.shape == tensor.shape
-
-
 @on_a_gpu
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
-    model, parameters, objective = made_on("cuda", family)
-    batcher = CausalMicroBatcher(40, True, False, "cuda")
     read = loop._read
 
     def allowed(*numbers):
@@ -185,8 +181,7 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
 
     monkeypatch.setattr(loop, "_read", allowed)
     try:
-        with packed_rows(model):
-            train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=6, on_step=watch)
+        trained(*made_on("cuda", family), total_steps=6, on_step=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -194,11 +189,8 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
 @on_a_gpu
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_training_on_a_gpu_is_that_on_the_processor(family):
-    losses = []
-    for device in ("cpu", "cuda"):
-        model, parameters, objective = made_on(device, family)
-        batcher, steps = CausalMicroBatcher(1000, True, False, device), []
-        with packed_rows(model):
-            train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=4, on_step=steps.append)
-        losses.append([step.loss for step in steps])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)  # FlexAttention multiplies fp32 in TF32
+    steps = {"cpu": [], "cuda": []}
+    for device, seen in steps.items():
+        trained(*made_on(device, family), tokens=1000, total_steps=4, on_step=seen.append)
+    # FlexAttention multiplies fp32 in TF32.
+    assert [s.loss for s in steps["cuda"]] == pytest.approx([s.loss for s in steps["cpu"]], rel=2e-3)

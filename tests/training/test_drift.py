@@ -38,7 +38,13 @@ from tests.training.loops import example, moved
 from tests.training.runs import METHODS, Told, metrics, often, opened
 from tests.training.test_losses import assert_gradients, gradients, log_prob
 
-PROMPTS = MEASURED[:8]
+PROMPTS = MEASURED[:12]
+
+
+@pytest.fixture(autouse=True)
+def _few_prompts(monkeypatch):
+    monkeypatch.setattr("deltaw.training.drift.MEASURED", PROMPTS)
+    monkeypatch.setattr("deltaw.training.session.KEPT", KEPT[:24])
 
 
 def made_up_answers(count, vocabulary, seed=0):
@@ -90,7 +96,7 @@ def test_drift_is_what_a_plain_computation_says(family, scale):
 def bare_loss(roomy_folder):
     """The base model's own loss on general answers: of a model that no method ever touched; and their number."""
     bare = opened(roomy_folder)
-    rows = general_answers(bare.model, bare.tokenizer, MEASURED, identity=None)
+    rows = general_answers(bare.model, bare.tokenizer, PROMPTS, identity=None)
     return by_hand(bare.model, rows, contextlib.nullcontext)[0], len(rows)
 
 
@@ -114,7 +120,7 @@ def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, ba
     if method == "lora":
         pairs = answers_side_by_side(session, 3)
         prompts = [pair.prompt for pair in pairs]
-        assert len(pairs) == 3 and set(prompts) <= set(MEASURED)
+        assert len(pairs) == 3 and set(prompts) <= set(PROMPTS)
         with session.base():
             rows = general_answers(session.model, session.tokenizer, prompts * 3, identity=None)
         assert [pair.base for pair in pairs] == [row.answer for row in rows[:3]]
@@ -199,13 +205,10 @@ def test_what_cannot_be_measured_is_said(settings, roomy_folder, tmp_path):
 
 
 def test_a_large_drift_is_a_warning_and_so_is_one_that_is_not_finite():
-    small = Drift(0.5, 0.5 + LARGE / 2, 0.1, 0.9, 8, 100)
-    large = Drift(0.5, 0.6 + LARGE, 0.1, 0.9, 8, 100)
-    broken = Drift(0.5, float("nan"), float("nan"), 0.0, 8, 100)
-    assert not small.large and len(small.lines()) == 1
-    assert large.large and "train.keep_general" in large.lines()[1]
-    assert broken.large and broken.as_dict()["change"] is None
-    json.dumps(broken.as_dict(), allow_nan=False)
+    for change, large in ((LARGE / 2, False), (LARGE + 0.1, True), (float("nan"), True)):
+        drift = Drift(0.5, 0.5 + change, change, 0.9, 8, 100)
+        assert drift.large == large == ("train.keep_general" in "".join(drift.lines()[1:]))
+        json.dumps(drift.as_dict(), allow_nan=False)
 
 
 def test_no_prompt_is_both_kept_and_measured():
