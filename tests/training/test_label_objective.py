@@ -30,14 +30,14 @@ DECODERS = {name: CAUSAL[name] for name in ("llama", "qwen3", "gpt2", "gemma3")}
 LENGTHS = (5, 9, 14, 3, 9)
 
 
-def model_of(family: str, outputs: int = 3, dtype: torch.dtype = torch.float32, pad: int | None = None):
+def model_of(family: str, outputs: int = 3, pad: int | None = None):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = {**ENCODERS, **DECODERS}[family]()
     config.num_labels = outputs
     if family in DECODERS:
         config.pad_token_id = pad
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+    return AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabeledExample]:
