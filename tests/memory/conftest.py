@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +16,8 @@ from deltaw.lora import LoRAConfig, LoRALayer, attach
 
 VOCABULARY = 2000
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-}
-ENCODER = {**SHAPE, "num_labels": 5}
+LAYERS = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
+SHAPE = {**LAYERS, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
 
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE, **IDS, num_key_value_heads=2),
@@ -36,12 +28,9 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2
     ),
-    "bert": lambda: transformers.BertConfig(**ENCODER),
-    "vit": lambda: transformers.ViTConfig(
-        image_size=64, patch_size=8, hidden_size=128, intermediate_size=320, num_hidden_layers=3,
-        num_attention_heads=4, num_labels=5,
-    ),
-}  # fmt: skip
+    "bert": lambda: transformers.BertConfig(**SHAPE, num_labels=5),
+    "vit": lambda: transformers.ViTConfig(**LAYERS, image_size=64, patch_size=8, num_labels=5),
+}
 AUTO = {"bert": transformers.AutoModelForSequenceClassification, "vit": transformers.AutoModelForImageClassification}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,8 +39,7 @@ def model_of(family: str, dtype: str) -> PreTrainedModel:
     """A random model, frozen and in evaluation mode; under a simulation one on fake tensors."""
     torch.manual_seed(0)
     auto = AUTO.get(family, transformers.AutoModelForCausalLM)
-    model = auto.from_config(CONFIGS[family](), dtype=DTYPES[dtype])
-    return model.eval().requires_grad_(False)
+    return auto.from_config(CONFIGS[family](), dtype=DTYPES[dtype]).eval().requires_grad_(False)
 
 
 def prepared(family: str, dtype: str, method: str, checkpointing: bool = False) -> PreTrainedModel:
@@ -76,22 +64,22 @@ def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callab
     def run() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         master_weights = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained]
+        apart = [(p, master) for p, master in zip(trained, master_weights, strict=True) if p is not master]
         optimizer = torch.optim.AdamW(master_weights, lr=1e-3, fused=True)
         generator = np.random.default_rng(0)
         for _ in range(2):
             loss = _loss(model, generator, rows, length)
             loss.backward()
-            for parameter, master in zip(trained, master_weights, strict=True):
-                if parameter is not master and parameter.grad is not None:
+            for parameter, master in apart:
+                if parameter.grad is not None:
                     master.grad, parameter.grad = parameter.grad.float(), None
             norm = float(nn.utils.clip_grad_norm_(master_weights, 1.0))
             assert np.isfinite(loss.item()) and np.isfinite(norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for parameter, master in zip(trained, master_weights, strict=True):
-                    if parameter is not master:
-                        parameter.copy_(master)
+                for parameter, master in apart:
+                    parameter.copy_(master)
 
     return run
 
@@ -105,24 +93,12 @@ def _loss(model: PreTrainedModel, generator: np.random.Generator, rows: int, len
     ids = torch.from_numpy(generator.integers(3, VOCABULARY, (rows, length)))
     mask = torch.ones_like(ids)
     mask[0, length // 2 :] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    logits = model(**inputs).logits.flatten(0, -2)
-    targets = torch.zeros(len(logits), dtype=torch.long)
-    return F.cross_entropy(logits.float(), targets)
+    logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, -2)
+    return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[str], Path]:
-    def save(family: str) -> Path:
-        folder = tmp_path / family.replace(" ", "_")
-        model_of(family, "fp32").save_pretrained(folder)
-        return folder
-
-    return save

@@ -33,21 +33,34 @@ def cache(request: pytest.FixtureRequest):
 
 def held(operator, args) -> int:
     """Bytes of the arenas while it runs again: the first run shows them how much is needed."""
-    kernels = loader.kernels()
-    before = torch.get_num_threads()
+    kernels, before = loader.kernels(), torch.get_num_threads()
     torch.set_num_threads(2)  # the largest team of these tests: each thread gives back its own
     loader.release_scratch()
     torch.set_num_threads(before)
     operator(*args)
-    loader.kernels().dw_scratch_held(1)
+    kernels.dw_scratch_held(1)
     operator(*args)
     return kernels.dw_scratch_held(1)
 
 
-def agree(planned: int, found: int) -> None:
-    """Within a tenth, or what pieces of an arena are rounded up to."""
+def agree(operator, *args) -> None:
+    """What is planned and what is held, within a tenth or what pieces of an arena are rounded up to."""
+    planned, found = arena_bytes(operator.default, args), held(operator, args)
     rounding = torch.get_num_threads() * (256 * 1024 + 8 * PAGE)
     assert 0.9 * found - rounding <= planned <= 1.1 * found + rounding, (planned, found)
+
+
+def random_factors(n_in: int, n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
+
+
+def product_calls(of: Product, x: torch.Tensor, grad: torch.Tensor) -> tuple:
+    """A product's forward and backward."""
+    return (ops.linear, (x, *of, None, None, None)), (ops.linear_backward, (grad, *of, None, True, False))
+
+
+def bytes_of(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -64,26 +77,30 @@ def test_attention(dtype, lengths, heads, key_heads, size):
     k, v = (random(layout.length, key_heads, size, dtype=dtype) for _ in range(2))
     rest = (layout.segments(), 0, True, 0.1, 0.0, None)
     out, logs = ops.attention(q, k, v, *rest)
-    for operator, args in ((ops.attention, (q, k, v, *rest)), (ops.attention_backward, (q, q, k, v, out, logs, *rest))):
-        agree(arena_bytes(operator.default, args), held(operator, args))
+    agree(ops.attention, q, k, v, *rest)
+    agree(ops.attention_backward, q, q, k, v, out, logs, *rest)
 
 
 @pytest.mark.each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (512, 4096, 2048)])
-def test_products(cache, dtype, rows, n_in, n_out):
+@pytest.mark.parametrize(
+    ("rows", "n_in", "n_out", "in_blocks"),
+    [
+        *((1024, 576, 1536, False), (200, 4864, 896, False), (512, 4096, 2048, False)),
+        *((40, 1536, 576, True), (1200, 1536, 576, True)),
+    ],
+)
+def test_products(cache, dtype, rows, n_in, n_out, in_blocks):
     x, weight, grad = (random(*shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
-    A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
-    of = Product(weight, lora_A=A, lora_B=B)
-    forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
-    _, h = ops.linear(*forward)
-    _, narrow = ops.linear_backward(*backward)
-    for operator, args in (
-        (ops.linear, forward),
-        (ops.linear_backward, backward),
-        (ops.factors_backward, (x, h, grad, narrow, 1.0)),
-    ):
-        agree(arena_bytes(operator.default, args), held(operator, args))
+    A, B = random_factors(n_in, n_out)
+    if in_blocks:
+        calls = product_calls(Product.of_blocks(quantize_nf4(weight.float()), None, A, B), x, grad)
+    else:
+        calls = product_calls(Product(weight, lora_A=A, lora_B=B), x, grad)
+        (_, h), (_, narrow) = (operator(*args) for operator, args in calls)
+        calls += ((ops.factors_backward, (x, h, grad, narrow, 1.0)),)
+    for operator, args in calls:
+        agree(operator, *args)
 
 
 @pytest.mark.each_pair
@@ -94,19 +111,18 @@ def test_gradients_in_int8_with_a_bf16_weight(cache, rows, n_in, n_out, by_colum
     weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
     for in_int8 in (True, False):
         args = (grad, *Product(weight, by_column), None, True, in_int8)
-        agree(arena_bytes(ops.linear_backward.default, args), held(ops.linear_backward, args))
+        agree(ops.linear_backward, *args)
         rounded = grad.numel() + 4 * rows * -(-n_out // 128)
         assert scratch_bytes(ops.linear_backward.default, args) == (rounded if in_int8 else 0)
 
 
+@pytest.mark.each_value
 def test_the_gradient_of_classes_and_cross_entropy(cache):
     rows, classes, width = 300, 40000, 576
     grad, weight = random(rows, classes).softmax(-1), random(classes, width)
     targets, scale = torch.arange(rows), torch.rand(classes) + 0.1
-    args = (grad, targets, weight, scale)
-    agree(arena_bytes(ops.class_gradient_.default, args), held(ops.class_gradient_, args))
-    args = (grad, targets, torch.ones(rows), 1.0, 0.0, True)
-    agree(arena_bytes(ops.cross_entropy_.default, args), held(ops.cross_entropy_, args))
+    agree(ops.class_gradient_, grad, targets, weight, scale)
+    agree(ops.cross_entropy_, grad, targets, torch.ones(rows), 1.0, 0.0, True)
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])
@@ -116,8 +132,8 @@ def test_the_gradient_of_a_head(rows):
     logits = hidden @ weight.T
     slopes, shares = torch.empty_like(hidden), torch.empty(rows)
     unlikely = logits.new_empty(head_gradient.groups(rows), classes)
-    args = (logits, torch.arange(rows), hidden, weight, None, 1.0, 0.0, slopes, shares, unlikely)
-    agree(arena_bytes(ops.head_gradient_.default, args), held(ops.head_gradient_, args))
+    targets = torch.arange(rows)
+    agree(ops.head_gradient_, logits, targets, hidden, weight, None, 1.0, 0.0, slopes, shares, unlikely)
 
 
 def test_nothing_is_added_without_the_kernels(monkeypatch):
@@ -136,18 +152,14 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
     weight, scale = random(1536, 576, dtype=dtype), None
     if int8:
         weight, scale = quantized_rows(weight)
-    A, B = random(576, 16, dtype=torch.float32), random(16, 1536, dtype=torch.float32)
-    of = Product(weight, True, scale, None, None, A, B, 1.0, in_blocks)
-    forward, backward = (x, *of, None, None, None), (grad, *of, None, True, False)
+    A, B = random_factors(576, 1536)
     alive = [t for t in (x, grad, weight, scale, A, B) if t is not None]
-    held_before = sum(t.numel() * t.element_size() for t in alive)
     with loader.computing(Arithmetic(loader.variant())):
-        for operator, args in ((ops.linear, forward), (ops.linear_backward, backward)):
-            results = sum(t.numel() * t.element_size() for t in operator(*args))
+        for operator, args in product_calls(Product(weight, True, scale, None, None, A, B, 1.0, in_blocks), x, grad):
+            results = bytes_of(*operator(*args))
             peak = peak_tensor_bytes(lambda operator=operator, args=args: operator(*args), alive=alive)
-            planned = scratch_bytes(operator.default, args)
+            planned, found = scratch_bytes(operator.default, args), peak - bytes_of(*alive) - results
             assert arena_bytes(operator.default, args) == 0
-            found = peak - held_before - results
             # Nothing is planned of what oneDNN's products in 16 bits hold: where tiles multiply, a copy of
             # the weight or of a part of it.
             blocks = weight.numel() * 2 if dtype.itemsize == 2 and not int8 else 0
@@ -164,21 +176,5 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
     logits = random(200, 5000, dtype=dtype)
     targets, weights = torch.arange(200), torch.ones(200, dtype=torch.promote_types(dtype, torch.float32))
     args = (logits, targets, weights, 1.0, softcap, with_gradient)
-    peak = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=[logits, targets, weights])
-    held_before = sum(t.numel() * t.element_size() for t in (logits, targets, weights))
-    assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(peak - held_before, rel=0.01)
-
-
-@pytest.mark.each_pair
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [40, 1200])
-def test_products_with_weights_in_blocks(cache, dtype, rows):
-    weight = quantize_nf4(torch.randn(576, 1536, generator=torch.Generator().manual_seed(0)))
-    x, grad = random(rows, 1536, dtype=dtype), random(rows, 576, dtype=dtype)
-    A, B = random(1536, 8, dtype=torch.float32), random(8, 576, dtype=torch.float32)
-    of = Product.of_blocks(weight, None, A, B)
-    for operator, args in (
-        (ops.linear, (x, *of, None, None, None)),
-        (ops.linear_backward, (grad, *of, None, True, False)),
-    ):
-        agree(arena_bytes(operator.default, args), held(operator, args))
+    found = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=args[:3]) - bytes_of(*args[:3])
+    assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(found, rel=0.01)

@@ -12,10 +12,11 @@ from tests.kernels.conftest import compiled_only
 from tests.runtime.families import adapted, model_of
 from tests.runtime.test_fused import counted_calls, outputs_and_gradients
 
-BLOCKS = 6
+BLOCKS = 4
 
 
 @compiled_only
+@pytest.mark.each_value
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3", "GPT2", "Phi3", "GPTNeoX"])
 def test_one_call_takes_about_what_the_halves_take(family, int8, monkeypatch):

@@ -40,10 +40,17 @@ def examples(count=7, seed=0):
     """Rows of one stem and different ends; the end is to be learned."""
     random = np.random.default_rng(seed)
     stem = random.integers(3, VOCABULARY, 6)
-    made = []
-    for number in range(count):
-        made.append(example(number + 1, [*stem, *random.integers(3, VOCABULARY, 2 + number % 3)], 6))
-    return made
+    ends = ((number, random.integers(3, VOCABULARY, 2 + number % 3)) for number in range(count))
+    return [example(number + 1, [*stem, *end], 6) for number, end in ends]
+
+
+def moved(model, scale, seed=1):
+    """The model, whose adapter is not as it begins: B is random."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(std=scale, generator=draw)
+    return model
 
 
 class Training:

@@ -6,12 +6,10 @@ import contextlib
 import functools
 import gc
 import itertools
-import json
 import math
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,7 +20,7 @@ from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.variants import LEFT_OUT_BY
-from deltaw.lora import LoRAConfig, attach
+from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.machine.kernel_choice import KernelChoice
 from deltaw.methods.base import ADAPTER_WEIGHTS
 from deltaw.runs.fit import fit, load_for
@@ -31,15 +29,7 @@ from deltaw.runtime.widened import widened
 from deltaw.settings import RunConfig
 from deltaw.training import approximations
 from deltaw.training import session as sessions
-from deltaw.training.approximations import (
-    Approximations,
-    Errors,
-    GradientCheck,
-    Measured,
-    block_of,
-    rows_to_look_at,
-    steps_between,
-)
+from deltaw.training.approximations import Errors, GradientCheck, Measured, block_of, rows_to_look_at, steps_between
 from deltaw.training.process import guest
 from deltaw.training.session import Session
 from deltaw.training.state import ArithmeticChangedWarning
@@ -47,7 +37,8 @@ from tests.byte_models import saved, tiny_llama
 from tests.conftest import laid_over, write_rows
 from tests.kernels.conftest import compiled_only
 from tests.tiny_models import CAUSAL, causal_model
-from tests.training.runs import Told, metrics, session_of, stopped_run
+from tests.training.loops import moved
+from tests.training.runs import Told, metrics, often, session_of, stopped_run
 
 GRADIENTS = "int8_gradients"
 COLUMNS = 8  # of 256 that are rescaled
@@ -64,21 +55,20 @@ def rescale(model, factor: float) -> None:
     """The same function to the bit: some columns of each norm times a power of two, and the weights that read
     them divided by it."""
     for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for norm, readers in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        for norm, module, readers in (
+            (block.input_layernorm, block.self_attn, ("q_proj", "k_proj", "v_proj")),
+            (block.post_attention_layernorm, block.mlp, ("gate_proj", "up_proj")),
         ):
             norm.weight[:COLUMNS] *= factor
             for reader in readers:
-                reader.weight[:, :COLUMNS] /= factor
+                getattr(module, reader).weight[:, :COLUMNS] /= factor
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A Llama of four blocks in bf16, by the factor of its rescaled columns."""
+    """A Llama in bf16, by the factor of its rescaled columns."""
 
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    shape = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
 
     @functools.cache
     def folder(factor: float) -> Path:
@@ -90,51 +80,28 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def long_rows(tmp_path_factory):
-    rows = [
-        {"prompt": f"say {n} times {n % 7}", "completion": f"{n} times {n % 7} is {n * (n % 7)}"} for n in range(40)
-    ]
-    return write_rows(tmp_path_factory.mktemp("rows") / "long.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def bf16_run(settings, long_rows, bases, tmp_path_factory):
+def bf16_run(settings, bases, tmp_path_factory):
     """Settings of a run in bf16."""
     folder = tmp_path_factory.mktemp("bf16")
+    told = ((f"{n} times {n % 7}", n * (n % 7)) for n in range(40))
+    rows = [{"prompt": f"say {what}", "completion": f"{what} is {product}"} for what, product in told]
+    plain = {
+        "data": {"train": str(write_rows(folder / "long.jsonl", rows)), "eval": 4},
+        "lora": {"rank": 8, "alpha": 16},
+        "train": {"batch_size": 8, "max_steps": 2, "drift": False, "samples": 0},
+        "precision": "bf16",
+    }
 
     def make(name: str, *, factor: float = 1, **changes: object) -> dict:
-        plain = {
-            "model": str(bases(factor)),
-            "data": {"train": str(long_rows), "eval": 4},
-            "lora": {"rank": 8, "alpha": 16},
-            "train": {"batch_size": 8, "max_steps": 4, "drift": False, "samples": 0},
-            "precision": "bf16",
-        }
-        return settings(folder / name, **laid_over(plain, changes))
+        return settings(folder / name, **laid_over({"model": str(bases(factor)), **plain}, changes))
 
     return make
 
 
 @pytest.fixture(scope="module")
 def approximate(bf16_run):
-    """A run of four steps that approximates."""
+    """A run of two steps that approximates."""
     return fit(bf16_run("on"))
-
-
-@pytest.fixture(scope="module")
-def _after_two(bf16_run):
-    return stopped_run(bf16_run("stopped"), 2)
-
-
-@pytest.fixture
-def after_two(bf16_run, _after_two, tmp_path):
-    """The settings of a run that has done two of its steps; each time another folder."""
-    folders = map(str, itertools.count())
-
-    def made(**changes: object) -> dict:
-        return bf16_run("stopped", **changes) | {"output": str(shutil.copytree(_after_two, tmp_path / next(folders)))}
-
-    return made
 
 
 def weights(done) -> bytes:
@@ -153,7 +120,7 @@ def gradient(session: Session, rows) -> torch.Tensor:
 
 @compiled_only
 @pytest.mark.parametrize(
-    ("factor", "taken"), [(1, True), (8, False), pytest.param(32, False, marks=pytest.mark.slow), (128, False)]
+    ("factor", "taken"), [(1, True), *(pytest.param(n, False, marks=pytest.mark.slow) for n in (8, 32)), (128, False)]
 )
 def test_gradients_in_int8_are_used_where_they_add_little(factor, taken, bf16_run):
     """Errors are measured against the model in fp32, which the run does not have."""
@@ -192,10 +159,7 @@ def test_a_model_in_bf16_can_be_computed_in_fp32(family):
         model = causal_model(family).bfloat16()
         model = (model if wide else model.float()).requires_grad_(False)
         attach(model, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
-        generator = torch.Generator().manual_seed(1)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.data.normal_(std=0.1, generator=generator)
+        trained = [p for _, p in adapter_parameters(moved(model, 0.1))]
         before = {name: (id(p), p.dtype) for name, p in model.named_parameters()}
         tokens = torch.arange(60).view(3, 20) * 7 % 90 + 3
         with widened(model) if wide else contextlib.nullcontext():
@@ -211,23 +175,20 @@ def test_a_model_in_bf16_can_be_computed_in_fp32(family):
 
 def test_fused_blocks_in_fp32_let_go_of_their_weights():
     """What a whole model in fp32 would take is never there, though blocks remember what they ran with."""
-    model = tiny_llama(num_hidden_layers=6).bfloat16().requires_grad_(False)
+    model = tiny_llama(num_hidden_layers=3).bfloat16().requires_grad_(False)
     attach(model, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
     tokens = torch.arange(20)[None] + 3
-    layout = Layout.of_lengths([20])
-    inputs = {"input_ids": tokens, "position_ids": tokens - 3, "packed_layout": layout, "use_cache": False}
+    inputs = {"input_ids": tokens, "position_ids": tokens - 3, "packed_layout": Layout.of_lengths([20])}
+    shapes = {p.shape for p in model.model.layers[0].parameters() if p.dim() == 2 and p.dtype == torch.bfloat16}
 
     def wide() -> dict[int, torch.nn.Parameter]:
-        found = [t for t in gc.get_objects() if type(t) is torch.nn.Parameter and t.dtype == torch.float32]
-        return {id(parameter): parameter for parameter in found}
+        found = (t for t in gc.get_objects() if type(t) is torch.nn.Parameter and t.dtype == torch.float32)
+        return {id(t): t for t in found if t.shape in shapes and not t.requires_grad}
 
     before = wide()
     with packed_rows(model), widened(model):
-        model(**inputs).logits.sum().backward()
-        made = [parameter for number, parameter in wide().items() if number not in before]
-    shapes = {p.shape for p in model.model.layers[0].parameters() if p.dtype == torch.bfloat16}
-    weights = [p for p in made if p.dim() == 2 and p.shape in shapes and not p.requires_grad]
-    assert not weights
+        model(**inputs, use_cache=False).logits.sum().backward()
+        assert not wide().keys() - before.keys()
 
 
 @compiled_only
@@ -256,23 +217,22 @@ def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
 
     class Changing(Told):
         def on_step(self, step):
-            if step.step == 2:
+            if step.step == 1:
                 rescale(models[-1], 64)
 
     monkeypatch.setattr("deltaw.runs.fit.load_for", loading)
-    told = Changing()
+    told, again = Changing(), Told()
     done = fit(bf16_run("failing"), callback=told)
-    assert [line for line in told.lines if line.startswith("not approximate from step 3 on: gradients")]
-    assert done.approximations["off_since_step"] == 3 and GRADIENTS not in done.approximations["used"]
+    assert [line for line in told.lines if line.startswith("not approximate from step 2 on: gradients")]
+    assert done.approximations["off_since_step"] == 2 and GRADIENTS not in done.approximations["used"]
     assert done.arithmetic[GRADIENTS] == "no"
     (noted,) = metrics(done.output, "approximations")
-    assert noted["step"] == 3 and GRADIENTS not in noted["approximations"]["used"]
+    assert noted["step"] == 2 and GRADIENTS not in noted["approximations"]["used"]
     said = "approximate: auto  # off: gradients of frozen layers in int8: the gradient"
     assert said in (done.output / "run.yaml").read_text()
     # What no longer is approximate stays so when the run goes on.
-    again = Told()
-    longer = fit({"train": {"max_steps": 6}}, resume=done.output, callback=again)
-    assert longer.approximations["used"] == [] and longer.approximations["off_since_step"] == 3
+    longer = fit({"train": {"max_steps": 3}}, resume=done.output, callback=again)
+    assert longer.approximations["used"] == [] and longer.approximations["off_since_step"] == 2
     assert "approximate" not in again
 
 
@@ -281,55 +241,58 @@ def test_looking_again_changes_no_bit(approximate, bf16_run, monkeypatch):
     monkeypatch.setattr(approximations, "SHARE", 1e9)
     moved = mock.Mock(wraps=GradientCheck.moved)
     monkeypatch.setattr(GradientCheck, "moved", lambda *a: moved(*a))
-    often = fit(bf16_run("often"))
-    assert moved.call_count == 3  # before steps 2, 3 and 4
-    assert often.approximations["used"] == approximate.approximations["used"] != []
-    assert weights(often) == weights(approximate)
+    looking = fit(bf16_run("often"))
+    assert moved.call_count == 1  # before the second step
+    assert looking.approximations["used"] == approximate.approximations["used"] != []
+    assert weights(looking) == weights(approximate)
 
 
 @compiled_only
 def test_a_run_goes_on_as_it_computed_unless_a_setting_or_the_environment_turns_it_off(
-    approximate, after_two, monkeypatch
+    approximate, bf16_run, tmp_path, monkeypatch
 ):
+    stopped, folders = stopped_run(bf16_run("stopped"), 1), map(str, itertools.count())
+
+    def resumed(told=None, **changes):
+        """In another folder each time."""
+        folder = shutil.copytree(stopped, tmp_path / next(folders))
+        return fit(bf16_run("stopped", **changes) | {"output": str(folder)}, callback=told)
+
     with monkeypatch.context() as patch, warnings.catch_warnings():
         patch.setattr(GradientCheck, "choose", None)  # it looks no further
         warnings.simplefilter("error", ArithmeticChangedWarning)
-        done = fit(after_two())
-        assert done.resumed_from_step == 2
+        done = resumed()
+        assert done.resumed_from_step == 1
         assert {**done.approximations, "seconds": 0} == {**approximate.approximations, "seconds": 0}
         assert weights(done) == weights(approximate)
         patch.setenv("DELTAW_KERNELS", loader.variant())  # forced kernels leave approximations as the run began
-        assert GRADIENTS in fit(after_two()).approximations["used"]
+        assert GRADIENTS in resumed().approximations["used"]
     told = Told()
     with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
-        off = fit(after_two(train={"approximate": "off"}), callback=told)
-    assert off.approximations["used"] == [] and "'train.approximate' is off" in told
+        assert resumed(told, train={"approximate": "off"}).approximations["used"] == []
+    assert "'train.approximate' is off" in told
     monkeypatch.setenv(LEFT_OUT_BY[GRADIENTS], "0")
     with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
-        assert GRADIENTS not in fit(after_two()).approximations["used"]
+        assert GRADIENTS not in resumed().approximations["used"]
 
 
 def test_a_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
     monkeypatch.setattr(approximations, "widened", mock.Mock(side_effect=RuntimeError("no such thing")))
     with guest():
         session = session_of(bf16_run("foreign"), offered=APPROXIMATIONS)
-    assert session.approximations.names == ()
+    assert session.approximations.names == () and session.chosen["train.approximate"].value == "off"
     assert [line for line in session.said if "compared with fp32 (RuntimeError: no such thing)" in line]
-    assert session.chosen["train.approximate"].value == "off"
 
 
 @compiled_only
-@pytest.mark.parametrize("loss", ["dpo", "kto", pytest.param("simpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", often("dpo", of=("dpo", "kto", "simpo")))
 def test_pairs_are_looked_at_with_their_own_loss(loss, bf16_run, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f"{n} it is", "rejected": f"no {n * 7}, never"} for n in range(20)]
     if loss == "kto":
-        rows = [
-            {"prompt": row["prompt"], "completion": row["chosen" if n % 2 else "rejected"], "label": bool(n % 2)}
-            for n, row in enumerate(rows * 2)
-        ]
-    path = write_rows(tmp_path / "pairs.jsonl", rows)
-    changes = {"task": "preference", "preference": {"loss": loss}, "data": {"train": str(path)}}
-    done = fit(bf16_run(f"pairs {loss}", **changes))
+        asked = ((row["prompt"], row["chosen" if n % 2 else "rejected"], n) for n, row in enumerate(rows * 2))
+        rows = [{"prompt": prompt, "completion": answer, "label": bool(n % 2)} for prompt, answer, n in asked]
+    data = {"train": str(write_rows(tmp_path / "pairs.jsonl", rows))}
+    done = fit(bf16_run(f"pairs {loss}", task="preference", preference={"loss": loss}, data=data))
     assert 0 < done.approximations["own"] < done.approximations["error"] < 0.3
     assert done.approximations["tokens"] >= approximations.TOKENS
 
@@ -341,11 +304,14 @@ def test_labels_are_looked_at_too(bf16_run, tmp_path):
         vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=64, initializer_range=0.05,
     )  # fmt: skip
-    saved(BertModel(config).bfloat16(), tmp_path / "bert")
+    bert = saved(BertModel(config).bfloat16(), tmp_path / "bert")
     rows = [{"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60)]
-    path = write_rows(tmp_path / "labels.jsonl", rows)
-    changes = {"task": "sequence-classification", "data": {"train": str(path)}}
-    done = fit(bf16_run("labels", model=str(tmp_path / "bert"), lora={"target_modules": "all-linear"}, **changes))
+    changes = {
+        "task": "sequence-classification",
+        "data": {"train": str(write_rows(tmp_path / "labels.jsonl", rows))},
+        "lora": {"target_modules": "all-linear"},
+    }
+    done = fit(bf16_run("labels", model=str(bert), **changes))
     assert 0 < done.approximations["own"] <= done.approximations["error"] < 0.1
 
 
@@ -374,29 +340,21 @@ def test_noise_does_not_decide_and_one_block_that_is_off_suffices():
     near = Measured((), Errors(0.01, 0.0245, 1.0))
     assert near.failing(approximations.MARGIN) is not None and near.failing() is None
     good, bad = Errors(0.01, 0.011, 1.0), Errors(0.01, 0.05, 1.0)
-    found = Measured((), good, {"model.layers.0": good, "model.layers.1": bad}).failing()
-    assert found is not None and "model.layers.1" in found
+    assert "model.layers.1" in Measured((), good, {"model.layers.0": good, "model.layers.1": bad}).failing()
     assert block_of("model.layers.10.mlp.up_proj.lora_A") == "model.layers.10"
     assert block_of("score.weight") == "score.weight"
 
 
-def test_its_state_goes_through_json():
-    measured = Measured((GRADIENTS,), Errors(0.1, 0.2, 0.9), {"a.0": Errors(0.3, 0.4, 0.5)}, 7, 1.5)
-    before = Approximations([GRADIENTS], measured)
-    before.off_since = 9
-    after = Approximations([GRADIENTS])
-    after.restore(json.loads(json.dumps(before.state())))
-    assert after.measured == measured and after.off_since == 9
-
-
 def test_long_rows_are_left_out_and_few_suffice():
     # Rows are their numbers of tokens; two labels each.
-    rows = SimpleNamespace(
-        batches=lambda rows: [SimpleNamespace(tokens=tokens) for tokens in rows], units=lambda rows: 2 * len(rows)
-    )
-    assert rows_to_look_at([50, 3000, 60, *[40] * 50], rows, rows) == [50, 60, *[40] * 6]
-    assert rows_to_look_at([400, 400, 400], rows, rows) == [400, 400]
-    assert rows_to_look_at([5000, 3000, 4000], rows, rows) == [3000]
+    batcher = mock.Mock(batches=lambda rows: [mock.Mock(tokens=tokens) for tokens in rows])
+    units = mock.Mock(units=lambda rows: 2 * len(rows))
+    for rows, expected in (
+        ([50, 3000, 60, *[40] * 50], [50, 60, *[40] * 6]),
+        ([400, 400, 400], [400, 400]),
+        ([5000, 3000, 4000], [3000]),
+    ):
+        assert rows_to_look_at(rows, batcher, units) == expected
     assert steps_between(128, 1024) == 100 and steps_between(10, 10**6) == 1
 
 
@@ -404,7 +362,7 @@ def test_long_rows_are_left_out_and_few_suffice():
 @pytest.mark.parametrize(("spread", "taken"), [(0.05, False), (6.0, True)])
 def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp_path):
     """Where all classes are about as likely, sums over rows are most of a row's gradient."""
-    shape = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512, "num_hidden_layers": 3}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
     model = tiny_llama(vocab_size=8400, initializer_range=0.1, **shape)
     with torch.no_grad():
         model.lm_head.weight.normal_(std=spread / 8)

@@ -8,6 +8,7 @@ CUDA device is thus an error here, on any machine. The last tests need a CUDA de
 from __future__ import annotations
 
 import importlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import torch
 from deltaw.data.example import RowGroup
 from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
-from deltaw.kernels.transfer import to_device
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
@@ -26,7 +26,6 @@ from deltaw.training.features import prefix_cache
 from deltaw.training.features.prefix_cache import DeviceStore, on_device
 from deltaw.training.features.store import MemoryStore, Shape, open_store
 from deltaw.training.loop import train
-from deltaw.training.optimizer import adamw, skipping
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import causal_model
@@ -35,7 +34,11 @@ from tests.training.test_activated import INVOCATION
 from tests.training.test_activated import rows as activated_rows
 from tests.training.toy_preference import Preference
 
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+
+
+def on_a_gpu(test):
+    return pytest.mark.gpu(no_gpu(test))
 
 
 def made_on(device, family="llama", **lora):
@@ -47,6 +50,13 @@ def made_on(device, family="llama", **lora):
         objective = CausalObjective(model)
     model.to(device)
     return model, [p for _, p in method.parameters(model)], objective
+
+
+def trained(model, parameters, objective, rows=None, *, tokens=40, share=True, **how):
+    """Its outcome."""
+    batcher = CausalMicroBatcher(tokens, share, False, model.device.type)
+    with packed_rows(model):
+        return train(objective, parameters, rows or examples(8), batcher, learning_rate=1e-3, **how)
 
 
 @pytest.fixture
@@ -79,17 +89,16 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_packed_rows_waits_once(kind, unread):
-    model, parameters, objective = made_on("meta", **KINDS[kind])
-    batcher = CausalMicroBatcher(40, kind != "apart", False, "meta")
-    rows, more = activated_rows() if kind == "activated" else examples(8), {}
+    made = _, _, objective = made_on("meta", **KINDS[kind])
+    rows, how = activated_rows() if kind == "activated" else examples(8), {"share": kind != "apart"}
     if kind == "pairs":
         objective.loss = Preference()
         rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
     elif kind == "general answers":  # they are read with the rest
-        more["add_gradients"] = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
-    with packed_rows(model):
-        outcome = train(objective, parameters, rows, batcher, learning_rate=1e-3, total_steps=3, **more)
-    assert unread == [3, 3, 3] and outcome.steps == 3
+        batcher = CausalMicroBatcher(40, True, False, "meta")
+        how["add_gradients"] = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
+    assert trained(*made, rows, total_steps=2, **how).steps == 2
+    assert unread == [3, 3]
 
 
 def test_places_of_queries_on_a_device_are_not_read():
@@ -111,31 +120,8 @@ def test_the_guard_sees_what_waits(unread):
         return loss
 
     reading.units = objective.units
-    with packed_rows(model), pytest.raises(RuntimeError, match="meta"):
-        batcher = CausalMicroBatcher(1000, True, False, "meta")
-        train(reading, parameters, examples(), batcher, learning_rate=1e-3, total_steps=1)
-
-
-@pytest.mark.parametrize("skipped", [True, False])
-def test_a_step_of_the_optimizer_is_left_out_where_a_tensor_says_so(skipped):
-    parameters = [torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(n))) for n in (0, 1)]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    ours, theirs = adamw(parameters, 1e-2), adamw(twins, 1e-2)
-    for step in range(4):
-        for p in (*parameters, *twins):
-            p.grad = torch.full_like(p, step + 1.0)
-        if step == 2 and skipped:
-            for p in parameters:
-                p.grad.fill_(torch.nan)
-        with skipping(ours, torch.tensor(step == 2 and skipped)):
-            ours.step()
-        if not (step == 2 and skipped):
-            theirs.step()
-    assert not hasattr(ours, "found_inf")
-    for one, other in zip(parameters, twins, strict=True):
-        assert torch.equal(one, other)
-        for key, value in ours.state[one].items():
-            assert torch.equal(value, theirs.state[other][key])
+    with pytest.raises(RuntimeError, match="meta"):
+        trained(model, parameters, reading, total_steps=1)
 
 
 SHAPE = Shape.of(rows=3, units=6, width=2, dtype=torch.float32)
@@ -161,16 +147,14 @@ def test_vectors_are_read_where_they_are_used_and_kept_where_they_were(tmp_path,
 def test_vectors_of_an_earlier_run_are_brought_over_once(monkeypatch):
     inner = MemoryStore(SHAPE)
     _, values = filled(inner)
-    store = DeviceStore(inner, torch.device("cpu"))
-    asked = []
-    read = inner.read
-    monkeypatch.setattr(inner, "read", lambda places: asked.append(places.tolist()) or read(places))
+    store, read = DeviceStore(inner, torch.device("cpu")), mock.Mock(wraps=inner.read)
+    monkeypatch.setattr(inner, "read", read)
     for _ in range(2):
         assert torch.equal(store.read(np.array([4, 0, 4])), values[[4, 0, 4]])
-    assert asked == [[0, 4]]
     store.forget()
     assert not inner.done.any()
-    assert torch.equal(store.read(np.array([0])), values[[0]]) and asked[1:] == [[0]]
+    assert torch.equal(store.read(np.array([0])), values[[0]])
+    assert [call.args[0].tolist() for call in read.call_args_list] == [[0, 4], [0]]
 
 
 def test_only_a_device_with_room_of_its_own_keeps_a_copy(monkeypatch):
@@ -182,18 +166,9 @@ def test_only_a_device_with_room_of_its_own_keeps_a_copy(monkeypatch):
         assert on_device(inner, torch.device("cuda")) is expected
 
 
-def test_a_tensor_stays_what_it_is_on_its_way_to_a_device():
-    tensor = torch.arange(5)
-    assert to_device(tensor, "cpu") is tensor
-    assert to_device(tensor, "meta").is_meta and to_device(tensor, "meta").shape == tensor.shape
-
-
-@pytest.mark.gpu
-@cuda_only
+@on_a_gpu
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
-    model, parameters, objective = made_on("cuda", family)
-    batcher = CausalMicroBatcher(40, True, False, "cuda")
     read = loop._read
 
     def allowed(*numbers):
@@ -206,21 +181,16 @@ def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
 
     monkeypatch.setattr(loop, "_read", allowed)
     try:
-        with packed_rows(model):
-            train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=6, on_step=watch)
+        trained(*made_on("cuda", family), total_steps=6, on_step=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-@cuda_only
+@on_a_gpu
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_training_on_a_gpu_is_that_on_the_processor(family):
-    losses = []
-    for device in ("cpu", "cuda"):
-        model, parameters, objective = made_on(device, family)
-        batcher, steps = CausalMicroBatcher(1000, True, False, device), []
-        with packed_rows(model):
-            train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=4, on_step=steps.append)
-        losses.append([step.loss for step in steps])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)  # FlexAttention multiplies fp32 in TF32
+    steps = {"cpu": [], "cuda": []}
+    for device, seen in steps.items():
+        trained(*made_on(device, family), tokens=1000, total_steps=4, on_step=seen.append)
+    # FlexAttention multiplies fp32 in TF32.
+    assert [s.loss for s in steps["cuda"]] == pytest.approx([s.loss for s in steps["cpu"]], rel=2e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -18,8 +19,8 @@ from tests import processes
 SHAPE = Shape.of(rows=4, units=10, width=3, dtype=torch.float32)
 
 
-def fill(store, rows=(0, 1, 2, 3), value=1.0):
-    store.write(np.array(rows), np.arange(10), torch.full((10, 3), value, dtype=store.shape.torch_dtype))
+def fill(store, rows=(0, 1, 2, 3)):
+    store.write(np.array(rows), np.arange(10), torch.ones(10, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -31,10 +32,9 @@ def test_what_was_written_is_there_bit_by_bit_when_opened_again(dtype, tmp_path)
         store.write(np.array([1, 2]), np.arange(10), values)
         assert torch.equal(store.read(np.array([7, 0])), values[[7, 0]])
         store.close()
-    again = open_store("a", shape, folder=tmp_path)
-    assert again.done.tolist() == [False, True, True, False]
-    assert torch.equal(again.read(np.arange(10)), values)
-    again.close()
+    with contextlib.closing(open_store("a", shape, folder=tmp_path)) as again:
+        assert again.done.tolist() == [False, True, True, False]
+        assert torch.equal(again.read(np.arange(10)), values)
 
 
 def test_a_store_in_use_is_left_to_its_user_and_another_shape_begins_anew(tmp_path):
@@ -44,17 +44,15 @@ def test_a_store_in_use_is_left_to_its_user_and_another_shape_begins_anew(tmp_pa
     assert first.folder != second.folder
     first.close()
     second.close()
-    other = open_store("a", Shape.of(4, 10, 5, torch.float32), folder=tmp_path)
-    assert not other.done.any()
-    other.close()
+    with contextlib.closing(open_store("a", Shape.of(4, 10, 5, torch.float32), folder=tmp_path)) as other:
+        assert not other.done.any()
 
 
 def test_the_longest_unused_store_makes_room_and_one_in_use_never_does(tmp_path):
     kept = open_store("kept", SHAPE, folder=tmp_path)
     for n, name in enumerate(["old", "older"]):
-        store = open_store(name, SHAPE, folder=tmp_path)
-        store.close()
-        os.utime(store.folder / DESCRIPTION, (1000 - n, 1000 - n))
+        with contextlib.closing(open_store(name, SHAPE, folder=tmp_path)) as store:
+            os.utime(store.folder / DESCRIPTION, (1000 - n, 1000 - n))
     os.utime(kept.folder / DESCRIPTION, (1, 1))
     size = sum(file.stat().st_size for file in kept.folder.iterdir())
     new = open_store("new", SHAPE, folder=tmp_path, limit=2 * size + SHAPE.bytes)
@@ -94,17 +92,14 @@ def test_a_killed_process_leaves_its_marked_rows_and_no_lock(tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     (tmp_path / "ready").unlink()
-    store = open_store("a", SHAPE, folder=tmp_path)
-    assert store.folder.name == "a"
-    assert store.done.tolist() == [True, False, True, False]
-    assert (store.read(np.arange(10)) == 1).all()
-    store.close()
+    with contextlib.closing(open_store("a", SHAPE, folder=tmp_path)) as store:
+        assert store.folder.name == "a" and store.done.tolist() == [True, False, True, False]
+        assert (store.read(np.arange(10)) == 1).all()
 
 
 def test_marks_are_brought_to_the_disk_from_time_to_time(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "SECONDS_BETWEEN_MARKS", 0.0)
-    store = open_store("a", SHAPE, folder=tmp_path)
-    time.sleep(0.001)
-    fill(store, rows=(1,))
-    assert (store.folder / feature_store.DONE).read_bytes() == b"\0\1\0\0"
-    store.close()
+    with contextlib.closing(open_store("a", SHAPE, folder=tmp_path)) as store:
+        time.sleep(0.001)
+        fill(store, rows=(1,))
+        assert (store.folder / feature_store.DONE).read_bytes() == b"\0\1\0\0"

@@ -23,13 +23,13 @@ from deltaw.training.features import store as feature_store
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
 from deltaw.training.preparation import checkpoint_blocks
-from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
+from deltaw.training.tasks.labels import LabelObjective
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.loops import example
+from tests.training.runs import often
 from tests.training.test_label_objective import examples_of, model_of
 
 STEM = list(range(20, 32))
@@ -39,13 +39,10 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 def causal_rows(count=12):
     """Rows of many lengths; half of them begin alike, and two are equal."""
-    rows = []
-    for n in range(count):
-        draw = np.random.default_rng(0 if n == 2 else n)
-        own = draw.integers(3, VOCABULARY, draw.integers(4, 20)).tolist()
-        tokens = (STEM if n % 2 else []) + own
-        rows.append(example(n, tokens, len(tokens) - 3))
-    return rows
+    draws = [np.random.default_rng(0 if n == 2 else n) for n in range(count)]
+    own = [draw.integers(3, VOCABULARY, draw.integers(4, 20)).tolist() for draw in draws]
+    rows = [STEM + tokens if n % 2 else tokens for n, tokens in enumerate(own)]
+    return [example(n, tokens, len(tokens) - 3) for n, tokens in enumerate(rows)]
 
 
 LENGTHS = np.random.default_rng(0).integers(3, 20, 12).tolist()
@@ -68,28 +65,37 @@ def causal(trained, family="llama"):
     return train_head(model, "lm_head") if trained == "head" else lora_above(model)
 
 
-def run(model, objective, batcher, rows, *, steps=9):
-    """Losses of each step, and the parameters after the last."""
-    found = []
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def run(model, objective, batcher, rows, *, steps=6):
+    """Losses of each step of two epochs, and the parameters after the last."""
+    found, parameters = [], [p for p in model.parameters() if p.requires_grad]
     how = {"learning_rate": 5e-3, "total_steps": steps, "batch_size": 4}
     train(objective, parameters, rows, batcher, on_step=found.append, **how)
     return [step.loss for step in found], [p.detach().clone() for p in parameters]
 
 
 @contextlib.contextmanager
-def opened(model, rows, folder):
+def opened(model, rows, folder, **how):
     with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, folder=folder)
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, folder=folder, **how)
         assert cached is not None, choice
         cached.choice = choice
         yield cached
         cached.close()
 
 
-def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.nullcontext):
+def refused(model, folder, **how):
+    """Why there is no cache."""
+    with packed_rows(model):
+        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=folder, **how)
+    assert cached is None
+    return choice
+
+
+def both_ways(model, objective_of, batcher, rows, folder):
     """The same training without and with the cache; the cached one's choice and store."""
     reference = copy.deepcopy(model)
+    packed = isinstance(batcher, CausalMicroBatcher) and not batcher.padded
+    attention = packed_rows if packed else contextlib.nullcontext
     with attention(model):
         usual = run(model, objective_of(model), batcher, rows)
     with attention(reference):
@@ -111,16 +117,13 @@ def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.n
 def test_a_causal_model_trains_the_same(trained, family, way, tmp_path):
     model = causal(trained, family)
     batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
-    attention = contextlib.nullcontext if way == "padded" else packed_rows
-    _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
+    _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path)
     assert choice.value == ("all but the output head" if trained == "head" else "the lower 1 of 2 blocks")
 
 
-@pytest.mark.parametrize("family", ["bloom", "mamba"])
-def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
-    model = causal_model(family)
-    name = "transformer.h.1" if family == "bloom" else "backbone.layers.1"
-    train_head(model, name)
+@pytest.mark.parametrize(("family", "trained"), [("bloom", "transformer.h.1"), ("mamba", "backbone.layers.1")])
+def test_models_that_run_padded_rows_only_train_the_same(family, trained, tmp_path):
+    model = train_head(causal_model(family), trained)
     both_ways(model, CausalObjective, CausalMicroBatcher(64, False, True, "cpu"), causal_rows(), tmp_path)
 
 
@@ -128,36 +131,29 @@ def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)
     model.disable_input_require_grads()
-    both_ways(model, CausalObjective, SHARED, causal_rows(), tmp_path, packed_rows)
+    both_ways(model, CausalObjective, SHARED, causal_rows(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "trained",
-    [
-        *("bert classifier", "bert classifier bert.pooler", "bert classifier bert.encoder.layer.1"),
-        *("roberta classifier", "distilbert pre_classifier classifier", "llama score", "llama score model.layers.1"),
-    ],
-)
-def test_classifiers_train_the_same(trained, tmp_path):
-    family, *modules = trained.split()
-    model, rows = train_head(model_of(family, pad=0), *modules), examples_of(LENGTHS)
+HEADS = "bert classifier,roberta classifier,distilbert pre_classifier classifier,llama score,bert-regression classifier"
+ABOVE = "bert classifier bert.pooler,bert classifier bert.encoder.layer.1,llama score model.layers.1"
+
+
+@pytest.mark.parametrize("trained", [*HEADS.split(","), *ABOVE.split(",")])
+def test_classifiers_and_a_regression_train_the_same(trained, tmp_path):
+    kind, *modules = trained.split()
+    family, _, number = kind.partition("-")
+    model = train_head(model_of(family, outputs=1 if number else 3, pad=0), *modules)
+    task, rows = number or "sequence-classification", examples_of(LENGTHS, number=bool(number))
     batcher = LabelMicroBatcher(64, "cpu", segments=False)
-    cached, _ = both_ways(model, lambda m: LabelObjective(m, "sequence-classification"), batcher, rows, tmp_path)
-    assert cached.store.shape.units == (12 if len(modules) == 1 or family == "distilbert" else sum(LENGTHS))
-
-
-def test_a_regression_trains_the_same(tmp_path):
-    model, rows = train_head(model_of("bert", outputs=1), "classifier"), examples_of(LENGTHS, number=True)
-    both_ways(model, lambda m: LabelObjective(m, "regression"), LabelMicroBatcher(64, "cpu"), rows, tmp_path)
+    cached, _ = both_ways(model, lambda m: LabelObjective(m, task), batcher, rows, tmp_path)
+    assert cached.store.shape.units == (12 if trained in HEADS else sum(LENGTHS))
 
 
 @pytest.mark.parametrize("modules", [["classifier"], ["classifier", "vit.layers.1"]])
 def test_an_image_classifier_trains_the_same(modules, tmp_path):
-    torch.manual_seed(0)
     config = transformers.ViTConfig(**SHAPE, num_hidden_layers=2, image_size=16, patch_size=8, num_labels=3)
     model = train_head(transformers.ViTForImageClassification(config).eval(), *modules)
-    draw = np.random.default_rng(0)
-    images = [draw.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(12)]
+    images = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3)).astype(np.uint8)
     rows = [ImageExample(n, image, n % 3, digest=bytes([n])) for n, image in enumerate(images)]
     pixels = lambda rows: torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2) / 255  # noqa: E731
     batcher = LabelMicroBatcher(20, "cpu", encoder=SimpleNamespace(encode=pixels), tokens_per_image=5)
@@ -186,9 +182,8 @@ def test_after_an_epoch_the_prefix_does_not_run_and_the_next_run_finds_the_featu
     with opened(model, rows[::-1], tmp_path) as again:  # whatever the order of its rows
         assert again.store.folder == cached.store.folder
         assert again.store.done.all() and "11 of 11 rows there already" in again.choice.why
-    values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
-    values *= 1.5
-    del values
+    values = cached.store.folder / feature_store.VALUES
+    (np.fromfile(values, np.float32) * 1.5).tofile(values)
     with opened(model, rows, tmp_path) as again:  # values that are not right any more are forgotten
         assert not again.store.done.any()
 
@@ -202,13 +197,11 @@ def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
         expected = cached.store.read(np.arange(cached.rows.units)).clone()
     # As if killed while the values of these rows were being written.
     lost = [2, 5]
-    marks = np.memmap(cached.store.folder / feature_store.DONE, np.uint8, "r+")
-    marks[lost] = 0
-    values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
-    for slot in lost:
-        start = cached.rows.starts[slot] * 32
-        values[start : start + 32 * cached.rows.counts[slot]] = np.nan
-    del marks, values
+    np.memmap(cached.store.folder / feature_store.DONE, np.uint8, "r+")[lost] = 0
+    values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+").reshape(-1, 32)
+    for start, count in zip(cached.rows.starts[lost], cached.rows.counts[lost], strict=True):
+        values[start : start + count] = np.nan
+    del values
     with opened(model, rows, tmp_path) as again:
         assert np.flatnonzero(~again.store.done).tolist() == lost
         for batch in again.batches(rows):
@@ -240,52 +233,27 @@ def test_other_weights_rows_levels_or_ways_to_compute_are_another_store(tmp_path
 
 
 def test_where_training_reaches_down_there_is_no_cache(tmp_path):
-    model = lora_above(causal_model("llama"), block=0)
-    with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=tmp_path)
-    assert cached is None and choice.value == "off"
+    assert refused(lora_above(causal_model("llama"), block=0), tmp_path).value == "off"
 
 
 def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
     model = lora_above(causal_model("llama"))
-    first, second = model.model.layers
-    seen = {}
+    (first, second), seen = model.model.layers, {}
     first.register_forward_pre_hook(lambda m, args: seen.update(it=args[0]))
     first.mlp.register_forward_hook(lambda m, args, out: seen.update(it=out))
     second.register_forward_pre_hook(lambda m, args: (args[0] + seen.pop("it"), *args[1:]))
-    with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=tmp_path)
-    assert cached is None and "resumed there" in choice.why
+    assert "resumed there" in refused(model, tmp_path).why
 
 
 def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(tmp_path, monkeypatch):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    with packed_rows(model):
-        how = {"folder": tmp_path, "limit": 100}
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, **how)
-        assert cached is not None and "in memory" in choice.why
-        monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, **how)
-        assert cached is None and "KB" in choice.why
+    with opened(model, rows, tmp_path, limit=100) as cached:
+        assert "in memory" in cached.choice.why
+    monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
+    assert "KB" in refused(model, tmp_path, limit=100).why
 
 
-def test_evaluations_are_the_same_with_and_without(tmp_path):
-    model, rows = causal("head"), causal_rows()
-    with opened(model, rows, tmp_path) as cached:
-        usual = evaluate_causal(CausalObjective(model), rows, SHARED)
-        for _ in range(2):
-            found = evaluate_causal(cached.objective, rows, cached)
-            assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
-            np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
-    model, rows = train_head(model_of("bert"), "classifier"), examples_of(LENGTHS)
-    objective, batcher = LabelObjective(model, "sequence-classification"), LabelMicroBatcher(64, "cpu")
-    cached, _ = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
-    found, usual = evaluate_labels(cached.objective, rows, cached), evaluate_labels(objective, rows, batcher)
-    np.testing.assert_allclose(found.predictions, usual.predictions, rtol=1e-4, atol=1e-6)
-    cached.close()
-
-
-@pytest.mark.parametrize("trained", ["head", "upper block"])
+@pytest.mark.parametrize("trained", often("upper block", of=("head", "upper block")))
 def test_on_fake_tensors_the_same_steps_run_in_memory(trained, tmp_path):
     rows = causal_rows()
     with FakeTensorMode(), opened(causal(trained), rows, tmp_path) as cached:

@@ -9,10 +9,10 @@ from torch import nn
 from deltaw.training.guarantee import TrainedCheck, UntrainedParameterError, UntrainedParameterWarning, may_skip
 
 
-def steps(network: nn.Module, loss_of, count: int = 3, **settings: object) -> None:
-    named = list(network.named_parameters())
-    optimizer = torch.optim.AdamW([p for _, p in named], lr=1e-3)
-    check = TrainedCheck([n for n, _ in named], [p for _, p in named], **settings)
+def steps(network: nn.Module, loss_of, count: int = 3, rate: float = 1e-3, **settings: object) -> None:
+    named = dict(network.named_parameters())
+    optimizer = torch.optim.AdamW(named.values(), lr=rate)
+    check = TrainedCheck([*named], [*named.values()], **settings)
     for _ in range(count):
         optimizer.zero_grad()
         loss_of(network).backward()
@@ -49,21 +49,14 @@ def test_a_factor_may_wait_for_its_partner():
 
 
 def test_a_rate_too_small_to_change_anything_is_no_training():
-    net = network()
-    named = list(net.named_parameters())
-    check = TrainedCheck([n for n, _ in named], [p for _, p in named])
     with pytest.raises(UntrainedParameterError, match="did not move"):
-        for _ in range(2):
-            net(X).square().sum().backward()
-            check.before_update()
-            check.after_update()
+        steps(network(), lambda n: n(X).square().sum(), count=2, rate=0.0)
 
 
 def test_experts_and_embeddings_may_be_skipped():
     model = nn.ModuleDict({"words": nn.Embedding(9, 4), "layers": nn.ModuleList()})
     for _ in range(2):
-        experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        model.layers.append(nn.ModuleDict({"experts": experts, "other": nn.Linear(4, 4)}))
+        model.layers.append(nn.ModuleDict({"experts": nn.ModuleList(network()), "other": nn.Linear(4, 4)}))
 
     def first_expert_only(m: nn.Module) -> torch.Tensor:
         x = m.words(torch.tensor([1, 2]))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.errors import UserError
@@ -14,13 +14,13 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.training.optimizer import count_steps
 from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from tests.training.loops import Training, examples
+from tests.training.loops import Training, examples, moved
 
 FLAT = CausalMicroBatcher(tokens_per_pass=10_000, share=True, padded=False, device="cpu")
 
 
-def training(batcher=FLAT, **settings):
-    how = {"learning_rate": 1e-3, "total_steps": 4, "batch_size": 3, **settings}
+def training(batcher=FLAT, **changes):
+    how = {"learning_rate": 1e-3, "total_steps": 4, "batch_size": 3, **changes}
     return Training("lora", "llama", rows=7, batcher=batcher, **how)
 
 
@@ -28,6 +28,7 @@ def factors(run):
     return {name: parameter.detach() for name, parameter in run.trained.items()}
 
 
+@settings(max_examples=40)
 @given(rows=st.integers(1, 60), batch=st.integers(1, 20), epochs=st.integers(1, 3), seed=st.integers(0, 9))
 def test_every_epoch_sees_every_row_once_and_ends_with_the_rows_left(rows, batch, epochs, seed):
     numbered = examples(rows)
@@ -41,38 +42,22 @@ def test_every_epoch_sees_every_row_once_and_ends_with_the_rows_left(rows, batch
 
 
 def test_epochs_and_seeds_differ_in_their_order_and_steps_follow_from_epochs_unless_they_are_given():
-    order = lambda step, seed: [e.row for e in rows_of_step(examples(30), step, 30, seed)]  # noqa: E731
-    assert order(0, 0) == order(0, 0) != order(1, 0)
-    assert order(0, 0) != order(0, 1)
-    for *asked, steps in [
-        (10, 4, 1, None, 3),
-        (10, 4, 0.5, None, 2),
-        (10, 4, 0.01, None, 1),
-        (10, 4, 3, 5, 5),
-        (1, 16, 1, None, 1),
-    ]:
-        assert count_steps(*asked) == steps
+    def order(step, seed):
+        return [e.row for e in rows_of_step(examples(30), step, 30, seed)]
+
+    assert order(0, 0) == order(0, 0) != order(1, 0) != order(0, 1) != order(0, 0)
+    asked = ((10, 4, 1, None), (10, 4, 0.5, None), (10, 4, 0.01, None), (10, 4, 3, 5), (1, 16, 1, None))
+    assert [count_steps(*one) for one in asked] == [3, 2, 1, 5, 1]
 
 
 def test_a_step_counts_what_it_saw():
     run = training(total_steps=3).go()
-    assert [step.rows for step in run.steps] == [3, 3, 1]
-    assert run.outcome.rows == 7
+    assert [step.rows for step in run.steps] == [3, 3, 1] and run.outcome.rows == 7 and run.steps[-1].epoch == 1
     assert run.outcome.tokens == sum(len(e.tokens) for e in run.rows)
     assert run.outcome.label_tokens == sum(e.label_count for e in run.rows)
     assert run.outcome.computed_tokens < run.outcome.tokens  # the stem of a step's rows is computed once
-    assert run.steps[-1].epoch == 1
     mean = sum(s.loss * s.label_tokens for s in run.steps) / run.outcome.label_tokens
     assert run.outcome.loss == pytest.approx(mean)
-
-
-def test_any_split_into_passes_gives_the_same_losses_and_factors():
-    whole = training().go()
-    for split in ((25, True, False), (10_000, False, False), (1, False, False), (20, False, True)):
-        run = training(CausalMicroBatcher(*split, "cpu")).go()
-        assert [s.loss for s in run.steps] == pytest.approx([s.loss for s in whole.steps], abs=1e-5)
-        for name, factor in factors(whole).items():
-            assert (factors(run)[name] - factor).norm() <= 1e-5 * max(1, factor.norm()), (split, name)
 
 
 def test_both_factors_move_and_the_frozen_weights_keep_every_bit():
@@ -114,9 +99,7 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(late):
 
 def test_dropout_is_drawn_in_training_and_not_in_evaluation():
     drawn = Training()
-    for name, parameter in drawn.trained.items():
-        if name.endswith("lora_B"):
-            parameter.data.normal_()
+    moved(drawn.model, 1.0)
     (batch,) = FLAT.batches(drawn.rows)
     with packed_rows(drawn.model), torch.no_grad():
         assert drawn.objective(batch) != drawn.objective(batch)

@@ -22,7 +22,7 @@ from deltaw.training.tasks import causal_objective
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective, frozen_head_log_probs, head_log_probs
 from tests.tiny_models import VOCABULARY, causal_model
-from tests.training.loops import example
+from tests.training.loops import example, moved
 from tests.training.toy_preference import BETA, Preference
 
 
@@ -47,11 +47,8 @@ def log_prob(model, row):
 
 
 def pair_by_pair(model, groups):
-    total = torch.zeros((), dtype=torch.float64)
-    for group in groups:
-        chosen, rejected = (log_prob(model, row) for row in group.rows)
-        total = total - logsigmoid(BETA * (chosen - rejected))
-    return total
+    told = torch.stack([torch.stack([log_prob(model, row) for row in group.rows]) for group in groups])
+    return -logsigmoid(BETA * (told[:, 0] - told[:, 1])).sum()
 
 
 def gradients(model, loss):
@@ -71,11 +68,7 @@ def assert_gradients(found, expected, share, floor=1e-2):
 def adapted(family, method, seed=0):
     model = causal_model(family)
     method.prepare(model, seed=seed)
-    with torch.no_grad():  # so that A has a gradient too
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    return model
+    return moved(model, 0.05)  # so that A has a gradient too
 
 
 METHODS = {"frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)), "trained head": lambda: Full(None)}
@@ -102,37 +95,26 @@ def test_gradients_of_pairs_are_those_of_separate_forwards_in_float64(family, me
 
 
 def test_pairs_are_trained_through_the_public_loop():
-    groups = pairs()
-    trained, first = {}, {}
+    groups, trained, first = pairs(), {}, {}
     for budget in (60, 10_000):
         model = adapted("llama", METHODS["frozen head"]())
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         exact = copy.deepcopy(model).double()
-        expected = gradients(exact, pair_by_pair(exact, groups[:]) / len(groups))
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        before = pair_by_pair(exact, groups)
+        expected = gradients(exact, before / len(groups))
+        batcher = CausalMicroBatcher(budget, True, False, "cpu")
+        how = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": len(groups), "max_grad_norm": None}
+        steps, objective = [], CausalObjective(model, Preference())
         with packed_rows(model):
-            outcome = deltaw.train(
-                CausalObjective(model, Preference()),
-                [p for _, p in named],
-                groups,
-                CausalMicroBatcher(budget, True, False, "cpu"),
-                names=[n for n, _ in named],
-                on_step=lambda step, at=budget: first.setdefault(at, step),
-                learning_rate=1e-2,
-                total_steps=20,
-                batch_size=len(groups),
-                max_grad_norm=None,
-            )
+            deltaw.train(objective, [*named.values()], groups, batcher, names=[*named], on_step=steps.append, **how)
+        assert len(steps) == 10 and steps[0].label_tokens == steps[0].rows == len(groups)
         norm = torch.stack([g.norm() for g in expected.values()]).norm()
-        assert first[budget].gradient_norm == pytest.approx(float(norm), rel=1e-5)
-        assert first[budget].label_tokens == len(groups) and first[budget].rows == len(groups)
-        assert outcome.steps == 20
-        before, after = pair_by_pair(exact, groups), pair_by_pair(copy.deepcopy(model).double(), groups)
-        assert after < 0.5 * before
-        trained[budget] = {n: p.detach().clone() for n, p in named}
-    assert first[60].loss == pytest.approx(first[10_000].loss, rel=1e-6)
+        assert steps[0].gradient_norm == pytest.approx(float(norm), rel=1e-5)
+        assert pair_by_pair(copy.deepcopy(model).double(), groups) < 0.5 * before
+        first[budget], trained[budget] = steps[0].loss, named
+    assert first[60] == pytest.approx(first[10_000], rel=1e-6)
     for name, parameter in trained[60].items():
-        difference = (parameter - trained[10_000][name]).norm()
-        assert difference <= 2e-3 * parameter.norm(), name
+        assert (parameter - trained[10_000][name]).norm() <= 2e-3 * parameter.norm(), name
 
 
 @pytest.mark.each_pair
@@ -153,32 +135,20 @@ def test_a_group_is_never_cut_and_every_row_comes_once(budget, share, padded):
             assert any(group.rows == (chosen, rejected) for group in groups)
 
 
-def test_what_the_rows_of_a_pair_share_is_computed_once():
-    (group,) = pairs(1)
-    batch = pack([group])
-    alone = [row.label_count for row in group.rows]
-    assert batch.tokens == 11 + sum(alone) and batch.row_tokens == 22 + sum(alone)
-
-
 @pytest.mark.parametrize("lay_out", [pack, pad])
 def test_log_probs_are_told_row_by_row_also_where_labels_are_shared(lay_out):
     random = np.random.default_rng(0)
-    stem = random.integers(3, VOCABULARY, 12)
-    rows = []
-    for end, first_label in ((2, 5), (4, 9), (3, 13)):
-        rows.append(example(end, [*stem, *random.integers(3, VOCABULARY, end)], first_label))
+    stem, lengths = random.integers(3, VOCABULARY, 12), ((2, 5), (4, 9), (3, 13))
+    rows = [example(end, [*stem, *random.integers(3, VOCABULARY, end)], first) for end, first in lengths]
     rows.append(Example(9, rows[0].tokens, rows[0].is_label, 0, None))  # equal to the first
     model = causal_model("llama")
     batch = lay_out(rows)
     with contextlib.nullcontext() if lay_out is pad else packed_rows(model), torch.no_grad():
         told = RowLogProbs.of(batch, CausalObjective(model).token_log_probs(batch))
-    if lay_out is pack:
-        assert len(told.values) < len(told.index)
-    with torch.no_grad():
-        expected = [float(log_prob(model, row)) for row in told.rows]
+    expected = [log_prob(model, row).item() for row in told.rows]
+    assert (len(told.values) < len(told.index)) == (lay_out is pack)
     assert told.sums().tolist() == pytest.approx(expected, rel=1e-5)
-    for row, count in zip(told.rows, told.counts(), strict=True):
-        assert int(count) == row.label_count
+    assert [int(count) for count in told.counts()] == [row.label_count for row in told.rows]
     with pytest.raises(ValueError, match="groups"):
         told.grouped(told.sums())
 
@@ -205,44 +175,32 @@ def test_cross_entropy_is_the_loss_that_it_says_it_is(family, method):
     assert_gradients(found[1][1], found[0][1], 1e-5, floor=1e-4)
 
 
-def head_and_inputs(seed=0):
-    torch.manual_seed(seed)
-    head = torch.nn.Linear(6, 11).double()
-    hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
-    return head, hidden, torch.randint(0, 11, (7,))
-
-
-@pytest.mark.each_value
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_a_frozen_heads_log_probs_are_those_of_log_softmax(monkeypatch, softcap, rows_at_once):
+def test_a_heads_log_probs_are_those_of_log_softmax(rows_at_once, monkeypatch):
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 8 * 11 * rows_at_once)
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", 1)
-    head, hidden, targets = head_and_inputs()
-    weight, bias = head.weight.detach(), head.bias.detach()
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(6, 11).double(), torch.randint(0, 11, (7,))
+    hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    fixed, weight, bias = (t.detach() for t in (hidden, head.weight, head.bias))
 
-    def values(x):
+    def frozen(x, softcap=0.0):
         return frozen_head_log_probs(x, targets, weight, bias, 0.7, softcap)
 
-    logits = 0.7 * (hidden @ weight.T + bias)
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    expected = log_softmax(logits, -1)[torch.arange(7), targets]
-    torch.testing.assert_close(values(hidden), expected)
-    assert torch.autograd.gradcheck(values, (hidden,))
+    def trained(x, weight, bias):
+        return head_log_probs(x, targets, head, [head.weight, head.bias], chunk=rows_at_once)
 
-
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_any_heads_log_probs_are_those_of_log_softmax(chunk):
-    head, hidden, targets = head_and_inputs()
-    expected = log_softmax(head(hidden), -1)[torch.arange(7), targets]
-
-    def values(x, weight, bias):
-        return head_log_probs(x, targets, head, [head.weight, head.bias], chunk=chunk)
-
-    torch.testing.assert_close(values(hidden, head.weight, head.bias), expected)
-    assert torch.autograd.gradcheck(values, (hidden, head.weight, head.bias))
-    fixed = hidden.detach()
-    assert torch.autograd.gradcheck(lambda w, b: values(fixed, w, b), (head.weight, head.bias))
+    logits = head(hidden)
+    for found, defined in (
+        (trained(hidden, head.weight, head.bias), logits),
+        (frozen(hidden), 0.7 * logits),
+        (frozen(hidden, 3.0), 3 * torch.tanh(0.7 * logits / 3)),
+    ):
+        torch.testing.assert_close(found, log_softmax(defined, -1)[torch.arange(7), targets])
+    assert torch.autograd.gradcheck(trained, (hidden, head.weight, head.bias))
+    assert torch.autograd.gradcheck(lambda w, b: trained(fixed, w, b), (head.weight, head.bias))
+    assert torch.autograd.gradcheck(frozen, (hidden,))
+    assert torch.autograd.gradcheck(lambda x: frozen(x, 3.0), (hidden,))
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -34,8 +34,9 @@ def everything():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_frozen():
+def _nothing_frozen(monkeypatch):
     """The tests' own objects are frozen for speed; with any, a run freezes none."""
+    monkeypatch.setattr("deltaw.training.loop.frozen_heap", frozen_heap)
     gc.unfreeze()
     yield
     gc.freeze()
