@@ -93,7 +93,7 @@ def config_of(folders) -> Callable[..., RunConfig]:
             "last": {"blocks": 1},
             "prompt": {"length": 4},
             "random": {"weights": 0.05},
-            "train": {"batch_size": 8, "max_steps": 3, "keep_features": False},
+            "train": {"batch_size": 8, "max_steps": 2, "keep_features": False},
             "precision": precision,
             "device": "cpu",
             "threads": 1,
@@ -155,7 +155,11 @@ def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_o
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "method"), [("bert", "regression", "lora"), ("llama", "sequence-classification", "prompt")]
+    ("family", "task", "method"),
+    [
+        pytest.param("bert", "regression", "lora", marks=pytest.mark.slow),
+        ("llama", "sequence-classification", "prompt"),
+    ],
 )
 def test_other_tasks_are_planned_alike(family, task, method, config_of, tmp_path):
     rows = ({"text": f"{n:02}" * 15, "label": n % 2} for n in range(26))
@@ -163,35 +167,31 @@ def test_other_tasks_are_planned_alike(family, task, method, config_of, tmp_path
     as_it_runs(config_of(family, method, task=task, data={"train": str(file)}))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_int8_weights_are_planned(family, config_of, folders):
+@pytest.mark.parametrize(("family", "layers"), [("llama", 14), ("gpt2", 8)])
+def test_int8_weights_are_planned(family, layers, config_of, folders):
     changes = {"model": str(folders / family), "data": {"train": str(folders / "llama.jsonl")}}
-    plain, plan = (planned(config_of("llama", "lora", name, **changes)) for name in ("bf16", "int8"))
-    session = session_of(config_of("llama", "lora", "int8", **changes))
+    config = config_of("llama", "lora", "int8", **changes)
+    plan, session = planned(config), session_of(config)
     frozen = [p for p in session.model.parameters() if not p.requires_grad]
-    layers = sum(weight_scales(module) is not None for module in session.model.modules())
     session.close()
-    assert layers == {"llama": 14, "gpt2": 8}[family]
-    taken = storage_bytes([*frozen, *session.model.buffers()])
+    assert sum(weight_scales(module) is not None for module in session.model.modules()) == layers
     # A dry run has no inputs to calibrate on, and so no SmoothQuant scales.
+    taken = storage_bytes([*frozen, *session.model.buffers()])
     assert plan.parts["weights"] == pytest.approx(taken, rel=0.015)
-    assert plan.parts["weights"] < 0.75 * plain.parts["weights"]
-    assert plan.trained_parameters == plain.trained_parameters
+    assert plan.parts["weights"] < 0.75 * 2 * plan.total_parameters  # in bf16 each takes two bytes
 
 
-@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_activated_adapter_is_planned_with_prompts_run_apart(epochs, config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    file = write_rows(
-        tmp_path / "rows.jsonl", ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
-    )
-    changes = {"data": {"train": str(file)}, "train": {"max_steps": 3 * epochs, "keep_features": epochs > 1}}
-    whole = planned(config_of("llama", "lora", **changes))
+    rows = ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
+    changes = {
+        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
+        "train": {"max_steps": 3 * epochs, "keep_features": epochs > 1},
+    }
     plan = as_it_runs(config_of("llama", "lora", lora={"activation": "completion"}, **changes))
-    assert plan.peak_bytes < 0.8 * whole.peak_bytes and whole.disk_bytes == 0
-    stored = list((tmp_path / "cache").rglob("values.bin"))
-    assert [file.stat().st_size for file in stored] == ([plan.disk_bytes] if epochs > 1 else [])
-    assert (plan.disk_bytes > 0) == (epochs > 1)
+    stored = [file.stat().st_size for file in (tmp_path / "cache").rglob("values.bin")]
+    assert stored == ([plan.disk_bytes] if epochs > 1 else []) and (plan.disk_bytes > 0) == (epochs > 1)
 
 
 def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_path, monkeypatch):
@@ -205,39 +205,33 @@ def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_
     assert any((tmp_path / "cache" / "features").iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "vit"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
 def test_an_evaluation_whose_passes_are_larger_than_a_steps_is_planned(family, config_of):
-    assert as_it_runs(config_of(family, "head", data={"eval": 18}, train={"batch_size": 1})).phase == "forward"
+    plan = as_it_runs(config_of(family, "head", data={"eval": 18}, train={"batch_size": 1}))
+    assert (plan.phase, plan.rows) == ("forward", 1)
 
 
 def test_lora_trains_the_ranks_times_both_sides_of_every_target(config_of):
     blocks = tiny_llama(**SHAPE).model.layers
     sides = sum(m.in_features + m.out_features for m in blocks.modules() if isinstance(m, nn.Linear))
-    wide = {"target_modules": "all-linear"}
-    plans = {rank: planned(config_of("llama", "lora", lora={"rank": rank, **wide})) for rank in (2, 16)}
+    plans = {rank: planned(config_of("llama", "lora", lora={"rank": rank})) for rank in (4, 16)}
     for rank, plan in plans.items():
         assert plan.trained_parameters == rank * sides
         assert plan.parts["optimizer"] == pytest.approx(2 * 4 * plan.trained_parameters, rel=0.01)
-    assert plans[16].peak_bytes > plans[2].peak_bytes
+    assert plans[16].peak_bytes > plans[4].peak_bytes
     # What the process held before is as this test's process happens to be.
-    small, large = (plans[rank].peak_resident_bytes - plans[rank].resident["process"] for rank in (2, 16))
+    small, large = (plans[rank].peak_resident_bytes - plans[rank].resident["process"] for rank in (4, 16))
     assert large > small
 
 
 def test_memory_follows_passes_and_what_is_kept_of_them(config_of):
-    plain = planned(config_of("llama", "lora"))
+    plain, head = (planned(config_of("llama", method)) for method in ("lora", "head"))
     recomputed = planned(config_of("llama", "lora", train={"checkpointing": True}))
     assert recomputed.parts["activations"] < 0.6 * plain.parts["activations"]
     assert recomputed.peak_bytes < plain.peak_bytes and recomputed.operations > plain.operations
-
     shorter = planned(config_of("llama", "lora", train={"tokens_per_pass": 128}))
     assert shorter.tokens < plain.tokens and shorter.peak_bytes < plain.peak_bytes
-    smaller = planned(config_of("llama", "head", train={"batch_size": 4}))
-
-    head = planned(config_of("llama", "head"))
-    assert smaller.tokens < head.tokens and smaller.peak_bytes < head.peak_bytes
-    assert (head.rows, smaller.rows) == (8, 4)
-    assert head.parts["activations"] < 0.1 * plain.parts["activations"]
+    assert head.rows == 8 and head.parts["activations"] < 0.1 * plain.parts["activations"]
     assert head.parts["weights"] + head.parts["trained"] < plain.parts["weights"] + plain.parts["trained"]
 
 
@@ -256,8 +250,8 @@ def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
 
 def test_a_shorter_pass_with_many_labels_may_be_the_peak(config_of, tmp_path):
     wordy = saved(tiny_llama(**SHAPE, vocab_size=6000), tmp_path / "wordy")
-    long = [{"prompt": "p" * 90 + f"{n:03}", "completion": "z"} for n in range(20)]
-    answers = [{"prompt": f"{n:03}", "completion": "z" * 60} for n in range(20)]
+    long = [{"prompt": "p" * 90 + f"{n:03}", "completion": "z"} for n in range(3)]
+    answers = [{"prompt": f"{n:03}", "completion": "z" * 60} for n in range(3)]
     file = write_rows(tmp_path / "rows.jsonl", [*long, *answers])
     train = {"batch_size": 1, "max_steps": None, "epochs": 1, "checkpointing": True}
     data = {"train": str(file), "eval": None}
@@ -265,12 +259,10 @@ def test_a_shorter_pass_with_many_labels_may_be_the_peak(config_of, tmp_path):
 
 
 def test_the_classes_of_the_data_are_outputs_of_the_planned_head(config_of, tmp_path):
-    counts = {}
-    for classes in (2, 7):
-        rows = ({"text": f"{n:02}" * 15, "label": f"class {n % classes}"} for n in range(26))
-        file = write_rows(tmp_path / f"{classes}.jsonl", rows)
-        counts[classes] = planned(config_of("bert", "head", data={"train": str(file)})).total_parameters
-    assert counts[7] - counts[2] == 5 * (SHAPE["hidden_size"] + 1)
+    rows = ({"text": f"{n:02}" * 15, "label": f"class {n % 7}"} for n in range(26))
+    seven = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    two, more = (planned(config_of("bert", "head", "bf16", **changes)) for changes in ({}, {"data": seven}))
+    assert more.total_parameters - two.total_parameters == 5 * (SHAPE["hidden_size"] + 1)
 
 
 @contextlib.contextmanager
@@ -281,17 +273,15 @@ def header_alone(path: str | Path, **_: object):
     yield SimpleNamespace(keys=lambda: [name for name in header if name != "__metadata__"])
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_no_weight_is_read(family, config_of, folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [("llama", "lora", "fp32"), ("bert", "head", "bf16")])
+def test_no_weight_is_read(how, config_of, folders, tmp_path, monkeypatch):
     for module in list(sys.modules.values()):
         if getattr(module, "safe_open", None) is safetensors.safe_open and module is not safetensors:
             monkeypatch.setattr(module, "safe_open", header_alone)
     monkeypatch.setattr(safetensors, "safe_open", header_alone)
-    shutil.copytree(folders / family, tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors"))
-    without = planned(config_of(family, "lora", model=str(tmp_path / family)))
-    with_head = planned(config_of(family, "lora"))
-    assert without.peak_bytes == with_head.peak_bytes
-    assert without.trained_parameters == with_head.trained_parameters
+    shutil.copytree(folders / how[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    without, whole = planned(config_of(*how, model=str(tmp_path / "model"))), planned(config_of(*how))
+    assert (without.peak_bytes, without.trained_parameters) == (whole.peak_bytes, whole.trained_parameters)
 
 
 def test_a_pooler_that_the_files_do_not_hold_is_trained_and_planned(config_of, tmp_path):
@@ -305,8 +295,7 @@ def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of
     config = config_of("vit", "head")
     task, data = read_data(config)
     refused = {}
-    plans = plan_each(config, task, data, ["head", "prompt", "bias"], refused=refused.setdefault)
-    assert list(plans) == ["head", "bias"]
+    assert list(plan_each(config, task, data, ["prompt", "head"], refused=refused.setdefault)) == ["head"]
     assert list(refused) == ["prompt"] and "does not read tokens" in refused["prompt"].what
     with pytest.raises(UserError, match="does not read tokens"):
         plan_each(config_of("vit", "prompt"), task, data, ["prompt", "head"], refused=refused.setdefault)
