@@ -13,7 +13,7 @@ from torch import nn
 from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions, prepared
 from deltaw.export.merged import assemble
-from deltaw.hub.gguf import fill
+from deltaw.hub import gguf
 from deltaw.hub.loading import load
 from deltaw.kernels import block_linear
 from deltaw.lora import LoRAConfig, attach, detach, merge
@@ -24,12 +24,25 @@ from deltaw.lora.stored import block_weight, count_numbers
 from deltaw.runs.fit import fit
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.training.origin import open_run
-from deltaw.training.planning.plan_run import plan
 from tests.byte_models import saved, tiny_llama
 from tests.hub.test_gguf import write_gguf
 from tests.training.runs import losses
 
 BF16 = 2.0**-8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_conversions(tmp_path_factory):
+    """A cache of these tests alone, in which other tests of the same file find nothing; it is converted in this
+    process, where another one would import everything first."""
+
+    def convert(path, dtype, into, say):
+        assert gguf.convert_here(str(path), dtype, str(into)) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTAW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(gguf, "_convert_in_child", convert)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def wide_folder(tmp_path_factory):
 
 
 def short(settings, folder, model, precision, **changes):
-    train = {"epochs": 3, "learning_rate": 1e-2, "drift": False, **changes.pop("train", {})}
+    train = {"epochs": 3, "learning_rate": 1e-2, "drift": False}
     return settings(folder, model=str(model), precision=precision, train=train, **changes)
 
 
@@ -71,8 +84,8 @@ def test_a_gguf_model_is_its_dequantized_one_to_the_bit(gguf_file):
 
 
 def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, tmp_path):
-    run, plain = (fit(short(settings, tmp_path / p, gguf_file, p)).output for p in ("gguf", "bf16"))
-    ours, own = losses(run), losses(plain)
+    result, plain = (fit(short(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16"))
+    run, (ours, own) = result.output, (losses(each.output) for each in (result, plain))
     assert ours[-1] < 0.98 * ours[0]
     assert ours == pytest.approx(own, rel=1e-2)
 
@@ -95,23 +108,12 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
         notes = " ".join(assemble(job).notes)
     assert "blocks' values" in notes
 
-
-def test_the_plan_counts_blocks_as_they_are(gguf_file, settings, tmp_path):
-    made = {p: plan(short(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16")}
+    # The plan counts blocks as they are.
+    weights = result.plan.parts["weights"]
     loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1).model
-    assert made["gguf"].total_parameters == made["bf16"].total_parameters
-    assert made["gguf"].parts["weights"] == pytest.approx(sum(p.nbytes for p in loaded.parameters()), rel=0.02)
-    assert made["gguf"].parts["weights"] < 0.6 * made["bf16"].parts["weights"]
-
-
-def test_nf4_is_planned_before_anything_was_rounded(wide_folder, settings, tmp_path):
-    # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
-    block_linear.nf4_values.cache_clear()
-    block_linear.dynamic_codes.cache_clear()
-    made = {p: plan(short(settings, tmp_path / p, wide_folder, p)) for p in ("nf4", "bf16")}
-    assert made["nf4"].total_parameters == made["bf16"].total_parameters
-    assert made["nf4"].parts["weights"] < made["bf16"].parts["weights"]
-    assert type(block_linear.nf4_values()) is type(block_linear.dynamic_codes()) is torch.Tensor
+    assert result.plan.total_parameters == plain.plan.total_parameters
+    assert weights == pytest.approx(sum(p.nbytes for p in loaded.parameters()), rel=0.02)
+    assert weights < 0.6 * plain.plan.parts["weights"]
 
 
 def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_path):
@@ -128,8 +130,15 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
             weight.data.copy_(module.plain_weight())
     assert changed == 14
     saved(plain, tmp_path / "rounded")
-    ours = fit(short(settings, tmp_path / "nf4", wide_folder, "nf4")).output
-    own = fit(short(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16")).output
+    # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
+    block_linear.nf4_values.cache_clear()
+    block_linear.dynamic_codes.cache_clear()
+    made = fit(short(settings, tmp_path / "nf4", wide_folder, "nf4"))
+    assert type(block_linear.nf4_values()) is type(block_linear.dynamic_codes()) is torch.Tensor
+    usual = fit(short(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16"))
+    assert made.plan.total_parameters == usual.plan.total_parameters
+    assert made.plan.parts["weights"] < usual.plan.parts["weights"]
+    ours, own = made.output, usual.output
     assert losses(ours) == pytest.approx(losses(own), rel=1e-2)
     assert losses(ours)[-1] < losses(ours)[0]
     opened = open_run(str(ours), device="cpu", say=lambda line: None)
@@ -153,9 +162,8 @@ def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_
 
 @pytest.mark.slow
 def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
-    ours, own = (
-        losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output) for p in ("gguf", "bf16")
-    )
+    runs = (fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output for p in ("gguf", "bf16"))
+    ours, own = map(losses, runs)
     assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
 
 
@@ -166,7 +174,7 @@ def test_other_models_and_a_file_that_was_cut_short_since_are_refused(wide_folde
     short_file = tmp_path / "short.gguf"
     short_file.write_bytes(gguf_file.read_bytes()[:-4000])
     with pytest.raises(UserError, match="shorter than its own header says"):
-        fill(tiny_llama(), loaded.folder, short_file)
+        gguf.fill(tiny_llama(), loaded.folder, short_file)
 
 
 class Packed(nn.Parameter):
