@@ -16,6 +16,7 @@ from deltaw.cache import recall, remember
 from deltaw.errors import UserError
 from deltaw.machine import product_rates as measurements
 from deltaw.machine.product_rates import Measured
+from deltaw.memory.plan import Plan
 from deltaw.settings import RunConfig
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.asked import refuse_memory
@@ -32,10 +33,16 @@ def own_cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def plan_of_some_run(settings, tmp_path_factory) -> Plan:
+    config = RunConfig.read(settings(tmp_path_factory.mktemp("some") / "run"))
+    return planning.plan_run(config, *read_data(config))
+
+
 @pytest.fixture
-def counted(monkeypatch) -> mock.Mock:
-    """The dry runs that are made."""
-    made = mock.Mock(wraps=planning._planned)
+def counted(plan_of_some_run, monkeypatch) -> mock.Mock:
+    """In the place of dry runs."""
+    made = mock.Mock(return_value=plan_of_some_run)
     monkeypatch.setattr(planning, "_planned", made)
     return made
 
@@ -48,7 +55,9 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
     model = shutil.copytree(model_folder, tmp_path / "model")
     plain = settings(tmp_path / "run", data={"train": str(rows)}, model=str(model))
     config = RunConfig.read(plain)
-    planning.plan_run(config, *read_data(config))
+    for _ in range(2):
+        planning.plan_run(config, *read_data(config))
+    assert counted.call_count == 1
     if change == "settings":
         config = RunConfig.read({**plain, "train": {**plain["train"], "batch_size": 4}})
     elif change == "rows":
@@ -66,8 +75,10 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
     assert counted.call_count == 2
 
 
-def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cache, counted, monkeypatch):
+def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cache, monkeypatch):
     """Neither where rates were measured anew, nor where the user forces another."""
+    counted = mock.Mock(wraps=planning._planned)
+    monkeypatch.setattr(planning, "_planned", counted)
     monkeypatch.delenv("DELTAW_MEASURED")
     monkeypatch.setattr(measurements, "_used", {})
     config = RunConfig.read(settings(tmp_path / "run"))
@@ -101,7 +112,7 @@ def test_the_same_run_is_planned_once_and_with_other_rows_anew(settings, tmp_pat
     assert counted.call_count == 2
 
 
-def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_path, own_cache, counted):
+def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_path, own_cache):
     config = RunConfig.read(settings(tmp_path / "run", lora={"target_modules": ["nosuch"]}))
     task, data = read_data(config)
     with pytest.raises(UserError, match="nosuch"):
