@@ -31,7 +31,7 @@ TRAIN = {
 }
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(texts, texts, st.fixed_dictionaries(LORA), st.fixed_dictionaries(TRAIN))
 def test_the_settings_read_back_as_the_same_configuration(model, output, lora, train):
     data = {"train": "rows: #1.jsonl", "eval": 0.1, "columns": {"prompt": "question"}}

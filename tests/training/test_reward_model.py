@@ -120,7 +120,7 @@ def test_a_run_learns_which_answer_is_better_and_is_read_again(kind, settings, t
     path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=kind == "encoder"))
     base = encoder_folder if kind == "encoder" else model_folder
     changes = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}, "model": str(base)}
-    result = fit(settings(tmp_path / "run", **changes, train={"epochs": 12, "eval_every": 3}))
+    result = fit(settings(tmp_path / "run", **changes, train={"epochs": 6, "eval_every": 9}))
     evals = [line["eval"] for line in metrics(result.output, "eval")]
     assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["accuracy"] == 1
     steps = metrics(result.output, "learning_rate")

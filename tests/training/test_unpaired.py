@@ -88,13 +88,12 @@ def judging(settings, answers_file):
 
 @pytest.fixture(scope="module")
 def judged(judging, tmp_path_factory):
-    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 7}))
+    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 20}))
 
 
 def test_a_run_shifts_the_rewards_of_answers_that_it_did_not_see(judged):
     evals = [line["eval"] for line in metrics(judged.output, "eval")]
-    first, last = evals[0], evals[-1]
-    assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
+    assert evals[-1]["margin"] > evals[0]["margin"] + 0.05 and evals[-1]["loss"] < evals[0]["loss"]
     found, (low, high) = judged.evaluation.metrics, judged.evaluation.interval
     assert low <= found["accuracy"] <= high and found["accuracy"] > 0.6 and found["kl"] >= 0
     steps = metrics(judged.output, "learning_rate")
@@ -122,7 +121,7 @@ def test_the_reference_is_the_base_model_and_an_evaluation_counts_all_rows(judge
 
 
 def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(judging, tmp_path):
-    given = {"train": {"epochs": 3, "checkpoint_every": 2}}
+    given = {"train": {"epochs": 1, "checkpoint_every": 2}}
     fit(judging(tmp_path / "whole", **given))
     small = fit(judging(tmp_path / "small", train={**given["train"], "tokens_per_pass": 80})).output
     assert losses(small) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
@@ -132,7 +131,7 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
 
 
 def test_virtual_tokens_come_before_both_rows(judging, tmp_path):
-    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 10})).output)
+    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 4})).output)
     assert np.mean(found[-3:]) < np.mean(found[:3])
 
 
