@@ -62,13 +62,10 @@ def test_a_run_saves_its_own_template_and_is_asked_with_it(tmp_path: Path, setti
     )
     output = fit(settings(tmp_path / "run", data={"chat_template": str(own)}, train={"max_steps": 1})).output
     assert (output / "chat_template.jinja").read_text() == own.read_text()
+    assert fit({"train": {"max_steps": 2}}, resume=output).outcome.steps == 2
     own.unlink()  # the run's folder is enough
-    assert "says" in "".join(
-        piece.text
-        for row in shown_rows(settings_in(output, {}), None, 1)
-        for example in row.examples
-        for piece in example.pieces
-    )
+    (shown,) = shown_rows(settings_in(output, {}), None, 1)
+    assert "says" in "".join(piece.text for example in shown.examples for piece in example.pieces)
     opened = open_run(str(output), say=lambda line: None)
     asked = encode_prompt("hi", opened.data or "auto", opened.tokenizer)
     assert opened.tokenizer.decode(asked) == "user says hi<|im_end|>assistant says "
