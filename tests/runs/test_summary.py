@@ -21,6 +21,7 @@ from deltaw.runs.folder import RunFolder, is_alive, this_process
 from deltaw.runs.summary import TEXT, example_rows, length_counts, next_commands, plain
 from deltaw.training.callbacks import Calling
 from tests.byte_models import byte_tokenizer
+from tests.training.loops import example
 from tests.training.runs import ADAPTER
 
 
@@ -80,10 +81,8 @@ def test_rows_are_shown_with_the_mask_that_is_trained():
     tokenizer = byte_tokenizer()
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     tokens = np.array(tokenizer.encode(text), dtype=np.int32)
-    mask = np.zeros(len(tokens), bool)
-    mask[-4:] = True
-    virtual = np.r_[np.array([len(tokenizer), len(tokenizer) + 1], dtype=np.int32), tokens]
-    rows = [Example(3, tokens, mask, 0, None), Example(5, virtual, np.r_[np.zeros(2, bool), mask], 0, None)]
+    virtual = np.r_[np.int32([len(tokenizer), len(tokenizer) + 1]), tokens]
+    rows = [example(3, tokens, len(tokens) - 4), example(5, virtual, len(virtual) - 4)]
     first, second = example_rows(rows, tokenizer, None)
     assert (first["row"], first["tokens"], first["label_tokens"]) == (3, len(tokens), 4)
     assert "".join(piece["text"] for piece in first["pieces"]) == text
@@ -157,7 +156,7 @@ def test_commands_quote_the_folder(tmp_path):
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
     for given in (("failed", "lora", True), ("finished", "head", False)):
-        assert not any("chat" in entry["command"] for entry in next_commands(tmp_path, *given))
+        assert "chat" not in str(next_commands(tmp_path, *given))
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for state, resume in (("finished", " --train.epochs N"), ("failed", "")):
         told = [entry["command"] for entry in next_commands(tmp_path, state, "head", False)]
