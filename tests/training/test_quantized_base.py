@@ -94,8 +94,7 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
     with pytest.raises(UserError, match="precision"):
         fit({"precision": "bf16", "train": {"epochs": 5}}, resume=run)
 
-    said = []
-    opened = open_run(str(run), device="cpu", say=said.append)
+    opened = open_run(str(run), device="cpu", say=str)
     assert isinstance(opened.model.lm_head, BlockLinear)
     layer = opened.model.model.layers[0].self_attn.q_proj
     assert block_weight(layer).format == "Q8_0" and float(layer.lora_B.norm()) > 0
@@ -103,10 +102,9 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
         merge(opened.model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the same base: none of another one
-        open_run(str(run), precision="bf16", device="cpu", say=said.append)
-    with prepared(run, MergeOptions(), said.append) as job:
-        notes = " ".join(assemble(job).notes)
-    assert "blocks' values" in notes
+        open_run(str(run), precision="bf16", device="cpu", say=str)
+    with prepared(run, MergeOptions(), str) as job:
+        assert "blocks' values" in " ".join(assemble(job).notes)
 
     # The plan counts blocks as they are.
     weights = result.plan.parts["weights"]
@@ -122,13 +120,12 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
     assert (report.layers, report.kept) == (14, [])
     plain = load(str(wide_folder), precision="bf16", device="cpu", threads=1).model
     assert base_fingerprint(rounded) == base_fingerprint(plain)
-    changed = 0
-    for name, module in rounded.named_modules():
-        if isinstance(module, BlockLinear):
-            weight = plain.get_submodule(name).weight
-            changed += not torch.equal(weight, module.plain_weight())
-            weight.data.copy_(module.plain_weight())
-    assert changed == 14
+    blocks = {name: module for name, module in rounded.named_modules() if isinstance(module, BlockLinear)}
+    for name, module in blocks.items():
+        weight = plain.get_submodule(name).weight
+        assert not torch.equal(weight, module.plain_weight())
+        weight.data.copy_(module.plain_weight())
+    assert len(blocks) == 14
     saved(plain, tmp_path / "rounded")
     # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
     block_linear.nf4_values.cache_clear()
@@ -141,9 +138,9 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
     ours, own = made.output, usual.output
     assert losses(ours) == pytest.approx(losses(own), rel=1e-2)
     assert losses(ours)[-1] < losses(ours)[0]
-    opened = open_run(str(ours), device="cpu", say=lambda line: None)
+    opened = open_run(str(ours), device="cpu", say=str)
     assert block_weight(opened.model.model.layers[0].mlp.up_proj).format == "NF4"
-    with prepared(ours, MergeOptions(), lambda line: None) as job:
+    with prepared(ours, MergeOptions(), str) as job:
         assert "NF4" in " ".join(assemble(job).notes)
 
 
@@ -192,8 +189,7 @@ def check_foreign(model, x, library):
     with torch.no_grad():
         layer.lora_B.normal_()
     y = layer(x)
-    expected = own + 2 * (x @ layer.lora_A) @ layer.lora_B
-    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, own + 2 * (x @ layer.lora_A) @ layer.lora_B, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert float(layer.lora_A.grad.norm()) > 0
     with pytest.raises(UserError, match=f"quantized by {library}"):
@@ -209,7 +205,6 @@ def foreign():
 
 
 def test_a_layer_that_another_library_quantized_keeps_its_product():
-    torch.manual_seed(0)
     check_foreign(nn.ModuleDict({"q_proj": foreign()}), torch.randn(5, 64), "torchao")
 
 
@@ -217,7 +212,6 @@ def test_a_layer_that_another_library_quantized_keeps_its_product():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_bitsandbytes_layer_is_adapted_with_its_own_product(bits):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-    torch.manual_seed(0)
     plain = nn.Linear(64, 32, bias=False)
     if bits == 4:
         quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
@@ -230,7 +224,6 @@ def test_a_bitsandbytes_layer_is_adapted_with_its_own_product(bits):
 
 def of_torchao(config):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is optional")
-    torch.manual_seed(0)
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 32, bias=False)})
     quantization.quantize_(model, getattr(quantization, config)())
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
 from deltaw.training.planning.remembered import Remembered, digest_of, recalled
 from deltaw.training.session import read_data
 from tests.caches import other_text, other_version
-from tests.conftest import write_rows
+from tests.conftest import laid_over, write_rows
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
         planning.plan_run(config, *read_data(config))
     assert counted.call_count == 1
     if change == "settings":
-        config = RunConfig.read({**plain, "train": {**plain["train"], "batch_size": 4}})
+        config = RunConfig.read(laid_over(plain, {"train": {"batch_size": 4}}))
     elif change == "rows":
         write_rows(rows, ({"prompt": f"paint it {n}", "completion": "r"} for n in range(12)))
     elif change == "model":
@@ -84,8 +83,8 @@ def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cach
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
     rates: dict[str, dict[str, float]] = {}
-    for candidate in measurements.candidates():
-        rates.setdefault(candidate.stored, {})[candidate.name] = 50.0 if candidate.way == "torch" else 100.0
+    for of in measurements.candidates():
+        rates.setdefault(of.stored, {})[of.name] = 50.0 if of.way == "torch" else 100.0
     monkeypatch.setattr(measurements, "measure", lambda *of: Measured(rates, disturbed=False))
     first = planning.plan_run(config, task, data)
     assert planning.plan_run(config, task, data) == first and counted.call_count == 1
@@ -156,10 +155,14 @@ def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache)
 
 def test_a_limit_that_nobody_watches_is_refused_by_name():
     assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, "cuda") is None
-    of_devices = [functools.partial(memory_budget, "2GB", device) for device in ("cuda", "cuda:1", "mps")]
-    for refuse in (*of_devices, lambda: refuse_memory("2GB", "tune")):
+    for refuse, of in (
+        (memory_budget, "cuda"),
+        (memory_budget, "cuda:1"),
+        (memory_budget, "mps"),
+        (refuse_memory, "tune"),
+    ):
         with pytest.raises(UserError) as refused:
-            refuse()
+            refuse("2GB", of)
         assert refused.value.where == "memory"
     assert no_plan_to_keep("why").where == "memory"
     refuse_memory(None, "tune")
