@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
 
 import deltaw
 from deltaw.errors import UserError
@@ -23,7 +23,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
 from tests.conftest import laid_over
 from tests.kernels.conftest import compiled_only
-from tests.training.runs import ADAPTER, METHODS, TRAIN, Snapshots, Told, assert_same_run, metrics, stopped_run
+from tests.training.runs import ADAPTER, METHODS, TRAIN, Snapshots, Told, adapter, assert_same_run, metrics, stopped_run
 
 KINDS = {name: METHODS[name] for name in ("prompt", "random", "full", "head")}
 KINDS |= {"lora": {"lora": {"dropout": 0.2}}, "lora, upper block": {"lora": {"layers": "1-"}}}
@@ -45,6 +45,7 @@ def test_a_run_that_is_killed_goes_on_equal_to_the_bit(settings, tmp_path, monke
     taken = Snapshots(run, tmp_path, moments if method == "lora" else moments[1::2])
     whole = deltaw.fit(settings(run, **changes), callback=taken)
     assert whole.outcome.steps == 12 and whole.resumed_from_step is None
+    assert "lora" not in method or {tensor.dtype for tensor in adapter(run).values()} == {torch.float32}
     assert ("features computed once" in taken) == (method in ("lora, upper block", "head"))
     for name, folder in taken.taken.items():
         told = Told()
@@ -217,13 +218,13 @@ def test_another_model_under_the_same_name_is_refused(settings, tmp_path, model_
     made = settings(tmp_path / "run", train=TRAIN, model=str(model))
     stopped_run(made, 3)
     for last_alone in (False, True):
-        loaded = AutoModelForCausalLM.from_pretrained(model_folder)
-        weight = loaded.model.layers[0].mlp.down_proj.weight.data.view(-1)
+        weights = load_file(model_folder / "model.safetensors")
+        weight = weights["model.layers.0.mlp.down_proj.weight"].view(-1)
         if last_alone:
             weight[-1] += 1e-3
-        else:
+        else:  # all but eight
             weight[torch.arange(len(weight)) % (len(weight) // 8) != 0] *= 1.5
-        loaded.save_pretrained(model)
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match="weights are not those"):
             deltaw.fit(made)
     shutil.copytree(model_folder, model, dirs_exist_ok=True)

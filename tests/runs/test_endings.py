@@ -56,13 +56,6 @@ def test_errors_of_the_machine_say_what_to_do_and_the_run_goes_on(settings, tmp_
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_other_errors_stay_what_they_are(settings, tmp_path):
-    made = settings(tmp_path / "run", train={"checkpoint_every": 1})
-    with pytest.raises(RuntimeError, match="a fault"):
-        fit(made, callback=raising(2, RuntimeError("a fault")))
-    assert fit(made).resumed_from_step in (1, 2)
-
-
 PARTS = {
     "the tensors": (checkpoints, "write_tensors"),
     "flushing": (checkpoints.Draft, "publish"),

@@ -19,7 +19,7 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import saved
 from tests.conftest import write_rows
 from tests.training.loops import examples
-from tests.training.runs import ADAPTER, adapter, fit_aloud, losses
+from tests.training.runs import ADAPTER, fit_aloud, losses
 from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients
 
 
@@ -78,14 +78,6 @@ def test_dropout_turns_sharing_off_unless_it_is_asked_for(settings, tmp_path):
     shared, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}, train={"share_prefixes": True}))
     assert "shared prefixes computed once" in said
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
-
-
-def test_a_run_in_bf16_trains_factors_in_fp32(settings, tmp_path):
-    result, said = fit_aloud(settings(tmp_path / "run", precision="bf16", train={"epochs": 3}))
-    assert "precision: bf16" in said
-    told = losses(result.output)
-    assert told[-1] < told[0]
-    assert {tensor.dtype for tensor in adapter(result.output).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -43,18 +43,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_gloo
 
 
-@pytest.mark.each_value
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-@pytest.mark.parametrize("share", [True, False])
-def test_each_row_is_dealt_once_and_no_process_has_much_more(parts, share):
-    draw = np.random.default_rng(0)
-    rows = [example(1, draw.integers(0, 99, draw.integers(2, 60)), 1) for _ in range(30)]
-    dealt = deal(rows, parts, share=share)
-    assert sorted(place for part in dealt for place in part) == list(range(30)) and len(dealt) == parts
-    loads = [sum(len(rows[place]) for place in part) for part in dealt]
-    assert max(loads) - min(loads) <= max(len(row) for row in rows)
-
-
 def test_rows_that_begin_alike_are_dealt_together_and_too_few_leave_processes_without():
     draw = np.random.default_rng(0)
     first, second = draw.integers(0, 99, (2, 40))

@@ -166,12 +166,14 @@ def test_ktos_distance_is_that_of_the_whole_step(size):
     assert max(parts) - min(parts) > 0.1 * abs(alone) > 1e-3  # no part of the step would do
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.each_value
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("share", [True, False])
-def test_pairs_are_dealt_whole_by_what_they_cost(parts, share):
-    groups = groups_of(30)
+@pytest.mark.parametrize("pairs", [True, False])
+def test_rows_and_whole_pairs_are_dealt_once_by_what_they_cost(parts, share, pairs):
+    groups = groups_of(30) if pairs else [group.rows[0] for group in groups_of(30)]
     dealt = deal(groups, parts, share=share)
-    assert sorted(place for part in dealt for place in part) == list(range(30))
+    assert sorted(place for part in dealt for place in part) == list(range(30)) and len(dealt) == parts
     batcher = CausalMicroBatcher(10**6, share, False, "cpu", fill=False)
     loads = [sum(length for _, length in batcher.shapes([groups[n] for n in part])) for part in dealt]
     assert max(loads) - min(loads) <= max(length for g in groups for _, length in batcher.shapes([g]))

@@ -15,7 +15,7 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Calling
-from deltaw.training.process import frozen_heap, own_random_numbers, own_threads, stop_signals
+from deltaw.training.process import frozen_heap, stop_signals
 from tests.training.loops import Training
 
 
@@ -101,12 +101,3 @@ def test_the_first_signal_asks_and_the_second_interrupts_and_other_threads_leave
         assert stopped()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-
-
-def test_random_numbers_and_threads_come_back_after_an_error():
-    before = everything()
-    with pytest.raises(ValueError), own_random_numbers(7), own_threads():
-        torch.set_num_threads(2)
-        torch.rand(3)
-        raise ValueError
-    assert everything() == before

@@ -123,6 +123,7 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_virtual_tokens_come_before_both_rows(judging, tmp_path):
     found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 4})).output)
     assert np.mean(found[-3:]) < np.mean(found[:3])
