@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
@@ -29,9 +30,8 @@ KINDS = {name: METHODS[name] for name in ("prompt", "random", "full", "head")}
 KINDS |= {"lora": {"lora": {"dropout": 0.2}}, "lora, upper block": {"lora": {"layers": "1-"}}}
 QUICK = {("lora", "bf16"), ("lora, upper block", "fp32"), ("full", "int8")}
 EVERY = [
-    pytest.param(m, p, marks=[] if (m, p) in QUICK else pytest.mark.slow)
-    for m in KINDS
-    for p in ("fp32", "bf16", "int8")
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(KINDS, ("fp32", "bf16", "int8"))
 ]
 
 

@@ -32,14 +32,8 @@ from tests.training.runs import assert_same_run, held_out_rows, losses, metrics,
 from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients, log_prob, pairs
 
 BETA = 0.3
-LOSSES = {
-    "dpo": {},
-    "dpo smoothed": {"label_smoothing": 0.2},
-    "ipo": {},
-    "orpo": {},
-    "simpo": {"gamma": 0.7},
-    "simpo smoothed": {"gamma": 0.7, "label_smoothing": 0.1},
-}
+LOSSES = {"dpo": {}, "dpo smoothed": {"label_smoothing": 0.2}, "ipo": {}, "orpo": {}, "simpo": {"gamma": 0.7}}
+LOSSES["simpo smoothed"] = {"gamma": 0.7, "label_smoothing": 0.1}
 
 
 def loss_of(name):
@@ -82,8 +76,8 @@ def test_losses_without_a_reference_are_those_of_trl(name):
     sums, counts, _ = numbers()
     sums, counts = sums.float(), counts.float()
     given = LOSSES[name]
-    how = {"simpo_gamma": given.get("gamma"), "label_smoothing": given.get("label_smoothing", 0.0)}
-    how |= {"beta": BETA, "alpha": 0.0, "loss_type": "simpo", "accelerator": SimpleNamespace(device="cpu")}
+    how = {"beta": BETA, "alpha": 0.0, "loss_type": "simpo", "accelerator": SimpleNamespace(device="cpu")}
+    how |= {"simpo_gamma": given.get("gamma"), "label_smoothing": given.get("label_smoothing", 0.0)}
     trainer = SimpleNamespace(**how)
     found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
     ours = loss_of(name).of_pairs(found, counts)
@@ -95,19 +89,16 @@ def test_losses_without_a_reference_are_those_of_trl(name):
         theirs, chosen, rejected = CPOTrainer.cpo_loss(trainer, means[:, 0], means[:, 1])
     torch.testing.assert_close(ours.losses, theirs)
     torch.testing.assert_close(ours.rewards, torch.stack([chosen, rejected], 1))
-    torch.testing.assert_close(
-        torch.autograd.grad(ours.losses.sum(), found), torch.autograd.grad(theirs.sum(), expected)
-    )
+    own, reference = torch.autograd.grad(ours.losses.sum(), found), torch.autograd.grad(theirs.sum(), expected)
+    torch.testing.assert_close(own, reference)
 
 
 def with_references(model, groups):
     """The pairs, with reference values around those of the model."""
     random = np.random.default_rng(1)
     with torch.no_grad():
-        return [
-            RowGroup(tuple(replace(row, reference=float(log_prob(model, row)) + random.normal()) for row in pair.rows))
-            for pair in groups
-        ]
+        rows = [replace(r, reference=float(log_prob(model, r)) + random.normal()) for g in groups for r in g.rows]
+    return [RowGroup(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def trl_step(kind, model, rows, folder, **given):
