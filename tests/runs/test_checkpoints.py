@@ -78,9 +78,8 @@ def test_features_that_were_only_partly_stored_are_computed_as_they_were(setting
 
 
 def test_interrupted_runs_go_on_too(settings, stopped, whole):
-    before = Run(stopped)
+    before, said = Run(stopped), "The training was interrupted"
     assert before.state == "interrupted" and listed(stopped / "checkpoints")[-1].name == "step-000003"
-    said = "The training was interrupted"
     assert said in (stopped / "README.md").read_text()
     result = deltaw.fit(settings(stopped, train=TRAIN))
     assert result.resumed_from_step == 3 and not result.interrupted
@@ -126,19 +125,11 @@ def test_a_decaying_schedule_goes_on_with_the_rates_of_the_new_length(settings, 
 
 def test_settings_that_would_make_it_another_run_are_refused_by_name(settings, tmp_path, stopped):
     before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
-    for name, changes in {
-        "train.batch_size": {"train": {"batch_size": 4}},
-        "train.seed": {"train": {"seed": 1}},
-        "train.schedule": {"train": {"schedule": "cosine"}},
-        "train.learning_rate": {"train": {"learning_rate": 0.5}},
-        "train.epochs": {"train": {"epochs": 5}},
-        "lora.rank": {"lora": {"rank": 2}},
-        "method": {"method": "head"},
-        "precision": {"precision": "bf16"},
-        "data.eval": {"data": {"eval": 3}},
-        "data.labels": {"data": {"labels": "last"}},
-    }.items():
-        other = settings(stopped, **laid_over({"train": TRAIN}, changes))
+    others = {"train.batch_size": 4, "train.seed": 1, "train.schedule": "cosine", "train.learning_rate": 0.5}
+    others |= {"train.epochs": 5, "lora.rank": 2, "data.eval": 3, "data.labels": "last"}
+    for name, value in {**others, "precision": "bf16", "method": "head"}.items():
+        section, _, key = name.rpartition(".")
+        other = settings(stopped, **laid_over({"train": TRAIN}, {section: {key: value}} if section else {key: value}))
         with pytest.raises(UserError, match=f"'{name}' is ") as refused:
             deltaw.fit(other)
         assert "--fresh" in refused.value.hint and refused.value.where == str(stopped)
@@ -255,8 +246,7 @@ def as_earlier_versions_wrote(run):
 
 
 def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, stopped, whole):
-    values = as_earlier_versions_wrote(stopped)
-    earlier = Run(stopped)
+    values, earlier = as_earlier_versions_wrote(stopped), Run(stopped)
     assert (earlier.state, earlier.steps, earlier.total_steps) == ("interrupted", 3, 12)
     assert earlier.result == values["result"] and earlier.started == values["started"] and earlier.chosen
     assert deltaw.fit(settings(stopped, train=TRAIN)).resumed_from_step == 3

@@ -122,9 +122,9 @@ def groups_of(count: int, seed: int = 0) -> list[RowGroup]:
     found = []
     for n in range(count):
         prompt = draw.integers(1, 90, draw.integers(5, 40))
-        answers = [draw.integers(1, 90, draw.integers(1, 20)) for _ in range(2)]
-        rows = [example(n, [*prompt, *answer], len(prompt)) for answer in answers]
-        found.append(RowGroup((replace(rows[0], desired=bool(n % 2)), rows[1])))
+        texts = [[*prompt, *draw.integers(1, 90, draw.integers(1, 20))] for _ in range(2)]
+        judged, other = (example(n, tokens, len(prompt)) for tokens in texts)
+        found.append(RowGroup((replace(judged, desired=bool(n % 2)), other)))
     return found
 
 
