@@ -37,29 +37,20 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert path == tmp_path / "step-000007" and [p.name for p in tmp_path.iterdir()] == [path.name]
     found = files.read(path)
     assert found.step == 7 and found.values == {"step": 7, "list": [1, {"deep": None}], "text": "ü"}
-    assert set(found.tensors) == set(TENSORS)
-    for name, tensor in TENSORS.items():
-        assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor), name
-    loaded = load_file(path / files.TENSORS)  # the library reads them too
-    assert loaded.keys() == TENSORS.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    for tensors in (found.tensors, load_file(path / files.TENSORS)):  # the library reads them too
+        assert tensors.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
 def test_tensors_of_any_type_and_shape(tmp_path_factory, made):
-    folder = tmp_path_factory.mktemp("any")
     tensors = {str(n): torch.ones(tuple(shape)).to(dtype) for n, (dtype, shape) in enumerate(made)}
-    path = written(folder, tensors=tensors)
+    path = written(tmp_path_factory.mktemp("any"), tensors=tensors)
     found = files.read(path).tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert load_file(path / files.TENSORS).keys() == tensors.keys()
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def cut(path):
@@ -69,7 +60,7 @@ def cut(path):
 DAMAGES = {
     **{f"{name} is {what.__name__}": (name, what)
        for name in (files.VALUES, files.TENSORS)
-       for what in (flip, cut, os.remove)},
+       for what in (cut, os.remove)},
     "no manifest": (files.MANIFEST, os.remove),
     "half a manifest": (files.MANIFEST, lambda p: p.write_text(p.read_text()[:40])),
     "an empty manifest": (files.MANIFEST, lambda p: p.write_text("")),

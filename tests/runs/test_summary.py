@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from deltaw.runs.folder import RunFolder, is_alive, this_process
 from deltaw.runs.summary import TEXT, example_rows, length_counts, next_commands, plain
 from deltaw.training.callbacks import Calling
 from tests.byte_models import byte_tokenizer
+from tests.training.loops import example
 from tests.training.runs import ADAPTER
 
 
@@ -29,7 +31,6 @@ def read(folder):
 
 def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     run, seen = tmp_path / "run", []
-
     result = fit(settings(run), callback=Calling(on_step=lambda step: seen.append(read(run))))
     told = seen[0]
     assert told["state"] == "running" and told["ended"] is None and "result" not in told
@@ -80,10 +81,8 @@ def test_rows_are_shown_with_the_mask_that_is_trained():
     tokenizer = byte_tokenizer()
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     tokens = np.array(tokenizer.encode(text), dtype=np.int32)
-    mask = np.zeros(len(tokens), bool)
-    mask[-4:] = True
-    virtual = np.r_[np.array([len(tokenizer), len(tokenizer) + 1], dtype=np.int32), tokens]
-    rows = [Example(3, tokens, mask, 0, None), Example(5, virtual, np.r_[np.zeros(2, bool), mask], 0, None)]
+    virtual = np.r_[np.int32([len(tokenizer), len(tokenizer) + 1]), tokens]
+    rows = [example(3, tokens, len(tokens) - 4), example(5, virtual, len(virtual) - 4)]
     first, second = example_rows(rows, tokenizer, None)
     assert (first["row"], first["tokens"], first["label_tokens"]) == (3, len(tokens), 4)
     assert "".join(piece["text"] for piece in first["pieces"]) == text
@@ -101,9 +100,9 @@ def test_rows_are_shown_with_the_mask_that_is_trained():
 def test_rows_of_any_length_and_number_stay_small():
     tokenizer = byte_tokenizer()
 
-    def row(number, length):
-        mask = np.arange(length) % 2 == 1
-        return Example(number, np.full(length, 70, np.int32), mask, 0, None)
+    @functools.cache
+    def row(length):
+        return Example(1, np.full(length, 70, np.int32), np.arange(length) % 2 == 1, 0, None)
 
     class Many:
         """A million rows that are made when they are asked for."""
@@ -115,7 +114,7 @@ def test_rows_of_any_length_and_number_stay_small():
 
         def __getitem__(self, place):
             self.asked += 1
-            return row(place + 1, 5 + (place + 7) % 3000)
+            return row(5 + (place + 7) % 3000)
 
     many = Many()
     shown = example_rows(many, tokenizer, None)
@@ -127,8 +126,8 @@ def test_rows_of_any_length_and_number_stay_small():
     counts = length_counts(many)
     assert sum(counts["rows"]) == counts["sampled"] == 20_000 and counts["of"] == 1_000_000
     assert counts["edges"][0] == 5 and len(counts["edges"]) == len(counts["rows"]) + 1
-    one = row(1, 10_000)
-    (only,) = example_rows([Example(1, one.tokens, np.zeros(10_000, bool), 0, None)], tokenizer, None)
+    long = Example(1, row(10_000).tokens, np.zeros(10_000, bool), 0, None)
+    (only,) = example_rows([long], tokenizer, None)
     assert "characters" in only["pieces"][0]["text"]
 
 
@@ -157,7 +156,7 @@ def test_commands_quote_the_folder(tmp_path):
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
     for given in (("failed", "lora", True), ("finished", "head", False)):
-        assert not any("chat" in entry["command"] for entry in next_commands(tmp_path, *given))
+        assert "chat" not in str(next_commands(tmp_path, *given))
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for state, resume in (("finished", " --train.epochs N"), ("failed", "")):
         told = [entry["command"] for entry in next_commands(tmp_path, state, "head", False)]

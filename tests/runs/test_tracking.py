@@ -37,17 +37,15 @@ def test_tensorboard_has_every_number_of_the_run(settings, tmp_path):
     result = fit(settings(tmp_path / "run", track="tensorboard", train={"epochs": 2, "eval_every": 3}))
     told = EventAccumulator(str(result.output / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     told.Reload()
-    for name in ("loss", "learning_rate", "gradient_norm"):
-        found = {event.step: event.value for event in told.Scalars(f"train/{name}")}
-        assert found == pytest.approx(by_step(result.output, name), rel=1e-6)
-    held_out = by_step(result.output, "eval")
-    found = {event.step: event.value for event in told.Scalars("eval/loss")}
-    assert found == pytest.approx({step: values["loss"] for step, values in held_out.items()}, rel=1e-6)
+    held_out = {step: values["loss"] for step, values in by_step(result.output, "eval").items()}
+    expected = {f"train/{name}": by_step(result.output, name) for name in ("loss", "learning_rate", "gradient_norm")}
+    for name, numbers in {**expected, "eval/loss": held_out}.items():
+        assert {event.step: event.value for event in told.Scalars(name)} == pytest.approx(numbers, rel=1e-6)
     assert min(event.value for event in told.Scalars("train/tokens_per_second")) > 0
     (text,) = told.Tensors("settings/text_summary")
     table = text.tensor_proto.string_val[0].decode()
-    assert "| lora.rank | 4 |" in table and f"| output | {result.output} |" in table
-    assert "| trained_parameters |" in table and "| precision | fp32 |" in table
+    parts = ("| lora.rank | 4 |", f"| output | {result.output} |", "| trained_parameters |", "| precision | fp32 |")
+    assert all(part in table for part in parts)
 
 
 @installed("trackio")
@@ -61,10 +59,9 @@ def test_trackio_has_every_number_of_the_run(settings, tmp_path, monkeypatch, ca
     from trackio.sqlite_storage import SQLiteStorage
 
     logs = SQLiteStorage.get_logs("of-a-test", "my-run")
-    losses = {entry["step"]: entry["train/loss"] for entry in logs if "train/loss" in entry}
-    assert losses == pytest.approx(by_step(result.output, "loss"))
-    held_out = {entry["step"]: entry["eval/loss"] for entry in logs if "eval/loss" in entry}
-    assert held_out == pytest.approx({s: v["loss"] for s, v in by_step(result.output, "eval").items()})
+    of_evaluations = {step: values["loss"] for step, values in by_step(result.output, "eval").items()}
+    for key, expected in {"train/loss": by_step(result.output, "loss"), "eval/loss": of_evaluations}.items():
+        assert {entry["step"]: entry[key] for entry in logs if key in entry} == pytest.approx(expected)
 
 
 @pytest.fixture

@@ -27,16 +27,9 @@ def free_port() -> int:
 
 
 def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str) -> processes.Process:
-    environment = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DELTAW_PEER_SECONDS": "120",
-        **extra,
-    }
+    ranks = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DELTAW_PEER_SECONDS": 120}
+    environment = {name: str(value) for name, value in {**ranks, **address, **extra}.items()}
     return processes.start("-m", "tests.training.parallel_worker", *arguments, cwd=folder, env=environment)
 
 
@@ -56,10 +49,8 @@ def train(
     """What several processes that train one run came to; some may have more in their environment."""
     path = Path(made["output"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(made))
-    port, more = free_port(), of_rank or {}
-    return ended(
-        [start(rank, size, port, ["train", path, *flags], **extra, **more.get(rank, {})) for rank in range(size)]
-    )
+    port, told = free_port(), ["train", path, *flags]
+    return ended([start(rank, size, port, told, **extra, **(of_rank or {}).get(rank, {})) for rank in range(size)])
 
 
 def train_all(made: dict, size: int = 2, **how) -> list[str]:
@@ -82,21 +73,24 @@ def newest_step(run: Path) -> int:
     return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
+def distance(run: Path, other: Path, part: str = "") -> tuple[float, float]:
+    """The norm of the difference of two runs' adapters, or of a part of them, and of the second."""
+    factors, expected = adapter(run), adapter(other)
+    assert factors.keys() == expected.keys()
+    ours, theirs = (torch.cat([of[n].double().flatten() for n in expected if part in n]) for of in (factors, expected))
+    return float((ours - theirs).norm()), float(theirs.norm())
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """Losses, evaluations and factors agree up to the order of sums in fp32."""
     ours, theirs = metrics(one), metrics(other)
     assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        for key in ("loss", "gradient_norm", "learning_rate"):
-            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5)
+        for key in {"loss", "gradient_norm", "learning_rate", "eval"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
         for key in ("step", "rows", "tokens", "label_tokens"):
             assert a.get(key) == b.get(key)
-        if "eval" in a:
-            assert a["eval"] == pytest.approx(b["eval"], rel=1e-5)
-    factors, expected = adapter(one), adapter(other)
-    assert factors.keys() == expected.keys()
-    norm = torch.cat([t.flatten() for t in expected.values()]).norm()
-    off = torch.cat([(factors[name] - expected[name]).flatten() for name in expected]).norm()
+    off, norm = distance(one, other)
     assert off <= 1e-5 * norm
 
 

@@ -23,73 +23,67 @@ from deltaw.training.loop import _Loop
 from deltaw.training.parallel import group
 
 
-def count_sums(into: Path) -> None:
+def count_sums(into: str) -> None:
     """Note the bytes and the type of each tensor that is summed over the processes."""
     inner = dist.all_reduce
 
     def counted(tensor, *args, **kwargs):
-        with into.open("a") as file:
+        with Path(into).open("a") as file:
             file.write(json.dumps([str(tensor.dtype), tensor.numel() * tensor.element_size()]) + "\n")
         return inner(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
 
 
-def die_at(step: int) -> None:
+def die_at(step: str) -> None:
     """Kill this process, as the system does, in the middle of a step (counted from 0)."""
+    wrap_gradients(after=lambda loop, found: loop.state.step == int(step) and os.kill(os.getpid(), signal.SIGKILL))
+
+
+def wrap_gradients(*, before=lambda loop: None, after=lambda loop, found: None) -> None:
+    """Call something before and after a process computes its part of a step's gradients."""
     inner = _Loop.own_gradients
 
-    def dying(self, *args):
+    def wrapped(self, *args):
+        before(self)
         found = inner(self, *args)
-        if self.state.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        after(self, found)
         return found
 
-    _Loop.own_gradients = dying
+    _Loop.own_gradients = wrapped
 
 
-def note_held(into: Path) -> None:
+def note_held(into: str) -> None:
     """Note, before each step, what is held of the blocks' frozen weights."""
     from deltaw.runtime.fused_blocks import known_in_mode
     from deltaw.runtime.recognition import blocks_of
 
-    inner = _Loop.own_gradients
-
-    def noting(self, *args):
-        model = self.objective.model
+    def note(loop):
+        model = loop.objective.model
         frozen = [p for p in blocks_of(model)[1].parameters() if not p.requires_grad]
-        whole = sum(p.numel() * p.element_size() for p in frozen)
         rows = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
-        own = sum(p.numel() * p.element_size() for p in rows)
+        own, whole = (sum(p.numel() * p.element_size() for p in of) for of in (rows, frozen))
         fused = known_in_mode(model, "packed")
-        with into.open("a") as file:
+        with Path(into).open("a") as file:
             file.write(json.dumps([own, whole, bool(fused and fused.choice.value)]) + "\n")
-        return inner(self, *args)
 
-    _Loop.own_gradients = noting
+    wrap_gradients(before=note)
 
 
-def break_at(step: int) -> None:
+def break_at(step: str) -> None:
     """Let this process's part of a step (counted from 0) be infinite, as where a product overflows."""
-    inner = _Loop.own_gradients
 
-    def breaking(self, *args):
-        sums, general = inner(self, *args)
-        if self.state.step == step:
-            sums.loss = sums.loss * float("inf")
-        return sums, general
+    def spoil(loop, found):
+        if loop.state.step == int(step):
+            found[0].loss = found[0].loss * float("inf")
 
-    _Loop.own_gradients = breaking
+    wrap_gradients(after=spoil)
 
 
 if __name__ == "__main__":
     group.PART_BYTES = 64
-    if "COUNTED" in os.environ:
-        count_sums(Path(os.environ["COUNTED"]))
-    if "DIES_AT" in os.environ:
-        die_at(int(os.environ["DIES_AT"]))
-    if "HELD" in os.environ:
-        note_held(Path(os.environ["HELD"]))
-    if "BREAKS_AT" in os.environ:
-        break_at(int(os.environ["BREAKS_AT"]))
+    asked = {"COUNTED": count_sums, "DIES_AT": die_at, "HELD": note_held, "BREAKS_AT": break_at}
+    for variable, call in asked.items():
+        if variable in os.environ:
+            call(os.environ[variable])
     main(sys.argv[1:])

@@ -21,12 +21,10 @@ def rows(seed=0):
     """Shared, nested, equal and prefix rows among unrelated ones; labels on the later half of each."""
     random = np.random.default_rng(seed)
 
-    def draw(count):
-        return random.integers(3, VOCABULARY, count).tolist()
-
-    stem, middle = draw(9), draw(6)
-    made = [stem + draw(4), stem + middle + draw(3), stem + middle + draw(5), stem + middle, stem, draw(17), draw(2)]
-    made.append(list(made[0]))
+    lengths = (9, 6, 4, 3, 5, 17, 2)
+    stem, middle, one, two, three, long, short = (random.integers(3, VOCABULARY, n).tolist() for n in lengths)
+    nested = [stem + one, stem + middle + two, stem + middle + three, stem + middle, stem]
+    made = [*nested, long, short, nested[0]]
     return [example(number, tokens, max(1, len(tokens) // 2)) for number, tokens in enumerate(made, 1)]
 
 
@@ -54,7 +52,7 @@ def test_packed_padded_shared_and_split_rows_give_the_loss_of_rows_alone(family)
     choice = can_pack(model)
     assert choice.value == (family in CAUSAL) and (choice.value or type(model).__name__ in choice.why)
     expected = alone(model, examples)
-    for share, budget in [(True, 10_000), (False, 10_000), (True, 30), (False, 20)] if choice.value else []:
+    for share, budget in [(True, 10_000), (True, 30), (False, 20)] if choice.value else []:
         assert_same(in_passes(model, examples, budget, share=share), expected)
     for budget in (10_000, 40) if family in (*PADDED, "llama", "gemma2", "gpt2") else []:
         assert_same(in_passes(model, examples, budget, share=False, padded=True), expected)
@@ -84,13 +82,12 @@ def test_the_whole_models_loss_does_not_depend_on_the_chunk(monkeypatch):
 def test_a_head_that_does_something_unknown_is_noticed():
     model = causal_model("llama")
     assert CausalObjective(model).chunked
-    head = model.lm_head
-    forward = type(model).forward
+    forward = model.forward
 
     def shifted(*args, **kwargs):
-        out = forward(model, *args, **kwargs)
+        out = forward(*args, **kwargs)
         out.logits = out.logits + torch.arange(out.logits.shape[-1])
         return out
 
     model.forward = shifted
-    assert model.lm_head is head and not CausalObjective(model).chunked
+    assert not CausalObjective(model).chunked

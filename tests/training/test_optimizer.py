@@ -18,13 +18,14 @@ def test_warmup_below_one_is_a_share_and_from_one_a_number():
 
 
 def test_the_rate_follows_its_closed_form():
-    assert [learning_rate_factor(s, 6, 2, "linear") for s in range(6)] == pytest.approx(
-        [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]
-    )
-    assert [learning_rate_factor(s, 4, 0, "cosine") for s in range(4)] == pytest.approx(
-        [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
-    )
-    assert [learning_rate_factor(s, 4, 1, "constant") for s in range(4)] == [0.5, 1, 1, 1]
+    fall = math.sqrt(0.5) / 2
+    for name, warmup, expected in [
+        ("linear", 2, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", 0, [1, 0.5 + fall, 0.5, 0.5 - fall]),
+        ("constant", 1, [0.5, 1, 1, 1]),
+    ]:
+        total = len(expected)
+        assert [learning_rate_factor(s, total, warmup, name) for s in range(total)] == pytest.approx(expected)
 
 
 @given(total=st.integers(1, 200), warmup=st.integers(0, 250), schedule=st.sampled_from(SCHEDULES))
@@ -42,13 +43,11 @@ def test_two_steps_are_adamw_written_out():
     parameter = torch.nn.Parameter(torch.randn(3, 2))
     expected = parameter.detach().double()
     rate, decay, (first, second), tiny = 0.1, 0.2, (0.8, 0.95), 1e-8
-    optimizer = adamw([parameter], rate, weight_decay=decay, betas=(first, second))
-    mean, square = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    optimizer, mean, square = adamw([parameter], rate, weight_decay=decay, betas=(first, second)), 0.0, 0.0
     for step in (1, 2):
-        gradient = torch.randn(3, 2)
-        parameter.grad = gradient.clone()
+        parameter.grad = gradient = torch.randn(3, 2)
         optimizer.step()
-        mean = first * mean + (1 - first) * gradient
+        mean = first * mean + (1 - first) * gradient.double()
         square = second * square + (1 - second) * gradient.double() ** 2
         corrected = mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + tiny)
         expected = expected * (1 - rate * decay) - rate * corrected

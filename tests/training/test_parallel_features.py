@@ -29,7 +29,7 @@ KINDS = {
 def test_two_processes_share_the_features_of_a_machine_and_train_as_one(of, tmp_path, kind, monkeypatch):
     made = of(tmp_path / "one", **laid_over(KINDS[kind], {"train": {"keep_features": True, "samples": 0}}))
     if kind == "head":
-        rows = [{"text": "word " * (1 + n % 7) + "no" * (n % 2), "label": "ab"[n % 2]} for n in range(14)]
+        rows = ({"text": "word " * (1 + n % 7) + "no" * (n % 2), "label": "ab"[n % 2]} for n in range(14))
         made["data"] = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 5}
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of one"))
     fit(made)
@@ -62,6 +62,7 @@ def test_what_one_process_stores_another_reads_and_marks(tmp_path):
     shape, texts = Shape.of(4, 8, 3, torch.float32), {}
     lead, other = Sharing(Told(0, texts)), Sharing(Told(1, texts))
     assert lead.leads and not other.leads
+    assert not lead.tell(keeps=False) and not other.tell(keeps=False)
     first = open_store("a", shape, folder=tmp_path)
     lead.opened(first)
     assert lead.tell(keeps=True) and other.tell(keeps=False)
@@ -79,9 +80,3 @@ def test_what_one_process_stores_another_reads_and_marks(tmp_path):
     again.close()
     with pytest.raises(UserError, match="not those of this one"):
         other.join(Shape.of(4, 9, 3, torch.float32))
-
-
-def test_a_machine_that_keeps_no_features_keeps_none_in_any_process():
-    texts = {}
-    lead, other = Sharing(Told(0, texts)), Sharing(Told(1, texts))
-    assert not lead.tell(keeps=False) and not other.tell(keeps=False)

@@ -21,7 +21,7 @@ from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
 from tests.training.loops import example
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, train_until_one_dies, trains_as_one
-from tests.training.runs import metrics, often
+from tests.training.runs import metrics
 from tests.training.test_preference import moved
 
 pytestmark = needs_gloo
@@ -34,19 +34,13 @@ KINDS["reward"] = {"task": "sequence-classification"}
 def files(tmp_path_factory):
     """Fifteen pairs and as many answers of 10 to 90 tokens, by kind: eleven to train on, four held out."""
     folder = tmp_path_factory.mktemp("answers")
-    pairs = [
-        {
-            "prompt": f"say {'very ' * (7 * n % 11)}{n}",
-            "chosen": "word " * (1 + 5 * n % 9),
-            "rejected": "no " * (1 + 3 * n % 4) + str(n),
-        }
-        for n in range(15)
-    ]
-    answers = [
-        {"prompt": row["prompt"], "completion": row["chosen" if n % 3 else "rejected"], "label": bool(n % 3)}
-        for n, row in enumerate(pairs)
-    ]
-    rewards = [row | {"margin": 0.25 * (n % 3)} for n, row in enumerate(pairs)]
+    pairs, answers, rewards = [], [], []
+    for n in range(15):
+        texts = {"chosen": "word " * (1 + 5 * n % 9), "rejected": "no " * (1 + 3 * n % 4) + str(n)}
+        prompt = {"prompt": f"say {'very ' * (7 * n % 11)}{n}"}
+        pairs.append(prompt | texts)
+        answers.append(prompt | {"completion": texts["chosen" if n % 3 else "rejected"], "label": bool(n % 3)})
+        rewards.append(pairs[-1] | {"margin": 0.25 * (n % 3)})
 
     def written(name, rows):
         return (write_rows(folder / f"{name}.jsonl", rows[:11]), write_rows(folder / f"{name}-eval.jsonl", rows[11:]))
@@ -69,13 +63,12 @@ def made(settings, files):
 def assert_same_training(one: Path, other: Path) -> None:
     """Also what each step counts beside its loss, once rewards are more than rounding."""
     assert_same_run(one, other)
-    seen = 0
-    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        for key in ("chosen_reward", "rejected_reward", "margin", "kl", "accuracy"):
-            if ours.get("step", 0) > 1 and key in theirs:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
-                seen += 1
-    assert seen >= 5 * 4
+    told = [(a, b) for a, b in zip(metrics(one), metrics(other), strict=True) if a.get("step", 0) > 1]
+    keys = ("chosen_reward", "rejected_reward", "margin", "kl", "accuracy")
+    seen = [(key, a[key], b[key]) for a, b in told for key in keys if key in b]
+    assert len(seen) >= 5 * 4
+    for key, ours, theirs in seen:
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), key
 
 
 def compared(made, kind: str, folder: Path, size: int, **of_train) -> None:
@@ -85,7 +78,8 @@ def compared(made, kind: str, folder: Path, size: int, **of_train) -> None:
         assert max(line.get("kl", 0.0) for line in metrics(folder / "one")) > 1e-2
 
 
-@pytest.mark.parametrize("kind", often("dpo", of=KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_on_answers_as_one(made, tmp_path, kind):
     compared(made, kind, tmp_path, 2, tokens_per_pass=128)
 
@@ -128,9 +122,9 @@ def groups_of(count: int, seed: int = 0) -> list[RowGroup]:
     found = []
     for n in range(count):
         prompt = draw.integers(1, 90, draw.integers(5, 40))
-        answers = [draw.integers(1, 90, draw.integers(1, 20)) for _ in range(2)]
-        rows = [example(n, [*prompt, *answer], len(prompt)) for answer in answers]
-        found.append(RowGroup((replace(rows[0], desired=bool(n % 2)), rows[1])))
+        texts = [[*prompt, *draw.integers(1, 90, draw.integers(1, 20))] for _ in range(2)]
+        judged, other = (example(n, tokens, len(prompt)) for tokens in texts)
+        found.append(RowGroup((replace(judged, desired=bool(n % 2)), other)))
     return found
 
 
@@ -140,11 +134,10 @@ def test_each_reference_is_computed_by_one_process_with_the_bits_of_one_alone(lo
     model, groups = tiny_llama(initializer_range=0.3), groups_of(9)
     task = PreferenceTask(byte_tokenizer(), settings=PreferenceSettings(loss=loss))
     batcher = (UnpairedMicroBatcher if loss == "kto" else CausalMicroBatcher)(70, True, False, "cpu")
-    parts = []
-    for rank in range(size):
-        process = Apart(rank, size)
+    processes = [Apart(rank, size) for rank in range(size)]
+    for process in processes:
         task.referenced(model, groups, batcher, process)
-        parts.append(process.sent)
+    parts = [process.sent for process in processes]
     alone = task.referenced(model, groups, batcher)
     assert all((part != 0).any() for part in parts)
     assert (sum((part != 0).int() for part in parts) == 1).all()
@@ -173,12 +166,14 @@ def test_ktos_distance_is_that_of_the_whole_step(size):
     assert max(parts) - min(parts) > 0.1 * abs(alone) > 1e-3  # no part of the step would do
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.each_value
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("share", [True, False])
-def test_pairs_are_dealt_whole_by_what_they_cost(parts, share):
-    groups = groups_of(30)
+@pytest.mark.parametrize("pairs", [True, False])
+def test_rows_and_whole_pairs_are_dealt_once_by_what_they_cost(parts, share, pairs):
+    groups = groups_of(30) if pairs else [group.rows[0] for group in groups_of(30)]
     dealt = deal(groups, parts, share=share)
-    assert sorted(place for part in dealt for place in part) == list(range(30))
+    assert sorted(place for part in dealt for place in part) == list(range(30)) and len(dealt) == parts
     batcher = CausalMicroBatcher(10**6, share, False, "cpu", fill=False)
     loads = [sum(length for _, length in batcher.shapes([groups[n] for n in part])) for part in dealt]
     assert max(loads) - min(loads) <= max(length for g in groups for _, length in batcher.shapes([g]))

@@ -32,14 +32,8 @@ from tests.training.runs import assert_same_run, held_out_rows, losses, metrics,
 from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients, log_prob, pairs
 
 BETA = 0.3
-LOSSES = {
-    "dpo": {},
-    "dpo smoothed": {"label_smoothing": 0.2},
-    "ipo": {},
-    "orpo": {},
-    "simpo": {"gamma": 0.7},
-    "simpo smoothed": {"gamma": 0.7, "label_smoothing": 0.1},
-}
+LOSSES = {"dpo": {}, "dpo smoothed": {"label_smoothing": 0.2}, "ipo": {}, "orpo": {}, "simpo": {"gamma": 0.7}}
+LOSSES["simpo smoothed"] = {"gamma": 0.7, "label_smoothing": 0.1}
 
 
 def loss_of(name):
@@ -73,20 +67,6 @@ def by_hand(name, sums, counts, references):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
-def test_losses_and_gradients_are_those_of_the_definitions(name):
-    sums, counts, references = numbers()
-    found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
-    losses = loss_of(name).of_pairs(found, counts, references).losses
-    by_definition = by_hand(name, expected, counts, references)
-    torch.testing.assert_close(losses, by_definition)
-    (ours,), (theirs,) = (
-        torch.autograd.grad(loss.sum(), at) for loss, at in ((losses, found), (by_definition, expected))
-    )
-    torch.testing.assert_close(ours, theirs)
-    assert ours.abs().min() > 0
-
-
 @pytest.mark.parametrize("name", ["orpo", "simpo", "simpo smoothed"])
 def test_losses_without_a_reference_are_those_of_trl(name):
     pytest.importorskip("trl", reason="TRL's own loss functions are compared with")
@@ -96,9 +76,9 @@ def test_losses_without_a_reference_are_those_of_trl(name):
     sums, counts, _ = numbers()
     sums, counts = sums.float(), counts.float()
     given = LOSSES[name]
-    how = {"simpo_gamma": given.get("gamma"), "label_smoothing": given.get("label_smoothing", 0.0)}
-    device = SimpleNamespace(device="cpu")
-    trainer = SimpleNamespace(beta=BETA, alpha=0.0, loss_type="simpo", accelerator=device, **how)
+    how = {"beta": BETA, "alpha": 0.0, "loss_type": "simpo", "accelerator": SimpleNamespace(device="cpu")}
+    how |= {"simpo_gamma": given.get("gamma"), "label_smoothing": given.get("label_smoothing", 0.0)}
+    trainer = SimpleNamespace(**how)
     found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
     ours = loss_of(name).of_pairs(found, counts)
     means = expected / counts
@@ -109,19 +89,16 @@ def test_losses_without_a_reference_are_those_of_trl(name):
         theirs, chosen, rejected = CPOTrainer.cpo_loss(trainer, means[:, 0], means[:, 1])
     torch.testing.assert_close(ours.losses, theirs)
     torch.testing.assert_close(ours.rewards, torch.stack([chosen, rejected], 1))
-    torch.testing.assert_close(
-        torch.autograd.grad(ours.losses.sum(), found), torch.autograd.grad(theirs.sum(), expected)
-    )
+    own, reference = torch.autograd.grad(ours.losses.sum(), found), torch.autograd.grad(theirs.sum(), expected)
+    torch.testing.assert_close(own, reference)
 
 
 def with_references(model, groups):
     """The pairs, with reference values around those of the model."""
     random = np.random.default_rng(1)
     with torch.no_grad():
-        return [
-            RowGroup(tuple(replace(row, reference=float(log_prob(model, row)) + random.normal()) for row in pair.rows))
-            for pair in groups
-        ]
+        rows = [replace(r, reference=float(log_prob(model, r)) + random.normal()) for g in groups for r in g.rows]
+    return [RowGroup(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def trl_step(kind, model, rows, folder, **given):
@@ -130,13 +107,10 @@ def trl_step(kind, model, rows, folder, **given):
     trl = pytest.importorskip("trl", reason="TRL's trainers are compared with")
     more = {"ref_model": copy.deepcopy(given.pop("reference"))} if "reference" in given else {}
     given |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
-    args = getattr(trl, f"{kind}Config")(
-        output_dir=str(folder), per_device_train_batch_size=len(rows), disable_dropout=False, **given
-    )
-    data = Dataset.from_list(rows)
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(), **more
-    )
+    given |= {"output_dir": str(folder), "per_device_train_batch_size": len(rows), "disable_dropout": False}
+    args = getattr(trl, f"{kind}Config")(**given)
+    more |= {"train_dataset": Dataset.from_list(rows), "processing_class": byte_tokenizer()}
+    trainer = getattr(trl, f"{kind}Trainer")(model=model, args=args, **more)
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(model, batch)
     return trainer, batch, float(loss.detach()), gradients(model, loss)
@@ -193,7 +167,7 @@ def test_log1mexp_is_accurate_at_both_ends_and_has_finite_gradients():
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("way", ["shared", "apart", "padded"])
 def test_a_models_gradients_are_those_of_separate_forwards_in_float64(name, method, way):
     model = adapted("llama", METHODS[method]())
@@ -212,8 +186,8 @@ def test_a_models_gradients_are_those_of_separate_forwards_in_float64(name, meth
         found = gradients(model, loss)
     assert float(loss.detach()) == pytest.approx(float(by_definition.detach()), rel=1e-5)
     assert_gradients(found, expected, 5e-5)
-    metrics = objective.watched.means()
-    assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"])
+    told = objective.watched.means()
+    assert told["margin"] == pytest.approx(told["chosen_reward"] - told["rejected_reward"])
 
 
 def test_settings_that_do_not_fit_the_loss_or_the_task_are_refused(settings, tmp_path):
@@ -241,8 +215,7 @@ def pairs_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preferring(settings, pairs_file):
     def make(output, **changes):
-        data = {"train": str(pairs_file), "eval": 3}
-        return settings(output, **{"task": "preference", "data": data, **changes})
+        return settings(output, task="preference", data={"train": str(pairs_file), "eval": 3}, **changes)
 
     return make
 
@@ -250,19 +223,17 @@ def preferring(settings, pairs_file):
 @pytest.fixture(scope="module")
 def preferred(preferring, tmp_path_factory):
     """The result of a run with each loss."""
-    folder, train = tmp_path_factory.mktemp("preferred"), {"epochs": 12, "eval_every": 1}
+    folder, train = tmp_path_factory.mktemp("preferred"), {"epochs": 8, "eval_every": 2}
     return functools.cache(lambda loss: fit(preferring(folder / loss, preference={"loss": loss}, train=train)))
 
 
 @pytest.mark.parametrize("loss", often("dpo", "orpo", of=("dpo", "ipo", "orpo", "simpo")))
 def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferred, loss):
     result = preferred(loss)
-    evals = [line["eval"] for line in metrics(result.output, "eval")]
-    first, last = evals[0], evals[-1]
-    assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
+    evals, steps = [line["eval"] for line in metrics(result.output, "eval")], metrics(result.output, "learning_rate")
+    assert evals[-1]["margin"] > evals[0]["margin"] + 0.05 and evals[-1]["loss"] < evals[0]["loss"]
     accuracy, (low, high) = result.evaluation.metrics["accuracy"], result.evaluation.interval
     assert result.evaluation.main == "accuracy" and low <= accuracy <= high and accuracy > 0.6
-    steps = metrics(result.output, "learning_rate")
     assert {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"} <= steps[0].keys()
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
     if loss == "dpo":  # the adapter begins as the base model
@@ -294,28 +265,29 @@ def test_the_reference_is_the_base_model(preferred, model_folder):
 
 
 def test_prefixes_computed_once_microbatches_and_a_stop_change_no_run(preferring, tmp_path):
-    train = {"epochs": 3, "checkpoint_every": 2, "eval_every": 3}
+    train = {"epochs": 2, "checkpoint_every": 2, "eval_every": 3}
     for name, more in {"one": {}, "small": {"tokens_per_pass": 80}, "apart": {"share_prefixes": False}}.items():
         fit(preferring(tmp_path / name, train={**train, **more}))
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), name
     one, apart = (metrics(tmp_path / name)[0]["computed_tokens"] for name in ("one", "apart"))
     assert one < 0.6 * apart
-    run = stopped_run(preferring(tmp_path / "run", train=train), 5)
-    assert fit(preferring(run, train=train)).resumed_from_step >= 4
+    run = stopped_run(preferring(tmp_path / "run", train=train), 3)
+    assert fit(preferring(run, train=train)).resumed_from_step >= 2
     assert_same_run(run, tmp_path / "one")
     with pytest.raises(UserError, match="preference"):
         fit({"preference": {"beta": 0.7}}, resume=run)
 
 
 def test_early_stopping_written_answers_and_general_answers(preferring, tmp_path):
-    with pytest.raises(UserError, match="written answers"):
-        fit(preferring(tmp_path / "a", train={"eval_answers": 2}))
-    with pytest.raises(UserError, match="pairs"):
-        fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
+    for what, changes in {
+        "written answers": {"train": {"eval_answers": 2}},
+        "pairs": {"lora": {"activation": "completion"}},
+    }.items():
+        with pytest.raises(UserError, match=what):
+            fit(preferring(tmp_path / "a", **changes))
     early = {"early_stopping": 2, "eval_every": 1, "adapter": "best", "epochs": 30, "learning_rate": 0.3}
     result = fit(preferring(tmp_path / "b", train=early))
-    assert result.best["metric"] == "loss"
-    assert result.stopped_early and result.outcome.steps < 90
+    assert result.best["metric"] == "loss" and result.stopped_early and result.outcome.steps < 90
 
 
 @pytest.mark.slow
@@ -328,6 +300,6 @@ def test_methods_of_other_kinds_learn_pairs(preferring, tmp_path, method):
 def test_general_answers_are_kept_by_their_cross_entropy(preferring, tmp_path, monkeypatch):
     answers = [row for pair in pairs(3) for row in pair.rows]
     monkeypatch.setattr(Session, "general_answers", lambda self, prompts: answers)
-    run = fit(preferring(tmp_path / "run", train={"epochs": 8, "keep_general": 50.0, "drift": False})).output
+    run = fit(preferring(tmp_path / "run", train={"epochs": 5, "keep_general": 50.0, "drift": False})).output
     found = [line["general_loss"] for line in metrics(run, "learning_rate")]
-    assert np.mean(found[-6:]) < np.mean(found[:6])
+    assert np.mean(found[-3:]) < np.mean(found[:3])

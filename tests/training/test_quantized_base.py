@@ -13,7 +13,7 @@ from torch import nn
 from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions, prepared
 from deltaw.export.merged import assemble
-from deltaw.hub.gguf import fill
+from deltaw.hub import gguf
 from deltaw.hub.loading import load
 from deltaw.kernels import block_linear
 from deltaw.lora import LoRAConfig, attach, detach, merge
@@ -24,12 +24,25 @@ from deltaw.lora.stored import block_weight, count_numbers
 from deltaw.runs.fit import fit
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.training.origin import open_run
-from deltaw.training.planning.plan_run import plan
 from tests.byte_models import saved, tiny_llama
 from tests.hub.test_gguf import write_gguf
 from tests.training.runs import losses
 
 BF16 = 2.0**-8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_conversions(tmp_path_factory):
+    """A cache of these tests alone, in which other tests of the same file find nothing; it is converted in this
+    process, where another one would import everything first."""
+
+    def convert(path, dtype, into, say):
+        assert gguf.convert_here(str(path), dtype, str(into)) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTAW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(gguf, "_convert_in_child", convert)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def wide_folder(tmp_path_factory):
 
 
 def short(settings, folder, model, precision, **changes):
-    train = {"epochs": 3, "learning_rate": 1e-2, "drift": False, **changes.pop("train", {})}
+    train = {"epochs": 3, "learning_rate": 1e-2, "drift": False}
     return settings(folder, model=str(model), precision=precision, train=train, **changes)
 
 
@@ -71,8 +84,8 @@ def test_a_gguf_model_is_its_dequantized_one_to_the_bit(gguf_file):
 
 
 def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, tmp_path):
-    run, plain = (fit(short(settings, tmp_path / p, gguf_file, p)).output for p in ("gguf", "bf16"))
-    ours, own = losses(run), losses(plain)
+    result, plain = (fit(short(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16"))
+    run, (ours, own) = result.output, (losses(each.output) for each in (result, plain))
     assert ours[-1] < 0.98 * ours[0]
     assert ours == pytest.approx(own, rel=1e-2)
 
@@ -81,8 +94,7 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
     with pytest.raises(UserError, match="precision"):
         fit({"precision": "bf16", "train": {"epochs": 5}}, resume=run)
 
-    said = []
-    opened = open_run(str(run), device="cpu", say=said.append)
+    opened = open_run(str(run), device="cpu", say=str)
     assert isinstance(opened.model.lm_head, BlockLinear)
     layer = opened.model.model.layers[0].self_attn.q_proj
     assert block_weight(layer).format == "Q8_0" and float(layer.lora_B.norm()) > 0
@@ -90,28 +102,16 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
         merge(opened.model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the same base: none of another one
-        open_run(str(run), precision="bf16", device="cpu", say=said.append)
-    with prepared(run, MergeOptions(), said.append) as job:
-        notes = " ".join(assemble(job).notes)
-    assert "blocks' values" in notes
+        open_run(str(run), precision="bf16", device="cpu", say=str)
+    with prepared(run, MergeOptions(), str) as job:
+        assert "blocks' values" in " ".join(assemble(job).notes)
 
-
-def test_the_plan_counts_blocks_as_they_are(gguf_file, settings, tmp_path):
-    made = {p: plan(short(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16")}
+    # The plan counts blocks as they are.
+    weights = result.plan.parts["weights"]
     loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1).model
-    assert made["gguf"].total_parameters == made["bf16"].total_parameters
-    assert made["gguf"].parts["weights"] == pytest.approx(sum(p.nbytes for p in loaded.parameters()), rel=0.02)
-    assert made["gguf"].parts["weights"] < 0.6 * made["bf16"].parts["weights"]
-
-
-def test_nf4_is_planned_before_anything_was_rounded(wide_folder, settings, tmp_path):
-    # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
-    block_linear.nf4_values.cache_clear()
-    block_linear.dynamic_codes.cache_clear()
-    made = {p: plan(short(settings, tmp_path / p, wide_folder, p)) for p in ("nf4", "bf16")}
-    assert made["nf4"].total_parameters == made["bf16"].total_parameters
-    assert made["nf4"].parts["weights"] < made["bf16"].parts["weights"]
-    assert type(block_linear.nf4_values()) is type(block_linear.dynamic_codes()) is torch.Tensor
+    assert result.plan.total_parameters == plain.plan.total_parameters
+    assert weights == pytest.approx(sum(p.nbytes for p in loaded.parameters()), rel=0.02)
+    assert weights < 0.6 * plain.plan.parts["weights"]
 
 
 def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_path):
@@ -120,21 +120,27 @@ def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_pat
     assert (report.layers, report.kept) == (14, [])
     plain = load(str(wide_folder), precision="bf16", device="cpu", threads=1).model
     assert base_fingerprint(rounded) == base_fingerprint(plain)
-    changed = 0
-    for name, module in rounded.named_modules():
-        if isinstance(module, BlockLinear):
-            weight = plain.get_submodule(name).weight
-            changed += not torch.equal(weight, module.plain_weight())
-            weight.data.copy_(module.plain_weight())
-    assert changed == 14
+    blocks = {name: module for name, module in rounded.named_modules() if isinstance(module, BlockLinear)}
+    for name, module in blocks.items():
+        weight = plain.get_submodule(name).weight
+        assert not torch.equal(weight, module.plain_weight())
+        weight.data.copy_(module.plain_weight())
+    assert len(blocks) == 14
     saved(plain, tmp_path / "rounded")
-    ours = fit(short(settings, tmp_path / "nf4", wide_folder, "nf4")).output
-    own = fit(short(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16")).output
+    # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
+    block_linear.nf4_values.cache_clear()
+    block_linear.dynamic_codes.cache_clear()
+    made = fit(short(settings, tmp_path / "nf4", wide_folder, "nf4"))
+    assert type(block_linear.nf4_values()) is type(block_linear.dynamic_codes()) is torch.Tensor
+    usual = fit(short(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16"))
+    assert made.plan.total_parameters == usual.plan.total_parameters
+    assert made.plan.parts["weights"] < usual.plan.parts["weights"]
+    ours, own = made.output, usual.output
     assert losses(ours) == pytest.approx(losses(own), rel=1e-2)
     assert losses(ours)[-1] < losses(ours)[0]
-    opened = open_run(str(ours), device="cpu", say=lambda line: None)
+    opened = open_run(str(ours), device="cpu", say=str)
     assert block_weight(opened.model.model.layers[0].mlp.up_proj).format == "NF4"
-    with prepared(ours, MergeOptions(), lambda line: None) as job:
+    with prepared(ours, MergeOptions(), str) as job:
         assert "NF4" in " ".join(assemble(job).notes)
 
 
@@ -153,9 +159,8 @@ def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_
 
 @pytest.mark.slow
 def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
-    ours, own = (
-        losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output) for p in ("gguf", "bf16")
-    )
+    runs = (fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output for p in ("gguf", "bf16"))
+    ours, own = map(losses, runs)
     assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
 
 
@@ -166,7 +171,7 @@ def test_other_models_and_a_file_that_was_cut_short_since_are_refused(wide_folde
     short_file = tmp_path / "short.gguf"
     short_file.write_bytes(gguf_file.read_bytes()[:-4000])
     with pytest.raises(UserError, match="shorter than its own header says"):
-        fill(tiny_llama(), loaded.folder, short_file)
+        gguf.fill(tiny_llama(), loaded.folder, short_file)
 
 
 class Packed(nn.Parameter):
@@ -184,8 +189,7 @@ def check_foreign(model, x, library):
     with torch.no_grad():
         layer.lora_B.normal_()
     y = layer(x)
-    expected = own + 2 * (x @ layer.lora_A) @ layer.lora_B
-    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, own + 2 * (x @ layer.lora_A) @ layer.lora_B, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert float(layer.lora_A.grad.norm()) > 0
     with pytest.raises(UserError, match=f"quantized by {library}"):
@@ -201,7 +205,6 @@ def foreign():
 
 
 def test_a_layer_that_another_library_quantized_keeps_its_product():
-    torch.manual_seed(0)
     check_foreign(nn.ModuleDict({"q_proj": foreign()}), torch.randn(5, 64), "torchao")
 
 
@@ -209,7 +212,6 @@ def test_a_layer_that_another_library_quantized_keeps_its_product():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_bitsandbytes_layer_is_adapted_with_its_own_product(bits):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-    torch.manual_seed(0)
     plain = nn.Linear(64, 32, bias=False)
     if bits == 4:
         quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
@@ -222,7 +224,6 @@ def test_a_bitsandbytes_layer_is_adapted_with_its_own_product(bits):
 
 def of_torchao(config):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is optional")
-    torch.manual_seed(0)
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 32, bias=False)})
     quantization.quantize_(model, getattr(quantization, config)())
     return model

@@ -30,17 +30,19 @@ from tests.training.test_preference import trl_step
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def pairs_of(count=6, margins=True):
+def pairs_of():
     random = np.random.default_rng(0)
     found = []
-    for number in range(count):
-        margin = 0.4 * number if margins else 0.0
-        rows = tuple(
-            LabeledExample(number + 1, random.integers(3, 97, length).astype(np.int32), margin)
-            for length in random.integers(3, 12, 2)
-        )
-        found.append(RewardPair(rows, margin))
+    for number in range(6):
+        texts = [random.integers(3, 97, length).astype(np.int32) for length in random.integers(3, 12, 2)]
+        rows = tuple(LabeledExample(number + 1, tokens, 0.4 * number) for tokens in texts)
+        found.append(RewardPair(rows, 0.4 * number))
     return found
+
+
+def scores(model, pair):
+    """Of each row alone."""
+    return [model(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0, 0] for row in pair.rows]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -49,14 +51,11 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
     model = model_of(family, outputs=1)
     exact = copy.deepcopy(model).double()
     groups = pairs_of()
-    losses, rewards = [], []
-    for pair in groups:
-        chosen, rejected = (
-            exact(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0, 0] for row in pair.rows
-        )
-        losses.append(-torch.log(torch.sigmoid(chosen - rejected - pair.margin)))
-        rewards.append([float(chosen), float(rejected)])
-    expected = gradients(exact, sum(losses))
+    rewards = [scores(exact, pair) for pair in groups]
+    margins = [better - worse - pair.margin for (better, worse), pair in zip(rewards, groups, strict=True)]
+    loss_alone = -sum(margin.sigmoid().log() for margin in margins)
+    rewards = np.array([[float(score.detach()) for score in pair] for pair in rewards])
+    expected = gradients(exact, loss_alone)
     objective = LabelObjective(model, "sequence-classification")
     batcher = LabelMicroBatcher(budget, "cpu")
     shapes = batcher.shapes(groups)
@@ -68,10 +67,10 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
         loss = sum(objective(batch) for batch in batches)
         found = gradients(model, loss)
         evaluation = evaluate_labels(objective, groups, batcher)
-    assert float(loss.detach()) == pytest.approx(float(sum(losses)), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(loss_alone.detach()), rel=1e-5)
     assert_gradients(found, expected, 5e-5)
-    assert evaluation.predictions == pytest.approx(np.array(rewards), rel=1e-4, abs=1e-5)
-    right = (np.array(rewards) @ [1, -1] > 0).mean()
+    assert evaluation.predictions == pytest.approx(rewards, rel=1e-4, abs=1e-5)
+    right = (rewards @ [1, -1] > 0).mean()
     assert evaluation.main == "accuracy" and evaluation.metrics["accuracy"] == pytest.approx(right)
     assert evaluation.interval[0] <= right <= evaluation.interval[1]
     assert objective.watched.means()["accuracy"] == pytest.approx(right)
@@ -80,11 +79,10 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
 def test_the_loss_is_that_of_trls_trainer(tmp_path):
     model = model_of("llama", outputs=1, pad=0)
     groups = pairs_of()
-    ids = [[row.tokens.tolist() for row in pair.rows] for pair in groups]
-    columns = [
-        {"chosen_ids": chosen, "rejected_ids": rejected, "margin": pair.margin}
-        for pair, (chosen, rejected) in zip(groups, ids, strict=True)
-    ]
+    columns = []
+    for pair in groups:
+        chosen, rejected = (row.tokens.tolist() for row in pair.rows)
+        columns.append({"chosen_ids": chosen, "rejected_ids": rejected, "margin": pair.margin})
     end = "<|endoftext|>"
     _, _, theirs, expected = trl_step("Reward", model, columns, tmp_path, eos_token=end, pad_token=end)
     objective = LabelObjective(model, "sequence-classification")
@@ -96,11 +94,8 @@ def test_the_loss_is_that_of_trls_trainer(tmp_path):
     assert_gradients(found, expected, 1e-4, floor=1e-4)
 
 
-def rows_with(margin=True):
-    return [
-        {"prompt": f"paint it {c}", "chosen": c[0] * 3, "rejected": c[1:3] + "!", **({"margin": 0.5} if margin else {})}
-        for c in COLORS
-    ]
+def rows_with(**more):
+    return [{"prompt": f"paint it {c}", "chosen": c[0] * 3, "rejected": c[1:3] + "!", **more} for c in COLORS]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +112,10 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_a_run_learns_which_answer_is_better_and_is_read_again(kind, settings, tmp_path, encoder_folder, model_folder):
-    path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=kind == "encoder"))
-    base = encoder_folder if kind == "encoder" else model_folder
-    changes = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}, "model": str(base)}
-    result = fit(settings(tmp_path / "run", **changes, train={"epochs": 12, "eval_every": 3}))
+    path = write_rows(tmp_path / "pairs.jsonl", rows_with(**({"margin": 0.5} if kind == "encoder" else {})))
+    changes = {"model": str(encoder_folder)} if kind == "encoder" else {}
+    changes |= {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}}
+    result = fit(settings(tmp_path / "run", **changes, train={"epochs": 6, "eval_every": 9}))
     evals = [line["eval"] for line in metrics(result.output, "eval")]
     assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["accuracy"] == 1
     steps = metrics(result.output, "learning_rate")
@@ -139,25 +134,21 @@ def test_a_run_learns_which_answer_is_better_and_is_read_again(kind, settings, t
     model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1).eval()
     theirs = PeftModel.from_pretrained(model, str(result.output)).eval()
     with torch.no_grad():
-        found = [
-            [float(theirs(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits) for row in pair.rows]
-            for pair in held_out
-        ]
+        found = [list(map(float, scores(theirs, pair))) for pair in held_out]
     assert np.array(found) == pytest.approx(score.predictions, rel=1e-4, abs=1e-5)
 
 
 def test_texts_of_an_encoder_are_told_apart_and_margins_are_numbers(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    path = write_rows(tmp_path / "pairs.jsonl", rows_with())
+    path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=0.5))
     prepared = RewardReader(DataSettings(train=str(path), eval=None), tokenizer).prepared()
-    first = prepared.train[0]
-    assert first.margin == 0.5 and [row.label for row in first.rows] == [0.5, 0.5]
-    row = first.rows[0]
+    (row, other), margin = prepared.train[0].rows, prepared.train[0].margin
+    assert margin == row.label == other.label == 0.5
     texts = [tokenizer.decode(row.tokens[row.segments == side]) for side in (0, 1)]
     assert texts == [f"paint it {COLORS[0]}", COLORS[0][0] * 3]
     assert prepared.report.unused_columns == ()
-    bad = write_rows(tmp_path / "bad.jsonl", [*rows_with(), {**rows_with()[0], "margin": "much"}])
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows_with(margin=0.5), *rows_with(margin="much")[:1]])
     with pytest.raises(UserError, match="'margin' must be a number"):
         RewardReader(DataSettings(train=str(bad)), tokenizer).file(str(bad))
     kept, report = RewardReader(DataSettings(train=str(bad), bad_rows="skip"), tokenizer).file(str(bad))

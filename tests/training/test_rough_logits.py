@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,13 +33,16 @@ def rows_with_outliers(count: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
     return hidden.bfloat16(), weight.bfloat16()
 
 
+def rough(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> RoughLogits:
+    return RoughLogits(hidden, weight, bias, RoughHead.of(weight))
+
+
 def errors(hidden: Tensor, weight: Tensor) -> Tensor:
     """Of the rough logits, against float64. What bf16 itself rounds is taken out of their measure: large
     logits lie further apart in bf16 than int8 products err."""
     exact = hidden.double() @ weight.double().T
-    found = RoughLogits(hidden, weight, None, RoughHead.of(weight)).of(slice(None)).double()
-    error = found - exact
-    return torch.where(exact.abs() < 4, error, torch.zeros_like(error))
+    found = rough(hidden, weight).of(slice(None)).double()
+    return torch.where(exact.abs() < 4, found - exact, 0.0)
 
 
 def test_large_columns_are_not_rounded():
@@ -50,11 +55,8 @@ def test_large_columns_are_not_rounded():
 @pytest.mark.parametrize("count", [0, APART, 3 * APART])
 def test_their_error_is_as_large_as_is_said(count):
     hidden, weight = rows_with_outliers(count)
-    logits = RoughLogits(hidden, weight, None, RoughHead.of(weight))
-    exact = hidden.double() @ weight.double().T
-    small = exact.abs() < 4  # where bf16's own rounding is less than 0.02
-    error = (logits.of(slice(None)).double() - exact)[small]
-    said, found = logits.variance(), float(error.square().mean())
+    logits, error = rough(hidden, weight), errors(hidden, weight)  # where bf16's own rounding is less than 0.02
+    said, found = logits.variance(), float(error[error != 0].square().mean())
     assert 0.5 * found - 1e-4 < said < 2 * found + 1e-4
     assert logits.accurate(1.0) == (count <= APART)
     assert not logits.accurate(20.0)  # a scale of the logits scales their error
@@ -63,10 +65,10 @@ def test_their_error_is_as_large_as_is_said(count):
 def test_a_part_of_the_rows_is_as_in_the_whole():
     hidden, weight = rows_with_outliers(3)
     bias = torch.randn(HEAD, generator=torch.Generator().manual_seed(1)).bfloat16()
-    logits = RoughLogits(hidden, weight, bias, RoughHead.of(weight))
+    logits = rough(hidden, weight, bias)
     whole = logits.of(slice(0, ROWS))
     assert torch.equal(whole[40:90], logits.of(slice(40, 90)))
-    without = RoughLogits(hidden, weight, None, RoughHead.of(weight)).of(slice(0, ROWS))
+    without = rough(hidden, weight).of(slice(0, ROWS))
     expected = without.float() + bias.float()
     rounded = 2.0**-7 * float(without.abs().max())  # sums to bf16, without kernels after each part
     assert rounded < 0.3 and ((whole.float() - expected).abs() <= rounded).all()
@@ -75,7 +77,7 @@ def test_a_part_of_the_rows_is_as_in_the_whole():
 def test_no_number_stays_no_number():
     hidden, weight = rows_with_outliers(1)
     hidden[3, 5] = float("nan")
-    logits = RoughLogits(hidden, weight, None, RoughHead.of(weight)).of(slice(None))
+    logits = rough(hidden, weight).of(slice(None))
     assert logits[3].isnan().all() and logits[:3].isfinite().all() and logits[4:].isfinite().all()
 
 
@@ -115,9 +117,6 @@ def test_a_head_takes_them_where_they_are_accurate(monkeypatch):
 
 @compiled_only
 def test_few_rows_of_a_bf16_head_are_not_rounded(monkeypatch):
-    def refuse(*_: object) -> None:
-        raise AssertionError("few rows were rounded")
-
-    monkeypatch.setattr(causal_objective, "RoughLogits", refuse)
+    monkeypatch.setattr(causal_objective, "RoughLogits", mock.Mock(side_effect=AssertionError("few rows were rounded")))
     hidden, weight = rows_with_outliers(1, rows=causal_objective.ROWS_FOR_APART - 1)
     frozen_head_log_probs(hidden, torch.arange(len(hidden)), weight, rough=RoughHead.of(weight))

@@ -28,7 +28,7 @@ def added(call):
 folder, size = sys.argv[1], int(sys.argv[2])
 
 def model_of(size):
-    layers = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(size, size, bias=False)}) for _ in range(4))
+    layers = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(size, size, bias=False)}) for _ in range(2))
     return nn.ModuleDict({"layers": layers, "head": nn.Linear(size, size, bias=False)})
 
 def case(what, size, to):
@@ -67,11 +67,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
 @pytest.mark.parametrize("what", ["factors", "olora", "module", "check"])
 def test_what_is_written_is_not_copied(measured: tuple[Path, dict[str, list[int]]], what: str) -> None:
-    """Eight factors of 2 MB (OLoRA writes twice that), a module or gradients of 16 MB: never is more than one
+    """Four factors of 2 MB (OLoRA writes twice that), a module or gradients of 16 MB: never is more than one
     layer's factors copied, and singular values take a few times that."""
     folder, bytes_of = measured
     written, *learned = bytes_of[what]
     assert written < {"olora": 10e6}.get(what, 5e6), f"{written / 1e6:.1f} MB"
     assert all(number < 48e6 for number in learned), f"{learned[0] / 1e6:.1f} MB"
     if what != "check":
-        assert (folder / what / "2048" / "adapter_model.safetensors").stat().st_size >= 16e6
+        assert (folder / what / "2048" / "adapter_model.safetensors").stat().st_size >= 8e6

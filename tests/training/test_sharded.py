@@ -107,11 +107,8 @@ def test_a_checkpoint_of_another_run_is_refused_in_words(sharded, tmp_path):
     other = shutil.copytree(made["model"], tmp_path / "model")
     tensors = {name: tensor * 2 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    for change, said in (
-        ({"data": {**made["data"], "train": str(rows)}}, "rows"),
-        ({"model": str(other)}, "model"),
-        ({"lora": {"rank": 2}}, "lora.rank"),
-    ):
+    changes = {"rows": {"data": {**made["data"], "train": str(rows)}}, "model": {"model": str(other)}}
+    for said, change in {**changes, "lora.rank": {"lora": {"rank": 2}}}.items():
         zero, one = train(made | change)
         assert zero[0] == 2 and said in zero[2] and "Traceback" not in zero[2], (zero, one)
         assert one[0] == 2 and "Traceback" not in one[2]
@@ -131,6 +128,7 @@ def test_what_needs_whole_weights_is_refused_by_name(settings, tmp_path):
         assert named in f"{refused.value.what} {refused.value.where}"
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_all_processes_before_anything_loads(sharded, tmp_path):
     zero, one = train(sharded(tmp_path / "run", lora={"dora": True}))
     assert zero[0] == 2 and "lora.dora" in zero[2] and "Traceback" not in zero[2]
@@ -140,8 +138,7 @@ def test_a_refusal_ends_all_processes_before_anything_loads(sharded, tmp_path):
 def test_rows_read_from_the_files_are_those_of_the_model(model_folder):
     in_memory = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     whole = dict(in_memory.named_parameters())
-    how = {"dtype": "fp32", "task": "causal-lm", "attention": "sdpa", "trust_remote_code": False}
-    model = unfilled(model_folder, **how)
+    model = unfilled(model_folder, dtype="fp32", task="causal-lm", attention="sdpa", trust_remote_code=False)
     assert all(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
     weights = StoredWeights(model_folder, model)
     name = max(whole, key=lambda n: whole[n].numel())

@@ -17,6 +17,7 @@ from deltaw.training.origin import open_run, settings_in
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of
+from tests.training.runs import held_out_rows
 
 
 def model_in(folder: Path, family: str) -> str:
@@ -28,14 +29,8 @@ def model_in(folder: Path, family: str) -> str:
     return str(folder)
 
 
-ENDS = {
-    "chatml": "<|im_end|>",
-    "gemma3": "<end_of_turn>",
-    "mistral1": "</s>",
-    "phi3": "<|end|>",
-    "qwen3": "<|im_end|>",
-    "base": "<|endoftext|>",
-}
+ENDS = {"chatml": "<|im_end|>", "gemma3": "<end_of_turn>", "mistral1": "</s>"}
+ENDS |= {"phi3": "<|end|>", "qwen3": "<|im_end|>", "base": "<|endoftext|>"}
 
 
 @pytest.mark.slow
@@ -62,21 +57,16 @@ def test_a_run_saves_its_own_template_and_is_asked_with_it(tmp_path: Path, setti
     )
     output = fit(settings(tmp_path / "run", data={"chat_template": str(own)}, train={"max_steps": 1})).output
     assert (output / "chat_template.jinja").read_text() == own.read_text()
+    assert fit({"train": {"max_steps": 2}}, resume=output).outcome.steps == 2
     own.unlink()  # the run's folder is enough
-    assert "says" in "".join(
-        piece.text
-        for row in shown_rows(settings_in(output, {}), None, 1)
-        for example in row.examples
-        for piece in example.pieces
-    )
+    (shown,) = shown_rows(settings_in(output, {}), None, 1)
+    assert "says" in "".join(piece.text for example in shown.examples for piece in example.pieces)
     opened = open_run(str(output), say=lambda line: None)
     asked = encode_prompt("hi", opened.data or "auto", opened.tokenizer)
     assert opened.tokenizer.decode(asked) == "user says hi<|im_end|>assistant says "
     bare = open_run(str(model_folder), say=lambda line: None)
     assert "says" not in bare.tokenizer.decode(encode_prompt("hi", "auto", bare.tokenizer))
-    assert opened.config is not None
-    held_out = opened.task.read(opened.config.data, seed=0).held_out
-    assert "says" in opened.tokenizer.decode(held_out[0].tokens)
+    assert "says" in opened.tokenizer.decode(held_out_rows(opened)[0].tokens)
 
 
 def test_a_template_with_a_fault_is_refused_before_anything_else(tmp_path: Path, settings) -> None:
@@ -98,8 +88,6 @@ def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings
         (f"{rows}, row 11", "a value of the wrong type"),
         (f"{rows}, line 12", "not JSON"),
     }
-    clean = fit(settings(tmp_path / "clean", train={"max_steps": 1})).output
-    assert not (clean / SKIPPED_ROWS).exists()
 
 
 def test_the_date_that_a_template_writes_is_told_with_the_settings(tmp_path: Path, settings, model_folder) -> None:

@@ -49,9 +49,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(share, tmp_path
 
 def test_the_divergence_is_no_less_than_zero_and_has_no_gradient():
     values = torch.tensor([-1.0, -2.0], requires_grad=True)
-    rows = tuple(
-        example(n, range(3), 2, reference=r, desired=d) for n, (r, d) in enumerate([(-1.5, True), (-1.0, False)])
-    )
+    rows = tuple(example(0, range(3), 2, reference=r, desired=d) for r, d in ((-1.5, True), (-1.0, False)))
     logs = RowLogProbs(values, torch.tensor([0, 1]), torch.tensor([0, 1]), rows)
     loss = UnpairedLoss(WEIGHTED)
     loss.estimate(torch.tensor([-2.0, 2.0]))
@@ -68,33 +66,28 @@ def test_the_divergence_is_no_less_than_zero_and_has_no_gradient():
 @pytest.fixture(scope="module")
 def answers_file(tmp_path_factory):
     """Ten questions, each with an answer; one of three letters is undesired."""
-    rows = [
-        {"prompt": f"paint it {c}", "completion": c[1:3] if bad else c[0], "label": not bad}
-        for c in COLORS
-        for bad in (False, True)
-    ]
+    answers = ((c, answer, good) for c in COLORS for answer, good in ((c[0], True), (c[1:3], False)))
+    rows = ({"prompt": f"paint it {c}", "completion": answer, "label": good} for c, answer, good in answers)
     return write_rows(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
 def judging(settings, answers_file):
     def make(output, **changes):
-        data = {"train": str(answers_file), "eval": 6}
-        given = {"task": "preference", "preference": {"loss": "kto"}, "data": data}
-        return settings(output, **{**given, **changes})
+        given = {"preference": {"loss": "kto"}, "data": {"train": str(answers_file), "eval": 6}}
+        return settings(output, task="preference", **given, **changes)
 
     return make
 
 
 @pytest.fixture(scope="module")
 def judged(judging, tmp_path_factory):
-    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 7}))
+    return fit(judging(tmp_path_factory.mktemp("judged") / "run", train={"epochs": 12, "eval_every": 20}))
 
 
 def test_a_run_shifts_the_rewards_of_answers_that_it_did_not_see(judged):
     evals = [line["eval"] for line in metrics(judged.output, "eval")]
-    first, last = evals[0], evals[-1]
-    assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
+    assert evals[-1]["margin"] > evals[0]["margin"] + 0.05 and evals[-1]["loss"] < evals[0]["loss"]
     found, (low, high) = judged.evaluation.metrics, judged.evaluation.interval
     assert low <= found["accuracy"] <= high and found["accuracy"] > 0.6 and found["kl"] >= 0
     steps = metrics(judged.output, "learning_rate")
@@ -106,9 +99,8 @@ def test_the_reference_is_the_base_model_and_an_evaluation_counts_all_rows(judge
     run, exact = opened(judged.output), opened(model_folder).model
     held_out = held_out_rows(run)
     with torch.no_grad():
-        ratios = np.array(
-            [[float(log_prob(run.model, row) - log_prob(exact, row)) for row in group.rows] for group in held_out]
-        )
+        ratios = [[float(log_prob(run.model, r) - log_prob(exact, r)) for r in group.rows] for group in held_out]
+    ratios = np.array(ratios)
     divergence = max(0.0, ratios[:, 1].mean())
     signs = np.array([1 if group.rows[0].desired else -1 for group in held_out])
     expected = 1 - 1 / (1 + np.exp(-0.1 * signs * (ratios[:, 0] - divergence)))
@@ -122,7 +114,7 @@ def test_the_reference_is_the_base_model_and_an_evaluation_counts_all_rows(judge
 
 
 def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(judging, tmp_path):
-    given = {"train": {"epochs": 3, "checkpoint_every": 2}}
+    given = {"train": {"epochs": 1, "checkpoint_every": 2}}
     fit(judging(tmp_path / "whole", **given))
     small = fit(judging(tmp_path / "small", train={**given["train"], "tokens_per_pass": 80})).output
     assert losses(small) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
@@ -131,8 +123,9 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_virtual_tokens_come_before_both_rows(judging, tmp_path):
-    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 10})).output)
+    found = losses(fit(judging(tmp_path / "run", method="prompt", train={"epochs": 4})).output)
     assert np.mean(found[-3:]) < np.mean(found[:3])
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from deltaw.training.planning.plan_run import REGION, plan
 from tests.byte_models import saved, tiny_llama
+from tests.conftest import write_rows
 
 ENTRIES, WIDTH = 40_000, 32
 
@@ -14,20 +15,17 @@ ENTRIES, WIDTH = 40_000, 32
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("wide")
     for name, tied in (("untied", False), ("tied", True)):
-        model = tiny_llama(hidden_size=WIDTH, vocab_size=ENTRIES, tie_word_embeddings=tied)
-        saved(model, made / name)
-    rows = "".join(f'{{"prompt": "row {n}", "completion": "answer {n}"}}\n' for n in range(20))
-    (made / "rows.jsonl").write_text(rows)
+        saved(tiny_llama(hidden_size=WIDTH, vocab_size=ENTRIES, tie_word_embeddings=tied), made / name)
+    write_rows(made / "rows.jsonl", ({"prompt": f"row {n}", "completion": f"answer {n}"} for n in range(20)))
     return made
 
 
 @pytest.fixture
 def unread(settings, folder, tmp_path):
-    def made(name: str, *, method: str = "lora", precision: str = "fp32", drift: bool = False) -> int:
-        data = {"train": str(folder / "rows.jsonl"), "eval": None}
+    def made(name: str, *, drift: bool = False, **changes: str) -> int:
+        changes |= {"model": str(folder / name), "data": {"train": str(folder / "rows.jsonl"), "eval": None}}
         train = {"max_steps": 2, "drift": drift, "keep_features": False}
-        changes = {"model": str(folder / name), "data": data, "train": train}
-        found = plan(settings(tmp_path / "run", method=method, precision=precision, **changes))
+        found = plan(settings(tmp_path / "run", train=train, **changes))
         return found.peak_bytes - found.resident["tensors"]
 
     return made
