@@ -32,9 +32,8 @@ def test_prompts_are_rendered_as_in_training_by_several_threads_too(data):
     prompts = TokenizerPrompts(tokenizer, data)
     expected = encode_prompt(HELLO, data or "auto", tokenizer).tolist()
     np.testing.assert_array_equal(prompts.text("abc"), encode_prompt("abc", "plain", tokenizer))
-    found: list[list[int]] = []
-    at_once(lambda _: found.extend(prompts.chat(HELLO, []).tolist() for _ in range(20)), range(4))
-    assert found == [expected] * 80
+    found = at_once(lambda _: [prompts.chat(HELLO, []).tolist() for _ in range(20)], range(4))
+    assert found == [[expected] * 20] * 4
 
 
 def test_turns_may_come_in_any_order_that_the_template_takes():
