@@ -102,10 +102,11 @@ def test_adapters_that_leave_memory_come_back_for_their_requests(folders):
 
 
 def test_a_swapped_adapter_never_meets_keys_of_the_one_before(folders, tmp_path):
-    other = write_lora(llama()[0], tmp_path, seed=9)
+    other = write_lora(llama()[0], tmp_path / "lora", seed=9)
+    soft = write_soft_prompt(llama()[0], tmp_path / "soft", seed=1, length=5)
     bank, engine = serving(x=folders["narrow"])
     prompt = asked()[0]
-    for folder in (folders["narrow"], other, folders["narrow"], folders["soft"]):
+    for folder in (folders["narrow"], other, folders["narrow"], soft, folders["soft"]):
         bank.swap("x", folder)
         written, reused = wrote(engine, "x", prompt)
         assert written == alone(folder, prompt)
