@@ -80,18 +80,11 @@ def same(one, other) -> bool:
     return torch.equal(first_factor(one), first_factor(other))
 
 
-def test_an_adapter_is_had_by_its_name(bank_of, folders):
-    bank = bank_of("ab")
-    assert bank.names() == ("a", "b")
-    a, b = had(bank, "a"), had(bank, "b")
-    assert a.number != b.number and not same(a, b)
-    assert a.facts is bank.facts("a") and a.facts.folder == folders["a"]
-
-
 def test_a_soft_prompt_has_rows_and_no_factors(bank_of, model, tmp_path):
     bank = bank_of()
     bank.add("soft", write_soft_prompt(model, tmp_path, length=4))
     active = had(bank, "soft")
+    assert active.facts is bank.facts("soft") and active.facts.folder == tmp_path
     assert active.packed is None and active.soft_prompt.shape == (4, 32)
     assert bank.status().bytes == 4 * 32 * 4
 

@@ -42,12 +42,13 @@ def test_metrics_count_what_was_done(start):
     assert not any("xxx" in name or "nobody" in name for name in found)
 
 
-def test_texts_in_hand_are_seen(shared):
-    with shared.http.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
+def test_texts_in_hand_are_seen(start):
+    server = start()
+    with server.http.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
         parts = response.iter_text()
         next(parts)
-        assert until(lambda: values(shared)["deltaw_running"] == 1)
-        assert values(shared)["deltaw_in_hand"] == 1
+        assert until(lambda: values(server)["deltaw_running"] == 1)
+        assert values(server)["deltaw_in_hand"] == 1
 
 
 def logged(start, work, **settings: Any) -> list[dict[str, Any]]:
