@@ -103,16 +103,13 @@ def test_texts_drawn_at_random_match_the_schema(grammars):
     assert len(set(texts)) > 6
 
 
-@pytest.mark.parametrize(
-    ("kind", "value", "pattern"),
-    [
+def test_texts_drawn_at_random_match_expression_and_grammar(grammars):
+    for kind, value, pattern in (
         ("regex", r"(yes|no), [a-c]{2,4}\d", r"(yes|no), [a-c]{2,4}\d"),
         ("regex", "[é漢]{3}/x", "[é漢]{3}/x"),
         ("grammar", 'start: "a" b\nb: "(" b ")" | "x"', r"a\(*x\)*"),
-    ],
-)
-def test_texts_drawn_at_random_match_expression_and_grammar(grammars, kind, value, pattern):
-    assert all(re.fullmatch(pattern, text) for text in drawn([begun(grammars, value, kind) for _ in range(8)]))
+    ):
+        assert all(re.fullmatch(pattern, text) for text in drawn([begun(grammars, value, kind) for _ in range(8)]))
 
 
 def test_any_json_object_is_one_and_white_space_is_bounded(grammars):

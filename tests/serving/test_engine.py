@@ -142,10 +142,6 @@ def test_log_probabilities_of_text_and_prompt_are_the_models_own():
     assert [entry.token for entry in text.logprobs] == prompt[1:].tolist()
 
 
-def letter_x() -> int:
-    return tokenizer()("x")["input_ids"][0]
-
-
 def test_a_constrained_text_matches_and_its_neighbours_are_free():
     """Whether the grammar ends a text is known after its last token was chosen."""
     pytest.importorskip("llguidance", reason="constraints are llguidance's")
@@ -160,8 +156,8 @@ def test_a_constrained_text_matches_and_its_neighbours_are_free():
 def test_a_constraint_that_takes_its_time_holds_up_nobody():
     pytest.importorskip("llguidance", reason="constraints are llguidance's")
     ours = engine(constraints=ConstraintLimits(ProcessLimits(seconds=600, memory=8 << 30)))
-    steered, slow = Sampling(logit_bias={letter_x(): 100.0}), Constraint("grammar", explodes_later(0))
-    stuck = ours.submit(Request(SHORT, None, steered, slow, max_new_tokens=50))
+    steered = Sampling(logit_bias={tokenizer()("x")["input_ids"][0]: 100.0})
+    stuck = ours.submit(Request(SHORT, None, steered, Constraint("grammar", explodes_later(0)), max_new_tokens=50))
     pieces = iter(stuck)
     assert "".join(next(pieces).text for _ in range(5)) == "xxxxx"  # what may follow is computed for minutes
     for request in (long_text(12), Request(SHORT, max_new_tokens=12, constraint=PAIRS)):

@@ -173,8 +173,10 @@ def test_text_depends_neither_on_the_rows_beside_it_nor_on_its_place():
     assert texts(0) == [[int(logits[0].argmax()) for logits in steps]]
 
 
-def test_seed_decides_the_text():
+def test_seed_decides_the_text_and_tiny_temperatures_draw_the_likeliest_token():
     logits = some_logits(1, scale=0.5)
+    for temperature in (1e-3, 1e-30, 5e-324):
+        assert written(some_logits(1), 1, state(temperature=temperature)) == [some_logits(1).argmax()]
     one, again, other = (written(logits, 8, state(temperature=1.0, seed=seed)) for seed in (1, 1, 2))
     assert one == again != other
 
@@ -211,41 +213,21 @@ def test_log_probabilities_are_the_models_own():
     assert choose(logits, [state(), state()]).logprobs == (None, None)
 
 
-def test_equally_likely_tokens_are_told_in_the_order_of_their_ids():
-    found = logprob(np.zeros(500, dtype=np.float32), 3, 3)
-    assert found.logprob == pytest.approx(-math.log(500))
-    assert [token for token, _ in found.top] == [0, 1, 2]
-
-
-def test_tokens_that_the_model_rules_out_have_a_finite_log_probability():
+def test_equally_likely_tokens_come_in_order_and_those_ruled_out_have_a_finite_log_probability():
     logits = np.full(40, -np.inf, dtype=np.float32)
     logits[[3, 9]] = 1.0
-    found = logprob(logits, 3, 4)
-    assert found.logprob == pytest.approx(math.log(0.5))
-    assert [token for token, _ in found.top] == [3, 9, 0, 1]
-    assert [value for _, value in found.top[2:]] == [LEAST_LOGPROB] * 2
+    found, half = logprob(logits, 3, 4), math.log(0.5)
+    assert found.logprob == pytest.approx(half)
+    assert found.top[2:] == ((0, LEAST_LOGPROB), (1, LEAST_LOGPROB))
+    assert found.top[:2] == ((3, pytest.approx(half)), (9, pytest.approx(half)))
     for chosen in ({"top_k": 10}, {"top_p": 0.9}, {"min_p": 0.1}, {}):
         assert set(written(logits[None], 30, state(40, temperature=1.0, **chosen))) == {3, 9}
 
 
-def test_tiny_temperatures_draw_the_likeliest_token():
-    logits = some_logits(1)
-    for temperature in (1e-3, 1e-30, 5e-324):
-        assert written(logits, 1, state(temperature=temperature)) == [logits[0].argmax()]
-
-
-WRONG: dict[str, list[object]] = {
-    "temperature": [-0.1, math.nan, math.inf],
-    "top_k": [-1],
-    "top_p": [0.0, 1.1],
-    "min_p": [-0.5, 2.0],
-    "repetition_penalty": [0.0, math.nan],
-    "presence_penalty": [2.5],
-    "frequency_penalty": [-3.0],
-    "seed": [2**70],
-    "logprobs": [-1, 1000],
-    "logit_bias": [{V: 1.0}, {-1: 1.0}, {3: 101.0}, {3: math.nan}],
-}
+WRONG: dict[str, list[object]] = {"temperature": [-0.1, math.nan, math.inf], "top_k": [-1], "top_p": [0.0, 1.1]}
+WRONG |= {"min_p": [-0.5, 2.0], "repetition_penalty": [0.0, math.nan], "presence_penalty": [2.5], "seed": [2**70]}
+WRONG |= {"frequency_penalty": [-3.0], "logprobs": [-1, 1000]}
+WRONG |= {"logit_bias": [{V: 1.0}, {-1: 1.0}, {3: 101.0}, {3: math.nan}]}
 
 
 def test_values_out_of_range_are_refused_by_name_and_those_at_the_borders_taken():

@@ -27,3 +27,12 @@ def refusal(response: Any, status: int) -> dict[str, Any]:
     assert body["error"]["message"]
     error: dict[str, Any] = body["error"]
     return error
+
+
+def load(server: Any, name: object, path: object = "poet", **more: object) -> Any:
+    """The answer to a request that an adapter be loaded."""
+    return server.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
+
+
+def unload(server: Any, name: str) -> Any:
+    return server.post("/v1/unload_lora_adapter", json={"lora_name": name})

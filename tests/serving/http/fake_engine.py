@@ -34,10 +34,8 @@ from tests.byte_models import TEMPLATE, byte_tokenizer
 POSITIONS = 4096
 # Texts that a prompt's last line asks for.
 SLOW, FAIL, LONG = "be slow", "fail", "go on"
-TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\n"
-    "Use <tool_call></tool_call><|im_end|>\n{% endif %}" + TEMPLATE
-)
+TOOLS = "{{ tools | tojson }}\nUse <tool_call></tool_call>"
+TOOLS_TEMPLATE = f"{{% if tools %}}<|im_start|>system\n{TOOLS}<|im_end|>\n{{% endif %}}{TEMPLATE}"
 
 
 class FakeWriting:
@@ -185,14 +183,9 @@ def fake_served(*names: str, **changes: object) -> Served:
     engine, with_tools = FakeEngine(names), byte_tokenizer()
     with_tools.chat_template = TOOLS_TEMPLATE
     prompts = {True: TokenizerPrompts(with_tools), False: _PLAIN}
-    values: dict[str, object] = {
-        "name": "base",
-        "engine": engine,
-        "prompts": lambda adapter: prompts[adapter == "tools"],
-        "positions": POSITIONS,
-        "shelf": FakeShelf(engine),
-        "load": lambda: EngineLoad(running=engine.running, pages=10, adapters_loaded=len(engine.names)),
-    }
+    values = {"name": "base", "engine": engine, "positions": POSITIONS, "shelf": FakeShelf(engine)}
+    values["prompts"] = lambda adapter: prompts[adapter == "tools"]
+    values["load"] = lambda: EngineLoad(running=engine.running, pages=10, adapters_loaded=len(engine.names))
     return Served(**values | changes)  # type: ignore[arg-type]
 
 

@@ -83,13 +83,8 @@ class Hostile:
         return self._ask(CHAT, self._chat, guided_grammar=explodes_later(number), **steered)
 
     def quantifiers(self, number: int) -> int:
-        expressions = (
-            "(a{1000}){1000}",
-            "((a|b|ab){1,50}c?){1,50}z",
-            "(.*a.{500}){20}",
-            "(((x+x+)+y)+){300}z",
-            "([a-z]{1,99}[0-9]?){1,99}q",
-        )
+        first = ("(a{1000}){1000}", "((a|b|ab){1,50}c?){1,50}z", "(.*a.{500}){20}")
+        expressions = (*first, "(((x+x+)+y)+){300}z", "([a-z]{1,99}[0-9]?){1,99}q")
         expression = f"{number}{expressions[number % len(expressions)]}"
         return self._ask(COMPLETIONS, self._completion, guided_regex=expression)
 

@@ -9,7 +9,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.serving.http.settings import ServerSettings
-from tests.serving.http.asking import CHAT, COMPLETIONS, GOOD, refusal
+from tests.serving.http.asking import CHAT, COMPLETIONS, GOOD, load, refusal, unload
 
 KEY, OTHER = "correct-horse-1", "correct-horse-2"
 PAGE = "https://page.example"
@@ -35,20 +35,15 @@ def test_keys_are_asked_for_everywhere_but_at_the_probes(start):
     assert len(server.engine.submitted) == 2
 
 
-@pytest.mark.parametrize(
-    ("settings", "owners"),
-    [
-        ({"keys": (KEY, OTHER)}, [1, 1, 2, 2, 1, 1]),
-        ({"keys": (KEY, OTHER), "share_cache": True}, [0] * 6),
-        ({"keys": (KEY,)}, [0] * 6),
-    ],
-)
-def test_each_key_has_computed_prompts_of_its_own(start, settings, owners):
-    server = start(**settings)
-    for key in (KEY, settings["keys"][-1], KEY):
-        for path, asked in (CHAT, GOOD), (COMPLETIONS, {"model": "base", "prompt": "a"}):
-            assert server.post(path, json=asked, headers=bearer(key)).status_code == 200
-    assert [request.owner for request in server.engine.submitted] == owners
+def test_each_key_has_computed_prompts_of_its_own(start):
+    two = {"keys": (KEY, OTHER)}
+    for settings, owners in (two, (1, 2)), (two | {"share_cache": True}, (0, 0)), ({"keys": (KEY,)}, (0, 0)):
+        server = start(**settings)
+        for key in (KEY, settings["keys"][-1], KEY):
+            for path, asked in (CHAT, GOOD), (COMPLETIONS, {"model": "base", "prompt": "a"}):
+                assert server.post(path, json=asked, headers=bearer(key)).status_code == 200
+        one, other = owners
+        assert [request.owner for request in server.engine.submitted] == [one, one, other, other, one, one]
 
 
 def test_names_that_others_made_point_here_are_refused(start):
@@ -90,14 +85,6 @@ def adapters(tmp_path: Path) -> Path:
     for name, target in (("inside", root / "poet"), ("outside", tmp_path / "private"), ("loop", root / "loop")):
         (root / name).symlink_to(target)
     return root
-
-
-def load(server, name: object, path: object = "poet", **more: object):
-    return server.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
-
-
-def unload(server, name: str):
-    return server.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
 
 def test_adapters_are_loaded_and_unloaded(start, adapters):

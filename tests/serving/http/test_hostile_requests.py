@@ -17,28 +17,15 @@ from tests.serving.http.waiting import until
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 # Values that a field must not have; the error names the field.
-WRONG: dict[str, list[Any]] = {
-    "temprature": [1],
-    "temperature": ["1", True, 2.1, [1]],
-    "top_p": [0],
-    "n": [0, 1.5, 10**30, 17],
-    "max_tokens": [0, -1, 5000],
-    "stop": ["", [""], ["a"] * 17, {"a": 1}],
-    "seed": [1.5],
-    "logit_bias": [{"x": 1}, {"-1": 1}, {"1": 101}],
-    "logprobs": [2],
-    "stream": ["yes"],
-    "guided_json": ["not JSON", {"a": "x" * 70_000}],
-    "tools": [[{"type": "function"}], [{"type": "function", "function": {"name": "a b"}}]],
-    "functions": [[]],
-    "store": [True],
-    "service_tier": ["priority"],
-    "reasoning_effort": ["high"],
-    "modalities": [["text", "audio"]],
-    "model": ["", None, 5],
-    "response_format": [{"type": "json_schema"}, {"type": "xml"}],
-    "messages": [[], "hi", [{"role": "user"}], [{"role": "king", "content": "hi"}], [{"role": "user", "content": 1}]],
-}
+WRONG: dict[str, list[Any]] = {"temprature": [1], "temperature": ["1", True, 2.1, [1]], "top_p": [0], "seed": [1.5]}
+WRONG |= {"n": [0, 1.5, 10**30, 17], "max_tokens": [0, -1, 5000], "stop": ["", [""], ["a"] * 17, {"a": 1}]}
+WRONG |= {"logit_bias": [{"x": 1}, {"-1": 1}, {"1": 101}], "logprobs": [2], "stream": ["yes"], "model": ["", None, 5]}
+WRONG |= {"guided_json": ["not JSON", {"a": "x" * 70_000}], "functions": [[]], "store": [True]}
+WRONG |= {"tools": [[{"type": "function"}], [{"type": "function", "function": {"name": "a b"}}]]}
+WRONG |= {"service_tier": ["priority"], "reasoning_effort": ["high"], "modalities": [["text", "audio"]]}
+WRONG |= {"response_format": [{"type": "json_schema"}, {"type": "xml"}]}
+TURNS = ({"role": "user"}, {"role": "king", "content": "hi"}, {"role": "user", "content": 1})
+WRONG |= {"messages": [[], "hi", *([turn] for turn in TURNS)]}
 # Fields that do not go together, and where the error stands, if it stands in one.
 TOGETHER: list[tuple[dict[str, Any], str | None]] = [
     ({"max_tokens": 1, "max_completion_tokens": 1}, None),
@@ -129,18 +116,17 @@ def many(field: str, element: str) -> str:
     return f'{{"model": "base", "{field}": [' + ",".join([element] * 300_000) + "]}"
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        (COMPLETIONS, many("prompt", "1.5")),
-        (COMPLETIONS, many("prompt", "[]")),
-        (CHAT, many("messages", "{}")),
-        (CHAT, many("stop", "1")),
-        (CHAT, json.dumps(GOOD).replace('"hi"', "[" + ",".join(["{}"] * 300_000) + "]")),
-        (CHAT, json.dumps(GOOD | {f"a{number}": 0 for number in range(100_000)})),
-    ],
-    ids=["numbers", "lists", "messages", "stops", "parts", "keys"],
-)
+MISTAKES = {
+    "numbers": (COMPLETIONS, many("prompt", "1.5")),
+    "lists": (COMPLETIONS, many("prompt", "[]")),
+    "messages": (CHAT, many("messages", "{}")),
+    "stops": (CHAT, many("stop", "1")),
+    "parts": (CHAT, json.dumps(GOOD).replace('"hi"', "[" + ",".join(["{}"] * 300_000) + "]")),
+    "keys": (CHAT, json.dumps(GOOD | {f"a{number}": 0 for number in range(100_000)})),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), MISTAKES.values(), ids=MISTAKES)
 def test_very_many_mistakes_cost_what_few_do(shared, monkeypatch, path, body):
     """Each would be an error with a text of its own: gigabytes, and seconds for all other requests."""
     from deltaw.serving.http import errors
@@ -214,11 +200,11 @@ def test_limits_of_tokens_and_prompts(start):
 
 
 def test_paths_and_methods_that_there_are_not(shared):
-    refusal(shared.get("/v1/nothing"), 404)
-    refusal(shared.get("/../../etc/passwd"), 404)
+    for path in ("/v1/nothing", "/../../etc/passwd"):
+        refusal(shared.get(path), 404)
+    refusal(shared.http.delete("/v1/models"), 405)
     response = shared.get(CHAT)
     assert refusal(response, 405) and "POST" in response.headers["allow"]
-    refusal(shared.http.delete("/v1/models"), 405)
     # Loading adapters is off.
     refusal(shared.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/"}), 404)
 

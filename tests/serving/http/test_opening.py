@@ -19,7 +19,7 @@ from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer, saved, tiny_llama
 from tests.serving.adapter_folders import write_lora
 from tests.serving.engines import greedy
-from tests.serving.http.asking import CHAT, said
+from tests.serving.http.asking import CHAT, load, said, unload
 from tests.serving.http.waiting import at_once, until
 
 ASKED = said(max_tokens=16)
@@ -84,14 +84,6 @@ def expected(folders):
 
 def answer_of(server, name: str) -> str:
     return str(server.post(CHAT, json=ASKED | {"model": name}).json()["choices"][0]["message"]["content"])
-
-
-def load(server, name: str, folder: str, **more: bool) -> Any:
-    return server.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": folder, **more})
-
-
-def unload(server, name: str) -> Any:
-    return server.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
 
 def test_each_name_gets_its_own_texts(server, expected):

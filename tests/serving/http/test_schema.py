@@ -10,9 +10,7 @@ import hypothesis
 import pytest
 
 EXAMPLES = 5
-QUIET = hypothesis.settings(
-    deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
-)
+QUIET = hypothesis.settings(database=None, suppress_health_check=list(hypothesis.HealthCheck))
 
 
 def test_every_route_is_described(shared):
