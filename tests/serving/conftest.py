@@ -22,6 +22,7 @@ def runs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     prompt = {"method": "prompt", "prompt": {"length": 3}}
     return {
         "mood": train_classifier(bert, folder / "mood", ("bad", "fine", "good")),
+        "topic": train_classifier(bert, folder / "topic", ("art", "law"), lora={"rank": 4}),
         "prefix": train_classifier(bert, folder / "prefix", ("no", "yes"), **prompt),
     }
 

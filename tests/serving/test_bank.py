@@ -94,19 +94,14 @@ def test_what_is_refused_changes_nothing(bank_of, model, folders, tmp_path):
     bank.add("alpha", folders["a"])
     before, status = had(bank, "alpha"), bank.status()
     dora = write_lora(model, tmp_path, dora=True)
-    for refused, says in (
-        (lambda: bank.acquire("alpa"), "did you mean 'alpha'"),
-        (lambda: bank.add("alpha", folders["b"]), "already"),
-        (lambda: bank.remove("beta"), "no adapter 'beta'"),
-        (lambda: bank.swap("beta", folders["b"]), "no adapter 'beta'"),
-        (lambda: bank.add("b", dora), "DoRA"),
-        (lambda: bank.swap("alpha", dora), "DoRA"),
-    ):
+    b = folders["b"]
+    wrong = [(bank.add, (name, b), "cannot name an adapter") for name in ("", " alpha", "a\nb", "x" * 300)]
+    wrong += [(bank.acquire, ("alpa",), "did you mean 'alpha'"), (bank.remove, ("beta",), "no adapter 'beta'")]
+    wrong += [(bank.swap, ("beta", b), "no adapter 'beta'"), (bank.swap, ("alpha", dora), "DoRA")]
+    wrong += [(bank.add, ("alpha", b), "already"), (bank.add, ("b", dora), "DoRA")]
+    for ask, given, says in wrong:
         with pytest.raises(UserError, match=says):
-            refused()
-    for name in ("", " alpha", "a\nb", "x" * 300):
-        with pytest.raises(UserError, match="cannot name an adapter"):
-            bank.add(name, folders["b"])
+            ask(*given)
     assert (bank.names(), bank.status(), had(bank, "alpha").number) == (("alpha",), status, before.number)
 
 

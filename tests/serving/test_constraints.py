@@ -234,7 +234,7 @@ def test_what_takes_too_long_later_ends_its_own_texts_alone(grammars):
 
 
 def test_texts_of_a_busy_process_are_asked_without_waiting(grammars):
-    held = [exploding(grammars, 1), *(begun(grammars, explodes_later(1), "grammar") for _ in range(1000))]
+    held = [exploding(grammars, 1), *(begun(grammars, explodes_later(1), "grammar") for _ in range(300))]
     for matcher in held:
         follow(matcher, "x")  # of the first one, work for as long as there may be
     assert not held[0].ready and not held[0].wait(0.0) and held[0].late

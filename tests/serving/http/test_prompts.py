@@ -13,7 +13,7 @@ from tests.serving.test_text import fallback_tokenizer
 
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
 
-from deltaw.serving.http.preparing import TokenizerPrompts, bytes_of_token
+from deltaw.serving.http.preparing import TokenizerPrompts, bytes_of_token, surely_longer
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "Grüße"}]
 TOOL: dict[str, object] = {"type": "function", "function": {"name": "weather", "parameters": {}}}
@@ -34,6 +34,10 @@ def test_prompts_are_rendered_as_in_training_by_several_threads_too(data):
     np.testing.assert_array_equal(prompts.text("abc"), encode_prompt("abc", "plain", tokenizer))
     found = at_once(lambda _: [prompts.chat(HELLO, []).tolist() for _ in range(20)], range(4))
     assert found == [[expected] * 20] * 4
+
+
+def test_a_text_is_far_too_long_by_its_tokens_not_its_characters():
+    assert surely_longer("x" * 800, 100, list) and not surely_longer("x" * 800, 100, lambda text: text[::2])
 
 
 def test_turns_may_come_in_any_order_that_the_template_takes():

@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-EXAMPLES = 5
+EXAMPLES = 3
 QUIET = hypothesis.settings(database=None, suppress_health_check=list(hypothesis.HealthCheck))
 
 
