@@ -169,8 +169,8 @@ def test_a_constraint_that_takes_its_time_holds_up_nobody():
 
 def test_a_text_whose_constraint_fails_ends_with_the_reason():
     pytest.importorskip("llguidance", reason="constraints are llguidance's")
-    ours = engine(constraints=ConstraintLimits(ProcessLimits(text_seconds=0.0001)))
-    with pytest.raises(UserError, match=r"any longer: .*more than 0.0001 s"):
+    ours = engine(constraints=ConstraintLimits(ProcessLimits(text_seconds=1e-6)))
+    with pytest.raises(UserError, match=r"any longer: .*more than 1e-06 s"):
         ours.submit(long_text(100, constraint=Constraint("regex", "(.|\n)*"))).result()
 
 
