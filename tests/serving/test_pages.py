@@ -57,8 +57,8 @@ def written(memory: Memory, prompt: np.ndarray) -> SequencePages:
     return sequence
 
 
-def counted(start: int, stop: int, adapter: int = 0) -> np.ndarray:
-    return token_keys(np.arange(start, stop), adapter)
+def counted(start: int, stop: int) -> np.ndarray:
+    return token_keys(np.arange(start, stop))
 
 
 def test_a_prompt_that_begins_like_another_takes_its_full_pages_and_copies_the_last():
@@ -89,6 +89,9 @@ def test_the_least_recently_used_pages_give_way_and_running_out_is_told():
     memory.pool.release(third)
     assert [memory.pool.begin(counted(start, start + 16)).reused for start in (200, 100)] == [0, 16]
     assert memory.run(counted(500, 540)) is None
+    one = Memory(1)
+    written(one, counted(0, 5))
+    assert one.pool.begin(counted(0, 4)).reused == 0, "no page is left for a copy"
 
 
 @settings(max_examples=25, deadline=None)
