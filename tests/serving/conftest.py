@@ -1,12 +1,14 @@
-"""An encoder and trained classifiers on disk, which tests of several files read."""
+"""An encoder and trained classifiers on disk, which tests of several files read; engines end with their test."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.serving.encoder_models import train_classifier, write_bert
+from tests.serving.engines import MADE
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +19,16 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
+    prompt = {"method": "prompt", "prompt": {"length": 3}}
     return {
         "mood": train_classifier(bert, folder / "mood", ("bad", "fine", "good")),
         "topic": train_classifier(bert, folder / "topic", ("art", "law"), lora={"rank": 4}),
-        "prefix": train_classifier(bert, folder / "prefix", ("no", "yes"), method="prompt", prompt={"length": 3}),
+        "prefix": train_classifier(bert, folder / "prefix", ("no", "yes"), **prompt),
     }
+
+
+@pytest.fixture(autouse=True)
+def _ended_engines() -> Iterator[None]:
+    yield
+    while MADE:
+        MADE.pop().close(drain=False)

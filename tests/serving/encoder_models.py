@@ -5,36 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from deltaw.runs.fit import fit
-from tests.byte_models import byte_tokenizer
+from tests.byte_models import saved
 from tests.conftest import laid_over, write_rows
 
 TEXTS = ["a", "some longer text", "x" * 40, "snow ☃"]
 
 
-SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
-SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 def bert_config(**changes: object) -> BertConfig:
-    return BertConfig(**{**SHAPE, "initializer_range": 0.2, **changes})
+    shape = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+    return BertConfig(**{**shape, **changes})
 
 
 def write_bert(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
-    BertModel(bert_config(**changes)).eval().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_llama(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, num_key_value_heads=2)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(BertModel(bert_config(**changes)).eval(), folder)
 
 
 def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more: object) -> Path:
@@ -44,12 +32,8 @@ def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more
         "model": str(model),
         "task": "sequence-classification",
         "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows))},
-        "method": "lora",
         "lora": {"rank": 2, "alpha": 4},
         "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "output": str(output),
     }
-    return Path(fit(laid_over(settings, more)).output)
+    fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
+    return Path(fit(laid_over(settings | fixed, more)).output)

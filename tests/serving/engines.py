@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from deltaw.serving.batch import Batch, BatchLimits
 from deltaw.serving.decodable import Decodable, decodable
 from deltaw.serving.engine import Engine
 from tests.byte_models import byte_tokenizer, tiny_llama
+
+# Engines that are closed after the test.
+MADE: list[Engine] = []
 
 
 @functools.cache
@@ -45,7 +50,8 @@ def over(
 ) -> Engine:
     adapters = adapters or FixedAdapters()
     work = Batch(made, pages, adapters, limits or BatchLimits())
-    return Engine(work, tokenizer(), adapters=adapters, **changes)  # type: ignore[arg-type]
+    MADE.append(Engine(work, tokenizer(), adapters=adapters, **changes))  # type: ignore[arg-type]
+    return MADE[-1]
 
 
 def prompts(count: int, longest: int = 40, vocabulary: int = 259, seed: int = 0) -> list[np.ndarray]:
@@ -56,20 +62,15 @@ def prompts(count: int, longest: int = 40, vocabulary: int = 259, seed: int = 0)
 def greedy(model: PreTrainedModel, prompt: np.ndarray, count: int, ends: tuple[int, ...] = ()) -> list[int]:
     """What transformers writes, without a terminator."""
     ids = torch.from_numpy(np.asarray(prompt, np.int64))[None]
+    how = {"max_new_tokens": count, "do_sample": False, "eos_token_id": list(ends) or None, "pad_token_id": 0}
     with torch.no_grad():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=list(ends) or None,
-            pad_token_id=0,
-        )
-    written = out[0, len(prompt) :].tolist()
-    for number, token in enumerate(written):
-        if token in ends:
-            return written[:number]
-    return written
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    return before(out[0, len(prompt) :].tolist(), ends)
+
+
+def before(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens before the first terminator."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 SMALL_STEPS = BatchLimits(running=4, prompt_rows=6, alone_rows=9, least_rows=2)

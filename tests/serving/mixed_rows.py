@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.decodable import Decodable
 
 
@@ -15,6 +17,24 @@ def drawn_prompts(count: int, vocabulary: int, *, seed: int = 0) -> list[np.ndar
     """Prompts of 3 to 9 tokens."""
     draw = np.random.default_rng(seed)
     return [draw.integers(3, vocabulary, draw.integers(3, 10)) for _ in range(count)]
+
+
+def bank_over(model: nn.Module, made: Decodable, *folders: Path) -> AdapterBank:
+    """A bank of these adapters by their numbers."""
+    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
+    for number, folder in enumerate(folders):
+        bank.add(str(number), folder)
+    return bank
+
+
+def packed_of(bank: AdapterBank) -> list:
+    return [bank.acquire(name).packed for name in bank.names()]
+
+
+def last_logits(model: nn.Module, text: np.ndarray, count: int = 1) -> Tensor:
+    """The model's own logits (count, V) at the last tokens of a text."""
+    with torch.no_grad():
+        return model(input_ids=torch.as_tensor(np.asarray(text))[None]).logits[0, -count:]
 
 
 class Rows:
@@ -39,11 +59,9 @@ class Rows:
         places = [torch.arange(n, n + count) for n, count in zip(self._lengths, counts, strict=True)]
         positions = torch.cat(places).to(torch.int32)
         sequence = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(torch.int32)
-        entry = self._made.entry
-        hidden = entry.rows(ids)
+        entry, hidden = self._made.entry, self._made.entry.rows(ids)
         if entry.positions is not None:
             hidden = hidden + entry.positions[positions.long()]
-        last = (torch.tensor(counts).cumsum(0) - 1).to(torch.int32)
         _, logits = self._made.decoder.step(
             pages=self._pages,
             hidden=hidden,
@@ -52,7 +70,7 @@ class Rows:
             page_table=self._table,
             adapter=self._which[sequence.long()].contiguous(),
             adapters=self._adapters,
-            wanted=last,
+            wanted=(torch.tensor(counts).cumsum(0) - 1).to(torch.int32),
         )
         self._lengths = [n + count for n, count in zip(self._lengths, counts, strict=True)]
         return logits.clone()

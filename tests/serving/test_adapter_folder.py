@@ -33,6 +33,11 @@ def reader(model):
     return FolderReader(model, byte_tokenizer())
 
 
+def refuses(reader, folder, says) -> None:
+    with pytest.raises(UserError, match=says):
+        reader.read(folder)
+
+
 def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
     pattern = {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"down_proj": 3.0}, "rslora": True}
     write_lora(model, tmp_path, layers="1", **pattern)
@@ -44,7 +49,7 @@ def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
     assert len(parts.layers) == 7 and all(".layers.1." in name for name in parts.layers)
     for name, factors in parts.layers.items():
         layer = adapted.get_submodule(name)
-        assert torch.equal(factors.lora_A, layer.lora_A) and torch.equal(factors.lora_B, layer.lora_B)
+        assert all(torch.equal(getattr(factors, n), getattr(layer, n)) for n in ("lora_A", "lora_B"))
         assert factors.scaling == layer.scaling
     assert {layer.lora_A.shape[1] for layer in parts.layers.values()} == {4, 7}
     gpt2 = tiny_gpt2()  # whose layers are transposed
@@ -55,8 +60,7 @@ def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
 
 def test_an_adapter_of_pefts_is_read(model, reader, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", "up_proj"], task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    theirs.save_pretrained(tmp_path)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
     parts = reader.read(tmp_path)
     assert {name.rpartition(".")[2] for name in parts.layers} == {"v_proj", "up_proj"}
     assert {factors.scaling for factors in parts.layers.values()} == {5 / 3}
@@ -64,10 +68,8 @@ def test_an_adapter_of_pefts_is_read(model, reader, tmp_path):
 
 
 def test_a_soft_prompt_is_rows_before_the_prompt(model, reader, tmp_path):
-    write_soft_prompt(model, tmp_path, length=5)
-    parts = reader.read(tmp_path)
-    assert parts.prompt is not None and parts.prompt.shape == (5, 32) and not parts.layers
-    assert parts.facts.virtual_tokens == 5
+    parts = reader.read(write_soft_prompt(model, tmp_path, length=5))
+    assert parts.prompt.shape == (5, 32) and not parts.layers and parts.facts.virtual_tokens == 5
 
 
 def test_template_terminators_and_invocation_come_with_the_folder(model, reader, tmp_path):
@@ -75,12 +77,10 @@ def test_template_terminators_and_invocation_come_with_the_folder(model, reader,
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     facts = reader.read(tmp_path).facts
-    assert facts.invocation == (1, 100, 101)
-    assert {7, 9} <= set(facts.terminators)
+    assert facts.invocation == (1, 100, 101) and {7, 9} <= set(facts.terminators)
     asked = [{"role": "user", "content": "hm"}]
     assert facts.tokenizer.apply_chat_template(asked, tokenize=False) == "<hm>"
-    write_lora(model, tmp_path / "bare")
-    facts = reader.read(tmp_path / "bare").facts  # without its own, the base's hold
+    facts = reader.read(write_lora(model, tmp_path / "bare")).facts  # without its own, the base's hold
     assert set(facts.terminators) == {0, 2}  # end of text, and of a turn
     assert "im_start" in facts.tokenizer.apply_chat_template(asked, tokenize=False)
 
@@ -97,28 +97,21 @@ def test_template_terminators_and_invocation_come_with_the_folder(model, reader,
     ],
 )
 def test_more_than_factors_of_linear_layers_is_refused_by_name(model, reader, tmp_path, settings, named):
-    write_lora(model, tmp_path, **settings)
-    with pytest.raises(UserError, match=re.escape(named)):
-        reader.read(tmp_path)
+    refuses(reader, write_lora(model, tmp_path, **settings), re.escape(named))
 
 
 @pytest.mark.parametrize("method", ["full", "last", "random", "bias", "head", "input"])
 def test_methods_that_change_the_bases_weights_are_refused(reader, tmp_path, method):
-    tensors = {"lm_head.weight": torch.zeros(259, 32)}
-    write_trained(tmp_path, Saved(method, "tiny"), tensors, {})
-    with pytest.raises(UserError, match=f"'{method}'.*own weights"):
-        reader.read(tmp_path)
+    write_trained(tmp_path, Saved(method, "tiny"), {"lm_head.weight": torch.zeros(259, 32)}, {})
+    refuses(reader, tmp_path, f"'{method}'.*own weights")
 
 
 def test_another_base_is_refused_by_its_fingerprint(model, tmp_path):
-    write_lora(model, tmp_path)
-    with pytest.raises(UserError, match="another base model"):
-        FolderReader(tiny_llama(seed=1), None).read(tmp_path)
     swapped = copy.deepcopy(model)
     with torch.no_grad():
         swapped.model.layers[0].mlp.down_proj.weight[-1, -1] += 1e-3
-    with pytest.raises(UserError, match="another base model"):
-        FolderReader(swapped, None).read(tmp_path)
+    for other in (tiny_llama(seed=1), swapped):
+        refuses(FolderReader(other, None), write_lora(model, tmp_path), "another base model")
 
 
 @pytest.mark.parametrize("trained_on", ["int8", "fp32"])
@@ -132,29 +125,23 @@ def test_a_base_in_int8_is_told_from_another_too(tmp_path, trained_on, served_on
 
     write_lora(base(trained_on), tmp_path)
     assert FolderReader(base(served_on), None).read(tmp_path).layers
-    with pytest.raises(UserError, match="another base model"):
-        FolderReader(base(served_on, seed=1), None).read(tmp_path)
+    refuses(FolderReader(base(served_on, seed=1), None), tmp_path, "another base model")
 
 
 def test_a_soft_prompt_for_another_base_is_refused(model, reader, tmp_path):
-    carrier = copy.deepcopy(model)
-    method = Prompt(PromptSettings(length=2))
+    carrier, method = copy.deepcopy(model), Prompt(PromptSettings(length=2))
     method.prepare(carrier, seed=0)
     method.save(carrier, tmp_path, base_model="tiny")
     assert reader.read(tmp_path).prompt is not None
-    with pytest.raises(UserError, match="another base model"):
-        FolderReader(tiny_llama(seed=1), None).read(tmp_path)
+    refuses(FolderReader(tiny_llama(seed=1), None), tmp_path, "another base model")
     with pytest.warns(OtherBaseModelWarning):
         Prompt().load(tiny_llama(seed=1), tmp_path)
 
 
 def test_an_adapter_for_other_sizes_is_refused(reader, tmp_path):
-    write_lora(tiny_llama(hidden_size=48), tmp_path)
-    with pytest.raises(UserError, match=r"does not fit.*\(4, 32\).*\(4, 48\)"):
-        reader.read(tmp_path)
-    write_soft_prompt(tiny_llama(hidden_size=48), tmp_path)
-    with pytest.raises(UserError, match="48"):
-        reader.read(tmp_path)
+    other = tiny_llama(hidden_size=48)
+    refuses(reader, write_lora(other, tmp_path), r"does not fit.*\(4, 32\).*\(4, 48\)")
+    refuses(reader, write_soft_prompt(other, tmp_path), "48")
 
 
 def test_unknown_modules_and_missing_or_surplus_tensors_are_refused(model, reader, tmp_path):
@@ -162,70 +149,53 @@ def test_unknown_modules_and_missing_or_surplus_tensors_are_refused(model, reade
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    for changed, said in (
+    for changed, says in (
         ({k: v for k, v in tensors.items() if k != key}, "missing"),
         ({**tensors, "base_model.model.model.norm.scale": torch.zeros(32)}, "fits nothing"),
         ({k.replace("layers.0", "layers.7"): v for k, v in tensors.items()}, "fits no module"),
         ({**tensors, key: torch.full_like(tensors[key], float("nan"))}, "not finite"),
     ):
         save_file(changed, file)
-        with pytest.raises(UserError, match=said):
-            reader.read(tmp_path)
+        refuses(reader, tmp_path, says)
 
 
 def test_missing_broken_and_pickled_files_are_refused(model, reader, tmp_path):
-    with pytest.raises(UserError, match="no adapter folder"):
-        reader.read(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no adapter_config"):
-        reader.read(tmp_path)
+    refuses(reader, tmp_path / "nothing", "no adapter folder")
+    refuses(reader, tmp_path, "no adapter_config")
     write_lora(model, tmp_path)
-    weights = tmp_path / "adapter_model.safetensors"
+    weights, pickled = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_model.bin"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cut off or damaged"):
-        reader.read(tmp_path)
+    refuses(reader, tmp_path, "cut off or damaged")
     weights.unlink()
-    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(UserError, match="pickle"):
-        reader.read(tmp_path)
-    (tmp_path / "adapter_model.bin").unlink()
-    with pytest.raises(UserError, match="no adapter_model"):
-        reader.read(tmp_path)
+    pickled.write_bytes(pickle.dumps({}))
+    refuses(reader, tmp_path, "pickle")
+    pickled.unlink()
+    refuses(reader, tmp_path, "no adapter_model")
 
 
-def test_an_unknown_kind_and_another_task_are_refused(model, reader, tmp_path):
+def test_an_unknown_kind_another_task_and_terminators_that_are_no_tokens_are_refused(model, reader, tmp_path):
     write_lora(model, tmp_path)
     path = tmp_path / "adapter_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps({**settings, "peft_type": "IA3"}))
-    with pytest.raises(UserError, match="IA3"):
-        reader.read(tmp_path)
-    path.write_text(json.dumps({**settings, "task_type": "SEQ_CLS"}))
-    with pytest.raises(UserError, match="sequence-classification"):
-        reader.read(tmp_path)
+    for change, says in ({"peft_type": "IA3"}, "IA3"), ({"task_type": "SEQ_CLS"}, "sequence-classification"):
+        path.write_text(json.dumps(settings | change))
+        refuses(reader, tmp_path, says)
+    path.write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 100_000}))
+    refuses(reader, tmp_path, "100000")
 
 
 def test_a_soft_prompt_with_modules_of_its_own_is_refused(reader, tmp_path):
     whole = {"lm_head.weight": torch.zeros(259, 32)}
     write_prompt(tmp_path, PromptFile(torch.zeros(2, 32), whole, whole_modules=["lm_head"]), {})
-    with pytest.raises(UserError, match="lm_head"):
-        reader.read(tmp_path)
-
-
-def test_terminators_that_are_no_tokens_are_refused(model, reader, tmp_path):
-    write_lora(model, tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 100_000}))
-    with pytest.raises(UserError, match="100000"):
-        reader.read(tmp_path)
+    refuses(reader, tmp_path, "lm_head")
 
 
 def test_reading_leaves_the_model_as_it_is(model, reader, tmp_path):
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
     bits = {name: p.clone() for name, p in model.named_parameters()}
-    write_lora(model, tmp_path)
-    reader.read(tmp_path)
-    write_lora(model, tmp_path, dora=True)
-    with pytest.raises(UserError):
-        reader.read(tmp_path)
+    reader.read(write_lora(model, tmp_path))
+    refuses(reader, write_lora(model, tmp_path, dora=True), "DoRA")
     assert {name: (id(module), type(module)) for name, module in model.named_modules()} == before
     assert all(torch.equal(p, bits[name]) for name, p in model.named_parameters())

@@ -18,10 +18,11 @@ from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.request import Request
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
-from tests.serving.engines import greedy, llama, over, prompts, tokenizer
+from tests.serving.engines import before, greedy, llama, over, prompts, tokenizer
 
 INVOCATION = [1, 40]
 NEW = 10
+SHORT = np.arange(3, 9)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def bank_over(folders: dict[str, Path], budget: int = 1 << 30) -> AdapterBank:
+def serving(budget: int = 1 << 30, **folders: Path):
+    """A bank of these adapters, and an engine that serves them."""
     model, made = llama()
     bank = AdapterBank(model, tokenizer(), Packer(model, made), budget_bytes=budget)
     for name, folder in folders.items():
         bank.add(name, folder)
-    return bank
+    return bank, over(made, 64, adapters=bank)
 
 
 @functools.cache
@@ -64,131 +66,106 @@ def alone(folder: Path | None, prompt: np.ndarray) -> list[int]:
 
 def asked(seed: int = 0) -> list[np.ndarray]:
     """Prompts of which half have the invocation sequence; many begin alike."""
-    begin = np.arange(3, 60)
-    drawn = [np.concatenate([begin, p]) for p in prompts(10, 20, seed=seed)]
+    drawn = [np.concatenate([np.arange(3, 60), p]) for p in prompts(4, 20, seed=seed)]
     return [np.concatenate([p, INVOCATION]) if n % 2 else p for n, p in enumerate(drawn)]
 
 
+def for_all(names) -> list[Request]:
+    return [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked() for name in names]
+
+
+def wrote(engine, name: str, prompt: np.ndarray) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and how many tokens each piece took over."""
+    pieces = list(engine.submit(Request(prompt, name, max_new_tokens=NEW, stop_ids=())))
+    return [token for piece in pieces for token in piece.tokens], [piece.reused for piece in pieces]
+
+
 def test_together_they_write_what_each_writes_alone(folders):
-    bank = bank_over(folders)
-    engine = over(llama()[1], 64, adapters=bank)
-    requests = [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked()[:4] for name in (None, *folders)]
+    _, engine = serving(**folders)
+    requests = for_all((None, *folders))
     texts = [text.tokens.tolist() for text in engine.write_all(requests)]
-    for request, text in zip(requests, texts, strict=True):
-        folder = None if request.adapter is None else folders[request.adapter]
-        assert text == alone(folder, request.tokens), request.adapter
+    assert texts == [alone(folders.get(request.adapter), request.tokens) for request in requests]
     again = engine.write_all(requests)  # prompts are taken over
     assert [text.tokens.tolist() for text in again] == texts and engine.load.reused > 0
-    of_base = texts[:: len(folders) + 1]
-    for number in range(len(folders)):
-        assert texts[number + 1 :: len(folders) + 1] != of_base, "each adapter changes something"
-    engine.close()
+    of_base, *adapted = (texts[number :: len(folders) + 1] for number in range(len(folders) + 1))
+    assert of_base not in adapted, "each adapter changes something"
 
 
 def test_adapters_that_leave_memory_come_back_for_their_requests(folders):
     plain = {name: folders[name] for name in ("narrow", "wide")}
-    sizes = []
-    for name in plain:
-        bank = bank_over({name: plain[name]})
-        sizes.append(bank.status().bytes)
-    bank = bank_over(plain, budget=max(sizes))
-    engine = over(llama()[1], 64, adapters=bank)
-    requests = [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked()[:4] for name in plain]
+    room = max(serving(x=folder)[0].status().bytes for folder in plain.values())
+    bank, engine = serving(room, **plain)
+    requests = for_all(plain)
     for request, text in zip(requests, engine.write_all(requests), strict=True):
-        assert request.adapter is not None
         assert text.tokens.tolist() == alone(plain[request.adapter], request.tokens)
     assert bank.status().dropped > 0
-    engine.close()
 
 
 def test_a_swapped_adapter_never_meets_keys_of_the_one_before(folders, tmp_path):
-    other = write_lora(llama()[0], tmp_path, seed=9)
-    bank = bank_over({"x": folders["narrow"]})
-    engine = over(llama()[1], 64, adapters=bank)
+    other = write_lora(llama()[0], tmp_path / "lora", seed=9)
+    soft = write_soft_prompt(llama()[0], tmp_path / "soft", seed=1, length=5)
+    bank, engine = serving(x=folders["narrow"])
     prompt = asked()[0]
-    for folder in (folders["narrow"], other, folders["narrow"], folders["soft"]):
+    for folder in (folders["narrow"], other, folders["narrow"], soft, folders["soft"]):
         bank.swap("x", folder)
-        pieces = list(engine.submit(Request(prompt, "x", max_new_tokens=NEW, stop_ids=())))
-        written = [token for piece in pieces for token in piece.tokens]
+        written, reused = wrote(engine, "x", prompt)
         assert written == alone(folder, prompt)
-        assert all(piece.reused == 0 for piece in pieces), "nothing is kept under the new version yet"
-    (again,) = engine.write_all([Request(prompt, "x", max_new_tokens=NEW, stop_ids=())])
-    assert again.tokens.tolist() == alone(folders["soft"], prompt)
-    engine.close()
+        assert not any(reused), "nothing is kept under the new version yet"
+    assert wrote(engine, "x", prompt)[0] == alone(folders["soft"], prompt)
 
 
 def test_an_activated_adapter_shares_the_bases_keys(folders):
-    bank = bank_over({"activated": folders["activated"]})
-    engine = over(llama()[1], 64, adapters=bank)
+    _, engine = serving(activated=folders["activated"])
     prompt = asked()[1]
     engine.write_all([Request(prompt, max_new_tokens=2, stop_ids=())])
-    pieces = list(engine.submit(Request(prompt, "activated", max_new_tokens=NEW, stop_ids=())))
-    assert pieces[0].reused == len(prompt) - len(INVOCATION)
-    written = [token for piece in pieces for token in piece.tokens]
-    assert written == alone(folders["activated"], prompt)
-    engine.close()
+    written, reused = wrote(engine, "activated", prompt)
+    assert reused[0] == len(prompt) - len(INVOCATION) and written == alone(folders["activated"], prompt)
 
 
-def test_an_adapter_ends_its_texts_with_its_own_terminators(folders, tmp_path):
+def test_an_adapter_ends_its_texts_with_its_own_terminators(tmp_path):
     folder = write_lora(llama()[0], tmp_path, seed=1, rank=4)
     prompt = asked()[0]
     written = alone(folder, prompt)
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written[3]}}}')
-    bank = bank_over({"own": folder})
-    engine = over(llama()[1], 64, adapters=bank)
-    (text,) = engine.write_all([Request(prompt, "own", max_new_tokens=NEW)])
-    assert text.terminator == written[3] and text.tokens.tolist() == written[: written.index(written[3])]
-    engine.close()
+    (text,) = serving(own=folder)[1].write_all([Request(prompt, "own", max_new_tokens=NEW)])
+    assert text.terminator == written[3] and text.tokens.tolist() == before(written, written[3:4])
 
 
 def test_a_removed_adapter_is_refused_and_one_in_hand_is_written_to_its_end(folders):
-    bank = bank_over({"x": folders["narrow"]})
-    engine = over(llama()[1], 64, adapters=bank)
+    bank, engine = serving(x=folders["narrow"])
     prompt = asked()[0]
     writing = engine.submit(Request(prompt, "x", max_new_tokens=NEW, stop_ids=()))
-    pieces = iter(writing)
-    first = next(pieces)
+    next(iter(writing))
     bank.remove("x")
     with pytest.raises(UserError, match="no adapter 'x'"):
         engine.submit(Request(prompt, "x"))
-    written = [*first.tokens, *(token for piece in pieces for token in piece.tokens)]
-    assert written == alone(folders["narrow"], prompt)
-    engine.close()
+    assert writing.result().tokens.tolist() == alone(folders["narrow"], prompt)
 
 
-def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_alone() -> None:
-    class Failing(FixedAdapters):
-        def facts(self, name: str) -> AdapterFacts:
-            return AdapterFacts()
+class Told(FixedAdapters):
+    """An adapter that is there when a test says so, or fails."""
 
-        def acquire(self, name: str) -> ActiveAdapter:
-            raise UserError("its files are gone", where=name)
+    error: UserError | None = None
+    ready = False
 
-    model, made = llama()
-    engine = over(made, 16, adapters=Failing())
-    lost = engine.submit(Request(np.arange(3, 9), "lost", max_new_tokens=4))
-    kept = engine.submit(Request(np.arange(3, 9), max_new_tokens=4))
-    with pytest.raises(UserError, match="files are gone"):
-        lost.result()
-    assert kept.result().tokens.tolist() == greedy(model, np.arange(3, 9), 4)
-    engine.close()
+    def facts(self, name: str) -> AdapterFacts:
+        return AdapterFacts()
+
+    def acquire(self, name: str) -> ActiveAdapter | None:  # type: ignore[override]
+        if self.error:
+            raise self.error
+        return ActiveAdapter(1, AdapterFacts()) if self.ready else None
 
 
-def test_requests_whose_adapter_is_being_loaded_let_others_pass() -> None:
-    class Slow(FixedAdapters):
-        ready = False
-
-        def facts(self, name: str) -> AdapterFacts:
-            return AdapterFacts()
-
-        def acquire(self, name: str) -> ActiveAdapter | None:  # type: ignore[override]
-            return ActiveAdapter(1, AdapterFacts()) if self.ready else None
-
-    adapters = Slow()
+def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_alone_and_one_that_is_late_lets_others_pass():
+    adapters = Told()
     engine = over(llama()[1], 16, adapters=adapters)
-    waits = engine.submit(Request(np.arange(3, 9), "slow", max_new_tokens=4))
-    passes = engine.submit(Request(np.arange(3, 9), max_new_tokens=4))
-    assert passes.result().finish == "length" and not waits.done
+    waits, passes = (engine.submit(Request(SHORT, name, max_new_tokens=4)) for name in ("slow", None))
+    assert passes.result().tokens.tolist() == greedy(llama()[0], SHORT, 4) and not waits.done
     adapters.ready = True
     assert waits.result().finish == "length"
-    engine.close()
+    adapters.error = UserError("its files are gone")
+    lost, kept = (engine.submit(Request(SHORT, name, max_new_tokens=4)) for name in ("lost", None))
+    with pytest.raises(UserError, match="files are gone"):
+        lost.result()
+    assert kept.result().tokens.tolist() == passes.result().tokens.tolist()

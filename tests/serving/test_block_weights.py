@@ -5,24 +5,21 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
-from deltaw.lora import load_adapter
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4
-from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.decodable import decodable, tolerance
 from tests.byte_models import tiny_llama
 from tests.kernels.test_decode_blocks import drawn
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
-from tests.serving.mixed_rows import Rows, drawn_prompts, written
-from tests.serving.test_mixed_adapters import families, off
+from tests.serving.mixed_rows import Rows, bank_over, drawn_prompts, last_logits, packed_of, written
+from tests.serving.test_mixed_adapters import carrying, families, off
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY}
 ROWS, STEPS = 12, 4
@@ -44,31 +41,19 @@ def in_blocks(name: str) -> tuple[nn.Module, nn.Module]:
 
 @pytest.fixture(scope="module", params=families("NF4 Q4_K", " ".join(sorted({*FORMATS} - {"NF4", "Q4_K"}))))
 def served(request, tmp_path_factory):
-    """A model in blocks with its decoder, the model of the blocks' numbers, two adapters and their bank."""
+    """A model in blocks with its decoder, the model of the blocks' numbers, and two adapters, packed too."""
     kept, plain = in_blocks(request.param)
-    made = decodable(kept)
-    bank = AdapterBank(kept, None, Packer(kept, made), budget_bytes=1 << 30)
-    root = tmp_path_factory.mktemp("adapters")
+    made, root = decodable(kept), tmp_path_factory.mktemp("adapters")
     folders = [write_lora(plain, root / str(n), seed=n, rank=4 + 5 * n, size=0.05) for n in range(2)]
-    for number, folder in enumerate(folders):
-        bank.add(str(number), folder)
-    return kept, plain, made, bank, folders
+    return kept, plain, made, packed_of(bank_over(kept, made, *folders)), folders
 
 
 def test_logits_in_a_mixed_batch_are_those_of_the_numbers(served):
-    kept, plain, made, bank, folders = served
+    kept, plain, made, packed, folders = served
     which = [n % 3 - 1 for n in range(ROWS)]
-    packed = [bank.acquire(name).packed for name in bank.names()]
-    prompts = drawn_prompts(ROWS, VOCABULARY)
-    mixed, texts = written(Rows(made, packed, which), prompts, STEPS)
-    carriers = [plain, *(copy.deepcopy(plain) for _ in folders)]
-    for carrier, folder in zip(carriers[1:], folders, strict=True):
-        load_adapter(carrier, folder)
-    exact: list[list[torch.Tensor]] = [[] for _ in carriers]
-    for text in texts:
-        for carrier, found in zip(carriers, exact, strict=True):
-            with torch.no_grad():
-                found.append(carrier(input_ids=torch.as_tensor(text)[None]).logits[0, -STEPS - 1 :])
+    mixed, texts = written(Rows(made, packed, which), drawn_prompts(ROWS, VOCABULARY), STEPS)
+    carriers = [plain, *(carrying(plain, folder) for folder in folders)]
+    exact = [[last_logits(carrier, text, STEPS + 1) for text in texts] for carrier in carriers]
     for adapter in (-1, 0, 1):
         rows = [number for number, of in enumerate(which) if of == adapter]
         ours = torch.cat([mixed[:, number] for number in rows])
@@ -80,8 +65,7 @@ def test_logits_in_a_mixed_batch_are_those_of_the_numbers(served):
 def test_any_number_of_threads_and_rows_gives_the_same_bits(served):
     if loader.library() is None:
         pytest.skip("torch's products depend on how many rows there are")
-    _, _, made, bank, _ = served
-    packed = [bank.acquire(name).packed for name in bank.names()]
+    _, _, made, packed, _ = served
     prompts, before, found = drawn_prompts(3, VOCABULARY), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -95,9 +79,8 @@ def test_any_number_of_threads_and_rows_gives_the_same_bits(served):
 
 
 def test_nothing_is_dequantized_for_a_decoder(served):
-    kept, _, made, _, _ = served
-    decoder = made.decoder
-    layers = [layer for block in decoder.blocks for _, layer in block.layers()] + [decoder.head]
+    kept, made = served[0], served[2]
+    layers = [layer for block in made.decoder.blocks for _, layer in block.layers()] + [made.decoder.head]
     addresses = {p.data_ptr() for p in kept.parameters()}
     for layer in layers:
         assert isinstance(layer.weight, BlockWeight) and layer.weight.data.data_ptr() in addresses
@@ -116,11 +99,8 @@ def test_families_in_nf4_are_decoded_too(family):
     assert isinstance(made.decoder.blocks[0].query.weight, BlockWeight)
     prompts = drawn_prompts(3, VOCABULARY)
     logits = Rows(made, [], [-1] * 3).step(prompts)
-    same = decodable(plain)
     if loader.library() is not None:
-        assert torch.equal(Rows(same, [], [-1] * 3).step(prompts), logits)
+        assert torch.equal(Rows(decodable(plain), [], [-1] * 3).step(prompts), logits)
     plain.float()
-    for number, prompt in enumerate(prompts):
-        with torch.no_grad():
-            own = plain(input_ids=torch.as_tensor(np.asarray(prompt))[None]).logits[0, -1]
-        assert off(logits[number], own) < tolerance(model)
+    for row, prompt in zip(logits, prompts, strict=True):
+        assert off(row, last_logits(plain, prompt)[0]) < tolerance(model)

@@ -13,11 +13,11 @@ import torch
 from deltaw.kernels import loader
 from deltaw.lora import load_adapter
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.serving.bank import AdapterBank, Packer, packed_from_model
+from deltaw.serving.bank import Packer, packed_from_model
 from deltaw.serving.decodable import decodable, tolerance
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
-from tests.serving.mixed_rows import Rows, drawn_prompts, written
+from tests.serving.mixed_rows import Rows, bank_over, drawn_prompts, last_logits, packed_of, written
 
 ROWS, ADAPTERS, STEPS = 24, 8, 2
 # Sums of fp32 numbers in another order, over three blocks.
@@ -45,22 +45,24 @@ def families(quick: str, slow: str) -> list:
 
 @pytest.fixture(scope="module", params=families("Llama GPT2 Phi3", "Qwen3 Gemma GPTNeoX"))
 def served(request, tmp_path_factory):
-    """A model with its decoder, a bank of adapters with all in use, and where they were saved."""
-    model = model_of(request.param)
+    """A model with its decoder, the packed adapters of a bank, and where they were saved."""
+    model, root = model_of(request.param), tmp_path_factory.mktemp("adapters")
     made = decodable(model)
-    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
-    root = tmp_path_factory.mktemp("adapters")
-    folders = []
-    for seed in range(ADAPTERS):
-        folders.append(write_lora(model, root / str(seed), seed=seed, **drawn_settings(seed)))
-        bank.add(str(seed), folders[-1])
-    return model, made, bank, folders
+    folders = [write_lora(model, root / str(n), seed=n, **drawn_settings(n)) for n in range(ADAPTERS)]
+    return model, made, packed_of(bank_over(model, made, *folders)), folders
+
+
+def carrying(model, folder):
+    """A copy of a model with an adapter on it."""
+    carrier = copy.deepcopy(model)
+    load_adapter(carrier, folder)
+    return carrier
 
 
 def test_mixed_rows_equal_rows_alone_and_the_models_own(served):
-    model, made, bank, folders = served
-    packed = [bank.acquire(name).packed for name in bank.names()]
+    model, made, packed, folders = served
     which = np.random.default_rng(0).integers(-1, ADAPTERS, ROWS)
+    assert -1 in which
     prompts = drawn_prompts(ROWS, VOCABULARY)
     mixed, texts = written(Rows(made, packed, which), prompts, STEPS)
     for number in range(0, ROWS, 5):
@@ -70,21 +72,12 @@ def test_mixed_rows_equal_rows_alone_and_the_models_own(served):
         # The compiled step sums each row by itself; torch's products depend on how many rows there are.
         assert loader.library() is None or torch.equal(alone[:, 0], mixed[:, number])
         assert np.array_equal(text[0], texts[number])
-    base = None
     for adapter in sorted({int(w) for w in which}):
-        carrier = model if adapter < 0 else copy.deepcopy(model)
-        if adapter >= 0:
-            load_adapter(carrier, folders[adapter])
+        carrier = model if adapter < 0 else carrying(model, folders[adapter])
         for number in np.flatnonzero(which == adapter)[:2]:
-            with torch.no_grad():
-                own = carrier(input_ids=torch.as_tensor(texts[number])[None]).logits[0, -STEPS - 1 :]
-            assert off(mixed[:, number], own) < TOLERANCE
-            base = own if adapter < 0 else base
-    assert base is not None, "some row had no adapter"
-    prompt = drawn_prompts(1, VOCABULARY)[0]
-    logits = Rows(made, packed, range(-1, ADAPTERS)).step([prompt] * (ADAPTERS + 1))
-    distances = [off(logits[n], logits[0]) for n in range(1, ADAPTERS + 1)]
-    assert min(distances) > 100 * TOLERANCE, "each adapter changes what is written"
+            assert off(mixed[:, number], last_logits(carrier, texts[number], STEPS + 1)) < TOLERANCE
+    logits = Rows(made, packed, range(-1, ADAPTERS)).step(drawn_prompts(1, VOCABULARY) * (ADAPTERS + 1))
+    assert min(off(row, logits[0]) for row in logits[1:]) > 100 * TOLERANCE, "each adapter changes what is written"
 
 
 def packer_on(carrier, model, made) -> Packer:
@@ -95,18 +88,13 @@ def packer_on(carrier, model, made) -> Packer:
 
 
 def test_an_adapter_that_is_on_the_model_packs_the_same_or_says_why_not(served, tmp_path):
-    model, made, bank, folders = served
-    carrier = copy.deepcopy(model)
-    load_adapter(carrier, folders[0])
+    model, made, packed, folders = served
+    carrier = carrying(model, folders[0])
     live = packed_from_model(carrier, packer_on(carrier, model, made))
-    prompt = drawn_prompts(1, VOCABULARY)
-    (own,) = Rows(made, [live], [0]).step(prompt)
-    (of_bank,) = Rows(made, [bank.acquire("0").packed], [0]).step(prompt)
+    own, of_bank = (Rows(made, [one], [0]).step(drawn_prompts(1, VOCABULARY)) for one in (live, packed[0]))
     assert torch.equal(own, of_bank)
     assert packed_from_model(model, Packer(model, made)) is None
-    write_lora(model, tmp_path, target_modules="attention", train_modules=["lm_head"])
-    carrier = copy.deepcopy(model)
-    load_adapter(carrier, tmp_path)
+    carrier = carrying(model, write_lora(model, tmp_path, target_modules="attention", train_modules=["lm_head"]))
     reason = packed_from_model(carrier, packer_on(carrier, model, made))
     assert isinstance(reason, str) and "lm_head" in reason
 
@@ -120,21 +108,16 @@ def test_weights_of_other_precisions_take_adapters_too(family, precision, tmp_pa
     if precision == "int8":
         quantize_int8(model.base_model)
     made = decodable(model)
-    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
-    bank.add("x", folder)
-    carrier = copy.deepcopy(model)
-    load_adapter(carrier, folder)
-    prompts = drawn_prompts(6, VOCABULARY)
     which = [0, -1, 0, 0, -1, 0]
-    logits = Rows(made, [bank.acquire("x").packed], which).step(prompts)
-    exact = [carrier, model]
+    prompts = drawn_prompts(len(which), VOCABULARY)
+    logits = Rows(made, packed_of(bank_over(model, made, folder)), which).step(prompts)
+    exact = [carrying(model, folder), model]
     if precision == "bf16":  # the model's own sums in bf16 are as far from those of fp32 as ours
         exact = [copy.deepcopy(m).float() for m in exact]
-    for number, prompt in enumerate(prompts):
-        with torch.no_grad():
-            own, base = (m(input_ids=torch.as_tensor(prompt)[None]).logits[0, -1] for m in exact)
-        expected, other = (base, own) if which[number] < 0 else (own, base)
-        assert off(logits[number], expected) < tolerance(model) < off(logits[number], other)
+    for ours, prompt, adapter in zip(logits, prompts, which, strict=True):
+        own, base = (last_logits(m, prompt)[0] for m in exact)
+        expected, other = (base, own) if adapter < 0 else (own, base)
+        assert off(ours, expected) < tolerance(model) < off(ours, other)
 
 
 def test_logits_equal_pefts_with_the_head_adapted_too(tmp_path):
@@ -146,11 +129,7 @@ def test_logits_equal_pefts_with_the_head_adapted_too(tmp_path):
     )  # fmt: skip
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     theirs.save_pretrained(tmp_path)
-    bank = AdapterBank(model, None, Packer(model, made), budget_bytes=1 << 30)
-    bank.add("theirs", tmp_path)
     prompt = drawn_prompts(1, VOCABULARY)
-    (logits,) = Rows(made, [bank.acquire("theirs").packed], [0]).step(prompt)
-    with torch.no_grad():
-        own = theirs(input_ids=torch.as_tensor(prompt[0])[None]).logits[0, -1]
-        base = model(input_ids=torch.as_tensor(prompt[0])[None]).logits[0, -1]
+    (logits,) = Rows(made, packed_of(bank_over(model, made, tmp_path)), [0]).step(prompt)
+    own, base = (last_logits(one, prompt[0])[0] for one in (theirs, model))
     assert off(logits, own) < TOLERANCE < off(base, own)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.serving.pages import PagePool, SequencePages, token_keys, virtual_keys
+from deltaw.serving.pages import PagePool, SequencePages, token_keys
 
 SIZE = 8
 
@@ -49,66 +49,54 @@ class Memory:
         return sequence
 
 
-def keys(*tokens: int) -> np.ndarray:
-    return token_keys(np.array(tokens))
+def written(memory: Memory, prompt: np.ndarray) -> SequencePages:
+    """The pages of a sequence that was written and given back."""
+    sequence = memory.run(prompt)
+    assert sequence is not None
+    memory.pool.release(sequence, prompt)
+    return sequence
 
 
-def test_a_prompt_that_begins_like_another_takes_its_full_pages_and_copies_the_last() -> None:
+def counted(start: int, stop: int) -> np.ndarray:
+    return token_keys(np.arange(start, stop))
+
+
+def test_a_prompt_that_begins_like_another_takes_its_full_pages_and_copies_the_last():
     memory = Memory(16)
-    first = memory.run(token_keys(np.arange(30)))
-    assert first is not None
-    memory.pool.release(first, token_keys(np.arange(30)))
+    written(memory, counted(0, 30))
     other = np.concatenate([np.arange(29), [77, 78]])
     second = memory.run(token_keys(other))
     assert second is not None and second.reused == 29  # three pages, and five tokens of the fourth
-    assert memory.copies == 1
-    assert np.array_equal(memory.read(second, 31), other)
+    assert memory.copies == 1 and np.array_equal(memory.read(second, 31), other)
 
 
-def test_pages_are_shared_while_both_sequences_run() -> None:
-    memory = Memory(16)
-    prompt = token_keys(np.arange(24))
+def test_pages_are_shared_while_both_sequences_run():
+    memory, prompt = Memory(16), counted(0, 24)
     first, second = memory.run(prompt), memory.run(prompt)
-    assert first is not None and second is not None
-    assert second.pages[:2] == first.pages[:2] and second.reused == 23
-    assert second.pages[2] == first.pages[2], "the page that both wrote is one afterwards"
+    assert first is not None and second is not None and second.reused == 23
+    assert second.pages == first.pages, "the page that both wrote is one afterwards"
     memory.pool.release(first, prompt)
     assert np.array_equal(memory.read(second, 24), prompt)
 
 
-def test_tokens_of_another_adapter_are_never_taken_over() -> None:
-    memory = Memory(16)
-    tokens = np.arange(20)
-    first = memory.run(token_keys(tokens, 1))
-    assert first is not None
-    memory.pool.release(first, token_keys(tokens, 1))
-    assert memory.pool.begin(token_keys(tokens, 2)).reused == 0
-    assert memory.pool.begin(token_keys(tokens)).reused == 0
-    assert memory.pool.begin(token_keys(tokens, 1)).reused == 20
-    soft = np.concatenate([virtual_keys(3, 1), token_keys(tokens)])
-    assert memory.pool.begin(soft).reused == 0
-
-
-def test_the_least_recently_used_pages_give_way_and_running_out_is_told() -> None:
+def test_the_least_recently_used_pages_give_way_and_running_out_is_told():
     memory = Memory(4)
     for start in (100, 200):
-        prompt = token_keys(np.arange(start, start + 16))
-        sequence = memory.run(prompt)
-        assert sequence is not None
-        memory.pool.release(sequence, prompt)
-    again = memory.pool.begin(token_keys(np.arange(100, 116)))  # the first is used anew
-    memory.pool.release(again)
-    third = memory.run(keys(*range(300, 310)))
+        written(memory, counted(start, start + 16))
+    memory.pool.release(memory.pool.begin(counted(100, 116)))  # the first is used anew
+    third = memory.run(counted(300, 310))
     assert third is not None
     memory.pool.release(third)
-    assert memory.pool.begin(token_keys(np.arange(200, 216))).reused == 0
-    assert memory.pool.begin(token_keys(np.arange(100, 116))).reused == 16
-    assert memory.run(token_keys(np.arange(500, 540))) is None
+    assert [memory.pool.begin(counted(start, start + 16)).reused for start in (200, 100)] == [0, 16]
+    assert memory.run(counted(500, 540)) is None
+    one = Memory(1)
+    written(one, counted(0, 5))
+    assert one.pool.begin(counted(0, 4)).reused == 0, "no page is left for a copy"
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_no_page_is_lost_or_written_by_two_over_random_histories(data: st.DataObject) -> None:
+def test_no_page_is_lost_or_written_by_two_over_random_histories(data):
     memory = Memory(12)
     running: list[tuple[np.ndarray, SequencePages]] = []
     for _ in range(data.draw(st.integers(1, 25))):

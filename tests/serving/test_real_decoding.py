@@ -5,6 +5,7 @@ The packages come from the package index, or from the user's cache.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,8 @@ def test_greedy_texts_equal_transformers_on_a_hundred_prompts(monkeypatch: pytes
     rows = prepare(DataSettings(train=DATA, eval=None, rows=100), session.tokenizer, seed=3).train
     prompts = [row.tokens[: row.prompt_length] for row in rows]
     expected = generate(session.model, session.tokenizer, prompts, max_new_tokens=NEW)
-    engine = open_engine(session, say=pytest.fail)  # it says something only where transformers decodes
-    try:
+    # It says something only where transformers decodes.
+    with contextlib.closing(open_engine(session, say=pytest.fail)) as engine:
         written = engine.write_all([Request(prompt, max_new_tokens=NEW) for prompt in prompts])
-    finally:
-        engine.close()
     assert len(written) == 100
     assert [text.tokens.tolist() for text in written] == [text.tokens.tolist() for text in expected]

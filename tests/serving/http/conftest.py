@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
-
-if TYPE_CHECKING:
-    from deltaw.serving.http.settings import ServerSettings
-    from tests.serving.http.running import Running
 
 
 @pytest.fixture(scope="session")
@@ -19,26 +15,30 @@ def packages() -> None:
         pytest.importorskip(name, reason=f"the server's tests need {name}: it is in the extra 'dev'")
 
 
-@pytest.fixture(scope="module")
-def shared(packages: None) -> Iterator[Running]:
-    """One server with adapters, for tests that leave it as it is."""
+@contextlib.contextmanager
+def starting() -> Iterator[Callable[..., Any]]:
+    """Starts servers with these adapters and settings, and ends them at the end."""
     from deltaw.serving.http.settings import ServerSettings
-    from tests.serving.http.fake_engine import fake_served
-    from tests.serving.http.running import running
-
-    with running(fake_served("poet", "clerk", "tools"), ServerSettings(port=0)) as server:
-        yield server
-
-
-@pytest.fixture
-def start(packages: None) -> Iterator[Callable[..., Running]]:
-    """Starts servers of the test's own settings, and ends them after it."""
-    from tests.serving.http.fake_engine import fake_served
+    from tests.serving.http.fake_engine import POSITIONS, fake_served
     from tests.serving.http.running import running
 
     with contextlib.ExitStack() as stack:
 
-        def started(settings: ServerSettings, *names: str, **changes: object) -> Running:
-            return stack.enter_context(running(fake_served(*names, **changes), settings))
+        def start(*names: str, positions: int | None = POSITIONS, **settings: Any) -> Any:
+            served = fake_served(*names, positions=positions)
+            return stack.enter_context(running(served, ServerSettings(port=0, **settings)))
 
-        yield started
+        yield start
+
+
+@pytest.fixture
+def start(packages: None) -> Iterator[Callable[..., Any]]:
+    with starting() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared(packages: None) -> Iterator[Any]:
+    """One server with adapters, for tests that leave it as it is."""
+    with starting() as start:
+        yield start("poet", "clerk", "tools")

@@ -34,26 +34,20 @@ from tests.byte_models import TEMPLATE, byte_tokenizer
 POSITIONS = 4096
 # Texts that a prompt's last line asks for.
 SLOW, FAIL, LONG = "be slow", "fail", "go on"
-TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\n"
-    "Use <tool_call></tool_call><|im_end|>\n{% endif %}" + TEMPLATE
-)
-BYTES = 3  # the first token that stands for a byte
+TOOLS = "{{ tools | tojson }}\nUse <tool_call></tool_call>"
+TOOLS_TEMPLATE = f"{{% if tools %}}<|im_start|>system\n{TOOLS}<|im_end|>\n{{% endif %}}{TEMPLATE}"
 
 
 class FakeWriting:
     """One text, made when it is read."""
 
     def __init__(self, engine: FakeEngine, request: Request) -> None:
-        self._engine = engine
-        self._request = request
-        self._cancelled = threading.Event()
-        self._began = time.monotonic()
+        self._engine, self._request = engine, request
+        self._cancelled, self._began = threading.Event(), time.monotonic()
 
     def cancel(self) -> None:
-        if not self._cancelled.is_set():
-            self._cancelled.set()
-            self._engine.cancelled += 1
+        self._engine.cancelled += not self._cancelled.is_set()
+        self._cancelled.set()
 
     def result(self) -> Written:
         raise RuntimeError("a secret of the engine")
@@ -76,30 +70,28 @@ class FakeWriting:
         if line == FAIL:
             yield Piece("", finish="error")
             return
-        text, finish = self._text(line), "stop"
+        text = self._text(line)
         for stop in request.stop:
             text = text.partition(stop)[0]
         tokens = self._engine.tokens_of(text)
-        if len(tokens) > request.max_new_tokens or (line == LONG or request.stop_ids == ()):
-            finish = "length"
-        pause = 0.05 if line == SLOW else 0.0
+        more = len(tokens) > request.max_new_tokens or line == LONG or request.stop_ids == ()
         told = request.sampling.logprobs is not None
         first = self._logprobs(request.tokens[1:]) if told and request.prompt_logprobs else ()
         reused = len(request.tokens) // 2
         # As in a real engine, a character comes with its last byte.
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        for done, token in enumerate(itertools.cycle(tokens) if finish == "length" else tokens):
+        for done, token in enumerate(itertools.cycle(tokens) if more else tokens):
             if (ended := self._ended()) is not None:
                 yield Piece("", finish=ended)
                 return
             if done == request.max_new_tokens:
                 break
             logprobs = first + (self._logprobs([token]) if told else ())
-            yield Piece(decoder.decode(bytes([_byte(token)])), (token,), logprobs, reused=reused)
+            yield Piece(decoder.decode(bytes([_BYTE.get(token, 0x3F)])), (token,), logprobs, reused=reused)
             reused, first = 0, ()
-            if pause:
-                self._cancelled.wait(pause)
-        yield Piece("", (), first, finish=finish, reused=reused)  # type: ignore[arg-type]
+            if line == SLOW:
+                self._cancelled.wait(0.05)
+        yield Piece("", (), first, finish="length" if more else "stop", reused=reused)
 
     def _ended(self) -> FinishReason | None:
         if self._cancelled.is_set() or self._engine.closed:
@@ -119,9 +111,8 @@ class FakeWriting:
         return name + (line * 20 if line == SLOW else line.upper()) + drawn
 
     def _logprobs(self, tokens: Iterable[int]) -> tuple[TokenLogprob, ...]:
-        count = self._request.sampling.logprobs or 0
-        tops = {int(token): tuple((int(token) + n, -0.5 - n) for n in range(count)) for token in tokens}
-        return tuple(TokenLogprob(int(token), -0.5, tops[int(token)]) for token in tokens)
+        tops = range(self._request.sampling.logprobs or 0)
+        return tuple(TokenLogprob(t, -0.5, tuple((t + n, -0.5 - n) for n in tops)) for t in map(int, tokens))
 
 
 class FakeEngine:
@@ -133,7 +124,6 @@ class FakeEngine:
         self.submitted: list[Request] = []
         self.running = self.ended = self.cancelled = 0
         self.closed = False
-        self._tokenizer = byte_tokenizer()
 
     def submit(self, request: Request, listener: Listener | None = None) -> FakeWriting:
         if not len(request.tokens) or int(request.tokens.max()) > 258 or len(request.tokens) > POSITIONS:
@@ -159,7 +149,7 @@ class FakeEngine:
         self.closed = True
 
     def text_of(self, tokens: np.ndarray) -> str:
-        return str(self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False))
+        return str(_TOKENIZER.decode([int(t) for t in tokens], skip_special_tokens=False))
 
     @staticmethod
     def tokens_of(text: str) -> list[int]:
@@ -190,33 +180,20 @@ class FakeShelf:
 
 def fake_served(*names: str, **changes: object) -> Served:
     """A base model "base" with adapters of these names."""
-    engine = FakeEngine(names)
-    plain, with_tools = byte_tokenizer(), byte_tokenizer()
+    engine, with_tools = FakeEngine(names), byte_tokenizer()
     with_tools.chat_template = TOOLS_TEMPLATE
-    prompts = {True: TokenizerPrompts(with_tools), False: TokenizerPrompts(plain)}
-    values: dict[str, object] = {
-        "name": "base",
-        "engine": engine,
-        "prompts": lambda adapter: prompts[adapter == "tools"],
-        "positions": POSITIONS,
-        "shelf": FakeShelf(engine),
-        "load": lambda: EngineLoad(running=engine.running, pages=10, adapters_loaded=len(engine.names)),
-    }
+    prompts = {True: TokenizerPrompts(with_tools), False: _PLAIN}
+    values = {"name": "base", "engine": engine, "positions": POSITIONS, "shelf": FakeShelf(engine)}
+    values["prompts"] = lambda adapter: prompts[adapter == "tools"]
+    values["load"] = lambda: EngineLoad(running=engine.running, pages=10, adapters_loaded=len(engine.names))
     return Served(**values | changes)  # type: ignore[arg-type]
 
 
-def _byte_tokens() -> dict[int, int]:
-    tokenizer = byte_tokenizer()
-    prompts = TokenizerPrompts(tokenizer)
-    return {prompts.token_bytes(token)[0]: token for token in range(BYTES, BYTES + 256)}
-
-
-_TOKEN = _byte_tokens()
-_BYTE = {token: byte for byte, token in _TOKEN.items()}
-
-
-def _byte(token: int) -> int:
-    return _BYTE.get(token, 0x3F)
+_TOKENIZER = byte_tokenizer()
+_PLAIN = TokenizerPrompts(_TOKENIZER)
+# The first tokens are special ones.
+_BYTE = {token: _PLAIN.token_bytes(token)[0] for token in range(3, 259)}
+_TOKEN = {byte: token for token, byte in _BYTE.items()}
 
 
 def _instance(schema: dict) -> object:

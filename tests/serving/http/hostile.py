@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
+from tests.serving.http.asking import CHAT, COMPLETIONS
+
 SECONDS = 120
 # What the server may answer: a refusal, or a text where the request is only expensive; 0 is no answer.
 ANSWERS = {0, 200, 400, 408, 429}
@@ -30,12 +30,10 @@ def explodes_later(number: int, after: int = 5) -> str:
     """A grammar that is compiled in no time, and whose token number ``after`` takes minutes."""
 
     def expression(seed: int) -> str:
-        chance = random.Random(seed)
-        choices = []
+        chance, choices, all_letters = random.Random(seed), [], string.ascii_lowercase[1:]
         for length in range(3, 28):
-            letters = "".join(chance.sample(string.ascii_lowercase[1:], 6))
-            end = string.ascii_lowercase[1 + length % 25]
-            choices.append(f"[a{letters}][a{letters[:-3:-1]}]{{1,{length}}}[{end}a]+")
+            letters = "".join(chance.sample(all_letters, 6))
+            choices.append(f"[a{letters}][a{letters[:-3:-1]}]{{1,{length}}}[{all_letters[length % 25]}a]+")
         return "/(" + "|".join(choices) + ")/"
 
     parts = "\n".join(f"R{n}: {expression(number * 10 + n)}" for n in range(6))
@@ -78,28 +76,22 @@ class Hostile:
         }
 
     def grammar(self, number: int) -> int:
-        return self._ask(CHAT, self._chat | {"guided_grammar": explodes_at_once(number)})
+        return self._ask(CHAT, self._chat, guided_grammar=explodes_at_once(number))
 
     def late_grammar(self, number: int) -> int:
         steered = {"logit_bias": {str(self._x): 100}, "temperature": 0}
-        return self._ask(CHAT, self._chat | steered | {"guided_grammar": explodes_later(number)})
+        return self._ask(CHAT, self._chat, guided_grammar=explodes_later(number), **steered)
 
     def quantifiers(self, number: int) -> int:
-        expressions = (
-            "(a{1000}){1000}",
-            "((a|b|ab){1,50}c?){1,50}z",
-            "(.*a.{500}){20}",
-            "(((x+x+)+y)+){300}z",
-            "([a-z]{1,99}[0-9]?){1,99}q",
-        )
-        asked = {"guided_regex": f"{number}" + expressions[number % len(expressions)]}
-        return self._ask(COMPLETIONS, self._completion | asked)
+        first = ("(a{1000}){1000}", "((a|b|ab){1,50}c?){1,50}z", "(.*a.{500}){20}")
+        expressions = (*first, "(((x+x+)+y)+){300}z", "([a-z]{1,99}[0-9]?){1,99}q")
+        expression = f"{number}{expressions[number % len(expressions)]}"
+        return self._ask(COMPLETIONS, self._completion, guided_regex=expression)
 
     def deep_schema(self, number: int) -> int:
         pattern = "^[a-z]*a[a-z]{%d}$"
-        branches = {
-            f"a{n}": {key: [{"$ref": f"#/$defs/a{n + 1}"}] * 10 for key in ("anyOf", "allOf")} for n in range(8)
-        }
+        both = {f"a{n}": [{"$ref": f"#/$defs/a{n + 1}"}] * 10 for n in range(8)}
+        branches = {name: {"anyOf": choices, "allOf": choices} for name, choices in both.items()}
         schemas: tuple[dict[str, Any], ...] = (
             nested(25),
             {"$defs": branches | {"a8": {"type": "string"}}, "$ref": "#/$defs/a0"},
@@ -107,7 +99,7 @@ class Hostile:
             {"allOf": [{"anyOf": [{"required": [f"a{n}"]}, {"required": [f"b{n}"]}]} for n in range(20)]},
             {"type": "object", "patternProperties": {f"(a|b)*{n}": nested(3) for n in range(200)}},
         )
-        return self._ask(CHAT, self._chat | {"guided_json": schemas[number % len(schemas)]})
+        return self._ask(CHAT, self._chat, guided_json=schemas[number % len(schemas)])
 
     def huge_numbers(self, number: int) -> int:
         schemas = (
@@ -117,16 +109,13 @@ class Hostile:
             '{"type": "string", "minLength": 4000000000}',
             '{"type": "number", "minimum": 1e999}',
         )
-        body = json.dumps(self._chat | {"guided_json": 0}).replace(
-            '"guided_json": 0', '"guided_json": ' + schemas[number % len(schemas)]
-        )
+        body = json.dumps(self._chat | {"guided_json": "here"}).replace('"here"', schemas[number % len(schemas)])
         return self._send(CHAT, body.encode())
 
     def tools(self, number: int) -> int:
         schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(.*a.{300}){9}$"}}}
         function = {"name": f"f{number}", "parameters": schema | {"required": ["a"]}}
-        asked = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
-        return self._ask(CHAT, self._chat | asked)
+        return self._ask(CHAT, self._chat, tools=[{"type": "function", "function": function}], tool_choice="required")
 
     def wrong_elements(self, number: int) -> int:
         wrong = ("{}", "[]", "1.5", "null", '"\\ud800"')[number % 5]
@@ -165,8 +154,8 @@ class Hostile:
             time.sleep(1)
         return 0
 
-    def _ask(self, path: str, asked: dict[str, Any]) -> int:
-        return self._send(path, json.dumps(asked).encode())
+    def _ask(self, path: str, asked: dict[str, Any], **more: Any) -> int:
+        return self._send(path, json.dumps(asked | more).encode())
 
     def _send(self, path: str, body: bytes) -> int:
         import httpx
@@ -180,20 +169,14 @@ class Hostile:
         return socket.create_connection((str(address.hostname), int(address.port or 80)), timeout=SECONDS)
 
     def _head(self, length: int) -> bytes:
-        lines = [
-            f"POST {CHAT} HTTP/1.1",
-            "Host: localhost",
-            "Content-Type: application/json",
-            f"Content-Length: {length}",
-            *(f"{name}: {value}" for name, value in self.headers.items()),
-        ]
+        told = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": length, **self.headers}
+        lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items())]
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
 def memory(process: int) -> int:
     """Bytes that a process and all that it started have in memory."""
-    found = 0
-    parent = psutil.Process(process)
+    found, parent = 0, psutil.Process(process)
     for one in [parent, *parent.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found += one.memory_info().rss

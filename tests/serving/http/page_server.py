@@ -62,7 +62,6 @@ class PageServer:
     gone: list[str] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     names: list[str] = field(default_factory=lambda: list(ANSWERS))
-    pause: float = 0.0
     url: str = ""
 
     def app(self) -> FastAPI:
@@ -93,8 +92,8 @@ class PageServer:
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
         model = body["model"]
-        tokens = ANSWERS.get(model, ANSWERS[BASE])[: body["max_tokens"]]
-        limit = len(tokens) < len(ANSWERS.get(model, ANSWERS[BASE]))
+        whole_answer = ANSWERS.get(model, ANSWERS[BASE])
+        tokens = whole_answer[: body["max_tokens"]]
         raw, sent = b"", ""
         for place, token in enumerate(tokens):
             while self.hold_after == place and not self.gate.is_set():
@@ -110,8 +109,8 @@ class PageServer:
             whole = raw.decode(errors="ignore")
             delta, sent = whole[len(sent) :], whole
             yield event({"content": delta}, None, with_alternatives(token, place))
-            await asyncio.sleep(self.pause)
-        yield event({}, "length" if limit else "stop", None)
+            await asyncio.sleep(0)
+        yield event({}, "length" if len(tokens) < len(whole_answer) else "stop", None)
         usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
         yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"

@@ -8,30 +8,24 @@ from deltaw.serving.http.answers import chat_logprobs, completion_logprobs
 from deltaw.serving.request import TokenLogprob
 
 TEXTS = {1: b"a", 2: b"\xc3", 3: b"\xa9", 4: " é".encode()}
-TOLD = [
-    TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.0), (3, -2.0))),
-    TokenLogprob(2, float("-inf"), ((4, -0.25),)),
-    TokenLogprob(4, -1.5),
-]
+FIRST = TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.0), (3, -2.0)))
+TOLD = [FIRST, TokenLogprob(2, float("-inf"), ((4, -0.25),)), TokenLogprob(4, -1.5)]
 
 
-def test_chats_name_each_token_with_its_bytes() -> None:
+def test_chats_name_each_token_with_its_bytes():
     content = chat_logprobs(TOLD, TEXTS.__getitem__)["content"]
-    assert isinstance(content, list)
     assert [entry["bytes"] for entry in content] == [[97], [0xC3], list(" é".encode())]
     assert [top["bytes"] for top in content[0]["top_logprobs"]] == [[97], [0xC3], [0xA9]]
     assert content[1]["logprob"] == -9999.0 and content[2]["top_logprobs"] == []
     json.dumps(content, allow_nan=False)
 
 
-def test_completions_tell_parts_of_characters_apart() -> None:
+def test_completions_tell_parts_of_characters_apart():
     told = completion_logprobs(TOLD, TEXTS.__getitem__, offset=10, first=4)
-    assert told["tokens"] == [" é", "a", "bytes:\\xc3", " é"]
-    assert told["token_logprobs"] == [None, -0.5, -9999.0, -1.5]
-    assert told["top_logprobs"] == [
-        None,
-        {"a": -0.5, "bytes:\\xc3": -1.0, "bytes:\\xa9": -2.0},
-        {" é": -0.25, "bytes:\\xc3": -9999.0},
-        None,
-    ]
-    assert told["text_offset"] == [10, 12, 13, 13]
+    tops = [{"a": -0.5, "bytes:\\xc3": -1.0, "bytes:\\xa9": -2.0}, {" é": -0.25, "bytes:\\xc3": -9999.0}]
+    assert told == {
+        "tokens": [" é", "a", "bytes:\\xc3", " é"],
+        "token_logprobs": [None, -0.5, -9999.0, -1.5],
+        "top_logprobs": [None, *tops, None],
+        "text_offset": [10, 12, 13, 13],
+    }

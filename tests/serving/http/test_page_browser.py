@@ -50,24 +50,43 @@ def page(browser, server) -> Iterator[Page]:
     opened.on("console", lambda message: complaints.append(message.text))
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     opened.on("request", lambda r: r.url.startswith((server.url, "data:")) or complaints.append(r.url))
+    opened.goto(server.url)
     yield opened
     opened.close()
     refused = [c for c in complaints if "Failed to load resource" not in c]  # statuses 400 and 401, as asked
     assert refused == []
 
 
-def send(page: Page, text: str) -> None:
+def listed(page: Page) -> None:
+    """Wait for the list of models."""
+    expect(page.locator("#model-list input")).to_have_count(3)
+
+
+def send(page: Page, text: str, answers: int = 0) -> None:
+    """Send a message, and wait until there are so many answers in all, if any."""
     page.get_by_label("Message", exact=True).fill(text)
     page.get_by_role("button", name="Send").click()
+    if answers:
+        done(page, answers)
 
 
-def done(page: Page, count: int = 2) -> None:
-    expect(page.locator(".state")).to_have_count(count)
+def done(page: Page, answers: int = 2) -> None:
+    expect(page.locator(".state")).to_have_count(answers)
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+
+
+def options(body: dict) -> tuple[float, ...]:
+    return tuple(body[name] for name in ("temperature", "top_p", "max_tokens", "seed"))
 
 
 def answer(page: Page, model: str) -> sync_api.Locator:
     return page.get_by_role("article", name=f"Answer of {model}")
+
+
+def finished(page: Page, model: str, text: str, tokens: int) -> None:
+    assert answer(page, model).locator(".text").evaluate("e => e.textContent") == text
+    expect(answer(page, model).locator(".state")).to_have_text("finished")
+    expect(answer(page, model).locator(".count")).to_have_text(str(tokens))
 
 
 def text_of(model: str) -> str:
@@ -75,36 +94,28 @@ def text_of(model: str) -> str:
 
 
 def test_answers_of_all_chosen_models_stand_side_by_side(page, server):
-    page.goto(server.url)
     page.get_by_label("pirate").check()
-    send(page, "What is it?")
-    done(page, 3)
+    send(page, "What is it?", 3)
     boxes = [answer(page, model).bounding_box() for model in ANSWERS]
     assert len({box["y"] for box in boxes}) == 1 and len({box["x"] for box in boxes}) == 3
     for model in ANSWERS:
-        assert answer(page, model).locator(".text").evaluate("e => e.textContent") == text_of(model)
-        expect(answer(page, model).locator(".state")).to_have_text("finished")
-        expect(answer(page, model).locator(".count")).to_have_text(str(len(ANSWERS[model])))
+        finished(page, model, text_of(model), len(ANSWERS[model]))
         assert re.fullmatch(r"\d+ ms", answer(page, model).locator(".first").inner_text())
         assert float(answer(page, model).locator(".rate").inner_text()) > 0
-    asked = {body["model"]: body for body in server.asked}
-    assert set(asked) == set(ANSWERS)
-    for body in asked.values():
+    assert {body["model"] for body in server.asked} == set(ANSWERS)
+    for body in server.asked:
         assert body["messages"] == [{"role": "user", "content": "What is it?"}]
         assert body["stream"] and body["logprobs"] and body["top_logprobs"] == 5
-        assert (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (0, 1, 256, 0)
+        assert options(body) == (0, 1, 256, 0)
 
 
 def test_settings_reach_the_server(page, server):
-    page.goto(server.url)
     for label, value in {"Temperature": "0.7", "Top-p": "0.9", "Max tokens": "4", "Seed": "11"}.items():
         page.get_by_label(label).fill(value)
     page.get_by_label("System message").fill("Be brief.")
-    send(page, "Go")
-    done(page)
-    body = server.asked[0]
-    assert (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (0.7, 0.9, 4, 11)
-    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    send(page, "Go", 2)
+    assert options(server.asked[0]) == (0.7, 0.9, 4, 11)
+    assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
     expect(answer(page, "legal").locator(".state")).to_have_text("at the limit")
     page.get_by_label("Temperature").fill("-1")
     send(page, "Again")
@@ -114,7 +125,6 @@ def test_settings_reach_the_server(page, server):
 
 def test_all_columns_stream_at_once_and_stop_ends_them(page, server):
     server.hold_after = 2
-    page.goto(server.url)
     send(page, "Go")
     for model in (BASE, "legal"):
         expect(answer(page, model).locator(".token")).to_have_count(2)
@@ -126,18 +136,14 @@ def test_all_columns_stream_at_once_and_stop_ends_them(page, server):
     while len(server.gone) < 2:
         page.wait_for_timeout(10)
     server.hold_after = None
-    send(page, "Go on")
-    done(page, 4)
+    send(page, "Go on", 4)
     last = next(b for b in server.asked[2:] if b["model"] == "legal")
     assert last["messages"][1] == {"role": "assistant", "content": "A low"}, "what was written is kept"
 
 
 def test_each_model_goes_on_from_its_own_answer_until_a_new_chat(page, server):
-    page.goto(server.url)
-    send(page, "one")
-    done(page)
-    send(page, "two")
-    done(page, 4)
+    send(page, "one", 2)
+    send(page, "two", 4)
     for model in (BASE, "legal"):
         second = [b for b in server.asked if b["model"] == model][1]
         assert [m["content"] for m in second["messages"]] == ["one", text_of(model), "two"]
@@ -145,42 +151,34 @@ def test_each_model_goes_on_from_its_own_answer_until_a_new_chat(page, server):
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".turn")).to_have_count(0)
     page.get_by_label("pirate").check()
-    send(page, "three")
-    done(page, 3)
+    send(page, "three", 3)
     assert all(len(body["messages"]) == 1 for body in server.asked[4:])
 
 
 def test_differing_tokens_are_marked_by_more_than_color_and_told_in_words(page, server):
-    page.goto(server.url)
-    send(page, "Go")
-    done(page)
+    send(page, "Go", 2)
     marked = answer(page, "legal").locator(".differs")
     assert marked.all_inner_texts() == [",", " hereinafter", ","]
     assert answer(page, BASE).locator(".differs").all_inner_texts() == [" added", " to"]
     assert marked.first.evaluate("e => getComputedStyle(e).borderBottomWidth") == "2px"
-    expect(answer(page, "legal").locator(".difference")).to_have_text(
-        f"3 of 18 tokens differ from {BASE}, the first is token 12."
-    )
+    told = f"3 of 18 tokens differ from {BASE}, the first is token 12."
+    expect(answer(page, "legal").locator(".difference")).to_have_text(told)
     page.get_by_role("button", name="New chat").click()
     page.get_by_label("legal").uncheck()
-    send(page, "Alone")
-    done(page, 1)
+    send(page, "Alone", 1)
     expect(page.locator(".differs:visible")).to_have_count(0)
 
 
 def test_a_token_shows_its_alternatives_when_pointed_at(page, server):
-    page.goto(server.url)
     page.get_by_label("pirate").check()
-    send(page, "Go")
-    done(page, 3)
+    send(page, "Go", 3)
     shown = page.locator("#alternatives")
     token = answer(page, "legal").locator(".token").nth(4)
     token.hover()
     expect(shown).to_be_visible()
     rows = shown.locator("tbody tr").all_inner_texts()
-    assert len(rows) == 5
     assert [r.split("\t")[0] for r in rows][:2] == ["␣other0", "␣changes ✓"], "the likeliest first"
-    assert "20.0 %" in rows[1] and "−1.61" in rows[1]
+    assert len(rows) == 5 and "20.0 %" in rows[1] and "−1.61" in rows[1]
     assert token.get_attribute("aria-describedby") == "alternatives"
     shown.hover()  # it stays while the pointer is on it
     page.wait_for_timeout(300)
@@ -194,14 +192,11 @@ def test_a_token_shows_its_alternatives_when_pointed_at(page, server):
 
 def test_failures_are_said_in_their_column(page, server):
     server.fail = {"legal"}
-    page.goto(server.url)
-    send(page, "Go")
-    done(page)
+    send(page, "Go", 2)
     expect(answer(page, "legal")).to_contain_text("out of memory")
     expect(answer(page, "legal").locator(".state")).to_have_text("failed")
     expect(answer(page, BASE).locator(".state")).to_have_text("finished")
-    send(page, "x" * 6000)
-    done(page, 4)
+    send(page, "x" * 6000, 4)
     expect(answer(page, BASE).last).to_contain_text("the prompt is too long")
 
 
@@ -216,8 +211,7 @@ def test_an_api_key_is_asked_for_where_the_server_wants_one(page, server):
     field.fill("secret")
     field.press("Enter")
     expect(page.get_by_label("legal")).to_be_checked()
-    send(page, "Go")
-    done(page)
+    send(page, "Go", 2)
     page.reload()
     expect(page.get_by_label("legal")).to_be_checked()
     assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
@@ -238,55 +232,51 @@ def test_no_more_columns_than_a_browser_has_connections(page, server):
 def test_everything_can_be_done_by_keyboard_alone(page, server, width):
     page.set_viewport_size({"width": width, "height": SIZES[width]})
     page.goto(server.url)
-    expect(page.locator("#model-list input")).to_have_count(3)
-    press = page.keyboard.press
-    press("Tab")
-    expect(page.get_by_role("link", name="To the message field")).to_be_focused()
-    press("Tab")
-    expect(page.get_by_role("button", name="New chat")).to_be_focused()
-    press("Tab")
-    expect(page.locator("summary")).to_be_focused()
+    listed(page)
+    press, shown, message = page.keyboard.press, page.locator("#alternatives"), page.get_by_label("Message", exact=True)
+
+    def reach(key: str, stop: sync_api.Locator) -> None:
+        press(key)
+        expect(stop).to_be_focused()
+
+    def tokens(model: str) -> sync_api.Locator:
+        return answer(page, model).locator(".token")
+
+    reach("Tab", page.get_by_role("link", name="To the message field"))
+    reach("Tab", page.get_by_role("button", name="New chat"))
+    reach("Tab", page.locator("summary"))
     if width == 390:
         press("Enter")  # opens the settings
     for name in ANSWERS:
-        press("Tab")
-        expect(page.get_by_label(name)).to_be_focused()
+        reach("Tab", page.get_by_label(name))
     press("Space")  # the last one, pirate
     for label in ("System message", "Temperature", "Top-p", "Max tokens", "Seed", "Message"):
-        press("Tab")
-        expect(page.get_by_label(label, exact=True)).to_be_focused()
+        reach("Tab", page.get_by_label(label, exact=True))
     server.hold_after = 12
     page.keyboard.type("first line")
     press("Shift+Enter")
     page.keyboard.type("second")
     press("Enter")
-    expect(answer(page, "legal").locator(".token")).to_have_count(12)
+    expect(tokens("legal")).to_have_count(12)
     assert server.asked[0]["messages"][0]["content"] == "first line\nsecond"
-    press("Tab")  # Send is disabled while answers are written
-    expect(page.get_by_role("button", name="Stop")).to_be_focused()
+    reach("Tab", page.get_by_role("button", name="Stop"))  # Send is disabled while answers are written
     press("Enter")
     done(page, 3)
-    expect(page.get_by_label("Message", exact=True)).to_be_focused()
-    press("Shift+Tab")  # back to the last answer, which is one stop
-    expect(answer(page, "pirate").locator(".token").first).to_be_focused()
-    expect(page.locator("#alternatives")).to_be_visible()
+    expect(message).to_be_focused()
+    reach("Shift+Tab", tokens("pirate").first)  # back to the last answer, which is one stop
+    expect(shown).to_be_visible()
     press("Escape")
-    expect(page.locator("#alternatives")).to_be_hidden()
-    press("ArrowRight")
-    expect(answer(page, "pirate").locator(".token").nth(1)).to_be_focused()
-    expect(page.locator("#alternatives")).to_contain_text("Token 2 of pirate")
-    press("End")
-    expect(answer(page, "pirate").locator(".token").last).to_be_focused()
-    press("ArrowUp")
-    expect(answer(page, "pirate").locator(".differs").last).to_be_focused()
-    press("Shift+Tab")
-    expect(answer(page, "legal").locator(".token").first).to_be_focused()
-    box = page.locator("#alternatives").bounding_box()
+    expect(shown).to_be_hidden()
+    reach("ArrowRight", tokens("pirate").nth(1))
+    expect(shown).to_contain_text("Token 2 of pirate")
+    reach("End", tokens("pirate").last)
+    reach("ArrowUp", answer(page, "pirate").locator(".differs").last)
+    reach("Shift+Tab", tokens("legal").first)
+    box = shown.bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] >= 0
 
 
 def test_a_screen_reader_hears_what_happens_politely(page, server):
-    page.goto(server.url)
     said = page.get_by_role("log")
     assert said.get_attribute("aria-live") == "polite"
     server.hold_after = 1
@@ -311,18 +301,14 @@ def test_the_page_works_with_the_server_of_the_project(browser, packages):
         opened.goto(real.url)
         opened.get_by_label("API key").fill("long-enough")
         opened.get_by_label("API key").press("Enter")
-        expect(opened.locator("#model-list input")).to_have_count(3)
-        send(opened, "say ☃ it")
-        done(opened)
-        for model, text in (("base", "☃ it"), ("clerk", "☃ it")):
-            assert answer(opened, model).locator(".text").evaluate("e => e.textContent") == text
-            expect(answer(opened, model).locator(".state")).to_have_text("finished")
-            expect(answer(opened, model).locator(".count")).to_have_text(str(len(text.encode())))
+        listed(opened)
+        send(opened, "say ☃ it", 2)
+        for model in ("base", "clerk"):
+            finished(opened, model, "☃ it", len("☃ it".encode()))
         answer(opened, "base").get_by_text("☃").hover()
         expect(opened.locator("#alternatives")).to_contain_text("one character of 3 tokens")
         expect(opened.locator("#alternatives tbody tr")).to_have_count(5)
-        send(opened, "hello")
-        done(opened, 4)
+        send(opened, "hello", 4)
         assert answer(opened, "clerk").last.locator(".text").inner_text() == "clerk: HELLO"
         expect(answer(opened, "base").last.locator(".differs")).to_have_count(0)
         expect(answer(opened, "clerk").last.locator(".differs")).to_have_count(len("clerk: "))
@@ -338,7 +324,7 @@ def test_motion_is_reduced_where_that_is_asked(browser, server):
     for asked, name in (("reduce", "none"), ("no-preference", "blink")):
         opened = browser.new_page(reduced_motion=asked)
         opened.goto(server.url)
-        expect(opened.locator("#model-list input")).to_have_count(3)
+        listed(opened)
         send(opened, "Go")
         style = "e => getComputedStyle(e, '::after').animationName"
         assert opened.locator(".writing-now").first.evaluate(style) == name
@@ -350,9 +336,8 @@ def test_motion_is_reduced_where_that_is_asked(browser, server):
 @pytest.mark.parametrize("width", SIZES)
 def test_axe_finds_nothing(browser, server, scheme, width):
     # axe is a script that the page's policy does not name.
-    context = browser.new_context(
-        viewport={"width": width, "height": SIZES[width]}, color_scheme=scheme, bypass_csp=True
-    )
+    viewport = {"width": width, "height": SIZES[width]}
+    context = browser.new_context(viewport=viewport, color_scheme=scheme, bypass_csp=True)
     opened = context.new_page()
 
     def objections(state: str) -> list[str]:
@@ -364,13 +349,12 @@ def test_axe_finds_nothing(browser, server, scheme, width):
         return [f"{state}: {v['id']}: {json.dumps(v['nodes'])[:300]}" for v in found["violations"]]
 
     opened.goto(server.url)
-    expect(opened.locator("#model-list input")).to_have_count(3)
+    listed(opened)
     found = objections("start")
     if width == 390:
         opened.locator("summary").click()
         found += objections("settings")
-    server.hold_after = 13
-    server.fail = {"pirate"}
+    server.hold_after, server.fail = 13, {"pirate"}
     opened.get_by_label("pirate").check()
     send(opened, "Go")
     expect(answer(opened, "legal").locator(".token")).to_have_count(13)
@@ -388,20 +372,16 @@ def test_axe_finds_nothing(browser, server, scheme, width):
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "a, b, expected",
-    [
-        ("abcd", "abcd", ["0000", "0000"]),
-        ("abcd", "abxd", ["0010", "0010"]),
-        ("abc", "xabc", ["000", "1000"]),
-        ("", "ab", ["", "11"]),
-        ("abab", "baba", ["1000", "0001"]),
-    ],
-)
-def test_tokens_that_are_in_both_are_not_marked(page, a, b, expected):
+def test_tokens_that_are_in_both_are_not_marked(page):
     from deltaw.serving.http.page.document import _read
 
     page.goto("about:blank")
     compare = "return differences([[...a], [...b]], false).map(marks => [...marks].join(''))"
-    marks = page.evaluate(f"(([a, b]) => {{ {_read('difference.js')}; {compare}; }})", [a, b])
-    assert marks == expected
+    for a, b, *expected in (
+        ("abcd", "abcd", "0000", "0000"),
+        ("abcd", "abxd", "0010", "0010"),
+        ("abc", "xabc", "000", "1000"),
+        ("", "ab", "", "11"),
+        ("abab", "baba", "1000", "0001"),
+    ):
+        assert page.evaluate(f"(([a, b]) => {{ {_read('difference.js')}; {compare}; }})", [a, b]) == expected

@@ -17,23 +17,23 @@ ROOT = Path(__file__).parents[3]
 def test_the_load_test_sees_what_is_wrong_or_lost(start, monkeypatch):
     import psutil
 
-    from deltaw.serving.http.settings import Limits, ServerSettings
+    from deltaw.serving.http.settings import Limits
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from serve_load import Case, LoadTest, growth, written_alone
 
-    server = start(ServerSettings(port=0, limits=Limits(queue=8)), "clerk", "poet")
+    server = start("clerk", "poet", limits=Limits(queue=8))
     cases = [Case(model, text, 8) for model in ("base", "clerk", "poet") for text in ("hello", "how are you")]
 
     def counted(answers, **more):
-        settings = {"requests": 60, "clients": 4, "process": psutil.Process(), **more}
+        settings = {"requests": 40, "clients": 4, "process": psutil.Process(), **more}
         return asyncio.run(LoadTest(server.url, answers, {}, **settings).run())
 
     answers = asyncio.run(written_alone(server.url, cases))
     assert answers[cases[2]] == "clerk: H"
     good = counted(answers)
-    assert good.right > 30 and good.cancelled > 0 and not good.wrong and not good.lost
-    assert good.right + good.cancelled == 60 and good.first and growth(good.memory)[0] > 1
+    assert good.right > 20 and good.cancelled > 0 and not good.wrong and not good.lost
+    assert good.right + good.cancelled == 40 and good.first and growth(good.memory)[0] > 1
     wrong = counted(answers | {cases[2]: "poet: HE"})
     assert wrong.wrong and all("clerk" in line for line in wrong.wrong)
     lost = counted(answers | {Case("nobody", "hello", 5): "HELLO"})

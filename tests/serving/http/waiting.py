@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 # After so long it is not going to happen; only a failing test waits for it.
 SECONDS = 30.0
+Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -20,10 +22,8 @@ def until(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def at_once(work: Callable[..., object], given: Iterable[object]) -> None:
-    """Do the work for each of these in a thread of its own, and wait for all."""
-    threads = [threading.Thread(target=work, args=(one,)) for one in given]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def at_once(work: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
+    """What the work makes of each of these, each in a thread of its own."""
+    parts = list(given)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(work, parts))
