@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +61,6 @@ def running(served: Served, settings: ServerSettings) -> Iterator[Running]:
     """A server while the block is open."""
     app, desk = create_app(served, settings)
     bound = listening_socket(settings)
-    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer waits 40 ms for an acknowledgment
     began = threading.Event()
     server = Server(app, desk, settings, began.set)
     thread = threading.Thread(target=server.run, args=([bound],))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -9,7 +10,8 @@ import threading
 import time
 
 from deltaw.errors import UserError
-from deltaw.serving.http.settings import Limits
+from deltaw.serving.http.server import listening_socket
+from deltaw.serving.http.settings import Limits, ServerSettings
 from tests.serving.http.asking import CHAT, said
 from tests.serving.http.waiting import at_once, until
 
@@ -184,3 +186,22 @@ def test_a_flood_is_answered_to_the_last(start):
         for number, (status, text) in zip(numbers, at_once(ask, numbers), strict=True):
             assert (status, text) in ((429, ""), (200, f"poet: Q{number}"))
     assert until(lambda: not server.desk.in_hand) and server.engine.running == 0
+
+
+def test_the_socket_sends_pieces_at_once():
+    """Nagle's algorithm would hold a streamed token back until the client acknowledges the one before."""
+    bound = listening_socket(ServerSettings(port=0))
+    found: list[int] = []
+
+    async def ask() -> None:
+        def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(answer, sock=bound):
+            reader, writer = await asyncio.open_connection(*bound.getsockname()[:2])
+            await reader.read()
+            writer.close()
+
+    asyncio.run(ask())
+    assert found and all(found)

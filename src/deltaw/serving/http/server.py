@@ -136,7 +136,7 @@ def listening_socket(settings: ServerSettings) -> socket.socket:
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        made = socket.socket(family, socket.SOCK_STREAM)
+        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio tells by it to send at once
     except (OSError, UnicodeError) as error:
         raise UserError(f"there is no address {host}", where="--host", hint=str(error)) from error
     try:
