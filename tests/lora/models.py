@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -121,15 +121,31 @@ def ours_as_peft(factor: Tensor) -> Tensor:
     return factor.t() if factor.dim() == 2 else factor
 
 
-def copy_to_peft(model: nn.Module, peft_model: nn.Module) -> None:
-    """Give PEFT's adapter the factors of ours; both must adapt the same modules."""
-    theirs = peft_factors(peft_model)
-    ours = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-    assert ours.keys() == theirs.keys()
-    with torch.no_grad():
-        for name, layer in ours.items():
-            theirs[name][0].copy_(ours_as_peft(layer.lora_A))
-            theirs[name][1].copy_(ours_as_peft(layer.lora_B))
+def factor_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Each factor of ours and PEFT's, after the module's name; both must adapt the same modules."""
+    reference = peft_factors(theirs)
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, LoRALayer)}
+    assert layers.keys() == reference.keys()
+    for name, layer in layers.items():
+        for mine, other in zip((layer.lora_A, layer.lora_B), reference[name], strict=True):
+            yield name, mine, other
+
+
+@torch.no_grad()
+def copy_to_peft(ours: nn.Module, theirs: nn.Module) -> None:
+    """Give PEFT's adapter the factors of ours."""
+    for _, mine, other in factor_pairs(ours, theirs):
+        other.copy_(ours_as_peft(mine))
+
+
+def ours_and_pefts(base: nn.Module, config: LoRAConfig) -> tuple[nn.Module, nn.Module]:
+    """Our adapter and PEFT's on copies of ``base`` with the same values, in eval mode."""
+    kind = {"use_rslora": config.rslora, "use_dora": config.dora, "lora_dropout": config.dropout}
+    theirs = with_peft(base, r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, **kind)
+    attach(ours := copy.deepcopy(base), config)
+    randomise(ours)
+    copy_to_peft(ours, theirs)
+    return ours.eval(), theirs.eval()
 
 
 @torch.no_grad()
@@ -144,17 +160,15 @@ def ten_steps(ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], Te
     Epsilon is larger than usual, or Adam would divide rounding errors by rounding errors.
     """
     trained = [p for _, p in adapter_parameters(ours)], [p for p in theirs.parameters() if p.requires_grad]
-    mine, other = (torch.optim.AdamW(parameters, lr=rate, eps=1e-4) for parameters in trained)
+    optimizers = [torch.optim.AdamW(parameters, lr=rate, eps=1e-4) for parameters in trained]
     for step in range(10):
-        for model, optimizer in ((ours, mine), (theirs, other)):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             torch.manual_seed(step)
             optimizer.zero_grad()
             loss(model).backward()
             optimizer.step()
-    for name, factors in peft_factors(theirs).items():
-        layer = ours.get_submodule(name)
-        for factor, their_factor in zip((layer.lora_A, layer.lora_B), factors, strict=True):
-            assert relative(ours_as_peft(factor), their_factor) <= 1e-5, name
+    for name, mine, other in factor_pairs(ours, theirs):
+        assert relative(ours_as_peft(mine), other) <= 1e-5, name
 
 
 class EveryKind(nn.Module):
@@ -180,20 +194,12 @@ class EveryKind(nn.Module):
 KINDS = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
 
 
-def every_kind_and_pefts(**options: bool | float) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids.
-
-    Args:
-        options: ``dora`` and ``dropout``.
-    """
+def every_kind_and_pefts(dora: bool = False, dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids."""
     torch.manual_seed(0)
-    dora, dropout = bool(options.get("dora")), options.get("dropout", 0.0)
     base, names = EveryKind(not dora), KINDS if dora else [*KINDS, "grouped"]
     ids = torch.randint(0, 11, (3, 9))
-    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=names, use_dora=dora, lora_dropout=dropout)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=names, dora=dora, dropout=dropout))
-    randomise(ours)
+    ours, theirs = ours_and_pefts(base, LoRAConfig(rank=4, alpha=6, target_modules=names, dora=dora, dropout=dropout))
     with torch.no_grad():
         ours.embed.lora_A[0] = 0
     copy_to_peft(ours, theirs)
