@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -230,7 +231,11 @@ def test_evaluation_asks_with_virtual_tokens_rows_and_shows_their_questions_with
     )
     tokens = np.array([*question, 50, 51], np.int32)
     example = Example(1, tokens, np.arange(len(tokens)) >= len(question), len(question), "x")
-    (answer,) = answers(model, tokenizer, [example.after(K, method.with_virtual_tokens(tokens))])
+    behind, plain = (
+        e.after(K, method.with_virtual_tokens(tokens)) for e in (example, replace(example, prompt_length=0))
+    )
+    assert (behind.prompt_length, plain.prompt_length) == (K + len(question), 0)
+    (answer,) = answers(model, tokenizer, [behind])
     assert answer.question.splitlines()[0] == "hello"
 
 

@@ -41,6 +41,7 @@ def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
         return torch.cat([model(input_ids=i).logits for i in ids])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", HEADS)
 def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: str, name: str, tmp_path: Path) -> None:
