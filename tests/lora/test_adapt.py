@@ -188,14 +188,15 @@ def test_an_attached_model_can_be_copied_whole():
     torch.testing.assert_close(logits(reference, "gpt2"), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_detach_follows_a_model_that_was_cast_meanwhile():
+def test_detach_follows_a_model_that_was_cast_and_set_to_training_meanwhile():
     model = tiny("gemma3")
     attach(model, LoRAConfig(rank=4, target_modules=["embed_tokens", "q_proj"], train_modules=["norm"]))
-    model.to(torch.bfloat16)
+    model.to(torch.bfloat16).train()
     with disabled(model):
         logits(model, "gemma3")
     detach(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(module.training for module in model.modules())
 
 
 def test_hooks_on_a_replaced_module_go_on_running():
