@@ -189,13 +189,13 @@ def test_an_attached_model_can_be_copied_whole():
 
 
 def test_detach_follows_a_model_that_was_cast_and_set_to_training_meanwhile():
-    model = tiny("gemma3")
-    attach(model, LoRAConfig(rank=4, target_modules=["embed_tokens", "q_proj"], train_modules=["norm"]))
-    model.to(torch.bfloat16).train()
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    attach(model, LoRAConfig(rank=2, target_modules=["0", "1"], train_modules=["2"]))
+    model.double().train()
     with disabled(model):
-        logits(model, "gemma3")
+        model(torch.tensor([1, 2]))
     detach(model)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float64}
     assert all(module.training for module in model.modules())
 
 

@@ -55,6 +55,8 @@ def test_what_is_saved_gives_the_trained_model_and_without_it_the_base(
         raise ZeroDivisionError
     assert torch.equal(logits(loaded), logits(model))
     assert not any(p.requires_grad for p in loaded.parameters())
+    with again.without(loaded.double()):
+        assert {p.dtype for p in loaded.parameters()} == {torch.float64}
 
 
 def test_random_keeps_gradients_and_state_for_the_chosen_weights_alone() -> None:
