@@ -147,13 +147,6 @@ class TestThreeMethods:
         assert asked == ["base", "run head"]
 
 
-def test_a_fixed_rate_is_taken_without_trials(untrained, study_settings, tmp_path):
-    settings = study_settings(tmp_path / "run", train={"learning_rate": 2e-3})
-    comparison, _ = compared(settings, tmp_path / "out", ["head"])
-    assert untrained.asked == ["base", "run head"]
-    assert comparison.results[0].learning_rate == 2e-3 and comparison.results[0].rates == ()
-
-
 def test_an_interruption_loses_one_piece_at_most(untrained, meddling, study_settings, tmp_path):
     settings = study_settings(tmp_path / "run")
 
@@ -169,7 +162,9 @@ def test_an_interruption_loses_one_piece_at_most(untrained, meddling, study_sett
     assert untrained.asked == ["rate head"] * tried + ["run head"]
 
 
-def test_a_run_that_did_not_end_leaves_no_trace(meddling, study_settings, tmp_path):
+def test_a_fixed_rate_is_taken_without_trials_and_a_run_that_did_not_end_leaves_no_trace(
+    untrained, meddling, study_settings, tmp_path
+):
     settings = study_settings(tmp_path / "run", train={"learning_rate": 2e-3})
     run = tmp_path / "out" / "head" / "seed-0"
 
@@ -182,7 +177,9 @@ def test_a_run_that_did_not_end_leaves_no_trace(meddling, study_settings, tmp_pa
     with meddling(kill), pytest.raises(UserError, match="SIGKILL"):
         compared(settings, tmp_path / "out", ["head"])
     comparison, _ = compared(settings, tmp_path / "out", ["head"])
-    assert comparison.results[0].score is not None
+    (result,) = comparison.results
+    assert result.score is not None and result.learning_rate == 2e-3 and result.rates == ()
+    assert untrained.asked == ["base", "run head"]
     assert list(run.parent.iterdir()) == [run] and not list(run.iterdir())
 
 

@@ -151,15 +151,11 @@ def test_layers_that_are_not_run_keep_their_uniform_start():
     assert initialized.unseen == ("2",) and torch.equal(model[2].lora_A, before) and "not run" in str(initialized)
 
 
-def test_hooks_are_taken_off_again_whatever_happens():
+def test_what_cannot_be_started_is_refused_by_name_and_leaves_no_hook():
     model = _model()
     with pytest.raises(ZeroDivisionError):
         initialize_from_activations(model, lambda: 1 / 0)
     assert not model[0]._forward_pre_hooks and not model[2]._forward_pre_hooks
-
-
-def test_what_cannot_be_started_is_refused_by_name():
-    model = _model()
     with pytest.raises(UserError, match="none of the adapted layers"):
         initialize_from_activations(model, lambda: None)
     with pytest.raises(UserError, match="'0' are not finite"):

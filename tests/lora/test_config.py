@@ -78,13 +78,10 @@ def test_it_serves_as_a_field_of_a_pydantic_model():
         Run(lora={"rnk": 4})
 
 
-def test_layers_are_read():
+def test_layers_are_read_and_updates_scaled():
     assert parse_layers("0-3, 8,16-") == [(0, 3), (8, 8), (16, None)]
     assert parse_layers([1, 2]) == [(1, 1), (2, 2)]
-
-
-def test_scaling():
-    assert scaling(16, 32.0) == 2.0 and scaling(16, 32.0, rslora=True) == 8.0
+    assert (scaling(16, 32.0), scaling(16, 32.0, rslora=True)) == (2.0, 8.0)
 
 
 def test_no_modules_are_needed_where_parts_are_named():

@@ -121,14 +121,21 @@ def test_the_settings_file_is_pefts_own(tmp_path):
     assert ours == theirs
 
 
-def test_a_file_names_exactly_the_adapted_modules(tmp_path):
-    model = _trained("llama", target_modules="attention", layers=[0], exclude_modules=["k_proj"])
-    save_adapter(model, tmp_path, base_model="some/base", task_type=None)
+def test_a_file_names_exactly_the_adapted_modules_and_is_read_without_a_model(tmp_path):
+    model = _trained("llama", target_modules="attention", layers=[0], exclude_modules=["k_proj"], rslora=True)
+    save_adapter(model, tmp_path, base_model="some/base")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["target_modules"] == [f"0.self_attn.{x}_proj" for x in "oqv"]
-    assert settings["base_model_name_or_path"] == "some/base"
-    assert settings["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    assert settings["base_model_name_or_path"] == "some/base" and settings["task_type"] == "CAUSAL_LM"
     assert len(peft_factors(_in_peft("llama", tmp_path))) == 3
+    config, tensors, metadata = read_adapter(tmp_path)
+    assert (config.rank, config.alpha, config.rslora) == (4, 8.0, True)
+    assert tensors[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
+    told = {"format": "pt", "base_model_name_or_path": "some/base", "task_type": "CAUSAL_LM"}
+    assert told.items() <= metadata.items() and metadata["deltaw.base_fingerprint"]
+    save_adapter(model, tmp_path, task_type=None)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
 
 
 def test_target_entries_tell_modules_apart():
@@ -156,16 +163,6 @@ def test_an_adapter_of_a_merged_model_can_still_be_saved(tmp_path):
     save_adapter(model, tmp_path)
     load_adapter(again := tiny("llama"), tmp_path)
     assert torch.equal(logits(again, "llama"), expected)
-
-
-def test_reading_without_a_model(tmp_path):
-    model = _trained("llama", rslora=True)
-    save_adapter(model, tmp_path, base_model="some/base")
-    config, tensors, metadata = read_adapter(tmp_path)
-    assert (config.rank, config.alpha, config.rslora) == (4, 8.0, True)
-    assert tensors[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
-    assert metadata["format"] == "pt" and metadata["base_model_name_or_path"] == "some/base"
-    assert metadata["task_type"] == "CAUSAL_LM" and metadata["deltaw.base_fingerprint"]
 
 
 def test_a_bf16_model_keeps_its_adapter_in_fp32_through_a_file(tmp_path):

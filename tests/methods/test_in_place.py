@@ -103,7 +103,7 @@ def test_training_a_tied_head_leaves_the_embedding_alone() -> None:
 @pytest.mark.parametrize("method", [Head(HeadSettings()), Full()], ids=["head", "full"])
 def test_another_base_is_noticed_when_an_adapter_is_loaded(method: Head | Full, tmp_path: Path) -> None:
     model = causal_model("llama")
-    trained(model, method)
+    method.prepare(model, seed=0)
     method.save(model, tmp_path, base_model="tiny")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
