@@ -11,7 +11,7 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget
-from deltaw.experiments.until_flat import BestPoint
+from deltaw.experiments.until_flat import BestPoint, Cooldown
 from deltaw.experiments.worker import Stopped
 
 
@@ -33,6 +33,7 @@ def test_a_training_ends_once_its_loss_is_flat(try_out, method, rate):
     assert rates[:warm] == sorted(rates[:warm]) and set(rates[warm:ended]) == {rate}
     cooled = len(rates) - ended
     assert rates[ended:] == pytest.approx([rate * (cooled - n) / (cooled + 1) for n in range(cooled)])
+    assert Cooldown("constant", rate, total_steps=14, warmup=2, begin=10).rate(9) == rate
 
 
 @pytest.mark.each_value
