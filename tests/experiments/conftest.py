@@ -14,10 +14,10 @@ import pytest
 from deltaw.experiments.worker import Trial, Worker
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import silent
-from tests.conftest import COLORS, Settings, write_rows
+from tests.conftest import COLORS, Settings, laid_over, write_rows
 
 
-class WorkerHere:
+class WorkerHere(contextlib.AbstractContextManager):
     """Stands for :class:`deltaw.experiments.jobs.Child`; remembers what it was asked."""
 
     asked: list[str] = []  # noqa: RUF012 - shared on purpose: of all workers of a test
@@ -28,9 +28,6 @@ class WorkerHere:
 
     def _report(self, message: Mapping[str, object]) -> bool:
         return self._told is None or self._told(message)
-
-    def __enter__(self) -> WorkerHere:
-        return self
 
     def __exit__(self, *_: object) -> None:
         return None
@@ -134,8 +131,7 @@ def study_settings(settings: Settings, tmp_path_factory: pytest.TempPathFactory)
     file = write_rows(tmp_path_factory.mktemp("study") / "rows.jsonl", rows)
 
     def make(output: Path, **changes: object) -> dict:
-        train = {"learning_rate": "auto", "batch_size": 8, "epochs": 2, **changes.pop("train", {})}
-        data = {"train": str(file), "eval": 8, **changes.pop("data", {})}
-        return settings(output, data=data, train=train, **changes)
+        train, data = {"learning_rate": "auto", "batch_size": 8, "epochs": 2}, {"train": str(file), "eval": 8}
+        return settings(output, **laid_over({"train": train, "data": data}, changes))
 
     return make

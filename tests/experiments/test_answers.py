@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from deltaw.experiments.worker import constant_scores, one_answer
 from deltaw.training.evaluation.base import Evaluation
@@ -29,28 +30,23 @@ def written(expected, given):
     return Evaluation({"exact_match": scores.mean()}, "exact_match", True, scores, predicted=pairs), rows
 
 
-def test_one_class_for_every_row_is_found():
-    assert one_answer(*classified([0, 1, 2, 1], [1, 1, 1, 1])) == "b"
-    assert one_answer(*classified([0, 1, 2, 1], [1, 1, 0, 1])) is None
-
-
-def test_rows_that_all_have_one_class_say_nothing():
-    assert one_answer(*classified([1, 1, 1], [1, 1, 1])) is None
-    assert one_answer(*written([[5, 2], [5, 2]], [[5, 2], [5, 2]])) is None
-
-
-def test_one_written_answer_is_found_whatever_the_answers_lengths():
-    decode = lambda tokens: "-".join(map(str, tokens))  # noqa: E731
-    assert one_answer(*written([[5, 2], [6, 2], [5, 2]], [[5, 2]] * 3), decode) == "5-2"
-    assert one_answer(*written([[5, 2], [6, 7, 2]], [[5, 2], [5, 2, 9]]), decode) == "5-2"
-    assert one_answer(*written([[5, 2], [6, 2]], [[5, 2], [6, 2]]), decode) is None
-
-
-def test_one_number_for_every_row_is_found():
-    truth = [1.0, 2.0, 3.0, 4.0]
-    assert one_answer(*measured(truth, [2.5, 2.5, 2.501, 2.5])) == "2.5"
-    assert one_answer(*measured(truth, [2.0, 2.2, 2.6, 3.0])) is None
-    assert one_answer(*measured([2.0, 2.0], [2.0, 2.0])) is None
+@pytest.mark.parametrize(
+    ("kind", "truth", "given", "found"),
+    [
+        (classified, [0, 1, 2, 1], [1, 1, 1, 1], "b"),
+        (classified, [0, 1, 2, 1], [1, 1, 0, 1], None),
+        (classified, [1, 1, 1], [1, 1, 1], None),  # rows that all have one class say nothing
+        (written, [[5, 2], [5, 2]], [[5, 2], [5, 2]], None),
+        (written, [[5, 2], [6, 2], [5, 2]], [[5, 2]] * 3, "5-2"),
+        (written, [[5, 2], [6, 7, 2]], [[5, 2], [5, 2, 9]], "5-2"),  # as far as the answers go
+        (written, [[5, 2], [6, 2]], [[5, 2], [6, 2]], None),
+        (measured, [1.0, 2.0, 3.0, 4.0], [2.5, 2.5, 2.501, 2.5], "2.5"),
+        (measured, [1.0, 2.0, 3.0, 4.0], [2.0, 2.2, 2.6, 3.0], None),
+        (measured, [2.0, 2.0], [2.0, 2.0], None),
+    ],
+)
+def test_one_answer_to_every_row_is_found(kind, truth, given, found):
+    assert one_answer(*kind(truth, given), lambda tokens: "-".join(map(str, tokens))) == found
 
 
 def test_text_without_answers_cannot_be_told():
@@ -59,10 +55,11 @@ def test_text_without_answers_cannot_be_told():
 
 
 def test_the_best_answer_to_every_row():
-    answer, scores = constant_scores(*classified([0, 1, 2, 1], [0, 0, 0, 0]))
-    assert answer == "b" and scores.tolist() == [0, 1, 0, 1]
-    answer, scores = constant_scores(*measured([1.0, 3.0], [0.0, 0.0]))
-    assert answer == "2" and scores.tolist() == [1, 1]
-    answer, scores = constant_scores(*written([[5], [6], [5]], [[1], [1], [1]]))
-    assert answer == "5" and scores.tolist() == [1, 0, 1]
+    for evaluated, best, right in (
+        (classified([0, 1, 2, 1], [0, 0, 0, 0]), "b", [0, 1, 0, 1]),
+        (measured([1.0, 3.0], [0.0, 0.0]), "2", [1, 1]),
+        (written([[5], [6], [5]], [[1], [1], [1]]), "5", [1, 0, 1]),
+    ):
+        answer, scores = constant_scores(*evaluated)
+        assert (answer, scores.tolist()) == (best, right)
     assert constant_scores(*written([[n] for n in range(20)], [[1]] * 20)) is None, "none is frequent"

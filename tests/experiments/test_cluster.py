@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,6 +14,7 @@ from deltaw.experiments.jobs import Cluster, Job, WorkerEnded, elsewhere
 from deltaw.experiments.tune import tune
 from deltaw.settings import RunConfig
 
+with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
 
 
@@ -24,8 +26,8 @@ def test_without_ray_it_is_refused_and_nothing_is_written(study_settings, tmp_pa
     assert "deltaw[ray]" in str(refused.value.hint) and not (tmp_path / "out").exists()
 
 
+@with_ray
 def test_rays_client_is_refused(study_settings, tmp_path):
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     config = RunConfig.read(study_settings(tmp_path / "run"))
     with pytest.raises(UserError, match="not through Ray's client"):
         tune(config, trials=1, folder=tmp_path / "out", cluster=Cluster("ray://host:10001"))
@@ -33,24 +35,23 @@ def test_rays_client_is_refused(study_settings, tmp_path):
 
 
 @pytest.mark.slow
+@with_ray
 def test_a_search_on_a_cluster_finds_what_it_finds_here(study_settings, tmp_path):
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     config = RunConfig.read(study_settings(tmp_path / "run"))
     asked = {"trials": 4, "search": SEARCH}
     expected = tune(config, folder=tmp_path / "here", **asked)
     said = []
     found = tune(config, folder=tmp_path / "there", cluster=Cluster("local", cpus=1), say=said.append, **asked)
     # Which trial ends first is chance; its values, and what they lead to, are not.
-    assert [(t.number, t.values, t.end, t.loss) for t in found.trials] == [
-        (t.number, t.values, t.end, t.loss) for t in expected.trials
-    ]
+    here, there = ([(t.number, t.values, t.end, t.loss) for t in tuning.trials] for tuning in (expected, found))
+    assert here == there
     assert found.best_settings == expected.best_settings
     assert sum("trial " in line for line in said) == 4
 
 
 @pytest.mark.slow
+@with_ray
 def test_a_comparison_on_a_cluster_finds_what_it_finds_here(study_settings, tmp_path):
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     config = RunConfig.read(study_settings(tmp_path / "run"))
     given = {"methods": ["head", "lora"], "rates": {"head": [1e-2]}, "seeds": 2}
     expected = compare(config, folder=tmp_path / "here", **given)
@@ -76,19 +77,16 @@ def scores(folder):
 
 
 @pytest.mark.slow
+@with_ray
 def test_jobs_that_are_stopped_fail_or_lose_their_process_are_told(study_settings, tmp_path):
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     plain = RunConfig.read(study_settings(tmp_path / "run", train={"epochs": 4})).model_dump(mode="json")
     trial = {"config": plain, "share": 1.0, "evaluations": 3}
     missing = {"config": {**plain, "model": str(tmp_path / "none")}, "share": 1.0, "evaluations": 3}
 
     class Three:
         def __init__(self):
-            self.left = [
-                Job("stopped", "trial", tmp_path / "log", trial),
-                Job("refused", "trial", tmp_path / "log", missing),
-                Job("broken", "no such request", tmp_path / "log", {}),
-            ]
+            asked = [("stopped", "trial", trial), ("refused", "trial", missing), ("broken", "no such request", {})]
+            self.left = [Job(key, what, tmp_path / "log", request) for key, what, request in asked]
             self.reports, self.found = [], {}
 
         def next(self):
@@ -111,8 +109,8 @@ def test_jobs_that_are_stopped_fail_or_lose_their_process_are_told(study_setting
 
 
 @pytest.mark.slow
+@with_ray
 def test_a_cluster_that_is_not_there_and_one_without_room(tmp_path):
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     with pytest.raises(UserError, match="there is no Ray cluster"):
         elsewhere(None, Cluster("auto"), tmp_path)
     with pytest.raises(UserError, match="no machine of the cluster has 4096 cores"):

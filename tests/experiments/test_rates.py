@@ -20,23 +20,17 @@ def searched(loss, planned, *, extend=True):
     return losses
 
 
-def test_the_grid_is_the_usual_rate_and_a_step_to_each_side():
+def test_a_best_in_the_middle_of_the_grid_is_taken_without_more_trials():
     assert grid(2e-4) == [6.7e-5, 2e-4, 6e-4]
-
-
-def test_a_best_in_the_middle_is_taken_without_more_trials():
     losses = searched(lambda rate: abs(math.log(rate / 2e-4)), grid(2e-4))
     assert sorted(losses) == grid(2e-4) and best_rate(losses) == 2e-4
 
 
 @pytest.mark.parametrize(("better", "beyond"), [(1, 2.2e-5), (-1, 1.8e-3)])
-def test_a_best_at_an_end_brings_one_more_step_and_no_second(better, beyond):
+def test_a_best_at_an_end_brings_one_more_step_and_no_second_but_none_to_rates_that_were_named(better, beyond):
     losses = searched(lambda rate: better * rate, grid(2e-4))
     assert set(losses) - set(grid(2e-4)) == {beyond} and best_rate(losses) == beyond
-
-
-def test_rates_that_were_named_are_not_extended():
-    assert sorted(searched(lambda rate: rate, [1e-4, 3e-4], extend=False)) == [1e-4, 3e-4]
+    assert sorted(searched(lambda rate: better * rate, [1e-4, 3e-4], extend=False)) == [1e-4, 3e-4]
 
 
 def test_what_diverges_is_not_tried_higher_up_and_is_never_best():

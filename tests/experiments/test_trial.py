@@ -46,13 +46,14 @@ def test_a_training_is_given_up_where_asked(try_out):
     assert all(math.isfinite(loss) for _, loss in evaluations)
 
 
-def test_held_out_rows_take_no_part(try_out):
-    trial = try_out()
-    session = trial.session
-    rows = {id(e) for e in [*trial.training, *trial.validation]}
-    assert rows == {id(e) for e in session.data.train}
-    assert not rows & {id(e) for e in session.data.held_out}
-    assert not {id(e) for e in trial.training} & {id(e) for e in trial.validation}
+def test_held_out_rows_take_no_part_and_steps_are_a_share_of_the_runs(try_out):
+    trial = try_out()  # 22 rows in batches of 8, twice
+    training, validation, *whole = (
+        {id(e) for e in rows}
+        for rows in (trial.training, trial.validation, trial.session.data.train, trial.session.data.held_out)
+    )
+    assert training | validation == whole[0] and not whole[0] & whole[1] and not training & validation
+    assert [trial.steps(share) for share in (0.001, 0.3, 1.0)] == [1, 2, 6]
 
 
 def test_rows_are_drawn_by_the_seed():
@@ -63,8 +64,3 @@ def test_rows_are_drawn_by_the_seed():
     assert split_off(rows, 1) == split_off(rows, 1) != split_off(rows, 2)
     with pytest.raises(UserError, match="none to validate"):
         split_off([1], 0)
-
-
-def test_steps_are_a_share_of_the_runs(try_out):
-    trial = try_out()  # 22 rows in batches of 8, twice
-    assert [trial.steps(share) for share in (0.001, 0.3, 1.0)] == [1, 2, 6]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -17,68 +17,26 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach
 from tests.tiny_models import causal_model
 
-_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def _bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def _albert() -> nn.Module:
-    config = transformers.AlbertConfig(
-        vocab_size=97,
-        hidden_size=32,
-        embedding_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-    )
-    return transformers.AlbertForSequenceClassification(config)
-
-
-def _t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def _vit() -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
-    )
-    return transformers.ViTForImageClassification(config)
-
-
+_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+OTHERS = {
+    "bert": (transformers.BertForSequenceClassification, {"vocab_size": 97, **_SHAPE}),
+    "albert": (transformers.AlbertForSequenceClassification, {"vocab_size": 97, "embedding_size": 16, **_SHAPE}),
+    "t5": (transformers.T5ForConditionalGeneration, {"vocab_size": 97, **_T5}),
+    "vit": (transformers.ViTForImageClassification, {"image_size": 16, "patch_size": 8, **_SHAPE}),
+}
 VOCABULARY = 31
 """Of :func:`mixture`."""
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float32, **more: object) -> nn.Module:
     """A decoder of two blocks with fused experts."""
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-        **more,
-    }
-    if kind == "mixtral":
-        config = transformers.MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
-    elif kind == "qwen3_moe":
-        config = transformers.Qwen3MoeConfig(
-            **sizes, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
-        )
-    else:
-        config = transformers.GptOssConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": 2}
+    if kind == "qwen3_moe":
+        experts |= {"num_local_experts": 5, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, **experts, **more)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
@@ -87,7 +45,6 @@ def mixture(kind: str, dtype: torch.dtype = torch.float32, **more: object) -> nn
     return model
 
 
-OTHERS = {"bert": _bert, "albert": _albert, "t5": _t5, "vit": _vit}
 CAUSAL = ("llama", "gemma2", "gemma3", "qwen3", "gpt2", "neox", "phi3")
 FAMILIES = (*CAUSAL, *OTHERS)
 
@@ -97,7 +54,8 @@ def tiny(family: str, seed: int = 0) -> nn.Module:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if family in OTHERS:
         torch.manual_seed(seed)
-        return OTHERS[family]().eval()
+        kind, sizes = OTHERS[family]
+        return kind(kind.config_class(**sizes)).eval()
     return causal_model(family, seed=seed)
 
 
@@ -110,6 +68,12 @@ def inputs(family: str, seed: int = 0) -> dict[str, Tensor]:
     if family == "t5":
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     return {"input_ids": ids}
+
+
+def logits(model: nn.Module, family: str) -> Tensor:
+    """What a model of ``family`` gives for :func:`inputs`, without gradients."""
+    with torch.no_grad():
+        return model(**inputs(family)).logits
 
 
 def with_peft(model: nn.Module, **settings: object) -> nn.Module:
@@ -127,6 +91,16 @@ def randomise(model: nn.Module, seed: int = 5) -> None:
             if isinstance(module, LoRALayer):
                 for factor in (module.lora_A, module.lora_B):
                     factor.copy_(torch.randn(factor.shape, generator=draw) * 0.1)
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, size: float = 0.05) -> nn.Module:
+    """The model, whose trained parameters are moved by random numbers: an adapter that says something."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(size * torch.randn(parameter.shape, generator=draw))
+    return model
 
 
 def peft_factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -147,15 +121,31 @@ def ours_as_peft(factor: Tensor) -> Tensor:
     return factor.t() if factor.dim() == 2 else factor
 
 
-def copy_to_peft(model: nn.Module, peft_model: nn.Module) -> None:
-    """Give PEFT's adapter the factors of ours; both must adapt the same modules."""
-    theirs = peft_factors(peft_model)
-    ours = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-    assert ours.keys() == theirs.keys()
-    with torch.no_grad():
-        for name, layer in ours.items():
-            theirs[name][0].copy_(ours_as_peft(layer.lora_A))
-            theirs[name][1].copy_(ours_as_peft(layer.lora_B))
+def factor_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Each factor of ours and PEFT's, after the module's name; both must adapt the same modules."""
+    reference = peft_factors(theirs)
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, LoRALayer)}
+    assert layers.keys() == reference.keys()
+    for name, layer in layers.items():
+        for mine, other in zip((layer.lora_A, layer.lora_B), reference[name], strict=True):
+            yield name, mine, other
+
+
+@torch.no_grad()
+def copy_to_peft(ours: nn.Module, theirs: nn.Module) -> None:
+    """Give PEFT's adapter the factors of ours."""
+    for _, mine, other in factor_pairs(ours, theirs):
+        other.copy_(ours_as_peft(mine))
+
+
+def ours_and_pefts(base: nn.Module, config: LoRAConfig) -> tuple[nn.Module, nn.Module]:
+    """Our adapter and PEFT's on copies of ``base`` with the same values, in eval mode."""
+    kind = {"use_rslora": config.rslora, "use_dora": config.dora, "lora_dropout": config.dropout}
+    theirs = with_peft(base, r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, **kind)
+    attach(ours := copy.deepcopy(base), config)
+    randomise(ours)
+    copy_to_peft(ours, theirs)
+    return ours.eval(), theirs.eval()
 
 
 @torch.no_grad()
@@ -170,17 +160,15 @@ def ten_steps(ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], Te
     Epsilon is larger than usual, or Adam would divide rounding errors by rounding errors.
     """
     trained = [p for _, p in adapter_parameters(ours)], [p for p in theirs.parameters() if p.requires_grad]
-    mine, other = (torch.optim.AdamW(parameters, lr=rate, eps=1e-4) for parameters in trained)
+    optimizers = [torch.optim.AdamW(parameters, lr=rate, eps=1e-4) for parameters in trained]
     for step in range(10):
-        for model, optimizer in ((ours, mine), (theirs, other)):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             torch.manual_seed(step)
             optimizer.zero_grad()
             loss(model).backward()
             optimizer.step()
-    for name, factors in peft_factors(theirs).items():
-        layer = ours.get_submodule(name)
-        for factor, their_factor in zip((layer.lora_A, layer.lora_B), factors, strict=True):
-            assert relative(ours_as_peft(factor), their_factor) <= 1e-5, name
+    for name, mine, other in factor_pairs(ours, theirs):
+        assert relative(ours_as_peft(mine), other) <= 1e-5, name
 
 
 class EveryKind(nn.Module):
@@ -206,20 +194,12 @@ class EveryKind(nn.Module):
 KINDS = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
 
 
-def every_kind_and_pefts(**options: bool | float) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids.
-
-    Args:
-        options: ``dora`` and ``dropout``.
-    """
+def every_kind_and_pefts(dora: bool = False, dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids."""
     torch.manual_seed(0)
-    dora, dropout = bool(options.get("dora")), options.get("dropout", 0.0)
     base, names = EveryKind(not dora), KINDS if dora else [*KINDS, "grouped"]
     ids = torch.randint(0, 11, (3, 9))
-    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=names, use_dora=dora, lora_dropout=dropout)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=names, dora=dora, dropout=dropout))
-    randomise(ours)
+    ours, theirs = ours_and_pefts(base, LoRAConfig(rank=4, alpha=6, target_modules=names, dora=dora, dropout=dropout))
     with torch.no_grad():
         ours.embed.lora_A[0] = 0
     copy_to_peft(ours, theirs)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from deltaw.errors import UserError
@@ -15,6 +15,7 @@ from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach, detach, disabled, load_adapter, merge, save_adapter
 from deltaw.lora.adapted import invocation_starts
 from deltaw.runtime.packed import packed_rows
+from tests.lora.models import perturb
 from tests.tiny_models import causal_model
 
 INVOCATION = [5, 7, 9]
@@ -34,45 +35,27 @@ def activated(family: str, **changes: object) -> nn.Module:
     model = causal_model(family)
     settings = {"rank": 4, "alpha": 8, "activation": "completion", "invocation_tokens": INVOCATION}
     attach(model, LoRAConfig(**{**settings, **changes}), seed=0)
-    return _filled(model)
-
-
-def _filled(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return perturb(model, 0.2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_gives_equal_logits_and_texts_from_a_saved_adapter(family, ids, tmp_path):
-    ours = activated(family)
-    save_adapter(ours, tmp_path)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+def test_peft_gives_equal_logits_and_texts_from_a_saved_adapter_and_saves_it_for_us(family, ids, tmp_path):
+    ours, again = activated(family), causal_model(family)
+    save_adapter(ours, tmp_path / "ours")
+    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert settings["alora_invocation_tokens"] == INVOCATION and settings["task_type"] == "CAUSAL_LM"
-    theirs = PeftModel.from_pretrained(causal_model(family), tmp_path).eval()
+    theirs = PeftModel.from_pretrained(causal_model(family), tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(again, tmp_path / "theirs")
     with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+        for model in (ours, again):
+            torch.testing.assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
     mask = torch.ones_like(ids)
     written = ours.generate(ids, attention_mask=mask, **WRITING)
     assert torch.equal(written, theirs.generate(input_ids=ids, attention_mask=mask, **WRITING))
     assert torch.equal(written, ours.generate(ids, attention_mask=mask, use_cache=False, **WRITING))
     base = causal_model(family).generate(ids, attention_mask=mask, **WRITING)
     assert torch.equal(written[2], base[2]) and not torch.equal(written[:2], base[:2])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_of_peft_gives_equal_logits(family, ids, tmp_path):
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=INVOCATION
-    )
-    theirs = _filled(get_peft_model(causal_model(family), config)).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = causal_model(family)
-    load_adapter(ours, tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,13 +99,10 @@ def test_dropout_is_drawn_where_the_adapter_acts_alone(ids):
     assert torch.equal(one[0, :10], other[0, :10]) and not torch.equal(one[0, 10:], other[0, 10:])
 
 
-def test_merging_is_refused():
-    with pytest.raises(UserError, match="activated, and acts only from"):
-        merge(activated("llama"))
-
-
-def test_without_token_ids_nobody_knows_where_it_acts():
+def test_merging_and_calls_without_token_ids_are_refused():
     model = activated("llama")
+    with pytest.raises(UserError, match="activated, and acts only from"):
+        merge(model)
     with pytest.raises(UserError, match="needs the token ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
     with torch.no_grad(), disabled(model):
@@ -131,12 +111,8 @@ def test_without_token_ids_nobody_knows_where_it_acts():
 
 def test_packed_rows_must_say_where_it_acts(ids):
     model, layout = activated("llama"), Layout.of_lengths([17, 17])
-    inputs = {
-        "input_ids": ids[:2].reshape(1, -1),
-        "position_ids": torch.from_numpy(layout.positions())[None],
-        "packed_layout": layout,
-        "use_cache": False,
-    }
+    row = {"input_ids": ids[:2].reshape(1, -1), "position_ids": torch.from_numpy(layout.positions())[None]}
+    inputs = {**row, "packed_layout": layout, "use_cache": False}
     active = torch.arange(17) >= torch.tensor([[10], [14]])
     with torch.no_grad():
         apart = model(input_ids=ids[:2]).logits
@@ -148,26 +124,22 @@ def test_packed_rows_must_say_where_it_acts(ids):
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("changes", "said"),
     [
-        ({"dora": True}, "dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias 'all'"),
-        ({"init": "pissa"}, "init 'pissa'"),
-        ({"target_parameters": ["experts.up"]}, "target_parameters"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-        ({"train_modules": ["lm_head"]}, "train_modules"),
+        ({"dora": True}, "'completion' and dora"),
+        ({"lora_bias": True}, "'completion' and lora_bias"),
+        ({"bias": "all"}, "'completion' and bias 'all'"),
+        ({"init": "pissa"}, "'completion' and init 'pissa'"),
+        ({"target_parameters": ["experts.up"]}, "'completion' and target_parameters"),
+        ({"trainable_token_indices": [3]}, "'completion' and trainable_token_indices"),
+        ({"train_modules": ["lm_head"]}, "'completion' and train_modules"),
+        ({"target_modules": ["lm_head"]}, "linear layers of blocks"),
+        ({"target_modules": ["embed_tokens"]}, "linear layers of blocks"),
     ],
 )
-def test_what_changes_the_base_models_part_of_a_row_is_refused(changes, what):
-    with pytest.raises(UserError, match=f"'completion' and {what}"):
-        LoRAConfig(activation="completion", invocation_tokens=INVOCATION, **changes)
-
-
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_layers_outside_of_blocks_are_refused(target):
-    with pytest.raises(UserError, match="linear layers of blocks"):
-        activated("llama", target_modules=[target])
+def test_what_changes_the_base_models_part_of_a_row_is_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        activated("llama", **changes)
 
 
 def test_settings_are_checked_and_named_as_in_peft():

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.errors import UserError
-from deltaw.lora import LoRAConfig, attach, count_parameters, initialize_from_activations, load_adapter, save_adapter
-from tests.lora.models import inputs, peft_factors, tiny
+from deltaw.lora import LoRAConfig, attach, count_parameters, initialize_from_activations
+from tests.lora.models import inputs, logits, peft_factors, tiny, with_peft
 
 
 def _rows(count: int, size: int, seed: int) -> Tensor:
@@ -69,42 +68,18 @@ def test_the_same_batches_give_the_same_start_and_the_seed_hardly_matters():
     assert _same_space(models[0][0].lora_A.detach(), models[2][0].lora_A.detach()) > 0.999
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about the loss that this model has not
 def test_the_directions_are_those_that_peft_finds():
-    base = nn.Sequential(nn.Linear(24, 8))
-    rows = _rows(400, 24, 0)
-    ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, init="eva"))
+    base, rows = nn.Sequential(nn.Linear(24, 8)), _rows(400, 24, 0)
+    attach(ours := copy.deepcopy(base), LoRAConfig(rank=4, init="eva"))
     initialize_from_activations(ours, lambda: ours(rows))
-    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=0.999))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = get_peft_model(copy.deepcopy(base), config)
-        initialize_lora_eva_weights(
-            theirs,
-            [{"input": rows}] * 4,
-            forward_fn=lambda model, batch: model(batch["input"]),
-            prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=None,
-            show_progress_bar=False,
-        )
+    eva = EvaConfig(rho=1.0, tau=0.999)
+    theirs = with_peft(base, r=4, target_modules=["0"], init_lora_weights="eva", eva_config=eva)
+    plain = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+    initialize_lora_eva_weights(
+        theirs, [rows] * 4, forward_fn=lambda model, batch: model(batch), show_progress_bar=False, **plain
+    )
     assert _same_space(ours[0].lora_A.detach(), peft_factors(theirs)["0"][0].detach().t()) > 0.999
-
-
-def test_a_model_is_saved_as_a_plain_adapter(tmp_path):
-    model = tiny("llama")
-    attach(model, LoRAConfig(rank=4, init="eva"))
-    logits = model(**inputs("llama")).logits
-    initialize_from_activations(model, lambda: model(**inputs("llama")))
-    assert torch.equal(model(**inputs("llama")).logits, logits)
-    with torch.no_grad():
-        for layer in model.modules():
-            if hasattr(layer, "lora_B"):
-                layer.lora_B.normal_(std=0.1)
-        expected = model(**inputs("llama")).logits
-        save_adapter(model, tmp_path)
-        again = tiny("llama")
-        load_adapter(again, tmp_path)
-        assert torch.equal(again(**inputs("llama")).logits, expected)
 
 
 def test_layers_that_see_the_same_input_share_the_work(monkeypatch):
@@ -136,12 +111,7 @@ def test_layers_that_stop_sharing_their_input_go_their_own_ways():
     model = _Branches()
     attach(model, LoRAConfig(rank=4, init="eva"))
     first, x, y = _rows(50, 24, 0), _rows(400, 24, 1), torch.randn(400, 24) * torch.arange(24)
-
-    def run() -> None:
-        model(first, first)
-        model(x, y)
-
-    initialize_from_activations(model, run)
+    initialize_from_activations(model, lambda: [model(first, first), model(x, y)])
     assert _same_space(model.left.lora_A.detach(), _top(torch.cat([first, x]), 4)) > 0.999
     assert _same_space(model.right.lora_A.detach(), _top(torch.cat([first, y]), 4)) > 0.99
 
@@ -149,14 +119,9 @@ def test_layers_that_stop_sharing_their_input_go_their_own_ways():
 def test_an_input_changed_in_place_is_another_input():
     model = _Branches()
     attach(model, LoRAConfig(rank=4, init="eva"))
-    x = _rows(100, 24, 0)
-    later = x.clone() * torch.arange(24)
-
-    def run() -> None:
-        model.left(x)
-        model.right(x.mul_(torch.arange(24)))
-
-    initialize_from_activations(model, run)
+    x, scale = _rows(100, 24, 0), torch.arange(24)
+    later = x * scale
+    initialize_from_activations(model, lambda: [model.left(x), model.right(x.mul_(scale))])
     assert _same_space(model.right.lora_A.detach(), _top(later, 4)) > 0.999
 
 
@@ -186,15 +151,11 @@ def test_layers_that_are_not_run_keep_their_uniform_start():
     assert initialized.unseen == ("2",) and torch.equal(model[2].lora_A, before) and "not run" in str(initialized)
 
 
-def test_hooks_are_taken_off_again_whatever_happens():
+def test_what_cannot_be_started_is_refused_by_name_and_leaves_no_hook():
     model = _model()
     with pytest.raises(ZeroDivisionError):
         initialize_from_activations(model, lambda: 1 / 0)
     assert not model[0]._forward_pre_hooks and not model[2]._forward_pre_hooks
-
-
-def test_what_cannot_be_started_is_refused_by_name():
-    model = _model()
     with pytest.raises(UserError, match="none of the adapted layers"):
         initialize_from_activations(model, lambda: None)
     with pytest.raises(UserError, match="'0' are not finite"):
@@ -209,11 +170,10 @@ def test_what_cannot_be_started_is_refused_by_name():
 
 def test_half_precision_inputs_and_magnitudes_go_along():
     model = tiny("llama").to(torch.bfloat16)
-    note = str(attach(model, LoRAConfig(rank=4, init="eva", dora=True)))
-    assert "initialize_from_activations" in note
-    logits = model(**inputs("llama")).logits
+    assert "initialize_from_activations" in str(attach(model, LoRAConfig(rank=4, init="eva", dora=True)))
+    before = logits(model, "llama")
     with torch.inference_mode():
         initialize_from_activations(model, lambda: model(**inputs("llama")))
-    torch.testing.assert_close(model(**inputs("llama")).logits, logits)
+    torch.testing.assert_close(logits(model, "llama"), before)
     model(**inputs("llama")).logits.float().pow(2).mean().backward()
     assert count_parameters(model).trained > 0

@@ -19,9 +19,8 @@ from deltaw.lora import (
     detach,
     disabled,
     is_factor_B,
-    merge,
 )
-from tests.lora.models import FAMILIES, inputs, randomise, tiny
+from tests.lora.models import inputs, logits, randomise, tiny
 
 
 def _state(model: nn.Module) -> dict[str, object]:
@@ -32,13 +31,8 @@ def _state(model: nn.Module) -> dict[str, object]:
     return {"modules": modules, "flags": flags, "places": places}
 
 
-def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _same_bits(model: nn.Module, bits: dict[str, torch.Tensor]) -> bool:
-    state = model.state_dict()
-    return state.keys() == bits.keys() and all(torch.equal(state[name], bits[name]) for name in bits)
+def _bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
 def _step(model: nn.Module, family: str, count: int = 3) -> None:
@@ -67,44 +61,18 @@ _CONFIGS = {
 def test_detach_after_training_leaves_the_model_exactly_as_found(settings):
     model = tiny("gpt2")
     next(model.parameters()).requires_grad_(False)
-    before, bits, logits = _state(model), _bits(model), model(**inputs("gpt2")).logits
+    before, bits, plain = _state(model), _bits(model), logits(model, "gpt2")
     attach(model, LoRAConfig(**settings), seed=0)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in adapter_parameters(model)}
     model.train()
     _step(model, "gpt2")
     model.eval()
     with disabled(model):
-        assert torch.equal(model(**inputs("gpt2")).logits, logits)
-    assert not torch.equal(model(**inputs("gpt2")).logits, logits)
+        assert torch.equal(logits(model, "gpt2"), plain)
+    assert not torch.equal(logits(model, "gpt2"), plain)
     detach(model)
-    assert _state(model) == before and _same_bits(model, bits)
-    assert torch.equal(model(**inputs("gpt2")).logits, logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_adapter_changes_no_output(family):
-    model = tiny(family)
-    with torch.no_grad():
-        expected = model(**inputs(family)).logits
-        attach(model, LoRAConfig(rank=4))
-        torch.testing.assert_close(model(**inputs(family)).logits, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_frozen_weights_keep_every_bit_through_training():
-    model = tiny("llama").to(torch.bfloat16)
-    bits = _bits(model)
-    attach(model, LoRAConfig(rank=4), seed=0)
-    first = {name: p.detach().clone() for name, p in adapter_parameters(model)}
-    _step(model, "llama")
-    state = model.state_dict()
-    assert all(torch.equal(state[name], bits[name]) for name in bits)
-    assert all(not torch.equal(p, first[name]) for name, p in adapter_parameters(model))
-    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
-
-
-def test_only_the_adapter_asks_for_gradients():
-    model = tiny("llama")
-    attach(model, LoRAConfig(rank=4))
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in adapter_parameters(model)}
+    assert _state(model) == before and _bits(model) == bits
+    assert torch.equal(logits(model, "gpt2"), plain)
 
 
 def test_attaching_twice_is_refused():
@@ -119,21 +87,20 @@ def test_attaching_twice_is_refused():
         pass
 
 
-def test_a_refusal_in_the_middle_leaves_the_model_alone():
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"rank": 3, "init": "pissa"}, {"rank": 3, "dora": True}])
+def test_a_refusal_in_the_middle_leaves_the_model_alone(settings):
     model = nn.ModuleDict({"lin": nn.Linear(8, 8), "conv": nn.Conv1d(6, 6, 1, groups=3)})
     before, bits = _state(model), _bits(model)
     with pytest.raises(UserError, match="'conv'"):
-        attach(model, LoRAConfig(rank=4, target_modules=["lin", "conv"]))
-    with pytest.raises(UserError, match="'conv'"):
-        attach(model, LoRAConfig(rank=3, init="pissa", target_modules=["lin", "conv"]))
-    assert _state(model) == before and _same_bits(model, bits)
+        attach(model, LoRAConfig(target_modules=["lin", "conv"], **settings))
+    assert _state(model) == before and _bits(model) == bits
 
 
-def test_a_module_that_stands_twice_is_adapted_once_everywhere():
+def test_a_module_that_stands_twice_is_adapted_and_counted_once():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     summary = attach(model, LoRAConfig(rank=2))
-    assert summary.adapted == 1 and model[0] is model[2] and isinstance(model[0], LoRALinear)
+    assert (summary.adapted, summary.trained) == (1, 16) and model[0] is model[2] and isinstance(model[0], LoRALinear)
     detach(model)
     assert model[0] is shared and model[2] is shared
 
@@ -143,12 +110,6 @@ def test_B_is_told_by_name():
     attach(model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], train_modules=["ln_f"], dora=True))
     names = [name for name, _ in adapter_parameters(model) if is_factor_B(name)]
     assert len(names) == 3 and all(not model.get_parameter(name).any() for name in names)
-
-
-def test_albert_counts_its_shared_layers_once():
-    model = tiny("albert")
-    count = attach(model, LoRAConfig(rank=4, target_modules=["query"]))
-    assert count.adapted == 1 and count.trained == 4 * (32 + 32)
 
 
 def test_an_adapted_embedding_leaves_the_head_tied_to_it_alone():
@@ -184,13 +145,12 @@ def test_a_start_that_changes_a_tied_weight_is_refused(init):
         attach(tiny("gpt2"), LoRAConfig(rank=4, target_modules=["lm_head"], init=init))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_that_changes_weights_keeps_the_outputs_and_moves_both_factors(init):
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_a_start_that_is_not_zero_keeps_the_outputs_and_moves_both_factors(init):
     model = tiny("llama")
-    with torch.no_grad():
-        logits = model(**inputs("llama")).logits
+    plain = logits(model, "llama")
     attach(model, LoRAConfig(rank=4, init=init))
-    torch.testing.assert_close(model(**inputs("llama")).logits, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model, "llama"), plain, atol=1e-4, rtol=1e-4)
     model(**inputs("llama")).logits.pow(2).mean().backward()
     assert all(torch.count_nonzero(p.grad) for _, p in adapter_parameters(model))
 
@@ -208,9 +168,8 @@ def test_parameters_are_counted_once_and_the_adapter_is_not_part_of_the_base():
     model = tiny("gpt2")
     total = sum(p.numel() for p in model.parameters())
     assert count_parameters(model).total == count_parameters(model).trained == total
-    summary = attach(
-        model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], train_modules=["ln_f"], bias="lora_only")
-    )
+    parts = {"target_modules": ["c_attn", "wte"], "train_modules": ["ln_f"], "bias": "lora_only"}
+    summary = attach(model, LoRAConfig(rank=4, **parts))
     expected = 2 * (4 * (32 + 96) + 96) + 4 * (97 + 32) + 2 * 32
     count = count_parameters(model)
     assert (count.total, count.trained) == (total, expected) == (summary.total, summary.trained)
@@ -222,22 +181,22 @@ def test_parameters_are_counted_once_and_the_adapter_is_not_part_of_the_base():
 def test_an_attached_model_can_be_copied_whole():
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=4, init="pissa", train_modules=["ln_f"]))
-    reference = copy.deepcopy(model)
-    randomise(reference)
-    logits = model(**inputs("gpt2")).logits
+    expected = logits(model, "gpt2")
+    randomise(reference := copy.deepcopy(model))
     detach(reference)
-    assert torch.equal(model(**inputs("gpt2")).logits, logits)
-    torch.testing.assert_close(reference(**inputs("gpt2")).logits, logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(model, "gpt2"), expected)
+    torch.testing.assert_close(logits(reference, "gpt2"), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_detach_follows_a_model_that_was_cast_meanwhile():
-    model = tiny("gemma3")
-    attach(model, LoRAConfig(rank=4, target_modules=["embed_tokens", "q_proj"], train_modules=["norm"]))
-    model.to(torch.bfloat16)
-    with disabled(model), torch.no_grad():
-        model(**inputs("gemma3"))
+def test_detach_follows_a_model_that_was_cast_and_set_to_training_meanwhile():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    attach(model, LoRAConfig(rank=2, target_modules=["0", "1"], train_modules=["2"]))
+    model.double().train()
+    with disabled(model):
+        model(torch.tensor([1, 2]))
     detach(model)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float64}
+    assert all(module.training for module in model.modules())
 
 
 def test_hooks_on_a_replaced_module_go_on_running():
@@ -251,28 +210,29 @@ def test_hooks_on_a_replaced_module_go_on_running():
 
 def test_the_fast_path_of_torchs_encoder_does_not_pass_the_adapter_by():
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 8)
     padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def output() -> torch.Tensor:
+        return model(x, src_key_padding_mask=padded)[~padded].detach()
+
     with torch.no_grad():
-        base = model(x, src_key_padding_mask=padded)[~padded]
+        base = output()
     attach(model, LoRAConfig(rank=2, target_modules=["linear1", "linear2"]))
     randomise(model)
-    slow = model(x, src_key_padding_mask=padded)[~padded].detach()
+    slow = output()
     with torch.no_grad():
-        fast = model(x, src_key_padding_mask=padded)[~padded]
-    torch.testing.assert_close(fast, slow)
-    assert not torch.allclose(fast, base, atol=1e-3)
-    detach(model)
-    assert model.use_nested_tensor and model.layers[0].activation_relu_or_gelu == 1
-    with torch.no_grad():
-        assert torch.equal(model(x, src_key_padding_mask=padded)[~padded], base)
+        torch.testing.assert_close(output(), slow)
+        assert not torch.allclose(slow, base, atol=1e-3)
+        detach(model)
+        assert model.use_nested_tensor and model.layers[0].activation_relu_or_gelu == 1
+        assert torch.equal(output(), base)
 
 
 def test_a_compiled_model_is_adapted_underneath():
     model = nn.Sequential(nn.Linear(4, 4), Conv1D(3, 4))
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     x = torch.randn(2, 4)
     compiled(x)
     summary = attach(compiled, LoRAConfig(rank=2))
@@ -283,33 +243,3 @@ def test_a_compiled_model_is_adapted_underneath():
         torch.testing.assert_close(compiled(x), model(x))
     detach(compiled)
     assert type(model[0]) is nn.Linear
-
-
-def test_activation_checkpointing_of_a_whole_model_trains_the_adapter():
-    model = tiny("llama").train()
-    attach(model, LoRAConfig(rank=4), seed=0)
-    randomise(model)
-    grads = []
-    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
-        if options:
-            model.gradient_checkpointing_enable(options)
-            model.enable_input_require_grads()
-        model.zero_grad()
-        model(**inputs("llama"), use_cache=False).logits.pow(2).mean().backward()
-        grads.append([p.grad.clone() for _, p in adapter_parameters(model)])
-    for other in grads[1:]:
-        torch.testing.assert_close(grads[0], other)
-
-
-def test_after_a_final_merge_detach_leaves_a_plain_merged_model():
-    model = tiny("llama")
-    attach(model, LoRAConfig(rank=4, train_modules=["norm"]))
-    randomise(model)
-    with torch.no_grad():
-        logits = model(**inputs("llama")).logits
-        merge(model, keep_original=False)
-        with pytest.raises(UserError, match="not kept"), disabled(model):
-            pass
-        detach(model)
-        assert not any(isinstance(m, LoRALinear) for m in model.modules())
-        torch.testing.assert_close(model(**inputs("llama")).logits, logits, atol=1e-5, rtol=1e-5)

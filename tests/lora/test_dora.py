@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaw.errors import UserError
 from deltaw.lora import (
     DoRALinear,
     LoRAConfig,
@@ -20,15 +17,12 @@ from deltaw.lora import (
     attach,
     count_parameters,
     detach,
-    disabled,
-    load_adapter,
     merge,
-    save_adapter,
     unmerge,
 )
 from deltaw.lora.layers import DoRALayer
 from deltaw.lora.math_dora import weight_norm
-from tests.lora.models import KINDS, every_kind_and_pefts, inputs, randomise, relative, ten_steps, tiny
+from tests.lora.models import KINDS, every_kind_and_pefts, inputs, logits, randomise, relative, ten_steps, tiny
 
 
 def _layer(dtype: torch.dtype = torch.float32, **options: float) -> DoRALinear:
@@ -54,15 +48,6 @@ def test_a_layer_is_the_papers_equation():
     wanted = (x, layer.lora_A, layer.lora_B, layer.lora_magnitude)
     ours = torch.autograd.grad(layer(x).pow(2).sum(), wanted)
     torch.testing.assert_close(ours, torch.autograd.grad(_by_hand(layer, x).pow(2).sum(), wanted))
-
-
-def test_a_new_layer_gives_the_base_layers_own_output():
-    torch.manual_seed(0)
-    linear = nn.Linear(8, 6)
-    x = torch.randn(5, 8)
-    layer = DoRALinear.from_linear(linear, 2)
-    torch.testing.assert_close(layer(x), linear(x), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(layer.lora_magnitude.detach(), linear.weight.norm(dim=1))
 
 
 def test_only_the_output_is_kept_beside_what_plain_lora_keeps():
@@ -144,24 +129,20 @@ def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _ten_steps_agree(ours: nn.Module, theirs: nn.Module, ids: Tensor) -> None:
+    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+    ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
+    for name, magnitude in _magnitudes(theirs).items():
+        assert relative(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-5, name
+
+
 def test_every_kind_of_layer_equals_pefts_through_ten_steps():
     ours, theirs, ids = every_kind_and_pefts(dora=True)
     reference = _magnitudes(theirs)
     assert reference.keys() == set(KINDS)
     for name, magnitude in reference.items():
-        assert relative(ours.get_submodule(name).lora_magnitude.detach(), magnitude.detach()) <= 1e-6
-    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
-    ours(ids).pow(2).mean().backward()
-    theirs(ids).pow(2).mean().backward()
-    for name, magnitude in reference.items():
-        assert relative(ours.get_submodule(name).lora_magnitude.grad, magnitude.grad) <= 1e-4, name
+        assert relative(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-6
     _ten_steps_agree(ours, theirs, ids)
-
-
-def _ten_steps_agree(ours: nn.Module, theirs: nn.Module, ids: Tensor) -> None:
-    ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
-    for name, magnitude in _magnitudes(theirs).items():
-        assert relative(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-5, name
 
 
 def test_dropout_is_pefts(monkeypatch):
@@ -171,115 +152,42 @@ def test_dropout_is_pefts(monkeypatch):
         kept = torch.arange(x.numel()).view(x.shape) % 3 != 0
         return x * kept / (1 - p) if training else x
 
-    ours, theirs, ids = every_kind_and_pefts(dora=True, dropout=0.25)
-    monkeypatch.setattr(F, "dropout", dropped)
-
     def mask(self: Tensor, p: float) -> Tensor:
         return self.copy_(torch.arange(self.numel()).view(self.shape) % 3 != 0)
 
+    ours, theirs, ids = every_kind_and_pefts(dora=True, dropout=0.25)
+    monkeypatch.setattr(F, "dropout", dropped)
     monkeypatch.setattr(Tensor, "bernoulli_", mask)
-    ours.train(), theirs.train()
-    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
-    _ten_steps_agree(ours, theirs, ids)
+    _ten_steps_agree(ours.train(), theirs.train(), ids)
 
 
-@pytest.mark.each_value
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "vit"])
-@pytest.mark.parametrize("init", ["uniform", "pissa", "olora"])
-def test_a_model_goes_through_a_file_both_ways(family, init, tmp_path):
-    targets = ["q_proj", "fc1"] if family == "vit" else "all-linear"
-    if family == "gemma3" and init == "uniform":
-        targets = ["embed_tokens", "q_proj"]
-    model = tiny(family)
-    attach(model, LoRAConfig(rank=4, alpha=6, target_modules=targets, dora=True, init=init))
-    with torch.no_grad():
-        for _, parameter in adapter_parameters(model):
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-        expected = model(**inputs(family)).logits
-        plain = tiny(family)(**inputs(family)).logits
-        assert (expected - plain).norm() > 1e-3 * plain.norm()
-        save_adapter(model, tmp_path / "ours")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs = PeftModel.from_pretrained(tiny(family), str(tmp_path / "ours")).eval()
-            torch.testing.assert_close(theirs(**inputs(family)).logits, expected, atol=1e-5, rtol=1e-4)
-            theirs.save_pretrained(str(tmp_path / "theirs"))
-        again = tiny(family)
-        load_adapter(again, tmp_path / "theirs")
-        torch.testing.assert_close(again(**inputs(family)).logits, expected, atol=1e-5, rtol=1e-4)
-        detach(again)
-        assert torch.equal(again(**inputs(family)).logits, tiny(family)(**inputs(family)).logits)
-
-
-def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
-    ours, theirs, ids = every_kind_and_pefts(dora=True)
-    base = copy.deepcopy(ours)
-    detach(base)
-    assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.save_pretrained(str(tmp_path / "theirs"))
-        save_adapter(ours, tmp_path / "ours")
-        read = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
-    torch.testing.assert_close(read(ids), ours(ids), atol=1e-5, rtol=1e-5)
-    load_adapter(base, tmp_path / "theirs")
-    torch.testing.assert_close(base(ids), ours(ids), atol=1e-5, rtol=1e-5)
-
-
+@torch.no_grad()
 def test_merging_keeps_the_outputs_and_unmerging_every_bit():
     ours, _, ids = every_kind_and_pefts(dora=True)
-    with torch.no_grad():
-        for layer in ours.modules():
-            if isinstance(layer, DoRALayer):
-                layer.lora_magnitude.mul_(1.3)
-        adapted = ours(ids)
-        bits = {name: t.clone() for name, t in ours.state_dict().items()}
-        merge(ours)
-        torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
-        ours.double().float()
-        unmerge(ours)
-        assert all(torch.equal(t, bits[name]) for name, t in ours.state_dict().items())
-        torch.testing.assert_close(ours(ids), adapted)
-        merge(ours, keep_original=False)
-        detach(ours)
-        assert not any(isinstance(m, LoRALayer) for m in ours.modules())
-        torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
+    for layer in ours.modules():
+        if isinstance(layer, DoRALayer):
+            layer.lora_magnitude.mul_(1.3)
+    adapted, bits = ours(ids), copy.deepcopy(ours).state_dict()
+    merge(ours)
+    torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
+    ours.double().float()
+    unmerge(ours)
+    assert all(torch.equal(t, bits[name]) for name, t in ours.state_dict().items())
+    torch.testing.assert_close(ours(ids), adapted)
+    merge(ours, keep_original=False)
+    detach(ours)
+    assert not any(isinstance(m, LoRALayer) for m in ours.modules())
+    torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
 
 
-def test_magnitudes_are_counted_disabled_and_taken_off():
+def test_magnitudes_are_counted_and_trained():
     model = tiny("gpt2")
-    logits = model(**inputs("gpt2")).logits
-    total = sum(p.numel() for p in model.parameters())
+    plain, total = logits(model, "gpt2"), count_parameters(model).total
     summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], dora=True))
-    torch.testing.assert_close(model(**inputs("gpt2")).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model, "gpt2"), plain, atol=1e-5, rtol=1e-5)
     assert summary.trained == 2 * (4 * (32 + 96) + 96) + 4 * (97 + 32) + 32
     assert count_parameters(model).total == total == summary.total
     assert sum(name.endswith("lora_magnitude") for name, _ in adapter_parameters(model)) == 3
     randomise(model)
     model(**inputs("gpt2")).logits.pow(2).mean().backward()
     assert all(torch.count_nonzero(p.grad) for _, p in adapter_parameters(model))
-    with disabled(model):
-        assert torch.equal(model(**inputs("gpt2")).logits, logits)
-    detach(model)
-    assert torch.equal(model(**inputs("gpt2")).logits, logits)
-
-
-def test_a_grouped_convolution_is_refused_by_name():
-    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1, groups=2)})
-    with pytest.raises(UserError, match=r"'conv'.*groups"):
-        attach(model, LoRAConfig(rank=2, target_modules=["lin", "conv"], dora=True))
-    assert type(model["lin"]) is nn.Linear
-
-
-def test_a_bf16_model_keeps_its_magnitudes_in_fp32():
-    model = tiny("llama").to(torch.bfloat16)
-    attach(model, LoRAConfig(rank=4, dora=True))
-    randomise(model)
-    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
-    wide = tiny("llama").to(torch.bfloat16).float()
-    attach(wide, LoRAConfig(rank=4, dora=True))
-    randomise(wide)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(**inputs("llama")).logits.float(), wide(**inputs("llama")).logits, atol=0.05, rtol=0.05
-        )

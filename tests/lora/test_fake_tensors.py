@@ -32,9 +32,7 @@ def fake_tensors() -> Iterator[None]:
 
 
 _SETTINGS = {
-    "plain": {},
     "dropout": {"dropout": 0.1},
-    "dora": {"dora": True},
     "dora dropout": {"dora": True, "dropout": 0.1},
     "pissa": {"init": "pissa"},
     "olora dora": {"init": "olora", "dora": True},

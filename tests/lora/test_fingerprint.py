@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,35 +116,39 @@ def test_replaced_parameters_count_with_their_shape_alone():
     assert base_fingerprint(model, [model.lm_head.weight]) != own
 
 
-@pytest.mark.parametrize("place", [0, 17, -1])
-def test_a_swapped_value_is_noticed_when_an_adapter_is_loaded(place, tmp_path):
-    model = causal_model("llama")
-    attach(model, LoRAConfig(rank=2), seed=0)
-    save_adapter(model, tmp_path)
-    other = causal_model("llama")
-    weight = other.model.layers[1].mlp.down_proj.weight
-    changed(weight, place % weight.numel())
-    with pytest.warns(OtherBaseModelWarning, match="another base model"):
-        load_adapter(other, tmp_path)
+@pytest.fixture
+def saved(tmp_path) -> Callable[..., Path]:
+    """Saves an adapter, whose base model has another fingerprint where one is given."""
+
+    def save(*fingerprint: str | None) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            if fingerprint:
+                patch.setattr("deltaw.lora.adapt.base_fingerprint", lambda *of: fingerprint[0])
+            model = causal_model("llama")
+            attach(model, LoRAConfig(rank=2), seed=0)
+            save_adapter(model, tmp_path)
+        return tmp_path
+
+    return save
 
 
-def test_an_adapter_of_an_earlier_version_is_loaded_and_said_to_be_unverified(tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.lora.adapt.base_fingerprint", lambda *of: "9c51f54953adfdd3055f53c5523bcc39")
-    model = causal_model("llama")
-    attach(model, LoRAConfig(rank=2), seed=0)
-    save_adapter(model, tmp_path)
-    monkeypatch.undo()
+def test_a_swapped_value_is_noticed_when_an_adapter_is_loaded(saved):
+    folder = saved()
+    for place in (0, 17, -1):
+        other = causal_model("llama")
+        weight = other.model.layers[1].mlp.down_proj.weight
+        changed(weight, place % weight.numel())
+        with pytest.warns(OtherBaseModelWarning, match="another base model"):
+            load_adapter(other, folder)
+
+
+def test_an_adapter_of_an_earlier_version_is_loaded_and_said_to_be_unverified(saved):
     with pytest.warns(UserWarning, match="earlier version of deltaw.*not verified") as told:
-        load_adapter(causal_model("llama"), tmp_path)
+        load_adapter(causal_model("llama"), saved("9c51f54953adfdd3055f53c5523bcc39"))
     assert not any(issubclass(one.category, OtherBaseModelWarning) for one in told)
 
 
-def test_nothing_is_said_of_an_adapter_without_a_fingerprint(tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.lora.adapt.base_fingerprint", lambda *of: None)
-    model = causal_model("llama")
-    attach(model, LoRAConfig(rank=2), seed=0)
-    save_adapter(model, tmp_path)
-    monkeypatch.undo()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_adapter(causal_model("llama"), tmp_path)
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("fingerprint", [(), (None,)])
+def test_nothing_is_said_of_the_same_model_in_another_precision_or_without_a_fingerprint(fingerprint, saved):
+    load_adapter(causal_model("llama").to(torch.bfloat16), saved(*fingerprint))

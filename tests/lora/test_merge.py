@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,25 +12,24 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig, LoRALinear, attach, disabled, merge, unmerge
-from tests.lora.models import FAMILIES, inputs, randomise, tiny
+from tests.lora.models import FAMILIES, logits, randomise, tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merging_keeps_the_outputs_and_unmerging_every_bit(family):
+def test_a_fresh_adapter_and_merging_keep_the_outputs_and_unmerging_every_bit(family):
     model = tiny(family)
-    with torch.no_grad():
-        base = model(**inputs(family)).logits
-        attach(model, LoRAConfig(rank=4, rslora=True))
-        randomise(model)
-        bits = {name: t.clone() for name, t in model.state_dict().items()}
-        adapted = model(**inputs(family)).logits
-        merge(model)
-        torch.testing.assert_close(model(**inputs(family)).logits, adapted, atol=1e-4, rtol=1e-4)
-        with disabled(model):
-            assert torch.equal(model(**inputs(family)).logits, base)
-        unmerge(model)
-        assert all(torch.equal(t, bits[name]) for name, t in model.state_dict().items())
-        assert torch.equal(model(**inputs(family)).logits, adapted)
+    base = logits(model, family)
+    attach(model, LoRAConfig(rank=4, rslora=True))
+    torch.testing.assert_close(logits(model, family), base, atol=1e-6, rtol=1e-6)
+    randomise(model)
+    bits, adapted = copy.deepcopy(model).state_dict(), logits(model, family)
+    merge(model)
+    torch.testing.assert_close(logits(model, family), adapted, atol=1e-4, rtol=1e-4)
+    with disabled(model):
+        assert torch.equal(logits(model, family), base)
+    unmerge(model)
+    assert all(torch.equal(t, bits[name]) for name, t in model.state_dict().items())
+    assert torch.equal(logits(model, family), adapted)
 
 
 @settings(max_examples=25, deadline=None)
@@ -70,11 +71,10 @@ def test_a_tied_weight_is_refused_before_anything_changes(target):
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=2, target_modules=[target, "c_attn"]))
     randomise(model)
-    with torch.no_grad():
-        logits = model(**inputs("gpt2")).logits
-        with pytest.raises(UserError, match=r"lm_head|wte"):
-            merge(model)
-        assert torch.equal(model(**inputs("gpt2")).logits, logits)
+    before = logits(model, "gpt2")
+    with pytest.raises(UserError, match=r"lm_head|wte"):
+        merge(model)
+    assert torch.equal(logits(model, "gpt2"), before)
 
 
 @pytest.mark.parametrize("keep_original", [True, False])
@@ -104,17 +104,18 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
     merge(model, keep_original=False)
     with pytest.raises(UserError, match="not kept"):
         unmerge(model)
+    with pytest.raises(UserError, match="not kept"), disabled(model):
+        pass
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_merged_model_whose_start_changed_weights_still_knows_its_base(init):
     model = tiny("llama")
-    with torch.no_grad():
-        base = model(**inputs("llama")).logits
-        attach(model, LoRAConfig(rank=4, init=init))
-        residual = model.model.layers[0].mlp.up_proj.weight.clone()
-        merge(model)
-        with disabled(model):
-            assert torch.equal(model(**inputs("llama")).logits, base)
-        unmerge(model)
-        assert torch.equal(model.model.layers[0].mlp.up_proj.weight, residual)
+    base = logits(model, "llama")
+    attach(model, LoRAConfig(rank=4, init=init))
+    residual = model.model.layers[0].mlp.up_proj.weight.clone()
+    merge(model)
+    with disabled(model):
+        assert torch.equal(logits(model, "llama"), base)
+    unmerge(model)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, residual)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,9 @@ from deltaw.lora import (
     save_adapter,
     unmerge,
 )
-from tests.lora.models import VOCABULARY, mixture, tiny, with_peft
+from tests.lora.models import VOCABULARY, mixture, perturb, tiny, with_peft
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, about what it does not know of these models
 
 
 class _Attention(nn.Module):
@@ -42,16 +43,14 @@ class _Attention(nn.Module):
         return self.out(torch.tanh(x + self.attn(x, x, x, need_weights=False)[0]))
 
 
-class _Encoder(nn.Module):
+class _Encoder(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 8)
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.out = nn.Linear(8, 3)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        super().__init__(nn.Embedding(VOCABULARY, 8), encoder, nn.Linear(8, 3))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.out(self.encoder(self.embed(input_ids)))
+        return super().forward(input_ids)
 
 
 class _Stack(nn.Module):
@@ -84,62 +83,50 @@ class _Mixed(nn.Module):
         self.nobias = nn.Linear(5, 3, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.stack(self.embed(input_ids).mean(1))
-        x = self.wide(torch.tanh(x))
+        x = self.wide(torch.tanh(self.stack(self.embed(input_ids).mean(1))))
         return self.nobias(torch.tanh(self.conv(x[:, None])))
 
 
 class _Case(NamedTuple):
-    """A model, our settings, and PEFT's where they have other names or values."""
+    """A model, our settings, and PEFT's where they have other names."""
 
     make: Callable[[], nn.Module]
     ours: dict[str, object]
     theirs: dict[str, object] = {}  # noqa: RUF012
 
+    @property
+    def config(self) -> LoRAConfig:
+        return LoRAConfig(rank=4, alpha=6.0, **self.ours)
 
-_GPT_OSS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+def _mixtral() -> nn.Module:
+    return mixture("mixtral")
+
+
+_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+_RANKS = {"rank_pattern": {r"layers\.1\..*down_proj": 2, "q_proj": 6}, "alpha_pattern": {_DOWN: 5.0}}
+_THREE = {"target_parameters": ["first", "stack.second", "stack.third"], "bias": "all", "train_modules": ["conv"]}
+_QWEN = {"target_parameters": [_UP, _DOWN, "mlp.gate.weight"], "rslora": True}
+_GAUSSIAN = {"init_lora_weights": "gaussian"}
+_BIAS = {"lora_bias": True}
 _CASES = {
-    "mixtral": _Case(
-        lambda: mixture("mixtral"),
-        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    ),
+    "mixtral": _Case(_mixtral, {"target_modules": [], "target_parameters": [_UP, _DOWN]}),
     "mixtral with modules": _Case(
-        lambda: mixture("mixtral"),
-        {
-            "target_modules": ["q_proj", "v_proj"],
-            "target_parameters": ["experts.down_proj"],
-            "rank_pattern": {r"layers\.1\..*down_proj": 2, "q_proj": 6},
-            "alpha_pattern": {"experts.down_proj": 5.0},
-        },
+        _mixtral, {"target_modules": ["q_proj", "v_proj"], "target_parameters": [_DOWN], **_RANKS}
     ),
-    "qwen3 moe": _Case(
-        lambda: mixture("qwen3_moe"),
-        {
-            "target_modules": ["k_proj"],
-            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
-            "rslora": True,
-        },
-        {"use_rslora": True},
-    ),
+    "qwen3 moe": _Case(lambda: mixture("qwen3_moe"), {"target_modules": ["k_proj"], **_QWEN}, {"use_rslora": True}),
     "qwen3 moe gaussian": _Case(
         lambda: mixture("qwen3_moe"),
-        {"target_modules": [], "target_parameters": ["1.mlp.experts.gate_up_proj"], "init": "gaussian"},
-        {"init_lora_weights": "gaussian"},
+        {"target_modules": [], "target_parameters": [f"1.mlp.{_UP}"], "init": "gaussian"},
+        _GAUSSIAN,
     ),
-    "gpt oss": _Case(lambda: mixture("gpt_oss"), {"target_modules": ["o_proj"], "target_parameters": _GPT_OSS}),
+    "gpt oss": _Case(
+        lambda: mixture("gpt_oss"), {"target_modules": ["o_proj"], "target_parameters": [f"mlp.{_UP}", f"mlp.{_DOWN}"]}
+    ),
     "a linear layer's weight": _Case(
         lambda: tiny("llama"), {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}
     ),
-    "three parameters": _Case(
-        _Mixed,
-        {
-            "target_modules": ["inner", "nobias"],
-            "target_parameters": ["first", "stack.second", "stack.third"],
-            "bias": "all",
-            "train_modules": ["conv"],
-        },
-        {"modules_to_save": ["conv"]},
-    ),
+    "three parameters": _Case(_Mixed, {"target_modules": ["inner", "nobias"], **_THREE}, {"modules_to_save": ["conv"]}),
     "experts in-out": _Case(
         lambda: _Mixed(True), {"target_modules": ["nobias"], "target_parameters": ["first", "second"]}
     ),
@@ -150,36 +137,28 @@ _CASES = {
     ),
     "tokens and experts": _Case(
         lambda: mixture("mixtral", tie_word_embeddings=True),
-        {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "trainable_token_indices": [6, 12]},
+        {"target_modules": [], "target_parameters": [_UP], "trainable_token_indices": [6, 12]},
     ),
-    "bias on B": _Case(lambda: tiny("vit"), {"target_modules": ["q_proj", "fc1"], "lora_bias": True}),
-    "bias on B of all kinds": _Case(_Mixed, {"target_modules": ["inner", "wide", "conv", "nobias"], "lora_bias": True}),
-    "bias on B of Conv1D": _Case(
-        lambda: tiny("gpt2"), {"target_modules": ["c_attn"], "lora_bias": True, "bias": "lora_only"}
-    ),
+    "bias on B": _Case(lambda: tiny("vit"), {"target_modules": ["q_proj", "fc1"], **_BIAS}),
+    "bias on B of all kinds": _Case(_Mixed, {"target_modules": ["inner", "wide", "conv", "nobias"], **_BIAS}),
+    "bias on B of Conv1D": _Case(lambda: tiny("gpt2"), {"target_modules": ["c_attn"], **_BIAS, "bias": "lora_only"}),
     "attention": _Case(_Attention, {"target_modules": ["attn", "out"]}),
     "attention and biases": _Case(
         _Attention, {"target_modules": ["attn"], "bias": "all", "rslora": True}, {"use_rslora": True}
     ),
     "attention of an encoder": _Case(_Encoder, {"target_modules": ["self_attn", "linear1"]}),
-    "attention gaussian": _Case(
-        _Attention, {"target_modules": ["attn"], "init": "gaussian"}, {"init_lora_weights": "gaussian"}
-    ),
+    "attention gaussian": _Case(_Attention, {"target_modules": ["attn"], "init": "gaussian"}, _GAUSSIAN),
     "attention sequence first": _Case(lambda: _Attention(False), {"target_modules": ["attn"], "bias": "lora_only"}),
 }
 _EACH = pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
 _RENAMED = ("rslora", "init", "train_modules")
 
 
-def _inputs(base: nn.Module, seed: int) -> dict[str, Tensor]:
+def _output(model: nn.Module, base: nn.Module, seed: int = 100) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     if type(base).__name__.startswith("ViT"):
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=draw)}
-    return {"input_ids": torch.randint(3, 13, (2, 9), generator=draw)}
-
-
-def _output(model: nn.Module, base: nn.Module, seed: int = 100) -> Tensor:
-    output = model(**_inputs(base, seed))
+        return model(pixel_values=torch.randn(2, 3, 16, 16, generator=draw)).logits
+    output = model(input_ids=torch.randint(3, 13, (2, 9), generator=draw))
     return output if isinstance(output, Tensor) else output.logits
 
 
@@ -187,9 +166,7 @@ def _pair(case: _Case) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The base model, ours and PEFT's adapter on copies of it, initialized by one seed."""
     torch.manual_seed(0)
     base = case.make().eval()
-    ours = copy.deepcopy(base)
-    torch.manual_seed(3)
-    attach(ours, LoRAConfig(rank=4, alpha=6.0, **case.ours))
+    attach(ours := copy.deepcopy(base), case.config, seed=3)
     shared = {key: value for key, value in case.ours.items() if key not in _RENAMED}
     torch.manual_seed(3)
     theirs = with_peft(base, r=4, lora_alpha=6, **shared, **case.theirs)
@@ -209,26 +186,8 @@ def _mend(theirs: nn.Module) -> None:
             inner.merge = inner.unmerge = lambda *arguments, **named: None
 
 
-def _train(model: nn.Module, base: nn.Module, parameters: list[nn.Parameter], steps: int = 10) -> None:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
-    for step in range(steps):
-        optimizer.zero_grad()
-        _output(model, base, step).pow(2).mean().backward()
-        optimizer.step()
-
-
 def _file(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-def _trained(
-    case: _Case, change: Callable[[nn.Module], None] = lambda theirs: None
-) -> tuple[nn.Module, nn.Module, nn.Module]:
-    base, ours, theirs = _pair(case)
-    change(theirs)
-    _train(ours, base, [p for _, p in adapter_parameters(ours)])
-    _train(theirs, base, [p for p in theirs.parameters() if p.requires_grad])
-    return base, ours, theirs
 
 
 def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
@@ -238,98 +197,83 @@ def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
 def _same(ours: Tensor, theirs: Tensor, base: nn.Module) -> None:
     """Equal to the bit, unless torch computes an attention without an adapter in one fused operation, which
     adds up in another order."""
-    fused = any(isinstance(module, nn.MultiheadAttention) for module in base.modules())
-    if fused:
+    if any(isinstance(module, nn.MultiheadAttention) for module in base.modules()):
         _close(ours, theirs, 1e-6)
     else:
         assert torch.equal(ours, theirs)
 
 
 @_EACH
-def test_ten_steps_give_pefts_tensors_under_pefts_names(case, tmp_path):
-    base, ours, theirs = _trained(case, _mend)
+def test_ten_steps_give_pefts_tensors_under_pefts_names_and_in_the_same_number(case, tmp_path):
+    base, ours, theirs = _pair(case)
+    _mend(theirs)
+    save_adapter(ours, tmp_path / "initial")
+    count, trained = count_parameters(ours), [p for p in theirs.parameters() if p.requires_grad]
+    numbers = [sum(p.numel() for p in of) for of in (trained, base.parameters())]
+    assert [count.trained, count.total] == numbers
+    for model, parameters in ((ours, [p for _, p in adapter_parameters(ours)]), (theirs, trained)):
+        assert sum(p.numel() for p in parameters) == count.trained
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
+        for step in range(10):
+            optimizer.zero_grad()
+            _output(model, base, step).pow(2).mean().backward()
+            optimizer.step()
     save_adapter(ours, tmp_path / "ours")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.save_pretrained(str(tmp_path / "theirs"))
-    mine, other = _file(tmp_path / "ours"), _file(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    before, mine, other = (_file(tmp_path / of) for of in ("initial", "ours", "theirs"))
     # Under bias 'all' PEFT writes biases that are not trained too, and those of extra modules a second time.
     untrained = ("original_module", "modules_to_save", "some_bias", "in_proj_bias")
     other = {k: v for k, v in other.items() if not any(part in k for part in untrained)}
-    for key in other:
-        if "out_proj.lora_B" in key and isinstance(base, _Attention | _Encoder):
-            mine[key] = mine[key] * 2  # what such files have half of
     assert mine.keys() == other.keys()
-    initial = attach(fresh := copy.deepcopy(base), LoRAConfig(rank=4, alpha=6.0, **case.ours), seed=3)
-    save_adapter(fresh, tmp_path / "initial")
-    before = _file(tmp_path / "initial")
-    assert initial.adapted > 0
     for key, tensor in other.items():
-        assert mine[key].shape == tensor.shape
-        _close(mine[key], tensor)
         moved = (mine[key] - before[key]).norm()
-        assert moved > 1e-3 * before[key].norm() and moved > 0, key
+        assert mine[key].shape == tensor.shape and moved > 1e-3 * before[key].norm() and moved > 0, key
+        halved = "out_proj.lora_B" in key and isinstance(base, _Attention | _Encoder)  # in files of ours
+        _close(mine[key] * 2 if halved else mine[key], tensor)
     _close(_output(ours, base), _output(theirs, base))
 
 
 @_EACH
+@torch.no_grad()
 def test_files_go_both_ways(case, tmp_path):
-    base, ours, theirs = _trained(case)
-    with torch.no_grad():
-        expected, plain = _output(ours, base), _output(base, base)
-        assert (expected - plain).norm() > 1e-3 * plain.norm()
-        save_adapter(ours, tmp_path / "ours")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            in_peft = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
-            in_peft = _no_fast_path(in_peft, base)
-            in_peft.save_pretrained(str(tmp_path / "again"))
-            theirs.save_pretrained(str(tmp_path / "theirs"))
-        _close(_output(in_peft, base), expected)
-        # PEFT's own training differs where its forward counts an update twice; what it computes must not.
-        for folder, output in (("ours", expected), ("again", expected), ("theirs", _output(theirs, base))):
-            loaded = copy.deepcopy(base)
-            load_adapter(loaded, tmp_path / folder)
-            _close(_output(loaded, base), output)
+    base, ours, theirs = _pair(case)
+    expected, plain = _output(perturb(ours, 0.1), base), _output(base, base)
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
+    save_adapter(ours, tmp_path / "ours")
+    in_peft = _no_fast_path(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")), base)
+    in_peft.save_pretrained(str(tmp_path / "again"))
+    perturb(theirs, 0.1).save_pretrained(str(tmp_path / "theirs"))
+    _close(_output(in_peft, base), expected)
+    for folder, output in (("ours", expected), ("again", expected), ("theirs", _output(theirs, base))):
+        load_adapter(loaded := copy.deepcopy(base), tmp_path / folder)
+        _close(_output(loaded, base), output)
 
 
 @_EACH
+@torch.no_grad()
 def test_disabled_merged_and_detached(case):
-    base, ours, _ = _pair(case)
-    modules = {name: id(module) for name, module in base.named_modules()}
+    torch.manual_seed(0)
+    base = case.make().eval()
     ours = copy.deepcopy(base)
-    own = {name: id(module) for name, module in ours.named_modules()}
-    bits = copy.deepcopy(base).state_dict()
-    attach(ours, LoRAConfig(rank=4, alpha=6.0, **case.ours), seed=3)
-    _train(ours, base, [p for _, p in adapter_parameters(ours)], steps=3)
-    with torch.no_grad():
-        plain, expected = _output(base, base), _output(ours, base)
-        assert (expected - plain).norm() > 1e-3 * plain.norm()
+    own, bits = {name: id(module) for name, module in ours.named_modules()}, base.state_dict()
+    attach(ours, case.config, seed=3)
+    plain, expected = _output(base, base), _output(perturb(ours, 0.1), base)
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
+    with disabled(ours):
+        _same(_output(ours, base), plain, base)
+    assert torch.equal(_output(ours, base), expected)
+    if "nobias" not in case.ours["target_modules"] or not case.ours.get("lora_bias"):
+        trained = [p.clone() for _, p in adapter_parameters(ours)]
+        merge(ours)
+        _close(_output(ours, base), expected)
         with disabled(ours):
             _same(_output(ours, base), plain, base)
+        unmerge(ours)
         assert torch.equal(_output(ours, base), expected)
-        if "nobias" not in case.ours["target_modules"] or not case.ours.get("lora_bias"):
-            trained = [p.clone() for _, p in adapter_parameters(ours)]
-            merge(ours)
-            _close(_output(ours, base), expected)
-            with disabled(ours):
-                _same(_output(ours, base), plain, base)
-            unmerge(ours)
-            assert torch.equal(_output(ours, base), expected)
-            assert all(torch.equal(a, b) for a, (_, b) in zip(trained, adapter_parameters(ours), strict=True))
-        copied = copy.deepcopy(ours)
-        detach(ours)
-        assert {name: id(module) for name, module in ours.named_modules()} == own
-        assert modules.keys() == own.keys()
-        assert all(torch.equal(value, bits[key]) for key, value in ours.state_dict().items())
-        assert torch.equal(_output(ours, base), plain)
-        assert torch.equal(_output(copied, base), expected)
-
-
-@_EACH
-def test_parameters_are_counted_as_pefts(case):
-    base, ours, theirs = _pair(case)
-    count = count_parameters(ours)
-    assert count.trained == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
-    assert count.total == sum(p.numel() for p in base.parameters())
-    assert count.trained == sum(p.numel() for _, p in adapter_parameters(ours))
+        assert all(torch.equal(a, b) for a, (_, b) in zip(trained, adapter_parameters(ours), strict=True))
+    copied = copy.deepcopy(ours)
+    detach(ours)
+    assert {name: id(module) for name, module in ours.named_modules()} == own
+    assert all(torch.equal(value, bits[key]) for key, value in ours.state_dict().items())
+    assert torch.equal(_output(ours, base), plain)
+    assert torch.equal(_output(copied, base), expected)

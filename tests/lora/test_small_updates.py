@@ -31,10 +31,14 @@ def random(*shape: int, seed: int, size: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=generator) * size
 
 
-def share(found: Tensor, base: Tensor, update: Tensor) -> float:
-    """How much of ``update`` is in ``found`` - ``base``: 1 where all of it is, up to chance."""
-    update = update.double()
-    return float(((found.double() - base.double()) * update).sum() / update.square().sum())
+@torch.no_grad()
+def check(of: dict[str, Tensor], found: Tensor, base: Tensor, *, back: bool = False) -> None:
+    """All of the update is in ``found`` - ``base``, up to chance; of the output, or (``back``) of the gradient."""
+    of = {name: tensor.double() for name, tensor in of.items()}
+    ahead = of["x"] @ of["lora_A"] @ of["lora_B"]
+    update = of["grad"] @ of["lora_B"].t() @ of["lora_A"].t() if back else ahead
+    share = float(((found.double() - base.double()) * update).sum() / update.square().sum())
+    assert abs(share - 1) < 0.1
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -60,22 +64,15 @@ def operands() -> dict[str, Tensor]:
     }
 
 
-def wide(of: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in of.items()}
-
-
 @pytest.mark.parametrize("way", ["plain", "dropout", "activated"])
 @pytest.mark.parametrize("kind", ["linear", "Conv1D"])
 def test_of_a_layer(operands, kind, way):
-    dropout = 1e-9 if way == "dropout" else 0.0
+    how = {"rank": RANK, "alpha": float(RANK), "dropout": 1e-9 if way == "dropout" else 0.0}
     if kind == "linear":
-        base = nn.Linear(IN, OUT, bias=False, dtype=BF16)
-        layer = LoRALinear.from_linear(base, RANK, float(RANK), dropout=dropout)
+        layer = LoRALinear.from_linear(nn.Linear(IN, OUT, bias=False, dtype=BF16), **how)
         layer.weight.data.copy_(operands["weight"])
-    else:
-        base = Conv1D(OUT, IN).to(BF16)
-        nn.init.zeros_(base.bias)
-        layer = LoRAConv1D.from_conv1d(base, RANK, float(RANK), dropout=dropout)
+    else:  # whose bias begins at zero
+        layer = LoRAConv1D.from_conv1d(Conv1D(OUT, IN).to(BF16), **how)
         layer.weight.data.copy_(operands["weight"].t())
     layer.lora_A.data.copy_(operands["lora_A"])
     layer.lora_B.data.copy_(operands["lora_B"])
@@ -85,42 +82,34 @@ def test_of_a_layer(operands, kind, way):
     x = operands["x"].requires_grad_(True)
     y = layer(x[None])[0]
     (dx,) = torch.autograd.grad(y, x, operands["grad"])
-    of = wide(operands)
-    assert abs(share(y, of["x"] @ of["weight"].t(), of["x"] @ of["lora_A"] @ of["lora_B"]) - 1) < 0.1
-    if way == "activated":
-        return  # autograd rounds the two parts of the gradient before it adds them
-    back = of["grad"] @ of["lora_B"].t() @ of["lora_A"].t()
-    assert abs(share(dx, of["grad"] @ of["weight"], back) - 1) < 0.1
+    check(operands, y, operands["x"].double() @ operands["weight"].double().t())
+    if way != "activated":  # where autograd rounds the two parts of the gradient before it adds them
+        check(operands, dx, operands["grad"].double() @ operands["weight"].double(), back=True)
 
 
 def test_of_dora(operands):
-    of = wide(operands)
     x, ones = operands["x"].requires_grad_(True), torch.ones(OUT)
     y = dora_linear(x, operands["weight"], None, operands["lora_A"], operands["lora_B"], ones, ones, 1.0)
     (dx,) = torch.autograd.grad(y, x, operands["grad"])
-    assert abs(share(y, of["x"] @ of["weight"].t(), of["x"] @ of["lora_A"] @ of["lora_B"]) - 1) < 0.1
-    back = of["grad"] @ of["lora_B"].t() @ of["lora_A"].t()
-    assert abs(share(dx, of["grad"] @ of["weight"], back) - 1) < 0.1
+    check(operands, y, x.double() @ operands["weight"].double().t())
+    check(operands, dx, operands["grad"].double() @ operands["weight"].double(), back=True)
 
 
 def test_of_int8_weights(operands):
     int8, scale = quantized_rows(operands["weight"])
-    stored, of = Scales(scale, None), wide(operands)
-    adapted = product(int8, stored, True, None, operands["lora_A"], operands["lora_B"])
+    adapted = product(int8, Scales(scale, None), True, None, operands["lora_A"], operands["lora_B"])
     exact = products.Product(int8, scale=scale.double())
     y, _ = products.linear(operands["x"], adapted)
-    base, _ = products.linear_reference(of["x"], exact)
-    assert abs(share(y, base, of["x"] @ of["lora_A"] @ of["lora_B"]) - 1) < 0.1
+    check(operands, y, products.linear_reference(operands["x"].double(), exact)[0])
     dx, _ = multiply_backward(operands["grad"], adapted)
-    base, _ = products.linear_backward_reference(of["grad"], exact)
-    assert abs(share(dx, base, of["grad"] @ of["lora_B"].t() @ of["lora_A"].t()) - 1) < 0.1
+    check(operands, dx, products.linear_backward_reference(operands["grad"].double(), exact)[0], back=True)
 
 
 def test_of_weights_in_blocks(operands):
-    weight, of = quantize_nf4(operands["weight"]), wide(operands)
+    weight = quantize_nf4(operands["weight"])
     values = weight.dequantized(BF16, 0, OUT).double()
     adapted = products.Product.of_blocks(weight, None, operands["lora_A"], operands["lora_B"])
     y, _ = products.linear(operands["x"], adapted)
-    assert abs(share(y, of["x"] @ values.t(), of["x"] @ of["lora_A"] @ of["lora_B"]) - 1) < 0.1
+    check(operands, y, operands["x"].double() @ values.t())
     dx, _ = products.linear_backward(operands["grad"], adapted)
-    assert abs(share(dx, of["grad"] @ values, of["grad"] @ of["lora_B"].t() @ of["lora_A"].t()) - 1) < 0.1
+    check(operands, dx, operands["grad"].double() @ values, back=True)

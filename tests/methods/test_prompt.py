@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -52,22 +52,32 @@ def prompt_of(model: nn.Module) -> nn.Parameter:
     return layer.prompt
 
 
-def ours_and_pefts(family: str, tmp_path: Path) -> tuple[PreTrainedModel, Prompt, peft.PeftModel]:
+def prepared(model: PreTrainedModel, *extra_modules: str, seed: int = 0) -> tuple[PreTrainedModel, Prompt]:
+    """The model with a prompt of K vectors, and the method."""
+    method = Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=seed, extra_modules=extra_modules)
+    return model, method
+
+
+def started(theirs: nn.Module) -> nn.Parameter:
+    """PEFT's prompt."""
+    return theirs.prompt_encoder["default"].embedding.weight
+
+
+def ours_and_pefts(family: str) -> tuple[PreTrainedModel, Prompt, peft.PeftModel]:
     """A model under each, with the same prompt, both trainable."""
-    model, method = causal_model(family), Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=4)
+    model, method = prepared(causal_model(family), seed=4)
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K)
     theirs = peft.get_peft_model(causal_model(family), settings).eval()
     with torch.no_grad():
-        theirs.prompt_encoder["default"].embedding.weight.copy_(prompt_of(model))
+        started(theirs).copy_(prompt_of(model))
     return model, method, theirs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family, tmp_path):
-    model, method, theirs = ours_and_pefts(family, tmp_path)
-    tokens = ids()
-    weight, other = prompt_of(model), theirs.prompt_encoder["default"].embedding.weight
+def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family):
+    model, method, theirs = ours_and_pefts(family)
+    tokens, weight, other = ids(), prompt_of(model), started(theirs)
     assert [p for p in model.parameters() if p.requires_grad] == [weight]
     optimizers = [torch.optim.AdamW([p], lr=0.01) for p in (weight, other)]
     for step in range(10):
@@ -86,7 +96,7 @@ def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
-    model, method, theirs = ours_and_pefts(family, tmp_path)
+    model, method, theirs = ours_and_pefts(family)
     tokens = ids()
     with torch.no_grad():
         prompt_of(model).normal_()
@@ -99,16 +109,12 @@ def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
         again, ours = causal_model(family), Prompt()
         assert f"{K} vectors" in ours.load(again, tmp_path / "theirs")
         assert ours.virtual_tokens == K and not any(p.requires_grad for p in again.parameters())
-        torch.testing.assert_close(
-            again(input_ids=with_virtual_tokens(ours, tokens)).logits,
-            theirs(input_ids=tokens).logits,
-            atol=1e-5,
-            rtol=1e-5,
-        )
+        found, expected = again(input_ids=with_virtual_tokens(ours, tokens)).logits, theirs(input_ids=tokens).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
-    model, method, theirs = ours_and_pefts("llama", tmp_path)
+    model, method, theirs = ours_and_pefts("llama")
     method.save(model, tmp_path / "ours", base_model="a-base", metadata={"deltaw.classes": "[]"})
     theirs.save_pretrained(tmp_path / "theirs")
     ours, reference = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
@@ -123,11 +129,10 @@ def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
 def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
-    model, method = classifier(kind, VOCABULARY), Prompt(PromptSettings(length=K))
-    heads = ["score"] if kind == "llama" else ["classifier"]
-    method.prepare(model, seed=0, extra_modules=heads)
+    head = "score" if kind == "llama" else "classifier"
+    model, method = prepared(classifier(kind, VOCABULARY), head)
     names = [name for name, _ in method.parameters(model)]
-    assert names[0] == "prompt" and all(n.startswith(heads[0]) for n in names[1:]) and len(names) > 1
+    assert names[0] == "prompt" and all(n.startswith(head) for n in names[1:]) and len(names) > 1
     tokens = ids()
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with torch.no_grad():
@@ -141,22 +146,19 @@ def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
         theirs.save_pretrained(tmp_path / "theirs")
         again, ours = classifier(kind, VOCABULARY), Prompt()
         before = again(input_ids=tokens).logits
-        assert heads[0] in ours.load(again, tmp_path / "theirs")
+        assert head in ours.load(again, tmp_path / "theirs")
         torch.testing.assert_close(again(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
         with ours.without(again):
             assert torch.equal(again(input_ids=tokens).logits, before)
         torch.testing.assert_close(again(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
 
 
-def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike(tmp_path):
-    model, method = classifier("bert", VOCABULARY), Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=0, extra_modules=["classifier"])
-    method.save(model, tmp_path, base_model="a-base")
-    theirs = peft.get_peft_model(
-        classifier("bert", VOCABULARY), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=K)
-    ).eval()
+def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike():
+    model, method = prepared(classifier("bert", VOCABULARY), "classifier")
+    settings = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=K)
+    theirs = peft.get_peft_model(classifier("bert", VOCABULARY), settings).eval()
     with torch.no_grad():
-        theirs.prompt_encoder["default"].embedding.weight.copy_(prompt_of(model))
+        started(theirs).copy_(prompt_of(model))
     tokens, mask = ids(), torch.ones(2, 9, dtype=torch.long)
     tokens[1, 6:], mask[1, 6:] = 0, 0
     longer = torch.cat([torch.ones(2, K, dtype=torch.long), mask], 1)
@@ -166,9 +168,7 @@ def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike(tmp_path):
     torch.testing.assert_close(ours_loss, their_loss, atol=1e-6, rtol=1e-6)
     ours_loss.backward()
     their_loss.backward()
-    torch.testing.assert_close(
-        prompt_of(model).grad, theirs.prompt_encoder["default"].embedding.weight.grad, atol=1e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(prompt_of(model).grad, started(theirs).grad, atol=1e-6, rtol=1e-4)
     head = dict(theirs.named_parameters())["base_model.classifier.modules_to_save.default.weight"]
     torch.testing.assert_close(model.classifier.weight.grad, head.grad, atol=1e-6, rtol=1e-4)
 
@@ -183,23 +183,9 @@ def _examples() -> list[Example]:
     return made
 
 
-def test_a_with_virtual_tokens_example_has_the_same_labels_behind_the_virtual_tokens():
-    model, method = causal_model("llama"), Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=0)
-    (example, *_) = _examples()
-    behind = example.after(K, method.with_virtual_tokens(example.tokens))
-    assert behind.tokens.dtype == np.int32 and behind.prompt_length == 8 + K
-    assert behind.tokens[:K].tolist() == list(range(VOCABULARY, VOCABULARY + K))
-    assert behind.tokens[K:].tolist() == example.tokens.tolist()
-    assert not behind.is_label[:K].any() and behind.label_count == example.label_count
-    plain = Example(1, example.tokens, example.is_label, 0, None)
-    assert plain.after(K, method.with_virtual_tokens(plain.tokens)).prompt_length == 0
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_that_share_the_prompt_train_as_rows_on_their_own(family):
-    model, method = causal_model(family), Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=0)
+    model, method = prepared(causal_model(family))
     objective = CausalObjective(model)
     rows = [e.after(K, method.with_virtual_tokens(e.tokens)) for e in _examples()]
 
@@ -222,9 +208,7 @@ def test_packed_rows_that_share_the_prompt_train_as_rows_on_their_own(family):
 
 
 def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
-    model, tokenizer = tiny_llama(), byte_tokenizer()
-    method = Prompt(PromptSettings(length=K), tokenizer)
-    method.prepare(model, seed=0)
+    (model, method), tokenizer = prepared(tiny_llama()), byte_tokenizer()
     prompts = [method.with_virtual_tokens(np.array(row, np.int32)) for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])]
     together = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
     for prompt, answer in zip(prompts, together, strict=True):
@@ -241,24 +225,24 @@ def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
 
 
 def test_evaluation_asks_with_virtual_tokens_rows_and_shows_their_questions_without_the_prompt():
-    model, tokenizer = tiny_llama(), byte_tokenizer()
-    method = Prompt(PromptSettings(length=K), tokenizer)
-    method.prepare(model, seed=0)
+    (model, method), tokenizer = prepared(tiny_llama()), byte_tokenizer()
     question = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
     )
     tokens = np.array([*question, 50, 51], np.int32)
     example = Example(1, tokens, np.arange(len(tokens)) >= len(question), len(question), "x")
-    (answer,) = answers(model, tokenizer, [example.after(K, method.with_virtual_tokens(tokens))])
+    behind, plain = (
+        e.after(K, method.with_virtual_tokens(tokens)) for e in (example, replace(example, prompt_length=0))
+    )
+    assert (behind.prompt_length, plain.prompt_length) == (K + len(question), 0)
+    (answer,) = answers(model, tokenizer, [behind])
     assert answer.question.splitlines()[0] == "hello"
 
 
 def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
     starts = []
     for seed in (0, 0, 1):
-        model = causal_model("gemma3")
-        Prompt(PromptSettings(length=K)).prepare(model, seed=seed)
-        starts.append(prompt_of(model).detach())
+        starts.append(prompt_of(prepared(causal_model("gemma3"), seed=seed)[0]).detach())
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
     own = causal_model("gemma3").get_input_embeddings()
     table = own(torch.arange(VOCABULARY)).detach()
@@ -268,48 +252,25 @@ def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
 @pytest.mark.parametrize(
     ("text", "says"), [("abcde", "with prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
 )
-def test_the_start_from_a_text_equals_pefts(text, says, tmp_path):
+def test_the_start_from_a_text_equals_pefts_and_goes_there_and_back(text, says, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    model = tiny_llama()
-    said = Prompt(PromptSettings(length=5, init="text", text=text), tokenizer).prepare(model, seed=0)
-    settings = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=5,
-        prompt_tuning_init="TEXT",
-        prompt_tuning_init_text=text,
-        tokenizer_name_or_path=str(tmp_path),
-    )
-    theirs = peft.get_peft_model(tiny_llama(), settings)
-    assert torch.equal(prompt_of(model), theirs.prompt_encoder["default"].embedding.weight)
-    assert re.search(says, said)
-
-
-def test_a_prompt_started_from_a_text_goes_to_peft_and_back(tmp_path):
-    model, method = tiny_llama(), Prompt(PromptSettings(5, "text", "abc"), byte_tokenizer())
-    method.prepare(model, seed=0)
+    model, method = tiny_llama(), Prompt(PromptSettings(K, "text", text), tokenizer)
+    assert re.search(says, method.prepare(model, seed=0))
+    start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(tmp_path)}
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K, **start)
+    assert torch.equal(prompt_of(model), started(peft.get_peft_model(tiny_llama(), settings)))
     method.save(model, tmp_path / "ours", base_model="pypi:a-package==1.0")
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
-    assert torch.equal(theirs.prompt_encoder["default"].embedding.weight, prompt_of(model))
+    assert torch.equal(started(theirs), prompt_of(model))
     again = Prompt()
     again.load(tiny_llama(), tmp_path / "ours")
     assert again.settings == method.settings
 
 
-def test_without_it_the_model_answers_as_before(tmp_path):
-    model, tokens = causal_model("gemma3"), ids()
-    before = model(input_ids=tokens).logits
-    method = Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=0)
-    with method.without(model), method.evaluating(model):
-        assert torch.equal(model(input_ids=tokens).logits, before)
-    assert model(input_ids=with_virtual_tokens(method, tokens)).logits.shape[1] == 9 + K
-
-
-def test_it_is_prepared_on_tensors_on_fake_tensors():
+def test_it_is_prepared_on_fake_tensors():
     with FakeTensorMode():
-        model, method = classifier("bert", VOCABULARY), Prompt(PromptSettings(length=K))
-        method.prepare(model, seed=0, extra_modules=["classifier"])
+        model, method = prepared(classifier("bert", VOCABULARY), "classifier")
         rows = torch.zeros(2, 8, dtype=torch.long)
         model(input_ids=rows, labels=torch.zeros(2, dtype=torch.long)).loss.backward()
         assert all(parameter.grad is not None for _, parameter in method.parameters(model))
@@ -323,57 +284,36 @@ def test_settings_out_of_range_are_refused(settings):
         pydantic.TypeAdapter(PromptSettings).validate_python(settings)
 
 
-def _saved(folder: Path) -> Path:
-    model, method = causal_model("llama"), Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=0)
-    method.save(model, folder, base_model="a-base")
-    return folder
-
-
-def _change(folder: Path, **settings: object) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "tensors", "says"),
     [
-        ({"peft_type": "P_TUNING"}, "P_TUNING"),
-        ({"peft_type": "LORA"}, "LORA"),
-        ({"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}, "SEQ_2_SEQ_LM"),
-        ({"num_virtual_tokens": K + 1}, r"\(5, 32\).*\(6, 32\)"),
+        ({"peft_type": "P_TUNING"}, {}, "P_TUNING"),
+        ({"peft_type": "LORA"}, {}, "LORA"),
+        ({"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}, {}, "SEQ_2_SEQ_LM"),
+        ({"num_virtual_tokens": K + 1}, {}, r"\(5, 32\).*\(6, 32\)"),
+        ({"token_dim": 16}, {"prompt_embeddings": torch.zeros(K, 16)}, "32 wide"),
+        ({}, {"base_model.score.weight": torch.zeros(3, 32)}, "score.weight"),
+        ({}, {"base_model.lm_head.weight": torch.zeros(3, 32)}, r"\(3, 32\)"),
+        ({}, {"lm_head.weight": torch.zeros(3, 32)}, "not part of a soft prompt"),
     ],
 )
-def test_files_of_other_kinds_and_files_that_disagree_are_refused(settings, says, tmp_path):
-    _change(_saved(tmp_path), **settings)
+def test_files_of_other_kinds_and_what_does_not_fit_are_refused_and_leave_the_model_alone(
+    settings, tensors, says, tmp_path
+):
+    model, method = prepared(causal_model("llama"))
+    method.save(model, tmp_path, base_model="a-base")
+    path, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    safetensors.torch.save_file({**safetensors.torch.load_file(weights), **tensors}, weights)
     model = causal_model("llama")
     with pytest.raises(UserError, match=says):
         Prompt().load(model, tmp_path)
     assert attached(model) is None
 
 
-def test_tensors_that_do_not_fit_the_model_are_refused_and_leave_it_unchanged(tmp_path):
-    _saved(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    prompt = safetensors.torch.load_file(path)["prompt_embeddings"]
-    model = causal_model("llama")
-    for extra, says in (
-        ({"base_model.score.weight": torch.zeros(3, 32)}, "score.weight"),
-        ({"base_model.lm_head.weight": torch.zeros(3, 32)}, r"\(3, 32\)"),
-        ({"lm_head.weight": torch.zeros(3, 32)}, "not part of a soft prompt"),
-    ):
-        safetensors.torch.save_file({"prompt_embeddings": prompt, **extra}, path)
-        with pytest.raises(UserError, match=says):
-            Prompt().load(model, tmp_path)
-        assert attached(model) is None
-    safetensors.torch.save_file({"prompt_embeddings": prompt[:, :16].contiguous()}, path)
-    _change(tmp_path, token_dim=16)
-    with pytest.raises(UserError, match="32 wide"):
-        Prompt().load(model, tmp_path)
-
-
 def test_pickles_missing_and_damaged_files_are_refused(tmp_path):
-    _saved(tmp_path)
+    model, method = prepared(causal_model("llama"))
+    method.save(model, tmp_path, base_model="a-base")
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="damaged"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,17 +59,13 @@ def test_a_method_in_a_file_of_its_own_trains_saves_and_is_opened_again(toy, set
     assert RunConfig.read(result.output / "run.yaml").norms == ENTRY.settings(above=1)
 
 
-def test_its_plan_is_made_by_name_and_among_all(toy, settings, tmp_path):
-    config = RunConfig.read(settings(tmp_path / "run", method="norms"))
+def test_plans_flags_searches_and_comparisons_know_it(toy, settings, tmp_path):
+    config = RunConfig.read(settings(tmp_path / "run", method="norms"), {"norms": {"above": 1}})
     plan = deltaw.plan(config)
     assert plan.method == "norms" and 0 < plan.trained_parameters < plan.total_parameters / 10
     assert chosen_methods("all", "lora") == [*BUILT_IN, "norms"]
-
-
-def test_flags_searches_and_comparisons_know_it(toy, settings, tmp_path):
-    config = RunConfig.read(settings(tmp_path / "run", method="norms"), {"norms": {"above": 1}})
-    space = default_space(config, 2e-3)
-    assert space == {"train.learning_rate": Range(2e-4, 2e-2, log=True), "norms.above": Values((0, 1))}
+    space = {"train.learning_rate": Range(2e-4, 2e-2, log=True), "norms.above": Values((0, 1))}
+    assert default_space(config, 2e-3) == space
     keys = [setting.key for setting in all_settings()]
     assert keys.index("last.blocks") < keys.index("norms.above") < keys.index("train.learning_rate")
     assert "norms" in registry.compared_names() and check_methods(["norms"]) == ["norms"]
@@ -128,10 +123,3 @@ def test_settings_are_read_without_the_code_of_any_method(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_copy_of_the_settings_keeps_the_sections(settings, tmp_path):
-    config = RunConfig.read(settings(tmp_path, lora={"use_rslora": True}))
-    assert config.lora.rslora
-    assert copy.deepcopy(config) == config
-    assert RunConfig.read(config.model_dump(mode="json")) == config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +40,12 @@ def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
         return torch.cat([model(input_ids=i).logits for i in ids])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", HEADS)
 def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: str, name: str, tmp_path: Path) -> None:
-    base = classifier(family)
-    make: Callable[[], Method] = METHODS[name]
-    model, before, method = copy.deepcopy(base), values_of(base), make()
-    heads = HEADS[family]
+    base, heads = classifier(family), HEADS[family]
+    model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
     with padded_rows(model):
         start = run(model, method, objective, LabelMicroBatcher(1024, "cpu"), rows(), extra_modules=heads)
     check_moved(model, method, start)
@@ -56,8 +54,7 @@ def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: 
     assert of_heads <= moved
     if name in ("lora", "head", "prompt"):
         assert moved == of_heads
-    reported = {n.removesuffix(".values") for n in start}
-    assert moved <= reported
+    assert moved <= {n.removesuffix(".values") for n in start}
 
     method.save(model, tmp_path, base_model="tiny")
     loaded = copy.deepcopy(base)
