@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.cli import main
+from deltaw.cli.serve import command
 from tests.byte_models import saved, tiny_llama
+from tests.cli.conftest import Call, assert_refused
 
 httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
+
+read_keys = pytest.importorskip("deltaw.serving.http.settings").read_keys
 
 KEY = "a-key-of-the-tests"
 SECONDS = 120
@@ -96,56 +102,40 @@ def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> 
         server.kill()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--host", "0.0.0.0"], "there is no API key"),
-        (["--host", "0.0.0.0", "--api-key", "short"], "8 or more"),
-        (["--host", "999.1.1.1", "--without-key"], "there is no address"),
-        (["--host", "192.0.2.1", "--without-key"], "cannot be listened on"),
-        (["--port", "70000"], "70000"),
-        (["--adapter", "poet"], "name=folder"),
-        (["--adapter", "a/b=/tmp"], "not a valid name of an adapter"),
-        (["--adapter", "a=/nowhere"], "no such folder"),
-        (["--adapter", "a=/tmp", "--adapter", "a=/tmp"], "two adapters"),
-        (["--adapters-from", "/nowhere"], "/nowhere"),
-        (["--api-key-file", "/nowhere"], "/nowhere"),
-        (["--queue", "0"], "--queue"),
-        (["--max-body", "ten"], "--max-body"),
-        (["--max-adapters", "0"], "--max-adapters"),
-        (["--request-seconds", "0"], "--request-seconds"),
-        (["--cache-memory", "much"], "not a valid size"),
-        (["--certificate", __file__], "TLS"),
-        (["--log", "xml"], "--log"),
-        (["--unknown"], "--unknown"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_options_that_cannot_be_meant(
-    arguments: list[str], told: str, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+REFUSED = {
+    "--host 0.0.0.0": "there is no API key",
+    "--host 0.0.0.0 --api-key short": "8 or more",
+    "--host 999.1.1.1 --without-key": "there is no address",
+    "--host 192.0.2.1 --without-key": "cannot be listened on",
+    "--port 70000": "70000",
+    "--adapter poet": "name=folder",
+    "--adapter a/b=/tmp": "not a valid name of an adapter",
+    "--adapter a=/nowhere": "no such folder",
+    "--adapter a=/tmp --adapter a=/tmp": "two adapters",
+    **dict.fromkeys(["--adapters-from /nowhere", "--api-key-file /nowhere"], "/nowhere"),
+    **{f"{flag} 0": flag for flag in ("--queue", "--max-adapters", "--request-seconds")},
+    "--max-body ten": "--max-body",
+    "--cache-memory much": "not a valid size",
+    f"--certificate {__file__}": "TLS",
+    "--log xml": "--log",
+    "--unknown": "--unknown",
+}
+
+
+def test_options_that_cannot_be_meant(base: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DELTAW_API_KEY", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", str(base), *arguments])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error
+    for arguments, told in REFUSED.items():
+        assert_refused(call("serve", base, *arguments.split()), told)
 
 
-def test_a_taken_port_is_said_before_the_model_is_read(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import socket
-
+def test_a_taken_port_is_said_before_the_model_is_read(call: Call) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])])
-    assert ended.value.code == 2 and "cannot be listened on" in capsys.readouterr().err
+        assert_refused(call("serve", "no-such-model", "--port", taken.getsockname()[1]), "cannot be listened on")
 
 
 def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaw.serving.http.settings import read_keys
-
     monkeypatch.setenv("DELTAW_API_KEY", "from-the-environment")
     file = tmp_path / "keys"
     file.write_text("# of the team\nfirst-key-1\n\n second-key-2 \n")
@@ -153,8 +143,6 @@ def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_option_is_in_the_docs() -> None:
-    from deltaw.cli.serve import command
-
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
     options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
     assert len(options) > 25
@@ -164,11 +152,6 @@ def test_every_option_is_in_the_docs() -> None:
 
 def test_the_dockerfile_runs_the_verb_as_an_ordinary_user() -> None:
     """Docker is not needed to see that files and options that the image names are there."""
-    import json
-    import re
-
-    from deltaw.cli.serve import command
-
     root = Path(__file__).parents[2]
     text = (root / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     steps = re.findall(r"^([A-Z]+) +(.+)$", text, re.MULTILINE)

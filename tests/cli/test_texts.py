@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltaw.runs.fit import fit
 from deltaw.serving import opening
 from deltaw.serving.probes import NotDecodable
 from tests.byte_models import byte_tokenizer
@@ -57,12 +59,8 @@ def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = 
         ids = opened.prompt(encode_prompt(prompt, opened.data or "auto", opened.tokenizer)).tolist()
         start = len(ids)
         while len(ids) - start < count:
-            with torch.no_grad():
-                if base:
-                    with opened.base():
-                        token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
-                else:
-                    token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
+            with torch.no_grad(), opened.base() if base else contextlib.nullcontext():
+                token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
             if token in (0, 2):
                 break
             ids.append(token)
@@ -162,19 +160,10 @@ def test_prompt_that_leaves_no_room_is_named(call: Call, finished_run: Path) -> 
     assert "prompt 2" in ended.err
 
 
-@pytest.fixture
-def weights_run(settings: Callable[..., dict], tmp_path: Path) -> Path:
-    """A run whose method trained the base model's own weights."""
-    from deltaw.runs.fit import fit
-
-    changes = {"method": "last", "last": {"blocks": 1}, "lora": None}
-    made = {k: v for k, v in settings(tmp_path / "run", **changes).items() if v is not None}
-    return fit(made).output
-
-
 def test_base_of_a_run_that_trained_the_weights_is_the_base(
-    generate: Callable[..., list[dict]], call: Call, weights_run: Path
+    generate: Callable[..., list[dict]], call: Call, settings: Callable[..., dict], tmp_path: Path
 ) -> None:
+    weights_run = fit(settings(tmp_path / "run", method="last", last={"blocks": 1})).output
     rows = generate("--base", of=weights_run)
     assert [row["completion"] for row in rows] == by_hand(weights_run, PROMPTS, 8)
     assert [row["base"] for row in rows] == by_hand(weights_run, PROMPTS, 8, base=True)
@@ -226,10 +215,7 @@ def test_evaluation_counts_what_the_engine_writes(
 def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
     settings: Callable[..., dict], call: Call, tmp_path: Path
 ) -> None:
-    from deltaw.runs.fit import fit
-
-    made = settings(tmp_path / "run", method="prompt", prompt={"length": 3}, lora=None)
-    run = fit({key: value for key, value in made.items() if value is not None}).output
+    run = fit(settings(tmp_path / "run", method="prompt", prompt={"length": 3})).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
     asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))
     rows = [{"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)]
