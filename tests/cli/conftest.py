@@ -6,7 +6,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,9 @@ def flags(model_folder: Path, rows_file: Path) -> Callable[..., list[str]]:
     return make
 
 
-def start(*arguments: object) -> processes.Process:
-    """``deltaw`` in a process of its own, its streams kept apart."""
-    return processes.start("-m", "deltaw", *arguments)
+def start(*arguments: object, env: Mapping[str, str] | None = None) -> processes.Process:
+    """``deltaw`` in a process of its own, its streams kept apart; it is killed where a ``with`` block ends."""
+    return processes.start("-m", "deltaw", *arguments, env=env)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

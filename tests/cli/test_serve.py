@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import queue
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from deltaw.cli.serve import command
+from tests import processes
 from tests.byte_models import saved, tiny_llama
-from tests.cli.conftest import Call, assert_refused
+from tests.cli.conftest import Call, assert_refused, start
 
 httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
@@ -26,6 +21,7 @@ pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the ex
 read_keys = pytest.importorskip("deltaw.serving.http.settings").read_keys
 
 KEY = "a-key-of-the-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 SECONDS = 120
 
 
@@ -34,72 +30,40 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_llama(max_position_embeddings=4096), tmp_path_factory.mktemp("serve") / "base")
 
 
-class Process:
-    """A server of its own process; its lines are read as they come."""
+def serving(base: Path, *arguments: str) -> processes.Process:
+    """A server of its own process with a key and the model's name ``tiny``."""
+    given = (base, "--port", "0", "--name", "tiny", "--precision", "fp32", *arguments)
+    return start("serve", *given, env={"DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"})
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "deltaw", "serve", *arguments]
-        environment = {**os.environ, "DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.lines: queue.Queue[str] = queue.Queue()
-        self.errors: list[str] = []
-        self._threads = [
-            threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
-            threading.Thread(target=self._read, args=(self.process.stderr, self.errors.append), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
 
-    @staticmethod
-    def _read(stream: Iterator[str], told: object) -> None:
-        for line in stream:
-            told(line.rstrip("\n"))  # type: ignore[operator]
-
-    def ended(self) -> int:
-        """The status that it ends with; all of its lines are read then."""
-        status = self.process.wait(SECONDS)
-        for thread in self._threads:
-            thread.join(SECONDS)
-        return status
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+def url_of(server: processes.Process) -> str:
+    """Where a server listens, once it says so."""
+    found = server.until(lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.said()[0]), SECONDS)
+    return str(found[1])
 
 
 @pytest.mark.parametrize(
     ("sig", "status"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> None:
-    server = Process(str(base), "--port", "0", "--name", "tiny", "--precision", "fp32", "--cache-memory", "64MB")
-    try:
-        line = server.lines.get(timeout=SECONDS)
-        assert line.startswith("serving tiny at http://127.0.0.1:"), line
-        url = line.split()[-1]
-        asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
-        headers = {"Authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=url, timeout=SECONDS) as client:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    with serving(base, "--cache-memory", "64MB") as server:
+        with httpx.Client(base_url=url_of(server), timeout=SECONDS) as client:
             assert client.get("/ready").status_code == 200
             assert client.get("/v1/models").status_code == 401
-            names = [model["id"] for model in client.get("/v1/models", headers=headers).json()["data"]]
-            assert names == ["tiny"]
+            client.headers.update(HEADERS)
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
             stream = asked | {"stream": True, "max_tokens": 300}
-            with client.stream("POST", "/v1/chat/completions", json=stream, headers=headers) as response:
+            with client.stream("POST", "/v1/chat/completions", json=stream) as response:
                 parts = response.iter_text()
                 next(parts)
-                # The text in hand is written to its end.
-                threading.Timer(0.0, server.process.send_signal, (sig,)).start()
+                server.send_signal(sig)  # the text in hand is written to its end
                 rest = "".join(parts)
         assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
-        assert server.ended() == status
-        log = "\n".join(server.errors)
+        assert server.wait(SECONDS) == status
+        log = server.said()[1]
         assert '"status": 401' in log and '"finish": ["length"]' in log and KEY not in log
         assert "Traceback" not in log
-    finally:
-        server.kill()
 
 
 REFUSED = {
