@@ -12,7 +12,6 @@ import yaml
 
 from deltaw.cli.options import nested
 from deltaw.settings import settings as all_settings
-from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import tree
 
 
@@ -33,24 +32,17 @@ def test_from_training_to_talk(call, flags, tmp_path, rows_file):
     assert ended.status == 0
     assert "perplexity" in ended.out and "exact match" in ended.out and "paint it" in ended.out
 
-    ended = call("generate", run, "-p", "paint it red", "-p", "paint it blue", "--max-new-tokens", 3)
-    assert ended.status == 0 and "adapted" in ended.err
-
     ended = call("generate", run, "--base", "--max-new-tokens", 2, stdin="paint it red\n\npaint it blue\n")
     assert ended.status == 0 and ended.out.count("base:") == ended.out.count("adapter:") == 2
+    assert "adapted" in ended.err
 
-    ended = call("chat", run, "--max-new-tokens", 3, stdin="hello\n/new\nhello again\n\nnever read\n")
-    assert ended.status == 0 and ended.out.count("adapter: ") == 2
+    talk = f"hello\n{'x' * 300}\n/new\nhello again\n\nnever read\n"  # what is too long is taken back
+    ended = call("chat", run, "--max-new-tokens", 3, stdin=talk)
+    assert ended.status == 0 and ended.out.count("adapter: ") in (2, 3)
+    assert "128 positions" in ended.err and "Traceback" not in ended.err
 
     ended = call("inspect", run)
     assert ended.status == 0 and "q_proj" in ended.out and "rank" in ended.out
-
-
-def test_a_chat_takes_back_a_question_that_is_too_long_and_goes_on(call, finished_run):
-    ended = call("chat", finished_run, "--max-new-tokens", 2, stdin=f"{'x' * 300}\nhello\n")
-    assert ended.status == 0
-    assert "128 positions" in ended.err and "Traceback" not in ended.err
-    assert ended.out.rstrip("\n").count("adapter: ") >= 1
 
 
 def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_path, rows_file):
@@ -148,5 +140,4 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
 @pytest.mark.slow
 def test_texts_from_a_process_of_its_own_come_without_warnings(finished_run):
     out, err = in_a_fresh_interpreter("generate", finished_run, "--max-new-tokens", "2", stdin="paint it red\n")
-    assert "Warning" not in err and "adapted" in err
-    assert byte_tokenizer().encode(out) is not None
+    assert "Warning" not in err and "adapted" in err and out
