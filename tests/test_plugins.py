@@ -76,21 +76,19 @@ def test_a_package_that_registers_its_entry_itself_is_no_second_one(site):
         del sys.modules["registry_of_test"]
 
 
-@pytest.mark.parametrize(
-    ("code", "line", "says"),
-    [
-        ("raise OSError('no such library')", "bad = toy_plugin:ENTRY", "OSError: no such library"),
-        ("", "bad = toy_plugin:ENTRY", "AttributeError"),
-        ("", "bad = no_such_module_of_mine:ENTRY", "ModuleNotFoundError"),
-        ("ENTRY = 3", "bad = toy_plugin:ENTRY", "it is a int, not a MethodEntry"),
-        (
-            "from deltaw.methods.registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')",
-            "bad = toy_plugin:ENTRY",
-            "there is a method 'lora' already",
-        ),
-    ],
-)
-def test_a_package_that_does_not_work_is_named_each_time(site, code, line, says):
+TWICE = "from deltaw.methods.registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')"
+BROKEN = [
+    ("raise OSError('no such library')", "toy_plugin", "OSError: no such library"),
+    ("", "toy_plugin", "AttributeError"),
+    ("", "no_such_module_of_mine", "ModuleNotFoundError"),
+    ("ENTRY = 3", "toy_plugin", "it is a int, not a MethodEntry"),
+    (TWICE, "toy_plugin", "there is a method 'lora' already"),
+]
+
+
+@pytest.mark.parametrize(("code", "module", "says"), BROKEN)
+def test_a_package_that_does_not_work_is_named_each_time(site, code, module, says):
+    line = f"bad = {module}:ENTRY"
     install(site, code, "deltaw.methods", line)
     found = methods_here()
     found.register(MethodEntry("lora", "deltaw.methods.lora:LoRA"))

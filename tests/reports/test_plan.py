@@ -31,19 +31,10 @@ def plan(method: str, trained: int, scale: float = 1.0) -> Plan:
     parts = {kind: int(size * MB * scale) for kind, size in SIZES.items()}
     peak = sum(parts.values())
     resident = {"process": 420 * MB, "tensors": peak, "kernels": 200 * MB, "allocator": 90 * MB, "saving": 41 * MB}
+    what = {"method": method, "total_parameters": 1_235_814_400, "trained_parameters": trained, "precision": "bf16"}
+    when = {"phase": "backward", "module": "model.layers.12.mlp", "tokens": 1024, "rows": 16}
     return Plan(
-        method=method,
-        total_parameters=1_235_814_400,
-        trained_parameters=trained,
-        peak_bytes=peak,
-        peak_resident_bytes=sum(resident.values()),
-        parts=parts,
-        resident=resident,
-        phase="backward",
-        module="model.layers.12.mlp",
-        tokens=1024,
-        rows=16,
-        precision="bf16",
+        **what, **when, peak_bytes=peak, peak_resident_bytes=sum(resident.values()), parts=parts, resident=resident
     )
 
 
