@@ -21,10 +21,11 @@ from deltaw.errors import UserError
 from deltaw.kernels import torch_private
 from deltaw.lora import LoRALinear
 from deltaw.lora.layers import DoRALinear, LoRABiasLinear
+from tests.test_structure import tree_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deltaw"
-GATHERED = ("kernels/torch_private.py", "hub/transformers_private.py")
+GATHERED = {"kernels/torch_private.py", "hub/transformers_private.py"}
 # Python's own, which its documentation describes.
 STANDARD = {"_exit", "_getframe", "_replace", "_fields_"}
 # Functions whose argument may be the name of an attribute.
@@ -41,7 +42,7 @@ def _is_private(name: str) -> bool:
 
 def names_of(file: Path) -> set[str]:
     """The private names that a module gathers: its strings that are one, or a path of names with one."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     paths = [text.split(".") for text in texts if all(part.isidentifier() for part in text.split("."))]
     private = [parts for parts in paths if any(map(_is_private, parts))]
@@ -61,7 +62,7 @@ def _stored(tree: ast.AST) -> set[str]:
     return found
 
 
-NAMES = {name: file for file in GATHERED for name in sorted(names_of(PACKAGE / file))}
+NAMES = {name: file for file in sorted(GATHERED) for name in sorted(names_of(PACKAGE / file))}
 
 
 def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -74,9 +75,8 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
             waiting += ast.iter_child_nodes(node)
 
 
-def foreign_names(files: dict[str, str]) -> list[str]:
+def foreign_names(trees: dict[str, ast.Module]) -> list[str]:
     """Private names of other libraries in sources by their paths, each with its place."""
-    trees = {path: ast.parse(text) for path, text in files.items()}
     stored = {path: _stored(tree) for path, tree in trees.items()}
     own = set().union(*stored.values())
     found = []
@@ -105,8 +105,8 @@ def foreign_names(files: dict[str, str]) -> list[str]:
 
 
 def test_private_names_of_other_libraries_stand_in_their_modules_alone() -> None:
-    files = {str(f.relative_to(PACKAGE)): f.read_text(encoding="utf-8") for f in PACKAGE.rglob("*.py")}
-    found = foreign_names({path: text for path, text in files.items() if path not in GATHERED})
+    trees = {str(f.relative_to(PACKAGE)): tree_of(f) for f in PACKAGE.rglob("*.py")}
+    found = foreign_names({path: trees[path] for path in trees.keys() - GATHERED})
     assert not found, "gather them in " + " or ".join(GATHERED) + ":\n" + "\n".join(found)
 
 
@@ -126,7 +126,7 @@ class Own(Module):
         vars(other)["_buffers"]
         torch._C._len_torch_dispatch_stack()
 """
-    lines = {found.partition(" line ")[2] for found in foreign_names({"a.py": text})}
+    lines = {found.partition(" line ")[2] for found in foreign_names({"a.py": ast.parse(text)})}
     expected = {"2: _dynamo", "3: _ConvNd", "10: _modules", "11: _parameters", "12: _theirs", "13: _buffers"}
     assert lines == expected | {"14: _C", "14: _len_torch_dispatch_stack"}
 

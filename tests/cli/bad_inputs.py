@@ -43,13 +43,9 @@ class Bench:
 
     def settings(self, **instead: object) -> Path:
         """A settings file of a short run, with other values for some dotted keys."""
-        values: dict = {
-            "model": str(self.model),
-            "data": {"train": str(self.rows), "eval": 2},
-            "train": {"batch_size": 5, "drift": False},
-            "precision": "fp32",
-            "threads": 1,
-        }
+        data = {"train": str(self.rows), "eval": 2}
+        values: dict = {"model": str(self.model), "data": data, "train": {"batch_size": 5, "drift": False}}
+        values |= {"precision": "fp32", "threads": 1}
         for key, value in instead.items():
             at = values
             *sections, leaf = key.split(".")
@@ -112,25 +108,16 @@ def lines(rows: Sequence[object]) -> list[bytes]:
 def _bad_line(draw: random.Random, good: bytes) -> bytes:
     """A line that is no row: not JSON, not UTF-8, not an object, or with a value that is no text."""
     at = draw.randrange(1, len(good))
-    key = draw.choice(["prompt", "completion"])
-    other = {"prompt": "completion", "completion": "prompt"}[key]
-    value = draw.choice(
-        [b"NaN", b"-Infinity", b"1e999", b"7" * 5000, b"true", b"[]", b"{}", b"[[1]]", b"0.5", b'"\\ud800"']
-    )
+    key, other = draw.sample([b"prompt", b"completion"], 2)
+    values = [b"NaN", b"-Infinity", b"1e999", b"7" * 5000, b"true", b"[]", b"{}", b"[[1]]", b"0.5", b'"\\ud800"']
+    depth = draw.choice([3, 200_000])
+    byte = bytes([draw.choice([0x80, 0xC0, 0xFF, 0xE9])])
     return draw.choice(
         [
-            good[:at],
-            good[:at] + b"\x00" + good[at:],
-            good[:at] + bytes([draw.choice([0x80, 0xC0, 0xFF, 0xE9])]) + good[at:],
-            good + b"}",
-            b"[" * draw.choice([3, 200_000]),
-            b'{"a":' * draw.choice([3, 200_000]),
-            json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode(),
-            b'{"%s": %s, "%s": "x"}' % (key.encode(), value, other.encode()),
-            b'{"%s": "x"}' % key.encode(),
-            b'{"%s": null, "%s": "x"}' % (key.encode(), other.encode()),
-            b"prompt: red",
-            b"{'prompt': 'a', 'completion': 'b'}",
+            *(good[:at], good[:at] + b"\x00" + good[at:], good[:at] + byte + good[at:], good + b"}"),
+            *(b"[" * depth, b'{"a":' * depth, json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode()),
+            *(b'{"%s": %s, "%s": "x"}' % (key, draw.choice(values), other), b'{"%s": "x"}' % key),
+            *(b'{"%s": null, "%s": "x"}' % (key, other), b"prompt: red", b"{'prompt': 'a', 'completion': 'b'}"),
             b'{"prompt": "a", "completion": "b",}',
         ]
     )
@@ -293,12 +280,8 @@ def a_key_that_is_misspelt(draw: random.Random, bench: Bench, number: int) -> Ba
     key = draw.choice([key for key in KEYS if len(key.rpartition(".")[2]) > 3])
     section, dot, leaf = key.rpartition(".")
     at = draw.randrange(len(leaf) - 1)
-    slips = [
-        leaf[:at] + leaf[at + 1 :],
-        leaf[:at] + leaf[at + 1] + leaf[at] + leaf[at + 2 :],
-        leaf[:at] + leaf[at] * 2 + leaf[at + 1 :] + "x",
-        leaf.upper(),
-    ]
+    before, one, two, after = leaf[:at], leaf[at], leaf[at + 1], leaf[at + 2 :]
+    slips = [before + two + after, before + two + one + after, before + one * 2 + two + after + "x", leaf.upper()]
     known = {*KEYS, *(key.partition(".")[0] for key in KEYS)}
     slip = next(s for s in draw.sample(slips, 4) if f"{section}{dot}{s}" not in known)
     return Bad(["train", bench.settings(**{f"{section}{dot}{slip}": 1})], ["settings.yaml", slip])

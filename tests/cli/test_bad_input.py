@@ -108,15 +108,10 @@ def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path):
 # One of each kind of flag; the generated bad inputs take more.
 VALUES = [
     ({"train__learning_rate": "fast"}, ["train.learning_rate", "fast", "number"]),
-    ({"train__learning_rate": ".inf"}, ["train.learning_rate", "finite"]),
-    ({"train__learning_rate": -1}, ["train.learning_rate", "greater than 0"]),
-    ({"lora__rank": 0}, ["lora.rank", "at least 1"]),
     ({"lora__rank": 2.5}, ["lora.rank", "whole number"]),
-    ({"lora__init": "pisa"}, ["lora.init", "'pissa'"]),
     ({"lora__target_modules": "[q_proj, qq_proj]"}, ["qq_proj", "q_proj"]),
     ({"data__eval": 10}, ["data.eval", "10"]),
     ({"data__columns": "{promt: a}"}, ["promt", "'prompt'"]),
-    ({"train__tokens_per_pass": 0}, ["train.tokens_per_pass", "'auto'"]),
     ({"device": "cude"}, ["device", "'cuda'"]),
     ({"task": "summarizing"}, ["task", "'causal-lm'"]),
     ({"method": "qlora"}, ["method", "'lora'"]),
@@ -138,9 +133,7 @@ def test_a_device_that_is_not_there(refuses, call, finished_run):
 
 
 FILES = {
-    "train: {learning_rat: 1}": ["unknown key 'train.learning_rat'", "'train.learning_rate'"],
     "trian: {epochs: 1}": ["unknown key 'trian'", "'train'"],
-    "train: {learning_rate: fast}": ["'train.learning_rate' cannot be 'fast'", "number"],
     "lora: 4": ["'lora'", "section"],
     "model: m\n  data: [\n": ["not YAML", "line 2"],
     "1: 2": ["'1'"],

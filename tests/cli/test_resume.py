@@ -86,8 +86,8 @@ def test_resume_and_fresh_on_the_command_line(flags, tmp_path, call):
     assert json.loads(longer.out)["steps"] == 8
     assert_refused(call("train", "--resume", run, "--train.epochs", 5, "--lora.rank", 3), "'lora.rank' is 3")
     assert_refused(call("train", run / "run.yaml", "--resume", run), "its own settings")
-    for flag in (["--output", tmp_path / "other"], ["--fresh"]):
-        assert call("train", "--resume", run, *flag).status == 2
+    assert call("train", "--resume", run, "--output", tmp_path / "other").status == 2
+    assert call("train", "--resume", run, "--fresh").status == 2
     assert_refused(call("train", "--resume", tmp_path / "nowhere"), "no run to resume")
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "other").exists()
 

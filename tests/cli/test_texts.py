@@ -15,7 +15,7 @@ from deltaw.runs.fit import fit
 from deltaw.serving import opening
 from deltaw.serving.probes import NotDecodable
 from tests.byte_models import byte_tokenizer
-from tests.cli.conftest import Call, Ended
+from tests.cli.conftest import Call, Ended, assert_refused
 from tests.conftest import write_rows
 
 PROMPTS = ("paint it red", "paint it blue", "x")
@@ -71,8 +71,8 @@ def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = 
 def test_texts_of_adapter_and_base_are_the_models_own(generate: Callable[..., list[dict]], finished_run: Path) -> None:
     rows = generate("--base")
     assert [row["prompt"] for row in rows] == list(PROMPTS)
-    assert [row["completion"] for row in rows] == by_hand(finished_run, PROMPTS, 8)
-    assert [row["base"] for row in rows] == by_hand(finished_run, PROMPTS, 8, base=True)
+    adapted, base = (by_hand(finished_run, PROMPTS, 8, base=base) for base in (False, True))
+    assert [(row["completion"], row["base"]) for row in rows] == list(zip(adapted, base, strict=True))
     assert {row["finish"] for row in rows} <= {"stop", "length"}
 
 
@@ -113,12 +113,9 @@ def test_flags_reach_the_sampler(
         assert texts("--max-new-tokens", 30, *flags) != texts("--max-new-tokens", 30)
 
 
-def test_equal_prompts_are_drawn_apart(generate: Callable[..., list[dict]]) -> None:
+def test_equal_prompts_are_drawn_apart_and_a_stop_string_ends_a_text(generate: Callable[..., list[dict]]) -> None:
     first, second = generate("--temperature", 5, prompts=("x", "x"))
     assert first["completion"] != second["completion"]
-
-
-def test_stop_string_ends_the_text_before_it(generate: Callable[..., list[dict]]) -> None:
     (whole,) = generate("--temperature", 3, prompts=("paint it red",))
     stop = whole["completion"][2:4]
     assert stop
@@ -155,9 +152,7 @@ def test_log_probabilities_come_with_their_tokens(generate: Callable[..., list[d
 
 
 def test_prompt_that_leaves_no_room_is_named(call: Call, finished_run: Path) -> None:
-    ended = call(*GENERATE, finished_run, *asked("x", "y" * 500))
-    assert ended.status == 2
-    assert "prompt 2" in ended.err
+    assert_refused(call(*GENERATE, finished_run, *asked("x", "y" * 500)), "prompt 2")
 
 
 def test_base_of_a_run_that_trained_the_weights_is_the_base(
@@ -165,15 +160,15 @@ def test_base_of_a_run_that_trained_the_weights_is_the_base(
 ) -> None:
     weights_run = fit(settings(tmp_path / "run", method="last", last={"blocks": 1})).output
     rows = generate("--base", of=weights_run)
-    assert [row["completion"] for row in rows] == by_hand(weights_run, PROMPTS, 8)
-    assert [row["base"] for row in rows] == by_hand(weights_run, PROMPTS, 8, base=True)
+    adapted, base = (by_hand(weights_run, PROMPTS, 8, base=base) for base in (False, True))
+    assert [(row["completion"], row["base"]) for row in rows] == list(zip(adapted, base, strict=True))
     talk = ("--max-new-tokens", 4, "--precision", "fp32")
     ended = call("chat", weights_run, "--base", *talk, stdin="paint it red\nand blue\n")
     assert ended.status == 0, ended.err
-    lines = spoken(ended)
+    (_, first), (_, second), *_ = lines = spoken(ended)
     assert [name for name, _ in lines] == ["base", "adapter"] * 2
-    assert lines[0][1] == by_hand(weights_run, ("paint it red",), 4, base=True)[0]
-    assert lines[1][1] == by_hand(weights_run, ("paint it red",), 4)[0]
+    assert [first] == by_hand(weights_run, PROMPTS[:1], 4, base=True)
+    assert [second] == by_hand(weights_run, PROMPTS[:1], 4)
 
 
 def spoken(ended: Ended) -> list[tuple[str, str]]:
@@ -229,5 +224,4 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
 def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.cli.text_options.find_spec", lambda name: None)
     for verb in ("generate", "chat"):
-        ended = call(verb, tmp_path / "no-such-run", "--regex", "(red|green)")
-        assert ended.status == 2 and "llguidance" in ended.err and "deltaw[serve]" in ended.err
+        assert_refused(call(verb, tmp_path / "none", "--regex", "(red|green)"), "llguidance", "deltaw[serve]")

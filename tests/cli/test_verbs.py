@@ -66,8 +66,9 @@ def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_pa
     assert completion.keys() == {"prompt", "completion", "finish", "base", "base_finish"}
     assert completion["prompt"] == "a [b] :cat:"
 
-    told = json.loads(call("inspect", finished_run, "--json").out)
-    assert told
+    assert json.loads(call("inspect", finished_run, "--json").out)
+    assert json.loads(call("inspect", finished_run, finished_run, "--json").out)["same_base"] is True
+    assert "cosine" in call("inspect", finished_run, finished_run).out
 
 
 def test_flags_stand_above_the_file(call, flags, settings, tmp_path):
@@ -76,9 +77,8 @@ def test_flags_stand_above_the_file(call, flags, settings, tmp_path):
     given = ["--train.epochs", "2", "--lora.target_modules", "[q_proj, v_proj]", "--data.eval", "null"]
     assert call("train", file, *given, "--train.learning_rate", "2e-3").status == 0
     written = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
-    assert written["train"]["epochs"] == 2 and written["train"]["learning_rate"] == 2e-3
-    assert written["train"]["batch_size"] == 3 and written["lora"]["rank"] == 4
-    assert written["lora"]["target_modules"] == ["q_proj", "v_proj"]
+    assert written["train"].items() >= {"epochs": 2, "learning_rate": 2e-3, "batch_size": 3}.items()
+    assert written["lora"]["rank"] == 4 and written["lora"]["target_modules"] == ["q_proj", "v_proj"]
     assert written["data"]["eval"] is None
 
 
@@ -93,20 +93,16 @@ def test_a_runs_own_settings_train_it_again_and_the_earlier_run_is_kept(call, se
         assert (run / name).read_bytes() == before[name], name
 
 
-def test_a_text_that_looks_like_something_else_stays_a_text(call, flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call("train", *flags("1e5")).status == 0
-    assert (tmp_path / "1e5" / "run.yaml").exists()
-    for text in ("2024", "no", "null"):
-        assert nested({"setting_output": text}) == {"output": text}
-
-
-def test_names_with_brackets_are_printed_as_they_are(call, flags, rows_file, tmp_path):
+def test_odd_names_are_taken_and_printed_as_they_are(call, flags, rows_file, tmp_path, monkeypatch):
     odd = tmp_path / "a[bold]:cat:.jsonl"
     odd.write_bytes(rows_file.read_bytes())
-    ended = call("train", *flags(tmp_path / "[red]run", data=odd))
-    assert ended.status == 0
-    assert f"{odd}: 10 rows" in ended.out and f"adapter: {tmp_path / '[red]run'}" in ended.out
+    monkeypatch.chdir(tmp_path)
+    for output in ("[red]run", "1e5"):
+        ended = call("train", *flags(output, data=odd))
+        assert ended.status == 0 and (tmp_path / output / "run.yaml").exists()
+        assert f"{odd}: 10 rows" in ended.out and f"adapter: {output}" in ended.out
+    for text in ("2024", "no", "null"):
+        assert nested({"setting_output": text}) == {"output": text}
 
 
 def test_help_names_every_setting_with_its_default(call):

@@ -22,33 +22,23 @@ from tests.cli.conftest import changed
 from tests.lora.models import mixture, tiny
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(8, 8)
-        self.up_proj = nn.Linear(8, 20)
-        self.out = nn.Linear(20, 8)
-
-
-class Toy(nn.Module):
-    def __init__(self, layers: int = 12) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(30, 8)
-        self.layers = nn.ModuleList(Block() for _ in range(layers))
-        self.head = nn.Linear(8, 3)
+def toy() -> nn.Module:
+    """Twelve blocks between embeddings and a head."""
+    sizes = {"q_proj": (8, 8), "up_proj": (8, 20), "out": (20, 8)}
+    blocks = [nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(12)]
+    return nn.ModuleDict({"embed": nn.Embedding(30, 8), "layers": nn.ModuleList(blocks), "head": nn.Linear(8, 3)})
 
 
 def save(folder: Path, fill: bool = True, **changes: object) -> nn.Module:
     """An adapter as PEFT writes it, with random factors that grow with the layer."""
     torch.manual_seed(0)
     given = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
-    model = get_peft_model(Toy(), LoraConfig(**given | changes))
+    model = get_peft_model(toy(), LoraConfig(**given | changes))
     if fill:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name or "lora_embedding_" in name:
-                    layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else 0
-                    parameter.normal_(std=0.1 * (1 + layer))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_" in name:
+                layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else 0
+                parameter.data.normal_(std=0.1 * (1 + layer))
     model.save_pretrained(folder)
     return model
 
@@ -120,19 +110,15 @@ def test_patterns_give_modules_their_own_rank_and_alpha(tmp_path: Path) -> None:
     assert mine.norm == pytest.approx(float(module.get_delta_weight("default").detach().norm()), rel=1e-5)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(12, 3, batch_first=True)
-        self.out = nn.Linear(12, 5)
+def attention() -> nn.Module:
+    return nn.ModuleDict({"attn": nn.MultiheadAttention(12, 3, batch_first=True), "out": nn.Linear(12, 5)})
 
 
 def randomize(model: nn.Module) -> None:
     torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "trainable_tokens" in name or "trained_tokens" in name:
-                parameter.normal_(std=0.2)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "trainable_tokens", "trained_tokens")):
+            parameter.data.normal_(std=0.2)
 
 
 def dense(base: nn.Module, folder: Path) -> list[torch.Tensor]:
@@ -199,8 +185,7 @@ def test_one_parameter_has_its_full_name(tmp_path):
 def test_an_attentions_output_projection_counts_as_often_as_peft_adds_it(tmp_path, version):
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["attn", "out"], alpha_pattern={"attn": 5})
     torch.manual_seed(0)
-    base = Attention()
-    model = get_peft_model(Attention(), config)
+    base, model = attention(), get_peft_model(attention(), config)
     randomize(model)
     model.save_pretrained(tmp_path)
     changed(tmp_path / "adapter_config.json", peft_version=version)
@@ -262,12 +247,10 @@ def test_page_is_short_and_json_is_plain(tmp_path: Path) -> None:
     report = inspect_adapter(tmp_path)
     page = text_of(report)
     assert len(page.splitlines()) < 24
-    for word in ("q_proj", "up_proj", "layers.11", "█", "head"):
-        assert word in page
+    assert all(word in page for word in ("q_proj", "up_proj", "layers.11", "█", "head"))
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert values["other_parameters"] == 8 * 3 + 3
+    assert values["other_parameters"] == 8 * 3 + 3 and values["norm"] == pytest.approx(report.norm)
     assert len(values["modules"]) == 24 and len(values["layers"]) == 12
-    assert values["norm"] == pytest.approx(report.norm)
 
 
 def test_untrained_adapter_is_called_so(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import re
 
@@ -39,8 +41,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "16,000" not in page.text and page.marked[1:] == ["the answer<|im_end|>"]
     assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
     # Every drawing has a title, a description and a table behind it.
-    assert len(page.drawings) == page.tags["figure"] >= 8
-    assert all(drawing == {"title": True, "desc": True} for drawing in page.drawings)
+    assert page.drawings == [{"title": True, "desc": True}] * page.tags["figure"] and page.tags["figure"] >= 8
     assert page.tags["caption"] == page.tags["table"] >= page.tags["figure"]
     assert page.tags["main"] == page.tags["h1"] == page.tags["nav"] == page.tags["footer"] == 1
 
@@ -126,9 +127,7 @@ def test_every_value_of_a_summary_may_be_missing_or_of_another_type(tmp_path, pa
     for number, path in enumerate(paths):
         for instead in [None, [], {}, "text", 3, [None], {"x": None}, "gone"][(number + part) % 4 :: 4]:
             told = json.loads(whole)
-            at = told
-            for key in path[:-1]:
-                at = at[key]
+            at = functools.reduce(operator.getitem, path[:-1], told)
             if instead == "gone" and isinstance(at, dict):
                 del at[path[-1]]
             else:
@@ -209,12 +208,10 @@ def test_runs_are_compared_on_one_page(tmp_path):
     text = comparison_page([read_run(folder) for folder in (one, two, old)])
     page = Page(text)
     assert page.faults == []
-    assert "3 runs compared" in page.text and "lora.rank 4 64 4" in page.text
+    for said in ("3 runs compared", "lora.rank 4 64 4", "held-out exact match", "answer 40"):
+        assert said in page.text
     assert "lora.alpha" not in page.text and "output" not in page.text
-    assert "held-out exact match" in page.text and "answer 40" in page.text
-    for kind in ("c1", "c2", "c3"):
-        assert text.count(f'<path class="{kind}"') >= 2
-    assert len(text) < LIMIT
+    assert all(text.count(f'<path class="{kind}"') >= 2 for kind in ("c1", "c2", "c3")) and len(text) < LIMIT
 
 
 def test_the_runs_of_a_folder_each_get_a_page_and_several_get_one_in_common(tmp_path):
