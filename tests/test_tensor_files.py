@@ -54,9 +54,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
-def test_every_tensor_lies_aligned_to_its_type(
-    tmp_path_factory: pytest.TempPathFactory, made: list[tuple[torch.dtype, list[int]]]
-) -> None:
+def test_every_tensor_lies_aligned_to_its_type(tmp_path_factory, made) -> None:
     path = tmp_path_factory.mktemp("any") / "made.safetensors"
     save_tensors(path, {str(n): torch.ones(shape).to(dtype) for n, (dtype, shape) in enumerate(made)}, {})
     for tensor in read_header(path).values():

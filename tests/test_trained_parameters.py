@@ -16,8 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +115,7 @@ def by_deltaw(model: nn.Module, family: str, kind: str) -> tuple[dict[str, Tenso
     return trained_by_deltaw(model, settings_of(family, kind), CausalObjective, rows(), batcher, running)
 
 
-def trained_by_deltaw(
-    model: nn.Module,
-    settings: Settings,
-    objective: Callable[[nn.Module], Any],
-    examples: list[Any],
-    batcher: Any,
-    running: AbstractContextManager[None],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained_by_deltaw(model, settings, objective, examples, batcher, running):
     """The trained parameters by name, as they were drawn and after the steps."""
     targets, whole, bias = settings
     config = LoRAConfig(rank=4, alpha=8, target_modules=targets, train_modules=whole, bias=bias)  # type: ignore[arg-type]
@@ -141,13 +133,7 @@ def trained_by_deltaw(
     return before, {name: parameter.detach() for name, parameter in named.items()}
 
 
-def by_peft(
-    model: nn.Module,
-    settings: Settings,
-    before: dict[str, Tensor],
-    examples: list[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
-) -> dict[str, Tensor]:
+def by_peft(model, settings, before, examples, loss) -> dict[str, Tensor]:
     """The same by PEFT in fp64, each row on its own, from the same factors."""
     targets, whole, bias = settings
     with warnings.catch_warnings():

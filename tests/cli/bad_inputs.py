@@ -287,13 +287,12 @@ def a_key_that_is_misspelt(draw: random.Random, bench: Bench, number: int) -> Ba
     return Bad(["train", bench.settings(**{f"{section}{dot}{slip}": 1})], ["settings.yaml", slip])
 
 
+NAN = float("nan")
 # By the word that the message must have.
 CONFLICTS: dict[str, list[dict[str, object]]] = {
     "data.train": [{"data.train": []}],
     "no-such.jsonl": [{"data.train": ["no-such.jsonl", "nor-this.jsonl"]}],
-    "entry 1": [
-        {"data.train": [entry]} for entry in ({"weight": 2}, *({"from": "x", "weight": w} for w in (-1, float("nan"))))
-    ],
+    "entry 1": [{"data.train": [{"from": "x", "weight": w}]} for w in (-1, NAN)] + [{"data.train": [{"weight": 2}]}],
     "wieght": [{"data.train": [{"from": "x.jsonl", "wieght": 2}]}],
     "promt": [{"data.train": [{"from": "x.jsonl", "columns": {"promt": "a"}}]}],
     "date": [{"data.date": "yesterday"}],

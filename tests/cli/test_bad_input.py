@@ -19,6 +19,7 @@ from tests.byte_models import saved, tiny_llama
 from tests.cli.conftest import assert_refused, changed, tree
 from tests.conftest import write_rows
 
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -74,8 +75,7 @@ def labeled(path, *labels):
 
 
 def test_labels_that_do_not_fit_a_models_head_or_that_training_has_never_seen(refuses, tmp_path):
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    model = BertForSequenceClassification(BertConfig(vocab_size=259, num_labels=3, **shape))
+    model = BertForSequenceClassification(BertConfig(vocab_size=259, num_labels=3, **SHAPE))
     classifier = saved(model, tmp_path / "classifier")
     rows = labeled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
     task = {"model": classifier, "data": rows, "task": "sequence-classification"}
@@ -89,8 +89,7 @@ def test_labels_that_do_not_fit_a_models_head_or_that_training_has_never_seen(re
 
 
 def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path):
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(image_size=16, patch_size=8, **shape)).save_pretrained(tmp_path / "vit")
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **SHAPE)).save_pretrained(tmp_path / "vit")
     preprocessor = {"image_processor_type": "ViTImageProcessor", "do_resize": False}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     for name in ("cat", "dog"):

@@ -221,9 +221,3 @@ def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     assert told["class_counts"] == {"bad": 15, "good": 27, "odd": 2} and told["label_tokens"] is None
     shown = call("data", "show", path, *flags, "--row", 2)
     assert "label 'good'" in shown.out and "film 1" in shown.out
-
-
-def test_help_says_what_the_verbs_do(call):
-    assert "show" in call("data", "--help").out and "check" in call("data", "--help").out
-    assert "--row" in call("data", "show", "--help").out
-    assert call("data", "chek", "d.jsonl").status == 2

@@ -62,8 +62,7 @@ def test_a_reward_model_is_planned_checked_trained_and_evaluated(call, model_fol
     flags = ["--task", "sequence-classification", "--precision", "fp32", "--output", "reward"]
     flags += ["--model", model_folder, "--data.train", "pairs.jsonl", "--data.eval", 3]
     for verb in (["plan", "--methods", "lora"], ["data", "check"], ["train", "--train.max_steps", 2]):
-        ended = call(*verb, *flags)
-        assert ended.status == 0, ended
+        assert call(*verb, *flags).status == 0
     ended = call("eval", "reward", "--base", "--precision", "fp32", "--data", "pairs.jsonl")
     assert ended.status == 0 and "margin" in ended.out and "accuracy" in ended.out, ended
 

@@ -76,9 +76,7 @@ def test_texts_of_adapter_and_base_are_the_models_own(generate: Callable[..., li
     assert {row["finish"] for row in rows} <= {"stop", "length"}
 
 
-def test_what_decodes_is_said_and_both_say_the_same(
-    call: Call, finished_run: Path, request: pytest.FixtureRequest
-) -> None:
+def test_what_decodes_is_said_and_both_say_the_same(call, finished_run, request) -> None:
     command = (*GENERATE, finished_run, *asked(*PROMPTS), "--base", "--stop", "q")
     by_engine = call(*command)
     assert "the decoding engine writes" in by_engine.err
@@ -92,9 +90,7 @@ def test_what_decodes_is_said_and_both_say_the_same(
 
 
 @pytest.mark.parametrize("decoder", ["engine", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_flags_reach_the_sampler(
-    decoder: str, generate: Callable[..., list[dict]], request: pytest.FixtureRequest
-) -> None:
+def test_flags_reach_the_sampler(decoder, generate, request) -> None:
     if decoder == "transformers":
         request.getfixturevalue("transformers_decodes")
 
@@ -155,9 +151,7 @@ def test_prompt_that_leaves_no_room_is_named(call: Call, finished_run: Path) -> 
     assert_refused(call(*GENERATE, finished_run, *asked("x", "y" * 500)), "prompt 2")
 
 
-def test_base_of_a_run_that_trained_the_weights_is_the_base(
-    generate: Callable[..., list[dict]], call: Call, settings: Callable[..., dict], tmp_path: Path
-) -> None:
+def test_base_of_a_run_that_trained_the_weights_is_the_base(generate, call, settings, tmp_path) -> None:
     weights_run = fit(settings(tmp_path / "run", method="last", last={"blocks": 1})).output
     rows = generate("--base", of=weights_run)
     adapted, base = (by_hand(weights_run, PROMPTS, 8, base=base) for base in (False, True))
@@ -189,9 +183,7 @@ def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: P
     assert "b" not in spoken(other)[0][1]
 
 
-def test_evaluation_counts_what_the_engine_writes(
-    call: Call, finished_run: Path, rows_file: Path, request: pytest.FixtureRequest
-) -> None:
+def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
     command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
     by_engine = call(*command, "--answers", 10, "--json")
     assert by_engine.status == 0, by_engine.err
@@ -207,9 +199,7 @@ def test_evaluation_counts_what_the_engine_writes(
     assert list(table(by_engine)) == list(table(by_transformers)) != []
 
 
-def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
-    settings: Callable[..., dict], call: Call, tmp_path: Path
-) -> None:
+def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, call, tmp_path) -> None:
     run = fit(settings(tmp_path / "run", method="prompt", prompt={"length": 3})).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
     asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))

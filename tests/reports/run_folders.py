@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,16 +24,7 @@ PARTS = dict(zip(KINDS, (n * 10**6 for n in (270, 20, 20, 40, 300, 9, 1, 40)), s
 PEAK = sum(PARTS.values())
 
 
-def write_run(
-    folder: Path,
-    *,
-    steps: int = 60,
-    every: int = 20,
-    state: str | None = "finished",
-    settings: Mapping[str, object] | None = None,
-    text: str = "a plain row",
-    seed: int = 0,
-) -> Path:
+def write_run(folder, *, steps=60, every=20, state="finished", settings=None, text="a plain row", seed=0) -> Path:
     """A run's folder; ``state`` None leaves run.json out, as an earlier version did.
 
     Args:

@@ -142,9 +142,7 @@ def test_every_variable_of_deltaw_is_known() -> None:
     assert named == set(VARIABLES)
 
 
-def test_facts_of_this_machine_are_gathered_without_measuring_where_rates_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_facts_of_this_machine_are_gathered_without_measuring_where_rates_are_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "gguf").mkdir(parents=True)
     (tmp_path / "cache" / "gguf" / "model").write_bytes(os.urandom(50_000))
@@ -158,9 +156,7 @@ def test_facts_of_this_machine_are_gathered_without_measuring_where_rates_are_to
     assert {p.name for p in facts.packages} >= {"torch", "transformers"} or not facts.packages
 
 
-def test_rates_are_measured_now_where_none_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
-) -> None:
+def test_rates_are_measured_now_where_none_are_told(tmp_path, monkeypatch, model_folder) -> None:
     monkeypatch.delenv("DELTAW_MEASURED")
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
     facts = gather(str(model_folder))
