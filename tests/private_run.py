@@ -13,10 +13,14 @@ import sys
 import traceback
 from pathlib import Path
 
-import datasets  # noqa: F401 - imported once, before the forks
+import accelerate  # noqa: F401 - these are imported once, before the forks
+import datasets  # noqa: F401
 import pyarrow.parquet  # noqa: F401
-import torch  # noqa: F401
-import transformers  # noqa: F401
+import pydantic  # noqa: F401
+import torch._dynamo
+import torch.distributed.tensor  # noqa: F401
+import transformers.conversion_mapping
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import deltaw.private_names as private_names
 
