@@ -162,16 +162,9 @@ def settings(model_folder: Path, rows_file: Path) -> Settings:
     """Settings of a short run in fp32; arguments override them."""
 
     def make(output: Path, **changes: object) -> dict:
-        plain = {
-            "model": str(model_folder),
-            "data": {"train": str(rows_file), "eval": 2},
-            "lora": {"rank": 4, "alpha": 8},
-            "train": {"learning_rate": 1e-2, "batch_size": 3, "epochs": 1},
-            "precision": "fp32",
-            "device": "cpu",
-            "threads": THREADS,
-            "output": str(output),
-        }
+        plain = {"model": str(model_folder), "data": {"train": str(rows_file), "eval": 2}, "precision": "fp32"}
+        plain |= {"lora": {"rank": 4, "alpha": 8}, "train": {"learning_rate": 1e-2, "batch_size": 3, "epochs": 1}}
+        plain |= {"device": "cpu", "threads": THREADS, "output": str(output)}
         return laid_over(plain, changes)
 
     return make

@@ -13,13 +13,16 @@ import sys
 import traceback
 from pathlib import Path
 
-import datasets  # noqa: F401 - imported once, before the forks
+import accelerate  # noqa: F401 - these are imported once, before the forks
+import datasets  # noqa: F401
 import pyarrow.parquet  # noqa: F401
-import torch  # noqa: F401
-import transformers  # noqa: F401
+import pydantic  # noqa: F401
+import torch._dynamo
+import torch.distributed.tensor  # noqa: F401
+import transformers.conversion_mapping
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import deltaw.private_names as private_names
-from tests.byte_models import saved, tiny_llama
 
 
 def without(names: list[str]) -> None:
@@ -32,23 +35,13 @@ def without(names: list[str]) -> None:
     private_names.look_up = missing
 
 
-def run(folder: Path, output: Path, method: str) -> dict[str, object]:
+def run(settings: dict) -> dict[str, object]:
     """What training, planning and writing come to: numbers and texts, or what is said against them."""
     import deltaw
     from deltaw import cli
     from deltaw.errors import UserError
 
     told: dict[str, object] = {}
-    settings = {
-        "model": str(folder / "model"),
-        "data": {"train": str(folder / "rows.jsonl"), "eval": 2},
-        "method": method,
-        "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 1},
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "output": str(output),
-    }
     for what, call in (
         ("plan", lambda: deltaw.plan(settings).peak_bytes),
         ("loss", lambda: deltaw.fit(settings).as_dict()["train_loss"]),
@@ -60,25 +53,21 @@ def run(folder: Path, output: Path, method: str) -> dict[str, object]:
     if isinstance(told["loss"], float):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            flags = ["--max-new-tokens", "6", "--precision", "fp32", "--json"]
-            cli.main(["generate", str(output), "-p", "paint it red", *flags])
+            flags = ["-p", "paint it red", "--max-new-tokens", "6", "--precision", "fp32", "--json"]
+            cli.main(["generate", settings["output"], *flags])
         told["text"] = json.loads(said.getvalue())["completions"]
     return told
 
 
 def main() -> None:
-    """``python -m tests.private_run FOLDER CASES``: a file of JSON for each case, a method and some names."""
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    saved(tiny_llama(initializer_range=0.3), folder / "model")
-    colors = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
-    rows = "".join(json.dumps({"prompt": f"paint it {c}", "completion": c[0]}) + "\n" for c in colors)
-    (folder / "rows.jsonl").write_text(rows)
-    for number, (method, names) in enumerate(cases):
+    """``python -m tests.private_run FOLDER CASES``: a file of JSON for each case, which is settings and some names."""
+    folder = Path(sys.argv[1])
+    for number, (settings, names) in enumerate(json.loads(sys.argv[2])):
         if not os.fork():
             try:
                 os.environ["DELTAW_CACHE"] = str(folder / f"cache-{number}")  # plans are remembered
                 without(names)
-                answer = run(folder, folder / f"run-{number}", method)
+                answer = run({**settings, "output": str(folder / f"run-{number}")})
             except BaseException:
                 answer = {"fault": traceback.format_exc()}
             (folder / f"{number}.json").write_text(json.dumps(answer))

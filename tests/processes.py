@@ -21,8 +21,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PRELOADED = (
     "deltaw.cli.generate",
@@ -70,9 +72,27 @@ class Process:
         with os.fdopen(self._input, "w") as stdin, contextlib.suppress(BrokenPipeError):
             stdin.write(text)
         self.wait(timeout)
-        for file in (self._output, self._errors):
-            file.seek(0)
-        return self._output.read().decode(), self._errors.read().decode()
+        return self.said()
+
+    def said(self) -> tuple[str, str]:
+        """Output and errors up to now; where the process writes next stays as it is."""
+        output, errors = (os.pread(file.fileno(), 1 << 26, 0).decode() for file in (self._output, self._errors))
+        return output, errors
+
+    def until(self, ready: Callable[[], Any], seconds: float = 120.0) -> Any:
+        """What ``ready`` returns once that is true, for which the process must live."""
+        ends = time.monotonic() + seconds
+        while not (found := ready()):
+            assert self.poll() is None and time.monotonic() < ends, self.said()
+            time.sleep(0.01)
+        return found
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait(60)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

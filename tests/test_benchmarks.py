@@ -40,7 +40,10 @@ def test_the_machine_is_named_with_flags_threads_and_versions(monkeypatch):
     assert "3 threads" in text and f"torch {torch.__version__}" in text and "DELTAW_KERNELS=avx2" in text
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b"])
+PUBLISHED = {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_counted_layers_are_those_of_the_model(name):
     import step_models
     from transformers import AutoModelForCausalLM
@@ -52,8 +55,7 @@ def test_counted_layers_are_those_of_the_model(name):
     assert step_models.linear_shapes(config) == Counter((m.in_features, m.out_features) for m in blocks)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert step_models.parameter_count(config) == weights
-    published = {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}
-    assert sum(p.numel() for p in model.parameters()) == published[name]
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
 def test_random_weights_are_written_once_and_loaded_by_both_sides(tmp_path, monkeypatch):
@@ -77,19 +79,15 @@ def test_random_weights_are_written_once_and_loaded_by_both_sides(tmp_path, monk
 def test_ratios_are_to_peft_at_its_best_round_by_round():
     import step
 
-    found = {
-        "deltaw-auto": [{"tokens_per_second": s, "how": "fp32 (measured)"} for s in (200.0, 300.0, 90.0)],
-        **{
-            name: [{"tokens_per_second": s} for s in each]
-            for name, each in {
-                "peft-fp32": (100.0, 100.0, 30.0),  # the fastest in two of three rounds
-                "peft-bf16": (50.0, 60.0, 90.0),
-                "peft-bf16-checkpointing": (400.0, 400.0, 400.0),  # not what is compared with
-                "floor-bf16": (100.0, 100.0, 100.0),
-                "floor-fp32": (250.0, 400.0, 100.0),
-            }.items()
-        },
+    rates = {
+        "deltaw-auto": (200.0, 300.0, 90.0),
+        "peft-fp32": (100.0, 100.0, 30.0),  # the fastest in two of three rounds
+        "peft-bf16": (50.0, 60.0, 90.0),
+        "peft-bf16-checkpointing": (400.0, 400.0, 400.0),  # not what is compared with
+        "floor-bf16": (100.0, 100.0, 100.0),
+        "floor-fp32": (250.0, 400.0, 100.0),
     }
+    found = {name: [{"tokens_per_second": s, "how": "fp32 (measured)"} for s in rates[name]] for name in rates}
     (line,) = step.summary(found)
     assert "3.00 times PEFT's best (peft-fp32; rounds 2.00 to 3.00)" in line
     assert "80% of torch's best exact product rate (floor-fp32)" in line and "fp32 (measured)" in line
@@ -137,10 +135,8 @@ def test_sides_take_turns(tmp_path, capsys):
 
     script = tmp_path / "side.py"
     script.write_text(SIDE)
-    jobs = {
-        name: {"model": "qwen2.5-0.5b", "threads": 1, "steps": 3 * step_sides.STEPS_OF_A_TURN, "seconds": seconds}
-        for name, seconds in (("deltaw-auto", 1), ("peft-bf16", 4))
-    }
+    job = {"model": "qwen2.5-0.5b", "threads": 1, "steps": 3 * step_sides.STEPS_OF_A_TURN}
+    jobs = {"deltaw-auto": {**job, "seconds": 1}, "peft-bf16": {**job, "seconds": 4}}
     found = step_sides.run_in_turns(jobs, {name: {} for name in jobs}, str(script))
     # The first turn does not count: 512 tokens in 2 and in 3 s.
     assert [turn["tokens_per_second"] for turn in found["deltaw-auto"]] == [512 / 2, 512 / 3]
@@ -169,14 +165,9 @@ def test_rates_of_a_model_weigh_its_layers_by_their_number():
     import products
     from peak import Peak
 
-    result = {
-        "products": [
-            {"kind": "fp32", "shape": [10, 5, 5], "count": 3, "deltaw": 1.0, "torch": 2.0},
-            {"kind": "fp32", "shape": [10, 5, 20], "count": 1, "deltaw": 7.0, "torch": 4.0},
-            {"kind": "int8", "shape": [10, 5, 5], "count": 2, "deltaw": 0.5, "torch": 1.0},
-        ],
-        "notes": [],
-    }
+    rows = [("fp32", [10, 5, 5], 3, 1.0, 2.0), ("fp32", [10, 5, 20], 1, 7.0, 4.0), ("int8", [10, 5, 5], 2, 0.5, 1.0)]
+    keys = ("kind", "shape", "count", "deltaw", "torch")
+    result = {"products": [dict(zip(keys, row, strict=True)) for row in rows], "notes": []}
     assert products.rate(result, "fp32", "deltaw") == (3 * 1000 + 4000) / (3 + 7)
     assert products.rate(result, "fp32", "torch") == 7000 / (6 + 4)
     known = {"fp32": Peak(1400.0, "a loop"), "int8": Peak(0.0, "unknown")}
@@ -223,22 +214,20 @@ def test_sums_hide_behind_the_backward_but_for_one_range():
     assert 4 * 7e9 * tokens / 4e14 == pytest.approx(2 * 2.0 * 7e9 / bandwidth)
 
 
+SFT = ("rows_per_second", "peak_bytes", "held_out_loss")
+
+
 def test_figures_of_a_processor_become_one_table_that_another_run_replaces():
     import figures
 
+    step = {"deltaw-auto": (80.0, 1.5e9), "peft-fp32": (20.0, 3e9), "peft-bf16": (40.0, 2e9)}
+    sft = {"8|deltaw auto": (30.0, 1e9, 0.341), "8|TRL fp32": (3.0, 4e9, 0.342)}
     found = {
         "step": {
             "floor-bf16": [{"tokens_per_second": 90.0}],
-            "deltaw-auto": [{"tokens_per_second": 80.0, "peak_bytes": 1.5e9}],
-            "peft-fp32": [{"tokens_per_second": 20.0, "peak_bytes": 3e9}],
-            "peft-bf16": [{"tokens_per_second": 40.0, "peak_bytes": 2e9}],
+            **{name: [{"tokens_per_second": s, "peak_bytes": peak}] for name, (s, peak) in step.items()},
         },
-        "sft": {
-            "sarcasm": {
-                "8|deltaw auto": [{"rows_per_second": 30.0, "peak_bytes": 1e9, "held_out_loss": 0.341}],
-                "8|TRL fp32": [{"rows_per_second": 3.0, "peak_bytes": 4e9, "held_out_loss": 0.342}],
-            }
-        },
+        "sft": {"sarcasm": {n: [dict(zip(SFT, values, strict=True))] for n, values in sft.items()}},
         "decode": {"16": {"deltaw": [800.0, 900.0], "llama.cpp": [200.0, 300.0]}},
     }
     text = figures.section(found, "2026-11-28")

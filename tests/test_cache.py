@@ -8,7 +8,9 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -87,30 +89,20 @@ def test_rows_are_made_by_all_that_reads_them():
 # Files
 
 
-def test_what_a_file_says_is_remembered_until_it_changes(tmp_path, monkeypatch):
+def test_what_a_file_says_is_remembered_until_it_changes_and_refused_if_it_does_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SETTLED", -1.0)
     file = tmp_path / "file"
     file.write_text("one")
     times = file.stat()
-    asked = []
-
-    def make() -> str:
-        asked.append(1)
-        return file.read_text()
-
-    assert [of_files("kind", [file], make) for _ in range(3)] == ["one"] * 3 and len(asked) == 1
+    make = Mock(side_effect=file.read_text)
+    assert [of_files("kind", [file], make) for _ in range(3)] == ["one"] * 3 and make.call_count == 1
     time.sleep(0.02)
     with file.open("r+") as out:
         out.write("two")  # as long, in the same inode, and at the same time of change
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert of_files("kind", [file], make) == "two"
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("one")
     with pytest.raises(UserError, match="changes while it is read"):
-        of_files("kind", [file], lambda: file.write_text("longer"))
+        of_files("other", [file], lambda: file.write_text("longer"))
 
 
 def test_a_digest_is_that_of_the_whole_file_however_large(tmp_path, monkeypatch):
@@ -175,15 +167,8 @@ def test_what_killed_processes_left_is_removed_unless_one_works_on_it():
 def test_who_comes_second_is_told_and_waits():
     large = Cache("large", 250)
     first, told = large.lock("a"), threading.Event()
-    done: list[str] = []
-
-    def second() -> None:
-        large.lock("a", told.set).release()
-        done.append("second")
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    assert told.wait(20) and not done
-    first.release()
-    thread.join(20)
-    assert done == ["second"]
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(large.lock, "a", told.set)
+        assert told.wait(20) and not second.done()
+        first.release()
+        second.result(20).release()

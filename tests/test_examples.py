@@ -169,9 +169,7 @@ def _reviews(path: Path) -> Path:
         table = csv.writer(file)
         table.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])
         for film in range(6):
-            table.writerow(["plot", f"What happens in film {film}.", f"film {film}", "True"])
-            for review in range(4):
-                words = ("dull", "fine")[review % 2]
-                category = ("rotten", "fresh")[review % 2]
-                table.writerow([category, f"{words} {film}.{review}", f"film {film}", "True"])
+            reviews = [("rotten", f"dull {film}.{n}") if n % 2 else ("fresh", f"fine {film}.{n}") for n in range(4)]
+            for row in (("plot", f"What happens in film {film}."), *reviews):
+                table.writerow([*row, f"film {film}", "True"])
     return path

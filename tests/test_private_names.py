@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,10 +21,11 @@ from deltaw.errors import UserError
 from deltaw.kernels import torch_private
 from deltaw.lora import LoRALinear
 from deltaw.lora.layers import DoRALinear, LoRABiasLinear
+from tests.test_structure import tree_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deltaw"
-GATHERED = ("kernels/torch_private.py", "hub/transformers_private.py")
+GATHERED = {"kernels/torch_private.py", "hub/transformers_private.py"}
 # Python's own, which its documentation describes.
 STANDARD = {"_exit", "_getframe", "_replace", "_fields_"}
 # Functions whose argument may be the name of an attribute.
@@ -41,14 +42,11 @@ def _is_private(name: str) -> bool:
 
 def names_of(file: Path) -> set[str]:
     """The private names that a module gathers: its strings that are one, or a path of names with one."""
-    found: set[str] = set()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            parts = node.value.split(".")
-            if all(part.isidentifier() for part in parts) and any(map(_is_private, parts)):
-                found.add(next(part for part in reversed(parts) if part != "default"))
-    return found - _stored(tree)
+    tree = tree_of(file)
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    paths = [text.split(".") for text in texts if all(part.isidentifier() for part in text.split("."))]
+    private = [parts for parts in paths if any(map(_is_private, parts))]
+    return {next(part for part in reversed(parts) if part != "default") for parts in private} - _stored(tree)
 
 
 def _stored(tree: ast.AST) -> set[str]:
@@ -64,7 +62,7 @@ def _stored(tree: ast.AST) -> set[str]:
     return found
 
 
-NAMES = {name: file for file in GATHERED for name in sorted(names_of(PACKAGE / file))}
+NAMES = {name: file for file in sorted(GATHERED) for name in sorted(names_of(PACKAGE / file))}
 
 
 def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -77,9 +75,8 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
             waiting += ast.iter_child_nodes(node)
 
 
-def foreign_names(files: dict[str, str]) -> list[str]:
+def foreign_names(trees: dict[str, ast.Module]) -> list[str]:
     """Private names of other libraries in sources by their paths, each with its place."""
-    trees = {path: ast.parse(text) for path, text in files.items()}
     stored = {path: _stored(tree) for path, tree in trees.items()}
     own = set().union(*stored.values())
     found = []
@@ -92,9 +89,8 @@ def foreign_names(files: dict[str, str]) -> list[str]:
 
         for node in _runtime_nodes(tree):
             names: list[object] = []
-            of_self = False
+            of_self = getattr(getattr(node, "value", None), "id", "") == "self"
             if isinstance(node, ast.Attribute):
-                of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
                 names = [node.attr]
             elif isinstance(node, ast.Import):
                 names = [part for alias in node.names for part in alias.name.split(".")]
@@ -109,8 +105,8 @@ def foreign_names(files: dict[str, str]) -> list[str]:
 
 
 def test_private_names_of_other_libraries_stand_in_their_modules_alone() -> None:
-    files = {str(f.relative_to(PACKAGE)): f.read_text(encoding="utf-8") for f in PACKAGE.rglob("*.py")}
-    found = foreign_names({path: text for path, text in files.items() if path not in GATHERED})
+    trees = {str(f.relative_to(PACKAGE)): tree_of(f) for f in PACKAGE.rglob("*.py")}
+    found = foreign_names({path: trees[path] for path in trees.keys() - GATHERED})
     assert not found, "gather them in " + " or ".join(GATHERED) + ":\n" + "\n".join(found)
 
 
@@ -130,61 +126,66 @@ class Own(Module):
         vars(other)["_buffers"]
         torch._C._len_torch_dispatch_stack()
 """
-    lines = {found.partition(" line ")[2] for found in foreign_names({"a.py": text})}
+    lines = {found.partition(" line ")[2] for found in foreign_names({"a.py": ast.parse(text)})}
     expected = {"2: _dynamo", "3: _ConvNd", "10: _modules", "11: _parameters", "12: _theirs", "13: _buffers"}
     assert lines == expected | {"14: _C", "14: _len_torch_dispatch_stack"}
 
 
-def _told(folder: Path, cases: list[tuple[str, list[str]]]) -> list[dict]:
-    """What a training, a plan and a text come to by a method without some names, case by case."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    command = [sys.executable, "-m", "tests.private_run", str(folder), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
-    assert done.returncode == 0, done.stderr
-    told = [json.loads((folder / f"{number}.json").read_text()) for number in range(len(cases))]
-    for (_, names), answer in zip(cases, told, strict=True):
-        assert "fault" not in answer, f"without {names}:\n{answer['fault']}"
-    return told
+@pytest.fixture
+def told(tmp_path: Path, settings: Callable[..., dict]) -> Callable[..., list[dict]]:
+    """What a training, a plan and a text come to by a method without some names, list by list."""
+
+    def run(lists: list[list[str]], method: str = "lora") -> list[dict]:
+        made = settings(tmp_path, method=method, train={"max_steps": 1, "batch_size": 4})
+        command = [sys.executable, "-m", "tests.private_run", str(tmp_path), json.dumps([(made, n) for n in lists])]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        assert done.returncode == 0, done.stderr
+        answers = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(len(lists))]
+        faults = {" ".join(names): a["fault"] for names, a in zip(lists, answers, strict=True) if "fault" in a}
+        assert not faults, "\n".join(f"without {names}:\n{fault}" for names, fault in faults.items())
+        return answers
+
+    return run
 
 
-def _check(names: list[str], answer: dict, expected: dict) -> None:
+def _check(lists: list[list[str]], expected: dict, answers: list[dict]) -> None:
     """The same losses and texts, in more time; or a refusal that says what is missing."""
-    if not set(names).isdisjoint(TABLES):
-        assert "an adapter needs the tables of nn.Module, which torch" in answer["loss"]
-        return
-    assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-5), names
-    assert answer["text"] == expected["text"], names
-    if not set(names).isdisjoint(PLANS):
-        assert f"has no {names[0]}, which dry runs need" in answer["plan"]
-    else:  # plain blocks keep more than fused ones
-        assert answer["plan"] >= expected["plan"], names
+    for names, answer in zip(lists, answers, strict=True):
+        if not set(names).isdisjoint(TABLES):
+            assert "an adapter needs the tables of nn.Module, which torch" in answer["loss"]
+            continue
+        assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-5), names
+        assert answer["text"] == expected["text"], names
+        if not set(names).isdisjoint(PLANS):
+            assert f"has no {names[0]}, which dry runs need" in answer["plan"]
+        else:  # plain blocks keep more than fused ones
+            assert answer["plan"] >= expected["plan"], names
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="deltaw is imported anew in forked processes")
 
 
 @needs_fork
-def test_it_trains_plans_and_writes_without_any_of_them(tmp_path: Path) -> None:
+def test_it_trains_plans_and_writes_without_any_of_them(told) -> None:
     others = [n for n in NAMES if n not in (*PLANS, *TABLES, *ATTENTION) and "_hooks" not in n]
-    cases = [("lora", []), ("lora", others), ("lora", [*PLANS, *HOOKS, *ATTENTION]), ("lora", list(TABLES))]
-    expected, *told = _told(tmp_path, cases)
-    for (_, names), answer in zip(cases[1:], told, strict=True):
-        _check(names, answer, expected)
+    lists = [others, [*PLANS, *HOOKS, *ATTENTION], [*TABLES]]
+    expected, *answers = told([[], *lists])
+    _check(lists, expected, answers)
 
 
 @needs_fork
 @pytest.mark.slow
-def test_it_trains_plans_and_writes_without_each_of_them(tmp_path: Path) -> None:
-    names = list(NAMES)
-    expected, *told = _told(tmp_path, [("lora", []), *(("lora", [name]) for name in names)])
-    for name, answer in zip(names, told, strict=True):
-        _check([name], answer, expected)
+def test_it_trains_plans_and_writes_without_each_of_them(told) -> None:
+    lists = [[name] for name in NAMES]
+    expected, *answers = told([[], *lists])
+    _check(lists, expected, answers)
 
 
 @needs_fork
 @pytest.mark.slow
-def test_a_method_that_replaces_no_module_needs_no_tables(tmp_path: Path) -> None:
-    whole, without = _told(tmp_path, [("bias", []), ("bias", list(TABLES))])
+def test_a_method_that_replaces_no_module_needs_no_tables(told) -> None:
+    whole, without = told([[], [*TABLES]], "bias")
     assert without["text"] == whole["text"]
     assert without["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
@@ -255,8 +256,8 @@ def test_a_modules_own_parts_are_found_by_public_names_too(monkeypatch: pytest.M
         for table in ("own_parameters", "own_buffers", "own_modules"):
             theirs, found = getattr(torch_private, table)(one), getattr(other, table)(one)
             assert found.keys() == theirs.keys() and all(found[name] is theirs[name] for name in found)
-    for refused in ("adopt", "with_tensors", "share_parameters"):
-        given = (nn.Linear, module[0]) if refused == "adopt" else (module[0], {})
+    copies = {"with_tensors": (module[0], {}), "share_parameters": (module[0], {})}
+    for refused, given in {"adopt": (nn.Linear, module[0]), **copies}.items():
         with pytest.raises(UserError, match=r"needs the tables of nn\.Module"):
             getattr(other, refused)(*given)
 
@@ -273,10 +274,7 @@ def test_hooks_are_seen_and_taken_away_by_number(monkeypatch: pytest.MonkeyPatch
     other = _without(monkeypatch, "_backward_hooks")
     module = nn.Linear(2, 2)
     assert not torch_private.are_hooked([vars(module)]) and other.are_hooked([vars(module)])
-    handles = [
-        module.register_forward_pre_hook(lambda *_: None),
-        module.register_forward_hook(lambda *_: None, always_call=True),
-    ]
+    handles = [module.register_forward_pre_hook(print), module.register_forward_hook(print, always_call=True)]
     assert torch_private.are_hooked([vars(module)])
     torch_private.remove_forward_hooks(module, [handle.id for handle in handles])
     assert not torch_private.are_hooked([vars(module)])

@@ -85,19 +85,10 @@ def test_broken_wraps_are_found_and_nothing_else() -> None:
     page = "# Page\nText.\n\n- an entry\n- another,\n  continued\n\n| a |\n| b |\n\n    code\n    code\n\nwrapped\ntext"
     assert broken_paragraphs(page) == [6, 15]
     assert broken_paragraphs("```bash\ndeltaw train\ndeltaw eval\n```\nText.\n") == []
-    source = [
-        '"""One line.',
-        "",
-        "A line that ends here though",
-        "the next words would have fit.",
-        "",
-        "Words that fill a line up to the column where it is usual to begin another one, as",
-        "in this case, are left as they are.",
-        '"""',
-        "# A comment that was wrapped",
-        "# too early by a rename.",
-        "",
-        "# A comment with two sentences.",
-        "# Each of them has a line.",
-    ]
-    assert early_ends("\n".join(source)) == [3, 9]
+    source = (
+        '"""One line.\n\nA line that ends here though\nthe next words would have fit.\n\n'
+        "Words that fill a line up to the column where it is usual to begin another one, as\n"
+        'in this case, are left as they are.\n"""\n# A comment that was wrapped\n# too early by a rename.\n\n'
+        "# A comment with two sentences.\n# Each of them has a line."
+    )
+    assert early_ends(source) == [3, 9]

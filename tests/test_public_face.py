@@ -17,10 +17,15 @@ def test_every_public_name_is_there():
         deltaw.no_such_name  # noqa: B018
 
 
-def test_the_layers_are_imported_alone_and_no_module_hides_a_public_name():
+def test_tasks_and_layers_are_imported_alone_and_no_module_hides_a_public_name():
     above = {"transformers", "datasets", "pydantic", "rich", "click"}
     script = (
-        "import importlib, pkgutil, sys, types, deltaw, deltaw.lora\n"
+        "import importlib, importlib.util, pkgutil, sys, types\n"
+        "sys.modules['deltaw'] = importlib.util.module_from_spec(importlib.util.find_spec('deltaw'))\n"
+        "import deltaw.tasks\n"  # without the names of the package itself
+        "print(*({'torch', 'pydantic'} & set(sys.modules)), end='')\n"
+        "del sys.modules['deltaw']\n"
+        "import deltaw, deltaw.lora\n"
         f"print(*({above} & set(sys.modules)), end='')\n"
         "for found in pkgutil.iter_modules(deltaw.lora.__path__, 'deltaw.lora.'):\n"
         "    importlib.import_module(found.name)\n"

@@ -31,6 +31,7 @@ def _use_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
 
 
+@pytest.mark.slow  # the objective's own tests compare the two on tiny models
 def test_sharing_beginnings_changes_neither_loss_nor_gradients() -> None:
     smollm = load(MODEL, precision="fp32", threads=1, say=lambda line: None)
     model = smollm.model
@@ -57,8 +58,8 @@ def test_sharing_beginnings_changes_neither_loss_nor_gradients() -> None:
 
 def test_a_short_training_brings_the_loss_down_and_keeps_the_base(tmp_path: Path) -> None:
     settings = {
-        "data": {"train": DATA, "rows": 24, "eval": 4},
-        "train": {"learning_rate": 1e-3, "max_steps": 5, "batch_size": 4, "drift": False, "samples": 0},
+        "data": {"train": DATA, "rows": 16, "eval": 2},
+        "train": {"learning_rate": 1e-3, "max_steps": 4, "batch_size": 4, "drift": False, "samples": 0},
     }
     result = fit({"model": MODEL, "output": str(tmp_path / "run"), **settings})
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -59,24 +59,13 @@ def test_settings_that_a_run_writes_down_fit(validator, finished_run: Path) -> N
 
 LEAST = {"model": "m", "data": {"train": "d"}}
 COLUMNS = {"from": "b.jsonl", "weight": 2, "columns": {"prompt": "q"}}
+CLASSES = {"train": "d", "classes": [0, 1], "eval": None, "columns": {"prompt": "question"}}
+PEFTS = {"r": 8, "lora_alpha": 16, "init_lora_weights": True, "modules_to_save": ["lm_head"]}
+RATE = {"learning_rate": 1e-4, "betas": [0.9, 0.99], "checkpointing": 4}
 TAKEN = {
-    "data": [
-        "rows.jsonl",
-        ["a.jsonl", COLUMNS],
-        {"train": ["a.jsonl", {"from": "b.jsonl", "form": "text"}]},
-        {"train": "d", "classes": [0, 1], "eval": None, "columns": {"prompt": "question"}},
-    ],
-    "lora": [
-        None,
-        {"r": 8, "lora_alpha": 16, "init_lora_weights": True, "modules_to_save": ["lm_head"]},
-        {"layers": 3},
-        {"layers": "16-", "train_modules": "lm_head", "rank": None},
-    ],
-    "train": [
-        None,
-        {"learning_rate": 1e-4, "betas": [0.9, 0.99], "checkpointing": 4},
-        {"checkpointing": True, "max_grad_norm": None},
-    ],
+    "data": ["rows.jsonl", ["a.jsonl", COLUMNS], {"train": ["a.jsonl", {"from": "b.jsonl", "form": "text"}]}, CLASSES],
+    "lora": [None, PEFTS, {"layers": 3}, {"layers": "16-", "train_modules": "lm_head", "rank": None}],
+    "train": [None, RATE, {"checkpointing": True, "max_grad_norm": None}],
     "memory": ["2GB"],
     "threads": [2],
     "random": [{"weights": 1000}],
@@ -90,10 +79,7 @@ REFUSED = {
     "modl": ["m"],
     "data": [{"trian": "d"}, {}, [], *({"train": [s]} for s in SOURCES), *({"train": "d", **of} for of in OF_ROWS)],
     "lora": [{"rnk": 4}, {"rank": 0}, {"rank": 2.5}, {"alpha": 0}, {"dropout": 1}, {"init": "pisa"}, {"layers": -1}, 4],
-    "train": [
-        *({"learning_rate": rate} for rate in ("fast", 0)),
-        *({"betas": [0.9]}, {"epochs": 0}, {"schedule": "cosin"}, {"seed": -1}),
-    ],
+    "train": [{"learning_rate": 0}, {"betas": [0.9]}, {"epochs": "few"}, {"schedule": "cosin"}, {"seed": -1}],
     "method": ["qlora"],
     "task": ["summarizing"],
     "precision": ["fp8"],

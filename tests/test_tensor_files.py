@@ -6,6 +6,7 @@ import io
 import os
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -53,9 +54,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
-def test_every_tensor_lies_aligned_to_its_type(
-    tmp_path_factory: pytest.TempPathFactory, made: list[tuple[torch.dtype, list[int]]]
-) -> None:
+def test_every_tensor_lies_aligned_to_its_type(tmp_path_factory, made) -> None:
     path = tmp_path_factory.mktemp("any") / "made.safetensors"
     save_tensors(path, {str(n): torch.ones(shape).to(dtype) for n, (dtype, shape) in enumerate(made)}, {})
     for tensor in read_header(path).values():
@@ -74,20 +73,13 @@ def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
 def test_writing_needs_no_second_copy() -> None:
     """The whole would be 64 MB; NumPy's and Python's buffers are traced, and torch makes none of them."""
 
-    class Counting(io.RawIOBase):
-        written = 0
-
-        def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-            self.written += len(data)
-            return len(data)
-
     tensors = {str(n): torch.ones(1 << 20) for n in range(16)}
-    file = Counting()
-    tracemalloc.start()
-    write_tensors(file, tensors, {})
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert file.written > 64 << 20 and peak < 1 << 20
+    with open(os.devnull, "wb") as file:
+        tracemalloc.start()
+        write_tensors(file, tensors, {})
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_what_was_announced_must_be_written() -> None:
@@ -98,24 +90,21 @@ def test_what_was_announced_must_be_written() -> None:
         TensorWriter(io.BytesIO(), entries[::-1], {})
 
 
-@pytest.mark.parametrize("size", [0, 5, 40, -1])
-def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, size: int) -> None:
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "made.safetensors"
     save_tensors(path, TENSORS, {})
-    os.truncate(path, path.stat().st_size + size if size < 0 else size)
-    with pytest.raises(UserError, match="damaged"):
-        read_header(path)
-    with pytest.raises(ValueError):
-        TensorFile(path)
+    for size in (path.stat().st_size - 1, 40, 5, 0):
+        os.truncate(path, size)
+        with pytest.raises(UserError, match="damaged"):
+            read_header(path)
+        with pytest.raises(ValueError):
+            TensorFile(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "made.safetensors"
     save_tensors(path, {"old": torch.ones(2)}, {})
-
-    def full(self: TensorWriter, rows: torch.Tensor) -> None:
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(TensorWriter, "write", full)
     with pytest.raises(OSError, match="No space"):
         save_tensors(path, TENSORS, {})

@@ -12,13 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = {
-    "src": ROOT / "src" / "deltaw",
-    "docs": ROOT / "docs",
-    "examples": ROOT / "examples",
-    "benchmarks": ROOT / "benchmarks",
-    "README": ROOT / "README.md",
-}
+PLACES = ("src/deltaw", "docs", "examples", "benchmarks", "README.md")
 KINDS = {".py", ".cpp", ".h", ".md", ".yaml", ".txt"}
 DATA = {"general_prompts.py"}  # questions for a model, not prose about the project
 
@@ -64,16 +58,13 @@ PATTERNS = {re.compile(p.replace(" ", r"[\s#/*]+"), re.IGNORECASE): term for p, 
 
 def replaced_words(text: str) -> list[tuple[int, str, str]]:
     """Line number, the phrase found and the term that replaces it; phrases may run over a line's end."""
-    found = []
-    for pattern, term in PATTERNS.items():
-        for match in pattern.finditer(text):
-            found.append((text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), term))
-    return sorted(found)
+    matches = ((match, term) for pattern, term in PATTERNS.items() for match in pattern.finditer(text))
+    return sorted((text.count("\n", 0, m.start()) + 1, " ".join(m[0].split()), term) for m, term in matches)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_replaced_words_do_not_come_back(place: str) -> None:
-    path = PLACES[place]
+    path = ROOT / place
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in files if file.suffix in KINDS and file.name not in DATA]
     assert files
@@ -87,8 +78,5 @@ def test_replaced_words_do_not_come_back(place: str) -> None:
 
 def test_a_replaced_phrase_is_found_in_any_case_and_across_lines() -> None:
     text = "# Tensors without\n# values are made.\nA Twin of it; the masterstroke of a twinset mends nothing."
-    assert [(line, phrase) for line, phrase, _ in replaced_words(text)] == [
-        (1, "without # values"),
-        (3, "Twin"),
-        (3, "mends"),
-    ]
+    found = [(line, phrase) for line, phrase, _ in replaced_words(text)]
+    assert found == [(1, "without # values"), (3, "Twin"), (3, "mends")]

@@ -25,6 +25,11 @@ class Heard:
         self.told.append("end")
 
 
+@working("adding")
+def add(a: int, b: int) -> int:
+    return a + b
+
+
 def test_a_listener_hears_begin_progress_and_end_also_of_work_that_fails() -> None:
     heard = Heard()
     with listening(heard), pytest.raises(KeyError), working("reading", 4) as advance:
@@ -33,47 +38,24 @@ def test_a_listener_hears_begin_progress_and_end_also_of_work_that_fails() -> No
     assert heard.told == [("reading", 4), 2, "end"]
 
 
-def test_without_a_listener_nothing_happens() -> None:
+def test_without_a_listener_and_in_another_thread_nothing_is_told() -> None:
     with working("reading") as advance:
         advance(1)
     heard = Heard()
-    with listening(heard), listening(None), working("reading"):
-        pass
-    assert heard.told == []
-
-
-def test_a_listener_stays_up_to_the_end_of_the_block() -> None:
-    first, later = Heard(), Heard()
-    with listening(first):
-        listen(later)
-        with working("a"):
-            pass
-    with working("b"):
-        pass
-    assert first.told == [] and later.told == [("a", None), "end"]
-
-
-def test_another_thread_tells_nobody() -> None:
-    heard = Heard()
-
-    def work() -> None:
-        with working("elsewhere"):
-            pass
-
     with listening(heard):
-        thread = threading.Thread(target=work)
+        with listening(None):
+            add(1, 2)
+        thread = threading.Thread(target=add, args=(1, 2))
         thread.start()
         thread.join()
     assert heard.told == []
 
 
-def test_it_decorates_a_function() -> None:
-    heard = Heard()
-
-    @working("adding")
-    def add(a: int, b: int) -> int:
-        return a + b
-
-    with listening(heard):
+def test_a_listener_stays_up_to_the_end_of_the_block_and_hears_decorated_functions() -> None:
+    first, later = Heard(), Heard()
+    with listening(first):
+        listen(later)
         assert add(1, 2) == add(2, 1) == 3
-    assert heard.told == [("adding", None), "end"] * 2
+    with working("b"):
+        pass
+    assert first.told == [] and later.told == [("adding", None), "end"] * 2

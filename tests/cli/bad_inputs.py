@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,13 +43,9 @@ class Bench:
 
     def settings(self, **instead: object) -> Path:
         """A settings file of a short run, with other values for some dotted keys."""
-        values: dict = {
-            "model": str(self.model),
-            "data": {"train": str(self.rows), "eval": 2},
-            "train": {"batch_size": 5, "drift": False},
-            "precision": "fp32",
-            "threads": 1,
-        }
+        data = {"train": str(self.rows), "eval": 2}
+        values: dict = {"model": str(self.model), "data": data, "train": {"batch_size": 5, "drift": False}}
+        values |= {"precision": "fp32", "threads": 1}
         for key, value in instead.items():
             at = values
             *sections, leaf = key.split(".")
@@ -111,28 +108,26 @@ def lines(rows: Sequence[object]) -> list[bytes]:
 def _bad_line(draw: random.Random, good: bytes) -> bytes:
     """A line that is no row: not JSON, not UTF-8, not an object, or with a value that is no text."""
     at = draw.randrange(1, len(good))
-    key = draw.choice(["prompt", "completion"])
-    other = {"prompt": "completion", "completion": "prompt"}[key]
-    value = draw.choice(
-        [b"NaN", b"-Infinity", b"1e999", b"7" * 5000, b"true", b"[]", b"{}", b"[[1]]", b"0.5", b'"\\ud800"']
-    )
+    key, other = draw.sample([b"prompt", b"completion"], 2)
+    values = [b"NaN", b"-Infinity", b"1e999", b"7" * 5000, b"true", b"[]", b"{}", b"[[1]]", b"0.5", b'"\\ud800"']
+    depth = draw.choice([3, 200_000])
+    byte = bytes([draw.choice([0x80, 0xC0, 0xFF, 0xE9])])
     return draw.choice(
         [
-            good[:at],
-            good[:at] + b"\x00" + good[at:],
-            good[:at] + bytes([draw.choice([0x80, 0xC0, 0xFF, 0xE9])]) + good[at:],
-            good + b"}",
-            b"[" * draw.choice([3, 200_000]),
-            b'{"a":' * draw.choice([3, 200_000]),
-            json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode(),
-            b'{"%s": %s, "%s": "x"}' % (key.encode(), value, other.encode()),
-            b'{"%s": "x"}' % key.encode(),
-            b'{"%s": null, "%s": "x"}' % (key.encode(), other.encode()),
-            b"prompt: red",
-            b"{'prompt': 'a', 'completion': 'b'}",
+            *(good[:at], good[:at] + b"\x00" + good[at:], good[:at] + byte + good[at:], good + b"}"),
+            *(b"[" * depth, b'{"a":' * depth, json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode()),
+            *(b'{"%s": %s, "%s": "x"}' % (key, draw.choice(values), other), b'{"%s": "x"}' % key),
+            *(b'{"%s": null, "%s": "x"}' % (key, other), b"prompt: red", b"{'prompt': 'a', 'completion': 'b'}"),
             b'{"prompt": "a", "completion": "b",}',
         ]
     )
+
+
+def _trained(bench: Bench, name: str, content: bytes, *words: str | tuple[str, ...], **instead: object) -> Bad:
+    """Training on a file of this name and content."""
+    file = bench.folder / name
+    file.write_bytes(content)
+    return Bad(bench.trains_on(file, **instead), words or [name])
 
 
 @family(70)
@@ -140,128 +135,92 @@ def a_line_that_is_no_row(draw: random.Random, bench: Bench, number: int) -> Bad
     rows = lines(ROWS * draw.randint(1, 3))
     at = draw.randrange(len(rows))
     rows[at] = _bad_line(draw, rows[at])
-    file = bench.folder / "rows.jsonl"
-    file.write_bytes(b"\n".join(rows) + draw.choice([b"", b"\n"]))
-    return Bad(bench.trains_on(file), ["rows.jsonl", (f"line {at + 1}", f"row {at + 1}")])
+    content = b"\n".join(rows) + draw.choice([b"", b"\n"])
+    return _trained(bench, "rows.jsonl", content, "rows.jsonl", (f"line {at + 1}", f"row {at + 1}"))
 
 
 @family(12)
 def a_json_file_that_is_no_list_of_rows(draw: random.Random, bench: Bench, number: int) -> Bad:
     good = json.dumps(ROWS).encode()
-    content = draw.choice(
-        [
-            *(good[: draw.randrange(1, len(good))], json.dumps({"data": ROWS}).encode()),
-            *(json.dumps(ROWS)[:-1].encode() + b', "text"]', b"[" * 200_000, b"\n".join(lines(ROWS)), b"5"),
-            *(b'"' + b"x" * 10, good.decode().encode("utf-16"), b"null"),
-        ]
-    )
-    file = bench.folder / "rows.json"
-    file.write_bytes(content)
-    return Bad(bench.trains_on(file), ["rows.json"])
+    others = [good[: draw.randrange(1, len(good))], json.dumps({"data": ROWS}).encode(), good[:-1] + b', "text"]']
+    others += [b"[" * 200_000, b"\n".join(lines(ROWS)), b"5", b'"xxxxx', good.decode().encode("utf-16"), b"null"]
+    return _trained(bench, "rows.json", draw.choice(others))
 
 
 @family(14)
 def a_table_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
     rows = [f'"paint, it {n}",{n}' for n in range(5)]
     at = draw.randrange(5)
-    header = "prompt,completion"
-    kind = draw.randrange(6)
+    slips = [rows[at] + more for more in (",more", ",", ",a,b")]
+    kind = draw.randrange(4)
     if kind == 0:
-        rows[at] += draw.choice([",more", ",", ",a,b"])
-    elif kind == 1:
-        rows[at] = "one cell"
-    elif kind == 2:
-        rows[at] = f'"paint, it {at},{at}'
-    elif kind == 3:
-        header = draw.choice(["prompt,prompt", "a,b", "question,answer", ","])
-    elif kind == 4:
-        rows[at] = f'"paint" it,{at}'
-    text = "\n".join([header, *rows])
-    content = text.encode("utf-16") if kind == 5 else text.encode()
-    file = bench.folder / draw.choice(["rows.csv", "rows.csv.gz"])
-    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
-    return Bad(bench.trains_on(file), [file.name])
+        rows[at] = draw.choice([*slips, "one cell", f'"paint, it {at},{at}', f'"paint" it,{at}'])
+    header = draw.choice(["prompt,prompt", "a,b", "question,answer", ","]) if kind == 1 else "prompt,completion"
+    content = "\n".join([header, *rows]).encode("utf-16" if kind == 2 else "utf-8")
+    packed = gzip.compress(content)
+    if kind == 3:
+        return _trained(bench, "rows.csv.gz", packed[: draw.randrange(1, len(packed) - 1)])
+    return _trained(bench, *draw.choice([("rows.csv", content), ("rows.csv.gz", packed)]))
 
 
 @family(16)
 def a_file_of_columns_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
-    file = bench.folder / draw.choice(["rows.parquet", "rows.arrow"])
-    columns: dict[str, list] = {"prompt": [row["prompt"] for row in ROWS], "completion": ["a", "b", "c"]}
+    prompts = [row["prompt"] for row in ROWS]
+    odd = draw.choice([[1, 2, 3], [0.5, float("nan"), 1], [[1], [], [2]], [None] * 3])
+    none = pyarrow.array([], "string")
     kind = draw.randrange(5)
-    if kind == 1:
-        columns["completion"] = draw.choice([[1, 2, 3], [0.5, float("nan"), 1], [[1], [], [2]], [None] * 3])
-    elif kind == 2:
-        columns = {"left": [1, 2], "right": [3, 4]}
-    elif kind == 3:
-        columns = {"prompt": pyarrow.array([], "string"), "completion": pyarrow.array([], "string")}  # type: ignore[dict-item]
-    table = pyarrow.table(columns)
-    if file.suffix == ".parquet":
-        pyarrow.parquet.write_table(table, file)
+    columns: list[dict] = [
+        {"prompt": prompts, "completion": odd},
+        {"left": [1, 2]},
+        {"prompt": none, "completion": none},
+    ]
+    table = pyarrow.table({"prompt": prompts, "completion": ["a", "b", "c"]} if kind > 2 else columns[kind])
+    name, sink = draw.choice(["rows.parquet", "rows.arrow"]), pyarrow.BufferOutputStream()
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(table, sink)
     else:
-        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        with pyarrow.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-    if kind == 0:
-        whole = file.read_bytes()
-        file.write_bytes(whole[: draw.randrange(1, len(whole) - 8)])
-    elif kind == 4:
-        file.write_bytes(draw.randbytes(draw.randint(1, 3000)))
-    return Bad(bench.trains_on(file), [file.name])
+    whole = sink.getvalue().to_pybytes()
+    others = {3: whole[: draw.randrange(1, len(whole) - 8)], 4: draw.randbytes(draw.randint(1, 3000))}
+    return _trained(bench, name, others.get(kind, whole))
 
 
 @family(16)
 def a_compressed_file_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
     pack, ending = draw.choice([(gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz")])
-    whole = pack(b"\n".join(lines(ROWS * 50)))
-    kind = draw.randrange(4)
-    if kind == 0:
-        content = whole[: draw.randrange(1, len(whole) - 1)]
-    elif kind == 1:
-        content = b"\n".join(lines(ROWS))
-    elif kind == 2:
-        content = draw.randbytes(200)
-    else:
-        content = pack(b"\n".join(lines(ROWS)) + b"\n{")
-    file = bench.folder / f"rows.jsonl.{ending}"
-    file.write_bytes(content)
-    return Bad(bench.trains_on(file), [file.name])
+    whole, plain = pack(b"\n".join(lines(ROWS * 50))), b"\n".join(lines(ROWS))
+    cut = whole[: draw.randrange(1, len(whole) - 1)]
+    return _trained(bench, f"rows.jsonl.{ending}", draw.choice([cut, plain, draw.randbytes(200), pack(plain + b"\n{")]))
 
 
-@family(12)
+EMPTY: list[tuple[str, bytes]] = [
+    *(("rows.jsonl", b""), ("rows.jsonl", b"\n \n\t\n"), ("rows.json", b"[]"), ("rows.json", b"  "), ("rows.csv", b"")),
+    *(("rows.csv", b"prompt,completion\n"), ("rows.jsonl.gz", gzip.compress(b"")), ("rows.jsonl.gz", b"")),
+    *(("rows.parquet", b""), ("rows.tsv.xz", lzma.compress(b"prompt\tcompletion\n\n")), ("rows.txt", b"a text")),
+    ("rows", b'{"text": "a"}'),
+]
+
+
+@family(len(EMPTY))
 def a_file_without_rows(draw: random.Random, bench: Bench, number: int) -> Bad:
-    name, content = draw.choice(
-        [
-            *(("rows.jsonl", b""), ("rows.jsonl", b"\n \n\t\n"), ("rows.json", b"[]"), ("rows.json", b"  ")),
-            *(("rows.csv", b""), ("rows.csv", b"prompt,completion\n"), ("rows.jsonl.gz", gzip.compress(b""))),
-            *(("rows.jsonl.gz", b""), ("rows.parquet", b"")),
-            *(("rows.tsv.xz", lzma.compress(b"prompt\tcompletion\n\n")), ("rows.txt", b"a text")),
-            ("rows", b'{"text": "a"}'),
-        ]
-    )
-    file = bench.folder / name
-    file.write_bytes(content)
-    return Bad(bench.trains_on(file), [name])
+    return _trained(bench, *EMPTY[number])
 
 
-def _bad_turn(draw: random.Random) -> object:
-    return draw.choice(
-        [
-            *({"role": "oracle", "content": "x"}, {"role": "user"}, {"content": "x"}),
-            *({"role": "user", "content": 5}, {"role": "assistant", "content": [["x"]]}),
-            *({"role": None, "content": "x"}, {"role": ["user"], "content": "x"}),
-            *({"role": "user", "content": {"a": 1}}, {"role": "assistant", "content": float("nan")}, "hello"),
-            *(5, None, []),
-        ]
-    )
+TURNS = [
+    *({"role": "oracle", "content": "x"}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": 5}),
+    *({"role": "assistant", "content": [["x"]]}, {"role": None, "content": "x"}, {"role": ["user"], "content": "x"}),
+    *({"role": "user", "content": {"a": 1}}, {"role": "assistant", "content": float("nan")}, "hello", 5, None, []),
+]
 
 
 @family(20)
 def a_conversation_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
     sound = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    at = draw.randrange(3)
+    at, kind = draw.randrange(3), draw.randrange(4)
     rows: list[dict] = [{"messages": list(sound)} for _ in range(3)]
-    kind = draw.randrange(4)
     if kind == 0:
-        rows[at]["messages"][draw.randrange(2)] = _bad_turn(draw)
+        rows[at]["messages"][draw.randrange(2)] = draw.choice(TURNS)
     elif kind == 1:
         rows[at]["messages"] = draw.choice([[], {}, "text", 5, sound[:1], sound[::-1], [sound]])
     elif kind == 2:
@@ -269,25 +228,22 @@ def a_conversation_that_is_none(draw: random.Random, bench: Bench, number: int) 
     else:
         rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]} for _ in range(3)]
         rows[at]["conversations"][1] = draw.choice([{"from": "oracle", "value": "x"}, {"from": "gpt"}, 5, None])
-    file = bench.folder / "talks.jsonl"
-    file.write_bytes(b"\n".join(lines(rows)))
-    return Bad(bench.trains_on(file), ["talks.jsonl", f"row {at + 1}"])
+    return _trained(bench, "talks.jsonl", b"\n".join(lines(rows)), "talks.jsonl", f"row {at + 1}")
 
 
 @family(16)
 def labels_that_are_none(draw: random.Random, bench: Bench, number: int) -> Bad:
-    task = draw.choice(["sequence-classification", "regression"])
+    odd = {
+        "sequence-classification": [0.5, [1], {}, None, "", float("nan"), float("inf")],
+        "regression": ["many", float("nan"), float("inf"), "", None, [1], {}, True, "1e999"],
+    }
+    task = draw.choice(list(odd))
     rows: list[dict] = [{"text": f"row {n}", "label": n % 2} for n in range(8)]
     at = draw.randrange(8)
-    if task == "regression":
-        rows[at]["label"] = draw.choice(["many", float("nan"), float("inf"), "", None, [1], {}, True, "1e999"])
-    else:
-        rows[at]["label"] = draw.choice([0.5, [1], {}, None, "", float("nan"), float("inf")])
+    rows[at]["label"] = draw.choice(odd[task])
     if draw.random() < 0.2:
         rows[at] = {"text": draw.choice([5, None, ["a"], {}]), "label": 1}
-    file = bench.folder / "labels.jsonl"
-    file.write_bytes(b"\n".join(lines(rows)))
-    return Bad(bench.trains_on(file, task=task), ["labels.jsonl", f"row {at + 1}"])
+    return _trained(bench, "labels.jsonl", b"\n".join(lines(rows)), "labels.jsonl", f"row {at + 1}", task=task)
 
 
 # Settings
@@ -324,67 +280,60 @@ def a_key_that_is_misspelt(draw: random.Random, bench: Bench, number: int) -> Ba
     key = draw.choice([key for key in KEYS if len(key.rpartition(".")[2]) > 3])
     section, dot, leaf = key.rpartition(".")
     at = draw.randrange(len(leaf) - 1)
-    slips = [
-        leaf[:at] + leaf[at + 1 :],
-        leaf[:at] + leaf[at + 1] + leaf[at] + leaf[at + 2 :],
-        leaf[:at] + leaf[at] * 2 + leaf[at + 1 :] + "x",
-        leaf.upper(),
-    ]
+    before, one, two, after = leaf[:at], leaf[at], leaf[at + 1], leaf[at + 2 :]
+    slips = [before + two + after, before + two + one + after, before + one * 2 + two + after + "x", leaf.upper()]
     known = {*KEYS, *(key.partition(".")[0] for key in KEYS)}
     slip = next(s for s in draw.sample(slips, 4) if f"{section}{dot}{s}" not in known)
     return Bad(["train", bench.settings(**{f"{section}{dot}{slip}": 1})], ["settings.yaml", slip])
 
 
-CONFLICTS: list[tuple[dict[str, object], str]] = [
-    ({"data.train": []}, "data.train"),
-    ({"data.train": ["no-such.jsonl", "nor-this.jsonl"]}, "no-such.jsonl"),
-    ({"data.train": [{"weight": 2}]}, "entry 1"),
-    ({"data.train": [{"from": "x.jsonl", "wieght": 2}]}, "wieght"),
-    ({"data.train": [{"from": "x.jsonl", "weight": -1}]}, "entry 1"),
-    ({"data.train": [{"from": "x.jsonl", "weight": float("nan")}]}, "entry 1"),
-    ({"data.train": [{"from": "x.jsonl", "columns": {"promt": "a"}}]}, "promt"),
-    ({"data.date": "yesterday"}, "date"),
-    ({"input.modules": ["a"], "input.tokens": ["b"], "method": "input"}, "input"),
-    ({"prompt.init": "text", "method": "prompt"}, "prompt.text"),
-    ({"prompt.text": "x", "method": "prompt"}, "prompt"),
-    ({"lora.dora": True, "lora.lora_bias": True}, "lora_bias"),
-    ({"lora.activation": "completion", "lora.dora": True}, "dora"),
-    ({"lora.invocation_tokens": [1]}, "invocation_tokens"),
-    ({"lora.r": 4, "lora.rank": 4}, "rank"),
-    ({"lora.init": "orthogonal", "lora.rank": 3}, "rank"),
-    ({"lora.target_modules": []}, "target_modules"),
-    ({"lora.target_modules": ["no_such_module"]}, "no_such_module"),
-    ({"lora.layers": "7-"}, "layers"),
-    ({"lora.layers": "5-2"}, "layers"),
-    ({"lora.rank_pattern": {"no_such": 4}}, "no_such"),
-    ({"lora.target_parameters": ["no.such.parameter"]}, "no.such.parameter"),
-    ({"lora.train_modules": ["no_such"]}, "no_such"),
-    ({"lora.trainable_token_indices": [10**6]}, "trainable_token_indices"),
-    ({"data.classes": ["a", "a"]}, "data.classes"),
-    ({"data.group": "no_such_column"}, "no_such_column"),
-    ({"data.columns": {"prompt": "no_such_column"}}, "no_such_column"),
-    ({"data.form": "alpaca"}, "alpaca"),
-    ({"data.eval": 10**9}, "data.eval"),
-    ({"data.max_length": 2}, "max_length"),
-    ({"data.chat_template": "no-such-file.jinja"}, "no-such-file.jinja"),
-    ({"task": "image-classification"}, "image"),
-    ({"precision": "int8", "lora.dora": True}, "int8"),
-    ({"method": "last", "last.blocks": 99}, "blocks"),
-    ({"method": "head", "head.modules": ["no_such"]}, "no_such"),
-    ({"device": "cuda:99"}, "device"),
-    ({"device": "tpu"}, "tpu"),
-    ({"model": ""}, "model"),
-    ({"data.train": ""}, "data"),
-    ({"data.eval": ""}, "data"),
-    ({"memory": "1KB"}, "memory"),
-    ({"memory": "much"}, "memory"),
-    ({"train.time": "soon"}, "time"),
-]
+NAN = float("nan")
+# By the word that the message must have.
+CONFLICTS: dict[str, list[dict[str, object]]] = {
+    "data.train": [{"data.train": []}],
+    "no-such.jsonl": [{"data.train": ["no-such.jsonl", "nor-this.jsonl"]}],
+    "entry 1": [{"data.train": [{"from": "x", "weight": w}]} for w in (-1, NAN)] + [{"data.train": [{"weight": 2}]}],
+    "wieght": [{"data.train": [{"from": "x.jsonl", "wieght": 2}]}],
+    "promt": [{"data.train": [{"from": "x.jsonl", "columns": {"promt": "a"}}]}],
+    "date": [{"data.date": "yesterday"}],
+    "data.classes": [{"data.classes": ["a", "a"]}],
+    "no_such_column": [{"data.group": "no_such_column"}, {"data.columns": {"prompt": "no_such_column"}}],
+    "alpaca": [{"data.form": "alpaca"}],
+    "data.eval": [{"data.eval": 10**9}],
+    "data": [{"data.train": ""}, {"data.eval": ""}],
+    "max_length": [{"data.max_length": 2}],
+    "no-such-file.jinja": [{"data.chat_template": "no-such-file.jinja"}],
+    "input": [{"input.modules": ["a"], "input.tokens": ["b"], "method": "input"}],
+    "prompt.text": [{"prompt.init": "text", "method": "prompt"}],
+    "prompt": [{"prompt.text": "x", "method": "prompt"}],
+    "lora_bias": [{"lora.dora": True, "lora.lora_bias": True}],
+    "dora": [{"lora.activation": "completion", "lora.dora": True}],
+    "invocation_tokens": [{"lora.invocation_tokens": [1]}],
+    "rank": [{"lora.r": 4, "lora.rank": 4}, {"lora.init": "orthogonal", "lora.rank": 3}],
+    "target_modules": [{"lora.target_modules": []}],
+    "no_such_module": [{"lora.target_modules": ["no_such_module"]}],
+    "layers": [{"lora.layers": "7-"}, {"lora.layers": "5-2"}],
+    "no_such": [
+        *({"lora.rank_pattern": {"no_such": 4}}, {"lora.train_modules": ["no_such"]}),
+        {"method": "head", "head.modules": ["no_such"]},
+    ],
+    "no.such.parameter": [{"lora.target_parameters": ["no.such.parameter"]}],
+    "trainable_token_indices": [{"lora.trainable_token_indices": [10**6]}],
+    "image": [{"task": "image-classification"}],
+    "int8": [{"precision": "int8", "lora.dora": True}],
+    "blocks": [{"method": "last", "last.blocks": 99}],
+    "device": [{"device": "cuda:99"}],
+    "tpu": [{"device": "tpu"}],
+    "model": [{"model": ""}],
+    "memory": [{"memory": "1KB"}, {"memory": "much"}],
+    "time": [{"train.time": "soon"}],
+}
+EACH_CONFLICT = [(changes, word) for word, given in CONFLICTS.items() for changes in given]
 
 
-@family(len(CONFLICTS))
+@family(len(EACH_CONFLICT))
 def settings_that_do_not_go_together(draw: random.Random, bench: Bench, number: int) -> Bad:
-    changes, word = CONFLICTS[number]
+    changes, word = EACH_CONFLICT[number]
     return Bad(["train", bench.settings(**changes)], [word])
 
 
@@ -407,81 +356,48 @@ def a_settings_file_that_is_none(draw: random.Random, bench: Bench, number: int)
     return Bad(["train", file], ["odd.yaml"])
 
 
-FLAGS: list[tuple[list[str], str]] = [
-    (["train", "--train.learning_rat", "1"], "--train.learning_rat"),
-    (["trian"], "trian"),
-    (["train", "a", "b"], "b"),
-    (["plan", "SETTINGS", "--methods", "lora,no_such"], "no_such"),
-    (["plan", "SETTINGS", "--budget", "much"], "much"),
-    (["plan", "SETTINGS", "--budget", "-3GB"], "-3GB"),
-    (["plan", "SETTINGS", "--budget", "1B"], "1"),
-    (["plan", "SETTINGS", "--picture", "plan.docx"], ".docx"),
-    (["compare", "SETTINGS", "--methods", "no_such"], "no_such"),
-    (["compare", "SETTINGS", "--rates", "lora"], "lora"),
-    (["compare", "SETTINGS", "--rates", "lora=fast"], "fast"),
-    (["compare", "SETTINGS", "--rates", "lora=-1"], "-1"),
-    (["compare", "SETTINGS", "--share", "2"], "--share"),
-    (["tune", "SETTINGS", "--search", "lora.rank"], "lora.rank"),
-    (["tune", "SETTINGS", "--search", "lora.rnk=[1, 2]"], "lora.rnk"),
-    (["tune", "SETTINGS", "--search", "lora.rank=[]"], "lora.rank"),
-    (["tune", "SETTINGS", "--search", "lora.rank=8..4"], "lora.rank"),
-    (["tune", "SETTINGS", "--trials", "0"], "--trials"),
-    (["eval", "RUN", "--rows", "0"], "--rows"),
-    (["eval", "RUN", "--rows", "many"], "--rows"),
-    (["eval", "RUN", "--data", "no.jsonl"], "no.jsonl"),
-    (["eval", "RUN", "--precision", "fp12"], "fp12"),
-    (["eval", "RUN", "--device", "tpu"], "tpu"),
-    (["eval", "RUN", "--task", "no_such"], "no_such"),
-    (["eval"], "RUN"),
-    (["generate", "RUN"], "prompt"),
-    (["generate", "RUN", "--prompt", "x", "--temperature", "-1"], "--temperature"),
-    (["generate", "RUN", "--prompt", "x", "--temperature", "nan"], "temperature"),
-    (["generate", "RUN", "--prompt", "x", "--top-p", "0"], "--top-p"),
-    (["generate", "RUN", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
-    (["generate", "RUN", "--prompt", "x" * 500], "128"),
-    (["generate", "RUN", "--prompt", "\ud800"], "prompt"),
-    (["generate", "RUN", "--prompt", "x", "--top-k", "-1"], "--top-k"),
-    (["generate", "RUN", "--prompt", "x", "--min-p", "1.5"], "--min-p"),
-    (["generate", "RUN", "--prompt", "x", "--repetition-penalty", "0"], "--repetition-penalty"),
-    (["generate", "RUN", "--prompt", "x", "--presence-penalty", "3"], "--presence-penalty"),
-    (["generate", "RUN", "--prompt", "x", "--frequency-penalty", "-3"], "--frequency-penalty"),
-    (["generate", "RUN", "--prompt", "x", "--seed", "1e30"], "--seed"),
-    (["generate", "RUN", "--prompt", "x", "--stop", ""], "--stop"),
-    (["generate", "RUN", "--prompt", "x", "--stop", "x" * 2000], "stop"),
-    (["generate", "RUN", "--prompt", "x", "--regex", "(a"], "(a"),
-    (["generate", "RUN", "--prompt", "x", "--regex", "a", "--json-schema", "a.json"], "--regex"),
-    (["generate", "RUN", "--prompt", "x", "--json-schema", "no.json"], "no.json"),
-    (["generate", "RUN", "--prompt", "x", "--json-schema", "SETTINGS"], "JSON"),
-    (["generate", "RUN", "--prompt", "x", "--logprobs", "3"], "--json"),
-    (["generate", "RUN", "--prompt", "x", "--json", "--logprobs", "101"], "--logprobs"),
-    (["chat", "RUN", "--regex", "(a"], "(a"),
-    (["chat", "RUN", "--max-new-tokens", "x"], "--max-new-tokens"),
-    (["chat"], "RUN"),
-    (["inspect"], "ADAPTER"),
-    (["init", "new.yaml", "--data", "no.docx", "--task", "no_such"], "no_such"),
-    (["completion", "tcsh"], "tcsh"),
-    (["schema", "more"], "more"),
-    (["doctor", "--model", "no/such/model"], "no/such/model"),
-    (["data", "show", "no.jsonl", "--model", "MODEL"], "no.jsonl"),
-    (["data", "check", "no.jsonl", "--model", "MODEL"], "no.jsonl"),
-    (["data", "show", "ROWS", "--model", "MODEL", "--row", "999"], "999"),
-    (["data", "show", "ROWS", "--model", "MODEL", "--data.form", "novel"], "novel"),
-    (["data", "check", "ROWS", "--model", "no/such/model"], "no/such/model"),
-    (["data", "check", "ROWS"], "model"),
-    (["data", "frobnicate"], "frobnicate"),
-    (["runs", "no_such_run"], "no_such_run"),
-    (["runs", "RUN", "--output", "page.html"], "--output"),
-    (["train", "--resume", "no_such_run"], "no_such_run"),
-    (["train", "SETTINGS", "--resume", "RUN"], "--resume"),
+# By how the command begins: how it ends, and after => the word of the message, if it is not the first of the end.
+FLAGS = {
+    "": "trian; train --train.learning_rat 1 => --train.learning_rat; train a b => b; eval => RUN; chat => RUN; "
+    "inspect => ADAPTER; completion tcsh => tcsh; schema more => more; doctor --model no/such/model => no/such/model; "
+    "init new.yaml --data no.docx --task no_such => no_such; train --resume no_such_run => no_such_run; "
+    "train SETTINGS --resume RUN => --resume; runs no_such_run => no_such_run; runs RUN --output page.html => --output",
+    "plan SETTINGS": "--methods lora,no_such => no_such; --budget much => much; --budget -3GB => -3GB; "
+    "--methods head --budget 1B => 1; --picture plan.docx => .docx",
+    "compare SETTINGS": "--methods no_such => no_such; --rates lora => lora; --rates lora=fast => fast; "
+    "--rates lora=-1 => -1; --share 2",
+    "tune SETTINGS": "--search lora.rank => lora.rank; --search 'lora.rnk=[1, 2]' => lora.rnk; "
+    "--search lora.rank=[] => lora.rank; --search lora.rank=8..4 => lora.rank; --trials 0",
+    "eval RUN": "--rows 0; --rows many; --data no.jsonl => no.jsonl; --precision fp12 => fp12; --device tpu => tpu; "
+    "--task no_such => no_such",
+    "generate RUN": "=> prompt; --prompt LONG => 128; --prompt \ud800 => prompt",
+    "generate RUN --prompt x": "--temperature -1; --temperature nan => temperature; --top-p 0; --max-new-tokens 0; "
+    "--top-k -1; --min-p 1.5; --repetition-penalty 0; --presence-penalty 3; --frequency-penalty -3; --seed 1e30; "
+    "--stop ''; --stop LONG => stop; --regex (a => (a; --regex a --json-schema a.json; --logprobs 3 => --json; "
+    "--json-schema no.json => no.json; --json-schema SETTINGS => JSON; --json --logprobs 101 => --logprobs",
+    "chat RUN": "--regex (a => (a; --max-new-tokens x",
+    "data": "show no.jsonl --model MODEL => no.jsonl; check no.jsonl --model MODEL => no.jsonl; "
+    "show ROWS --model MODEL --row 999 => 999; show ROWS --model MODEL --data.form novel => novel; "
+    "check ROWS --model no/such/model => no/such/model; check ROWS => model; frobnicate",
+}
+EACH_FLAG = [
+    f"{begin} {end}" if "=>" in end else f"{begin} {end} => {end.split()[0]}"
+    for begin, ends in FLAGS.items()
+    for end in ends.split("; ")
 ]
 
 
-@family(len(FLAGS))
+@family(len(EACH_FLAG))
 def flags_that_cannot_be_used(draw: random.Random, bench: Bench, number: int) -> Bad:
-    arguments, word = FLAGS[number]
-    places = {"SETTINGS": str(bench.settings()), "RUN": str(bench.run)}
-    places |= {"MODEL": str(bench.model), "ROWS": str(bench.rows)}
-    return Bad([places.get(argument, argument) for argument in arguments], [word])
+    command, _, word = EACH_FLAG[number].partition("=>")
+    places = {
+        "SETTINGS": bench.settings(),
+        "RUN": bench.run,
+        "MODEL": bench.model,
+        "ROWS": bench.rows,
+        "LONG": "x" * 2000,
+    }
+    return Bad([str(places.get(argument, argument)) for argument in shlex.split(command)], [word.strip()])
 
 
 # Paths
@@ -491,30 +407,22 @@ NAMES = ["[x].jsonl", "a\nb.jsonl", "x" * 300 + ".jsonl", "%s{0}.jsonl", " ", "*
 
 @family(24)
 def data_that_is_not_there(draw: random.Random, bench: Bench, number: int) -> Bad:
-    kind = draw.randrange(6)
     place = bench.folder / "data"
-    place.mkdir()
-    name: object = place / draw.choice(NAMES)
-    word = "data"
-    if kind == 0:
-        (place / "loop.jsonl").symlink_to(place / "loop.jsonl")
-        name = word = str(place / "loop.jsonl")
-    elif kind == 1:
-        name = word = str(place)
-        if draw.random() < 0.5:
-            (place / "notes.txt").write_text("x")
-    elif kind == 2:
-        (place / "folder.jsonl").mkdir()
-        name = word = str(place / "folder.jsonl")
-    elif kind == 3:
-        name = word = draw.choice(
-            ["pypi:", "pypi:x", "pypi:x==", "pypi:x==1/../../y", "no such thing", "a/b/c/d", "http://x/y.jsonl"]
-        )
-    elif kind == 4:
-        name = place / "rows.jsonl" / "inner.jsonl"
-        (place / "rows.jsonl").write_text('{"text": "a"}')
-    which = draw.choice(["data.train", "data.eval"]) if kind != 3 else "data.train"
-    return Bad(["train", bench.settings(**{which: str(name)})], [word])
+    (place / "folder.jsonl").mkdir(parents=True)
+    (place / "empty").mkdir()
+    (place / "notes.txt").write_text("x")
+    (place / "rows.jsonl").write_text('{"text": "a"}')
+    (place / "loop.jsonl").symlink_to(place / "loop.jsonl")
+    odd = ["pypi:", "pypi:x", "pypi:x==", "pypi:x==1/../../y", "no such thing", "a/b/c/d", "http://x/y.jsonl"]
+    known = ["loop.jsonl", "empty", "folder.jsonl"]
+    name, word = draw.choice(
+        [
+            *((str(place / draw.choice(NAMES)), "data"), (str(place / "rows.jsonl" / "inner.jsonl"), "data")),
+            *((str(place / draw.choice(known)),) * 2, (draw.choice(odd),) * 2),
+        ]
+    )
+    which = "data.train" if word in odd else draw.choice(["data.train", "data.eval"])
+    return Bad(["train", bench.settings(**{which: name})], [word])
 
 
 @family(8)
@@ -522,38 +430,21 @@ def a_name_that_is_no_text(draw: random.Random, bench: Bench, number: int) -> Ba
     """Arguments of a command may hold any bytes; Python shows those that are not UTF-8 as surrogates."""
     name = os.fsdecode(b"caf\xe9" + draw.choice([*(b".jsonl", b"", b".yaml")]))
     place = str(bench.folder / name)
-    arguments = draw.choice(
-        [
-            ["train", place],
-            ["train", str(bench.settings()), "--data", place],
-            ["train", str(bench.settings()), "--model", place],
-            ["eval", place],
-            ["inspect", place],
-            ["generate", place, "--prompt", "x"],
-        ]
-    )
-    return Bad(arguments, ["caf"])
+    given = [["train"], ["train", str(bench.settings()), "--data"], ["train", str(bench.settings()), "--model"]]
+    given += [["eval"], ["inspect"], ["generate", "--prompt", "x"]]
+    return Bad([*draw.choice(given), place], ["caf"])
 
 
 @family(12)
 def an_output_that_cannot_be_written(draw: random.Random, bench: Bench, number: int) -> Bad:
     place = bench.folder / "place"
-    kind = draw.randrange(5)
-    if kind == 0:
-        place.write_text("kept")
-        output = place / draw.choice(["", "run", "a/b"])
-    elif kind == 1:
-        place.symlink_to(place)
-        output = place / draw.choice(["", "run"])
-    elif kind == 2:
-        output = place / ("x" * 300)
-    elif kind == 3:
-        place.mkdir()
-        (place / draw.choice(["thesis.tex", "[a].txt", "run.txt"])).write_text("kept")
-        output = place
-    else:
-        output = Path("/proc/deltaw-run")
-    return Bad(["train", bench.settings(output=str(output))], ["place" if kind < 4 else "/proc"])
+    (place / "folder").mkdir(parents=True)
+    (place / "file").write_text("kept")
+    (place / "loop").symlink_to(place / "loop")
+    (place / "folder" / draw.choice(["thesis.tex", "[a].txt", "run.txt"])).write_text("kept")
+    names = ["file", "file/run", "file/a/b", "loop", "loop/run", "x" * 300, "folder"]
+    output, word = draw.choice([(place / draw.choice(names), "place"), (Path("/proc/deltaw-run"), "/proc")])
+    return Bad(["train", bench.settings(output=str(output))], [word])
 
 
 # Models and adapters
@@ -574,39 +465,31 @@ BAD_JSON = ["", "{", "[]", "5", "null", '"text"', "{]", '{"a": }', "\x00"]
 def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
     model = bench.copied_model()
     kind = draw.randrange(10)
-    weights = model / "model.safetensors"
-    config = json.loads((model / "config.json").read_text())
+    weights, config, tokens = (model / name for name in ("model.safetensors", "config.json", "tokenizer.json"))
+    values = json.loads(config.read_text())
     if kind == 0:
         _damaged(draw, weights)
     elif kind == 1:
         weights.unlink()
         for name in draw.choice([[], ["pytorch_model.bin"], ["model.pt"], ["weights.ckpt"]]):
             (model / name).write_bytes(b"\x80\x04K\x01.")
-    elif kind == 2:
-        (model / "config.json").write_text(draw.choice(BAD_JSON))
-    elif kind == 3:
-        (model / "config.json").unlink()
+    elif kind in (2, 6):
+        (config if kind == 2 else tokens).write_text(draw.choice([*BAD_JSON, *(["{}"] if kind == 6 else [])]))
+    elif kind in (3, 7):
+        (config if kind == 3 else tokens).unlink()
     elif kind == 4:
         key = draw.choice(["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
-        config[key] = draw.choice([-1, 0, "x", None, [1], 0.5, {}, 77])
-        (model / "config.json").write_text(json.dumps(config))
+        config.write_text(json.dumps(values | {key: draw.choice([-1, 0, "x", None, [1], 0.5, {}, 77])}))
     elif kind == 5:
-        config["model_type"] = draw.choice(["no-such-type", "", 5, None, "bert"])
-        (model / "config.json").write_text(json.dumps(config))
-    elif kind == 6:
-        (model / "tokenizer.json").write_text(draw.choice([*BAD_JSON, "{}"]))
-    elif kind == 7:
-        (model / "tokenizer.json").unlink()
+        config.write_text(json.dumps(values | {"model_type": draw.choice(["no-such-type", "", 5, None, "bert"])}))
     elif kind == 8:
         index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
-        text = draw.choice([json.dumps(index), *BAD_JSON])
-        (model / "model.safetensors.index.json").write_text(text)
+        (model / "model.safetensors.index.json").write_text(draw.choice([json.dumps(index), *BAD_JSON]))
     else:
         template = draw.choice(["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "", "{{ no.such }}"])
         (model / "chat_template.jinja").write_text(template)
-        return Bad(
-            [*bench.trains_on(bench.rows, **{"data.template": "chat"}), "--model", str(model)], [("template", "model")]
-        )
+        training = bench.trains_on(bench.rows, **{"data.template": "chat"})
+        return Bad([*training, "--model", str(model)], [("template", "model")])
     verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind in (2, 3, 6, 7) else [])])
     if verb in ("train", "plan"):
         return Bad([verb, bench.settings(model=str(model))], ["model"])
@@ -616,13 +499,9 @@ def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> B
 
 @family(6)
 def a_model_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
-    name, content = draw.choice(
-        [
-            ("noise.gguf", b"GGUF\x03\x00\x00\x00" + draw.randbytes(100)),
-            *(("other.gguf", draw.randbytes(100)), ("empty.gguf", b"")),
-            *(("pytorch_model.bin", b"\x80\x04K\x01."), ("model.safetensors", b"x"), ("model.onnx", b"x")),
-        ]
-    )
+    made = {"noise.gguf": b"GGUF\x03\x00\x00\x00" + draw.randbytes(100), "other.gguf": draw.randbytes(100)}
+    made |= {"empty.gguf": b"", "pytorch_model.bin": b"\x80\x04K\x01.", "model.safetensors": b"x", "model.onnx": b"x"}
+    name, content = list(made.items())[number]
     (bench.folder / name).write_bytes(content)
     return Bad(["train", bench.settings(model=str(bench.folder / name))], [name])
 
@@ -663,14 +542,8 @@ def an_adapter_that_is_damaged(draw: random.Random, bench: Bench, number: int) -
 
 
 OTHER_SETTINGS = [
-    ("--lora.rank", "2"),
-    ("--lora.target_modules", "attention"),
-    ("--method", "head"),
-    ("--train.seed", "5"),
-    ("--train.batch_size", "2"),
-    ("--train.schedule", "constant"),
-    ("--data.eval", "1"),
-    ("--data.max_length", "64"),
+    *("lora.rank 2", "lora.target_modules attention", "method head", "train.seed 5", "train.batch_size 2"),
+    *("train.schedule constant", "data.eval 1", "data.max_length 64"),
 ]
 
 
@@ -700,9 +573,8 @@ def a_run_that_cannot_go_on(draw: random.Random, bench: Bench, number: int) -> B
         (run / "run.yaml").write_text(draw.choice(["{", "- a", "model: 5", "modl: m", "data: {form: novel}"]))
         word = "run.yaml"
     elif kind == 5:
-        flag, value = draw.choice(OTHER_SETTINGS)
-        more += [flag, value]
-        word = flag[2:]
+        word, value = draw.choice(OTHER_SETTINGS).split()
+        more += [f"--{word}", value]
     else:
         more = draw.choice([[], ["--train.epochs", "1"], ["--train.max_steps", "2"]])
     return Bad(["train", "--resume", run, *more], [word])
@@ -717,7 +589,6 @@ def a_folder_that_is_no_run(draw: random.Random, bench: Bench, number: int) -> B
     elif kind == 1:
         run.write_text("a file")
     elif kind == 2:
-        run = bench.copied_run()
-        (run / "adapter_config.json").unlink()
+        (bench.copied_run() / "adapter_config.json").unlink()
     arguments, stdin = _opens(draw, run)
     return Bad(arguments, ["adapter"], stdin)

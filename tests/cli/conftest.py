@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deltaw.cli import main
 from tests import processes
+from tests.conftest import laid_over
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,24 @@ def flags(model_folder: Path, rows_file: Path) -> Callable[..., list[str]]:
     """The flags of a short training run into ``output``."""
 
     def make(output: Path, **instead: object) -> list[str]:
-        given = {
-            "model": model_folder,
-            "data": rows_file,
-            "output": output,
-            "precision": "fp32",
-            "threads": 1,
-            "train.batch_size": 5,
-            **{key.replace("__", "."): value for key, value in instead.items()},
-        }
+        given = {"model": model_folder, "data": rows_file, "output": output, "precision": "fp32", "threads": 1}
+        given |= {"train.batch_size": 5, **{key.replace("__", "."): value for key, value in instead.items()}}
         return [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
 
     return make
 
 
-def start(*arguments: object) -> processes.Process:
-    """``deltaw`` in a process of its own, its streams kept apart."""
-    return processes.start("-m", "deltaw", *arguments)
+def start(*arguments: object, env: Mapping[str, str] | None = None) -> processes.Process:
+    """``deltaw`` in a process of its own, its streams kept apart; it is killed where a ``with`` block ends."""
+    return processes.start("-m", "deltaw", *arguments, env=env)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder`` with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def changed(file: Path, **changes: object) -> None:
+    """Lay other values over those of a JSON or YAML file."""
+    read, write = (yaml.safe_load, yaml.safe_dump) if file.suffix == ".yaml" else (json.loads, json.dumps)
+    file.write_text(write(laid_over(read(file.read_text()), changes)))

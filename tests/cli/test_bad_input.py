@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
 from tests.byte_models import saved, tiny_llama
-from tests.cli.conftest import assert_refused, tree
+from tests.cli.conftest import assert_refused, changed, tree
 from tests.conftest import write_rows
 
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -36,27 +36,20 @@ def refuses(call, flags, tmp_path):
     return check
 
 
-def said(role, content="x"):
-    return {"role": role, "content": content}
-
-
 LINES = {
-    "a row that is not JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
+    "not JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
     "an empty file": ("", ["empty"]),
     "columns that nobody knows": ('{"left": "a", "right": "b"}\n', ["left", "rows.jsonl"]),
     "a column missing in a row": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "completion"]),
-    "a role that nobody knows": (json.dumps({"messages": [said("user"), said("oracle")]}), ["row 1", "oracle"]),
-    "no turn of an assistant": (json.dumps({"messages": [said("user")]}), ["row 1", "assistant"]),
+    "no turn of an assistant": ('{"messages": [{"role": "user", "content": "x"}]}', ["row 1", "assistant"]),
     "no answer at all": ('{"prompt": "a", "completion": ""}\n' * 2, []),
 }
 
 
-@pytest.mark.parametrize("case", LINES)
-def test_rows_that_cannot_be_used(refuses, tmp_path, case):
-    text, words = LINES[case]
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    refuses(*words, data=path)
+def test_rows_that_cannot_be_used(refuses, tmp_path):
+    for text, words in LINES.values():
+        (tmp_path / "rows.jsonl").write_text(text)
+        refuses(*words, data=tmp_path / "rows.jsonl")
 
 
 def test_files_that_are_not_there_or_no_data(refuses, tmp_path, rows_file):
@@ -77,51 +70,33 @@ def test_a_row_that_is_too_long_is_named_with_the_length_that_would_fit(refuses,
     refuses("128 positions", "data.max_length: 128", data=write_rows(rows, [{"text": "b" * 200}] * 2))
 
 
-@pytest.fixture
-def classifier(tmp_path):
-    """A text model whose files hold a head of three outputs."""
-    config = BertConfig(
-        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3
-    )
-    return saved(BertForSequenceClassification(config), tmp_path / "classifier")
-
-
 def labeled(path, *labels):
     return write_rows(path, ({"text": f"row {n}", "label": label} for n, label in enumerate(labels)))
 
 
-def test_a_head_of_another_number_of_outputs_than_classes(refuses, tmp_path, classifier):
+def test_labels_that_do_not_fit_a_models_head_or_that_training_has_never_seen(refuses, tmp_path):
+    model = BertForSequenceClassification(BertConfig(vocab_size=259, num_labels=3, **SHAPE))
+    classifier = saved(model, tmp_path / "classifier")
     rows = labeled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
     task = {"model": classifier, "data": rows, "task": "sequence-classification"}
     refuses("3 outputs", "2 classes", "'bad', 'good'", classifier, **task)
     refuses("3 outputs", "4 classes", data__classes="[a, bad, c, good]", **task)
     numbers = labeled(tmp_path / "numbers.jsonl", *range(8))
     refuses("3 outputs", "regression", classifier, **{**task, "data": numbers, "task": "regression"})
-
-
-def test_labels_that_training_has_never_seen(refuses, tmp_path, classifier):
-    rows = labeled(tmp_path / "rows.jsonl", *["a", "b", "c"] * 3)
+    labeled(rows, *["a", "b", "c"] * 3)
     other = labeled(tmp_path / "eval.jsonl", "a", "d")
-    task = {"model": classifier, "data": rows, "task": "sequence-classification"}
     refuses("'d' was not seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
 
 
-@pytest.fixture
-def image_model(tmp_path):
-    """A model of images whose preprocessor leaves their size as it is."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(image_size=16, patch_size=8, **shape)).save_pretrained(tmp_path / "vit")
+def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path):
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **SHAPE)).save_pretrained(tmp_path / "vit")
     preprocessor = {"image_processor_type": "ViTImageProcessor", "do_resize": False}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return tmp_path / "vit"
-
-
-def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path, image_model):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for n in range(3):
             Image.new("RGB", (16, 16), (n, 9, 9)).save(tmp_path / "pets" / name / f"{n}.png")
-    task = {"model": image_model, "data": tmp_path / "pets", "task": "image-classification"}
+    task = {"model": tmp_path / "vit", "data": tmp_path / "pets", "task": "image-classification"}
     (tmp_path / "pets" / "emu").mkdir()
     refuses("'emu' has no image", tmp_path / "pets" / "emu", **task)
     (tmp_path / "pets" / "emu").rmdir()
@@ -129,22 +104,13 @@ def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path, image_
     refuses("24×16", "16×16", "3.png", "resize", **task)
 
 
+# One of each kind of flag; the generated bad inputs take more.
 VALUES = [
     ({"train__learning_rate": "fast"}, ["train.learning_rate", "fast", "number"]),
-    ({"train__learning_rate": ".inf"}, ["train.learning_rate", "finite"]),
-    ({"train__learning_rate": -1}, ["train.learning_rate", "greater than 0"]),
-    ({"lora__rank": 0}, ["lora.rank", "at least 1"]),
     ({"lora__rank": 2.5}, ["lora.rank", "whole number"]),
-    ({"lora__init": "pisa"}, ["lora.init", "'pissa'"]),
-    ({"lora__target_modules": "q_prj"}, ["q_prj", "q_proj"]),
     ({"lora__target_modules": "[q_proj, qq_proj]"}, ["qq_proj", "q_proj"]),
     ({"data__eval": 10}, ["data.eval", "10"]),
-    ({"data__form": "novel"}, ["data.form", "'messages'"]),
     ({"data__columns": "{promt: a}"}, ["promt", "'prompt'"]),
-    ({"train__tokens_per_pass": 0}, ["train.tokens_per_pass", "'auto'"]),
-    ({"train__schedule": "cosin"}, ["train.schedule", "'cosine'"]),
-    ({"train": "fast"}, []),
-    ({"precision": "fp16"}, ["precision", "'bf16'"]),
     ({"device": "cude"}, ["device", "'cuda'"]),
     ({"task": "summarizing"}, ["task", "'causal-lm'"]),
     ({"method": "qlora"}, ["method", "'lora'"]),
@@ -153,13 +119,10 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("flag", "words"), VALUES, ids=lambda value: str(value)[:40])
-def test_values_that_do_not_fit(refuses, call, flags, tmp_path, flag, words):
-    if "train" in flag:  # a section is no flag
-        ended = call("train", *flags(tmp_path / "run", **flag))
-        assert_refused(ended, "--train")
-        return
-    refuses(*words, **flag)
+def test_values_that_do_not_fit(refuses, call, flags, tmp_path):
+    for flag, words in VALUES:
+        refuses(*words, **flag)
+    assert_refused(call("train", *flags(tmp_path / "run", train="fast")), "--train")  # a section is no flag
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which this test wants absent")
@@ -169,24 +132,18 @@ def test_a_device_that_is_not_there(refuses, call, finished_run):
 
 
 FILES = {
-    "a key that is misspelled": (
-        "train: {learning_rat: 1}",
-        ["unknown key 'train.learning_rat'", "'train.learning_rate'"],
-    ),
-    "a section that is misspelled": ("trian: {epochs: 1}", ["unknown key 'trian'", "'train'"]),
-    "a value of another type": ("train: {learning_rate: fast}", ["'train.learning_rate' cannot be 'fast'", "number"]),
-    "a section that is a number": ("lora: 4", ["'lora'", "section"]),
-    "no YAML": ("model: m\n  data: [\n", ["not YAML", "line 2"]),
-    "keys that are numbers": ("1: 2", ["'1'"]),
+    "trian: {epochs: 1}": ["unknown key 'trian'", "'train'"],
+    "lora: 4": ["'lora'", "section"],
+    "model: m\n  data: [\n": ["not YAML", "line 2"],
+    "1: 2": ["'1'"],
 }
 
 
-@pytest.mark.parametrize("case", FILES)
-def test_settings_that_cannot_be_used(refuses, tmp_path, case):
-    text, words = FILES[case]
+def test_settings_that_cannot_be_used(refuses, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(text)
-    refuses(path, *words, settings=path)
+    for text, words in FILES.items():
+        path.write_text(text)
+        refuses(path, *words, settings=path)
 
 
 def test_settings_that_are_not_there(refuses, tmp_path):
@@ -214,15 +171,11 @@ def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     refuses("config.json", tmp_path / "empty", model=tmp_path / "empty")
     shutil.copytree(model_folder, tmp_path / "odd")
-    whole = json.loads((model_folder / "config.json").read_text())
-    for changes, word in [
-        ({"num_attention_heads": 7}, "multiple"),
-        ({"num_attention_heads": 0}, "zero"),
-        ({"hidden_size": 64}, "shapes"),
-        ({"num_hidden_layers": 3}, "lack"),
-        ({"model_type": "nonsense"}, "nonsense"),
-    ]:
-        (tmp_path / "odd" / "config.json").write_text(json.dumps(whole | changes))
+    words = {"multiple": {"num_attention_heads": 7}, "zero": {"num_attention_heads": 0}, "shapes": {"hidden_size": 64}}
+    words |= {"lack": {"num_hidden_layers": 3}, "nonsense": {"model_type": "nonsense"}}
+    for word, changes in words.items():
+        shutil.copy(model_folder / "config.json", tmp_path / "odd")
+        changed(tmp_path / "odd" / "config.json", **changes)
         refuses(word, tmp_path / "odd", model=tmp_path / "odd")
 
 
@@ -253,9 +206,7 @@ def test_a_model_of_other_shapes_is_refused_and_one_of_other_weights_warned_of(c
 def test_verbs_that_are_given_too_little(call, finished_run, model_folder, copied, tmp_path):
     assert_refused(call("eval", model_folder), "no data", "--data")
     assert_refused(call("inspect", model_folder), "adapter_config.json")
-    settings = yaml.safe_load((copied / "run.yaml").read_text())
-    settings["data"]["eval"] = None
-    (copied / "run.yaml").write_text(yaml.safe_dump(settings))
+    changed(copied / "run.yaml", data={"eval": None})
     assert_refused(call("eval", copied), "held no rows out", "--data")
 
 

@@ -16,8 +16,9 @@ from tests.cli import bad_inputs
 from tests.cli.bad_inputs import Bench
 from tests.cli.conftest import Call, tree
 
-CASES = bad_inputs.every_case()
 FEW = 2  # of each family
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] >= FEW)) for case in bad_inputs.every_case()]
+assert len(CASES) >= 300
 
 
 @pytest.fixture
@@ -32,7 +33,13 @@ def earlier(tmp_path: Path, finished_run: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "earlier"))
 
 
-def check(name: str, seed: int, bench: Bench, earlier: Path, call: Call, monkeypatch) -> None:
+def tree_of(folder: Path) -> dict[str, bytes | None]:
+    """Files with their content, and folders and links by name."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(("name", "seed"), CASES)
+def test_bad_inputs(name: str, seed: int, bench: Bench, earlier: Path, call: Call, monkeypatch) -> None:
     bad = bad_inputs.make(name, seed, bench)
     given = list(bad.arguments)
     trains = given[0] in ("train", "compare", "tune") and "--resume" not in given
@@ -53,23 +60,3 @@ def check(name: str, seed: int, bench: Bench, earlier: Path, call: Call, monkeyp
     assert tree(earlier) == before and tree(bench.run) == run
     assert tree_of(bench.folder) == inside
     assert sorted(p.name for p in bench.folder.parent.iterdir()) == ["case", "earlier"]
-
-
-def tree_of(folder: Path) -> dict[str, bytes | None]:
-    """Files with their content, and folders and links by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
-@pytest.mark.parametrize(("name", "seed"), [c for c in CASES if c[1] < FEW])
-def test_a_few_bad_inputs(name, seed, bench, earlier, call, monkeypatch) -> None:
-    check(name, seed, bench, earlier, call, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "seed"), [c for c in CASES if c[1] >= FEW])
-def test_many_bad_inputs(name, seed, bench, earlier, call, monkeypatch) -> None:
-    check(name, seed, bench, earlier, call, monkeypatch)
-
-
-def test_there_are_hundreds() -> None:
-    assert len(CASES) >= 300

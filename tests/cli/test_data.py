@@ -9,30 +9,32 @@ import pytest
 import yaml
 
 from tests.byte_models import tiny_llama
+from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
 from tests.data.chat_templates import tokenizer_of
 
+
+def talk(*texts):
+    """A conversation of which the user begins."""
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+
 ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": "Capital of Peru?"},
-            {"role": "assistant", "content": "<think>\nSouth.\n</think>\n\nLima."},
-            {"role": "user", "content": "Chile?"},
-            {"role": "assistant", "content": "Santiago."},
-        ]
-    },
-    {"messages": [{"role": "user", "content": "a"}]},
-    {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "Yes."}]},
-    {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "No."}]},
-    {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "Yes."}]},
+    talk("Capital of Peru?", "<think>\nSouth.\n</think>\n\nLima.", "Chile?", "Santiago."),
+    *(talk("a"), talk("Same?", "Yes."), talk("Same?", "No."), talk("Same?", "Yes.")),
 ]
+# Sound rows.
+NUMBERS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
 
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the template and the tokens of Qwen 3."""
-    folder = tmp_path_factory.mktemp("models") / "thinker"
-    tokenizer = tokenizer_of("qwen3")
+    return with_tokenizer(tokenizer_of("qwen3"), tmp_path_factory.mktemp("models") / "thinker")
+
+
+def with_tokenizer(tokenizer, folder: Path) -> Path:
+    """A tiny model with a tokenizer."""
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -40,19 +42,33 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "d.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "not JSON\n", encoding="utf-8")
+    path = write_rows(tmp_path / "d.jsonl", ROWS)
+    path.write_text(path.read_text() + "not JSON\n")
     return path
+
+
+@pytest.fixture
+def check(call, thinker):
+    """Check rows for the tiny model, with this status."""
+
+    def run(path, *flags, status=0):
+        ended = call("data", "check", path, "--model", thinker, *flags)
+        assert (ended.status, ended.err) == (status, "")
+        return ended.out
+
+    return run
 
 
 def test_a_row_is_shown_with_what_is_trained_on_between_marks(call, thinker, file):
     ended = call("data", "show", file, "--model", thinker, "--row", 1)
     assert (ended.status, ended.err) == (0, "")
-    assert "between « and »" in ended.out
-    assert "2 examples, since the template rewrites earlier turns" in ended.out
-    assert "<|im_start|>assistant\n«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n" in ended.out
-    assert "<|im_start|>assistant\nLima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>" in ended.out
-    assert "53 tokens, 18 of them labels (34%)" in ended.out
+    for said in (
+        *("between « and »", "2 examples, since the template rewrites earlier turns"),
+        "<|im_start|>assistant\n«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n",
+        "<|im_start|>assistant\nLima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>",
+        "53 tokens, 18 of them labels (34%)",
+    ):
+        assert said in ended.out
 
 
 def test_rows_are_shown_in_order_and_those_that_cannot_be_used_with_the_reason(call, thinker, file):
@@ -81,30 +97,22 @@ def test_rows_as_json_are_one_object(call, thinker, file):
     told = json.loads(ended.out)
     assert [row["row"] for row in told["rows"]] == [1, 2, 3]
     first, second = told["rows"][0]["examples"]
-    assert "".join(piece["text"] for piece in second["pieces"] if piece["label"]) == (
-        "<think>\n\n</think>\n\nSantiago.<|im_end|>"
-    )
-    assert first["label_tokens"] == 18 and first["pieces"][0] == {
-        "text": "<|im_start|>",
-        "label": False,
-        "special": True,
-        "tokens": 1,
-    }
+    trained = "".join(piece["text"] for piece in second["pieces"] if piece["label"])
+    assert trained == "<think>\n\n</think>\n\nSantiago.<|im_end|>" and first["label_tokens"] == 18
+    assert first["pieces"][0] == {"text": "<|im_start|>", "label": False, "special": True, "tokens": 1}
     assert told["rows"][1]["examples"] == [] and "no turn" in told["rows"][1]["notes"][0]
 
 
 def test_a_row_that_is_not_there_and_a_missing_model_are_refused(call, thinker, file):
-    ended = call("data", "show", file, "--model", thinker, "--row", 77)
-    assert ended.status == 2 and "there is no row 77" in ended.err
-    ended = call("data", "show", file)
-    assert ended.status == 2 and "'model' is not given" in ended.err
+    assert_refused(call("data", "show", file, "--model", thinker, "--row", 77), "there is no row 77")
+    assert_refused(call("data", "show", file), "'model' is not given")
     ended = call("data", "check", file.parent / "none.jsonl", "--model", thinker)
-    assert ended.status == 2 and "none.jsonl" in ended.err and ended.out == ""
+    assert_refused(ended, "none.jsonl")
+    assert ended.out == ""
 
 
-def test_a_check_names_what_is_wrong_and_ends_with_status_2_if_training_would_fail(call, thinker, file):
-    ended = call("data", "check", file, "--model", thinker)
-    assert (ended.status, ended.err) == (2, "")
+def test_a_check_names_what_is_wrong_and_ends_with_status_2_if_training_would_fail(check, file):
+    out = check(file, status=2)
     for said in (
         "6 rows read as messages (chat template)",
         "error: 1 row that cannot be used: not JSON",
@@ -115,21 +123,10 @@ def test_a_check_names_what_is_wrong_and_ends_with_status_2_if_training_would_fa
         "trained to end with <|im_end|> in 5 examples",
         "unusable: training would fail or be pointless",
     ):
-        assert said in ended.out
-    assert max(len(line) for line in ended.out.splitlines() if str(file) not in line) <= 110
-
-
-def test_warnings_alone_are_no_failure(call, thinker, file):
-    ended = call("data", "check", file, "--model", thinker, "--data.bad_rows", "skip")
-    assert ended.status == 0
-    assert "warnings: it can be trained on" in ended.out and "they are skipped" in ended.out
-
-
-def test_nothing_wrong_is_said_too(call, thinker, tmp_path):
-    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(30)]
-    ended = call("data", "check", write_rows(tmp_path / "d.jsonl", rows), "--model", thinker)
-    assert ended.status == 0
-    assert "fine: no problem was found" in ended.out and "█" in ended.out
+        assert said in out
+    assert max(len(line) for line in out.splitlines() if str(file) not in line) <= 110
+    warned = check(file, "--data.bad_rows", "skip")
+    assert "warnings: it can be trained on" in warned and "they are skipped" in warned
 
 
 def test_a_check_as_json_is_one_object_whatever_it_finds(call, thinker, file):
@@ -146,7 +143,7 @@ def test_a_check_as_json_is_one_object_whatever_it_finds(call, thinker, file):
     assert 0 < told["label_tokens"] < told["tokens"]
 
 
-def test_a_model_that_would_never_learn_to_stop_is_an_error(call, thinker, tmp_path):
+def test_a_model_that_would_never_learn_to_stop_is_an_error(call, check, tmp_path):
     """Long rows are truncated, so that each of them loses the end of its turn."""
     rows = write_rows(tmp_path / "d.jsonl", [{"prompt": f"{n}", "completion": "x"} for n in range(30)])
     template = tmp_path / "endless.jinja"
@@ -154,40 +151,23 @@ def test_a_model_that_would_never_learn_to_stop_is_an_error(call, thinker, tmp_p
         "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
-    ended = call("data", "check", rows, "--model", thinker, "--data.chat_template", template)
     # Without an end of turn that the tokenizer knows, eos is appended.
-    assert ended.status == 0 and "trained to end with <|im_end|> in 30 examples" in ended.out
-    folder = tmp_path / "other"
+    assert "trained to end with <|im_end|> in 30 examples" in check(rows, "--data.chat_template", template)
     tokenizer = tokenizer_of("generation")
     tokenizer.add_tokens(["<stop>"], special_tokens=True)
     tokenizer.chat_template = template.read_text().replace("</s>", "<stop>")
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ended = call("data", "check", rows, "--model", folder)
+    ended = call("data", "check", rows, "--model", with_tokenizer(tokenizer, tmp_path / "other"))
     assert ended.status == 2 and "is ever trained: the model will not learn to stop" in ended.out
 
 
-def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
-    train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
-    apart = [train[4], {"prompt": "What is 5?", "completion": "Five."}, {"prompt": "New?", "completion": "Yes."}]
-    files = write_rows(tmp_path / "d.jsonl", train), write_rows(tmp_path / "t.jsonl", apart)
-    ended = call("data", "check", files[0], "--data.eval", files[1], "--model", thinker)
-    assert ended.status == 0
-    assert f"1 example of {files[1]} that are also training rows" in ended.out
-    assert f"1 example of {files[1]} with the prompt of a training row" in ended.out
-
-
-def test_every_evaluation_file_is_compared(call, thinker, tmp_path):
-    train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
-    files = [
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-        for name, rows in (("d", train), ("t", train[3:4]), ("u", train[5:7]))
-    ]
-    sets = f"{{one: {files[1]}, two: {files[2]}, drawn: 0.1}}"
-    ended = call("data", "check", files[0], "--data.eval", sets, "--model", thinker)
-    assert ended.status == 0
-    assert f"1 example of {files[1]} that are also" in ended.out
-    assert f"2 examples of {files[2]} that are also" in ended.out
+def test_overlap_with_every_evaluation_file_is_found(check, tmp_path):
+    apart = [NUMBERS[4], {"prompt": "What is 5?", "completion": "Five."}, {"prompt": "New?", "completion": "Yes."}]
+    kinds = {"d": NUMBERS, "t": apart, "u": NUMBERS[5:7]}
+    train, one, two = (write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in kinds.items())
+    out = check(train, "--data.eval", f"{{one: {one}, two: {two}, drawn: 0.1}}")
+    assert f"1 example of {one} that are also training rows" in out
+    assert f"1 example of {one} with the prompt of a training row" in out
+    assert f"2 examples of {two} that are also" in out
 
 
 ODD = {
@@ -200,15 +180,14 @@ ODD = {
 }
 
 
-def test_odd_texts_are_found(call, thinker, tmp_path):
-    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
-    path = write_rows(tmp_path / "d.jsonl", rows)
-    sound = call("data", "check", path, "--model", thinker).out
+def test_odd_texts_are_found_and_nothing_wrong_is_said_too(check, tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", NUMBERS)
+    sound = check(path)
+    assert "fine: no problem was found" in sound and "█" in sound
     odd = [{"prompt": prompt, "completion": answer} for prompt, answer in ODD.values()]
-    ended = call("data", "check", write_rows(path, [*rows, *odd]), "--model", thinker)
-    assert ended.status == 0
+    out = check(write_rows(path, [*NUMBERS, *odd]))
     for number, said in enumerate(ODD, 31):
-        assert said not in sound and said in ended.out and f"{path}, row {number}" in ended.out
+        assert said not in sound and said in out and f"{path}, row {number}" in out
 
 
 def test_settings_come_from_a_file_or_a_run(call, thinker, file, tmp_path, finished_run):
@@ -229,19 +208,16 @@ def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     flags = ("--model", thinker, "--task", "sequence-classification")
     ended = call("data", "check", path, *flags)
     assert ended.status == 2
-    assert "error: 1 row that cannot be used: a value of the wrong type" in ended.out
-    assert "3 classes, rows of each: bad 15, good 27, odd 2" in ended.out
-    assert "warning: classes with less than 10% of the rows of the largest: odd (2)" in ended.out
-    assert "warning: 2 rows with content that has another label elsewhere" in ended.out
-    assert "warning: 1 row with the same content and label as an earlier one (dropped)" in ended.out
+    for said in (
+        "error: 1 row that cannot be used: a value of the wrong type",
+        "3 classes, rows of each: bad 15, good 27, odd 2",
+        "warning: classes with less than 10% of the rows of the largest: odd (2)",
+        "warning: 2 rows with content that has another label elsewhere",
+        "warning: 1 row with the same content and label as an earlier one (dropped)",
+    ):
+        assert said in ended.out
     assert call("data", "check", path, *flags, "--data.bad_rows", "skip").status == 0
     told = json.loads(call("data", "check", path, *flags, "--json").out)
     assert told["class_counts"] == {"bad": 15, "good": 27, "odd": 2} and told["label_tokens"] is None
     shown = call("data", "show", path, *flags, "--row", 2)
     assert "label 'good'" in shown.out and "film 1" in shown.out
-
-
-def test_help_says_what_the_verbs_do(call):
-    assert "show" in call("data", "--help").out and "check" in call("data", "--help").out
-    assert "--row" in call("data", "show", "--help").out
-    assert call("data", "chek", "d.jsonl").status == 2

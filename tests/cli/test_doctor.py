@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.cli.conftest import start
+from tests.cli.conftest import assert_refused, start
 
 
 def test_one_object_without_compiled_kernels(tmp_path, monkeypatch, model_folder):
@@ -45,5 +45,4 @@ def test_what_makes_training_impossible_has_status_2_and_still_one_object(call, 
 
 def test_kernels_that_are_not_known_are_refused(call, monkeypatch):
     monkeypatch.setenv("DELTAW_KERNELS", "avx1024")
-    ended = call("doctor")
-    assert ended.status == 2 and "avx1024" in ended.err
+    assert_refused(call("doctor"), "avx1024")

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from deltaw.runs.fit import fit
+from tests.cli.conftest import assert_refused
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,6 @@ def test_a_table_for_each_set_with_so_many_rows_and_answers(call, run):
 
 
 def test_a_set_that_is_not_there_is_refused(call, run, finished_run, rows_file):
-    ended = call("eval", run, "--set", "trivia")
-    assert ended.status == 2 and "no evaluation set 'trivia'" in ended.err and "held_out, other" in ended.err
-    ended = call("eval", finished_run, "--set", "trivia")
-    assert ended.status == 2 and "leave out --set" in ended.err
-    ended = call("eval", run, "--data", rows_file, "--set", "other")
-    assert ended.status == 2 and "leave out one" in ended.err
+    assert_refused(call("eval", run, "--set", "trivia"), "no evaluation set 'trivia'", "held_out, other")
+    assert_refused(call("eval", finished_run, "--set", "trivia"), "leave out --set")
+    assert_refused(call("eval", run, "--data", rows_file, "--set", "other"), "leave out one")

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from deltaw.data import rendering
 from deltaw.hub import packages
 from deltaw.lora import expressions
+from tests.cli.conftest import changed
 from tests.conftest import write_rows
 from tests.experiments.conftest import use_worker_here
 
@@ -77,13 +77,6 @@ def refused(call, outside) -> Callable[..., None]:
     return check
 
 
-def _changed(file: Path, **changes: object) -> None:
-    """Other values in a JSON or YAML file."""
-    read = yaml.safe_load if file.suffix == ".yaml" else json.loads
-    values = {**read(file.read_text()), **changes}
-    file.write_text(yaml.safe_dump(values) if file.suffix == ".yaml" else json.dumps(values))
-
-
 def _linked(file: Path, target: Path) -> None:
     file.unlink(missing_ok=True)
     file.symlink_to(target)
@@ -92,26 +85,15 @@ def _linked(file: Path, target: Path) -> None:
 # Models
 
 
-def _code(model: Path, outside: Path) -> str:
-    auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.T", None]}
-    for file in ("config.json", "tokenizer_config.json"):
-        _changed(model / file, auto_map=auto)
-    _changed(model / "config.json", model_type="own")
-    (model / "own.py").write_text(CODE)
-    return "Python code of its own"
+def _own_code(auto: dict[str, object], **changes: object) -> Callable[[Path, Path], str]:
+    def change(model: Path, outside: Path) -> str:
+        changed(model / "tokenizer_config.json", auto_map=auto, **changes)
+        if "AutoConfig" in auto:
+            changed(model / "config.json", auto_map=auto, model_type="own")
+        (model / "own.py").write_text(CODE)
+        return "Python code of its own"
 
-
-def _code_elsewhere(model: Path, outside: Path) -> str:
-    _code(model, outside)
-    _changed(model / "config.json", auto_map={"AutoConfig": "somebody/else--own.Config"})
-    return "Python code of its own"
-
-
-def _code_of_tokenizer(model: Path, outside: Path) -> str:
-    auto = {"AutoTokenizer": ["own.T", None]}
-    _changed(model / "tokenizer_config.json", auto_map=auto, tokenizer_class="T")
-    (model / "own.py").write_text(CODE)
-    return "Python code of its own"
+    return change
 
 
 def _link(name: str, target: str) -> Callable[[Path, Path], str]:
@@ -125,30 +107,30 @@ def _link(name: str, target: str) -> Callable[[Path, Path], str]:
 def _index(model: Path, outside: Path) -> str:
     (model / "model.safetensors").unlink()
     shard = str(outside / "model" / "model.safetensors")
-    text = json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}})
-    (model / "model.safetensors.index.json").write_text(text)
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     return "not in the model's folder"
 
 
 def _named_index(model: Path, outside: Path) -> str:
-    _index(model, outside)
+    word = _index(model, outside)
     (model / "model.safetensors.index.json").rename(model / "other.safetensors.index.json")
-    _changed(model / "config.json", transformers_weights="other.safetensors.index.json")
+    changed(model / "config.json", transformers_weights="other.safetensors.index.json")
     (model / "some.safetensors").write_bytes(b"")
-    return "not in the model's folder"
+    return word
 
 
 def _weights(name: str) -> Callable[[Path, Path], str]:
     def change(model: Path, outside: Path) -> str:
         (model / "adapter_model.bin").write_bytes(b"")
-        _changed(model / "config.json", transformers_weights=name)
+        changed(model / "config.json", transformers_weights=name)
         return "not a safetensors file of its folder"
 
     return change
 
 
 def _vocabulary(model: Path, outside: Path) -> str:
-    _changed(model / "tokenizer_config.json", vocab=str(outside / "text"), tokenizer_class="BertTokenizer")
+    changed(model / "tokenizer_config.json", vocab=str(outside / "text"), tokenizer_class="BertTokenizer")
     return "not in the model's folder"
 
 
@@ -158,10 +140,12 @@ def _with_adapter(model: Path, outside: Path) -> str:
     return "holds a model and an adapter"
 
 
+AUTO: dict[str, object] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+AUTO_TOKENIZER: dict[str, object] = {"AutoTokenizer": ["own.T", None]}
 MODELS = {
-    "code": _code,
-    "code of another": _code_elsewhere,
-    "code of the tokenizer": _code_of_tokenizer,
+    "code": _own_code(AUTO | AUTO_TOKENIZER),
+    "code of another": _own_code({"AutoConfig": "somebody/else--own.Config"}),
+    "code of the tokenizer": _own_code(AUTO_TOKENIZER, tokenizer_class="T"),
     "config.json": _link("config.json", "model/config.json"),
     "tokenizer.json": _link("tokenizer.json", "model/tokenizer.json"),
     "weights": _link("model.safetensors", "model/model.safetensors"),
@@ -177,18 +161,18 @@ MODELS = {
 
 
 def _model_verbs(model: Path, rows: Path, to: Path) -> dict[str, list]:
-    train = ["--data.train", rows, "--device", "cpu", "--precision", "fp32"]
+    trains = ["--model", model, "--data.train", rows, *HOW]
+    writes = [*trains, "--output", to]
     return {
-        "train": ["train", "--model", model, *train, "--output", to, "--train.max_steps", "1"],
-        "plan": ["plan", "--model", model, *train],
-        "compare": ["compare", "--model", model, *train, "--output", to, "--methods", "lora"],
-        "tune": ["tune", "--model", model, *train, "--output", to, "--trials", "1"],
+        "train": ["train", *writes, "--train.max_steps", "1"],
+        "plan": ["plan", *trains],
+        "compare": ["compare", *writes, "--methods", "lora"],
+        "tune": ["tune", *writes, "--trials", "1"],
         "eval": ["eval", model, "--data", rows],
         "generate": ["generate", model, "-p", "hi"],
         "chat": ["chat", model],
         "serve": ["serve", model, "--port", "0"],
-        "data show": ["data", "show", rows, "--model", model],
-        "data check": ["data", "check", rows, "--model", model],
+        **{f"data {verb}": ["data", verb, rows, "--model", model] for verb in ("show", "check")},
         "doctor": ["doctor", "--model", model],
         "init": ["init", to, "--model", model, "--data", rows],
     }
@@ -200,14 +184,12 @@ def test_a_models_folder(what, tmp_path, model_folder, rows_file, outside, refus
     model = shutil.copytree(model_folder, tmp_path / "model")
     word = MODELS[what](model, outside)
     verbs = _model_verbs(model, rows_file, tmp_path / "to")
-    if what == "an adapter in it":  # these take the folder for the adapter
-        verbs = {name: verbs[name] for name in verbs if name not in ("eval", "generate", "chat", "serve")}
-    if what.startswith("code"):
-        del verbs["init"]  # reads no configuration, and writes settings without it
-    if what == "code of the tokenizer":
-        del verbs["doctor"]  # reads no tokenizer
-    for arguments in verbs.values():
-        refused(arguments, word)
+    others = {
+        "an adapter in it": ["eval", "generate", "chat", "serve"],  # these take the folder for the adapter
+        "code of the tokenizer": ["init", "doctor"],  # init writes settings without it, doctor reads no tokenizer
+    }.get(what, ["init"] if what.startswith("code") else [])
+    for name in verbs.keys() - others:
+        refused(verbs[name], word)
 
 
 def test_an_endless_template_of_a_model(tmp_path, model_folder, rows_file, call, refused):
@@ -225,19 +207,19 @@ def test_an_endless_template_of_a_model(tmp_path, model_folder, rows_file, call,
 
 
 def _consent(run: Path, outside: Path) -> str:
-    _changed(run / "run.yaml", trust_remote_code=True)
+    changed(run / "run.yaml", trust_remote_code=True)
     return "ask to run Python code"
 
 
 def _base_of_run(run: Path, outside: Path) -> str:
-    _changed(run / "run.yaml", model=str(outside / "model"))
+    changed(run / "run.yaml", model=str(outside / "model"))
     return "--model"
 
 
 def _base(name: str) -> Callable[[Path, Path], str]:
     def change(run: Path, outside: Path) -> str:
         (run / "run.yaml").unlink()
-        _changed(run / "adapter_config.json", base_model_name_or_path=name.format(outside=outside))
+        changed(run / "adapter_config.json", base_model_name_or_path=name.format(outside=outside))
         return f"--model {name.format(outside=outside)}"
 
     return change
@@ -245,9 +227,7 @@ def _base(name: str) -> Callable[[Path, Path], str]:
 
 def _template_outside(run: Path, outside: Path) -> str:
     (run / "chat_template.jinja").unlink()
-    settings = yaml.safe_load((run / "run.yaml").read_text())
-    data = {**settings["data"], "chat_template": str(outside / "text")}
-    _changed(run / "run.yaml", data=data)
+    changed(run / "run.yaml", data={"chat_template": str(outside / "text")})
     return "chat_template"
 
 
@@ -287,17 +267,17 @@ def _verbs_with_base(run: Path, to: Path, *more: object) -> dict[str, list]:
 
 
 def _verbs_of_runs(run: Path) -> dict[str, list]:
-    return {
-        "data show": ["data", "show", run],
-        "data check": ["data", "check", run],
-        "train --resume": ["train", "--resume", run, "--train.epochs", "9"],
-    }
+    verbs: dict[str, list] = {f"data {verb}": ["data", verb, run] for verb in ("show", "check")}
+    return verbs | {"train --resume": ["train", "--resume", run, "--train.epochs", "9"]}
 
 
 def _verbs_beside(run: Path, base: Path, own: Path, to: Path) -> dict[str, list]:
+    """Those that take an adapter beside another or beside its base, or read its files alone."""
     return {
         "merge --with": ["merge", own, "--with", f"{run}=0.5", "--output", to, "--model", base],
         "serve --adapter": ["serve", base, "--adapter", f"x={run}", "--port", "0"],
+        "inspect": ["inspect", run],
+        "inspect two": ["inspect", own, run],
     }
 
 
@@ -320,7 +300,6 @@ def test_links_in_a_run(what, tmp_path, finished_run, model_folder, outside, ref
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
     verbs |= _verbs_of_runs(run) | _verbs_beside(run, model_folder, own, tmp_path / "to")
     verbs |= {"runs": ["runs", run], "runs --report": ["runs", run, "--report"]}
-    verbs |= {"inspect": ["inspect", run], "inspect two": ["inspect", own, run]}
     for arguments in verbs.values():
         refused(arguments, word)
 
@@ -340,102 +319,93 @@ def test_links_in_what_a_run_goes_on_with(tmp_path, settings, outside, refused):
 def test_an_endless_expression_of_an_adapter(tmp_path, finished_run, model_folder, refused):
     run = shutil.copytree(finished_run, tmp_path / "run")
     own = shutil.copytree(finished_run, tmp_path / "own")
-    _changed(run / "adapter_config.json", target_modules=ENDLESS_EXPRESSION, alpha_pattern={ENDLESS_EXPRESSION: 2})
+    changed(run / "adapter_config.json", target_modules=ENDLESS_EXPRESSION, alpha_pattern={ENDLESS_EXPRESSION: 2})
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
     verbs["eval"] += ["--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])]
     verbs |= _verbs_beside(run, model_folder, own, tmp_path / "to")
-    verbs |= {"inspect": ["inspect", run], "inspect two": ["inspect", own, run]}
     for arguments in verbs.values():
         refused(arguments, "was ended after")
 
 
 def test_an_endless_template_of_an_adapter(tmp_path, finished_run, model_folder, rows_file, refused):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    settings = yaml.safe_load((run / "run.yaml").read_text())
-    _changed(run / "run.yaml", data={**settings["data"], "chat_template": "somewhere.jinja"})
+    changed(run / "run.yaml", data={"chat_template": "somewhere.jinja"})
     (run / "chat_template.jinja").write_text(ENDLESS_TEMPLATE)
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
     verbs["eval"] += ["--data", rows_file]
-    for name in ("generate", "chat", "eval", "merge", "serve", "export gguf", "export gguf-adapter"):
+    for name, verb in _verbs_of_runs(run).items():
+        verbs[name] = [*verb, "--model", model_folder, "--data", rows_file]
+    writes = ("generate", "chat", "eval", "merge", "serve", "export gguf", "export gguf-adapter")
+    for name in (*writes, "data show", "data check"):
         refused(verbs[name], "the chat template was ended")
-    for name in ("data show", "data check"):
-        more = ["--model", model_folder, "--data", rows_file]
-        refused([*_verbs_of_runs(run)[name], *more], "the chat template was ended")
 
 
 def test_links_in_a_folder_of_rows(tmp_path, model_folder, outside, refused):
     folder = tmp_path / "rows"
     folder.mkdir()
     _linked(folder / "rows.jsonl", outside / "rows.jsonl")
-    for verb in ("show", "check"):
-        refused(["data", verb, folder, "--model", model_folder], "link that leads out")
-    to = tmp_path / "to"
-    refused(["train", "--model", model_folder, "--data", folder, "--output", to], "link that leads out")
+    verbs = _model_verbs(model_folder, folder, tmp_path / "to")
+    for name in ("data show", "data check", "train"):
+        refused(verbs[name], "link that leads out")
 
 
 # What may be done
+
+HOW = ["--precision", "fp32", "--device", "cpu"]
+WRITES = ["-p", "hi", "--max-new-tokens", "2", *HOW]
 
 
 def test_the_caller_allows_what_a_folder_names_and_is_not_asked_again(
     tmp_path, finished_run, rows_file, outside, refused, call
 ):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    _changed(run / "run.yaml", model=str(outside / "model"))
+    changed(run / "run.yaml", model=str(outside / "model"))
     _watched.clear()
-    how = ["--precision", "fp32", "--device", "cpu"]
-    refused(["generate", run, "-p", "hi", *how], f"--model {outside / 'model'}")
-    refused(["eval", run, "--model", outside / "model", *how], "--data FILE", "data.train")
-    ended = call("eval", run, "--data", rows_file, "--no-drift", "--rows", "2", *how)
+    refused(["generate", run, "-p", "hi", *HOW], f"--model {outside / 'model'}")
+    refused(["eval", run, "--model", outside / "model", *HOW], "--data FILE", "data.train")
+    ended = call("eval", run, "--data", rows_file, "--no-drift", "--rows", "2", *HOW)
     assert ended.status == 0, ended.err
-    assert call("generate", run, "-p", "hi", "--max-new-tokens", "2", *how).status == 0
-    moved = run.rename(tmp_path / "moved")
-    assert call("generate", moved, "-p", "hi", "--max-new-tokens", "2", *how).status == 0
+    assert call("generate", run, *WRITES).status == 0
+    assert call("generate", run.rename(tmp_path / "moved"), *WRITES).status == 0
 
 
 def test_a_run_of_ones_own_needs_no_word(tmp_path, settings, call):
     from deltaw.runs.fit import fit
 
     run = fit(settings(tmp_path / "run", train={"max_steps": 1})).output
-    how = ["--precision", "fp32", "--device", "cpu"]
     moved = run.rename(tmp_path / "moved")
-    assert call("eval", moved, "--no-drift", *how).status == 0
+    assert call("eval", moved, "--no-drift", *HOW).status == 0
     (moved / "run.yaml").unlink()
-    assert call("generate", moved, "-p", "hi", "--max-new-tokens", "2", *how).status == 0
+    assert call("generate", moved, *WRITES).status == 0
 
 
 def test_code_is_the_callers_to_allow_each_time(tmp_path, settings, model_folder, call, refused, outside):
     from deltaw.runs.fit import fit
 
     model = shutil.copytree(model_folder, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
     (model / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    config |= {"model_type": "own", "auto_map": auto, "architectures": ["OwnModel"]}
-    (model / "config.json").write_text(json.dumps(config))
+    changed(model / "config.json", model_type="own", auto_map=auto, architectures=["OwnModel"])
     own = settings(tmp_path / "run", model=str(model), trust_remote_code=True, train={"max_steps": 1})
     run = fit(own).output
-    how = ["--precision", "fp32", "--device", "cpu"]
-    refused(["generate", run, "-p", "hi", *how], "--trust-remote-code", str(model))
-    ended = call("generate", run, "-p", "hi", "--max-new-tokens", "2", "--trust-remote-code", *how)
-    assert ended.status == 0, ended.err
-    refused(["train", "--resume", run, "--train.max_steps", "2"], "--trust_remote_code true")
-    ended = call("train", "--resume", run, "--train.max_steps", "2", "--trust_remote_code", "true")
-    assert ended.status == 0, ended.err
+    refused(["generate", run, *WRITES], "--trust-remote-code", str(model))
+    assert call("generate", run, "--trust-remote-code", *WRITES).status == 0
+    longer = ["train", "--resume", run, "--train.max_steps", "2"]
+    refused(longer, "--trust_remote_code true")
+    assert call(*longer, "--trust_remote_code", "true").status == 0
 
 
 def test_a_base_in_the_hubs_cache_needs_no_word(tmp_path, finished_run, model_folder, call, monkeypatch):
     """The links of the cache itself lead out of a folder, and are followed."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    cached = tmp_path / "hub" / "models--somebody--base"
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached, commit = tmp_path / "hub" / "models--somebody--base", "0123456789abcdef0123456789abcdef01234567"
     snapshot = cached / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (cached / "blobs").mkdir()
-    (cached / "refs").mkdir()
+    for folder in (snapshot, cached / "blobs", cached / "refs"):
+        folder.mkdir(parents=True)
     (cached / "refs" / "main").write_text(commit)
     for number, file in enumerate(sorted(model_folder.iterdir())):
         shutil.copy(file, cached / "blobs" / f"blob{number}")
@@ -445,10 +415,9 @@ def test_a_base_in_the_hubs_cache_needs_no_word(tmp_path, finished_run, model_fo
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "run.yaml").unlink()
-    _changed(run / "adapter_config.json", base_model_name_or_path="somebody/base")
-    how = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", "2"]
-    ended = call("generate", run, "-p", "hi", *how)
+    changed(run / "adapter_config.json", base_model_name_or_path="somebody/base")
+    ended = call("generate", run, *WRITES)
     assert ended.status == 0, ended.err
     (cached / "blobs" / "blob0").unlink()
     (cached / "blobs" / "blob0").symlink_to(model_folder / sorted(model_folder.iterdir())[0].name)
-    assert call("generate", run, "-p", "hi", *how).status == 2
+    assert call("generate", run, *WRITES).status == 2

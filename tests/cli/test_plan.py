@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTModel
@@ -23,19 +23,6 @@ def file(settings, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(tmp_path / "run")))
     return path
-
-
-@pytest.fixture
-def images(tmp_path_factory):
-    """Flags of a run on images."""
-    folder = tmp_path_factory.mktemp("images")
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **size)).save_pretrained(folder / "vit")
-    rows = (",".join(map(str, [*range(n, n + 64), n % 2])) for n in range(12))
-    (folder / "pixels.csv").write_text("\n".join(rows) + "\n")
-    data = folder / "pixels.csv"
-    return ["--model", folder / "vit", "--task", "image-classification", "--data", data, "--precision", "fp32"]
 
 
 def test_one_object_and_one_picture_hold_the_plan_of_every_method(call, file, tmp_path):
@@ -74,7 +61,13 @@ def test_the_table_names_the_methods_asked_for_beside_the_runs_own(call, file):
     assert told["head"]["trained_parameters"] == less["head"]["trained_parameters"]
 
 
-def test_a_method_that_does_not_fit_is_named_and_left_out_unless_it_is_the_runs_own(call, images):
+def test_a_method_that_does_not_fit_is_named_and_left_out_unless_it_is_the_runs_own(call, tmp_path):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **size)).save_pretrained(tmp_path / "vit")
+    rows = (",".join(map(str, [*range(n, n + 64), n % 2])) for n in range(12))
+    (tmp_path / "pixels.csv").write_text("\n".join(rows) + "\n")
+    images = ["--model", tmp_path / "vit", "--data", tmp_path / "pixels.csv", "--precision", "fp32"]
+    images += ["--task", "image-classification"]
     ended = call("plan", *images, "--method", "head", "--methods", "prompt,bias", "--json")
     assert ended.status == 0 and list(json.loads(ended.out)) == ["head", "bias"]
     assert "prompt: " in ended.err
@@ -84,38 +77,24 @@ def test_a_method_that_does_not_fit_is_named_and_left_out_unless_it_is_the_runs_
 
 @pytest.mark.parametrize("flags", [[], ["--budget", "6GB"]])
 def test_a_model_that_cannot_be_run_on_fake_tensors_is_told_of(call, file, monkeypatch, flags):
-    def cannot(*_: object, **__: object) -> None:
-        raise RuntimeError("a kernel without a shape")
-
-    monkeypatch.setattr("deltaw.training.planning.plan_run.plan_run", cannot)
-    monkeypatch.setattr("deltaw.training.planning.budget.plan_run", cannot)
+    for module in ("plan_run", "budget"):
+        cannot = Mock(side_effect=RuntimeError("a kernel without a shape"))
+        monkeypatch.setattr(f"deltaw.training.planning.{module}.plan_run", cannot)
     # A seed of its own: a plan that another test made would be remembered.
     ended = call("plan", file, "--methods", "head", "--train.seed", "77", "--json", *flags)
     assert_refused(ended, "a kernel without a shape", "hint:")
 
 
-@pytest.fixture
-def no_planning(monkeypatch):
-    """A refusal must not wait for the rows or a plan."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("rows were read")
-
-    monkeypatch.setattr("deltaw.training.session.task_of", refuse)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--methods", "lora,hed"], ["'hed'", "did you mean 'head'", "--methods"]),
-        (["--budget", "much"], ["'much'", "--budget", "6GB"]),
-        (["--picture", "plans.xyz"], ["plans.xyz", "--picture", ".png"]),
-    ],
-)
-def test_what_cannot_be_used_is_refused_at_once(call, file, no_planning, flags, words):
-    ended = call("plan", file, *flags, "--json")
-    assert_refused(ended, *words)
-    assert ended.out == ""
+def test_what_cannot_be_used_is_refused_before_rows_are_read(call, file, monkeypatch):
+    monkeypatch.setattr("deltaw.training.session.task_of", lambda *_, **__: pytest.fail("rows were read"))
+    for flag, value, words in (
+        ("--methods", "lora,hed", ["'hed'", "did you mean 'head'"]),
+        ("--budget", "much", ["'much'", "6GB"]),
+        ("--picture", "plans.xyz", ["plans.xyz", ".png"]),
+    ):
+        ended = call("plan", file, flag, value, "--json")
+        assert_refused(ended, flag, *words)
+        assert ended.out == ""
 
 
 def test_a_target_that_the_model_does_not_have_is_refused(call, file):
@@ -139,9 +118,3 @@ def test_a_budget_gives_settings_within_it_the_fastest_first(call, file, tmp_pat
 def test_a_budget_that_nothing_fits_says_what_the_least_would_take(call, file):
     ended = call("plan", file, "--method", "head", "--methods", "head", "--budget", "1MB", "--json")
     assert_refused(ended, "1,000,000 bytes", "the least needs", "--budget", "hint:")
-
-
-def test_help_tells_the_flags(call):
-    ended = call("plan", "--help")
-    for flag in ("--methods", "--picture", "--budget", "--json", "--train.tokens_per_pass"):
-        assert flag in ended.out

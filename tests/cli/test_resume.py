@@ -7,11 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
-from tests.cli.conftest import start, tree
+from tests.cli.conftest import assert_refused, start, tree
 from tests.training.runs import assert_same_run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
@@ -23,13 +22,6 @@ def resumable(flags, run, **instead):
     return flags(run, **given)
 
 
-def wait_for(process, ready):
-    until = time.monotonic() + 60
-    while not ready():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.01)
-
-
 def lines_of(run):
     metrics = run / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
@@ -37,7 +29,7 @@ def lines_of(run):
 
 def wait_for_lines(process, run, count):
     before = lines_of(run)
-    wait_for(process, lambda: lines_of(run) != before and lines_of(run) > count)
+    process.until(lambda: lines_of(run) != before and lines_of(run) > count)
 
 
 @pytest.mark.slow
@@ -46,13 +38,10 @@ def test_a_run_that_is_killed_three_times_is_the_run_that_is_not(flags, tmp_path
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert call("train", *resumable(flags, whole)).status == 0
     for count in range(3):
-        process = start("train", *resumable(flags, run))
-        try:
+        with start("train", *resumable(flags, run)) as process:
             wait_for_lines(process, run, 30 + 60 * count)
             process.send_signal(number)
             out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), err
         if number != signal.SIGKILL:
             assert f"deltaw train --resume {run}" in out and "interrupted after" in out
@@ -65,16 +54,13 @@ def test_a_run_that_is_killed_three_times_is_the_run_that_is_not(flags, tmp_path
 
 def test_a_killed_process_leaves_no_lock_and_a_living_one_does(flags, tmp_path, call):
     run = tmp_path / "run"
-    process = start("train", *flags(run, train__epochs=100000, train__checkpoint_every=5))
-    try:
-        wait_for(process, lambda: lines_of(run) > 12)
+    with start("train", *flags(run, train__epochs=100000, train__checkpoint_every=5)) as process:
+        wait_for_lines(process, run, 12)
         refused = call("train", *flags(run, train__epochs=100000))
         assert refused.status == 2 and f"process {process.pid} is training into this folder" in refused.err
         assert refused.err.count("\n") == 3 and process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-    finally:
         process.kill()
+        process.wait(60)
     shorter = call("train", "--resume", run, "--train.max_steps", 20)
     assert shorter.status in (0, 2), shorter.err
     assert "resumes from" in shorter.out + shorter.err or "has done" in shorter.err
@@ -82,14 +68,11 @@ def test_a_killed_process_leaves_no_lock_and_a_living_one_does(flags, tmp_path, 
 
 def test_a_second_signal_ends_at_once_and_the_run_goes_on(flags, tmp_path):
     run = tmp_path / "run"
-    process = start("train", *flags(run, train__epochs=100000, train__checkpoint_every=2))
-    try:
-        wait_for(process, lambda: lines_of(run) > 6)
+    with start("train", *flags(run, train__epochs=100000, train__checkpoint_every=2)) as process:
+        wait_for_lines(process, run, 6)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode in (130, -signal.SIGTERM) and "Traceback" not in err
     assert list((run / "checkpoints").glob("step-*"))
 
@@ -97,19 +80,15 @@ def test_a_second_signal_ends_at_once_and_the_run_goes_on(flags, tmp_path):
 def test_resume_and_fresh_on_the_command_line(flags, tmp_path, call):
     run = tmp_path / "run"
     assert call("train", *flags(run, train__epochs=2)).status == 0
-    nothing_left = call("train", "--resume", run)
-    assert nothing_left.status == 2 and "has done" in nothing_left.err
+    assert_refused(call("train", "--resume", run), "has done")
     longer = call("train", "--resume", run, "--train.epochs", 4, "--json")
     assert longer.status == 0 and json.loads(longer.out)["resumed_from_step"] == 4
     assert json.loads(longer.out)["steps"] == 8
-    other = call("train", "--resume", run, "--train.epochs", 5, "--lora.rank", 3)
-    assert other.status == 2 and "'lora.rank' is 3" in other.err
-    both = call("train", run / "run.yaml", "--resume", run)
-    assert both.status == 2 and "its own settings" in both.err
-    for flag in (["--output", tmp_path / "other"], ["--fresh"]):
-        assert call("train", "--resume", run, *flag).status == 2
-    nowhere = call("train", "--resume", tmp_path / "nowhere")
-    assert nowhere.status == 2 and "no run to resume" in nowhere.err
+    assert_refused(call("train", "--resume", run, "--train.epochs", 5, "--lora.rank", 3), "'lora.rank' is 3")
+    assert_refused(call("train", run / "run.yaml", "--resume", run), "its own settings")
+    assert call("train", "--resume", run, "--output", tmp_path / "other").status == 2
+    assert call("train", "--resume", run, "--fresh").status == 2
+    assert_refused(call("train", "--resume", tmp_path / "nowhere"), "no run to resume")
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "other").exists()
 
 
@@ -121,11 +100,9 @@ def test_a_refused_resume_leaves_the_run_as_it_is(flags, tmp_path, call):
         assert call("train", "--resume", run, "--train.epochs", 3, *changes).status == 2
         assert tree(run) == before
     for damage in (b"", b"{}", b"\xff" * 30):
-        status = run / "run.json"
-        kept = status.read_bytes()
-        status.write_bytes(damage)
+        (run / "run.json").write_bytes(damage)
         assert call("train", "--resume", run, "--train.epochs", 3).status == 2
-        status.write_bytes(kept)
+        (run / "run.json").write_bytes(before["run.json"])
     assert tree(run) == before
 
 
@@ -148,7 +125,7 @@ def test_a_full_disk(flags, tmp_path, call, small_disk):
     whole, run = tmp_path / "whole", small_disk / "run"
     assert call("train", *flags(whole, **common)).status == 0
     process = start("train", *flags(run, **common))
-    wait_for(process, lambda: lines_of(run) > 15)
+    wait_for_lines(process, run, 15)
     os.kill(process.pid, signal.SIGSTOP)
     filler = small_disk / "filler"
     with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from tests.cli.conftest import assert_refused
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 
@@ -67,12 +68,10 @@ def test_reports_are_written_again(call, folder):
 
 
 def test_names_that_mean_nothing_are_refused_with_the_nearest(call, folder):
-    ended = call("runs", "onne")
-    assert ended.status == 2 and "did you mean 'one'" in ended.err and "Traceback" not in ended.err
-    ended = call("runs", "one", "--output", "page.html")
-    assert ended.status == 2 and "two" in ended.err
-    ended = call("runs", "one", "old", "--output", folder / "runs" / "one" / "run.yaml" / "page.html")
-    assert ended.status == 2 and "cannot write" in ended.err
+    assert_refused(call("runs", "onne"), "did you mean 'one'")
+    assert_refused(call("runs", "one", "--output", "page.html"), "two")
+    inside_a_file = folder / "runs" / "one" / "run.yaml" / "page.html"
+    assert_refused(call("runs", "one", "old", "--output", inside_a_file), "cannot write")
     shutil.rmtree(folder / "runs")
     ended = call("runs")
     assert ended.status == 0 and "no runs in runs" in ended.out

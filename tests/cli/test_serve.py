@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import queue
+import json
+import re
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
+import socket
 from pathlib import Path
 
 import pytest
 
-from deltaw.cli import main
+from deltaw.cli.serve import command
+from tests import processes
 from tests.byte_models import saved, tiny_llama
+from tests.cli.conftest import Call, assert_refused, start
 
 httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
 
+read_keys = pytest.importorskip("deltaw.serving.http.settings").read_keys
+
 KEY = "a-key-of-the-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 SECONDS = 120
 
 
@@ -28,124 +30,76 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_llama(max_position_embeddings=4096), tmp_path_factory.mktemp("serve") / "base")
 
 
-class Process:
-    """A server of its own process; its lines are read as they come."""
+def serving(base: Path, *arguments: str) -> processes.Process:
+    """A server of its own process with a key and the model's name ``tiny``."""
+    given = (base, "--port", "0", "--name", "tiny", "--precision", "fp32", *arguments)
+    return start("serve", *given, env={"DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"})
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "deltaw", "serve", *arguments]
-        environment = {**os.environ, "DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.lines: queue.Queue[str] = queue.Queue()
-        self.errors: list[str] = []
-        self._threads = [
-            threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
-            threading.Thread(target=self._read, args=(self.process.stderr, self.errors.append), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
 
-    @staticmethod
-    def _read(stream: Iterator[str], told: object) -> None:
-        for line in stream:
-            told(line.rstrip("\n"))  # type: ignore[operator]
-
-    def ended(self) -> int:
-        """The status that it ends with; all of its lines are read then."""
-        status = self.process.wait(SECONDS)
-        for thread in self._threads:
-            thread.join(SECONDS)
-        return status
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+def url_of(server: processes.Process) -> str:
+    """Where a server listens, once it says so."""
+    found = server.until(lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.said()[0]), SECONDS)
+    return str(found[1])
 
 
 @pytest.mark.parametrize(
     ("sig", "status"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> None:
-    server = Process(str(base), "--port", "0", "--name", "tiny", "--precision", "fp32", "--cache-memory", "64MB")
-    try:
-        line = server.lines.get(timeout=SECONDS)
-        assert line.startswith("serving tiny at http://127.0.0.1:"), line
-        url = line.split()[-1]
-        asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
-        headers = {"Authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=url, timeout=SECONDS) as client:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    with serving(base, "--cache-memory", "64MB") as server:
+        with httpx.Client(base_url=url_of(server), timeout=SECONDS) as client:
             assert client.get("/ready").status_code == 200
             assert client.get("/v1/models").status_code == 401
-            names = [model["id"] for model in client.get("/v1/models", headers=headers).json()["data"]]
-            assert names == ["tiny"]
+            client.headers.update(HEADERS)
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
             stream = asked | {"stream": True, "max_tokens": 300}
-            with client.stream("POST", "/v1/chat/completions", json=stream, headers=headers) as response:
+            with client.stream("POST", "/v1/chat/completions", json=stream) as response:
                 parts = response.iter_text()
                 next(parts)
-                # The text in hand is written to its end.
-                threading.Timer(0.0, server.process.send_signal, (sig,)).start()
+                server.send_signal(sig)  # the text in hand is written to its end
                 rest = "".join(parts)
         assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
-        assert server.ended() == status
-        log = "\n".join(server.errors)
+        assert server.wait(SECONDS) == status
+        log = server.said()[1]
         assert '"status": 401' in log and '"finish": ["length"]' in log and KEY not in log
         assert "Traceback" not in log
-    finally:
-        server.kill()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--host", "0.0.0.0"], "there is no API key"),
-        (["--host", "0.0.0.0", "--api-key", "short"], "8 or more"),
-        (["--host", "999.1.1.1", "--without-key"], "there is no address"),
-        (["--host", "192.0.2.1", "--without-key"], "cannot be listened on"),
-        (["--port", "70000"], "70000"),
-        (["--adapter", "poet"], "name=folder"),
-        (["--adapter", "a/b=/tmp"], "not a valid name of an adapter"),
-        (["--adapter", "a=/nowhere"], "no such folder"),
-        (["--adapter", "a=/tmp", "--adapter", "a=/tmp"], "two adapters"),
-        (["--adapters-from", "/nowhere"], "/nowhere"),
-        (["--api-key-file", "/nowhere"], "/nowhere"),
-        (["--queue", "0"], "--queue"),
-        (["--max-body", "ten"], "--max-body"),
-        (["--max-adapters", "0"], "--max-adapters"),
-        (["--request-seconds", "0"], "--request-seconds"),
-        (["--cache-memory", "much"], "not a valid size"),
-        (["--certificate", __file__], "TLS"),
-        (["--log", "xml"], "--log"),
-        (["--unknown"], "--unknown"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_options_that_cannot_be_meant(
-    arguments: list[str], told: str, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+REFUSED = {
+    "--host 0.0.0.0": "there is no API key",
+    "--host 0.0.0.0 --api-key short": "8 or more",
+    "--host 999.1.1.1 --without-key": "there is no address",
+    "--host 192.0.2.1 --without-key": "cannot be listened on",
+    "--port 70000": "70000",
+    "--adapter poet": "name=folder",
+    "--adapter a/b=/tmp": "not a valid name of an adapter",
+    "--adapter a=/nowhere": "no such folder",
+    "--adapter a=/tmp --adapter a=/tmp": "two adapters",
+    **dict.fromkeys(["--adapters-from /nowhere", "--api-key-file /nowhere"], "/nowhere"),
+    **{f"{flag} 0": flag for flag in ("--queue", "--max-adapters", "--request-seconds")},
+    "--max-body ten": "--max-body",
+    "--cache-memory much": "not a valid size",
+    f"--certificate {__file__}": "TLS",
+    "--log xml": "--log",
+    "--unknown": "--unknown",
+}
+
+
+def test_options_that_cannot_be_meant(base: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DELTAW_API_KEY", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", str(base), *arguments])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error
+    for arguments, told in REFUSED.items():
+        assert_refused(call("serve", base, *arguments.split()), told)
 
 
-def test_a_taken_port_is_said_before_the_model_is_read(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import socket
-
+def test_a_taken_port_is_said_before_the_model_is_read(call: Call) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])])
-    assert ended.value.code == 2 and "cannot be listened on" in capsys.readouterr().err
+        assert_refused(call("serve", "no-such-model", "--port", taken.getsockname()[1]), "cannot be listened on")
 
 
 def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaw.serving.http.settings import read_keys
-
     monkeypatch.setenv("DELTAW_API_KEY", "from-the-environment")
     file = tmp_path / "keys"
     file.write_text("# of the team\nfirst-key-1\n\n second-key-2 \n")
@@ -153,8 +107,6 @@ def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_option_is_in_the_docs() -> None:
-    from deltaw.cli.serve import command
-
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
     options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
     assert len(options) > 25
@@ -164,11 +116,6 @@ def test_every_option_is_in_the_docs() -> None:
 
 def test_the_dockerfile_runs_the_verb_as_an_ordinary_user() -> None:
     """Docker is not needed to see that files and options that the image names are there."""
-    import json
-    import re
-
-    from deltaw.cli.serve import command
-
     root = Path(__file__).parents[2]
     text = (root / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     steps = re.findall(r"^([A-Z]+) +(.+)$", text, re.MULTILINE)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import psutil
 import pytest
 
 from tests.byte_models import byte_tokenizer, saved, tiny_llama
-from tests.cli.test_serve import KEY, SECONDS, Process
+from tests.cli.test_serve import HEADERS, SECONDS, serving, url_of
 from tests.serving.http.hostile import ANSWERS, CHAT, Hostile, memory
 from tests.serving.http.waiting import until
 
@@ -30,7 +28,6 @@ ASKED: dict[str, Any] = {
 }
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["b", "c"]}}, "required": ["a"], "additionalProperties": False}
 AS_JSON = ASKED | {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}
-HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 class Honest:
@@ -58,10 +55,7 @@ class Honest:
     def _ask(self) -> None:
         with httpx.Client(base_url=self._url, timeout=SECONDS, headers=HEADERS) as client:
             while not self._done.wait(0.1):
-                if self._asked is None:
-                    response = client.get("/health")
-                else:
-                    response = client.post(CHAT, json=self._asked)
+                response = client.post(CHAT, json=self._asked) if self._asked else client.get("/health")
                 if response.status_code != 200 or not self._right(response):
                     self.wrong.append(f"{response.status_code} {response.text}")
                 self.answered += 1
@@ -72,32 +66,19 @@ class Honest:
         return json.loads(response.json()["choices"][0]["message"]["content"]) in ({"a": "b"}, {"a": "c"})
 
 
-@contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[Process, str]]:
-    """A server of a tiny model, and where it is."""
-    saved(tiny_llama(max_position_embeddings=4096), folder)
-    server = Process(
-        *(str(folder), "--port", "0", "--name", "tiny", "--precision", "fp32"),
-        *("--cache-memory", "16MB", "--body-seconds", "2", "--write-seconds", "2"),
-    )
-    try:
-        yield server, server.lines.get(timeout=SECONDS).split()[-1]
-    finally:
-        server.kill()
-
-
 @pytest.mark.parametrize("each", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_honest_requests_are_answered_beside_hostile_ones(tmp_path: Path, each: int) -> None:
     (x,) = byte_tokenizer()("x")["input_ids"]
-    with serving(tmp_path / "base") as (server, url):
-        process = server.process.pid
+    base = saved(tiny_llama(max_position_embeddings=4096), tmp_path / "base")
+    with serving(base, "--cache-memory", "16MB", "--body-seconds", "1", "--write-seconds", "1") as server:
+        url = url_of(server)
         hostile = Hostile(url, "tiny", x, HEADERS)
         kinds = hostile.kinds
         assert len(kinds) == 10
         with httpx.Client(base_url=url, timeout=SECONDS, headers=HEADERS) as client:
             for asked in (ASKED, AS_JSON):
                 assert client.post(CHAT, json=asked).status_code == 200
-        before = memory(process)
+        before = memory(server.pid)
         with contextlib.ExitStack() as stack:
             probe, chat, constrained = (stack.enter_context(Honest(url, asked)) for asked in (None, ASKED, AS_JSON))
             with ThreadPoolExecutor(10 * each) as pool:
@@ -107,12 +88,10 @@ def test_honest_requests_are_answered_beside_hostile_ones(tmp_path: Path, each: 
         assert all(one.result() in ANSWERS for one in sent.values()), sent
         for kind in ("grammars with & and ~", "grammars that explode later"):
             assert all(sent[kind, n].result() in (400, 429) for n in range(each))
-        assert min(during) > 0
-        for one in (probe, chat, constrained):
-            assert not one.wrong
-        assert until(lambda: memory(process) < 1.1 * before), (before, memory(process))
-        started = psutil.Process(process).children(recursive=True)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.ended() == 0
+        assert min(during) > 0 and not [one.wrong for one in (probe, chat, constrained) if one.wrong]
+        assert until(lambda: memory(server.pid) < 1.1 * before), (before, memory(server.pid))
+        started = psutil.Process(server.pid).children(recursive=True)
+        server.terminate()
+        assert server.wait(SECONDS) == 0
         assert until(lambda: not any(one.is_running() for one in started))
-        assert "Traceback" not in "\n".join(server.errors)
+        assert "Traceback" not in server.said()[1]

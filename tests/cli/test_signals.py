@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 
 import pytest
 
@@ -18,17 +17,11 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another k
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_training_saves_the_adapter(flags, tmp_path, number):
     run = tmp_path / "run"
-    process = start("train", *flags(run, train__epochs=100000), "--json")
-    try:
-        metrics = run / "metrics.jsonl"
-        until = time.monotonic() + 60
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-            assert process.poll() is None and time.monotonic() < until, process.communicate()
-            time.sleep(0.05)
+    metrics = run / "metrics.jsonl"
+    with start("train", *flags(run, train__epochs=100000), "--json") as process:
+        process.until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 130, err
     assert "interrupted after" in err and str(run) in err and "Traceback" not in err
     told = json.loads(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltaw.runs.fit import fit
 from deltaw.serving import opening
 from deltaw.serving.probes import NotDecodable
 from tests.byte_models import byte_tokenizer
-from tests.cli.conftest import Call, Ended
+from tests.cli.conftest import Call, Ended, assert_refused
 from tests.conftest import write_rows
 
 PROMPTS = ("paint it red", "paint it blue", "x")
@@ -57,12 +59,8 @@ def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = 
         ids = opened.prompt(encode_prompt(prompt, opened.data or "auto", opened.tokenizer)).tolist()
         start = len(ids)
         while len(ids) - start < count:
-            with torch.no_grad():
-                if base:
-                    with opened.base():
-                        token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
-                else:
-                    token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
+            with torch.no_grad(), opened.base() if base else contextlib.nullcontext():
+                token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
             if token in (0, 2):
                 break
             ids.append(token)
@@ -73,14 +71,12 @@ def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = 
 def test_texts_of_adapter_and_base_are_the_models_own(generate: Callable[..., list[dict]], finished_run: Path) -> None:
     rows = generate("--base")
     assert [row["prompt"] for row in rows] == list(PROMPTS)
-    assert [row["completion"] for row in rows] == by_hand(finished_run, PROMPTS, 8)
-    assert [row["base"] for row in rows] == by_hand(finished_run, PROMPTS, 8, base=True)
+    adapted, base = (by_hand(finished_run, PROMPTS, 8, base=base) for base in (False, True))
+    assert [(row["completion"], row["base"]) for row in rows] == list(zip(adapted, base, strict=True))
     assert {row["finish"] for row in rows} <= {"stop", "length"}
 
 
-def test_what_decodes_is_said_and_both_say_the_same(
-    call: Call, finished_run: Path, request: pytest.FixtureRequest
-) -> None:
+def test_what_decodes_is_said_and_both_say_the_same(call, finished_run, request) -> None:
     command = (*GENERATE, finished_run, *asked(*PROMPTS), "--base", "--stop", "q")
     by_engine = call(*command)
     assert "the decoding engine writes" in by_engine.err
@@ -94,9 +90,7 @@ def test_what_decodes_is_said_and_both_say_the_same(
 
 
 @pytest.mark.parametrize("decoder", ["engine", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_flags_reach_the_sampler(
-    decoder: str, generate: Callable[..., list[dict]], request: pytest.FixtureRequest
-) -> None:
+def test_flags_reach_the_sampler(decoder, generate, request) -> None:
     if decoder == "transformers":
         request.getfixturevalue("transformers_decodes")
 
@@ -115,12 +109,9 @@ def test_flags_reach_the_sampler(
         assert texts("--max-new-tokens", 30, *flags) != texts("--max-new-tokens", 30)
 
 
-def test_equal_prompts_are_drawn_apart(generate: Callable[..., list[dict]]) -> None:
+def test_equal_prompts_are_drawn_apart_and_a_stop_string_ends_a_text(generate: Callable[..., list[dict]]) -> None:
     first, second = generate("--temperature", 5, prompts=("x", "x"))
     assert first["completion"] != second["completion"]
-
-
-def test_stop_string_ends_the_text_before_it(generate: Callable[..., list[dict]]) -> None:
     (whole,) = generate("--temperature", 3, prompts=("paint it red",))
     stop = whole["completion"][2:4]
     assert stop
@@ -157,34 +148,21 @@ def test_log_probabilities_come_with_their_tokens(generate: Callable[..., list[d
 
 
 def test_prompt_that_leaves_no_room_is_named(call: Call, finished_run: Path) -> None:
-    ended = call(*GENERATE, finished_run, *asked("x", "y" * 500))
-    assert ended.status == 2
-    assert "prompt 2" in ended.err
+    assert_refused(call(*GENERATE, finished_run, *asked("x", "y" * 500)), "prompt 2")
 
 
-@pytest.fixture
-def weights_run(settings: Callable[..., dict], tmp_path: Path) -> Path:
-    """A run whose method trained the base model's own weights."""
-    from deltaw.runs.fit import fit
-
-    changes = {"method": "last", "last": {"blocks": 1}, "lora": None}
-    made = {k: v for k, v in settings(tmp_path / "run", **changes).items() if v is not None}
-    return fit(made).output
-
-
-def test_base_of_a_run_that_trained_the_weights_is_the_base(
-    generate: Callable[..., list[dict]], call: Call, weights_run: Path
-) -> None:
+def test_base_of_a_run_that_trained_the_weights_is_the_base(generate, call, settings, tmp_path) -> None:
+    weights_run = fit(settings(tmp_path / "run", method="last", last={"blocks": 1})).output
     rows = generate("--base", of=weights_run)
-    assert [row["completion"] for row in rows] == by_hand(weights_run, PROMPTS, 8)
-    assert [row["base"] for row in rows] == by_hand(weights_run, PROMPTS, 8, base=True)
+    adapted, base = (by_hand(weights_run, PROMPTS, 8, base=base) for base in (False, True))
+    assert [(row["completion"], row["base"]) for row in rows] == list(zip(adapted, base, strict=True))
     talk = ("--max-new-tokens", 4, "--precision", "fp32")
     ended = call("chat", weights_run, "--base", *talk, stdin="paint it red\nand blue\n")
     assert ended.status == 0, ended.err
-    lines = spoken(ended)
+    (_, first), (_, second), *_ = lines = spoken(ended)
     assert [name for name, _ in lines] == ["base", "adapter"] * 2
-    assert lines[0][1] == by_hand(weights_run, ("paint it red",), 4, base=True)[0]
-    assert lines[1][1] == by_hand(weights_run, ("paint it red",), 4)[0]
+    assert [first] == by_hand(weights_run, PROMPTS[:1], 4, base=True)
+    assert [second] == by_hand(weights_run, PROMPTS[:1], 4)
 
 
 def spoken(ended: Ended) -> list[tuple[str, str]]:
@@ -205,9 +183,7 @@ def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: P
     assert "b" not in spoken(other)[0][1]
 
 
-def test_evaluation_counts_what_the_engine_writes(
-    call: Call, finished_run: Path, rows_file: Path, request: pytest.FixtureRequest
-) -> None:
+def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
     command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
     by_engine = call(*command, "--answers", 10, "--json")
     assert by_engine.status == 0, by_engine.err
@@ -223,13 +199,8 @@ def test_evaluation_counts_what_the_engine_writes(
     assert list(table(by_engine)) == list(table(by_transformers)) != []
 
 
-def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
-    settings: Callable[..., dict], call: Call, tmp_path: Path
-) -> None:
-    from deltaw.runs.fit import fit
-
-    made = settings(tmp_path / "run", method="prompt", prompt={"length": 3}, lora=None)
-    run = fit({key: value for key, value in made.items() if value is not None}).output
+def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, call, tmp_path) -> None:
+    run = fit(settings(tmp_path / "run", method="prompt", prompt={"length": 3})).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
     asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))
     rows = [{"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)]
@@ -243,5 +214,4 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
 def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.cli.text_options.find_spec", lambda name: None)
     for verb in ("generate", "chat"):
-        ended = call(verb, tmp_path / "no-such-run", "--regex", "(red|green)")
-        assert ended.status == 2 and "llguidance" in ended.err and "deltaw[serve]" in ended.err
+        assert_refused(call(verb, tmp_path / "none", "--regex", "(red|green)"), "llguidance", "deltaw[serve]")

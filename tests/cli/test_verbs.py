@@ -12,7 +12,6 @@ import yaml
 
 from deltaw.cli.options import nested
 from deltaw.settings import settings as all_settings
-from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import tree
 
 
@@ -33,24 +32,17 @@ def test_from_training_to_talk(call, flags, tmp_path, rows_file):
     assert ended.status == 0
     assert "perplexity" in ended.out and "exact match" in ended.out and "paint it" in ended.out
 
-    ended = call("generate", run, "-p", "paint it red", "-p", "paint it blue", "--max-new-tokens", 3)
-    assert ended.status == 0 and "adapted" in ended.err
-
     ended = call("generate", run, "--base", "--max-new-tokens", 2, stdin="paint it red\n\npaint it blue\n")
     assert ended.status == 0 and ended.out.count("base:") == ended.out.count("adapter:") == 2
+    assert "adapted" in ended.err
 
-    ended = call("chat", run, "--max-new-tokens", 3, stdin="hello\n/new\nhello again\n\nnever read\n")
-    assert ended.status == 0 and ended.out.count("adapter: ") == 2
+    talk = f"hello\n{'x' * 300}\n/new\nhello again\n\nnever read\n"  # what is too long is taken back
+    ended = call("chat", run, "--max-new-tokens", 3, stdin=talk)
+    assert ended.status == 0 and ended.out.count("adapter: ") in (2, 3)
+    assert "128 positions" in ended.err and "Traceback" not in ended.err
 
     ended = call("inspect", run)
     assert ended.status == 0 and "q_proj" in ended.out and "rank" in ended.out
-
-
-def test_a_chat_takes_back_a_question_that_is_too_long_and_goes_on(call, finished_run):
-    ended = call("chat", finished_run, "--max-new-tokens", 2, stdin=f"{'x' * 300}\nhello\n")
-    assert ended.status == 0
-    assert "128 positions" in ended.err and "Traceback" not in ended.err
-    assert ended.out.rstrip("\n").count("adapter: ") >= 1
 
 
 def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_path, rows_file):
@@ -74,8 +66,9 @@ def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_pa
     assert completion.keys() == {"prompt", "completion", "finish", "base", "base_finish"}
     assert completion["prompt"] == "a [b] :cat:"
 
-    told = json.loads(call("inspect", finished_run, "--json").out)
-    assert told
+    assert json.loads(call("inspect", finished_run, "--json").out)
+    assert json.loads(call("inspect", finished_run, finished_run, "--json").out)["same_base"] is True
+    assert "cosine" in call("inspect", finished_run, finished_run).out
 
 
 def test_flags_stand_above_the_file(call, flags, settings, tmp_path):
@@ -84,9 +77,8 @@ def test_flags_stand_above_the_file(call, flags, settings, tmp_path):
     given = ["--train.epochs", "2", "--lora.target_modules", "[q_proj, v_proj]", "--data.eval", "null"]
     assert call("train", file, *given, "--train.learning_rate", "2e-3").status == 0
     written = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
-    assert written["train"]["epochs"] == 2 and written["train"]["learning_rate"] == 2e-3
-    assert written["train"]["batch_size"] == 3 and written["lora"]["rank"] == 4
-    assert written["lora"]["target_modules"] == ["q_proj", "v_proj"]
+    assert written["train"].items() >= {"epochs": 2, "learning_rate": 2e-3, "batch_size": 3}.items()
+    assert written["lora"]["rank"] == 4 and written["lora"]["target_modules"] == ["q_proj", "v_proj"]
     assert written["data"]["eval"] is None
 
 
@@ -101,20 +93,16 @@ def test_a_runs_own_settings_train_it_again_and_the_earlier_run_is_kept(call, se
         assert (run / name).read_bytes() == before[name], name
 
 
-def test_a_text_that_looks_like_something_else_stays_a_text(call, flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call("train", *flags("1e5")).status == 0
-    assert (tmp_path / "1e5" / "run.yaml").exists()
-    for text in ("2024", "no", "null"):
-        assert nested({"setting_output": text}) == {"output": text}
-
-
-def test_names_with_brackets_are_printed_as_they_are(call, flags, rows_file, tmp_path):
+def test_odd_names_are_taken_and_printed_as_they_are(call, flags, rows_file, tmp_path, monkeypatch):
     odd = tmp_path / "a[bold]:cat:.jsonl"
     odd.write_bytes(rows_file.read_bytes())
-    ended = call("train", *flags(tmp_path / "[red]run", data=odd))
-    assert ended.status == 0
-    assert f"{odd}: 10 rows" in ended.out and f"adapter: {tmp_path / '[red]run'}" in ended.out
+    monkeypatch.chdir(tmp_path)
+    for output in ("[red]run", "1e5"):
+        ended = call("train", *flags(output, data=odd))
+        assert ended.status == 0 and (tmp_path / output / "run.yaml").exists()
+        assert f"{odd}: 10 rows" in ended.out and f"adapter: {output}" in ended.out
+    for text in ("2024", "no", "null"):
+        assert nested({"setting_output": text}) == {"output": text}
 
 
 def test_help_names_every_setting_with_its_default(call):
@@ -148,5 +136,4 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
 @pytest.mark.slow
 def test_texts_from_a_process_of_its_own_come_without_warnings(finished_run):
     out, err = in_a_fresh_interpreter("generate", finished_run, "--max-new-tokens", "2", stdin="paint it red\n")
-    assert "Warning" not in err and "adapted" in err
-    assert byte_tokenizer().encode(out) is not None
+    assert "Warning" not in err and "adapted" in err and out

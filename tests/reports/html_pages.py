@@ -13,15 +13,9 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.faults: list[str] = []
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.named: list[str] = []
-        self.headings: list[int] = []
+        lists: tuple[list, ...] = tuple([] for _ in range(8))
+        self.faults, self.open, self.ids, self.named, self.headings, self.words, self.marked, self.drawings = lists
         self.tags: dict[str, int] = {}
-        self.words: list[str] = []
-        self.marked: list[str] = []
-        self.drawings: list[dict[str, bool]] = []
         self.feed(text)
         self.close()
         self.faults += [f"<{tag}> is not closed" for tag in self.open]

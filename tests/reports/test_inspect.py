@@ -18,36 +18,27 @@ from torch import nn
 
 from deltaw.lora import LoRAConfig, LoRAParameter, attach, load_adapter, save_adapter
 from deltaw.reports.inspect import AdapterReport, effective_rank, inspect_adapter, singular_values, stable_rank
+from tests.cli.conftest import changed
 from tests.lora.models import mixture, tiny
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(8, 8)
-        self.up_proj = nn.Linear(8, 20)
-        self.out = nn.Linear(20, 8)
-
-
-class Toy(nn.Module):
-    def __init__(self, layers: int = 12) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(30, 8)
-        self.layers = nn.ModuleList(Block() for _ in range(layers))
-        self.head = nn.Linear(8, 3)
+def toy() -> nn.Module:
+    """Twelve blocks between embeddings and a head."""
+    sizes = {"q_proj": (8, 8), "up_proj": (8, 20), "out": (20, 8)}
+    blocks = [nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(12)]
+    return nn.ModuleDict({"embed": nn.Embedding(30, 8), "layers": nn.ModuleList(blocks), "head": nn.Linear(8, 3)})
 
 
 def save(folder: Path, fill: bool = True, **changes: object) -> nn.Module:
     """An adapter as PEFT writes it, with random factors that grow with the layer."""
     torch.manual_seed(0)
     given = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
-    model = get_peft_model(Toy(), LoraConfig(**given | changes))
+    model = get_peft_model(toy(), LoraConfig(**given | changes))
     if fill:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name or "lora_embedding_" in name:
-                    layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else 0
-                    parameter.normal_(std=0.1 * (1 + layer))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_" in name:
+                layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else 0
+                parameter.data.normal_(std=0.1 * (1 + layer))
     model.save_pretrained(folder)
     return model
 
@@ -59,15 +50,10 @@ def text_of(report: AdapterReport) -> str:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    n=st.integers(1, 40), m=st.integers(1, 40), r=st.integers(1, 12), seed=st.integers(0, 99), scale=st.floats(0.1, 8)
-)
-def test_norm_and_singular_values_equal_those_of_the_dense_update(
-    n: int, m: int, r: int, seed: int, scale: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(r, n, generator=generator)
-    b = torch.randn(m, r, generator=generator)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 99), st.floats(0.1, 8))
+def test_norm_and_singular_values_equal_those_of_the_dense_update(n, m, r, seed, scale) -> None:
+    torch.manual_seed(seed)
+    a, b = torch.randn(r, n), torch.randn(m, r)
     dense = scale * (b.double() @ a.double())
     expected = torch.linalg.svdvals(dense)
     values = singular_values(a, b, scale)
@@ -79,9 +65,8 @@ def test_norm_and_singular_values_equal_those_of_the_dense_update(
 
 def test_grouped_convolution_is_measured_group_by_group() -> None:
     a, b = torch.randn(4, 3, 3, 3), torch.randn(10, 2, 1, 1)
-    dense = torch.block_diag(
-        b[:5].flatten(1).double() @ a[:2].flatten(1).double(), b[5:].flatten(1).double() @ a[2:].flatten(1).double()
-    )
+    left, right = b.flatten(1).double(), a.flatten(1).double()
+    dense = torch.block_diag(left[:5] @ right[:2], left[5:] @ right[2:])
     expected = torch.linalg.svdvals(dense)[:4]
     torch.testing.assert_close(singular_values(a, b, 1.0), expected, rtol=1e-9, atol=1e-9)
 
@@ -110,9 +95,8 @@ def test_report_equals_pefts_dense_updates(tmp_path: Path, rslora: bool) -> None
             assert by_name[name].largest == pytest.approx(float(torch.linalg.svdvals(delta)[0]), rel=1e-5)
     assert report.norm == pytest.approx(math.sqrt(total), rel=1e-6)
     assert report.scalings == pytest.approx([6 / math.sqrt(4) if rslora else 6 / 4])
-    assert report.trained_parameters == sum(
-        t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values()
-    )
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert report.trained_parameters == sum(tensor.numel() for tensor in stored.values())
     assert report.size_bytes > report.trained_parameters * 4
 
 
@@ -126,22 +110,15 @@ def test_patterns_give_modules_their_own_rank_and_alpha(tmp_path: Path) -> None:
     assert mine.norm == pytest.approx(float(module.get_delta_weight("default").detach().norm()), rel=1e-5)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(12, 3, batch_first=True)
-        self.out = nn.Linear(12, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.attn(x, x, x, need_weights=False)[0])
+def attention() -> nn.Module:
+    return nn.ModuleDict({"attn": nn.MultiheadAttention(12, 3, batch_first=True), "out": nn.Linear(12, 5)})
 
 
 def randomize(model: nn.Module) -> None:
     torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "trainable_tokens" in name or "trained_tokens" in name:
-                parameter.normal_(std=0.2)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "trainable_tokens", "trained_tokens")):
+            parameter.data.normal_(std=0.2)
 
 
 def dense(base: nn.Module, folder: Path) -> list[torch.Tensor]:
@@ -179,52 +156,39 @@ def test_experts_have_the_rank_and_the_norm_of_their_own_matrices(tmp_path, kind
     assert {"experts #1", "experts #2", "q_proj"} == {entry.kind for entry in report.kinds()}
 
 
-def test_patterns_of_parameters_count_where_shapes_tell_them_apart_and_are_doubted_elsewhere(tmp_path):
-    changes = {"target_modules": [], "target_parameters": EXPERTS}
-    config = LoRAConfig(rank=4, alpha=6, rank_pattern={r"experts.down_proj": 2}, **changes)
-    model = mixture("mixtral")
-    attach(model, config)
+def written(model: nn.Module, folder: Path, **changes: object) -> list[float]:
+    """Save an adapter with random factors of its own layout; the norms of its updates of parameters."""
+    attach(model, LoRAConfig(rank=4, alpha=6, **changes))  # type: ignore[arg-type]
     randomize(model)
-    wanted = sorted(float(m.delta_weight().double().norm()) for m in model.modules() if is_update(m))
-    save_adapter(model, tmp_path / "ranks")
+    save_adapter(model, folder)
+    return [float(m.delta_weight().double().norm()) for m in model.modules() if isinstance(m, LoRAParameter)]
+
+
+def test_patterns_of_parameters_count_where_shapes_tell_them_apart_and_are_doubted_elsewhere(tmp_path):
+    experts = {"target_modules": [], "target_parameters": EXPERTS}
+    wanted = written(mixture("mixtral"), tmp_path / "ranks", rank_pattern={r"experts.down_proj": 2}, **experts)
     report = inspect_adapter(tmp_path / "ranks")
     assert report.ranks == [2, 4] and report.scalings == [1.5, 3] and not report.warnings
-    assert sorted(m.norm for m in report.modules) == pytest.approx(wanted, rel=1e-5)
-
-    config = LoRAConfig(rank=4, alpha=6, alpha_pattern={r"experts.down_proj": 2}, **changes)
-    model = mixture("mixtral")
-    attach(model, config)
-    save_adapter(model, tmp_path / "alphas")
+    assert sorted(m.norm for m in report.modules) == pytest.approx(sorted(wanted), rel=1e-5)
+    written(mixture("mixtral"), tmp_path / "alphas", alpha_pattern={r"experts.down_proj": 2}, **experts)
     assert any("uncertain" in warning for warning in inspect_adapter(tmp_path / "alphas").warnings)
 
 
-def is_update(module: nn.Module) -> bool:
-    return isinstance(module, LoRAParameter)
-
-
 def test_one_parameter_has_its_full_name(tmp_path):
-    model = tiny("llama")
-    attach(model, LoRAConfig(rank=4, target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"]))
-    randomize(model)
-    save_adapter(model, tmp_path)
-    report = inspect_adapter(tmp_path)
-    found = {module.module: module.norm for module in report.modules}
-    for number, layer in enumerate(model.model.layers):
-        update = next(m for m in layer.mlp.modules() if is_update(m))
-        name = f"model.layers.{number}.mlp.up_proj.weight"
-        assert found[name] == pytest.approx(float(update.delta_weight().double().norm()), rel=1e-5)
+    wanted = written(tiny("llama"), tmp_path, target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
+    found = {module.module: module.norm for module in inspect_adapter(tmp_path).modules}
+    norms = [found[f"model.layers.{number}.mlp.up_proj.weight"] for number in range(len(wanted))]
+    assert norms == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("version", ["0.21.2", "0.22.0"])
 def test_an_attentions_output_projection_counts_as_often_as_peft_adds_it(tmp_path, version):
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["attn", "out"], alpha_pattern={"attn": 5})
     torch.manual_seed(0)
-    base = Attention()
-    model = get_peft_model(Attention(), config)
+    base, model = attention(), get_peft_model(attention(), config)
     randomize(model)
     model.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"peft_version": version}))
+    changed(tmp_path / "adapter_config.json", peft_version=version)
     found = {module.module: module for module in inspect_adapter(tmp_path).modules}
     assert found["attn"].scaling == found["attn.out_proj"].scaling == 2.5
     assert found["out"].scaling == 3
@@ -248,10 +212,8 @@ def test_biases_on_b_and_token_rows_are_counted_and_shown(tmp_path):
     assert "bias on B" in text_of(report)
 
     model = tiny("gpt2")
-    attach(
-        model,
-        LoRAConfig(rank=4, target_modules=["c_fc"], trainable_token_indices={"wte": [3, 8], "wpe": [2]}, bias="none"),
-    )
+    rows = {"wte": [3, 8], "wpe": [2]}
+    attach(model, LoRAConfig(rank=4, target_modules=["c_fc"], trainable_token_indices=rows, bias="none"))
     save_adapter(model, tmp_path / "tokens")
     report = inspect_adapter(tmp_path / "tokens")
     assert report.token_rows == {"transformer.wte": 2, "transformer.wpe": 1}
@@ -270,15 +232,12 @@ def test_kinds_and_layers_add_up(tmp_path: Path) -> None:
     layers = report.layers()
     assert list(layers) == [f"layers.{number}" for number in range(12)]
     assert math.hypot(*layers.values()) == pytest.approx(report.norm)
-    moved = report.most_moved()
-    assert [norm for _, norm in moved] == sorted(layers.values(), reverse=True)[:5]
-    assert moved[0][0] == max(layers, key=lambda layer: layers[layer])
+    assert report.most_moved() == sorted(layers.items(), key=lambda layer: -layer[1])[:5]
 
 
 def test_kinds_of_one_name_in_two_places_are_told_apart(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"attn": nn.Module(), "mlp": nn.Module()})])})
-    model["h"][0]["attn"].c_proj = nn.Linear(4, 4)
-    model["h"][0]["mlp"].c_proj = nn.Linear(4, 4)
+    block = {place: nn.ModuleDict({"c_proj": nn.Linear(4, 4)}) for place in ("attn", "mlp")}
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict(block)])})
     get_peft_model(model, LoraConfig(r=2, target_modules=["c_proj"])).save_pretrained(tmp_path)
     assert {kind.kind for kind in inspect_adapter(tmp_path).kinds()} == {"attn.c_proj", "mlp.c_proj"}
 
@@ -288,20 +247,17 @@ def test_page_is_short_and_json_is_plain(tmp_path: Path) -> None:
     report = inspect_adapter(tmp_path)
     page = text_of(report)
     assert len(page.splitlines()) < 24
-    for word in ("q_proj", "up_proj", "layers.11", "█", "head"):
-        assert word in page
+    assert all(word in page for word in ("q_proj", "up_proj", "layers.11", "█", "head"))
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert values["other_parameters"] == 8 * 3 + 3
+    assert values["other_parameters"] == 8 * 3 + 3 and values["norm"] == pytest.approx(report.norm)
     assert len(values["modules"]) == 24 and len(values["layers"]) == 12
-    assert values["norm"] == pytest.approx(report.norm)
 
 
 def test_untrained_adapter_is_called_so(tmp_path: Path) -> None:
     save(tmp_path, fill=False)
     report = inspect_adapter(tmp_path)
-    assert report.norm == 0
-    assert len(report.warnings) == 1 and "untrained" in report.warnings[0]
-    assert "untrained" in text_of(report)
+    (warning,) = report.warnings
+    assert report.norm == 0 and "untrained" in warning and "untrained" in text_of(report)
 
 
 def test_broken_numbers_are_reported_and_do_not_break_the_report(tmp_path: Path) -> None:

