@@ -34,7 +34,8 @@ from deltaw.settings import RunConfig
 KIND = "plans"
 MADE_BY = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
 # Settings that change nothing about the memory of a training.
-_WITHOUT = {"output", "force", "memory"}
+_WITHOUT: dict[str, Any] = dict.fromkeys(("output", "force", "memory"), True)
+_WITHOUT["train"] = {"learning_rate", "b_rate", "schedule", "warmup", "weight_decay", "betas"}
 _VARIABLES = ("DELTAW_", "OMP_", "MKL_", "KMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "ATEN_")
 # The cache may lie elsewhere without a change to any plan.
 _NO_MATTER = {"DELTAW_CACHE"}
@@ -66,7 +67,8 @@ class Remembered:
         if files is None:
             return None
         settings = config.model_dump(mode="json", exclude=_WITHOUT)
-        key = {"settings": settings, "files": files, "machine": _machine(), "processes": processes}
+        searches = config.train.learning_rate == "search"  # beside a copy of what is trained
+        key = {"settings": [settings, searches], "files": files, "machine": _machine(), "processes": processes}
         kept = recall(KIND, key, MADE_BY)
         return cls(key, kept if isinstance(kept, dict) else {})
 
