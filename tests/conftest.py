@@ -12,7 +12,6 @@ import gc
 import itertools
 import json
 import os
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from deltaw.settings import RunConfig
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.base import RunData, Task
 from tests.byte_models import saved, tiny_gpt2, tiny_llama
-from tests.processes import run_forked
 
 # The same examples and random numbers in every run: what fails once fails again.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -94,7 +92,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
         monkeypatch.setattr("deltaw.runs.fit.plan_run", shared_plan)
         monkeypatch.setattr(os, "fsync", lambda handle: None)
-        monkeypatch.setattr("deltaw.hub.gguf.subprocess", types.SimpleNamespace(run=run_forked))
         # A run collects garbage, and would walk through all the objects of torch and of pytest each time.
         gc.collect()
         gc.freeze()

@@ -69,6 +69,14 @@ def write(tmp_path: Path) -> Callable[..., str]:
     return write_content
 
 
+def user(content: object) -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: object, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": content, **more}
+
+
 def refusal(work: Callable[..., object], *given: object, **more: object) -> UserError:
     """The error with which ``work`` refuses what it is given."""
     with pytest.raises(UserError) as refused:
