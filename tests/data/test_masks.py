@@ -17,7 +17,7 @@ from deltaw.data.messages import Message, conversation
 from deltaw.data.report import BadRowError
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
-from tests.data.conftest import refusal
+from tests.data.conftest import assistant, refusal, user
 
 DATE = "2026-01-31"
 QUESTIONS, ANSWERS = ("Capital of Peru?", "Chile?"), ("Lima.", "Santiago.")
@@ -31,22 +31,16 @@ def talk(*answers: str, system: str | None = None) -> Conversation:
     """Questions on capitals with these answers."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for question, answer in zip(QUESTIONS, answers, strict=False):
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [user(question), assistant(answer)]
     return conversation([], messages, "row 1")
 
 
-def call(thought: str = "") -> Conversation:
+def call(**thought: str) -> Conversation:
     """A question that is answered with the help of a tool."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}]
-    messages: list[Message] = [
-        {"role": "user", "content": "Time in Lima?"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"},
-        {"role": "assistant", "content": "Noon."},
-    ]
-    if thought:
-        messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = thought
-    return conversation([], messages, "row 1", TOOLS)
+    result = {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"}
+    first, last = assistant("", tool_calls=calls, **thought), assistant("Noon.", **thought)
+    return conversation([], [user("Time in Lima?"), first, result, last], "row 1", TOOLS)
 
 
 def marked(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
@@ -181,7 +175,7 @@ def test_thoughts_are_trained_in_the_context_in_which_they_are_thought(family: s
 
 def test_turns_that_the_template_leaves_as_they_are_share_an_example() -> None:
     """After the last question, Qwen 3 keeps the thoughts: a call of a tool and what follows it are one."""
-    (shown,) = examples("qwen3", call("Ask."))
+    (shown,) = examples("qwen3", call(reasoning_content="Ask."))
     assert shown.count("«<think>\nAsk.\n</think>\n\n") == 2
 
 
@@ -267,19 +261,15 @@ def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        f if f in ("llama2", "llama3.2", "qwen3", "gemma3") else pytest.param(f, marks=pytest.mark.slow)
-        for f in TWO_TURNS
-    ],
-)
+QUICK = ("llama2", "llama3.2", "qwen3", "gemma3")
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in TWO_TURNS if family not in QUICK]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *SLOW])
 @settings(max_examples=15, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
 def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, question, answers):
-    messages: list[Message] = []
-    for answer in answers:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages: list[Message] = [turn for answer in answers for turn in (user(question), assistant(answer))]
     tokenizer = tokenizer_of(family)
     encoder = Encoder(tokenizer, date=DATE)
     trained = []

@@ -33,10 +33,7 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch):
     ("record", "expected"),
     [
         (talk(*ANSWERS), SYSTEM + ASKED + "«Lima.<|im_end|>»\n" + ASKED_NEXT + "«Santiago.<|im_end|>»"),
-        (
-            talk("Lima.", system="Be brief."),
-            "<|im_start|>system\nBe brief.<|im_end|>\n" + ASKED + "«Lima.<|im_end|>»",
-        ),
+        (talk("Lima.", system="Be brief."), "<|im_start|>system\nBe brief.<|im_end|>\n" + ASKED + "«Lima.<|im_end|>»"),
         (Pair(QUESTIONS[0], "\n\nOui, “é” 🙂\n"), SYSTEM + ASKED + "«\n\nOui, “é” 🙂\n<|im_end|>»"),
         (Text("Lima is old."), "L«ima is old.<|im_end|>»"),
     ],

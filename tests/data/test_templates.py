@@ -10,16 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.formats import Conversation, Pair, Record, Text
-from deltaw.data.templates import Encoded, Encoder
-from tests.data.conftest import CHATML, make_tokenizer, refusal
+from deltaw.data.templates import Encoded, Encoder, fewest
+from tests.data.conftest import CHATML, assistant, make_tokenizer, refusal, user
 from tests.data.test_masks import marked
 
-THINKS_LAST = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 STRIPS_THOUGHT = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 STRIPS_HISTORY = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
 NO_END = (
@@ -33,7 +27,6 @@ OPENS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
-CALLS = "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
 JOINS = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
 WRITES_END = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }} ###\n{% endfor %}"
@@ -128,45 +121,43 @@ def test_without_an_end_mark_every_answer_learns_to_end_with_eos() -> None:
     ]
 
 
-@pytest.mark.parametrize("template", [THINKS_LAST, HARMONY])
-def test_answers_that_are_rendered_otherwise_when_more_follows_are_examples_of_their_own(template: str) -> None:
+def test_answers_that_are_rendered_otherwise_when_more_follows_are_examples_of_their_own() -> None:
     conversation = talk("a", "final", "c", "final")
-    first, second = unrolled(conversation, template)
-    (one,), (other,) = labeled(shown(conversation, template))
-    assert one == other and one.rstrip("/s<>im_end|").endswith("final")
+    first, second = unrolled(conversation, HARMONY)
+    assert labeled(shown(conversation, HARMONY)) == [["<s>finalfinal</s>"]] * 2
     assert first.turns == (1,) and second.turns == (3,)
-    assert unrolled(conversation, template, labels="last") == [second]
+    assert unrolled(conversation, HARMONY, labels="last") == [second]
     # What the model is given to write each of them is what precedes the label.
-    tokenizer = make_tokenizer(template)
     for example, turn in ((first, 1), (second, 3)):
-        given_prompt = Encoder(tokenizer).prompt(conversation.messages[:turn])
+        given_prompt = Encoder(make_tokenizer(HARMONY)).prompt(conversation.messages[:turn])
         assert example.tokens[: example.prompt_length] == given_prompt
         assert example.spans == [(len(given_prompt), len(example.tokens))]
 
 
 def test_turns_are_one_example_up_to_where_the_template_rewrites_them() -> None:
-    """Only the last answer is rendered with a thought: those before it agree with each other."""
-    assert [text.count("<think>") for text in shown(talk("a", "b", "c", "d", "e", "f"), THINKS_LAST)] == [1, 1, 1]
-    hm = "<think>hm</think>b"
-    examples = shown(talk("a", hm, "c", "d", "e", "f"), STRIPS_HISTORY)
-    assert labeled(examples) == [[hm + "<|im_end|>"], ["d<|im_end|>", "f<|im_end|>"]] and "hm" not in examples[1]
-    examples = shown(talk("a", hm, "c", "<think>oh</think>d"), STRIPS_THOUGHT)
-    assert labeled(examples) == [[hm + "<|im_end|>"], ["<think>oh</think>d<|im_end|>"]] and "hm" not in examples[1]
+    examples = shown(talk("a", "<think>hm</think>b", "c", "d", "e", "f"), STRIPS_HISTORY)
+    assert labeled(examples) == [["<think>hm</think>b<|im_end|>"], ["d<|im_end|>", "f<|im_end|>"]]
+    assert "hm" not in examples[1]
     first, second = shown(talk("a", "b", "c", "d"), "{{ messages | length }}" + CHATML)
     assert first.startswith("1<|im_start|>user") and second.startswith("3<|im_start|>user")
     assert labeled([first, second]) == [["b<|im_end|>"], ["d<|im_end|>"]]
 
 
-CLOCK = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
-CALLED = Conversation(
-    (
-        {"role": "user", "content": "time?"},
-        {"role": "assistant", "content": "", "tool_calls": [CLOCK]},
-        {"role": "tool", "content": '{"now": 12}'},
-        {"role": "assistant", "content": "noon"},
-    ),
-    (False, True, False, True),
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([[1, 2], [1, 2, 3], [1, 2, 3, 4]], [[0, 1, 2]]),
+        ([[1, 9], [1, 2, 3], [1, 2, 3, 4]], [[0], [1, 2]]),
+        ([[1], [2], [1, 3]], [[1], [0, 2]]),
+        ([[1], [1, 2], [3]], [[0, 1], [2]]),
+    ],
 )
+def test_turns_share_the_example_of_a_turn_that_continues_them(turns, expected):
+    assert fewest(turns) == expected
+
+
+CLOCK = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+CALLED = Conversation((user("time?"), assistant("", tool_calls=[CLOCK])), (False, True))
 
 
 @pytest.mark.parametrize(
@@ -198,36 +189,14 @@ def test_an_answer_whose_tokens_would_merge_with_the_prompt_is_tokenized_apart_a
     assert other[0] == encoded.prompt_length
 
 
-def test_calls_of_tools_are_learned_where_the_template_renders_them_and_as_the_text_that_it_wants() -> None:
-    ((first, last),) = labeled(shown(CALLED, CHATML.replace("{{ m.content }}", CALLS)))
-    assert first.startswith('<call>{"name": "clock"') and last == "noon<|im_end|>"
-    record = Conversation(CALLED.messages[:2], (False, True))
-    assert labeled(shown(record, CHATML.replace("{{ m.content }}", JOINS))) == [['clock{"zone": "UTC"}<|im_end|>']]
+def test_arguments_of_calls_are_given_as_text_to_a_template_that_wants_it() -> None:
+    joins = CHATML.replace("{{ m.content }}", JOINS)
+    assert labeled(shown(CALLED, joins)) == [['clock{"zone": "UTC"}<|im_end|>']]
 
 
 def test_a_prompt_and_its_completion_become_a_question_and_its_answer() -> None:
     for system in (None, "s"):
         assert encode(Pair("hi", "yes", system=system)) == encode(talk("hi", "yes", system=system))
-
-
-def test_rows_that_cannot_be_used_are_told_of_and_the_others_encoded() -> None:
-    told: list[tuple[int, str]] = []
-    records = [talk("a", "b"), talk("a", "b", system="s"), None, talk("c", "d")]
-    encoded = Encoder(make_tokenizer(STRICT)).encode(
-        records, ["1", "2", "3", "4"], lambda place, error: told.append((place, error.reason))
-    )
-    assert [len(examples) for examples in encoded] == [1, 0, 0, 1]
-    assert told == [(1, "refused by the chat template")]
-
-
-def test_what_rows_become_has_an_identity() -> None:
-    def identity(template: str | None = CHATML, labels: str = "all-turns", date: str | None = None) -> str:
-        return Encoder(make_tokenizer(template), "auto", labels, date).identity  # type: ignore[arg-type]
-
-    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
-    assert identity() == identity(date="2026-01-31")
-    assert len({identity(), identity(NO_END), identity(None), identity(labels="last")}) == 4
-    assert identity(dated, date="2026-01-31") != identity(dated, date="2026-02-01")
 
 
 # Plain
