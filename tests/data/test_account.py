@@ -101,19 +101,6 @@ def test_examples_of_one_row_are_never_on_both_sides_of_the_split(kind: str, wri
         assert accounted(found.report) == 40
 
 
-def test_weights_choose_the_turns_that_are_trained(write: Write) -> None:
-    row = messages("a", "b", "c", "d", "e", "f")
-    turns = row["messages"]
-    assert isinstance(turns, list)
-    turns[1]["weight"], turns[5]["weight"] = 0, 0
-    tokenizer = tokenizer_of("chatml")
-    (example,) = prepared(write([row]), "chatml").train
-    assert tokenizer.decode(example.tokens[example.is_label]) == "d<|im_end|>"
-    # Nothing is learned from what follows the last label, so it is not computed.
-    assert tokenizer.decode(example.tokens).endswith("assistant\nd<|im_end|>")
-    assert example.answer == "d"
-
-
 # Long rows
 
 

@@ -60,9 +60,8 @@ def test_a_template_that_wants_more_than_a_question_passes(write) -> None:
 
 
 def test_settings_that_exclude_each_other_or_name_no_date_are_refused() -> None:
-    assert "data.template: plain uses none" in str(
-        refusal(DataSettings, "d.jsonl", template="plain", chat_template="own.jinja")
-    )
+    both = refusal(DataSettings, "d.jsonl", template="plain", chat_template="own.jinja")
+    assert "data.template: plain uses none" in str(both)
     assert "data.date is 'tomorrow'" in str(refusal(DataSettings, "d.jsonl", date="tomorrow"))
 
 

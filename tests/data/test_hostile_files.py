@@ -324,10 +324,6 @@ def test_few_rows_of_very_many_are_chosen_in_little_memory() -> None:
 # Images and packages
 
 
-def _refused_image(image: object) -> str:
-    return refusal(_read_one, image).what
-
-
 def _read_one(image: object) -> None:
     rows = sources.Rows("d", [("d", [1], [{"image": image}])])
     list(read_images(rows, [0], LabelColumns("label", image="image"), [0]))
@@ -338,16 +334,16 @@ def test_images_that_run_programs_or_are_larger_than_any_are_not_opened(tmp_path
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path, "EPS")
     for image in (path, path.read_bytes()):
-        assert "unknown image format" in _refused_image(image)
+        assert "unknown image format" in refusal(_read_one, image).what
     if os.path.exists("/dev/zero"):
-        assert "is not a file" in _refused_image(Path("/dev/zero"))
+        assert "is not a file" in refusal(_read_one, Path("/dev/zero")).what
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(path)
     _read_one(path)
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        assert "decompression bomb" in _refused_image(path)
+        assert "decompression bomb" in refusal(_read_one, path).what
     monkeypatch.setattr(pixels, "_MOST_BYTES", 1000)
-    assert "has more than 1,000 bytes" in _refused_image(path)
+    assert "has more than 1,000 bytes" in refusal(_read_one, path).what
 
 
 def test_a_batch_of_images_is_resized_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

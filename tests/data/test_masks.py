@@ -27,12 +27,16 @@ TOOLS: tuple[Message, ...] = (
 )
 
 
+def exchange(*turns: tuple[str, str], system: str | None = None) -> Conversation:
+    """Questions and answers."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages += [message for question, answer in turns for message in (user(question), assistant(answer))]
+    return conversation([], messages, "row 1")
+
+
 def talk(*answers: str, system: str | None = None) -> Conversation:
     """Questions on capitals with these answers."""
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for question, answer in zip(QUESTIONS, answers, strict=False):
-        messages += [user(question), assistant(answer)]
-    return conversation([], messages, "row 1")
+    return exchange(*zip(QUESTIONS, answers, strict=False), system=system)
 
 
 def call(**thought: str) -> Conversation:
@@ -269,14 +273,14 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in TWO_TURNS if 
 @settings(max_examples=15, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
 def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, question, answers):
-    messages: list[Message] = [turn for answer in answers for turn in (user(question), assistant(answer))]
+    record = exchange(*((question, answer) for answer in answers))
     tokenizer = tokenizer_of(family)
     encoder = Encoder(tokenizer, date=DATE)
     trained = []
-    for example in encoder.encode([conversation([], messages, "row 1")], ["row 1"])[0]:
+    for example in encoder.encode([record], ["row 1"])[0]:
         for (start, stop), turn in zip(example.spans, example.turns, strict=True):
             # Each answer follows exactly what the model is given to write it.
-            assert example.tokens[:start] == encoder.prompt(messages[:turn])
+            assert example.tokens[:start] == encoder.prompt(record.messages[:turn])
             trained.append("".join(str(tokenizer.decode(example.tokens[start:stop])).split()))
     end = TWO_TURNS[family][0].partition("Lima.")[2].partition("»")[0].strip()
     thought = "<think></think>" if family == "qwen3" else ""

@@ -97,6 +97,7 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(turns, system):
     ("record", "template", "expected"),
     [
         (talk("a", "b", "c", "d", learned=(False, False, False, True)), CHATML, [["d<|im_end|>"]]),
+        (talk("a", "b", "c", "d", "e", "f", learned=(*[False] * 3, True, False, False)), CHATML, [["d<|im_end|>"]]),
         (talk("hi", "yes<|im_end|>"), CHATML, [["yes<|im_end|>"]]),
         (talk("a", " ", "c", ""), CHATML, [[]]),
         (talk("a", "", "c", "d"), CHATML, [["d<|im_end|>"]]),
@@ -110,7 +111,10 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(turns, system):
     ],
 )
 def test_an_answer_and_its_end_are_learned_as_the_template_renders_them(record, template, expected):
-    assert labeled(shown(record, template)) == expected
+    examples = shown(record, template)
+    assert labeled(examples) == expected
+    # Nothing is learned from what follows the last label, so it is not computed.
+    assert all(text.endswith("»") or "«" not in text for text in examples)
 
 
 def test_without_an_end_mark_every_answer_learns_to_end_with_eos() -> None:

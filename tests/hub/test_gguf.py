@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 
 from deltaw.hub import gguf, packages
 from deltaw.hub.loading import load
-from tests.caches import other_text, other_version
+from tests.caches import other
 from tests.data.conftest import refusal
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -154,10 +154,8 @@ def test_a_file_is_converted_anew_by_another_version_or_code(change, tmp_path, c
     assert converted(file) == first and len(made) == 1
     if change == "file":
         file.write_bytes(file.read_bytes()[:-1] + b"\x55")
-    elif change.endswith(".py"):
-        other_text(monkeypatch, tmp_path / "source", change)
     else:
-        other_version(monkeypatch, change)
+        other(monkeypatch, tmp_path / "source", change)
     assert converted(file) != first and len(made) == 2
 
 
