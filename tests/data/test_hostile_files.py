@@ -56,11 +56,10 @@ def in_child(work):
 def read(path, most):
     before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    where = None
     try:
         stream = open_source(str(path), max_bytes=most)
         stream.scan()
-        said = sum(len(chunk) for chunk in stream.chunks())
+        said, where = sum(len(chunk) for chunk in stream.chunks()), None
     except UserError as error:
         said, where = error.what, error.where
     return said, where, peak_resident_bytes() - before

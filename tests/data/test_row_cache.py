@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
+from unittest.mock import Mock
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,6 @@ from tests.conftest import write_rows
 from tests.data.conftest import CHATML, make_tokenizer, refusal
 
 TOKENIZER = make_tokenizer()
-Read = Callable[..., RunData]
 
 
 @pytest.fixture
@@ -284,10 +284,6 @@ def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(data, tmp
 def test_a_full_disk_is_said_where_rows_need_it(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
 
-    class Full(MemoryRows):
-        def batch(self):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(stored_rows, "MemoryRows", Full)
+    monkeypatch.setattr(MemoryRows, "batch", Mock(side_effect=OSError(28, "No space left on device")))
     assert "No space left" in refusal(reading, data).what
     assert entries(folder) == [] and not list(folder.glob(".*.part"))

@@ -203,6 +203,15 @@ def test_a_prompt_and_its_completion_become_a_question_and_its_answer() -> None:
         assert encode(Pair("hi", "yes", system=system)) == encode(talk("hi", "yes", system=system))
 
 
+def test_what_rows_become_has_an_identity() -> None:
+    def identity(template: str | None = CHATML, labels: str = "all-turns", date: str | None = None) -> str:
+        return Encoder(make_tokenizer(template), "auto", labels, date).identity  # type: ignore[arg-type]
+
+    dated = [identity("{{ strftime_now('%d %b %Y') }}" + CHATML, date=f"2026-0{month}-01") for month in (1, 2)]
+    assert identity() == identity(date="2026-01-31")
+    assert len({identity(), identity(NO_END), identity(None), identity(labels="last"), *dated}) == 6
+
+
 # Plain
 
 

@@ -37,11 +37,8 @@ def changed(folder: Path, **settings: object) -> Path:
 
 
 def test_loaded_model_is_frozen_in_eval_mode_and_the_same(llama_folder, monkeypatch, capfd) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the network was asked")
-
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     loaded = quietly(llama_folder)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before and capfd.readouterr() == ("", "")

