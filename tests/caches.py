@@ -27,3 +27,11 @@ def other_text(monkeypatch: pytest.MonkeyPatch, copy: Path, module: str) -> None
     with (copy / module).open("a", encoding="utf-8") as file:
         file.write("# changed\n")
     monkeypatch.setattr(cache, "SOURCE", copy)
+
+
+def other(monkeypatch: pytest.MonkeyPatch, copy: Path, made_by: str) -> None:
+    """Another text of a module (``….py``), or another version of a package."""
+    if made_by.endswith(".py"):
+        other_text(monkeypatch, copy, made_by)
+    else:
+        other_version(monkeypatch, made_by)

@@ -112,6 +112,13 @@ def start(
     return Process([str(argument) for argument in arguments], {**os.environ, **(env or {})}, cwd)
 
 
+def run_forked(command: Sequence[object], **_: object) -> subprocess.CompletedProcess[str]:
+    """What :func:`subprocess.run` is for an interpreter and its arguments."""
+    process = start(*command[1:])
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.wait(), output, errors)
+
+
 @functools.cache
 def _server() -> socket.socket:
     """The connection to the server, which ends with it."""

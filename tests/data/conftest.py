@@ -10,6 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from deltaw.data import Report
+from deltaw.errors import UserError
+
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -53,11 +56,37 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """Write rows as JSON Lines and return the path."""
+    """Write rows as JSON Lines, or a text or bytes as they are, and return the path."""
 
-    def write_rows(rows: Iterable[object], name: str = "data.jsonl") -> str:
+    def write_content(content: Iterable[object] | str | bytes, name: str = "data.jsonl") -> str:
+        if not isinstance(content, (str, bytes)):
+            content = "".join(json.dumps(row) + "\n" for row in content)
         path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
         return str(path)
 
-    return write_rows
+    return write_content
+
+
+def user(content: object) -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: object, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def refusal(work: Callable[..., object], *given: object, **more: object) -> UserError:
+    """The error with which ``work`` refuses what it is given."""
+    with pytest.raises(UserError) as refused:
+        work(*given, **more)
+    return refused.value
+
+
+def accounted(report: Report) -> int:
+    """What ``rows_read`` must be."""
+    drawn = report.held_out if report.held_out_source is None else 0
+    duplicates = 0 if report.duplicates_kept else report.duplicates
+    used = report.rows_kept + drawn + duplicates + report.not_chosen + report.other_classes
+    return used + report.skipped + report.dropped_long + report.without_label - report.added

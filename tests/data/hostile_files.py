@@ -48,44 +48,6 @@ def write_parquet(path: Path, table: pyarrow.Table, **more: object) -> None:
     pyarrow.parquet.write_table(table, path, **{"compression": "zstd", "write_statistics": False, **more})
 
 
-def _long_text(path: Path) -> None:
-    write_parquet(path, pyarrow.table({"text": ["b", "a" * LARGE]}), use_dictionary=False)
-
-
-def _long_entry(path: Path) -> None:
-    write_parquet(path, pyarrow.table({"text": _repeated(9, LARGE)}))
-
-
-def _repeated(count: int, length: int) -> pyarrow.Array:
-    """``count`` times one text, which is there once."""
-    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), ["a" * length])
-
-
-def _repeated_text(path: Path) -> None:
-    write_parquet(path, pyarrow.table({"text": _repeated(4000, 2**21)}))
-
-
-def _in_one_list(values: pyarrow.Array, empty: int = 2000) -> pyarrow.Array:
-    """Rows of empty lists, and one list that has all values."""
-    offsets = pyarrow.array([0] * (empty + 1) + [len(values)], pyarrow.int32())
-    return pyarrow.ListArray.from_arrays(offsets, values)
-
-
-def _long_list(path: Path) -> None:
-    zeros = pyarrow.nulls(LARGE // 8, pyarrow.int64()).fill_null(0)
-    write_parquet(path, pyarrow.table({"text": _in_one_list(zeros)}))
-
-
-def _list_of_one_text(path: Path) -> None:
-    write_parquet(path, pyarrow.table({"text": _in_one_list(_repeated(4000, 2**18))}))
-
-
-def _common_beginnings(path: Path) -> None:
-    """Each value is the one before, and nothing more (DELTA_BYTE_ARRAY)."""
-    table = pyarrow.table({"text": ["a" * 2**19] * 400})
-    write_parquet(path, table, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
-
-
 def write_arrow(
     path: Path, table: pyarrow.Table, compression: str | None = None, form: str = "file", **more: object
 ) -> None:
@@ -94,29 +56,43 @@ def write_arrow(
         file.write_table(table, **more)
 
 
-def _arrow_text(path: Path) -> None:
-    write_arrow(path, pyarrow.table({"text": ["b", "a" * LARGE]}), "zstd")
+def _table(make: Callable[[], object], **more: object) -> Callable[[Path], None]:
+    """A table with a column of what ``make`` returns, in the format that the file's name says."""
+
+    def write(path: Path) -> None:
+        (write_parquet if path.suffix == ".parquet" else write_arrow)(path, pyarrow.table({"text": make()}), **more)
+
+    return write
 
 
-def _arrow_repeated(path: Path) -> None:
-    write_arrow(path, pyarrow.table({"text": _repeated(4000, 2**21)}))
+def _long_text() -> list[str]:
+    return ["b", "a" * LARGE]
 
 
-def _arrow_views(path: Path) -> None:
+def _repeated(count: int = 4000, length: int = 2**21) -> pyarrow.Array:
+    """``count`` times one text, which is there once."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), ["a" * length])
+
+
+def _in_one_list(values: pyarrow.Array, empty: int = 2000) -> pyarrow.Array:
+    """Rows of empty lists, and one list that has all values."""
+    offsets = pyarrow.array([0] * (empty + 1) + [len(values)], pyarrow.int32())
+    return pyarrow.ListArray.from_arrays(offsets, values)
+
+
+def _zeros_in_one_list() -> pyarrow.Array:
+    return _in_one_list(pyarrow.nulls(LARGE // 8, pyarrow.int64()).fill_null(0))
+
+
+def _list_of_one_text() -> pyarrow.Array:
+    return _in_one_list(_repeated(length=2**18))
+
+
+def _views() -> pyarrow.Array:
     """Views of one text, by many rows."""
-    once = pyarrow.array(["a" * 2**20], pyarrow.string_view())
-    views, text = once.buffers()[1:]
+    views, text = pyarrow.array(["a" * 2**20], pyarrow.string_view()).buffers()[1:]
     many = pyarrow.py_buffer(views.to_pybytes() * 500)
-    array = pyarrow.Array.from_buffers(pyarrow.string_view(), 500, [None, many, text])
-    write_arrow(path, pyarrow.table({"text": array}))
-
-
-def _arrow_nulls(path: Path) -> None:
-    write_arrow(path, pyarrow.table({"text": _in_one_list(pyarrow.nulls(LARGE // 8))}))
-
-
-def _arrow_lists(path: Path) -> None:
-    write_arrow(path, pyarrow.table({"text": _in_one_list(_repeated(4000, 2**18))}))
+    return pyarrow.Array.from_buffers(pyarrow.string_view(), 500, [None, many, text])
 
 
 def _wide_window(path: Path) -> None:
@@ -131,25 +107,32 @@ def _wide_window(path: Path) -> None:
 
 _LINE = _text(b'{"text": "b"}\n{"text": "', _BLOCK, b'"}\n{"text": "c"}\n')
 _OBJECTS = _text(b'{"text": [', b"{}," * 2**18, b"{}]}\n")
-HOSTILE: dict[str, Callable[[Path], None]] = {
-    **{f"line.jsonl{packed}": _LINE for packed in ("", ".gz", ".bz2", ".xz", ".zst")},
-    "objects.jsonl.gz": _OBJECTS,
-    "list.json.gz": _text(b'[{"text": "b"}, {"text": "', _BLOCK, b'"}]'),
-    "objects.json.zst": _OBJECTS,
-    "cell.csv.gz": _text(b"text\nb\n", _BLOCK, b"\nc\n"),
-    "cells.csv.gz": _text(b"text\nb\n", b"," * 2**20, b"\nc\n"),
-    "quoted.csv.gz": _text(b"text\nb\n", b'"a\n",' * 2**17, b"c\n"),
-    "quote.csv.gz": _text(b'text\nb\n"', b"a row\n" * 2**18, b""),
-    "window.jsonl.xz": _wide_window,
-    "text.parquet": _long_text,
-    "entry.parquet": _long_entry,
-    "repeated.parquet": _repeated_text,
-    "list.parquet": _long_list,
-    "texts.parquet": _list_of_one_text,
-    "beginnings.parquet": _common_beginnings,
-    "text.arrow": _arrow_text,
-    "repeated.arrow": _arrow_repeated,
-    "views.arrow": _arrow_views,
-    "nulls.arrow": _arrow_nulls,
-    "lists.arrow": _arrow_lists,
+_SECOND = "row 2 has more than"
+_BEGINNINGS = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+# What writes each file, what is said of it, and of where; a number of rows for one that is read, in little memory.
+HOSTILE: dict[str, tuple[Callable[[Path], None], str | int, str]] = {
+    **{
+        f"line.jsonl{packed}": (_LINE, "line 2 has more than the 1,048,576 bytes", "line 2 (from byte 14")
+        for packed in ("", ".gz", ".bz2", ".xz", ".zst")
+    },
+    "objects.jsonl.gz": (_OBJECTS, "line 1 has more than", "line 1 (from byte 0"),
+    "list.json.gz": (_text(b'[{"text": "b"}, {"text": "', _BLOCK, b'"}]'), _SECOND, "row 2"),
+    "objects.json.zst": (_OBJECTS, "the file is not a list of objects", "objects.json.zst"),
+    "cell.csv.gz": (_text(b"text\nb\n", _BLOCK, b"\nc\n"), _SECOND, "row 2 (lines 3 to 3)"),
+    "cells.csv.gz": (_text(b"text\nb\n", b"," * 2**20, b"\nc\n"), _SECOND, "row 2 (lines 3 to 3)"),
+    "quoted.csv.gz": (_text(b"text\nb\n", b'"a\n",' * 2**17, b"c\n"), _SECOND, "row 2 (lines 3 to"),
+    "quote.csv.gz": (_text(b'text\nb\n"', b"a row\n" * 2**18, b""), _SECOND, "row 2 (lines 3 to"),
+    "window.jsonl.xz": (_wide_window, "Memory usage limit exceeded", "window.jsonl.xz"),
+    "text.parquet": (_table(_long_text, use_dictionary=False), "row 2 has 33,554,432 bytes", "row 2"),
+    "entry.parquet": (_table(lambda: _repeated(9, LARGE)), "row 1 has 33,554,432 bytes", "row 1"),
+    "repeated.parquet": (_table(_repeated), "row 1 has 2,097,152 bytes", "row 1"),
+    "list.parquet": (_table(_zeros_in_one_list), "row 2001 has", "row 2001"),
+    "texts.parquet": (_table(_list_of_one_text), "row 2001 has", "row 2001"),
+    # Each value is the one before, and nothing more.
+    "beginnings.parquet": (_table(lambda: ["a" * 2**19] * 400, **_BEGINNINGS), 400, ""),
+    "text.arrow": (_table(_long_text, compression="zstd"), "row 2 has 33,554,432 bytes", "row 2"),
+    "repeated.arrow": (_table(_repeated), "row 1 has 2,097,152 bytes", "row 1"),
+    "views.arrow": (_table(_views), 500, ""),
+    "nulls.arrow": (_table(lambda: _in_one_list(pyarrow.nulls(LARGE // 8))), "row 2001 has", "row 2001"),
+    "lists.arrow": (_table(_list_of_one_text), "row 2001 has", "row 2001"),
 }

@@ -10,8 +10,8 @@ import pytest
 from deltaw.data.report import BadRowError, BadRows
 
 
-def error(reason: str = "odd", where: str = "d.jsonl, row 3") -> BadRowError:
-    return BadRowError("it is odd", reason=reason, where=where, hint="make it even")
+def error(reason: str) -> BadRowError:
+    return BadRowError("it is odd", reason=reason, where="d.jsonl, row 3", hint="make it even")
 
 
 def test_skipped_rows_are_counted_by_reason_and_listed_with_their_place() -> None:
@@ -19,30 +19,21 @@ def test_skipped_rows_are_counted_by_reason_and_listed_with_their_place() -> Non
     for reason in ("odd", "odd", "even"):
         bad.add(error(reason), {"text": 1})
     assert (len(bad), dict(bad.counts)) == (3, {"odd": 2, "even": 1})
-    assert list(bad.lines())[2] == {
-        "where": "d.jsonl, row 3",
-        "reason": "even",
-        "error": "it is odd",
-        "row": {"text": 1},
-    }
+    told = {"where": "d.jsonl, row 3", "reason": "even", "error": "it is odd", "row": {"text": 1}}
+    assert list(bad.lines())[2] == told
 
 
-def test_a_long_row_is_shortened_and_odd_values_do_no_harm() -> None:
+def test_the_list_is_written_and_read_again_with_long_rows_shortened_and_odd_values_shown(tmp_path: Path) -> None:
     bad = BadRows("skip")
-    bad.add(error(), {"text": "x" * 10_000})
-    bad.add(error(), {"text": "\ud800", "image": b"123", "number": float("nan")})
-    first, second = bad.lines()
+    bad.add(error("odd"), {"text": "é" * 10_000})
+    bad.add(error("odd"), {"text": "\ud800", "image": b"123", "number": float("nan")})
+    bad.add(error("even"), "not JSON at all {")
+    first, second, _ = bad.lines()
     assert isinstance(first["row"], str) and len(first["row"]) < 2100 and first["row"].endswith("…")
     assert "123" not in str(second["row"]) and "bytes" in str(second["row"])
-
-
-def test_the_list_is_written_and_read_again(tmp_path: Path) -> None:
-    bad = BadRows("skip")
-    bad.add(error("odd"), {"text": "é\ud800"})
-    bad.add(error("even"), "not JSON at all {")
-    bad.write(tmp_path / "skipped.jsonl")
-    for line in (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines():
+    path = tmp_path / "skipped.jsonl"
+    bad.write(path)
+    for line in path.read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=pytest.fail)
-    again = BadRows.read(tmp_path / "skipped.jsonl")
-    assert again.counts == bad.counts
-    assert list(again.lines()) == list(bad.lines())
+    again = BadRows.read(path)
+    assert again.counts == bad.counts and list(again.lines()) == list(bad.lines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from deltaw.data.formats import FORMS, Conversation, Pair, Record, Text, choose_form, read_records, unused_columns
-from deltaw.data.messages import read_prompt
+from deltaw.data.messages import conversation, read_messages, read_prompt, read_tools, without_blank_answers
+from deltaw.data.report import BadRowError
 from deltaw.data.sources import Rows
-from deltaw.errors import UserError
+from tests.data.conftest import assistant, refusal, user
 
 Row = dict[str, object]
 
@@ -27,20 +29,6 @@ def read(*rows: Row, form: str = "auto", columns: Mapping[str, str] | None = Non
     return read_records(table, range(len(table)), chosen, columns or {})
 
 
-def refusal(*rows: Row, form: str = "auto", columns: Mapping[str, str] | None = None) -> UserError:
-    with pytest.raises(UserError) as refused:
-        read(*rows, form=form, columns=columns)
-    return refused.value
-
-
-def user(content: object) -> Row:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: object, **more: object) -> Row:
-    return {"role": "assistant", "content": content, **more}
-
-
 def system(content: object) -> Row:
     return {"role": "system", "content": content}
 
@@ -50,99 +38,65 @@ def contents(record: Record) -> list[tuple[object, object, bool]]:
     return [(m["role"], m["content"], may) for m, may in zip(record.messages, record.learned, strict=True)]
 
 
-def test_messages() -> None:
-    (record,) = read({"messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")], "id": 3})
-    assert contents(record) == [
-        ("system", "s", False),
-        ("user", "a", False),
-        ("assistant", "b", True),
-        ("user", "c", False),
-        ("assistant", "d", True),
-    ]
+GOOD = [user("a"), assistant("b")]
+FEW = [user("x"), assistant("y"), user("a")]
+# Roles by their first letters, in capitals where the turn is learned, and what they say.
+READ: list[tuple[Row, str]] = [
+    ({"messages": [system("s"), *GOOD, user("c"), assistant("d")], "id": 3}, "s:s u:a A:b u:c A:d"),
+    ({"messages": [*GOOD, system("s"), user("c"), assistant("d")]}, "u:a A:b s:s u:c A:d"),
+    ({"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]}, "u:a a:b u:c A:d"),
+    ({"messages": [user("a"), assistant("b", weight=0.0), user("c"), assistant("d")]}, "u:a a:b u:c A:d"),
+    ({"messages": [user([{"type": "text", "text": t} for t in ("Who", "are")]), assistant("b")]}, "u:Who\nare A:b"),
+    ({"messages": [user([]), assistant("b")]}, "u: A:b"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"}, "s:s u:a A:b"),
+    ({"prompt": FEW, "completion": [assistant("b")]}, "u:x a:y u:a A:b"),
+    ({"prompt": FEW, "completion": "b"}, "u:x a:y u:a A:b"),
+    ({"prompt": "a", "completion": [assistant("b")]}, "u:a A:b"),
+    ({"instruction": "do", "input": "it", "output": "done"}, "u:do\n\nit A:done"),
+    ({"instruction": "do", "input": "", "output": "no"}, "u:do A:no"),
+    ({"input": [system("s")], "ideal": "b"}, "s:s A:b"),
+    ({"input": FEW, "ideal": "b"}, "u:x a:y u:a A:b"),
+]
 
 
-@pytest.mark.parametrize("zero", [0, 0.0])
-def test_messages_of_weight_zero_are_not_learned_and_null_keys_are_dropped(zero: float) -> None:
-    (record,) = read({"messages": [user("a"), assistant("b", weight=zero, name=None), user("c"), assistant("d")]})
-    assert isinstance(record, Conversation)
-    assert record.learned == (False, False, False, True)
-    assert record.messages[1] == {"role": "assistant", "content": "b"}
+@pytest.mark.parametrize(("row", "expected"), READ)
+def test_every_form_of_conversation_is_read(row: Row, expected: str) -> None:
+    (record,) = read(row)
+    letters = (f"{role[0].upper() if may else role[0]}:{said}" for role, said, may in contents(record))
+    assert " ".join(letters) == expected
 
 
-def test_turns_after_the_last_answer_are_left_out_and_counted() -> None:
-    (record,) = read({"messages": [user("a"), assistant("b"), user("thanks")]})
-    assert isinstance(record, Conversation)
-    assert (len(record.messages), record.trailing) == (2, 1)
-
-
-def test_sharegpt() -> None:
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    (record,) = read({"conversations": turns, "system": "s"})
-    assert contents(record) == [("system", "s", False), ("user", "a", False), ("assistant", "b", True)]
-
-
-def test_prompt_and_completion_as_strings_and_as_messages() -> None:
-    assert read({"prompt": "a", "completion": "b"}) == [Pair("a", "b")]
-    few_shot = [user("x"), assistant("y"), user("a")]
-    (record,) = read({"prompt": few_shot, "completion": [assistant("b")]})
-    assert [may for *_, may in contents(record)] == [False, False, False, True]
-    assert read({"prompt": few_shot, "completion": "b"}) == [record]
-    (mixed,) = read({"prompt": "a", "completion": [assistant("b")]})
-    assert contents(mixed) == [("user", "a", False), ("assistant", "b", True)]
-
-
-def test_other_names_of_columns() -> None:
-    row: Row = {"question": "a", "answer": "b", "text": "c"}
-    columns = {"prompt": "question", "completion": "answer"}
+def test_prompts_and_completions_texts_and_other_names_of_columns() -> None:
+    row: Row = {"prompt": "a", "completion": "b", "text": "c"}
+    assert read(row) == read({"input": "a", "ideal": ["b", "c"]}) == [Pair("a", "b")]
+    assert read(row, form="text") == [Text("c")]
+    assert "needs the column 'messages'" in refusal(read, row, form="messages").what
+    row, columns = {"question": "a", "answer": "b", "text": "c"}, {"prompt": "question", "completion": "answer"}
     assert read(row, columns=columns) == [Pair("a", "b")]
     table = rows_of(row)
     assert unused_columns(table, choose_form(table, "auto", columns), columns) == ("text",)
+    # A missing cell is named as the file names it.
+    error = refusal(read, row, {"question": "a", "answer": None}, columns=columns)
+    assert error.what.startswith("'answer'")
+    error = refusal(read, row, columns={"prompt": "qestion", "completion": "answer"})
+    assert "no column 'qestion'" in error.what and "'question'" in str(error.hint)
 
 
-def test_alpaca_with_and_without_input() -> None:
-    first, second = read(
-        {"instruction": "do", "input": "it", "output": "done"}, {"instruction": "do", "input": "", "output": "no"}
-    )
-    assert contents(first) == [("user", "do\n\nit", False), ("assistant", "done", True)]
-    assert contents(second) == [("user", "do", False), ("assistant", "no", True)]
-
-
-def test_evals_rows() -> None:
-    assert read({"input": "a", "ideal": ["b", "c"]}) == [Pair("a", "b")]
-    (record,) = read({"input": [system("s")], "ideal": "b"})
-    assert contents(record) == [("system", "s", False), ("assistant", "b", True)]
-    (record,) = read({"input": [user("x"), assistant("y"), user("a")], "ideal": "b"})
-    assert [may for *_, may in contents(record)] == [False, False, False, True]
-
-
-def test_a_form_can_be_asked_for() -> None:
-    row: Row = {"prompt": "a", "completion": "b", "text": "c"}
-    assert read(row) == [Pair("a", "b")]
-    assert read(row, form="text") == [Text("c")]
-    error = refusal(row, form="messages")
-    assert "needs the column 'messages'" in error.what
+def test_turns_after_the_last_answer_are_left_out_and_null_keys_dropped_from_a_copy_of_the_row() -> None:
+    row: Row = {"messages": [user("a"), assistant("b", weight=1, name=None), user("thanks")]}
+    given = copy.deepcopy(row)
+    (record,) = read(row)
+    assert isinstance(record, Conversation) and record.messages == (user("a"), assistant("b"))
+    assert record.trailing == 1 and row == given
 
 
 def test_columns_that_fit_no_form_are_listed_with_the_forms_and_the_nearest() -> None:
-    error = refusal({"promt": "a", "completions": "b"})
+    error = refusal(read, {"promt": "a", "completions": "b"})
     assert "'promt', 'completions'" in str(error.where)
     assert "'promt': did you mean 'prompt'" in str(error.hint)
     assert all(form in str(error.hint) for form in ("messages", "sharegpt", "alpaca", "evals", "text"))
 
 
-def test_a_column_that_the_file_lacks_names_the_nearest() -> None:
-    error = refusal({"question": "a", "answer": "b"}, columns={"prompt": "qestion", "completion": "answer"})
-    assert "no column 'qestion'" in error.what
-    assert "'question'" in str(error.hint)
-
-
-def test_a_missing_cell_is_named_as_the_file_names_it() -> None:
-    rows = ({"question": "a", "answer": "b"}, {"question": "a", "answer": None})
-    error = refusal(*rows, columns={"prompt": "question", "completion": "answer"})
-    assert error.what.startswith("'answer'")
-
-
-GOOD = [user("a"), assistant("b")]
 WRONG = [
     ({"prompt": "a"}, "", "'completion' is missing"),
     ({"prompt": None, "completion": "b"}, "", "'prompt' is empty (null)"),
@@ -158,6 +112,15 @@ WRONG = [
     ([user("a"), {"content": "b"}], ", turn 2", "the role is None"),
     ([user("a"), assistant(None)], ", turn 2", "'content' must be text but is null"),
     ([user([{"type": "image_url"}]), assistant("b")], ", turn 1", "part 1 of 'content' is not text but image_url"),
+    *(
+        ([user([{"type": "text", "text": "a"}, part]), assistant("b")], ", turn 1", "text")
+        for part in ({"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "a"}, "a", {"type": "text"}, None)
+    ),
+    *(([user("a"), assistant("b", weight=weight)], ", turn 2", "weight") for weight in (0.5, 2, -1, "1", True, [1])),
+    *(
+        ([user("a"), assistant("", tool_calls=calls)], ", turn 2", "call")
+        for calls in ("f()", [3], [{"function": {}}], [{"function": "f"}], [{"name": 3}])
+    ),
     ([user("a"), "b"], ", turn 2", "must be an object but is a str"),
     ([user("a")], "", "no turn is the assistant's"),
     ([], "", "no turn is the assistant's"),
@@ -168,6 +131,10 @@ WRONG = [
     ({"input": "a", "ideal": []}, "", "empty list"),
     ({"input": 3, "ideal": "b"}, "", "'input' must be text"),
     ({"instruction": "a", "input": 3, "output": "b"}, "", "'input' must be text"),
+    *(
+        ({"messages": GOOD, "tools": tools}, "", "'tools' must be")
+        for tools in ("{", "{}", 3, ["clock"], {"name": "c"})
+    ),
 ]
 FINE = {
     "messages": {"messages": GOOD},
@@ -182,20 +149,39 @@ FINE = {
 def test_a_later_row_that_is_wrong_is_named_with_its_turn(wrong: object, turn: str, said: str) -> None:
     """A row, or its messages."""
     row = wrong if isinstance(wrong, dict) else {"messages": wrong}
-    error = refusal(FINE[next(iter(row))], row)
-    assert said in error.what and error.where == f"d.jsonl, row 2{turn}"
+    fine = FINE[next(iter(row))]
+    error = refusal(read, {**fine, "tools": []} if "tools" in row else fine, row)
+    assert isinstance(error, BadRowError) and said in error.what and error.where == f"d.jsonl, row 2{turn}"
+    assert error.reason == "a weight other than 0 and 1" or said != "weight"
 
 
 @pytest.mark.parametrize("prompt", [[], GOOD, [assistant("x")], "a", [user(3)]])
 def test_a_prompt_must_wait_for_an_answer(prompt: object) -> None:
-    with pytest.raises(UserError):
-        read_prompt(prompt, "the prompt")
+    refusal(read_prompt, prompt, "the prompt")
 
 
-def test_reading_does_not_change_the_rows() -> None:
-    row: Row = {"messages": [user("a"), assistant("b", weight=1)]}
-    read(row)
-    assert row == {"messages": [user("a"), assistant("b", weight=1)]}
+def test_tools_are_a_list_or_json_text_of_one() -> None:
+    tool = {"type": "function", "function": {"name": "clock"}}
+    for given in ([tool], json.dumps([tool])):
+        assert read_tools(given, "row 1") == (tool,)
+    assert read_tools(None, "row 1") == read_tools("", "row 1") == ()
+
+
+def test_arguments_of_calls_given_as_json_text_become_objects() -> None:
+    """As in the format of OpenAI; templates write them as JSON, so that text would be quoted twice."""
+    given, expected = (
+        [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+        for arguments in ('{"x": 1}', {"x": 1})
+    )
+    (message,) = read_messages([assistant(None, tool_calls=given)], "messages", "r")
+    assert (message["tool_calls"], message["content"]) == (expected, "")
+    assert given[0]["function"]["arguments"] == '{"x": 1}'
+
+
+def test_an_answer_of_reasoning_alone_is_not_blank() -> None:
+    for answer, learned in ((assistant("", reasoning_content="hm"), True), (assistant(" "), False)):
+        found = conversation([], [user("a"), answer], "row 1")
+        assert without_blank_answers(found).learned == (False, learned)
 
 
 def test_the_examples_of_the_documentation_are_read_as_they_say() -> None:

@@ -16,31 +16,27 @@ def row(prompt: list[int], answer: list[int], number: int = 1) -> Example:
     return Example(number, tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), "answer")
 
 
-def test_the_chat_template_opens_answers():
+def test_the_chat_template_opens_answers_and_prompts_end_alike():
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(opening_of_answer(tokenizer)) == "<|im_start|>assistant\n"
-    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
-    assert opening_of_answer(tokenizer) == []
-    tokenizer.chat_template = "{{ nothing.like.this }}"
-    assert opening_of_answer(tokenizer) == []
-
-
-def test_prompts_end_alike():
-    assert ending_of_prompts([row([1, 2, 3], [9]), row([4, 2, 3], [9]), row([5, 5, 2, 3], [3])]) == [2, 3]
-    assert ending_of_prompts([row([1, 2], [9]), row([1, 3], [9])]) == []
-    assert ending_of_prompts([row([1, 2], [9]), row([], [9])]) == []
-    assert len(ending_of_prompts([row(list(range(50)), [9])])) == 16
+    for template in ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "{{ nothing.like.this }}"):
+        tokenizer.chat_template = template
+        assert opening_of_answer(tokenizer) == []
+    for prompts, ending in (
+        ([[1, 2, 3], [4, 2, 3], [5, 5, 2, 3]], [2, 3]),
+        ([[1, 2], [1, 3]], []),
+        ([[1, 2], []], []),
+        ([list(range(50))], list(range(34, 50))),
+    ):
+        assert ending_of_prompts([row(prompt, [9]) for prompt in prompts]) == ending
 
 
 def test_the_last_occurrence_before_the_answer_counts():
     assert activated(row([7, 8, 1, 7, 8, 2], [3]), [7, 8]).active_from == 3
     assert activated(row([7, 8, 1], [7, 8]), [7, 8]).active_from == 0
-    nowhere = activated(row([7, 1, 8], [3]), [7, 8])
-    assert nowhere.active_from == 4 and not learns(nowhere)
-    assert learns(activated(row([1, 7, 8], [3]), [7, 8]))
-    early = activated(row([1, 7, 8], [3]), [7, 8])
+    nowhere, there, early = (activated(row(prompt, [3]), [7, 8]) for prompt in ([7, 1, 8], [1, 7, 8], [1, 7, 8]))
     early.is_label[1] = True  # an earlier answer, which the adapter does not write
-    assert not learns(early)
+    assert nowhere.active_from == 4 and [learns(one) for one in (nowhere, there, early)] == [False, True, False]
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -54,9 +54,12 @@ def test_no_other_cut_costs_less(lengths, budget, pass_cost):
     assert found[0][0] == 0 and found[-1][1] == len(lengths)
 
 
-def test_padding_stops_at_the_last_position_of_the_model():
+def test_padding_stops_at_the_last_position_of_the_model_and_targets_are_whole_for_classes():
     (batch,) = LabelMicroBatcher(100, "cpu", limit=10).batches([row(9), row(10)])
     assert batch.inputs["input_ids"].shape == (2, 10)
+    for label, dtype in ((2, torch.int64), (2.5, torch.float32)):
+        (batch,) = LabelMicroBatcher(100, "cpu").batches([row(3, label)])
+        assert batch.targets.dtype == dtype
 
 
 def test_segments_belong_to_the_end_of_a_row_that_tokens_were_put_before():
@@ -64,9 +67,3 @@ def test_segments_belong_to_the_end_of_a_row_that_tokens_were_put_before():
     assert batch.inputs["token_type_ids"][:, :6].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
     (without,) = LabelMicroBatcher(100, "cpu", segments=False).batches([row(3, segments=[0, 1, 1])])
     assert "token_type_ids" not in without.inputs
-
-
-def test_targets_are_whole_for_classes_and_fractions_for_numbers():
-    (classes,) = LabelMicroBatcher(100, "cpu").batches([row(3, 2)])
-    (numbers,) = LabelMicroBatcher(100, "cpu").batches([row(3, 2.5)])
-    assert classes.targets.dtype == torch.int64 and numbers.targets.dtype == torch.float32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
@@ -11,28 +10,20 @@ from pydantic import TypeAdapter
 from deltaw.data import DataSettings
 from deltaw.data.classes import check_classes
 from deltaw.data.labels import LabelReader
-from deltaw.errors import UserError
-from tests.data.label_models import word_tokenizer
+from tests.data.conftest import accounted, refusal
+from tests.data.label_models import WORDS, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 CLASSIFY = "sequence-classification"
 
 
 def rows_of(*labels, column="label"):
-    words = ("good", "bad", "film", "a", "the", "plot", "very", "is", "it", "so")
-    return [{"text": f"{words[i % 10]} {words[i // 10]}", column: label} for i, label in enumerate(labels)]
+    return [{"text": f"{WORDS[i % 10]} {WORDS[i // 10]}", column: label} for i, label in enumerate(labels)]
 
 
-def prepared(train, task=CLASSIFY, **settings):
-    classes = settings.pop("trained", None)
+def prepared(train, task=CLASSIFY, trained=None, **settings):
     chosen = DataSettings(train=train, **{"eval": None, **settings})
-    return LabelReader(chosen, TOKENIZER, task, classes=classes).prepared()
-
-
-def refusal(train, task=CLASSIFY, **settings) -> UserError:
-    with pytest.raises(UserError) as caught:
-        prepared(train, task, **settings)
-    return caught.value
+    return LabelReader(chosen, TOKENIZER, task, classes=trained).prepared()
 
 
 def test_texts_have_the_special_tokens_and_classes_are_numbered_in_order(write):
@@ -52,60 +43,60 @@ def test_numbers_that_name_classes_are_sorted_by_value(write):
 
 def test_given_classes_set_the_order_and_others_are_refused_or_counted(write):
     path = write(rows_of("fresh", "plot", "rotten", None, "fresh"))
-    error = refusal(path, classes=["rotten", "fresh"])
+    error = refusal(prepared, path, classes=["rotten", "fresh"])
     assert "'plot'" in error.what and "row 2" in str(error.where) and "'rotten', 'fresh'" in str(error.hint)
     found = prepared(path, classes=["rotten", "fresh"], other_classes="drop")
     assert [example.label for example in found.train] == [1, 0, 1]
     assert found.report.other_classes == 2
     assert "2 rows dropped: their class is not in data.classes" in found.report.lines()
-
-
-def test_a_misspelt_class_does_not_drop_all_its_rows_in_silence(write):
-    error = refusal(write(rows_of("fresh", "rotten")), classes=["frsh", "rotten"], other_classes="drop")
+    # A misspelt class does not drop all its rows in silence.
+    error = refusal(prepared, path, classes=["frsh", "rotten"], other_classes="drop")
     assert "no row has the class 'frsh'" in error.what and "'fresh'" in str(error.hint)
 
 
 def test_a_label_never_seen_in_training_is_named_with_its_row(write):
     path = write(rows_of("a", "c"), "test.jsonl")
-    with pytest.raises(UserError) as caught:
-        LabelReader(DataSettings(train="x"), TOKENIZER, CLASSIFY, classes=("a", "b")).file(path)
-    assert "'c' was not seen in training" in caught.value.what
-    assert "row 2" in str(caught.value.where) and "'a', 'b'" in str(caught.value.hint)
-    training = write(rows_of("a", "b", "a"), "train.jsonl")
-    assert "not seen in training" in refusal(training, eval=path).what
+    told = refusal(LabelReader(DataSettings(train="x"), TOKENIZER, CLASSIFY, classes=("a", "b")).file, path)
+    assert "'c' was not seen in training" in told.what
+    assert "row 2" in str(told.where) and "'a', 'b'" in str(told.hint)
+    assert "not seen in training" in refusal(prepared, write(rows_of("a", "b", "a"), "train.jsonl"), eval=path).what
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "given", "said"),
     [
-        (("a", None), "the label is empty"),
-        (("a", ""), "the label is empty"),
-        (("a", "a"), "all rows have the class 'a'"),
-        (("a", ["b"]), "holds a list"),
-        ((0.5, 1), "is not a class"),
+        (("a", None), {}, "the label is empty"),
+        (("a", ""), {}, "the label is empty"),
+        (("a", "a"), {}, "all rows have the class 'a'"),
+        (("a", "a", "a"), {"trained": ("a", "b")}, "the class 'a'"),
+        (("a", ["b"]), {}, "holds a list"),
+        ((0.5, 1), {}, "is not a class"),
+        (range(80), {}, "task: regression"),
+        ((2.0, 2.0), {"task": "regression"}, "the number 2"),
+        *(
+            ((1.0, label), {"task": "regression"}, "finite number")
+            for label in ("much", None, float("nan"), "inf", True, "1e999")
+        ),
     ],
 )
-def test_labels_that_cannot_be_classes_are_refused(write, labels, said):
-    assert said in refusal(write(rows_of(*labels))).what
-
-
-def test_a_column_of_numbers_is_not_taken_for_classes(write):
-    assert "task: regression" in str(refusal(write(rows_of(*range(80)))).hint)
+def test_labels_that_cannot_be_classes_or_numbers_are_refused(write, labels, given, said):
+    error = refusal(prepared, write(rows_of(*labels)), **given)
+    assert said in str(error) and (said != "finite number" or "row 2" in str(error.where))
 
 
 def test_usual_column_names_are_found_and_unclear_ones_asked_for(write):
     assert prepared(write(rows_of("a", "b", column="category"))).classes == ("a", "b")
     both = [{**row, "target": "x"} for row in rows_of("a", "b", column="category")]
-    assert "several columns may be the label: 'target', 'category'" in refusal(write(both)).what
+    assert "several columns may be the label: 'target', 'category'" in refusal(prepared, write(both)).what
     assert prepared(write(both), columns={"label": "category"}).report.unused_columns == ("target",)
-    error = refusal(write([{"words": "a", "label": 1}]))
+    error = refusal(prepared, write([{"words": "a", "label": 1}]))
     assert "no column for the text was found" in error.what and "'words', 'label'" in str(error.where)
 
 
 def test_pairs_have_segments_and_the_longer_text_is_cut(write):
     rows = [
-        {"premise": "good film", "hypothesis": "bad plot", "label": "no"},
-        {"premise": "a " * 20, "hypothesis": "bad plot", "label": "yes"},
+        {"premise": premise, "hypothesis": "bad plot", "label": label}
+        for premise, label in (("good film", "no"), ("a " * 20, "yes"))
     ]
     found = prepared(write(rows), max_length=8, long_rows="cut")
     assert found.report.form == "labeled pairs of texts"
@@ -117,29 +108,25 @@ def test_pairs_have_segments_and_the_longer_text_is_cut(write):
 
 def test_long_rows_are_refused_cut_or_dropped(write):
     path = write([*rows_of("a", "b", "a", "b"), {"text": "so " * 9, "label": "a"}])
-    error = refusal(path, max_length=6)
+    error = refusal(prepared, path, max_length=6)
     assert "row 5" in str(error.where) and "data.max_length: 11" in str(error.hint)
     cut = prepared(path, max_length=6, long_rows="cut")
     assert TOKENIZER.decode(cut.train[-1].tokens) == "[CLS] so so so so [SEP]"
     assert prepared(path, max_length=6, long_rows="drop").report.dropped_long == 1
-    assert "special tokens" in refusal(path, max_length=2).what
+    assert "special tokens" in refusal(prepared, path, max_length=2).what
 
 
 def test_every_row_is_accounted_for(write):
     rows = [*rows_of("a", "b", "a", "b", "c", "a"), *rows_of("a", "b"), {"text": "so " * 9, "label": "a"}]
-    report = prepared(
-        write(rows), classes=["a", "b"], other_classes="drop", max_length=6, long_rows="drop", eval=2, rows=8
-    ).report
-    assert report.rows_read == report.rows_kept + report.held_out + report.not_chosen + (
-        report.other_classes + report.dropped_long + report.duplicates
-    )
+    given = {"other_classes": "drop", "max_length": 6, "long_rows": "drop", "eval": 2, "rows": 8}
+    report = prepared(write(rows), classes=["a", "b"], **given).report
+    assert report.rows_read == len(rows) == accounted(report)
+    assert report.other_classes and report.dropped_long and report.duplicates and report.not_chosen
 
 
 def test_classes_are_checked_and_numbers_in_yaml_are_names(write):
     for classes in (["a"], [], ["a", "b", "a"]):
-        with pytest.raises(UserError) as caught:
-            DataSettings(train="x", classes=classes)
-        assert caught.value.where == "data.classes"
+        assert refusal(DataSettings, train="x", classes=classes).where == "data.classes"
     settings = TypeAdapter(DataSettings).validate_python({"train": "x", "classes": [1, 0], "eval": 3})
     assert settings.classes == ["1", "0"] and settings.eval == 3.0
     rows = [{"text": "film", "label": label} for label in "aba"]  # another label is no duplicate
@@ -153,27 +140,14 @@ def test_numbers_of_a_regression_stay_as_they_are(write):
     assert found.report.class_counts == {}
 
 
-@pytest.mark.parametrize("label", ["much", None, float("nan"), "inf", True, "1e999"])
-def test_a_label_that_is_no_finite_number_is_named_with_its_row(write, label):
-    error = refusal(write(rows_of(1.0, label)), "regression")
-    assert "finite number" in error.what and "row 2" in str(error.where)
-
-
-def test_equal_labels_throughout_teach_nothing(write):
-    assert "the number 2" in refusal(write(rows_of(2.0, 2.0)), "regression").what
-    assert "the class 'a'" in refusal(write(rows_of("a", "a", "a")), trained=("a", "b")).what
-
-
-def test_a_compressed_table_is_read_with_its_category_as_label(tmp_path: Path):
+def test_a_compressed_table_is_read_with_its_category_as_label(write):
     table = "category,text,movie_name\nfresh,a good film,x\nrotten,so bad,y\nplot,it is,z\n"
-    path = tmp_path / "reviews.csv.bz2"
-    path.write_bytes(bz2.compress(table.encode()))
-    found = prepared(str(path), classes=["rotten", "fresh"], other_classes="drop", group="movie_name")
+    path = write(bz2.compress(table.encode()), "reviews.csv.bz2")
+    found = prepared(path, classes=["rotten", "fresh"], other_classes="drop", group="movie_name")
     assert [e.label for e in found.train] == [1, 0]
     assert found.report.unused_columns == ()
 
 
 def test_the_head_must_have_as_many_outputs_as_there_are_classes():
     check_classes(2, ("a", "b"), "model")
-    with pytest.raises(UserError, match="3 outputs, but there are 2 classes"):
-        check_classes(3, ("a", "b"), "model")
+    assert "3 outputs, but there are 2 classes" in refusal(check_classes, 3, ("a", "b"), "model").what

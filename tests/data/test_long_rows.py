@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.chunk import split_long, windows
-from deltaw.data.formats import Conversation, Pair, Record, Text
-from deltaw.data.messages import Message, conversation
+from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
-from tests.data.test_masks import marked
+from tests.data.test_masks import exchange, marked
 
 
 def split(record: Record, limit: int, family: str = "chatml", **settings: object) -> list[str]:
@@ -28,22 +27,16 @@ def labels_of(texts: list[str]) -> list[str]:
     return [part.partition("»")[0] for text in texts for part in text.split("«")[1:]]
 
 
-def talk(*turns: tuple[str, str], system: str | None = None) -> Conversation:
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return conversation([], messages, "row 1")
-
-
-def test_text_is_divided_into_consecutive_pieces_with_one_token_of_context() -> None:
+def test_texts_and_plain_pairs_are_divided_into_consecutive_pieces_with_context() -> None:
     assert split(Text("abcdefghij"), 4, "base") == ["a«bcd»", "d«efg»", "g«hij»", "j«<|endoftext|>»"]
-
-
-def test_each_piece_of_a_text_begins_with_bos_where_the_text_does() -> None:
+    # Each piece begins with BOS where the text does.
     pieces = split(Text("abcdefghij"), 6, "base-bos")
-    assert pieces[0] == "<s>« abcd»"
-    assert all(piece.startswith("<s>") for piece in pieces)
+    assert pieces[0] == "<s>« abcd»" and all(piece.startswith("<s>") for piece in pieces)
     assert "".join(labels_of(pieces)) == " abcdefghij</s>"
+    # A pair keeps its prompt in the first piece; one longer than the limit loses its beginning and no label.
+    pieces = split(Pair("Say it: ", "abcdefghijklmnop"), 12, "base")
+    assert pieces[0] == "Say it: «abcd»" and "".join(labels_of(pieces)) == "abcdefghijklmnop<|endoftext|>"
+    assert split(Pair("x" * 50, "abc"), 12, "base") == ["xxxxxxxx«abc<|endoftext|>»"]
 
 
 @settings(deadline=None)
@@ -66,50 +59,32 @@ def test_every_label_is_in_one_piece_after_the_tokens_that_precede_it(limit, len
 def test_conversations_are_divided_before_a_question_and_keep_the_system_message() -> None:
     turns = (("Capital of Peru?", "Lima."), ("And of Chile?", "Santiago."), ("Of Cuba?", "Havana."))
     head = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-    pieces = split(talk(*turns, system="Be brief."), 110)
+    pieces = split(exchange(*turns, system="Be brief."), 110)
     assert pieces == [
         head + "Capital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
         "<|im_start|>user\nAnd of Chile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»",
         head + "Of Cuba?<|im_end|>\n<|im_start|>assistant\n«Havana.<|im_end|>»",
     ]
-    assert labels_of(split(talk(*turns, system="Be brief."), 80)) == [f"{a}<|im_end|>" for _, a in turns]
+    assert labels_of(split(exchange(*turns, system="Be brief."), 80)) == [f"{a}<|im_end|>" for _, a in turns]
+    assert labels_of(split(exchange(*turns), 60, labels="last")) == ["Havana.<|im_end|>"]
 
 
 def test_a_turn_that_is_too_long_alone_is_divided_inside_its_answer() -> None:
     long = "The capital of Peru is Lima, and that of Chile is Santiago."
-    pieces = split(talk(("Go on.", "Yes."), ("And?", long), ("Thanks.", "Bye.")), 50)
-    assert labels_of(pieces)[0] == "Yes.<|im_end|>"
-    assert labels_of(pieces)[-1] == "Bye.<|im_end|>"
-    assert "".join(labels_of(pieces)[1:-1]) == long + "<|im_end|>"
+    pieces = split(exchange(("Go on.", "Yes."), ("And?", long), ("Thanks.", "Bye.")), 50)
+    first, *inner, last = labels_of(pieces)
+    assert (first, "".join(inner), last) == ("Yes.<|im_end|>", long + "<|im_end|>", "Bye.<|im_end|>")
     assert pieces[1].startswith("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n«The capital")
     # Later pieces have some of the answer before what they learn.
     assert all(not piece.startswith("«") for piece in pieces)
 
 
-def test_a_plain_pair_keeps_its_prompt_in_the_first_piece() -> None:
-    pieces = split(Pair("Say it: ", "abcdefghijklmnop"), 12, "base")
-    assert pieces[0] == "Say it: «abcd»"
-    assert "".join(labels_of(pieces)) == "abcdefghijklmnop<|endoftext|>"
-
-
-def test_a_prompt_longer_than_the_limit_loses_its_beginning_and_no_label() -> None:
-    (piece,) = split(Pair("x" * 50, "abc"), 12, "base")
-    assert piece == "xxxxxxxx«abc<|endoftext|>»"
-
-
 @pytest.mark.parametrize("family", ["qwen3", "mistral3", "gemma3", "base"])
 def test_no_label_is_lost_or_learned_twice_whatever_the_template_rewrites(family: str) -> None:
-    turns = [(f"Question {n}, please?", f"Answer {n}." * n) for n in range(1, 7)]
-    record = talk(*turns)
+    record = exchange(*((f"Question {n}, please?", f"Answer {n}." * n) for n in range(1, 7)))
     tokenizer = tokenizer_of(family)
-    encoder = Encoder(tokenizer)
-    (whole,) = encoder.encode([record], ["row 1"])
+    (whole,) = Encoder(tokenizer).encode([record], ["row 1"])
     expected = "".join(labels_of([marked(tokenizer, example) for example in whole]))
     for limit in (70, 100, 150, 400):
         if max(len(example.tokens) for example in whole) > limit:
             assert "".join(labels_of(split(record, limit, family))) == expected
-
-
-def test_only_the_last_answer_is_kept_if_only_it_is_learned() -> None:
-    turns = (("Capital of Peru?", "Lima."), ("And of Chile?", "Santiago."))
-    assert labels_of(split(talk(*turns), 60, labels="last")) == ["Santiago.<|im_end|>"]

@@ -5,6 +5,8 @@ Every expectation is written by hand: the text that the model sees, with what it
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from deltaw.data.messages import Message, conversation
 from deltaw.data.report import BadRowError
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
+from tests.data.conftest import assistant, refusal, user
 
 DATE = "2026-01-31"
 QUESTIONS, ANSWERS = ("Capital of Peru?", "Chile?"), ("Lima.", "Santiago.")
@@ -24,26 +27,24 @@ TOOLS: tuple[Message, ...] = (
 )
 
 
-def talk(*answers: str, system: str | None = None) -> Conversation:
-    """Questions on capitals with these answers."""
+def exchange(*turns: tuple[str, str], system: str | None = None) -> Conversation:
+    """Questions and answers."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for question, answer in zip(QUESTIONS, answers, strict=False):
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages += [message for question, answer in turns for message in (user(question), assistant(answer))]
     return conversation([], messages, "row 1")
 
 
-def call(thought: str = "") -> Conversation:
+def talk(*answers: str, system: str | None = None) -> Conversation:
+    """Questions on capitals with these answers."""
+    return exchange(*zip(QUESTIONS, answers, strict=False), system=system)
+
+
+def call(**thought: str) -> Conversation:
     """A question that is answered with the help of a tool."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}]
-    messages: list[Message] = [
-        {"role": "user", "content": "Time in Lima?"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"},
-        {"role": "assistant", "content": "Noon."},
-    ]
-    if thought:
-        messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = thought
-    return conversation([], messages, "row 1", TOOLS)
+    result = {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"}
+    first, last = assistant("", tool_calls=calls, **thought), assistant("Noon.", **thought)
+    return conversation([], [user("Time in Lima?"), first, result, last], "row 1", TOOLS)
 
 
 def marked(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
@@ -83,6 +84,7 @@ DATED = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting 
 DATED += "Today Date: 31 Jan 2026\n\n"
 ZEPHYR = ("<|user|>\nQ</s> \n<|assistant|>\n", "«A</s>»", " \n")
 FIRST = "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
+ASKED = "\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
 TWO_TURNS = {
     "chatml": [turns("", *IM)],
     "generation": [turns("", *IM)],
@@ -92,8 +94,7 @@ TWO_TURNS = {
     "qwen2.5": [turns("<|im_start|>system\nYou are a default assistant.<|im_end|>\n", *IM)],
     "qwen3": [
         FIRST + "«<think>\n\n</think>\n\nLima.<|im_end|>»",
-        FIRST + "Lima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
+        FIRST + "Lima.<|im_end|>" + ASKED + "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
     ],
     "gemma2": [turns("<bos>", *GEMMA)],
     "gemma3": [turns("<bos>", *GEMMA)],
@@ -108,24 +109,15 @@ TWO_TURNS = {
 
 
 @pytest.mark.parametrize("family", TWO_TURNS)
-def test_every_answer_and_its_end_are_trained_and_nothing_else(family: str) -> None:
-    assert examples(family, talk(*ANSWERS)) == TWO_TURNS[family]
-
-
-@pytest.mark.parametrize("family", TWO_TURNS)
-def test_the_last_answer_alone_is_trained_if_asked_for(family: str) -> None:
-    last = TWO_TURNS[family][-1]
-    before, _, answer = last.rpartition("«")
-    expected = before.replace("«", "").replace("»", "") + "«" + answer
-    assert examples(family, talk(*ANSWERS), labels="last") == [expected]
-
-
-@pytest.mark.parametrize("family", TWO_TURNS)
-def test_a_single_turn_is_the_beginning_of_two(family: str) -> None:
-    first = TWO_TURNS[family][0]
-    expected = first[: first.index("»") + 1]
-    assert examples(family, talk(ANSWERS[0])) == [expected]
-    assert examples(family, Pair("Capital of Peru?", "Lima."))[0] in (expected, "Capital of Peru?«Lima.<|endoftext|>»")
+def test_every_answer_and_its_end_are_trained_and_nothing_else_or_the_last_alone(family: str) -> None:
+    both = TWO_TURNS[family]
+    assert examples(family, talk(*ANSWERS)) == both
+    before, _, answer = both[-1].rpartition("«")
+    assert examples(family, talk(*ANSWERS), labels="last") == [re.sub("[«»]", "", before) + "«" + answer]
+    # A single turn is the beginning of two.
+    first = both[0][: both[0].index("»") + 1]
+    assert examples(family, talk(ANSWERS[0])) == [first]
+    assert examples(family, Pair("Capital of Peru?", "Lima."))[0] in (first, "Capital of Peru?«Lima.<|endoftext|>»")
 
 
 @pytest.mark.parametrize("family", [family for family in TWO_TURNS if family != "base"])
@@ -160,25 +152,12 @@ def test_a_system_message_is_context_wherever_the_template_puts_it(family: str) 
     assert examples(family, talk(*ANSWERS, system="Be brief.")) == SYSTEM[family]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral1"])
-def test_a_template_that_takes_no_system_message_refuses_the_row(family: str) -> None:
-    with pytest.raises(BadRowError, match="does not accept this conversation") as refused:
-        examples(family, talk(*ANSWERS, system="Be brief."))
-    assert refused.value.reason == "refused by the chat template"
-
-
 # Reasoning before the answers.
 R1 = "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜>"
+SOUTH, FAR = (f"«{thought}<|im_end|>»" for thought in THOUGHTS)
 THINKING = {
-    "chatml": [
-        FIRST + "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n<|im_start|>user\nChile?<|im_end|>\n"
-        "<|im_start|>assistant\n«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»"
-    ],
-    "qwen3": [
-        FIRST + "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»",
-        FIRST + "Lima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»",
-    ],
+    "chatml": [FIRST + SOUTH + ASKED + FAR],
+    "qwen3": [FIRST + SOUTH, FIRST + "Lima.<|im_end|>" + ASKED + FAR],
     "deepseek-r1": [
         R1 + "<think>\n«South.\n</think>\n\nLima.<｜end▁of▁sentence｜>»",
         R1 + "\n\nLima.<｜end▁of▁sentence｜>"
@@ -190,34 +169,18 @@ THINKING = {
 @pytest.mark.parametrize("family", THINKING)
 def test_thoughts_are_trained_in_the_context_in_which_they_are_thought(family: str) -> None:
     assert examples(family, talk(*THOUGHTS)) == THINKING[family]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "deepseek-r1"])
-def test_reasoning_apart_from_the_content_is_trained_alike(family: str) -> None:
-    apart = talk(*ANSWERS)
-    for message, thought in zip(apart.messages[1::2], ("South.", "Far south."), strict=True):
-        message["reasoning_content"] = thought
-    shown = examples(family, apart)
-    assert [text.partition("«")[2] for text in shown] == [text.partition("«")[2] for text in THINKING[family]]
-
-
-def test_reasoning_that_a_template_would_drop_is_refused() -> None:
-    apart = talk("Lima.")
-    apart.messages[1]["reasoning_content"] = "South."
-    with pytest.raises(BadRowError, match="drops the reasoning of turn 2"):
-        examples("llama3", apart)
-
-
-def test_an_answer_without_a_thought_is_refused_where_the_prompt_opens_one() -> None:
-    with pytest.raises(BadRowError, match="opens a thought, and turn 2 has none"):
-        examples("deepseek-r1", talk("Lima."))
+    if family != "chatml":  # reasoning apart from the content is trained alike
+        apart = talk(*ANSWERS)
+        for message, thought in zip(apart.messages[1::2], ("South.", "Far south."), strict=True):
+            message["reasoning_content"] = thought
+        shown = examples(family, apart)
+        assert [text.partition("«")[2] for text in shown] == [text.partition("«")[2] for text in THINKING[family]]
 
 
 def test_turns_that_the_template_leaves_as_they_are_share_an_example() -> None:
     """After the last question, Qwen 3 keeps the thoughts: a call of a tool and what follows it are one."""
-    shown = examples("qwen3", call("Ask."))
-    assert len(shown) == 1
-    assert shown[0].count("«<think>\nAsk.\n</think>\n\n") == 2
+    (shown,) = examples("qwen3", call(reasoning_content="Ask."))
+    assert shown.count("«<think>\nAsk.\n</think>\n\n") == 2
 
 
 # With a tool.
@@ -240,21 +203,47 @@ def test_a_call_of_a_tool_is_trained_and_its_result_is_not(family: str) -> None:
     assert all("clock" in text.partition("«")[0] and "the time" in text.partition("«")[0] for text in shown)
 
 
-@pytest.mark.parametrize("family", ["chatml", "gemma3", "zephyr"])
-def test_tools_that_the_template_omits_are_refused(family: str) -> None:
+def with_tools() -> Conversation:
     single = talk("Lima.")
-    with pytest.raises(BadRowError, match="omits the tool 'clock'"):
-        examples(family, Conversation(single.messages, single.learned, tools=TOOLS))
+    return Conversation(single.messages, single.learned, tools=TOOLS)
+
+
+def with_reasoning() -> Conversation:
+    apart = talk("Lima.")
+    apart.messages[1]["reasoning_content"] = "South."
+    return apart
+
+
+@pytest.mark.parametrize(
+    ("family", "record", "said"),
+    [
+        ("gemma2", talk(*ANSWERS, system="Be brief."), "does not accept this conversation"),
+        ("mistral1", talk(*ANSWERS, system="Be brief."), "does not accept this conversation"),
+        ("llama3", with_reasoning(), "drops the reasoning of turn 2"),
+        ("deepseek-r1", talk("Lima."), "opens a thought, and turn 2 has none"),
+        *((family, with_tools(), "omits the tool 'clock'") for family in ("chatml", "gemma3", "zephyr")),
+    ],
+)
+def test_what_the_template_does_not_take_or_would_leave_out_is_refused(family, record, said):
+    refused = refusal(examples, family, record)
+    assert isinstance(refused, BadRowError) and said in refused.what
+    assert refused.reason == "refused by the chat template" or "accept" not in said
 
 
 # Base models.
 
 
-def test_base_models_read_plain_text_with_bos_once_and_eos_at_the_end() -> None:
-    assert examples("base-bos", Text("Lima is old.")) == ["<s>« Lima is old.</s>»"]
-    assert examples("base-bos", Text("<s>Lima is old.")) == ["<s>« Lima is old.</s>»"]
-    assert examples("base-bos", Pair("Q: Peru?\nA:", " Lima.")) == ["<s> Q: Peru?\nA:«  Lima.</s>»"]
-    assert examples("base", Text("Lima is old.")) == ["L«ima is old.<|endoftext|>»"]
+@pytest.mark.parametrize(
+    ("family", "record", "expected"),
+    [
+        ("base-bos", Text("Lima is old."), "<s>« Lima is old.</s>»"),
+        ("base-bos", Text("<s>Lima is old."), "<s>« Lima is old.</s>»"),
+        ("base-bos", Pair("Q: Peru?\nA:", " Lima."), "<s> Q: Peru?\nA:«  Lima.</s>»"),
+        ("base", Text("Lima is old."), "L«ima is old.<|endoftext|>»"),
+    ],
+)
+def test_base_models_read_plain_text_with_bos_once_and_eos_at_the_end(family, record, expected):
+    assert examples(family, record) == [expected]
 
 
 # Against transformers, where a template says itself what the assistant generates.
@@ -276,26 +265,22 @@ def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        f if f in ("llama2", "llama3.2", "qwen3", "gemma3") else pytest.param(f, marks=pytest.mark.slow)
-        for f in TWO_TURNS
-    ],
-)
+QUICK = ("llama2", "llama3.2", "qwen3", "gemma3")
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in TWO_TURNS if family not in QUICK]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *SLOW])
 @settings(max_examples=15, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
 def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, question, answers):
-    messages: list[Message] = []
-    for answer in answers:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    record = exchange(*((question, answer) for answer in answers))
     tokenizer = tokenizer_of(family)
     encoder = Encoder(tokenizer, date=DATE)
     trained = []
-    for example in encoder.encode([conversation([], messages, "row 1")], ["row 1"])[0]:
+    for example in encoder.encode([record], ["row 1"])[0]:
         for (start, stop), turn in zip(example.spans, example.turns, strict=True):
             # Each answer follows exactly what the model is given to write it.
-            assert example.tokens[:start] == encoder.prompt(messages[:turn])
+            assert example.tokens[:start] == encoder.prompt(record.messages[:turn])
             trained.append("".join(str(tokenizer.decode(example.tokens[start:stop])).split()))
     end = TWO_TURNS[family][0].partition("Lima.")[2].partition("»")[0].strip()
     thought = "<think></think>" if family == "qwen3" else ""

@@ -13,11 +13,14 @@ from deltaw.data.formats import Pair, Text
 from deltaw.data.templates import Encoder
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import load_tokenizer
-from tests.data.test_masks import ANSWERS, marked, talk
+from tests.data.test_masks import ANSWERS, QUESTIONS, marked, talk
 
 pytestmark = pytest.mark.network
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
+ASKED, ASKED_NEXT = (f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS)
 
 
 @pytest.fixture
@@ -29,21 +32,9 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (
-            talk(*ANSWERS),
-            SYSTEM + "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
-            "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»",
-        ),
-        (
-            talk("Lima.", system="Be brief."),
-            "<|im_start|>system\nBe brief.<|im_end|>\n"
-            "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»",
-        ),
-        (
-            Pair("Say it in French: “yes”", "\n\nOui 🙂\n"),
-            SYSTEM
-            + "<|im_start|>user\nSay it in French: “yes”<|im_end|>\n<|im_start|>assistant\n«\n\nOui 🙂\n<|im_end|>»",
-        ),
+        (talk(*ANSWERS), SYSTEM + ASKED + "«Lima.<|im_end|>»\n" + ASKED_NEXT + "«Santiago.<|im_end|>»"),
+        (talk("Lima.", system="Be brief."), "<|im_start|>system\nBe brief.<|im_end|>\n" + ASKED + "«Lima.<|im_end|>»"),
+        (Pair(QUESTIONS[0], "\n\nOui, “é” 🙂\n"), SYSTEM + ASKED + "«\n\nOui, “é” 🙂\n<|im_end|>»"),
         (Text("Lima is old."), "L«ima is old.<|im_end|>»"),
     ],
 )
@@ -52,6 +43,5 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else(tokenizer, record, 
     assert marked(tokenizer, encoded) == expected
     if not isinstance(record, Text):
         asked = record.conversation().messages if isinstance(record, Pair) else record.messages
-        given_prompt = Encoder(tokenizer).prompt(asked[:-1])
-        assert encoded.tokens[: encoded.prompt_length] == given_prompt
+        assert encoded.tokens[: encoded.prompt_length] == Encoder(tokenizer).prompt(asked[:-1])
     assert encoded.tokens[-1] in terminators_in(Path("none"), tokenizer)

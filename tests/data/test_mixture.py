@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from deltaw.data import DataSettings, prepare
 from deltaw.data.labels import LabelReader
 from deltaw.data.mixture import shown, weighted
-from deltaw.errors import UserError
 from deltaw.settings import RunConfig
+from tests.data.conftest import refusal
 from tests.data.label_models import word_tokenizer
 
 
@@ -45,18 +45,15 @@ def test_sources_are_read_one_after_another_each_with_its_weight(write, tokenize
     train = [a, {"from": b, "weight": 2}, {"from": c, "weight": 0.5}]
     prepared = prepare(DataSettings(train, eval=None), tokenizer, seed=1)
     times = occurrences(prepared, tokenizer)
-    assert {times[f"a {n}"] for n in range(4)} == {1}
-    assert {times[f"b {n}"] for n in range(3)} == {2}
-    assert sorted(times[f"c {n}"] for n in range(10)) == [0] * 5 + [1] * 5
+    counts = {"a": 4, "b": 3, "c": 10}
+    seen = {name: sorted(times[f"{name} {n}"] for n in range(count)) for name, count in counts.items()}
+    assert seen == {"a": [1] * 4, "b": [2] * 3, "c": [0] * 5 + [1] * 5}
     report = prepared.report
     assert (report.rows_read, report.rows_kept, report.repeated, report.not_drawn) == (17, 12, 3, 5)
     assert report.rows_kept + report.repeated == len(prepared.train) == 15
     assert report.tokens == sum(len(example) for example in prepared.train)
-    assert report.sources == {
-        a: {"weight": 1.0, "rows": 4},
-        b: {"weight": 2.0, "rows": 6},
-        c: {"weight": 0.5, "rows": 5},
-    }
+    expected = {a: (1.0, 4), b: (2.0, 6), c: (0.5, 5)}
+    assert report.sources == {name: {"weight": weight, "rows": rows} for name, (weight, rows) in expected.items()}
     said = "\n".join(report.lines())
     assert f"{b}: weight 2, 6 rows in an epoch" in said and report.source == shown(train)
     other = prepare(DataSettings(train, eval=None), tokenizer, seed=2)
@@ -91,13 +88,12 @@ def test_chosen_rows_are_drawn_over_all_sources(write, tokenizer):
 
 
 def test_labeled_rows_come_from_several_sources_too(write):
-    a = write([{"text": "good film", "label": "x"}], "a.jsonl")
-    b = write([{"text": "bad film", "label": "y"}], "b.jsonl")
-    found = LabelReader(DataSettings([a, b], eval=None), word_tokenizer(), "sequence-classification").prepared()
+    a, b = (write([{"text": f"{x} film", "label": x}], f"{x}.jsonl") for x in ("good", "very"))
+    plain, weighted = (DataSettings([a, source], eval=None) for source in (b, {"from": b, "weight": 2}))
+    found = LabelReader(plain, word_tokenizer(), "sequence-classification").prepared()
     assert [example.label for example in found.train] == [0, 1]
-    with pytest.raises(UserError, match="no weight"):
-        weighted_source = DataSettings([a, {"from": b, "weight": 2}], eval=None)
-        LabelReader(weighted_source, word_tokenizer(), "sequence-classification").prepared()
+    reader = LabelReader(weighted, word_tokenizer(), "sequence-classification")
+    assert "no weight" in refusal(reader.prepared).what
 
 
 @pytest.mark.parametrize(
@@ -117,16 +113,13 @@ def test_labeled_rows_come_from_several_sources_too(write):
     ],
 )
 def test_what_is_no_source_is_refused_with_its_entry(train, said):
-    with pytest.raises(UserError) as refused:
-        DataSettings(train)
-    assert said in refused.value.what
+    assert said in refusal(DataSettings, train).what
 
 
-def test_a_list_may_stand_for_the_section_and_in_a_flag(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("model: m\ndata: [a.jsonl, {from: b.jsonl, weight: 2}]\n")
+def test_a_list_may_stand_for_the_section_and_in_a_flag(write):
+    path = write("model: m\ndata: [a.jsonl, {from: b.jsonl, weight: 2}]\n", "run.yaml")
     config = RunConfig.read(path)
     assert config.data.train == ["a.jsonl", {"from": "b.jsonl", "weight": 2}]
     assert RunConfig.read(path, {"data": {"max_length": 9}}).data.train == config.data.train
-    with pytest.raises(UserError, match="unknown key 'weigth'"):
-        RunConfig.read({"model": "m", "data": {"train": [{"from": "a", "weigth": 1}]}})
+    misspelt = {"model": "m", "data": {"train": [{"from": "a", "weigth": 1}]}}
+    assert "unknown key 'weigth'" in refusal(RunConfig.read, misspelt).what

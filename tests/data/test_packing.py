@@ -61,53 +61,39 @@ def test_each_label_is_predicted_from_exactly_the_tokens_before_it(given_rows, s
         key = (context[predictor], int(target))
         found[key] = found.get(key, 0) + float(weight)
     assert found == expected
+    assert batch.tokens <= batch.row_tokens == sum(map(len, given_rows))
+    assert share or batch.tokens == batch.row_tokens
     assert batch.label_tokens == sum(int(r.is_label.sum()) for r in given_rows)
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows())
-def test_sharing_never_computes_more_tokens(given_rows):
-    shared, apart = pack(given_rows, share=True), pack(given_rows, share=False)
-    assert shared.tokens <= apart.tokens == apart.row_tokens == shared.row_tokens
-
-
-def test_shared_prefixes_stand_once():
-    stem = list(range(10, 20))
+def test_shared_prefixes_stand_once_and_nested_ones_hang_under_one_another():
+    stem, middle = list(range(10, 20)), list(range(30, 36))
     batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
-    assert batch.tokens == 10 + 2 + 1 + 10
-    assert batch.row_tokens == 12 + 11 + 22
+    assert (batch.tokens, batch.row_tokens) == (10 + 2 + 1 + 10, 12 + 11 + 22)
     left, right = batch.members[0].places, batch.members[-1].places
     assert (left[:10] == right[:10]).all() and not set(left[10:]) & set(right[10:])
-
-
-def test_nested_prefixes_hang_under_one_another():
-    stem, middle = list(range(10, 20)), list(range(30, 36))
-    ends = [[1, 2], [3, 4], [5, 6]]
-    batch = pack([example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])])
+    batch = pack([example([*stem, *middle, 1, 2]), example([*stem, *middle, 3, 4]), example([*stem, 5, 6])])
     assert batch.tokens == 10 + 6 + 6
     assert max(batch.inputs["packed_layout"].offsets()) == 16
-
-
-def test_a_short_shared_prefix_is_not_worth_a_segment():
+    # A short shared prefix is not worth a segment.
     assert LEAST_SHARED > 1
     batch = pack([example([7, 1, 2]), example([7, 3, 4])])
     assert batch.inputs["packed_layout"].parents.tolist()[:2] == [-1, -1]
-
-
-def test_equal_rows_count_their_labels_twice():
+    # Equal rows count their labels twice.
     batch = pack([example([1, 2, 3, 4, 5, 6]), example([1, 2, 3, 4, 5, 6])])
-    assert batch.tokens == 6
-    assert batch.weights.tolist() == [2.0, 2.0, 2.0]
+    assert (batch.tokens, batch.weights.tolist()) == (6, [2.0, 2.0, 2.0])
 
 
-@settings(max_examples=25, deadline=None)
-@given(rows(), st.integers(4, 40), st.booleans(), st.booleans())
-def test_microbatches_hold_every_row_once_and_keep_the_budget(given_rows, budget, share, padded):
-    parts = split_into_microbatches(given_rows, budget, share=share, padded=padded)
-    assert sorted(r.row for p in parts for r in p) == sorted(r.row for r in given_rows)
+@settings(max_examples=40, deadline=None)
+@given(rows(), st.integers(1, 60), st.booleans(), st.booleans(), st.booleans())
+def test_microbatches_hold_every_row_once_keep_the_budget_and_tell_their_shapes(rows, budget, share, fill, padded):
+    parts = split_into_microbatches(rows, budget, share=share, padded=padded)
+    assert sorted(r.row for p in parts for r in p) == sorted(r.row for r in rows)
     for part in parts:
         tokens = pad(part).tokens if padded else pack(part, share=share).tokens
         assert tokens <= budget or len(part) == 1
+    shapes = microbatch_shapes(parts, share=share, fill=fill)  # before they are laid out
+    assert shapes == [tuple(pack(part, share=share, fill=fill).inputs["input_ids"].shape) for part in parts]
 
 
 def test_padding_is_masked_by_length_even_where_its_id_is_a_label():
@@ -118,10 +104,9 @@ def test_padding_is_masked_by_length_even_where_its_id_is_a_label():
 
 
 def test_an_epoch_is_a_permutation_that_its_seed_and_number_fix():
-    assert sorted(epoch_order(50, 3, 7)) == list(range(50))
-    assert (epoch_order(50, 3, 7) == epoch_order(50, 3, 7)).all()
-    assert (epoch_order(50, 3, 7) != epoch_order(50, 4, 7)).any()
-    assert (epoch_order(50, 3, 7) != epoch_order(50, 3, 8)).any()
+    first, again, later, other = (epoch_order(50, *of).tolist() for of in ((3, 7), (3, 7), (4, 7), (3, 8)))
+    assert sorted(first) == list(range(50))
+    assert first == again and first != later and first != other
 
 
 @settings(max_examples=25, deadline=None)
@@ -135,12 +120,3 @@ def test_members_say_where_each_row_s_tokens_are(given_rows, way):
         if way != "padded":
             positions = batch.inputs["position_ids"][0].numpy()[member.places]
             assert (positions == np.arange(len(member.example))).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(rows(), st.integers(1, 60), st.booleans(), st.booleans())
-def test_the_shape_of_a_microbatch_is_known_before_it_is_laid_out(given_rows, budget, share, fill):
-    parts = split_into_microbatches(given_rows, budget, share=share)
-    shapes = microbatch_shapes(parts, share=share, fill=fill)
-    laid_out = [pack(part, share=share, fill=fill).inputs["input_ids"].shape for part in parts]
-    assert shapes == [tuple(shape) for shape in laid_out]

@@ -6,23 +6,16 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import RowGroup
-from deltaw.data.preferences import PairReader, records_of
+from deltaw.data.preferences import PairReader
 from deltaw.data.settings import DataSettings
-from deltaw.errors import UserError
 from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data, shown_rows
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
+from tests.data.conftest import assistant, refusal, user
 
+ASKED = "<|im_start|>user\npaint it<|im_end|>\n<|im_start|>assistant\n"
 PLAIN = {"prompt": "paint it ", "chosen": "red", "rejected": "blue"}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 CHAT = {"prompt": [user("paint it")], "chosen": [assistant("red")], "rejected": [assistant("blue")]}
@@ -40,40 +33,31 @@ def read(tmp_path):
 
 def texts(pair):
     """(prompt, labels) of both answers."""
-    tokenizer = byte_tokenizer()
     return [
-        (tokenizer.decode(row.tokens[~row.is_label]), tokenizer.decode(row.tokens[row.is_label])) for row in pair.rows
+        tuple(byte_tokenizer().decode(row.tokens[row.is_label == side]) for side in (False, True)) for row in pair.rows
     ]
 
 
 @pytest.mark.parametrize(
-    "row", [PLAIN, {"chosen": "paint it red", "rejected": "paint it blue"}], ids=["prompt", "no prompt"]
-)
-def test_plain_text_with_and_without_a_prompt(read, row):
-    (pair,) = read([row], template="plain").train
-    prompt = "paint it " if "prompt" in row else "paint it"
-    words = [row["chosen"], row["rejected"]] if "prompt" in row else [" red", " blue"]
-    assert texts(pair) == [(prompt, word + "<|endoftext|>") for word in words]
-    assert isinstance(pair, RowGroup) and pair.row == 1
-
-
-@pytest.mark.parametrize(
-    "row",
+    ("row", "template", "prompt"),
     [
-        CHAT,
-        {**CHAT, "prompt": "paint it"},
-        {**CHAT, "chosen": "red", "rejected": "blue"},
-        {"chosen": CHAT["prompt"] + CHAT["chosen"], "rejected": CHAT["prompt"] + CHAT["rejected"]},
-        {"prompt": "paint it", "chosen": "red", "rejected": "blue"},
+        (PLAIN, "plain", "paint it "),
+        ({"chosen": "paint it red", "rejected": "paint it blue"}, "plain", "paint it"),
+        (CHAT, "auto", ASKED),
+        ({**CHAT, "prompt": "paint it"}, "auto", ASKED),
+        ({**CHAT, "chosen": "red", "rejected": "blue"}, "auto", ASKED),
+        ({side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}, "auto", ASKED),
+        ({"prompt": "paint it", "chosen": "red", "rejected": "blue"}, "auto", ASKED),
     ],
-    ids=["messages", "text prompt", "text answers", "whole conversations", "text"],
+    ids=["plain", "no prompt", "messages", "text prompt", "text answers", "whole conversations", "text"],
 )
-def test_conversations_in_every_form_are_the_same_pair(read, row):
-    (pair,) = read([row]).train
-    prompt = "<|im_start|>user\npaint it<|im_end|>\n<|im_start|>assistant\n"
-    assert texts(pair) == [(prompt, "red<|im_end|>"), (prompt, "blue<|im_end|>")]
+def test_pairs_in_every_form(read, row, template, prompt):
+    (pair,) = read([row], template=template).train
+    space, end = (" " * (prompt == "paint it"), "<|endoftext|>" if template == "plain" else "<|im_end|>")
+    assert texts(pair) == [(prompt, f"{space}{answer}{end}") for answer in ("red", "blue")]
     chosen, rejected = pair.rows
-    assert chosen.prompt_length == rejected.prompt_length and chosen.answer == "red"
+    assert isinstance(pair, RowGroup) and pair.row == 1
+    assert (chosen.prompt_length, chosen.answer) == (rejected.prompt_length, space + "red")
     assert np.array_equal(chosen.tokens[: chosen.prompt_length], rejected.tokens[: chosen.prompt_length])
 
 
@@ -85,6 +69,7 @@ def test_a_conversation_of_several_turns_prefers_the_last_one_only(read):
 
 
 BAD = {
+    "the same": {"prompt": "a", "chosen": "b", "rejected": [assistant("b")]},
     "'rejected' is missing": {"prompt": "a", "chosen": "b"},
     "'chosen' is empty": {"prompt": "a", "chosen": None, "rejected": "b"},
     "are the same": {"prompt": "a", "chosen": "b", "rejected": "b"},
@@ -97,17 +82,10 @@ BAD = {
 
 @pytest.mark.parametrize("what", list(BAD))
 def test_a_bad_row_is_named_or_skipped_with_its_reason(read, what):
-    with pytest.raises(UserError, match=what) as told:
-        read([PLAIN, BAD[what]])
-    assert "pairs.jsonl, row 2" in told.value.where
-    prepared = read([PLAIN, BAD[what]], bad_rows="skip")
-    assert len(prepared.train) == 1 and prepared.report.skipped == 1
-    assert prepared.report.rows_read == 2 and len(prepared.skipped) == 1
-
-
-def test_answers_that_render_alike_are_the_same(read):
-    with pytest.raises(UserError, match="are the same"):
-        read([{"prompt": "a", "chosen": "b", "rejected": [assistant("b")]}])
+    told = refusal(read, [PLAIN, BAD[what]])
+    assert what in told.what and "pairs.jsonl, row 2" in told.where
+    found = read([PLAIN, BAD[what]], bad_rows="skip")
+    assert (found.report.rows_read, len(found.train), found.report.skipped, len(found.skipped)) == (2, 1, 1, 1)
 
 
 def test_columns_may_have_other_names_and_are_missed_by_name(read):
@@ -116,31 +94,27 @@ def test_columns_may_have_other_names_and_are_missed_by_name(read):
     prepared = read([row], columns=columns, template="plain")
     assert texts(prepared.train[0]) == texts(read([PLAIN], template="plain").train[0])
     assert prepared.report.unused_columns == ("more",)
-    with pytest.raises(UserError, match="need the column 'chosen'") as told:
-        read([row])
-    assert "data.columns" in told.value.hint
+    told = refusal(read, [row])
+    assert "need the column 'chosen'" in told.what and "data.columns" in told.hint
 
 
 def test_duplicates_empty_answers_and_long_rows_are_counted(read):
-    long = {"prompt": "paint it ", "chosen": "r" * 60, "rejected": "blue"}
-    rows = [PLAIN, PLAIN, long, {**PLAIN, "rejected": ""}]
-    prepared = read(rows, template="plain", max_length=40, long_rows="drop")
-    report = prepared.report
-    assert (report.duplicates, report.dropped_long) == (1, 1)
-    assert len(prepared.train) == report.rows_kept == report.without_label == 1  # an answer is empty
-    cut = read(rows, template="plain", max_length=40, long_rows="cut")
-    assert cut.report.cut == 1 and cut.report.longest == 40
+    long, empty = {"prompt": "paint it ", "chosen": "r" * 60, "rejected": "blue"}, {**PLAIN, "rejected": ""}
+    rows = [PLAIN, PLAIN, long, empty]
+    limited = {"template": "plain", "max_length": 40}
+    found = read(rows, **limited, long_rows="drop")
+    assert (found.report.duplicates, found.report.dropped_long) == (1, 1)
+    assert len(found.train) == found.report.rows_kept == found.report.without_label == 1  # an answer is empty
+    cut = read(rows, **limited, long_rows="cut")
+    assert (cut.report.cut, cut.report.longest) == (1, 40)
     assert max(len(row) for pair in cut.train for row in pair.rows) == 40
-    assert read([{**PLAIN, "rejected": ""}, PLAIN]).report.without_label == 1
+    assert read([empty, PLAIN]).report.without_label == 1
     alike = {"prompt": "p", "chosen": "same" * 9 + "a", "rejected": "same" * 9 + "b"}
     assert read([alike, PLAIN], template="plain", max_length=20, long_rows="cut").report.without_label == 1
-    with pytest.raises(UserError, match="1 row is longer than 40 tokens") as told:
-        read(rows, template="plain", max_length=40)
-    assert "row 3" in told.value.where and "split" not in told.value.hint
-    with pytest.raises(UserError, match="cannot be divided"):
-        read(rows, long_rows="split")
-    with pytest.raises(UserError, match="no row is left"):
-        read([long], template="plain", max_length=40, long_rows="drop")
+    told = refusal(read, rows, **limited)
+    assert "1 row is longer than 40 tokens" in told.what and "row 3" in told.where and "split" not in told.hint
+    assert "cannot be divided" in refusal(read, rows, long_rows="split").what
+    assert "no row is left" in refusal(read, [long], **limited, long_rows="drop").what
 
 
 def test_pairs_of_one_prompt_are_on_one_side_of_the_split(read):
@@ -154,11 +128,6 @@ def test_a_file_to_evaluate_on_keeps_duplicates(tmp_path):
     path = write_rows(tmp_path / "e.jsonl", [PLAIN, PLAIN])
     pairs, report = PairReader(DataSettings(train="x"), byte_tokenizer()).file(str(path))
     assert len(pairs) == 2 and report.duplicates == 1 and report.duplicates_kept
-
-
-def test_a_space_before_the_answers_belongs_to_them():
-    chosen, rejected = records_of({"chosen": "it is red", "rejected": "it is blue"}, "here")
-    assert (chosen.prompt, chosen.completion, rejected.completion) == ("it is", " red", " blue")
 
 
 def test_the_data_check_and_single_rows_know_pairs(tmp_path, settings):

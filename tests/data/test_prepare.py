@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data import DataSettings, Example, Report, encode_prompt, prepare, prepare_file
-from deltaw.errors import UserError
-from tests.data.conftest import make_tokenizer
+from deltaw.data import DataSettings, Example, RunData, encode_prompt, prepare, prepare_file
+from tests.conftest import write_rows
+from tests.data.conftest import accounted, make_tokenizer, refusal
 
 Write = Callable[..., str]
 TOKENIZER = make_tokenizer()
@@ -29,47 +29,40 @@ def ids(examples: Iterable[Example]) -> list[tuple[int, bytes]]:
     return [(example.row, example.tokens.tobytes() + example.is_label.tobytes()) for example in examples]
 
 
-def accounted(report: Report) -> int:
-    drawn = report.held_out if report.held_out_source is None else 0
-    left_out = 0 if report.duplicates_kept else report.duplicates
-    return report.rows_kept + drawn + left_out + report.not_chosen + report.dropped_long + report.without_label
+def prepared(train: str, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: int = 0, **values: object) -> RunData:
+    """Rows to train on, and none held out unless ``eval`` is given."""
+    return prepare(DataSettings(train, **{"eval": None, **values}), tokenizer, seed=seed)  # type: ignore[arg-type]
 
 
-def refusal(**values: object) -> UserError:
-    with pytest.raises(UserError) as refused:
-        prepare(DataSettings(**values), TOKENIZER)  # type: ignore[arg-type]
-    return refused.value
+def numbers(examples: Iterable[Example]) -> list[int]:
+    return [example.row for example in examples]
 
 
 def test_an_example_has_tokens_labels_prompt_and_answer(write: Write) -> None:
-    prepared = prepare(DataSettings(write([{"prompt": "hi", "completion": "yes"}])), TOKENIZER)
-    (example,) = prepared.train
+    (example,) = prepared(write([{"prompt": "hi", "completion": "yes"}])).train
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
-    assert example.tokens.dtype == np.int32
-    assert example.is_label.dtype == bool
+    assert (example.tokens.dtype, example.is_label.dtype) == (np.int32, bool)
     assert TOKENIZER.decode(example.tokens) == text
     assert TOKENIZER.decode(example.tokens[example.is_label]) == "yes<|im_end|>"
     assert TOKENIZER.decode(example.tokens[: example.prompt_length]) == text.removesuffix("yes<|im_end|>")
     assert (example.row, example.answer, len(example), example.label_count) == (1, "yes", example.tokens.size, 4)
 
 
-# Long rows
-
-
 def test_long_rows_are_refused_with_their_number_and_a_hint_that_works(write: Write) -> None:
     path = write(texts("abc", "a" * 20, "b" * 30))
-    error = refusal(train=path, max_length=10)
+    error = refusal(prepared, path, max_length=10)
     assert error.what == "2 rows are longer than 10 tokens; the first has 21"
-    assert error.where == f"{path}, row 2"
-    assert "data.max_length: 31" in str(error.hint)
-    assert prepare(DataSettings(path, max_length=31), TOKENIZER).report.longest == 31
+    assert error.where == f"{path}, row 2" and "data.max_length: 31" in str(error.hint)
+    assert prepared(path, max_length=31).report.longest == 31
 
 
-def test_data_without_a_label_are_refused(write: Write) -> None:
+def test_data_without_a_label_or_with_too_few_rows_to_hold_out_are_refused(write: Write) -> None:
     rows = [{"prompt": "a" * 30, "completion": "b"}, {"prompt": "a", "completion": " "}]
-    error = refusal(train=write(rows), max_length=10, long_rows="cut", template="plain")
-    assert "no row is left" in error.what
-    refusal(train=write(texts("", " ")))
+    cut = {"max_length": 10, "long_rows": "cut", "template": "plain"}
+    assert "no row is left" in refusal(prepared, write(rows), **cut).what
+    assert "no row is left" in refusal(prepared, write(texts("", " "))).what
+    said = refusal(prepared, write(texts("a1", "b1", "c1")), eval=3).what
+    assert "asks for 3 rows, and there are 3 distinct" in said
 
 
 # Duplicates and the split
@@ -77,17 +70,12 @@ def test_data_without_a_label_are_refused(write: Write) -> None:
 
 def test_duplicates_are_left_out_and_counted(write: Write) -> None:
     path = write(texts("a1", "b1", "a1", "a1", "c1"))
-    prepared = prepare(DataSettings(path, eval=None), TOKENIZER)
-    assert [example.row for example in prepared.train] == [1, 2, 5]
-    assert prepared.report.duplicates == 2
-    kept = prepare(DataSettings(path, eval=None, duplicates="keep"), TOKENIZER)
-    assert [example.row for example in kept.train] == [1, 2, 3, 4, 5]
-    assert (kept.report.duplicates, accounted(kept.report)) == (2, 5)
-
-
-def test_rows_of_the_same_tokens_and_other_labels_are_no_duplicates(write: Write) -> None:
+    left, kept = (prepared(path, duplicates=what) for what in ("drop", "keep"))
+    assert numbers(left.train) == [1, 2, 5] and numbers(kept.train) == [1, 2, 3, 4, 5]
+    assert (left.report.duplicates, kept.report.duplicates, accounted(kept.report)) == (2, 2, 5)
+    # Rows of the same tokens and other labels are none.
     rows = [{"prompt": "a", "completion": "bc"}, {"prompt": "ab", "completion": "c"}]
-    report = prepare(DataSettings(write(rows), template="plain", eval=None), TOKENIZER).report
+    report = prepared(write(rows), template="plain").report
     assert (report.rows_kept, report.duplicates) == (2, 0)
 
 
@@ -101,70 +89,43 @@ def test_rows_of_the_same_tokens_and_other_labels_are_no_duplicates(write: Write
 def test_held_out_rows_are_never_trained_on_and_every_row_is_accounted_for(
     tmp_path_factory, contents, share, seed, duplicates
 ):
-    path = tmp_path_factory.mktemp("split") / "d.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in texts(*contents)))
-    chosen = DataSettings(str(path), eval=share, duplicates=duplicates)  # type: ignore[arg-type]
-    prepared = prepare(chosen, TOKENIZER, seed=seed)
-    train = {example.tokens.tobytes() for example in prepared.train}
-    held_out = {example.tokens.tobytes() for example in prepared.held_out}
+    path = str(write_rows(tmp_path_factory.mktemp("split") / "d.jsonl", texts(*contents)))
+    given = {"eval": share, "duplicates": duplicates, "seed": seed}
+    found = prepared(path, **given)
+    train, held_out = ({example.tokens.tobytes() for example in side} for side in (found.train, found.held_out))
     distinct = len(set(contents))
-    assert not train & held_out
-    assert len(train) + len(held_out) == distinct
-    assert len(train) >= 1
+    assert train and not train & held_out and len(train) + len(held_out) == distinct
     assert len(held_out) == min(max(1, round(share * distinct)), distinct - 1)
-    assert accounted(prepared.report) == prepared.report.rows_read == len(contents)
+    assert accounted(found.report) == found.report.rows_read == len(contents)
     if duplicates == "keep":
-        assert len(prepared.train) + len(prepared.held_out) == len(contents)
-    assert ids(prepare(chosen, TOKENIZER, seed=seed).held_out) == ids(prepared.held_out)
+        assert len(found.train) + len(found.held_out) == len(contents)
+    assert ids(prepared(path, **given).held_out) == ids(found.held_out)
 
 
-def test_the_seed_decides_what_is_held_out(write: Write) -> None:
-    chosen = DataSettings(write(texts(*(f"row {i}" for i in range(60)))), eval=10.0)
-    held_out = [[e.row for e in prepare(chosen, TOKENIZER, seed=seed).held_out] for seed in (0, 0, 1)]
-    assert held_out[0] == held_out[1] != held_out[2]
-    assert len(held_out[0]) == 10
-
-
-def test_numbers_may_come_as_text(write: Write) -> None:
-    path = write(texts(*(f"row {i}" for i in range(20))))
-    assert len(prepare(DataSettings(path, eval="0.25"), TOKENIZER).held_out) == 5
-    assert len(prepare(DataSettings(path, eval="3"), TOKENIZER).held_out) == 3
-    assert len(prepare(DataSettings(path, eval=0), TOKENIZER).held_out) == 0
-
-
-def test_more_held_out_rows_than_there_are_is_refused(write: Write) -> None:
-    assert "asks for 3 rows, and there are 3 distinct" in refusal(train=write(texts("a1", "b1", "c1")), eval=3).what
+def test_the_seed_and_the_setting_decide_what_is_held_out_and_used(write: Write) -> None:
+    path = write(texts(*(f"row {i}" for i in range(60))))
+    held_out = [numbers(prepared(path, eval=10.0, seed=seed).held_out) for seed in (0, 0, 1)]
+    assert held_out[0] == held_out[1] != held_out[2] and len(held_out[0]) == 10
+    # Numbers may come as text.
+    assert [len(prepared(path, eval=given).held_out) for given in ("0.25", "3", 0)] == [15, 3, 0]
+    found, other, all_of_them = (prepared(path, rows=rows, seed=seed) for rows, seed in ((10, 0), (10, 1), (99, 0)))
+    used = numbers(found.train)
+    assert len(used) == 10 and used == sorted(used) != numbers(other.train)
+    assert (found.report.not_chosen, all_of_them.report.not_chosen) == (50, 0)
 
 
 def test_a_separate_evaluation_file_is_whole_and_its_overlap_is_said(write: Write) -> None:
     train = write(texts("a1", "b1", "c1", "c1"))
     apart = write(texts("b1", "z1", "b1"), "test.jsonl")
-    prepared = prepare(DataSettings(train, eval=apart, rows=3), TOKENIZER)
-    assert [example.row for example in prepared.held_out] == [1, 2, 3]
-    full = prepare(DataSettings(train, eval=apart), TOKENIZER).report
+    assert numbers(prepared(train, eval=apart, rows=3).held_out) == [1, 2, 3]
+    full = prepared(train, eval=apart).report
     assert (full.rows_kept, full.held_out, full.overlap, full.held_out_source) == (3, 3, 2, apart)
-    assert accounted(full) == 4
-    assert full.evaluation is not None
+    assert accounted(full) == 4 and full.evaluation is not None
     assert (full.evaluation.duplicates, full.evaluation.rows_kept) == (1, 3)
     assert any("also training rows" in line for line in full.lines())
-
-
-def test_only_so_many_rows_are_used_as_asked(write: Write) -> None:
-    path = write(texts(*(f"row {i}" for i in range(50))))
-    prepared = prepare(DataSettings(path, rows=10, eval=None), TOKENIZER)
-    numbers = [example.row for example in prepared.train]
-    assert len(numbers) == 10
-    assert numbers == sorted(numbers)
-    assert prepared.report.not_chosen == 40
-    other = prepare(DataSettings(path, rows=10, eval=None), TOKENIZER, seed=1)
-    assert [example.row for example in other.train] != numbers
-    assert prepare(DataSettings(path, rows=99, eval=None), TOKENIZER).report.not_chosen == 0
-
-
-def test_one_file_is_prepared_as_evaluation_data(write: Write) -> None:
     path = write(texts("a1", "a1", "bcd"))
     examples, report = prepare_file(path, DataSettings("elsewhere.jsonl", rows=1), TOKENIZER)
-    assert [example.row for example in examples] == [1, 2, 3]
+    assert numbers(examples) == [1, 2, 3]
     assert (report.rows_kept, report.duplicates, report.tokens, report.longest) == (3, 1, 10, 4)
     assert report.label_tokens == 7
 
@@ -173,33 +134,28 @@ def test_one_file_is_prepared_as_evaluation_data(write: Write) -> None:
 
 
 def test_the_report_counts_what_the_examples_hold(write: Write) -> None:
-    rows: list[dict[str, object]] = [{"prompt": f"p{i}", "completion": "c" * i, "id": i} for i in range(1, 30)]
-    prepared = prepare(DataSettings(write(rows), eval=4), TOKENIZER)
-    report = prepared.report
-    assert report.tokens == sum(len(example) for example in prepared.train)
-    assert report.label_tokens == sum(int(example.is_label.sum()) for example in prepared.train)
-    assert report.longest == max(len(example) for example in [*prepared.train, *prepared.held_out])
+    found = prepared(write([{"prompt": f"p{i}", "completion": "c" * i, "id": i} for i in range(1, 30)]), eval=4)
+    report = found.report
+    assert report.tokens == sum(len(example) for example in found.train)
+    assert report.label_tokens == sum(int(example.is_label.sum()) for example in found.train)
+    assert report.longest == max(len(example) for example in [*found.train, *found.held_out])
     assert (report.rows_read, report.rows_kept, report.held_out) == (29, 25, 4)
     assert (report.form, report.template, report.unused_columns) == ("prompt-completion", "chat", ("id",))
     assert json.loads(json.dumps(report.as_dict()))["rows_kept"] == 25
 
 
 def test_a_person_reads_totals_and_only_the_losses_there_are(write: Write) -> None:
-    clean = "\n".join(prepare(DataSettings(write(texts("abc", "bcd")), eval=None), TOKENIZER).report.lines())
+    clean = "\n".join(prepared(write(texts("abc", "bcd"))).report.lines())
     assert "2 rows kept" in clean
     assert not any(word in clean for word in ("cut", "same as", "left out", "held out", "columns"))
-    lossy = prepare(
-        DataSettings(write(texts("a1", "a1", "b" * 20)), max_length=9, long_rows="cut", eval=None), TOKENIZER
-    )
-    said = "\n".join(lossy.report.lines())
+    lossy = prepared(write(texts("a1", "a1", "b" * 20)), max_length=9, long_rows="cut").report
+    said = "\n".join(lossy.lines())
     assert "1 row dropped: the same as an earlier row" in said
     assert "1 row truncated to data.max_length: 12 tokens lost" in said
-
-
-def test_turns_that_no_assistant_answers_are_said(write: Write) -> None:
+    # Turns that no assistant answers.
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": messages}, {"messages": [*messages, {"role": "user", "content": "c"}]}]
-    report = prepare(DataSettings(write(rows), eval=None), TOKENIZER).report
+    report = prepared(write(rows)).report
     assert (report.trailing_turns, report.duplicates) == (1, 1)
     assert any("after the assistant's last turn" in line for line in report.lines())
 
@@ -210,20 +166,15 @@ def test_turns_that_no_assistant_answers_are_said(write: Write) -> None:
 @pytest.mark.parametrize("prompt", ["hi", [{"role": "user", "content": "hi"}]])
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, make_tokenizer(None, bos=True)])
 def test_a_prompt_is_rendered_as_in_training(prompt: object, tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
-    (example,) = prepare(DataSettings(write([{"prompt": prompt, "completion": "yes"}])), tokenizer).train
+    (example,) = prepared(write([{"prompt": prompt, "completion": "yes"}]), tokenizer).train
     encoded = encode_prompt(prompt, DataSettings("x"), tokenizer)  # type: ignore[arg-type]
     assert encoded.dtype == np.int32
     np.testing.assert_array_equal(encoded, example.tokens[: example.prompt_length])
 
 
-def test_text_runs_are_prompted_with_bare_text() -> None:
-    encoded = encode_prompt("once", DataSettings("x", form="text"), TOKENIZER)
-    assert TOKENIZER.decode(encoded) == "once"
-
-
-def test_a_prompt_that_asks_nothing_is_refused() -> None:
-    with pytest.raises(UserError):
-        encode_prompt([{"role": "assistant", "content": "hi"}], "chat", TOKENIZER)
+def test_text_runs_are_prompted_with_bare_text_and_a_prompt_asks_something() -> None:
+    assert TOKENIZER.decode(encode_prompt("once", DataSettings("x", form="text"), TOKENIZER)) == "once"
+    refusal(encode_prompt, [{"role": "assistant", "content": "hi"}], "chat", TOKENIZER)
 
 
 # Settings
@@ -242,14 +193,12 @@ def test_a_prompt_that_asks_nothing_is_refused() -> None:
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        DataSettings("x", **values)  # type: ignore[arg-type]
+    assert said in refusal(DataSettings, "x", **values).what
 
 
 def test_settings_are_read_from_yaml_values_and_refuse_keys_they_do_not_know() -> None:
     adapter = pydantic.TypeAdapter(DataSettings)
-    assert adapter.validate_python({"train": "x", "eval": 200}).eval == 200
-    assert adapter.validate_python({"train": "x", "eval": None}).eval is None
+    assert [adapter.validate_python({"train": "x", "eval": value}).eval for value in (200, None)] == [200, None]
     with pytest.raises(pydantic.ValidationError):
         adapter.validate_python({"train": "x", "max_lenght": 3})
     described = adapter.json_schema()["properties"]
@@ -257,5 +206,5 @@ def test_settings_are_read_from_yaml_values_and_refuse_keys_they_do_not_know() -
 
 
 def test_a_chat_template_without_a_template_is_refused_before_the_file_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no chat template"):
-        prepare(DataSettings(str(tmp_path / "missing.jsonl"), template="chat"), make_tokenizer(None))
+    missing = str(tmp_path / "missing.jsonl")
+    assert "no chat template" in refusal(prepared, missing, make_tokenizer(None), template="chat").what

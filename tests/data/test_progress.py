@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,42 +12,28 @@ from deltaw.data import report
 from deltaw.data.report import Progress
 
 
-class Clock:
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(report, "time", clock)
-    return clock
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, str]]]:
+    """What is said, and after how many seconds, where rows and bytes are told at these seconds."""
+
+    def lines(what: str, size: int, seconds: range, rows: int, size_read: int = 0) -> list[tuple[int, str]]:
+        clock, said = SimpleNamespace(now=0.0), []
+        monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 100.0 + clock.now))
+        progress = Progress(lambda line: said.append((clock.now, line)), what, size)
+        for clock.now in seconds:
+            progress.at(clock.now * rows, clock.now * size_read)
+        return said
+
+    return lines
 
 
-def test_lines_come_after_a_while_and_apart(clock: Clock) -> None:
-    said: list[tuple[float, str]] = []
-    told = Progress(lambda line: said.append((clock.now - 100, line)), "tokenizing d.jsonl", 5_000_000_000)
-    for second in range(1, 41):
-        clock.now = 100.0 + second
-        told.at(second * 1000, second * 10_000_000)
+def test_lines_come_after_a_while_and_apart(told) -> None:
+    said = told("tokenizing d.jsonl", 5_000_000_000, range(1, 41), 1000, 10_000_000)
     assert [when for when, _ in said] == [3, 8, 13, 18, 23, 28, 33, 38]
     assert said[1][1] == "tokenizing d.jsonl: 8,000 rows, 80 MB of 5.0 GB, 10.0 MB/s, 8 min left"
 
 
-def test_a_long_reading_is_told_of_less_often(clock: Clock) -> None:
-    said: list[float] = []
-    told = Progress(lambda line: said.append(clock.now - 100), "reading", 0)
-    for second in range(1, 3601):
-        clock.now = 100.0 + second
-        told.at(second, 0)
-    assert len(said) < 160 and max(b - a for a, b in itertools.pairwise(said)) <= 30
-
-
-def test_without_bytes_the_rows_are_told(clock: Clock) -> None:
-    said: list[str] = []
-    told = Progress(said.append, "reading owner/name", 0)
-    clock.now = 104.0
-    told.at(8000, 0)
-    assert said == ["reading owner/name: 8,000 rows, 2,000 rows/s"]
+def test_a_long_reading_is_told_of_less_often_and_in_rows_where_no_bytes_are_known(told) -> None:
+    times = [when for when, _ in told("reading", 0, range(1, 3601), 1)]
+    assert len(times) < 160 and max(b - a for a, b in itertools.pairwise(times)) <= 30
+    assert told("reading owner/name", 0, range(4, 5), 2000) == [(4, "reading owner/name: 8,000 rows, 2,000 rows/s")]

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from deltaw.data import rendering
 from deltaw.data.messages import Conversation
-from deltaw.data.rendering import FAULTS, LONGEST_TEMPLATE, TemplateLimitError, rendered, rendered_by
+from deltaw.data.rendering import FAULTS, LONGEST_TEMPLATE, TemplateLimitError, rendered
 from deltaw.data.templates import Encoder
-from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer
 from tests.data.chat_templates import FAMILIES, tokenizer_of
+from tests.data.conftest import assistant, refusal, user
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": CITY}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
-QUESTION = {"role": "user", "content": "What is 2 + 2?"}
+QUESTION = user("What is 2 + 2?")
 CONVERSATIONS = {
-    "turns": [QUESTION, {"role": "assistant", "content": "4."}, {"role": "user", "content": "And\n3?"}],
+    "turns": [QUESTION, assistant("4."), user("And\n3?")],
     "system": [{"role": "system", "content": " Be brief. "}, QUESTION],
-    "tools": [
-        QUESTION,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "name": "weather", "content": "sun"},
-    ],
-    "thought": [QUESTION, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4."}, QUESTION],
-    "reasoning": [QUESTION, {"role": "assistant", "content": "4.", "reasoning": "two and two"}],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "image"}]}],
+    "tools": [QUESTION, assistant("", tool_calls=[CALL]), {"role": "tool", "name": "weather", "content": "sun"}],
+    "thought": [QUESTION, assistant("<think>\nhm\n</think>\n\n4."), QUESTION],
+    "reasoning": [QUESTION, assistant("4.", reasoning="two and two")],
+    "parts": [user([{"type": "text", "text": "Hello"}, {"type": "image"}])],
 }
 
 
@@ -46,21 +37,22 @@ def _theirs(template: str, messages: list, tools: list, special: dict, generatio
     return found[0][0]
 
 
+def _text_or_fault(render: Callable[..., str], *given: object, **more: object) -> str | type[Exception]:
+    try:
+        return render(*given, **more)
+    except FAULTS as error:
+        return type(error)
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if tokenizer_of(family).chat_template])
 def test_templates_render_as_in_transformers(family):
     tokenizer = tokenizer_of(family)
     special = dict(tokenizer.special_tokens_map)
     for messages, tools, generation in itertools.product(CONVERSATIONS.values(), ([], [TOOL]), (True, False)):
         template = tokenizer.get_chat_template(None, tools or None)
-        try:
-            theirs: object = _theirs(template, messages, tools, special, generation)
-        except FAULTS as error:
-            theirs = type(error)
-        try:
-            ours: object = rendered(template, messages, generation=generation, tools=tools, variables=special)
-        except FAULTS as error:
-            ours = type(error)
-        assert ours == theirs
+        theirs = _text_or_fault(_theirs, template, messages, tools, special, generation)
+        given = {"generation": generation, "tools": tools, "variables": special}
+        assert _text_or_fault(rendered, template, messages, **given) == theirs
 
 
 # What a template may do, each in a few operators, filters and functions.
@@ -160,9 +152,9 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_does_too_much_is_ended(name, monkeypatch):
     monkeypatch.setattr(rendering, "STEPS", 1 << 15)
-    with pytest.raises(TemplateLimitError) as caught:
-        rendered(ENDLESS[name], [QUESTION], generation=True, variables={})
-    assert "the chat template was ended: it" in str(caught.value) and "data.chat_template" in str(caught.value)
+    caught = refusal(rendered, ENDLESS[name], [QUESTION], generation=True, variables={})
+    assert isinstance(caught, TemplateLimitError)
+    assert "the chat template was ended: it" in str(caught) and "data.chat_template" in str(caught)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +184,8 @@ def test_a_template_that_cannot_be_followed_is_refused(template):
 
 def test_long_conversations_are_no_reason_to_end():
     template = tokenizer_of("qwen3").get_chat_template()
-    many = [{"role": role, "content": "word " * 10} for _ in range(1500) for role in ("user", "assistant")]
-    long = [{"role": "user", "content": "word " * 400_000}, {"role": "assistant", "content": "yes"}]
-    for messages in (many, long):
+    many = [turn for _ in range(1500) for turn in (user("word " * 10), assistant("word " * 10))]
+    for messages in (many, [user("word " * 400_000), assistant("yes")]):
         text = rendered(template, messages, generation=False, variables={})
         assert text == _theirs(template, messages, [], {}, False)
 
@@ -204,16 +195,8 @@ def test_an_endless_template_ends_the_reading_of_rows(monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% if messages[0].content == 'go' %}" + TEN + END + "{% endif %}x"
     encoder = Encoder(tokenizer, "chat")
-    row = Conversation(({"role": "user", "content": "go"}, {"role": "assistant", "content": "a"}), (False, True))
+    row = Conversation((user("go"), assistant("a")), (False, True))
     told: list[object] = []
-    with pytest.raises(UserError, match="the chat template was ended"):
-        encoder.encode([row], ["row 1"], on_bad=lambda place, error: told.append(error))
-    assert not told
-    with pytest.raises(UserError, match="the chat template was ended"):
-        encoder.prompt("go")
-
-
-def test_a_tokenizers_own_template():
-    tokenizer = byte_tokenizer()
-    theirs = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
-    assert rendered_by(tokenizer, [QUESTION], generation=True) == theirs
+    refused = refusal(encoder.encode, [row], ["row 1"], on_bad=lambda place, error: told.append(error))
+    assert "the chat template was ended" in refused.what and not told
+    assert "the chat template was ended" in refusal(encoder.prompt, "go").what

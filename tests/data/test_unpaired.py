@@ -6,11 +6,11 @@ import pytest
 
 from deltaw.data import DataSettings
 from deltaw.data.preferences import UnpairedReader
-from deltaw.errors import UserError
 from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data, shown_rows
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
+from tests.data.conftest import refusal
 
 TOKENIZER = byte_tokenizer()
 
@@ -27,11 +27,7 @@ def read(tmp_path):
 
 def parts(row):
     """Prompt and labels as text."""
-    tokens = row.tokens.tolist()
-    return tuple(
-        TOKENIZER.decode([t for t, label in zip(tokens, row.is_label, strict=True) if label == side])
-        for side in (False, True)
-    )
+    return tuple(TOKENIZER.decode(row.tokens[row.is_label == side]) for side in (False, True))
 
 
 def answer(prompt, completion, label=True):
@@ -64,13 +60,10 @@ def test_the_other_answer_is_to_another_prompt_where_there_is_one(read):
 def test_labels_are_truth_values_and_others_are_refused_with_their_row(read):
     rows = [answer("a ", "b"), answer("c ", "d", 0), answer("e ", "f", "True")]
     assert [group.rows[0].desired for group in read(rows).train] == [True, False, True]
-    with pytest.raises(UserError, match="must be true or false") as told:
-        read([*rows, answer("g ", "h", 2)])
-    assert "4" in told.value.where
-    with pytest.raises(UserError, match="'label' is empty"):
-        read([*rows, answer("g ", "h", None)])
-    with pytest.raises(UserError, match="unpaired answers need the column 'label'"):
-        read([{"prompt": "a", "completion": "b"}])
+    told = refusal(read, [*rows, answer("g ", "h", 2)])
+    assert "must be true or false" in told.what and "4" in told.where
+    assert "'label' is empty" in refusal(read, [*rows, answer("g ", "h", None)]).what
+    assert "need the column 'label'" in refusal(read, [{"prompt": "a", "completion": "b"}]).what
     kept = read([*rows, answer("g ", "h", "maybe")], bad_rows="skip")
     assert len(kept.train) == 3 and kept.report.skipped == 1
 
@@ -83,21 +76,14 @@ def test_duplicates_splits_limits_and_single_rows(read):
     assert not train & {parts(group.rows[0])[0] for group in prepared.held_out}
     cut = read([answer("a ", "b" * 40), answer("c ", "d")], long_rows="cut", max_length=20)
     assert max(len(row) for group in cut.train for row in group.rows) == 20 and cut.report.cut == 1
-    with pytest.raises(UserError, match="a single row"):
-        read([answer("a ", "b")])
+    assert "a single row" in refusal(read, [answer("a ", "b")]).what
 
 
-def test_data_check_finds_contradictions_and_kinds_out_of_balance(tmp_path, model_folder):
+def test_data_check_finds_contradictions_and_kinds_out_of_balance(tmp_path, settings):
     rows = [answer(f"paint {c} ", "x") for c in COLORS]
     rows += [answer(f"paint {COLORS[0]} ", "x", False), answer("paint it ", "y", False), rows[1]]
-    path = write_rows(tmp_path / "answers.jsonl", rows)
-    given = {
-        "model": str(model_folder),
-        "task": "preference",
-        "preference": {"loss": "kto"},
-        "data": {"train": str(path), "eval": None, "max_length": 1000},
-        "output": str(tmp_path / "run"),
-    }
+    data = {"train": str(write_rows(tmp_path / "answers.jsonl", rows)), "eval": None, "max_length": 1000}
+    given = settings(tmp_path / "run", task="preference", preference={"loss": "kto"}, data=data)
     config = RunConfig.read(given)
     found = {finding.name: finding for finding in check_data(config).findings}
     assert found["contradictions"].count == 1 and found["duplicates"].count == 1

@@ -7,16 +7,13 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from deltaw.data import DataSettings, prepare, stored_rows
-from deltaw.data import stored_rows as workers
 from deltaw.data.report import BadRowError
 from deltaw.data.stored_rows import RowWriter, in_order, processes
-from deltaw.errors import UserError
-from tests.data.conftest import make_tokenizer
+from tests.data.conftest import make_tokenizer, refusal
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -33,16 +30,9 @@ def test_results_come_in_the_order_of_the_items(count: int) -> None:
 
 
 def test_items_are_taken_as_they_are_needed() -> None:
-    taken: list[int] = []
-
-    def items():
-        for item in range(100):
-            taken.append(item)
-            yield item
-
-    results = in_order(items(), lambda item: item, 2)
-    assert next(results) == 0
-    assert len(taken) <= 6
+    items = iter(range(100))
+    results = in_order(items, lambda item: item, 2)
+    assert next(results) == 0 and next(items) <= 6
     results.close()
 
 
@@ -52,30 +42,20 @@ def test_an_error_keeps_its_kind_place_and_reason() -> None:
             raise BadRowError("it is bad", reason="badness", where="row 3", hint="remove it")
         return item
 
-    results = in_order(range(9), work, 2)
-    with pytest.raises(BadRowError) as refused:
-        list(results)
-    error = refused.value
-    assert (error.what, error.reason, error.where, error.hint) == ("it is bad", "badness", "row 3", "remove it")
+    error = refusal(list, in_order(range(9), work, 2))
+    assert isinstance(error, BadRowError) and error.reason == "badness"
+    assert (error.what, error.where, error.hint) == ("it is bad", "row 3", "remove it")
     assert "it is bad" in str(error) and "row 3" in str(error)
-
-
-def test_a_fault_of_ours_comes_with_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError) as failed:
         list(in_order(range(3), lambda item: item // 0, 2))
     assert "ZeroDivisionError" in str(failed.value.__cause__)
-
-
-def test_a_process_that_is_killed_is_said() -> None:
-    with pytest.raises(UserError, match="ended") as refused:
-        list(in_order(range(3), lambda item: os.kill(os.getpid(), signal.SIGKILL), 2))
-    assert "TOKENIZERS_PARALLELISM" in str(refused.value.hint)
+    error = refusal(list, in_order(range(3), lambda item: os.kill(os.getpid(), signal.SIGKILL), 2))
+    assert "ended" in error.what and "TOKENIZERS_PARALLELISM" in str(error.hint)
 
 
 def test_no_process_is_left_behind() -> None:
-    started: list[int] = []
     results = in_order(range(100), lambda item: os.getpid(), 2)
-    started += [next(results), next(results)]
+    started = [next(results), next(results)]
     results.close()
     for process in started:
         with pytest.raises(ProcessLookupError):
@@ -83,20 +63,19 @@ def test_no_process_is_left_behind() -> None:
 
 
 def test_the_usual_variable_forbids_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "usable_processors", lambda: {0, 1, 2})
+    monkeypatch.setattr(stored_rows, "usable_processors", lambda: {0, 1, 2})
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     assert processes() == 3
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     assert processes() == 1
 
 
-def test_rows_read_by_several_processes_are_the_rows_read_by_one(tmp_path, monkeypatch):
-    path = tmp_path / "d.jsonl"
+def test_rows_read_by_several_processes_are_the_rows_read_by_one(write, monkeypatch):
     rows = [{"prompt": f"q {n % 90}", "completion": f"a {n % 90}" if n % 10 else 3, "g": n % 7} for n in range(100)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{bad\n")
+    path = write("".join(json.dumps(row) + "\n" for row in rows) + "{bad\n")
     monkeypatch.setattr("deltaw.data.row_stream.CHUNK_ROWS", 9)
     monkeypatch.setattr("deltaw.data.row_stream.KEPT_BYTES", 0)
-    settings = DataSettings(str(path), eval=0.2, group="g", bad_rows="skip", rows=70)
+    settings = DataSettings(path, eval=0.2, group="g", bad_rows="skip", rows=70)
     one = prepare(settings, make_tokenizer())
     monkeypatch.setattr(stored_rows, "SEVERAL_BYTES", 0)
     monkeypatch.setattr(stored_rows, "processes", lambda: 3)
@@ -112,15 +91,12 @@ def test_rows_read_by_several_processes_are_the_rows_read_by_one(tmp_path, monke
         assert mine.digest() == theirs.digest()
 
 
-def test_too_long_rows_are_counted_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "d.jsonl"
-    path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in range(1, 60)))
+def test_too_long_rows_are_counted_over_all_processes(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write([{"text": "x" * n} for n in range(1, 60)])
     monkeypatch.setattr("deltaw.data.row_stream.CHUNK_ROWS", 7)
     monkeypatch.setattr(stored_rows, "SEVERAL_BYTES", 0)
     said = []
     for count in (1, 3):
         monkeypatch.setattr(stored_rows, "processes", lambda count=count: count)
-        with pytest.raises(UserError) as refused:
-            prepare(DataSettings(str(path), max_length=20), make_tokenizer())
-        said.append(str(refused.value))
+        said.append(str(refusal(prepare, DataSettings(path, max_length=20), make_tokenizer())))
     assert said[0] == said[1] and "row 20" in said[0]

@@ -1,5 +1,20 @@
-"""The same tiny model and tokenizer as in the tests of ``runtime``."""
+"""The same tiny model and tokenizer as in the tests of ``runtime``, and conversions in a forked process."""
 
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+import pytest
+
+from tests.processes import run_forked
 from tests.runtime.conftest import llama_folder, tokenizer
 
 __all__ = ["llama_folder", "tokenizer"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("deltaw.hub.gguf.subprocess", types.SimpleNamespace(run=run_forked))
+        yield

