@@ -85,6 +85,7 @@ def same_bits(one: Iterable[torch.Tensor], *others: Iterable[torch.Tensor]) -> b
     return all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
+@torch.no_grad()
 def off(ours: torch.Tensor, exact: torch.Tensor) -> float:
     """How far off in the norm, of the norm of what is exact."""
     return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
