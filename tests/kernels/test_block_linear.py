@@ -36,9 +36,8 @@ def as_plain(weight: BlockWeight, *factors: Tensor | float) -> Product:
     return Product(values(weight).bfloat16(), True, None, None, None, *factors)
 
 
-@compiled_only
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_compiled_values_are_the_formats(name: str) -> None:
+def test_values_are_the_formats(kernels: str, name: str) -> None:
     weight = random_blocks(name, 7, columns_of(name, 2))
     whole = reference_dequantize(weight, torch.float32)
     assert torch.equal(weight.dequantized(torch.float32), whole)
@@ -90,11 +89,8 @@ def test_products_round_as_those_of_plain_bf16() -> None:
     weight = quantize_nf4(numbers(48, 192).float())
     if not loader.multiplies(loader.number(torch.bfloat16)):
         pytest.skip("torch multiplies bf16 here")
-    x, grad, both = (
-        numbers(20, 192).bfloat16(),
-        numbers(20, 48).bfloat16(),
-        (Product.of_blocks(weight), as_plain(weight)),
-    )
+    x, grad = numbers(20, 192).bfloat16(), numbers(20, 48).bfloat16()
+    both = (Product.of_blocks(weight), as_plain(weight))
     assert same_bits(*((linear(x, of)[0], linear_backward(grad, of)[0]) for of in both))
 
 
@@ -144,9 +140,8 @@ def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
         query, key, value, output, gate, up, down = layers.values()
         own = {"heads": 4, "key_heads": 2, "head_size": 16, "grouped": False, "query_norm": None, "key_norm": None}
         norms = HalfNorms(Norm(torch.ones(64).bfloat16()))
-        attention = SimpleNamespace(
-            norms=norms, inputs=[query, key, value], output=output, how={"scaling": 0.25}, **own
-        )
+        own |= {"norms": norms, "inputs": [query, key, value], "output": output, "how": {"scaling": 0.25}}
+        attention = SimpleNamespace(**own)
         mlp = SimpleNamespace(norms=norms, inputs=[gate, up], output=down, gated=True, kind="silu")
         assert serves(x, attention, mlp, False)
         block = Block(attention, mlp, dtype=torch.bfloat16, parallel=False, turned=0)
