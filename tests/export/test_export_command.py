@@ -59,9 +59,7 @@ def test_folders_of_the_other_formats(run: Path, tmp_path: Path, name: str, caps
         ("base", "--format gguf", "adapter"),
     ],
 )
-def test_what_is_not_exported_is_refused(
-    run: Path, tmp_path: Path, source: str, flags: str, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_exported_is_refused(run, tmp_path, source, flags, told, capsys):
     assert typed("export", run.parent / source, *flags.split(), "--output", tmp_path / "out") == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

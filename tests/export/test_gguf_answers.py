@@ -100,7 +100,7 @@ def test_smollm2_with_an_exported_adapter(tmp_path: Path) -> None:
     attach(model, LoRAConfig(rank=8, alpha=16), seed=0)
     models.draw(model, 0.04)
     save_adapter(model, tmp_path / "run", base_model=SMOLLM2)
-    prompts = [tokenizer(text)["input_ids"][:5] for text in _TEXTS.strip().splitlines()]
+    prompts = [tokenizer(text)["input_ids"][:5] for text in " ".join(_TEXTS.split()).split(" / ")]
     assert [len(prompt) for prompt in prompts] == [5] * 20
     answers = models.greedy(model, prompts, 8)
     adapted = _own_log_probabilities(model, prompts, answers)
@@ -162,24 +162,11 @@ def _gaps(theirs: list[dict[int, float]], ours: Tensor) -> list[float]:
 
 
 _TEXTS = """
-The capital of France is the city of
-Once upon a time there was a king
-To make bread you need flour and water
-In 1969 the first man walked on the
-Water boils at a temperature of about 100
-My favorite color is blue because it
-The cat sat on the mat and looked
-A good way to learn a language is
-She opened the door and saw that nobody
-The largest planet in the solar system is
-If you are cold you should put on
-The train to London leaves at half past
-He wrote a letter to his mother about
-Two plus two is four and three plus
-The sun rises in the east and sets
-Doctors say that eating vegetables is good for
-The book was first published in the year
-When it rains the streets of the city
-An apple a day keeps the doctor away
-The river flows from the mountains to the
+The capital of France is the city of / Once upon a time there was a king / To make bread you need flour and water / In
+1969 the first man walked on the / Water boils at a temperature of about 100 / My favorite color is blue because it /
+The cat sat on the mat and looked / A good way to learn a language is / She opened the door and saw that nobody / The
+largest planet in the solar system is / If you are cold you should put on / The train to London leaves at half past /
+He wrote a letter to his mother about / Two plus two is four and three plus / The sun rises in the east and sets /
+Doctors say that eating vegetables is good for / The book was first published in the year / When it rains the streets
+of the city / An apple a day keeps the doctor away / The river flows from the mountains to the
 """

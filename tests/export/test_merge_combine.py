@@ -62,9 +62,7 @@ def error_of(made: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_reported_errors_are_those_of_the_explicit_difference(
-    method: str, two: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_reported_errors_are_those_of_the_explicit_difference(method, two, tmp_path):
     base, first, second = two
     result = merge_run(first, tmp_path / "out", options(second, method, rank=3 if method == "svd" else None))
     exact, made = weighted_sum(first, second), merged_deltas(base, tmp_path / "out")
@@ -138,9 +136,7 @@ def test_peft_loads_the_adapter_of_two(two: tuple[Path, Path, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])
-def test_full_rank_methods_as_adapter_are_cut_from_the_same_update(
-    method: str, two: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_full_rank_methods_as_adapter_are_cut_from_the_same_update(method, two, tmp_path):
     base, first, second = two
     merge_run(first, tmp_path / "model", options(second, method))
     write_adapter(first, tmp_path / "whole", options(second, method), rank=32)
@@ -160,9 +156,7 @@ NORMS = {"train_modules": ["norm"], "target_modules": ["q_proj"]}
 
 
 @pytest.mark.parametrize(("family", "settings"), [("llama", MIXED), ("gpt2", {"lora_bias": True}), ("llama", NORMS)])
-def test_a_lower_rank_loses_the_smallest_singular_values_and_nothing_beside_the_factors(
-    family: str, settings: dict[str, object], tmp_path: Path
-) -> None:
+def test_a_lower_rank_loses_the_smallest_singular_values_and_nothing_beside_the_factors(family, settings, tmp_path):
     base, small = base_folder(tmp_path / "base", family), tmp_path / "small"
     adapter = adapter_folder(base, tmp_path / "adapter", **settings)
     result = write_adapter(adapter, small, MergeOptions(), rank=2)

@@ -82,9 +82,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_room_is_refused_before_anything_is_written(
-    case: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_room_is_refused_before_anything_is_written(case, tmp_path, monkeypatch):
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(UserError, match="are free"):
         merge_run(case[1], tmp_path / "out")
@@ -177,9 +175,7 @@ for moment in range(20):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")
-def test_killed_at_any_moment_no_folder_is_there_that_loads_as_something_else(
-    case: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_no_folder_is_there_that_loads_as_something_else(case, tmp_path):
     base, adapter = case
     out = tmp_path / "out"
     merge_run(adapter, tmp_path / "whole")

@@ -100,9 +100,7 @@ INVOKED = {"activation": "completion", "invocation_tokens": [5]}
         ("mlx", "gpt2", {}, "'gpt2' models"),
     ],
 )
-def test_what_a_reader_would_lose_is_refused_by_name(
-    tmp_path: Path, format_name: str, family: str, settings: dict[str, object], what: str
-) -> None:
+def test_what_a_reader_would_lose_is_refused_by_name(tmp_path, format_name, family, settings, what):
     _, run = models.saved_run(tmp_path, family, **settings)
     with pytest.raises(UserError, match=what):
         export(run, format_name, tmp_path / "out")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis.strategies import SearchStrategy
 
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import Arithmetic, default_of, offered
@@ -78,6 +80,15 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def examples(*strategies: SearchStrategy, count: int = 25) -> Callable[[Callable], Callable]:
+    """Runs a test with so many examples of what is drawn."""
+
+    def run(test: Callable) -> Callable:
+        return settings(max_examples=count, deadline=None)(given(*strategies)(test))
+
+    return run
 
 
 def same_bits(one: Iterable[torch.Tensor], *others: Iterable[torch.Tensor]) -> bool:

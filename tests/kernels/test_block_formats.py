@@ -64,10 +64,8 @@ def test_nf4_rounds_to_the_nearest_of_its_values() -> None:
     found = quantize_nf4(weight)
     scales = weight.view(-1, 64).abs().amax(1)
     steps = (weight.view(-1, 64) / scales[:, None])[..., None] - nf4_values()
-    plain, values = (
-        scales[:, None] * nf4_values()[steps.abs().argmin(-1)],
-        found.dequantized(torch.float32).view(-1, 64),
-    )
+    plain = scales[:, None] * nf4_values()[steps.abs().argmin(-1)]
+    values = found.dequantized(torch.float32).view(-1, 64)
     # Scales in 8 bits are off by at most half of the codes' largest distance, 0.0141 of a group's largest.
     spread = (scales - scales.mean()).abs().max()
     assert 0 < (values - plain).abs().max() <= 0.0141 / 2 * spread * 1.001

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import head_gradient as head
@@ -16,7 +15,7 @@ from deltaw.kernels.decode_reference import DecoderLinear
 from deltaw.kernels.linear import Product
 from deltaw.lora import stored
 from deltaw.lora.layers_quantized import Int8Linear
-from tests.kernels.conftest import close, compiled_only
+from tests.kernels.conftest import close, compiled_only, examples
 
 VARIANTS = "all"
 
@@ -41,8 +40,7 @@ def adapted(t: dict[str, torch.Tensor], by_column: bool = True) -> Product:
 
 
 @compiled_only
-@settings(max_examples=25, deadline=None)
-@given(sizes, st.sampled_from(DTYPES), st.sampled_from([2, 4, 16, 18]), st.booleans())
+@examples(sizes, st.sampled_from(DTYPES), st.sampled_from([2, 4, 16, 18]), st.booleans())
 def test_forward_and_backward_equal_the_reference(size, dtype, rank, by_column):
     t = inputs(*size, rank, dtype)
     t["weight"] = t["weight"] if by_column else t["weight"].t().contiguous()
@@ -72,9 +70,8 @@ def test_deep_products_are_cut_and_summed_the_same_each_time(dtype, threads):
     t = inputs(130, 4800, 36, 2, dtype)
     found = [products.linear(t["x"], adapted(t))[0] for _ in range(2)]
     assert torch.equal(*found)
-    close(
-        found[0], products.linear_reference(t["x"].double(), adapted({k: v.double() for k, v in t.items()}))[0], dtype
-    )
+    exact = {name: tensor.double() for name, tensor in t.items()}
+    close(found[0], products.linear_reference(exact["x"], adapted(exact))[0], dtype)
     grad, weight = numbers(40, 4096).to(dtype), numbers(4096, 64, seed=1).to(dtype)
     found, _ = products.linear_backward(grad, Product(weight))
     close(found, grad.double() @ weight.double(), dtype)
@@ -90,8 +87,7 @@ def test_sizes_that_fill_no_group_go_to_the_reference_and_there_may_be_no_rows(s
 
 
 @compiled_only
-@settings(max_examples=25, deadline=None)
-@given(sizes, st.booleans(), st.booleans(), st.sampled_from(DTYPES))
+@examples(sizes, st.booleans(), st.booleans(), st.sampled_from(DTYPES))
 def test_int8_products_are_exact_but_for_the_last_rounding(size, with_columns, in_blocks, dtype):
     rows, n_in, n_out = size
     t = inputs(rows, n_in, n_out, 4, dtype)
@@ -157,8 +153,7 @@ def slopes_of_classes(rows: int, classes: int, spread: float, every: int) -> tup
 
 
 @compiled_only
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 1300), st.integers(1, 70), st.booleans())
+@examples(st.integers(1, 80), st.integers(1, 1300), st.integers(1, 70), st.booleans())
 def test_the_gradient_of_classes_in_int8_equals_its_reference(rows, classes, width, negative):
     grad, targets = slopes_of_classes(rows, classes, 4.0, 7)
     weight, grad = numbers(classes, width).bfloat16(), (-grad if negative else grad).bfloat16()
@@ -195,8 +190,7 @@ def test_a_gradient_with_few_large_numbers_keeps_the_others(threads, outputs):
 
 
 @compiled_only
-@settings(max_examples=25, deadline=None)
-@given(sizes, st.sampled_from([0, 4, 16]), st.booleans(), st.booleans())
+@examples(sizes, st.sampled_from([0, 4, 16]), st.booleans(), st.booleans())
 def test_gradients_in_int8_with_a_bf16_weight_equal_their_reference(size, rank, by_column, added):
     t = inputs(*size, rank, torch.bfloat16)
     weight = t["weight"] if by_column else t["weight"].t().contiguous()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import rows
-from tests.kernels.conftest import close, compiled_only
+from tests.kernels.conftest import close, compiled_only, examples
 from tests.kernels.test_linear import DTYPES, numbers
 
 pytestmark = compiled_only
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
 
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
+@examples(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
 def test_a_norm_and_its_gradient(shape, dtype, centered, offset):
     size = shape[1]
     x, grad, added = (numbers(*shape, seed=seed).to(dtype) for seed in range(3))
@@ -31,8 +29,7 @@ def test_a_norm_and_its_gradient(shape, dtype, centered, offset):
     close(dx, leaf.grad + added.double(), dtype)
 
 
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.sampled_from(DTYPES), st.sampled_from(rows.ACTIVATIONS), st.booleans())
+@examples(shapes, st.sampled_from(DTYPES), st.sampled_from(rows.ACTIVATIONS), st.booleans())
 def test_an_activation_and_its_gradient(shape, dtype, kind, gated):
     gate, up, grad = (3 * numbers(*shape, seed=s) for s in range(3))
     gate, up, grad = gate.to(dtype), up.to(dtype) if gated else None, grad.to(dtype)
@@ -86,8 +83,9 @@ def test_activations_far_out_are_what_they_tend_to():
     assert rows.activation(torch.tensor([[float("nan")]]), None, "silu").isnan().all()
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 20), st.integers(0, 5), st.sampled_from(DTYPES))
+@examples(
+    st.integers(1, 20), st.integers(1, 4), st.integers(1, 20), st.integers(0, 5), st.sampled_from(DTYPES), count=15
+)
 def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
     x = numbers(count, heads, 2 * half + rest).to(dtype)
     cosine, sine = numbers(count, 2 * half).float(), numbers(count, 2 * half, seed=1).float()
@@ -99,8 +97,7 @@ def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
     close(rows.rotate(grad, cosine, sine, backward=True), leaf.grad, dtype)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)]))
+@examples(st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)]))
 def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
     scale, softcap = change
     logits = (4 * numbers(count, classes)).to(dtype)

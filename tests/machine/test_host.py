@@ -147,9 +147,7 @@ def test_threads_that_were_asked_for_are_kept(fake: FakeMachine, monkeypatch: py
         ({GROUP: "0::/../../elsewhere", f"{CGROUP}/memory.max": GIB}, GIB),  # outside the namespace: the mount
     ],
 )
-def test_memory_is_the_physical_or_the_limit_of_any_group(
-    fake: FakeMachine, files: dict[str, object], limit: int | None
-) -> None:
+def test_memory_is_the_physical_or_the_limit_of_any_group(fake, files, limit):
     fake.write(files)
     expected = (16 * GIB, "physical memory") if limit is None else (limit, "control group limit")
     assert memory.memory_limit_bytes(fake.root) == choices.Choice(*expected)

@@ -92,9 +92,7 @@ BOTH, SUMS = ("int8_logits", "int8_gradients"), "summed_classes"
         ({"a:dot": 100, "torch": 300}, {"a:dot": 900, "torch": 50}, {"int8_logits", SUMS}),  # with which gradients stay
     ],
 )
-def test_int8_is_offered_where_it_is_clearly_faster_and_sums_over_classes_with_kernels(
-    bf16, int8, offered, monkeypatch
-):
+def test_int8_is_offered_where_it_is_clearly_faster_and_sums_of_classes_with_kernels(bf16, int8, offered, monkeypatch):
     rates = KERNELS, {"torch": 10, **bf16}, {"torch": 10, **int8}
     assert set(choice_of(*rates).approximations) == offered
     for what in offered:

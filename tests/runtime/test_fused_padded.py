@@ -107,17 +107,6 @@ def test_positions_by_distance_are_left_to_the_models_own_code(monkeypatch):
     assert not fused_padded_blocks(model).choice.value
 
 
-def test_another_mask_than_padding_at_the_end_is_left_to_the_models_own_code(monkeypatch):
-    model = adapted(encoder_of("Bert"))
-    tokens = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(9) >= torch.tensor([[0], [3]])).long()
-    expected = model(input_ids=tokens, attention_mask=mask)[0]
-    ran = count_runs(monkeypatch)
-    with padded_rows(model):
-        out = model(input_ids=tokens, attention_mask=mask)[0]
-    assert not ran and off(out[mask.bool()], expected[mask.bool()]) < 1e-5
-
-
 @pytest.mark.parametrize("trained", ["output.LayerNorm", "intermediate", "attention.self.value"])
 def test_whole_modules_trained_inside_a_block_get_their_gradients(trained):
     model = encoder_of("Bert")

@@ -107,9 +107,7 @@ def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: 
     assert torch.equal(model.weight, other)
 
 
-def test_memory_of_torchs_own_stays_where_it_is_and_files_too_where_memory_is_scarce(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_torchs_own_stays_where_it_is_and_files_too_where_memory_is_scarce(tmp_path, monkeypatch):
     own, mapped = Model(), _read(tmp_path / "weights.safetensors")
     for model, free in ((own, quantized_weights.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
         monkeypatch.setattr(quantized_weights, "free_memory_bytes", lambda free=free: free)
