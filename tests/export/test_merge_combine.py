@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaw.errors import UserError
 from deltaw.export.as_adapter import write_adapter
 from deltaw.export.base import MergeOptions
-from deltaw.export.combine import METHODS, Recipe, angles, dare, inner, norm, ties, trim, truncated
+from deltaw.export.combine import METHODS, Recipe, dare, ties, trim
 from deltaw.export.merge import merge_run
 from deltaw.lora import read_adapter
 from deltaw.lora.peft_updates import content_of
@@ -174,19 +174,6 @@ def test_a_lower_rank_loses_the_smallest_singular_values_and_nothing_beside_the_
     assert bool(norms) == (settings is NORMS) and all(torch.equal(before[name], kept[name]) for name in norms)
     merge_run(small, tmp_path / "out")
     assert_merged(base, small, tmp_path / "out")
-
-
-def test_factor_algebra_agrees_with_whole_matrices() -> None:
-    left, right, turn = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 4), (4, 9), (4, 4)))
-    other = (torch.randn(20, 3, dtype=torch.float64), right[:3])
-    delta, values = left @ right, torch.linalg.svdvals(left @ right)
-    assert norm(left, right) == pytest.approx(float(delta.norm()))
-    assert inner((left, right), other) == pytest.approx(float((delta * (other[0] @ other[1])).sum()))
-    cut = truncated(left, right, 2)
-    torch.testing.assert_close(torch.cat([cut.kept, cut.discarded]), values[:4])
-    assert float((cut.left @ cut.right - delta).norm()) == pytest.approx(float(values[2:].norm()), rel=1e-4)
-    torch.testing.assert_close(angles(left, left @ turn), torch.ones(4, dtype=torch.float64))
-    assert angles(torch.eye(6)[:, :2], torch.eye(6)[:, 2:5]).tolist() == [0.0, 0.0]
 
 
 def test_refusals(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
