@@ -24,35 +24,19 @@ def ask(question: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
         RuntimeError: its process failed; with the end of what it printed.
     """
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.export.llama_cpp"],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=seconds,
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=ROOT,
-        check=False,
-    )
+    command, text = [sys.executable, "-m", "tests.export.llama_cpp"], {"input": json.dumps(question), "text": True}
+    how = {"errors": "replace", "env": {**os.environ, "PYTHONPATH": paths}, "cwd": ROOT, "check": False}
+    done = subprocess.run(command, capture_output=True, timeout=seconds, **text, **how)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"llama.cpp":')]
     if done.returncode or not lines:
         raise RuntimeError(f"llama.cpp ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(lines[-1])["llama.cpp"]
-    return found
+    return json.loads(lines[-1])["llama.cpp"]
 
 
 def greedy(model: Path, prompts: list[list[int]], tokens: int, lora: Path | None = None) -> list[list[int]]:
     """The ids that llama.cpp writes after each prompt of ids; none of a special token."""
-    question = {
-        "model": str(model),
-        "prompts": prompts,
-        "tokens": tokens,
-        "lora": lora and str(lora),
-        "never": list(range(SPECIAL)),
-    }
-    answers: list[list[int]] = ask(question)["answers"]
-    return answers
+    question = {"model": str(model), "prompts": prompts, "tokens": tokens, "lora": lora and str(lora)}
+    return ask({**question, "never": list(range(SPECIAL))})["answers"]
 
 
 def likeliest(model: Path, contexts: list[list[int]], count: int, lora: Path | None = None) -> list[dict[int, float]]:
@@ -72,33 +56,23 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = question["model"]
-    parameters.n_ctx = question.get("context", 512)
+    parameters.n_ctx = 512
     parameters.n_parallel = 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    parameters.verbosity = question.get("verbosity", 0)
+    parameters.verbosity = 0
     parameters.warmup = False
     # Keys and values as exact as the weights: by default they are rounded to fp16.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if question.get("lora"):
-        adapter = xllamacpp.CommonAdapterLoraInfo(question["lora"], 1.0)
-        parameters.lora_adapters = [adapter]
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(question["lora"], 1.0)]
     server = xllamacpp.Server(parameters)
     answers, prompts, places = [], [], []
+    asked = {"n_predict": question["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    asked |= {"logit_bias": [[token, False] for token in question.get("never", [])], "verbose": True}
+    asked |= {"logprobs": question["likeliest"]} if question.get("likeliest") else {}
     for prompt in question["prompts"]:
-        body = {
-            "prompt": prompt,
-            "n_predict": question["tokens"],
-            "temperature": 0,
-            "ignore_eos": question.get("ignore_eos", True),
-            "logit_bias": [[token, False] for token in question.get("never", [])],
-            "cache_prompt": False,
-            "verbose": True,
-            "return_tokens": True,
-        }
-        if question.get("likeliest"):
-            body["logprobs"] = question["likeliest"]
-        found = server.handle_completions(body)
+        found = server.handle_completions({"prompt": prompt, "return_tokens": True, **asked})
         found = found if isinstance(found, dict) else json.loads(found)
         if "tokens" not in found.get("__verbose", {}):
             raise RuntimeError(f"{list(found)} {str(found)[:500]}")

@@ -78,8 +78,10 @@ def off(ours: Tensor, theirs: Tensor) -> float:
 
 
 def assert_merged(base: Path, adapter: Path, out: Path, least: float = 1e-5) -> None:
-    """The merged model in ``out`` computes what base and adapter do."""
-    assert off(logits(loaded(out)), logits(pair(base, adapter))) < least
+    """The merged model in ``out`` computes what base and adapter do, which is not what the base does alone."""
+    expected = logits(pair(base, adapter))
+    assert off(logits(loaded(base)), expected) > 1e-4, "the adapter must do something"
+    assert off(logits(loaded(out)), expected) < least
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,59 +13,48 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.lora.attachment import adapter_parameters
+from tests.byte_models import TEMPLATE
 from tests.export.llama_cpp import SPECIAL
 
 VOCABULARY = 400
-CHAT_ML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHAT_ML = TEMPLATE
 TEXT = [
     "It's 5 o'clock and we'll see 1234 items at 99.50 euros.\n\n  Indented text with tabs\tand lines\n",
     "The quick brown fox jumps over the lazy dog, doesn't it? I've told you, he'd say: NO!",
     "def add(first, second):\n    return first + second  # the sum\n",
     "naïve café Straße Привет мир 日本語テキスト 한국어 हिन्दी 🙂",
 ] * 4
+
+
+def _split_by(expression: str) -> pre_tokenizers.PreTokenizer:
+    splits = pre_tokenizers.Split(Regex(expression), behavior="isolated", invert=False)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    return pre_tokenizers.Sequence([splits, whole])
+
+
 # Qwen 2's and Llama 3's splitting, as their tokenizer.json files have it.
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITTINGS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "qwen2": lambda: _split_by(_QWEN),
-    "llama-bpe": lambda: _split_by(_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
+_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+SPLITTINGS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "gpt-2": _WORDS,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS]),
+    "qwen2": _split_by(_QWEN),
+    "llama-bpe": _split_by(_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
 }
-
-
-def _split_by(expression: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(expression), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
 
 
 def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Byte-level BPE learned from :data:`TEXT`, with a template of its own."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = SPLITTINGS[splitting]()
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXT, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=special[0], additional_special_tokens=special[1:]
-    )
+    backend.pre_tokenizer, backend.decoder = SPLITTINGS[splitting], decoders.ByteLevel()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
+    how = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, **how))
+    names = {"eos_token": special[0], "additional_special_tokens": special[1:]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = CHAT_ML
     return tokenizer
 
@@ -87,35 +75,21 @@ def sentence_bpe(*, prefix: bool, size: int = 700) -> PreTrainedTokenizerFast:
     content["pre_tokenizer"] = None
     backend = Tokenizer.from_str(json.dumps(content))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 2)]
-    )
+    texts = {"single": "<s> $A", "pair": "<s> $A <s> $B"}
+    backend.post_processor = processors.TemplateProcessing(**texts, special_tokens=[("<s>", 2)])
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-_SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+_SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SHAPE |= {"num_hidden_layers": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 0}
+_SHAPE |= {"pad_token_id": 0}
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0}
 _WINDOWS = ["sliding_attention"] * 5 + ["full_attention"]
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 64}
+LLAMA3_ROPE |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "head_dim": 32}),
@@ -124,22 +98,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "gemma": ("Gemma", {"head_dim": 32}),
-    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
-    "gemma3": (
-        "Gemma3Text",
-        {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 8,
-            "num_hidden_layers": 6,
-            "layer_types": _WINDOWS,
-        },
-    ),
+    "gemma2": ("Gemma2", _GEMMA),
+    "gemma3": ("Gemma3Text", {**_GEMMA, "num_hidden_layers": 6, "layer_types": _WINDOWS}),
     "phi3": ("Phi3", {}),
-    "gpt2": (
-        "GPT2",
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0},
-    ),
+    "gpt2": ("GPT2", _GPT2),
 }
 
 
@@ -190,15 +152,17 @@ def greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list
     """
     ids = torch.tensor(prompts)
     for _ in range(tokens):
-        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-        logits[:, :SPECIAL] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    answers: list[list[int]] = ids[:, len(prompts[0]) :].tolist()
-    return answers
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1, SPECIAL:]
+        ids = torch.cat([ids, SPECIAL + logits.argmax(-1, keepdim=True)], 1)
+    return ids[:, len(prompts[0]) :].tolist()
 
 
 def random_prompts(size: int, count: int = 20, length: int = 12) -> list[list[int]]:
     """Ids that are no special tokens."""
     generator = torch.Generator().manual_seed(1)
-    prompts: list[list[int]] = torch.randint(SPECIAL, size, (count, length), generator=generator).tolist()
-    return prompts
+    return torch.randint(SPECIAL, size, (count, length), generator=generator).tolist()
+
+
+def update_of(layer: nn.Module) -> torch.Tensor:
+    """ΔW (out, in) of an adapted layer."""
+    return (layer.scaling * layer.lora_A @ layer.lora_B).t().detach()

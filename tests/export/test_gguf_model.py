@@ -21,6 +21,7 @@ from deltaw.export.gguf_tokenizer import splitting_of, vocabulary_of
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from tests.export import models
+from tests.export.test_gguf_adapter import read
 from tests.hub.test_gguf import write_gguf
 
 Q = gguf.GGMLQuantizationType
@@ -39,7 +40,7 @@ def test_merged_tensors_in_each_type(llama: tuple[PreTrainedModel, Path], tmp_pa
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert written.facts["tensors"] == len(tensors) == 21
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    merged = layer.weight + layer.scaling * (layer.lora_A @ layer.lora_B).t()
+    merged = layer.weight + models.update_of(layer)
     stored = tensors["blk.0.ffn_down.weight"]
     assert stored.tensor_type == KINDS[kind][0]
     expected = pack(merged.detach().numpy(), KINDS[kind][0])
@@ -53,15 +54,14 @@ def test_merged_tensors_in_each_type(llama: tuple[PreTrainedModel, Path], tmp_pa
 def test_metadata_is_that_of_the_model_and_its_tokenizer(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "qwen3")
     export_gguf(run, tmp_path / "m.gguf")
-    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
-    assert fields["qwen3.block_count"] == 2 and fields["qwen3.attention.key_length"] == 32
-    assert fields["qwen3.attention.head_count_kv"] == 2 and fields["qwen3.rope.freq_base"] == 10000.0
-    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "qwen2"
+    fields, _ = read(tmp_path / "m.gguf")
+    of_model = {"block_count": 2, "attention.key_length": 32, "attention.head_count_kv": 2, "rope.freq_base": 10000.0}
+    of_tokens = {"model": "gpt2", "pre": "qwen2", "eos_token_id": 0, "eot_token_id": 2, "add_bos_token": False}
+    for prefix, expected in (("qwen3", of_model), ("tokenizer.ggml", of_tokens)):
+        assert {name: fields[f"{prefix}.{name}"] for name in expected} == expected
     assert len(fields["tokenizer.ggml.tokens"]) == models.VOCABULARY
     assert fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 3]
-    assert fields["tokenizer.ggml.eos_token_id"] == 0 and fields["tokenizer.ggml.eot_token_id"] == 2
     assert fields["tokenizer.chat_template"] == models.CHAT_ML
-    assert not fields["tokenizer.ggml.add_bos_token"]
 
 
 def test_splitting_is_recognized_by_what_it_does() -> None:
@@ -71,11 +71,11 @@ def test_splitting_is_recognized_by_what_it_does() -> None:
 
 def test_unknown_splitting_and_unknown_tokenizers_are_refused() -> None:
     tokenizer = models.byte_bpe("gpt-2")
+    with pytest.raises(UserError, match="more tokens"):
+        vocabulary_of(tokenizer, 100)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match="no known name"):
         vocabulary_of(tokenizer, models.VOCABULARY)
-    with pytest.raises(UserError, match="more tokens"):
-        vocabulary_of(models.byte_bpe("gpt-2"), 100)
 
 
 def test_scores_of_sentencepiece_follow_the_merges() -> None:
@@ -90,9 +90,8 @@ def test_scores_of_sentencepiece_follow_the_merges() -> None:
 
 
 def test_llama3_divisors_are_those_of_transformers() -> None:
-    config = LlamaConfig(
-        hidden_size=128, num_attention_heads=2, max_position_embeddings=1024, rope_parameters=models.LLAMA3_ROPE
-    )
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 1024}
+    config = LlamaConfig(**sizes, rope_parameters=models.LLAMA3_ROPE)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
     np.testing.assert_allclose(plain / llama3_divisors(models.LLAMA3_ROPE, 64), scaled.numpy(), rtol=1e-5)
@@ -108,23 +107,19 @@ def test_a_gguf_base_keeps_its_metadata(tmp_path: Path, monkeypatch: pytest.Monk
     models.draw(loaded.model)
     save_adapter(loaded.model, tmp_path / "run", base_model=str(base))
     export_gguf(tmp_path / "run", tmp_path / "m.gguf", kind="f32")
-    reader = GGUFReader(tmp_path / "m.gguf")
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    assert fields["tokenizer.ggml.pre"] == "smollm" and fields["llama.context_length"] == 64
-    assert fields["general.file_type"] == 0
-    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    fields, tensors = read(tmp_path / "m.gguf")
+    kept = {"tokenizer.ggml.pre": "smollm", "llama.context_length": 64, "general.file_type": 0}
+    assert {name: fields[name] for name in kept} == kept
     assert set(tensors) == {f"{name}.weight" for name in values}
-    layer = loaded.model.get_submodule("model.layers.0.mlp.up_proj")
-    delta = (layer.scaling * (layer.lora_A @ layer.lora_B).t()).detach().numpy()
+    delta = models.update_of(loaded.model.get_submodule("model.layers.0.mlp.up_proj")).numpy()
     np.testing.assert_allclose(tensors["blk.0.ffn_up.weight"], values["blk.0.ffn_up"] + delta, rtol=1e-5, atol=1e-6)
 
 
 def test_a_changed_head_is_untied_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:
     model, run = models.saved_run(tmp_path / "q", "qwen2", target_modules=["lm_head"])
     export_gguf(run, tmp_path / "m.gguf", kind="f32")
-    tensors = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
-    head = model.get_output_embeddings()
-    merged = (head.weight + head.scaling * (head.lora_A @ head.lora_B).t()).detach().numpy()
+    tensors, head = read(tmp_path / "m.gguf")[1], model.get_output_embeddings()
+    merged = (head.weight + models.update_of(head)).detach().numpy()
     np.testing.assert_allclose(tensors["output.weight"], merged, rtol=1e-5, atol=1e-6)
     assert not np.allclose(tensors["token_embd.weight"], merged)
     _, run = models.saved_run(tmp_path / "g", "gemma", target_modules=["lm_head"])

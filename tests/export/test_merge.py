@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,14 +54,19 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a family's base model, once."""
+    root = tmp_path_factory.mktemp("bases")
+    return functools.cache(lambda family: base_folder(root / family, family))
+
+
 @pytest.mark.parametrize("form", [*CAUSAL, *FORMS])
-def test_merged_logits_equal_the_unmerged_ones(form: str, tmp_path: Path) -> None:
+def test_merged_logits_equal_the_unmerged_ones(form: str, bases, tmp_path: Path) -> None:
     family, settings = FORMS.get(form, (form, {}))
-    base = base_folder(tmp_path / "base", family)
-    adapter = adapter_folder(base, tmp_path / "adapter", **settings)
+    adapter = adapter_folder(bases(family), tmp_path / "adapter", **settings)
     merge_run(adapter, tmp_path / "out")
-    assert off(logits(loaded(base)), logits(pair(base, adapter))) > 1e-4, "the adapter must do something"
-    assert_merged(base, adapter, tmp_path / "out")
+    assert_merged(bases(family), adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["head", "bias", "random", "last", "full", "input"])
@@ -75,39 +82,34 @@ def test_every_method_that_trains_the_models_own_parameters_merges(name: str, tm
             parameter.add_(torch.randn_like(parameter) * 0.1)
     method.after_step(model)
     method.save(model, tmp_path / "adapter", base_model=str(base))
-    result = merge_run(tmp_path / "adapter", tmp_path / "out")
-    assert result.same_base is True
-    theirs = logits(model)
-    again = loaded(base)
+    assert merge_run(tmp_path / "adapter", tmp_path / "out").same_base is True
+    theirs, again = logits(model), loaded(base)
+    assert off(logits(again), theirs) > 1e-3
     method_of_folder(tmp_path / "adapter", None).load(again, tmp_path / "adapter")
-    assert off(logits(loaded(base)), theirs) > 1e-3
-    assert off(logits(loaded(tmp_path / "out")), theirs) < 1e-5
-    assert off(logits(again), theirs) < 1e-5
+    for same in (loaded(tmp_path / "out"), again):
+        assert off(logits(same), theirs) < 1e-5
 
 
-def test_the_same_as_pefts_own_merge(tmp_path: Path) -> None:
+def test_the_same_as_pefts_own_merge(bases, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="compares with PEFT")
-    base = base_folder(tmp_path / "base", "gpt2")
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
-    theirs = peft.get_peft_model(loaded(base), settings)
+    theirs = peft.get_peft_model(loaded(bases("gpt2")), settings)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path / "adapter")
-    result = merge_run(tmp_path / "adapter", tmp_path / "out", MergeOptions(model=str(base)))
+    result = merge_run(tmp_path / "adapter", tmp_path / "out", MergeOptions(model=str(bases("gpt2"))))
     assert result.same_base is None  # PEFT's files do not say which weights they were trained on
-    ours = loaded(tmp_path / "out")
     expected = theirs.merge_and_unload(safe_merge=True).state_dict()
-    for name, weight in ours.state_dict().items():
+    for name, weight in loaded(tmp_path / "out").state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def llama(bases) -> tuple[Path, Path]:
     """A base model's folder and an adapter's."""
-    base = base_folder(tmp_path_factory.mktemp("llama") / "base")
-    return base, adapter_folder(base, base.parent / "adapter")
+    return bases("llama"), adapter_folder(bases("llama"), bases("llama").parent / "adapter")
 
 
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -137,17 +139,15 @@ def test_keep_leaves_types_and_untouched_tensors_as_they_are(tmp_path: Path) -> 
         assert torch.equal(tensor, before[name]) == ("q_proj" not in name), name
 
 
-def test_only_weights_that_differ_are_untied(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", "gpt2")
-    inner = adapter_folder(base, tmp_path / "inner", target_modules=["c_attn"])
-    assert merge_run(inner, tmp_path / "tied").untied == []
-    assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
-    assert config_of(tmp_path / "tied")["tie_word_embeddings"] is True
-    outer = adapter_folder(base, tmp_path / "outer", target_modules=["wte"])
-    result = merge_run(outer, tmp_path / "untied")
-    assert result.untied == ["lm_head.weight"] and "not any more" in " ".join(result.notes)
-    assert config_of(tmp_path / "untied")["tie_word_embeddings"] is False
-    assert torch.equal(tensors_of(tmp_path / "untied")["lm_head.weight"], tensors_of(base)["transformer.wte.weight"])
+@pytest.mark.parametrize(("target", "untied"), [("c_attn", []), ("wte", ["lm_head.weight"])])
+def test_only_weights_that_differ_are_untied(target: str, untied: list[str], bases, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = merge_run(adapter_folder(bases("gpt2"), tmp_path / "adapter", target_modules=[target]), out)
+    assert result.untied == untied and ("not any more" in " ".join(result.notes)) == bool(untied)
+    assert config_of(out)["tie_word_embeddings"] is (not untied)
+    assert [name for name in tensors_of(out) if name == "lm_head.weight"] == untied
+    for name in untied:
+        assert torch.equal(tensors_of(out)[name], tensors_of(bases("gpt2"))["transformer.wte.weight"])
 
 
 def test_names_without_the_base_models_prefix_are_kept(tmp_path: Path) -> None:
@@ -177,15 +177,22 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
 
 
 def test_tokenizer_template_and_terminators_come_along(tmp_path: Path) -> None:
-    base = text_base(tmp_path / "base")
+    base, out = text_base(tmp_path / "base"), tmp_path / "out"
     adapter = adapter_folder(base, tmp_path / "adapter")
     (adapter / "chat_template.jinja").write_text("own template")
-    merge_run(adapter, tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "own template"
-    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    merge_run(adapter, out)
+    assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (out / "chat_template.jinja").read_text() == "own template"
+    settings = json.loads((out / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [0, 2]  # the end of the document, and that of a turn
-    assert not list((tmp_path / "out").glob("adapter*"))
+    assert not list(out.glob("adapter*"))
+
+
+def refused(adapter: Path, what: str, **options: object) -> None:
+    """Merging is refused with these words, and leaves nothing behind."""
+    with pytest.raises(UserError, match=what):
+        merge_run(adapter, adapter.parent / "merged", MergeOptions(**options))
+    assert not (adapter.parent / "merged").exists() and not list(adapter.parent.glob(".merged*"))
 
 
 def test_another_base_model_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
@@ -195,9 +202,7 @@ def test_another_base_model_is_refused(llama: tuple[Path, Path], tmp_path: Path)
         for parameter in moved_base.parameters():
             parameter.mul_(1.5)
     moved_base.save_pretrained(other)
-    with pytest.raises(UserError, match="trained on other weights"):
-        merge_run(adapter, tmp_path / "out", MergeOptions(model=str(other)))
-    assert not (tmp_path / "out").exists()
+    refused(adapter, "trained on other weights", model=str(other))
     result = merge_run(adapter, tmp_path / "out", MergeOptions(model=str(other), other_base=True))
     assert result.same_base is False and any("as asked" in note for note in result.notes)
 
@@ -217,48 +222,37 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path) -> None:
     method = entry_of("prompt").load().from_run(None, train=None, tokenizer=None)
     method.prepare(model, seed=0)
     method.save(model, tmp_path / "prompt", base_model=str(base))
-    with pytest.raises(UserError, match="a soft prompt is no weight"):
-        merge_run(tmp_path / "prompt", tmp_path / "out")
-    activated = adapter_folder(
-        base, tmp_path / "activated", activation="completion", invocation_tokens=[5, 6], target_modules=["q_proj"]
-    )
-    with pytest.raises(UserError, match="only from its invocation sequence on"):
-        merge_run(activated, tmp_path / "out")
-    with pytest.raises(UserError, match="there is no adapter"):
-        merge_run(tmp_path, tmp_path / "out")
+    invoked = {"activation": "completion", "invocation_tokens": [5, 6], "target_modules": ["q_proj"]}
+    activated = adapter_folder(base, tmp_path / "activated", **invoked)
+    refused(tmp_path / "prompt", "a soft prompt is no weight")
+    refused(activated, "only from its invocation sequence on")
+    refused(tmp_path, "there is no adapter")
 
 
-def test_quantized_bases_and_unfitting_biases_are_refused_by_name(tmp_path: Path) -> None:
+def test_quantized_bases_and_unfitting_biases_are_refused_by_name(bases, tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     adapter = adapter_folder(base, tmp_path / "adapter")
     quantized = {**config_of(base), "quantization_config": {"quant_method": "gptq"}}
     (base / "config.json").write_text(json.dumps(quantized))
-    with pytest.raises(UserError, match="quantized \\(gptq\\)"):
-        merge_run(adapter, tmp_path / "out")
-    phi = base_folder(tmp_path / "phi", "qwen3")
-    without_place = adapter_folder(phi, tmp_path / "bias", lora_bias=True, target_modules=["up_proj"])
-    with pytest.raises(UserError, match=r"up_proj.bias', for which a Qwen3ForCausalLM has no place"):
-        merge_run(without_place, tmp_path / "out")
+    refused(adapter, "quantized \\(gptq\\)")
+    without_place = adapter_folder(bases("qwen3"), tmp_path / "bias", lora_bias=True, target_modules=["up_proj"])
+    refused(without_place, r"up_proj.bias', for which a Qwen3ForCausalLM has no place")
 
 
-def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    adapter = adapter_folder(base, tmp_path / "adapter", size=500.0, target_modules=["q_proj"])
-    with pytest.raises(UserError, match=r"q_proj.weight' holds numbers that are not finite"):
-        merge_run(adapter, tmp_path / "out", MergeOptions(precision="fp16"))
-    assert list(tmp_path.glob(".out*")) == [] and not (tmp_path / "out").exists()
+def test_fp16_refuses_what_it_cannot_hold(bases, tmp_path: Path) -> None:
+    adapter = adapter_folder(bases("llama"), tmp_path / "adapter", size=500.0, target_modules=["q_proj"])
+    refused(adapter, r"q_proj.weight' holds numbers that are not finite", precision="fp16")
 
 
 def test_a_classifier_becomes_one(tmp_path: Path) -> None:
-    base = text_base(tmp_path / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
+    base, classifier = text_base(tmp_path / "base"), AutoModelForSequenceClassification
+    model = classifier.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
     attach(model, LoRAConfig(rank=4, train_modules=["score"]), seed=0)
-    save_adapter(
-        moved(model), tmp_path / "adapter", base_model=str(base), metadata={"deltaw.classes": '["a", "b", "c"]'}
-    )
+    metadata = {"deltaw.classes": '["a", "b", "c"]'}
+    save_adapter(moved(model), tmp_path / "adapter", base_model=str(base), metadata=metadata)
     result = merge_run(tmp_path / "adapter", tmp_path / "out")
     assert result.same_base is True and result.dropped == ["lm_head.weight"]
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    merged = classifier.from_pretrained(tmp_path / "out").eval()
     assert merged.config.id2label == {0: "a", 1: "b", 2: "c"}
     with torch.no_grad():
         ours, theirs = (m(input_ids=TOKENS[:1]).logits for m in (merged, model))

@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaw.errors import UserError
 from deltaw.export.as_adapter import write_adapter
 from deltaw.export.base import MergeOptions
-from deltaw.export.combine import METHODS, Recipe, angles, dare, inner, norm, ties, trim, truncated
+from deltaw.export.combine import METHODS, Recipe, dare, ties, trim
 from deltaw.export.merge import merge_run
 from deltaw.lora import read_adapter
 from deltaw.lora.peft_updates import content_of
@@ -57,24 +57,21 @@ def merged_deltas(base: Path, out: Path) -> dict[str, Tensor]:
     return {name: delta for name, delta in found.items() if bool(delta.any())}
 
 
+def error_of(made: Tensor, exact: Tensor) -> float:
+    return float((made - exact).norm() / exact.norm())
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_reported_errors_are_those_of_the_explicit_difference(
-    method: str, two: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_reported_errors_are_those_of_the_explicit_difference(method, two, tmp_path):
     base, first, second = two
     result = merge_run(first, tmp_path / "out", options(second, method, rank=3 if method == "svd" else None))
     exact, made = weighted_sum(first, second), merged_deltas(base, tmp_path / "out")
-    assert made.keys() == exact.keys()
-    for name, delta in exact.items():
-        # The weights are stored in fp32, whose rounding of W + ΔW is in the difference too.
-        expected = float((made[name] - delta).norm() / delta.norm())
-        assert result.errors[f"{name}.weight"] == pytest.approx(expected, abs=1e-5)
-    flat_exact, flat_made = (torch.cat([deltas[name].flatten() for name in exact]) for deltas in (exact, made))
-    assert result.error == pytest.approx(float((flat_made - flat_exact).norm() / flat_exact.norm()), abs=1e-5)
-    if method in ("concat", "linear"):
-        assert result.error == pytest.approx(0.0, abs=1e-6)
-    else:
-        assert result.error > 0.01
+    # The weights are stored in fp32, whose rounding of W + ΔW is in the difference too.
+    expected = {f"{name}.weight": pytest.approx(error_of(made[name], exact[name]), abs=1e-5) for name in exact}
+    assert made.keys() == exact.keys() and result.errors == expected
+    flat_made, flat_exact = (torch.cat([deltas[name].flatten() for name in exact]) for deltas in (made, exact))
+    assert result.error == pytest.approx(error_of(flat_made, flat_exact), abs=1e-5)
+    assert result.error < 1e-6 if method in ("concat", "linear") else result.error > 0.01
 
 
 def test_svd_is_the_best_of_its_rank(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -82,8 +79,7 @@ def test_svd_is_the_best_of_its_rank(two: tuple[Path, Path, Path], tmp_path: Pat
     result = merge_run(first, tmp_path / "out", options(second, "svd", rank=3))
     for name, delta in weighted_sum(first, second).items():
         values = torch.linalg.svdvals(delta)
-        best = float(values[3:].square().sum().sqrt() / values.square().sum().sqrt())
-        assert result.errors[f"{name}.weight"] == pytest.approx(best, abs=1e-6)
+        assert result.errors[f"{name}.weight"] == pytest.approx(float(values[3:].norm() / values.norm()), abs=1e-6)
     made = merged_deltas(base, tmp_path / "out")["model.layers.0.self_attn.q_proj"]
     assert int((torch.linalg.svdvals(made) > 1e-4).sum()) == 3
 
@@ -140,9 +136,7 @@ def test_peft_loads_the_adapter_of_two(two: tuple[Path, Path, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])
-def test_full_rank_methods_as_adapter_are_cut_from_the_same_update(
-    method: str, two: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_full_rank_methods_as_adapter_are_cut_from_the_same_update(method, two, tmp_path):
     base, first, second = two
     merge_run(first, tmp_path / "model", options(second, method))
     write_adapter(first, tmp_path / "whole", options(second, method), rank=32)
@@ -154,68 +148,46 @@ def test_full_rank_methods_as_adapter_are_cut_from_the_same_update(
         cut = deltas(tmp_path / "narrow")[name]
         lost = torch.linalg.svdvals(whole)[2:].norm()
         assert float((cut - whole).norm()) == pytest.approx(float(lost), rel=1e-4)
-        error = float((cut - exact[name]).norm() / exact[name].norm())
-        assert narrow.errors[f"{name}.weight"] == pytest.approx(error, rel=1e-4)
+        assert narrow.errors[f"{name}.weight"] == pytest.approx(error_of(cut, exact[name]), rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rslora": True, "rank_pattern": {"v_proj": 6}}, {"lora_bias": True}])
-def test_a_lower_rank_loses_the_smallest_singular_values(settings: dict[str, object], tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", "gpt2" if "lora_bias" in settings else "llama")
+MIXED = {"rslora": True, "rank_pattern": {"v_proj": 6}}
+NORMS = {"train_modules": ["norm"], "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(("family", "settings"), [("llama", MIXED), ("gpt2", {"lora_bias": True}), ("llama", NORMS)])
+def test_a_lower_rank_loses_the_smallest_singular_values_and_nothing_beside_the_factors(family, settings, tmp_path):
+    base, small = base_folder(tmp_path / "base", family), tmp_path / "small"
     adapter = adapter_folder(base, tmp_path / "adapter", **settings)
-    result = write_adapter(adapter, tmp_path / "small", MergeOptions(), rank=2)
-    before, after = deltas(adapter), deltas(tmp_path / "small")
-    for name, delta in before.items():
+    result = write_adapter(adapter, small, MergeOptions(), rank=2)
+    after = deltas(small)
+    for name, delta in deltas(adapter).items():
         values = torch.linalg.svdvals(delta)
-        expected = float(values[2:].square().sum().sqrt())
+        expected = float(values[2:].norm())
         assert float((after[name] - delta).norm()) == pytest.approx(expected, rel=1e-4)
         assert result.errors[name] == pytest.approx(expected / float(values.norm()), rel=1e-4)
-    biases = [content_of(read_adapter(folder)).biases for folder in (adapter, tmp_path / "small")]
+    biases = [content_of(read_adapter(folder)).biases for folder in (adapter, small)]
     assert all(torch.allclose(biases[0][name], biases[1][name]) for name in biases[0])
-    assert read_adapter(tmp_path / "small").config.rank == 2
-
-
-def test_what_a_lower_rank_keeps_beside_the_factors(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    adapter = adapter_folder(base, tmp_path / "adapter", train_modules=["norm"], target_modules=["q_proj"], rank=4)
-    write_adapter(adapter, tmp_path / "small", MergeOptions(), rank=3)
-    before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "small"))
-    kept = [name for name in before if name.endswith("norm.weight")]
-    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
-    merge_run(tmp_path / "small", tmp_path / "out")
-    assert_merged(base, tmp_path / "small", tmp_path / "out")
-
-
-def test_factor_algebra_agrees_with_whole_matrices() -> None:
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((20, 4), (4, 9)))
-    other = (torch.randn(20, 3, generator=generator, dtype=torch.float64), right[:3])
-    delta, second = left @ right, other[0] @ other[1]
-    assert norm(left, right) == pytest.approx(float(delta.norm()))
-    assert inner((left, right), other) == pytest.approx(float((delta * second).sum()))
-    cut = truncated(left, right, 2)
-    values = torch.linalg.svdvals(delta)
-    torch.testing.assert_close(torch.cat([cut.kept, cut.discarded]), values[:4])
-    assert float((cut.left @ cut.right - delta).norm()) == pytest.approx(float(values[2:].norm()), rel=1e-4)
-    same = angles(left, left @ torch.randn(4, 4, generator=generator, dtype=torch.float64))
-    torch.testing.assert_close(same, torch.ones(4, dtype=torch.float64))
-    assert angles(torch.eye(6)[:, :2], torch.eye(6)[:, 2:5]).tolist() == [0.0, 0.0]
+    assert read_adapter(small).config.rank == 2
+    before, kept = (load_file(f / "adapter_model.safetensors") for f in (adapter, small))
+    norms = [name for name in before if name.endswith("norm.weight")]
+    assert bool(norms) == (settings is NORMS) and all(torch.equal(before[name], kept[name]) for name in norms)
+    merge_run(small, tmp_path / "out")
+    assert_merged(base, small, tmp_path / "out")
 
 
 def test_refusals(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, first, _second = two
-    out = tmp_path / "out"
+    base, first, _ = two
+    out, alone = tmp_path / "out", MergeOptions()
     dora = adapter_folder(base, tmp_path / "dora", dora=True)
+    merge_run(first, tmp_path / "linear", options(dora, "linear"))
     with pytest.raises(UserError, match="not changed by a low-rank update alone"):
         merge_run(first, out, options(dora, "concat"))
-    with pytest.raises(UserError, match="fits into no adapter"):
-        write_adapter(first, out, options(dora, "linear"), rank=None)
-    merge_run(first, tmp_path / "linear", options(dora, "linear"))
-    with pytest.raises(UserError, match="is an adapter already"):
-        write_adapter(first, out, MergeOptions(), rank=None)
-    with pytest.raises(UserError, match="is not lower"):
-        write_adapter(first, out, MergeOptions(), rank=4)
-    with pytest.raises(UserError, match="density"):
-        Recipe("ties", WEIGHTS, density=0.0)
-    with pytest.raises(UserError, match="no method 'magic'"):
-        Recipe("magic", WEIGHTS)
+    as_adapters = [(options(dora, "linear"), None, "fits into no adapter"), (alone, None, "is an adapter already")]
+    for given, rank, what in (*as_adapters, (alone, 4, "is not lower")):
+        with pytest.raises(UserError, match=what):
+            write_adapter(first, out, given, rank=rank)
+    for method, density, what in (("ties", 0.0, "density"), ("magic", 0.5, "no method 'magic'")):
+        with pytest.raises(UserError, match=what):
+            Recipe(method, WEIGHTS, density=density)
     assert not out.exists() and not list(tmp_path.glob(".out*"))

@@ -47,20 +47,17 @@ def test_a_folder_with_files_is_refused_and_replaced_only_when_asked(case: tuple
 @pytest.fixture(scope="module")
 def dead() -> int:
     """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
+    process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 
 
 def test_what_a_dead_process_left_is_removed_and_said(dead: int, tmp_path: Path) -> None:
-    left = tmp_path / f".out.partial-{dead}-abc"
-    left.mkdir()
+    left, other = tmp_path / f".out.partial-{dead}-abc", tmp_path / f".other.partial-{dead}-abc"
+    alive, said = tmp_path / f".out.partial-{os.getppid()}-abc", []
+    for folder in (left, other, alive):
+        folder.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / f".other.partial-{dead}-abc"
-    other.mkdir()
-    alive = tmp_path / f".out.partial-{os.getppid()}-abc"
-    alive.mkdir()
-    said: list[str] = []
     with appearing(tmp_path / "out", say=said.append) as folder:
         (folder / "whole").write_text("yes")
         assert not (tmp_path / "out").exists()
@@ -85,9 +82,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_room_is_refused_before_anything_is_written(
-    case: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_room_is_refused_before_anything_is_written(case, tmp_path, monkeypatch):
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(UserError, match="are free"):
         merge_run(case[1], tmp_path / "out")
@@ -97,57 +92,52 @@ def test_too_little_room_is_refused_before_anything_is_written(
 def test_damaged_and_hostile_weight_files_are_refused(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", max_shard_size="20KB")
     adapter = adapter_folder(base, tmp_path / "adapter")
-    index = base / "model.safetensors.index.json"
-    whole = index.read_text()
-    table = json.loads(whole)
-    name = next(iter(table["weight_map"]))
-    table["weight_map"][name] = "../secret.safetensors"
+    index, shard = base / "model.safetensors.index.json", next(iter(base.glob("model-*.safetensors")))
+    whole, weights = index.read_bytes(), shard.read_bytes()
+    name = next(iter(json.loads(whole)["weight_map"]))
     save_file({name: torch.zeros(1)}, tmp_path / "secret.safetensors")
-    index.write_text(json.dumps(table))
-    with pytest.raises(UserError, match="not in the model's folder"):
-        merge_run(adapter, tmp_path / "out")
-    index.write_text(whole)
-    shard = next(iter(base.glob("model-*.safetensors")))
-    for damaged in (shard.read_bytes()[:-10], b"\xff" * 16):
-        shard.write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged"):
+    elsewhere = json.dumps({**json.loads(whole), "weight_map": {name: "../secret.safetensors"}}).encode()
+    cases = [(index, elsewhere, "not in the model's folder"), (shard, weights[:-10], "damaged")]
+    for file, content, what in (*cases, (shard, b"\xff" * 16, "damaged")):
+        index.write_bytes(whole)
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=what):
             merge_run(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 _MEASURED = """
 import sys
-from deltaw.export.base import MergeOptions
 from deltaw.export.merge import merge_run
 from deltaw.machine.memory import peak_resident_bytes, resident_bytes
-tiny, adapter, out, size = sys.argv[1:]
+tiny, adapter, out = sys.argv[1:]
 merge_run(tiny, out + "-tiny")  # what is imported late is imported now
 before = resident_bytes()
 open("/proc/self/clear_refs", "w").write("5")
-merge_run(adapter, out, MergeOptions(shard_size=None if size == "same" else int(size)))
+merge_run(adapter, out)
 print(peak_resident_bytes() - before)
 """
+
+
+def printed(program: str, *arguments: object) -> list[str]:
+    """The lines that a program writes, in a process of one thread."""
+    environment, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [sys.executable, "-c", program]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
 def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(case: tuple[Path, Path], tmp_path: Path) -> None:
-    base = text_base(
-        tmp_path / "base", hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, max_position_embeddings=64
-    )
-    model = loaded(base)
-    model.save_pretrained(base, max_shard_size="70MB")
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "max_position_embeddings": 64}
+    base = text_base(tmp_path / "base", **wide)
+    loaded(base).save_pretrained(base, max_shard_size="70MB")
     (base / "model.safetensors").unlink()
     shards = [file.stat().st_size for file in base.glob("model-*.safetensors")]
-    assert len(shards) >= 10
     adapter = adapter_folder(base, tmp_path / "adapter", rank=8)
-    held = (adapter / "adapter_model.safetensors").stat().st_size
-    bound = max(shards) + held + 200e6
-    assert sum(shards) > 2 * bound, "else the whole model would fit into the bound"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _MEASURED, str(case[1]), str(adapter), str(tmp_path / "out"), "same"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    peak = int(done.stdout.splitlines()[-1])
+    bound = max(shards) + (adapter / "adapter_model.safetensors").stat().st_size + 200e6
+    assert len(shards) >= 10 and sum(shards) > 2 * bound, "else the whole model would fit into the bound"
+    peak = int(printed(_MEASURED, case[1], adapter, tmp_path / "out")[-1])
     assert peak < bound, f"{peak / 1e6:.0f} MB of {bound / 1e6:.0f} MB"
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == len(shards)
     # Sums over 4,096 products in ten layers.
@@ -185,21 +175,13 @@ for moment in range(20):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")
-def test_killed_at_any_moment_no_folder_is_there_that_loads_as_something_else(
-    case: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_no_folder_is_there_that_loads_as_something_else(case, tmp_path):
     base, adapter = case
     out = tmp_path / "out"
     merge_run(adapter, tmp_path / "whole")
-    expected = ",".join(sorted(path.name for path in (tmp_path / "whole").iterdir()))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _KILLED, str(adapter), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    seen = done.stdout.splitlines()
-    assert len(seen) == 20
+    seen = printed(_KILLED, adapter, out)
     # Between two renames the folder is not there at all, and then comes back; it is never there in part.
-    assert set(seen) <= {expected, ""}
-    said: list[str] = []
-    merge_run(adapter, out, MergeOptions(overwrite=True), say=said.append)
-    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert len(seen) == 20 and set(seen) <= {",".join(sorted(os.listdir(tmp_path / "whole"))), ""}
+    merge_run(adapter, out, MergeOptions(overwrite=True))
+    assert not list(tmp_path.glob(".*"))
     assert_merged(base, adapter, out)

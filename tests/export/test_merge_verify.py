@@ -70,11 +70,10 @@ def test_a_combination_is_verified_against_its_unrounded_sum(run: Path, tmp_path
     base = run.parent / "base"
     other = adapter_folder(base, tmp_path / "other", seed=3, size=0.05)
     options = MergeOptions(precision="bf16", others=(other,), recipe=Recipe("ties", (1.0, 0.5)))
+    before = torch.get_rng_state()
     found = merge_run(run, tmp_path / "out", options, verify=Verify()).verification
     assert isinstance(found, Verification) and found.passed and found.adapter is None
     assert found.merged.mean > 0
-    before = torch.get_rng_state()
-    assert merge_run(run, tmp_path / "again", options, verify=Verify()).verification == found
-    assert torch.equal(torch.get_rng_state(), before)  # the same rounding twice is the same bound
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(UserError):
         merge_run(run, tmp_path / "bad", options, verify=Spoiled(1.3))

@@ -24,9 +24,7 @@ DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}" + models.CHAT_ML
 )
 MESSAGES = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-    {"role": "user", "content": "three"},
+    {"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "two"), ("user", "three"))
 ]
 
 
@@ -34,14 +32,9 @@ def in_go(template: str, messages: list[dict[str, str]]) -> str:
     """What these use of Go's templates: range, fields, one if; and {{- cuts spaces before it."""
     found = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
     assert found is not None
-    text = ""
+    text, condition = "", r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}'
     for message in messages:
-        part = re.sub(
-            r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}',
-            lambda m, role=message["role"]: m[2] if role == m[1] else m[3],
-            found[1],
-            flags=re.S,
-        )
+        part = re.sub(condition, lambda m, role=message["role"]: m[2 if role == m[1] else 3], found[1], flags=re.S)
         text += part.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
     return text + found[2]
 

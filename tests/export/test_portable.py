@@ -26,22 +26,19 @@ def test_peft_reads_the_same_update(tmp_path: Path, family: str) -> None:
     model, run = models.saved_run(tmp_path, family, **settings)
     written = export_folder(run, tmp_path / "portable")
     assert written.facts["padded"] > 0 and written.facts["folded"] > 0
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "portable"
-    ).eval()
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(bare, tmp_path / "portable").eval()
     ids = torch.tensor(models.random_prompts(models.VOCABULARY, 4))
+    with torch.no_grad(), theirs.disable_adapter():
+        base = bare(input_ids=ids).logits
     with torch.no_grad():
         ours, found = model(input_ids=ids).logits, theirs(input_ids=ids).logits
-        bare = theirs.get_base_model()
-        with theirs.disable_adapter():
-            base = bare(input_ids=ids).logits
     assert float((ours - base).abs().max()) > 0.1
     torch.testing.assert_close(ours, found, rtol=1e-4, atol=1e-4)
     merged = theirs.merge_and_unload().state_dict()
     key = "model.layers.1.mlp.up_proj" if family == "llama" else "transformer.h.1.attn.c_attn"
     layer = model.get_submodule(key)
-    delta = (layer.lora_A @ layer.lora_B).detach() * layer.scaling
-    delta = delta if family == "gpt2" else delta.t()
+    delta = models.update_of(layer).t() if family == "gpt2" else models.update_of(layer)
     torch.testing.assert_close(merged[f"{key}.weight"], layer.weight + delta, rtol=1e-5, atol=1e-5)
 
 
@@ -57,20 +54,17 @@ def vllm_reads(folder: Path, longest_rank: int = 16) -> dict[str, dict[str, torc
     """What vLLM's documentation says that its loader checks and takes: the required settings, no DoRA, no
     whole modules, no bias, a rank up to its limit, names of A and B of modules it knows, one rank."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
-    assert not config["modules_to_save"] and not config["use_dora"]
-    assert config["bias"] == "none" and not config["lora_bias"]
-    assert config["r"] <= longest_rank and isinstance(config["lora_alpha"], int)
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert config["target_modules"] and config["r"] <= longest_rank and isinstance(config["lora_alpha"], int)
+    unknown = ("modules_to_save", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "use_rslora")
+    assert config["bias"] == "none" and not any(config[name] for name in unknown)
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         assert parts is not None and parts[1].rpartition(".")[2] in known
         assert tensor.shape[0 if parts[2] == "A" else 1] == config["r"]
-        found.setdefault(parts[1], {})[parts[2]] = tensor * (
-            config["lora_alpha"] / config["r"] if parts[2] == "B" else 1
-        )
+        scale = config["lora_alpha"] / config["r"] if parts[2] == "B" else 1
+        found.setdefault(parts[1], {})[parts[2]] = tensor * scale
     return found
 
 
@@ -80,8 +74,7 @@ def test_vllm_finds_what_its_loader_takes(tmp_path: Path) -> None:
     found = vllm_reads(tmp_path / "out")
     assert len(found) == 14
     for name, pair in found.items():
-        layer = model.get_submodule(name)
-        expected = (layer.scaling * (layer.lora_A @ layer.lora_B).t()).detach()
+        expected = models.update_of(model.get_submodule(name))
         torch.testing.assert_close(pair["B"] @ pair["A"], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,9 +100,7 @@ INVOKED = {"activation": "completion", "invocation_tokens": [5]}
         ("mlx", "gpt2", {}, "'gpt2' models"),
     ],
 )
-def test_what_a_reader_would_lose_is_refused_by_name(
-    tmp_path: Path, format_name: str, family: str, settings: dict[str, object], what: str
-) -> None:
+def test_what_a_reader_would_lose_is_refused_by_name(tmp_path, format_name, family, settings, what):
     _, run = models.saved_run(tmp_path, family, **settings)
     with pytest.raises(UserError, match=what):
         export(run, format_name, tmp_path / "out")
@@ -117,14 +108,12 @@ def test_what_a_reader_would_lose_is_refused_by_name(
 
 
 def test_peft_keeps_embeddings_and_invocation_tokens(tmp_path: Path) -> None:
-    _, run = models.saved_run(tmp_path / "e", "llama", target_modules=["q_proj", "embed_tokens"])
-    export_folder(run, tmp_path / "e" / "out")
-    names = load_file(tmp_path / "e" / "out" / "adapter_model.safetensors")
+    for name, settings in (("embedding", EMBEDDING), ("invoked", INVOKED)):
+        export_folder(models.saved_run(tmp_path / name, "llama", **settings)[1], tmp_path / name / "out")
+    names = load_file(tmp_path / "embedding" / "out" / "adapter_model.safetensors")
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in names
-    _, run = models.saved_run(tmp_path / "a", "llama", activation="completion", invocation_tokens=[5, 6])
-    export_folder(run, tmp_path / "a" / "out")
-    config = json.loads((tmp_path / "a" / "out" / "adapter_config.json").read_text())
-    assert config["alora_invocation_tokens"] == [5, 6]
+    config = json.loads((tmp_path / "invoked" / "out" / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == [5]
 
 
 def test_mlx_adapts_the_named_modules_of_the_last_layers(tmp_path: Path) -> None:
@@ -133,15 +122,14 @@ def test_mlx_adapts_the_named_modules_of_the_last_layers(tmp_path: Path) -> None
     export_folder(run, tmp_path / "out", "mlx")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     settings = config["lora_parameters"]
-    assert config["fine_tune_type"] == "lora" and config["num_layers"] == 1
-    assert settings["rank"] == 8 and settings["dropout"] == 0.0
-    assert "self_attn.q_proj" in settings["keys"] and "mlp.down_proj" in settings["keys"]
+    assert (config["fine_tune_type"], config["num_layers"]) == ("lora", 1)
+    assert (settings["rank"], settings["dropout"]) == (8, 0.0)
+    assert {"self_attn.q_proj", "mlp.down_proj"} <= set(settings["keys"])
     tensors = load_file(tmp_path / "out" / "adapters.safetensors")
     assert len(tensors) == 14
     for key in settings["keys"]:
         name = f"model.layers.1.{key}"
-        layer = model.get_submodule(name)
+        expected = models.update_of(model.get_submodule(name)).t()
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         assert a.shape[1] == b.shape[0] == 8
-        expected = (layer.scaling * layer.lora_A @ layer.lora_B).detach()
         torch.testing.assert_close(settings["scale"] * a @ b, expected, rtol=1e-5, atol=1e-6)

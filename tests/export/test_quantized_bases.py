@@ -17,12 +17,13 @@ from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4, round_to_nf4
 from deltaw.serving.opening import open_engine
 from deltaw.training.origin import InferenceSession, open_run
-from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.byte_models import saved, tiny_llama
 from tests.cli.conftest import call  # noqa: F401
+from tests.conftest import write_rows
 from tests.export import llama_cpp
 from tests.hub.test_gguf import write_gguf
 
-TEXT = "paint it red "
+TOKENS = torch.arange(3, 40)[None]
 # Logits of bf16 arithmetic, over the layers of a tiny model.
 BF16 = 3e-2
 
@@ -32,18 +33,15 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     """By precision, what a run trains on: a .gguf file, and a folder whose rows are whole blocks of NF4."""
     root = tmp_path_factory.mktemp("bases")
     write_gguf(root / "tiny.Q8_0.gguf", spread=0.3)
-    tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.1).save_pretrained(root / "wide")
-    byte_tokenizer().save_pretrained(root / "wide")
+    saved(tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.1), root / "wide")
     return {"gguf": root / "tiny.Q8_0.gguf", "nf4": root / "wide"}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    colors = ("red", "green", "blue", "yellow", "black")
-    lines = [{"prompt": f"paint it {c} {n}", "completion": f"{c} {c} it is"} for n in range(4) for c in colors]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    colors, path = ("red", "green", "blue", "yellow", "black"), tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    made = ({"prompt": f"paint it {c} {n}", "completion": f"{c} {c} it is"} for n in range(4) for c in colors)
+    return write_rows(path, made)
 
 
 @pytest.fixture(scope="module", params=["gguf", "nf4"])
@@ -71,7 +69,7 @@ def session_of(run: Path, precision: str = "auto") -> InferenceSession:
     return open_run(str(run), precision=precision, device="cpu", say=lambda line: None)
 
 
-def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=tokens).logits.float()
 
@@ -81,22 +79,21 @@ def off(ours: torch.Tensor, own: torch.Tensor) -> float:
 
 
 def test_a_run_over_blocks_is_used_and_merged_on_the_command_line(run, precision, call, tmp_path):  # noqa: F811
-    written = call("generate", run, "--prompt", TEXT, "--json", "--max-new-tokens", 6)
-    assert written.status == 0 and "transformers decodes" not in written.err, written.err
-    scored = call("eval", run, "--answers", 2, "--json", "--no-drift")
-    assert scored.status == 0 and "transformers decodes" not in scored.err, scored.err
-
+    for command in (
+        ("generate", run, "--prompt", "paint it red ", "--max-new-tokens", 6),
+        ("eval", run, "--answers", 2, "--no-drift"),
+    ):
+        used = call(*command, "--json")
+        assert used.status == 0 and "transformers decodes" not in used.err, used.err
     done = call("merge", run, "--output", tmp_path / "merged", "--json")
     assert done.status == 0, done.err
     answer = json.loads(done.out)
-    said = " ".join(answer["notes"])
-    found = answer["verification"]
+    said, found = " ".join(answer["notes"]), answer["verification"]
     assert answer["same_base"] is True and found["passed"] and found["adapter"]["mean"] > 0
-    tokens = torch.arange(3, 40)[None]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     plain = session_of(run, "fp32")
     # The weights were rounded to bf16 when they were written; of tiny models, 2⁻⁹ of each.
-    assert off(logits_of(merged, tokens), logits_of(plain.model, tokens)) < BF16
+    assert off(logits_of(merged), logits_of(plain.model)) < BF16
     if precision == "gguf":
         assert "into these blocks' values" in said and found["nf4"] is None
         assert "over NF4" not in done.err
@@ -104,9 +101,9 @@ def test_a_run_over_blocks_is_used_and_merged_on_the_command_line(run, precision
         assert "as they are in the base model's files" in said
         assert "apart from merging, the adapter was trained over NF4" in done.err
         assert round_to_nf4(plain.model.base_model) == 14
-        rounded = logits_of(plain.model, tokens)
-        assert off(rounded, logits_of(session_of(run).model, tokens)) < BF16  # what was trained
-        assert off(rounded, logits_of(merged, tokens)) > 2 * BF16  # is not what it is merged into
+        rounded = logits_of(plain.model)
+        assert off(rounded, logits_of(session_of(run).model)) < BF16  # what was trained
+        assert off(rounded, logits_of(merged)) > 2 * BF16  # is not what it is merged into
         assert found["nf4"]["mean"] > 5 * found["merged"]["mean"]
 
 
@@ -122,15 +119,14 @@ def test_pefts_adapter_loads_over_the_dequantized_model(run, precision, bases, c
                 plain.weight.data = module.plain_weight()
                 base.set_submodule(name, plain)
     base = base.float().eval()
-    tokens = torch.arange(3, 40)[None]
-    bare = logits_of(base, tokens)
-    theirs = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval(), tokens)
+    bare = logits_of(base)
+    theirs = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval())
     ours = session_of(run, "bf16")  # as which blocks' values are trained with
     ours.model.float()
     if precision == "nf4":
         round_to_nf4(ours.model.base_model)
-    assert off(logits_of(ours.model, tokens), theirs) < 1e-5
-    assert off(logits_of(session_of(run).model, tokens), theirs) < BF16 < off(bare, theirs)
+    assert off(logits_of(ours.model), theirs) < 1e-5
+    assert off(logits_of(session_of(run).model), theirs) < BF16 < off(bare, theirs)
 
 
 def test_llama_cpp_reads_the_adapter_beside_the_same_file(run, precision, bases, call, tmp_path):  # noqa: F811
@@ -144,14 +140,17 @@ def test_llama_cpp_reads_the_adapter_beside_the_same_file(run, precision, bases,
     colors = ("red", "blue", "black", "green")
     contexts = [tokenizer(f"paint it {c} {n}")["input_ids"] for c in colors for n in range(4)]
     theirs = llama_cpp.greedy(bases["gguf"], contexts, 1, tmp_path / "adapter.gguf")
-    own = [logits_of(session.model, torch.tensor([c]))[0, -1, llama_cpp.SPECIAL :] for c in contexts]
-    with session.base():
-        bare = [logits_of(session.model, torch.tensor([c]))[0, -1, llama_cpp.SPECIAL :] for c in contexts]
-    chosen = [answer[0] - llama_cpp.SPECIAL for answer in theirs]
+
+    def largest_gap() -> float:
+        """By how much the likeliest token is likelier here than theirs, in units of the logits' spread."""
+        own = [logits_of(session.model, torch.tensor([c]))[0, -1, llama_cpp.SPECIAL :] for c in contexts]
+        chosen = [answer[0] - llama_cpp.SPECIAL for answer in theirs]
+        return max(float((o.max() - o[c]) / o.std()) for o, c in zip(own, chosen, strict=True))
+
     # llama.cpp rounds activations to 8 bits, so it may take another token that is nearly as likely.
-    gaps = [float((o.max() - o[c]) / o.std()) for o, c in zip(own, chosen, strict=True)]
-    assert max(gaps) < 0.1, gaps
-    assert max(float((o.max() - o[c]) / o.std()) for o, c in zip(bare, chosen, strict=True)) > 0.5
+    assert largest_gap() < 0.1
+    with session.base():
+        assert largest_gap() > 0.5
 
 
 def test_an_engine_over_a_run_keeps_its_blocks(run, precision):

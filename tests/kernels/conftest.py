@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis.strategies import SearchStrategy
 
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import Arithmetic, default_of, offered
@@ -43,21 +46,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     which = getattr(metafunc.module, "VARIANTS", "each")
     if "computing" not in metafunc.fixturenames or which == "none":
         return
-    own, *others = ways()
-    made: list[object] = [pytest.param(own, id=f"{own.kernels}-{own.bf16}")]
-    for way in others:
-        quick = way.kernels == "avx2" or (which == "all" and way.kernels == own.kernels)
-        marks = () if quick else pytest.mark.slow
-        made.append(pytest.param(way, id=f"{way.kernels}-{way.bf16}", marks=marks))
+    own, made = ways()[0], []
+    for way in ways():
+        quick = way == own or way.kernels == "avx2" or (which == "all" and way.kernels == own.kernels)
+        made.append(pytest.param(way, id=f"{way.kernels}-{way.bf16}", marks=() if quick else pytest.mark.slow))
     metafunc.parametrize("computing", made, indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def computing(request: pytest.FixtureRequest):
-    """Runs a test with one way to multiply; afterwards the process computes as before."""
-    way = getattr(request, "param", None)
+    """Runs a test with one way to multiply; afterwards the process computes as before, on as many threads."""
+    way, before = getattr(request, "param", None), torch.get_num_threads()
     with loader.computing(way):
         yield way
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "reference"])
@@ -80,8 +82,27 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
+def examples(*strategies: SearchStrategy, count: int = 25) -> Callable[[Callable], Callable]:
+    """Runs a test with so many examples of what is drawn."""
+
+    def run(test: Callable) -> Callable:
+        return settings(max_examples=count, deadline=None)(given(*strategies)(test))
+
+    return run
+
+
+def same_bits(one: Iterable[torch.Tensor], *others: Iterable[torch.Tensor]) -> bool:
+    """Whether the tensors of each of the others are those of the first, to the bit."""
+    return all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
+
+
+@torch.no_grad()
+def off(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """How far off in the norm, of the norm of what is exact."""
+    return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
+
+
 def close(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
     """Near in the norm, as far as numbers of ``dtype`` can be."""
     assert ours.shape == exact.shape
-    error = (ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)
-    assert error < TOLERANCE[dtype], f"off by {error:.1e}"
+    assert off(ours, exact) < TOLERANCE[dtype], f"off by {off(ours, exact):.1e}"

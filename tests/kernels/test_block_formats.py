@@ -18,6 +18,8 @@ from deltaw.kernels.block_linear import (
     rows_of,
 )
 
+VARIANTS = "none"
+
 GGUF_FORMATS = [name for name in FORMATS if name != "NF4"]
 # Where in a block its fp16 numbers stand.
 SCALES_AT = dict.fromkeys(GGUF_FORMATS, (0,)) | dict.fromkeys(("Q4_1", "Q4_K", "Q5_K"), (0, 2))
@@ -40,22 +42,14 @@ def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> BlockWei
 
 @pytest.mark.parametrize("name", GGUF_FORMATS)
 def test_values_are_those_of_the_format(name: str) -> None:
+
     quants = pytest.importorskip("gguf.quants", reason="the format's own description is not installed")
-    gguf = pytest.importorskip("gguf", reason="the format's own description is not installed")
     weight = random_blocks(name, 5, 512)
-    expected = quants.dequantize(weight.data.numpy(), gguf.GGMLQuantizationType[name])
+    expected = quants.dequantize(weight.data.numpy(), quants.GGMLQuantizationType[name])
     found = reference_dequantize(weight, torch.float32)
     assert np.array_equal(found.numpy(), expected)
     assert found.shape == weight.shape == (5, 512)
     assert found.std() > 0
-
-
-@pytest.mark.parametrize("name", list(FORMATS))
-def test_a_range_of_rows_is_that_part(name: str) -> None:
-    weight = random_blocks(name, 6, 256)
-    whole = weight.dequantized(torch.float32)
-    assert torch.equal(weight.dequantized(torch.float32, 2, 5), whole[2:5])
-    assert torch.equal(weight.dequantized(torch.bfloat16, 1), whole[1:].bfloat16())
 
 
 def test_rows_in_another_order_keep_their_values() -> None:
@@ -69,17 +63,14 @@ def test_nf4_rounds_to_the_nearest_of_its_values() -> None:
     weight = torch.randn(300, 192, generator=torch.Generator().manual_seed(1)) * 0.05
     found = quantize_nf4(weight)
     scales = weight.view(-1, 64).abs().amax(1)
-    plain = scales[:, None] * _nearest(weight.view(-1, 64) / scales[:, None], nf4_values())
-    values = found.dequantized(torch.float32)
+    steps = (weight.view(-1, 64) / scales[:, None])[..., None] - nf4_values()
+    plain = scales[:, None] * nf4_values()[steps.abs().argmin(-1)]
+    values = found.dequantized(torch.float32).view(-1, 64)
     # Scales in 8 bits are off by at most half of the codes' largest distance, 0.0141 of a group's largest.
     spread = (scales - scales.mean()).abs().max()
-    assert (values.view(-1, 64) - plain).abs().max() <= 0.0141 / 2 * spread * 1.001
-    assert not torch.equal(values.view(-1, 64), plain)
+    assert 0 < (values - plain).abs().max() <= 0.0141 / 2 * spread * 1.001
+    assert not quantize_nf4(torch.zeros(2, 64)).dequantized(torch.float32).any()
     assert found.group_scale is not None and len(found.group_scale) == -(-300 * 3 // NF4_GROUP)
-
-
-def _nearest(numbers: Tensor, values: Tensor) -> Tensor:
-    return values[(numbers[..., None] - values).abs().argmin(-1)]
 
 
 def test_the_codes_of_scales_are_256_that_ascend() -> None:
@@ -89,17 +80,16 @@ def test_the_codes_of_scales_are_256_that_ascend() -> None:
     assert torch.equal(codes[:127], -codes[128:255].flip(0))
 
 
-def test_a_matrix_of_zeros_stays_zero_in_nf4() -> None:
-    assert not quantize_nf4(torch.zeros(2, 64)).dequantized(torch.float32).any()
+BYTES = torch.zeros(2, 20, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("data", "name", "columns", "said"),
     [
-        (torch.zeros(2, 18, dtype=torch.uint8), "Q9", 32, "no block format"),
-        (torch.zeros(2, 18, dtype=torch.uint8), "Q4_0", 33, "whole number"),
-        (torch.zeros(2, 20, dtype=torch.uint8), "Q4_0", 32, "blocks are"),
-        (torch.zeros(2, 18), "Q4_0", 32, "blocks are"),
+        (BYTES[:, :18], "Q9", 32, "no block format"),
+        (BYTES[:, :18], "Q4_0", 33, "whole number"),
+        (BYTES, "Q4_0", 32, "blocks are"),
+        (BYTES[:, :18].float(), "Q4_0", 32, "blocks are"),
         (torch.zeros(2, 32, dtype=torch.uint8), "NF4", 64, "NF4's scales"),
     ],
 )

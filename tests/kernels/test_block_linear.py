@@ -14,12 +14,11 @@ from deltaw.kernels.block_linear import FORMATS, BlockWeight, quantize_nf4, refe
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.linear import Product, linear, linear_backward
 from deltaw.kernels.rows import HalfNorms, Norm
-from tests.kernels.conftest import TOLERANCE, compiled_only
+from tests.kernels.conftest import close, compiled_only, same_bits
 from tests.kernels.test_block_formats import random_blocks
+from tests.kernels.test_linear import DTYPES, inputs, numbers
 
 VARIANTS = "all"
-
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 def columns_of(name: str, blocks: int) -> int:
@@ -27,18 +26,18 @@ def columns_of(name: str, blocks: int) -> int:
     return FORMATS[name].block * blocks * (5 if FORMATS[name].block < 256 else 1)
 
 
-def near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return float((found.double() - expected).norm()) <= tolerance * float(expected.norm())
-
-
 def values(weight: BlockWeight) -> Tensor:
     """What W is, in fp64."""
     return reference_dequantize(weight, torch.float32).bfloat16().double()
 
 
-@compiled_only
+def as_plain(weight: BlockWeight, *factors: Tensor | float) -> Product:
+    """A product with the same numbers in plain bf16."""
+    return Product(values(weight).bfloat16(), True, None, None, None, *factors)
+
+
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_compiled_values_are_the_formats(name: str) -> None:
+def test_values_are_the_formats(kernels: str, name: str) -> None:
     weight = random_blocks(name, 7, columns_of(name, 2))
     whole = reference_dequantize(weight, torch.float32)
     assert torch.equal(weight.dequantized(torch.float32), whole)
@@ -55,24 +54,18 @@ def test_products_are_those_of_the_values(kernels: str, name: str, dtype: torch.
     # Rows that fill no panel, more groups than go by at a time, and an update.
     for rows, out, blocks in ((3, 38, 1), (29, 70, 6)):
         weight = random_blocks(name, out, columns_of(name, blocks))
-        made = torch.Generator().manual_seed(rows)
-        x, grad, bias, added = (
-            torch.randn(*shape, generator=made).to(dtype)
-            for shape in ((rows, weight.columns), (rows, out), (out,), (rows, out))
-        )
-        A = torch.randn(weight.columns, 4, generator=made).to(dtype).float() / weight.columns**0.5
-        B = (torch.randn(4, out, generator=made) * 0.1).to(dtype).float()
-        wide = values(weight)
+        t, wide = inputs(rows, weight.columns, out, 4, dtype), values(weight)
+        x, grad, bias, added, A, B = (t[name] for name in ("x", "grad", "bias", "added", "lora_A", "lora_B"))
+        A, B = A / weight.columns**0.5, B * 0.1
         y, h = linear(x, Product.of_blocks(weight, bias, A, B, 0.5), added)
-        expected = x.double() @ wide.t() + bias + 0.5 * h.double() @ B.double() + added
-        assert near(h, x.double() @ A.double(), TOLERANCE[dtype])
-        assert near(y, expected, TOLERANCE[dtype])
         of = Product.of_blocks(weight, None, A, B, 0.5)
         dx, narrow = linear_backward(grad, of, x)
-        assert near(narrow, 0.5 * grad.double() @ B.double().t(), TOLERANCE[dtype])
-        assert near(dx, grad.double() @ wide + narrow.double() @ A.double().t() + x, TOLERANCE[dtype])
         alone, _ = linear(x, Product.of_blocks(weight))
-        assert near(alone, x.double() @ wide.t(), TOLERANCE[dtype])
+        close(h, x.double() @ A.double(), dtype)
+        close(y, x.double() @ wide.t() + bias + 0.5 * h.double() @ B.double() + added, dtype)
+        close(narrow, 0.5 * grad.double() @ B.double().t(), dtype)
+        close(dx, grad.double() @ wide + narrow.double() @ A.double().t() + x, dtype)
+        close(alone, x.double() @ wide.t(), dtype)
         nothing, again = linear_backward(grad, of, need_x=False)
         assert nothing.numel() == 0 and torch.equal(again, narrow)
 
@@ -80,33 +73,25 @@ def test_products_are_those_of_the_values(kernels: str, name: str, dtype: torch.
 @compiled_only
 def test_threads_and_many_rows_give_the_same() -> None:
     """Rows shared out among threads, or columns, or neither."""
-    weight, threads = random_blocks("Q5_K", 64, 768), torch.get_num_threads()
-    x = torch.randn(900, 768, generator=torch.Generator().manual_seed(4)).bfloat16()
-    try:
-        found = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            y, _ = linear(x, Product.of_blocks(weight))
-            dx, _ = linear_backward(y, Product.of_blocks(weight))
-            few, _ = linear(x[:50], Product.of_blocks(weight))
-            assert torch.equal(few, y[:50])
-            found.append((y, dx))
-    finally:
-        torch.set_num_threads(threads)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    of, x, found = Product.of_blocks(random_blocks("Q5_K", 64, 768)), numbers(900, 768).bfloat16(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y, _ = linear(x, of)
+        dx, _ = linear_backward(y, of)
+        assert torch.equal(linear(x[:50], of)[0], y[:50])
+        found.append((y, dx))
+    assert same_bits(*found)
 
 
 @compiled_only
 def test_products_round_as_those_of_plain_bf16() -> None:
     """The same panels give the same bits."""
-    weight = quantize_nf4(torch.randn(48, 192, generator=torch.Generator().manual_seed(5)))
+    weight = quantize_nf4(numbers(48, 192).float())
     if not loader.multiplies(loader.number(torch.bfloat16)):
         pytest.skip("torch multiplies bf16 here")
-    x, plain = torch.randn(20, 192).bfloat16(), values(weight).bfloat16()
-    assert torch.equal(linear(x, Product.of_blocks(weight))[0], linear(x, Product(plain))[0])
-    grad = torch.randn(20, 48).bfloat16()
-    assert torch.equal(linear_backward(grad, Product.of_blocks(weight))[0], linear_backward(grad, Product(plain))[0])
+    x, grad = numbers(20, 192).bfloat16(), numbers(20, 48).bfloat16()
+    both = (Product.of_blocks(weight), as_plain(weight))
+    assert same_bits(*((linear(x, of)[0], linear_backward(grad, of)[0]) for of in both))
 
 
 def test_operators_are_seen_by_what_observes_torch() -> None:
@@ -125,13 +110,17 @@ def test_operators_are_seen_by_what_observes_torch() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    weight = random_blocks("Q4_0", 6, 64)
+    weight, A = random_blocks("Q4_0", 6, 64), torch.ones(64, 2)
     with pytest.raises(ValueError, match="left side"):
         linear(torch.ones(2, 32), Product.of_blocks(weight))
     with pytest.raises(ValueError, match="two factors"):
-        linear(torch.ones(2, 64), Product.of_blocks(weight, None, torch.ones(64, 2)))
+        linear(torch.ones(2, 64), Product.of_blocks(weight, None, A))
     with pytest.raises(ValueError, match="factor"):
-        linear_backward(torch.ones(2, 6), Product.of_blocks(weight, None, torch.ones(64, 2), torch.ones(3, 6)))
+        linear_backward(torch.ones(2, 6), Product.of_blocks(weight, None, A, torch.ones(3, 6)))
+
+
+SIZES = {"query": (64, 64), "key": (64, 32), "value": (64, 32), "output": (64, 64)}
+SIZES |= {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
 
 
 @compiled_only
@@ -140,51 +129,24 @@ def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
     """One call of a block with layers in blocks, and with the same numbers in plain bf16."""
     if not loader.multiplies(loader.number(torch.bfloat16)):
         pytest.skip("torch multiplies bf16 here")
-    made = torch.Generator().manual_seed(6)
-    sizes = {"query": (64, 64), "key": (64, 32), "value": (64, 32), "output": (64, 64)}
-    sizes |= {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
-    weights = {part: random_blocks(name, out, inputs, len(part)) for part, (inputs, out) in sizes.items()}
-    factors = {
-        part: (torch.randn(inputs, 4, generator=made) / 8, torch.randn(4, out, generator=made))
-        for part, (inputs, out) in sizes.items()
-    }
-    norms = HalfNorms(Norm(torch.ones(64).bfloat16()))
-
-    def halves(stored: bool) -> tuple[SimpleNamespace, SimpleNamespace]:
-        layers = {
-            part: SimpleNamespace(
-                product=Product.of_blocks(weight, None, *factors[part], 0.5)
-                if stored
-                else Product(values(weight).bfloat16(), True, None, None, None, *factors[part], 0.5)
-            )
-            for part, weight in weights.items()
-        }
-        attention = SimpleNamespace(
-            norms=norms,
-            inputs=[layers["query"], layers["key"], layers["value"]],
-            output=layers["output"],
-            heads=4,
-            key_heads=2,
-            head_size=16,
-            grouped=False,
-            query_norm=None,
-            key_norm=None,
-            how={"scaling": 0.25},
-        )
-        mlp = SimpleNamespace(
-            norms=norms, inputs=[layers["gate"], layers["up"]], output=layers["down"], gated=True, kind="silu"
-        )
-        return attention, mlp
-
-    x, segments = torch.randn(20, 64, generator=made).bfloat16(), Layout.of_lengths([12, 8]).segments()
-    found = []
+    x, segments, found = numbers(20, 64).bfloat16(), Layout.of_lengths([12, 8]).segments(), []
     for stored in (True, False):
-        attention, mlp = halves(stored)
+        layers = {}
+        for part, (inner, out) in SIZES.items():
+            weight = random_blocks(name, out, inner, len(part))
+            factors = numbers(inner, 4).float() / 8, numbers(4, out).float(), 0.5
+            of = Product.of_blocks(weight, None, *factors) if stored else as_plain(weight, *factors)
+            layers[part] = SimpleNamespace(product=of)
+        query, key, value, output, gate, up, down = layers.values()
+        own = {"heads": 4, "key_heads": 2, "head_size": 16, "grouped": False, "query_norm": None, "key_norm": None}
+        norms = HalfNorms(Norm(torch.ones(64).bfloat16()))
+        own |= {"norms": norms, "inputs": [query, key, value], "output": output, "how": {"scaling": 0.25}}
+        attention = SimpleNamespace(**own)
+        mlp = SimpleNamespace(norms=norms, inputs=[gate, up], output=down, gated=True, kind="silu")
         assert serves(x, attention, mlp, False)
         block = Block(attention, mlp, dtype=torch.bfloat16, parallel=False, turned=0)
         y, saved = block.forward(x, segments, None, None)
         dx, of_factors = block.backward(y, x, saved, segments, None, None, None, True, True)
         assert dx is not None
         found.append([y, dx, *of_factors])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    assert same_bits(*found)

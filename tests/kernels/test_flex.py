@@ -8,14 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.kernels import attention
 from deltaw.kernels import attention as flex
 from deltaw.kernels.attention import packed_attention, packed_attention_reference
 from deltaw.kernels.layout import Layout
-from tests.kernels.test_attention import random_inputs, trees
+from tests.kernels.conftest import examples, off
+from tests.kernels.test_attention import assert_as_the_reference, gradients, random_inputs, trees
 
 VARIANTS = "none"
 
@@ -40,56 +39,30 @@ def _derivative_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_TRIALS", {})
 
 
-def gradients(function, inputs, layout, **how):
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out = function(*leaves, layout, **how)
-    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad(out, leaves, slope.to(out))]
-
-
 @pytest.mark.each_value
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("window", [None, 11])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_uncompiled_form_equals_the_reference_in_float64(tree, window, softcap):
     layout = Layout.of_lengths(*TREES[tree])
-    inputs = random_inputs(layout, heads=4, key_heads=2, size=8)
-    how = {**HOW, "window": window, "softcap": softcap}
-    ours = gradients(flex.tree_attention, inputs, layout, compiled=False, **how)
-    expected = gradients(packed_attention_reference, inputs, layout, **how)
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    # Heads that share keys; and some that share none, with values of another size.
+    sizes = {"heads": 3, "key_heads": 3, "value_size": 6} if tree == "a shared prompt" else {}
+    how = {**HOW, "window": window, "softcap": softcap, "compiled": False}
+    assert_as_the_reference(flex.tree_attention, random_inputs(layout, **sizes), layout, 1e-10, **how)
 
 
-def test_heads_that_share_no_keys_and_values_of_another_size():
-    layout = Layout.of_lengths(*TREES["a shared prompt"])
-    query, key, _ = random_inputs(layout, heads=3, key_heads=3, size=8)
-    value = random_inputs(layout, heads=3, key_heads=3, size=6, seed=1)[2]
-    ours = gradients(flex.tree_attention, (query, key, value), layout, compiled=False, **HOW)
-    expected = gradients(packed_attention_reference, (query, key, value), layout, **HOW)
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-
-
-@settings(max_examples=40, deadline=None)
-@given(trees(), st.sampled_from([None, 1, 5, 40]), st.sampled_from([16, 128]))
-def test_counted_pairs_are_those_that_are_visible(layout, window, block):
+@examples(trees(), st.sampled_from([None, 1, 5, 40]), st.sampled_from([16, 128]), st.sampled_from([37, 1024]), count=40)
+def test_counted_pairs_are_those_that_are_visible(layout, window, block, at_once):
     count = -(-layout.length // block)
     visible = np.zeros((count * block, count * block), np.int64)
     visible[: layout.length, : layout.length] = layout.visible(window)
     expected = visible.reshape(count, block, count, block).sum((1, 3))
-    assert (flex.visible_pairs(layout, window, block) == expected).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "COUNTED_AT_ONCE", at_once)
+        assert (flex.visible_pairs(layout, window, block) == expected).all()
 
 
-def test_long_segments_are_counted_piece_by_piece(monkeypatch):
-    layout = Layout.of_lengths([300, 70, 200], [-1, 0, 0])
-    whole = flex.visible_pairs(layout, 90)
-    monkeypatch.setattr(flex, "COUNTED_AT_ONCE", 37)
-    assert (flex.visible_pairs(layout, 90) == whole).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(trees())
+@examples(trees(), count=40)
 def test_ranks_decide_who_sees_whom(layout):
     rank, end = flex.ranks(layout)
     assert sorted(rank) == list(range(layout.length))
@@ -112,10 +85,10 @@ def test_block_masks_hold_the_blocks_that_torch_itself_would_find(tree, window):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
-def test_blocks_that_nobody_sees_are_left_out():
-    layout = Layout.of_lengths([256, 256, 256])
-    assert flex.tree_mask(layout).sparsity() > 60  # percent: 9 of 36 blocks are seen
-    assert int(flex.tree_mask(layout).full_kv_num_blocks.sum()) == 3
+def case(tree):
+    """A layout, and inputs in fp32."""
+    layout = Layout.of_lengths(*TREES[tree])
+    return layout, random_inputs(layout, size=16, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -130,86 +103,61 @@ def on_this_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return function(*args, **kwargs)
 
     monkeypatch.setattr(flex, "DEVICES", ("cpu",))
+    monkeypatch.setattr(flex, "TRIED", flex.TRIED[:1])
     monkeypatch.setattr(flex, "_compiled", lambda: watched)
     return calls
 
 
 def test_a_device_of_its_own_is_served_by_it_once_a_trial_agreed(on_this_device):
-    layout = Layout.of_lengths(*TREES["a shared prompt"])
-    inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
-    ours = gradients(packed_attention, inputs, layout, **HOW)
+    layout, inputs = case("a shared prompt")
     tried = len(flex.TRIED)
-    assert len(on_this_device) == tried + 1  # the trial, and this call
-    gradients(packed_attention, inputs, layout, **HOW)
-    assert len(on_this_device) == tried + 2
-    for one, other in zip(ours, gradients(packed_attention_reference, inputs, layout, **HOW), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for calls in (tried + 1, tried + 2):  # the trial, and a call each time
+        assert_as_the_reference(packed_attention, inputs, layout, 1e-4, **HOW)
+        assert len(on_this_device) == calls
     assert flex.notes() == []
 
 
-@pytest.mark.parametrize("fault", ["fails", "is wrong"])
-def test_tiles_take_over_where_a_trial_fails_or_differs(fault, on_this_device, monkeypatch):
-    def broken(query, key, value, **others):
-        if fault == "fails":
-            raise NotImplementedError("no such heads\nand more")
-        return query * 1.0 + 0.0 * (key.sum() + value.sum())
-
-    monkeypatch.setattr(flex, "_compiled", lambda: broken)
-    layout = Layout.of_lengths(*TREES["rows apart"])
-    inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
-    ours = gradients(packed_attention, inputs, layout, **HOW)
-    for one, other in zip(ours, gradients(packed_attention_reference, inputs, layout, **HOW), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    (note,) = flex.notes()
-    assert "tiles" in note and "\n" not in note
-    assert ("no such heads" if fault == "fails" else "another result") in note
-
-
-def test_tiles_take_over_where_a_later_shape_cannot_be_compiled(on_this_device, monkeypatch):
+@pytest.mark.parametrize("fault", ["no such heads", "another result", "not for this length", "ImportError"])
+def test_tiles_take_over_where_it_fails_differs_or_is_missing(fault, on_this_device, monkeypatch):
+    layout, inputs = case("a shared prompt")
     works = flex._compiled()
 
-    def particular(query, key, value, **others):
-        if query.shape[2] == layout.length:
+    def broken(query, key, value, **others):
+        if fault == "no such heads":
+            raise NotImplementedError("no such heads\nand more")
+        if fault == "another result":
+            return query * 1.0 + 0.0 * (key.sum() + value.sum())
+        if query.shape[2] == layout.length:  # which is not that of a trial
             raise torch._dynamo.exc.TorchDynamoException("not for this length")
         return works(query, key, value, **others)
 
-    monkeypatch.setattr(flex, "_compiled", lambda: particular)
-    layout = Layout.of_lengths(*TREES["a shared prompt"])
-    inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
-    ours = gradients(packed_attention, inputs, layout, **HOW)
-    for one, other in zip(ours, gradients(packed_attention_reference, inputs, layout, **HOW), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert "not for this length" in flex.notes()[0]
+    def compiled():
+        if fault == "ImportError":
+            raise ImportError("torch has no FlexAttention")
+        return broken
+
+    monkeypatch.setattr(flex, "_compiled", compiled)
+    assert_as_the_reference(packed_attention, inputs, layout, 1e-4, **HOW)
+    (note,) = flex.notes()
+    assert "tiles" in note and "\n" not in note and fault in note
     assert not flex.serves(*inputs, packed_attention_reference)
-
-
-def test_without_flexattention_in_torch_tiles_run(on_this_device, monkeypatch):
-    def missing():
-        raise ImportError("torch has no FlexAttention")
-
-    monkeypatch.setattr(flex, "_compiled", missing)
-    layout = Layout.of_lengths([9, 4], [-1, 0])
-    inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
-    packed_attention(*inputs, layout, **HOW)
-    assert on_this_device == [] and "ImportError" in flex.notes()[0]
 
 
 def test_a_dry_run_compiles_nothing(on_this_device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    layout = Layout.of_lengths([40, 10], [-1, 0])
+    layout, inputs = case("rows apart")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = [mode.from_tensor(t.detach().float()) for t in random_inputs(layout, size=16)]
+        inputs = [mode.from_tensor(t) for t in inputs]
         assert packed_attention(*inputs, layout, **HOW).shape == inputs[0].shape
     assert on_this_device == [] and flex._TRIALS == {}
 
 
 def test_the_processor_itself_is_not_served():
-    layout = Layout.of_lengths([9, 4], [-1, 0])
-    inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
+    _, inputs = case("rows apart")
     assert not flex.serves(*inputs, packed_attention_reference)
     with pytest.raises(ValueError, match="tokens"):
-        attention.packed_attention(*inputs, Layout.of_lengths([9, 5]), **HOW)
+        packed_attention(*inputs, Layout.of_lengths([9, 5]), **HOW)
 
 
 @pytest.mark.slow
@@ -223,8 +171,7 @@ def test_the_compiled_form_follows_the_block_masks(window):
     """
     for tree in ("longer than a block", "out of order"):
         torch._dynamo.reset()
-        layout = Layout.of_lengths(*TREES[tree])
-        inputs = [t.detach().float() for t in random_inputs(layout, heads=4, key_heads=2, size=16)]
+        layout, inputs = case(tree)
         how = {**HOW, "window": window}
         with torch.no_grad():
             ours = flex.tree_attention(*inputs, layout, **how)
@@ -239,12 +186,11 @@ def test_the_compiled_form_follows_the_block_masks(window):
 @pytest.mark.parametrize("window, softcap", [(None, None), (40, None), (None, 20.0)])
 def test_the_compiled_form_on_a_gpu_equals_the_reference(tree, dtype, window, softcap):
     layout = Layout.of_lengths(*TREES[tree])
-    exact = [t.detach() for t in random_inputs(layout, heads=8, key_heads=2, size=64)]
+    exact = random_inputs(layout, heads=8, key_heads=2, size=64)
     how = {"scaling": 0.125, "window": window, "softcap": softcap}
     expected = gradients(packed_attention_reference, exact, layout, **how)
     layout.device = torch.device("cuda")
     ours = gradients(packed_attention, [t.to("cuda", dtype) for t in exact], layout, **how)
     assert flex.notes() == [], "FlexAttention did not serve this device"
     for one, other in zip(ours, expected, strict=True):
-        error = (one.cpu().double() - other).norm() / other.norm().clamp_min(1e-30)
-        assert error < flex.TOLERANCE[dtype]
+        assert off(one.cpu(), other) < flex.TOLERANCE[dtype]

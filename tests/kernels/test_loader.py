@@ -15,6 +15,7 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.kernels import loader, structs, variants
+from deltaw.kernels.linear import Product, linear
 from tests.kernels.conftest import compiled_only
 
 VARIANTS = "none"
@@ -31,6 +32,12 @@ def afresh(monkeypatch):
     with loader.computing():
         loader.compute_with(None)
         yield
+
+
+def again(monkeypatch):
+    """Let the process look for kernels once more."""
+    monkeypatch.setattr(loader._Process, "opened", {})
+    monkeypatch.setattr(loader._Process, "settled", False)
 
 
 @pytest.mark.skipif(os.environ.get("DELTAW_NATIVE") == "0", reason="compiled kernels are switched off")
@@ -76,10 +83,15 @@ def test_a_forced_variant_that_cannot_run_is_refused(afresh, monkeypatch):
 
 
 @compiled_only
-def test_a_forced_variant_of_another_abi_is_refused(afresh, monkeypatch):
-    monkeypatch.setenv(variants.VARIABLE, loader.usable()[0].name)
-    monkeypatch.setattr(loader._Process, "opened", {})
+def test_a_variant_of_another_abi_is_not_used_and_refused_where_it_is_forced(afresh, monkeypatch):
+    name = loader.usable()[0].name
+    again(monkeypatch)
     monkeypatch.setattr(loader, "ABI", loader.ABI + 1)
+    assert loader.library() is None
+    why = str(loader.why_not())
+    assert f"ABI {loader.ABI - 1}, not {loader.ABI}" in why and "rebuild" in why
+    again(monkeypatch)
+    monkeypatch.setenv(variants.VARIABLE, name)
     with pytest.raises(UserError, match="cannot be loaded: they were built from other sources"):
         loader.library()
 
@@ -89,22 +101,11 @@ def test_a_forced_variant_of_another_abi_is_refused(afresh, monkeypatch):
 def test_variants_have_only_the_c_interface_in_common():
     """A function of C++'s library that two of them have compiled could otherwise stand in for the other's."""
     for variant in loader.usable():
-        listed = subprocess.run(
-            ["nm", "--dynamic", "--defined-only", variants.file_of(variant)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        names = [line.split()[-1] for line in listed.stdout.splitlines()]
+        listed = subprocess.check_output(["nm", "--dynamic", "--defined-only", variants.file_of(variant)], text=True)
+        names = [line.split()[-1] for line in listed.splitlines()]
         assert "dw_linear" in names and all(name.startswith("dw_") for name in names), names
     opened = [loader.open_variant(variant.name).library for variant in loader.usable()]
     assert len({library._handle for library in opened}) == len(opened)
-
-
-@compiled_only
-def test_a_library_of_another_abi_is_not_used(afresh, monkeypatch):
-    monkeypatch.setattr(loader, "ABI", loader.ABI + 1)
-    assert loader.library() is None
-    why = str(loader.why_not())
-    assert f"ABI {loader.ABI - 1}, not {loader.ABI}" in why and "rebuild" in why
 
 
 @pytest.mark.skipif(ctypes.util.find_library("m") is None, reason="no library to try")
@@ -121,8 +122,7 @@ def test_a_struct_that_is_laid_out_otherwise_is_named(afresh, monkeypatch):
     assert structs.differing(loader.kernels()) is None
     monkeypatch.setattr(structs, "MIRRORED", (structs.Layer, RowNorm, structs.BlockParts))
     assert structs.differing(loader.kernels()) == "RowNorm"
-    monkeypatch.setattr(loader._Process, "opened", {})
-    monkeypatch.setattr(loader._Process, "settled", False)
+    again(monkeypatch)
     assert loader.library() is None and "RowNorm" in str(loader.why_not())
 
 
@@ -138,22 +138,18 @@ def test_no_openmp_library_is_said(afresh, monkeypatch):
 @compiled_only
 def test_memory_that_is_not_there_is_an_error_and_no_crash(threads):
     """In the calling thread, and in those of a team."""
-    number, target = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    zero = torch.zeros(1, dtype=torch.long)  # a number, or a target
+    at = zero.data_ptr()
     with pytest.raises(MemoryError, match="dw_class_gradient"):
-        loader.kernels().dw_class_gradient(1, 4, 2**40, number.data_ptr(), target.data_ptr(), None, None, None, None)
+        loader.kernels().dw_class_gradient(1, 4, 2**40, at, at, None, None, None, None)
     with pytest.raises(MemoryError, match="dw_factors_backward"):
-        loader.kernels().dw_factors_backward(
-            0, 1, 1, 1, 2**40, number.data_ptr(), None, number.data_ptr(), None, 1.0, None, None
-        )
+        loader.kernels().dw_factors_backward(0, 1, 1, 1, 2**40, at, None, at, None, 1.0, None, None)
 
 
 @compiled_only
 def test_scratch_memory_is_given_back(threads):
-    from deltaw.kernels.linear import Product, linear
-
-    kernels = loader.kernels()
-    x, weight = torch.ones(300, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
-    of = Product(weight)
+    kernels, x = loader.kernels(), torch.ones(300, 64, dtype=torch.bfloat16)
+    of = Product(x[:64])
     before, _ = linear(x, of)
     linear(x, of)  # begins with one piece of the whole size
     assert kernels.dw_scratch_held(0) > 0

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import rows
-from tests.kernels.conftest import close, compiled_only
+from tests.kernels.conftest import close, compiled_only, examples
 from tests.kernels.test_linear import DTYPES, numbers
 
 pytestmark = compiled_only
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
 
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
+@examples(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
 def test_a_norm_and_its_gradient(shape, dtype, centered, offset):
-    count, size = shape
-    x, weight, grad, added = (
-        t.to(dtype)
-        for t in (numbers(count, size), numbers(size), numbers(count, size, seed=1), numbers(count, size, seed=2))
-    )
-    bias = numbers(size, seed=3).to(dtype) if centered else None
+    size = shape[1]
+    x, grad, added = (numbers(*shape, seed=seed).to(dtype) for seed in range(3))
+    weight, bias = numbers(size).to(dtype), numbers(size, seed=3).to(dtype) if centered else None
     how = {"offset": offset, "eps": 1e-2, "centered": centered}
     y, stats = rows.norm(x, weight, bias, **how)
     leaf = x.double().requires_grad_()
     exact, _ = rows.norm_reference(leaf, weight.double(), None if bias is None else bias.double(), **how)
     close(y, exact.detach(), dtype)
     exact.backward(grad.double())
-    how.pop("eps")
-    dx = rows.norm_backward(grad, x, weight, stats, **how, added=added)
+    dx = rows.norm_backward(grad, x, weight, stats, offset=offset, centered=centered, added=added)
     close(dx, leaf.grad + added.double(), dtype)
 
 
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.sampled_from(DTYPES), st.sampled_from(rows.ACTIVATIONS), st.booleans())
+@examples(shapes, st.sampled_from(DTYPES), st.sampled_from(rows.ACTIVATIONS), st.booleans())
 def test_an_activation_and_its_gradient(shape, dtype, kind, gated):
     gate, up, grad = (3 * numbers(*shape, seed=s) for s in range(3))
     gate, up, grad = gate.to(dtype), up.to(dtype) if gated else None, grad.to(dtype)
@@ -44,13 +37,11 @@ def test_an_activation_and_its_gradient(shape, dtype, kind, gated):
     exact = rows.activation_reference(leaves[0], leaves[1] if gated else None, kind)
     close(rows.activation(gate, up, kind), exact.detach(), dtype)
     exact.backward(grad.double())
-    d_gate, d_up, y = rows.activation_backward(grad, gate, up, kind)
+    *slopes, y = rows.activation_backward(grad, gate, up, kind)
     close(y, exact.detach(), dtype)
-    close(d_gate, leaves[0].grad, dtype)
-    if gated:
-        close(d_up, leaves[1].grad, dtype)
-    else:
-        assert d_up.numel() == 0
+    for found, leaf in zip(slopes[: len(leaves)], leaves, strict=True):
+        close(found, leaf.grad, dtype)
+    assert gated or slopes[1].numel() == 0
 
 
 def gelu_tanh_argument(x):
@@ -87,14 +78,14 @@ def test_an_activation_loses_no_digits_far_out(kind):
 
 def test_activations_far_out_are_what_they_tend_to():
     x = torch.tensor([[-1e4, -200.0, -90.0, 90.0, 200.0, 1e4]])
-    for kind in ("silu", "gelu_tanh", "gelu"):
-        expected = torch.tensor([[0.0, 0.0, 0.0, 90.0, 200.0, 1e4]])
-        torch.testing.assert_close(rows.activation(x, None, kind), expected, rtol=1e-6, atol=1e-30)
+    for kind in SHARES:
+        torch.testing.assert_close(rows.activation(x, None, kind), x.clamp_min(0), rtol=1e-6, atol=1e-30)
     assert rows.activation(torch.tensor([[float("nan")]]), None, "silu").isnan().all()
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 20), st.integers(0, 5), st.sampled_from(DTYPES))
+@examples(
+    st.integers(1, 20), st.integers(1, 4), st.integers(1, 20), st.integers(0, 5), st.sampled_from(DTYPES), count=15
+)
 def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
     x = numbers(count, heads, 2 * half + rest).to(dtype)
     cosine, sine = numbers(count, 2 * half).float(), numbers(count, 2 * half, seed=1).float()
@@ -106,8 +97,7 @@ def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
     close(rows.rotate(grad, cosine, sine, backward=True), leaf.grad, dtype)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)]))
+@examples(st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)]))
 def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
     scale, softcap = change
     logits = (4 * numbers(count, classes)).to(dtype)
@@ -128,10 +118,8 @@ def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_seen(bad):
-    x = torch.ones(2, 32)
+    x, targets = torch.ones(2, 32), torch.zeros(2, dtype=torch.long)
     x[1, 5] = bad
     assert not rows.norm(x, None, None, offset=0.0, eps=1e-6, centered=False)[0][1].isfinite().all()
-    losses = rows.cross_entropy_(
-        x.clone(), torch.zeros(2, dtype=torch.long), torch.ones(2), scale=1.0, softcap=0.0, grad=False
-    )
+    losses = rows.cross_entropy_(x.clone(), targets, torch.ones(2), scale=1.0, softcap=0.0, grad=False)
     assert losses[0].isfinite() and not losses[1].isfinite()

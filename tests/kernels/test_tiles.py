@@ -16,8 +16,8 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import loader, variants
 from deltaw.kernels.processor import processor_flags
 from tests.kernels import with_library
-from tests.kernels.conftest import close
-from tests.kernels.test_linear import adapted, inputs, numbers
+from tests.kernels.conftest import close, same_bits
+from tests.kernels.test_linear import adapted, inputs, numbers, slopes_of_classes
 
 VARIANTS = "none"
 
@@ -57,60 +57,44 @@ def in_tiles(emulated: Path):
 
 def test_the_kernels_tests_pass_in_tiles(emulated: Path):
     here = Path(__file__).parent
-    environment = {**os.environ, with_library.VARIABLE: str(emulated)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.kernels.with_library", *(here / name for name in SUITE)],
-        cwd=here.parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+        cwd=here.parents[1], env={**os.environ, with_library.VARIABLE: str(emulated)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 
 def test_tiles_can_be_chosen_and_are_the_default(in_tiles):
-    for kind in (BF16, INT8):
-        assert in_tiles.dw_arithmetics(kind) >> TILES & 1
-    assert not in_tiles.dw_arithmetics(0) >> TILES & 1
-    x, weight = numbers(40, 200).bfloat16(), numbers(48, 200, seed=1).bfloat16()
-    by_default = _product(x, weight)
-    in_tiles.dw_set_arithmetic(BF16, DOT)
-    by_dot = _product(x, weight)
-    in_tiles.dw_set_arithmetic(BF16, TILES)
-    # Sums in another order, which only shows where they are not rounded to bf16.
-    assert torch.equal(by_default, _product(x, weight)) and not torch.equal(by_default, by_dot)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """xᵀ·x in fp32, as a gradient of a factor that is x itself."""
-    of_A, _ = products.factors_backward(x, weight.new_zeros(len(x), 48), x, x[:, :48].contiguous(), 1.0)
-    return of_A
+    assert [in_tiles.dw_arithmetics(kind) >> TILES & 1 for kind in (0, BF16, INT8)] == [0, 1, 1]
+    x, found = numbers(40, 200).bfloat16(), []
+    for arithmetic in (None, DOT, TILES):
+        if arithmetic is not None:
+            in_tiles.dw_set_arithmetic(BF16, arithmetic)
+        # xᵀ·x in fp32, as a gradient of a factor that is x itself: sums in another order only show where they
+        # are not rounded to bf16.
+        found.append(products.factors_backward(x, x.new_zeros(40, 48), x, x[:, :48].contiguous(), 1.0)[0])
+    by_default, by_dot, by_tiles = found
+    assert torch.equal(by_default, by_tiles) and not torch.equal(by_default, by_dot)
 
 
 # Sums of int8 products are exact, and all that is done to them is the same.
 @pytest.mark.parametrize("rows", [1, 15, 16, 33, 63, 101])
 @pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (132, 20), (576, 100), (3200, 36)])
 def test_int8_products_have_the_bits_of_dot_products(in_tiles, threads, rows, n_in, n_out):
-    x = numbers(rows, n_in).float()
-    grad = numbers(rows, n_out, seed=1).float()
+    x, grad = numbers(rows, n_in).float(), numbers(rows, n_out, seed=1).float()
     scale = torch.rand(n_out, generator=torch.Generator().manual_seed(2)) + 0.5
     weight = (numbers(n_out, n_in, seed=3) * 40).clamp(-127, 127).to(torch.int8)
     found = []
     for arithmetic in (DOT, TILES, TILES):
         in_tiles.dw_set_arithmetic(INT8, arithmetic)
-        y, _ = products.linear(x, products.Product(weight, scale=scale))
-        dx, _ = products.linear_backward(grad, products.Product(weight, scale=scale))
-        found.append((y, dx))
-    for y, dx in found[1:]:
-        assert torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1])
+        of = products.Product(weight, scale=scale)
+        found.append((products.linear(x, of)[0], products.linear_backward(grad, of)[0]))
+    assert same_bits(*found)
 
 
 @pytest.mark.parametrize("classes", [5, 129, 1001, 4100])
 def test_gradients_of_classes_have_the_bits_of_dot_products(in_tiles, threads, classes):
-    weight = numbers(classes, 52).bfloat16()
-    targets = torch.arange(67) * 7 % classes
-    grad = numbers(67, classes, seed=1).exp().softmax(-1)
-    grad[torch.arange(67), targets] -= 1
+    weight, (grad, targets) = numbers(classes, 52).bfloat16(), slopes_of_classes(67, classes, 4.0, 7)
     scales = weight.float().abs().amax(1) / 127
     found = []
     for arithmetic in (DOT, TILES):
@@ -130,8 +114,7 @@ def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
         y, h = products.linear(t["x"], adapted(t), t["added"])
         dx, narrow = products.linear_backward(t["grad"], adapted(t), t["x"])
         found.append((y, h, dx, narrow, *products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)))
-    for others in found[1:]:
-        assert all(torch.equal(*both) for both in zip(found[0], others, strict=True))
+    assert same_bits(*found)
     # A row by itself has the bits that it has among others.
     one, _ = products.linear(t["x"][-1:], adapted(t), t["added"][-1:])
     assert torch.equal(one, found[0][0][-1:])

@@ -29,16 +29,11 @@ def candidates_of(rates):
 
 
 def choice_of(fp32, bf16, int8, threads=1):
-    rates = {"fp32": fp32, "bf16": bf16, "int8": int8}
+    rates = dict(zip(STORED, (fp32, bf16, int8), strict=True))
     return KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, threads, rates)
 
 
-def chosen(fp32, bf16, int8):
-    return choice_of(fp32, bf16, int8).arithmetic
-
-
-def approximations(fp32, bf16, int8):
-    return choice_of(fp32, bf16, int8).approximations
+KERNELS, TORCH = {"a:dot": 100, "torch": 10}, {"torch": 10}
 
 
 @pytest.fixture
@@ -62,38 +57,49 @@ def measuring(monkeypatch, tmp_path):
     return calls
 
 
-def test_the_fastest_arithmetic_of_each_type_is_chosen():
-    found = chosen(
-        {"a:dot": 300, "torch": 290},
-        {"a:dot": 158, "a:wide": 290, "torch": 160},
-        {"a:dot": 900, "a:tiles": 2000, "torch": 50},
-    )
-    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles")
+CLOSE, FAR = ({"high:dot": 100, "low:dot": low, "torch": 50} for low in (105, 150))
 
 
-@pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])
-@pytest.mark.parametrize("what", ["int8_logits", "int8_gradients"])
-def test_int8_is_offered_where_it_is_clearly_faster(what, bf16, int8, taken, monkeypatch):
-    rates = {"a:dot": 100, "torch": 10}, {"a:dot": bf16, "torch": 10}, {"a:dot": int8, "torch": 10}
-    assert (what in approximations(*rates)) == taken
-    monkeypatch.setenv(variants.LEFT_OUT_BY[what], "0")
-    assert what not in approximations(*rates)
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([{"a:dot": 9, "torch": 8}, {"a:dot": 5, "a:wide": 9}, {"a:dot": 9, "a:tiles": 20}], "a dot wide tiles"),
+        ([{"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50}], "a dot torch dot"),
+        # The whole choice is one variant, since a process calls one: a lower one where it is clearly faster.
+        ([CLOSE] * 3, "high dot dot dot"),
+        ([FAR] * 3, "low dot dot dot"),
+    ],
+)
+def test_the_fastest_arithmetic_of_each_type_is_chosen_and_torch_where_it_is_clearly_faster(rates, expected):
+    kernels, fp32, bf16, int8 = expected.split()
+    assert choice_of(*rates).arithmetic == Arithmetic(kernels, fp32=fp32, bf16=bf16, int8=int8)
 
 
-def test_sums_over_classes_are_offered_with_kernels(monkeypatch):
-    rates = [{"a:dot": 100, "torch": 10}] * 3
-    assert approximations(*rates) == ("summed_classes",)
-    monkeypatch.setenv(variants.LEFT_OUT_BY["summed_classes"], "0")
-    assert approximations(*rates) == ()
-    assert approximations(*[{"torch": 10}] * 3) == ()
+def test_without_kernels_torch_computes():
+    assert choice_of(TORCH, TORCH, TORCH).arithmetic == Arithmetic()
 
 
-def test_nothing_in_int8_is_offered_by_torch():
-    found = approximations({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900})
-    assert "int8_logits" not in found and "int8_gradients" not in found
-    # Where torch multiplies bf16, gradients stay with it.
-    of_int8 = {"a:dot": 900, "torch": 50}
-    assert "int8_gradients" not in approximations({"a:dot": 100}, {"a:dot": 100, "torch": 300}, of_int8)
+BOTH, SUMS = ("int8_logits", "int8_gradients"), "summed_classes"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "int8", "offered"),
+    [
+        ({"a:dot": 300}, {"a:dot": 600}, {*BOTH, SUMS}),
+        ({"a:dot": 300}, {"a:dot": 310}, {SUMS}),
+        ({"a:dot": 600}, {"a:dot": 500}, {SUMS}),
+        ({"a:dot": 100}, {"a:dot": 100, "torch": 900}, {SUMS}),  # nothing in int8 by torch
+        ({"a:dot": 100, "torch": 300}, {"a:dot": 900, "torch": 50}, {"int8_logits", SUMS}),  # with which gradients stay
+    ],
+)
+def test_int8_is_offered_where_it_is_clearly_faster_and_sums_of_classes_with_kernels(bf16, int8, offered, monkeypatch):
+    rates = KERNELS, {"torch": 10, **bf16}, {"torch": 10, **int8}
+    assert set(choice_of(*rates).approximations) == offered
+    for what in offered:
+        with monkeypatch.context() as patch:
+            patch.setenv(variants.LEFT_OUT_BY[what], "0")
+            assert set(choice_of(*rates).approximations) == offered - {what}
+    assert choice_of(TORCH, TORCH, TORCH).approximations == ()
 
 
 def test_an_arithmetic_is_read_as_it_was_written():
@@ -103,23 +109,6 @@ def test_an_arithmetic_is_read_as_it_was_written():
     # Earlier versions always summed classes, and did not say so.
     older = {"kernels": "a", "fp32": "dot", "bf16": "dot", "int8": "dot"}
     assert Arithmetic.read(older) == Arithmetic("a", "dot", "dot", "dot", summed_classes=True)
-
-
-def test_torch_wins_where_it_is_clearly_faster():
-    found = chosen({"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50})
-    assert found == Arithmetic("a", fp32="dot", bf16="torch", int8="dot")
-
-
-def test_a_lower_variant_wins_where_it_is_clearly_faster():
-    """The whole choice is one variant, since a process calls one."""
-    slow = {"high:dot": 100, "low:dot": 105, "torch": 50}
-    assert chosen(slow, slow, slow).kernels == "high"
-    fast = {"high:dot": 100, "low:dot": 150, "torch": 50}
-    assert chosen(fast, fast, fast) == Arithmetic("low", "dot", "dot", "dot")
-
-
-def test_without_kernels_torch_computes():
-    assert chosen({"torch": 300}, {"torch": 160}, {"torch": 9}) == Arithmetic()
 
 
 def test_rates_are_measured_once_and_remembered(measuring):
@@ -141,7 +130,6 @@ OTHERS = {
 def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, monkeypatch):
     choose_kernels(SIZES, 1)
     product_rates._used.clear()
-    sizes, threads = Sizes(128, 512, 128) if change == "sizes" else SIZES, 2 if change == "threads" else 1
     if change == "torch":
         other_version(monkeypatch, "torch")
     elif change == "code":
@@ -150,20 +138,14 @@ def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, 
         monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
     elif change in OTHERS:
         monkeypatch.setattr(kernel_choice, *OTHERS[change])
-    choose_kernels(sizes, threads)
+    choose_kernels(Sizes(128, 512, 128) if change == "sizes" else SIZES, 2 if change == "threads" else 1)
     assert len(measuring) == 2
 
 
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        7,
-        {},
-        {"rates": {}},
-        {"rates": {"fp32": {"torch": 1.0}}},
-        {"rates": {stored: {"avx9:dot": 1e6, "torch": 1.0} for stored in STORED}},
-    ],
-)
+TOO_FAST = {stored: {"avx9:dot": 1e6, "torch": 1.0} for stored in STORED}
+
+
+@pytest.mark.parametrize("nonsense", [7, {}, *({"rates": of} for of in ({}, {"fp32": {"torch": 1.0}}, TOO_FAST))])
 def test_a_file_that_somebody_wrote_is_not_believed(nonsense, measuring):
     choose_kernels(SIZES, 1)
     ((key, _),) = product_rates._used.values()
@@ -176,8 +158,8 @@ def test_a_file_that_somebody_wrote_is_not_believed(nonsense, measuring):
 @pytest.mark.parametrize("rate", [0, -5.0, "fast", None, float("inf"), float("nan"), 1e9])
 def test_rates_that_no_processor_has_are_not_believed(rate):
     candidates = [Candidate(stored, None, "torch") for stored in STORED]
-    assert believable({stored: {"torch": 100} for stored in STORED}, candidates) is not None
-    assert believable({stored: {"torch": rate} for stored in STORED}, candidates) is None
+    for given, believed in ((100, True), (rate, False)):
+        assert (believable({stored: {"torch": given} for stored in STORED}, candidates) is not None) == believed
 
 
 def test_what_was_measured_beside_other_programs_is_not_remembered(measuring, monkeypatch):
@@ -208,37 +190,28 @@ def test_processes_that_this_one_starts_choose_alike(measuring, monkeypatch):
 
 @compiled_only
 def test_what_the_user_forces_narrows_the_choice(measuring, monkeypatch):
+    def forced(value):
+        loader.compute_with(None)
+        monkeypatch.setenv(variants.VARIABLE, value)
+        return choose_kernels(SIZES, 1).arithmetic
+
+    name = loader.usable()[-1].name  # the generic one, or another without AMX
+    assert "tiles" not in offered(loader.open_variant(name).library, "bf16")
     with loader.computing():
-        loader.compute_with(None)
-        name = loader.usable()[-1].name
-        monkeypatch.setenv(variants.VARIABLE, name)
-        found = choose_kernels(SIZES, 1)
-        assert found.arithmetic.kernels == name and "torch" not in found.arithmetic.as_dict().values()
-        loader.compute_with(None)
-        monkeypatch.setenv(variants.VARIABLE, f"{name}:torch")
-        assert choose_kernels(SIZES, 1).arithmetic == Arithmetic(name)
-        loader.compute_with(None)
-        monkeypatch.setenv(variants.VARIABLE, "none")
-        assert choose_kernels(SIZES, 1).arithmetic == Arithmetic()
+        found = forced(name)
+        assert found.kernels == name and "torch" not in found.as_dict().values()
+        assert forced(f"{name}:torch") == Arithmetic(name)
+        with pytest.raises(UserError, match=f"'{name}' have no arithmetic 'tiles'"):
+            forced(f"{name}:tiles")
+        assert forced("none") == Arithmetic()
         loader.compute_with(Arithmetic())
         assert loader.why_not() == "compiled kernels are switched off (DELTAW_KERNELS=none)"
 
 
 @compiled_only
-def test_an_arithmetic_that_a_variant_lacks_is_refused(monkeypatch):
-    lacking = loader.usable()[-1].name  # the generic one, or another without AMX
-    assert "tiles" not in offered(loader.open_variant(lacking).library, "bf16")
-    monkeypatch.setenv(variants.VARIABLE, f"{lacking}:tiles")
-    with loader.computing(), pytest.raises(UserError, match=f"'{lacking}' have no arithmetic 'tiles'"):
-        loader.compute_with(None)
-        choose_kernels(SIZES, 1)
-
-
-@compiled_only
 def test_products_go_to_torch_where_that_was_chosen():
-    x, weight = torch.randn(8, 64), torch.randn(32, 64)
-    own = loader.arithmetic()
-    with loader.computing(Arithmetic(own.kernels, fp32="torch", bf16=own.bf16, int8=own.int8)):
+    x, weight, own = torch.randn(8, 64), torch.randn(32, 64), loader.arithmetic()
+    with loader.computing(replace(own, fp32="torch")):
         assert not linear.can_multiply(x, linear.Product(weight))
         assert linear.can_multiply(x.bfloat16(), linear.Product(weight.bfloat16()))
         assert torch.equal(linear.linear(x, linear.Product(weight))[0], x @ weight.t())
@@ -258,13 +231,17 @@ def test_a_run_says_what_was_chosen_and_what_would_be_faster(monkeypatch):
     assert KernelChoice(choice.arithmetic, SIZES, 2, slower).faster_precision("bf16") is None
 
 
-def test_sizes_follow_from_a_models_configuration():
-    llama = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9)
-    assert sizes_of(llama) == Sizes(576, 1536, 576)
-    wide = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=32)
-    assert sizes_of(wide) == Sizes(64, 96, 128)
-    assert sizes_of(GPT2Config(n_embd=48, n_head=4)) == Sizes(48, 192, 48)
-    assert sizes_of(object()) == Sizes(1024, 4096, 1024)
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9), (576, 1536, 576)),
+        (LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=32), (64, 96, 128)),
+        (GPT2Config(n_embd=48, n_head=4), (48, 192, 48)),
+        (object(), (1024, 4096, 1024)),
+    ],
+)
+def test_sizes_follow_from_a_models_configuration(config, sizes):
+    assert sizes_of(config) == Sizes(*sizes)
 
 
 @compiled_only

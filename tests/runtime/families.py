@@ -10,17 +10,8 @@ from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime.recognition import blocks_of
 
 VOCABULARY = 120
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PACKED = {
     "Llama": {},
     "Mistral": {"sliding_window": 8},
@@ -48,16 +39,14 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: object)
     """A causal model of the family, frozen, the same each time. Biases are drawn, so that they count."""
     name = family.partition(",")[0]
     settings = {**SIZES, **{**PACKED, **FALCON}.get(family, {}), **changes}
-    if name == "GPTNeoX" or name == "GPT2" or name == "Falcon":
+    if name in ("GPTNeoX", "GPT2", "Falcon"):
         del settings["num_key_value_heads"]
     if name == "Falcon":
         settings["ffn_hidden_size"] = settings.pop("intermediate_size")
-    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**settings)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(
-        config_class(**settings)
-    )
-    return _frozen(model, dtype)
+    model_class = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    return _frozen(model_class(config), dtype)
 
 
 def encoder_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -104,7 +93,7 @@ def adapted(model: nn.Module, **settings: object) -> nn.Module:
 def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The relative difference of norms."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
-    return float((ours - theirs).norm() / theirs.norm())
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
 Found = tuple[torch.Tensor, list[torch.Tensor]]
@@ -121,3 +110,12 @@ def assert_same(found: Found, expected: Found) -> None:
     """Outputs and gradients are those expected, to the bit."""
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1], expected[1], strict=True))
+
+
+def assert_as_near(found: Found, own: Found, exact: Found) -> None:
+    """Outputs and gradients are about as near to the exact ones as the model's own are."""
+    (output, gradients), (own_output, own_gradients) = (
+        (off(out, exact[0]), sum(off(ours, theirs) for ours, theirs in zip(grads, exact[1], strict=True)))
+        for out, grads in (found, own)
+    )
+    assert output < 1.2 * own_output and gradients < 1.2 * own_gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,13 +21,23 @@ from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import _own_code_instead
 from deltaw.runtime.packed import fused_blocks, outputs_at, packed_rows
 from deltaw.runtime.quantized_weights import quantize_int8
-from tests.runtime.families import PACKED, SIZES, Found, adapted, assert_near, assert_same, layers_of, model_of, off
+from tests.runtime.families import (
+    PACKED,
+    SIZES,
+    Found,
+    adapted,
+    assert_as_near,
+    assert_near,
+    assert_same,
+    layers_of,
+    model_of,
+    off,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
-few_or_many_rows = pytest.mark.parametrize(
-    "lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"]
-)
+LENGTHS = [(20, 9, 6, 11), (391, 9, 130, 310)]
+few_or_many_rows = pytest.mark.parametrize("lengths", LENGTHS, ids=["few rows", "many rows"])
 TOKENS = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -53,14 +63,25 @@ def inputs_of(lengths: tuple[int, ...]) -> dict[str, object]:
     return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
 
 
-def outputs_and_gradients(model: nn.Module, fused: bool, lengths: tuple[int, ...] = (20, 9, 6, 11)) -> Found:
+def outputs_and_gradients(model: nn.Module, fused: bool, lengths: tuple[int, ...] = LENGTHS[0]) -> Found:
     factors = [factor for _, factor in adapter_parameters(model)]
-    for factor in factors:
-        factor.grad = None
     with packed_rows(model, fused=fused):
         out = model.base_model(**inputs_of(lengths)).last_hidden_state
-        (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-    return out.detach(), [factor.grad for factor in factors]
+        toward = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        grads = torch.autograd.grad((out.float() * toward).sum(), factors, allow_unused=True, materialize_grads=True)
+    return out.detach(), list(grads)
+
+
+def assert_as_the_own(model: nn.Module, output: float = 1e-5, gradient: float = 2e-4) -> None:
+    """Fused blocks run, and give what the model's own code gives."""
+    expected = outputs_and_gradients(model, fused=False)
+    assert_near(outputs_and_gradients(model, fused=True), expected, output, gradient)
+    assert fused_blocks(model).choice.value
+
+
+def assert_recognized(model: nn.Module) -> None:
+    with packed_rows(model):
+        assert fused_blocks(model).choice.value
 
 
 def checkpoint(model: nn.Module) -> None:
@@ -87,20 +108,20 @@ def test_fused_blocks_equal_the_models_own(family, monkeypatch):
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_in_bf16_fused_blocks_are_as_near_to_fp32_as_the_models_own(family):
-    exact, exact_grads = outputs_and_gradients(adapted(model_of(family)), fused=False)
     model = adapted(model_of(family, torch.bfloat16))
-    own, own_grads = outputs_and_gradients(model, fused=False)
-    out, grads = outputs_and_gradients(model, fused=True)
-    assert off(out, exact) < 1.2 * off(own, exact)
-    errors = [[off(g, e) for g, e in zip(found, exact_grads, strict=True)] for found in (grads, own_grads)]
-    assert sum(errors[0]) < 1.2 * sum(errors[1])
+    own, found = (outputs_and_gradients(model, fused=fused) for fused in (False, True))
+    assert_as_near(found, own, outputs_and_gradients(adapted(model_of(family)), fused=False))
 
 
-def test_adapters_in_some_layers_only_and_in_upper_blocks_only():
-    for settings in ({"target_modules": ["q_proj", "down_proj"]}, {"target_modules": "mlp", "layers": [2]}):
-        model = adapted(model_of("Llama"), **settings)
-        assert_near(outputs_and_gradients(model, fused=True), outputs_and_gradients(model, fused=False))
-        assert fused_blocks(model).choice.value
+PARTS = [("Llama", {"target_modules": ["q_proj", "down_proj"]}), ("Llama", {"target_modules": "mlp", "layers": [2]})]
+
+
+@pytest.mark.parametrize(("family", "settings"), [*PARTS, ("Gemma3", {"layers": [1, 2]})])
+def test_adapters_in_some_layers_only_and_in_upper_blocks_only(family, settings, monkeypatch):
+    model, blocks = adapted(model_of(family), **settings), len(settings.get("layers", range(3)))
+    assert_as_the_own(model)
+    if loader.library() is not None:
+        assert_same_in_one_call(lambda: outputs_and_gradients(model, True), monkeypatch, backward=blocks)
 
 
 def test_without_the_compiled_kernels_all_is_the_same(monkeypatch):
@@ -111,12 +132,11 @@ def test_without_the_compiled_kernels_all_is_the_same(monkeypatch):
 
 
 def test_a_block_with_more_in_it_runs_its_own_code():
-    with_more = model_of("Llama")
+    with_more, changed = model_of("Llama"), model_of("Llama")
     with_more.base_model.layers[1].mlp.extra = nn.Linear(4, 4)
     assert "block 1 (LlamaDecoderLayer) is of no kind" in _why(with_more)
     experts = transformers.MixtralConfig(**SIZES, num_local_experts=4)
     assert "no MLP" in _why(transformers.MixtralForCausalLM(experts).eval())
-    changed = model_of("Llama")
     attention = changed.base_model.layers[0].self_attn
     attention.__class__ = type("Doubled", (Doubled, type(attention)), {})
     assert "block 0 (LlamaDecoderLayer) is of no kind" in _why(changed)
@@ -141,7 +161,6 @@ def test_a_class_that_computes_something_else_is_noticed(monkeypatch):
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Phi3", "GPTNeoX", "GPT2"])
 def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, checkpointing):
     model = adapted(model_of(family))
-    inputs = inputs_of((20, 9, 6, 11))
     factors = [factor for _, factor in adapter_parameters(model)]
     places = torch.tensor([2, 19, 20, 28, 45])
     weights = torch.randn(len(places), 64, generator=torch.Generator().manual_seed(2))
@@ -150,39 +169,39 @@ def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, c
     found, equal = [], []
     for asked in (contextlib.nullcontext(), outputs_at(model, places)):
         with packed_rows(model), asked:
-            out = model.base_model(**inputs).last_hidden_state[0]
-            equal.append(int((out == out[0]).all(-1).sum()))  # the first is not asked for
+            out = model.base_model(**inputs_of(LENGTHS[0])).last_hidden_state[0]
             grads = torch.autograd.grad((out[places] * weights).sum(), factors)
+        equal.append(int((out == out[0]).all(-1).sum()))  # the first is not asked for
         found.append((out[places].detach(), list(grads)))
     assert equal == [1, 46 - len(places)]
     assert_near(found[1], found[0], gradient=1e-5)
     assert fused_blocks(model).blocks[-1].picked is None
 
 
-WHOLE = {
-    **{f"{family}, {name}": (family, dtype, {}) for family in PACKED for name, dtype in DTYPES.items()},
-    "some layers": ("Llama", torch.bfloat16, {"target_modules": ["q_proj", "up_proj"]}),
-    "upper blocks": ("Llama", torch.bfloat16, {"layers": [2]}),
-    "upper blocks, head norms": ("Gemma3", torch.bfloat16, {"layers": [1, 2]}),
-    **{
-        f"{family}, int8, {name}": (family, dtype, {})
-        for family in ("Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "GPTNeoX", "GPT2")
-        for name, dtype in DTYPES.items()
-    },
-}
-
-
 @contextlib.contextmanager
 def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """While open, gathers the calls of whole blocks, forward and backward; afterwards none can be had."""
     calls: list[str] = []
+
+    def counting(name: str, own: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args: calls.append(name) or own(*args)
+
     for name in ("forward", "backward"):
-        own = getattr(Block, name)
-        monkeypatch.setattr(
-            Block, name, lambda self, *args, _own=own, _name=name: calls.append(_name) or _own(self, *args)
-        )
+        monkeypatch.setattr(Block, name, counting(name, getattr(Block, name)))
     yield calls
     monkeypatch.setattr("deltaw.runtime.fused.serves_block", lambda *args: False)
+
+
+def assert_same_in_one_call(
+    run: Callable[[], Found], monkeypatch: pytest.MonkeyPatch, forward: int = 3, backward: int = 3
+) -> Found:
+    """Blocks in one call, so many of them, give to the bit what they give in two halves."""
+    with counted_calls(monkeypatch) as calls:
+        found = run()
+    assert (calls.count("forward"), calls.count("backward")) == (forward, backward)
+    assert_same(found, run())
+    assert calls.count("forward") == forward
+    return found
 
 
 @compiled_only
@@ -194,10 +213,7 @@ def test_gradients_in_int8_of_a_block_in_one_call_are_the_same_to_the_bit(family
     with loader.computing(replace(loader.arithmetic(), int8_gradients=False)):
         usual = outputs_and_gradients(model, True, lengths)
     with loader.computing(replace(loader.arithmetic(), int8_gradients=True)):
-        with counted_calls(monkeypatch) as calls:
-            found = outputs_and_gradients(model, True, lengths)
-        assert calls.count("backward") == 3
-        assert_same(found, outputs_and_gradients(model, True, lengths))
+        found = assert_same_in_one_call(lambda: outputs_and_gradients(model, True, lengths), monkeypatch)
     assert torch.equal(found[0], usual[0])
     off_by = [off(ours, exact) for ours, exact in zip(found[1], usual[1], strict=True)]
     # The last layers' gradients come from no product of the blocks.
@@ -205,21 +221,21 @@ def test_gradients_in_int8_of_a_block_in_one_call_are_the_same_to_the_bit(family
 
 
 @compiled_only
-@pytest.mark.each_value
+@pytest.mark.each_pair
 @few_or_many_rows
-@pytest.mark.parametrize("kind", WHOLE)
-def test_a_block_in_one_call_is_the_same_to_the_bit(kind, lengths, monkeypatch):
-    family, dtype, settings = WHOLE[kind]
-    model = model_of(family, dtype)
-    if "int8" in kind:
-        assert "of 0 layers" not in str(quantize_int8(model.base_model, lambda: model(TOKENS)))
-    adapted(model, **settings)
+@pytest.mark.parametrize("picked", ["", "picked"])
+@pytest.mark.parametrize("int8", ["", "int8"])
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("family", PACKED)
+def test_a_block_in_one_call_is_the_same_to_the_bit(family, name, int8, picked, lengths, monkeypatch):
+    model, places = model_of(family, DTYPES[name]), torch.arange(1, sum(lengths), 2)
+    if int8:
+        assert quantize_int8(model.base_model, lambda: model(TOKENS)).layers
+    adapted(model)
     assert fused_blocks(model).choice.value  # recognition makes calls of its own
-    with counted_calls(monkeypatch) as calls:
-        found = outputs_and_gradients(model, True, lengths)
-    assert calls.count("forward") == 3 and calls.count("backward") == len(settings.get("layers", [0, 1, 2]))
-    assert_same(found, outputs_and_gradients(model, True, lengths))
-    assert calls.count("forward") == 3
+    with outputs_at(model, places) if picked else contextlib.nullcontext():
+        out, _ = assert_same_in_one_call(lambda: outputs_and_gradients(model, True, lengths), monkeypatch)
+    assert (out[0, places] != 0).any()
 
 
 @compiled_only
@@ -228,27 +244,7 @@ def test_with_checkpointing_one_call_runs_again_and_gives_the_same(family, monke
     model = adapted(model_of(family, torch.bfloat16))
     expected = outputs_and_gradients(model, True)
     checkpoint(model)
-    with counted_calls(monkeypatch) as calls:
-        assert_same(outputs_and_gradients(model, True), expected)
-    assert calls.count("forward") == 6 and calls.count("backward") == 3
-
-
-@compiled_only
-@pytest.mark.each_value
-@few_or_many_rows
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("family", PACKED)
-def test_picked_outputs_in_one_call_are_the_same_to_the_bit(family, name, lengths, monkeypatch):
-    model = adapted(model_of(family, DTYPES[name]))
-    places = torch.arange(1, sum(lengths), 2)
-    assert fused_blocks(model).choice.value
-    with outputs_at(model, places):
-        with counted_calls(monkeypatch) as calls:
-            found = outputs_and_gradients(model, True, lengths)
-        assert calls.count("forward") == 3 == calls.count("backward")
-        assert (found[0][0, places] != 0).any()
-        assert_same(found, outputs_and_gradients(model, True, lengths))
-    assert calls.count("forward") == 3
+    assert_same(assert_same_in_one_call(lambda: outputs_and_gradients(model, True), monkeypatch, forward=6), expected)
 
 
 CHANGES = {
@@ -266,10 +262,8 @@ def test_what_is_changed_between_two_forwards_is_noticed(change):
     model = adapted(model_of("Llama"))
     before, _ = outputs_and_gradients(model, fused=True)
     CHANGES[change](model.base_model.layers[1])
-    out, _ = outputs_and_gradients(model, fused=True)
-    expected, _ = outputs_and_gradients(model, fused=False)
-    assert off(out, before) > 1e-4
-    assert off(out, expected) < 1e-5
+    assert_as_the_own(model, gradient=1e-3)
+    assert off(outputs_and_gradients(model, fused=True)[0], before) > 1e-4
 
 
 def test_a_block_that_was_changed_from_outside_runs_its_own_code():
@@ -277,9 +271,7 @@ def test_a_block_that_was_changed_from_outside_runs_its_own_code():
     attention = model.base_model.layers[0].self_attn
     own = attention.forward
     attention.forward = lambda *args, **kwargs: (2 * own(*args, **kwargs)[0], None)
-    expected, _ = outputs_and_gradients(model, fused=False)
-    out, _ = outputs_and_gradients(model, fused=True)
-    assert fused_blocks(model).choice.value and off(out, expected) < 1e-5
+    assert_as_the_own(model)
 
 
 def _why(model: nn.Module) -> str:
@@ -290,17 +282,14 @@ def _why(model: nn.Module) -> str:
 
 
 def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
-    def never(*args: object) -> None:
-        raise AssertionError("a fused block ran")
-
     model = adapted(model_of("Llama"), dropout=0.5)
-    with packed_rows(model):
-        assert fused_blocks(model).choice.value
+    assert_recognized(model)
     model.base_model.layers.train()
     for block in layers_of(model):
         block.self_attn.attention_dropout = 0.0
-    monkeypatch.setattr("deltaw.runtime.fused.FusedBlock._run", never)
+    ran = count_runs(monkeypatch)
     outputs_and_gradients(model, fused=True)
+    assert not ran
 
 
 @pytest.mark.parametrize(
@@ -313,54 +302,44 @@ def test_weights_in_int8_stay_near_and_say_what_they_cost(family, layers, one):
     assert report.layers == layers and f"{layers} of {layers} layers" in str(report)
     assert off(model(TOKENS).logits, expected) < 0.05
     assert model.base_model.get_submodule(one).weight.dtype == torch.int8
-    adapted(model)
     # Gradients are rounded to bytes too: they agree on the whole, not to the last digit.
-    expected = outputs_and_gradients(model, fused=False)
-    assert_near(outputs_and_gradients(model, fused=True), expected, 0.05, 0.3)
-    assert fused_blocks(model).choice.value
+    assert_as_the_own(adapted(model), 0.05, 0.3)
+
+
+def error_in_int8(model: nn.Module, names: list[str], **settings: object) -> float:
+    """The largest error of these layers' outputs in int8, with other settings of the rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"LARGEST_ERROR": 1.0, **settings}.items():
+            patch.setattr(f"deltaw.runtime.quantized_weights.{name}", value)
+        report = quantize_int8(model.base_model, lambda: model(TOKENS))
+    return max(report.errors[name] for name in names)
 
 
 def test_columns_of_a_conv1d_move_outliers_into_its_weight():
-    errors = []
-    for moved in ((0.0,), (0.0, 0.5, 0.7)):
-        model = model_of("GPT2", hidden_size=128)
-        with torch.no_grad():
-            for block in model.base_model.h:
-                block.ln_1.weight[5] = 300.0  # an input that is large and hardly counts
-                block.attn.c_attn.weight[5] = 1e-4
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deltaw.runtime.quantized_weights.MOVED", moved)
-            patch.setattr("deltaw.runtime.quantized_weights.LARGEST_ERROR", 1.0)
-            report = quantize_int8(model.base_model, lambda model=model: model(TOKENS))
-        errors.append(max(report.errors[f"h.{n}.attn.c_attn"] for n in range(3)))
-    assert errors[1] < 0.04 < errors[0]
+    model, names = model_of("GPT2", hidden_size=128), [f"h.{n}.attn.c_attn" for n in range(3)]
+    with torch.no_grad():
+        for block in model.base_model.h:
+            block.ln_1.weight[5] = 300.0  # an input that is large and hardly counts
+            block.attn.c_attn.weight[5] = 1e-4
+    kept, moved = (error_in_int8(copy.deepcopy(model), names, MOVED=by) for by in ((0.0,), (0.0, 0.5, 0.7)))
+    assert moved < 0.04 < kept
 
 
 @pytest.mark.parametrize(("family", "down"), [("Llama", "layers.{}.mlp.down_proj"), ("GPT2", "h.{}.mlp.c_proj")])
 def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
     """A few units of an MLP that are far larger than all others, and no column that could take that."""
-    size = {"intermediate_size": 512} if family == "Llama" else {"n_inner": 512}
-    model = model_of(family, hidden_size=128, **size)
+    model = model_of(family, hidden_size=128, **{"intermediate_size" if family == "Llama" else "n_inner": 512})
     with torch.no_grad():
         for block in layers_of(model):
             up = block.mlp.up_proj.weight if family == "Llama" else block.mlp.c_fc.weight.t()
             up[::171] *= 30
-    errors = []
+    names, errors = [down.format(n) for n in range(3)], []
     for worth in (0.0, 0.85):
         copied = copy.deepcopy(model)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deltaw.runtime.quantized_weights.MOVED", (0.0,))
-            patch.setattr("deltaw.runtime.quantized_weights.LARGEST_ERROR", 1.0)
-            patch.setattr("deltaw.runtime.quantized_weights.WORTH_BLOCKS", worth)
-            report = quantize_int8(copied.base_model, lambda copied=copied: copied(TOKENS))
-        layers = [copied.base_model.get_submodule(down.format(n)) for n in range(3)]
-        assert [layer.in_blocks for layer in layers] == [worth > 0] * 3
-        errors.append(max(report.errors[down.format(n)] for n in range(3)))
+        errors.append(error_in_int8(copied, names, MOVED=(0.0,), WORTH_BLOCKS=worth))
+        assert [copied.base_model.get_submodule(name).in_blocks for name in names] == [worth > 0] * 3
     assert errors[1] < 0.85 * errors[0]
-    adapted(copied)
-    own, _ = outputs_and_gradients(copied, fused=False)
-    out, _ = outputs_and_gradients(copied, fused=True)
-    assert fused_blocks(copied).choice.value and off(out, own) < 0.02
+    assert_as_the_own(adapted(copied), 0.02, 0.3)
 
 
 def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
@@ -393,45 +372,34 @@ WHOLE_MODULES = [
 @pytest.mark.parametrize(("family", "trained", "target"), WHOLE_MODULES)
 def test_whole_modules_trained_inside_a_block_get_their_gradients(family, trained, target):
     model = model_of(family)
-    with packed_rows(model):
-        assert fused_blocks(model).choice.value
-    adapted(model, target_modules=[target], train_modules=[trained])
-    assert_near(outputs_and_gradients(model, fused=True), outputs_and_gradients(model, fused=False))
+    assert_recognized(model)
+    assert_as_the_own(adapted(model, target_modules=[target], train_modules=[trained]))
 
 
 def test_a_block_that_is_put_in_later_runs_fused_and_one_of_another_kind_its_own_code(monkeypatch):
     model = model_of("Llama")
-    with packed_rows(model):
-        assert fused_blocks(model).choice.value
+    assert_recognized(model)
     layers = model.base_model.layers
     layers[1] = copy.deepcopy(layers[2])
     layers[0].input_layernorm = nn.LayerNorm(64).requires_grad_(False)
-    adapted(model)
-    expected = outputs_and_gradients(model, fused=False)
     ran = count_runs(monkeypatch)
-    assert_near(outputs_and_gradients(model, fused=True), expected)
+    assert_as_the_own(adapted(model))
     assert len(ran) == 2
     layers[1].mlp.down_proj = nn.Sequential(layers[1].mlp.down_proj)
-    ran.clear()
-    expected, _ = outputs_and_gradients(model, fused=False)
-    out, _ = outputs_and_gradients(model, fused=True)
-    assert len(ran) == 1 and off(out, expected) < 1e-5
+    assert_as_the_own(model)
+    assert len(ran) == 3
 
 
 def test_recognition_leaves_the_random_state_alone_and_the_model_too():
     model = model_of("GPTNeoX", max_position_embeddings=77)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    with packed_rows(model):
-        assert fused_blocks(model).choice.value
-    assert torch.equal(torch.rand(4), expected)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert_recognized(model)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in ("Gemma3", "GPTNeoX", "GPT2") else pytest.mark.slow) for f in PACKED]
+    "family", [pytest.param(f, marks=[] if f in ("Gemma3", "GPT2") else pytest.mark.slow) for f in PACKED]
 )
 def test_a_dry_run_on_fake_tensors_decides_alike(family):
     with packed_rows(real := model_of(family, torch.bfloat16)):
@@ -446,22 +414,15 @@ def test_a_dry_run_on_fake_tensors_decides_alike(family):
 @compiled_only
 def test_weights_that_lie_elsewhere_when_the_backward_comes_are_found():
     """As where they are let go of after the forward and gathered again."""
-    model = adapted(model_of("Llama"))
+    model, left = adapted(model_of("Llama")), []
     expected = outputs_and_gradients(model, fused=True)
-    left: list[torch.Tensor] = []
 
     def move(block: nn.Module, inputs: object, output: object) -> None:
-        for parameter in block.parameters():
-            if not parameter.requires_grad:
-                moved = parameter.detach().clone()
-                left.append(parameter.detach().clone())  # keeps the place that was left from being used again
-                with torch.no_grad():
-                    old = parameter.data
-                    parameter.data = moved
-                    old.fill_(float("nan"))
+        for parameter in (p for p in block.parameters() if not p.requires_grad):
+            left.append(parameter.data)  # keeps the place that was left from being used again
+            parameter.data = parameter.detach().clone()
+            left[-1].fill_(float("nan"))
 
-    hooks = [block.register_forward_hook(move) for block in layers_of(model)]
-    found = outputs_and_gradients(model, fused=True)
-    for hook in hooks:
-        hook.remove()
-    assert_same(found, expected)
+    for block in layers_of(model):
+        block.register_forward_hook(move)
+    assert_same(outputs_and_gradients(model, fused=True), expected)

@@ -29,7 +29,7 @@ def offered() -> None:
 class Model(nn.Module):
     """An embedding, an adapter's worth of small weights, and a head that may share the embedding's rows."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, tied: bool = False) -> None:
         super().__init__()
         self.rows = nn.Embedding(SIZE, SIZE)
         self.small = nn.Linear(8, 8)
@@ -45,9 +45,9 @@ class Model(nn.Module):
         return self.rows
 
 
-def _read(file: Path, tied: bool) -> Model:
+def _read(file: Path, tied: bool = False) -> Model:
     """A model whose weights are mapped from a file."""
-    save_file(Model(tied=False).state_dict(), file)
+    save_file(Model().state_dict(), file)
     model = Model(tied)
     model.load_state_dict(load_file(file), assign=True)
     if tied:
@@ -78,16 +78,15 @@ def test_large_frozen_weights_move_and_keep_their_values(tied: bool, tmp_path: P
 
 def _large_bytes(tensor: Tensor) -> int:
     """Bytes of large pages in the mapping that a tensor lies in."""
-    found = 0
     for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", part)
         if span and int(span[1], 16) <= tensor.data_ptr() < int(span[2], 16):
-            found = 1024 * int(re.search(r"AnonHugePages:\s+(\d+) kB", part)[1])  # type: ignore[index]
-    return found
+            return 1024 * int(re.search(r"AnonHugePages:\s+(\d+) kB", part)[1])  # type: ignore[index]
+    return 0
 
 
 def test_a_moved_weight_lies_in_large_pages(tmp_path: Path) -> None:
-    model = _read(tmp_path / "weights.safetensors", tied=False)
+    model = _read(tmp_path / "weights.safetensors")
     assert use_large_pages(model)
     if not _large_bytes(model.middle.weight):
         pytest.skip("the system has no large page left")
@@ -108,14 +107,9 @@ def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: 
     assert torch.equal(model.weight, other)
 
 
-def test_where_memory_is_scarce_weights_stay_in_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_weights, "free_memory_bytes", lambda: 12 * SIZE * SIZE)
-    model = _read(tmp_path / "weights.safetensors", tied=False)
-    before = _places(model)
-    assert use_large_pages(model) == 0 and _places(model) == before
-
-
-def test_memory_that_torch_has_allocated_stays_where_it_is() -> None:
-    model = Model(tied=False)
-    before = _places(model)
-    assert use_large_pages(model) == 0 and _places(model) == before
+def test_memory_of_torchs_own_stays_where_it_is_and_files_too_where_memory_is_scarce(tmp_path, monkeypatch):
+    own, mapped = Model(), _read(tmp_path / "weights.safetensors")
+    for model, free in ((own, quantized_weights.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
+        monkeypatch.setattr(quantized_weights, "free_memory_bytes", lambda free=free: free)
+        before = _places(model)
+        assert use_large_pages(model) == 0 and _places(model) == before

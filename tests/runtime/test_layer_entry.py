@@ -21,13 +21,30 @@ def frozen(family="llama"):
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
-def test_the_lowest_trained_block_is_found_in_every_family(family):
-    model = frozen(family)
+def test_the_lowest_trained_block_is_found_and_entered_with_the_same_logits_to_the_bit(family):
+    model, tokens = frozen(family), torch.arange(3, 15)[None] * torch.tensor([[1], [2]])
+
+    def logits():
+        with torch.no_grad():
+            return model(tokens, use_cache=False).logits
+
+    expected = logits()
+    for index in (1, 2):
+        entry = BlockEntry(model, index)
+        hidden = entry.outputs(logits)
+        assert hidden.shape == (2, 12, 32)
+        with entry.entering(hidden):
+            assert torch.equal(logits(), expected)
+        with entry.entering(hidden * 1.5):
+            assert not torch.equal(logits(), expected)
+        with pytest.raises(ZeroDivisionError), entry.entering(hidden):
+            raise ZeroDivisionError
+        assert torch.equal(logits(), expected)
+    assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
     blocks = next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
-    blocks[1].requires_grad_(True)
-    assert lowest(model) == Level("block", 1, 2)
-    blocks[0].requires_grad_(True)
-    assert lowest(model) is None
+    for index, level in ((1, Level("block", 1, 2)), (0, None)):
+        blocks[index].requires_grad_(True)
+        assert lowest(model) == level
 
 
 def test_a_head_and_what_follows_the_blocks_are_levels_of_their_own():
@@ -41,30 +58,6 @@ def test_a_head_and_what_follows_the_blocks_are_levels_of_their_own():
     model.lm_head.weight = model.model.embed_tokens.weight
     model.lm_head.requires_grad_(True)
     assert lowest(model) is None  # tied to the embeddings
-
-
-@pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
-@pytest.mark.parametrize("index", [1, 2])
-def test_entering_with_what_came_out_gives_the_same_logits_to_the_bit(family, index):
-    model = frozen(family)
-    tokens = torch.arange(3, 15)[None] * torch.tensor([[1], [2]])
-
-    def logits():
-        with torch.no_grad():
-            return model(tokens, use_cache=False).logits
-
-    expected = logits()
-    entry = BlockEntry(model, index)
-    hidden = entry.outputs(logits)
-    assert hidden.shape == (2, 12, 32)
-    with entry.entering(hidden):
-        assert torch.equal(logits(), expected)
-    with entry.entering(hidden * 1.5):
-        assert not torch.equal(logits(), expected)
-    with pytest.raises(ZeroDivisionError), entry.entering(hidden):
-        raise ZeroDivisionError
-    assert torch.equal(logits(), expected)
-    assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
 
 def test_a_layer_entry_point_above_something_trained_is_refused():

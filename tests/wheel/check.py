@@ -32,32 +32,25 @@ def check(what: str, found: torch.Tensor, exact: torch.Tensor, tolerance: float)
 def check_type(dtype: torch.dtype) -> None:
     """A product with its update, an int8 product, a norm and attention against float64."""
     bound = TOLERANCE[dtype]
-    x, weight, grad = numbers(70, 96, dtype=dtype), numbers(64, 96, dtype=dtype), numbers(70, 64, dtype=dtype)
+    x, weight, grad = (numbers(*shape, dtype=dtype) for shape in ((70, 96), (64, 96), (70, 64)))
     A, B = numbers(96, 8), numbers(8, 64)
-    of = linear.Product(weight, lora_A=A, lora_B=B)
+    of, exact = linear.Product(weight, lora_A=A, lora_B=B), weight.double() + (A.double() @ B.double()).t()
     if not linear.can_multiply(x, of):
         raise SystemExit("the kernels do not take a plain product")
-    exact = x.double() @ (weight.double().t() + A.double() @ B.double())
-    check("a product", linear.linear(x, of)[0], exact, 2 * bound)
-    exact = grad.double() @ (weight.double() + (A.double() @ B.double()).t())
-    check("a gradient", linear.linear_backward(grad, of)[0], exact, 2 * bound)
+    check("a product", linear.linear(x, of)[0], x.double() @ exact.t(), 2 * bound)
+    check("a gradient", linear.linear_backward(grad, of)[0], grad.double() @ exact, 2 * bound)
     signed, scale = quantize.quantized_rows(weight)
     exact, _ = linear.linear_reference(x.double(), linear.Product(signed, scale=scale.double()))
     check("an int8 product", linear.linear(x, linear.Product(signed, scale=scale))[0], exact, max(bound, 2e-4))
-    y, _ = rows.norm(x, numbers(96, dtype=dtype), None, offset=0.0, eps=1e-5, centered=False)
-    exact, _ = rows.norm_reference(
-        x.double(), numbers(96, dtype=dtype).double(), None, offset=0.0, eps=1e-5, centered=False
-    )
-    check("a norm", y, exact, bound)
-    layout = Layout.of_lengths([40, 30])
+    how, gain = {"offset": 0.0, "eps": 1e-5, "centered": False}, numbers(96, dtype=dtype)
+    exact, _ = rows.norm_reference(x.double(), gain.double(), None, **how)
+    check("a norm", rows.norm(x, gain, None, **how)[0], exact, bound)
     q, k, v = (numbers(70, 2, 32, dtype=dtype) + n for n in range(3))
-    out, _ = torch.ops.deltaw.attention(q, k, v, layout.segments(), 0, True, 0.2, 0.0, None)
-    apart = [
-        torch.nn.functional.scaled_dot_product_attention(
-            *(t[part].double().transpose(0, 1) for t in (q, k, v)), is_causal=True, scale=0.2
-        ).transpose(0, 1)
-        for part in (slice(0, 40), slice(40, 70))
-    ]
+    out, _ = torch.ops.deltaw.attention(q, k, v, Layout.of_lengths([40, 30]).segments(), 0, True, 0.2, 0.0, None)
+    attend, apart = torch.nn.functional.scaled_dot_product_attention, []
+    for part in (slice(0, 40), slice(40, 70)):
+        heads = (t[part].double().transpose(0, 1) for t in (q, k, v))
+        apart.append(attend(*heads, is_causal=True, scale=0.2).transpose(0, 1))
     check("attention", out, torch.cat(apart), bound)
 
 

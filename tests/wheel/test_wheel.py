@@ -28,9 +28,8 @@ pytestmark = [
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    words, given = [str(part) for part in command], {**os.environ, **environment}
+    done = subprocess.run(words, cwd=cwd, env=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -39,8 +38,7 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
 def sdist(tmp_path_factory) -> Path:
     """Made of a copy, since a build leaves files beside its sources."""
     tree = tmp_path_factory.mktemp("tree") / "deltaw"
-    left_out = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT / "src", tree / "src", ignore=left_out)
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     made = tmp_path_factory.mktemp("sdist")
@@ -54,10 +52,8 @@ def sdist(tmp_path_factory) -> Path:
 def wheel(sdist, tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("wheel")
     # Sources as any compiler must take them; what it makes need not be fast here.
-    run(
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", made,
-        sdist, cwd=made, CXXFLAGS="-O1",
-    )  # fmt: skip
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    run(*pip, "-w", made, sdist, cwd=made, CXXFLAGS="-O1")
     (file,) = made.iterdir()
     return file
 
@@ -69,9 +65,8 @@ def test_an_sdist_holds_all_that_is_compiled(sdist):
 
 
 def test_a_wheel_is_for_one_platform_and_every_python(wheel):
-    name = wheel.name.removesuffix(".whl").split("-")
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert name[2:4] == ["py3", "none"] and name[4] == platform
+    assert wheel.name.removesuffix(".whl").split("-")[2:5] == ["py3", "none", platform]
     with zipfile.ZipFile(wheel) as archive:
         files = archive.namelist()
         described = archive.read(next(file for file in files if file.endswith("/WHEEL"))).decode()
