@@ -15,8 +15,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Two processes with two threads each share two cores: threads that wait must not spin.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+# Two processes with two threads each share two cores: threads that wait must not spin. Each starts others, so that
+# compiled modules are kept also where the environment says that they are not.
+PYTEST := OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 # What the compiled kernels are made of: a change of one makes the next target install again, which compiles what it
 # concerns. Only the variants that this machine chooses from are built (setup.py).
