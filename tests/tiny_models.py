@@ -59,8 +59,7 @@ def causal_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     """A tiny causal language model in eval mode, fp32, the same for the same seed."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    config = {**CAUSAL, **PADDED}[family]()
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config({**CAUSAL, **PADDED}[family]()).eval()
     with torch.no_grad():
         # With the usual initial weights attention has almost no effect, so they are scaled up.
         for name, parameter in model.named_parameters():

@@ -93,8 +93,7 @@ def test_what_the_settings_do_to_a_row_is_said(call, thinker, file):
 
 
 def test_rows_as_json_are_one_object(call, thinker, file):
-    ended = call("data", "show", file, "--model", thinker, "--rows", 3, "--json")
-    told = json.loads(ended.out)
+    told = json.loads(call("data", "show", file, "--model", thinker, "--rows", 3, "--json").out)
     assert [row["row"] for row in told["rows"]] == [1, 2, 3]
     first, second = told["rows"][0]["examples"]
     trained = "".join(piece["text"] for piece in second["pieces"] if piece["label"])

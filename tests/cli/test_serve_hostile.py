@@ -72,8 +72,7 @@ def test_honest_requests_are_answered_beside_hostile_ones(tmp_path: Path, each: 
     base = saved(tiny_llama(max_position_embeddings=4096), tmp_path / "base")
     with serving(base, "--cache-memory", "16MB", "--body-seconds", "1", "--write-seconds", "1") as server:
         url = url_of(server)
-        hostile = Hostile(url, "tiny", x, HEADERS)
-        kinds = hostile.kinds
+        kinds = Hostile(url, "tiny", x, HEADERS).kinds
         assert len(kinds) == 10
         with httpx.Client(base_url=url, timeout=SECONDS, headers=HEADERS) as client:
             for asked in (ASKED, AS_JSON):

@@ -207,8 +207,7 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, c
     data = write_rows(tmp_path / "rows.jsonl", rows)
     ended = call("eval", run, "--data", data, "--no-drift", "--json", "--precision", "fp32", "--max-new-tokens", 5)
     assert ended.status == 0, ended.err
-    told = json.loads(ended.out)
-    assert told["eval"]["exact_match"] == 1.0
+    assert json.loads(ended.out)["eval"]["exact_match"] == 1.0
 
 
 def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):

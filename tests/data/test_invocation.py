@@ -62,8 +62,7 @@ def test_rows_share_what_the_adapter_does_not_act_on_and_no_more(share):
 
 def test_padded_rows_say_where_the_adapter_acts():
     rows = [activated(row([1, 2, 7], [3]), [7]), activated(row([7], [3, 4, 5, 6]), [7])]
-    active = pad(rows).inputs["adapter_active"]
-    assert active.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert pad(rows).inputs["adapter_active"].int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert "adapter_active" not in pad([row([1], [2])]).inputs
 
 

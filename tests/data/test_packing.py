@@ -38,8 +38,7 @@ def rows(draw):
 
 def seen_by_each_row(batch):
     """From the batch alone: for each flat token, the tokens from its root down to itself."""
-    layout = batch.inputs["packed_layout"]
-    visible = layout.visible()
+    visible = batch.inputs["packed_layout"].visible()
     tokens = batch.inputs["input_ids"][0].numpy()
     positions = batch.inputs["position_ids"][0].numpy()
     assert (visible.sum(1) == positions + 1).all()

@@ -155,8 +155,7 @@ def test_names_without_the_base_models_prefix_are_kept(tmp_path: Path) -> None:
     bare = {name.removeprefix("transformer."): tensor.clone() for name, tensor in tensors_of(base).items()}
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
     adapter = adapter_folder(base, tmp_path / "adapter", target_modules=["c_attn", "wte"])
-    result = merge_run(adapter, tmp_path / "out")
-    assert result.same_base is True
+    assert merge_run(adapter, tmp_path / "out").same_base is True
     assert {"wte.weight", "lm_head.weight"} <= tensors_of(tmp_path / "out").keys()
     assert_merged(base, adapter, tmp_path / "out")
 

@@ -39,8 +39,7 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    base = text_base(folder / "base")
-    return adapter_folder(base, folder / "adapter", size=0.05)
+    return adapter_folder(text_base(folder / "base"), folder / "adapter", size=0.05)
 
 
 @pytest.mark.parametrize("precision", ["keep", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])

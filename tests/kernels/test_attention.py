@@ -52,8 +52,7 @@ def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
     assert (gather[tiles.slots.numpy()] == np.arange(layout.length)).all()
     for batch in tiles.batches:
         seen = np.ones((batch.count, batch.queries, batch.keys.shape[1]), bool)
-        width = batch.hidden.shape[-1]
-        seen[:, :, seen.shape[2] - width :] = ~batch.hidden.numpy()
+        seen[:, :, seen.shape[2] - batch.hidden.shape[-1] :] = ~batch.hidden.numpy()
         places = gather[at : at + batch.count * batch.queries].reshape(batch.count, -1)
         seen[filling[at : at + places.size].reshape(places.shape)] = False
         at += places.size

@@ -234,7 +234,6 @@ def test_int8_sums_over_any_depth_do_not_overflow(kernels, in_blocks):
     for sign in (1, -1):
         y, _ = products.linear(x * sign, Product(weight, scale=scale, in_blocks=in_blocks))
         torch.testing.assert_close(y, torch.full((3, 4), float(sign * depth)), rtol=1e-4, atol=0)
-    layer = Int8Linear.from_linear(torch.nn.Linear(depth, 4, bias=False))
-    assert layer.in_blocks
+    assert Int8Linear.from_linear(torch.nn.Linear(depth, 4, bias=False)).in_blocks
     with pytest.raises(ValueError, match="too many"):
         DecoderLinear(weight, scale=scale)

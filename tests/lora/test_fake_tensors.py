@@ -53,8 +53,7 @@ def test_a_step_runs(settings):
     assert attached(model).fingerprint is None
     model.train()
     optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(model)])
-    ids = torch.zeros(2, 9, dtype=torch.long)
-    model(input_ids=ids).logits.pow(2).mean().backward()
+    model(input_ids=torch.zeros(2, 9, dtype=torch.long)).logits.pow(2).mean().backward()
     optimizer.step()
     assert all(p.grad is not None for _, p in adapter_parameters(model))
 

@@ -27,8 +27,7 @@ BF16 = torch.bfloat16
 
 
 def random(*shape: int, seed: int, size: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator) * size
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
 @torch.no_grad()

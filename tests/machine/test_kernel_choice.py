@@ -249,8 +249,7 @@ def test_measuring_times_each_candidate_and_leaves_the_process_as_it_was():
     """Some rate of each, of the order of the others; torch's random numbers and the arithmetic are
     untouched."""
     before, state, threads = loader.arithmetic(), torch.get_rng_state(), torch.get_num_threads()
-    measured = product_rates.measure(SIZES, 1)
-    assert believable(measured.rates, product_rates.candidates()) is not None
+    assert believable(product_rates.measure(SIZES, 1).rates, product_rates.candidates()) is not None
     assert loader.arithmetic() == before and torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 

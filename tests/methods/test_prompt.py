@@ -244,8 +244,7 @@ def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
     for seed in (0, 0, 1):
         starts.append(prompt_of(prepared(causal_model("gemma3"), seed=seed)[0]).detach())
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
-    own = causal_model("gemma3").get_input_embeddings()
-    table = own(torch.arange(VOCABULARY)).detach()
+    table = causal_model("gemma3").get_input_embeddings()(torch.arange(VOCABULARY)).detach()
     assert all((table == row).all(1).any() for row in starts[0])
 
 

@@ -22,8 +22,7 @@ EVIL = "</p><script>alert('x')</script><img src=x onerror=alert(1)> & \" ' {{ 7*
 
 
 def page_of(folder):
-    text = run_page(read_run(folder))
-    page = Page(text)
+    page = Page(run_page(read_run(folder)))
     assert page.faults == []
     return page
 
@@ -149,8 +148,7 @@ def test_a_page_of_many_thousand_steps_is_small_and_keeps_its_peaks(tmp_path):
     assert path == folder / NAME and path.stat().st_size < LIMIT
     record = read_run(folder)
     assert len(record.metrics) == 10_000 and np.nanmax(record.metrics.columns["loss"]) > 9
-    page = Page(path.read_text())
-    assert page.faults == []
+    assert Page(path.read_text()).faults == []
     drawn = max(re.findall(r'<path class="c1 raw" d="M([^"]*)"', path.read_text()), key=len)
     heights = [float(point.split()[1]) for point in drawn.split("L")]
     assert heights.count(min(heights)) == 1 and min(heights) < 20, "the peak at step 7,001 is drawn"

@@ -23,8 +23,7 @@ def curve(count=40, runs_away=True):
 
 @pytest.mark.parametrize("search", [curve(), curve(runs_away=False), curve(count=3)])
 def test_the_figure_has_title_description_and_every_point_inside(search, tmp_path):
-    path = write_rate_figure(search, tmp_path)
-    root = ElementTree.fromstring(path.read_text())
+    root = ElementTree.fromstring(write_rate_figure(search, tmp_path).read_text())
     assert [found.name for found in tmp_path.iterdir()] == ["learning_rate.svg"]
     assert root.find(f".//{SVG}title").text and search.why in root.find(f".//{SVG}desc").text
     steps = next(p.get("d") for p in root.iter(f"{SVG}path") if p.get("class") == "c1 raw" and "L" in p.get("d"))

@@ -77,8 +77,7 @@ def test_pages_are_written_at_intervals_and_cost_a_small_share_of_the_time(monke
 
     monkeypatch.setattr(reports_run, "write_page", page)
     callback = reports_run.PageCallback(Callback(), clock=lambda: now[0])
-    start = type("Start", (), {"folder": tmp_path})()
-    callback.on_start(start)
+    callback.on_start(type("Start", (), {"folder": tmp_path})())
     for number in range(20_000):
         now[0] += 0.1
         callback.on_step(None)

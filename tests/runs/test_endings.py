@@ -171,8 +171,7 @@ def test_a_run_that_diverged_goes_on_when_told_to_skip_and_is_moved_for_other_se
     assert "diverged" in ended.value.what and ended.value.where == "step 5 of 12"
     # The checkpoint before the failed step holds the broken weight; the one before it does not.
     shutil.rmtree(run / "checkpoints" / "step-000004")
-    copy = shutil.copytree(run, tmp_path / "copy")
-    skipping = fit(settings(copy, train=SKIP))
+    skipping = fit(settings(shutil.copytree(run, tmp_path / "copy"), train=SKIP))
     assert skipping.resumed_from_step == 2 and skipping.outcome.skipped == 0
     other = fit(settings(run, train={**TRAIN, "learning_rate": 1e-3}))
     assert other.resumed_from_step is None and (tmp_path / "run.1" / "failed_step-000005.json").is_file()

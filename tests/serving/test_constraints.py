@@ -319,7 +319,7 @@ def test_processes_go_where_memory_is_short_after_a_while_and_at_the_end():
         del honest
         assert until(lambda: started() == 1)
         held = begun(made, "a*")
-    assert until(lambda: not started()) and held.failed == "the engine is shut down"
+    assert until(lambda: not started() and held.failed == "the engine is shut down")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_said():

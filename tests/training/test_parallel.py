@@ -44,8 +44,7 @@ pytestmark = needs_gloo
 
 
 def test_rows_that_begin_alike_are_dealt_together_and_too_few_leave_processes_without():
-    draw = np.random.default_rng(0)
-    first, second = draw.integers(0, 99, (2, 40))
+    first, second = np.random.default_rng(0).integers(0, 99, (2, 40))
     rows = [example(1, [*(first, second)[n % 2], n, n, n], 1) for n in range(8)]
     assert sorted(deal(rows, 2, share=True)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert deal([example(1, [1, 2, 3], 1)], 3, share=True) == [[0], [], []]

@@ -123,8 +123,7 @@ def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_
 
 
 def test_rows_of_a_hub_and_a_damaged_file_are_as_if_nothing_had_been_remembered(settings, tmp_path, own_cache):
-    config = RunConfig.read(settings(tmp_path / "run"))
-    hub = config.model_copy(update={"model": "owner/name"})
+    hub = RunConfig.read(settings(tmp_path / "run")).model_copy(update={"model": "owner/name"})
     assert Remembered.of(hub) is None and recalled(hub, ["lora"]) is None
     remember("kind", ["key"], {"n": 1})
     assert recall("kind", ["key"]) == {"n": 1} and recall("kind", ["other"]) is None

@@ -120,8 +120,7 @@ class Hostile:
     def wrong_elements(self, number: int) -> int:
         wrong = ("{}", "[]", "1.5", "null", '"\\ud800"')[number % 5]
         content = "[" + ",".join([wrong] * (4_000_000 // (len(wrong) + 1))) + "]"
-        body = json.dumps(self._chat).replace('"hi"', content)
-        return self._send(CHAT, body.encode())
+        return self._send(CHAT, json.dumps(self._chat).replace('"hi"', content).encode())
 
     def long_prompt(self, number: int) -> int:
         text = ("1", "a", " ", "x y", "\u0300")[number % 5]

@@ -225,7 +225,6 @@ def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, m
 def test_a_warning_is_said_and_stands_among_the_metrics(settings, tmp_path):
     told = Told()
     train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "batch_size": 1, "max_steps": 201}
-    result = fit(settings(tmp_path / "run", train=train), callback=told)
-    (line,) = metrics(result.output, "warning")
+    (line,) = metrics(fit(settings(tmp_path / "run", train=train), callback=told).output, "warning")
     assert (line["step"], line["warning"]["kind"]) == (200, "clipped")
     assert sum("were clipped to train.max_grad_norm 0.001" in said for said in told.lines) == 1

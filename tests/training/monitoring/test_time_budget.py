@@ -60,8 +60,7 @@ def budget_of(seconds, clock, most=100_000, **ending):
 
 def test_the_steps_that_fit_are_done_and_the_rate_ends_at_zero():
     clock, state = Clock(), State(100_000)
-    budget = budget_of(600, clock, after=30, evaluation=10)
-    lines = run(budget, clock, state, lambda n: 2.0)
+    lines = run(budget_of(600, clock, after=30, evaluation=10), clock, state, lambda n: 2.0)
     assert clock.now - 1000 <= 600 - 40
     assert clock.now - 1000 >= 600 - 40 - MARGIN * 600 - 2 * 2.0
     assert len(lines) == 1 and f"{state.total_steps} steps planned" in lines[0] and "2 s a step" in lines[0]
