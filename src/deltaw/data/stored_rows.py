@@ -386,7 +386,7 @@ def _answer(item: Any) -> Any:
 
 
 # With ``data.cache: auto``, rows are kept where their files are larger, or where tokenizing took longer.
-LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 1.0
+LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 0.25
 # Below this, looking for kept rows takes longer than making them.
 TINY_BYTES = 2**18
 # Files that are larger are read by several processes.

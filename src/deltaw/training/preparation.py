@@ -19,7 +19,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.hub.quiet import quiet
 from deltaw.machine.kernel_choice import computed_on
-from deltaw.machine.memory import release_free_memory
+from deltaw.machine.memory import release_free_memory, trim_memory
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.quantized_weights import Rounding, quantize_int8, quantize_nf4
@@ -69,7 +69,7 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any], identity: st
         kept = None if identity is None or sharded is not None else recall("int8", key, MADE_BY)
         if isinstance(kept, dict):
             quantize_int8(model.base_model, known=[Rounding.of_json(rounding) for rounding in kept["roundings"]])
-            release_free_memory()
+            trim_memory()
             return list(kept["said"])
         found: list[Tensor] = []
         inputs: dict[str, Any] = {"input_ids": tokens[None]}
@@ -88,8 +88,7 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any], identity: st
             )
             said.append(f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}")
         if identity is not None and sharded is None:
-            roundings = [rounding.as_json() for rounding in report.roundings]
-            remember("int8", key, {"roundings": roundings, "said": said}, MADE_BY, most=KEPT)
+            remember("int8", key, {"roundings": [r.as_json() for r in report.roundings], "said": said}, MADE_BY, KEPT)
     release_free_memory()
     return said
 

@@ -144,9 +144,7 @@ def base_answers(
     kept = None if identity is None else recall("general", asked, MADE_BY)
     if isinstance(kept, list) and len(kept) == len(prompts):
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # somebody else wrote the file
-            return [
-                Completion(np.array(tokens, np.int32), str(text), end is not None, end) for tokens, text, end in kept
-            ]
+            return [Completion(np.array(ids, np.int32), str(text), end is not None, end) for ids, text, end in kept]
     done = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
     if identity is not None:
         remember("general", asked, [[one.tokens.tolist(), one.text, one.terminator] for one in done], MADE_BY)
