@@ -60,9 +60,8 @@ def test_trackio_has_every_number_of_the_run(settings, tmp_path, monkeypatch, ca
 
     logs = SQLiteStorage.get_logs("of-a-test", "my-run")
     for key, kind in {"train/loss": "loss", "eval/loss": "eval"}.items():
-        assert {entry["step"]: entry[key] for entry in logs if key in entry} == pytest.approx(
-            by_step(result.output, kind)
-        )
+        logged = {entry["step"]: entry[key] for entry in logs if key in entry}
+        assert logged == pytest.approx(by_step(result.output, kind))
 
 
 @pytest.fixture
