@@ -77,7 +77,7 @@ def test_features_that_were_only_partly_stored_are_computed_as_they_were(setting
     assert_same_run(killed, whole)
 
 
-def test_interrupted_runs_go_on_too(settings, stopped, whole):
+def test_interrupted_runs_go_on_too_and_once_finished_are_moved_for_new_ones(settings, tmp_path, stopped, whole):
     before, said = Run(stopped), "The training was interrupted"
     assert before.state == "interrupted" and listed(stopped / "checkpoints")[-1].name == "step-000003"
     assert said in (stopped / "README.md").read_text()
@@ -90,13 +90,9 @@ def test_interrupted_runs_go_on_too(settings, stopped, whole):
     answer = result.as_dict()
     assert answer["resumed_from_step"] == 3 and answer["steps"] == 12
     assert answer["checkpoints"] == [str(path) for path in listed(stopped / "checkpoints")]
-
-
-def test_a_finished_run_is_moved_and_the_new_one_begins_with_its_first_step(settings, tmp_path, whole):
-    run = shutil.copytree(whole, tmp_path / "run")
-    again = deltaw.fit(settings(run, train=TRAIN))
+    again = deltaw.fit(settings(stopped, train=TRAIN))
     assert again.resumed_from_step is None and (tmp_path / "run.1" / ADAPTER).is_file()
-    assert_same_run(run, whole)
+    assert_same_run(stopped, whole)
 
 
 def test_a_finished_run_is_trained_further(settings, tmp_path):

@@ -300,18 +300,12 @@ def test_pairs_are_looked_at_with_their_own_loss(loss, bf16_run, tmp_path):
 @compiled_only
 def test_labels_are_looked_at_too(bf16_run, tmp_path):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.05,
-    )  # fmt: skip
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=259, max_position_embeddings=64, initializer_range=0.05, **shape)
     bert = saved(BertModel(config).bfloat16(), tmp_path / "bert")
-    rows = [{"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60)]
-    changes = {
-        "task": "sequence-classification",
-        "data": {"train": str(write_rows(tmp_path / "labels.jsonl", rows))},
-        "lora": {"target_modules": "all-linear"},
-    }
-    done = fit(bf16_run("labels", model=str(bert), **changes))
+    rows = ({"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60))
+    data, lora = {"train": str(write_rows(tmp_path / "labels.jsonl", rows))}, {"target_modules": "all-linear"}
+    done = fit(bf16_run("labels", model=str(bert), task="sequence-classification", data=data, lora=lora))
     assert 0 < done.approximations["own"] <= done.approximations["error"] < 0.1
 
 

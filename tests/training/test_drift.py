@@ -132,7 +132,7 @@ def writer():
     return tiny_llama(max_position_embeddings=512), byte_tokenizer()
 
 
-def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them(writer):
+def test_answers_are_the_models_greedy_tokens_as_it_ended_them_to_plain_prompts_without_a_template(writer):
     model, tokenizer = writer
     for row in general_answers(model, tokenizer, PROMPTS, identity=None):
         ids = torch.from_numpy(row.tokens).long()[None]
@@ -142,6 +142,9 @@ def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them(writer
         assert labels[0] == row.prompt_length and (likeliest[labels - 1] == row.tokens[labels]).all()
         ended = row.tokens[-1] in (0, 2)
         assert ended or len(labels) == ANSWER_TOKENS
+    tokenizer.chat_template = None
+    rows = general_answers(model, tokenizer, PROMPTS, identity=None)
+    assert tokenizer.decode(rows[0].tokens[: rows[0].prompt_length]) == PROMPTS[0]
 
 
 def test_answers_are_written_once_for_each_model_version_code_and_arithmetic(writer, tmp_path, monkeypatch):
@@ -184,13 +187,6 @@ def test_answers_of_a_model_are_not_those_of_one_that_differs_in_a_single_value(
         weight = model.model.layers[0].mlp.up_proj.weight
         weight[3, 5] = torch.nextafter(weight[3, 5], weight[3, 5] + 1)
     assert identity_of(model, "fp32") != own
-
-
-def test_a_model_without_a_template_continues_plain_prompts(writer):
-    model, tokenizer = writer
-    tokenizer.chat_template = None
-    rows = general_answers(model, tokenizer, PROMPTS, identity=None)
-    assert tokenizer.decode(rows[0].tokens[: rows[0].prompt_length]) == PROMPTS[0]
 
 
 def test_what_cannot_be_measured_is_said(settings, roomy_folder, tmp_path):

@@ -20,42 +20,22 @@ WORDS = {"good": "fine great lovely superb neat", "bad": "poor dull awful weak s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("bases")
-
-
-@pytest.fixture(scope="module")
-def bert_folder(folder):
+    """Two base models, and rows of words, of lengths and of pixels with their labels."""
+    made = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=259, max_position_embeddings=64, initializer_range=0.2, **SHAPE)
-    return saved(BertModel(config), folder / "bert")
-
-
-@pytest.fixture(scope="module")
-def vit_folder(folder):
+    bert = BertConfig(vocab_size=259, max_position_embeddings=64, initializer_range=0.2, **SHAPE)
+    saved(BertModel(bert), made / "bert")
     torch.manual_seed(0)
-    config = ViTConfig(image_size=8, patch_size=4, num_channels=1, initializer_range=0.2, **SHAPE)
-    ViTModel(config).save_pretrained(folder / "vit")
-    return folder / "vit"
-
-
-@pytest.fixture(scope="module")
-def feelings_file(folder):
-    rows = ({"text": f"it is {w}", "label": label} for label, words in WORDS.items() for w in words.split())
-    return write_rows(folder / "feelings.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def lengths_file(folder):
-    return write_rows(folder / "lengths.jsonl", ({"text": "ab" * (1 + n), "label": float(n)} for n in range(10)))
-
-
-@pytest.fixture(scope="module")
-def pixels_file(folder):
+    vit = ViTConfig(image_size=8, patch_size=4, num_channels=1, initializer_range=0.2, **SHAPE)
+    ViTModel(vit).save_pretrained(made / "vit")
+    words = ({"text": f"it is {w}", "label": label} for label, words in WORDS.items() for w in words.split())
+    write_rows(made / "feelings.jsonl", words)
+    write_rows(made / "lengths.jsonl", ({"text": "ab" * (1 + n), "label": float(n)} for n in range(10)))
     odd = torch.arange(12)[:, None] % 2
     pixels = torch.randint(0, 100, (12, 64), generator=torch.Generator().manual_seed(0)) + 150 * odd
     rows = torch.cat([pixels, odd], 1).tolist()
-    (folder / "pixels.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-    return folder / "pixels.csv"
+    (made / "pixels.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    return made
 
 
 @pytest.fixture
@@ -89,8 +69,9 @@ def test_text_to_be_generated(method, of_task, model_folder, rows_file):
 
 
 @pytest.mark.parametrize("method", often("head"))
-def test_classes_of_text(method, of_task, bert_folder, feelings_file, tmp_path):
-    result, run = trains_and_opens_again(of_task("sequence-classification", bert_folder, feelings_file, method))
+def test_classes_of_text(method, of_task, folder, tmp_path):
+    asked = of_task("sequence-classification", folder / "bert", folder / "feelings.jsonl", method)
+    result, run = trains_and_opens_again(asked)
     assert run.classes == ("bad", "good")
     assert {"accuracy", "macro_f1", "matthews", "loss"} <= result.evaluation.metrics.keys()
     assert result.evaluation.confusion.sum() == 3
@@ -101,8 +82,8 @@ def test_classes_of_text(method, of_task, bert_folder, feelings_file, tmp_path):
 
 
 @pytest.mark.parametrize("method", often("lora", "full", "prompt"))
-def test_classes_of_images(method, of_task, vit_folder, pixels_file):
-    asked = of_task("image-classification", vit_folder, pixels_file, method)
+def test_classes_of_images(method, of_task, folder):
+    asked = of_task("image-classification", folder / "vit", folder / "pixels.csv", method)
     if method == "prompt":
         with pytest.raises(UserError, match=r"images|tokens"):
             fit(asked)
@@ -114,19 +95,17 @@ def test_classes_of_images(method, of_task, vit_folder, pixels_file):
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 @pytest.mark.parametrize("task", ["sequence-classification", "regression"])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_peft_loads_the_adapter_with_its_head(
-    kind, task, method, of_task, bert_folder, model_folder, feelings_file, lengths_file
-):
-    folder = bert_folder if kind == "encoder" else model_folder
-    rows = feelings_file if task == "sequence-classification" else lengths_file
-    result, run = trains_and_opens_again(of_task(task, folder, rows, method))
+def test_peft_loads_the_adapter_with_its_head(kind, task, method, of_task, folder, model_folder):
+    model = folder / "bert" if kind == "encoder" else model_folder
+    rows = folder / ("feelings.jsonl" if task == "sequence-classification" else "lengths.jsonl")
+    result, run = trains_and_opens_again(of_task(task, model, rows, method))
     if task == "regression":
         assert {"rmse", "pearson", "spearman"} <= result.evaluation.metrics.keys() and run.classes is None
     example = run.example(held_out_rows(run)[0])
     how = {"device": "cpu", "tokens_per_pass": "auto", "share": "auto", "method_shares": True, "virtual_tokens": 0}
     batcher, _ = run.task.batcher(run.model, [example], **how)
     labels = 1 if task == "regression" else 2
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, dtype=torch.float32)
     base.config.pad_token_id = 0
     theirs = PeftModel.from_pretrained(base.eval(), result.output)
     tokens = torch.from_numpy(example.tokens[run.virtual_tokens :].astype("int64"))[None]

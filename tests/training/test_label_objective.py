@@ -93,13 +93,13 @@ def test_a_model_that_sees_its_padding_is_refused():
         LabelObjective(AutoModelForSequenceClassification.from_config(config).eval(), "sequence-classification")
 
 
-@pytest.mark.parametrize(
-    ("family", "head"),
-    [("bert", ["classifier"]), ("roberta", ["classifier.dense", "classifier.out_proj"]), ("llama", ["score"])],
-)
-def test_a_regression_starts_at_the_mean_where_its_head_has_a_bias(family: str, head: list[str]):
+HEADS = {"bert": ["classifier"], "roberta": ["classifier.dense", "classifier.out_proj"], "llama": ["score"]}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_regression_starts_at_the_mean_where_its_head_has_a_bias(family: str):
     model, has_bias = model_of(family, outputs=1), family != "llama"
-    assert start_at_mean(model, head, [70.0, 90.0]) == has_bias
+    assert start_at_mean(model, HEADS[family], [70.0, 90.0]) == has_bias
     predictions = LabelObjective(model, "regression").predictions(whole(examples_of(number=True)))
     assert ((predictions - 80).abs().max() < 2) == has_bias
 
@@ -150,7 +150,7 @@ def test_images_of_another_size_than_the_models_are_refused_in_words(tmp_path):
         choose_label_batcher(model, images_of(2), device="cpu", encoder=ImageEncoder(tmp_path / "other"))
 
 
-def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut():
+def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut_and_refused_where_it_is_not_finite():
     model, rows = model_of("bert"), examples_of()
     objective = LabelObjective(model, "sequence-classification")
     found = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"), ("a", "b", "c"))
@@ -161,6 +161,9 @@ def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut():
     assert found.confusion.sum() == len(rows) and found.confusion.trace() == found.per_row.sum()
     assert (found.main, found.metrics["accuracy"]) == ("accuracy", found.per_row.mean())
     assert found.interval[0] <= found.metrics["accuracy"] <= found.interval[1]
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
 
 
 def test_squared_errors_of_numbers_are_summed():
@@ -173,11 +176,3 @@ def test_squared_errors_of_numbers_are_summed():
     found = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
     assert found.metrics["rmse"] ** 2 == pytest.approx(found.per_row.mean())
     assert found.metrics[found.main] == pytest.approx(found.per_row.mean()) and not found.higher_is_better
-
-
-def test_predictions_that_are_not_finite_are_refused():
-    model = model_of("bert")
-    objective = LabelObjective(model, "sequence-classification")
-    torch.nn.init.constant_(model.classifier.bias, float("nan"))
-    with pytest.raises(UserError, match="not finite"):
-        evaluate_labels(objective, examples_of(), LabelMicroBatcher(20, "cpu"))

@@ -155,8 +155,8 @@ def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_o
 @pytest.mark.parametrize(
     ("family", "task", "method"),
     [
-        pytest.param("bert", "regression", "lora", marks=pytest.mark.slow),
         ("llama", "sequence-classification", "prompt"),
+        pytest.param("bert", "regression", "lora", marks=pytest.mark.slow),
     ],
 )
 def test_other_tasks_are_planned_alike(family, task, method, config_of, tmp_path):
@@ -183,11 +183,9 @@ def test_int8_weights_are_planned(family, layers, config_of, folders):
 def test_an_activated_adapter_is_planned_with_prompts_run_apart(epochs, config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     rows = ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
-    changes = {
-        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
-        "train": {"max_steps": 3 * epochs, "keep_features": epochs > 1},
-    }
-    plan = as_it_runs(config_of("llama", "lora", lora={"activation": "completion"}, **changes))
+    data, lora = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}, {"activation": "completion"}
+    train = {"max_steps": 3 * epochs, "keep_features": epochs > 1}
+    plan = as_it_runs(config_of("llama", "lora", lora=lora, data=data, train=train))
     stored = [file.stat().st_size for file in (tmp_path / "cache").rglob("values.bin")]
     assert stored == ([plan.disk_bytes] if epochs > 1 else []) and (plan.disk_bytes > 0) == (epochs > 1)
 

@@ -55,13 +55,18 @@ def own_process():
     torch.set_num_threads(threads)
 
 
-def test_a_whole_run_leaves_the_process_as_it_was(own_process, settings, tmp_path):
+def test_a_plan_a_run_and_one_that_fails_leave_the_process_as_it_was(own_process, settings, tmp_path):
+    deltaw.plan(settings(tmp_path / "run", threads=1))
+    assert everything() == own_process
     within = {}
     notes = Calling(on_begin=lambda state: within.update(everything()))
     deltaw.fit(settings(tmp_path / "run", threads=1, lora={"dropout": 0.2}), callback=notes)
     assert everything() == own_process
     # The test would say nothing if a run changed nothing on its way.
     assert all(within[key] != own_process[key] for key in ("threads", "torch", "frozen", "handlers"))
+    with pytest.raises(UserError, match="diverged"):
+        deltaw.fit(settings(tmp_path / "broken", threads=1, lora={"alpha": 1e20}, train={"epochs": 4}))
+    assert everything() == own_process
 
 
 def test_the_loop_leaves_the_process_as_it_was(own_process):
@@ -71,14 +76,6 @@ def test_the_loop_leaves_the_process_as_it_was(own_process):
         before = everything()
         run.go()
         assert everything() == before
-
-
-def test_a_plan_and_a_run_that_fails_leave_the_process_as_it_was(own_process, settings, tmp_path):
-    deltaw.plan(settings(tmp_path / "run", threads=1))
-    assert everything() == own_process
-    with pytest.raises(UserError, match="diverged"):
-        deltaw.fit(settings(tmp_path / "run", threads=1, lora={"alpha": 1e20}, train={"epochs": 4}))
-    assert everything() == own_process
 
 
 def test_what_the_process_has_frozen_itself_stays_frozen():

@@ -65,19 +65,17 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
         config = RunConfig.read({**plain, "output": str(tmp_path / output)})
         assert planning.plan_run(config, *read_data(config)) == plan_of_some_run
     assert counted.call_count == 1
-    if change == "settings":
-        config = RunConfig.read(laid_over(plain, {"train": {"batch_size": 4}}))
-    elif change == "rows":
-        write_rows(rows, ({"prompt": f"paint it {n}", "completion": "r"} for n in range(12)))
-    elif change == "model":
-        text = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**text, "num_hidden_layers": 1}))
-    elif change == "variable":
-        monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    elif change == "source":
-        other_text(monkeypatch, tmp_path / "source", "memory/plan.py")
-    else:
-        other_version(monkeypatch, "torch")
+    described = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1}
+    changes = {
+        "settings": lambda: plain.update(laid_over(plain, {"train": {"batch_size": 4}})),
+        "rows": lambda: write_rows(rows, ({"prompt": f"paint it {n}", "completion": "r"} for n in range(12))),
+        "model": lambda: (model / "config.json").write_text(json.dumps(described)),
+        "variable": lambda: monkeypatch.setenv("MKL_CBWR", "COMPATIBLE"),
+        "source": lambda: other_text(monkeypatch, tmp_path / "source", "memory/plan.py"),
+        "version": lambda: other_version(monkeypatch, "torch"),
+    }
+    changes[change]()
+    config = RunConfig.read(plain)
     planning.plan_run(config, *read_data(config))
     assert counted.call_count == 2
 

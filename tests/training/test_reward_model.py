@@ -79,10 +79,8 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
 def test_the_loss_is_that_of_trls_trainer(tmp_path):
     model = model_of("llama", outputs=1, pad=0)
     groups = pairs_of()
-    columns = []
-    for pair in groups:
-        chosen, rejected = (row.tokens.tolist() for row in pair.rows)
-        columns.append({"chosen_ids": chosen, "rejected_ids": rejected, "margin": pair.margin})
+    told = ((*(row.tokens.tolist() for row in pair.rows), pair.margin) for pair in groups)
+    columns = [{"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin} for chosen, rejected, margin in told]
     end = "<|endoftext|>"
     _, _, theirs, expected = trl_step("Reward", model, columns, tmp_path, eos_token=end, pad_token=end)
     objective = LabelObjective(model, "sequence-classification")

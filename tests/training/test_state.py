@@ -23,10 +23,8 @@ def through_files(saved):
 
 
 def assert_equal_to_the_bit(found, expected):
-    facts = [
-        [(s.step, s.epoch, s.loss, s.learning_rate, s.gradient_norm) for s in run.steps] for run in (found, expected)
-    ]
-    assert facts[0] == facts[1][-len(found.steps) :]
+    facts = operator.attrgetter("step", "epoch", "loss", "learning_rate", "gradient_norm")
+    assert [*map(facts, found.steps)] == [*map(facts, expected.steps)][-len(found.steps) :]
     for name, weight in expected.weights().items():
         assert torch.equal(found.weights()[name], weight), name
     sums = operator.attrgetter("steps", "rows", "tokens", "computed_tokens", "label_tokens", "loss_sum")

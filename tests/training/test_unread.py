@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def unread(settings, folder, tmp_path):
-    def made(name: str, *, drift: bool = False, **changes: str) -> int:
+    def made(name: str = "untied", *, drift: bool = False, **changes: str) -> int:
         changes |= {"model": str(folder / name), "data": {"train": str(folder / "rows.jsonl"), "eval": None}}
         train = {"max_steps": 2, "drift": drift, "keep_features": False}
         found = plan(settings(tmp_path / "run", train=train, **changes))
@@ -35,17 +35,13 @@ def test_rows_of_a_mapped_embedding_that_do_not_occur_are_not_counted(unread, mo
     monkeypatch.setattr("deltaw.training.planning.plan_run.mapped_around", lambda stored: REGION)
     weight = ENTRIES * WIDTH * 4
     # Byte tokens and the few special ones all lie in the first 64 KiB, or the next.
-    assert weight - 2 * REGION <= unread("untied") <= weight - REGION
+    assert weight - 2 * REGION <= unread() <= weight - REGION
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"name": "tied"},  # to the head
-        {"name": "untied", "method": "input"},  # trained
-        {"name": "untied", "precision": "bf16"},  # converted
-        {"name": "untied", "drift": True},  # read by general prompts
-    ],
+    [{"name": "tied"}, {"method": "input"}, {"precision": "bf16"}, {"drift": True}],
+    ids=["tied to the head", "trained", "converted", "read by general prompts"],
 )
 def test_an_embedding_that_is_read_as_a_whole_counts(unread, changes):
     assert unread(**changes) == 0

@@ -80,23 +80,14 @@ ROLES = ("system", "user", "assistant", "user", "assistant")
 CHAT = [{"messages": [{"role": r, "content": f"{r[0]}{n}{k}"} for k, r in enumerate(ROLES)]} for n in range(8)]
 QUESTIONS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(8)]
 TEXTS = [{"text": "x" * 10 * (n // 2) + str(n // 2)} for n in range(2, 18)]
+RENAMED = {"columns": {"prompt": "question", "completion": "answer"}, "template": "plain"}
+COSINE = {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1, "checkpointing": True, "tokens_per_pass": 30}
+CONSTANT = {"schedule": "constant", "warmup": 0, "betas": [0.8, 0.9], "max_grad_norm": None, "max_steps": 2}
 # Rows, how they are read, and ways to train on them.
 DATA = {
-    "last answers": (
-        CHAT,
-        {"labels": "last"},
-        {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1, "checkpointing": True, "tokens_per_pass": 30},
-    ),
-    "columns of other names, without a template": (
-        QUESTIONS,
-        {"columns": {"prompt": "question", "completion": "answer"}, "template": "plain"},
-        {"schedule": "constant", "warmup": 0, "betas": [0.8, 0.9], "max_grad_norm": None, "max_steps": 2},
-    ),
-    "long rows cut, duplicates kept": (
-        TEXTS,
-        {"long_rows": "cut", "max_length": 30, "duplicates": "keep"},
-        {"batch_size": 100, "epochs": 0.5},
-    ),
+    "last answers": (CHAT, {"labels": "last"}, COSINE),
+    "columns of other names, without a template": (QUESTIONS, RENAMED, CONSTANT),
+    "cut": (TEXTS, {"long_rows": "cut", "max_length": 30, "duplicates": "keep"}, {"batch_size": 100, "epochs": 0.5}),
 }
 
 

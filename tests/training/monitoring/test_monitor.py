@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 
 import pytest
@@ -12,7 +11,6 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
-from deltaw.training.monitoring import best as best_score
 from deltaw.training.origin import score_run
 from tests.conftest import COLORS, write_rows
 from tests.training.runs import METHODS, Told, adapter, metrics, often, opened
@@ -29,12 +27,6 @@ def contrary(tmp_path_factory):
 
 def losses_by_step(folder):
     return {line["step"]: line["eval"]["loss"] for line in metrics(folder, "eval")}
-
-
-@pytest.fixture
-def worst(monkeypatch):
-    """The highest loss counts as the best, so that the best step of a run that learns is an early one."""
-    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
 
 
 def test_a_run_stops_once_it_has_not_improved_for_long(settings, tmp_path, contrary):
@@ -207,10 +199,7 @@ def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_pat
     assert told.samples == []
 
 
-def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, monkeypatch):
-    looks = itertools.count()
-    for module in ("runs.fit", "training.monitoring.monitor"):  # each look takes time, and a step has a few of them
-        monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(looks))
+def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, clock):
     told = Told()
     train = {"time": "60s", "epochs": 1000, "schedule": "cosine"}
     result = fit(settings(tmp_path / "run", train=train), callback=told)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 
@@ -10,32 +9,17 @@ import pytest
 
 import deltaw
 from deltaw.runs.fit import fit
-from deltaw.training.monitoring import best as best_score
 from deltaw.training.monitoring import rates
 from tests.training.runs import ADAPTER, Snapshots, Told, outcome
 
-TRAIN = {
-    "epochs": 5,
-    "learning_rate": 2e-2,
-    "schedule": "constant",
-    "checkpoint_every": 4,
-    "checkpoint_minutes": None,
-    "eval_every": 3,
-    "eval_answers": 2,
-    "samples": 1,
-}
+TRAIN = {"epochs": 5, "learning_rate": 2e-2, "schedule": "constant", "eval_every": 3, "eval_answers": 2, "samples": 1}
+TRAIN |= {"checkpoint_every": 4, "checkpoint_minutes": None}
 
 
 def goes_on(copy, run):
     """The killed run in the place of the whole one, started again with the same command."""
     shutil.rmtree(run)
     shutil.copytree(copy, run)
-
-
-@pytest.fixture
-def worst(monkeypatch):
-    """The highest loss counts as the best, so that the best step is early and must be remembered."""
-    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
 
 
 def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path, worst):
@@ -97,11 +81,7 @@ def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings
     assert result.best["step"] > 8
 
 
-def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(settings, tmp_path, monkeypatch):
-    looks = itertools.count()
-    for module in ("runs.fit", "training.monitoring.monitor"):  # each look takes time, and a step has a few of them
-        monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(looks))
-
+def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(settings, tmp_path, clock):
     class Begun(Snapshots):
         def on_begin(self, state):
             self.state, self.begun = state, state.total_steps
