@@ -27,6 +27,7 @@ import yaml
 from deltaw.runs import checkpoints
 from deltaw.schema import run_schema
 from deltaw.settings import settings
+from tests.cli.conftest import changed
 
 ROWS = [{"prompt": f"paint it {color}", "completion": color[0]} for color in ("red", "blue", "gray")]
 VERBS = ("eval", "generate", "chat", "inspect")
@@ -112,15 +113,11 @@ def _bad_line(draw: random.Random, good: bytes) -> bytes:
     values = [b"NaN", b"-Infinity", b"1e999", b"7" * 5000, b"true", b"[]", b"{}", b"[[1]]", b"0.5", b'"\\ud800"']
     depth = draw.choice([3, 200_000])
     byte = bytes([draw.choice([0x80, 0xC0, 0xFF, 0xE9])])
-    return draw.choice(
-        [
-            *(good[:at], good[:at] + b"\x00" + good[at:], good[:at] + byte + good[at:], good + b"}"),
-            *(b"[" * depth, b'{"a":' * depth, json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode()),
-            *(b'{"%s": %s, "%s": "x"}' % (key, draw.choice(values), other), b'{"%s": "x"}' % key),
-            *(b'{"%s": null, "%s": "x"}' % (key, other), b"prompt: red", b"{'prompt': 'a', 'completion': 'b'}"),
-            b'{"prompt": "a", "completion": "b",}',
-        ]
-    )
+    others = [good[:at], good[:at] + b"\x00" + good[at:], good[:at] + byte + good[at:], good + b"}", b"[" * depth]
+    others += [b'{"a":' * depth, json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode()]
+    others += [b'{"%s": %s, "%s": "x"}' % (key, draw.choice(values), other), b'{"%s": "x"}' % key]
+    others += [b'{"%s": null, "%s": "x"}' % (key, other), b"prompt: red", b"{'prompt': 'a', 'completion': 'b'}"]
+    return draw.choice([*others, b'{"prompt": "a", "completion": "b",}'])
 
 
 def _trained(bench: Bench, name: str, content: bytes, *words: str | tuple[str, ...], **instead: object) -> Bad:
@@ -169,11 +166,8 @@ def a_file_of_columns_that_is_damaged(draw: random.Random, bench: Bench, number:
     odd = draw.choice([[1, 2, 3], [0.5, float("nan"), 1], [[1], [], [2]], [None] * 3])
     none = pyarrow.array([], "string")
     kind = draw.randrange(5)
-    columns: list[dict] = [
-        {"prompt": prompts, "completion": odd},
-        {"left": [1, 2]},
-        {"prompt": none, "completion": none},
-    ]
+    columns: list[dict] = [{"prompt": prompts, "completion": odd}, {"left": [1, 2]}]
+    columns.append({"prompt": none, "completion": none})
     table = pyarrow.table({"prompt": prompts, "completion": ["a", "b", "c"]} if kind > 2 else columns[kind])
     name, sink = draw.choice(["rows.parquet", "rows.arrow"]), pyarrow.BufferOutputStream()
     if name == "rows.parquet":
@@ -288,6 +282,12 @@ def a_key_that_is_misspelt(draw: random.Random, bench: Bench, number: int) -> Ba
 
 
 NAN = float("nan")
+# Of these alone, the last part of the key must be in the message.
+NAMED: list[tuple[str, object]] = [
+    *(("data.date", "yesterday"), ("data.max_length", 2), ("lora.invocation_tokens", [1]), ("device", "cuda:99")),
+    *(("lora.target_modules", []), ("lora.layers", "7-"), ("lora.layers", "5-2"), ("model", ""), ("memory", "1KB")),
+    *(("lora.trainable_token_indices", [10**6]), ("memory", "much"), ("train.time", "soon")),
+]
 # By the word that the message must have.
 CONFLICTS: dict[str, list[dict[str, object]]] = {
     "data.train": [{"data.train": []}],
@@ -295,40 +295,31 @@ CONFLICTS: dict[str, list[dict[str, object]]] = {
     "entry 1": [{"data.train": [{"from": "x", "weight": w}]} for w in (-1, NAN)] + [{"data.train": [{"weight": 2}]}],
     "wieght": [{"data.train": [{"from": "x.jsonl", "wieght": 2}]}],
     "promt": [{"data.train": [{"from": "x.jsonl", "columns": {"promt": "a"}}]}],
-    "date": [{"data.date": "yesterday"}],
     "data.classes": [{"data.classes": ["a", "a"]}],
     "no_such_column": [{"data.group": "no_such_column"}, {"data.columns": {"prompt": "no_such_column"}}],
     "alpaca": [{"data.form": "alpaca"}],
     "data.eval": [{"data.eval": 10**9}],
     "data": [{"data.train": ""}, {"data.eval": ""}],
-    "max_length": [{"data.max_length": 2}],
     "no-such-file.jinja": [{"data.chat_template": "no-such-file.jinja"}],
     "input": [{"input.modules": ["a"], "input.tokens": ["b"], "method": "input"}],
     "prompt.text": [{"prompt.init": "text", "method": "prompt"}],
     "prompt": [{"prompt.text": "x", "method": "prompt"}],
     "lora_bias": [{"lora.dora": True, "lora.lora_bias": True}],
     "dora": [{"lora.activation": "completion", "lora.dora": True}],
-    "invocation_tokens": [{"lora.invocation_tokens": [1]}],
     "rank": [{"lora.r": 4, "lora.rank": 4}, {"lora.init": "orthogonal", "lora.rank": 3}],
-    "target_modules": [{"lora.target_modules": []}],
-    "no_such_module": [{"lora.target_modules": ["no_such_module"]}],
-    "layers": [{"lora.layers": "7-"}, {"lora.layers": "5-2"}],
-    "no_such": [
-        *({"lora.rank_pattern": {"no_such": 4}}, {"lora.train_modules": ["no_such"]}),
-        {"method": "head", "head.modules": ["no_such"]},
+    "no_such_module": [
+        {"lora.target_modules": ["no_such_module"]},
+        {"method": "head", "head.modules": ["no_such_module"]},
     ],
+    "no_such": [{"lora.rank_pattern": {"no_such": 4}}, {"lora.train_modules": ["no_such"]}],
     "no.such.parameter": [{"lora.target_parameters": ["no.such.parameter"]}],
-    "trainable_token_indices": [{"lora.trainable_token_indices": [10**6]}],
     "image": [{"task": "image-classification"}],
     "int8": [{"precision": "int8", "lora.dora": True}],
     "blocks": [{"method": "last", "last.blocks": 99}],
-    "device": [{"device": "cuda:99"}],
     "tpu": [{"device": "tpu"}],
-    "model": [{"model": ""}],
-    "memory": [{"memory": "1KB"}, {"memory": "much"}],
-    "time": [{"train.time": "soon"}],
 }
 EACH_CONFLICT = [(changes, word) for word, given in CONFLICTS.items() for changes in given]
+EACH_CONFLICT += [({key: value}, key.rpartition(".")[2]) for key, value in NAMED]
 
 
 @family(len(EACH_CONFLICT))
@@ -341,18 +332,16 @@ def settings_that_do_not_go_together(draw: random.Random, bench: Bench, number: 
 def a_settings_file_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
     bomb = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     bomb += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
-    content = draw.choice(
-        [
-            *(b"\xff\xfe\x00", b"model: m\n  data: [\n", b"- model: m\n", b"just a text", b"5"),
-            *(b"model: !!python/object/apply:os.system ['true']\n", b"model: m\nmodel: n\ndata: d\n"),
-            *(b"model: m\ndata: d\ntrain: {epochs: 1, epochs: 2}\n", b"[" * 5000, b"{a: " * 3000),
-            *(b"\t\tmodel: m", b"model: @m", b"model: m\ndata: d\n? [a, b]\n: c\n"),
-            *(b"model: m\ndata: d\n<<: 5\n", b"output: 2024-13-45", "\n".join([*bomb, "model: *i"]).encode()),
-            *(b"model: *nothing", b"model: m\n---\nmodel: n\n", b"\x00", b"model: \x07"),
-        ]
-    )
+    contents = [
+        *(b"\xff\xfe\x00", b"model: m\n  data: [\n", b"- model: m\n", b"just a text", b"5"),
+        *(b"model: !!python/object/apply:os.system ['true']\n", b"model: m\nmodel: n\ndata: d\n"),
+        *(b"model: m\ndata: d\ntrain: {epochs: 1, epochs: 2}\n", b"[" * 5000, b"{a: " * 3000),
+        *(b"\t\tmodel: m", b"model: @m", b"model: m\ndata: d\n? [a, b]\n: c\n"),
+        *(b"model: m\ndata: d\n<<: 5\n", b"output: 2024-13-45", "\n".join([*bomb, "model: *i"]).encode()),
+        *(b"model: *nothing", b"model: m\n---\nmodel: n\n", b"\x00", b"model: \x07"),
+    ]
     file = bench.folder / "odd.yaml"
-    file.write_bytes(content)
+    file.write_bytes(draw.choice(contents))
     return Bad(["train", file], ["odd.yaml"])
 
 
@@ -390,13 +379,8 @@ EACH_FLAG = [
 @family(len(EACH_FLAG))
 def flags_that_cannot_be_used(draw: random.Random, bench: Bench, number: int) -> Bad:
     command, _, word = EACH_FLAG[number].partition("=>")
-    places = {
-        "SETTINGS": bench.settings(),
-        "RUN": bench.run,
-        "MODEL": bench.model,
-        "ROWS": bench.rows,
-        "LONG": "x" * 2000,
-    }
+    places: dict = {"SETTINGS": bench.settings(), "RUN": bench.run, "MODEL": bench.model, "ROWS": bench.rows}
+    places["LONG"] = "x" * 2000
     return Bad([str(places.get(argument, argument)) for argument in shlex.split(command)], [word.strip()])
 
 
@@ -415,12 +399,8 @@ def data_that_is_not_there(draw: random.Random, bench: Bench, number: int) -> Ba
     (place / "loop.jsonl").symlink_to(place / "loop.jsonl")
     odd = ["pypi:", "pypi:x", "pypi:x==", "pypi:x==1/../../y", "no such thing", "a/b/c/d", "http://x/y.jsonl"]
     known = ["loop.jsonl", "empty", "folder.jsonl"]
-    name, word = draw.choice(
-        [
-            *((str(place / draw.choice(NAMES)), "data"), (str(place / "rows.jsonl" / "inner.jsonl"), "data")),
-            *((str(place / draw.choice(known)),) * 2, (draw.choice(odd),) * 2),
-        ]
-    )
+    pairs = [(str(place / draw.choice(NAMES)), "data"), (str(place / "rows.jsonl" / "inner.jsonl"), "data")]
+    name, word = draw.choice([*pairs, (str(place / draw.choice(known)),) * 2, (draw.choice(odd),) * 2])
     which = "data.train" if word in odd else draw.choice(["data.train", "data.eval"])
     return Bad(["train", bench.settings(**{which: name})], [word])
 
@@ -466,7 +446,6 @@ def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> B
     model = bench.copied_model()
     kind = draw.randrange(10)
     weights, config, tokens = (model / name for name in ("model.safetensors", "config.json", "tokenizer.json"))
-    values = json.loads(config.read_text())
     if kind == 0:
         _damaged(draw, weights)
     elif kind == 1:
@@ -479,9 +458,9 @@ def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> B
         (config if kind == 3 else tokens).unlink()
     elif kind == 4:
         key = draw.choice(["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
-        config.write_text(json.dumps(values | {key: draw.choice([-1, 0, "x", None, [1], 0.5, {}, 77])}))
+        changed(config, **{key: draw.choice([-1, 0, "x", None, [1], 0.5, {}, 77])})
     elif kind == 5:
-        config.write_text(json.dumps(values | {"model_type": draw.choice(["no-such-type", "", 5, None, "bert"])}))
+        changed(config, model_type=draw.choice(["no-such-type", "", 5, None, "bert"]))
     elif kind == 8:
         index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
         (model / "model.safetensors.index.json").write_text(draw.choice([json.dumps(index), *BAD_JSON]))
@@ -528,10 +507,8 @@ def an_adapter_that_is_damaged(draw: random.Random, bench: Bench, number: int) -
         config.write_text(draw.choice(BAD_JSON))
         word = config.name
     elif kind == 3:
-        values = json.loads(config.read_text())
         key = draw.choice(["r", "lora_alpha", "peft_type", "target_modules"])
-        values[key] = draw.choice([-1, "x", [[1]], {"a": 1}, 0, *([0.5] if key != "lora_alpha" else [])])
-        config.write_text(json.dumps(values))
+        changed(config, **{key: draw.choice([-1, "x", [[1]], {"a": 1}, 0, *([0.5] if key != "lora_alpha" else [])])})
         word = (config.name, weights.name)
     else:
         (run / "run.yaml").write_text(draw.choice(["{", "- a", "model: 5", "modl: m", "data: {form: novel}"]))

@@ -40,15 +40,17 @@ def assert_refused(ended: Ended, *words: object) -> None:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Call ``deltaw`` with arguments, in this process; anything but an exit is an error of the test."""
+    """Call ``deltaw`` with arguments, in this process; anything but an exit is an error of the test, and so is
+    another status than the one that is given."""
 
-    def run(*arguments: object, stdin: str = "") -> Ended:
+    def run(*arguments: object, stdin: str = "", status: int | None = None) -> Ended:
         capsys.readouterr()
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), said.out, said.err)
+        found = Ended(int(ended.value.code or 0), *capsys.readouterr())
+        assert status in (None, found.status), found
+        return found
 
     return run
 

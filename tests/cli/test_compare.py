@@ -36,8 +36,7 @@ def test_a_killed_comparison_goes_on_where_it_was(call, file, tmp_path, monkeypa
     known = json.loads(piece.read_text())["rates"]
 
     asked = use_made_up_answers(monkeypatch).asked
-    ended = call("compare", file, *flags, "--train.epochs", "4", "--share", "1")
-    assert ended.status == 0, ended.err
+    ended = call("compare", file, *flags, "--train.epochs", "4", "--share", "1", status=0)
     told = json.loads(ended.out)
     rates = next(m["rates"] for m in told["methods"] if m["method"] == "lora")
     assert [pair for pair in rates if pair in known] == known
@@ -74,9 +73,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(call, file, t
 def test_seeds_reference_and_budget_from_the_command_line(call, file, tmp_path, monkeypatch):
     use_made_up_answers(monkeypatch)
     flags = ["--methods", "head,bias", "--rates", "head=1e-2", "--rates", "bias=1e-2", "--seeds", "2"]
-    ended = call("compare", file, *flags, "--reference", "bias", "--budget", "1s", "--json")
-    assert ended.status == 0, ended.err
-    told = json.loads(ended.out)
+    told = json.loads(call("compare", file, *flags, "--reference", "bias", "--budget", "1s", "--json", status=0).out)
     assert told["seeds"] == [0, 1] and told["asked_reference"] == "bias"
     assert [len(method["seeds"]) for method in told["methods"]] == [2, 2]
     stored = json.loads((tmp_path / "run-compare" / "pieces" / "head.json").read_text())
@@ -85,8 +82,7 @@ def test_seeds_reference_and_budget_from_the_command_line(call, file, tmp_path, 
 
 def test_a_search_from_the_command_line(call, file, tmp_path, monkeypatch):
     use_made_up_answers(monkeypatch)
-    ended = call("tune", file, "--trials", "2", "--search", "train.learning_rate=1e-4..1e-2:log", "--json")
-    assert ended.status == 0, ended.err
+    ended = call("tune", file, "--trials", "2", "--search", "train.learning_rate=1e-4..1e-2:log", "--json", status=0)
     told = json.loads(ended.out)
     assert len(told["trials"]) == 2 and told["best"] in (0, 1)
     assert "best settings:" in ended.err and "learning_rate:" in ended.err

@@ -72,8 +72,7 @@ def test_a_row_is_shown_with_what_is_trained_on_between_marks(call, thinker, fil
 
 
 def test_rows_are_shown_in_order_and_those_that_cannot_be_used_with_the_reason(call, thinker, file):
-    ended = call("data", "show", file, "--model", thinker, "--rows", 2)
-    assert ended.status == 0
+    ended = call("data", "show", file, "--model", thinker, "--rows", 2, status=0)
     assert f"{file}, row 1" in ended.out and f"{file}, row 2" in ended.out
     assert f"{file}, row 3" not in ended.out
     assert "refused: no turn is the assistant's" in ended.out

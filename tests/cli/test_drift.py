@@ -12,8 +12,7 @@ from deltaw.training.evaluation.general_prompts import MEASURED
 def test_train_and_eval_show_drift_and_answers_side_by_side(call, flags, roomy_folder, tmp_path):
     run = tmp_path / "run"
     given = flags(run, model=roomy_folder, train__drift="true", train__keep_general=0.5)
-    ended = call("train", *given, "--json")
-    assert ended.status == 0, ended.err
+    ended = call("train", *given, "--json", status=0)
     trained = json.loads(ended.out)["drift"]
     assert "drift: general answers' loss" in ended.err and "keep_general 0.5" in ended.err
     ended = call("eval", run, "--precision", "fp32", "--base", "--general", 2, "--json")

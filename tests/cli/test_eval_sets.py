@@ -35,8 +35,7 @@ def test_all_sets_are_evaluated_under_their_names(call, run):
 
 
 def test_a_table_for_each_set_with_so_many_rows_and_answers(call, run):
-    ended = call("eval", run, "--rows", 1, "--answers", 1, "--no-drift")
-    assert ended.status == 0
+    ended = call("eval", run, "--rows", 1, "--answers", 1, "--no-drift", status=0)
     first, second = ended.out.index("held_out: 1 row\n"), ended.out.index("other: 1 row\n")
     for part in (ended.out[first:second], ended.out[second:]):
         assert "perplexity" in part and "paint it" in part

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def refused(call, outside) -> Callable[..., None]:
     return check
 
 
+@pytest.fixture
+def run(tmp_path: Path, finished_run: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def model(tmp_path: Path, model_folder: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
 def _linked(file: Path, target: Path) -> None:
     file.unlink(missing_ok=True)
     file.symlink_to(target)
@@ -85,23 +96,17 @@ def _linked(file: Path, target: Path) -> None:
 # Models
 
 
-def _own_code(auto: dict[str, object], **changes: object) -> Callable[[Path, Path], str]:
-    def change(model: Path, outside: Path) -> str:
-        changed(model / "tokenizer_config.json", auto_map=auto, **changes)
-        if "AutoConfig" in auto:
-            changed(model / "config.json", auto_map=auto, model_type="own")
-        (model / "own.py").write_text(CODE)
-        return "Python code of its own"
-
-    return change
+def _own_code(auto: dict[str, object], model: Path, outside: Path, **changes: object) -> str:
+    changed(model / "tokenizer_config.json", auto_map=auto, **changes)
+    if "AutoConfig" in auto:
+        changed(model / "config.json", auto_map=auto, model_type="own")
+    (model / "own.py").write_text(CODE)
+    return "Python code of its own"
 
 
-def _link(name: str, target: str) -> Callable[[Path, Path], str]:
-    def change(folder: Path, outside: Path) -> str:
-        _linked(folder / name, outside / target)
-        return "link that leads out"
-
-    return change
+def _link(name: str, target: str, folder: Path, outside: Path) -> str:
+    _linked(folder / name, outside / target)
+    return "link that leads out"
 
 
 def _index(model: Path, outside: Path) -> str:
@@ -120,13 +125,10 @@ def _named_index(model: Path, outside: Path) -> str:
     return word
 
 
-def _weights(name: str) -> Callable[[Path, Path], str]:
-    def change(model: Path, outside: Path) -> str:
-        (model / "adapter_model.bin").write_bytes(b"")
-        changed(model / "config.json", transformers_weights=name)
-        return "not a safetensors file of its folder"
-
-    return change
+def _weights(name: str, model: Path, outside: Path) -> str:
+    (model / "adapter_model.bin").write_bytes(b"")
+    changed(model / "config.json", transformers_weights=name)
+    return "not a safetensors file of its folder"
 
 
 def _vocabulary(model: Path, outside: Path) -> str:
@@ -143,18 +145,16 @@ def _with_adapter(model: Path, outside: Path) -> str:
 AUTO: dict[str, object] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
 AUTO_TOKENIZER: dict[str, object] = {"AutoTokenizer": ["own.T", None]}
 MODELS = {
-    "code": _own_code(AUTO | AUTO_TOKENIZER),
-    "code of another": _own_code({"AutoConfig": "somebody/else--own.Config"}),
-    "code of the tokenizer": _own_code(AUTO_TOKENIZER, tokenizer_class="T"),
-    "config.json": _link("config.json", "model/config.json"),
-    "tokenizer.json": _link("tokenizer.json", "model/tokenizer.json"),
-    "weights": _link("model.safetensors", "model/model.safetensors"),
-    "template": _link("chat_template.jinja", "text"),
-    "more templates": _link("additional_chat_templates", ""),
+    "code": partial(_own_code, AUTO | AUTO_TOKENIZER),
+    "code of another": partial(_own_code, {"AutoConfig": "somebody/else--own.Config"}),
+    "code of the tokenizer": partial(_own_code, AUTO_TOKENIZER, tokenizer_class="T"),
+    **{f: partial(_link, f, f"model/{f}") for f in ("config.json", "tokenizer.json", "model.safetensors")},
+    "template": partial(_link, "chat_template.jinja", "text"),
+    "more templates": partial(_link, "additional_chat_templates", ""),
     "index": _index,
     "an index by name": _named_index,
-    "weights by name": _weights("../outside/model/model.safetensors"),
-    "a pickle": _weights("adapter_model.bin"),
+    "weights by name": partial(_weights, "../outside/model/model.safetensors"),
+    "a pickle": partial(_weights, "adapter_model.bin"),
     "a vocabulary": _vocabulary,
     "an adapter in it": _with_adapter,
 }
@@ -179,9 +179,8 @@ def _model_verbs(model: Path, rows: Path, to: Path) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("what", MODELS)
-def test_a_models_folder(what, tmp_path, model_folder, rows_file, outside, refused, monkeypatch):
+def test_a_models_folder(what, tmp_path, model, rows_file, outside, refused, monkeypatch):
     use_worker_here(monkeypatch)
-    model = shutil.copytree(model_folder, tmp_path / "model")
     word = MODELS[what](model, outside)
     verbs = _model_verbs(model, rows_file, tmp_path / "to")
     others = {
@@ -192,8 +191,7 @@ def test_a_models_folder(what, tmp_path, model_folder, rows_file, outside, refus
         refused(verbs[name], word)
 
 
-def test_an_endless_template_of_a_model(tmp_path, model_folder, rows_file, call, refused):
-    model = shutil.copytree(model_folder, tmp_path / "model")
+def test_an_endless_template_of_a_model(tmp_path, model, rows_file, call, refused):
     (model / "chat_template.jinja").write_text(ENDLESS_TEMPLATE)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"a{n}", "completion": "b"} for n in range(4)])
     verbs = _model_verbs(model, rows, tmp_path / "to")
@@ -216,13 +214,10 @@ def _base_of_run(run: Path, outside: Path) -> str:
     return "--model"
 
 
-def _base(name: str) -> Callable[[Path, Path], str]:
-    def change(run: Path, outside: Path) -> str:
-        (run / "run.yaml").unlink()
-        changed(run / "adapter_config.json", base_model_name_or_path=name.format(outside=outside))
-        return f"--model {name.format(outside=outside)}"
-
-    return change
+def _base(name: str, run: Path, outside: Path) -> str:
+    (run / "run.yaml").unlink()
+    changed(run / "adapter_config.json", base_model_name_or_path=name.format(outside=outside))
+    return f"--model {name.format(outside=outside)}"
 
 
 def _template_outside(run: Path, outside: Path) -> str:
@@ -234,23 +229,16 @@ def _template_outside(run: Path, outside: Path) -> str:
 NAMES = {
     "code": _consent,
     "a path in run.yaml": _base_of_run,
-    "a path": _base("{outside}/model"),
-    "a GGUF file": _base("{outside}/model.gguf"),
-    "a hub id": _base("somebody/base"),
-    "another revision": _base("somebody/base@../../../outside"),
-    "a package": _base("pypi:some-base==1.0"),
-    "a host": _base("//somebody/share"),
+    "a path": partial(_base, "{outside}/model"),
+    "a GGUF file": partial(_base, "{outside}/model.gguf"),
+    "a hub id": partial(_base, "somebody/base"),
+    "another revision": partial(_base, "somebody/base@../../../outside"),
+    "a package": partial(_base, "pypi:some-base==1.0"),
+    "a host": partial(_base, "//somebody/share"),
     "a template": _template_outside,
 }
-LINKS = {
-    "run.yaml": _link("run.yaml", "run/run.yaml"),
-    "adapter_config.json": _link("adapter_config.json", "run/adapter_config.json"),
-    "weights": _link("adapter_model.safetensors", "run/adapter_model.safetensors"),
-    "tokenizer.json": _link("tokenizer.json", "run/tokenizer.json"),
-    "template": _link("chat_template.jinja", "text"),
-    "card": _link("README.md", "text"),
-    "metrics": _link("metrics.jsonl", "run/metrics.jsonl"),
-}
+RUN_FILES = ("run.yaml", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "metrics.jsonl")
+LINKS = {name: f"run/{name}" for name in RUN_FILES} | dict.fromkeys(("chat_template.jinja", "README.md"), "text")
 
 
 def _verbs_with_base(run: Path, to: Path, *more: object) -> dict[str, list]:
@@ -267,8 +255,8 @@ def _verbs_with_base(run: Path, to: Path, *more: object) -> dict[str, list]:
 
 
 def _verbs_of_runs(run: Path) -> dict[str, list]:
-    verbs: dict[str, list] = {f"data {verb}": ["data", verb, run] for verb in ("show", "check")}
-    return verbs | {"train --resume": ["train", "--resume", run, "--train.epochs", "9"]}
+    resumes = ["train", "--resume", run, "--train.epochs", "9"]
+    return {"data show": ["data", "show", run], "data check": ["data", "check", run], "train --resume": resumes}
 
 
 def _verbs_beside(run: Path, base: Path, own: Path, to: Path) -> dict[str, list]:
@@ -282,8 +270,7 @@ def _verbs_beside(run: Path, base: Path, own: Path, to: Path) -> dict[str, list]
 
 
 @pytest.mark.parametrize("what", NAMES)
-def test_what_a_run_names(what, tmp_path, finished_run, outside, refused):
-    run = shutil.copytree(finished_run, tmp_path / "run")
+def test_what_a_run_names(what, tmp_path, run, outside, refused):
     word = NAMES[what](run, outside)
     verbs = _verbs_with_base(run, tmp_path / "to")
     if (run / "run.yaml").exists():
@@ -293,12 +280,10 @@ def test_what_a_run_names(what, tmp_path, finished_run, outside, refused):
 
 
 @pytest.mark.parametrize("what", LINKS)
-def test_links_in_a_run(what, tmp_path, finished_run, model_folder, outside, refused, call):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    own = shutil.copytree(finished_run, tmp_path / "own")
-    word = LINKS[what](run, outside)
+def test_links_in_a_run(what, tmp_path, run, finished_run, model_folder, outside, refused):
+    word = _link(what, LINKS[what], run, outside)
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
-    verbs |= _verbs_of_runs(run) | _verbs_beside(run, model_folder, own, tmp_path / "to")
+    verbs |= _verbs_of_runs(run) | _verbs_beside(run, model_folder, finished_run, tmp_path / "to")
     verbs |= {"runs": ["runs", run], "runs --report": ["runs", run, "--report"]}
     for arguments in verbs.values():
         refused(arguments, word)
@@ -316,19 +301,16 @@ def test_links_in_what_a_run_goes_on_with(tmp_path, settings, outside, refused):
     assert victim.read_text() == CANARY  # the lock's file would have been emptied
 
 
-def test_an_endless_expression_of_an_adapter(tmp_path, finished_run, model_folder, refused):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    own = shutil.copytree(finished_run, tmp_path / "own")
+def test_an_endless_expression_of_an_adapter(tmp_path, run, finished_run, model_folder, refused):
     changed(run / "adapter_config.json", target_modules=ENDLESS_EXPRESSION, alpha_pattern={ENDLESS_EXPRESSION: 2})
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
     verbs["eval"] += ["--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])]
-    verbs |= _verbs_beside(run, model_folder, own, tmp_path / "to")
+    verbs |= _verbs_beside(run, model_folder, finished_run, tmp_path / "to")
     for arguments in verbs.values():
         refused(arguments, "was ended after")
 
 
-def test_an_endless_template_of_an_adapter(tmp_path, finished_run, model_folder, rows_file, refused):
-    run = shutil.copytree(finished_run, tmp_path / "run")
+def test_an_endless_template_of_an_adapter(tmp_path, run, model_folder, rows_file, refused):
     changed(run / "run.yaml", data={"chat_template": "somewhere.jinja"})
     (run / "chat_template.jinja").write_text(ENDLESS_TEMPLATE)
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
@@ -355,16 +337,12 @@ HOW = ["--precision", "fp32", "--device", "cpu"]
 WRITES = ["-p", "hi", "--max-new-tokens", "2", *HOW]
 
 
-def test_the_caller_allows_what_a_folder_names_and_is_not_asked_again(
-    tmp_path, finished_run, rows_file, outside, refused, call
-):
-    run = shutil.copytree(finished_run, tmp_path / "run")
+def test_the_caller_allows_what_a_folder_names_and_is_not_asked_again(tmp_path, run, rows_file, outside, refused, call):
     changed(run / "run.yaml", model=str(outside / "model"))
     _watched.clear()
     refused(["generate", run, "-p", "hi", *HOW], f"--model {outside / 'model'}")
     refused(["eval", run, "--model", outside / "model", *HOW], "--data FILE", "data.train")
-    ended = call("eval", run, "--data", rows_file, "--no-drift", "--rows", "2", *HOW)
-    assert ended.status == 0, ended.err
+    call("eval", run, "--data", rows_file, "--no-drift", "--rows", "2", *HOW, status=0)
     assert call("generate", run, *WRITES).status == 0
     assert call("generate", run.rename(tmp_path / "moved"), *WRITES).status == 0
 
@@ -379,10 +357,9 @@ def test_a_run_of_ones_own_needs_no_word(tmp_path, settings, call):
     assert call("generate", moved, *WRITES).status == 0
 
 
-def test_code_is_the_callers_to_allow_each_time(tmp_path, settings, model_folder, call, refused, outside):
+def test_code_is_the_callers_to_allow_each_time(tmp_path, settings, model, call, refused, outside):
     from deltaw.runs.fit import fit
 
-    model = shutil.copytree(model_folder, tmp_path / "model")
     (model / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
@@ -399,7 +376,7 @@ def test_code_is_the_callers_to_allow_each_time(tmp_path, settings, model_folder
     assert call(*longer, "--trust_remote_code", "true").status == 0
 
 
-def test_a_base_in_the_hubs_cache_needs_no_word(tmp_path, finished_run, model_folder, call, monkeypatch):
+def test_a_base_in_the_hubs_cache_needs_no_word(tmp_path, run, model_folder, call, monkeypatch):
     """The links of the cache itself lead out of a folder, and are followed."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     cached, commit = tmp_path / "hub" / "models--somebody--base", "0123456789abcdef0123456789abcdef01234567"
@@ -413,11 +390,9 @@ def test_a_base_in_the_hubs_cache_needs_no_word(tmp_path, finished_run, model_fo
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "run.yaml").unlink()
     changed(run / "adapter_config.json", base_model_name_or_path="somebody/base")
-    ended = call("generate", run, *WRITES)
-    assert ended.status == 0, ended.err
+    call("generate", run, *WRITES, status=0)
     (cached / "blobs" / "blob0").unlink()
     (cached / "blobs" / "blob0").symlink_to(model_folder / sorted(model_folder.iterdir())[0].name)
     assert call("generate", run, *WRITES).status == 2

@@ -8,8 +8,7 @@ from tests.cli.conftest import assert_refused
 
 
 def test_a_run_becomes_a_model_that_is_verified_on_its_held_out_rows(call, finished_run, tmp_path):
-    done = call("merge", finished_run, "--output", tmp_path / "model", "--precision", "bf16", "--json")
-    assert done.status == 0, done.err
+    done = call("merge", finished_run, "--output", tmp_path / "model", "--precision", "bf16", "--json", status=0)
     answer = json.loads(done.out)
     assert answer["same_base"] is True and answer["in_memory"] is None
     found = answer["verification"]
@@ -36,7 +35,6 @@ def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(call, finished
 
 def test_a_lower_rank_is_a_run_that_can_be_evaluated(call, finished_run, tmp_path):
     small = tmp_path / "small"
-    done = call("merge", finished_run, "--output", small, "--as-adapter", "--rank", "2", "--json")
-    assert done.status == 0, done.err
+    done = call("merge", finished_run, "--output", small, "--as-adapter", "--rank", "2", "--json", status=0)
     assert 0 < json.loads(done.out)["error"] < 1
     assert call("eval", small, "--no-drift", "--json").status == 0

@@ -27,8 +27,7 @@ def file(settings, tmp_path):
 
 def test_one_object_and_one_picture_hold_the_plan_of_every_method(call, file, tmp_path):
     picture = tmp_path / "new" / "plans.png"
-    ended = call("plan", file, *SMALL, "--json", "--picture", picture)
-    assert ended.status == 0, ended.err
+    ended = call("plan", file, *SMALL, "--json", "--picture", picture, status=0)
     told = json.loads(ended.out)
     assert set(told) == set(registry.names()) and next(iter(told)) == "lora"
     for plan in told.values():
@@ -103,8 +102,7 @@ def test_a_target_that_the_model_does_not_have_is_refused(call, file):
 
 def test_a_budget_gives_settings_within_it_the_fastest_first(call, file, tmp_path):
     flags = ["--methods", "lora,head", "--json"]
-    ended = call("plan", file, *flags, "--budget", "900GB")
-    assert ended.status == 0, ended.err
+    ended = call("plan", file, *flags, "--budget", "900GB", status=0)
     told = json.loads(ended.out)
     assert told["budget_bytes"] == 900 * 10**9
     assert {s["method"] for s in told["settings"]} == {"lora", "head"}

@@ -50,8 +50,7 @@ def test_runs_as_json(call, folder):
 
 
 def test_two_runs_are_compared_on_the_terminal_and_on_a_page(call, folder):
-    ended = call("runs", "one", folder / "runs" / "sweep" / "two", "--output", "page.html")
-    assert ended.status == 0
+    ended = call("runs", "one", folder / "runs" / "sweep" / "two", "--output", "page.html", status=0)
     (rank,) = [line for line in ended.out.splitlines() if line.startswith("lora.rank")]
     assert rank.split() == ["lora.rank", "4", "64"]
     assert "lora.alpha" not in ended.out and "held-out exact match" in ended.out

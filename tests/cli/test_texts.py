@@ -31,8 +31,7 @@ def generate(call: Call, finished_run: Path) -> Callable[..., list[dict]]:
     """Texts of a run for flags, as JSON."""
 
     def run(*flags: object, prompts: tuple[str, ...] = PROMPTS, of: Path = finished_run) -> list[dict]:
-        ended = call(*GENERATE, of, *asked(*prompts), *flags, "--json")
-        assert ended.status == 0, ended.err
+        ended = call(*GENERATE, of, *asked(*prompts), *flags, "--json", status=0)
         return list(json.loads(ended.out)["completions"])
 
     return run
@@ -157,8 +156,7 @@ def test_base_of_a_run_that_trained_the_weights_is_the_base(generate, call, sett
     adapted, base = (by_hand(weights_run, PROMPTS, 8, base=base) for base in (False, True))
     assert [(row["completion"], row["base"]) for row in rows] == list(zip(adapted, base, strict=True))
     talk = ("--max-new-tokens", 4, "--precision", "fp32")
-    ended = call("chat", weights_run, "--base", *talk, stdin="paint it red\nand blue\n")
-    assert ended.status == 0, ended.err
+    ended = call("chat", weights_run, "--base", *talk, stdin="paint it red\nand blue\n", status=0)
     (_, first), (_, second), *_ = lines = spoken(ended)
     assert [name for name, _ in lines] == ["base", "adapter"] * 2
     assert [first] == by_hand(weights_run, PROMPTS[:1], 4, base=True)
@@ -185,8 +183,7 @@ def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: P
 
 def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
     command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
-    by_engine = call(*command, "--answers", 10, "--json")
-    assert by_engine.status == 0, by_engine.err
+    by_engine = call(*command, "--answers", 10, "--json", status=0)
     assert "transformers" not in by_engine.err
     request.getfixturevalue("transformers_decodes")
     by_transformers = call(*command, "--answers", 10, "--json")

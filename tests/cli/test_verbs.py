@@ -28,8 +28,7 @@ def test_from_training_to_talk(call, flags, tmp_path, rows_file):
     assert ended.status == 0 and ended.err == ""
     assert "training loss" in ended.out and f"deltaw chat {run}" in ended.out
 
-    ended = call("eval", run, "--base", "--answers", 1)
-    assert ended.status == 0
+    ended = call("eval", run, "--base", "--answers", 1, status=0)
     assert "perplexity" in ended.out and "exact match" in ended.out and "paint it" in ended.out
 
     ended = call("generate", run, "--base", "--max-new-tokens", 2, stdin="paint it red\n\npaint it blue\n")
@@ -106,8 +105,7 @@ def test_odd_names_are_taken_and_printed_as_they_are(call, flags, rows_file, tmp
 
 
 def test_help_names_every_setting_with_its_default(call):
-    ended = call("train", "--help")
-    assert ended.status == 0
+    ended = call("train", "--help", status=0)
     for setting in all_settings():
         assert f"--{setting.key}" in ended.out
         assert setting.description

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from deltaw.reports.inspect import _shared_prefix, compare_adapters
 from tests.export.merge_cases import adapter_folder, base_folder
 from tests.export.test_merge_combine import deltas
+from tests.reports.consoles import printed
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +57,8 @@ def test_an_adapter_and_itself(folders: tuple[Path, Path]) -> None:
 
 
 def test_the_tables_tell_modules_apart_on_a_narrow_terminal(folders: tuple[Path, Path]) -> None:
-    def shown(other: Path) -> str:
-        console = Console(width=80, file=io.StringIO())
-        console.print(compare_adapters(folders[0], other).render())
-        return console.file.getvalue()  # type: ignore[attr-defined]
-
-    assert all(said in shown(folders[1]) for said in ("only A has", "cosine", "settings that differ"))
-    own = shown(folders[0])
+    other, own = (printed(compare_adapters(folders[0], folder).render()) for folder in reversed(folders))
+    assert all(said in other for said in ("only A has", "cosine", "settings that differ"))
     assert "module, in model.layers" in own
     assert all(f"{layer}.{name} " in own for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj"))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import replace
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from deltaw.experiments.comparison import (
     Comparison,
@@ -22,6 +20,7 @@ from deltaw.experiments.comparison import (
     size,
 )
 from deltaw.reports.comparison import comparison_tables, draw_comparison
+from tests.reports.consoles import printed
 
 
 def result(method, score, *, away=(-0.5, -0.1), trained=1000, **other):
@@ -156,10 +155,8 @@ def test_a_lower_loss_is_better():
 def test_all_columns_fit_their_terminal():
     made = comparison(replace(BEST, seeds=seeds(0.8, 0.8, 0.8), steps=1234, adapter_bytes=10**6))
     for width in (80, 152):
-        out = io.StringIO()
-        for table in comparison_tables(made, width):
-            Console(file=out, width=width).print(table)
-        assert "…" not in out.getvalue() and "flattened" in out.getvalue()
+        shown = "".join(printed(table, width) for table in comparison_tables(made, width))
+        assert "…" not in shown and "flattened" in shown
 
 
 def test_the_figure_shows_seeds_and_what_did_not_flatten(tmp_path):

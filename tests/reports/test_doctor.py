@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from deltaw.errors import UserError
 from deltaw.kernels.arithmetic import Arithmetic
@@ -31,6 +29,7 @@ from deltaw.reports.doctor import (
     gather,
     held_bytes,
 )
+from tests.reports.consoles import printed
 
 ROOT = Path(__file__).parents[2]
 RATES = {
@@ -184,9 +183,7 @@ def test_the_report_fits_80_columns_and_the_object_is_plain() -> None:
     for severity, changes in (("problem", {"packages": []}), ("ok", {})):
         facts = dataclasses.replace(SOUND, **changes)
         told = Examination(facts, [*diagnose(facts), Finding(severity, "disk", "long words " * 20, "do this")])
-        console = Console(width=80, file=io.StringIO())
-        console.print(told.render())
-        text = console.file.getvalue()  # type: ignore[attr-defined]
+        text = printed(told.render())
         assert max(map(len, text.splitlines())) <= 80
         assert all(said in text for said in ("* 190", "avx2:wide", "do this"))
         assert ("not possible" in text) == (severity == "problem")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -12,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deltaw.lora import LoRAConfig, LoRAParameter, attach, load_adapter, save_adapter
-from deltaw.reports.inspect import AdapterReport, effective_rank, inspect_adapter, singular_values, stable_rank
+from deltaw.reports.inspect import effective_rank, inspect_adapter, singular_values, stable_rank
 from tests.cli.conftest import changed
 from tests.lora.models import mixture, tiny
+from tests.reports.consoles import printed
 
 
 def toy() -> nn.Module:
@@ -41,12 +40,6 @@ def save(folder: Path, fill: bool = True, **changes: object) -> nn.Module:
                 parameter.data.normal_(std=0.1 * (1 + layer))
     model.save_pretrained(folder)
     return model
-
-
-def text_of(report: AdapterReport) -> str:
-    out = io.StringIO()
-    Console(file=out, width=100).print(report.render())
-    return out.getvalue()
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,6 +114,14 @@ def randomize(model: nn.Module) -> None:
             parameter.data.normal_(std=0.2)
 
 
+def saved(model: nn.Module, folder: Path, **settings: object) -> nn.Module:
+    """A model with an adapter of PEFT that has random factors, saved."""
+    adapted = get_peft_model(model, LoraConfig(lora_alpha=6, **settings))
+    randomize(adapted)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def dense(base: nn.Module, folder: Path) -> list[torch.Tensor]:
     """Every ΔW of the adapter in float64, as it acts on the base model, in the order of the model."""
     load_adapter(base, folder)
@@ -136,10 +137,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 @pytest.mark.parametrize("rslora", [False, True])
 def test_experts_have_the_rank_and_the_norm_of_their_own_matrices(tmp_path, kind, rslora):
     base = mixture(kind)
-    config = LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj"], target_parameters=EXPERTS)
-    model = get_peft_model(mixture(kind), config)
-    randomize(model)
-    model.save_pretrained(tmp_path)
+    saved(mixture(kind), tmp_path, r=4, use_rslora=rslora, target_modules=["q_proj"], target_parameters=EXPERTS)
     report = inspect_adapter(tmp_path)
     assert report.ranks == [4] and report.scalings == [6 / math.sqrt(4) if rslora else 6 / 4]
     assert not report.warnings
@@ -183,11 +181,8 @@ def test_one_parameter_has_its_full_name(tmp_path):
 
 @pytest.mark.parametrize("version", ["0.21.2", "0.22.0"])
 def test_an_attentions_output_projection_counts_as_often_as_peft_adds_it(tmp_path, version):
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["attn", "out"], alpha_pattern={"attn": 5})
-    torch.manual_seed(0)
-    base, model = attention(), get_peft_model(attention(), config)
-    randomize(model)
-    model.save_pretrained(tmp_path)
+    base = attention()
+    saved(attention(), tmp_path, r=2, target_modules=["attn", "out"], alpha_pattern={"attn": 5})
     changed(tmp_path / "adapter_config.json", peft_version=version)
     found = {module.module: module for module in inspect_adapter(tmp_path).modules}
     assert found["attn"].scaling == found["attn.out_proj"].scaling == 2.5
@@ -202,14 +197,12 @@ def test_an_attentions_output_projection_counts_as_often_as_peft_adds_it(tmp_pat
 
 
 def test_biases_on_b_and_token_rows_are_counted_and_shown(tmp_path):
-    model = get_peft_model(tiny("vit"), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], lora_bias=True))
-    randomize(model)
-    model.save_pretrained(tmp_path / "bias")
+    model = saved(tiny("vit"), tmp_path / "bias", r=4, target_modules=["q_proj", "fc1"], lora_bias=True)
     report = inspect_adapter(tmp_path / "bias")
     biases = [p.detach().double() for n, p in model.named_parameters() if "lora_B" in n and "bias" in n]
     assert report.bias_parameters == report.other_parameters == sum(b.numel() for b in biases) > 0
     assert report.bias_norm == pytest.approx(1.5 * float(torch.cat(biases).norm()))
-    assert "bias on B" in text_of(report)
+    assert "bias on B" in printed(report.render(), 100)
 
     model = tiny("gpt2")
     rows = {"wte": [3, 8], "wpe": [2]}
@@ -218,7 +211,7 @@ def test_biases_on_b_and_token_rows_are_counted_and_shown(tmp_path):
     report = inspect_adapter(tmp_path / "tokens")
     assert report.token_rows == {"transformer.wte": 2, "transformer.wpe": 1}
     assert report.other_parameters == 3 * model.config.n_embd
-    assert "2 of transformer.wte" in text_of(report)
+    assert "2 of transformer.wte" in printed(report.render(), 100)
     assert report.warnings == ["B is zero in all modules: only what is outside A and B can change the model"]
     json.dumps(report.as_dict(), allow_nan=False)
 
@@ -245,7 +238,7 @@ def test_kinds_of_one_name_in_two_places_are_told_apart(tmp_path: Path) -> None:
 def test_page_is_short_and_json_is_plain(tmp_path: Path) -> None:
     save(tmp_path, modules_to_save=["head"])
     report = inspect_adapter(tmp_path)
-    page = text_of(report)
+    page = printed(report.render(), 100)
     assert len(page.splitlines()) < 24
     assert all(word in page for word in ("q_proj", "up_proj", "layers.11", "█", "head"))
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
@@ -257,7 +250,7 @@ def test_untrained_adapter_is_called_so(tmp_path: Path) -> None:
     save(tmp_path, fill=False)
     report = inspect_adapter(tmp_path)
     (warning,) = report.warnings
-    assert report.norm == 0 and "untrained" in warning and "untrained" in text_of(report)
+    assert report.norm == 0 and "untrained" in warning and "untrained" in printed(report.render(), 100)
 
 
 def test_broken_numbers_are_reported_and_do_not_break_the_report(tmp_path: Path) -> None:
@@ -270,4 +263,4 @@ def test_broken_numbers_are_reported_and_do_not_break_the_report(tmp_path: Path)
     report = inspect_adapter(tmp_path)
     assert any("not finite" in warning and "layers.2.q_proj" in warning for warning in report.warnings)
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["norm"] is None
-    assert "layers.2.q_proj" in text_of(report)
+    assert "layers.2.q_proj" in printed(report.render(), 100)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from deltaw.memory.plan import KINDS, Fitting, Plan
 from deltaw.reports.plan import (
@@ -22,6 +21,7 @@ from deltaw.reports.plan import (
     plan_lines,
     plan_report,
 )
+from tests.reports.consoles import printed
 
 MB = 10**6
 SIZES = dict(zip(KINDS, (2698, 1234, 2345, 4680, 1912, 49, 1, 312), strict=True))
@@ -48,9 +48,7 @@ PLANS = {
 
 def shown(what: RenderableType, *, soft_wrap: bool = True) -> list[str]:
     """Lines of a terminal with 80 columns."""
-    console = Console(file=io.StringIO(), width=80, soft_wrap=soft_wrap, markup=False, highlight=False)
-    console.print(what)
-    return console.file.getvalue().splitlines()
+    return printed(what, soft_wrap=soft_wrap, markup=False, highlight=False).splitlines()
 
 
 @pytest.mark.parametrize("soft_wrap", [True, False])
