@@ -37,8 +37,7 @@ def show(
     from deltaw.training.data_view import shown_rows
 
     out = console(as_json)
-    config = _config(file, settings, given)
-    found = shown_rows(config, row, count or (3 if row is None else 1), out.print)
+    found = shown_rows(_config(file, settings, given), row, count or (3 if row is None else 1), out.print)
     if as_json:
         print_json({"rows": [row_as_dict(one) for one in found]})
         return

@@ -97,8 +97,7 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
         from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    opening = Opening(name=name, **how)
-    served = open_any(base, folders, opening, settings.limits, say=notes.print)
+    served = open_any(base, folders, Opening(name=name, **how), settings.limits, say=notes.print)
     try:
         app, desk = create_app(served, settings)
         for line in settings.described():

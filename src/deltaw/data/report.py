@@ -192,8 +192,7 @@ class BadRows:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
         self.counts[str(line["reason"])] += 1
         # Half of a surrogate pair has no UTF-8; its escape is JSON.
-        text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        self._file.write(text + b"\n")
+        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _shown(row: object) -> object:

@@ -447,8 +447,7 @@ class Worker:
         batcher, _ = task.batcher(loaded.model, data.held_out, device=device, tokens_per_pass=most, **how)
         held_out = task.referenced(loaded.model, data.held_out, batcher)
         with task.running(loaded.model, batcher):
-            objective = task.objective(loaded.model)
-            evaluation = task.evaluate(objective, held_out, batcher, data.classes)
+            evaluation = task.evaluate(task.objective(loaded.model), held_out, batcher, data.classes)
         return scores(task, data.held_out, evaluation)
 
     def run(self, request: Message) -> Message:

@@ -295,8 +295,7 @@ class _Questions:
         for tokens in self._rows:
             if left <= 0:
                 return
-            ids = torch.as_tensor(tokens).long()[None, :TOKENS]
-            logits = model(input_ids=ids).logits[0].float()
+            logits = model(input_ids=torch.as_tensor(tokens).long()[None, :TOKENS]).logits[0].float()
             logits = logits.view(1, -1) if logits.dim() == 1 else logits
             most = max(1, left // (4 * logits.shape[-1]))
             logits = logits[-most:].clone()  # the answer is at a row's end

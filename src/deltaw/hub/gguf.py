@@ -14,6 +14,7 @@ It does not know what a model is used for, nor how one is loaded from a folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import gguf
 import numpy as np
 import torch
 import transformers
@@ -110,7 +112,7 @@ def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
     Raises:
         UserError: the file is stored in no format that can be kept, or lacks a part of the model.
     """
-    reader = GGUFReader(path)
+    reader = gguf.GGUFReader(str(path))
     architecture, config = _field(reader, "general.architecture") or "", model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     names = get_gguf_hf_weights_map(model, processor)
@@ -487,7 +489,12 @@ def convert_here(path: str, dtype: str, into: str) -> int:
     answers = sys.stdout
     try:
         # The model library prints where it likes; only this function's own lines are an answer.
-        with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            quiet(),
+            _parsed_once(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             model = _without_values(Path(path)) if dtype == "gguf" else _model(Path(path), dtype_of(dtype))
             tokenizer, note = _tokenizer(Path(path))
             _set_terminators(model, tokenizer)
@@ -502,6 +509,18 @@ def convert_here(path: str, dtype: str, into: str) -> int:
     if note:
         print(json.dumps({"note": note}), file=answers)
     return 0
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """While open, a file's header is parsed once and its names are mapped once. transformers does the one for the
+    configuration, the weights and the tokenizer, the other for each module: half of a small model's conversion."""
+    made = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    vars(gguf).update({name: functools.cache(of) for name, of in made.items()})
+    try:
+        yield
+    finally:
+        vars(gguf).update(made)
 
 
 def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -580,7 +599,7 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     # How it was read just now is nobody's business later.
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
-    header = GGUFReader(path)
+    header = gguf.GGUFReader(str(path))
     kind, pre = _field(header, "tokenizer.ggml.model"), _field(header, "tokenizer.ggml.pre")
     if kind == "gpt2" and not split_of_digits_restored(tokenizer, pre):
         return tokenizer, (

@@ -589,8 +589,7 @@ def _unfolded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:
 
 def _gathered(per_key: Tensor, batch: TileBatch) -> Tensor:
     """The keys or values of each tile: (key heads · n, K, d)."""
-    picked = per_key.index_select(1, batch.keys.flatten())
-    return picked.view(-1, batch.keys.shape[1], per_key.shape[-1])
+    return per_key.index_select(1, batch.keys.flatten()).view(-1, batch.keys.shape[1], per_key.shape[-1])
 
 
 def _places(batch: TileBatch, key_heads: int, length: int) -> Tensor:

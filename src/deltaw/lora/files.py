@@ -143,8 +143,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter's two files, each complete or not at all."""
     save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", **metadata})
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    durable.write_text(folder / CONFIG_NAME, text + "\n")
+    durable.write_text(folder / CONFIG_NAME, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     if isinstance(base_model := settings.get("base_model_name_or_path"), str):
         remember_named("model", base_model)
 
@@ -168,8 +167,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     refuse_adapted(model)
     adapter = read_adapter(folder)
     where = str(Path(folder) / WEIGHTS_NAME)
-    selection = _selection(model, adapter, where)
-    summary = attach_selected(model, adapter.config, selection, filled=False)
+    summary = attach_selected(model, adapter.config, _selection(model, adapter, where), filled=False)
     try:
         record = attached(model)
         _fill(model, record, adapter, where)

@@ -139,8 +139,7 @@ class LoRAParameter(LoRALayer):
 
     def extra_repr(self) -> str:
         """The parameter's name and shape, rank and alpha."""
-        shape = tuple(self.weight.shape)
-        return f"{self.attribute}: {shape}, rank={self.rank}, alpha={self.alpha:g}"
+        return f"{self.attribute}: {tuple(self.weight.shape)}, rank={self.rank}, alpha={self.alpha:g}"
 
 
 def parameter_refusal(holder: nn.Module, attribute: str) -> str | None:

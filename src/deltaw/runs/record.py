@@ -233,8 +233,7 @@ class Start:
 
     def as_written(self, config: RunConfig) -> RunConfig:
         """The user's settings, with the activation checkpointing that ``memory`` led to."""
-        checkpointing = config.train.checkpointing
-        train = self.asked.train.model_copy(update={"checkpointing": checkpointing})
+        train = self.asked.train.model_copy(update={"checkpointing": config.train.checkpointing})
         return self.asked.model_copy(update={"train": train})
 
     def as_begun(self) -> dict[str, tuple[object, str]]:

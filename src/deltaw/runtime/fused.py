@@ -404,8 +404,7 @@ class FusedNorm:
         norm = self._made[1]
         if norm is None:
             return self.own(hidden_states)
-        rows = hidden_states.flatten(0, -2)
-        return _Normed.apply(rows, norm).view(hidden_states.shape)
+        return _Normed.apply(hidden_states.flatten(0, -2), norm).view(hidden_states.shape)
 
 
 class _Whole(torch.autograd.Function):

@@ -294,8 +294,7 @@ def _own_adapter(session: InferenceSession, made: Decodable) -> ActiveAdapter:
     invocation = None if method.invocation is None else tuple(method.invocation)
     facts = AdapterFacts(session.virtual_tokens, invocation, tuple(_ends(session)))
     adapter = ActiveAdapter(1, facts, packed, prompt)
-    known = made.entry.known
-    sample = torch.randint(0, known, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
+    sample = torch.randint(0, made.entry.known, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
     tokens = torch.tensor([*(invocation or ()), *sample.tolist()])[: made.positions - session.virtual_tokens]
     with evaluating(model):
         off = difference(made, model, adapter=adapter, tokens=tokens)

@@ -105,8 +105,7 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
 async def _computed(encoders: Encoders, name: str, given: Given, record: Record, limits: Limits) -> Tensor:
     """The outputs of all texts of a request, (texts, width)."""
     record.model = name
-    loop = asyncio.get_running_loop()
-    rows = await loop.run_in_executor(None, _rows, encoders, name, given, limits)
+    rows = await asyncio.get_running_loop().run_in_executor(None, _rows, encoders, name, given, limits)
     record.prompt_tokens = sum(len(row) for row in rows)
     with concerning("input"):
         future = encoders.submit(name, rows)

@@ -90,8 +90,7 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float:
 def ranks(values: np.ndarray) -> np.ndarray:
     """fp64 (n,): 1 for the smallest; equal values share the mean of the ranks that they take up."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[inverse.reshape(-1)]
+    return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse.reshape(-1)]
 
 
 def bootstrap_interval(rows: np.ndarray, *, seed: int = 0, level: float = 0.95) -> Interval:
