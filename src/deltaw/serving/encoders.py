@@ -90,8 +90,7 @@ def sees_both_ways(model: PreTrainedModel) -> bool:
     ids[1, -1] = ids[0, 0]
     with torch.no_grad():
         hidden = core(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
-    change = (hidden[0, 0] - hidden[1, 0]).norm()
-    return bool(change > 1e-6 * hidden[0, 0].norm())
+    return bool((hidden[0, 0] - hidden[1, 0]).norm() > 1e-6 * hidden[0, 0].norm())
 
 
 def _of_folder(folder: Path) -> Pooling | None:

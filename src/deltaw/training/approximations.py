@@ -117,9 +117,9 @@ class Measured:
         return None
 
     def __str__(self) -> str:
-        when = f"looked at in {self.seconds:.1f} s" if self.seconds else "as an earlier run found on the same rows"
-        off = f"gradient off from fp32 by {self.whole.error:.1%} (bf16 alone {self.whole.own:.1%})"
-        return f"{off} on {self.tokens} tokens of the rows, {when}"
+        when = f"looked at in {self.seconds:.1f} s" if self.seconds else "by an earlier run"
+        off = f"gradient off from fp32 by {self.whole.error:.1%}, bf16 by {self.whole.own:.1%}"
+        return f"{off}: {self.tokens} tokens, {when}"
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,12 @@ class Approximations:
 
     def lines(self, refused: Mapping[str, str]) -> list[str]:
         """The same for a person, and what is left out."""
-        lines = [f"approximate: {self.choice({}).why}"] if self.names else []
-        return lines + [f"not approximate: {NAMES[name]}, since {why}" for name, why in refused.items()]
+        lines = [f"approximate: {NAMES[name]}" for name in self.names]
+        if self.names and self.measured:
+            lines.append(f"  {self.measured}")
+        return lines + [
+            line for name, why in refused.items() for line in (f"not approximate: {NAMES[name]}", f"  {why}")
+        ]
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint. Which are on is part of the arithmetic of the training's state."""

@@ -200,8 +200,7 @@ class _Side:
 
     def of_labels(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """For these labels fp32 log-probabilities (p, V), losses (p,), and the tokens that it would choose (p,)."""
-        logits = self.objective.logits_of(self._outputs[part])
-        found = nn.functional.log_softmax(logits.float(), -1)
+        found = nn.functional.log_softmax(self.objective.logits_of(self._outputs[part]).float(), -1)
         return found, -found.gather(1, self.targets[part].to(found.device)[:, None])[:, 0], found.argmax(1)
 
 

@@ -1,8 +1,8 @@
-"""A time budget for a run: how many steps fit, by the speed that it measures, and when to stop.
+"""What is best, when to stop, and what evaluations cost: the best score with its parameters, and time budgets.
 
-The first steps of a run are measured, and count. From then on the number of steps is planned so that the run,
-with its evaluations and all that follows the last step, ends in time; it is planned anew where the speed
-changes. Knows seconds and steps; not what a step or an evaluation does.
+A run with a budget measures its first steps, which count, and plans the number of steps so that all ends in
+time, its evaluations and what follows the last step included; it plans again where the speed changes. Knows
+scores, parameters and seconds; not what a step or an evaluation does.
 """
 
 from __future__ import annotations
