@@ -158,8 +158,7 @@ def detach(model: nn.Module) -> None:
     """
     model = unwrapped(model)
     record = attached(model)
-    keep_trained = any(not layer.base_is_known for _, layer in record.updated())
-    _restore(model, record, keep_trained)
+    _restore(model, record, keep_trained=any(not layer.base_is_known for _, layer in record.updated()))
     set_attachment(model, None)
 
 

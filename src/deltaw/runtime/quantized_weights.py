@@ -160,7 +160,7 @@ class _Held(NamedTuple):
 
     def round(self, rounding: Rounding) -> None:
         """Put the layer in int8 in its place, unless that would be off by too much."""
-        if rounding.errors[self.name] <= LARGEST_ERROR:
+        if not rounding.errors[self.name] > LARGEST_ERROR:
             self.replace(_in_int8(self.layer, rounding.columns, rounding.in_blocks))
             give_back(self.layer.get_parameter("weight"))
 

@@ -21,6 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example, RowGroup
+from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.settings import RunConfig, duration_seconds
@@ -224,8 +225,8 @@ class Samples:
         if not method.keeps_base(model):
             return self.of_adapter()
         with method.without(model):
-            rows = [_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows]
-            return self._written(rows, of_base=True)
+            asked = (_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows)
+            return self._written(list(asked), of_base=True)
 
     def of_adapter(self) -> list[Sample]:
         """The model's answers as it is now."""
@@ -251,7 +252,9 @@ def write(
     most = getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS)
 
     def remembered(prompts: Sequence[np.ndarray], count: int, _: object) -> list[str]:
-        done = base_answers(session.model, tokenizer, prompts, count, identity=session.identity, batch_tokens=most)
+        # Weights in int8 depend on the rows, too.
+        base = session.identity and f"{session.identity}-{digest_of_rows(session.data.train)}"
+        done = base_answers(session.model, tokenizer, prompts, count, identity=base, batch_tokens=most)
         return [one.text for one in done]
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
