@@ -252,7 +252,7 @@ class InferenceSession:
     classes: tuple[str, ...] | None = None
     identity: str | None = None
     found: FoundFolder | None = None
-    prompting: Prompting = Prompting()
+    prompting: Prompting = field(default_factory=Prompting)
     _bare: bool = field(default=False, repr=False)
 
     @property
