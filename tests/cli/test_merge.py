@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from deltaw.training.prompting import Prompting, read_prompting
 from tests.cli.conftest import assert_refused
 
 
@@ -16,6 +17,7 @@ def test_a_run_becomes_a_model_that_is_verified_on_its_held_out_rows(call, finis
     assert found["adapter"]["mean"] > found["merged"]["mean"] > 0
     assert "rounding to bf16 alone" in done.err
     assert call("generate", tmp_path / "model", "--prompt", "paint it red", "--json").status == 0
+    assert read_prompting(tmp_path / "model") == read_prompting(finished_run) != Prompting()
 
 
 def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(call, finished_run, tmp_path):

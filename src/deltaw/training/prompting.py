@@ -8,6 +8,7 @@ no engine and no page.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -120,16 +121,16 @@ def _asked(
     behind = whole.rpartition(system)[2] if system else whole
     plain = behind.removeprefix("\n") if system else behind
     named = behind.strip().removeprefix("user").removesuffix("assistant").strip()
-    for text in dict.fromkeys((question_of(tokenizer, row), plain, plain.removesuffix("\n"), named)):
-        for joined in (False, True):
-            how = Prompting(system, joined)
-            if 0 < len(text) <= MOST_PROMPT and text.strip():
-                try:
-                    again = how.prompt(with_system(system, text), data, tokenizer)
-                except UserError:
-                    return None
-                if np.array_equal(again, tokens):
-                    return text, joined
+    texts = dict.fromkeys((question_of(tokenizer, row), plain, plain.removesuffix("\n"), named))
+    for joined, text in itertools.product((False, True), texts):
+        if not 0 < len(text) <= MOST_PROMPT or not text.strip():
+            continue
+        try:
+            again = Prompting(system, joined).prompt(with_system(system, text), data, tokenizer)
+        except UserError:
+            return None
+        if np.array_equal(again, tokens):
+            return text, joined
     return None
 
 
