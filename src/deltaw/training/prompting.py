@@ -158,16 +158,18 @@ def read_prompting(folder: Path) -> Prompting:
         return Prompting()
     if not isinstance(found, dict):
         return Prompting()
-    examples = found.get("examples")
-    kept = [e for e in examples if _is_text(e, MOST_PROMPT)] if isinstance(examples, list) else []
-    system = found.get("system")
-    return Prompting(
-        system if _is_text(system, MOST_SYSTEM) else "", found.get("joined") is True, tuple(kept[:EXAMPLES])
-    )
+    given = found.get("examples")
+    examples = [text for one in given if (text := _text(one, MOST_PROMPT))] if isinstance(given, list) else []
+    return Prompting(_text(found.get("system"), MOST_SYSTEM), found.get("joined") is True, tuple(examples[:EXAMPLES]))
 
 
-def _is_text(value: object, most: int) -> bool:
-    """Whether it is text without control characters besides line breaks and tabs."""
-    if not isinstance(value, str) or not 0 < len(value) <= most:
-        return False
-    return all(c in "\n\t\r" or unicodedata.category(c) not in ("Cc", "Cs") for c in value)
+def copy_system(folder: Path, to: Path) -> None:
+    """Let another folder have the system prompt; the rows' own prompts stay where they are."""
+    write_prompting(to, dataclasses.replace(read_prompting(folder), examples=()))
+
+
+def _text(value: object, most: int) -> str:
+    """A text without control characters besides line breaks and tabs; nothing for anything else."""
+    if not isinstance(value, str) or len(value) > most:
+        return ""
+    return value if all(c in "\n\t\r" or unicodedata.category(c) not in ("Cc", "Cs") for c in value) else ""
