@@ -152,8 +152,8 @@ def read_prompting(folder: Path) -> Prompting:
     require_contained(folder, among=[path])
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        found = json.loads(text) if len(text) <= _MOST_BYTES else None
+            raw = file.read(_MOST_BYTES + 1)
+        found = json.loads(raw) if len(raw) <= _MOST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return Prompting()
     if not isinstance(found, dict):
