@@ -51,6 +51,7 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
+from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
@@ -354,10 +355,12 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
 
 
 def save_adapter(session: Session, folder: Path) -> None:
-    """Write what was trained, with the names of a classifier's classes in the weights file's metadata."""
+    """Write what was trained, with the names of a classifier's classes in the weights file's metadata, and how its
+    rows are prompted."""
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+    write_prompting(folder, prompting_of(session))
 
 
 def _arithmetic(session: Session) -> dict[str, str]:

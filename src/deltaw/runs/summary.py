@@ -267,8 +267,11 @@ def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> l
         if writes_text:
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
         if method == "lora":
-            merged = shlex.quote(f"{os.fspath(folder)}-merged")
+            merged, exported = (shlex.quote(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "make one model of base and adapter"))
+            if writes_text:
+                file = f"deltaw export {run} --format gguf --type q8_0 --output {exported}"
+                commands.append((file, "make a file for Ollama and llama.cpp"))
     if any((folder / FOLDER).glob("step-*")):
         resume = f"deltaw train --resume {run}"
         further = (f"{resume} --train.epochs N", "train further, to N epochs in all")
