@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 # Metrics that are shares of rows, shown in percent.
 SHARES = ("accuracy", "exact_match", "macro_f1", "f1", "match")
@@ -74,6 +75,21 @@ def duration(seconds: float | None) -> str:
     if hours < 48:
         return f"{hours} h {minutes:02d} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def by_part(seconds: Mapping[str, float], width: int) -> str:
+    """``2 min 02 s: 66 s training, 31 s evaluating, 25 s other`` in ``width`` columns: the longest parts first, those
+    of a second or 3 % of all; the rest is ``other``."""
+    total = sum(seconds.values())
+    named = sorted((name for name in seconds if name != "other"), key=lambda name: -seconds[name])
+    named = [name for name in named if seconds[name] >= min(1.0, 0.03 * total)]
+    while True:
+        rest = total - sum(seconds[name] for name in named)
+        parts = [(name, seconds[name]) for name in named] + [("other", rest)] * (rest >= min(1.0, 0.03 * total))
+        text = f"{duration(total)}: " + ", ".join(f"{duration(value)} {name}" for name, value in parts)
+        if len(text) <= width or not named:
+            return text
+        named.pop()
 
 
 def when(seconds: float | None, *, short: bool = False) -> str:
