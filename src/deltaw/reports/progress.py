@@ -79,7 +79,8 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
     if result.seconds_by_part:
-        yield "time", by_part(result.seconds_by_part, WIDTH - len("time: "))
+        first, *more = by_part(result.seconds_by_part, WIDTH - len("time: "))
+        yield from [("time", first), *(("", line) for line in more)]
     if result.drift is not None:
         first, *more = result.drift.lines()
         yield "drift", first.removeprefix("drift: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Mapping
 
@@ -77,19 +78,17 @@ def duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def by_part(seconds: Mapping[str, float], width: int) -> str:
-    """``2 min 02 s: 66 s training, 31 s evaluating, 25 s other`` in ``width`` columns: the longest parts first, those
-    of a second or 3 % of all; the rest is ``other``."""
+def by_part(seconds: Mapping[str, float], width: int) -> list[str]:
+    """``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``, in lines of ``width`` columns: the longest
+    parts first, those of a second or 3 % of all; what is left is ``other``."""
     total = sum(seconds.values())
-    named = sorted((name for name in seconds if name != "other"), key=lambda name: -seconds[name])
-    named = [name for name in named if seconds[name] >= min(1.0, 0.03 * total)]
-    while True:
-        rest = total - sum(seconds[name] for name in named)
-        parts = [(name, seconds[name]) for name in named] + [("other", rest)] * (rest >= min(1.0, 0.03 * total))
-        text = f"{duration(total)}: " + ", ".join(f"{duration(value)} {name}" for name, value in parts)
-        if len(text) <= width or not named:
-            return text
-        named.pop()
+    told = {name: part for name, part in seconds.items() if name != "other" and part >= min(1.0, 0.03 * total)}
+    told = dict(sorted(told.items(), key=lambda item: -item[1]))
+    if (rest := total - sum(told.values())) >= min(1.0, 0.03 * total):
+        told["other"] = rest
+    parts = (f"{duration(part)} {name}".replace(" ", "\xa0") for name, part in told.items())
+    lines = textwrap.wrap(f"{duration(total)}: ".replace(" ", "\xa0") + ", ".join(parts), width)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def when(seconds: float | None, *, short: bool = False) -> str:

@@ -114,7 +114,8 @@ class Clock:
     def parts(self) -> dict[str, float]:
         """Seconds by part up to now; ``other`` is the rest."""
         rest = time.monotonic() - self._began - sum(self._seconds.values())
-        return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(rest, 0.0)}.items()}
+        told = {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": rest}.items()}
+        return {name: seconds for name, seconds in told.items() if seconds > 0}
 
 
 def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> Result:

@@ -322,7 +322,7 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
     for path, why in damaged:
         say(f"{path.name} is damaged and was skipped: {why}")
     if run.state == FINISHED and not asked:
-        require_same_result(run, config)
+        require_same_result(run, config, say)
         return Start(config, config, found=found, run=run, done=True)
     if found is None:
         return _from_the_first_step(run, config, asked, say)

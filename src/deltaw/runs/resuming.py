@@ -104,17 +104,24 @@ def refusal(found: Sequence[Change], *, asked: bool) -> list[Change]:
     return [change for change in found if change.key not in {*allowed, "data.train"}]
 
 
-def require_same_result(run: Run, config: RunConfig) -> None:
+def require_same_result(run: Run, config: RunConfig, say: Say) -> None:
     """Refuse settings with which a finished run would have come to something else.
 
+    Args:
+        say: told of those that would have rounded differently.
+
     Raises:
-        UserError: they differ; it names them, and the commands for both.
+        UserError: they differ; it names them, and what continues the run or starts anew.
     """
     before = {} if run.training is None else run.training["settings"]
     chosen = {key: mapping(choice).get("value") for key, choice in run.chosen.items()}
-    found = [c for c in changes(before, config, chosen) if c.key not in {*_SAME_RESULT, "data.train"}]
+    differing = changes(before, config, chosen)
+    found = [change for change in differing if change.key not in {*_SAME_RESULT, "data.train"}]
     if found:
-        raise refused(run.path, "done", found, asked=False)
+        raise refused(run.path, DONE, found, asked=False)
+    for change in differing:
+        if change.key in ROUNDING:
+            say(f"{change}: no effect, the run is finished")
 
 
 def with_choices(
@@ -216,13 +223,13 @@ def require_same_rows(
         if isinstance(theirs, Mapping) and theirs.get("count") == ours["count"]:
             count = f"still {counts} rows, but not the same ones"
         source = config.data.train if part == "train" or not isinstance(config.data.eval, str) else None
-        end = "and the run is finished" if done else "so it cannot be resumed"
-        changed = f"the {what} have changed since the run began ({count}), {end}"
+        end = "and the run is finished" if done else "so the run cannot be resumed"
+        changed = f"the {what} have changed, {end}:\n  {count}"
         hint = f"{'' if done else 'restore the data to resume, or '}{START_ANEW}".format(run=run)
         raise UserError(changed, where=f"data.{part}: {source or config.data.eval}", hint=hint)
 
 
-START_ANEW = "start anew with --fresh (moves {run}), or set 'output' to another folder"
+START_ANEW = "start anew: --fresh (moves {run}), or --output OTHER"
 # How far a run came that is finished.
 DONE = "done"
 
@@ -262,7 +269,7 @@ def _is_there(device: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # What all processes of a run must have alike: the settings travel; model, precision and rows are compared.
