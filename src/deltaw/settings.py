@@ -451,8 +451,11 @@ def _read_yaml(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        what = f"cannot read the settings: {error.strerror}"
-        raise UserError(what, where=str(path), hint="give the path of a YAML file") from error
+        what, hint = f"cannot read the settings: {error.strerror}", "give the path of a YAML file"
+        if (path / SETTINGS).is_file():
+            what = "this is the folder of a run, not a settings file"
+            hint = f"its settings are {path / SETTINGS}; to train it further: deltaw train --resume {path}"
+        raise UserError(what, where=str(path), hint=hint) from error
     except UnicodeDecodeError as error:
         raise UserError("the settings are not UTF-8 text", where=str(path), hint="give a YAML file") from error
     try:

@@ -19,7 +19,7 @@ from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
 from deltaw.reports.plan import plan_lines
 from deltaw.reports.tables import facts, one_line
-from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
+from deltaw.reports.wording import by_part, count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import NEXT_LINE
 from deltaw.runs.fit import Result
 from deltaw.runs.folder import FINISHED, INTERRUPTED
@@ -78,6 +78,9 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
+    if result.seconds_by_part:
+        first, *more = by_part(result.seconds_by_part, WIDTH - len("time: "))
+        yield from [("time", first), *(("", line) for line in more)]
     if result.drift is not None:
         first, *more = result.drift.lines()
         yield "drift", first.removeprefix("drift: ")
