@@ -52,6 +52,7 @@ from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, with
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
 from deltaw.training.session import APPROXIMATE, Session, read_data
+from deltaw.training.small_data import held_out_line, steps_line
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 
@@ -95,6 +96,10 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     start.config = as_parallel(start.config, processes, callback.on_line)
     task, data = read_data(start.config, callback.on_line)
     check_monitored(start.config, task, data)
+    if start.found is None:
+        for line in (held_out_line(len(data.held_out)), steps_line(len(data.train), start.config.train)):
+            if line is not None:
+                callback.on_line(line)
     rows = rows_facts(data.train, data.held_out)
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)

@@ -505,7 +505,10 @@ class Monitor:
             found[name] = session.evaluate(rows)
             if asked := self._scored.get(name):
                 share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
-                metrics, intervals = {**found[name].metrics, WRITTEN: share}, {WRITTEN: wilson_interval(share, len(asked))}
+                metrics, intervals = (
+                    {**found[name].metrics, WRITTEN: share},
+                    {WRITTEN: wilson_interval(share, len(asked))},
+                )
                 found[name] = replace(found[name], metrics=metrics, intervals=intervals)
         if not session.data.eval_sets:
             return next(iter(found.values()), Evaluation())
