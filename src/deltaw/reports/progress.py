@@ -69,10 +69,9 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
     evaluation = result.evaluation
-    main = f"{evaluation.name} {evaluation.main}".strip()
+    intervals = evaluation.named_intervals()
     for name, value in evaluation.named_metrics().items():
-        bounds = (evaluation.interval if name == main else None) or ()
-        shown = " to ".join(metric_value(name, bound) for bound in bounds)
+        shown = " to ".join(metric_value(name, bound) for bound in intervals.get(name, ()))
         interval = f" (95 % interval {shown})" if shown else ""
         yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
     planned = result.planned_memory_bytes
@@ -267,7 +266,8 @@ class TerminalCallback(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.named_metrics().items())
+            named = evaluation.named_metrics().items()
+            shown = ", ".join(f"{metric_name(name)} {metric_value(name, value)}" for name, value in named)
             self.on_line(f"step {step}/{self._line.total}  held-out {shown}")
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:

@@ -55,6 +55,7 @@ from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
 from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
+from deltaw.training.small_data import held_out_line, steps_line
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 
@@ -131,6 +132,9 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     if start.run is not None and start.done:
         send_settings(None, processes)
         return Result.of_finished(start.run)
+    if start.found is None:
+        for line in filter(None, (held_out_line(len(data.held_out)), steps_line(len(data.train), start.config.train))):
+            callback.on_line(line)
     with clock.part("planning"):
         config, plan = planned(start.config, task, data, callback, processes=processes)
     send_settings(config, processes)
