@@ -12,9 +12,8 @@ from deltaw.cli.options import console, json_flag, nested, print_json, settings_
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from deltaw.memory.plan import Plan
+    from deltaw.reports.tables import Output
 
 
 @click.command("plan")
@@ -59,11 +58,11 @@ def command(
 
     from deltaw.training.session import read_data
 
-    task, data = read_data(config, out.print)
+    task, data = read_data(config, out.say)
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
-        found = fitting_settings(config, task, data, size, names, say=out.print, processes=processes)
+        found = fitting_settings(config, task, data, size, names, say=out.say, processes=processes)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
@@ -80,7 +79,7 @@ def command(
     _show(plans, config.method, picture, out, as_json)
 
 
-def _show(plans: Mapping[str, Plan], own: str, picture: str | None, out: Console, as_json: bool) -> None:
+def _show(plans: Mapping[str, Plan], own: str, picture: str | None, out: Output, as_json: bool) -> None:
     from deltaw.reports.plan import draw_plans, plan_report
 
     out.print(plan_report(plans, own))
