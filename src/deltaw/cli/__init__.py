@@ -104,10 +104,12 @@ class _Verbs(click.Group):
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deltaw")
 @click.option(TRACEBACK, is_flag=True, help="show where in the code an unexpected error arose")
-def group(traceback: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="print every choice with its reason")
+def group(traceback: bool, verbose: bool) -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
     variants.check_asked()
     context = click.get_current_context()
+    context.meta["deltaw.verbose"] = verbose
     refuse_several(context.invoked_subcommand)
     _Printed.ends = context.invoked_subcommand not in GOING_ON
     # The status of a command that fails is that of its error, also if nobody reads it.
@@ -173,4 +175,6 @@ def _print_any_text() -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a person reads it, without the place in our code that gave it."""
-    click.echo(f"warning: {message}", err=True)
+    from deltaw.reports.tables import folded
+
+    click.echo(folded(f"warning: {message}"), err=True)

@@ -53,18 +53,18 @@ def command(
     asked = {name: given[name] for name in ("share", "seeds", "reference", "cluster")}
     tried = parse_rates(rates, chosen)
     try:
-        comparison = compare(config, chosen, folder=folder, rates=tried, say=out.print, draw=draw_comparison, **asked)
+        comparison = compare(config, chosen, folder=folder, rates=tried, say=out.say, draw=draw_comparison, **asked)
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
+        out.say(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     for table in comparison_tables(comparison, out.width):
         out.print()
         out.print(table)
     out.print()
     for line in [*findings(comparison), *failures(comparison)]:
-        out.print(line)
+        out.say(line)
     write_pages(folder)
-    out.print(f"table, numbers, figure and curves are in {folder}: comparison.md, .json, .png, .html")
+    out.say(f"table, numbers, figure and curves are in {folder}: comparison.md, .json, .png, .html")
     if as_json:
         print_json(as_plain(comparison))
     return 0

@@ -37,7 +37,7 @@ def show(
     from deltaw.training.data_view import shown_rows
 
     out = console(as_json)
-    found = shown_rows(_config(file, settings, given), row, count or (3 if row is None else 1), out.print)
+    found = shown_rows(_config(file, settings, given), row, count or (3 if row is None else 1), out.say)
     if as_json:
         print_json({"rows": [row_as_dict(one) for one in found]})
         return
@@ -63,7 +63,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     from deltaw.training.data_view import check_data
 
     out = console(as_json)
-    found = check_data(_config(file, settings, given), out.print)
+    found = check_data(_config(file, settings, given), out.say)
     for line in check_lines(found):
         out.print(line)
     if as_json:

@@ -32,9 +32,9 @@ def command(run: str, format_name: str, output: str, as_json: bool, **how: Any) 
     notes = console(True)
     with working("starting"):
         from deltaw.export.formats import export
-    done = export(run, format_name, output, say=notes.print, **how)
+    done = export(run, format_name, output, say=notes.say, **how)
     if as_json:
         print_json(done.as_dict())
         return
     for line in [*done.lines, *done.files]:
-        out.print(line)
+        out.say(line)

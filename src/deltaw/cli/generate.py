@@ -54,12 +54,12 @@ def command(
     if not asked:
         raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
 
-    opened = open_run(run, say=notes.print, **opening)
+    opened = open_run(run, say=notes.say, **opening)
     opened.require_generation()
     system = system_of(opened, system, notes.print)
     tokens = [opened.encode(with_system(system, prompt)) for prompt in asked]
     if (line := opened.not_invoked(tokens)) is not None:
-        notes.print(line)
+        notes.say(line)
 
     def completed(by: Engine, adapter: str | None) -> list[Written]:
         requests = [how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
@@ -67,10 +67,10 @@ def command(
             return by.write_all(requests, lambda done, _: advance(done))
 
     base: list[Written] | None = None
-    with contextlib.closing(engine_for(opened, notes.print)) as engine:
+    with contextlib.closing(engine_for(opened, notes.say)) as engine:
         written = completed(engine, engine.own_adapter)
         if with_base:
-            with base_engine(opened, engine, notes.print) as of_base:
+            with base_engine(opened, engine, notes.say) as of_base:
                 base = completed(of_base, None)
     if as_json:
         rows = [

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import click
 import yaml
 from click.shell_completion import CompletionItem
-from rich.console import Console
 
 from deltaw.errors import UserError
+from deltaw.reports.tables import Output
 from deltaw.reports.working import WorkingDisplay
 from deltaw.settings import parse_yaml, settings
 from deltaw.working import listen
@@ -73,11 +73,11 @@ def nested(given: Mapping[str, object]) -> dict:
     return result
 
 
-def console(as_json: bool) -> Console:
+def console(as_json: bool) -> Output:
     """Where a person reads: standard output, or standard error where that belongs to the JSON. Long work is
     shown there too, up to the verb's end."""
-    # What is printed holds the user's own text, whose brackets and colons mean nothing here.
-    made = Console(stderr=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    context = click.get_current_context(silent=True)
+    made = Output(stderr=as_json, verbose=context is not None and context.meta.get(VERBOSE, False))
     listen(WorkingDisplay(made))
     return made
 
@@ -87,8 +87,22 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
 
 
+def _note_verbose(context: click.Context, _: click.Parameter, given: bool) -> None:
+    if given:
+        context.meta[VERBOSE] = True
+
+
+VERBOSE = "deltaw.verbose"
+VERBOSE_HELP = "print every choice with its reason, and tables with all their columns"
+verbose_flag = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_note_verbose, help=VERBOSE_HELP
+)
 JSON_HELP = "one JSON object on standard output, the rest on standard error"
-json_flag = click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+
+
+def json_flag(command: Command) -> Command:
+    """Give ``command`` the flags ``--json``, which arrives as ``as_json``, and ``--verbose``."""
+    return with_options(command, click.option("--json", "as_json", is_flag=True, help=JSON_HELP), verbose_flag)
 
 
 def cluster_flags(command: Command) -> Command:

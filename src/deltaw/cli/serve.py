@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import Command, console, model_flags, with_options
+from deltaw.cli.options import Command, console, model_flags, verbose_flag, with_options
 from deltaw.serving.http.settings import Limits, ServerSettings, named_folders, read_keys
 from deltaw.working import working
 
@@ -72,6 +72,7 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--no-normalize", is_flag=True, help="leave an encoder's vectors as long as they are")
 @_limit_flags
 @model_flags
+@verbose_flag
 def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, without_key: bool, **given: Any) -> None:
     """Serve BASE, a model or a run's folder, and adapters over HTTP as the OpenAI API does. In
     requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
@@ -97,11 +98,11 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
         from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    served = open_any(base, folders, Opening(name=name, **how), settings.limits, say=notes.print)
+    served = open_any(base, folders, Opening(name=name, **how), settings.limits, say=notes.say)
     try:
         app, desk = create_app(served, settings)
         for line in settings.described():
-            notes.print(line)
+            notes.say(line)
         url = server.url_of(settings, bound)
 
         def ready() -> None:

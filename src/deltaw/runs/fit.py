@@ -58,6 +58,7 @@ from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.small_data import held_out_line, steps_line
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.working import Detail
 
 
 def fit(
@@ -213,8 +214,10 @@ def _assembled(
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     session = assemble_alike(config, task, data, loaded, processes, begun)
-    for line in session.said:
+    lines = session.lines()
+    for line in [*map(Detail, session.said), *lines]:
         callback.on_line(line)
+    session.said += lines
     if start.found is not None:
         require_same_model(start.found.values["model"], session, Path(config.output), callback.on_line)
     start.check_length(session.total_steps)
@@ -293,7 +296,7 @@ def load_for(
     )
     for name, choice in loaded.choices.items():
         if choose is None:
-            say(f"{name}: {choice}")
+            say(Detail(f"{name}: {choice}"))
         else:
             choose(name, choice)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
@@ -365,8 +368,6 @@ def _train(watching: _Watching) -> Outcome:
     trained."""
     session, folder, monitor, callback = watching.session, watching.folder, watching.monitor, watching.callback
     record, checkpoints, clock = watching.record, watching.record.checkpoints, watching.clock
-    for line in session.lines():
-        callback.on_line(line)
     release_free_memory()
     session.approximations.on_change = watching.on_approximations
     record.restore()

@@ -33,6 +33,7 @@ from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal import Answer, answers, exact_answers
+from deltaw.working import Detail
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
@@ -496,7 +497,7 @@ class Monitor:
         chosen = usual_eval_every(total_steps, train.batch_size, held_out)
         self._every = chosen.value
         self._session.chosen["train.eval_every"] = chosen
-        self._callback.on_line(f"evaluating every {chosen.value} steps: {chosen.why}")
+        self._callback.on_line(Detail(f"evaluating every {chosen.value} steps: {chosen.why}"))
 
     def _measured(self) -> Evaluation:
         """The evaluations of all sets; the first one decides."""
