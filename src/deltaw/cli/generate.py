@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaw.cli.mistakes import RunArgument
 from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
 from deltaw.cli.text_options import TextSettings, engine_for, text_flags
 from deltaw.errors import UserError
@@ -23,7 +24,8 @@ LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many
 
 
 @click.command("generate")
-@click.argument("run")
+@click.argument("run", type=RunArgument())
+@click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
 @click.option("--system", help="a system message before each prompt")
 @click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
@@ -33,6 +35,7 @@ LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many
 @json_flag
 def command(
     run: str,
+    text: str | None,
     prompts: tuple[str, ...],
     system: str | None,
     with_base: bool,
@@ -40,8 +43,8 @@ def command(
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
-    standard input."""
+    """Complete TEXT, or several prompts, with RUN: a run's folder, an adapter's, or a model. Without either,
+    prompts are lines of standard input."""
     notes, logprobs = console(True), opening.pop("logprobs")
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
@@ -49,10 +52,12 @@ def command(
         from deltaw.data import encode_prompt
         from deltaw.serving.opening import base_engine
         from deltaw.training.origin import open_run
-    asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    asked = [*([] if text is None else [text]), *prompts] or [
+        line for line in sys.stdin.read().splitlines() if line.strip()
+    ]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
-        raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
+        raise UserError("there is no prompt", hint="give a text behind the run, --prompt, or lines on standard input")
 
     opened = open_run(run, say=notes.print, **opening)
     opened.require_generation()
