@@ -24,7 +24,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.hint = what, where, hint
-        more = (f"\n  where: {where}" if where else "") + (f"\n  hint:  {hint}" if hint else "")
+        more = f"\n  where: {where}" if where else ""
+        more += "\n  hint:  " + hint.replace("\n", "\n         ") if hint else ""
         super().__init__(what + more)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -474,6 +474,9 @@ def _read_yaml(path: Path) -> dict:
     except OSError as error:
         what, near = f"cannot read the settings: {error.strerror}", files_near(path, _is_yaml)
         hint = did_you_mean(path.name, near) if near and not path.exists() else "give the path of a YAML file"
+        if (path / SETTINGS).is_file():
+            what = "this is the folder of a run, not a settings file"
+            hint = f"its settings are {path / SETTINGS}; to train it further: deltaw train --resume {path}"
         raise UserError(what, where=str(path), hint=hint) from error
     except UnicodeDecodeError as error:
         raise UserError("the settings are not UTF-8 text", where=str(path), hint="give a YAML file") from error

@@ -6,11 +6,14 @@ message, which ``--traceback`` makes longer.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +22,9 @@ from deltaw.errors import UserError, as_message
 from deltaw.kernels import variants
 from deltaw.version import __version__
 from deltaw.working import listening
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 TRACEBACK = "--traceback"
 
@@ -53,6 +59,33 @@ deltaw fine-tunes a language model on your rows. From a file to an adapter:
   deltaw chat runs/NAME            talk with it
 
 'deltaw --help' lists all verbs, 'deltaw VERB --help' the flags of one."""
+
+# Verbs that leave files, or serve: they go on if nobody reads any more what they print. The others end.
+GOING_ON = ("train", "compare", "tune", "merge", "export", "serve", "init")
+
+
+class _Printed(io.FileIO):
+    """A standard stream whose reader may leave, as ``head`` does: what is printed afterwards goes nowhere.
+
+    Attributes:
+        ends: whether the command ends then, with status 0. Of all streams.
+    """
+
+    ends = False
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.fileno(), "wb", closefd=False)
+        self._stream = stream  # which would close the file
+
+    def write(self, data: Buffer) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal behind it is gone
+                raise
+        if self.ends:
+            raise SystemExit(0)
+        return memoryview(data).nbytes
 
 
 class _Verbs(click.Group):
@@ -99,9 +132,12 @@ SPELLING = {"help_option_names": ["-h", "--help"], "token_normalize_func": _one_
 def group(traceback: bool) -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
     variants.check_asked()
-    verb = click.get_current_context().invoked_subcommand
-    refuse_several(verb)
-    if verb is None:
+    context = click.get_current_context()
+    refuse_several(context.invoked_subcommand)
+    _Printed.ends = context.invoked_subcommand not in GOING_ON
+    # The status of a command that fails is that of its error, also if nobody reads it.
+    context.call_on_close(lambda: setattr(_Printed, "ends", False))
+    if context.invoked_subcommand is None:
         click.echo(FIRST_STEPS)
 
 
@@ -138,10 +174,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         status = 130
-    except BrokenPipeError:
-        # Whoever read has read enough; what is still buffered must go somewhere at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     except Exception as error:
         status, message = faults.explained(error, traceback=asked)
         click.echo(message, err=True)
@@ -149,11 +181,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print_any_text() -> None:
-    """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, and
-    read what they cannot decode, so that a verb can refuse it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, read what
+    they cannot decode, so that a verb can refuse it, and let those that are files or pipes outlive their readers."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a stream without a file
+            if not stream.isatty():
+                how: dict[str, Any] = {key: getattr(stream, key) for key in ("line_buffering", "write_through")}
+                raw: Any = _Printed(stream)
+                binary = raw if stream.write_through else io.BufferedWriter(raw)
+                setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "backslashreplace", **how))
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 

@@ -22,7 +22,7 @@ FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
     "kind",
     metavar="TYPE",
     help="how a GGUF file stores numbers: f32, f16, bf16; of a model also q8_0, q5_0, q5_1, q4_0, q4_1, "
-    "q6_k, q5_k, q4_k  [default: f32 for an adapter, f16 for a model]",
+    "q6_k, q5_k, q4_k  [default: f32 for an adapter, q8_0 for a model]",
 )
 @base_flags
 @click.option("--overwrite", is_flag=True, help="replace what is there")

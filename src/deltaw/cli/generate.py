@@ -10,7 +10,7 @@ import click
 
 from deltaw.cli.mistakes import RunArgument
 from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
-from deltaw.cli.text_options import TextSettings, engine_for, text_flags
+from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -27,7 +27,7 @@ LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many
 @click.argument("run", type=RunArgument())
 @click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
-@click.option("--system", help="a system message before each prompt")
+@system_flag
 @click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
 @text_flags(max_new_tokens=256)
 @click.option("--logprobs", type=click.IntRange(0, 100), help=LOGPROBS_HELP)
@@ -49,19 +49,18 @@ def command(
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
     with working("starting"):
-        from deltaw.data import encode_prompt
         from deltaw.serving.opening import base_engine
         from deltaw.training.origin import open_run
-    asked = [*([] if text is None else [text]), *prompts] or [
-        line for line in sys.stdin.read().splitlines() if line.strip()
-    ]
+        from deltaw.training.prompting import with_system
+    asked = [*filter(None, [text]), *prompts] or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
         raise UserError("there is no prompt", hint="give a text behind the run, --prompt, or lines on standard input")
 
     opened = open_run(run, say=notes.print, **opening)
     opened.require_generation()
-    tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
+    system = system_of(opened, system, notes.print)
+    tokens = [opened.encode(with_system(system, prompt)) for prompt in asked]
     if (line := opened.not_invoked(tokens)) is not None:
         notes.print(line)
 
@@ -87,12 +86,6 @@ def command(
     for number, completion in enumerate(written):
         before = "" if base is None else f"base:    {base[number].text}\nadapter: "
         click.echo(f"{before}{completion.text}")
-
-
-def _messages(prompt: str, system: str | None) -> str | list[dict]:
-    if system is None:
-        return prompt
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def _as_dict(text: Written, by: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

@@ -158,19 +158,13 @@ class TaskName(click.Choice):
 
 
 def _no_run(name: str) -> UserError:
-    """The refusal of a run that is not there, with those that are."""
-    from deltaw.runs.folder import find_runs, is_run
+    """The refusal of a run that is not there, with those that are, or with a model's folder of a similar name."""
+    from deltaw.runs.folder import runs_near
 
     path = Path(name)
-    places = {Path(RUNS): 3, path.parent: 1}
-    there = [str(run) for at, depth in places.items() if at.is_dir() for run in find_runs(at, depth)]
-    models = [str(path.parent / near) for near in files_near(path, lambda entry: False)]
-    by_name = {Path(near).name: near for near in [*models, *there]}
-    near = [str(path.parent)] if is_run(path.parent) else [by_name[found] for found in nearest(path.name, by_name, 1)]
-    hints = [f"did you mean '{found}'?" for found in near]
-    if there:
-        hints.append(f"runs here: {', '.join(dict.fromkeys(there[-8:]))}")
-    hint = "\n".join(hints) or "no run is here: name the folder that 'deltaw train' wrote, its 'output'"
+    models = [path.parent / near for near in files_near(path, lambda entry: False)]
+    models = [model for model in models if (model / "config.json").is_file() or model.suffix == ".gguf"]
+    hint = f"did you mean '{models[0]}'?" if models else runs_near(path)
     return UserError(f"there is no run '{name}'", where=str(path.parent.resolve()), hint=hint)
 
 
