@@ -251,13 +251,13 @@ class RunConfig(BaseModel):
         if not isinstance(word, str) or word in tasks.names() or word.lower() not in other_names.TASKS:
             return given
         task, loss = other_names.TASKS[word.lower()]
-        own = given.get("preference")
-        if loss is None or not (own is None or isinstance(own, Mapping)):
+        own = given.get("preference") or {}
+        if loss is None or not isinstance(own, Mapping):
             return {**given, "task": task}
-        if (own or {}).get("loss", loss) != loss:
+        if own.get("loss", loss) != loss:
             what = f"'task: {word}' and 'preference.loss: {own['loss']}' contradict each other"
             raise UserError(what, where="task", hint="write task: preference, and the loss in preference.loss")
-        return {**given, "task": task, "preference": {**(own or {}), "loss": loss}}
+        return {**given, "task": task, "preference": {**own, "loss": loss}}
 
     @model_validator(mode="after")
     def _preference_is_used(self) -> RunConfig:

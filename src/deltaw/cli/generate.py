@@ -73,14 +73,14 @@ def command(
     with contextlib.closing(engine_for(opened, notes.print)) as engine:
         written = completed(engine, engine.own_adapter)
         if with_base:
-            with base_engine(opened, engine, notes.print) as of_base:
-                base = completed(of_base, None)
+            with base_engine(opened, engine, notes.print) as bare:
+                base = completed(bare, None)
     if as_json:
         rows = [
             {"prompt": prompt, **_as_dict(w, "", opened.tokenizer)} for prompt, w in zip(asked, written, strict=True)
         ]
-        for row, text in zip(rows, base or (), strict=False):
-            row |= _as_dict(text, "base", opened.tokenizer)
+        for row, of_base in zip(rows, base or (), strict=False):
+            row |= _as_dict(of_base, "base", opened.tokenizer)
         print_json({"completions": rows})
         return
     for number, completion in enumerate(written):

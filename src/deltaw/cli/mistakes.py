@@ -13,16 +13,13 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from deltaw import other_names
 from deltaw.errors import UserError, did_you_mean, files_near, nearest
 from deltaw.other_names import plain
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
 
 # Where runs are by default.
 RUNS = "runs"
@@ -79,8 +76,8 @@ def no_verb(args: Sequence[str], verbs: Mapping[str, str]) -> UserError:
     if plain(word) == "help":
         hint = f"deltaw {verb} --help" if verb else "deltaw --help"
     elif Path(word).exists() or "/" in word:
-        verb = verb or ("train" if Path(word).suffix in _SETTINGS_FILES else "chat" if Path(word).is_dir() else None)
-        hint = f"the verb comes first: {_command(verb, word)}" if verb else f"the verb comes first: {_with_rows(word)}"
+        hint = _with(word, verb or ("train" if Path(word).suffix in _SETTINGS_FILES else None))
+        hint = f"the verb comes first: {hint}"
     return UserError(f"there is no verb '{word}'", hint=hint or "'deltaw --help' lists the verbs")
 
 
@@ -95,39 +92,28 @@ def no_part(context: click.Context, word: str | None) -> UserError:
     return UserError(what, where=path, hint=hint)
 
 
-class RunArgument(click.ParamType):
-    """The folder of a run or an adapter, or a run's name in the folder ``runs``.
+class RunArgument(click.Path):
+    """The folder of a run or an adapter, a run's name in the folder ``runs``, or a model."""
 
-    Args:
-        models: whether a bare model can stand there too.
-    """
+    models = True
 
-    name = "run"
-
-    def __init__(self, *, models: bool = True) -> None:
-        self.models = models
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        verb, path = ctx.info_name if ctx else "eval", Path(os.path.expanduser(value))
-        if path.is_dir():
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path, name = Path(os.path.expanduser(value)), value.partition("@")[0]
+        is_hub_id = name.count("/") == 1 and path.parts[0] != RUNS and not path.parent.is_dir()
+        is_model = self.models and (value.startswith("pypi:") or is_hub_id or value.lower().endswith(".gguf"))
+        if path.is_file() and not is_model:
+            raise _file_for_run(path, value, str(ctx and ctx.info_name), ctx.params if ctx else {})
+        if path.exists() or is_model:
             return value
-        if path.is_file():
-            if self.models and path.suffix.lower() == ".gguf":
-                return value
-            raise _file_for_run(path, value, str(verb), ctx.params if ctx else {})
-        if (Path(RUNS) / value).is_dir():
-            return str(Path(RUNS) / value)
-        from deltaw.hub.packages import is_package_reference
+        if not (Path(RUNS) / value).is_dir():
+            raise _no_run(value)
+        return str(Path(RUNS) / value)
 
-        is_hub_id = value.partition("@")[0].count("/") == 1 and path.parts[0] != RUNS and not path.parent.is_dir()
-        if self.models and (is_package_reference(value) or is_hub_id):
-            return value
-        raise _no_run(value)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from click.shell_completion import CompletionItem
+class AdapterArgument(RunArgument):
+    """The same where a model has no place."""
 
-        return [CompletionItem(incomplete, type="file" if self.models else "dir")]
+    models = False
 
 
 class SettingsFile(click.Path):
@@ -136,13 +122,13 @@ class SettingsFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from deltaw.data.row_files import kind_of
 
-        path, verb = Path(value), ctx.info_name if ctx else "train"
+        path, verb, what, hint = Path(value), str(ctx and ctx.info_name), None, ""
         if kind_of(path) is not None and path.suffix != ".json":
-            model = ctx.params.get("setting_model") if ctx else None
-            raise UserError(f"'{value}' is a file of rows, not of settings", hint=_with_rows(value, str(verb), model))
-        if path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith("pypi:"):
-            hint = f"deltaw {verb} --model {shlex.quote(value)} --data FILE"
-            raise UserError(f"'{value}' is a model, not a settings file", hint=hint)
+            what, hint = "holds rows", _with(value, verb, ctx.params.get("setting_model") if ctx else None)
+        elif path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith("pypi:"):
+            what, hint = "is a model", f"deltaw {verb} --model {shlex.quote(value)} --data FILE"
+        if what is not None:
+            raise UserError(f"'{value}' {what}, and is not a settings file", hint=hint)
         return super().convert(value, param, ctx)
 
 
@@ -173,38 +159,30 @@ def _file_for_run(path: Path, value: str, verb: str, given: Mapping[str, Any]) -
     from yaml import YAMLError
 
     from deltaw.data.row_files import kind_of
-    from deltaw.settings import parse_yaml
+    from deltaw.settings import SETTINGS, parse_yaml
 
-    what = f"'{value}' is a file, not the folder of a run"
-    if kind_of(path) is not None and path.name not in ("adapter_config.json", "run.json", "config.json"):
-        run = given.get("data") or "RUN"
-        what = f"'{value}' is a file of rows, not the folder of a run"
-        rest = f" --data {shlex.quote(value)}" if verb == "eval" else ""
-        return UserError(what, hint=f"deltaw {verb} {shlex.quote(run) if run != 'RUN' else run}{rest}")
-    folder: object = path.parent
-    if path.suffix in _SETTINGS_FILES and path.name != "run.yaml":
-        loaded = None
+    kind, folder = "", str(path.parent)
+    rows = kind_of(path) is not None and path.name not in ("adapter_config.json", "run.json", "config.json")
+    if rows:
+        kind, folder = " of rows", given.get("data") or "RUN"
+    elif path.suffix in _SETTINGS_FILES and path.name != SETTINGS:
+        kind, loaded = " of settings", None
         with contextlib.suppress(OSError, ValueError, YAMLError):
             loaded = parse_yaml(path.read_text(encoding="utf-8"))
-        folder = loaded.get("output", f"{RUNS}/latest") if isinstance(loaded, dict) else "RUN"
-        what = f"'{value}' is a settings file, not the folder of a run"
-    return UserError(what, hint=f"deltaw {verb} {shlex.quote(str(folder))}")
+        folder = str(loaded.get("output", f"{RUNS}/latest")) if isinstance(loaded, dict) else "RUN"
+    more = f" --data {shlex.quote(value)}" if rows and verb == "eval" else ""
+    what = f"'{value}' is a file{kind}, not the folder of a run"
+    return UserError(what, hint=f"deltaw {verb} {shlex.quote(folder)}{more}")
 
 
-def _with_rows(value: str, verb: str = "train", model: str | None = None) -> str:
-    """The command that trains on rows."""
-    model = "" if verb == "init" else f"--model {shlex.quote(model or 'MODEL')} "
-    return f"deltaw {verb} {model}--data {shlex.quote(value)}"
-
-
-def _command(verb: str, value: str) -> str:
-    """A verb with what was typed before it."""
+def _with(value: str, verb: str | None, model: str | None = None) -> str:
+    """A verb's command with a file or folder at its right place."""
     from deltaw.data.row_files import kind_of
 
-    trains = verb in ("train", "plan", "compare", "tune", "init")
-    if trains and kind_of(Path(value)) is not None:
-        return _with_rows(value, verb)
-    return f"deltaw {verb} {shlex.quote(value)}"
+    if kind_of(Path(value)) is None or verb not in (None, "train", "plan", "compare", "tune", "init"):
+        return f"deltaw {verb or 'chat'} {shlex.quote(value)}"
+    model = "" if verb == "init" else f"--model {shlex.quote(model or 'MODEL')} "
+    return f"deltaw {verb or 'train'} {model}--data {shlex.quote(value)}"
 
 
 def _typed(option: str, given: Sequence[str]) -> str:
@@ -243,13 +221,10 @@ def _no_flag(flag: str, context: click.Context) -> UserError:
 def _of_other_verbs(flag: str, context: click.Context) -> str | None:
     """Which other verbs have this flag."""
     root = context.find_root()
-    if not isinstance(root.command, click.Group):
-        return None
-    found = []
-    for name in root.command.list_commands(root):
-        verb = root.command.get_command(root, name)
-        own = [option for param in verb.params for option in param.opts] if verb is not None else []
-        found += [name] if any(plain(option) == plain(flag) for option in own) else []
+    assert isinstance(root.command, click.Group)
+    verbs = {name: root.command.get_command(root, name) for name in root.command.list_commands(root)}
+    flags = {name: [option for p in verb.params for option in p.opts] for name, verb in verbs.items() if verb}
+    found = [name for name, own in flags.items() if plain(flag) in map(plain, own)]
     return f"it is a flag of {', '.join(found)}" if found else None
 
 
@@ -284,14 +259,11 @@ def _not_fitting(error: click.BadParameter, param: click.Parameter, context: cli
     value = next(iter(re.findall(r"'((?:[^'\\]|\\.)*)'", error.message)), "")
     if isinstance(param.type, click.Choice):
         choices = list(map(str, param.type.choices))
-        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.65)
-        what, hint = (
-            f"{name} cannot be '{value}'",
-            f"did you mean '{near[0]}'?" if near else f"use {', '.join(choices)}",
-        )
-        hint = other_names.value_hint(plain(name), value) or hint
-    elif isinstance(param.type, click.Path) and (near := files_near(Path(value), lambda entry: False)):
-        hint = did_you_mean(Path(value).name, near)
+        near = [f"did you mean '{found}'?" for found in difflib.get_close_matches(value, choices, n=1, cutoff=0.65)]
+        what = f"{name} cannot be '{value}'"
+        hint = other_names.value_hint(plain(name), value) or next(iter(near), f"use {', '.join(choices)}")
+    elif isinstance(param.type, click.Path) and (files := files_near(Path(value), lambda entry: False)):
+        hint = did_you_mean(Path(value).name, files)
     return UserError(what, where=context.command_path, hint=hint or _about(param, context))
 
 
