@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaw.cli.mistakes import RunArgument
 from deltaw.cli.options import as_text, console, model_flags, verbose_flag
 from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
 from deltaw.errors import UserError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("chat")
-@click.argument("run")
+@click.argument("run", type=RunArgument())
 @system_flag
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
 @text_flags(max_new_tokens=512)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltaw import tasks
+from deltaw.cli.mistakes import RunArgument, TaskName
 from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.cli.text_options import SYSTEM_HELP
 from deltaw.errors import UserError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("run")
+@click.argument("run", type=RunArgument())
 @click.option("--data", help="a file, hub id or package member; by default the run's held-out rows")
 @click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
 @click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
-@click.option("--task", type=click.Choice(tasks.names()), help="what a bare model is to do")
+@click.option("--task", type=TaskName(tasks.names()), help="what a bare model is to do")
 @model_flags
 @json_flag
 def command(

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.working import working
 
@@ -13,7 +14,7 @@ FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
 
 
 @click.command("export")
-@click.argument("run", type=click.Path())
+@click.argument("run", type=AdapterArgument())
 @click.option("--format", "format_name", required=True, type=click.Choice(FORMATS), help="the program's format")
 @click.option("--output", required=True, type=click.Path(), help="the folder to make, or a file that ends in .gguf")
 @click.option(

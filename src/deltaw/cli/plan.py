@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from deltaw.reports.tables import Output
 
 
-@click.command("plan")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("plan", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option("--methods", help="plan these methods too: a,b,c, or all; with --json, --picture and --budget all")
 @click.option("--picture", type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
 @click.option("--budget", help="search for settings that fit into so much memory, such as 6GB")

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.errors import UserError, nearest
 from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ def runs_near(path: Path) -> str:
     found = list(dict.fromkeys(map(str, sorted(there, key=lambda run: run.name not in names))))
     if not found:
         return "give the folder of a run, the 'output' of its settings"
-    return did_you_mean(found[0] if names else str(path), found)
+    listed = f"runs here: {', '.join(found[-8:])}"
+    return f"did you mean '{found[0]}'? {listed}" if names else listed
 
 
 def this_process() -> dict[str, object]:
