@@ -35,6 +35,8 @@ WIDTH = 80
 BAR_LEAST, BAR_MOST = 8, 30
 # The loss shown is a running mean, so that it can be read.
 SMOOTHING = 0.9
+# Sample answers that are printed; the page has all.
+SAMPLES = 2
 
 
 def show_end(console: Console, result: Result) -> None:
@@ -269,7 +271,7 @@ class TerminalCallback(Callback):
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
         who = "base model" if step == 0 else f"step {step}"
-        for sample in samples:
+        for sample in samples[:SAMPLES]:
             prompt, answer, expected = (one_line(t, 60) for t in (sample.prompt, sample.answer, sample.expected))
             self.on_line(f'{who}, row {sample.row}: "{prompt}" -> "{answer}" (expected "{expected}")')
 
