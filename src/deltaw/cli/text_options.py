@@ -13,6 +13,7 @@ import click
 
 from deltaw.cli.options import SHARE, Command, as_text, with_options
 from deltaw.errors import UserError
+from deltaw.working import Detail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,6 +149,6 @@ def engine_for(session: InferenceSession, say: Callable[[str], None]) -> Engine:
 
     told: list[str] = []
     engine = open_engine(session, say=told.append)
-    for line in told or [f"the decoding engine writes: {engine.why}"]:
+    for line in told or [Detail(f"the decoding engine writes: {engine.why}")]:
         say(line)
     return engine

@@ -130,8 +130,9 @@ class Reader(Protocol):
     def check(self, apart: Sequence[str]) -> Check:
         """What is wrong, or may be, with the training rows and with the separate evaluation files ``apart``."""
 
-    def rows(self) -> Iterator[ShownRow]:
-        """The training rows, one after another, and what they become."""
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
+        """The training rows, one after another, and what they become; those without a place in it, as they cannot
+        be read, are put into ``bad`` before the first row of their source is given."""
 
 
 class RowReader(abc.ABC, Generic[Item]):
@@ -400,8 +401,9 @@ class RowReader(abc.ABC, Generic[Item]):
             class_counts=report.class_counts,
         )
 
-    def rows(self) -> Iterator[ShownRow]:
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
         reader, limit, source = self._whole(), self.settings.max_length, shown(self.settings.train)
+        reader.bad = bad
         for item in reader._read_apart(self.settings.train)[0]:
             notes = self.notes(item)
             if max(self._lengths([item]), default=0) > limit:

@@ -42,7 +42,7 @@ from deltaw.training.prompting import Prompting, read_prompting
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, Writer, score
-from deltaw.working import working
+from deltaw.working import Detail, working
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -393,17 +393,17 @@ def open_run(
     if precision == "int8":
         with working("quantizing the weights to int8"):
             report = quantize_int8(loaded.model.base_model)
-        say(f"precision int8: {report}")
+        say(Detail(f"precision int8: {report}"))
     if precision == "nf4":
         for line in quantized_nf4(loaded.model):
-            say(line)
+            say(Detail(line))
     if classes is None and work.has_labels and fixed is None:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
     method = None
     if adapter:
         method = method_of_folder(folder, work.tokenizer)
-        say(method.load(loaded.model, folder))
+        say(Detail(method.load(loaded.model, folder)))
     prompting = read_prompting(folder)
     return InferenceSession(loaded, config, method, work, classes, identity, found, prompting)
 

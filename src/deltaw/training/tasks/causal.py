@@ -172,7 +172,7 @@ def score(
     if given := answers(model, tokenizer, examples, **how):
         exact = exact_answers(given)
         metrics = {**evaluation.metrics, "exact_match": float(exact.mean())}
-        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
+        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact, share=True))
     return Score(evaluation, given)
 
 
