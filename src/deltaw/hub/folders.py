@@ -373,6 +373,19 @@ def _snapshot(model_id: str, revision: str | None, patterns: list[str], *, local
     return Path(fetched)
 
 
+def tokenizer_files(source: Source) -> Path:
+    """The folder of a hub id with at least the small files of its model, fetched where they are not here.
+
+    Raises:
+        UserError: the hub gives none.
+    """
+    small = [name for name in _FETCHED if "safetensors" not in name]
+    try:
+        return _snapshot(str(source.location), source.revision, small)
+    except Exception as error:  # the hub's client passes on whatever its transport raises
+        raise UserError("the hub gives no tokenizer", where=str(source.location)) from error
+
+
 def _whole_snapshot(model_id: str, revision: str | None) -> Path | None:
     """The folder of a hub id in the hub's cache, without asking the hub; None where it is not whole."""
     try:
