@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from deltaw.memory.plan import Plan
+    from deltaw.reports.tables import Output
 
 
-@click.command("plan")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("plan", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option("--methods", help="plan these methods too: a,b,c, or all; with --json, --picture and --budget all")
 @click.option("--picture", type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
 @click.option("--budget", help="search for settings that fit into so much memory, such as 6GB")
@@ -65,7 +64,7 @@ def command(
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
-        found = fitting_settings(config, task, data, size, names, say=out.print, processes=processes)
+        found = fitting_settings(config, task, data, size, names, say=out.say, processes=processes)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
@@ -83,19 +82,19 @@ def command(
     _end(plans, picture, out, as_json)
 
 
-def _show(plans: Mapping[str, Plan], own: str, processes: int, rows: Sequence[str], out: Console) -> None:
+def _show(plans: Mapping[str, Plan], own: str, processes: int, rows: Sequence[str], out: Output) -> None:
     """The report, and below it what became of the rows."""
     from deltaw.machine.memory import free_memory_bytes
-    from deltaw.reports.plan import WIDTH, plan_report
+    from deltaw.reports.plan import plan_report
 
     out.print(plan_report(plans, own, free_memory_bytes(), processes))
     if len(plans) == 1:
         out.print("other methods: --methods all; what fits into less memory: --budget 2GB")
     for line in rows:
-        out.print(fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+        out.say(line)
 
 
-def _end(plans: Mapping[str, Plan], picture: str | None, out: Console, as_json: bool) -> None:
+def _end(plans: Mapping[str, Plan], picture: str | None, out: Output, as_json: bool) -> None:
     from deltaw.reports.plan import draw_plans
 
     if picture is not None:
