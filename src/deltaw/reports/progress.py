@@ -17,7 +17,7 @@ from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
-from deltaw.reports.plan import plan_lines
+from deltaw.reports.plan import long_rows_lines, plan_lines
 from deltaw.reports.tables import WIDTH, Output, one_line
 from deltaw.reports.wording import by_part, count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import NEXT_LINE
@@ -201,8 +201,8 @@ class TerminalCallback(Callback):
         self._planned = plan.peak_resident_bytes
         tight = ", which is tight" if limit_bytes * TIGHT < self._planned <= limit_bytes else ""
         self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{tight}")
-        for line in plan_lines(plan, limit_bytes):
-            self.on_line(Detail(line))
+        for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
+            self.on_line(line)
 
     def on_start(self, start: RunStart) -> None:
         for name, text in first_lines(start):
