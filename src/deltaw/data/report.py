@@ -315,7 +315,7 @@ class Report:
         sizes += f"; the longest row has {self.longest:,} tokens"
         origin = f" from {self.held_out_source}" if self.held_out_source else ""
         held_out = f", {self.held_out:,} held out{origin}" if self.held_out else ""
-        lines = [
+        lines: list[str] = [
             f"rows: {self.rows_read:,} read from {self.source}, {self.rows_kept:,} kept{held_out}",
             Detail(f"read as {self.form}{template}" + ("" if self.form == "labeled images" else sizes)),
             *self._lines_of_labels(),
@@ -353,7 +353,7 @@ class Report:
 
     def _lines_of_labels(self) -> list[str]:
         """The lines on groups, classes and images."""
-        lines = []
+        lines: list[str] = []
         if self.group:
             sides = f"{self.groups:,} groups to train on, {self.held_out_groups:,} held out"
             lines.append(Detail(f"rows with the same '{self.group}' stay together: {sides}"))

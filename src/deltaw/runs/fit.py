@@ -54,7 +54,7 @@ from deltaw.training.process import guest
 from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.working import Detail
+from deltaw.working import Detail, working
 
 
 def fit(
@@ -104,8 +104,9 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
-    session = assemble_alike(config, task, data, loaded, processes, begun)
-    lines = session.lines()
+    with working("preparing the training"):
+        session = assemble_alike(config, task, data, loaded, processes, begun)
+        lines = session.lines()
     for line in [*map(Detail, session.said), *lines]:
         callback.on_line(line)
     session.said += lines
@@ -319,8 +320,9 @@ def _train(watching: _Watching) -> Outcome:
             _keep_adapter(session, folder.path, error, callback)
             raise
         callback.on_end(outcome)
-        checkpoints.write()
-        save_adapter(session, folder.path)
+        with working("saving"):
+            checkpoints.write()
+            save_adapter(session, folder.path)
         if not outcome.interrupted:
             checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
         monitor.put_best(outcome.steps, lambda to: save_adapter(session, to), evaluate=not outcome.interrupted)
