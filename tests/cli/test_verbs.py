@@ -85,7 +85,7 @@ def test_a_runs_own_settings_train_it_again_and_the_earlier_run_is_kept(call, se
     run = tmp_path / "run"
     assert call("train", *flags(run)).status == 0
     before = tree(run)
-    ended = call("train", run / "run.yaml")
+    ended = call("train", run / "run.yaml", "--fresh")
     assert ended.status == 0 and f"is now in {tmp_path / 'run.1'}" in ended.out
     assert tree(tmp_path / "run.1") == before
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.yaml", "tokenizer.json"):
@@ -125,7 +125,7 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         *("precision: int8 would take about ", str(flags(tmp_path)[3]), "9 rows kept", "1 row held out"),
         *("planned memory: ", "  most of it: ", "14 adapted layers", "  target_modules", "compiled kernels"),
         *("2 steps of 5 rows", "step 1/2", "step 2/2", "training: 9 rows, 2 steps in ", "training loss"),
-        *("held-out ", "memory: ", "adapter: ", "report: ", "next: ", "still "),
+        *("held-out ", "memory: ", "adapter: ", "report: ", "next: ", "still ", "time: "),
     )
     assert [line for line in err.splitlines() if not line.startswith(known)] == []
     assert any(line.startswith("kernels: ") and ", fp32 products " in line for line in err.splitlines())

@@ -75,7 +75,7 @@ def test_dropout_turns_sharing_off_unless_it_is_asked_for(settings, tmp_path):
     result, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}))
     assert "common beginnings" not in said
     assert "share_prefixes: auto  # False: dropout would" in (result.output / "run.yaml").read_text()
-    shared, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}, train={"share_prefixes": True}))
+    shared, said = fit_aloud(settings(tmp_path / "shared", lora={"dropout": 0.1}, train={"share_prefixes": True}))
     assert "shared prefixes computed once" in said
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaw.cli.mistakes import RunArgument
 from deltaw.cli.options import as_text, console, model_flags, verbose_flag
-from deltaw.cli.text_options import TextSettings, engine_for, text_flags
+from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @click.command("chat")
-@click.argument("run")
-@click.option("--system", help="a system message at the start")
+@click.argument("run", type=RunArgument())
+@system_flag
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
 @text_flags(max_new_tokens=512)
 @model_flags
@@ -41,6 +42,7 @@ def command(run: str, system: str | None, with_base: bool, how: TextSettings, **
     with contextlib.closing(engine_for(opened, notes.say)) as engine:
         # A text of no tokens: what the flags say is checked before the first question.
         engine.write_all([replace(how.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
+        system = system_of(opened, system, notes.print)
         start = [{"role": "system", "content": system}] if system else []
         talk = list(start)
         while (line := _asked()) is not None:
@@ -74,12 +76,9 @@ def _answer(
     opened: InferenceSession, engine: Engine, adapter: str | None, talk: list[dict], how: TextSettings, name: str
 ) -> str:
     """Write the next answer of ``name``, and show it as it comes."""
-    from deltaw.data import encode_prompt
-
     # Each answer of a talk draws anew, not by the same numbers as the one before.
     asked = sum(message["role"] == "user" for message in talk)
-    prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
-    writing = engine.submit(how.request(prompt, adapter, number=asked - 1))
+    writing = engine.submit(how.request(opened.encode(talk), adapter, number=asked - 1))
     click.echo(f"{name}: ", nl=False)
     try:
         for piece in writing:

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import SHARE, cluster_flags, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import SHARE, Verb, cluster_flags, console, json_flag, nested, print_json, settings_flags
 
 
-@click.command("compare")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("compare", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option("--methods", help="names of methods  [default: lora,head,prompt,bias,random,full]")
 @click.option("--rates", multiple=True, metavar="METHOD=RATE,…", help="learning rates to try; a single one is used")
 @click.option(

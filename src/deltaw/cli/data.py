@@ -7,19 +7,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import no_part
+from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     from deltaw.settings import RunConfig
 
 
-@click.group("data")
+class _Parts(click.Group):
+    """Names the parts to whoever gives another word, or none."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise no_part(ctx, args[0])
+        return super().resolve_command(ctx, args)
+
+
+@click.group("data", cls=_Parts, no_args_is_help=False)
 def command() -> None:
     """What rows become when a model is trained on them, and what is wrong with them."""
 
 
-@command.command("show")
+@command.command("show", cls=Verb)
 @click.argument("file", required=False, type=click.Path())
 @click.option("--row", type=click.IntRange(1), help="the row of this number, as in messages")
 @click.option("--rows", "count", type=click.IntRange(1), help="so many rows  [default: 3, or 1]")
@@ -48,7 +60,7 @@ def show(
             out.print(line)
 
 
-@command.command("check")
+@command.command("check", cls=Verb)
 @click.argument("file", required=False, type=click.Path())
 @click.option("--settings", type=click.Path(), help="a YAML file with the run's settings")
 @settings_flags

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltaw import tasks
+from deltaw.cli.mistakes import RunArgument, TaskName
 from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.cli.text_options import SYSTEM_HELP
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("run")
+@click.argument("run", type=RunArgument())
 @click.option("--data", help="a file, hub id or package member; by default the run's held-out rows")
 @click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
@@ -28,15 +31,16 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
+@click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
-@click.option("--task", type=click.Choice(tasks.names()), help="what a bare model is to do")
+@click.option("--task", type=TaskName(tasks.names()), help="what a bare model is to do")
 @model_flags
 @json_flag
 def command(
     run: str, data: str | None, names: tuple[str, ...], with_base: bool, rows: int | None, as_json: bool, **opening: Any
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
-    shown, general, with_drift = (opening.pop(name) for name in ("shown", "general", "with_drift"))
+    shown, general, with_drift, system = (opening.pop(name) for name in ("shown", "general", "with_drift", "system"))
     how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens")}
     out = console(as_json)
     with working("starting"):
@@ -44,8 +48,11 @@ def command(
         from deltaw.training.origin import open_run, score_run
     if data is not None and names:
         raise UserError("--set chooses among the run's own sets", where="--data", hint="leave out one of the two")
+    if data is None and system is not None:
+        hint = "name a file with --data whose rows have none"
+        raise UserError("the run's own rows are evaluated as they are", where="--system", hint=hint)
     opened = open_run(run, say=out.say, **opening)
-    sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, out).items()}
+    sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, system, out).items()}
     _say_not_invoked(opened, sets, out)
     how["writer"] = SessionWriter(opened, out.say)
 
@@ -74,20 +81,19 @@ def command(
 
 
 def _rows_by_set(
-    opened: InferenceSession, run: str, data: str | None, names: Sequence[str], out: Output
+    opened: InferenceSession, run: str, data: str | None, names: Sequence[str], system: str | None, out: Output
 ) -> dict[str, Sequence[Any]]:
     """The rows to evaluate on by the name of their set, which is empty where there is one set without a name.
 
     Raises:
         UserError: there are none, or no set of such a name.
     """
-    from deltaw.data.settings import DataSettings
     from deltaw.training.tasks.base import read_run_data
 
     sets: dict[str, Sequence[Any]]
     if data is not None:
-        examples, report = opened.task.read_file(data, opened.data or DataSettings(train=data), opened.classes)
-        sets, lines = {"": examples}, report.lines()
+        examples, lines = _rows_of_file(opened, data, system)
+        sets = {"": examples}
     elif opened.config is not None and opened.found is not None:
         opened.found.require_rows()
         lines = []
@@ -105,6 +111,22 @@ def _rows_by_set(
     if not sets:
         raise UserError("the run held no rows out", where=run, hint="name a file with --data")
     return sets
+
+
+def _rows_of_file(opened: InferenceSession, data: str, system: str | None) -> tuple[Sequence[Any], list[str]]:
+    """The rows of a file, and what to say of them. If no row has a system prompt, each gets that of the training
+    rows, or the one given."""
+    from deltaw.data.settings import DataSettings
+
+    settings = opened.data or DataSettings(train=data)
+    if system is not None:
+        settings = replace(settings, system=system)
+    examples, report = opened.task.read_file(data, settings, opened.classes)
+    line = None if report.system_rows else opened.prompting.line(system)
+    if line is not None:
+        settings = replace(settings, system=opened.prompting.system)
+        examples, report = opened.task.read_file(data, settings, opened.classes)
+    return examples, [*report.lines(), *([line] if line and report.system_rows else [])]
 
 
 def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]], out: Output) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
@@ -16,7 +17,7 @@ METHODS = click.Choice(["concat", "svd", "linear", "ties", "dare"])
 
 
 @click.command("merge")
-@click.argument("run", type=click.Path())
+@click.argument("run", type=AdapterArgument())
 @click.option("--output", required=True, type=click.Path(), help="the folder to make")
 @base_flags
 @click.option(

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import SHARE, cluster_flags, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import SHARE, Verb, cluster_flags, console, json_flag, nested, print_json, settings_flags
 
 
-@click.command("tune")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("tune", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option("--trials", default=20, show_default=True, type=click.IntRange(1), help="trials to have in the end")
 @click.option(
     "--search",

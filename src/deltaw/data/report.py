@@ -254,6 +254,8 @@ class Report:
         repeated: rows that come in an epoch again because their source has a weight above 1.
         not_drawn: rows that are left out because their source has a weight with a fraction, and not drawn.
         sources: by reference, where there are several, the source's ``weight`` and its ``rows`` in an epoch.
+        system: the system message that at least nine of ten rows begin with; None if there is none.
+        system_rows: rows with a system message.
         evaluation: the report of the separate evaluation file, if there is one.
     """
 
@@ -295,6 +297,8 @@ class Report:
     repeated: int = 0
     not_drawn: int = 0
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    system: str | None = None
+    system_rows: int = 0
     evaluation: Report | None = None
 
     @property
@@ -320,6 +324,8 @@ class Report:
             Detail(f"read as {self.form}{template}" + ("" if self.form == "labeled images" else sizes)),
             *self._lines_of_labels(),
         ]
+        if self.system and not self.duplicates_kept:
+            lines.append(f"system prompt, kept with the run: {quoted(self.system, 36)}")
         unrolled = f"became {self.unrolled_examples:,} examples, since the template rewrites earlier turns"
         kept = "kept" if self.duplicates_kept else "dropped"
         lost = f"{self.tokens_cut:,} tokens lost, {self.labels_cut:,} of them labels"
@@ -376,6 +382,12 @@ class Report:
     def as_dict(self) -> dict[str, object]:
         """Every count by name, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def quoted(text: str, most: int) -> str:
+    """A text in quotes on one line, of a long one its beginning: nothing in it moves a terminal's cursor."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
+    return f'"{line}"' if len(line) <= most else f'"{line[: most - 1].rstrip()}…"'
 
 
 def count_of(count: int, noun: str = "row") -> str:

@@ -20,7 +20,7 @@ from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
 from deltaw.reports.plan import plan_lines
 from deltaw.reports.tables import WIDTH, Output, one_line
-from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
+from deltaw.reports.wording import by_part, count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import FIRST_LINE, NEXT_LINE
 from deltaw.runs.fit import Result
 from deltaw.runs.folder import FINISHED, INTERRUPTED
@@ -68,15 +68,17 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
     evaluation = result.evaluation
-    main = f"{evaluation.name} {evaluation.main}".strip()
+    intervals = evaluation.named_intervals()
     for name, value in evaluation.named_metrics().items():
-        bounds = (evaluation.interval if name == main else None) or ()
-        shown = " to ".join(metric_value(name, bound) for bound in bounds)
+        shown = " to ".join(metric_value(name, bound) for bound in intervals.get(name, ()))
         interval = f" (95 % interval {shown})" if shown else ""
         yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
+    if result.seconds_by_part:
+        first, *more = by_part(result.seconds_by_part, WIDTH - len("time: "))
+        yield from [("time", first), *(("", line) for line in more)]
     if result.drift is not None:
         first, *more = result.drift.lines()
         yield "drift", first.removeprefix("drift: ")
@@ -251,7 +253,8 @@ class TerminalCallback(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.named_metrics().items())
+            named = evaluation.named_metrics().items()
+            shown = ", ".join(f"{metric_name(name)} {metric_value(name, value)}" for name, value in named)
             self.on_line(f"step {step}/{self._line.total}  held-out {shown}")
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError
+from deltaw.errors import UserError, nearest
 from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
 
 if TYPE_CHECKING:
@@ -93,11 +93,6 @@ class Run:
         found = mapping(self.values.get("training"))
         whole = isinstance(found.get("settings"), dict) and type(found.get("steps")) is int
         return {"features": {}, "finished": None, **found} if whole and self.values.get("state") in STATES else None
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether it can be resumed by the command that began it."""
-        return self.training is not None and self.state != FINISHED
 
     @cached_property
     def state(self) -> str:
@@ -283,6 +278,20 @@ def find_runs(folder: Path, depth: int = 3) -> list[Path]:
         elif depth > 1 and os.access(path, os.R_OK | os.X_OK):
             found += find_runs(path, depth - 1)
     return found
+
+
+def runs_near(path: Path) -> str:
+    """A hint for a path that is no run's: the runs in it, beside it or in the folder ``runs``, similar names first."""
+    if (holder := next(filter(is_run, path.parents), None)) is not None:
+        return f"give the run's folder: {holder}"
+    there = [run for place in (path, path.parent) if place.is_dir() for run in find_runs(place, depth=1)]
+    there += find_runs(Path("runs")) if Path("runs").is_dir() else []
+    names = nearest(path.name, {run.name for run in there})
+    found = list(dict.fromkeys(map(str, sorted(there, key=lambda run: run.name not in names))))
+    if not found:
+        return "give the folder of a run, the 'output' of its settings"
+    listed = f"runs here: {', '.join(found[-8:])}"
+    return f"did you mean '{found[0]}'? {listed}" if names else listed
 
 
 def this_process() -> dict[str, object]:

@@ -26,7 +26,7 @@ from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
-from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.base import Evaluation, wilson_interval
 from deltaw.training.evaluation.general import NoGeneralAnswers, base_answers, check_size
 from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, TimeBudget, decided, now, usual_eval_every
 from deltaw.training.session import Session
@@ -508,7 +508,11 @@ class Monitor:
             if asked := self._scored.get(name):
                 with working("answering held-out prompts"):
                     share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
-                found[name] = replace(found[name], metrics={**found[name].metrics, WRITTEN: share})
+                metrics, intervals = (
+                    {**found[name].metrics, WRITTEN: share},
+                    {WRITTEN: wilson_interval(share, len(asked))},
+                )
+                found[name] = replace(found[name], metrics=metrics, intervals=intervals)
         if not session.data.eval_sets:
             return next(iter(found.values()), Evaluation())
         name, *others = found
