@@ -155,7 +155,7 @@ class TrainSettings(BaseModel):
         0, "at each evaluation, compare the model's answers to so many held-out rows with the rows' own", ge=0
     )
     samples: Annotated[int, Field(ge=0)] | Auto = setting(
-        "auto", "held-out prompts whose answers each evaluation shows; auto: 2, if the model is large enough"
+        "auto", "held-out prompts whose answers each evaluation shows; auto: 8, if the model is large enough"
     )
     early_stopping: int | None = setting(
         None, "stop after so many evaluations in a row without improvement; null: never", ge=1

@@ -147,9 +147,9 @@ def opened(run: Path | str, **how: Any) -> InferenceSession:
 
 
 def fit_aloud(settings: Mapping[str, Any]) -> tuple[Result, str]:
-    """A run's result, and what it said to a terminal."""
-    said = Console(file=io.StringIO(), width=500)
-    return fit(settings, callback=TerminalCallback(said)), said.file.getvalue()
+    """A run's result, and all that it said, a line each."""
+    said: list[str] = []
+    return fit(settings, callback=Lines(said.append)), "\n".join(said)
 
 
 def session_of(settings: Mapping[str, Any], **how: Any) -> Session:

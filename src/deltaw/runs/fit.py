@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -416,6 +417,7 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
         callback.on_line(f"drift: not measured ({reason})")
         return None
     if drift is not None:
+        folder.write_metrics({"step": step, "general": [asdict(answer) for answer in meter.side_by_side()]})
         folder.write_metrics({"step": step, "drift": drift.as_dict()})
     return drift
 

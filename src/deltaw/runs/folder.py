@@ -229,6 +229,11 @@ class Run:
         return next(((name, v[-1][1]) for name in [*plain, *names] if (v := self.metrics.evaluated(name))), None)
 
     @property
+    def base(self) -> Mapping[str, float]:
+        """The metrics of the held-out rows before the first step; empty where they were not evaluated then."""
+        return dict(self.metrics.evaluations[:1]).get(0, {})
+
+    @property
     def loss_metric(self) -> str | None:
         """The held-out metric that is a loss, of several sets the first one's; None if there is none."""
         names = self.metrics.metric_names()
@@ -343,6 +348,7 @@ class Metrics:
             the steps.
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
         samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
+        general: the last general answers, each with ``prompt``, ``base`` and ``adapter``.
         skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read, such as the last one of a killed run.
     """
@@ -350,6 +356,7 @@ class Metrics:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     samples: list[SampleAnswer] = field(default_factory=list)
+    general: list[Mapping[str, Any]] = field(default_factory=list)
     drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     skipped: int = 0
@@ -410,13 +417,14 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
     if "loss" in values:
         for name, column in columns.items():
             column.append(_number(values.get(name)))
-    for key, kept in (("eval", metrics.evaluations), ("drift", metrics.drifts)):
+    for key, kept in (("base", metrics.evaluations), ("eval", metrics.evaluations), ("drift", metrics.drifts)):
         if isinstance(values.get(key), Mapping):
             kept.append((step, dict(_flat(values[key]))))
     warning = values.get("warning")
     if isinstance(warning, Mapping):
         metrics.warnings.append((step, str(warning.get("kind", ""))))
     metrics.skipped += "skipped" in values
+    metrics.general = [mapping(one) for one in sequence(values.get("general"))] or metrics.general
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")

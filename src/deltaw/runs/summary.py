@@ -265,13 +265,17 @@ def told_choices(chosen: Mapping[str, Choice]) -> dict[str, object]:
     return {key: {"value": choice.value, "why": choice.why} for key, choice in chosen.items()}
 
 
-def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> list[dict[str, str]]:
-    """Commands to go on with, each with what it does."""
+def next_commands(
+    folder: Path, state: str, method: str, writes_text: bool, every: bool = False
+) -> list[dict[str, str]]:
+    """Commands to go on with, each with what it does; with ``every`` also those that are needed less often."""
     run = shlex.quote(os.fspath(folder))
     commands = []
     if state == FINISHED:
         if writes_text:
             commands.append((f"deltaw chat {run}", "talk with it"))
+            if every:
+                commands.append((f'deltaw generate {run} --prompt "…"', "answer one prompt"))
         commands.append((f"deltaw eval {run} --base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))
@@ -280,7 +284,7 @@ def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> l
         if method == "lora":
             merged, exported = (shlex.quote(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "make one model of base and adapter"))
-            if writes_text:
+            if every and writes_text:
                 file = f"deltaw export {run} --format gguf --type q8_0 --output {exported}"
                 commands.append((file, "make a file for Ollama and llama.cpp"))
     if any((folder / FOLDER).glob("step-*")):
