@@ -23,6 +23,7 @@ from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.state import Step
+from deltaw.working import working
 
 # Seconds between two pages of a run that is not evaluated meanwhile.
 INTERVAL = 120.0
@@ -66,7 +67,8 @@ class PageCallback(Callback):
         assert self._folder is not None
         begun = self._clock()
         try:
-            write_page(self._folder)
+            with working("writing the page"):
+                write_page(self._folder)
         except Exception as error:  # whatever is wrong with a page, it must not end the training
             if not self._failed:
                 brief = (str(error).splitlines() or [""])[0]

@@ -240,7 +240,7 @@ def runs_table(records: Sequence[Run], width: int) -> RenderableType:
 def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
     names = [one_line(name, NAME, end=True) for name in names_of(records)]
-    longest = max(len(name) for name in names) + 2
+    longest = max(len(name) for name in names) + 3
     at_once = max(1, (width - 26) // max(14, longest))
     parts: list[RenderableType] = []
     results, differences = result_rows(records), differing_settings(records)
@@ -256,4 +256,4 @@ def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType
 
 
 def _width(title: str, cells: Sequence[str]) -> int:
-    return max(len(title), *(len(cell) for cell in cells)) + 2
+    return max(len(title), *(len(cell) for cell in cells)) + 3

@@ -59,7 +59,7 @@ from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.small_data import held_out_line, steps_line
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.working import Detail
+from deltaw.working import Detail, working
 
 
 def fit(
@@ -214,8 +214,9 @@ def _assembled(
     """The run's model, loaded, and its session; what the run began with must be what is there."""
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
-    session = assemble_alike(config, task, data, loaded, processes, begun)
-    lines = session.lines()
+    with working("preparing the training"):
+        session = assemble_alike(config, task, data, loaded, processes, begun)
+        lines = session.lines()
     for line in [*map(Detail, session.said), *lines]:
         callback.on_line(line)
     session.said += lines
@@ -383,8 +384,9 @@ def _train(watching: _Watching) -> Outcome:
             _keep_adapter(session, folder.path, error, callback)
             raise
         callback.on_end(outcome)
-        checkpoints.write()
-        save_adapter(session, folder.path)
+        with working("saving"):
+            checkpoints.write()
+            save_adapter(session, folder.path)
         with clock.part("evaluating"):
             if not outcome.interrupted:
                 checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))

@@ -34,7 +34,7 @@ from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal import Answer, answers, exact_answers
-from deltaw.working import Detail
+from deltaw.working import Detail, working
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
@@ -235,7 +235,8 @@ class Samples:
         return self._written(self._rows)
 
     def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
-        given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
+        with working("answering sample prompts"):
+            given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
         return [Sample(a.row, a.question, a.expected, a.written) for a in given]
 
 
@@ -525,7 +526,8 @@ class Monitor:
         for name, rows in session.data.sets.items():
             found[name] = session.evaluate(rows)
             if asked := scored.get(name):
-                share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
+                with working("answering held-out prompts"):
+                    share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
                 metrics, intervals = (
                     {**found[name].metrics, WRITTEN: share},
                     {WRITTEN: wilson_interval(share, len(asked))},

@@ -75,21 +75,23 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
     total, labels = 0.0, 0
     losses: list[float] = []
     predicted: list[tuple[np.ndarray, np.ndarray]] = []
-    for start in range(0, len(examples), ROWS_AT_ONCE):
-        part = list(examples[start : start + ROWS_AT_ONCE])
-        found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
-        for batch in batcher.batches(part):
-            each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
-            targets = batch.targets.cpu().numpy()
-            index, owner = label_places(batch)
-            for number, member in enumerate(batch.members):
-                at = index[owner == number]
-                found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
-                total += float(each[at].sum())
-                labels += len(at)
-        rows_alone = [row for item in part for row in rows_of(item)]
-        losses += [found[id(row)][0] for row in rows_alone]
-        predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
+    with working("evaluating", len(examples)) as advance:
+        for start in range(0, len(examples), ROWS_AT_ONCE):
+            part = list(examples[start : start + ROWS_AT_ONCE])
+            found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
+            for batch in batcher.batches(part):
+                each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+                targets = batch.targets.cpu().numpy()
+                index, owner = label_places(batch)
+                for number, member in enumerate(batch.members):
+                    at = index[owner == number]
+                    found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
+                    total += float(each[at].sum())
+                    labels += len(at)
+                advance(len(losses) + len(found))
+            rows_alone = [row for item in part for row in rows_of(item)]
+            losses += [found[id(row)][0] for row in rows_alone]
+            predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
     loss = total / labels
     check_finite("the loss of the evaluated rows is", loss)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
