@@ -10,10 +10,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from deltaw.reports.page.write import write_page
 from deltaw.runs.fit import Result
 from deltaw.runs.fit import fit as train
+from deltaw.serving.opening import verified_writer
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
@@ -102,6 +104,7 @@ def fit(
     told = callback or Callback()
     page = PageCallback(told)
     try:
-        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh, processes=processes)
+        how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
+        return train(config, callback=Callbacks(told, page), decoding=verified_writer, **how)
     finally:
         page.close()

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +24,7 @@ from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
-from deltaw.methods.base import CLASSES_KEY
+from deltaw.methods.base import CLASSES_KEY, Method
 from deltaw.runs.checkpoints import listed
 from deltaw.runs.folder import FOLDER, Run, RunFolder, check_output
 from deltaw.runs.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
@@ -37,6 +39,7 @@ from deltaw.runs.resuming import (
 )
 from deltaw.runs.summary import write_card
 from deltaw.runs.tracking import Tracking
+from deltaw.runtime.generation import Writer
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.drift import Drift, DriftMeter
@@ -46,14 +49,19 @@ from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rates import choose_rate
+from deltaw.training.origin import InferenceSession
 from deltaw.training.parallel.joining import as_parallel, divided, refuse_alone, threads_of
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.preparation import save_calibration
 from deltaw.training.process import guest
 from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
+
+# Makes what writes the texts of a model and its adapter.
+Decoding: TypeAlias = Callable[[InferenceSession], Writer]
 
 
 def fit(
@@ -63,12 +71,14 @@ def fit(
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     processes: Reducer = ALONE,
+    decoding: Decoding | None = None,
 ) -> Result:
     """Train as ``config`` says and write the run's folder, all but its page, which :func:`deltaw.reports.run.fit`
     adds: arguments, result and errors are described there.
 
     Args:
         processes: that train together; this is process 0, and the others :func:`deltaw.runs.follower.follow`.
+        decoding: makes what writes texts; None for transformers.
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
@@ -84,13 +94,13 @@ def fit(
         check_output(output, goes_on=not fresh and (resume is not None or Run(output).unfinished))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            return _fit(start, output, told, processes)
+            return _fit(start, output, told, processes, decoding)
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
-def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> Result:
+def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, decoding: Decoding | None) -> Result:
     began = now()
     start.config = as_parallel(start.config, processes, callback.on_line)
     task, data = read_data(start.config, callback.on_line)
@@ -103,7 +113,8 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
-    session = assemble_alike(config, task, data, loaded, processes, begun)
+    writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
+    session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:
@@ -169,6 +180,10 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
         checkpoints=listed(output / FOLDER),
     )
     return record.came_to(result)
+
+
+def _writer(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
+    return decoding(InferenceSession(loaded, config, method, task))
 
 
 def planned(
@@ -358,6 +373,7 @@ def save_adapter(session: Session, folder: Path) -> None:
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+    save_calibration(folder, session.identity, session.roundings)
 
 
 def _arithmetic(session: Session) -> dict[str, str]:
