@@ -12,12 +12,14 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from deltaw.reports.page.write import write_page
 from deltaw.reports.wording import count, metric_name, metric_value, when
 from deltaw.runs.fit import Result
 from deltaw.runs.fit import fit as train
 from deltaw.runs.folder import Run, number
+from deltaw.serving.opening import verified_writer
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
@@ -130,6 +132,7 @@ def fit(
     told = callback or Callback()
     page = PageCallback(told)
     try:
-        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh, processes=processes)
+        how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
+        return train(config, callback=Callbacks(told, page), decoding=verified_writer, **how)
     finally:
         page.close()
