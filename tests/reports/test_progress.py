@@ -173,12 +173,14 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
     folder = tmp_path / ("a long name with spaces " * 4).strip()
     folder.mkdir()
     (folder / "report.html").write_text("x")
+    (folder / "metrics.jsonl").write_text('{"step": 0, "base": {"loss": 8.1, "exact_match": 0.02}}\n')
     for width in (80, 50):
         out = console(width)
         show_end(out, result(folder))
         lines = lines_of(out)
         told = " ".join(" ".join(lines).split())
-        assert "exact match: 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss: 0.4000" in told
+        assert "held-out rows: base model → after training held-out loss: 8.100 → 0.4200" in told
+        assert "exact match: 2.0% → 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss: 0.4000" in told
         assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
         at = lines.index(f"next: deltaw chat '{folder}'")  # in one line, so that it can be copied
         assert lines[at + 1] == "  # talk with it" and f"next: deltaw eval '{folder}' --base" in lines
