@@ -375,7 +375,7 @@ def _nothing(run: Run) -> UserError:
     else:
         why = "none was kept, as in a comparison and by early versions"
     anew = f"start anew: deltaw train {shlex.quote(str(run.path / SETTINGS))} --fresh"
-    return UserError(f"there is no checkpoint to resume from: {why}", where=str(run.path), hint=anew)
+    return UserError(f"there is no checkpoint to resume from:\n  {why}", where=str(run.path), hint=anew)
 
 
 SUMS = ("rows", "tokens", "computed_tokens", "label_tokens", "steps", "seconds")
