@@ -103,13 +103,13 @@ def test_the_same_command_on_a_finished_run_trains_nothing_and_says_what_would(c
     before = tree(Path("runs"))
     again = call(*command, status=0)
     lines = again.out.splitlines()
-    assert again.err == "" and len(lines) == 4 and max(map(len, lines)) <= 80
-    assert lines[0].startswith("runs/mine: finished 20") and ", 3 steps, exact match" in lines[0]
+    assert again.err == "" and len(lines) == 5 and max(map(len, lines)) <= 80
+    assert lines[0].startswith("runs/mine is finished: 20") and ", 3 steps, exact match" in lines[0]
     told = json.loads(call(*command, "--json", status=0).out)
     assert first["seconds_by_part"].pop("starting") > 0 and told == first
     assert "'train.share_prefixes' is False" in call(*command, "--train.share_prefixes", "false", status=0).out
     assert tree(Path("runs")) == before
-    further, fresh, other = (shlex.split(line.removeprefix("next: deltaw "), comments=True) for line in lines[1:])
+    further, fresh, other = (shlex.split(line.removeprefix("next: deltaw "), comments=True) for line in lines[2:])
     other[other.index("OTHER")] = "runs/other"
     for commanded, steps in ((further, 6), (fresh, 3), (other, 3)):
         assert json.loads(call(*commanded, "--json", status=0).out)["steps"] == steps

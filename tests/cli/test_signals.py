@@ -21,6 +21,8 @@ import os, sys, threading
 reading, writing = os.pipe()
 for stream in map(int, sys.argv.pop(1)):
     os.dup2(writing, stream)
+sys.kept = sys.stdout, sys.stderr  # of a file, and they would close it
+sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
 threading.Thread(target=lambda: (os.read(reading, 1), os.close(reading)), daemon=True).start()
 from deltaw.cli import main
 main()
