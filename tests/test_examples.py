@@ -125,7 +125,7 @@ def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", re.sub("#.*", "", blocks)):
-        flags = (flag for p in _command(verb).params for flag in (*p.opts, *p.secondary_opts))
+        flags = (flag for p in _command(verb, rest).params for flag in (*p.opts, *p.secondary_opts))
         known = {*flags, "--help", "--key"}
         used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
         assert used <= known, f"deltaw {verb}: {used - known}"
@@ -151,8 +151,11 @@ def _pairs() -> list[RowGroup]:
     return groups
 
 
-def _command(verb: str) -> click.Command:
-    command = group.get_command(click.Context(group), verb)
+def _command(verb: str, rest: str) -> click.Command:
+    command: click.Command | None = group
+    for word in (verb, *rest.split()):
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), word)
     assert command is not None, verb
     return command
 

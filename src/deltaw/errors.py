@@ -7,7 +7,9 @@ message and exit status 2. Any other exception is a bug in deltaw.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -49,6 +51,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
     shown = ", ".join(f"'{n}'" for n in known[:12])
     return f"there is {shown}" + (", …" if len(known) > 12 else "") if shown else "there is none"
+
+
+def files_near(path: Path, fits: Callable[[Path], bool]) -> list[str]:
+    """Names beside ``path`` that look like its own, else those that fit; empty if there are none."""
+    try:
+        beside = [entry for entry in sorted(path.parent.iterdir()) if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return nearest(path.name, [entry.name for entry in beside]) or [entry.name for entry in beside if fits(entry)]
+
+
+def as_message(error: UserError, width: int = 80) -> str:
+    """What a person reads of an error, in lines of at most ``width`` characters if no word is longer."""
+    parts = [("error: ", error.what), ("  where: ", error.where), ("  hint:  ", error.hint)]
+    lines = []
+    for head, text in parts:
+        for number, line in enumerate((text or "").splitlines()):
+            begin, indent = " " * len(head) if number else head, " " * len(head)
+            how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+            lines += textwrap.wrap(line, width, initial_indent=begin, subsequent_indent=indent, **how)
+    return "\n".join(lines)
 
 
 def first_line(error: BaseException) -> str:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli import faults
-from deltaw.errors import UserError, did_you_mean
+from deltaw.cli import faults, mistakes
+from deltaw.errors import UserError, as_message
 from deltaw.kernels import variants
 from deltaw.version import __version__
 from deltaw.working import listening
@@ -48,6 +48,17 @@ VERBS = {
     "completion": "the script that completes commands in bash, zsh or fish",
 }
 
+
+FIRST_STEPS = """\
+deltaw fine-tunes a language model on your rows. From a file to an adapter:
+
+  deltaw init --data rows.jsonl    look at the rows, and write train.yaml
+  deltaw plan train.yaml           the memory that training needs
+  deltaw train train.yaml          train; the adapter is in runs/
+  deltaw eval runs/NAME --base     scores beside those of the base model
+  deltaw chat runs/NAME            talk with it
+
+'deltaw --help' lists all verbs, 'deltaw VERB --help' the flags of one."""
 
 # Verbs that leave files, or serve: they go on if nobody reads any more what they print. The others end.
 GOING_ON = ("train", "compare", "tune", "merge", "export", "serve", "init")
@@ -93,7 +104,7 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         unknown = args and args[0] not in VERBS and not args[0].startswith("-")
         if unknown and not ctx.resilient_parsing:  # a shell that completes an unknown verb gets nothing
-            raise UserError(f"there is no verb '{args[0]}'", hint=did_you_mean(args[0], VERBS))
+            raise mistakes.no_verb(args, VERBS)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -101,17 +112,35 @@ class _Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def _one_spelling(name: str) -> str:
+    """The form in which flags are compared: underscores and dashes are the same, and PEFT's names are ours."""
+    section, _, leaf = name.rpartition(".")
+    if section == "lora":
+        from deltaw.lora.config import PEFT_NAMES
+
+        leaf = leaf.replace("-", "_")
+        name = f"lora.{PEFT_NAMES.get(leaf, leaf)}"
+    return name.replace("_", "-")
+
+
+SPELLING = {"help_option_names": ["-h", "--help"], "token_normalize_func": _one_spelling}
+
+
+@click.group(cls=_Verbs, context_settings=SPELLING, invoke_without_command=True)
 @click.version_option(__version__, prog_name="deltaw")
 @click.option(TRACEBACK, is_flag=True, help="show where in the code an unexpected error arose")
-def group(traceback: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="print every choice with its reason")
+def group(traceback: bool, verbose: bool) -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
     variants.check_asked()
     context = click.get_current_context()
+    context.meta["deltaw.verbose"] = verbose
     refuse_several(context.invoked_subcommand)
     _Printed.ends = context.invoked_subcommand not in GOING_ON
     # The status of a command that fails is that of its error, also if nobody reads it.
     context.call_on_close(lambda: setattr(_Printed, "ends", False))
+    if context.invoked_subcommand is None:
+        click.echo(FIRST_STEPS)
 
 
 def refuse_several(verb: str | None) -> None:
@@ -139,11 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.showwarning = _show_warning
             status = group.main(args=given, prog_name="deltaw", standalone_mode=False)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(as_message(error), err=True)
         status = 2
     except click.ClickException as error:
-        error.show()
-        status = error.exit_code
+        click.echo(as_message(mistakes.explained(error, given, group)), err=True)
+        status = 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         status = 130
@@ -173,4 +202,6 @@ def _print_any_text() -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a person reads it, without the place in our code that gave it."""
-    click.echo(f"warning: {message}", err=True)
+    from deltaw.reports.tables import folded
+
+    click.echo(folded(f"warning: {message}"), err=True)

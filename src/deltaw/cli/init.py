@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from deltaw import tasks
+from deltaw.cli.mistakes import SettingsFile, TaskName
 from deltaw.cli.options import completing, console
 from deltaw.errors import UserError
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 @click.command("init")
-@click.argument("file", default="train.yaml", type=click.Path())
+@click.argument("file", default="train.yaml", type=SettingsFile())
 @click.option("--model", help="which model", shell_complete=completing("model"))
 @click.option("--data", help="which rows", shell_complete=completing("data.train"))
-@click.option("--task", type=click.Choice(tasks.names()), help="what the model is to learn")
+@click.option("--task", type=TaskName(tasks.names()), help="what the model is to learn")
 @click.option("--yes", is_flag=True, help="ask nothing: take the flags, and the defaults for the rest")
 @click.option("--force", is_flag=True, help="overwrite FILE")
 def command(file: str, model: str | None, data: str | None, task: str | None, yes: bool, force: bool) -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
 
-@click.command("train")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("train", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option(
     "--resume", metavar="RUN", help="go on with the run in this folder, also a finished one; flags change its settings"
 )

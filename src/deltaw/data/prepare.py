@@ -128,11 +128,11 @@ class TextReader:
         held_out = [(name, collect(name, settings, tokenizer, ends)) for name in apart]
         return check_facts(facts, settings, shown(settings.train), end_names=names, held_out=held_out)
 
-    def rows(self) -> Iterator[ShownRow]:
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
         settings = self.settings
         encoder = Encoder(self.tokenizer, settings.template, settings.labels, settings.date)
         for source in sources_of(settings.train):
-            stream = open_source(source.reference, BadRows("skip").add, max_bytes=settings.max_row_bytes)
+            stream = open_source(source.reference, bad.add, max_bytes=settings.max_row_bytes)
             stream.scan()
             own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
             for chunk in stream.chunks():

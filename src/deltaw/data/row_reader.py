@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
-from deltaw.data.chunk import Account, LongRows, limited, nothing_left
+from deltaw.data.chunk import Account, LongRows, Systems, limited, nothing_left, shared_system
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
@@ -130,8 +130,9 @@ class Reader(Protocol):
     def check(self, apart: Sequence[str]) -> Check:
         """What is wrong, or may be, with the training rows and with the separate evaluation files ``apart``."""
 
-    def rows(self) -> Iterator[ShownRow]:
-        """The training rows, one after another, and what they become."""
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
+        """The training rows, one after another, and what they become; those without a place in it, as they cannot
+        be read, are put into ``bad`` before the first row of their source is given."""
 
 
 class RowReader(abc.ABC, Generic[Item]):
@@ -148,7 +149,7 @@ class RowReader(abc.ABC, Generic[Item]):
         too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
             each other. torn_by_content: whether these are counted by their contents, or by rows.
         classes: names of the classes, of labeled rows. date: that the template writes into rows.
-        bad: rows that cannot be used. account, long: what became of the others.
+        bad: rows that cannot be used. account, long: what became of the others. systems: their system messages.
     """
 
     form = "rows"
@@ -171,7 +172,7 @@ class RowReader(abc.ABC, Generic[Item]):
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
-        self.account, self.long = Account(), LongRows()
+        self.account, self.long, self.systems = Account(), LongRows(), Systems()
         self._say = say
 
     def example(self, row: Row, number: int, where: str) -> Item:
@@ -315,7 +316,7 @@ class RowReader(abc.ABC, Generic[Item]):
             UserError: a row cannot be used, or none is left.
         """
         known = self.bad.counts.copy()
-        self.account, self.long = Account(), LongRows()
+        self.account, self.long, self.systems = Account(), LongRows(), Systems()
         group = self.settings.group if seed is not None else None
         rows = self._open(train)
         unreadable = (self.bad.counts - known).total()
@@ -346,6 +347,7 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - known),
             date=self.date,
+            **shared_system(self.systems),
             **self.account,  # type: ignore[arg-type]
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
@@ -399,8 +401,9 @@ class RowReader(abc.ABC, Generic[Item]):
             class_counts=report.class_counts,
         )
 
-    def rows(self) -> Iterator[ShownRow]:
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
         reader, limit, source = self._whole(), self.settings.max_length, shown(self.settings.train)
+        reader.bad = bad
         for item in reader._read_apart(self.settings.train)[0]:
             notes = self.notes(item)
             if max(self._lengths([item]), default=0) > limit:

@@ -7,8 +7,10 @@ import textwrap
 import time
 from collections.abc import Mapping
 
-# Metrics that are shares of rows, shown in percent.
-SHARES = ("accuracy", "exact_match", "macro_f1", "f1", "match")
+from deltaw.training.evaluation.base import SHARES
+
+# Metrics that are shown in percent.
+PERCENT = (*SHARES, "macro_f1", "f1", "match")
 MISSING = "–"
 
 
@@ -21,7 +23,7 @@ def metric_value(name: str, value: float | None) -> str:
     """A share in percent, anything else with four digits."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if name.replace("/", " ").rpartition(" ")[2] in SHARES:
+    if name.replace("/", " ").rpartition(" ")[2] in PERCENT:
         return f"{value:.1%}"
     return short(value)
 

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -53,9 +54,12 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
+from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
+from deltaw.training.small_data import held_out_line, steps_line
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.working import Detail
 
 
 def fit(
@@ -125,6 +129,9 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     if start.run is not None and start.done:
         send_settings(None, processes)
         return Result.of_finished(start.run)
+    if start.found is None:
+        for line in filter(None, (held_out_line(len(data.held_out)), steps_line(len(data.train), start.config.train))):
+            callback.on_line(line)
     with clock.part("planning"):
         config, plan = planned(start.config, task, data, callback, processes=processes)
     send_settings(config, processes)
@@ -213,8 +220,10 @@ def _assembled(
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     session = assemble_alike(config, task, data, loaded, processes, begun)
-    for line in session.said:
+    lines = session.lines()
+    for line in [*map(Detail, session.said), *lines]:
         callback.on_line(line)
+    session.said += lines
     if start.found is not None:
         require_same_model(start.found.values["model"], session, Path(config.output), callback.on_line)
     start.check_length(session.total_steps)
@@ -293,7 +302,7 @@ def load_for(
     )
     for name, choice in loaded.choices.items():
         if choose is None:
-            say(f"{name}: {choice}")
+            say(Detail(f"{name}: {choice}"))
         else:
             choose(name, choice)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
@@ -365,8 +374,6 @@ def _train(watching: _Watching) -> Outcome:
     trained."""
     session, folder, monitor, callback = watching.session, watching.folder, watching.monitor, watching.callback
     record, checkpoints, clock = watching.record, watching.record.checkpoints, watching.clock
-    for line in session.lines():
-        callback.on_line(line)
     release_free_memory()
     session.approximations.on_change = watching.on_approximations
     record.restore()
@@ -413,15 +420,18 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
         callback.on_line(f"drift: not measured ({reason})")
         return None
     if drift is not None:
+        folder.write_metrics({"step": step, "general": [asdict(answer) for answer in meter.side_by_side()]})
         folder.write_metrics({"step": step, "drift": drift.as_dict()})
     return drift
 
 
 def save_adapter(session: Session, folder: Path) -> None:
-    """Write what was trained, with the names of a classifier's classes in the weights file's metadata."""
+    """Write what was trained, with the names of a classifier's classes in the weights file's metadata, and how its
+    rows are prompted."""
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+    write_prompting(folder, prompting_of(session))
 
 
 def _arithmetic(session: Session) -> dict[str, str]:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.errors import UserError, nearest
 from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
 
 if TYPE_CHECKING:
@@ -240,6 +240,11 @@ class Run:
         return next(((name, v[-1][1]) for name in [*plain, *names] if (v := self.metrics.evaluated(name))), None)
 
     @property
+    def base(self) -> Mapping[str, float]:
+        """The metrics of the held-out rows before the first step; empty where they were not evaluated then."""
+        return dict(self.metrics.evaluations[:1]).get(0, {})
+
+    @property
     def loss_metric(self) -> str | None:
         """The held-out metric that is a loss, of several sets the first one's; None if there is none."""
         names = self.metrics.metric_names()
@@ -301,7 +306,8 @@ def runs_near(path: Path) -> str:
     found = list(dict.fromkeys(map(str, sorted(there, key=lambda run: run.name not in names))))
     if not found:
         return "give the folder of a run, the 'output' of its settings"
-    return did_you_mean(found[0] if names else str(path), found)
+    listed = f"runs here: {', '.join(found[-8:])}"
+    return f"did you mean '{found[0]}'? {listed}" if names else listed
 
 
 def this_process() -> dict[str, object]:
@@ -353,6 +359,7 @@ class Metrics:
             the steps.
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
         samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
+        general: the last general answers, each with ``prompt``, ``base`` and ``adapter``.
         skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read, such as the last one of a killed run.
     """
@@ -360,6 +367,7 @@ class Metrics:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     samples: list[SampleAnswer] = field(default_factory=list)
+    general: list[Mapping[str, Any]] = field(default_factory=list)
     drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     skipped: int = 0
@@ -420,13 +428,14 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
     if "loss" in values:
         for name, column in columns.items():
             column.append(_number(values.get(name)))
-    for key, kept in (("eval", metrics.evaluations), ("drift", metrics.drifts)):
+    for key, kept in (("base", metrics.evaluations), ("eval", metrics.evaluations), ("drift", metrics.drifts)):
         if isinstance(values.get(key), Mapping):
             kept.append((step, dict(_flat(values[key]))))
     warning = values.get("warning")
     if isinstance(warning, Mapping):
         metrics.warnings.append((step, str(warning.get("kind", ""))))
     metrics.skipped += "skipped" in values
+    metrics.general = [mapping(one) for one in sequence(values.get("general"))] or metrics.general
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")

@@ -129,10 +129,10 @@ def answers(
         completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
         written = [completion.text for completion in completions]
     answered = zip(asked, written, strict=True)
-    return [Answer(e.row, _question(tokenizer, e), e.answer or "", text) for e, text in answered]
+    return [Answer(e.row, question_of(tokenizer, e), e.answer or "", text) for e, text in answered]
 
 
-def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The last turn of the prompt as a person would read it: templates put each speaker's name on a line."""
     prompt = example.tokens[: example.prompt_length]
     prompt = prompt[prompt < len(tokenizer)]  # a soft prompt has no text
@@ -172,7 +172,7 @@ def score(
     if given := answers(model, tokenizer, examples, **how):
         exact = exact_answers(given)
         metrics = {**evaluation.metrics, "exact_match": float(exact.mean())}
-        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
+        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact, share=True))
     return Score(evaluation, given)
 
 
