@@ -188,6 +188,17 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
         assert sum(line.startswith("next: ") for line in lines) == 4
 
 
+def test_the_end_of_a_run_says_where_the_time_went(tmp_path):
+    parts = {"starting": 0.5, "training": 66.0, "drift": 8.0, "evaluating": 31.0, "loading": 12.1, "other": 1.5}
+    out = console(terminal=False)
+    show_end(out, result(tmp_path, seconds_by_part=parts))
+    said = "\n".join(lines_of(out))
+    first = "time: 1 min 59 s: 1 min 06 s training, 31 s evaluating, 12 s loading,"
+    assert f"{first}\n  8.0 s drift, 2.0 s other\n" in said
+    show_end(out, result(tmp_path, seconds_by_part={"training": 0.2, "other": 0.001}))
+    assert "time: 0.2 s: 0.2 s training\n" in out.file.getvalue()
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     out = console(terminal=False)
     (tmp_path / "checkpoints" / "step-000100").mkdir(parents=True)

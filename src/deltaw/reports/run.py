@@ -90,7 +90,8 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     run, output = Run(result.output), shlex.quote(os.fspath(result.output))
     score = f", {metric_name(run.score[0])} {metric_value(*run.score)}" if run.score else ""
     ended = when(number(run.values.get("ended")) or run.changed)
-    yield f"{result.output}: finished {ended}, {count(result.outcome.steps)} steps{score}; nothing is trained"
+    yield f"{result.output} is finished: {ended}, {count(result.outcome.steps)} steps{score}"
+    yield "nothing is trained again; what would train:"
     train = RunConfig.read(run.path / SETTINGS).train
     longer = f"--train.epochs {math.floor(train.epochs) + 1}"
     if train.time is not None or train.max_steps is not None:

@@ -128,19 +128,14 @@ class Clock:
     def parts(self) -> dict[str, float]:
         """Seconds by part up to now; ``other`` is the rest."""
         rest = time.monotonic() - self._began - sum(self._seconds.values())
-        told = {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": rest}.items()}
-        return {name: seconds for name, seconds in told.items() if seconds > 0}
+        return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(rest, 0.0)}.items()}
 
 
 def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, decoding: Decoding | None) -> Result:
     began, clock = now(), Clock()
     start.config = as_parallel(start.config, processes, callback.on_line)
     with clock.part("loading"):
-        task, data = read_data(start.config, silent if start.done else callback.on_line)
-        check_monitored(start.config, task, data)
-        rows = rows_facts(data.train, data.held_out)
-    if start.rows is not None:
-        require_same_rows(start.rows, rows, start.asked, output, done=start.done)
+        task, data, rows = _read(start, silent if start.done else callback.on_line)
     if start.run is not None and start.done:
         send_settings(None, processes)
         return Result.of_finished(start.run)
@@ -216,6 +211,16 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         seconds_by_part=clock.parts(),
     )
     return record.came_to(result)
+
+
+def _read(start: Start, say: Say) -> tuple[Task, RunData, dict[str, object]]:
+    """The run's rows, and what identifies them; a run in the folder must have had the same."""
+    task, data = read_data(start.config, say)
+    check_monitored(start.config, task, data)
+    rows = rows_facts(data.train, data.held_out)
+    if start.rows is not None:
+        require_same_rows(start.rows, rows, start.asked, Path(start.asked.output), done=start.done)
+    return task, data, rows
 
 
 def _assembled(
