@@ -245,7 +245,8 @@ def _missing(param: click.Parameter, context: click.Context) -> UserError:
     if isinstance(param.type, RunArgument) and Path(RUNS).is_dir():
         from deltaw.runs.folder import find_runs
 
-        hint += "".join(f", such as {path} {run}" for run in find_runs(Path(RUNS))[-1:])
+        latest = max(find_runs(Path(RUNS)), key=lambda run: run.stat().st_mtime, default=None)
+        hint += f", such as {path} {latest}" if latest else ""
     elif isinstance(param.type, click.Choice):
         hint = f"write one of: {', '.join(map(str, param.type.choices))}"
     return UserError(f"{name} is missing", where=path, hint=hint)
