@@ -23,7 +23,7 @@ WRONG = {
     "train train.yaml --learnin-rate 1e-4": "'--lr'",
     "train train.yaml -lr 1e-4": "'--lr'",
     "train train.yaml —lr 1e-4": "write --lr",
-    "train train.yaml --train.epoch 2": "'--epochs'",
+    "train train.yaml --train.epoch 2": "'--train.epochs'",
     "train train.yaml --train fast": "--train.learning_rate",
     "train train.yaml --epochs": "--epochs NUMBER",
     "train train.yaml --force": "--force true|false",

@@ -209,6 +209,8 @@ def _no_flag(flag: str, context: click.Context) -> UserError:
     """The refusal of an unknown flag."""
     path, name, hint = context.command_path, plain(flag), None
     known = _known(context)
+    if "." in flag:
+        known = {key: f"'--{key}'" if "." in key else how for key, how in known.items()}
     if isinstance(context.command, click.Group):
         hint = f"flags come behind the verb: {path} VERB {flag} …"
     elif inside := [f"--{key}" for key in known if key.startswith(f"{name}.")]:
