@@ -251,4 +251,4 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, t
 def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.cli.text_options.find_spec", lambda name: None)
     for verb in ("generate", "chat"):
-        assert_refused(call(verb, tmp_path / "none", "--regex", "(red|green)"), "llguidance", "deltaw[serve]")
+        assert_refused(call(verb, tmp_path, "--regex", "(red|green)"), "llguidance", "deltaw[serve]")
