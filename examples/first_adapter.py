@@ -85,16 +85,11 @@ run("generate", "runs/first", "--base", "--max-new-tokens", "40", *(w for p in p
 # %% [markdown]
 # ## Chat
 #
-# In a terminal: `deltaw chat runs/first --base`. Here, with two lines written in advance:
+# In a terminal: `deltaw chat runs/first --base`. Here, with lines written in advance (`/new` begins a new conversation):
 
 # %%
-run(
-    "chat",
-    "runs/first",
-    "--max-new-tokens",
-    "40",
-    input="The Swedes live around Stockholm, capital of Sweden.\nHow are you?\n",
-)
+said = "Stockholm is the capital of Sweden.\n/new\nName three fruits.\n"
+run("chat", "runs/first", "--max-new-tokens", "40", input=said)
 
 # %% [markdown]
 # `runs/first/report.html` shows the run as a page. Next: your own rows, with one of the pages in `docs/goals`.

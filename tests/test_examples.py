@@ -125,8 +125,10 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
 
 @each_page
 def test_links_on_a_page_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", _without_links_out(page)):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file), f"{target}#{anchor}"
 
 
 def test_the_loss_on_the_guide_page_trains_on_pairs() -> None:
@@ -162,6 +164,16 @@ def test_setting_names_on_a_page_exist(page: Path) -> None:
     named = re.findall(r"`([a-z]+\.[a-z_/]+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8"))
     used = {key for key in named if key.partition(".")[0] in sections and not key.endswith(_FILES)}
     assert used <= known, used - known
+
+
+def _without_links_out(page: Path) -> str:
+    return re.sub(r"\]\(\w+:[^)]*\)", "", page.read_text(encoding="utf-8"))
+
+
+def _anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links, by GitHub's rule."""
+    heads = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def _pairs() -> list[RowGroup]:
