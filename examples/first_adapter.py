@@ -85,7 +85,7 @@ run("generate", "runs/first", "--base", "--max-new-tokens", "40", *(w for p in p
 # %% [markdown]
 # ## Chat
 #
-# In a terminal: `deltaw chat runs/first --base`. Here, with lines written in advance (`/new` begins a new conversation):
+# In a terminal: `deltaw chat runs/first --base`. Here with lines written in advance; `/new` begins a new conversation.
 
 # %%
 said = "Stockholm is the capital of Sweden.\n/new\nName three fruits.\n"
