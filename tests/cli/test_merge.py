@@ -42,7 +42,7 @@ def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(call, finished
         ("--with", tmp_path / "none"): "no adapter_config.json",
     }.items():
         assert_refused(call("merge", finished_run, "--output", out, *flags), said)
-    assert_refused(call("merge", tmp_path / "none", "--output", out), "there is no adapter")
+    assert_refused(call("merge", tmp_path / "none", "--output", out), "there is no run")
     assert_refused(call("merge", finished_run, "--output", finished_run), "holds files already")
     assert not out.exists()
 

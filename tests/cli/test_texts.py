@@ -14,6 +14,7 @@ import torch
 from deltaw.runs.fit import fit
 from deltaw.serving import opening
 from deltaw.serving.probes import NotDecodable
+from deltaw.training.origin import open_run, score_run
 from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import Call, Ended, assert_refused
 from tests.conftest import write_rows
@@ -220,7 +221,7 @@ def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: P
     assert "b" not in spoken(other)[0][1]
 
 
-def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
+def test_evaluation_shows_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
     command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
     by_engine = call(*command, "--answers", 10, "--json", status=0)
     assert "transformers" not in by_engine.err
@@ -235,18 +236,19 @@ def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file,
     assert list(table(by_engine)) == list(table(by_transformers)) != []
 
 
-def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, call, tmp_path) -> None:
+def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, tmp_path) -> None:
     run = fit(settings(tmp_path / "run", method="prompt", prompt={"length": 3})).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
     asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))
     rows = [{"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    ended = call("eval", run, "--data", data, "--no-drift", "--json", "--precision", "fp32", "--max-new-tokens", 5)
-    assert ended.status == 0, ended.err
-    assert json.loads(ended.out)["eval"]["exact_match"] == 1.0
+    opened = open_run(str(run), precision="fp32", device="cpu", say=str)
+    examples, _ = opened.task.read_file(str(data), opened.data, None)
+    score = score_run(opened, examples, shown=4, max_new_tokens=5, writer=opening.SessionWriter(opened, str))
+    assert len(score.answers) == 4 and all(answer.exact for answer in score.answers)
 
 
 def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.cli.text_options.find_spec", lambda name: None)
     for verb in ("generate", "chat"):
-        assert_refused(call(verb, tmp_path / "none", "--regex", "(red|green)"), "llguidance", "deltaw[serve]")
+        assert_refused(call(verb, tmp_path, "--regex", "(red|green)"), "llguidance", "deltaw[serve]")
