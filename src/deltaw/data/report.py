@@ -337,7 +337,7 @@ class Report:
         sizes += f"; the longest row has {self.longest:,} tokens"
         origin = f" from {self.held_out_source}" if self.held_out_source else ""
         held_out = f", {self.held_out:,} held out{origin}" if self.held_out else ""
-        lines = [
+        lines: list[str] = [
             f"rows: {self.rows_read:,} read from {self.source}, {self.rows_kept:,} kept{held_out}",
             Detail(f"read as {self.form}{template}" + ("" if self.form == "labeled images" else sizes)),
             *self._lines_of_labels(),

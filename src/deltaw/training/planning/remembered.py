@@ -106,9 +106,13 @@ class Remembered:
         Args:
             measured: kind, key and state of each remembered result that the plan rests on.
         """
-        details = [place for place, line in enumerate(lines) if isinstance(line, Detail)]
-        told = {"plan": plan.kept(), "rows": digest_of_rows(rows), "lines": list(lines), "measured": list(measured)}
-        told |= {"details": details}
+        told: dict[str, Any] = {
+            "plan": plan.kept(),
+            "rows": digest_of_rows(rows),
+            "lines": list(lines),
+            "measured": list(measured),
+        }
+        told["details"] = [place for place, line in enumerate(lines) if isinstance(line, Detail)]
         remember(KIND, self.key, told, MADE_BY)
 
     def keep_refusal(self, error: UserError, rows: Sequence[Any]) -> None:
