@@ -173,17 +173,30 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
     folder = tmp_path / ("a long name with spaces " * 4).strip()
     folder.mkdir()
     (folder / "report.html").write_text("x")
+    (folder / "metrics.jsonl").write_text('{"step": 0, "base": {"loss": 8.1, "exact_match": 0.02}}\n')
     for width in (80, 50):
         out = console(width)
         show_end(out, result(folder))
         lines = lines_of(out)
         told = " ".join(" ".join(lines).split())
-        assert "exact match: 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss: 0.4000" in told
+        assert "held-out rows: base model → after training held-out loss: 8.100 → 0.4200" in told
+        assert "exact match: 2.0% → 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss: 0.4000" in told
         assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
         at = lines.index(f"next: deltaw chat '{folder}'")  # in one line, so that it can be copied
         assert lines[at + 1] == "  # talk with it" and f"next: deltaw eval '{folder}' --base" in lines
         assert all(len(line) <= width or str(tmp_path) in line for line in lines[:at])  # but for paths
         assert sum(line.startswith("next: ") for line in lines) == 4
+
+
+def test_the_end_of_a_run_says_where_the_time_went(tmp_path):
+    parts = {"starting": 0.5, "training": 66.0, "drift": 8.0, "evaluating": 31.0, "loading": 12.1, "other": 1.5}
+    out = console(terminal=False)
+    show_end(out, result(tmp_path, seconds_by_part=parts))
+    said = "\n".join(lines_of(out))
+    first = "time: 1 min 59 s: 1 min 06 s training, 31 s evaluating, 12 s loading,"
+    assert f"{first}\n  8.0 s drift, 2.0 s other\n" in said
+    show_end(out, result(tmp_path, seconds_by_part={"training": 0.2, "other": 0.001}))
+    assert "time: 0.2 s: 0.2 s training\n" in out.file.getvalue()
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):

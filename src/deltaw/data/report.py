@@ -5,6 +5,7 @@ Counts only; it knows neither files nor tokenizers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -94,6 +95,7 @@ SKIPPED_ROWS = "skipped_rows.jsonl"
 # takes up to 160 times a row's bytes in memory.
 MAX_ROW_BYTES = 16 * 2**20
 TOO_LONG = "longer than data.max_row_bytes"
+SKIPPING = "or leave such rows out with data.bad_rows: skip"
 # Characters of a skipped row that are listed, and of what is said of it: it may quote the row.
 _SHOWN, _SAID = 2000, 500
 
@@ -109,6 +111,22 @@ class BadRowError(UserError):
     def __init__(self, what: str, *, reason: str, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what if len(what) <= _SAID else what[:_SAID] + "…", where=where, hint=hint)
         self.reason = reason
+
+    def of_file(self) -> UserError:
+        """The same where no row of the file can be skipped: what follows it cannot be told."""
+        return UserError(self.what, where=self.where, hint=self.hint)
+
+
+@contextlib.contextmanager
+def skipping_named() -> Iterator[None]:
+    """While open, the error of a row that cannot be used also says how to leave such rows out."""
+    try:
+        yield
+    except BadRowError as error:
+        if SKIPPING in (error.hint or ""):
+            raise
+        hint = "; ".join(filter(None, (error.hint, SKIPPING)))
+        raise BadRowError(error.what, reason=error.reason, where=error.where, hint=hint) from error
 
 
 def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> BadRowError:

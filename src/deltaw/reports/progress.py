@@ -18,12 +18,12 @@ from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
-from deltaw.reports.plan import plan_lines
+from deltaw.reports.plan import long_rows_lines, plan_lines
 from deltaw.reports.tables import WIDTH, Output, one_line
 from deltaw.reports.wording import by_part, count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.reports.working import FIRST_LINE, NEXT_LINE
 from deltaw.runs.fit import Result
-from deltaw.runs.folder import FINISHED, INTERRUPTED
+from deltaw.runs.folder import FINISHED, INTERRUPTED, Run
 from deltaw.runs.summary import next_commands
 from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
@@ -67,12 +67,15 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
-    evaluation = result.evaluation
+    evaluation, base = result.evaluation, {metric_name(k): v for k, v in Run(result.output).base.items()}
     intervals = evaluation.named_intervals()
+    if base and evaluation.metrics:
+        yield "held-out rows", f"{'base model' if result.writes_text else 'before training'} → after training"
     for name, value in evaluation.named_metrics().items():
         shown = " to ".join(metric_value(name, bound) for bound in intervals.get(name, ()))
         interval = f" (95 % interval {shown})" if shown else ""
-        yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
+        before = f"{metric_value(name, base[metric_name(name)])} → " if metric_name(name) in base else ""
+        yield f"held-out {metric_name(name)}", before + metric_value(name, value) + interval
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
@@ -205,8 +208,8 @@ class TerminalCallback(Callback):
         self._planned = plan.peak_resident_bytes
         tight = ", which is tight" if limit_bytes * TIGHT < self._planned <= limit_bytes else ""
         self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{tight}")
-        for line in plan_lines(plan, limit_bytes):
-            self.on_line(Detail(line))
+        for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
+            self.on_line(line)
 
     def on_start(self, start: RunStart) -> None:
         for name, choice in start.chosen.items():

@@ -12,12 +12,14 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from deltaw.reports.page.write import write_page
 from deltaw.reports.wording import count, metric_name, metric_value, when
 from deltaw.runs.fit import Result
 from deltaw.runs.fit import fit as train
 from deltaw.runs.folder import Run, number
+from deltaw.serving.opening import verified_writer
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
@@ -88,7 +90,8 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     run, output = Run(result.output), shlex.quote(os.fspath(result.output))
     score = f", {metric_name(run.score[0])} {metric_value(*run.score)}" if run.score else ""
     ended = when(number(run.values.get("ended")) or run.changed)
-    yield f"{result.output}: finished {ended}, {count(result.outcome.steps)} steps{score}; nothing is trained"
+    yield f"{result.output} is finished: {ended}, {count(result.outcome.steps)} steps{score}"
+    yield "nothing is trained again; what would train:"
     train = RunConfig.read(run.path / SETTINGS).train
     longer = f"--train.epochs {math.floor(train.epochs) + 1}"
     if train.time is not None or train.max_steps is not None:
@@ -130,6 +133,7 @@ def fit(
     told = callback or Callback()
     page = PageCallback(told)
     try:
-        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh, processes=processes)
+        how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
+        return train(config, callback=Callbacks(told, page), decoding=verified_writer, **how)
     finally:
         page.close()

@@ -98,7 +98,8 @@ class Run:
     def state(self) -> str:
         """One of :data:`STATES`, ``killed`` or ``unknown``."""
         state = self.values.get("state")
-        if state == RUNNING and is_alive(mapping(self.values.get("process"))) is False:
+        alive = is_alive(self.part("process")) if state == RUNNING else True
+        if alive is False or (alive is None and not is_locked(self.path)):
             return KILLED
         if state in STATES:
             return str(state)
@@ -107,6 +108,16 @@ class Run:
         if card is None:
             return UNKNOWN
         return INTERRUPTED if "interrupted before its last step" in card else FINISHED
+
+    @property
+    def reason(self) -> str | None:
+        """Why it did not come to its end, in one line; None where it did, still runs, or nothing tells."""
+        told = str(self.part("error").get("what") or "").strip()
+        without = {
+            KILLED: "its process is gone: killed, out of memory, or the machine stopped",
+            INTERRUPTED: "stopped by Ctrl-C, a signal or a callback",
+        }
+        return told.splitlines()[0] if told else without.get(self.state)
 
     @cached_property
     def settings_text(self) -> str:
@@ -499,6 +510,17 @@ def numbers(values: Sequence[object]) -> list[float]:
 def _whole(value: object) -> int | None:
     found = number(value)
     return None if found is None else int(found)
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process has the run's folder, of whatever host; also where that cannot be told."""
+    lock = run / FOLDER / LOCK
+    try:
+        if lock.exists():
+            FileLock(lock, timeout=0).acquire().lock.release()
+        return False
+    except (Timeout, OSError):
+        return True
 
 
 class RunLock:

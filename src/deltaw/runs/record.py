@@ -36,6 +36,7 @@ from deltaw.runs.folder import (
     FINISHED,
     FOLDER,
     INTERRUPTED,
+    KILLED,
     RUNNING,
     SETTINGS,
     Run,
@@ -371,11 +372,12 @@ def _nothing(run: Run) -> UserError:
     elif run.settings and kept == [None, None]:
         why = "train.checkpoint_every and train.checkpoint_minutes are null in its settings"
     elif run.training is not None and run.state != FINISHED:
-        why = f"the run ended before its first one ({run.state} after {run.steps:,} steps)"
+        state = KILLED if run.state == RUNNING else run.state  # by a process of another host: this one has the lock
+        why = f"the run ended before its first one ({state} after {run.steps:,} steps)"
     else:
         why = "none was kept, as in a comparison and by early versions"
     anew = f"start anew: deltaw train {shlex.quote(str(run.path / SETTINGS))} --fresh"
-    return UserError(f"there is no checkpoint to resume from: {why}", where=str(run.path), hint=anew)
+    return UserError(f"there is no checkpoint to resume from:\n  {why}", where=str(run.path), hint=anew)
 
 
 SUMS = ("rows", "tokens", "computed_tokens", "label_tokens", "steps", "seconds")
@@ -420,7 +422,7 @@ class Result:
         found = [Evaluation(_numbers(values), main, name=name) for name, values in sets.items()]
         others = {one.name: one for one in found[1:]}
         evaluation = replace(found[0], interval=tuple(score.get("interval") or ()) or None, others=others)
-        drift = {name: value for name, value in _numbers(told.get("drift")).items() if name != "change"}
+        drift: dict[str, Any] = {k: value for k, value in _numbers(told.get("drift")).items() if k != "change"}
         same = ("trained_parameters", "best", "stopped_early", "resumed_from_step", "arithmetic", "approximations")
         kept = {name: told[name] for name in (*same, "seconds_by_part") if told.get(name) is not None}
         kept |= {"drift": Drift(**drift) if drift else None, "earlier": told, "method": run.method}

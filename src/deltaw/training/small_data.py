@@ -42,7 +42,7 @@ def held_out_line(rows: int) -> str | None:
         return None
     low, high = wilson_interval(0.5, rows)
     few = "1 held-out row is" if rows == 1 else f"{rows} held-out rows are"
-    return f"{few} few: accuracy or exact match is known to ± {50 * (high - low):.0f} points"
+    return f"{few} few: a score such as accuracy is known to ± {50 * (high - low):.0f} points"
 
 
 def steps_line(rows: int, train: TrainSettings) -> str | None:

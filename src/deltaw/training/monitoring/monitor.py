@@ -22,9 +22,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
+from deltaw.runtime.generation import Completion
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import Evaluation, wilson_interval
@@ -254,15 +254,14 @@ def write(
         return []
     most = getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS)
 
-    def remembered(prompts: Sequence[np.ndarray], count: int, _: object) -> list[str]:
-        # Weights in int8 depend on the rows, too.
-        base = session.identity and f"{session.identity}-{digest_of_rows(session.data.train)}"
-        done = base_answers(session.model, tokenizer, prompts, count, identity=base, batch_tokens=most)
-        return [one.text for one in done]
+    def remembered(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[Completion]:
+        how: dict[str, Any] = {"identity": session.base_identity, "batch_tokens": most}
+        return base_answers(session.model, tokenizer, prompts, count, writer=session.writer(of_base=True), **how)
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
     with session.method.evaluating(session.model):
-        return answers(session.model, tokenizer, rows, **how, writer=remembered if of_base else None)
+        writer = remembered if of_base else session.writer(of_base=False)
+        return answers(session.model, tokenizer, rows, **how, writer=writer)
 
 
 def _without_virtual_tokens(row: Example, count: int) -> Example:
