@@ -128,7 +128,7 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
     assert all(line.startswith((*header, *warnings, "  ")) for line in first)
     known = (
         *(*header, *warnings, "step 1/2", "step 2/2", "training: 9 rows, 2 steps in ", "training loss", "held-out "),
-        *("time: ", "drift: ", "adapter: ", "report: ", "next: ", "  "),
+        *("time: ", "drift: ", "adapter:", "report:", "next:", "  "),
     )
     assert [line for line in lines if not line.startswith(known)] == []
     assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []

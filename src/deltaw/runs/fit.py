@@ -61,7 +61,7 @@ from deltaw.training.preparation import save_calibration
 from deltaw.training.process import guest
 from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.small_data import held_out_line, steps_line
+from deltaw.training.small_data import small_data_lines
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.working import Detail, working
@@ -139,12 +139,8 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
     if start.run is not None and start.done:
         send_settings(None, processes)
         return Result.of_finished(start.run)
-    if start.found is None:
-        for line in filter(None, (held_out_line(len(data.held_out)), steps_line(len(data.train), start.config.train))):
-            callback.on_line(line)
     with clock.part("planning"):
         config, plan = planned(start.config, task, data, callback, processes=processes)
-    send_settings(config, processes)
     with clock.part("loading"):
         loaded, session = _assembled(start, config, task, data, callback, processes, decoding)
     device = str(loaded.choices["device"].value)
@@ -233,6 +229,9 @@ def _assembled(
     decoding: Decoding | None,
 ) -> tuple[LoadedModel, Session]:
     """The run's model, loaded, and its session; what the run began with must be what is there."""
+    for line in [] if start.found else small_data_lines(len(data.train), len(data.held_out), config.train):
+        callback.on_line(line)
+    send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)

@@ -57,3 +57,8 @@ def steps_line(rows: int, train: TrainSettings) -> str | None:
     gives = "give" if len(changed) > 1 else "gives"
     more = f"; {' and '.join(changed)} {gives} {better}" if better > steps else ""
     return f"{few} few to learn from{more}"
+
+
+def small_data_lines(rows: int, held_out: int, train: TrainSettings) -> list[str]:
+    """What a run says of few held-out rows, and of few steps over its ``rows`` to train on."""
+    return [line for line in (held_out_line(held_out), steps_line(rows, train)) if line is not None]
