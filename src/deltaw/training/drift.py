@@ -38,6 +38,7 @@ from deltaw.working import working
 # are 0.1 nats per token over an answer of 40.
 LARGE = 0.1
 
+
 @dataclass(frozen=True)
 class Drift:
     """What a fine-tuning did to general answers.

@@ -133,8 +133,8 @@ def headline(record: Run) -> list[Fact]:
     facts = [*score_fact(record), *drift_fact(record)]
     losses = record.held_out_losses
     if losses and (record.score is None or record.score[0] != record.loss_metric):
-        before = short(losses[0][1]) if len(losses) > 1 and losses[0][0] == 0 else ""
-        facts.append(Fact("held-out loss", short(losses[-1][1]), "before and after training" if before else "", before))
+        before, last = (short(losses[0][1]) if losses[0][0] == 0 else ""), losses[-1][1] if losses[-1][0] else None
+        facts.append(Fact("held-out loss", short(last), "before and after training" if before else "", before))
     _, steps = record.metrics.column("loss")
     if len(steps):
         mean = smoothed(steps)
