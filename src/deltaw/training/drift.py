@@ -328,9 +328,11 @@ class DriftMeter:
         """What the base model and the trained one answer to some of the prompts, once it is measured. Call outside of
         ``session.running``."""
         session, chosen = self._session, _evenly(self._answers, count)
+        tokenizer = session.task.tokenizer
+        assert tokenizer is not None, "what was measured reads text"
         seen = [as_seen(answer, session.method) for answer in chosen]
         prompts = [one.tokens[: one.prompt_length] for one in seen]
         how: dict[str, Any] = {"batch_tokens": getattr(session.batcher, "tokens_per_pass", 1024)}
         with session.method.evaluating(session.model):
-            written = generate(session.model, session.task.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **how)
+            written = generate(session.model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **how)
         return _pairs(chosen, written)

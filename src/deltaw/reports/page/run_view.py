@@ -265,7 +265,8 @@ def answers_of(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[st
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
-    found, between = [], []
+    found: list[dict[str, Any]] = []
+    between: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
         exact = task == "causal-lm" and len(answers[-1].expected or "") <= EXACT
