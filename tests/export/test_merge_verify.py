@@ -13,7 +13,7 @@ from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions, Merging
 from deltaw.export.combine import Recipe
 from deltaw.export.merge import merge_run
-from deltaw.export.verify import Verification, Verify
+from deltaw.export.verify import FEW, Amount, Verification, Verify
 from tests.export.merge_cases import adapter_folder, text_base
 
 
@@ -33,7 +33,7 @@ class Spoiled(Verify):
 
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltaw.export.verify.ROWS", 12)
+    monkeypatch.setattr("deltaw.export.verify.MANY", Amount(12, 64))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_right_merge_passes_and_says_how_far_it_moved(precision: str, run: Pat
     options = MergeOptions(precision=precision)
     found = merge_run(run, tmp_path / "out", options, verify=Verify(said.append)).verification
     assert isinstance(found, Verification) and found.passed
-    assert found.rows == "general prompts" and found.count > 10
+    assert found.rows == "general prompts" and found.count == FEW.rows
     assert any("without the settings of its data" in line for line in said)
     assert found.adapter is not None and found.adapter.mean > 10 * found.merged.mean
     if precision != "keep":
@@ -76,3 +76,12 @@ def test_a_combination_is_verified_against_its_unrounded_sum(run: Path, tmp_path
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(UserError):
         merge_run(run, tmp_path / "bad", options, verify=Spoiled(1.3))
+
+
+def test_what_is_near_a_bound_is_compared_on_more_rows(monkeypatch, run: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("deltaw.export.verify.NEAR", 1e-3)
+    found = merge_run(run, tmp_path / "out", MergeOptions(precision="bf16"), verify=Verify(said.append)).verification
+    assert isinstance(found, Verification) and found.passed
+    assert found.count == 12 and found.positions > FEW.rows * FEW.positions / 2
+    assert len(set(said)) == len(said)  # nothing is said twice

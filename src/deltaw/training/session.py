@@ -31,8 +31,9 @@ from deltaw.machine.kernel_choice import computed_on
 from deltaw.machine.memory import PeakWatch
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
+from deltaw.runtime.generation import Writer
 from deltaw.runtime.packed import fused_blocks, packed_rows
-from deltaw.runtime.quantized_weights import use_large_pages
+from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.settings import RunConfig
 from deltaw.training.approximations import (
@@ -46,7 +47,7 @@ from deltaw.training.approximations import (
 )
 from deltaw.training.callbacks import Callback, Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, general_answers, identity_of
+from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, as_rounded, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
@@ -62,7 +63,7 @@ from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.working import working
+from deltaw.working import Detail, working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
@@ -95,6 +96,8 @@ class Session:
         feed: how the rows reach the model: from the first layer on, from kept outputs of the frozen layers below
             the lowest trained module, or with prompts that run apart from answers.
         identity: names the base model's weights and precision; None where they cannot be named.
+        roundings: how layers were calibrated to int8.
+        writes: makes what writes texts, of the model with the method's adapter or as it is; None for transformers.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
         processes: that train together.
         approximations: what is computed approximately.
@@ -112,6 +115,19 @@ class Session:
     general: Sequence[Example] = ()
     processes: Reducer = ALONE
     approximations: Approximations = field(default_factory=Approximations)
+    roundings: Sequence[Rounding] = ()
+    writes: Callable[[Method | None], Writer] | None = None
+
+    def writer(self, *, of_base: bool) -> Writer | None:
+        """What writes texts, with what is trained or, within ``without`` or before training, of the base model."""
+        if self.writes is None or self.processes.size > 1:
+            return None
+        return self.writes(None if of_base else self.method)
+
+    @property
+    def base_identity(self) -> str | None:
+        """Names the base model as it computes."""
+        return as_rounded(self.identity, self.roundings)
 
     @property
     def objective(self) -> AnyObjective:
@@ -142,23 +158,23 @@ class Session:
         return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
 
     def lines(self) -> list[str]:
-        """How the rows go through the model, and which code its blocks run, for a person."""
+        """How the rows go through the model, which code its blocks run, and what is slow about it."""
         batcher, objective = self.batcher, self.objective
         total, size = self.total_steps, self.config.train.batch_size
-        lines = [*loader.notes(), *attention.notes()]
+        lines = [*loader.notes(), *map(Detail, attention.notes())]
         rows = "padded rows"
         if not (self.task.has_labels or getattr(batcher, "padded", False)):
             rows = "padding-free packing"
             with packed_rows(self.model):
                 fused = fused_blocks(self.model).choice
             kind = "fused" if fused.value else "the model's own code"
-            lines.append(f"blocks: {kind} ({fused.why})")
+            lines.append(Detail(f"blocks: {kind} ({fused.why})"))
         shared = ", shared prefixes computed once" if self.feed.share else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
         steps = f"{total} step{'s' if total != 1 else ''} of {size} rows"
-        return [*lines, f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}"]
+        return [*lines, Detail(f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}")]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -253,8 +269,11 @@ class Session:
             raise NoGeneralAnswers("the model does not read text")
         kept = self.method.keeps_base(self.model)
         base = self.method.without(self.model) if kept else contextlib.nullcontext()
-        how: dict[str, Any] = {"identity": self.identity, "reserved": self.method.virtual_tokens}
-        how["batch_tokens"] = getattr(self.batcher, "tokens_per_pass", 1024)
+        how: dict[str, Any] = {"identity": self.base_identity, "reserved": self.method.virtual_tokens}
+        # Keys and values alone take a small part of what a step keeps of a token, unless its blocks are checkpointed.
+        many = 1 if self.config.train.checkpointing else 4
+        how["batch_tokens"] = many * getattr(self.batcher, "tokens_per_pass", 1024)
+        how["writer"] = self.writer(of_base=True)
         with self.method.evaluating(self.model), base:
             return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **how)
 
@@ -354,6 +373,7 @@ def assemble(
     offered: Sequence[str] = (),
     begun: Sequence[str] | None = None,
     processes: Reducer = ALONE,
+    writes: Callable[[Method | None], Writer] | None = None,
 ) -> Session:
     """Put a freshly loaded model, a method and rows together.
 
@@ -362,6 +382,7 @@ def assemble(
         offered: what would be faster approximately, if that is verified.
         begun: what a training that goes on computed approximately; None for a new one.
         processes: that all assemble the same, and train together.
+        writes: see :class:`Session`.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
@@ -372,7 +393,7 @@ def assemble(
     torch.manual_seed(settings.seed)
     identity = identity_of(model, config.precision)
     real = sharded_blocks(model) is not None or has_values(model)
-    said = quantized(model, config.precision, data.train, identity) if real else []
+    said, roundings = quantized(model, config.precision, data.train, identity) if real else ([], [])
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -414,7 +435,8 @@ def assemble(
     with method.evaluating(model):
         objective = task.objective(model)
     feed = Feed(objective, batcher)
-    session = Session(config, model, method, task, data, feed, chosen, said, identity=identity, processes=processes)
+    known: dict[str, Any] = {"identity": identity, "roundings": roundings, "writes": writes, "processes": processes}
+    session = Session(config, model, method, task, data, feed, chosen, said, **known)
     if settings.keep_general:
         _take_general_answers(session)
     _keep_features(session, invocation)

@@ -186,7 +186,7 @@ def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_pat
         run = opened(reference)
         rows = run.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out
         (row,) = [row for row in rows if row.row == line["samples"][0]["row"]]
-        (answer,) = score_run(run, [row], max_new_tokens=16).answers
+        (answer,) = score_run(run, [row], shown=1, max_new_tokens=16).answers
         assert answer.written == line["samples"][0]["answer"]
 
 
