@@ -41,7 +41,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
     skip = True
     if look is not None:
         for line in look.lines():
-            out.print(line)
+            out.say(line)
         if look.bad:
             skip = not ask or click.confirm("Skip them?", default=True)
             way = "they are skipped:" if skip else "a run will stop at them, unless you set"
@@ -59,7 +59,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
             raise UserError(f"there is no usual model for {task}", hint="name one with --model")
     if look is not None and (look.task != task or (given or MODELS.get(look.task)) != model):
         look = look_at(data, model, task)  # its tokens are counted by the model's tokenizer
-        out.print(look.lines()[0])
+        out.say(look.lines()[0])
     write_text(file, settings_text(model, data, task, look, file, skip=skip))
     shown = shlex.quote(file)
     out.print(f"written to {file}. Next:")
