@@ -110,17 +110,21 @@ $(SANITIZED)/%.o: %.cpp $(wildcard $(CSRC)/*.h) $(wildcard $(CTESTS)/*.h) $(wild
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Of what pip says, the large downloads and the stages are shown; its errors go past the filter.
+SHOWN := r' *(Downloading|Using cached) .*\(\d\d[\d.]* MB|(Building|Installing|Successfully inst)'
+SHOW  := import re, sys; [print(line[:78].rstrip(), flush=True) for line in sys.stdin if re.match($(SHOWN), line)]
+install = @echo "installing deltaw into $(VENV): packages to download, kernels to compile; 1 to 4 minutes"; rm -f $@; \
+  { $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.$(1)' && touch $@; } \
+  | $(BIN)/python -c "$(SHOW)"; test -e $@
+
 $(VENV)/.run: pyproject.toml $(KERNELS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	$(call install)
 
 $(VENV)/.dev: pyproject.toml $(KERNELS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	$(call install,[dev])
 
 $(VENV)/.bench: pyproject.toml $(KERNELS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	touch $@
+	$(call install,[bench])
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """What a preference run changes: the answers a model writes to held-out prompts, before and after.
 
-    python examples/lower_case.py
+    python examples/rows.py lower-case
     python -m deltaw train examples/lower-case.yaml
     python benchmarks/preference_shift.py runs/lower-case [--prompts 60]
 

@@ -23,7 +23,7 @@ PACKAGE = SOURCE / "deltaw"
 
 # From the bottom to the top. A package may import those before it; imports for the type checker count.
 ORDER = (
-    *("errors", "version", "private_names", "durable", "registry", "working", "cache", "contained"),
+    *("errors", "other_names", "version", "private_names", "durable", "registry", "working", "cache", "contained"),
     *("tensor_files", "tasks", "kernels", "lora", "machine", "hub", "runtime", "data", "memory", "methods"),
     *("settings", "schema", "training", "runs", "export", "serving", "experiments", "reports", "cli"),
     *("", "__main__"),  # the public face

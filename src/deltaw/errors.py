@@ -7,7 +7,10 @@ message and exit status 2. Any other exception is a bug in deltaw.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -22,7 +25,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.hint = what, where, hint
-        more = (f"\n  where: {where}" if where else "") + (f"\n  hint:  {hint}" if hint else "")
+        more = f"\n  where: {where}" if where else ""
+        more += "\n  hint:  " + hint.replace("\n", "\n         ") if hint else ""
         super().__init__(what + more)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,6 +52,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
     shown = ", ".join(f"'{n}'" for n in known[:12])
     return f"there is {shown}" + (", …" if len(known) > 12 else "") if shown else "there is none"
+
+
+def files_near(path: Path, fits: Callable[[Path], bool]) -> list[str]:
+    """Names beside ``path`` that look like its own, else those that fit; empty if there are none."""
+    try:
+        beside = [entry for entry in sorted(path.parent.iterdir()) if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return nearest(path.name, [entry.name for entry in beside]) or [entry.name for entry in beside if fits(entry)]
+
+
+def as_message(error: UserError, width: int = 80) -> str:
+    """What a person reads of an error, in lines of at most ``width`` characters if no word is longer."""
+    parts = [("error: ", error.what), ("  where: ", error.where), ("  hint:  ", error.hint)]
+    lines = []
+    for head, text in parts:
+        for number, line in enumerate((text or "").splitlines()):
+            begin, indent = " " * len(head) if number else head, " " * len(head)
+            how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+            kept = re.sub(r"(--[\w.-]+) (?=[\w/'.])", "\\1\0", line)  # a flag and its value stay together
+            lines += textwrap.wrap(kept, width, initial_indent=begin, subsequent_indent=indent, **how)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def first_line(error: BaseException) -> str:

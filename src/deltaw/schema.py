@@ -8,7 +8,7 @@ model can tell, it does not know.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic.json_schema import GenerateJsonSchema
 
@@ -56,11 +56,31 @@ def schema_text() -> str:
 def values_of(key: str) -> list[str]:
     """The values that a setting can have besides numbers and free text, as they are written; for completing
     a command."""
-    place: object = run_schema()
+    return _values(_kinds_at(key, run_schema()))
+
+
+_TYPES = {"integer": "N", "number": "NUMBER", "string": "TEXT", "array": "LIST", "object": "MAP"}
+
+
+def kinds_of(keys: Iterable[str]) -> dict[str, str]:
+    """What each of these settings can be, for a person: its choices and types, such as ``auto|NUMBER``."""
+    schema, found = run_schema(), {}
+    for key in keys:
+        kinds = _kinds_at(key, schema)
+        free = [_TYPES[k["type"]] for k in kinds if k.get("type") in _TYPES and not {"enum", "const"} & k.keys()]
+        found[key] = "|".join(dict.fromkeys([*_values(kinds), *free]))
+    return found
+
+
+def _kinds_at(key: str, place: object) -> list[Mapping]:
     for part in key.split("."):
         place = next((s["properties"][part] for s in _kinds(place) if part in s.get("properties", {})), {})
+    return list(_kinds(place))
+
+
+def _values(kinds: Iterable[Mapping]) -> list[str]:
     found: list[str] = []
-    for kind in _kinds(place):
+    for kind in kinds:
         if kind.get("type") == "boolean":
             found += ["true", "false"]
         found += map(str, kind.get("enum", [kind["const"]] if "const" in kind else []))

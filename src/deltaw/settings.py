@@ -19,9 +19,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from deltaw import tasks
+from deltaw import other_names, tasks
 from deltaw.data.prepare import DataSettings
-from deltaw.errors import UserError, did_you_mean
+from deltaw.data.row_files import kind_of
+from deltaw.errors import UserError, did_you_mean, files_near
 from deltaw.methods import registry
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class TrainSettings(BaseModel):
         0, "at each evaluation, compare the model's answers to so many held-out rows with the rows' own", ge=0
     )
     samples: Annotated[int, Field(ge=0)] | Auto = setting(
-        "auto", "held-out prompts whose answers each evaluation shows; auto: 2, if the model is large enough"
+        "auto", "held-out prompts whose answers each evaluation shows; auto: 8, if the model is large enough"
     )
     early_stopping: int | None = setting(
         None, "stop after so many evaluations in a row without improvement; null: never", ge=1
@@ -241,6 +242,22 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = setting(False, "run code that comes with a model; only if you know it")
     track: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "also send metrics to this tracker")
     output: str = setting("runs/latest", "folder that the run is written to", min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_for_tasks(cls, given: Any) -> Any:
+        """Other words for a task, such as ``sft`` and ``dpo``, as what they mean."""
+        word = given.get("task") if isinstance(given, Mapping) else None
+        if not isinstance(word, str) or word in tasks.names() or word.lower() not in other_names.TASKS:
+            return given
+        task, loss = other_names.TASKS[word.lower()]
+        own = given.get("preference") or {}
+        if loss is None or not isinstance(own, Mapping):
+            return {**given, "task": task}
+        if own.get("loss", loss) != loss:
+            what = f"'task: {word}' and 'preference.loss: {own['loss']}' contradict each other"
+            raise UserError(what, where="task", hint="write task: preference, and the loss in preference.loss")
+        return {**given, "task": task, "preference": {**own, "loss": loss}}
 
     @model_validator(mode="after")
     def _preference_is_used(self) -> RunConfig:
@@ -447,12 +464,20 @@ def _expanded(value: object, known: dict[int, float]) -> float:
     return known[id(value)]
 
 
+def _is_yaml(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml")
+
+
 def _read_yaml(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        what = f"cannot read the settings: {error.strerror}"
-        raise UserError(what, where=str(path), hint="give the path of a YAML file") from error
+        what, near = f"cannot read the settings: {error.strerror}", files_near(path, _is_yaml)
+        hint = did_you_mean(path.name, near) if near and not path.exists() else "give the path of a YAML file"
+        if (path / SETTINGS).is_file():
+            what = "this is the folder of a run, not a settings file"
+            hint = f"its settings are {path / SETTINGS}; to train it further: deltaw train --resume {path}"
+        raise UserError(what, where=str(path), hint=hint) from error
     except UnicodeDecodeError as error:
         raise UserError("the settings are not UTF-8 text", where=str(path), hint="give a YAML file") from error
     try:
@@ -464,6 +489,8 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(what, where=where, hint="write 'key: value' lines, indented by spaces") from error
     if loaded is None:
         return {}
+    if isinstance(loaded, list) and kind_of(path) is not None:
+        raise UserError("these are rows, not settings", where=str(path), hint=f"name them with --data {path}")
     if not isinstance(loaded, dict):
         raise UserError("the settings must be keys with values", where=str(path), hint="begin with 'model: …'")
     return loaded
@@ -489,7 +516,7 @@ def _what_fits(message: str) -> str:
 
 
 def _as_user_error(error: ValidationError, where: str) -> UserError:
-    problems, hints = [], []
+    problems, hints, missing = [], [], []
     fitting: dict[str, list[str]] = {}
     known = [setting.key for setting in settings()]
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
@@ -498,18 +525,35 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
         # Members of a union add their own names to the location; the user's key ends before them.
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            parent = key.rpartition(".")[0]
-            there = [k for k in known if k.startswith(f"{parent}.")] or [*known, *(s.strip(".") for s in sections)]
             problems.append(f"unknown key '{key}'")
-            hints.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
+            hints.append(f"'{key}': {_known_as(key, known)}")
         elif problem["type"] == "missing" and key == ".".join(parts):
             problems.append(f"'{key}' is not given")
-            hints.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
+            missing.append(key)
         else:
             problems.append(f"'{key}' cannot be {_SHOWN.repr(problem['input'])}")
+            if meant := other_names.value_hint(key, problem["input"]):
+                hints.append(meant)
             if f"{key}." in sections:
                 fitting[key] = ["be a section of keys and values"]
             else:
                 fitting.setdefault(key, []).append(_what_fits(problem["msg"]))
+    if missing:
+        flags = " ".join(f"--{key} {key.upper()}" for key in missing)
+        files = [name for name in files_near(Path("train.yaml"), _is_yaml) if _is_yaml(Path(name))]
+        other = f"name a settings file, such as {files[0]}" if files else "write a settings file with 'deltaw init'"
+        hints.append(f"give {flags}" + (f", or {other}" if where == "the flags" else ""))
     hints += [f"'{key}' should {' or '.join(wanted)}" for key, wanted in fitting.items()]
-    return UserError("; ".join(dict.fromkeys(problems)), where=where, hint="; ".join(dict.fromkeys(hints)))
+    return UserError("; ".join(dict.fromkeys(problems)), where=where, hint="\n".join(dict.fromkeys(hints)))
+
+
+def _known_as(key: str, known: list[str]) -> str:
+    """What to write instead of an unknown key."""
+    apart = {name: name.partition(".") for name in known}
+    written = {n: f"{n}, written {section}: {{{leaf}: …}}" if leaf else n for n, (section, _, leaf) in apart.items()}
+    if key in known:
+        return f"in a file it is {written[key].partition(', ')[2]}"
+    if found := other_names.meaning(key, written):
+        return found
+    there = [name for name in known if name.startswith(f"{key.rpartition('.')[0]}.")]
+    return did_you_mean(key, there or sorted({*known, *(section for section, _, _ in apart.values())}))

@@ -19,6 +19,11 @@ from typing import Protocol
 Advance = Callable[[float], None]
 
 
+class Detail(str):
+    """A line on how something is computed, for whoever asks for more (``--verbose``). Other lines are what a user
+    decides on, or has to know."""
+
+
 class Listener(Protocol):
     """Shows work in progress. Work may be nested; the innermost ends first."""
 

@@ -115,7 +115,7 @@ VALUES = [
     ({"task": "summarizing"}, ["task", "'causal-lm'"]),
     ({"method": "qlora"}, ["method", "'lora'"]),
     ({"model": None}, ["model"]),
-    ({"data": None}, ["data.train"]),
+    ({"data": None}, ["--data DATA"]),
 ]
 
 

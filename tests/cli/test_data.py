@@ -101,8 +101,16 @@ def test_rows_as_json_are_one_object(call, thinker, file):
     assert told["rows"][1]["examples"] == [] and "no turn" in told["rows"][1]["notes"][0]
 
 
-def test_a_row_that_is_not_there_and_a_missing_model_are_refused(call, thinker, file):
+def test_a_row_that_is_not_there_and_a_missing_model_are_refused(call, thinker, file, tmp_path):
     assert_refused(call("data", "show", file, "--model", thinker, "--row", 77), "there is no row 77")
+    broken = tmp_path / "broken.jsonl"
+    good = '{"prompt": "a", "completion": "b"}\n'
+    broken.write_text(f'{good}{{"prompt": \n{good}')
+    ended = call("data", "show", broken, "--model", thinker, "--row", 2, status=0)
+    assert "broken.jsonl, line 2" in ended.out and "refused: line 2 is not JSON" in ended.out
+    ended = call("data", "show", broken, "--model", thinker, "--data.bad_rows", "skip", status=0)
+    places = [ended.out.index(text) for text in ("row 1", "skipped: line 2", 'it reads: {"prompt":', "row 3")]
+    assert places == sorted(places)
     assert_refused(call("data", "show", file), "'model' is not given")
     ended = call("data", "check", file.parent / "none.jsonl", "--model", thinker)
     assert_refused(ended, "none.jsonl")

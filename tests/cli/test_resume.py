@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.cli.conftest import assert_refused, start, tree
+from tests.cli.conftest import assert_refused, changed, start, tree
 from tests.training.runs import assert_same_run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
@@ -90,6 +93,67 @@ def test_resume_and_fresh_on_the_command_line(flags, tmp_path, call):
     assert call("train", "--resume", run, "--fresh").status == 2
     assert_refused(call("train", "--resume", tmp_path / "nowhere"), "no run to resume")
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "other").exists()
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing_and_says_what_would(call, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a run.yaml").write_text(yaml.safe_dump(settings("runs/mine")))
+    command = ("train", "a run.yaml")
+    first = json.loads(call(*command, "--json", status=0).out)
+    before = tree(Path("runs"))
+    again = call(*command, status=0)
+    lines = again.out.splitlines()
+    assert again.err == "" and len(lines) == 5 and max(map(len, lines)) <= 80
+    assert lines[0].startswith("runs/mine is finished: 20") and ", 3 steps, exact match" in lines[0]
+    told = json.loads(call(*command, "--json", status=0).out)
+    assert first["seconds_by_part"].pop("starting") > 0 and told == first
+    assert "'train.share_prefixes' is False" in call(*command, "--train.share_prefixes", "false", status=0).out
+    assert tree(Path("runs")) == before
+    further, fresh, other = (shlex.split(line.removeprefix("next: deltaw "), comments=True) for line in lines[2:])
+    other[other.index("OTHER")] = "runs/other"
+    for commanded, steps in ((further, 6), (fresh, 3), (other, 3)):
+        assert json.loads(call(*commanded, "--json", status=0).out)["steps"] == steps
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine", "mine.1", "other"]
+
+
+def test_other_settings_or_rows_than_a_finished_runs_are_refused_by_name(call, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"paint it {n}", "completion": str(n)}) for n in range(11)]
+    Path("rows.jsonl").write_text("\n".join(rows[:10]))
+    Path("mine.yaml").write_text(yaml.safe_dump(settings("runs/mine", data={"train": "rows.jsonl"})))
+    command = ("train", "mine.yaml")
+    call(*command, status=0)
+    before = tree(Path("runs"))
+    for flags, words in (
+        (("--lora.rank", 3, "--train.seed", 5), ("'lora.rank' is 3", "began with 4", "'train.seed' is 5", "--fresh")),
+        (("--train.epochs", 2), ("'train.epochs' is 2,", "deltaw train --resume runs/mine --train.epochs 2, or")),
+        (("--train.eval_answers", 1), ("'train.eval_answers' is 1",)),
+    ):
+        refused = call(*command, *flags)
+        assert_refused(refused, "is finished", *words)
+        assert max(map(len, refused.err.splitlines())) <= 80
+    Path("rows.jsonl").write_text("\n".join(rows))
+    assert_refused(call(*command), "the rows to train on have changed, and the run is finished", "--fresh")
+    assert tree(Path("runs")) == before
+
+
+def test_without_a_checkpoint_or_a_run_resuming_says_what_is_there(call, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    off = {"train__checkpoint_every": "null", "train__checkpoint_minutes": "null"}
+    call("train", *flags("runs/off", **off), status=0)
+    refused = call("train", "--resume", "runs/off", "--train.epochs", 2)
+    assert_refused(refused, "no checkpoint to resume from", "checkpoint_minutes are null", "runs/off/run.yaml --fresh")
+    changed(Path("runs/off/run.json"), state="running", process={})
+    changed(Path("runs/off/run.yaml"), train={"checkpoint_minutes": 1.0})
+    assert_refused(call("train", "--resume", "runs/off"), "before its first one (killed after 2 steps)")
+    for name, hint in (
+        ("off", "did you mean 'runs/off'"),
+        ("runs/of", "did you mean 'runs/off'"),
+        ("runs/off/run.yaml", "give the run's folder: runs/off"),
+        ("elsewhere", "there is 'runs/off'"),
+    ):
+        assert_refused(call("train", "--resume", name), "no run to resume", hint)
+    assert_refused(call("train", "runs/off"), "the folder of a run", "deltaw train --resume runs/off")
 
 
 def test_a_refused_resume_leaves_the_run_as_it_is(flags, tmp_path, call):

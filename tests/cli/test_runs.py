@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from tests.cli.conftest import assert_refused
+from deltaw.runs.folder import RunLock
+from tests.cli.conftest import assert_refused, changed
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 
@@ -47,6 +48,23 @@ def test_runs_as_json(call, folder):
     assert one["score"] == {"metric": "exact_match", "value": 0.8}
     assert one["peak_memory_bytes"] == 1_010_000_000 and 0.4 < one["held_out_loss"] < 0.6
     assert runs["old"]["peak_memory_bytes"] is None and runs["two"]["total_steps"] == 120
+
+
+def test_runs_say_why_they_failed(call, folder):
+    changed(folder / "runs" / "broken" / "run.json", error={"what": "the disk is full\n  in /tmp", "where": "/tmp"})
+    gone = write_run(folder / "runs" / "gone", state="running", steps=3)
+    # From another host, where a process is not known by its number: nobody has the lock.
+    changed(gone / "run.json", process={"host": "elsewhere", "id": 1, "begun": 0.0})
+    ended = call("runs", status=0)
+    assert "broken: the disk is full\n" in ended.out and "gone: its process is gone" in ended.out
+    assert max(len(line) for line in ended.out.splitlines()) <= 80 and "…  " not in ended.out
+    runs = {run["name"]: run for run in json.loads(call("runs", "--json").out)["runs"]}
+    assert runs["broken"]["error"]["where"] == "/tmp" and runs["broken"]["reason"] == "the disk is full"
+    assert runs["gone"]["state"] == "killed" and runs["one"]["reason"] is runs["one"]["error"] is None
+    assert "Ctrl-C" in runs["two"]["reason"]
+    lock = RunLock(gone)
+    assert [run["state"] for run in json.loads(call("runs", gone, "--json").out)["runs"]] == ["running"]
+    lock.release()
 
 
 def test_two_runs_are_compared_on_the_terminal_and_on_a_page(call, folder):

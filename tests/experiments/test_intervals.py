@@ -5,23 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.experiments.comparison import interval_of, mean_squares, t_quantile
+from deltaw.experiments.comparison import difference_interval, interval_of, mean_squares
 
 
 def width(interval):
     return interval[1] - interval[0]
-
-
-@pytest.mark.parametrize(
-    ("freedom", "bound"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397)]
-)
-def test_bounds_of_t_are_those_of_the_tables(freedom, bound):
-    assert t_quantile(0.95, freedom) == pytest.approx(bound, rel=1e-4)
-
-
-def test_between_whole_degrees_of_freedom_the_bound_lies_between():
-    assert t_quantile(0.95, 2) > t_quantile(0.95, 2.4) > t_quantile(0.95, 3)
-    assert t_quantile(0.95, 1e9) == pytest.approx(1.962, abs=2e-3)
 
 
 def test_the_mean_squares_add_up_to_the_whole_variation():
@@ -65,3 +53,22 @@ def test_scores_that_are_all_equal_leave_no_doubt():
     assert interval_of(np.ones((1, 5))) == (1.0, 1.0)
     low, high = interval_of(np.array([[0.1], [0.2], [0.3]]))
     assert low < 0.2 < high
+    assert interval_of(np.ones((1, 1))) is None
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_few_rows_that_are_all_right_leave_doubt_about_a_share(seeds):
+    low, high = interval_of(np.ones((seeds, 5)), share=True)
+    assert low == pytest.approx(0.566, abs=2e-3) and high == 1.0, "seeds that agree are not further rows"
+    few, many = (width(difference_interval(np.zeros((seeds, rows)), share=True)) for rows in (10, 1000))
+    assert few > 0.3 and many < 0.01
+    low, high = difference_interval(np.ones((seeds, 10)), share=True)
+    assert 0.3 < low < 0.7 and high == 1.0
+
+
+def test_a_share_over_seeds_has_the_interval_of_its_variance():
+    drawn = np.random.default_rng(0)
+    scores = (drawn.random((3, 2000)) < 0.7).astype(float)
+    assert interval_of(scores, share=True) == pytest.approx(interval_of(scores), abs=2e-3)
+    apart = (drawn.random((3, 2000)) < np.array([[0.5], [0.7], [0.9]])).astype(float)
+    assert width(interval_of(apart, share=True)) > 0.4

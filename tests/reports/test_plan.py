@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from rich.console import RenderableType
 from deltaw.memory.plan import KINDS, Fitting, Plan
 from deltaw.reports.plan import (
     BAR,
+    LEAST,
     PARTS,
     budget_table,
     draw_plans,
     gigabytes,
+    long_rows_lines,
     parts_of,
     plan_bars,
     plan_lines,
@@ -53,7 +56,7 @@ def shown(what: RenderableType, *, soft_wrap: bool = True) -> list[str]:
 
 @pytest.mark.parametrize("soft_wrap", [True, False])
 def test_every_number_of_a_report_is_whole_in_eighty_columns(soft_wrap):
-    lines = shown(plan_report(PLANS, "lora"), soft_wrap=soft_wrap)
+    lines = shown(plan_report(PLANS, "lora", 16 * 10**9), soft_wrap=soft_wrap)
     assert max(len(line.rstrip()) for line in lines) <= 80
     text = " ".join(" ".join(lines).split())
     assert "…" not in text
@@ -69,10 +72,38 @@ def test_the_parts_of_the_runs_own_method_add_up_to_the_process():
     made = PLANS["lora"]
     assert sum(parts_of(made).values()) == made.peak_resident_bytes
     assert parts_of(made).keys() == {part for part, *_ in PARTS}
-    text = "\n".join(shown(plan_report({"lora": made}, "lora")))
-    for size in (*made.parts.values(), *made.resident.values(), made.peak_resident_bytes):
-        assert gigabytes(size) in text
-    assert "method  " not in text  # one method has none beside it
+    lines = shown(plan_report({"lora": made}, "lora", 16 * 10**9))
+    text = "\n".join(lines)
+    others = [size for name, size in made.resident.items() if name != "tensors"]
+    small = [size for size in (*made.parts.values(), *others) if size < LEAST * made.peak_resident_bytes]
+    for size in (*made.parts.values(), *others, made.peak_resident_bytes):
+        assert (gigabytes(size) in text) is (size not in small)
+    assert any(line.split() == ["the", "rest", *gigabytes(sum(small)).split()] for line in lines)
+    assert "method  " not in text and "█" not in text  # one method has none beside it
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "first"),
+    [
+        (16, 1, "needs 13.98 GB of the 16.00 GB that are free: fits"),
+        (13, 1, "needs 13.98 GB of the 13.00 GB that are free: does not fit"),
+        (30, 2, "2 processes need 13.98 GB each, 27.96 GB of the 30.00 GB that are free: fits"),
+    ],
+)
+def test_a_plan_begins_with_its_sum_and_whether_it_fits(free, processes, first):
+    lines = shown(plan_report({"lora": PLANS["lora"]}, "lora", free * 10**9, processes))
+    assert lines[0].rstrip() == first
+    assert ("--budget 13GB" in lines[1]) is (free == 13)
+
+
+def test_few_long_rows_are_named_with_what_they_cost_where_that_is_much():
+    made = replace(PLANS["lora"], tokens=8192, phases={"training": PLANS["lora"].peak_resident_bytes, "reading": 0})
+    made = replace(made, phases={**made.phases, "loading": 0, "saving": 0})
+    lines = long_rows_lines(made.without_long_rows(1024, 3, 60, 1024))
+    assert lines[0] == "3 of 60 rows are longer than 1,024 tokens and set the peak:"
+    assert "about 11.87 GB" in lines[1] and "data.max_length: 1024, data.long_rows: drop" in lines[1]
+    assert max(map(len, lines)) <= 80
+    assert long_rows_lines(made.without_long_rows(1024, 3, 60, 8000)) == []
 
 
 def test_bars_are_to_scale_and_the_colours_are_named():

@@ -22,6 +22,7 @@ from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Calling
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
+from tests.cli.conftest import tree
 from tests.conftest import laid_over
 from tests.kernels.conftest import compiled_only
 from tests.training.runs import ADAPTER, METHODS, TRAIN, Snapshots, Told, adapter, assert_same_run, metrics, stopped_run
@@ -77,7 +78,7 @@ def test_features_that_were_only_partly_stored_are_computed_as_they_were(setting
     assert_same_run(killed, whole)
 
 
-def test_interrupted_runs_go_on_too_and_once_finished_are_moved_for_new_ones(settings, tmp_path, stopped, whole):
+def test_interrupted_runs_go_on_too_and_once_finished_are_kept(settings, tmp_path, stopped, whole):
     before, said = Run(stopped), "The training was interrupted"
     assert before.state == "interrupted" and listed(stopped / "checkpoints")[-1].name == "step-000003"
     assert said in (stopped / "README.md").read_text()
@@ -90,8 +91,12 @@ def test_interrupted_runs_go_on_too_and_once_finished_are_moved_for_new_ones(set
     answer = result.as_dict()
     assert answer["resumed_from_step"] == 3 and answer["steps"] == 12
     assert answer["checkpoints"] == [str(path) for path in listed(stopped / "checkpoints")]
+    kept = tree(stopped)
     again = deltaw.fit(settings(stopped, train=TRAIN))
-    assert again.resumed_from_step is None and (tmp_path / "run.1" / ADAPTER).is_file()
+    assert again.earlier is not None and again.as_dict() == result.as_dict() and tree(stopped) == kept
+    assert again.evaluation.as_dict() == result.evaluation.as_dict() and again.outcome == result.outcome
+    fresh = deltaw.fit(settings(stopped, train=TRAIN), fresh=True)
+    assert fresh.resumed_from_step is None and (tmp_path / "run.1" / ADAPTER).is_file()
     assert_same_run(stopped, whole)
 
 
@@ -190,7 +195,7 @@ def test_rows_that_changed_are_refused(settings, tmp_path, stopped, rows_file):
     file = tmp_path / "rows.jsonl"
     made, before = settings(stopped, train=TRAIN, data={"train": str(file)}), rows_file.read_text()
     file.write_text(before.replace('"completion": "w"', '"completion": "v"'))
-    with pytest.raises(UserError, match="have changed since") as refused:
+    with pytest.raises(UserError, match="have changed, so the run") as refused:
         deltaw.fit(made)
     assert "rows.jsonl" in refused.value.where
     file.unlink()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from deltaw.errors import UserError
-from deltaw.runs.fit import fit
+from deltaw.runs.fit import Clock, fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig
 from deltaw.training.preparation import checkpoint_blocks
@@ -34,10 +36,28 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
     answer = result.as_dict()
     json.dumps(answer, allow_nan=False)
     assert answer["eval"] == result.evaluation.as_dict() and answer["output"] == str(tmp_path / "run")
+    assert "2 held-out rows are few: a score such as accuracy is known to ± 4" in said
+    assert "6 steps are few to learn from; train.epochs: 10 and train.batch_size: 4 give 20" in said
+    assert "| held-out exact_match | 0.0% (95 % interval 0.0% to 65.8%) |" in (result.output / "README.md").read_text()
     assert "6 steps of 3 rows" in said and "padding-free packing" in said
     assert "device: cpu (as asked)" in said and "10 rows read as prompt-completion" in said
     card = (result.output / "README.md").read_text()
     assert "base_model:" in card and "| optimizer steps | 6 |" in card and "interrupted" not in card
+
+
+def test_a_run_says_where_its_time_went(settings, tmp_path, monkeypatch):
+    now = itertools.count()
+    with monkeypatch.context() as patched:  # each look at the clock takes a second
+        patched.setattr("deltaw.runs.fit.time", SimpleNamespace(monotonic=lambda: float(next(now))))
+        clock = Clock()
+        with clock.part("loading"), clock.part("planning"):
+            clock.add("training", 0.25)
+        assert clock.parts() == {"planning": 0.75, "training": 0.25, "loading": 2.0, "other": 2.0}
+    result = fit(settings(tmp_path / "run", train={"samples": 1}))
+    parts = result.as_dict()["seconds_by_part"]
+    assert {"loading", "planning", "training", "evaluating", "other"} <= parts.keys()
+    assert parts["training"] == pytest.approx(result.outcome.seconds, abs=1e-3)
+    assert json.loads((result.output / "run.json").read_text())["result"]["seconds_by_part"] == parts
 
 
 def test_the_run_reads_back_as_it_was_told(settings, finished_run):
@@ -75,7 +95,7 @@ def test_dropout_turns_sharing_off_unless_it_is_asked_for(settings, tmp_path):
     result, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}))
     assert "common beginnings" not in said
     assert "share_prefixes: auto  # False: dropout would" in (result.output / "run.yaml").read_text()
-    shared, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}, train={"share_prefixes": True}))
+    shared, said = fit_aloud(settings(tmp_path / "shared", lora={"dropout": 0.1}, train={"share_prefixes": True}))
     assert "shared prefixes computed once" in said
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
 

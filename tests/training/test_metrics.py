@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.training.evaluation.base import (
-    bootstrap_interval,
+    Evaluation,
     classification_metrics,
     confusion,
     matthews,
+    mean_interval,
     pearson,
     ranks,
     regression_metrics,
     spearman,
+    t_quantile,
+    wilson_interval,
 )
 
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
@@ -95,10 +99,59 @@ def test_errors_keep_the_unit_of_the_numbers():
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_law_for_many_rows():
     rows = np.random.default_rng(1).normal(size=2000)
-    low, high = bootstrap_interval(rows, seed=5)
     half = 1.96 * rows.std() / math.sqrt(len(rows))
-    assert low == pytest.approx(rows.mean() - half, abs=0.15 * half)
-    assert high == pytest.approx(rows.mean() + half, abs=0.15 * half)
-    assert bootstrap_interval(rows, seed=5) == (low, high)
-    narrow = bootstrap_interval(rows, seed=5, level=0.5)
+    low, high = mean_interval(rows)
+    assert (low, high) == pytest.approx((rows.mean() - half, rows.mean() + half), abs=0.01 * half)
+    narrow = mean_interval(rows, level=0.5)
     assert low < narrow[0] < narrow[1] < high
+
+
+def test_few_rows_of_a_loss_leave_room_for_doubt():
+    losses = np.array([1.0, 2.0, 3.0])
+    low, high = mean_interval(losses)
+    assert high - 2.0 == pytest.approx(4.30265 / math.sqrt(3), rel=1e-4) and low == 0.0  # a loss is not negative
+    assert mean_interval(losses - 3)[0] < -3.0
+    assert mean_interval(losses[:1]) is None
+
+
+# By statsmodels.stats.proportion.proportion_confint(hits, rows, method="wilson").
+WILSON = {(0, 3): (0.0, 0.561497), (3, 3): (0.438503, 1.0), (9, 12): (0.467695, 0.911060), (1, 1): (0.206549, 1.0)}
+
+
+@pytest.mark.parametrize(("hits", "rows"), WILSON)
+def test_a_share_has_wilsons_interval(hits, rows):
+    found = mean_interval(np.repeat([1.0, 0.0], [hits, rows - hits]), share=True)
+    assert found == pytest.approx(WILSON[hits, rows], abs=2e-3)  # t of 1000 degrees of freedom
+    evaluation = Evaluation.of_rows({"accuracy": hits / rows}, "accuracy", np.repeat([1.0, 0.0], [hits, rows - hits]))
+    assert evaluation.interval == found == tuple(evaluation.score()["interval"])
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_wilsons_interval_holds_about_as_often_as_it_says(count):
+    """Over all true shares: at one share alone, no interval of whole counts holds exactly 95 times of 100."""
+    hits, share = np.arange(count + 1), np.linspace(0, 1, 101)[:, None]
+    odds = np.array([math.comb(count, hit) for hit in hits]) * share**hits * (1 - share) ** (count - hits)
+    low, high = np.array([wilson_interval(hit / count, count) for hit in hits]).T
+    assert 0.94 < (odds * ((low <= share) & (share <= high))).sum(1).mean() < 0.98
+
+
+def test_every_named_set_keeps_its_interval():
+    one = Evaluation.of_rows({"accuracy": 1.0}, "accuracy", np.ones(3))
+    both = replace(one, name="a", others={"b": replace(one, intervals={"written_exact_match": (0.1, 0.2)})})
+    assert both.named_intervals() == {
+        "a accuracy": one.interval,
+        "b accuracy": one.interval,
+        "b written_exact_match": (0.1, 0.2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("freedom", "bound"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397)]
+)
+def test_bounds_of_t_are_those_of_the_tables(freedom, bound):
+    assert t_quantile(0.95, freedom) == pytest.approx(bound, rel=1e-4)
+
+
+def test_between_whole_degrees_of_freedom_the_bound_lies_between():
+    assert t_quantile(0.95, 2) > t_quantile(0.95, 2.4) > t_quantile(0.95, 3)
+    assert t_quantile(0.95, 1e9) == pytest.approx(1.962, abs=2e-3)

@@ -153,6 +153,7 @@ def test_a_killed_process_leaves_a_checkpoint_and_another_number_goes_on(of, tmp
     assert newest_step(tmp_path / "run") == 3
     assert fit(made).resumed_from_step == 3
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert "finished" in train_all(made)[0]  # nothing is trained: all of them end
 
 
 @pytest.mark.slow

@@ -6,19 +6,25 @@ message, which ``--traceback`` makes longer.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli import faults
-from deltaw.errors import UserError, did_you_mean
+from deltaw.cli import faults, mistakes
+from deltaw.errors import UserError, as_message
 from deltaw.kernels import variants
 from deltaw.version import __version__
 from deltaw.working import listening
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 TRACEBACK = "--traceback"
 
@@ -43,6 +49,45 @@ VERBS = {
 }
 
 
+FIRST_STEPS = """\
+deltaw fine-tunes a language model on your rows. From a file to an adapter:
+
+  deltaw init --data rows.jsonl    look at the rows, and write train.yaml
+  deltaw plan train.yaml           the memory that training needs
+  deltaw train train.yaml          train; the adapter is in runs/
+  deltaw eval runs/NAME --base     scores beside those of the base model
+  deltaw chat runs/NAME            talk with it
+
+'deltaw --help' lists all verbs, 'deltaw VERB --help' the flags of one."""
+
+# Verbs that leave files, or serve: they go on if nobody reads any more what they print. The others end.
+GOING_ON = ("train", "compare", "tune", "merge", "export", "serve", "init")
+
+
+class _Printed(io.FileIO):
+    """A standard stream whose reader may leave, as ``head`` does: what is printed afterwards goes nowhere.
+
+    Attributes:
+        ends: whether the command ends then, with status 0. Of all streams.
+    """
+
+    ends = False
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.fileno(), "wb", closefd=False)
+        self._stream = stream  # which would close the file
+
+    def write(self, data: Buffer) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal behind it is gone
+                raise
+        if self.ends:
+            raise SystemExit(0)
+        return memoryview(data).nbytes
+
+
 class _Verbs(click.Group):
     """Imports a verb's module only when it is asked for, so that --help answers at once."""
 
@@ -59,7 +104,7 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         unknown = args and args[0] not in VERBS and not args[0].startswith("-")
         if unknown and not ctx.resilient_parsing:  # a shell that completes an unknown verb gets nothing
-            raise UserError(f"there is no verb '{args[0]}'", hint=did_you_mean(args[0], VERBS))
+            raise mistakes.no_verb(args, VERBS)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -67,13 +112,35 @@ class _Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def _one_spelling(name: str) -> str:
+    """The form in which flags are compared: underscores and dashes are the same, and PEFT's names are ours."""
+    section, _, leaf = name.rpartition(".")
+    if section == "lora":
+        from deltaw.lora.config import PEFT_NAMES
+
+        leaf = leaf.replace("-", "_")
+        name = f"lora.{PEFT_NAMES.get(leaf, leaf)}"
+    return name.replace("_", "-")
+
+
+SPELLING = {"help_option_names": ["-h", "--help"], "token_normalize_func": _one_spelling}
+
+
+@click.group(cls=_Verbs, context_settings=SPELLING, invoke_without_command=True)
 @click.version_option(__version__, prog_name="deltaw")
 @click.option(TRACEBACK, is_flag=True, help="show where in the code an unexpected error arose")
-def group(traceback: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="print every choice with its reason")
+def group(traceback: bool, verbose: bool) -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
     variants.check_asked()
-    refuse_several(click.get_current_context().invoked_subcommand)
+    context = click.get_current_context()
+    context.meta["deltaw.verbose"] = verbose
+    refuse_several(context.invoked_subcommand)
+    _Printed.ends = context.invoked_subcommand not in GOING_ON
+    # The status of a command that fails is that of its error, also if nobody reads it.
+    context.call_on_close(lambda: setattr(_Printed, "ends", False))
+    if context.invoked_subcommand is None:
+        click.echo(FIRST_STEPS)
 
 
 def refuse_several(verb: str | None) -> None:
@@ -101,18 +168,14 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.showwarning = _show_warning
             status = group.main(args=given, prog_name="deltaw", standalone_mode=False)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(as_message(error), err=True)
         status = 2
     except click.ClickException as error:
-        error.show()
-        status = error.exit_code
+        click.echo(as_message(mistakes.explained(error, given, group)), err=True)
+        status = 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         status = 130
-    except BrokenPipeError:
-        # Whoever read has read enough; what is still buffered must go somewhere at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     except Exception as error:
         status, message = faults.explained(error, traceback=asked)
         click.echo(message, err=True)
@@ -120,15 +183,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print_any_text() -> None:
-    """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, and
-    read what they cannot decode, so that a verb can refuse it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, read what
+    they cannot decode, so that a verb can refuse it, and let those that are files or pipes outlive their readers."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a stream without a file
+            if not stream.isatty():
+                how: dict[str, Any] = {key: getattr(stream, key) for key in ("line_buffering", "write_through")}
+                raw: Any = _Printed(stream)
+                binary = raw if stream.write_through else io.BufferedWriter(raw)
+                setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "backslashreplace", **how))
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a person reads it, without the place in our code that gave it."""
-    click.echo(f"warning: {message}", err=True)
+    from deltaw.reports.tables import folded
+
+    click.echo(folded(f"warning: {message}"), err=True)

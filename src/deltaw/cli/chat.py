@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.options import as_text, console, model_flags
-from deltaw.cli.text_options import TextSettings, engine_for, text_flags
+from deltaw.cli.mistakes import RunArgument
+from deltaw.cli.options import as_text, console, model_flags, verbose_flag
+from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
 
 @click.command("chat")
-@click.argument("run")
-@click.option("--system", help="a system message at the start")
+@click.argument("run", type=RunArgument())
+@system_flag
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
 @text_flags(max_new_tokens=512)
 @model_flags
+@verbose_flag
 def command(run: str, system: str | None, with_base: bool, how: TextSettings, **opening: Any) -> None:
     """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D
     ends; /new starts over."""
@@ -34,12 +36,13 @@ def command(run: str, system: str | None, with_base: bool, how: TextSettings, **
 
         from deltaw.serving.opening import base_engine
         from deltaw.training.origin import open_run
-    opened = open_run(run, say=notes.print, **opening)
+    opened = open_run(run, say=notes.say, **opening)
     opened.require_generation()
 
-    with contextlib.closing(engine_for(opened, notes.print)) as engine:
+    with contextlib.closing(engine_for(opened, notes.say)) as engine:
         # A text of no tokens: what the flags say is checked before the first question.
         engine.write_all([replace(how.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
+        system = system_of(opened, system, notes.print)
         start = [{"role": "system", "content": system}] if system else []
         talk = list(start)
         while (line := _asked()) is not None:
@@ -50,14 +53,14 @@ def command(run: str, system: str | None, with_base: bool, how: TextSettings, **
             try:
                 as_text(line, "your line")
                 if with_base and opened.adapter:
-                    with base_engine(opened, engine, notes.print) as of_base:
+                    with base_engine(opened, engine, notes.say) as of_base:
                         _answer(opened, of_base, None, talk, how, "base")
                 name = "adapter" if opened.adapter else "model"
                 answer = _answer(opened, engine, engine.own_adapter, talk, how, name)
                 talk.append({"role": "assistant", "content": answer})
             except UserError as error:
                 # A talk that has grown too long, say: the question is taken back and the talk goes on.
-                notes.print(str(error))
+                notes.say(str(error))
                 talk.pop()
 
 
@@ -73,12 +76,9 @@ def _answer(
     opened: InferenceSession, engine: Engine, adapter: str | None, talk: list[dict], how: TextSettings, name: str
 ) -> str:
     """Write the next answer of ``name``, and show it as it comes."""
-    from deltaw.data import encode_prompt
-
     # Each answer of a talk draws anew, not by the same numbers as the one before.
     asked = sum(message["role"] == "user" for message in talk)
-    prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
-    writing = engine.submit(how.request(prompt, adapter, number=asked - 1))
+    writing = engine.submit(how.request(opened.encode(talk), adapter, number=asked - 1))
     click.echo(f"{name}: ", nl=False)
     try:
         for piece in writing:

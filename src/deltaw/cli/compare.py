@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import SHARE, cluster_flags, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import SHARE, Verb, cluster_flags, console, json_flag, nested, print_json, settings_flags
 
 
-@click.command("compare")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("compare", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option("--methods", help="names of methods  [default: lora,head,prompt,bias,random,full]")
 @click.option("--rates", multiple=True, metavar="METHOD=RATE,…", help="learning rates to try; a single one is used")
 @click.option(
@@ -53,18 +54,18 @@ def command(
     asked = {name: given[name] for name in ("share", "seeds", "reference", "cluster")}
     tried = parse_rates(rates, chosen)
     try:
-        comparison = compare(config, chosen, folder=folder, rates=tried, say=out.print, draw=draw_comparison, **asked)
+        comparison = compare(config, chosen, folder=folder, rates=tried, say=out.say, draw=draw_comparison, **asked)
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
+        out.say(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     for table in comparison_tables(comparison, out.width):
         out.print()
         out.print(table)
     out.print()
     for line in [*findings(comparison), *failures(comparison)]:
-        out.print(line)
+        out.say(line)
     write_pages(folder)
-    out.print(f"table, numbers, figure and curves are in {folder}: comparison.md, .json, .png, .html")
+    out.say(f"table, numbers, figure and curves are in {folder}: comparison.md, .json, .png, .html")
     if as_json:
         print_json(as_plain(comparison))
     return 0

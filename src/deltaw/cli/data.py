@@ -7,19 +7,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import no_part
+from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     from deltaw.settings import RunConfig
 
 
-@click.group("data")
+class _Parts(click.Group):
+    """Names the parts to whoever gives another word, or none."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise no_part(ctx, args[0])
+        return super().resolve_command(ctx, args)
+
+
+@click.group("data", cls=_Parts, no_args_is_help=False)
 def command() -> None:
     """What rows become when a model is trained on them, and what is wrong with them."""
 
 
-@command.command("show")
+@command.command("show", cls=Verb)
 @click.argument("file", required=False, type=click.Path())
 @click.option("--row", type=click.IntRange(1), help="the row of this number, as in messages")
 @click.option("--rows", "count", type=click.IntRange(1), help="so many rows  [default: 3, or 1]")
@@ -37,7 +49,7 @@ def show(
     from deltaw.training.data_view import shown_rows
 
     out = console(as_json)
-    found = shown_rows(_config(file, settings, given), row, count or (3 if row is None else 1), out.print)
+    found = shown_rows(_config(file, settings, given), row, count or (3 if row is None else 1), out.say)
     if as_json:
         print_json({"rows": [row_as_dict(one) for one in found]})
         return
@@ -48,7 +60,7 @@ def show(
             out.print(line)
 
 
-@command.command("check")
+@command.command("check", cls=Verb)
 @click.argument("file", required=False, type=click.Path())
 @click.option("--settings", type=click.Path(), help="a YAML file with the run's settings")
 @settings_flags
@@ -63,7 +75,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     from deltaw.training.data_view import check_data
 
     out = console(as_json)
-    found = check_data(_config(file, settings, given), out.print)
+    found = check_data(_config(file, settings, given), out.say)
     for line in check_lines(found):
         out.print(line)
     if as_json:

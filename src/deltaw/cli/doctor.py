@@ -21,7 +21,7 @@ def command(model: str | None, output: str, as_json: bool) -> int:
 
     out = console(as_json)
     with working("looking at this machine"):
-        found = examine(model, output, say=out.print)
+        found = examine(model, output, say=out.say)
     if as_json:
         print_json(found.as_dict())
     else:

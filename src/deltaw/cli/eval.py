@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltaw import tasks
+from deltaw.cli.mistakes import RunArgument, TaskName
 from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.cli.text_options import SYSTEM_HELP
 from deltaw.errors import UserError
 from deltaw.working import working
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from deltaw.reports.tables import Output
     from deltaw.runtime.generation import Writer
     from deltaw.training.drift import Drift
     from deltaw.training.origin import InferenceSession
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("run")
+@click.argument("run", type=RunArgument())
 @click.option("--data", help="a file, hub id or package member; by default the run's held-out rows")
 @click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
@@ -30,15 +32,16 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
+@click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
-@click.option("--task", type=click.Choice(tasks.names()), help="what a bare model is to do")
+@click.option("--task", type=TaskName(tasks.names()), help="what a bare model is to do")
 @model_flags
 @json_flag
 def command(
     run: str, data: str | None, names: tuple[str, ...], with_base: bool, rows: int | None, as_json: bool, **opening: Any
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
-    shown, general, with_drift = (opening.pop(name) for name in ("shown", "general", "with_drift"))
+    shown, general, with_drift, system = (opening.pop(name) for name in ("shown", "general", "with_drift", "system"))
     how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens"), "shown": shown}
     out = console(as_json)
     with working("starting"):
@@ -46,10 +49,13 @@ def command(
         from deltaw.training.origin import open_run, score_run
     if data is not None and names:
         raise UserError("--set chooses among the run's own sets", where="--data", hint="leave out one of the two")
-    opened = open_run(run, say=out.print, **opening)
-    sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, out).items()}
+    if data is None and system is not None:
+        hint = "name a file with --data whose rows have none"
+        raise UserError("the run's own rows are evaluated as they are", where="--system", hint=hint)
+    opened = open_run(run, say=out.say, **opening)
+    sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, system, out).items()}
     _say_not_invoked(opened, sets, out)
-    writer = SessionWriter(opened, out.print)
+    writer = SessionWriter(opened, out.say)
 
     def scored() -> dict[str, Score]:
         """Each set's score, as the model is now."""
@@ -72,20 +78,19 @@ def command(
 
 
 def _rows_by_set(
-    opened: InferenceSession, run: str, data: str | None, names: Sequence[str], out: Console
+    opened: InferenceSession, run: str, data: str | None, names: Sequence[str], system: str | None, out: Output
 ) -> dict[str, Sequence[Any]]:
     """The rows to evaluate on by the name of their set, which is empty where there is one set without a name.
 
     Raises:
         UserError: there are none, or no set of such a name.
     """
-    from deltaw.data.settings import DataSettings
     from deltaw.training.tasks.base import read_run_data
 
     sets: dict[str, Sequence[Any]]
     if data is not None:
-        examples, report = opened.task.read_file(data, opened.data or DataSettings(train=data), opened.classes)
-        sets, lines = {"": examples}, report.lines()
+        examples, lines = _rows_of_file(opened, data, system)
+        sets = {"": examples}
     elif opened.config is not None and opened.found is not None:
         opened.found.require_rows()
         lines = []
@@ -94,7 +99,7 @@ def _rows_by_set(
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")
     for line in lines:
-        out.print(line)
+        out.say(line)
     if unknown := [name for name in names if name not in sets]:
         there = [name for name in sets if name]
         hint = f"it has {', '.join(there)}" if there else "it has one set without a name; leave out --set"
@@ -105,17 +110,33 @@ def _rows_by_set(
     return sets
 
 
-def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]], out: Console) -> None:
+def _rows_of_file(opened: InferenceSession, data: str, system: str | None) -> tuple[Sequence[Any], list[str]]:
+    """The rows of a file, and what to say of them. If no row has a system prompt, each gets that of the training
+    rows, or the one given."""
+    from deltaw.data.settings import DataSettings
+
+    settings = opened.data or DataSettings(train=data)
+    if system is not None:
+        settings = replace(settings, system=system)
+    examples, report = opened.task.read_file(data, settings, opened.classes)
+    line = None if report.system_rows else opened.prompting.line(system)
+    if line is not None:
+        settings = replace(settings, system=opened.prompting.system)
+        examples, report = opened.task.read_file(data, settings, opened.classes)
+    return examples, [*report.lines(), *([line] if line and report.system_rows else [])]
+
+
+def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]], out: Output) -> None:
     """How many prompts lack the invocation sequence of an activated adapter."""
     from deltaw.data.example import Example
 
     rows = [row for examples in sets.values() for row in examples]
     prompts = [row.tokens[: row.prompt_length] for row in rows if isinstance(row, Example) and row.prompt_length]
     if (lacking := opened.not_invoked(prompts)) is not None:
-        out.print(lacking)
+        out.say(lacking)
 
 
-def _print_scores(scores: Mapping[str, Score], out: Console) -> None:
+def _print_scores(scores: Mapping[str, Score], out: Output) -> None:
     """One set's metrics by model, and the answers that were asked for."""
     from deltaw.reports.scores import answer_table, confusion_table, score_table
 
@@ -151,7 +172,7 @@ def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int
     return found
 
 
-def _drift(opened: InferenceSession, out: Console, general: int, writer: Writer) -> Drift | None:
+def _drift(opened: InferenceSession, out: Output, general: int, writer: Writer) -> Drift | None:
     """How far general answers moved, shown; with ``general`` of them side by side."""
     from deltaw.reports.scores import general_table
     from deltaw.training.drift import answers_side_by_side, drift_of
@@ -160,11 +181,11 @@ def _drift(opened: InferenceSession, out: Console, general: int, writer: Writer)
     try:
         drift = drift_of(opened, writer)
         for line in [] if drift is None else drift.lines():
-            out.print(line)
+            out.say(line)
         if general and drift is not None:
             out.print(general_table(answers_side_by_side(opened, general, writer)))
     except NoGeneralAnswers as reason:
-        out.print(f"drift: not measured ({reason})")
+        out.say(f"drift: not measured ({reason})")
         return None
     return drift
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaw.cli.mistakes import RunArgument
 from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
-from deltaw.cli.text_options import TextSettings, engine_for, text_flags
+from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -23,9 +24,10 @@ LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many
 
 
 @click.command("generate")
-@click.argument("run")
+@click.argument("run", type=RunArgument())
+@click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
-@click.option("--system", help="a system message before each prompt")
+@system_flag
 @click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
 @text_flags(max_new_tokens=256)
 @click.option("--logprobs", type=click.IntRange(0, 100), help=LOGPROBS_HELP)
@@ -33,6 +35,7 @@ LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many
 @json_flag
 def command(
     run: str,
+    text: str | None,
     prompts: tuple[str, ...],
     system: str | None,
     with_base: bool,
@@ -40,25 +43,26 @@ def command(
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
-    standard input."""
+    """Complete TEXT, or several prompts, with RUN: a run's folder, an adapter's, or a model. Without either,
+    prompts are lines of standard input."""
     notes, logprobs = console(True), opening.pop("logprobs")
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
     with working("starting"):
-        from deltaw.data import encode_prompt
         from deltaw.serving.opening import base_engine
         from deltaw.training.origin import open_run
-    asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
+        from deltaw.training.prompting import with_system
+    asked = [*filter(None, [text]), *prompts] or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
-        raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
+        raise UserError("there is no prompt", hint="give a text behind the run, --prompt, or lines on standard input")
 
-    opened = open_run(run, say=notes.print, **opening)
+    opened = open_run(run, say=notes.say, **opening)
     opened.require_generation()
-    tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
+    system = system_of(opened, system, notes.print)
+    tokens = [opened.encode(with_system(system, prompt)) for prompt in asked]
     if (line := opened.not_invoked(tokens)) is not None:
-        notes.print(line)
+        notes.say(line)
 
     def completed(by: Engine, adapter: str | None) -> list[Written]:
         requests = [how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
@@ -66,28 +70,22 @@ def command(
             return by.write_all(requests, lambda done, _: advance(done))
 
     base: list[Written] | None = None
-    with contextlib.closing(engine_for(opened, notes.print)) as engine:
+    with contextlib.closing(engine_for(opened, notes.say)) as engine:
         written = completed(engine, engine.own_adapter)
         if with_base:
-            with base_engine(opened, engine, notes.print) as of_base:
-                base = completed(of_base, None)
+            with base_engine(opened, engine, notes.say) as bare:
+                base = completed(bare, None)
     if as_json:
         rows = [
             {"prompt": prompt, **_as_dict(w, "", opened.tokenizer)} for prompt, w in zip(asked, written, strict=True)
         ]
-        for row, text in zip(rows, base or (), strict=False):
-            row |= _as_dict(text, "base", opened.tokenizer)
+        for row, of_base in zip(rows, base or (), strict=False):
+            row |= _as_dict(of_base, "base", opened.tokenizer)
         print_json({"completions": rows})
         return
     for number, completion in enumerate(written):
         before = "" if base is None else f"base:    {base[number].text}\nadapter: "
         click.echo(f"{before}{completion.text}")
-
-
-def _messages(prompt: str, system: str | None) -> str | list[dict]:
-    if system is None:
-        return prompt
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def _as_dict(text: Written, by: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import console, json_flag, print_json
 
 
 @click.command("inspect")
-@click.argument("adapter", type=click.Path())
-@click.argument("other", type=click.Path(), required=False)
+@click.argument("adapter", type=AdapterArgument())
+@click.argument("other", type=AdapterArgument(), required=False)
 @json_flag
 def command(adapter: str, other: str | None, as_json: bool) -> None:
     """Rank, size, targets, norms and effective ranks of ADAPTER, a folder; or how it differs from OTHER."""
@@ -20,4 +21,4 @@ def command(adapter: str, other: str | None, as_json: bool) -> None:
     if as_json:
         print_json(report.as_dict())
     else:
-        console(as_json).print(report.render())
+        console(as_json).print(report.render(), soft_wrap=False)

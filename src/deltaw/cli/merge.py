@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
@@ -16,7 +17,7 @@ METHODS = click.Choice(["concat", "svd", "linear", "ties", "dare"])
 
 
 @click.command("merge")
-@click.argument("run", type=click.Path())
+@click.argument("run", type=AdapterArgument())
 @click.option("--output", required=True, type=click.Path(), help="the folder to make")
 @base_flags
 @click.option(
@@ -64,20 +65,20 @@ def command(
         recipe=recipe,
     )
     if as_adapter:
-        adapter = write_adapter(run, output, options, rank=rank, say=out.print)
+        adapter = write_adapter(run, output, options, rank=rank, say=out.say)
         lines, value = adapter_lines(adapter), as_dict(adapter)
     else:
         if rank is not None and (recipe is None or method != "svd"):
             what = "--rank is for method svd and for --as-adapter: a merged weight has no rank to choose"
             raise UserError(what, where="--rank", hint="add --as-adapter, or --with other=0.5 --method svd")
-        checked = Verify(out.print) if verify else None
-        merged = merge_run(run, output, options, verify=checked, keep=keep, say=out.print)
+        checked = Verify(out.say) if verify else None
+        merged = merge_run(run, output, options, verify=checked, keep=keep, say=out.say)
         lines, value = merge_lines(merged), as_dict(merged)
     if as_json:
         print_json(value)
         return
     for line in lines:
-        out.print(line)
+        out.say(line)
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 import yaml
 from click.shell_completion import CompletionItem
-from rich.console import Console
 
 from deltaw.errors import UserError
+from deltaw.other_names import SHORT
+from deltaw.reports.tables import Output
 from deltaw.reports.working import WorkingDisplay
-from deltaw.settings import parse_yaml, settings
+from deltaw.settings import RunConfig, Setting, parse_yaml, settings
 from deltaw.working import listen
 
 Command = TypeVar("Command", bound=Callable)
 SHARE = click.FloatRange(0, 1, min_open=True)
+ALL = "--help-all"
+COMMON_TITLE = "Common settings"
+# Characters of a setting's choices that stand behind its flag; longer ones are part of what is said of it.
+LONGEST_KIND = 32
+# The settings that --help shows, in this order.
+COMMON = (
+    *("model", "data.train", "data.eval", "task", "method", "output", "train.epochs", "train.max_steps"),
+    *("train.learning_rate", "train.batch_size", "data.max_length", "lora.rank", "lora.alpha"),
+    *("precision", "memory", "train.seed"),
+)
 # Settings whose values are files or folders, for a shell that completes them.
 FILES = {"model": "file", "data.train": "file", "data.eval": "file", "data.chat_template": "file", "output": "dir"}
 
@@ -30,15 +41,96 @@ def with_options(command: Command, *options: Callable[[Command], Command]) -> Co
     return command
 
 
+class Verb(click.Command):
+    """A verb of many flags: ``--help`` shows the first of its groups, ``--help-all`` all of them.
+
+    Args:
+        groups: names of parameters by title; without it, the settings of a run by section.
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]] | None = None, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.groups = groups
+        told: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _help_all}
+        self.params.append(click.Option([ALL], help="show every flag, in groups", **told))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = {str(param.name): param for param in self.get_params(ctx) if isinstance(param, click.Option)}
+        every, groups = bool(ctx.meta.get(ALL)), self.groups or {COMMON_TITLE: tuple(map(_argument_name, COMMON))}
+        kinds: dict[str, str] = {}
+        if self.groups is None:
+            from deltaw.schema import kinds_of
+
+            settings_of = {option.setting.key: name for name, option in options.items() if hasattr(option, "setting")}
+            kinds = kinds_of(settings_of if every else COMMON)
+            if every:
+                groups = _by_section(settings_of)
+        grouped = {name for names in groups.values() for name in names}
+        listed = dict(groups) if every else dict(list(groups.items())[:1])
+        listed["Options"] = [n for n, o in options.items() if n not in grouped and not isinstance(o, SettingFlag)]
+        for title, names in listed.items():
+            flags = [options[name] for name in names]
+            records = [o.record(kinds, every) if isinstance(o, SettingFlag) else o.get_help_record(ctx) for o in flags]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if not ctx.meta.get(ALL):
+            count = sum(isinstance(param, click.Option) for param in self.params)
+            formatter.write_paragraph()
+            formatter.write_text(f"All {count} flags, in groups: {ctx.command_path} {ALL}")
+
+
+def _help_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        ctx.meta[ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+def _by_section(flags: Mapping[str, str]) -> dict[str, Sequence[str]]:
+    """The flags of settings by the section of each, those of none first."""
+    groups: dict[str, list[str]] = {}
+    for key, name in flags.items():
+        section = key.rpartition(".")[0]
+        told = str(RunConfig.model_fields[section].description).partition(";")[0] if section else ""
+        title = f"{section} ({told})" if section else "General"
+        groups.setdefault(title, []).append(name)
+    return {**groups}
+
+
+class SettingFlag(click.Option):
+    """The flag of a setting; what it can be is found where help is shown."""
+
+    def __init__(self, *args: Any, setting: Setting, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.setting = setting
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        from deltaw.schema import kinds_of
+
+        return self.record(kinds_of([self.setting.key]), every=False)
+
+    def record(self, kinds: Mapping[str, str], every: bool) -> tuple[str, str]:
+        """Its names and what it is; among the common ones only the shortest name, and the file's for it behind."""
+        key, said, kind = self.setting.key, self.setting.description, kinds[self.setting.key]
+        if len(kind) > LONGEST_KIND:
+            named = all(value in said for value in kind.split("|"))
+            said, kind = said if named else f"{said}: {kind.replace('|', ', ')}", "NAME"
+        shown = [] if self.setting.default is ... else [f"default: {_shown(self.setting.default)}"]
+        if not every and self.opts[0] != f"--{key}":
+            shown.insert(0, key)
+        names = ", ".join([f"--{key}", *self.opts[:-1]]) if every else self.opts[0]
+        return f"{names} {kind}", f"{said}  [{'; '.join(shown)}]" if shown else said
+
+
 def settings_flags(command: Command) -> Command:
     """Give ``command`` a flag ``--key.sub VALUE`` for every setting; those given arrive as ``flags``."""
     options = []
     for setting in settings():
-        default = "" if setting.default is ... else f"  [default: {_shown(setting.default)}]"
-        # As in the file, where `data: rows.jsonl` stands for `data: {train: rows.jsonl}`.
-        names = [f"--{setting.key}", *(["--data"] if setting.key == "data.train" else []), _argument_name(setting.key)]
-        how: dict[str, Any] = {"help": setting.description + default, "shell_complete": completing(setting.key)}
-        options.append(click.option(*names, metavar="VALUE", **how))
+        names = [*(f"--{name}" for name in SHORT.get(setting.key, ())), f"--{setting.key}", _argument_name(setting.key)]
+        how: dict[str, Any] = {"help": setting.description, "shell_complete": completing(setting.key)}
+        options.append(click.option(*names, cls=SettingFlag, setting=setting, metavar="VALUE", **how))
     return with_options(command, *options)
 
 
@@ -73,11 +165,11 @@ def nested(given: Mapping[str, object]) -> dict:
     return result
 
 
-def console(as_json: bool) -> Console:
+def console(as_json: bool) -> Output:
     """Where a person reads: standard output, or standard error where that belongs to the JSON. Long work is
     shown there too, up to the verb's end."""
-    # What is printed holds the user's own text, whose brackets and colons mean nothing here.
-    made = Console(stderr=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    context = click.get_current_context(silent=True)
+    made = Output(stderr=as_json, verbose=context is not None and context.meta.get(VERBOSE, False))
     listen(WorkingDisplay(made))
     return made
 
@@ -87,8 +179,22 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
 
 
+def _note_verbose(context: click.Context, _: click.Parameter, given: bool) -> None:
+    if given:
+        context.meta[VERBOSE] = True
+
+
+VERBOSE = "deltaw.verbose"
+VERBOSE_HELP = "print every choice with its reason, and tables with all their columns"
+verbose_flag = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_note_verbose, help=VERBOSE_HELP
+)
 JSON_HELP = "one JSON object on standard output, the rest on standard error"
-json_flag = click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+
+
+def json_flag(command: Command) -> Command:
+    """Give ``command`` the flags ``--json``, which arrives as ``as_json``, and ``--verbose``."""
+    return with_options(command, click.option("--json", "as_json", is_flag=True, help=JSON_HELP), verbose_flag)
 
 
 def cluster_flags(command: Command) -> Command:
@@ -163,4 +269,6 @@ def _value(text: str) -> object:
 def _shown(value: object) -> str:
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)

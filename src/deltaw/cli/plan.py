@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from deltaw.memory.plan import Plan
+    from deltaw.reports.tables import Output
 
 
-@click.command("plan")
-@click.argument("settings", required=False, type=click.Path())
-@click.option("--methods", default="all", show_default=True, help="methods to plan besides the run's own: a,b,c")
+@click.command("plan", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
+@click.option("--methods", help="plan these methods too: a,b,c, or all; with --json, --picture and --budget all")
 @click.option("--picture", type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
 @click.option("--budget", help="search for settings that fit into so much memory, such as 6GB")
 @click.option(
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 @json_flag
 def command(
     settings: str | None,
-    methods: str,
+    methods: str | None,
     picture: str | None,
     budget: str | None,
     processes: int,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """The memory that a run needs, part by part, for every method on the same model. Reads the
-    model's configuration and the rows, no weights."""
+    """The memory that a run needs, whether it fits, and its parts. Reads the model's configuration and the
+    rows, no weights."""
     from deltaw.reports.plan import budget_table, picture_kind
     from deltaw.settings import RunConfig
     from deltaw.training.planning.asked import chosen_methods, of_each, parse_bytes
@@ -45,25 +45,26 @@ def command(
 
     out = console(as_json)
     config = RunConfig.read(settings, nested(given))
-    names = chosen_methods(methods, config.method)
+    several = as_json or picture is not None or budget is not None
+    names = chosen_methods(methods or ("all" if several else config.method), config.method)
     size = None if budget is None else parse_bytes(budget)
     if picture is not None:
         picture_kind(Path(picture))
     known = recalled(config, names, processes) if size is None else None
     if known is not None:
-        for line in known.lines:
-            out.print(line)
         plans = {name: of_each(plan, config.train.sharding, processes) for name, plan in known.plans.items()}
-        _show(plans, config.method, picture, out, as_json)
+        _show(plans, config.method, processes, known.lines, out)
+        _end(plans, picture, out, as_json)
         return
 
     from deltaw.training.session import read_data
 
-    task, data = read_data(config, out.print)
+    lines: list[str] = []
+    task, data = read_data(config, lines.append)
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
-        found = fitting_settings(config, task, data, size, names, say=out.print, processes=processes)
+        found = fitting_settings(config, task, data, size, names, say=out.say, processes=processes)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
@@ -71,19 +72,31 @@ def command(
     from deltaw.training.planning.plan_run import plan_each
 
     def refused(method: str, error: UserError) -> None:
-        out.print(f"{method}: {error.what}")
+        lines.append(f"{method}: {error.what}")
 
     plans = plan_each(config, task, data, names, refused=refused, processes=processes)
     if not plans:
         hint = "train it all the same: deltaw train goes without a plan where none can be made"
         raise UserError("no method can be planned", where=config.model, hint=hint)
-    _show(plans, config.method, picture, out, as_json)
+    _show(plans, config.method, processes, lines, out)
+    _end(plans, picture, out, as_json)
 
 
-def _show(plans: Mapping[str, Plan], own: str, picture: str | None, out: Console, as_json: bool) -> None:
-    from deltaw.reports.plan import draw_plans, plan_report
+def _show(plans: Mapping[str, Plan], own: str, processes: int, rows: Sequence[str], out: Output) -> None:
+    """The report, and below it what became of the rows."""
+    from deltaw.machine.memory import free_memory_bytes
+    from deltaw.reports.plan import plan_report
 
-    out.print(plan_report(plans, own))
+    out.print(plan_report(plans, own, free_memory_bytes(), processes))
+    if len(plans) == 1:
+        out.print("other methods: --methods all; what fits into less memory: --budget 2GB")
+    for line in rows:
+        out.say(line)
+
+
+def _end(plans: Mapping[str, Plan], picture: str | None, out: Output, as_json: bool) -> None:
+    from deltaw.reports.plan import draw_plans
+
     if picture is not None:
         draw_plans(plans, Path(picture))
         out.print(f"drawn to {picture}")

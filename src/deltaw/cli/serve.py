@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import Command, console, model_flags, with_options
+from deltaw.cli.mistakes import RunArgument
+from deltaw.cli.options import Command, Verb, console, model_flags, verbose_flag, with_options
 from deltaw.serving.http.settings import Limits, ServerSettings, named_folders, read_keys
 from deltaw.working import working
 
@@ -35,6 +36,18 @@ LIMITS: dict[str, tuple[str, click.ParamType, str]] = {
 }
 
 
+GROUPS = {
+    "Common": ("adapters", "name", "host", "port", "keys", "model", "precision", "device", "no_page"),
+    "Who may ask": (
+        *("api_key_file", "without_key", "hosts", "origins", "certificate", "certificate_key", "share_cache"),
+        *("log", "log_prompts"),
+    ),
+    "Adapters and memory": ("adapters_from", "max_adapters", "running", "cache_memory", "adapter_memory"),
+    "Model": ("trust_remote_code", "pooling", "no_normalize"),
+    "Limits": tuple(LIMITS),
+}
+
+
 def _limit_flags(command: Command) -> Command:
     """A flag for each of the server's limits, with its default."""
     options = [
@@ -44,8 +57,8 @@ def _limit_flags(command: Command) -> Command:
     return with_options(command, *options)
 
 
-@click.command("serve")
-@click.argument("base")
+@click.command("serve", cls=Verb, groups=GROUPS)
+@click.argument("base", type=RunArgument())
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="an adapter; several times")
 @click.option("--name", help="the base model's name in requests  [default: BASE as given]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
@@ -72,6 +85,7 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--no-normalize", is_flag=True, help="leave an encoder's vectors as long as they are")
 @_limit_flags
 @model_flags
+@verbose_flag
 def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, without_key: bool, **given: Any) -> None:
     """Serve BASE, a model or a run's folder, and adapters over HTTP as the OpenAI API does. In
     requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
@@ -97,11 +111,11 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
         from deltaw.serving.http.guard import request_log
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    served = open_any(base, folders, Opening(name=name, **how), settings.limits, say=notes.print)
+    served = open_any(base, folders, Opening(name=name, **how), settings.limits, say=notes.say)
     try:
         app, desk = create_app(served, settings)
         for line in settings.described():
-            notes.print(line)
+            notes.say(line)
         url = server.url_of(settings, bound)
 
         def ready() -> None:

@@ -13,6 +13,7 @@ import click
 
 from deltaw.cli.options import SHARE, Command, as_text, with_options
 from deltaw.errors import UserError
+from deltaw.working import Detail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,6 +125,17 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
     return give
 
 
+SYSTEM_HELP = 'a system prompt for what has none; "": none  [default: the one that the training rows share]'
+system_flag = click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
+
+
+def system_of(session: InferenceSession, given: str | None, say: Callable[[str], None]) -> str:
+    """The system prompt to write with, which may be empty; told if it is not the one given."""
+    if (line := session.prompting.line(given)) is not None:
+        say(line)
+    return session.prompting.system_for(None if given is None else as_text(given, "--system"))
+
+
 def engine_for(session: InferenceSession, say: Callable[[str], None]) -> Engine:
     """An engine that writes a verb's texts.
 
@@ -137,6 +149,6 @@ def engine_for(session: InferenceSession, say: Callable[[str], None]) -> Engine:
 
     told: list[str] = []
     engine = open_engine(session, say=told.append)
-    for line in told or [f"the decoding engine writes: {engine.why}"]:
+    for line in told or [Detail(f"the decoding engine writes: {engine.why}")]:
         say(line)
     return engine

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from deltaw.cli.options import SHARE, cluster_flags, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.mistakes import SettingsFile
+from deltaw.cli.options import SHARE, Verb, cluster_flags, console, json_flag, nested, print_json, settings_flags
 
 
-@click.command("tune")
-@click.argument("settings", required=False, type=click.Path())
+@click.command("tune", cls=Verb)
+@click.argument("settings", required=False, type=SettingsFile())
 @click.option("--trials", default=20, show_default=True, type=click.IntRange(1), help="trials to have in the end")
 @click.option(
     "--search",
@@ -39,17 +40,17 @@ def command(settings: str | None, as_json: bool, **given: Any) -> int:
     folder = config.output if "output" in flags else f"{config.output}-tune"
     asked = {name: given[name] for name in ("trials", "search", "storage", "share", "cluster")}
     try:
-        tuning = tune(config, folder=folder, say=out.print, **asked)
+        tuning = tune(config, folder=folder, say=out.say, **asked)
     except KeyboardInterrupt:
-        out.print(f"interrupted: what is done is in {folder}, and the same command resumes there")
+        out.say(f"interrupted: what is done is in {folder}, and the same command resumes there")
         return 130
     out.print()
     out.print(tuning_table(tuning))
     out.print()
     for line in lessons(tuning):
-        out.print(line)
+        out.say(line)
     out.print(f"\nbest settings:\n{best_yaml(tuning)}\n")
-    out.print(f"train with them: deltaw train {folder}/best.yaml")
+    out.say(f"train with them: deltaw train {folder}/best.yaml")
     if as_json:
         print_json(tuning.as_dict())
     return 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from deltaw.data.chunk import example_of
 from deltaw.data.example import Example
-from deltaw.data.formats import Form, Pair, Record, Text, choose_form, read_records
+from deltaw.data.formats import Form, Pair, Record, Text, choose_form, read_records, with_system
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.pieces import special_tokens
 from deltaw.data.report import BadRowError, BadRows, count_of
@@ -147,7 +147,7 @@ def collect(train: Train, settings: DataSettings, tokenizer: PreTrainedTokenizer
             form = form or choose_form(chunk, source.form or settings.form, columns)
             facts.form = form.name
             facts.template = "plain" if form.name == "text" else encoder.template
-            for where, record, examples in _of_chunk(chunk, form, columns, encoder, facts.bad):
+            for where, record, examples in _of_chunk(chunk, form, columns, settings.system, encoder, facts.bad):
                 facts.rows += 1
                 facts.unrolled += len(examples) > 1
                 for what in _notable(record, special):
@@ -160,7 +160,7 @@ def collect(train: Train, settings: DataSettings, tokenizer: PreTrainedTokenizer
 
 
 def _of_chunk(
-    rows: Rows, form: Form, columns: Mapping[str, str], encoder: Encoder, bad: BadRows
+    rows: Rows, form: Form, columns: Mapping[str, str], system: str | None, encoder: Encoder, bad: BadRows
 ) -> Iterator[tuple[str, Record, list[Example]]]:
     """The place, the record and the examples of each usable row."""
     places = [rows.place(index) for index in range(len(rows))]
@@ -170,7 +170,7 @@ def _of_chunk(
         refused.add(place)
         bad.add(error, rows[place][1])
 
-    records = read_records(rows, range(len(rows)), form, columns, on_bad)
+    records = [with_system(record, system) for record in read_records(rows, range(len(rows)), form, columns, on_bad)]
     for index, (record, parts) in enumerate(zip(records, encoder.encode(records, places, on_bad), strict=True)):
         if record is not None and index not in refused:
             yield places[index], record, [example_of(rows.number(index), part) for part in parts]

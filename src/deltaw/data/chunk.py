@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from deltaw.data.example import Example
-from deltaw.data.formats import Form, Pair, Record, Text, read_records
+from deltaw.data.formats import Form, Pair, Record, Text, read_records, system_of, with_system
 from deltaw.data.messages import Conversation, without_blank_answers
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.row_store import key_of
@@ -134,6 +135,32 @@ class _Part:
 
 # What became of rows besides one example each: the counts of :class:`deltaw.data.report.Report`, by their names there.
 Account = Counter[str]
+# How many rows begin with each system message; "" counts those with none, and those with a rare or very long one.
+Systems = Counter[str]
+# Rows share a system message if this share of them has it. One with more characters is not kept.
+SHARED, MOST_SYSTEM = 0.9, 32_768
+# System messages that are counted apart from the rest: each row may have another one.
+_SYSTEMS = 8
+
+
+def count_system(systems: Systems, record: Record) -> None:
+    """Count the system message of one row."""
+    text = system_of(record)
+    systems[text if text.strip() and len(text) <= MOST_SYSTEM else ""] += 1
+
+
+def frequent(systems: Systems) -> Systems:
+    """The system messages that most rows have."""
+    kept = Systems(dict(systems.most_common(_SYSTEMS)))
+    kept[""] += systems.total() - kept.total()
+    return kept
+
+
+def shared_system(systems: Systems) -> dict[str, Any]:
+    """``system`` and ``system_rows`` of :class:`deltaw.data.report.Report`."""
+    with_one = Systems({text: count for text, count in systems.items() if text})
+    text, count = next(iter(with_one.most_common(1)), (None, 0))
+    return {"system": text if count >= SHARED * systems.total() else None, "system_rows": with_one.total()}
 
 
 @dataclass
@@ -175,16 +202,16 @@ class ChunkReader:
     Args:
         encoder: renders and tokenizes.
         form: the format of the rows.
-        settings: ``columns``, ``max_length`` and ``long_rows`` are read.
+        settings: ``columns``, ``system``, ``max_length`` and ``long_rows`` are read.
         bad: told of rows that cannot be used.
 
     Attributes:
-        account: of all rows read so far.
+        account: of all rows read so far. systems: their system messages.
         long: rows that are too long, where that is an error.
     """
 
     def __init__(self, encoder: Encoder, form: Form, settings: DataSettings, bad: BadRows) -> None:
-        self.account = Account()
+        self.account, self.systems = Account(), Systems()
         self.long = LongRows()
         self._encoder = encoder
         self._form = form
@@ -205,7 +232,8 @@ class ChunkReader:
         def on_bad(place: int, error: BadRowError) -> None:
             self._bad.add(error, rows[indices[place]][1])
 
-        records = read_records(rows, indices, self._form, self._settings.columns, on_bad)
+        read = read_records(rows, indices, self._form, self._settings.columns, on_bad)
+        records = [with_system(record, self._settings.system) for record in read]
         encoded = self._encoder.encode(records, places, on_bad)
         found: list[list[Example]] = []
         for place, (index, record, parts) in enumerate(zip(indices, records, encoded, strict=True)):
@@ -215,6 +243,7 @@ class ChunkReader:
                     examples = self._examples(rows[index][0], record, parts, places[place])
                 except BadRowError as error:
                     on_bad(place, error)
+                count_system(self.systems, record)
             found.append(examples)
         return found
 

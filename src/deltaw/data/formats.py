@@ -6,7 +6,7 @@ It knows the usual formats of fine-tuning data and nothing of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -61,6 +61,23 @@ class Pair:
 
 
 Record = Text | Pair | Conversation
+
+
+def system_of(record: Record) -> str:
+    """The system message that a record begins with; empty if there is none."""
+    if isinstance(record, Conversation) and record.messages[0]["role"] == "system":
+        return str(record.messages[0]["content"])
+    return record.system or "" if isinstance(record, Pair) else ""
+
+
+def with_system(record: Record | None, system: str | None) -> Record | None:
+    """The same with a system message, if it has none and is not plain text."""
+    if record is None or not system or system_of(record) or isinstance(record, Text):
+        return record
+    if isinstance(record, Pair):
+        return replace(record, system=system)
+    messages = tuple(_with_system(system, list(record.messages)))
+    return replace(record, messages=messages, learned=(False, *record.learned))
 
 
 @dataclass(frozen=True)

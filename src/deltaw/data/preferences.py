@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from deltaw.data.check import Finding
-from deltaw.data.chunk import differ, example_of
+from deltaw.data.chunk import count_system, differ, example_of, frequent
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, Record, read_pair, require
+from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, Record, read_pair, require, with_system
 from deltaw.data.messages import WRONG_TYPE
 from deltaw.data.report import BadRowError, Refuse, Report, Say, silent
 from deltaw.data.row_reader import RowReader, RunData
@@ -112,9 +112,14 @@ class AnswerReader(RowReader[RowGroup]):
                 found = self.records(self.row(rows, index), where)
             except BadRowError as error:
                 on_bad(count * number, error)
+            found = tuple(with_system(record, self.settings.system) for record in found)
             records += found
             places += [f"{where}, {column}" for column in self.answers]
         encoded = self.encode(records, places, on_bad)
+        for record in records[::count]:
+            if record is not None:
+                count_system(self.systems, record)
+        self.systems = frequent(self.systems)
         return [None if n in bad else encoded[count * n : count * (n + 1)] for n in range(len(indices))]
 
     def _group(self, rows: Rows, index: int, encoded: list[list[Encoded]]) -> RowGroup | None:

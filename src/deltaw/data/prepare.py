@@ -21,7 +21,7 @@ from deltaw.data.formats import Form, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
 from deltaw.data.pieces import pieces
-from deltaw.data.report import BadRows, Report, Say, silent
+from deltaw.data.report import BadRows, Report, Say, silent, skipping_named
 from deltaw.data.row_reader import UNLIMITED, RunData, ShownExample, ShownRow
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import Rows
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@skipping_named()
 def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent) -> RunData:
     """Read and render the data of a run.
 
@@ -76,6 +77,7 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
     return RunData(train, held_out, report, bad)
 
 
+@skipping_named()
 def prepare_file(
     reference: str,
     settings: DataSettings,
@@ -128,11 +130,11 @@ class TextReader:
         held_out = [(name, collect(name, settings, tokenizer, ends)) for name in apart]
         return check_facts(facts, settings, shown(settings.train), end_names=names, held_out=held_out)
 
-    def rows(self) -> Iterator[ShownRow]:
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
         settings = self.settings
         encoder = Encoder(self.tokenizer, settings.template, settings.labels, settings.date)
         for source in sources_of(settings.train):
-            stream = open_source(source.reference, BadRows("skip").add, max_bytes=settings.max_row_bytes)
+            stream = open_source(source.reference, bad.add, max_bytes=settings.max_row_bytes)
             stream.scan()
             own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
             for chunk in stream.chunks():

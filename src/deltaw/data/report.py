@@ -5,6 +5,7 @@ Counts only; it knows neither files nor tokenizers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,6 +19,7 @@ from typing import IO, Literal
 
 from deltaw.durable import replacing
 from deltaw.errors import UserError
+from deltaw.working import Detail
 
 # Lines on how far a long reading is: rows, megabytes a second, time left.
 #
@@ -93,6 +95,7 @@ SKIPPED_ROWS = "skipped_rows.jsonl"
 # takes up to 160 times a row's bytes in memory.
 MAX_ROW_BYTES = 16 * 2**20
 TOO_LONG = "longer than data.max_row_bytes"
+SKIPPING = "or leave such rows out with data.bad_rows: skip"
 # Characters of a skipped row that are listed, and of what is said of it: it may quote the row.
 _SHOWN, _SAID = 2000, 500
 
@@ -108,6 +111,22 @@ class BadRowError(UserError):
     def __init__(self, what: str, *, reason: str, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what if len(what) <= _SAID else what[:_SAID] + "…", where=where, hint=hint)
         self.reason = reason
+
+    def of_file(self) -> UserError:
+        """The same where no row of the file can be skipped: what follows it cannot be told."""
+        return UserError(self.what, where=self.where, hint=self.hint)
+
+
+@contextlib.contextmanager
+def skipping_named() -> Iterator[None]:
+    """While open, the error of a row that cannot be used also says how to leave such rows out."""
+    try:
+        yield
+    except BadRowError as error:
+        if SKIPPING in (error.hint or ""):
+            raise
+        hint = "; ".join(filter(None, (error.hint, SKIPPING)))
+        raise BadRowError(error.what, reason=error.reason, where=error.where, hint=hint) from error
 
 
 def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> BadRowError:
@@ -253,6 +272,8 @@ class Report:
         repeated: rows that come in an epoch again because their source has a weight above 1.
         not_drawn: rows that are left out because their source has a weight with a fraction, and not drawn.
         sources: by reference, where there are several, the source's ``weight`` and its ``rows`` in an epoch.
+        system: the system message that at least nine of ten rows begin with; None if there is none.
+        system_rows: rows with a system message.
         evaluation: the report of the separate evaluation file, if there is one.
     """
 
@@ -294,6 +315,8 @@ class Report:
     repeated: int = 0
     not_drawn: int = 0
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    system: str | None = None
+    system_rows: int = 0
     evaluation: Report | None = None
 
     @property
@@ -312,14 +335,15 @@ class Report:
         sizes = f": {self.tokens:,} tokens"
         sizes += f", {self.label_tokens:,} of them labels" if self.template else ""
         sizes += f"; the longest row has {self.longest:,} tokens"
-        lines = [
-            f"{self.source}: {count_of(self.rows_read)} read as {self.form}{template}",
-            f"{count_of(self.rows_kept)} kept" + ("" if self.form == "labeled images" else sizes),
+        origin = f" from {self.held_out_source}" if self.held_out_source else ""
+        held_out = f", {self.held_out:,} held out{origin}" if self.held_out else ""
+        lines: list[str] = [
+            f"rows: {self.rows_read:,} read from {self.source}, {self.rows_kept:,} kept{held_out}",
+            Detail(f"read as {self.form}{template}" + ("" if self.form == "labeled images" else sizes)),
+            *self._lines_of_labels(),
         ]
-        if self.held_out:
-            origin = f"from {self.held_out_source}" if self.held_out_source else "from the same file"
-            lines.append(f"{count_of(self.held_out)} held out for evaluation, {origin}")
-        lines += self._lines_of_labels()
+        if self.system and not self.duplicates_kept:
+            lines.append(f"system prompt, kept with the run: {quoted(self.system, 36)}")
         unrolled = f"became {self.unrolled_examples:,} examples, since the template rewrites earlier turns"
         kept = "kept" if self.duplicates_kept else "dropped"
         lost = f"{self.tokens_cut:,} tokens lost, {self.labels_cut:,} of them labels"
@@ -341,32 +365,33 @@ class Report:
         ]
         lines += [f"{count_of(count)} {what}" for count, what in losses if count]
         for reference, told in self.sources.items():
-            lines.append(f"{reference}: weight {told['weight']:g}, {count_of(int(told['rows']))} in an epoch")
+            weight = f"weight {told['weight']:g}, {count_of(int(told['rows']))} in an epoch"
+            lines.append(Detail(f"{reference}: {weight}"))
         if self.date:
-            lines.append(f"the template writes the date into each row: {self.date} (data.date sets it)")
+            lines.append(Detail(f"the template writes the date into each row: {self.date} (data.date sets it)"))
         if self.unused_columns:
             lines.append("unused columns: " + ", ".join(self.unused_columns))
         if self.evaluation:
-            lines += self.evaluation.lines()
+            lines += self.evaluation.lines()[1:]
         return lines
 
     def _lines_of_labels(self) -> list[str]:
         """The lines on groups, classes and images."""
-        lines = []
+        lines: list[str] = []
         if self.group:
             sides = f"{self.groups:,} groups to train on, {self.held_out_groups:,} held out"
-            lines.append(f"rows with the same '{self.group}' stay together: {sides}")
+            lines.append(Detail(f"rows with the same '{self.group}' stay together: {sides}"))
         if self.class_counts:
             shown = [f"{name} {count:,}" for name, count in list(self.class_counts.items())[:12]]
             more = f", and {len(self.class_counts) - 12:,} more" if len(self.class_counts) > 12 else ""
-            lines.append(f"{len(self.class_counts)} classes, rows of each: {', '.join(shown)}{more}")
+            lines.append(Detail(f"{len(self.class_counts)} classes, rows of each: {', '.join(shown)}{more}"))
             few = [name for name, count in self.class_counts.items() if count < 2]
             if few and not self.duplicates_kept:
                 lines.append(f"classes with fewer than 2 training rows: {', '.join(few[:12])}")
         if self.image_sizes:
             low_height, low_width, height, width = self.image_sizes
             sizes = f"{low_height}×{low_width} to {height}×{width} pixels"
-            lines.append(f"images of {sizes}, resized by the model's preprocessor")
+            lines.append(Detail(f"images of {sizes}, resized by the model's preprocessor"))
         if self.other_files:
             what = "file that is not an image" if self.other_files == 1 else "files that are not images"
             lines.append(f"{self.other_files:,} {what} skipped")
@@ -375,6 +400,12 @@ class Report:
     def as_dict(self) -> dict[str, object]:
         """Every count by name, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def quoted(text: str, most: int) -> str:
+    """A text in quotes on one line, of a long one its beginning: nothing in it moves a terminal's cursor."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
+    return f'"{line}"' if len(line) <= most else f'"{line[: most - 1].rstrip()}…"'
 
 
 def count_of(count: int, noun: str = "row") -> str:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
-from deltaw.data.chunk import Account, LongRows, limited, nothing_left
+from deltaw.data.chunk import Account, LongRows, Systems, limited, nothing_left, shared_system
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pieces import Piece, pieces
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent
+from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent, skipping_named
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
@@ -130,8 +130,9 @@ class Reader(Protocol):
     def check(self, apart: Sequence[str]) -> Check:
         """What is wrong, or may be, with the training rows and with the separate evaluation files ``apart``."""
 
-    def rows(self) -> Iterator[ShownRow]:
-        """The training rows, one after another, and what they become."""
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
+        """The training rows, one after another, and what they become; those without a place in it, as they cannot
+        be read, are put into ``bad`` before the first row of their source is given."""
 
 
 class RowReader(abc.ABC, Generic[Item]):
@@ -148,7 +149,7 @@ class RowReader(abc.ABC, Generic[Item]):
         too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
             each other. torn_by_content: whether these are counted by their contents, or by rows.
         classes: names of the classes, of labeled rows. date: that the template writes into rows.
-        bad: rows that cannot be used. account, long: what became of the others.
+        bad: rows that cannot be used. account, long: what became of the others. systems: their system messages.
     """
 
     form = "rows"
@@ -171,7 +172,7 @@ class RowReader(abc.ABC, Generic[Item]):
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
-        self.account, self.long = Account(), LongRows()
+        self.account, self.long, self.systems = Account(), LongRows(), Systems()
         self._say = say
 
     def example(self, row: Row, number: int, where: str) -> Item:
@@ -236,6 +237,7 @@ class RowReader(abc.ABC, Generic[Item]):
         """The rows of one source."""
         return read_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
 
+    @skipping_named()
     def prepared(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
         report = replace(report, source=shown(self.settings.train))
@@ -246,6 +248,7 @@ class RowReader(abc.ABC, Generic[Item]):
         sides = self.completed(list(train), seed), self.completed(list(held_out), seed)
         return RunData(*sides, self.told(report, train), self.bad, self.classes)
 
+    @skipping_named()
     def file(self, reference: str) -> tuple[Sequence[Any], Report]:
         items, _, report = self._read_apart(reference)
         return self.completed(items, 0), report
@@ -315,7 +318,7 @@ class RowReader(abc.ABC, Generic[Item]):
             UserError: a row cannot be used, or none is left.
         """
         known = self.bad.counts.copy()
-        self.account, self.long = Account(), LongRows()
+        self.account, self.long, self.systems = Account(), LongRows(), Systems()
         group = self.settings.group if seed is not None else None
         rows = self._open(train)
         unreadable = (self.bad.counts - known).total()
@@ -346,6 +349,7 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - known),
             date=self.date,
+            **shared_system(self.systems),
             **self.account,  # type: ignore[arg-type]
         )
         return items, groups_of(rows, kept, group) if group else self.groups(items), report
@@ -399,8 +403,9 @@ class RowReader(abc.ABC, Generic[Item]):
             class_counts=report.class_counts,
         )
 
-    def rows(self) -> Iterator[ShownRow]:
+    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
         reader, limit, source = self._whole(), self.settings.max_length, shown(self.settings.train)
+        reader.bad = bad
         for item in reader._read_apart(self.settings.train)[0]:
             notes = self.notes(item)
             if max(self._lengths([item]), default=0) > limit:

@@ -75,6 +75,7 @@ class DataSettings:
     date: str | None = setting(
         None, "what a chat template that asks for the current date is told, such as 2026-01-31; null: today's"
     )
+    system: str | None = setting(None, "a system message for rows that have none")
     columns: dict[str, str] = setting(
         dict,
         "the file's columns by our names, as in {prompt: question, completion: answer}",

@@ -25,7 +25,7 @@ from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
 from deltaw.data.rows import Row, Rows, Table
 from deltaw.data.sequences import lengths_of, picked
 from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
-from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.errors import UserError, did_you_mean, files_near
 from deltaw.hub import packages
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
 
@@ -209,8 +209,7 @@ def _missing(path: Path, reference: str) -> UserError:
     if not folder.is_dir():
         hint = "check the path, which is relative to the current folder"
         return UserError(f"there is no file '{reference}', nor a folder '{folder}'", where=reference, hint=hint)
-    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-    near = nearest(path.name, names) or sorted(name for name in names if kind_of(Path(name)))
+    near = files_near(path, lambda entry: kind_of(entry) is not None)
     hint = did_you_mean(path.name, near) if near else "give the path of a file, relative to the current folder"
     return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), hint=hint)
 

@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from deltaw.cache import Cache, versions
-from deltaw.data.chunk import Account, ChunkReader, LongRows, nothing_left
+from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, nothing_left, shared_system
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
@@ -522,17 +522,18 @@ class _Reading:
         counts = [stream.rows for stream in self.streams]
         chosen = choose(sum(counts), self.settings.rows, self.seed)
         progress = Progress(self.say, f"tokenizing {self.name}", self.bytes)
-        account, long = Account(), LongRows()
+        account, long, systems = Account(), LongRows(), Systems()
         count = processes() if self.bytes > SEVERAL_BYTES else 1
         for part in in_order(self._parts(chosen), functools.partial(self._read_part, forms), count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
+            systems = frequent(systems + part.systems)
             long.add(part.long)
             self.bad.extend(part.skipped)
             progress.at(part.end, sum(stream.position for stream in self.streams))
         if long.count:
             raise long.error(self.settings.max_length)
-        report = self._report(forms, account, len(chosen), len(writer))
+        report = replace(self._report(forms, account, len(chosen), len(writer)), **shared_system(systems))
         told = {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")}
         facts = {"report": told, "ends": np.cumsum(counts).tolist()}
         keep = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
@@ -577,7 +578,8 @@ class _Reading:
             ordinals += [part.begin + index] * len(found)
             groups += [group_digest(value)] * len(found) if settings.group is not None else []
         end = part.begin + len(part.chunk)
-        return _PartRead(examples, ordinals, groups, reader.account, reader.long, list(bad.lines()), end)
+        counted = reader.account, frequent(reader.systems), reader.long
+        return _PartRead(examples, ordinals, groups, *counted, list(bad.lines()), end)
 
     def _report(self, forms: Sequence[Form], account: Account, chosen: int, kept: int) -> Report:
         """What became of the rows.
@@ -627,6 +629,7 @@ class _PartRead:
     ordinals: list[int]
     groups: list[bytes]
     account: Account
+    systems: Systems
     long: LongRows
     skipped: list[dict[str, object]]
     end: int

@@ -14,7 +14,7 @@ import numpy as np
 
 from deltaw.experiments.entry import Entry
 from deltaw.settings import RunConfig
-from deltaw.training.evaluation.base import Interval, bootstrap_interval
+from deltaw.training.evaluation.base import LEVEL, MANY, SHARES, Interval, mean_interval, t_quantile, wilson_interval
 
 # Intervals of scores over seeds and rows together.
 #
@@ -31,22 +31,26 @@ from deltaw.training.evaluation.base import Interval, bootstrap_interval
 # With three seeds that differ much, the degrees of freedom are near 2 and t is near 4.3: few seeds give a wide
 # interval, which a bootstrap of three seeds would not (it takes two thirds of their variance, and no t).
 #
-# The interval of a difference between two methods is that of the row-by-row, seed-by-seed differences.
+# A share of rows gets Wilson's interval, for as many independent rows as have that variance.
+#
+# The interval of a difference between two methods is that of the row-by-row, seed-by-seed differences; of
+# shares, with half a row more in each of the four cells (Agresti and Min 2005, "Simple improved confidence
+# intervals for comparing matched proportions"), so that methods that agree on a few rows are not called equal.
 #
 # It knows numbers alone.
-LEVEL = 0.95
-# Beyond so many degrees of freedom, t is the normal distribution for every purpose here.
-MANY = 1000.0
 
 
-def interval_of(scores: np.ndarray, level: float = LEVEL) -> Interval:
-    """The interval of the mean of ``scores``, (seeds, rows).
+def interval_of(scores: np.ndarray, level: float = LEVEL, *, share: bool = False) -> Interval | None:
+    """The interval of the mean of ``scores``, (seeds, rows); None where one row tells nothing of it.
 
-    With one seed it covers the choice of rows alone, by a bootstrap of rows.
+    With one seed it covers the choice of rows alone.
+
+    Args:
+        share: whether the mean is a share of rows.
     """
     seeds, rows = scores.shape
     if seeds == 1:
-        return bootstrap_interval(scores[0], level=level)
+        return mean_interval(scores[0], share=share, level=level)
     mean = float(scores.mean())
     of_seeds, of_rows, of_rest = mean_squares(scores)
     if rows == 1:
@@ -55,8 +59,21 @@ def interval_of(scores: np.ndarray, level: float = LEVEL) -> Interval:
         total = max(of_seeds, of_rest) + max(of_rows - of_rest, 0.0)
         spread = of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1) + of_rest**2 / ((seeds - 1) * (rows - 1))
         freedom = max(1.0, total**2 / spread) if spread else MANY
-    half = t_quantile(level, freedom) * math.sqrt(total / (seeds * rows))
+    variance = total / (seeds * rows)
+    if share:
+        count = min(seeds * rows, mean * (1 - mean) / variance) if variance else rows
+        return wilson_interval(mean, count, level=level, freedom=freedom)
+    half = t_quantile(level, freedom) * math.sqrt(variance)
     return mean - half, mean + half
+
+
+def difference_interval(differences: np.ndarray, *, share: bool) -> Interval | None:
+    """The interval of the mean difference of two methods on the same rows, (seeds, rows)."""
+    if not share:
+        return interval_of(differences)
+    pseudo = np.tile(math.sqrt(0.5) * np.array([[1.0, -1.0]]), (len(differences), 1))
+    found = interval_of(np.hstack([differences, pseudo]))
+    return found and (max(-1.0, found[0]), min(1.0, found[1]))
 
 
 def mean_squares(scores: np.ndarray) -> tuple[float, float, float]:
@@ -73,20 +90,6 @@ def mean_squares(scores: np.ndarray) -> tuple[float, float, float]:
     )
 
 
-def t_quantile(level: float, freedom: float) -> float:
-    """The bound t with P(|T| < t) = ``level`` for Student's T; the degrees of freedom may be a fraction.
-
-    With T = √ν·tan θ the density becomes cos^(ν−1) θ, which is summed over a grid of angles.
-    """
-    freedom = min(freedom, MANY)
-    angles = np.linspace(0.0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
-
-
-# Metrics between 0 and 1 that are read as a percentage.
-SHARES = ("accuracy", "exact_match")
 BASE = "untrained"
 
 
@@ -397,10 +400,12 @@ def gathered(
     against = matrix(runs[chosen]) if chosen is not None else None
     constant = {} if scored is None else scored.get("constant") or {}
     baseline = np.asarray(constant["per_row"])[None] if constant else None
-    results = [_compared(r, matrix(runs[r.method]), against, baseline, chosen) for r in results]
+    share = metric in SHARES
+    results = [_compared(r, matrix(runs[r.method]), against, baseline, chosen, share=share) for r in results]
     untrained = None
     if base is not None and "score" in base.piece:
-        untrained = _compared(_result(base, [base.piece], [0]), matrix([base.piece]), against, None, chosen)
+        alone = _result(base, [base.piece], [0])
+        untrained = _compared(alone, matrix([base.piece]), against, None, chosen, share=share)
     return Comparison(
         folder=folder,
         model=config.model,
@@ -473,23 +478,24 @@ def _seed(seed: int, run: Found) -> SeedResult:
 def _interval(runs: Sequence[Found], score: float, metric: str) -> Interval | None:
     """Of the score over seeds and rows; around the score, which of a loss is not the mean over rows."""
     scores = matrix(runs)
-    stored = runs[0]["score"].get("interval") if len(runs) == 1 else None
-    if stored or scores is None:
-        return (stored[0], stored[1]) if stored else None
-    low, high = (bound + score - float(scores.mean()) for bound in interval_of(scores))
-    return (max(0.0, low), min(1.0, high)) if metric in SHARES else (low, high)
+    found = None if scores is None else interval_of(scores, share=metric in SHARES)
+    if scores is None or found is None:
+        return None
+    apart = score - float(scores.mean())
+    return found[0] + apart, found[1] + apart
 
 
 def _compared(
-    result: MethodResult, ours: Scores, theirs: Scores, baseline: Scores, reference: str | None
+    result: MethodResult, ours: Scores, theirs: Scores, baseline: Scores, reference: str | None, *, share: bool
 ) -> MethodResult:
     """Add the difference from the reference, seed by seed and row by row, and that from the best constant
-    answer."""
+    answer. ``share``: whether scores are shares of rows."""
     if result.score is None or ours is None:
         return result
     if baseline is not None and baseline.shape[1] == ours.shape[1]:
         over = ours - baseline
-        result = replace(result, over_constant=float(over.mean()), over_constant_interval=interval_of(over))
+        bounds = difference_interval(over, share=share)
+        result = replace(result, over_constant=float(over.mean()), over_constant_interval=bounds)
     if theirs is None or theirs.shape[1] != ours.shape[1]:
         return result
     if result.method == reference:
@@ -497,7 +503,8 @@ def _compared(
     if len(ours) not in (1, len(theirs)):
         return result
     over = ours - theirs
-    return replace(result, difference=float(over.mean()), difference_interval=interval_of(over))
+    bounds = difference_interval(over, share=share)
+    return replace(result, difference=float(over.mean()), difference_interval=bounds)
 
 
 # What a comparison's numbers say, in sentences, and its page.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.rendering import FAULTS, rendered_by
+from deltaw.data.report import quoted
 from deltaw.durable import write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.export.base import MergeOptions, Say, base_of
@@ -21,6 +23,7 @@ from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.terminators import terminators_in
+from deltaw.training.prompting import read_prompting
 
 # Ollama's templates are Go's, not Jinja. Three published forms are known: ChatML, Llama 3 and Gemma. A chat template
 # is recognized by rendering conversations with it and comparing the texts; for another one there is no TEMPLATE.
@@ -66,6 +69,8 @@ _FORMS = (
     Form("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"),
     Form("<start_of_turn>{role}\n{content}<end_of_turn>\n", assistant="model"),
 )
+# What ends a text in a Modelfile, which knows no way to write it inside of one.
+_QUOTES, _OTHER_QUOTES = '"""', "'''"
 _SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
 _CONVERSATION: list[Message] = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -75,8 +80,8 @@ _CONVERSATION: list[Message] = [
 
 
 def modelfile(
-    source: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int]
-) -> tuple[str, str | None]:
+    source: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = ""
+) -> tuple[str, list[str]]:
     """The text of a Modelfile, and what to say about it.
 
     Args:
@@ -84,23 +89,27 @@ def modelfile(
         adapter: the adapter's file; None beside a merged model.
         tokenizer: with the chat template; None where there is none.
         ends: ids of the tokens that end an answer.
+        system: the system prompt that the training rows share; empty for that of the chat template.
     """
     lines = [f"FROM {_path(source)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
-    note = None
+    notes = []
     if tokenizer is not None:
         found = form_of(tokenizer)
         if found is not None:
-            form, system = found
+            form, of_template = found
             lines.append(f'TEMPLATE """{form.go}"""')
-            if system:
-                lines.append(f'SYSTEM """{system}"""')
+            system = system or of_template or ""
         elif tokenizer.chat_template:
-            note = "note: the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one"
+            notes.append("the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one")
         stops = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
         lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop.strip()]
-    return "\n".join(lines) + "\n", note
+    if _QUOTES in system:
+        notes.append(f"the system prompt holds {_QUOTES}, which no Modelfile can: it has {_OTHER_QUOTES} instead")
+    if system:
+        lines.append(f"SYSTEM {_QUOTES}{system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
+    return "\n".join(lines) + "\n", notes
 
 
 def form_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Form, str | None] | None:
@@ -122,7 +131,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Form, str | None] | Non
         before, _, after = form.turn.format(role="system", content="\0").partition("\0")
         if added.startswith(before) and added.endswith(after):
             system = added.removeprefix(before).removesuffix(after)
-            return (form, system) if '"""' not in system else None
+            return (form, system) if _QUOTES not in system else None
     return None
 
 
@@ -152,7 +161,7 @@ FORMATS = {
 }
 _REFUSED = {"onnx": "merge the adapter (deltaw merge), then: optimum-cli export onnx --model FOLDER OUT"}
 # Of GGUF files: the types of numbers, the usual one first.
-_KINDS = {"gguf-adapter": ADAPTER_KINDS, "gguf": ("f16", *KINDS)}
+_KINDS = {"gguf-adapter": ADAPTER_KINDS, "gguf": ("q8_0", *KINDS)}
 
 
 @dataclass(frozen=True)
@@ -161,13 +170,14 @@ class Export:
 
     Attributes:
         format: by name. files: their paths, the main one first.
-        facts: of the format, for JSON. lines: the same for a person.
+        facts: of the format, for JSON. lines: the same for a person. told: what to know of the files.
     """
 
     format: str
     files: list[str]
     facts: dict[str, object]
     lines: list[str]
+    told: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, object]:
         return {"format": self.format, "files": self.files, **self.facts}
@@ -190,7 +200,7 @@ def export(
         run: a run's folder, or an adapter's in PEFT's format.
         format_name: a key of :data:`FORMATS`.
         output: a file that ends in ``.gguf`` or a folder for one; a folder for the other formats.
-        kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and f16 for a model.
+        kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and q8_0 for a model.
         model: the base model, if it is not the one that the folder names.
         trust_remote_code: run the Python files that came with the base model.
         overwrite: whether files that are there are replaced.
@@ -233,8 +243,11 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
     ends = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
     here = f"./{path.name}"
     source, adapter = (os.path.abspath(base.gguf or base.folder), here) if alone else (here, None)
-    text, note = modelfile(source, adapter, tokenizer, ends)
+    system = read_prompting(run).system
+    text, notes = modelfile(source, adapter, tokenizer, ends, system)
     write_text(beside, text)
-    if note is not None:
-        say(note)
-    return Export(format_name, [str(path), str(beside)], written.facts, written.lines)
+    for note in notes:
+        say(f"note: {note}")
+    told = [f"system prompt of the rows, as SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
+    told.append(f"next: ollama create {shlex.quote(run.resolve().name)} -f {shlex.quote(os.fspath(beside))}")
+    return Export(format_name, [str(path), str(beside)], written.facts, written.lines, told)

@@ -35,7 +35,7 @@ from deltaw.hub.transformers_private import attention_name, configurations_of, h
 from deltaw.lora import fingerprint
 from deltaw.machine.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import KernelChoice, settle_kernels
-from deltaw.working import working
+from deltaw.working import Detail, working
 
 Made = TypeVar("Made")
 
@@ -201,7 +201,7 @@ def load(
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
-        say(f"new, not from the model's files: {', '.join(new_modules)}")
+        say(Detail(f"new, not from the model's files: {', '.join(new_modules)}"))
     model.requires_grad_(False).eval()
     if weights is None:
         # Through nn.Module, since transformers' own signature of `to` is that of a decorator.

@@ -63,6 +63,8 @@ def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, i
 # Of what comes and goes within a step, the share that the allocator holds beside it: holes between blocks of
 # many sizes. It belongs to glibc's way of cutting blocks, not to a version or a processor.
 SLACK = 0.06
+# The share of a process's memory that few long rows must take to be worth a word.
+WORTH = 0.15
 # What a process goes through. The parts of its memory are those of the training, with what another phase
 # takes beyond it under that phase's name.
 PROCESS_PHASES = ("reading", "loading", "training", "saving")
@@ -88,6 +90,8 @@ class Plan:
         arithmetic: the variant of the kernels, and how products are computed, by the type of stored weights.
         disk_bytes: of features that the run keeps in the cache folder.
         block_bytes: of the frozen weights of all blocks, and of the largest block.
+        long_rows: where few rows set the peak: how many ``rows`` to train on, ``of`` how many, are longer than
+            ``max_length`` tokens, and about how many bytes of the peak would be saved without them (``saves``).
     """
 
     method: str
@@ -110,6 +114,24 @@ class Plan:
     arithmetic: Mapping[str, str] = field(default_factory=dict)
     disk_bytes: int = 0
     block_bytes: tuple[int, int] = (0, 0)
+    long_rows: Mapping[str, int] = field(default_factory=dict)
+
+    def without_long_rows(self, max_length: int, rows: int, of: int, tokens: int) -> Plan:
+        """With ``long_rows``, where shorter rows would save much.
+
+        What a microbatch takes grows with its tokens, as attention is computed in tiles.
+
+        Args:
+            tokens: of the largest microbatch of the other rows.
+        """
+        share = 1 - tokens / max(1, self.tokens)
+        held = sum(self.parts[part] for part in ("activations", "logits", "batch", "workspace"))
+        training = self.phases["training"] - int(share * (1 + SLACK) * held)
+        saves = self.peak_resident_bytes - max(training, *(self.phases[p] for p in PROCESS_PHASES if p != "training"))
+        if saves < WORTH * self.peak_resident_bytes:
+            return self
+        found = {"max_length": max_length, "rows": rows, "of": of, "saves": saves}
+        return dataclasses.replace(self, long_rows=found)
 
     def of_process(self, processes: int, *, divided: bool) -> Plan:
         """The plan of one of several processes that train together.

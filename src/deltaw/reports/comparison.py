@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from deltaw.experiments.comparison import COLUMNS, SHARES, Comparison, MethodResult, cells, titles
+from deltaw.experiments.comparison import COLUMNS, Comparison, MethodResult, cells, titles
 from deltaw.experiments.tune import Tuning, trial_cells
 from deltaw.reports.tables import add_row, table
+from deltaw.training.evaluation.base import SHARES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.text import Text
 from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
-from deltaw.reports.tables import Cell, add_row, table
+from deltaw.reports.tables import add_row, table
 from deltaw.reports.wording import gigabytes
 
 # The parts of a plan in the order in which they are stacked, with a color for the terminal and one for the picture
@@ -31,6 +30,8 @@ PARTS = (
 )
 
 
+# A smaller share of the whole is not shown as a part of its own.
+LEAST = 0.01
 BAR = 56
 # A line of what is printed; a terminal has so many columns at least.
 WIDTH = 80
@@ -42,38 +43,69 @@ def parts_of(plan: Plan) -> dict[str, int]:
     return {**plan.parts, "process": plan.peak_resident_bytes - plan.peak_bytes}
 
 
-def plan_report(plans: Mapping[str, Plan], own: str) -> RenderableType:
-    """The run's own method in detail, and all methods side by side.
+def plan_report(plans: Mapping[str, Plan], own: str, free: int, processes: int = 1) -> RenderableType:
+    """What the run's own method needs and whether it fits; where there are further methods, all side by side.
 
     Args:
         plans: by method. own: the method that the settings name.
+        free: bytes of main memory that a process could take now.
+        processes: that train together.
     """
-    detail: list[RenderableType] = [plan_table(plans[own]), Text("")] if own in plans else []
-    methods: list[RenderableType] = [methods_table(plans, own), Text("")] if len(plans) > 1 else []
-    return Group(*detail, *methods, plan_bars(plans))
+    more: list[RenderableType] = [Text(""), methods_table(plans, own), Text(""), plan_bars(plans)]
+    return Group(*plan_text(plans[own], free, processes), *(more if len(plans) > 1 else ()))
 
 
-def plan_table(plan: Plan) -> Table:
-    """The parts of one plan, with where the peak falls."""
+def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
+    """One plan in lines: its sum and whether it fits, its parts, and where the peak falls."""
+    total = processes * plan.peak_resident_bytes
+    needs = f"needs {gigabytes(total)}"
+    if processes > 1:
+        needs = f"{processes} processes need {gigabytes(plan.peak_resident_bytes)} each, {gigabytes(total)}"
+    verdict = Text("fits", "bold green") if total <= free else Text("does not fit", "bold red")
     share = plan.trained_parameters / plan.total_parameters if plan.total_parameters else 0.0
-    rows: list[tuple[Cell, Cell]] = [
-        (Text(label, style=color), gigabytes(plan.parts[name]))
-        for name, label, color, _ in PARTS[:-1]
-        if plan.parts.get(name)
-    ]
-    rows.append((Text("tensors in all", style="bold"), Text(gigabytes(plan.peak_bytes), style="bold")))
-    if plan.resident["tensors"] < plan.peak_bytes:
-        unread = plan.peak_bytes - plan.resident["tensors"]
-        rows.append(("embedding rows that stay on disk", f"-{gigabytes(unread)}"))
-    rows += [(_RESIDENT[name], gigabytes(size)) for name, size in plan.resident.items() if name != "tensors" and size]
-    rows.append((Text("process in all", style="bold"), Text(gigabytes(plan.peak_resident_bytes), style="bold")))
-    if plan.disk_bytes:
-        rows.append(("features on the disk", gigabytes(plan.disk_bytes)))
     trained = f"{plan.trained_parameters:,} of {plan.total_parameters:,} parameters trained ({share:.2%})"
-    where = f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
-    caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
-    said: dict[str, Any] = {"title": f"method {plan.method}: {trained}", "caption": caption}
-    return table(("at the peak", ""), rows, title_justify="left", caption_justify="left", **said)
+    lines = [Text(f"{needs} of the {gigabytes(free)} that are free: ") + verdict]
+    if total > free:
+        fitting = max(0.1, int(free / processes / 1e8) / 10)
+        lines.append(Text(f"settings that fit: the same command with --budget {fitting:g}GB"))
+    lines.append(Text(f"method {plan.method}: {trained}" + (f", {plan.precision}" if plan.precision else "")))
+    parts = list(_sized(plan))
+    shown = [part for part in parts if abs(part[1]) >= LEAST * plan.peak_resident_bytes]
+    rest = sum(size for _, size, _ in parts) - sum(size for _, size, _ in shown)
+    ends = [("the rest", rest, ""), ("in all", plan.peak_resident_bytes, "bold")]
+    for label, size, style in [*shown, *(ends if rest else ends[1:])]:
+        amount = f"-{gigabytes(-size)}" if size < 0 else gigabytes(size)
+        lines.append(Text(f"  {label:<34}", style).append(f"{amount:>9}", style if style == "bold" else "default"))
+    if plan.disk_bytes:
+        lines.append(Text(f"and features on the disk: {gigabytes(plan.disk_bytes)}"))
+    where = f"at {plan.module}" if plan.module else "outside all modules"
+    lines += [Text(f"the peak falls in the {plan.phase}, {where};"), Text(f"microbatches of {plan.tokens:,} tokens")]
+    return lines + [Text(line) for line in long_rows_lines(plan)]
+
+
+def _sized(plan: Plan) -> Iterator[tuple[str, int, str]]:
+    """Label, bytes and color of each part of the process, the kinds of its tensors first."""
+    for name, label, color, _ in PARTS[:-1]:
+        if size := plan.parts.get(name, 0):
+            yield label, size, color
+    if unread := plan.resident["tensors"] - plan.peak_bytes:
+        yield "embedding rows that stay on disk", unread, ""
+    for name, size in plan.resident.items():
+        if name != "tensors" and size:
+            yield _RESIDENT[name], size, ""
+
+
+def long_rows_lines(plan: Plan) -> list[str]:
+    """What few long rows cost, and the settings that spare it; nothing where they cost little."""
+    if not plan.long_rows:
+        return []
+    rows, limit = plan.long_rows["rows"], plan.long_rows["max_length"]
+    are, set_it = ("is", "sets") if rows == 1 else ("are", "set")
+    less = gigabytes(plan.peak_resident_bytes - plan.long_rows["saves"])
+    return [
+        f"{rows} of {plan.long_rows['of']:,} rows {are} longer than {limit:,} tokens and {set_it} the peak:",
+        f"  without them about {less} (data.max_length: {limit}, data.long_rows: drop)",
+    ]
 
 
 # What the optimizer needs for what is trained.

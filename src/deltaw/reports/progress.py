@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
@@ -17,42 +18,40 @@ from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
-from deltaw.reports.plan import plan_lines
-from deltaw.reports.tables import facts, one_line
-from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
-from deltaw.reports.working import NEXT_LINE
+from deltaw.reports.plan import long_rows_lines, plan_lines
+from deltaw.reports.tables import WIDTH, Output, one_line
+from deltaw.reports.wording import by_part, count, duration, gigabytes, metric_name, metric_value, rate, shown
+from deltaw.reports.working import FIRST_LINE, NEXT_LINE
 from deltaw.runs.fit import Result
-from deltaw.runs.folder import FINISHED, INTERRUPTED
+from deltaw.runs.folder import FINISHED, INTERRUPTED, Run
 from deltaw.runs.summary import next_commands
 from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.version import __version__
+from deltaw.working import Detail, working
 
-# Columns of what is printed: longer lines are hard to read.
-WIDTH = 80
+# Of the memory that the machine gives; a plan above this share of it is called tight.
+TIGHT = 0.9
+# Commands to go on with and sample answers that are printed; the run's page has all.
+COMMANDS, SAMPLES = 4, 2
 # Characters of the bar of a live line, where there is room.
 BAR_LEAST, BAR_MOST = 8, 30
 # The loss shown is a running mean, so that it can be read.
 SMOOTHING = 0.9
 
 
-def show_end(console: Console, result: Result) -> None:
+def show_end(console: Output, result: Result) -> None:
     """What a run came to, and the commands that go on from there, each on a line of its own, so that it can be
     copied."""
-    rows = closing_rows(result)
-    if console.is_terminal:
-        console.print()
-        console.print(facts(rows, min(100, console.width), fold=True), soft_wrap=False)
-        console.print()
-    else:
-        for name, text in rows:
-            console.print(f"{name}: {text}" if name else f"  {text}")
+    for name, text in closing_rows(result):
+        console.say(f"{name}: {text}" if name else f"  {text}")
     state = INTERRUPTED if result.interrupted else FINISHED
     if (result.output / REPORT).is_file():
-        console.print(f"report: {result.output / REPORT}")
-    for entry in next_commands(result.output, state, result.method, result.writes_text):
-        console.print(f"next: {entry['command']}  # {entry['what']}")
+        console.say(f"report: {result.output / REPORT}")
+    commands = next_commands(result.output, state, result.method, result.writes_text)
+    for entry in commands[: None if console.verbose else COMMANDS]:
+        line, what = f"next: {entry['command']}", f"  # {entry['what']}"
+        console.print(line + what if len(line + what) <= WIDTH else f"{line}\n{what}")
 
 
 def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
@@ -68,16 +67,21 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
-    evaluation = result.evaluation
-    main = f"{evaluation.name} {evaluation.main}".strip()
+    evaluation, base = result.evaluation, {metric_name(k): v for k, v in Run(result.output).base.items()}
+    intervals = evaluation.named_intervals()
+    if base and evaluation.metrics:
+        yield "held-out rows", f"{'base model' if result.writes_text else 'before training'} → after training"
     for name, value in evaluation.named_metrics().items():
-        bounds = (evaluation.interval if name == main else None) or ()
-        shown = " to ".join(metric_value(name, bound) for bound in bounds)
+        shown = " to ".join(metric_value(name, bound) for bound in intervals.get(name, ()))
         interval = f" (95 % interval {shown})" if shown else ""
-        yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
+        before = f"{metric_value(name, base[metric_name(name)])} → " if metric_name(name) in base else ""
+        yield f"held-out {metric_name(name)}", before + metric_value(name, value) + interval
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
+    if result.seconds_by_part:
+        first, *more = by_part(result.seconds_by_part, WIDTH - len("time: "))
+        yield from [("time", first), *(("", line) for line in more)]
     if result.drift is not None:
         first, *more = result.drift.lines()
         yield "drift", first.removeprefix("drift: ")
@@ -86,47 +90,18 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "adapter", os.fspath(result.output)
 
 
-def run_header(start: RunStart, plan: Plan | None, limit_bytes: int | None, width: int) -> RenderableType:
-    """What a run is about to do, one fact a line in at most ``width`` columns: each value, and why it was chosen.
-    What does not fit is in the run's ``run.yaml``.
-
-    Args:
-        plan: of the run's memory; None where there is none. limit_bytes: that the machine gives.
-    """
-    rows = [
-        (name, Text(one_line(value, WIDTH // 2, end=True), style="bold").append(f"  {why}", style="not bold"))
-        for name, value, why in header_rows(start, plan, limit_bytes)
-    ]
-    title = Text(one_line(os.fspath(start.folder), WIDTH - 20, end=True), style="bold").append(
-        f"  deltaw {__version__}", style="dim"
-    )
-    return Group(Text(), title, facts(rows, min(width, WIDTH), fold=False), Text())
-
-
-def header_rows(start: RunStart, plan: Plan | None, limit_bytes: int | None) -> Iterator[tuple[str, str, str]]:
-    """Name, value and reason of each line."""
+def first_lines(start: RunStart) -> Iterator[tuple[str, str]]:
+    """Name and text of what a run is about to do; the rows, the memory and the precision were told before."""
     config, train = start.config, start.config.train
     share = start.trained_parameters / start.total_parameters if start.total_parameters else 0.0
-    yield "model", config.model, f"{count(start.total_parameters)} parameters"
-    trained = f"{count(start.trained_parameters)} parameters trained ({share:.2%})"
-    if config.method == "lora":
-        targets = shown(config.lora.target_modules)
-        trained += f"; rank {config.lora.rank}, alpha {config.lora.alpha:g}, {targets}"
-    yield "method", config.method, trained
-    held_out = f"{config.data.eval:g}" if isinstance(config.data.eval, float) else config.data.eval
-    yield "data", shown(config.data.train), "" if held_out is None else f"eval: {held_out}"
-    length = f"{train.epochs:g} epochs" if train.max_steps is None else f"max_steps: {train.max_steps}"
-    yield "steps", f"{start.total_steps:,}", f"of {train.batch_size} rows; {length}"
-    told = dict(start.chosen)
-    rate = told.pop("train.learning_rate", Choice(train.learning_rate, "as set"))
-    yield "learning rate", shown(rate.value), f"{rate.why}; {train.schedule}, warm-up {train.warmup:g}"
-    for name, choice in told.items():
-        yield name.rpartition(".")[2].replace("_", " "), shown(choice.value), choice.why
-    if plan is not None:
-        of = "" if limit_bytes is None else f"of {gigabytes(limit_bytes)}; "
-        yield "memory", gigabytes(plan.peak_resident_bytes), f"{of}planned, at its peak in the {plan.phase}"
-    if config.track is not None:
-        yield "track", config.track, "as set"
+    rank = f" of rank {config.lora.rank}" if config.method == "lora" else ""
+    trained = f"{count(start.trained_parameters)} of {count(start.total_parameters)} parameters trained"
+    yield "method", f"{config.method}{rank}: {trained} ({share:.2%})"
+    epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs:g} epochs"
+    length = epochs if train.max_steps is None else f"max_steps: {train.max_steps}"
+    rate = start.chosen.get("train.learning_rate", Choice(train.learning_rate, "as set"))
+    yield "steps", f"{start.total_steps:,} of {train.batch_size} rows ({length}), learning rate {shown(rate.value)}"
+    yield "output", f"{start.folder} ({REPORT} shows how it goes, run.yaml every choice)"
 
 
 @dataclass
@@ -197,53 +172,68 @@ def _length(pieces: list[tuple[int, str]]) -> int:
 
 
 class TerminalCallback(Callback):
-    """Shows a run on a console.
+    """Shows a run on a console: in a few lines what it is about to do, how the training goes, answers.
 
-    On a terminal: notes as they come, a header with all that was chosen, and while it trains one line with
-    the loss and its running mean, tokens per second, memory now and planned, and the time left. Elsewhere
-    each of these is a line of text, and how the training goes is told now and then.
+    On a terminal one line shows the loss and its running mean, tokens per second, memory now and planned, and the
+    time left. Elsewhere the same is printed now and then.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Output) -> None:
         self.console = console
         self._line = LiveLine(0)
         self._state: TrainState | None = None
         self._live: Live | None = None
-        self._plan: tuple[Plan, int] | None = None
+        self._planned: int | None = None
         self._mean: float | None = None
         self._tokens = 0
         self._seconds = 0.0
         self._steps = 0
         self._said = time.monotonic()
+        self._base: dict[int, str] = {}
+        self._told: set[str] = set()
+        self._waiting = contextlib.ExitStack()
+        self._over = False
 
     def on_line(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.say(line)
 
     def on_choice(self, name: str, choice: Choice) -> None:
-        if not self.console.is_terminal:  # a terminal has them in the header
+        self._told.add(name)
+        if name == "precision" or (name == "device" and choice.value != "cpu"):
+            self.on_line(f"{name}: {choice}")
+        else:
             super().on_choice(name, choice)
 
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
-        self._plan = (plan, limit_bytes)
-        if not self.console.is_terminal or plan.peak_resident_bytes > limit_bytes:
-            for line in plan_lines(plan, limit_bytes):
-                self.on_line(line)
+        self._planned = plan.peak_resident_bytes
+        tight = ", which is tight" if limit_bytes * TIGHT < self._planned <= limit_bytes else ""
+        self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{tight}")
+        for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
+            self.on_line(line)
 
     def on_start(self, start: RunStart) -> None:
-        if self.console.is_terminal:
-            plan, limit = self._plan or (None, None)
-            self.console.print(run_header(start, plan, limit, self.console.width), soft_wrap=False)
+        for name, choice in start.chosen.items():
+            if name not in self._told:
+                self.on_choice(name, choice)
+        for name, text in first_lines(start):
+            self.on_line(f"{name}: {text}")
 
     def on_begin(self, state: TrainState) -> None:
-        planned = None if self._plan is None else self._plan[0].peak_resident_bytes
-        self._line = LiveLine(state.total_steps, state.step, planned=planned)
+        self._line = LiveLine(state.total_steps, state.step, planned=self._planned)
         self._state = state
         self._said = time.monotonic()
         if self.console.is_terminal:
             self._live = Live(self._line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
+        self._wait_for(state.step + 1)
+
+    def _wait_for(self, step: int) -> None:
+        """Until it is done, a step is long work; a terminal has its live line."""
+        if self._live is None and step <= self._line.total:
+            self._waiting.enter_context(working(f"computing step {step:,} of {self._line.total:,}"))
 
     def on_step(self, step: Step) -> None:
+        self._waiting.close()
         line = self._line
         self._mean = step.loss if self._mean is None else SMOOTHING * self._mean + (1 - SMOOTHING) * step.loss
         self._tokens += step.tokens
@@ -257,6 +247,8 @@ class TerminalCallback(Callback):
         line.left = self._seconds / self._steps * (line.total - step.step)
         if self._live is not None:
             return
+        if step.seconds > FIRST_LINE:
+            self._wait_for(step.step + 1)
         now = time.monotonic()
         if now - self._said >= NEXT_LINE or step.step in (1, line.total):
             self._said = now
@@ -264,19 +256,31 @@ class TerminalCallback(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.named_metrics().items())
+            named = evaluation.named_metrics().items()
+            shown = ", ".join(f"{metric_name(name)} {metric_value(name, value)}" for name, value in named)
             self.on_line(f"step {step}/{self._line.total}  held-out {shown}")
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        who = "base model" if step == 0 else f"step {step}"
-        for sample in samples:
-            prompt, answer, expected = (one_line(t, 60) for t in (sample.prompt, sample.answer, sample.expected))
-            self.on_line(f'{who}, row {sample.row}: "{prompt}" -> "{answer}" (expected "{expected}")')
+        if step == 0:
+            self._base = {sample.row: sample.answer for sample in samples}
+        for sample in samples[:SAMPLES]:
+            prompt, most = one_line(sample.prompt, 24), WIDTH - len(f'step {step}, row {sample.row}: "" -> ""') - 24
+            if not self._over:
+                told = f'step {step}, row {sample.row}: "{prompt}" -> "{one_line(sample.answer, most)}"'
+                self.on_line(told if step else Detail(told))
+                continue
+            self.on_line(f'row {sample.row}: "{one_line(sample.prompt, WIDTH - len(f"row {sample.row}: ") - 2)}"')
+            texts = {"base model": self._base.get(sample.row), "adapter": sample.answer, "expected": sample.expected}
+            for name, text in texts.items():
+                if text is not None:
+                    self.on_line(f"  {name + ':':<12}{one_line(text, WIDTH - 14)}")
 
     def on_rate_search(self, search: RateSearch, folder: Path) -> None:
         write_rate_figure(search, folder)
 
     def on_end(self, outcome: Outcome | None) -> None:
+        self._over = True
+        self._waiting.close()
         if self._live is not None:
             self._live.stop()
             self._live = None

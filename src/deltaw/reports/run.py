@@ -6,21 +6,26 @@ written is told, and the run goes on.
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deltaw.reports.page.write import write_page
+from deltaw.reports.wording import count, metric_name, metric_value, when
 from deltaw.runs.fit import Result
 from deltaw.runs.fit import fit as train
+from deltaw.runs.folder import Run, number
 from deltaw.serving.opening import verified_writer
-from deltaw.settings import RunConfig
+from deltaw.settings import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.state import Step
+from deltaw.working import working
 
 # Seconds between two pages of a run that is not evaluated meanwhile.
 INTERVAL = 120.0
@@ -64,7 +69,8 @@ class PageCallback(Callback):
         assert self._folder is not None
         begun = self._clock()
         try:
-            write_page(self._folder)
+            with working("writing the page"):
+                write_page(self._folder)
         except Exception as error:  # whatever is wrong with a page, it must not end the training
             if not self._failed:
                 brief = (str(error).splitlines() or [""])[0]
@@ -73,6 +79,28 @@ class PageCallback(Callback):
         took = self._clock() - begun
         self._not_before = self._clock() + took / SHARE
         self._next = max(self._clock() + INTERVAL, self._not_before)
+
+
+def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
+    """What to say of a run that was finished before, so that nothing was trained.
+
+    Args:
+        settings: the file that the command names; None where flags stand beside it.
+    """
+    run, output = Run(result.output), shlex.quote(os.fspath(result.output))
+    score = f", {metric_name(run.score[0])} {metric_value(*run.score)}" if run.score else ""
+    ended = when(number(run.values.get("ended")) or run.changed)
+    yield f"{result.output} is finished: {ended}, {count(result.outcome.steps)} steps{score}"
+    yield "nothing is trained again; what would train:"
+    train = RunConfig.read(run.path / SETTINGS).train
+    longer = f"--train.epochs {math.floor(train.epochs) + 1}"
+    if train.time is not None or train.max_steps is not None:
+        longer = f"--train.time {train.time}" if train.time else f"--train.max_steps {2 * (train.max_steps or 0)}"
+    if result.checkpoints and not run.result.get("stopped_early"):
+        yield f"next: deltaw train --resume {output} {longer}  # train further"
+    again = "the same command with" if settings is None else f"deltaw train {shlex.quote(settings)}"
+    yield f"next: {again} --fresh  # start anew; moves {result.output}"
+    yield f"next: {again} --output OTHER  # start anew elsewhere"
 
 
 def fit(
@@ -85,8 +113,9 @@ def fit(
 ) -> Result:
     """Train as ``config`` says and write the run's folder, with a page about the run in it.
 
-    A run in the same folder that was not done goes on from its last checkpoint. The process is left as it
-    was: its threads, random numbers, signal handlers and garbage collector.
+    A run in the same folder that was not done goes on from its last checkpoint; one that was is left as it is, and
+    the result is what it came to. The process is left as it was: its threads, random numbers, signal handlers and
+    garbage collector.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.

@@ -19,7 +19,19 @@ from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.svg import Numbers
 from deltaw.reports.tables import add_row, one_line, table
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
-from deltaw.runs.folder import FINISHED, INTERRUPTED, RUNNING, Run, find_runs, is_run, mapping, read_run
+from deltaw.runs.folder import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    RUNNING,
+    Run,
+    find_runs,
+    is_run,
+    mapping,
+    read_run,
+)
 
 # Where runs are by default.
 FOLDER = "runs"
@@ -87,6 +99,8 @@ def result_rows(records: Sequence[Run]) -> Numbers:
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
     for name in metrics[:20]:
         last = [record.metrics.evaluated(name)[-1:] for record in records]
+        base = [metric_value(name, record.base[name]) if name in record.base else "" for record in records]
+        rows.append((f"{metric_name(name)} before training", base))
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
     changes = [mapping(record.result.get("drift")).get("change") for record in records]
     rows += [
@@ -135,7 +149,10 @@ def same_prompts(records: Sequence[Run], most: int = 8) -> list[dict[str, Any]]:
 
 
 # What JSON gives under the name that a record has it by.
-_SAME = ("state", "model", "task", "method", "steps", "total_steps", "seconds", "rows_per_second", "started", "changed")
+_SAME = (
+    *("state", "reason", "model", "task", "method", "steps", "total_steps"),
+    *("seconds", "rows_per_second", "started", "changed"),
+)
 
 
 def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
@@ -154,6 +171,7 @@ def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
             },
             "peak_memory_bytes": record.peak_bytes,
             "planned_memory_bytes": record.planned_bytes,
+            "error": dict(record.part("error")) or None,
             **{key: getattr(record, key) for key in _SAME},
         }
         for name, record in zip(names_of(records), records, strict=True)
@@ -161,8 +179,8 @@ def as_values(records: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
-# The longest cell of a column of names.
-NAME, MODEL = 34, 26
+# The longest cell of a column of names, and what lies between two columns.
+NAME, MODEL, GAP = 34, 26, 3
 
 
 @dataclass(frozen=True)
@@ -213,14 +231,14 @@ COLUMNS = (
 
 
 def runs_table(records: Sequence[Run], width: int) -> RenderableType:
-    """One line a run, the latest last, in at most ``width`` characters where that can be."""
+    """One line a run, the latest last, in at most ``width`` characters where that can be; below, why runs failed."""
     records = sorted(records, key=lambda record: record.started)
     names = [one_line(name, NAME, end=True) for name in names_of(records)]
     cells = {column.title: [column.text(record) for record in records] for column in COLUMNS}
     columns = [column for column in COLUMNS if any(cells[column.title])]
     while True:
         needed = _width("run", names) + sum(_width(c.title, cells[c.title]) for c in columns)
-        if needed <= width or all(column.importance == 0 for column in columns):
+        if needed - GAP <= width or all(column.importance == 0 for column in columns):
             break
         last = max(column.importance for column in columns)
         columns = [column for column in columns if column.importance != last]
@@ -230,17 +248,18 @@ def runs_table(records: Sequence[Run], width: int) -> RenderableType:
     for place, (name, record) in enumerate(zip(names, records, strict=True)):
         state = Text(record.state, STYLES.get(record.state, "red"))
         add_row(made, [name, *(state if c.title == "state" else cells[c.title][place] for c in columns)])
+    failed = [(name, run) for name, run in zip(names, records, strict=True) if run.state in (FAILED, DIVERGED, KILLED)]
+    notes = [Text(one_line(f"{name}: {run.reason}", width), "red") for name, run in failed if run.reason]
     left_out = [column.title for column in COLUMNS if any(cells[column.title]) and column not in columns]
-    if not left_out:
-        return made
-    note = Text(f"a wider terminal also shows {', '.join(left_out)}; --json has everything", style="dim")
-    return Group(made, note)
+    if left_out:
+        notes.append(Text(f"a wider terminal also shows {', '.join(left_out)}; --json has everything", style="dim"))
+    return Group(made, *notes)
 
 
 def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
     names = [one_line(name, NAME, end=True) for name in names_of(records)]
-    longest = max(len(name) for name in names) + 2
+    longest = max(len(name) for name in names) + 3
     at_once = max(1, (width - 26) // max(14, longest))
     parts: list[RenderableType] = []
     results, differences = result_rows(records), differing_settings(records)
@@ -256,4 +275,4 @@ def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType
 
 
 def _width(title: str, cells: Sequence[str]) -> int:
-    return max(len(title), *(len(cell) for cell in cells)) + 2
+    return max(len(title), *(len(cell) for cell in cells)) + GAP

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from deltaw.reports.tables import Cell, one_line, table
 from deltaw.training.drift import GeneralAnswer
+from deltaw.training.evaluation.base import SHARES
 
 # Characters of a question and of an answer that a table shows; the end of a question says the most.
 QUESTION, ANSWER = 72, 40
@@ -76,4 +77,4 @@ def general_table(rows: Sequence[GeneralAnswer]) -> Table:
 def _number(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.1%}" if metric in ("exact_match", "accuracy") else f"{value:.4f}"
+    return f"{value:.1%}" if metric in SHARES else f"{value:.4f}"

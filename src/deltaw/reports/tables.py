@@ -1,15 +1,64 @@
-"""Tables for a terminal: numbers in columns, and facts one a line. Knows no run."""
+"""What is printed: lines of at most 80 columns, and numbers in columns. Knows no run."""
 
 from __future__ import annotations
 
+import textwrap
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.working import Detail
+
 Cell: TypeAlias = str | Text
+# Columns of what is printed: longer lines are hard to read.
+WIDTH = 80
+# Columns of tables in a log where all of them are asked for.
+WIDE = 200
+
+
+class Output(Console):
+    """Where a person reads: lines of at most 80 columns, tables as wide as a terminal, or 80 columns elsewhere.
+
+    Args:
+        verbose: whether lines on how something is computed are printed, and tables with all their columns.
+        settings: of rich's Console.
+
+    Attributes:
+        spoke: when it last printed something, by :func:`time.monotonic`.
+    """
+
+    def __init__(self, *, verbose: bool = False, **settings: Any) -> None:
+        # What is printed holds the user's own text, whose brackets and colons mean nothing here.
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **settings)
+        self.verbose = verbose
+        self.spoke = time.monotonic()
+        if not self.is_terminal:
+            self.width = WIDE if verbose else WIDTH
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        self.spoke = time.monotonic()
+        super().print(*objects, **how)
+
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line; a :class:`deltaw.working.Detail` only if ``verbose``."""
+        if self.verbose or not isinstance(line, Detail):
+            self.print(Text(folded(line, min(WIDTH, self.width)), style=style))
+
+
+def folded(line: str, width: int = WIDTH) -> str:
+    """A line in parts of at most ``width`` columns, the further ones indented; a longer word, such as a path, stays
+    whole."""
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "expand_tabs": False}
+    parts = []
+    for part in line.split("\n"):
+        indent = part[: len(part) - len(part.lstrip())] + "  "
+        parts.append(textwrap.fill(part, width, subsequent_indent=indent, replace_whitespace=False, **how))
+    return "\n".join(parts)
 
 
 def table(
@@ -35,21 +84,6 @@ def table(
 def add_row(made: Table, cells: Iterable[Cell], style: str = "") -> None:
     """One more line; ``style`` is that of cells that have none."""
     made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style or None)
-
-
-def facts(rows: Iterable[tuple[str, Cell]], width: int, *, fold: bool) -> Table:
-    """Names and what is to be said of each, in at most ``width`` columns.
-
-    Args:
-        fold: continue what is too long on further lines; else a fact is one line, and its end is cut off.
-    """
-    made = Table.grid(padding=(0, 2, 0, 0), expand=False)
-    made.width = width
-    made.add_column(no_wrap=True, style="dim")
-    made.add_column(no_wrap=not fold, overflow="fold" if fold else "ellipsis", ratio=1)
-    for row in rows:
-        add_row(made, row)
-    return made
 
 
 def one_line(text: str, most: int, *, end: bool = False) -> str:

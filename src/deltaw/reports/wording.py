@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
+from collections.abc import Mapping
 
-# Metrics that are shares of rows, shown in percent.
-SHARES = ("accuracy", "exact_match", "macro_f1", "f1", "match")
+from deltaw.training.evaluation.base import SHARES
+
+# Metrics that are shown in percent.
+PERCENT = (*SHARES, "macro_f1", "f1", "match")
 MISSING = "–"
 
 
@@ -19,7 +23,7 @@ def metric_value(name: str, value: float | None) -> str:
     """A share in percent, anything else with four digits."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if name.replace("/", " ").rpartition(" ")[2] in SHARES:
+    if name.replace("/", " ").rpartition(" ")[2] in PERCENT:
         return f"{value:.1%}"
     return short(value)
 
@@ -74,6 +78,19 @@ def duration(seconds: float | None) -> str:
     if hours < 48:
         return f"{hours} h {minutes:02d} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def by_part(seconds: Mapping[str, float], width: int) -> list[str]:
+    """``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``, in lines of ``width`` columns: the longest
+    parts first, those of a second or 3 % of all; what is left is ``other``."""
+    total = sum(seconds.values())
+    told = {name: part for name, part in seconds.items() if name != "other" and part >= min(1.0, 0.03 * total)}
+    told = dict(sorted(told.items(), key=lambda item: -item[1]))
+    if (rest := total - sum(told.values())) >= min(1.0, 0.03 * total):
+        told["other"] = rest
+    parts = (f"{duration(part)} {name}".replace(" ", "\xa0") for name, part in told.items())
+    lines = textwrap.wrap(f"{duration(total)}: ".replace(" ", "\xa0") + ", ".join(parts), width)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def when(seconds: float | None, *, short: bool = False) -> str:

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeAlias
 
@@ -56,9 +59,12 @@ from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, with
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.preparation import save_calibration
 from deltaw.training.process import guest
+from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
+from deltaw.training.small_data import held_out_line, steps_line
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.working import Detail, working
 
 # Makes what writes the texts of a model and its adapter.
 Decoding: TypeAlias = Callable[[InferenceSession], Writer]
@@ -91,7 +97,7 @@ def fit(
     if processes is ALONE:
         refuse_alone()
     with guest(), Tracking(config, callback or Callback()) as told:
-        check_output(output, goes_on=not fresh and (resume is not None or Run(output).unfinished))
+        check_output(output, goes_on=not fresh and (resume is not None or Run(output).training is not None))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
             return _fit(start, output, told, processes, decoding)
@@ -100,27 +106,48 @@ def fit(
                 start.lock.release()
 
 
-def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, decoding: Decoding | None) -> Result:
-    began = now()
-    start.config = as_parallel(start.config, processes, callback.on_line)
-    task, data = read_data(start.config, callback.on_line)
-    check_monitored(start.config, task, data)
-    rows = rows_facts(data.train, data.held_out)
-    if start.found is not None:
-        require_same_rows(start.found.values["rows"], rows, start.asked, output)
-    config, plan = planned(start.config, task, data, callback, processes=processes)
-    send_settings(config, processes)
-    loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
-    begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
-    device = str(loaded.choices["device"].value)
-    writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
-    session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes)
-    for line in session.said:
-        callback.on_line(line)
-    if start.found is not None:
-        require_same_model(start.found.values["model"], session, output, callback.on_line)
-    start.check_length(session.total_steps)
+class Clock:
+    """Where a run's time goes: seconds by part. What a part holds of another one counts once, as the inner one."""
 
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """While open, time is that part's."""
+        begun, known = time.monotonic(), sum(self._seconds.values())
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - begun - (sum(self._seconds.values()) - known))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part up to now; ``other`` is the rest."""
+        rest = time.monotonic() - self._began - sum(self._seconds.values())
+        return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(rest, 0.0)}.items()}
+
+
+def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, decoding: Decoding | None) -> Result:
+    began, clock = now(), Clock()
+    start.config = as_parallel(start.config, processes, callback.on_line)
+    with clock.part("loading"):
+        task, data, rows = _read(start, silent if start.done else callback.on_line)
+    if start.run is not None and start.done:
+        send_settings(None, processes)
+        return Result.of_finished(start.run)
+    if start.found is None:
+        for line in filter(None, (held_out_line(len(data.held_out)), steps_line(len(data.train), start.config.train))):
+            callback.on_line(line)
+    with clock.part("planning"):
+        config, plan = planned(start.config, task, data, callback, processes=processes)
+    send_settings(config, processes)
+    with clock.part("loading"):
+        loaded, session = _assembled(start, config, task, data, callback, processes, decoding)
+    device = str(loaded.choices["device"].value)
     folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
         callback.on_line(f"{output} held an earlier run, which is now in {folder.moved}")
@@ -142,16 +169,19 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
-            searched = choose_rate(session, folder.path, callback)
+            with clock.part("rate search"):
+                searched = choose_rate(session, folder.path, callback)
             record.chose(choices_of(session, loaded.choices))
             of_run = {**loaded.choices, **session.chosen}
             record.describe(plan, of_run, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
-            meter = DriftMeter(session)
-            outcome = _train(_Watching(session, folder, record, monitor, callback, searched))
+            with clock.part("drift"):
+                meter = DriftMeter(session)
+            outcome = _train(_Watching(session, folder, record, monitor, callback, searched, clock))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
-            drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
+            with clock.part("drift"):
+                drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
             processes.dismiss()
             write_card(folder.path, session, outcome, evaluation, trained, drift)
             record.done(outcome)
@@ -178,8 +208,44 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         stopped_early=monitor.stopped,
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
+        seconds_by_part=clock.parts(),
     )
     return record.came_to(result)
+
+
+def _read(start: Start, say: Say) -> tuple[Task, RunData, dict[str, object]]:
+    """The run's rows, and what identifies them; a run in the folder must have had the same."""
+    task, data = read_data(start.config, say)
+    check_monitored(start.config, task, data)
+    rows = rows_facts(data.train, data.held_out)
+    if start.rows is not None:
+        require_same_rows(start.rows, rows, start.asked, Path(start.asked.output), done=start.done)
+    return task, data, rows
+
+
+def _assembled(
+    start: Start,
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    callback: Callback,
+    processes: Reducer,
+    decoding: Decoding | None,
+) -> tuple[LoadedModel, Session]:
+    """The run's model, loaded, and its session; what the run began with must be what is there."""
+    loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
+    begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
+    writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
+    with working("preparing the training"):
+        session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes)
+        lines = session.lines()
+    for line in [*map(Detail, session.said), *lines]:
+        callback.on_line(line)
+    session.said += lines
+    if start.found is not None:
+        require_same_model(start.found.values["model"], session, Path(config.output), callback.on_line)
+    start.check_length(session.total_steps)
+    return loaded, session
 
 
 def _writer(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
@@ -258,7 +324,7 @@ def load_for(
     )
     for name, choice in loaded.choices.items():
         if choose is None:
-            say(f"{name}: {choice}")
+            say(Detail(f"{name}: {choice}"))
         else:
             choose(name, choice)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
@@ -268,13 +334,20 @@ def load_for(
 
 class _Watching(Callback):
     """What a run does with what its training reports: writes it down, evaluates, keeps checkpoints, and tells the
-    caller's callback. Without ``go_on`` the training ends before its first step."""
+    caller's callback, on a clock. Without ``go_on`` the training ends before its first step."""
 
     def __init__(
-        self, session: Session, folder: RunFolder, record: RunRecord, monitor: Monitor, callback: Callback, go_on: bool
+        self,
+        session: Session,
+        folder: RunFolder,
+        record: RunRecord,
+        monitor: Monitor,
+        callback: Callback,
+        go_on: bool,
+        clock: Clock,
     ) -> None:
         self.session, self.folder, self.record, self.monitor = session, folder, record, monitor
-        self.callback, self._go_on = callback, go_on
+        self.callback, self._go_on, self.clock = callback, go_on, clock
 
     def on_begin(self, state: TrainState) -> None:
         self.record.begin(state)
@@ -282,15 +355,20 @@ class _Watching(Callback):
         self.callback.on_begin(state)
 
     def on_step(self, step: Step) -> None:
+        self.clock.add("training", step.seconds)
         self.folder.write_metrics(step.as_dict())
         self.callback.on_step(step)
-        self._after(step.step, self.monitor.on_step(step))
+        with self.clock.part("evaluating"):
+            found = self.monitor.on_step(step)
+        self._after(step.step, found)
 
     def on_skip(self, found: NotFinite) -> None:
         self.folder.write_metrics(found.as_dict())
         self.callback.on_skip(found)
         self.callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
-        self._after(found.step, self.monitor.on_skip(found.step))
+        with self.clock.part("evaluating"):
+            evaluation = self.monitor.on_skip(found.step)
+        self._after(found.step, evaluation)
 
     def on_approximations(self, line: str, step: int) -> None:
         """From this step on something is no longer approximate."""
@@ -317,13 +395,12 @@ def _train(watching: _Watching) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
     trained."""
     session, folder, monitor, callback = watching.session, watching.folder, watching.monitor, watching.callback
-    record, checkpoints = watching.record, watching.record.checkpoints
-    for line in session.lines():
-        callback.on_line(line)
+    record, checkpoints, clock = watching.record, watching.record.checkpoints, watching.clock
     release_free_memory()
     session.approximations.on_change = watching.on_approximations
     record.restore()
-    monitor.before()
+    with clock.part("evaluating"):
+        monitor.before()
     with session.running():
         try:
             skips = session.config.train.not_finite == "skip"
@@ -333,11 +410,13 @@ def _train(watching: _Watching) -> Outcome:
             _keep_adapter(session, folder.path, error, callback)
             raise
         callback.on_end(outcome)
-        checkpoints.write()
-        save_adapter(session, folder.path)
-        if not outcome.interrupted:
-            checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
-        monitor.put_best(outcome.steps, lambda to: save_adapter(session, to), evaluate=not outcome.interrupted)
+        with working("saving"):
+            checkpoints.write()
+            save_adapter(session, folder.path)
+        with clock.part("evaluating"):
+            if not outcome.interrupted:
+                checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
+            monitor.put_best(outcome.steps, lambda to: save_adapter(session, to), evaluate=not outcome.interrupted)
         checkpoints.close()
     return outcome
 
@@ -364,15 +443,18 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
         callback.on_line(f"drift: not measured ({reason})")
         return None
     if drift is not None:
+        folder.write_metrics({"step": step, "general": [asdict(answer) for answer in meter.side_by_side()]})
         folder.write_metrics({"step": step, "drift": drift.as_dict()})
     return drift
 
 
 def save_adapter(session: Session, folder: Path) -> None:
-    """Write what was trained, with the names of a classifier's classes in the weights file's metadata."""
+    """Write what was trained, with the names of a classifier's classes in the weights file's metadata, and how its
+    rows are prompted."""
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+    write_prompting(folder, prompting_of(session))
     save_calibration(folder, session.identity, session.roundings)
 
 

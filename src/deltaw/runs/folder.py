@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError
+from deltaw.errors import UserError, nearest
 from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
 
 if TYPE_CHECKING:
@@ -94,16 +94,12 @@ class Run:
         whole = isinstance(found.get("settings"), dict) and type(found.get("steps")) is int
         return {"features": {}, "finished": None, **found} if whole and self.values.get("state") in STATES else None
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether it can be resumed by the command that began it."""
-        return self.training is not None and self.state != FINISHED
-
     @cached_property
     def state(self) -> str:
         """One of :data:`STATES`, ``killed`` or ``unknown``."""
         state = self.values.get("state")
-        if state == RUNNING and is_alive(mapping(self.values.get("process"))) is False:
+        alive = is_alive(self.part("process")) if state == RUNNING else True
+        if alive is False or (alive is None and not is_locked(self.path)):
             return KILLED
         if state in STATES:
             return str(state)
@@ -112,6 +108,16 @@ class Run:
         if card is None:
             return UNKNOWN
         return INTERRUPTED if "interrupted before its last step" in card else FINISHED
+
+    @property
+    def reason(self) -> str | None:
+        """Why it did not come to its end, in one line; None where it did, still runs, or nothing tells."""
+        told = str(self.part("error").get("what") or "").strip()
+        without = {
+            KILLED: "its process is gone: killed, out of memory, or the machine stopped",
+            INTERRUPTED: "stopped by Ctrl-C, a signal or a callback",
+        }
+        return told.splitlines()[0] if told else without.get(self.state)
 
     @cached_property
     def settings_text(self) -> str:
@@ -234,6 +240,11 @@ class Run:
         return next(((name, v[-1][1]) for name in [*plain, *names] if (v := self.metrics.evaluated(name))), None)
 
     @property
+    def base(self) -> Mapping[str, float]:
+        """The metrics of the held-out rows before the first step; empty where they were not evaluated then."""
+        return dict(self.metrics.evaluations[:1]).get(0, {})
+
+    @property
     def loss_metric(self) -> str | None:
         """The held-out metric that is a loss, of several sets the first one's; None if there is none."""
         names = self.metrics.metric_names()
@@ -285,6 +296,20 @@ def find_runs(folder: Path, depth: int = 3) -> list[Path]:
     return found
 
 
+def runs_near(path: Path) -> str:
+    """A hint for a path that is no run's: the runs in it, beside it or in the folder ``runs``, similar names first."""
+    if (holder := next(filter(is_run, path.parents), None)) is not None:
+        return f"give the run's folder: {holder}"
+    there = [run for place in (path, path.parent) if place.is_dir() for run in find_runs(place, depth=1)]
+    there += find_runs(Path("runs")) if Path("runs").is_dir() else []
+    names = nearest(path.name, {run.name for run in there})
+    found = list(dict.fromkeys(map(str, sorted(there, key=lambda run: run.name not in names))))
+    if not found:
+        return "give the folder of a run, the 'output' of its settings"
+    listed = f"runs here: {', '.join(found[-8:])}"
+    return f"did you mean '{found[0]}'? {listed}" if names else listed
+
+
 def this_process() -> dict[str, object]:
     """What tells later whether this process still runs: its number is used again once it has ended."""
     return {"host": socket.gethostname(), "id": os.getpid(), "begun": psutil.Process().create_time()}
@@ -334,6 +359,7 @@ class Metrics:
             the steps.
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
         samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
+        general: the last general answers, each with ``prompt``, ``base`` and ``adapter``.
         skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read, such as the last one of a killed run.
     """
@@ -341,6 +367,7 @@ class Metrics:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     samples: list[SampleAnswer] = field(default_factory=list)
+    general: list[Mapping[str, Any]] = field(default_factory=list)
     drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     skipped: int = 0
@@ -401,13 +428,14 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
     if "loss" in values:
         for name, column in columns.items():
             column.append(_number(values.get(name)))
-    for key, kept in (("eval", metrics.evaluations), ("drift", metrics.drifts)):
+    for key, kept in (("base", metrics.evaluations), ("eval", metrics.evaluations), ("drift", metrics.drifts)):
         if isinstance(values.get(key), Mapping):
             kept.append((step, dict(_flat(values[key]))))
     warning = values.get("warning")
     if isinstance(warning, Mapping):
         metrics.warnings.append((step, str(warning.get("kind", ""))))
     metrics.skipped += "skipped" in values
+    metrics.general = [mapping(one) for one in sequence(values.get("general"))] or metrics.general
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")
@@ -482,6 +510,17 @@ def numbers(values: Sequence[object]) -> list[float]:
 def _whole(value: object) -> int | None:
     found = number(value)
     return None if found is None else int(found)
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process has the run's folder, of whatever host; also where that cannot be told."""
+    lock = run / FOLDER / LOCK
+    try:
+        if lock.exists():
+            FileLock(lock, timeout=0).acquire().lock.release()
+        return False
+    except (Timeout, OSError):
+        return True
 
 
 class RunLock:

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,14 +36,27 @@ from deltaw.runs.folder import (
     FINISHED,
     FOLDER,
     INTERRUPTED,
+    KILLED,
     RUNNING,
     SETTINGS,
     Run,
     RunFolder,
     RunLock,
+    mapping,
+    runs_near,
     this_process,
 )
-from deltaw.runs.resuming import LENGTH, ROUNDING, Change, changes, dumped, refusal, refused, with_choices
+from deltaw.runs.resuming import (
+    LENGTH,
+    ROUNDING,
+    Change,
+    changes,
+    dumped,
+    refusal,
+    refused,
+    require_same_result,
+    with_choices,
+)
 from deltaw.runs.summary import facts, next_commands, plain, told_choices
 from deltaw.settings import RunConfig, flat
 from deltaw.tensor_files import save_tensors
@@ -191,6 +205,7 @@ class Start:
         found: the checkpoint that it goes on from; None where it begins with its first step.
         run: that goes on, as it was.
         longer: whether its length was changed.
+        done: whether the run in the folder is finished, so that nothing is trained.
         lock: of the folder, where that existed.
     """
 
@@ -200,6 +215,7 @@ class Start:
     found: Checkpoint | None = None
     run: Run | None = None
     longer: bool = False
+    done: bool = False
     lock: RunLock | None = None
     choices: Mapping[str, object] = field(default_factory=dict)
 
@@ -217,6 +233,12 @@ class Start:
     def training(self) -> Mapping[str, Any]:
         """What the run that goes on noted for this; empty for a new run."""
         return {} if self.run is None else self.run.training or {}
+
+    @property
+    def rows(self) -> Mapping[str, Any] | None:
+        """What the run in the folder noted of its rows; None where they need not be the same."""
+        noted: Mapping[str, Any] | None = None if self.found is None else self.found.values["rows"]
+        return self.training.get("rows", noted) if self.done else noted
 
     @property
     def lines_kept(self) -> int:
@@ -263,8 +285,7 @@ def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
         UserError: there is no such run, or its settings name what the caller has to allow.
     """
     if not (run / SETTINGS).is_file():
-        hint = "give the folder of a run, the 'output' of its settings"
-        raise UserError("there is no run to resume", where=str(run), hint=hint)
+        raise UserError("there is no run to resume", where=str(run), hint=runs_near(run))
     return settings_in(run, given, all_of_it=True)
 
 
@@ -280,7 +301,7 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
     """
     if not (output / FOLDER).is_dir():
         if asked:
-            raise _nothing(output)
+            raise _nothing(Run(output))
         return Start(config, config)
     lock = RunLock(output)
     try:
@@ -294,13 +315,16 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
 
 def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
     run = Run(output)
-    if run.training is None or (run.state == FINISHED and not asked):
+    if run.training is None:
         if asked:
-            raise _nothing(output)
+            raise _nothing(run)
         return Start(config, config)
     found, damaged = newest(output / FOLDER)
     for path, why in damaged:
         say(f"{path.name} is damaged and was skipped: {why}")
+    if run.state == FINISHED and not asked:
+        require_same_result(run, config, say)
+        return Start(config, config, found=found, run=run, done=True)
     if found is None:
         return _from_the_first_step(run, config, asked, say)
     choices = found.values["choices"]
@@ -325,11 +349,9 @@ def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
 def _from_the_first_step(run: Run, config: RunConfig, asked: bool, say: Say) -> Start:
     """A run that left no whole checkpoint: it begins anew, in the same folder where nothing would be lost."""
     output = run.path
-    if run.state == FINISHED or run.training is None:
-        raise _nothing(output)
-    other = refusal(changes(run.training["settings"], config), asked=asked)
-    if asked and other:
-        raise refused(output, "no step", other, asked=asked)
+    if asked or run.training is None:
+        raise _nothing(run)
+    other = refusal(changes(run.training["settings"], config), asked=False)
     if other or (output / ADAPTER_CONFIG).exists():
         return Start(config, config)
     there = "no whole checkpoint" if listed(output / FOLDER) else "no checkpoint yet"
@@ -342,15 +364,33 @@ def _rounded(differing: list[Change]) -> list[str]:
     return [f"{change}: the steps to come are rounded differently" for change in differing if change.key in ROUNDING]
 
 
-def _nothing(output: Path) -> UserError:
-    off = "train.checkpoint_every and train.checkpoint_minutes are both null"
-    hint = f"train without --resume; runs write checkpoints unless {off}"
-    return UserError("there is no checkpoint to resume from", where=str(output), hint=hint)
+def _nothing(run: Run) -> UserError:
+    """No checkpoint is there that a run could go on from."""
+    kept = [run.setting(f"train.{key}") for key in ("checkpoint_every", "checkpoint_minutes")]
+    if listed(run.path / FOLDER):
+        why = "its checkpoints are damaged"
+    elif run.settings and kept == [None, None]:
+        why = "train.checkpoint_every and train.checkpoint_minutes are null in its settings"
+    elif run.training is not None and run.state != FINISHED:
+        state = KILLED if run.state == RUNNING else run.state  # by a process of another host: this one has the lock
+        why = f"the run ended before its first one ({state} after {run.steps:,} steps)"
+    else:
+        why = "none was kept, as in a comparison and by early versions"
+    anew = f"start anew: deltaw train {shlex.quote(str(run.path / SETTINGS))} --fresh"
+    return UserError(f"there is no checkpoint to resume from:\n  {why}", where=str(run.path), hint=anew)
+
+
+SUMS = ("rows", "tokens", "computed_tokens", "label_tokens", "steps", "seconds")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; ``as_dict`` is what ``train --json`` prints."""
+    """What a run came to; ``as_dict`` is what ``train --json`` prints.
+
+    Attributes:
+        seconds_by_part: where this process's time went, such as ``training``, ``loading`` or ``evaluating``.
+        earlier: what the folder of a run holds that was finished before, so that nothing was trained; else None.
+    """
 
     output: Path
     outcome: Outcome
@@ -367,6 +407,27 @@ class Result:
     stopped_early: str | None = None
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
+    seconds_by_part: Mapping[str, float] = field(default_factory=dict)
+    earlier: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_finished(cls, run: Run) -> Result:
+        """What a finished run came to, as its folder tells: no plan, and nothing of single rows."""
+        told, score = run.result, mapping(run.result.get("score"))
+        outcome = Outcome(**{name: told[name] for name in SUMS if name in told})
+        outcome.loss_sum = (told.get("train_loss") or 0.0) * outcome.label_tokens
+        metrics = mapping(told.get("eval"))
+        sets = metrics if any(isinstance(value, Mapping) for value in metrics.values()) else {"": metrics}
+        main = str(score.get("metric", ""))
+        found = [Evaluation(_numbers(values), main, name=name) for name, values in sets.items()]
+        others = {one.name: one for one in found[1:]}
+        evaluation = replace(found[0], interval=tuple(score.get("interval") or ()) or None, others=others)
+        drift: dict[str, Any] = {k: value for k, value in _numbers(told.get("drift")).items() if k != "change"}
+        same = ("trained_parameters", "best", "stopped_early", "resumed_from_step", "arithmetic", "approximations")
+        kept = {name: told[name] for name in (*same, "seconds_by_part") if told.get(name) is not None}
+        kept |= {"drift": Drift(**drift) if drift else None, "earlier": told, "method": run.method}
+        kept |= {"writes_text": run.values.get("writes_text", True), "checkpoints": listed(run.path / FOLDER)}
+        return cls(run.path, outcome, evaluation, run.peak_bytes or 0, **kept)
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -379,10 +440,8 @@ class Result:
     def as_dict(self) -> dict[str, object]:
         done = self.outcome
         seconds = done.seconds or math.inf
-        sums = ("rows", "tokens", "computed_tokens", "label_tokens", "steps", "seconds")
-        return {
-            "output": os.fspath(self.output),
-            **{name: getattr(done, name) for name in sums},
+        found = {
+            **{name: getattr(done, name) for name in SUMS},
             "rows_per_second": done.rows / seconds,
             "tokens_per_second": done.tokens / seconds,
             "train_loss": done.loss if done.steps else None,
@@ -400,8 +459,16 @@ class Result:
             "interrupted": done.interrupted,
             "skipped_steps": done.skipped,
             "resumed_from_step": self.resumed_from_step,
-            "checkpoints": [os.fspath(path) for path in self.checkpoints],
+            "seconds_by_part": dict(self.seconds_by_part),
+            **(self.earlier or {}),
         }
+        files = [os.fspath(path) for path in self.checkpoints]
+        return {"output": os.fspath(self.output), **found, "checkpoints": files}
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """Numbers by name from JSON, whose null is nan."""
+    return {name: math.nan if value is None else value for name, value in mapping(values).items()}
 
 
 class RunRecord:
@@ -570,6 +637,7 @@ class RunRecord:
         if state == FINISHED:
             finished = {"steps": steps, "lines": self._folder.sync_metrics(), **self.checkpoints.beside()}
         training = {"steps": steps, "settings": self._settings, "features": self._features, "finished": finished}
+        training["rows"] = self.checkpoints.about["rows"]
         total = {} if "total_steps" in self._folder.values else {"total_steps": self._session.total_steps}
         self._folder.note(state=state, training=training, **total, **more)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from deltaw.kernels.arithmetic import STORED, Arithmetic
 from deltaw.lora.fingerprint import FORMAT
 from deltaw.machine.choices import Choice, choose_device
 from deltaw.methods import registry
+from deltaw.runs.folder import Run, mapping
 from deltaw.settings import RunConfig, flat, settings
 from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group
@@ -44,6 +46,8 @@ NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track
 # May change, but then the steps to come are rounded in another way.
 _COMPUTING = ("tokens_per_pass", "approximate", "share_prefixes", "checkpointing", "keep_features", "sharding")
 ROUNDING = {"device", "threads", "memory"} | {f"train.{key}" for key in _COMPUTING}
+# What a finished run's result does not depend on, but for rounding.
+_SAME_RESULT = (FREE | ROUNDING) - {f"train.{key}" for key in _WATCHING}
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,26 @@ def refusal(found: Sequence[Change], *, asked: bool) -> list[Change]:
     allowed = FREE | ROUNDING | (set(LENGTH) if asked else set())
     # The rows themselves are compared once they are read.
     return [change for change in found if change.key not in {*allowed, "data.train"}]
+
+
+def require_same_result(run: Run, config: RunConfig, say: Say) -> None:
+    """Refuse settings with which a finished run would have come to something else.
+
+    Args:
+        say: told of those that would have rounded differently.
+
+    Raises:
+        UserError: they differ; it names them, and what continues the run or starts anew.
+    """
+    before = {} if run.training is None else run.training["settings"]
+    chosen = {key: mapping(choice).get("value") for key, choice in run.chosen.items()}
+    differing = changes(before, config, chosen)
+    found = [change for change in differing if change.key not in {*_SAME_RESULT, "data.train"}]
+    if found:
+        raise refused(run.path, DONE, found, asked=False)
+    for change in differing:
+        if change.key in ROUNDING:
+            say(f"{change}: no effect, the run is finished")
 
 
 def with_choices(
@@ -179,8 +203,13 @@ def rows_facts(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, objec
     return {name: {"count": len(rows), "digest": digest_of_rows(rows)} for name, rows in parts.items()}
 
 
-def require_same_rows(before: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, run: Path) -> None:
+def require_same_rows(
+    before: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, run: Path, *, done: bool = False
+) -> None:
     """Refuse rows that are not those that a run began with.
+
+    Args:
+        done: whether that run is finished.
 
     Raises:
         UserError: they differ; it names the setting that the rows come from.
@@ -194,27 +223,34 @@ def require_same_rows(before: Mapping[str, Any], now: Mapping[str, Any], config:
         if isinstance(theirs, Mapping) and theirs.get("count") == ours["count"]:
             count = f"still {counts} rows, but not the same ones"
         source = config.data.train if part == "train" or not isinstance(config.data.eval, str) else None
-        changed = f"the {what} have changed since the run began ({count}), so it cannot be resumed"
-        hint = f"restore the data to resume, or {START_ANEW}".format(run=run)
+        end = "and the run is finished" if done else "so the run cannot be resumed"
+        changed = f"the {what} have changed, {end}:\n  {count}"
+        hint = f"{'' if done else 'restore the data to resume, or '}{START_ANEW}".format(run=run)
         raise UserError(changed, where=f"data.{part}: {source or config.data.eval}", hint=hint)
 
 
-START_ANEW = "set 'output' to another folder, or start anew with --fresh (what is in {run} is moved)"
+START_ANEW = "start anew: --fresh (moves {run}), or --output OTHER"
+# How far a run came that is finished.
+DONE = "done"
 
 
 def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> UserError:
-    """The error for settings with which a run cannot go on.
+    """The error for settings with which a run cannot go on, or would have come to something else.
 
     Args:
-        done: how far it came, in words.
+        done: how far it came, in words; ``done`` if it is finished.
     """
-    longer = [change.key for change in found if change.key in LENGTH]
-    way = f"resume with 'deltaw train --resume {run}' and the new length, " if longer and not asked else ""
-    if len(longer) != len(found):
-        way = "undo the change to resume, "
-    shown = "; ".join([*map(str, found[:4]), *([f"and {len(found) - 4} more"] if len(found) > 4 else [])])
-    what = f"the run in this folder is not finished ({done}) and cannot be resumed with other settings: {shown}"
-    return UserError(what, where=str(run), hint=way + START_ANEW.format(run=run))
+    longer = [f"--{change.key} {_shown(change.now)}" for change in found if change.key in LENGTH]
+    ways = [START_ANEW.format(run=run)]
+    if len(longer) == len(found) and not asked:
+        ways.insert(0, f"deltaw train --resume {shlex.quote(str(run))} {' '.join(longer)}")
+    elif done != DONE:
+        ways.insert(0, "undo the change to resume")
+    shown = [*map(str, found[:4]), *([f"and {len(found) - 4} more"] if len(found) > 4 else [])]
+    what = f"the run in this folder is not finished ({done}), and cannot be resumed so:"
+    if done == DONE:
+        what = "the run in this folder is finished, and was trained with other settings:"
+    return UserError("\n  ".join([what, *shown]), where=str(run), hint=", or\n".join(ways))
 
 
 def _same_place(first: object, second: object) -> bool:
@@ -233,7 +269,7 @@ def _is_there(device: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # What all processes of a run must have alike: the settings travel; model, precision and rows are compared.
@@ -249,15 +285,16 @@ _HINTS = {
 }
 
 
-def send_settings(config: RunConfig, processes: Reducer) -> None:
-    """From process 0 to all others, where there are any."""
+def send_settings(config: RunConfig | None, processes: Reducer) -> None:
+    """From process 0 to all others, where there are any; None: there is nothing to train."""
     if isinstance(processes, Group):
-        processes.send_text(config.model_dump_json())
+        processes.send_text("null" if config is None else config.model_dump_json())
 
 
-def receive_settings(group: Group) -> RunConfig:
+def receive_settings(group: Group) -> RunConfig | None:
     """Those of process 0."""
-    return RunConfig.read(json.loads(group.receive_text()))
+    told = json.loads(group.receive_text())
+    return None if told is None else RunConfig.read(told)
 
 
 def assemble_alike(

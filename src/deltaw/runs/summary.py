@@ -27,7 +27,7 @@ from deltaw.durable import write_text
 from deltaw.machine.processor import processor_name, usable_processors
 from deltaw.runs.folder import FINISHED, FOLDER
 from deltaw.training.drift import Drift
-from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.base import SHARES, Evaluation
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome
 from deltaw.version import __version__
@@ -58,7 +58,7 @@ def write_card(
         "trained parameters": f"{trained:,}",
         "learning rate": f"{session.learning_rate:g}",
         "training loss": f"{outcome.loss:.4f}" if outcome.steps else "none",
-        **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.named_metrics().items() if math.isfinite(v)},
+        **_scores(evaluation),
     }
     if drift is not None:
         facts["drift"] = drift.lines()[0].removeprefix("drift: ")
@@ -79,6 +79,17 @@ def write_card(
     if of_peft:
         lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _scores(evaluation: Evaluation) -> dict[str, str]:
+    """Each metric of held-out rows, a share in percent, with its interval where it has one."""
+    found, intervals = {}, evaluation.named_intervals()
+    for name, value in evaluation.named_metrics().items():
+        form = ".1%" if name.rpartition(" ")[2] in SHARES else ".4f"
+        bounds = " to ".join(f"{bound:{form}}" for bound in intervals.get(name, ()))
+        if math.isfinite(value):
+            found[f"held-out {name}"] = f"{value:{form}}" + (f" (95 % interval {bounds})" if bounds else "")
+    return found
 
 
 # Rows that are shown.
@@ -254,21 +265,28 @@ def told_choices(chosen: Mapping[str, Choice]) -> dict[str, object]:
     return {key: {"value": choice.value, "why": choice.why} for key, choice in chosen.items()}
 
 
-def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> list[dict[str, str]]:
-    """Commands to go on with, each with what it does."""
+def next_commands(
+    folder: Path, state: str, method: str, writes_text: bool, every: bool = False
+) -> list[dict[str, str]]:
+    """Commands to go on with, each with what it does; with ``every`` also those that are needed less often."""
     run = shlex.quote(os.fspath(folder))
     commands = []
     if state == FINISHED:
         if writes_text:
             commands.append((f"deltaw chat {run}", "talk with it"))
+            if every:
+                commands.append((f'deltaw generate {run} --prompt "your question"', "answer one prompt"))
         commands.append((f"deltaw eval {run} --base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))
         if writes_text:
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
         if method == "lora":
-            merged = shlex.quote(f"{os.fspath(folder)}-merged")
+            merged, exported = (shlex.quote(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "make one model of base and adapter"))
+            if every and writes_text:
+                file = f"deltaw export {run} --format gguf --type q8_0 --output {exported}"
+                commands.append((file, "make a file for Ollama and llama.cpp"))
     if any((folder / FOLDER).glob("step-*")):
         resume = f"deltaw train --resume {run}"
         further = (f"{resume} --train.epochs N", "train further, to N epochs in all")

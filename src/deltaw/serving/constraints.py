@@ -63,8 +63,13 @@ STOPPED, ACCEPTING, FAILED = 1, 2, 4
 MOST_PROPERTIES = 1000
 _LONGEST_REASON = 300  # characters; a whole regular expression may stand in it
 # Of JSON: that exactly one of several schemas matches cannot be followed a token at a time, so that any may.
-# White space is short, since small models would otherwise write it without end.
-_JSON: JsonCompileOptions = {"coerce_one_of": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
+# It is one line, with at most a space after a comma or colon: small models otherwise break lines anywhere.
+_JSON: JsonCompileOptions = {
+    "coerce_one_of": True,
+    "whitespace_flexible": False,
+    "item_separator": r",\x20?",
+    "key_separator": r":\x20?",
+}
 # An operation of so many seconds lowers the priority of its process: those that cost little come first.
 _EXPENSIVE = 0.1
 _NICER = 10

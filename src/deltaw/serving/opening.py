@@ -294,7 +294,7 @@ def _ends(session: InferenceSession) -> list[int]:
     return terminators(session.model, session.tokenizer)
 
 
-def _decoder(session: InferenceSession, **how: int) -> tuple[Decodable, ActiveAdapter | None]:
+def _decoder(session: InferenceSession, **how: Any) -> tuple[Decodable, ActiveAdapter | None]:
     """A verified decoder, and the session's adapter beside it; None where there is none, or where the
     decoder's weights hold it.
 

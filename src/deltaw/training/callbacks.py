@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from deltaw.working import Detail
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -104,12 +106,12 @@ class Callback:
     """
 
     def on_line(self, line: str) -> None:
-        """A choice, a note or an account of the rows, in words."""
+        """A choice, a note or an account of the rows, in words; a :class:`deltaw.working.Detail` only for whoever
+        wants to know more."""
 
     def on_choice(self, name: str, choice: Choice) -> None:
-        """The run chose a value itself. A line, unless overridden: a callback that shows them as a table has
-        them all in ``on_start``."""
-        self.on_line(f"{name}: {choice}")
+        """The run chose a value itself. A line, unless overridden; ``on_start`` has them all."""
+        self.on_line(Detail(f"{name}: {choice}"))
 
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
         """The memory that the run will need, and the bytes that the machine gives; not where no plan can be

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
 from deltaw.hub.loading import has_values
-from deltaw.runtime.generation import Writer, generate
-from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, check_size, general_answers
+from deltaw.runtime.generation import Completion, Writer, generate
+from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAnswers, check_size, general_answers
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.origin import InferenceSession
@@ -256,14 +256,21 @@ def answers_side_by_side(opened: InferenceSession, count: int, writer: Writer | 
     Raises:
         NoGeneralAnswers: as :func:`drift_of`.
     """
-    answers = _base_answers(opened, writer)
-    chosen = answers[:: max(1, len(answers) // count)][:count]
+    chosen = _evenly(_base_answers(opened, writer), count)
     prompts = [MEASURED[answer.row - 1] for answer in chosen]
     encoded = [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts]
     written = None if writer is None else writer(encoded, ANSWER_TOKENS, _BATCH_TOKENS, None)
-    written = written or generate(opened.model, opened.tokenizer, encoded, max_new_tokens=ANSWER_TOKENS)
-    answered = zip(prompts, chosen, written, strict=True)
-    return [GeneralAnswer(prompt, base.answer or "", done.text) for prompt, base, done in answered]
+    return _pairs(chosen, written or generate(opened.model, opened.tokenizer, encoded, max_new_tokens=ANSWER_TOKENS))
+
+
+def _evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
+    """``count`` of the answers, from all kinds of prompts."""
+    return answers[:: max(1, len(answers) // count)][:count]
+
+
+def _pairs(chosen: Sequence[Example], written: Sequence[Completion]) -> list[GeneralAnswer]:
+    answered = zip(chosen, written, strict=True)
+    return [GeneralAnswer(MEASURED[base.row - 1], base.answer or "", done.text) for base, done in answered]
 
 
 def _base_answers(opened: InferenceSession, writer: Writer | None) -> list[Example]:
@@ -292,6 +299,7 @@ class DriftMeter:
         asked = session.config.train.drift
         self._wanted = _is_wanted(asked, session.task)
         self._noted: BaseLosses | None = None
+        self._answers: Sequence[Example] = ()
         self._reason: NoGeneralAnswers | None = None
         if not self._wanted:
             return
@@ -320,5 +328,20 @@ class DriftMeter:
         answers = session.general_answers(MEASURED) if noted is None else noted.answers
         base = noted or functools.partial(session.method.without, model)
         how: dict[str, Any] = {"base": base, "as_trained": functools.partial(as_seen, method=session.method)}
+        self._answers = answers
         with session.method.evaluating(model):
             return measure_drift(model, answers, session.batcher, running=session.running, **how)
+
+    def side_by_side(self, count: int = SHOWN) -> list[GeneralAnswer]:
+        """What the base model and the trained one answer to some of the prompts, once it is measured. Call outside of
+        ``session.running``."""
+        session, chosen = self._session, _evenly(self._answers, count)
+        seen = [as_seen(answer, session.method) for answer in chosen]
+        prompts = [one.tokens[: one.prompt_length] for one in seen]
+        model, tokenizer, writer = session.model, session.task.tokenizer, session.writer(of_base=False)
+        assert tokenizer is not None
+        batch_tokens = getattr(session.batcher, "tokens_per_pass", 1024)
+        with session.method.evaluating(model):
+            written = None if writer is None else writer(prompts, ANSWER_TOKENS, batch_tokens, None)
+            how: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "batch_tokens": batch_tokens}
+            return _pairs(chosen, written or generate(model, tokenizer, prompts, **how))

@@ -26,6 +26,7 @@ from deltaw import tasks
 from deltaw.contained import remember_named, require_contained, was_named
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.invocation import last_occurrence
+from deltaw.data.messages import Message
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.hub.folders import already_here
@@ -39,10 +40,11 @@ from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
 from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration
+from deltaw.training.prompting import Prompting, read_prompting
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, answers
-from deltaw.working import working
+from deltaw.working import Detail, working
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -242,6 +244,7 @@ class InferenceSession:
         task: what the model does. classes: the names that a classifier's outputs have.
         identity: names the base model as it computes, for what is kept on disk.
         found: the folder that was opened; None for a bare model.
+        prompting: how the rows are prompted, as the folder says.
     """
 
     loaded: LoadedModel
@@ -251,6 +254,7 @@ class InferenceSession:
     classes: tuple[str, ...] | None = None
     identity: str | None = None
     found: FoundFolder | None = None
+    prompting: Prompting = field(default_factory=Prompting)
     _bare: bool = field(default=False, repr=False)
 
     @property
@@ -282,6 +286,14 @@ class InferenceSession:
     def data(self) -> DataSettings | None:
         """How the run read its rows; None where it is not known."""
         return self.config.data if self.config is not None else None
+
+    def encode(self, asked: str | Sequence[Message]) -> np.ndarray:
+        """A prompt, or a conversation that ends with one, as the rows were rendered: int32 (length,).
+
+        Raises:
+            UserError: the template does not take it.
+        """
+        return self.prompting.prompt(asked, self.data, self.tokenizer)
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """A prompt as the model is to see it."""
@@ -395,18 +407,19 @@ def open_run(
         with working("quantizing the weights to int8"):
             report = quantize_int8(loaded.model.base_model, known=known)
         identity = as_rounded(identity, report.roundings)
-        say(f"precision int8: {report}")
+        say(Detail(f"precision int8: {report}"))
     if precision == "nf4":
         for line in quantized_nf4(loaded.model):
-            say(line)
+            say(Detail(line))
     if classes is None and work.has_labels and fixed is None:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
     method = None
     if adapter:
         method = method_of_folder(folder, work.tokenizer)
-        say(method.load(loaded.model, folder))
-    return InferenceSession(loaded, config, method, work, classes, identity, found)
+        say(Detail(method.load(loaded.model, folder)))
+    prompting = read_prompting(folder)
+    return InferenceSession(loaded, config, method, work, classes, identity, found, prompting)
 
 
 def score_run(

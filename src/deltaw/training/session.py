@@ -63,7 +63,7 @@ from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.working import working
+from deltaw.working import Detail, working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
@@ -158,23 +158,23 @@ class Session:
         return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
 
     def lines(self) -> list[str]:
-        """How the rows go through the model, and which code its blocks run, for a person."""
+        """How the rows go through the model, which code its blocks run, and what is slow about it."""
         batcher, objective = self.batcher, self.objective
         total, size = self.total_steps, self.config.train.batch_size
-        lines = [*loader.notes(), *attention.notes()]
+        lines = [*loader.notes(), *map(Detail, attention.notes())]
         rows = "padded rows"
         if not (self.task.has_labels or getattr(batcher, "padded", False)):
             rows = "padding-free packing"
             with packed_rows(self.model):
                 fused = fused_blocks(self.model).choice
             kind = "fused" if fused.value else "the model's own code"
-            lines.append(f"blocks: {kind} ({fused.why})")
+            lines.append(Detail(f"blocks: {kind} ({fused.why})"))
         shared = ", shared prefixes computed once" if self.feed.share else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
         steps = f"{total} step{'s' if total != 1 else ''} of {size} rows"
-        return [*lines, f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}"]
+        return [*lines, Detail(f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}")]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ from deltaw.lora.peft_format import without_wrappers
 from deltaw.lora.peft_updates import FileUpdate, content_of
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.reports.inspect import effective_rank, kinds_of, root_sum_of_squares, values_of
-from deltaw.reports.page.svg import Curve, Figure, Numbers, Strip, evenly, heat_map, line_chart, swatch
+from deltaw.reports.page.svg import Curve, Figure, Numbers, Strip, evenly, heat_map, legend_of, line_chart, swatch
 from deltaw.reports.wording import short
 from deltaw.tensor_files import TensorFile
 
@@ -252,20 +252,20 @@ def spectrum_figure(learned: Learned) -> Figure:
         shares = np.full((len(parts), longest), np.nan)
         for row, part in enumerate(parts):
             shares[row, : len(part.values)] = np.maximum(1e-4, np.array(part.values) / part.values[0])
-        lines = [(shares[row], "c1 thin") for row in evenly(len(parts), SPECTRA)]
-        for values, kind in [*lines, (np.nanmedian(shares, axis=0), "c2")]:
-            curves.append(Curve([(n, float(v)) for n, v in enumerate(values, 1) if not math.isnan(v)], kind))
+        lines = [(shares[row], "c1 thin", "") for row in evenly(len(parts), SPECTRA)]
+        for values, *named in [*lines, (np.nanmedian(shares, axis=0), "c2", "median of the modules")]:
+            curves.append(Curve([(n, float(v)) for n, v in enumerate(values, 1) if not math.isnan(v)], *named))
         rank = _median_rank(parts)
         text = (
             "Singular values of each ΔW as shares of its largest. A line that falls early means that few of the "
             f"{longest} directions carry the change: the median effective rank is {rank} out of {longest}."
         )
-        legend = [(swatch("c2"), "median of the modules"), (swatch("c1 thin"), "one module")]
+        legend = [*legend_of(curves), (swatch("c1 thin"), "one module")]
     for kind in learned.kinds():
         if same := [part for part in parts if part.kind == kind]:
             rows.append((kind, short(max(part.values[0] for part in same)), _median_rank(same)))
     axes: dict[str, Any] = {"x_format": "σ{:.0f}".format, "y_format": _percent, "log": True}
-    drawn = line_chart("spectrum", "Singular values of ΔW", text, curves, **axes)
+    drawn = line_chart("spectrum", "Singular values of ΔW", text, curves, x_name="σ", **axes)
     head = ("kind", "largest singular value", "effective rank, median")
     table = Numbers("Singular values by kind of module", head, rows)
     return Figure("spectrum", "How many directions it uses", text, drawn, table, legend)

@@ -12,11 +12,11 @@ from deltaw.reports.page.svg import (
     Bar,
     Curve,
     Figure,
-    Legend,
     Numbers,
     bars,
     evenly,
     histogram,
+    legend_of,
     line_chart,
     smoothed,
     swatch,
@@ -51,16 +51,16 @@ def curve_figures(record: Run) -> list[Figure]:
 
 
 def over_steps(
-    identity: str, title: str, text: str, said: str, curves: list[Curve], numbers: Numbers, legend: Legend, **axis: Any
+    identity: str, title: str, text: str, said: str, curves: list[Curve], numbers: Numbers, **axis: Any
 ) -> Figure:
     """Curves over the steps of a run.
 
     Args:
         said: what is drawn, in a sentence. axis: of :func:`deltaw.reports.page.svg.line_chart`.
     """
-    axis = {"x_format": _step, "y_format": tick, "x_from": 0, **axis}
+    axis = {"x_format": _step, "y_format": tick, "x_from": 0, "x_name": f"{STEP} ", **axis}
     drawn = line_chart(identity, f"{title} over steps", said, curves, **axis)
-    return Figure(identity, title, text, drawn, numbers, legend)
+    return Figure(identity, title, text, drawn, numbers, legend_of(curves))
 
 
 def loss_figure(record: Run) -> Figure | None:
@@ -71,14 +71,13 @@ def loss_figure(record: Run) -> Figure | None:
     mean = smoothed(losses)
     held_out = dict(record.held_out_losses)
     curves = [
-        Curve(points_of(steps, losses), "c1 raw"),
-        Curve(points_of(steps, mean), "c1"),
-        Curve([(float(step), value) for step, value in held_out.items()], "c2", dots=True),
+        Curve(points_of(steps, losses), "c1 raw", "training, each step"),
+        Curve(points_of(steps, mean), "c1", "training, running mean"),
     ]
-    legend = [(swatch("c1"), "training, running mean"), (swatch("c1 raw"), "training, each step")]
     said = f"The training loss went from {short(mean[0])} to {short(mean[-1])} over {len(steps):,} steps"
     if held_out:
-        legend.append((swatch("c2"), "held-out rows"))
+        points = [(float(step), value) for step, value in held_out.items()]
+        curves.append(Curve(points, "c2", "held-out rows", dots=True))
         said += f"; on rows held out it was {short(record.held_out_losses[-1][1])} at the last evaluation"
     rows = []
     for place in _rows_with(steps, held_out):
@@ -87,7 +86,7 @@ def loss_figure(record: Run) -> Figure | None:
         rows.append((f"{step:,}", short(losses[place]), short(mean[place]), of_held_out))
     head = ("step", "loss", "running mean", "held-out")
     table = Numbers("Loss by step", head, rows, _selected(len(steps), len(rows)))
-    return over_steps("loss", "Loss", said + ".", said, curves, table, legend, height=280)
+    return over_steps("loss", "Loss", said + ".", said, curves, table, height=280)
 
 
 def metric_figures(record: Run) -> list[Figure]:
@@ -107,7 +106,7 @@ def metric_figures(record: Run) -> list[Figure]:
         table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(found), len(rows)))
         curves = [Curve(points, "c2", dots=len(points) < 100)]
         axis: dict[str, Any] = {"y_format": value_format(name), "log": False}
-        figures.append(over_steps(f"metric-{len(figures) + 1}", title, said + ".", said, curves, table, (), **axis))
+        figures.append(over_steps(f"metric-{len(figures) + 1}", title, said + ".", said, curves, table, **axis))
     return figures
 
 
@@ -140,15 +139,13 @@ def _figure_of(
     identity: str, title: str, text: str, unit: str, steps: np.ndarray, values: np.ndarray, smooth: bool, **axis: Any
 ) -> Figure:
     mean = smoothed(values) if smooth else values
-    curves = [Curve(points_of(steps, mean), "c1")]
-    legend = []
+    curves = [Curve(points_of(steps, mean), "c1", "running mean" if smooth else "")]
     if smooth:
-        curves.insert(0, Curve(points_of(steps, values), "c1 raw"))
-        legend = [(swatch("c1"), "running mean"), (swatch("c1 raw"), "each step")]
+        curves.insert(0, Curve(points_of(steps, values), "c1 raw", "each step"))
     said = f"{unit} from {short(values[0])} at step {steps[0]:,.0f} to {short(values[-1])} at {steps[-1]:,.0f}"
     rows = [(f"{steps[i]:,.0f}", short(values[i])) for i in evenly(len(steps), ROWS)]
     table = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(steps), len(rows)))
-    return over_steps(identity, title, text, said, curves, table, legend, **axis)
+    return over_steps(identity, title, text, said, curves, table, **axis)
 
 
 def memory_figure(record: Run) -> Figure | None:
@@ -221,20 +218,18 @@ def rate_figure(told: Mapping[str, Any]) -> Figure | None:
     highest = lowest + ABOVE_FIRST * max(first - lowest, 1e-6)
     highest = max(highest, *(loss for _, loss in losses[: max(1, len(losses) // 2)]))
     curves = [
-        Curve([(rate, min(loss, highest)) for rate, loss in points], kind)
-        for points, kind in ((losses, "c1 raw"), (mean or losses, "c1"))
+        Curve([(rate, min(loss, highest)) for rate, loss in points], kind, name)
+        for points, kind, name in ((losses, "c1 raw", "each step"), (mean or losses, "c1", "smoothed"))
     ]
-    legend = [(swatch("c1"), "smoothed"), (swatch("c1 raw"), "each step")]
     for rate, kind, name in ((chosen, "c2", "chosen"), (usual, "c3", "usual")):
         if rate is not None and rate > 0:
-            curves.append(Curve([(rate, lowest), (rate, highest)], kind))
-            legend.append((swatch(kind), f"{name} {rate:.2g}"))
+            curves.append(Curve([(rate, lowest), (rate, highest)], kind, f"{name} {rate:.2g}"))
     by_rate, shown = dict(mean), [losses[place] for place in evenly(len(losses), ROWS)]
     rows = [(f"{rate:.3g}", short(loss), short(by_rate.get(rate))) for rate, loss in shown]
     table = Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows)
     axes: dict[str, Any] = {"x_format": "{:.0e}".format, "y_format": tick, "log": False, "log_x": True}
-    drawn = line_chart("rate-search", "Loss over learning rate", text, curves, **axes)
-    return Figure("rate-search", "Search of the learning rate", text + ".", drawn, table, legend)
+    drawn = line_chart("rate-search", "Loss over learning rate", text, curves, x_name="learning rate ", **axes)
+    return Figure("rate-search", "Search of the learning rate", text + ".", drawn, table, legend_of(curves))
 
 
 def _over_rates(told: Mapping[str, Any], name: str) -> list[tuple[float, float]]:

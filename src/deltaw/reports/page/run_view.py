@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from deltaw.reports.page.run_figures import curve_figures, length_figure, memory
 from deltaw.reports.page.svg import Numbers, smoothed
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
 from deltaw.runs.folder import (
+    FINISHED,
     INTERRUPTED,
     KILLED,
+    LOSSES,
     RUNNING,
     STATES,
     Run,
@@ -27,13 +29,17 @@ from deltaw.runs.folder import (
     numbers,
     sequence,
 )
-from deltaw.runs.summary import next_commands
+from deltaw.runs.summary import OF_PEFT, next_commands
 from deltaw.settings import settings as all_settings
 from deltaw.training.drift import LARGE
 
-# The most prompts whose answers are shown, answers in between of one, and characters of a text.
-PROMPTS, BETWEEN, TEXT = 12, 20, 3000
+# The most prompts whose answers are shown, answers in between of one, characters of a text, and rows at once.
+PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 1500, 2
 SETTINGS_TEXT = 40_000
+# Characters of an expected answer up to which an answer that differs is called wrong.
+EXACT = 200
+# Metrics that are better if they are lower.
+LOWER = (*LOSSES, "perplexity", "rmse", "mae")
 WARNINGS = {
     "gradient_norm": "the gradient norm was far above what it had been",
     "clipped": "nearly all gradients were clipped",
@@ -44,11 +50,17 @@ STATE_TEXTS = {state: state for state in STATES} | {KILLED: "killed before its e
 
 @dataclass(frozen=True)
 class Fact:
-    """One of the large numbers at the top."""
+    """One of the large numbers at the top.
+
+    Attributes:
+        before: the value before training, if there is one. large: whether it answers what a run is for.
+    """
 
     name: str
     value: str
     more: str = ""
+    before: str = ""
+    large: bool = False
 
 
 def run_view(record: Run) -> dict[str, Any]:
@@ -56,10 +68,10 @@ def run_view(record: Run) -> dict[str, Any]:
     learned = what_was_learned(record.path) or Learned()
     norms = [(name, short(norm)) for name, norm in learned.others[:60]]
     curves = curve_figures(record)
-    answers = answers_of(record.metrics.samples)
+    answers, between = answers_of(record.metrics.samples, record.task)
     examples = examples_of(record.part("data").get("examples"))
     lines = [str(line) for line in sequence(record.part("data").get("lines"))]
-    changed = settings_table(record)
+    changed, chosen = settings_tables(record)
     view: dict[str, Any] = {
         "title": f"{record.name} – deltaw run",
         **{key: getattr(record, key) for key in ("name", "model", "method", "task", "state")},
@@ -69,20 +81,26 @@ def run_view(record: Run) -> dict[str, Any]:
         "when_machine": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.started)),
         "error": {key: str(record.part("error").get(key) or "") for key in ("what", "where", "hint")},
         "notices": notices(record),
+        "sides": sides(record),
         "headline": headline(record),
         "curves": curves,
         "rates": rate_figure(record.learning_rates),
         "answers": answers,
+        "between": between,
+        "general": general_of(record),
         "drift": drift_text(record),
         "memory": memory_figure(record),
         "data_lines": lines,
         "lengths": length_figure(record),
-        "examples": examples,
+        "examples": examples[:ROWS],
+        "more_examples": examples[ROWS:],
         "masked": any(piece["trained"] for example in examples for piece in example["pieces"]),
         "learned": learned_figures(learned),
         "learned_note": learned.note,
         "others": Numbers("Norms of what the adapter holds besides A and B", ("name", "norm"), norms),
         "settings": changed,
+        "chosen": chosen,
+        "notes": [str(note) for note in sequence(record.values.get("notes"))],
         "settings_text": record.settings_text[:SETTINGS_TEXT],
         "commands": commands_of(record),
         "machine": machine_text(record),
@@ -91,38 +109,36 @@ def run_view(record: Run) -> dict[str, Any]:
     }
     sections = (
         ("result", "Result", True),
+        ("answers", "Answers", answers or view["general"] or view["drift"]),
+        ("next", "Next steps", True),
         ("curves", "Training", curves),
-        ("answers", "Answers", answers or view["drift"]),
         ("memory-heading", "Memory", view["memory"]),
         ("data", "Data", lines or examples),
         ("learned-heading", "What changed", view["learned"] or view["learned_note"]),
-        ("settings", "Settings", changed.rows),
-        ("next", "Next steps", True),
+        ("settings", "Settings", changed.rows or chosen.rows),
     )
     view["contents"] = [(identity, text) for identity, text, there in sections if there]
     return view
 
 
+def sides(record: Run) -> tuple[str, str]:
+    """What the two columns of scores and answers are called. The head of a classifier is new, so what is evaluated
+    before training is not the base model."""
+    before = "base model" if record.values.get("writes_text", True) else "before training"
+    return before, "adapter" if record.method in OF_PEFT else "after training"
+
+
 def headline(record: Run) -> list[Fact]:
-    """The numbers that a person looks for first."""
-    facts = []
+    """Whether it worked, then what it took."""
+    facts = [*score_fact(record), *drift_fact(record)]
     losses = record.held_out_losses
-    if len(losses) > 1:
-        first, value = losses[0]
-        span = "before and after training" if first == 0 else f"from step {first:,} to the end"
-        facts.append(Fact("held-out loss", f"{short(value)} → {short(losses[-1][1])}", span))
-    elif losses:
-        facts.append(Fact("held-out loss", short(losses[-1][1]), "after training"))
-    score = record.score
-    if score is not None and score[0] != record.loss_metric:
-        told = numbers(sequence(mapping(record.result.get("score")).get("interval")))
-        bounds = [metric_value(score[0], bound) for bound in told]
-        more = f"95 % interval {bounds[0]} to {bounds[1]}" if len(bounds) == 2 else "on held-out rows"
-        facts.append(Fact(metric_name(score[0]), metric_value(*score), more))
+    if losses and (record.score is None or record.score[0] != record.loss_metric):
+        before = short(losses[0][1]) if len(losses) > 1 and losses[0][0] == 0 else ""
+        facts.append(Fact("held-out loss", short(losses[-1][1]), "before and after training" if before else "", before))
     _, steps = record.metrics.column("loss")
-    if len(steps) and len(losses) < 2:
+    if len(steps):
         mean = smoothed(steps)
-        facts.append(Fact("training loss", f"{short(mean[0])} → {short(mean[-1])}", "first step, and mean of the last"))
+        facts.append(Fact("training loss", short(mean[-1]), "first step, and mean of the last", short(mean[0])))
     if record.rows_per_second:
         tokens = f"{count(record.tokens_per_second)} tokens a second"
         facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", tokens))
@@ -143,6 +159,57 @@ def headline(record: Run) -> list[Fact]:
     return facts
 
 
+def score_fact(record: Run) -> Iterator[Fact]:
+    """The score that counts: of the base model, and of the adapter."""
+    if record.score is None:
+        if record.state == FINISHED and not record.metrics.evaluations:
+            yield Fact("held-out score", "none", "no rows were held out; data.eval says how many", large=True)
+        return
+    name, value = record.score
+    base, bounds, rows = record.base.get(name), score_interval(record), held_out_rows(record)
+    before, after = sides(record)
+    if base is not None:
+        told = f"{before} → {after}"
+    else:
+        told = "" if record.task == "preference" else f"{after}; the {before.removeprefix('before ')} was not evaluated"
+    if bounds:
+        told += f"; 95 % interval {metric_value(name, bounds[0])} to {metric_value(name, bounds[1])}"
+    title = f"{metric_name(name)} of {rows:,} held-out rows" if rows else f"held-out {metric_name(name)}"
+    evaluated = record.result or record.metrics.evaluations[-1][0]  # and not before training alone
+    shown_base = "" if base is None else metric_value(name, base)
+    yield Fact(title, metric_value(name, value if evaluated else None), told.lstrip("; "), shown_base, large=True)
+
+
+def score_interval(record: Run) -> Sequence[float]:
+    """Of the score, lower and upper bound; empty where there is none."""
+    bounds = numbers(sequence(mapping(record.result.get("score")).get("interval")))
+    return bounds if len(bounds) == 2 else ()
+
+
+def held_out_rows(record: Run) -> int | None:
+    """How many rows were scored; None where several sets or nothing tells."""
+    told = number(mapping(record.part("data").get("counts")).get("held_out"))
+    return int(told) if told and record.score is not None and "/" not in record.score[0] else None
+
+
+def drift_fact(record: Run) -> Iterator[Fact]:
+    """How far general answers moved; that it was not measured, where the model writes text."""
+    drift = drift_of(record)
+    change, same = number(drift.get("change")), number(drift.get("same"))
+    if change is None:
+        writes = record.values.get("writes_text") is True and record.state == FINISHED
+        yield from [Fact("drift", "not measured", large=True)] if writes else []
+        return
+    more = f"{change:+.2f} nats per token of general answers"
+    more += "" if same is None else f"; {same:.0%} of their tokens are unchanged"
+    yield Fact("drift", "large" if change > LARGE else "small", more, large=True)
+
+
+def drift_of(record: Run) -> Mapping[str, Any]:
+    """The last measurement; empty where there is none."""
+    return mapping(record.result.get("drift")) or dict(record.metrics.drifts[-1:]).get(record.steps, {})
+
+
 def notices(record: Run) -> list[str]:
     """What a person should know before reading on."""
     found = []
@@ -160,18 +227,31 @@ def notices(record: Run) -> list[str]:
         found.append(f"At step {step:,}: {WARNINGS.get(kind, metric_name(kind))}.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
-    change = number(mapping(record.result.get("drift")).get("change"))
+    found += doubts(record)
+    change = number(drift_of(record).get("change"))
     if change is not None and change > LARGE:
         hint = "Try train.keep_general: 1, a lower train.learning_rate, or fewer train.epochs."
         found.append(f"Drift is large: the model may answer other questions worse than the base model. {hint}")
     return found
 
 
+def doubts(record: Run) -> Iterator[str]:
+    """Why the score may not be better than the base model's, if so."""
+    name, value = record.score or ("", 0.0)
+    base, bounds = record.base.get(name), score_interval(record)
+    if base is None or not bounds:
+        return
+    sign = -1 if name.rpartition("/")[2] in LOWER else 1
+    if sign * value <= sign * base:
+        yield f"The {metric_name(name)} is not better than before training."
+    elif bounds[0] <= base <= bounds[1]:
+        said = f"The interval of the {metric_name(name)} holds the value before training, too"
+        yield f"{said}: the difference may be chance. More held-out rows would tell."
+
+
 def drift_text(record: Run) -> str:
     """How far general answers moved, in a sentence; empty where it was not measured."""
-    drift: Mapping[str, Any] = mapping(record.result.get("drift"))
-    if not drift and record.metrics.drifts:
-        drift = record.metrics.drifts[-1][1]
+    drift = drift_of(record)
     base, loss, same = (number(drift.get(name)) for name in ("base_loss", "loss", "same"))
     if base is None or loss is None or same is None:
         return ""
@@ -179,27 +259,35 @@ def drift_text(record: Run) -> str:
     return f"Drift: the loss on the base model's own answers to general questions went {moved}."
 
 
-def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
-    """Each prompt with its first and its last answer, and those in between."""
+def answers_of(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prompts with the answers before the first step and after the last, and those that have further ones. Whether an
+    answer is the expected one is said where it could be."""
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
-    found: list[dict[str, Any]] = []
+    found, between = [], []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
+        exact = task == "causal-lm" and len(answers[-1].expected or "") <= EXACT
         expected = None if answers[-1].expected is None else _cut(answers[-1].expected)
         name = f"row {row}" if row is not None else f"prompt {len(found) + 1}"
-        shown_ones = [_answer(sample) for sample in answers[:: max(1, len(answers) - 1)]]
-        between = [_answer(sample) for sample in answers[1:-1][-BETWEEN:]]
-        entry = {"name": name, "prompt": _cut(prompt), "expected": expected}
-        found.append({**entry, "shown": shown_ones, "between": between})
-    return found
+        first = _answer(answers[0], exact) if answers[0].step == 0 else None
+        last = _answer(answers[-1], exact) if answers[-1].step or len(answers) > 1 else None
+        found.append({"name": name, "prompt": _cut(prompt), "expected": expected, "base": first, "adapter": last})
+        if further := [_answer(sample, exact) for sample in answers[:-1] if sample.step][-BETWEEN:]:
+            between.append({"name": name, "answers": further})
+    return found, between
 
 
-def _answer(sample: SampleAnswer) -> dict[str, Any]:
-    right = None if sample.expected is None else sample.answer.strip() == sample.expected.strip()
-    named = "before training" if sample.step == 0 else f"step {sample.step:,}"
-    return {"when": named, "answer": _cut(sample.answer) or "(nothing)", "right": right}
+def general_of(record: Run) -> list[dict[str, str]]:
+    """General prompts with both models' answers."""
+    told = record.metrics.general[:PROMPTS]
+    return [{key: _cut(str(one.get(key, ""))) for key in ("prompt", "base", "adapter")} for one in told]
+
+
+def _answer(sample: SampleAnswer, exact: bool) -> dict[str, Any]:
+    right = None if sample.expected is None or not exact else sample.answer.strip() == sample.expected.strip()
+    return {"when": f"step {sample.step:,}", "answer": _cut(sample.answer) or "(nothing)", "right": right}
 
 
 def examples_of(told: object) -> list[dict[str, Any]]:
@@ -222,27 +310,26 @@ def examples_of(told: object) -> list[dict[str, Any]]:
     return found
 
 
-def settings_table(record: Run) -> Numbers:
+def settings_tables(record: Run) -> tuple[Numbers, Numbers]:
     """The settings that are not the defaults, and what the run chose itself, with the reason."""
     defaults = {setting.key: setting.default for setting in all_settings()}
-    given, chosen = record.flat_settings, {key: mapping(choice) for key, choice in record.chosen.items()}
-    rows = []
-    for key in dict.fromkeys([*given, *chosen]):
+    chosen = [(key, mapping(choice)) for key, choice in record.chosen.items()]
+    found = [(key, shown(choice.get("value")), str(choice.get("why", ""))) for key, choice in chosen]
+    given = []
+    for key, value in record.flat_settings.items():
         default = defaults.get(key, ...)
-        if key not in given or "value" in chosen.get(key, {}):
-            rows.append((key, shown(chosen[key].get("value")), str(chosen[key].get("why", ""))))
-        elif given[key] != (list(default) if isinstance(default, tuple) else default):
-            rows.append((key, shown(given[key]), "as set"))
-    return Numbers("Settings that are not the default, and what was chosen", ("setting", "value", "why"), rows)
+        if key not in record.chosen and value != (list(default) if isinstance(default, tuple) else default):
+            given.append((key, shown(value)))
+    return (
+        Numbers("Settings that are not the default", ("setting", "value"), given),
+        Numbers("What the run chose itself", ("what", "value", "why"), found),
+    )
 
 
 def commands_of(record: Run) -> list[dict[str, str]]:
-    """Commands to go on with: those in ``run.json``, or the usual ones."""
-    told = [entry for entry in sequence(record.values.get("commands")) if isinstance(entry, Mapping)]
-    if told:
-        return [{key: str(entry.get(key, "")) for key in ("command", "what")} for entry in told]
-    writes = record.task in ("causal-lm", "preference")
-    return next_commands(record.path, record.state, record.method, writes)
+    """Commands to go on with, for where the run is now. Those that ``run.json`` names are somebody else's words."""
+    writes = record.values.get("writes_text", record.task in ("causal-lm", "preference")) is True
+    return next_commands(record.path.absolute(), record.state, record.method, writes, every=True)
 
 
 def machine_text(record: Run) -> str:

@@ -1,13 +1,15 @@
 """Small drawings as inline SVG: curves, a heat map, bars. Text keeps its size at every width of the page.
 
-A drawing has no margin at its left: the numbers of the vertical axis stand on their grid lines, as in a
-newspaper, so that the same drawing serves a phone and a wide screen. What is drawn lies in an inner SVG that
-is stretched; text and grid lines lie outside of it. Colors are classes of the page's style sheet. Knows no
-run: shapes become markup in the template `drawings.html`.
+The numbers of a vertical axis stand at the left of the drawing, which leaves room for them (the style sheet's
+`.axes`). What is drawn lies in an inner SVG that is stretched; text and grid lines lie outside of it, so that the
+same drawing serves a phone and a wide screen. Colors are classes of the page's style sheet. Knows no run: shapes
+become markup in the template `drawings.html`.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -102,13 +104,15 @@ def is_logarithmic(values: Sequence[float] | np.ndarray) -> bool:
     return bool(len(found) and found.min() > 0 and found.max() / found.min() > LOG_FROM)
 
 
-def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``: at most ``most``, at least one where the range is not empty."""
+def linear_ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers, or ``whole`` ones, from ``low`` to ``high``: at most ``most``, at least one where the range is
+    not empty."""
     if not high > low:
         return [low]
-    rough = (high - low) / most
+    rough = max((high - low) / most, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
+    steps = (s * power for s in (1, 2, 2.5, 5, 10) if not whole or power > 1 or s != 2.5)
+    step = next(step for step in steps if step >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
@@ -133,6 +137,7 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, most)})
 
 
+READINGS = 50  # places of a chart that say their values
 WIDTH = 1000  # of the stretched inner drawing
 TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
 Point = tuple[float, float]
@@ -142,11 +147,15 @@ Words = tuple[float, float, str, str]
 
 @lru_cache(maxsize=1)
 def templates() -> tuple[Environment, Markup]:
-    """The templates, which escape all text, and the style sheet that goes into each page."""
+    """The templates, which escape all text, and the style sheet that goes into each page. The one script of a page
+    is named by its digest, and the page allows no other."""
     folder = resources.files("deltaw.reports.page") / "templates"
     texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
     style = Markup(texts.pop("style.css"))
+    script = texts.pop("copy.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.globals |= {"script": Markup(script), "script_digest": digest}
     return environment, style
 
 
@@ -172,12 +181,18 @@ class Curve:
 
     Attributes:
         points: x and y, by x. kind: a class of the style sheet, such as "c1" or "c1 raw".
-        dots: whether each point is marked.
+        name: in the legend, and where a pointer rests. dots: whether each point is marked.
     """
 
     points: Sequence[Point]
     kind: str
+    name: str = ""
     dots: bool = False
+
+
+def legend_of(curves: Sequence[Curve]) -> Legend:
+    """The sign and the name of each curve that has one."""
+    return [(swatch(curve.kind), curve.name) for curve in curves if curve.name]
 
 
 def line_chart(
@@ -191,14 +206,16 @@ def line_chart(
     log: bool | None = None,
     log_x: bool = False,
     x_from: float | None = None,
+    x_name: str = "",
     from_zero: bool = False,
     height: int = 210,
 ) -> Markup:
     """Curves over one horizontal axis.
 
     Args:
-        log: a logarithmic vertical axis; None where that is easier to read.
-        log_x: a logarithmic horizontal axis. x_from: where it begins; None at the first point.
+        log: a logarithmic vertical axis, which is said above it; None where that is easier to read.
+        log_x: a logarithmic horizontal axis; another one has whole numbers. x_from: where it begins; None at the first point.
+        x_name: goes before a place on it where a pointer rests.
         from_zero: the vertical axis begins at zero, if it is not logarithmic.
     """
     points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
@@ -229,11 +246,27 @@ def line_chart(
             # A line of no length with round ends is a dot, however the drawing is stretched.
             paths.append((f"{curve.kind} dots", "".join(f"M{place}h0" for place in places)))
     heights = [(TOP + down(tick), tick) for tick in (log_ticks(low, high) if log else linear_ticks(low, high))]
-    texts: list[Words] = [(0, y - 4, y_format(tick), "halo") for y, tick in heights]
-    across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4)
-    texts += [(along(tick), height - 6, x_format(tick), "") for tick in across]
-    shapes = {"grid": [y for y, _ in heights], "plot": (TOP, plot), "paths": paths, "texts": texts}
-    return drawing(identity, title, description, height, **shapes)
+    across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4, whole=True)
+    texts: list[Words] = [(along(tick), height - 6, x_format(tick), "") for tick in across]
+    texts += [(1, 11, "log scale", "")] if log else []
+    labels = [(y + 4, y_format(tick)) for y, tick in heights]
+    shapes = {"grid": [y for y, _ in heights], "plot": (TOP, plot), "paths": paths, "texts": texts, "labels": labels}
+    return drawing(identity, title, description, height, **shapes, rects=_readings(curves, along, x_name, plot))
+
+
+def _readings(curves: Sequence[Curve], along: Callable[[float], float], x_name: str, plot: int) -> list[Rect]:
+    """Strips without color that say each curve's value where a pointer rests, at the points of the longest curve."""
+    told = [curve for curve in curves if curve.name or len(curves) == 1]
+    longest = max((curve.points for curve in told), key=len, default=())
+    places = [longest[place][0] for place in evenly(len(longest), READINGS)]
+    shares = [along(x) for x in places]
+    cuts = [0.0, *((one + other) / 2 for one, other in itertools.pairwise(shares)), 1.0]
+    values = [(curve.name, dict(curve.points)) for curve in told]
+    found = []
+    for x, start, end in zip(places, cuts, cuts[1:], strict=False):
+        said = ", ".join(f"{name} {short(points[x])}".strip() for name, points in values if x in points)
+        found.append(Rect("reading", start, TOP, end - start, plot, f"{x_name}{short(x)}: {said}"))
+    return found
 
 
 def _range(values: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import numpy as np
 from deltaw.durable import write_text
 from deltaw.reports.page.run_figures import over_steps, points_of, rate_figure, value_format
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.page.svg import Curve, Figure, Numbers, Point, drawing, macro, smoothed, swatch, templates
+from deltaw.reports.page.svg import Curve, Figure, Numbers, Point, drawing, macro, smoothed, templates
 from deltaw.reports.runs import differing_settings, names_of, result_rows, same_prompts
 from deltaw.reports.wording import metric_name, metric_value, when
 from deltaw.runs.folder import Run, find_runs, read_run
@@ -91,11 +91,10 @@ def _figure(
         values = [value for _, value in points]
         ends = (metric_value(metric, value) for value in (values[0], values[-1], min(values)))
         rows.append((name, *ends, f"{points[-1][0]:,.0f}"))
-    curves = [Curve(points, kind, dots=len(points) < 40) for _, kind, points in drawn]
+    curves = [Curve(points, kind, name, dots=len(points) < 40) for name, kind, points in drawn]
     table = Numbers(f"{title} by run", ("run", "first", "last", "lowest", "at step"), rows)
-    legend = [(swatch(kind), name) for name, kind, _ in drawn]
     axis |= {"y_format": value_format(metric), "height": 260 if identity == "loss" else 210}
-    return over_steps(identity, title, said + ".", said, curves, table, legend, **axis)
+    return over_steps(identity, title, said + ".", said, curves, table, **axis)
 
 
 NAME = "report.html"

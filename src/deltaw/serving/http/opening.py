@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from deltaw.data.report import quoted
 from deltaw.errors import UserError
-from deltaw.serving.adapters import AdapterFacts
+from deltaw.serving.adapters import AdapterFacts, no_adapter
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.batch import BatchLimits
 from deltaw.serving.decodable import decodable
@@ -28,6 +29,7 @@ from deltaw.serving.opening import cache_room, engine_over, fallback_engine
 from deltaw.serving.probes import NotDecodable
 from deltaw.training.callbacks import Say
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
+from deltaw.training.prompting import Prompting, read_prompting
 from deltaw.working import working
 
 # The prompts of an adapter by its name; of the base model for None.
@@ -142,7 +144,19 @@ def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say
     served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close=close)
     if not opening.page:
         return served
-    return replace(served, routers=(page_router(),), open_paths=frozenset({"/"}))
+
+    def prompting(model: str) -> Prompting:
+        if model == name:
+            return read_prompting(Path(base))
+        if bank is None and model not in folders:
+            raise no_adapter(model, folders)
+        return read_prompting(folders[model] if bank is None else bank.facts(model).folder)
+
+    if (known := next((one for one in [name, *folders] if prompting(one).system), None)) is not None:
+        shown = quoted(prompting(known).system, 24)
+        say(f"system prompt of the rows: {shown} (the page has it, the API adds none)")
+
+    return replace(served, routers=(page_router(prompting),), open_paths=frozenset({"/"}))
 
 
 def _by_transformers(

@@ -18,10 +18,11 @@ from deltaw.errors import UserError
 
 Interval = tuple[float, float]
 Found = TypeVar("Found", bound="Evaluation")
-# Samples of a bootstrap.
-DRAWS = 1000
-# Rows that are drawn at once, to bound the memory.
-AT_ONCE = 1 << 16
+LEVEL = 0.95
+# Beyond so many degrees of freedom, t is the normal distribution for every purpose here.
+MANY = 1000.0
+# Metrics that are the share of rows with a property: a row has 1 or 0, a tie 0.5.
+SHARES = ("accuracy", "exact_match", "written_exact_match")
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -93,33 +94,49 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse.reshape(-1)]
 
 
-def bootstrap_interval(rows: np.ndarray, *, seed: int = 0, level: float = 0.95) -> Interval:
-    """Where the mean of the rows lies if other rows of the kind had been drawn: percentile bootstrap.
+def t_quantile(level: float, freedom: float) -> float:
+    """The bound t with P(|T| < t) = ``level`` for Student's T; the degrees of freedom may be a fraction.
 
-    Rows are drawn with replacement (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13).
+    With T = √ν·tan θ the density becomes cos^(ν−1) θ, which is summed over a grid of angles.
+    """
+    freedom = min(freedom, MANY)
+    angles = np.linspace(0.0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
+
+
+def wilson_interval(share: float, count: float, *, level: float = LEVEL, freedom: float = MANY) -> Interval:
+    """Where the share of all rows of the kind lies that have a property, if ``share`` of ``count`` rows have it.
+
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike a bootstrap, it
+    leaves room for doubt where all rows have the property, or no row has it.
 
     Args:
-        rows: (n,) or (n, …), a row's part in the first dimension.
-        seed: of the draws. level: the share between the bounds.
-
-    Returns:
-        lower and upper bound; samples whose mean is nan do not count, and both are nan if all are.
+        count: of independent rows; may be a fraction. freedom: of the estimate of ``count``.
     """
-    generator, count = np.random.default_rng(seed), len(rows)
-    block = max(1, AT_ONCE // max(1, count))
-    sizes = [min(block, DRAWS - start) for start in range(0, DRAWS, block)]
-    drawn = (rows[generator.integers(0, count, (size, count))] for size in sizes)
-    values = np.concatenate([of.reshape(len(of), -1).mean(axis=1) for of in drawn])
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    squared = t_quantile(level, freedom) ** 2
+    middle = (share + squared / (2 * count)) / (1 + squared / count)
+    spread = share * (1 - share) / count + squared / (4 * count**2)
+    half = math.sqrt(squared * max(0.0, spread)) / (1 + squared / count)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
-def mean_interval(per_row: np.ndarray) -> Interval:
-    """The interval of a mean over rows at 95 %, by resampling rows."""
-    return bootstrap_interval(per_row)
+def mean_interval(rows: np.ndarray, *, share: bool = False, level: float = LEVEL) -> Interval | None:
+    """Where the mean lies if other rows of the kind had been drawn; None where one row tells nothing of it.
+
+    Args:
+        rows: (n,) a row's part. share: whether the mean is the share of rows with a property, which get
+            Wilson's interval; others get Student's, which is wide for few rows.
+    """
+    count, mean = len(rows), float(rows.mean())
+    if share:
+        return wilson_interval(mean, count, level=level)
+    if count < 2:
+        return None
+    half = t_quantile(level, count - 1) * float(rows.std(ddof=1)) / math.sqrt(count)
+    low = mean - half
+    return max(0.0, low) if rows.min() >= 0 else low, mean + half
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -146,7 +163,8 @@ class Evaluation:
         main: the name of the one that counts; ``higher_is_better`` says which way.
         per_row: (rows,) that metric row by row, so that its mean is the metric; None where it has no such
             form (a correlation).
-        interval: the interval of ``main`` at 95 %, by resampling rows.
+        interval: of ``main`` at 95 %, over the choice of rows; None where too few rows tell it.
+        intervals: those of further metrics, by name.
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
         predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
             at each of its labels, and the labels themselves; empty where the model writes no text.
@@ -158,6 +176,7 @@ class Evaluation:
     higher_is_better: bool = True
     per_row: np.ndarray | None = None
     interval: Interval | None = None
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
@@ -166,8 +185,9 @@ class Evaluation:
 
     @classmethod
     def of_rows(cls: type[Found], metrics: dict[str, float], main: str, per_row: np.ndarray, **more: Any) -> Found:
-        """With the interval of the main metric, the mean of ``per_row``."""
-        return cls(metrics, main, per_row=per_row, interval=mean_interval(per_row), **more)
+        """With the interval of the main metric, the mean of ``per_row`` (of a loss over tokens, about that)."""
+        interval = mean_interval(per_row, share=main in SHARES)
+        return cls(metrics, main, per_row=per_row, interval=interval, **more)
 
     def as_dict(self) -> dict[str, object]:
         """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
@@ -182,6 +202,14 @@ class Evaluation:
         named = {f"{prefix}{key}": value for key, value in self.metrics.items()}
         others = self.others.items()
         return named | {f"{name} {key}": value for name, other in others for key, value in other.metrics.items()}
+
+    def named_intervals(self) -> dict[str, Interval]:
+        """The intervals of those metrics that have one, by their names in :meth:`named_metrics`."""
+        found: dict[str, Interval] = {}
+        for name, one in {self.name: self, **self.others}.items():
+            own = {**one.intervals, **({one.main: one.interval} if one.interval else {})}
+            found |= {f"{name} {metric}".strip(): bounds for metric, bounds in own.items()}
+        return found
 
     def score(self) -> dict[str, object] | None:
         """The main metric with its interval, ready for JSON; None where nothing was evaluated."""

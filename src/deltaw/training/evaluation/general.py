@@ -40,6 +40,8 @@ from deltaw.working import working
 # The most tokens of an answer. Longer answers cost time and say little more: a model that has drifted does so
 # from the first words on.
 ANSWER_TOKENS = 40
+# General answers that a run keeps beside the base model's, to be read.
+SHOWN = 4
 # Below this a model has learned no general answers: test models and toys.
 LEAST_PARAMETERS = 16_000_000
 # Fewer answers than this say little.

@@ -24,7 +24,7 @@ from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, check_size
+from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.session import Session
 from deltaw.training.state import Step, TrainState
@@ -414,4 +414,4 @@ def _drift_tokens(session: Session) -> float:
     except NoGeneralAnswers:
         return 0.0
     read = len(MEASURED) * (PROMPT_TOKENS + ANSWER_TOKENS)
-    return 2 * FORWARD * read + WRITTEN * len(MEASURED) * ANSWER_TOKENS
+    return 2 * FORWARD * read + WRITTEN * (len(MEASURED) + SHOWN) * ANSWER_TOKENS

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,13 +27,14 @@ from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import Completion
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
-from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.base import Evaluation, wilson_interval
 from deltaw.training.evaluation.general import NoGeneralAnswers, base_answers, check_size
 from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, TimeBudget, decided, now, usual_eval_every
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal import Answer, answers, exact_answers
+from deltaw.working import Detail, working
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
@@ -233,7 +235,8 @@ class Samples:
         return self._written(self._rows)
 
     def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
-        given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
+        with working("answering sample prompts"):
+            given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
         return [Sample(a.row, a.question, a.expected, a.written) for a in given]
 
 
@@ -270,7 +273,10 @@ def _without_virtual_tokens(row: Example, count: int) -> Example:
 Write: TypeAlias = Callable[[Mapping[str, object]], None]
 # Beside the best adapter: that of the last step.
 LAST = "last"
-SAMPLES = 2
+SAMPLES = 8
+# The held-out rows are also evaluated before the first step where they are at most this share of the rows that the
+# steps take: a forward is less than half of a step, so it takes a tenth of their time.
+BASE_SHARE = 0.25
 
 
 def check_monitored(config: RunConfig, task: Task, data: RunData) -> None:
@@ -323,6 +329,7 @@ class Monitor:
         self._base: list[Sample] | None = None
         self._watch = StepWatch(train.max_grad_norm)
         self._every = train.eval_every
+        self._restored = False
         self._evaluated: int | None = None
         self._evaluation: Evaluation | None = None
         self._state: TrainState | None = None
@@ -335,8 +342,11 @@ class Monitor:
             self._settle_every(session.total_steps)
 
     def before(self) -> None:
-        """Let the base model answer the samples, unless it did in an earlier process. Call it before the
-        first step, outside of ``session.running()``."""
+        """Evaluate the held-out rows and let the base model answer the samples, unless that was done in an earlier
+        process. Call it before the first step, outside of ``session.running()``."""
+        if not self._restored and self._base_is_cheap():
+            with self._session.running():
+                self._write({"step": 0, "base": self._scores().as_dict()})
         if not len(self._samples) or self._base is not None:
             return
         begun = time.perf_counter()
@@ -456,6 +466,7 @@ class Monitor:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave, before :meth:`before`."""
+        self._restored = True
         self.best.restore(state["best"])
         self._watch.restore(state["watch"])
         if state["samples"] is not None:
@@ -495,16 +506,32 @@ class Monitor:
         chosen = usual_eval_every(total_steps, train.batch_size, held_out)
         self._every = chosen.value
         self._session.chosen["train.eval_every"] = chosen
-        self._callback.on_line(f"evaluating every {chosen.value} steps: {chosen.why}")
+        self._callback.on_line(Detail(f"evaluating every {chosen.value} steps: {chosen.why}"))
+
+    def _base_is_cheap(self) -> bool:
+        """Whether to evaluate before the first step. Pairs are scored in relation to the base model itself, and a
+        budget's time is for its steps."""
+        session = self._session
+        held_out = sum(len(rows) for rows in session.data.sets.values())
+        most = BASE_SHARE * session.total_steps * session.config.train.batch_size
+        return self.budget is None and not session.task.has_pairs and 0 < held_out <= most
 
     def _measured(self) -> Evaluation:
-        """The evaluations of all sets; the first one decides."""
+        """The evaluations of all sets, with the answers that are scored; the first one decides."""
+        return self._scores(self._scored)
+
+    def _scores(self, scored: Mapping[str, Sequence[Example]] = MappingProxyType({})) -> Evaluation:
         session, found = self._session, {}
         for name, rows in session.data.sets.items():
             found[name] = session.evaluate(rows)
-            if asked := self._scored.get(name):
-                share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
-                found[name] = replace(found[name], metrics={**found[name].metrics, WRITTEN: share})
+            if asked := scored.get(name):
+                with working("answering held-out prompts"):
+                    share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
+                metrics, intervals = (
+                    {**found[name].metrics, WRITTEN: share},
+                    {WRITTEN: wilson_interval(share, len(asked))},
+                )
+                found[name] = replace(found[name], metrics=metrics, intervals=intervals)
         if not session.data.eval_sets:
             return next(iter(found.values()), Evaluation())
         name, *others = found

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from deltaw.data.example import RowGroup
 from deltaw.data.sequences import joined, lengths_of, used_tokens
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
@@ -54,7 +55,7 @@ from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_tokens_per_pass
 from deltaw.working import listening, working
 
 # Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
@@ -152,6 +153,8 @@ def _resident_at(address: int) -> int:
 TileShape: TypeAlias = tuple[int, int, int]
 # Steps that are searched for the largest microbatch; of a longer run, so many of them, spread evenly.
 STEPS_SEARCHED = 400
+# The share of rows that are few.
+FEW = 0.05
 # Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
 DRY_RUN_STEPS = 2
 # Steps whose microbatches are laid out, to see in how many shapes attention comes.
@@ -171,6 +174,8 @@ class Heaviest:
         labeled: rows of another step, which has a shorter microbatch with so many labels that it may take
             more; empty where there is no such step.
         tiles, evaluated_tiles: as ``every`` and ``evaluated``, of attention's tiles.
+        long: a limit that few rows to train on exceed, how many, and the most tokens of a microbatch of the
+            others; empty where there are no such rows.
     """
 
     rows: Sequence[Any]
@@ -180,6 +185,7 @@ class Heaviest:
     labeled: Sequence[Any] = ()
     tiles: set[TileShape] = field(default_factory=set)
     evaluated_tiles: set[TileShape] = field(default_factory=set)
+    long: tuple[int, ...] = ()
 
     @property
     def token_counts(self) -> float:
@@ -216,6 +222,7 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     every: set[tuple[int, int]] = set()
     tiles: set[TileShape] = set()
     found: list[tuple[int, int, tuple[int, int]]] = []
+    limit, long, others = *_few_long(session), 0
 
     def shares_of(step: int) -> list[Sequence[Any]]:
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
@@ -233,6 +240,9 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
                 continue
             shapes = feed.shapes(rows)
             every.update(shapes)
+            if long:
+                short = [length for length in map(_longest, rows) if length <= limit]
+                others = max(others, min(limit, len(short) * max(short, default=0)))
             labels = [0] * len(shapes) if cut is None else cut.labels(rows)
             found += [(c * n, many, (step, process)) for (c, n), many in zip(shapes, labels, strict=True)]
             if step in laid_out:
@@ -248,7 +258,28 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
     evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
     heaviest = rows_of(largest[2])
-    return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], labeled, tiles, evaluated[1])
+    limit -= session.method.virtual_tokens
+    told = (limit, long, others) if long else ()
+    return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], labeled, tiles, evaluated[1], told)
+
+
+def _few_long(session: Session) -> tuple[int, int]:
+    """A limit on the tokens of a row that only :data:`FEW` of the training rows exceed, and how many; no row
+    counts as long that goes into a usual microbatch."""
+    rows = session.data.train
+    few = int(FEW * len(rows))
+    if not few or session.task.tokenizer is None:
+        return 0, 0
+    is_group = isinstance(rows[0], RowGroup)
+    lengths = np.array([_longest(row) for row in rows]) if is_group else lengths_of(rows)
+    limit = -(-int(np.partition(lengths, -few - 1)[-few - 1]) // 64) * 64
+    limit = max(limit, choose_tokens_per_pass(session.config.train.tokens_per_pass, limit, "cpu").value)
+    return limit, int((lengths > limit).sum())
+
+
+def _longest(row: Any) -> int:
+    """Tokens of a row, or of the longest of a group."""
+    return max(map(len, row.rows)) if isinstance(row, RowGroup) else len(row)
 
 
 def _weigher(session: Session) -> Callable[[tuple[int, int, Any]], float]:
@@ -450,7 +481,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         saving_bytes=0 if task.tokenizer is None else saving_bytes(folder),
         unread_bytes=unread_bytes(done.session, dtype=dtype, converted=converted),
     )
-    return Plan(
+    found = Plan(
         method=config.method,
         total_parameters=total,
         trained_parameters=trained,
@@ -472,6 +503,10 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         disk_bytes=0 if store is None else store.shape.bytes,
         block_bytes=block_bytes,
     )
+    if not done.heaviest.long:
+        return found
+    limit, long, tokens = done.heaviest.long
+    return found.without_long_rows(limit, long, len(data.train), tokens)
 
 
 def _block_bytes(model: PreTrainedModel) -> tuple[int, int]:

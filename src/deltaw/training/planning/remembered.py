@@ -30,6 +30,7 @@ from deltaw.machine import choices
 from deltaw.machine.processor import processor_flags, processor_name, usable_processors
 from deltaw.memory.plan import Plan
 from deltaw.settings import RunConfig
+from deltaw.working import Detail
 
 KIND = "plans"
 MADE_BY = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
@@ -75,7 +76,10 @@ class Remembered:
     @property
     def lines(self) -> list[str]:
         """The account of the rows, as it was told when they were read."""
-        return [str(line) for line in self.found.get("lines", ())]
+        details = self.found.get("details", ())
+        return [
+            Detail(line) if place in details else str(line) for place, line in enumerate(self.found.get("lines", ()))
+        ]
 
     @property
     def refusal(self) -> UserError | None:
@@ -102,7 +106,13 @@ class Remembered:
         Args:
             measured: kind, key and state of each remembered result that the plan rests on.
         """
-        told = {"plan": plan.kept(), "rows": digest_of_rows(rows), "lines": list(lines), "measured": list(measured)}
+        told: dict[str, Any] = {
+            "plan": plan.kept(),
+            "rows": digest_of_rows(rows),
+            "lines": list(lines),
+            "measured": list(measured),
+        }
+        told["details"] = [place for place, line in enumerate(lines) if isinstance(line, Detail)]
         remember(KIND, self.key, told, MADE_BY)
 
     def keep_refusal(self, error: UserError, rows: Sequence[Any]) -> None:

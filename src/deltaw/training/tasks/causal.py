@@ -67,21 +67,23 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
     total, labels = 0.0, 0
     losses: list[float] = []
     predicted: list[tuple[np.ndarray, np.ndarray]] = []
-    for start in range(0, len(examples), ROWS_AT_ONCE):
-        part = list(examples[start : start + ROWS_AT_ONCE])
-        found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
-        for batch in batcher.batches(part):
-            each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
-            targets = batch.targets.cpu().numpy()
-            index, owner = label_places(batch)
-            for number, member in enumerate(batch.members):
-                at = index[owner == number]
-                found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
-                total += float(each[at].sum())
-                labels += len(at)
-        rows_alone = [row for item in part for row in rows_of(item)]
-        losses += [found[id(row)][0] for row in rows_alone]
-        predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
+    with working("evaluating", len(examples)) as advance:
+        for start in range(0, len(examples), ROWS_AT_ONCE):
+            part = list(examples[start : start + ROWS_AT_ONCE])
+            found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
+            for batch in batcher.batches(part):
+                each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+                targets = batch.targets.cpu().numpy()
+                index, owner = label_places(batch)
+                for number, member in enumerate(batch.members):
+                    at = index[owner == number]
+                    found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
+                    total += float(each[at].sum())
+                    labels += len(at)
+                advance(len(losses) + len(found))
+            rows_alone = [row for item in part for row in rows_of(item)]
+            losses += [found[id(row)][0] for row in rows_alone]
+            predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
     loss = total / labels
     check_finite("the loss of the evaluated rows is", loss)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -119,10 +121,10 @@ def answers(
         how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
         written = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
     answered = zip(asked, written, strict=True)
-    return [Answer(e.row, _question(tokenizer, e), e.answer or "", done.text) for e, done in answered]
+    return [Answer(e.row, question_of(tokenizer, e), e.answer or "", done.text) for e, done in answered]
 
 
-def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The last turn of the prompt as a person would read it: templates put each speaker's name on a line."""
     prompt = example.tokens[: example.prompt_length]
     prompt = prompt[prompt < len(tokenizer)]  # a soft prompt has no text

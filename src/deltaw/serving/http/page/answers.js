@@ -19,20 +19,20 @@ class TokenTexts {
 }
 
 class Answer {
-  constructor(model) {
+  constructor(model, name) {
     const made = document.getElementById("answer").content.cloneNode(true);
     this.element = made.querySelector("article");
-    this.model = model;
+    Object.assign(this, { model, name });
     this.content = "";
     this.spans = [];
     this.count = 0;
     this.texts = new TokenTexts();
     this.begun = performance.now();
     this.state = "waiting";
-    this.part("name").textContent = model;
-    this.element.setAttribute("aria-label", `Answer of ${model}`);
+    this.part("name").textContent = name;
+    this.element.setAttribute("aria-label", `Answer of ${name}`);
     this.text = this.part("text");
-    this.text.setAttribute("aria-label", `Text of ${model}; arrow keys go from token to token`);
+    this.text.setAttribute("aria-label", `Text of ${name}; arrow keys go from token to token`);
     this.text.classList.add("writing-now");
     this.show("waiting …");
     moveByKeys(this.text);
@@ -57,7 +57,7 @@ class Answer {
     for (const one of got) {
       this.count += 1;
       if (!one) continue;
-      const span = tokenElement(one.text, one.entries, this.spans.length, this.model);
+      const span = tokenElement(one.text, one.entries, this.spans.length, this.name);
       this.spans.push(span);
       this.text.append(span);
     }
@@ -119,7 +119,10 @@ class Answer {
     }
   }
 
+  // Marks on nearly everything would show nothing: the line below says it then.
   mark(differs) {
+    const count = differs.reduce((sum, one) => sum + one, 0);
+    this.text.classList.toggle("another", count > 0.7 * differs.length);
     this.spans.forEach((span, place) => span.classList.toggle("differs", Boolean(differs[place])));
   }
 

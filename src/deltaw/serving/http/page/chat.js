@@ -19,21 +19,35 @@ let histories = new Map();
 let turns = 0;
 let running = null;
 
+const wide = window.matchMedia("(min-width: 56.01rem)");
+
 // Models
+
+// What a model is called on the page: of a path or reference, its last part without version and file type.
+let names = new Map();
+const nameOf = (model) => names.get(model) ?? model;
+
+function shortNames(models) {
+  const short = models.map(({ id }) => id.replace(/^pypi:/, "").split("/").pop().replace(/==.*$|\.gguf$/i, "") || id);
+  const twice = (name) => short.indexOf(name) !== short.lastIndexOf(name);
+  names = new Map(models.map(({ id }, place) => [id, twice(short[place]) ? id : short[place]]));
+}
 
 const boxes = () => [...at("model-list").querySelectorAll("input")];
 const chosen = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
-function modelChoice(model, number) {
+function modelChoice(model, checked) {
   const label = document.createElement("label");
   label.className = "choice";
   const box = document.createElement("input");
-  Object.assign(box, { type: "checkbox", value: model.id, checked: number < 2, name: "model" });
+  Object.assign(box, { type: "checkbox", value: model.id, checked, name: "model" });
+  box.dataset.kind = model.parent ? "adapter" : "base";
   const text = document.createElement("span");
   const kind = document.createElement("span");
   kind.className = "kind";
-  kind.textContent = model.parent ? "adapter" : "base";
-  text.append(model.id, " ", kind);
+  kind.textContent = model.parent ? "adapter" : "base model";
+  text.append(nameOf(model.id), " ", kind);
+  label.title = model.id;
   label.append(box, text);
   return label;
 }
@@ -41,17 +55,23 @@ function modelChoice(model, number) {
 function showModels(models) {
   const kept = new Set(chosen());
   const sorted = [...models.filter((model) => !model.parent), ...models.filter((model) => model.parent)];
-  at("model-list").replaceChildren(...sorted.map(modelChoice));
+  shortNames(sorted);
+  // Base and adapter side by side; where there is room for one answer, the adapter's.
+  const first = sorted.find((model) => model.parent) ?? sorted[0];
+  at("model-list").replaceChildren(
+    ...sorted.map((model, place) => modelChoice(model, model === first || (wide.matches && place < 2))),
+  );
   if (kept.size) for (const box of boxes()) box.checked = kept.has(box.value);
   const adapters = models.filter((model) => model.parent).length;
-  const base = models.length - adapters === 1 ? sorted[0].id : `${models.length - adapters} models`;
-  at("serving").textContent = `${base} with ${adapters} ${adapters === 1 ? "adapter" : "adapters"}`;
+  const many = adapters === 1 ? "an adapter" : `${adapters} adapters`;
+  at("serving").textContent = adapters ? `${many} for ${nameOf(sorted[0].id)}` : "";
   if (!models.length) at("serving").textContent = "The server has no models.";
 }
 
 async function loadModels() {
   try {
     showModels(await listModels(key()));
+    await showPrompting();
     at("key-field").hidden = !key();
     problem("");
     refresh();
@@ -60,6 +80,41 @@ async function loadModels() {
     refused(error);
     return false;
   }
+}
+
+// How the run behind a model is prompted, and whose prompts the page shows at the moment.
+let shownFor = null;
+
+// The adapter that was chosen first, or the base: the page is named after it, and begins with its rows' prompts.
+async function showPrompting() {
+  const picked = boxes().filter((box) => box.checked);
+  const model = (picked.find((box) => box.dataset.kind === "adapter") ?? picked[0])?.value;
+  at("title").textContent = model ? `Chat with ${nameOf(model)}` : "Chat";
+  document.title = `${at("title").textContent} · deltaw`;
+  if (!model || model === shownFor?.model) return;
+  const known = shownFor;
+  shownFor = { model, system: known?.system ?? "" };
+  const { system, examples } = await promptingOf(model, key());
+  if (shownFor.model !== model) return;
+  if (at("system").value === shownFor.system) at("system").value = system; // unless somebody wrote there
+  shownFor.system = system;
+  at("system-note").textContent = system ? `As in the rows of ${nameOf(model)}. Empty it to leave it out.` : "";
+  at("example-list").replaceChildren(...examples.map(exampleElement));
+  at("examples").hidden = !examples.length;
+}
+
+function exampleElement(text) {
+  const item = document.createElement("li");
+  const button = document.createElement("button");
+  Object.assign(button, { type: "button", textContent: text, dir: "auto" });
+  button.addEventListener("click", () => {
+    at("message").value = text;
+    refresh();
+    at("message").focus();
+    if (!at("send").disabled) send();
+  });
+  item.append(button);
+  return item;
 }
 
 function refused(error) {
@@ -116,7 +171,7 @@ function compare(answers, growing) {
   const marks = differences(answers.map((answer) => answer.spans.map((span) => span.textContent)), growing);
   answers.forEach((answer, place) => {
     answer.mark(marks[place]);
-    if (!growing) answer.tell([...marks[place]], place ? answers[0].model : "");
+    if (!growing) answer.tell([...marks[place]], place ? answers[0].name : "");
   });
 }
 
@@ -150,7 +205,7 @@ async function write(answer, question, body, signal, onPiece) {
   if (answer.content) own.set(answer.model, [...asked, { role: "assistant", content: answer.content }]);
   if (own !== histories) return;
   const text = answer.content.length > 600 ? `${answer.content.slice(0, 600)} …` : answer.content;
-  say(`${answer.model} ${answer.part("state").textContent}: ${text}`);
+  say(`${answer.name} ${answer.part("state").textContent}: ${text}`);
 }
 
 function follow() {
@@ -171,11 +226,11 @@ async function send() {
   problem("");
   at("message").value = "";
   at("start").hidden = true;
-  const answers = models.map((model) => new Answer(model));
+  const answers = models.map((model) => new Answer(model, nameOf(model)));
   const turn = newTurn(question, answers);
   turn.scrollIntoView({ block: "start" });
   at("said").replaceChildren();
-  say(`${models.join(", ")}: writing`);
+  say(`${models.map(nameOf).join(", ")}: writing`);
   const control = new AbortController();
   running = control;
   refresh();
@@ -194,7 +249,7 @@ function refresh() {
   const models = chosen();
   const busy = running !== null;
   at("models").disabled = turns > 0;
-  at("setup-chosen").textContent = models.join(", ");
+  at("setup-chosen").textContent = models.map(nameOf).join(", ");
   at("models-note").textContent = turns
     ? "New chat lets you choose again."
     : models.length > MOST_COLUMNS
@@ -233,7 +288,10 @@ at("message").addEventListener("keydown", (event) => {
 });
 at("stop").addEventListener("click", () => running?.abort());
 at("new-chat").addEventListener("click", newChat);
-at("models").addEventListener("change", refresh);
+at("models").addEventListener("change", () => {
+  refresh();
+  showPrompting();
+});
 at("settings").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (at("key-field").hidden || !at("key").value) return;
@@ -244,7 +302,6 @@ at("settings").addEventListener("submit", async (event) => {
   }
 });
 // Narrow windows begin with the settings closed; the wide ones have room beside the chat.
-const wide = window.matchMedia("(min-width: 56.01rem)");
 at("setup").open = wide.matches;
 wide.addEventListener("change", () => (at("setup").open = wide.matches));
 loadModels();

@@ -9,10 +9,14 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+from collections.abc import Callable
 from importlib import resources
 from typing import NamedTuple
 
 from fastapi import APIRouter, Request, Response
+
+from deltaw.serving.http.errors import json_response
+from deltaw.training.prompting import Prompting
 
 # In this order: each uses what those before it define.
 SCRIPTS = ("stream.js", "difference.js", "tokens.js", "answers.js", "chat.js")
@@ -65,9 +69,19 @@ def chat_page() -> Document:
     return Document(content, f"{policy}; {FRAMES}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
-def page_router() -> APIRouter:
-    """``GET /``: the page. It needs no API key: it asks for one where the server wants it."""
+def page_router(prompting: Callable[[str], Prompting] = lambda model: Prompting()) -> APIRouter:
+    """``GET /``: the page, which needs no API key and asks for one where the server wants it; and
+    ``GET /prompting/NAME``, what it begins with.
+
+    Args:
+        prompting: how the rows of a model's run are prompted, by the name of the model.
+    """
     router = APIRouter()
+
+    @router.get("/prompting/{model:path}", include_in_schema=False)
+    def of_model(model: str) -> Response:
+        found = prompting(model)
+        return json_response({"system": found.system, "examples": list(found.examples)})
 
     @router.get("/", include_in_schema=False)
     def page(request: Request) -> Response:

@@ -38,6 +38,15 @@ async function listModels(key) {
   return (await (await ask("v1/models", key)).json()).data;
 }
 
+// How the rows of a model's run are prompted: {system, examples}; nothing where the server does not know.
+async function promptingOf(model, key) {
+  try {
+    return await (await ask(`prompting/${encodeURIComponent(model)}`, key)).json();
+  } catch {
+    return { system: "", examples: [] };
+  }
+}
+
 // The events of a stream as they come: each `data:` line's JSON, until "[DONE]".
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

