@@ -86,7 +86,7 @@ def test_a_runs_own_settings_train_it_again_and_the_earlier_run_is_kept(call, se
     assert call("train", *flags(run)).status == 0
     before = tree(run)
     ended = call("train", run / "run.yaml", "--fresh")
-    assert ended.status == 0 and f"is now in {tmp_path / 'run.1'}" in ended.out
+    assert ended.status == 0 and f"is now in {tmp_path / 'run.1'}" in " ".join(ended.out.split())
     assert tree(tmp_path / "run.1") == before
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.yaml", "tokenizer.json"):
         assert (run / name).read_bytes() == before[name], name
