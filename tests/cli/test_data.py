@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deltaw.reports.starter import MODELS
 from tests.byte_models import tiny_llama
 from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
@@ -101,7 +102,15 @@ def test_rows_as_json_are_one_object(call, thinker, file):
     assert told["rows"][1]["examples"] == [] and "no turn" in told["rows"][1]["notes"][0]
 
 
-def test_a_row_that_is_not_there_and_a_missing_model_are_refused(call, thinker, file, tmp_path):
+def test_rows_alone_are_read_as_their_columns_say_by_the_usual_model(call, thinker, file, monkeypatch):
+    monkeypatch.setitem(MODELS, "causal-lm", str(thinker))
+    told = f"task causal-lm, tokens of {thinker}; --task and --model change it"
+    shown = call("data", "show", file, status=0).out
+    assert " ".join(shown.split()).startswith(told) and "«" in shown
+    assert call("data", "check", file, status=2).out.startswith("task causal-lm")
+
+
+def test_a_row_that_is_not_there_and_a_missing_file_are_refused(call, thinker, file, tmp_path):
     assert_refused(call("data", "show", file, "--model", thinker, "--row", 77), "there is no row 77")
     broken = tmp_path / "broken.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
@@ -111,7 +120,7 @@ def test_a_row_that_is_not_there_and_a_missing_model_are_refused(call, thinker, 
     ended = call("data", "show", broken, "--model", thinker, "--data.bad_rows", "skip", status=0)
     places = [ended.out.index(text) for text in ("row 1", "skipped: line 2", 'it reads: {"prompt":', "row 3")]
     assert places == sorted(places)
-    assert_refused(call("data", "show", file), "'model' is not given")
+    assert_refused(call("data", "show", file.parent / "none.jsonl"), "'model' is not given")
     ended = call("data", "check", file.parent / "none.jsonl", "--model", thinker)
     assert_refused(ended, "none.jsonl")
     assert ended.out == ""
