@@ -34,14 +34,16 @@ def check_lines(check: Check) -> Iterator[Text]:
     if check.class_counts:
         shown = [f"{name} {count:,}" for name, count in list(check.class_counts.items())[:12]]
         more = f", and {len(check.class_counts) - 12:,} more" if len(check.class_counts) > 12 else ""
-        yield Text(f"{len(check.class_counts)} classes, rows of each: {', '.join(shown)}{more}")
+        yield Text(folded(f"{len(check.class_counts)} classes, rows of each: {', '.join(shown)}{more}"))
     if check.ends:
         shown = [f"{name} in {count:,} examples" for name, count in check.ends.items()]
-        yield Text(f"trained to end with {', '.join(shown)}")
+        yield Text(folded(f"trained to end with {', '.join(shown)}"))
     if check.lengths is not None:
         yield from _length_lines(check.lengths)
     for finding, following in itertools.zip_longest(check.findings, check.findings[1:]):
-        yield Text(f"{finding.level}: ", style=_STYLES[finding.level]).append(folded(finding.text), style="default")
+        told = Text(folded(f"{finding.level}: {finding.text}"))
+        told.stylize(_STYLES[finding.level], 0, len(finding.level) + 1)
+        yield told
         for row in finding.rows:
             yield Text(folded(f"  {row}"), style="dim")
         if finding.hint and (following is None or following.hint != finding.hint):
