@@ -39,7 +39,7 @@ def test_a_table_for_each_set_with_so_many_rows_and_answers(call, run):
     first, second = ended.out.index("held_out: 1 row\n"), ended.out.index("other: 1 row\n")
     for part in (ended.out[first:second], ended.out[second:]):
         assert "perplexity" in part and "paint it" in part
-    assert "of them are also training rows" in ended.out
+    assert "of them are also training rows" in " ".join(ended.out.split())
 
 
 def test_a_set_that_is_not_there_is_refused(call, run, finished_run, rows_file):

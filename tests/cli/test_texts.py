@@ -77,7 +77,7 @@ def test_texts_of_adapter_and_base_are_the_models_own(generate: Callable[..., li
 
 
 def test_what_decodes_is_said_and_both_say_the_same(call, finished_run, request) -> None:
-    command = (*GENERATE, finished_run, *asked(*PROMPTS), "--base", "--stop", "q")
+    command = (*GENERATE, finished_run, *asked(*PROMPTS), "--base", "--stop", "q", "--verbose")
     by_engine = call(*command)
     assert "the decoding engine writes" in by_engine.err
     assert "transformers" not in by_engine.err
@@ -211,7 +211,8 @@ def spoken(ended: Ended) -> list[tuple[str, str]]:
 
 def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra serve is not installed")
-    ended = call("chat", finished_run, "--base", "--temperature", 1, "--regex", "[ab]{3}", stdin="hello\nagain\n")
+    given = ("--base", "--temperature", 1, "--regex", "[ab]{3}", "--verbose")
+    ended = call("chat", finished_run, *given, stdin="hello\nagain\n")
     assert ended.status == 0, ended.err
     assert ended.err.count("the decoding engine writes") == 1
     lines = spoken(ended)

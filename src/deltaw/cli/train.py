@@ -10,7 +10,7 @@ import click
 from deltaw.cli.mistakes import SettingsFile
 from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
-from deltaw.working import working
+from deltaw.working import listening, working
 
 
 @click.command("train", cls=Verb)
@@ -25,7 +25,7 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
     """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it. The same command again goes on
     with a run that was stopped, and leaves one that is finished as it is. Started by torchrun, several processes
     train as one."""
-    began = time.monotonic()
+    began, out = time.monotonic(), console(as_json)
     with working("starting"):
         from deltaw.training.parallel.joining import joined
     with joined() as processes:
@@ -34,8 +34,8 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
             from deltaw.training.parallel.group import Group
 
             assert isinstance(processes, Group)
-            return follow(processes)
-        out = console(as_json)
+            with listening(None):
+                return follow(processes)
         with working("starting"):
             from deltaw.machine.memory import keep_freed_memory
             from deltaw.reports.progress import TerminalCallback, show_end
@@ -54,7 +54,7 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
             show_end(out, result)
         else:
             for line in finished_lines(result, settings if settings is not None and not flags else None):
-                out.print(line)
+                out.say(line)
         if as_json:
             print_json(result.as_dict())
         return 130 if result.interrupted else 0
