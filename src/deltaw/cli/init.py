@@ -41,7 +41,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
     skip = True
     if look is not None:
         for line in look.lines():
-            out.print(line)
+            out.say(line)
         if look.bad:
             skip = not ask or click.confirm("Skip them?", default=True)
             way = "they are skipped:" if skip else "a run will stop at them, unless you set"
