@@ -159,7 +159,7 @@ def test_output_folders_that_cannot_be_written(call, flags, tmp_path, finished_r
     assert tree(tmp_path) == {"file": b"kept"}
     shutil.copytree(finished_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    assert_refused(call("train", *flags(".")), "earlier run", "hint")
+    assert_refused(call("train", *flags("."), "--fresh"), "earlier run", "hint")
     assert tree(tmp_path / "run") == tree(finished_run)
 
 

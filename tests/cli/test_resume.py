@@ -150,7 +150,7 @@ def test_without_a_checkpoint_or_a_run_resuming_says_what_is_there(call, flags, 
         ("off", "did you mean 'runs/off'"),
         ("runs/of", "did you mean 'runs/off'"),
         ("runs/off/run.yaml", "give the run's folder: runs/off"),
-        ("elsewhere", "there is 'runs/off'"),
+        ("elsewhere", "runs/off"),
     ):
         assert_refused(call("train", "--resume", name), "no run to resume", hint)
     assert_refused(call("train", "runs/off"), "the folder of a run", "deltaw train --resume runs/off")

@@ -85,7 +85,8 @@ def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> di
     lengths = {"edges": [10, 20, 30, 40], "rows": [5, 80, 10], "sampled": 95, "of": 95, "median": 26.0}
     pieces = [
         {"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
-        {"text": "the answer<|im_end|>", "trained": True},
+        {"text": "the answer", "trained": True},
+        {"text": "<|im_end|>", "trained": True, "special": True},
     ]
     told["data"] = {
         "counts": {"held_out": 5},

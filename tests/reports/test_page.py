@@ -31,14 +31,14 @@ def test_a_finished_run_is_told_whole(tmp_path):
     page = page_of(write_factors(write_run(tmp_path / "one")))
     for said in (
         "exact match of 5 held-out rows 2.0% → 80.0% base model → adapter; 95 % interval 72.0% to 86.0%",
-        "drift small +0.05 nats per token of general answers; 91% of their tokens are unchanged held-out loss 2.310 → 0",
+        "drift small +0.05 nats per token of general answers; 91% of their tokens are unchanged held-out loss 2.310",
         *("peak memory 1.01 GB planned 1.02 GB", "The machine gives 16.00 GB", "What changed in the model", "Memory"),
         "row 7 a plain row? no idea ✗ not as expected answer 60 ✓ as expected answer 60",
         "To general questions, which the data did not train question base model adapter What is 1 + 1? 2 It is 2.",
         *("Answers in between Row 7 step 20 answer 20", "usual for lora", "0.00092", "log scale", "deltaw export"),
     ):
         assert said in page.text
-    assert "16,000" not in page.text and page.marked[1:] == ["the answer<|im_end|>"]
+    assert "16,000" not in page.text and page.marked[1:] == ["the answer", "<|im_end|>"]
     assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
     # Every drawing has a title, a description and a table behind it.
     assert page.drawings == [{"title": True, "desc": True}] * page.tags["figure"] and page.tags["figure"] >= 8

@@ -28,7 +28,7 @@ from tests.training.test_losses import METHODS, adapted, assert_gradients, gradi
 def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
     result, said = fit_aloud(settings(tmp_path / "run", train={"epochs": 2}))
     named = {"README.md", ADAPTER, "adapter_config.json", "chat_template.jinja", "checkpoints", "metrics.jsonl"}
-    named |= {"run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
+    named |= {"prompts.json", "run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in result.output.iterdir()} == named
     assert (result.outcome.steps, result.outcome.rows) == (6, 16)
     assert {"loss", "perplexity", "exact_match"} == result.evaluation.metrics.keys()

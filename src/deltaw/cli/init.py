@@ -59,7 +59,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
             raise UserError(f"there is no usual model for {task}", hint="name one with --model")
     if look is not None and (look.task != task or (given or MODELS.get(look.task)) != model):
         look = look_at(data, model, task)  # its tokens are counted by the model's tokenizer
-        out.print(look.lines()[0])
+        out.say(look.lines()[0])
     write_text(file, settings_text(model, data, task, look, file, skip=skip))
     shown = shlex.quote(file)
     out.print(f"written to {file}. Next:")

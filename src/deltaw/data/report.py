@@ -351,7 +351,7 @@ class Report:
         losses = [
             (self.unrolled, f"{unrolled}: each turn is trained as it is written"),
             (self.split, f"longer than data.max_length became {split}"),
-            *((count, f"skipped: {reason}") for reason, count in self.bad_rows.items()),
+            (self.skipped, f"skipped: {', '.join(self.bad_rows)}"),
             (self.not_chosen, "skipped: data.rows asks for fewer"),
             (self.duplicates, f"{kept}: the same as an earlier row"),
             (self.dropped_long, f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)"),
@@ -370,7 +370,7 @@ class Report:
         if self.date:
             lines.append(Detail(f"the template writes the date into each row: {self.date} (data.date sets it)"))
         if self.unused_columns:
-            lines.append("unused columns: " + ", ".join(self.unused_columns))
+            lines.append(Detail("unused columns: " + ", ".join(self.unused_columns)))
         if self.evaluation:
             lines += self.evaluation.lines()[1:]
         return lines

@@ -90,18 +90,18 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "adapter", os.fspath(result.output)
 
 
-def first_lines(start: RunStart) -> Iterator[tuple[str, str]]:
-    """Name and text of what a run is about to do; the rows, the memory and the precision were told before."""
+def first_lines(start: RunStart) -> Iterator[str]:
+    """What a run is about to do; the rows, the memory and the precision were told before."""
     config, train = start.config, start.config.train
     share = start.trained_parameters / start.total_parameters if start.total_parameters else 0.0
     rank = f" of rank {config.lora.rank}" if config.method == "lora" else ""
     trained = f"{count(start.trained_parameters)} of {count(start.total_parameters)} parameters trained"
-    yield "method", f"{config.method}{rank}: {trained} ({share:.2%})"
+    yield Detail(f"method: {config.method}{rank}: {trained} ({share:.2%})")
     epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs:g} epochs"
     length = epochs if train.max_steps is None else f"max_steps: {train.max_steps}"
     rate = start.chosen.get("train.learning_rate", Choice(train.learning_rate, "as set"))
-    yield "steps", f"{start.total_steps:,} of {train.batch_size} rows ({length}), learning rate {shown(rate.value)}"
-    yield "output", f"{start.folder} ({REPORT} shows how it goes, run.yaml every choice)"
+    yield f"steps: {start.total_steps:,} of {train.batch_size} rows ({length}), learning rate {shown(rate.value)}"
+    yield f"output: {start.folder} ({REPORT} shows how it goes, run.yaml every choice)"
 
 
 @dataclass
@@ -215,8 +215,8 @@ class TerminalCallback(Callback):
         for name, choice in start.chosen.items():
             if name not in self._told:
                 self.on_choice(name, choice)
-        for name, text in first_lines(start):
-            self.on_line(f"{name}: {text}")
+        for line in first_lines(start):
+            self.on_line(line)
 
     def on_begin(self, state: TrainState) -> None:
         self._line = LiveLine(state.total_steps, state.step, planned=self._planned)

@@ -99,8 +99,9 @@ def result_rows(records: Sequence[Run]) -> Numbers:
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
     for name in metrics[:20]:
         last = [record.metrics.evaluated(name)[-1:] for record in records]
-        base = [metric_value(name, record.base[name]) if name in record.base else "" for record in records]
-        rows.append((f"{metric_name(name)} before training", base))
+        if any(name == (record.score or ("",))[0] for record in records):
+            base = [metric_value(name, record.base[name]) if name in record.base else "" for record in records]
+            rows.append((f"{metric_name(name)} before training", base))
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
     changes = [mapping(record.result.get("drift")).get("change") for record in records]
     rows += [

@@ -102,7 +102,7 @@ class WorkingDisplay:
     def _lines(self, idle: threading.Event) -> None:
         silence = FIRST_LINE
         # Several works that are short, one after another, are a long silence too.
-        while not idle.wait(max(0.1, silence - (time.monotonic() - self._console.spoke))):
+        while not idle.wait(max(min(1.0, silence), silence - (time.monotonic() - self._console.spoke))):
             if time.monotonic() - self._console.spoke < silence:
                 continue
             shown = self._shown()

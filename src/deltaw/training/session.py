@@ -416,8 +416,7 @@ def assemble(
     with working(f"preparing method {method.name}"):
         said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
-        trained = [parameter for _, parameter in method.parameters(model)]
-        checkpoint_blocks(model, settings.checkpointing, trained)
+        checkpoint_blocks(model, settings.checkpointing, [p for _, p in method.parameters(model)])
     if (sharded := sharded_blocks(model)) is not None:
         sharded.rejoin()
         with task.running(model, batcher):  # all processes find out now which blocks run fused

@@ -133,8 +133,8 @@ def headline(record: Run) -> list[Fact]:
     facts = [*score_fact(record), *drift_fact(record)]
     losses = record.held_out_losses
     if losses and (record.score is None or record.score[0] != record.loss_metric):
-        before = short(losses[0][1]) if len(losses) > 1 and losses[0][0] == 0 else ""
-        facts.append(Fact("held-out loss", short(losses[-1][1]), "before and after training" if before else "", before))
+        before, last = (short(losses[0][1]) if losses[0][0] == 0 else ""), losses[-1][1] if losses[-1][0] else None
+        facts.append(Fact("held-out loss", short(last), "before and after training" if before else "", before))
     _, steps = record.metrics.column("loss")
     if len(steps):
         mean = smoothed(steps)
@@ -265,7 +265,8 @@ def answers_of(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[st
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
-    found, between = [], []
+    found: list[dict[str, Any]] = []
+    between: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
         exact = task == "causal-lm" and len(answers[-1].expected or "") <= EXACT

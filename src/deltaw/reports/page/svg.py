@@ -214,8 +214,8 @@ def line_chart(
 
     Args:
         log: a logarithmic vertical axis, which is said above it; None where that is easier to read.
-        log_x: a logarithmic horizontal axis; another one has whole numbers. x_from: where it begins; None at the first point.
-        x_name: goes before a place on it where a pointer rests.
+        log_x: a logarithmic horizontal axis; another one has whole numbers.
+        x_from: where it begins; None at the first point. x_name: goes before a place on it where a pointer rests.
         from_zero: the vertical axis begins at zero, if it is not logarithmic.
     """
     points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
