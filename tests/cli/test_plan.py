@@ -55,7 +55,8 @@ def test_the_table_names_the_methods_asked_for_beside_the_runs_own(call, file):
 
     alone = call("plan", file).out
     assert "\nneeds " in f"\n{alone}" and ": fits\n" in alone and "head" not in alone and "--methods all" in alone
-    assert "rows: 10 read from" in alone and max(map(len, alone.splitlines())) <= 80 + len(str(file))
+    assert "10 read from" not in alone and "rows: 10 read from" in call("plan", file, "--verbose").out
+    assert max(map(len, alone.splitlines())) <= 80 + len(str(file))
 
     told = json.loads(call("plan", file, "--methods", "head", "--lora.rank", 8, "--json").out)
     less = json.loads(call("plan", file, "--methods", "head", "--json").out)
