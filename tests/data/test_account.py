@@ -55,7 +55,7 @@ def test_rows_that_cannot_be_used_are_an_error_or_skipped_listed_and_counted_by_
     listed = {str(line["where"]): line for line in found.skipped.lines()}
     assert set(listed) == {f"{path}, row {n}" for n in ("3, turn 2", 4, 5, "6, turn 2", 7)}
     assert listed[f"{path}, row 4"]["row"] == {"messages": "no list"}
-    assert "1 row skipped: turns out of order" in "\n".join(found.report.lines())
+    assert f"5 rows skipped: {', '.join(found.report.bad_rows)}" in found.report.lines()
     json.dumps(found.report.as_dict())
     # Those of an evaluation file too, and no row left is an error all the same.
     apart = prepared(write(BAD[:2], "train.jsonl"), "gemma2", bad_rows="skip", eval=path)

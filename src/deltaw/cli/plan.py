@@ -61,7 +61,7 @@ def command(
     from deltaw.training.session import read_data
 
     lines: list[str] = []
-    task, data = read_data(config, lambda line: lines.append(Detail(line)))
+    task, data = read_data(config, lines.append)
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
@@ -92,7 +92,7 @@ def _show(plans: Mapping[str, Plan], own: str, processes: int, rows: Sequence[st
     if len(plans) == 1:
         out.print("other methods: --methods all; what fits into less memory: --budget 2GB")
     for line in rows:
-        out.say(line)
+        out.say(Detail(line) if len(plans) == 1 else line)  # of one plan the memory alone; its run tells the rows
 
 
 def _end(plans: Mapping[str, Plan], picture: str | None, out: Output, as_json: bool) -> None:

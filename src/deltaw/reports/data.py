@@ -41,10 +41,11 @@ def check_lines(check: Check) -> Iterator[Text]:
     if check.lengths is not None:
         yield from _length_lines(check.lengths)
     for finding, following in itertools.zip_longest(check.findings, check.findings[1:]):
-        told = Text(folded(f"{finding.level}: {finding.text}"))
+        alone = finding.name == "bad_rows" and finding.count == 1  # its place says all that its reason does
+        told = Text(folded(f"{finding.level}: {finding.rows[0] if alone else finding.text}"))
         told.stylize(_STYLES[finding.level], 0, len(finding.level) + 1)
         yield told
-        for row in finding.rows:
+        for row in finding.rows[alone:]:
             yield Text(folded(f"  {row}"), style="dim")
         if finding.hint and (following is None or following.hint != finding.hint):
             yield Text(folded(f"  hint:  {finding.hint}"))

@@ -12,7 +12,7 @@ from rich.text import Text
 from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
-from deltaw.reports.tables import add_row, table
+from deltaw.reports.tables import add_row, folded, table
 from deltaw.reports.wording import gigabytes
 
 # The parts of a plan in the order in which they are stacked, with a color for the terminal and one for the picture
@@ -31,7 +31,7 @@ PARTS = (
 
 
 # A smaller share of the whole is not shown as a part of its own.
-LEAST = 0.01
+LEAST = 0.05
 BAR = 56
 # A line of what is printed; a terminal has so many columns at least.
 WIDTH = 80
@@ -79,7 +79,7 @@ def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
     if plan.disk_bytes:
         lines.append(Text(f"and features on the disk: {gigabytes(plan.disk_bytes)}"))
     where = f"at {plan.module}" if plan.module else "outside all modules"
-    lines += [Text(f"the peak falls in the {plan.phase}, {where};"), Text(f"microbatches of {plan.tokens:,} tokens")]
+    lines.append(Text(folded(f"the peak falls in the {plan.phase}, {where}; microbatches of {plan.tokens:,} tokens")))
     return lines + [Text(line) for line in long_rows_lines(plan)]
 
 
