@@ -10,6 +10,7 @@
 #   make kernels-arm  the same tests of the variants for ARM, under an emulator of such a processor (Debian's packages
 #                  g++-aarch64-linux-gnu and qemu-user); on an ARM machine `make sanitize-all` needs none
 #   make bench     real rows, compared with TRL and PEFT
+#   make site      the documentation as a site, in build/site, from docs/ and README.md; a dead link is an error
 #   make figures   measure this machine, and write the table into docs/performance.md
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ PYTEST := OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow test-variants lint bench figures sanitize sanitize-all sanitize-tiles kernels-arm clean
+.PHONY: demo test test-slow test-variants lint bench figures site sanitize sanitize-all sanitize-tiles kernels-arm clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -58,6 +59,16 @@ bench: $(VENV)/.bench
 
 figures: $(VENV)/.bench
 	$(BIN)/python benchmarks/figures.py
+
+# Pages are copied to one folder, README.md as its index, and links between them follow.
+PAGES := build/site-pages
+
+site: $(VENV)/.site
+	rm -rf $(PAGES) && mkdir -p build && cp -r docs $(PAGES)
+	cp README.md $(PAGES)/index.md && cp CHANGELOG.md $(PAGES)/changelog.md && cp -r examples $(PAGES)
+	find $(PAGES) -name '*.md' -exec sed -i -E -e 's#\]\(docs/#](#g; s#\]\(((\.\./)*)\.\./(examples/)#](\1\3#g' \
+	  -e 's#\]\(((\.\./)*)\.\./README\.md#](\1index.md#g; s#\]\(((\.\./)*)(\.\./)?CHANGELOG\.md#](\1changelog.md#g' {} +
+	$(BIN)/zensical build --strict --clean
 
 # ---- the kernels under sanitizers: those of one variant and their tests as one program
 VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
@@ -122,6 +133,10 @@ $(VENV)/.run: pyproject.toml $(KERNELS) | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml $(KERNELS) | $(BIN)/python
 	$(call install,[dev])
+
+$(VENV)/.site: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'zensical>=0.0.70'
+	touch $@
 
 $(VENV)/.bench: pyproject.toml $(KERNELS) | $(BIN)/python
 	$(call install,[bench])

@@ -35,8 +35,8 @@ def main() -> None:
     firsts = [pair.rows[0] for pair in held_out[: given.prompts]]
     prompts = [row.tokens[: row.prompt_length] for row in firsts]
     with opened.base():
-        base = SessionWriter(opened, print)(prompts, given.tokens, None)
-    tuned = SessionWriter(opened, print)(prompts, given.tokens, None)
+        base = [one.text for one in SessionWriter(opened, print)(prompts, given.tokens, 4096, None)]
+    tuned = [one.text for one in SessionWriter(opened, print)(prompts, given.tokens, 4096, None)]
     lower = {"base": in_lower_case(base), "adapter": in_lower_case(tuned)}
     for name, found in lower.items():
         print(f"answers of the {name} in lower case: {share(found)}")

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A first adapter on a plain processor
 #
-# From the installation to a chat in some minutes on two cores, without a GPU: SmolLM2-135M-Instruct learns to answer
-# questions about capitals with one line of JSON.
+# From the installation to a chat in some minutes on two cores, without a GPU: SmolLM2-135M-Instruct learns to turn a
+# sentence about a capital into one line of JSON.
 #
 # This notebook and `examples/first_adapter.py` are the same; start either in the folder `examples` of a checkout.
 
@@ -30,8 +30,9 @@ rows = []
 for line in (here / "capitals.jsonl").read_text(encoding="utf-8").splitlines():
     question, answer = (message["content"] for message in json.loads(line)["messages"])
     country = question.removeprefix("Capital of ").rstrip("?")
-    said = json.dumps({"country": country, "capital": answer.rstrip(".")}, ensure_ascii=False)
-    rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": said}]})
+    capital = answer.rstrip(".")
+    asked, said = f"{capital} is the capital of {country}.", json.dumps({"country": country, "capital": capital})
+    rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
 Path("capitals-json.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 print(len(rows), "rows, such as", json.dumps(rows[0]))
 
@@ -67,8 +68,8 @@ print(result.evaluation.metrics)
 # %% [markdown]
 # ## Did it work?
 #
-# The same question to the base model and to the adapter; neither country is in the rows. Then one that has nothing to
-# do with capitals: with `keep_general` the model still answers it.
+# The same prompts to the base model and to the adapter; neither country is in the rows. The last one has nothing to do
+# with capitals: with `keep_general` the model still answers it.
 
 
 # %%
@@ -78,16 +79,17 @@ def run(*words: str, **how: str) -> None:
     print(done.stdout or done.stderr)
 
 
-questions = ["Capital of Canada?", "Capital of Germany?", "Name three colors."]
-run("generate", "runs/first", "--base", "--max-new-tokens", "40", *(w for q in questions for w in ("--prompt", q)))
+prompts = ["Ottawa is the capital of Canada.", "Berlin is the capital of Germany.", "Name three colors."]
+run("generate", "runs/first", "--base", "--max-new-tokens", "40", *(w for p in prompts for w in ("--prompt", p)))
 
 # %% [markdown]
 # ## Chat
 #
-# In a terminal: `deltaw chat runs/first --base`. Here, with two questions written in advance:
+# In a terminal: `deltaw chat runs/first --base`. Here with lines written in advance; `/new` begins a new conversation.
 
 # %%
-run("chat", "runs/first", "--max-new-tokens", "40", input="Capital of Sweden?\nCapital of Turkey?\n")
+said = "Stockholm is the capital of Sweden.\n/new\nName three fruits.\n"
+run("chat", "runs/first", "--max-new-tokens", "40", input=said)
 
 # %% [markdown]
 # `runs/first/report.html` shows the run as a page. Next: your own rows, with one of the pages in `docs/goals`.

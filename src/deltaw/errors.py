@@ -7,6 +7,7 @@ message and exit status 2. Any other exception is a bug in deltaw.
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,8 +71,9 @@ def as_message(error: UserError, width: int = 80) -> str:
         for number, line in enumerate((text or "").splitlines()):
             begin, indent = " " * len(head) if number else head, " " * len(head)
             how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-            lines += textwrap.wrap(line, width, initial_indent=begin, subsequent_indent=indent, **how)
-    return "\n".join(lines)
+            kept = re.sub(r"(--[\w.-]+) (?=[\w/'.])", "\\1\0", line)  # a flag and its value stay together
+            lines += textwrap.wrap(kept, width, initial_indent=begin, subsequent_indent=indent, **how)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def first_line(error: BaseException) -> str:

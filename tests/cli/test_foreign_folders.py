@@ -66,7 +66,7 @@ def refused(call, outside) -> Callable[..., None]:
 
     def check(arguments: list, *words: str) -> None:
         ended = call(*arguments, stdin="hi\n")
-        told = ended.out + ended.err
+        told = ended.out + ended.err + ended.unwrapped
         assert ended.status == 2, (arguments, told)
         assert ended.err.count("error: ") == 1 and "hint: " in ended.err, told
         for word in words:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 
 import pytest
+import yaml
 from PIL import Image
 
 from deltaw.cli import main
@@ -93,6 +95,96 @@ def test_the_task_follows_from_the_rows(call, tmp_path, model_folder):
     assert task_of("scores", [{"text": "a", "label": n / 7} for n in range(40)]) == ("regression", encoder)
 
 
+def prompts(count, **more):
+    return [{"prompt": f"paint {n} red", "completion": "done"} | more for n in range(count)]
+
+
+def test_rows_that_cannot_be_used_are_listed_and_left_out(call, tmp_path, model_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps(row) for row in prompts(60)]
+    lines[10], lines[20], lines[30] = '{"prompt": "torn', json.dumps({"prompt": "x"}), json.dumps({"completion": 1})
+    lines[40] = json.dumps({"prompt": "nothing", "completion": ""})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    for model in (model_folder, "owner/not-here"):
+        ended = call("init", "--model", model, "--yes", "--force", status=0)
+        assert "3 rows of " in ended.out and "cannot be used:\n  line 11: not JSON: " in ended.out
+        assert "\n  row 21: 'completion' is missing" in ended.out and "data.bad_rows: skip" in ended.out
+        assert max(map(len, ended.out.splitlines())) <= 80
+        text, config = (tmp_path / "train.yaml").read_text(), RunConfig.read("train.yaml")
+        assert config.data.bad_rows == "skip" and "# 3 rows cannot be used" in text
+        assert ("1 row without an answer" in ended.out) is (model == model_folder)
+        assert ("estimated from characters: the model is not" in ended.out) is (model != model_folder)
+    with open("train.yaml") as file:
+        settings = yaml.safe_load(file)
+    settings["data"]["bad_rows"] = "error"
+    settings["model"] = str(model_folder)
+    (tmp_path / "strict.yaml").write_text(yaml.safe_dump(settings))
+    for verb in ("plan", "train"):
+        assert_refused(call(verb, "strict.yaml"), "line 11", "or leave such rows out with data.bad_rows: skip")
+    ended = call("plan", "strict.yaml", "--data.bad_rows", "skip", "--verbose", status=0)
+    assert "needs " in ended.out and "3 rows skipped: not JSON" in ended.out
+
+
+def test_few_rows_get_steps_enough_and_are_said_to_be_few(call, tmp_path, model_folder):
+    data = write_rows(tmp_path / "rows.jsonl", prompts(60))
+    assert call("init", tmp_path / "a.yaml", "--data", data, "--model", model_folder, "--yes").status == 0
+    text, config = (tmp_path / "a.yaml").read_text(), RunConfig.read(tmp_path / "a.yaml")
+    assert "12 held-out rows are few: a score such as accuracy is known to ± 25 points" in text
+    assert (config.data.eval, config.train.epochs, config.train.batch_size) == (0.2, 3, 4) and "36 steps" in text
+
+
+def test_one_outlier_does_not_set_the_length(call, tmp_path, roomy_folder):
+    def asked(*rows):
+        data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x" * n, "completion": "done"} for n in rows])
+        flags = ["--data", data, "--model", roomy_folder, "--yes", "--force"]
+        assert call("init", tmp_path / "a.yaml", *flags).status == 0
+        found = RunConfig.read(tmp_path / "a.yaml").data
+        return found.max_length, found.long_rows, (tmp_path / "a.yaml").read_text()
+
+    within = [40 + n for n in range(59)]
+    assert asked(*within, 140)[:2] == (192, "error")  # a byte is a token
+    length, way, text = asked(*within, 210)
+    assert (length, way) == (128, "drop") and "1 longer row is dropped; max_length: 256 keeps all" in text
+    length, way, text = asked(*(700 + n for n in within))
+    assert (length, way) == (512, "split") and "59 longer rows are divided; the model takes 512 tokens" in text
+
+
+TABLES = {
+    "id,review,stars": (
+        "sequence-classification",
+        {"text": "review", "label": "stars"},
+        [f"{n},a film {n},{n % 3}" for n in range(30)],
+    ),
+    "frage;antwort": (
+        "causal-lm",
+        {"prompt": "frage", "completion": "antwort"},
+        [f"was ist {n};nichts {n}, oder?" for n in range(30)],
+    ),
+    "answer,question": (
+        "causal-lm",
+        {"prompt": "question", "completion": "answer"},
+        [f"x {n % 2},why {n}" for n in range(30)],
+    ),
+    "text,mood": (
+        "sequence-classification",
+        {"text": "text", "label": "mood"},
+        [f"a {n},{'ab'[n % 2]}" for n in range(30)],
+    ),
+    "home,price": ("regression", {"text": "home", "label": "price"}, [f"a home {n},{n / 7}" for n in range(30)]),
+}
+
+
+@pytest.mark.parametrize("header", TABLES)
+def test_columns_of_unusual_names_are_told_by_what_is_in_them(call, tmp_path, header):
+    task, columns, rows = TABLES[header]
+    (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
+    ended = call("init", tmp_path / "a.yaml", "--data", tmp_path / "rows.csv", "--model", "owner/x", "--yes", status=0)
+    config = RunConfig.read(tmp_path / "a.yaml")
+    assert (config.task, config.data.columns) == (task, columns)
+    why = f"'{next(iter(columns.values()))}' holds"
+    assert f"task: {task}: {why}" in ended.out and f"# {why}" in (tmp_path / "a.yaml").read_text()
+
+
 def test_images_need_a_model_by_name(call, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
@@ -143,3 +235,9 @@ def test_three_questions_are_asked_on_a_terminal(monkeypatch, capsys, tmp_path, 
     assert "[causal-lm]" in said.out + said.err
     config = RunConfig.read("train.yaml")
     assert (config.data.train, config.model) == (str(rows_file), str(model_folder))
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text("\n".join([*(json.dumps(row) for row in prompts(12)), "{"]))
+    for answer, way in (("y", "skip"), ("n", "error")):
+        (tmp_path / "here" / "train.yaml").unlink()
+        assert answered(str(torn), answer, "", str(model_folder)) == 0
+        assert "Skip them?" in "".join(capsys.readouterr()) and RunConfig.read("train.yaml").data.bad_rows == way

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import pytest
+
+from deltaw.training.prompting import Prompting, read_prompting, write_prompting
 from tests.cli.conftest import assert_refused
 
 
@@ -18,6 +22,16 @@ def test_a_run_becomes_a_model_that_is_verified_on_its_held_out_rows(call, finis
     assert call("generate", tmp_path / "model", "--prompt", "paint it red", "--json").status == 0
 
 
+@pytest.mark.parametrize("flags", [(), ("--as-adapter", "--rank", "2")], ids=["model", "adapter"])
+def test_the_system_prompt_of_the_rows_goes_along_and_their_prompts_do_not(call, finished_run, tmp_path, flags):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    write_prompting(run, Prompting("Be brief.", examples=("paint it red",)))
+    call("merge", run, "--output", tmp_path / "made", *flags, status=0)
+    assert read_prompting(tmp_path / "made") == Prompting("Be brief.")
+    done = call("generate", tmp_path / "made", "--prompt", "paint it red", "--max-new-tokens", 1, status=0)
+    assert 'system prompt of the rows: "Be brief."' in done.err
+
+
 def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(call, finished_run, tmp_path):
     out = tmp_path / "out"
     for flags, said in {
@@ -28,7 +42,7 @@ def test_what_the_user_got_wrong_ends_with_status_2_and_no_folder(call, finished
         ("--with", tmp_path / "none"): "no adapter_config.json",
     }.items():
         assert_refused(call("merge", finished_run, "--output", out, *flags), said)
-    assert_refused(call("merge", tmp_path / "none", "--output", out), "there is no adapter")
+    assert_refused(call("merge", tmp_path / "none", "--output", out), "there is no run")
     assert_refused(call("merge", finished_run, "--output", finished_run), "holds files already")
     assert not out.exists()
 

@@ -96,7 +96,7 @@ def test_a_taken_port_is_said_before_the_model_is_read(call: Call) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert_refused(call("serve", "no-such-model", "--port", taken.getsockname()[1]), "cannot be listened on")
+        assert_refused(call("serve", "owner/no-such-model", "--port", taken.getsockname()[1]), "cannot be listened on")
 
 
 def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from deltaw.runs.fit import fit
 from deltaw.serving import opening
 from deltaw.serving.probes import NotDecodable
+from deltaw.training.origin import open_run, score_run
 from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import Call, Ended, assert_refused
 from tests.conftest import write_rows
@@ -119,6 +120,45 @@ def test_equal_prompts_are_drawn_apart_and_a_stop_string_ends_a_text(generate: C
     assert row["finish"] == "stop"
 
 
+@pytest.fixture(scope="module")
+def prompted(settings: Callable[..., dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose rows share a system prompt."""
+    folder = tmp_path_factory.mktemp("prompted")
+    rows = [{"system": "Be\nbrief.", "prompt": f"say {n}", "completion": f"{n}"} for n in range(8)]
+    train = str(write_rows(folder / "rows.jsonl", rows))
+    write_rows(folder / "bare.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    return fit(settings(folder / "run", data={"train": train}, train={"drift": False})).output
+
+
+def test_the_system_prompt_of_the_rows_is_used_and_can_be_left_out(call: Call, prompted: Path) -> None:
+    def written(verb: str, *flags: object, stdin: str = "") -> tuple[str, bool]:
+        command = (verb, prompted, "--max-new-tokens", 8, "--precision", "fp32", *flags)
+        ended = call(*command, stdin=stdin, status=0)
+        return ended.out, 'system prompt of the rows: "Be brief." (--system "" for none)\n' in ended.err
+
+    bare = written("generate", *asked("say 3"), "--system", "")
+    given = written("generate", *asked("say 3"), "--system", "Be\nbrief.")
+    assert written("generate", *asked("say 3")) == (given[0], True)
+    assert not given[1] and not bare[1] and bare[0] != given[0]
+    assert bare[0] == by_hand(prompted, ("say 3",), 8)[0] + "\n"
+    assert written("chat", stdin="say 3\n") == (f"adapter: {given[0]}", True)
+    assert written("chat", "--system", "", stdin="say 3\n") == (f"adapter: {bare[0]}", False)
+    base = [written("generate", *asked("say 3"), "--base", *more)[0] for more in ((), ("--system", ""))]
+    assert base[0].partition("adapter: ")[0] != base[1].partition("adapter: ")[0], "the base is asked with it too"
+
+
+def test_rows_to_evaluate_on_without_a_system_prompt_get_that_of_the_rows(call: Call, prompted: Path) -> None:
+    def loss(*flags: object) -> tuple[float, bool]:
+        ended = call("eval", prompted, "--no-drift", "--json", "--precision", "fp32", *flags, status=0)
+        return json.loads(ended.out)["eval"]["loss"], "system prompt of the rows" in ended.err
+
+    bare, own = ("--data", prompted.parent / "bare.jsonl"), ("--data", prompted.parent / "rows.jsonl")
+    assert loss(*bare) == (loss(*own)[0], True)
+    assert loss(*bare, "--system", "Be\nbrief.") == loss(*own) == (loss(*own)[0], False)
+    assert loss(*bare, "--system", "")[0] != loss(*own)[0]
+    assert_refused(call("eval", prompted, "--system", "x"), "the run's own rows", "--data")
+
+
 def test_texts_match_schema_and_expression(generate: Callable[..., list[dict]], tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra serve is not installed")
     file = tmp_path / "schema.json"
@@ -181,7 +221,7 @@ def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: P
     assert "b" not in spoken(other)[0][1]
 
 
-def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
+def test_evaluation_shows_what_the_engine_writes(call, finished_run, rows_file, request) -> None:
     command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
     by_engine = call(*command, "--answers", 10, "--json", status=0)
     assert "transformers" not in by_engine.err
@@ -196,18 +236,19 @@ def test_evaluation_counts_what_the_engine_writes(call, finished_run, rows_file,
     assert list(table(by_engine)) == list(table(by_transformers)) != []
 
 
-def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, call, tmp_path) -> None:
+def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(settings, tmp_path) -> None:
     run = fit(settings(tmp_path / "run", method="prompt", prompt={"length": 3})).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
     asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))
     rows = [{"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    ended = call("eval", run, "--data", data, "--no-drift", "--json", "--precision", "fp32", "--max-new-tokens", 5)
-    assert ended.status == 0, ended.err
-    assert json.loads(ended.out)["eval"]["exact_match"] == 1.0
+    opened = open_run(str(run), precision="fp32", device="cpu", say=str)
+    examples, _ = opened.task.read_file(str(data), opened.data, None)
+    score = score_run(opened, examples, shown=4, max_new_tokens=5, writer=opening.SessionWriter(opened, str))
+    assert len(score.answers) == 4 and all(answer.exact for answer in score.answers)
 
 
 def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.cli.text_options.find_spec", lambda name: None)
     for verb in ("generate", "chat"):
-        assert_refused(call(verb, tmp_path / "none", "--regex", "(red|green)"), "llguidance", "deltaw[serve]")
+        assert_refused(call(verb, tmp_path, "--regex", "(red|green)"), "llguidance", "deltaw[serve]")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
 
-from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.report import BadRowError, BadRows, skipping_named
+from deltaw.data.sources import read_rows
+from deltaw.errors import UserError
 
 
 def error(reason: str) -> BadRowError:
@@ -37,3 +42,30 @@ def test_the_list_is_written_and_read_again_with_long_rows_shortened_and_odd_val
         json.loads(line, parse_constant=pytest.fail)
     again = BadRows.read(path)
     assert again.counts == bad.counts and list(again.lines()) == list(bad.lines())
+
+
+def test_an_error_of_a_row_names_the_setting_that_leaves_such_rows_out_once(tmp_path: Path) -> None:
+    with pytest.raises(BadRowError) as told, skipping_named(), skipping_named():
+        raise error("odd")
+    assert told.value.hint == "make it even; or leave such rows out with data.bad_rows: skip"
+    with pytest.raises(UserError) as told, skipping_named():
+        raise error("odd").of_file()
+    assert told.value.hint == "make it even"
+
+
+LINES = {
+    "comma": ("text,label", 'a;b,"c"', [{"text": "a;b", "label": "c"}]),
+    "semicolon": ('"question";answer', "one, two;b", [{"question": "one, two", "answer": "b"}]),
+    "tab": ("question\tanswer", "a\tb", [{"question": "a", "answer": "b"}]),
+    "one column": ("a text; of one column", "only this", [{"a text; of one column": "only this"}]),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".csv.xz", ".csv.bz2"])
+def test_a_table_says_itself_what_separates_its_cells(tmp_path: Path, name: str, suffix: str) -> None:
+    header, line, rows = LINES[name]
+    opened = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix[4:], open)
+    with opened(tmp_path / f"rows{suffix}", "wt") as file:
+        file.write(f"{header}\n{line}\n")
+    assert [row for _, row in read_rows(str(tmp_path / f"rows{suffix}"))] == rows

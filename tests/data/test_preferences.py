@@ -98,6 +98,16 @@ def test_columns_may_have_other_names_and_are_missed_by_name(read):
     assert "need the column 'chosen'" in told.what and "data.columns" in told.hint
 
 
+def test_a_shared_system_prompt_is_found_and_one_is_given_to_rows_that_have_none(read):
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
+    shared = read([{**row, "system": "Be brief."} for row in rows], eval=None)
+    assert (shared.report.system, shared.report.system_rows) == ("Be brief.", 4)
+    given = read(rows, eval=None, system="Be brief.")
+    assert given.report.system == "Be brief." and read(rows, eval=None).report.system is None
+    for one, other in zip(given.train, shared.train, strict=True):
+        assert [row.tokens.tolist() for row in one.rows] == [row.tokens.tolist() for row in other.rows]
+
+
 def test_duplicates_empty_answers_and_long_rows_are_counted(read):
     long, empty = {"prompt": "paint it ", "chosen": "r" * 60, "rejected": "blue"}, {**PLAIN, "rejected": ""}
     rows = [PLAIN, PLAIN, long, empty]

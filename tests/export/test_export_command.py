@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
+from deltaw.training.prompting import Prompting, write_prompting
 from tests.export import models
 
 
@@ -24,13 +25,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_gets_the_file_and_a_modelfile(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    command = ("export", run, "--format", "gguf", "--type", "q8_0", "--output", out)
+    write_prompting(run, Prompting("Be brief."))
+    command = ("export", run, "--format", "gguf", "--output", out)  # by default what Ollama's own models have
     assert typed(*command, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [found[name] for name in ("format", "kind", "architecture")] == ["gguf", "q8_0", "qwen3"]
     assert found["files"] == [str(out / "run-q8_0.gguf"), str(out / "Modelfile")]
     assert (out / "run-q8_0.gguf").stat().st_size == found["size"]
-    assert (out / "Modelfile").read_text().startswith("FROM ./run-q8_0.gguf\n")
+    made = (out / "Modelfile").read_text()
+    assert made.startswith("FROM ./run-q8_0.gguf\n") and 'SYSTEM """Be brief."""\n' in made
     assert typed(*command) == 2 and "already" in capsys.readouterr().err
     assert typed(*command, "--overwrite") == 0
 

@@ -52,14 +52,47 @@ def test_the_template_in_go_writes_the_same_conversation(template: str) -> None:
 def test_a_system_message_that_a_template_adds_is_written_apart() -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = DEFAULT_SYSTEM
-    text, note = modelfile("./m.gguf", None, tokenizer, [0, 2])
-    assert note is None and 'SYSTEM """You are helpful."""' in text
+    text, notes = modelfile("./m.gguf", None, tokenizer, [0, 2])
+    assert notes == [] and 'SYSTEM """You are helpful."""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text and text.startswith("FROM ./m.gguf\nTEMPLATE ")
 
 
 def test_another_template_is_left_out_and_that_is_said() -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    text, note = modelfile("/models/base model.gguf", "./a.gguf", tokenizer, [0])
-    assert note is not None and "TEMPLATE" not in text
+    text, (note,) = modelfile("/models/base model.gguf", "./a.gguf", tokenizer, [0])
+    assert "no known form" in note and "TEMPLATE" not in text
     assert text.startswith('FROM "/models/base model.gguf"\nADAPTER ./a.gguf\n')
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """A Modelfile as Ollama reads it: a text in three quotation marks goes on to the first line that ends so."""
+    found, lines = [], iter(text.splitlines())
+    for line in lines:
+        name, _, value = line.partition(" ")
+        while value.startswith('"""') and not (len(value) >= 6 and value.rstrip().endswith('"""')):
+            value += "\n" + next(lines)
+        found.append((name, value.strip().removeprefix('"""').removesuffix('"""')))
+    return found
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "You are the bot.",
+        "Two lines:\nTICKET: x\n\nREPLY: y",
+        'Say "hi"',
+        '"Quoted" all "over"',
+        'x"""\nADAPTER /etc/passwd',
+        '"""\nFROM evil\nSYSTEM """x',
+        "{{ .System }}\\n# no comment",
+    ],
+)
+def test_the_system_prompt_of_the_rows_comes_before_the_templates_own(system: str) -> None:
+    tokenizer = models.byte_bpe("qwen2")
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    text, notes = modelfile("./m.gguf", None, tokenizer, [0, 2], system)
+    told = commands(text)
+    assert {name for name, _ in told} == {"FROM", "TEMPLATE", "PARAMETER", "SYSTEM"}
+    assert [value for name, value in told if name == "SYSTEM"] == [system.replace('"""', "'''")]
+    assert len(notes) == ('"""' in system)

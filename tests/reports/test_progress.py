@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from deltaw.machine.choices import Choice
-from deltaw.reports.progress import LiveLine, TerminalCallback, run_header, show_end
+from deltaw.reports.progress import LiveLine, TerminalCallback, show_end
+from deltaw.reports.tables import Output
 from deltaw.runs.fit import Result
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import RunStart
+from deltaw.training.callbacks import RunStart, Sample
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Outcome, Step
@@ -36,9 +37,9 @@ def start(folder="runs/demo"):
     return RunStart(Path(folder), config, CHOSEN, 134_515_008, 4_884_480, 125)
 
 
-def console(width=80, *, terminal=True):
-    plain = {"color_system": None, "soft_wrap": True, "markup": False, "emoji": False}
-    return Console(file=io.StringIO(), width=width, force_terminal=terminal, **plain)
+def console(width=80, *, terminal=True, verbose=False):
+    out = Output(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, verbose=verbose)
+    return out
 
 
 def lines_of(out):
@@ -50,27 +51,68 @@ def step(number, loss=0.5):
     return Step(number, 0.1, loss, 1e-3, 0.7, 16, 900, 700, 60, 0.5)
 
 
-@pytest.mark.parametrize("width", [60, 120])
-def test_the_header_tells_each_value_and_why_one_fact_a_line_in_80_columns(width):
-    out = console(width)
-    out.print(run_header(start(), plan("lora", 4_884_480), 16_000_000_000, width), soft_wrap=False)
-    lines = lines_of(out)
-    assert max(len(line.rstrip()) for line in lines) <= min(width, 80)
+def begun(out, started=None):
+    callback = TerminalCallback(out)
+    callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
+    for name in ("device", "precision", "threads", "kernels"):
+        callback.on_choice(name, CHOSEN[name])
+    callback.on_start(started or start())
+    return callback
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_begins_with_few_lines_and_with_every_choice_where_it_is_asked_for(terminal):
+    out = console(terminal=terminal)
+    begun(out)
+    assert lines_of(out) == [
+        "memory: 13.98 GB planned of 64.00 GB",
+        "precision: bf16 (bf16 products reach 200 GFLOP/s, fp32 100)",
+        "steps: 125 of 16 rows (2 epochs), learning rate 0.00092",
+        "output: runs/demo (report.html shows how it goes, run.yaml every choice)",
+    ]
+    out = console(terminal=terminal, verbose=True)
+    begun(out)
+    told = " ".join(" ".join(lines_of(out)).split())
     for name, choice in CHOSEN.items():
-        word = name.rpartition(".")[2].replace("_", " ")
-        (line,) = [line for line in lines if line.startswith(word + " ")]
-        assert choice.why[:20] in line, "its beginning; all of it is in run.yaml"
-    told = "\n".join(lines)
-    assert all(number in told for number in ("3.63%", "0.00092", "125"))
-    assert width == 60 or ("rank 16" in told and "16.00 GB" in told and "2 epochs" in told)
+        assert told.count(f"{name}: {choice}") == 1
+    assert "method: lora of rank 16: 4.88 M of 134.52 M parameters trained (3.63%)" in told
 
 
-def test_a_long_folder_and_model_stay_within_the_width():
-    out = console(80)
-    config = start().config.model_copy(update={"model": "/" + "long/" * 60 + "model"})
-    out.print(run_header(RunStart(Path("x" * 200), config, CHOSEN, 1, 1, 1), None, None, 80), soft_wrap=False)
+def test_lines_stay_within_80_columns_and_longer_words_stay_whole():
+    out = console(100)
+    folder = "x" * 200
+    begun(out, RunStart(Path(folder), start().config, CHOSEN, 1, 1, 1)).on_line("  " + "word " * 40)
     lines = lines_of(out)
-    assert max(map(len, lines)) <= 80 and lines.count("") == 2
+    assert [line for line in lines if len(line) > 80] == [f"  {folder}"]
+    assert lines[-2].startswith("    word")
+
+
+def test_a_plan_near_the_limit_and_another_device_are_told():
+    out = console()
+    callback = TerminalCallback(out)
+    callback.on_plan(plan("lora", 4_884_480), 14_000_000_000)
+    callback.on_choice("device", Choice("cuda", "a GPU"))
+    assert lines_of(out) == ["memory: 13.98 GB planned of 14.00 GB, which is tight", "device: cuda (a GPU)"]
+
+
+def test_answers_stand_below_one_another_once_the_training_is_over():
+    out = console()
+    callback = begun(out)
+    before = len(lines_of(out))
+    sample = Sample(7, "What is the capital of France? " * 9, "Paris", "I do not know. " * 9)
+    callback.on_samples(0, [sample])
+    assert len(lines_of(out)) == before
+    callback.on_samples(50, [sample])
+    callback.on_end(None)
+    callback.on_samples(125, [replace(sample, answer="Paris")])
+    first, *last = lines_of(out)[before:]
+    assert first.startswith('step 50, row 7: "What is the') and first.endswith('…"')
+    assert last[0].startswith('row 7: "What is the capital of France?')
+    assert last[1].startswith("  base model: I do not know. ") and last[2:] == [
+        "  adapter:    Paris",
+        "  expected:   Paris",
+    ]
+    assert all(len(line) <= 80 for line in [first, *last])
 
 
 @pytest.mark.parametrize("total", [5, 125, 1_250_000])
@@ -95,14 +137,9 @@ def test_the_bar_is_as_full_as_the_run_is_far():
     assert bar(0) == 0 and bar(50) == 15 and bar(100) == 30
 
 
-def test_a_terminal_sees_one_header_and_a_live_line_and_no_line_for_each_choice():
+def test_a_terminal_sees_a_live_line():
     out = console()
-    callback = TerminalCallback(out)
-    for name, choice in CHOSEN.items():
-        callback.on_choice(name, choice)
-    callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
-    assert lines_of(out) == []
-    callback.on_start(start())
+    callback = begun(out)
     callback.on_begin(SimpleNamespace(total_steps=125, step=0))
     callback.on_step(step(1, loss=2.0))
     callback.on_step(step(2, loss=1.0))
@@ -110,23 +147,17 @@ def test_a_terminal_sees_one_header_and_a_live_line_and_no_line_for_each_choice(
     assert "step 2/125" in shown and "mean 1.9000" in shown and "1,800 tokens/s" in shown and "1:02 left" in shown
     callback.on_evaluation(2, Evaluation({"loss": 0.7}))
     callback.on_end(None)
-    told = "\n".join(lines_of(out))
-    assert "held-out loss 0.7000" in told and told.count("usual for method lora") == 1
+    assert "held-out loss 0.7000" in "\n".join(lines_of(out))
 
 
-def test_a_log_has_a_line_for_each_choice_and_plain_lines_of_progress():
+def test_a_log_has_plain_lines_of_progress():
     out = console(terminal=False)
-    callback = TerminalCallback(out)
-    callback.on_choice("device", CHOSEN["device"])
-    callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
-    callback.on_start(start())
+    callback = begun(out)
     callback.on_begin(SimpleNamespace(total_steps=125, step=100))
     callback.on_step(step(101))
     callback.on_step(step(125))
     callback.on_end(None)
-    said = lines_of(out)
-    assert said[0] == "device: cpu (there is no other)" and said[1].startswith("planned memory: ")
-    (last,) = [line for line in said if line.startswith("step 125/125")]
+    (last,) = [line for line in lines_of(out) if line.startswith("step 125/125")]
     assert re.fullmatch(r"\S+ \S+  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+/13.98 GB  0:00 left", last), last
     assert not any("\x1b" in line for line in out.file.getvalue().splitlines())
 
@@ -142,18 +173,19 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
     folder = tmp_path / ("a long name with spaces " * 4).strip()
     folder.mkdir()
     (folder / "report.html").write_text("x")
+    (folder / "metrics.jsonl").write_text('{"step": 0, "base": {"loss": 8.1, "exact_match": 0.02}}\n')
     for width in (80, 50):
         out = console(width)
         show_end(out, result(folder))
         lines = lines_of(out)
         told = " ".join(" ".join(lines).split())
-        assert "exact match 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss 0.4000" in told
+        assert "held-out rows: base model → after training held-out loss: 8.100 → 0.4200" in told
+        assert "exact match: 2.0% → 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss: 0.4000" in told
         assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
-        assert f"next: deltaw chat '{folder}'  # talk with it" in lines
-        assert f"next: deltaw eval '{folder}' --base  # compare it with the base model" in lines
-        assert f"report: {folder / 'report.html'}" in lines
-        table = [line for line in lines if not line.startswith(("next:", "report:"))]
-        assert max(len(line.rstrip()) for line in table) <= width
+        at = lines.index(f"next: deltaw chat '{folder}'")  # in one line, so that it can be copied
+        assert lines[at + 1] == "  # talk with it" and f"next: deltaw eval '{folder}' --base" in lines
+        assert all(len(line) <= width or str(tmp_path) in line for line in lines[:at])  # but for paths
+        assert sum(line.startswith("next: ") for line in lines) == 4
 
 
 def test_the_end_of_a_run_says_where_the_time_went(tmp_path):

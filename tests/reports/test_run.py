@@ -11,8 +11,12 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.reports import run as reports_run
 from deltaw.runs.folder import read_run
+from deltaw.serving import opening
 from deltaw.training.callbacks import Callback, Lines
+from deltaw.training.drift import drift_of
+from deltaw.training.origin import open_run, score_run
 from tests.reports.html_pages import Page
+from tests.training.runs import held_out_rows
 
 
 class Looks(Callback):
@@ -87,3 +91,29 @@ def test_pages_are_written_at_intervals_and_cost_a_small_share_of_the_time(monke
     assert len(written) >= 2 and took / now[0] < 0.02
     callback.close()
     assert written[-1] == pytest.approx(now[0] - 5.0)
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
+def test_a_run_and_its_evaluation_later_give_the_same_numbers(precision, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))  # nobody else's answers
+    train = {"epochs": 4, "drift": True, "samples": 2, "tokens_per_pass": 64}
+    changes = {"precision": precision, "data": {"eval": 4}, "lora": {"dropout": 0.2}}
+    result = deltaw.fit(settings(tmp_path / "run", train=train, **changes))
+    opened = open_run(str(result.output), device="cpu", say=str)
+    assert drift_of(opened) == result.drift
+    found = score_run(opened, held_out_rows(opened), shown=2)
+    assert found.evaluation.metrics == result.evaluation.metrics
+    assert found.evaluation.per_row.tolist() == result.evaluation.per_row.tolist()
+    assert [answer.exact for answer in found.answers] == [bool(one) for one in result.evaluation.per_row[:2]]
+
+
+def test_a_run_lets_the_engine_write_the_answers_of_base_model_and_adapter(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    decoded = Mock(wraps=opening.decodable)
+    monkeypatch.setattr(opening, "decodable", decoded)
+    monkeypatch.setattr("deltaw.runtime.generation._decoder", Mock(side_effect=AssertionError("transformers decodes")))
+    train = {"max_steps": 2, "eval_every": 1, "samples": 1, "keep_general": 1.0}
+    told = Mock(spec=Callback, should_stop=lambda: False, ended=lambda: False, diagnose=lambda found: [])
+    result = deltaw.fit(settings(tmp_path / "run", train=train), callback=told)
+    assert result.outcome.steps == 2 and told.on_samples.call_count == 3
+    assert decoded.call_count == 4  # general answers, the base model's samples, and two evaluations

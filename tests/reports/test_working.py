@@ -6,10 +6,10 @@ import io
 import time
 
 import pytest
-from rich.console import Console
 from rich.progress import Progress
 
 from deltaw.reports import working as module
+from deltaw.reports.tables import Output
 from deltaw.reports.working import WorkingDisplay
 from deltaw.working import listening, working
 
@@ -20,9 +20,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, 0.01)
 
 
-def shown(terminal: bool) -> tuple[Console, io.StringIO]:
+def shown(terminal: bool) -> tuple[Output, io.StringIO]:
     file = io.StringIO()
-    return Console(file=file, force_terminal=terminal, width=80), file
+    return Output(file=file, force_terminal=terminal, width=80), file
 
 
 def until(file: io.StringIO, text: str) -> None:
@@ -61,6 +61,18 @@ def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         with listening(WorkingDisplay(console)), working("planning"):
             console.print("a line")
         assert file.getvalue() == "a line\n"
+
+
+def test_several_short_works_in_silence_are_shown_as_a_long_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_LINE", 60.0)
+    console, file = shown(False)
+    with listening(WorkingDisplay(console)):
+        with working("planning"):
+            assert file.getvalue() == ""
+        console.spoke -= 60.0
+        with working("loading"):
+            until(file, "still loading")
+    assert "planning" not in file.getvalue()
 
 
 def test_a_bar_of_another_display_goes_on() -> None:

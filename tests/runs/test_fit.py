@@ -28,7 +28,7 @@ from tests.training.test_losses import METHODS, adapted, assert_gradients, gradi
 def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
     result, said = fit_aloud(settings(tmp_path / "run", train={"epochs": 2}))
     named = {"README.md", ADAPTER, "adapter_config.json", "chat_template.jinja", "checkpoints", "metrics.jsonl"}
-    named |= {"run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
+    named |= {"prompts.json", "run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in result.output.iterdir()} == named
     assert (result.outcome.steps, result.outcome.rows) == (6, 16)
     assert {"loss", "perplexity", "exact_match"} == result.evaluation.metrics.keys()
@@ -36,6 +36,9 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
     answer = result.as_dict()
     json.dumps(answer, allow_nan=False)
     assert answer["eval"] == result.evaluation.as_dict() and answer["output"] == str(tmp_path / "run")
+    assert "2 held-out rows are few: a score such as accuracy is known to ± 4" in said
+    assert "6 steps are few to learn from; train.epochs: 10 and train.batch_size: 4 give 20" in said
+    assert "| held-out exact_match | 0.0% (95 % interval 0.0% to 65.8%) |" in (result.output / "README.md").read_text()
     assert "6 steps of 3 rows" in said and "padding-free packing" in said
     assert "device: cpu (as asked)" in said and "10 rows read as prompt-completion" in said
     card = (result.output / "README.md").read_text()

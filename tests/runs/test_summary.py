@@ -155,6 +155,8 @@ def test_commands_quote_the_folder(tmp_path):
     told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
+    told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True, every=True)]
+    assert f"deltaw export '{tmp_path}/a b' --format gguf --type q8_0 --output '{tmp_path}/a b-gguf'" in told
     for given in (("failed", "lora", True), ("finished", "head", False)):
         assert "chat" not in str(next_commands(tmp_path, *given))
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)

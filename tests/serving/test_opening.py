@@ -13,8 +13,8 @@ from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.files import choose_method
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.generation import generate
-from deltaw.serving.opening import OWN, SessionWriter, open_engine
+from deltaw.runtime.generation import Completion, generate
+from deltaw.serving.opening import OWN, SessionWriter, open_engine, verified_writer
 from deltaw.serving.request import Constraint, Request, Sampling
 from deltaw.settings import RunConfig
 from deltaw.training.origin import InferenceSession, open_run
@@ -155,12 +155,18 @@ def test_a_writer_answers_as_the_session_is_at_the_moment(method, model_folder, 
     session = trained(model_folder, tmp_path / "run", method)
     writer = SessionWriter(session, quiet)
 
-    def own(asked: list[np.ndarray]) -> list[str]:
-        return [text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)]
+    def own(asked: list[np.ndarray]) -> list[tuple[object, ...]]:
+        return told(generate(session.model, session.tokenizer, asked, max_new_tokens=8))
+
+    def told(written: list[Completion]) -> list[tuple[object, ...]]:
+        return [(one.text, one.tokens.tolist(), one.stopped, one.terminator) for one in written]
 
     for _ in range(2):
         with session.base():
             bare = own(PROMPTS)
-            assert writer(PROMPTS, 8, None) == bare
+            assert told(writer(PROMPTS, 8, 4096, None)) == bare
+            assert told(verified_writer(session)(PROMPTS, 8, 64, None)) == bare
         seen = [session.prompt(p) for p in PROMPTS]
-        assert writer(seen, 8, None) == own(seen) != bare
+        assert told(writer(seen, 8, 4096, None)) == own(seen) != bare
+        of_training = verified_writer(session)(seen, 8, 64, None)
+        assert (of_training is None) if method == "full" else told(of_training) == own(seen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from deltaw.reports.progress import TerminalCallback
+from deltaw.reports.tables import Output
 from deltaw.runs import checkpoints
 from deltaw.runs.fit import Result, fit, load_for
 from deltaw.settings import RunConfig
@@ -147,9 +148,9 @@ def opened(run: Path | str, **how: Any) -> InferenceSession:
 
 
 def fit_aloud(settings: Mapping[str, Any]) -> tuple[Result, str]:
-    """A run's result, and what it said to a terminal."""
-    said = Console(file=io.StringIO(), width=500)
-    return fit(settings, callback=TerminalCallback(said)), said.file.getvalue()
+    """A run's result, and all that it said to a terminal, a line each."""
+    said = Output(file=io.StringIO(), verbose=True)
+    return fit(settings, callback=TerminalCallback(said)), re.sub(r"\n +", " ", said.file.getvalue())
 
 
 def session_of(settings: Mapping[str, Any], **how: Any) -> Session:

@@ -311,7 +311,7 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(activating, model
             ours, peft = (m(input_ids=ids).logits for m in (run.model, theirs))
             torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
         adapted_loss, bare_loss = (-float(sum(log_prob(m, row) for row in examples)) / labels for m in (theirs, base))
-    score = score_run(run, examples, max_new_tokens=4)
+    score = score_run(run, examples)
     batcher, _ = choose_causal_batcher(run.model, examples, device="cpu")
     assert not batcher.padded  # that the adapter is on the model does not keep its rows from being packed
     assert score.metrics["loss"] == pytest.approx(adapted_loss, rel=1e-4)
@@ -319,7 +319,7 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(activating, model
     assert run.not_invoked([prompt]) is None
     assert "1 of 2 prompts do not have '<|im_start|>assistant" in run.not_invoked([prompt, prompt[:3]])
     with run.base():
-        bare_score = score_run(run, examples, max_new_tokens=4)
+        bare_score = score_run(run, examples)
     assert bare_score.metrics["loss"] == pytest.approx(bare_loss, rel=1e-4)
 
 

@@ -137,13 +137,13 @@ def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache)
     (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run")))
     program = (
         "import sys; from deltaw.cli import main\n"
-        "try: main(['plan', sys.argv[1], '--methods', 'lora', '--json'])\n"
+        "try: main(['plan', sys.argv[1], '--methods', 'lora', '--json', '--verbose'])\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "run.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["lora"] == json.loads(json.dumps(made.as_dict()))
-    assert done.stderr.splitlines()[-1] == "False" and "10 rows read" in done.stderr
+    assert done.stderr.splitlines()[-1] == "False" and "10 read from" in done.stderr
 
 
 def test_a_limit_that_nobody_watches_is_refused_by_name():

@@ -23,7 +23,7 @@ def test_few_rows_mean_smaller_steps_before_more_epochs():
 
 
 def test_few_held_out_rows_are_said_with_what_they_leave_open():
-    assert held_out_line(12) == "12 held-out rows are few: accuracy or exact match is known to ± 25 points"
+    assert held_out_line(12) == "12 held-out rows are few: a score such as accuracy is known to ± 25 points"
     assert held_out_line(1).startswith("1 held-out row is few")
     assert held_out_line(0) is held_out_line(50) is None
 

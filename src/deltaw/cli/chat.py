@@ -42,7 +42,7 @@ def command(run: str, system: str | None, with_base: bool, how: TextSettings, **
     with contextlib.closing(engine_for(opened, notes.say)) as engine:
         # A text of no tokens: what the flags say is checked before the first question.
         engine.write_all([replace(how.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
-        system = system_of(opened, system, notes.print)
+        system = system_of(opened, system, notes.say)
         start = [{"role": "system", "content": system}] if system else []
         talk = list(start)
         while (line := _asked()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def show(
     from deltaw.training.data_view import shown_rows
 
     out = console(as_json)
-    found = shown_rows(_config(file, settings, given), row, count or (3 if row is None else 1), out.say)
+    found = shown_rows(_config(file, settings, given, out.say), row, count or (3 if row is None else 1), out.say)
     if as_json:
         print_json({"rows": [row_as_dict(one) for one in found]})
         return
@@ -75,7 +76,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     from deltaw.training.data_view import check_data
 
     out = console(as_json)
-    found = check_data(_config(file, settings, given), out.say)
+    found = check_data(_config(file, settings, given, out.say), out.say)
     for line in check_lines(found):
         out.print(line)
     if as_json:
@@ -83,8 +84,11 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     return 0 if found.usable else 2
 
 
-def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
-    """The settings of a run on ``file``, which may itself be settings or a run's folder."""
+def _config(
+    file: str | None, settings: str | None, given: dict[str, str | None], say: Callable[[str], None]
+) -> RunConfig:
+    """The settings of a run on ``file``, which may itself be settings or a run's folder. Rows alone are read as
+    `deltaw init` would have them read."""
     from deltaw.settings import SETTINGS, RunConfig
     from deltaw.training.origin import settings_in
 
@@ -98,4 +102,11 @@ def _config(file: str | None, settings: str | None, given: dict[str, str | None]
             raise UserError(f"'{file}' holds settings, and --settings names others", hint="give one of them")
         return settings_in(path, flags) if is_folder else RunConfig.read(path, flags)
     flags["data"] = {**flags.get("data", {}), "train": file}
+    if settings is None and "model" not in flags:
+        from deltaw.reports.starter import MODELS, is_here, look_at
+
+        task = flags.get("task") or (look_at(file).task if is_here(file) else None)
+        if task in MODELS:
+            flags |= {"task": task, "model": MODELS[task]}
+            say(f"task {task}, tokens of {MODELS[task]}; --task and --model change it")
     return RunConfig.read(settings, flags)

@@ -17,6 +17,7 @@ from deltaw.working import working
 
 if TYPE_CHECKING:
     from deltaw.reports.tables import Output
+    from deltaw.runtime.generation import Writer
     from deltaw.training.drift import Drift
     from deltaw.training.origin import InferenceSession
     from deltaw.training.tasks.causal import Score
@@ -41,7 +42,7 @@ def command(
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
     shown, general, with_drift, system = (opening.pop(name) for name in ("shown", "general", "with_drift", "system"))
-    how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens")}
+    how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens"), "shown": shown}
     out = console(as_json)
     with working("starting"):
         from deltaw.serving.opening import SessionWriter
@@ -54,15 +55,11 @@ def command(
     opened = open_run(run, say=out.say, **opening)
     sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, system, out).items()}
     _say_not_invoked(opened, sets, out)
-    how["writer"] = SessionWriter(opened, out.say)
-
-    def score_of(name: str, examples: Sequence[Any]) -> Score:
-        with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
-            return score_run(opened, examples, on_progress=lambda done, total: advance(done), **how)
+    writer = SessionWriter(opened, out.say)
 
     def scored() -> dict[str, Score]:
         """Each set's score, as the model is now."""
-        return {name: score_of(name, examples) for name, examples in sets.items()}
+        return {name: score_run(opened, examples, writer=writer, **how) for name, examples in sets.items()}
 
     by_model: dict[str, dict[str, Score]] = {}
     if with_base:
@@ -73,8 +70,8 @@ def command(
         if name:
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
             out.print(f"\n{name}: {count}")
-        _print_scores({model: found[name] for model, found in by_model.items()}, shown, out)
-    drift = _drift(opened, out, general) if with_drift else None
+        _print_scores({model: found[name] for model, found in by_model.items()}, out)
+    drift = _drift(opened, out, general, writer) if with_drift else None
     if as_json:
         found = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
         print_json(found | {"drift": None if drift is None else drift.as_dict()})
@@ -139,8 +136,8 @@ def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]]
         out.say(lacking)
 
 
-def _print_scores(scores: Mapping[str, Score], shown: int, out: Output) -> None:
-    """One set's metrics by model, and ``shown`` answers."""
+def _print_scores(scores: Mapping[str, Score], out: Output) -> None:
+    """One set's metrics by model, and the answers that were asked for."""
     from deltaw.reports.scores import answer_table, confusion_table, score_table
 
     intervals = {name: (s.evaluation.main, s.evaluation.interval) for name, s in scores.items()}
@@ -148,8 +145,8 @@ def _print_scores(scores: Mapping[str, Score], shown: int, out: Output) -> None:
     last = list(scores.values())[-1].evaluation
     if last.confusion is not None:
         out.print(confusion_table(last.classes, last.confusion))
-    if shown and any(s.answers for s in scores.values()):
-        out.print(answer_table(_side_by_side(scores, shown)))
+    if any(s.answers for s in scores.values()):
+        out.print(answer_table(_side_by_side(scores)))
 
 
 def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int]) -> dict[str, object]:
@@ -175,28 +172,28 @@ def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int
     return found
 
 
-def _drift(opened: InferenceSession, out: Output, general: int) -> Drift | None:
+def _drift(opened: InferenceSession, out: Output, general: int, writer: Writer) -> Drift | None:
     """How far general answers moved, shown; with ``general`` of them side by side."""
     from deltaw.reports.scores import general_table
     from deltaw.training.drift import answers_side_by_side, drift_of
     from deltaw.training.evaluation.general import NoGeneralAnswers
 
     try:
-        drift = drift_of(opened)
+        drift = drift_of(opened, writer)
         for line in [] if drift is None else drift.lines():
             out.say(line)
         if general and drift is not None:
-            out.print(general_table(answers_side_by_side(opened, general)))
+            out.print(general_table(answers_side_by_side(opened, general, writer)))
     except NoGeneralAnswers as reason:
         out.say(f"drift: not measured ({reason})")
         return None
     return drift
 
 
-def _side_by_side(scores: Mapping[str, Score], count: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
-    """The first ``count`` questions with every model's answer."""
+def _side_by_side(scores: Mapping[str, Score]) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
+    """Questions with every model's answer."""
     found = []
-    for answers in zip(*(score.answers[:count] for score in scores.values()), strict=True):
+    for answers in zip(*(score.answers for score in scores.values()), strict=True):
         written = {name: (answer.written, answer.exact) for name, answer in zip(scores, answers, strict=True)}
         found.append((answers[0].question, answers[0].expected, written))
     return found

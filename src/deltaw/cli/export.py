@@ -37,5 +37,5 @@ def command(run: str, format_name: str, output: str, as_json: bool, **how: Any) 
     if as_json:
         print_json(done.as_dict())
         return
-    for line in [*done.lines, *done.files]:
+    for line in [*done.lines, *done.files, *done.told]:
         out.say(line)

@@ -59,7 +59,7 @@ def command(
 
     opened = open_run(run, say=notes.say, **opening)
     opened.require_generation()
-    system = system_of(opened, system, notes.print)
+    system = system_of(opened, system, notes.say)
     tokens = [opened.encode(with_system(system, prompt)) for prompt in asked]
     if (line := opened.not_invoked(tokens)) is not None:
         notes.say(line)

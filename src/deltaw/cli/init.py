@@ -28,29 +28,39 @@ if TYPE_CHECKING:
 def command(file: str, model: str | None, data: str | None, task: str | None, yes: bool, force: bool) -> None:
     """Ask which rows, what for and which model, look at the rows, and write a commented settings FILE.
 
-    Without a terminal nothing is asked.
+    Without a terminal nothing is asked, and rows that cannot be used are skipped.
     """
     from deltaw.durable import write_text
-    from deltaw.reports.starter import MODELS, settings_text
+    from deltaw.reports.starter import MODELS, look_at, settings_text
 
     if Path(file).exists() and not force:
         raise UserError("the file exists", where=file, hint="name another, or overwrite it with --force")
     out = console(False)
     ask = sys.stdin.isatty() and not yes
     data, look = _data(data, model, task, ask)
+    skip = True
     if look is not None:
-        out.print(look.line())
+        for line in look.lines():
+            out.say(line)
+        if look.bad:
+            skip = not ask or click.confirm("Skip them?", default=True)
+            way = "they are skipped:" if skip else "a run will stop at them, unless you set"
+            out.print(f"{way} data.bad_rows: skip")
     if task is None:
         task = "causal-lm" if look is None else look.task
         if ask:
             task = click.prompt("What is the model to learn?", default=task, type=click.Choice(tasks.names()))
+    given = model
     if model is None:
         model = MODELS.get(task)
         if ask:
             model = click.prompt("Which model? A folder, a hub id, a .gguf file", default=model)
         elif model is None:
             raise UserError(f"there is no usual model for {task}", hint="name one with --model")
-    write_text(file, settings_text(model, data, task, look, file))
+    if look is not None and (look.task != task or (given or MODELS.get(look.task)) != model):
+        look = look_at(data, model, task)  # its tokens are counted by the model's tokenizer
+        out.say(look.lines()[0])
+    write_text(file, settings_text(model, data, task, look, file, skip=skip))
     shown = shlex.quote(file)
     out.print(f"written to {file}. Next:")
     out.print(f"  deltaw plan {shown}     # the memory that it needs")

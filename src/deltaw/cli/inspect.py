@@ -21,4 +21,4 @@ def command(adapter: str, other: str | None, as_json: bool) -> None:
     if as_json:
         print_json(report.as_dict())
     else:
-        console(as_json).print(report.render())
+        console(as_json).print(report.render(), soft_wrap=False)

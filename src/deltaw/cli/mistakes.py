@@ -209,6 +209,8 @@ def _no_flag(flag: str, context: click.Context) -> UserError:
     """The refusal of an unknown flag."""
     path, name, hint = context.command_path, plain(flag), None
     known = _known(context)
+    if "." in flag:
+        known = {key: f"'--{key}'" if "." in key else how for key, how in known.items()}
     if isinstance(context.command, click.Group):
         hint = f"flags come behind the verb: {path} VERB {flag} …"
     elif inside := [f"--{key}" for key in known if key.startswith(f"{name}.")]:
@@ -245,7 +247,8 @@ def _missing(param: click.Parameter, context: click.Context) -> UserError:
     if isinstance(param.type, RunArgument) and Path(RUNS).is_dir():
         from deltaw.runs.folder import find_runs
 
-        hint += "".join(f", such as {path} {run}" for run in find_runs(Path(RUNS))[-1:])
+        latest = max(find_runs(Path(RUNS)), key=lambda run: run.stat().st_mtime, default=None)
+        hint += f", such as {path} {latest}" if latest else ""
     elif isinstance(param.type, click.Choice):
         hint = f"write one of: {', '.join(map(str, param.type.choices))}"
     return UserError(f"{name} is missing", where=path, hint=hint)

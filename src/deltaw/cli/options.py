@@ -93,7 +93,8 @@ def _by_section(flags: Mapping[str, str]) -> dict[str, Sequence[str]]:
     groups: dict[str, list[str]] = {}
     for key, name in flags.items():
         section = key.rpartition(".")[0]
-        title = f"{section} ({RunConfig.model_fields[section].description})" if section else "General"
+        told = str(RunConfig.model_fields[section].description).partition(";")[0] if section else ""
+        title = f"{section} ({told})" if section else "General"
         groups.setdefault(title, []).append(name)
     return {**groups}
 

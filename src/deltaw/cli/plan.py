@@ -11,6 +11,7 @@ import click
 from deltaw.cli.mistakes import SettingsFile
 from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
+from deltaw.working import Detail
 
 if TYPE_CHECKING:
     from deltaw.memory.plan import Plan
@@ -60,7 +61,7 @@ def command(
     from deltaw.training.session import read_data
 
     lines: list[str] = []
-    task, data = read_data(config, lines.append)
+    task, data = read_data(config, lambda line: lines.append(Detail(line)))
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 

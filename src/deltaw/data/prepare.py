@@ -21,7 +21,7 @@ from deltaw.data.formats import Form, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
 from deltaw.data.pieces import pieces
-from deltaw.data.report import BadRows, Report, Say, silent
+from deltaw.data.report import BadRows, Report, Say, silent, skipping_named
 from deltaw.data.row_reader import UNLIMITED, RunData, ShownExample, ShownRow
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import Rows
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@skipping_named()
 def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent) -> RunData:
     """Read and render the data of a run.
 
@@ -76,6 +77,7 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
     return RunData(train, held_out, report, bad)
 
 
+@skipping_named()
 def prepare_file(
     reference: str,
     settings: DataSettings,

@@ -5,6 +5,7 @@ Counts only; it knows neither files nor tokenizers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -94,6 +95,7 @@ SKIPPED_ROWS = "skipped_rows.jsonl"
 # takes up to 160 times a row's bytes in memory.
 MAX_ROW_BYTES = 16 * 2**20
 TOO_LONG = "longer than data.max_row_bytes"
+SKIPPING = "or leave such rows out with data.bad_rows: skip"
 # Characters of a skipped row that are listed, and of what is said of it: it may quote the row.
 _SHOWN, _SAID = 2000, 500
 
@@ -109,6 +111,22 @@ class BadRowError(UserError):
     def __init__(self, what: str, *, reason: str, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what if len(what) <= _SAID else what[:_SAID] + "…", where=where, hint=hint)
         self.reason = reason
+
+    def of_file(self) -> UserError:
+        """The same where no row of the file can be skipped: what follows it cannot be told."""
+        return UserError(self.what, where=self.where, hint=self.hint)
+
+
+@contextlib.contextmanager
+def skipping_named() -> Iterator[None]:
+    """While open, the error of a row that cannot be used also says how to leave such rows out."""
+    try:
+        yield
+    except BadRowError as error:
+        if SKIPPING in (error.hint or ""):
+            raise
+        hint = "; ".join(filter(None, (error.hint, SKIPPING)))
+        raise BadRowError(error.what, reason=error.reason, where=error.where, hint=hint) from error
 
 
 def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> BadRowError:
@@ -319,7 +337,7 @@ class Report:
         sizes += f"; the longest row has {self.longest:,} tokens"
         origin = f" from {self.held_out_source}" if self.held_out_source else ""
         held_out = f", {self.held_out:,} held out{origin}" if self.held_out else ""
-        lines = [
+        lines: list[str] = [
             f"rows: {self.rows_read:,} read from {self.source}, {self.rows_kept:,} kept{held_out}",
             Detail(f"read as {self.form}{template}" + ("" if self.form == "labeled images" else sizes)),
             *self._lines_of_labels(),
@@ -333,7 +351,7 @@ class Report:
         losses = [
             (self.unrolled, f"{unrolled}: each turn is trained as it is written"),
             (self.split, f"longer than data.max_length became {split}"),
-            *((count, f"skipped: {reason}") for reason, count in self.bad_rows.items()),
+            (self.skipped, f"skipped: {', '.join(self.bad_rows)}"),
             (self.not_chosen, "skipped: data.rows asks for fewer"),
             (self.duplicates, f"{kept}: the same as an earlier row"),
             (self.dropped_long, f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)"),
@@ -352,7 +370,7 @@ class Report:
         if self.date:
             lines.append(Detail(f"the template writes the date into each row: {self.date} (data.date sets it)"))
         if self.unused_columns:
-            lines.append("unused columns: " + ", ".join(self.unused_columns))
+            lines.append(Detail("unused columns: " + ", ".join(self.unused_columns)))
         if self.evaluation:
             lines += self.evaluation.lines()[1:]
         return lines

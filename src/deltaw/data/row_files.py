@@ -225,7 +225,9 @@ def _row_of_line(line: bytes, number: int, name: str) -> Row | None:
     try:
         row = parse(text)
     except ValueError as error:
-        said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        said = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            said = f"{error.msg.removesuffix(' at')}, column {error.colno}"
         what, hint = f"line {number} is not JSON: {said}", hint + '{"prompt": "…", "completion": "…"}'
         raise BadRowError(what, reason="not JSON", where=where, hint=hint) from error
     if not isinstance(row, dict):
@@ -254,6 +256,18 @@ def not_utf8(error: UnicodeDecodeError, name: str, first_line: int) -> BadRowErr
 
 
 # Tables
+
+
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
+def delimiter_of(beginning: bytes) -> str:
+    """What separates the cells of a table that is not named .tsv: a comma, unless its first line has none, and it
+    and the second have semicolons or tabs, as some spreadsheets write."""
+    lines = beginning.splitlines()[:2]
+    if not lines or b"," in lines[0]:
+        return ","
+    return next((mark for mark in (";", "\t") if all(mark.encode() in line for line in lines)), ",")
 
 
 class TableReader:
@@ -312,7 +326,7 @@ class TableReader:
                 first = "header" if self.has_header else "first row"
                 what = f"row {self._count} has {len(cells)} cells, the {first} has {len(self.header)}"
                 where = f"{self._name}, row {self._count} (ends in line {self._reader.line_num})"
-                hint = f"put cells that hold a {'tab' if self._delimiter != ',' else 'comma'} in quotes"
+                hint = f"put cells that hold a {_DELIMITERS[self._delimiter]} in quotes"
                 error = BadRowError(what, reason="another number of cells", where=where, hint=hint)
                 if self._on_bad is None:
                     raise error
@@ -332,7 +346,8 @@ class TableReader:
         except _LongRow:
             where += f" (lines {self._text.first} to {self._text.number})"
             hint = "a quote that is never closed joins all lines that follow it"
-            raise too_long(f"row {self._count + 1}", self._text.max_bytes, where=where, hint=hint) from None
+            long = too_long(f"row {self._count + 1}", self._text.max_bytes, where=where, hint=hint)
+            raise long.of_file() from None
 
 
 class _LongRow(Exception):
@@ -365,7 +380,7 @@ class _Lines:
         try:
             line = self._text.readline(self._left + 1)
         except UnicodeDecodeError as error:
-            raise not_utf8(error, self._name, self.number + 1) from error
+            raise not_utf8(error, self._name, self.number + 1).of_file() from error
         if not line:
             raise StopIteration
         self.number += 1
@@ -474,7 +489,7 @@ class _Text:
                 if whole or (len(self.text) - self.at <= self._most and not self._more()):
                     raise self.error(error.msg, where, error.pos) from error
                 if len(self.text) - self.at > self._most:
-                    raise too_long(what, self._most, where=where) from None
+                    raise too_long(what, self._most, where=where).of_file() from None
                 continue
             except RecursionError:
                 raise self.error(f"it has more than {LEVELS} levels", where, self.at) from None
@@ -482,7 +497,7 @@ class _Text:
                 raise self.error(str(error), where, self.at) from error
             size = end - self.at
             if size > self._most:
-                raise too_long(what, self._most, where=where)
+                raise too_long(what, self._most, where=where).of_file()
             self.at = end
             return value, size
 
@@ -509,7 +524,7 @@ class _Text:
         try:
             return self._bytes.decode(data, final)
         except UnicodeDecodeError as error:
-            raise not_utf8(error, self._name, self._read_lines) from error
+            raise not_utf8(error, self._name, self._read_lines).of_file() from error
 
 
 def _no_list(text: _Text, name: str) -> UserError:

@@ -21,7 +21,7 @@ from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pieces import Piece, pieces
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent
+from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent, skipping_named
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
@@ -237,6 +237,7 @@ class RowReader(abc.ABC, Generic[Item]):
         """The rows of one source."""
         return read_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
 
+    @skipping_named()
     def prepared(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
         report = replace(report, source=shown(self.settings.train))
@@ -247,6 +248,7 @@ class RowReader(abc.ABC, Generic[Item]):
         sides = self.completed(list(train), seed), self.completed(list(held_out), seed)
         return RunData(*sides, self.told(report, train), self.bad, self.classes)
 
+    @skipping_named()
     def file(self, reference: str) -> tuple[Sequence[Any], Report]:
         items, _, report = self._read_apart(reference)
         return self.completed(items, 0), report

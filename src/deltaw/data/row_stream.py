@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from deltaw.data.arrow_rows import ArrowRows, rows_of
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError
-from deltaw.data.row_files import TYPED, OnBad, Opened, TableReader, kind_of, read_json, read_lines, reading
+from deltaw.data.row_files import (
+    TYPED,
+    OnBad,
+    Opened,
+    TableReader,
+    delimiter_of,
+    kind_of,
+    read_json,
+    read_lines,
+    reading,
+)
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError
 
@@ -31,6 +41,7 @@ CHUNK_BYTES = 2**20
 KEPT_BYTES = 16 * 2**20
 # Files of this many bytes at most count by their whole content, larger ones by parts of it.
 SMALL_BYTES = 64 * 2**20
+_PEEKED = 8192
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
 # Number, row and bytes of it.
@@ -87,7 +98,8 @@ class FilePart:
 
     def table(self, opened: Opened, on_bad: OnBad | None) -> TableReader:
         """The cells of a file that is a table."""
-        delimiter = "\t" if ".tsv" in self._path.name.lower() else ","
+        peeked: Any = opened.file  # each of the readers of :class:`Opened` can look ahead
+        delimiter = "\t" if ".tsv" in self._path.name.lower() else delimiter_of(peeked.peek(_PEEKED))
         return TableReader(opened.file, self.name, delimiter, on_bad, max_bytes=self._most)
 
     def stamp(self) -> object:

@@ -41,9 +41,11 @@ from deltaw.methods.files import choose_method, classes_of
 from deltaw.runs.fit import load_for, planned, save_adapter
 from deltaw.runs.folder import RunFolder, check_output
 from deltaw.runs.summary import write_card
+from deltaw.serving.opening import verified_writer
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Lines, Say, silent
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.origin import InferenceSession
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data, usual_rate_of
 from deltaw.training.state import Step
@@ -163,6 +165,7 @@ class Trial:
         offered = () if loaded.kernels is None else loaded.kernels.approximations
         device = str(loaded.choices["device"].value)
         how: dict[str, Any] = {"device": device, "new_modules": loaded.new_modules, "offered": offered}
+        how["writes"] = lambda method: verified_writer(InferenceSession(loaded, self.config, method, self.task))
         self.session: Session = assemble(self.config, self.task, self.data, loaded.model, **how)
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:

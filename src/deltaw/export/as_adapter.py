@@ -41,6 +41,7 @@ from deltaw.lora.layers import LoRABias, LoRAConv, LoRALayer
 from deltaw.lora.select import Selection, Target
 from deltaw.settings import SETTINGS
 from deltaw.tensor_files import row_blocks
+from deltaw.training.prompting import copy_system
 from deltaw.working import working
 
 
@@ -233,7 +234,8 @@ def _save(model: nn.Module, job: Merging, folder: Path, source: Path | None) -> 
 
 
 def _copy_beside(job: Merging, folder: Path) -> None:
-    """The run's tokenizer and chat template, and the settings of its data where it is one run."""
+    """The run's tokenizer and chat template, how its rows are prompted, and its settings where it is one run."""
+    copy_system(job.run, folder)
     for name in [*OF_TOKENIZER, *([SETTINGS] if job.combination is None else [])]:
         if (job.run / name).is_file():
             shutil.copyfile(job.run / name, folder / name)

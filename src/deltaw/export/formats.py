@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.rendering import FAULTS, rendered_by
+from deltaw.data.report import quoted
 from deltaw.durable import write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.export.base import MergeOptions, Say, base_of
@@ -168,13 +170,14 @@ class Export:
 
     Attributes:
         format: by name. files: their paths, the main one first.
-        facts: of the format, for JSON. lines: the same for a person.
+        facts: of the format, for JSON. lines: the same for a person. told: what to know of the files.
     """
 
     format: str
     files: list[str]
     facts: dict[str, object]
     lines: list[str]
+    told: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, object]:
         return {"format": self.format, "files": self.files, **self.facts}
@@ -240,8 +243,11 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
     ends = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
     here = f"./{path.name}"
     source, adapter = (os.path.abspath(base.gguf or base.folder), here) if alone else (here, None)
-    text, notes = modelfile(source, adapter, tokenizer, ends, read_prompting(run).system)
+    system = read_prompting(run).system
+    text, notes = modelfile(source, adapter, tokenizer, ends, system)
     write_text(beside, text)
     for note in notes:
         say(f"note: {note}")
-    return Export(format_name, [str(path), str(beside)], written.facts, written.lines)
+    told = [f"system prompt of the rows, as SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
+    told.append(f"next: ollama create {shlex.quote(run.resolve().name)} -f {shlex.quote(os.fspath(beside))}")
+    return Export(format_name, [str(path), str(beside)], written.facts, written.lines, told)

@@ -31,7 +31,7 @@ from deltaw.hub.transformers_private import FOLLOWS_MODEL
 from deltaw.methods.parameters import names_of
 from deltaw.tasks import entry_of
 from deltaw.tensor_files import Entry, StoredTensor, TensorWriter, row_blocks
-from deltaw.training.prompting import FILE as PROMPTS
+from deltaw.training.prompting import copy_system
 from deltaw.version import __version__
 from deltaw.working import working
 
@@ -492,7 +492,8 @@ def write_beside(model: MergedModel, folder: Path) -> None:
     own_tokenizer = any((run / name).is_file() for name in TOKENIZER_FILES)
     for source in _described_by(base, own_tokenizer):
         shutil.copyfile(source, folder / source.name)
-    for name in (PROMPTS, *(OF_TOKENIZER if own_tokenizer else ("chat_template.jinja",))):
+    copy_system(run, folder)
+    for name in OF_TOKENIZER if own_tokenizer else ("chat_template.jinja",):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
     write_json(folder / CONFIG, model.config)

@@ -67,7 +67,7 @@ class Amount(NamedTuple):
     positions: int
 
 
-FEW, MANY = Amount(8, 32), Amount(24, TOKENS)
+FEW, MANY = Amount(4, 64), Amount(24, TOKENS)
 
 
 @dataclass(frozen=True)

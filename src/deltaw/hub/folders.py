@@ -46,11 +46,11 @@ def require_own_files(folder: Path) -> None:
         raise UserError(f"the folder holds a model and an adapter ({_ADAPTER}) as well", where=str(folder), hint=hint)
     for index in sorted(folder.glob("*.index.json")):
         shards_of(index)
-    weights = _setting(folder / "config.json").get("transformers_weights")
+    weights = settings_in(folder / "config.json").get("transformers_weights")
     if weights is not None and not (str(weights).endswith(".safetensors") and lies_in(folder, str(weights))):
         what = f"the configuration names '{weights}' as the weights, which is not a safetensors file of its folder"
         raise UserError(what, where=str(folder / "config.json"), hint=_SOURCE)
-    for key, value in _setting(folder / "tokenizer_config.json").items():
+    for key, value in settings_in(folder / "tokenizer_config.json").items():
         if key in _OPENED or (key.endswith("_file") and key != _NOT_OPENED):
             for name in value if isinstance(value, list) else [value]:
                 _refuse_outside(folder, key, name)
@@ -87,7 +87,7 @@ def _refuse_outside(folder: Path, key: str, name: object) -> None:
         raise UserError(what, where=str(folder / "tokenizer_config.json"), hint=_SOURCE)
 
 
-def _setting(file: Path) -> dict[str, object]:
+def settings_in(file: Path) -> dict[str, object]:
     """What a JSON file holds; nothing where it holds no settings, which whoever reads it will say."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -218,7 +218,7 @@ def every_shard(index: Path) -> list[str]:
 def _hint_for_folder(path: Path) -> str:
     """What to give instead of a folder without config.json."""
     if (path / _ADAPTER).is_file():
-        base = _setting(path / _ADAPTER).get("base_model_name_or_path")
+        base = settings_in(path / _ADAPTER).get("base_model_name_or_path")
         return "this is an adapter, not a base model" + (f"; its base model is {base}" if base else "")
     inside = [*sorted(path.glob("*.gguf")), *sorted(file.parent for file in path.glob("*/config.json"))]
     if inside:
@@ -371,6 +371,19 @@ def _snapshot(model_id: str, revision: str | None, patterns: list[str], *, local
         model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED, local_files_only=local
     )
     return Path(fetched)
+
+
+def tokenizer_files(source: Source) -> Path:
+    """The folder of a hub id with at least the small files of its model, fetched where they are not here.
+
+    Raises:
+        UserError: the hub gives none.
+    """
+    small = [name for name in _FETCHED if "safetensors" not in name]
+    try:
+        return _snapshot(str(source.location), source.revision, small)
+    except Exception as error:  # the hub's client passes on whatever its transport raises
+        raise UserError("the hub gives no tokenizer", where=str(source.location)) from error
 
 
 def _whole_snapshot(model_id: str, revision: str | None) -> Path | None:

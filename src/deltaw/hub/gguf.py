@@ -394,13 +394,7 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
     Raises:
         UserError: the file is damaged, or of an architecture that transformers does not read.
     """
-    _require_gguf(gguf_path)
-    cache = Cache("gguf", LIMIT_BYTES, mark="{}", folder=packages.cache_folder() / "gguf")
-    if dtype in ("int8", "nf4"):
-        dtype = "bf16"  # they are made from bf16 once it is loaded
-    with working(f"checking {gguf_path.name}"):
-        digest = file_digest(gguf_path)
-    name = f"{digest[:16]}-{dtype}-{key('gguf', [digest, dtype], CONVERTED_BY)[:16]}"
+    cache, name, dtype = _place(gguf_path, dtype)
     target = cache.folder / name
     if not target.is_dir():
         try:
@@ -411,6 +405,30 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
             raise UserError(what, where=str(cache.folder), hint=hint) from error
     cache.used(name)
     return target
+
+
+def _place(path: Path, dtype: str) -> tuple[Cache, str, str]:
+    """The cache and the name in it of what a .gguf file de-quantizes to, and the type that it is kept in."""
+    _require_gguf(path)
+    cache = Cache("gguf", LIMIT_BYTES, mark="{}", folder=packages.cache_folder() / "gguf")
+    if dtype in ("int8", "nf4"):
+        dtype = "bf16"  # they are made from bf16 once it is loaded
+    with working(f"checking {path.name}"):
+        digest = file_digest(path)
+    return cache, f"{digest[:16]}-{dtype}-{key('gguf', [digest, dtype], CONVERTED_BY)[:16]}", dtype
+
+
+def tokenizer_of(path: Path, dtype: str) -> Path | PreTrainedTokenizerFast:
+    """The tokenizer of a .gguf file, without its weights; where they were converted before, the folder with it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    cache, name, _ = _place(path, dtype)
+    if (cache.folder / name).is_dir():
+        return cache.folder / name
+    with _parsed_once():
+        return _tokenizer(path)[0]
 
 
 def _convert(path: Path, dtype: str, cache: Cache, name: str, say: Callable[[str], None]) -> None:

@@ -15,7 +15,16 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, first_line
-from deltaw.hub.folders import asks_for_code, local_folder, require_own_files, resolve, say_on_stderr
+from deltaw.hub import packages
+from deltaw.hub.folders import (
+    asks_for_code,
+    local_folder,
+    require_own_files,
+    resolve,
+    say_on_stderr,
+    settings_in,
+    tokenizer_files,
+)
 from deltaw.hub.quiet import quiet
 from deltaw.machine.choices import choose_precision
 from deltaw.machine.memory import trim_memory
@@ -43,6 +52,33 @@ def load_tokenizer(
     if tokenizer is None:
         raise UserError("the model has no tokenizer", where=reference, hint="copy its tokenizer.json there")
     return tokenizer
+
+
+def tokenizer_at_hand(reference: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of what ``reference`` means without its weights: of a folder or a .gguf file here, of a package
+    that is here, of a hub id; None where it cannot be had so."""
+    given = Path(os.path.expanduser(reference))
+    try:
+        if packages.is_package_reference(reference) and not packages.is_here(reference):
+            return None
+        if (given / "config.json").is_file():
+            return tokenizer_in(given)
+        source = resolve(reference)
+        if source.kind == "gguf":
+            from deltaw.hub.gguf import tokenizer_of
+
+            found = tokenizer_of(source.path, choose_precision("cpu").value)
+            return tokenizer_in(found) if isinstance(found, Path) else found
+        return tokenizer_in(tokenizer_files(source) if source.kind == "hub" else source.path)
+    except (UserError, OSError):
+        return None
+
+
+def most_tokens(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The positions that the tokenizer's model has, where its folder or the tokenizer says."""
+    told = settings_in(Path(tokenizer.name_or_path) / "config.json").get("max_position_embeddings")
+    limits = [n for n in (told, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**7]
+    return min(limits, default=None)
 
 
 def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -27,6 +27,7 @@ from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, offered
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.kernels.variants import MEASURED, asked, best_of_families
+from deltaw.working import working
 
 # What was measured is remembered in the cache folder, and handed from process to process. A process that starts others
 # tells them what it knows, and learns from them, so that all of an experiment choose alike, also where the cache folder
@@ -192,6 +193,7 @@ class _Disturbed(Exception):
     """Something else keeps the machine so busy that nothing can be measured in time."""
 
 
+@working("measuring how fast this machine multiplies")
 def measure(sizes: Sizes, threads: int) -> Measured:
     """The rates of all candidates with so many threads.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from rich.text import Text
@@ -9,6 +10,7 @@ from rich.text import Text
 from deltaw.data.check import Check, Lengths
 from deltaw.data.pieces import Piece
 from deltaw.data.row_reader import ShownExample, ShownRow
+from deltaw.reports.tables import folded
 
 # Characters of the longest bar, and what a bar may end in, by eighths.
 _WIDTH = 36
@@ -32,21 +34,20 @@ def check_lines(check: Check) -> Iterator[Text]:
     if check.class_counts:
         shown = [f"{name} {count:,}" for name, count in list(check.class_counts.items())[:12]]
         more = f", and {len(check.class_counts) - 12:,} more" if len(check.class_counts) > 12 else ""
-        yield Text(f"{len(check.class_counts)} classes, rows of each: {', '.join(shown)}{more}")
+        yield Text(folded(f"{len(check.class_counts)} classes, rows of each: {', '.join(shown)}{more}"))
     if check.ends:
         shown = [f"{name} in {count:,} examples" for name, count in check.ends.items()]
-        yield Text(f"trained to end with {', '.join(shown)}")
+        yield Text(folded(f"trained to end with {', '.join(shown)}"))
     if check.lengths is not None:
         yield from _length_lines(check.lengths)
-    if check.findings:
-        yield Text("")
-    for finding in check.findings:
-        yield Text(f"{finding.level}: ", style=_STYLES[finding.level]).append(finding.text, style="default")
-        if finding.hint:
-            yield Text(f"  hint:  {finding.hint}")
+    for finding, following in itertools.zip_longest(check.findings, check.findings[1:]):
+        told = Text(folded(f"{finding.level}: {finding.text}"))
+        told.stylize(_STYLES[finding.level], 0, len(finding.level) + 1)
+        yield told
         for row in finding.rows:
-            yield Text(f"  {row}", style="dim")
-    yield Text("")
+            yield Text(folded(f"  {row}"), style="dim")
+        if finding.hint and (following is None or following.hint != finding.hint):
+            yield Text(folded(f"  hint:  {finding.hint}"))
     said, style = _VERDICTS[check.verdict]
     yield Text(f"{check.verdict}: {said}", style=style)
 
@@ -60,7 +61,8 @@ def _length_lines(lengths: Lengths) -> Iterator[Text]:
     labels = [f"{low:,} – {high:,}" if high > low else f"{low:,}" for low, high, _ in lengths.bins]
     width = max(map(len, labels))
     for label, (_, _, count) in zip(labels, lengths.bins, strict=True):
-        yield Text(f"  {label:>{width}}  {_bar(count / most)} {count:,}")
+        if count:
+            yield Text(f"  {label:>{width}}  {_bar(count / most)} {count:,}")
 
 
 def _bar(share: float) -> str:

@@ -212,14 +212,13 @@ def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
 
 
 def plan_lines(plan: Plan, limit: int | None) -> list[str]:
-    """A plan in two lines, as a run begins with it, and what few long rows cost."""
+    """A plan in two lines, as a run begins with it."""
     parts = sorted(parts_of(plan).items(), key=lambda item: -item[1])
     labels = {name: label for name, label, *_ in PARTS}
     most = ", ".join(f"{labels[name]} {gigabytes(size)}" for name, size in parts[:4])
     there = f" of {gigabytes(limit)}" if limit is not None else ""
     tensors = f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})"
-    first = f"planned memory: {gigabytes(plan.peak_resident_bytes)}{there}, {tensors}"
-    return [first, f"  most of it: {most}", *long_rows_lines(plan)]
+    return [f"planned memory: {gigabytes(plan.peak_resident_bytes)}{there}, {tensors}", f"  most of it: {most}"]
 
 
 def budget_table(found: Sequence[Fitting]) -> Table:

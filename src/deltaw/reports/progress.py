@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -17,17 +18,17 @@ from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
-from deltaw.reports.plan import plan_lines
+from deltaw.reports.plan import long_rows_lines, plan_lines
 from deltaw.reports.tables import WIDTH, Output, one_line
 from deltaw.reports.wording import by_part, count, duration, gigabytes, metric_name, metric_value, rate, shown
-from deltaw.reports.working import NEXT_LINE
+from deltaw.reports.working import FIRST_LINE, NEXT_LINE
 from deltaw.runs.fit import Result
-from deltaw.runs.folder import FINISHED, INTERRUPTED
+from deltaw.runs.folder import FINISHED, INTERRUPTED, Run
 from deltaw.runs.summary import next_commands
 from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.working import Detail
+from deltaw.working import Detail, working
 
 # Of the memory that the machine gives; a plan above this share of it is called tight.
 TIGHT = 0.9
@@ -66,12 +67,15 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
-    evaluation = result.evaluation
+    evaluation, base = result.evaluation, {metric_name(k): v for k, v in Run(result.output).base.items()}
     intervals = evaluation.named_intervals()
+    if base and evaluation.metrics:
+        yield "held-out rows", f"{'base model' if result.writes_text else 'before training'} → after training"
     for name, value in evaluation.named_metrics().items():
         shown = " to ".join(metric_value(name, bound) for bound in intervals.get(name, ()))
         interval = f" (95 % interval {shown})" if shown else ""
-        yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
+        before = f"{metric_value(name, base[metric_name(name)])} → " if metric_name(name) in base else ""
+        yield f"held-out {metric_name(name)}", before + metric_value(name, value) + interval
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
@@ -86,18 +90,18 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "adapter", os.fspath(result.output)
 
 
-def first_lines(start: RunStart) -> Iterator[tuple[str, str]]:
-    """Name and text of what a run is about to do; the rows, the memory and the precision were told before."""
+def first_lines(start: RunStart) -> Iterator[str]:
+    """What a run is about to do; the rows, the memory and the precision were told before."""
     config, train = start.config, start.config.train
     share = start.trained_parameters / start.total_parameters if start.total_parameters else 0.0
     rank = f" of rank {config.lora.rank}" if config.method == "lora" else ""
     trained = f"{count(start.trained_parameters)} of {count(start.total_parameters)} parameters trained"
-    yield "method", f"{config.method}{rank}: {trained} ({share:.2%})"
-    length = f"{train.epochs:g} epochs" if train.max_steps is None else f"max_steps: {train.max_steps}"
+    yield Detail(f"method: {config.method}{rank}: {trained} ({share:.2%})")
+    epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs:g} epochs"
+    length = epochs if train.max_steps is None else f"max_steps: {train.max_steps}"
     rate = start.chosen.get("train.learning_rate", Choice(train.learning_rate, "as set"))
-    steps = f"{start.total_steps:,} of {train.batch_size} rows ({length})"
-    yield "steps", f"{steps}, learning rate {shown(rate.value)} ({rate.why})"
-    yield "output", f"{start.folder} ({REPORT} shows how it goes, run.yaml every choice)"
+    yield f"steps: {start.total_steps:,} of {train.batch_size} rows ({length}), learning rate {shown(rate.value)}"
+    yield f"output: {start.folder} ({REPORT} shows how it goes, run.yaml every choice)"
 
 
 @dataclass
@@ -186,12 +190,15 @@ class TerminalCallback(Callback):
         self._steps = 0
         self._said = time.monotonic()
         self._base: dict[int, str] = {}
+        self._told: set[str] = set()
+        self._waiting = contextlib.ExitStack()
         self._over = False
 
     def on_line(self, line: str) -> None:
         self.console.say(line)
 
     def on_choice(self, name: str, choice: Choice) -> None:
+        self._told.add(name)
         if name == "precision" or (name == "device" and choice.value != "cpu"):
             self.on_line(f"{name}: {choice}")
         else:
@@ -201,12 +208,15 @@ class TerminalCallback(Callback):
         self._planned = plan.peak_resident_bytes
         tight = ", which is tight" if limit_bytes * TIGHT < self._planned <= limit_bytes else ""
         self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{tight}")
-        for line in plan_lines(plan, limit_bytes):
-            self.on_line(Detail(line))
+        for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
+            self.on_line(line)
 
     def on_start(self, start: RunStart) -> None:
-        for name, text in first_lines(start):
-            self.on_line(f"{name}: {text}")
+        for name, choice in start.chosen.items():
+            if name not in self._told:
+                self.on_choice(name, choice)
+        for line in first_lines(start):
+            self.on_line(line)
 
     def on_begin(self, state: TrainState) -> None:
         self._line = LiveLine(state.total_steps, state.step, planned=self._planned)
@@ -215,8 +225,15 @@ class TerminalCallback(Callback):
         if self.console.is_terminal:
             self._live = Live(self._line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
+        self._wait_for(state.step + 1)
+
+    def _wait_for(self, step: int) -> None:
+        """Until it is done, a step is long work; a terminal has its live line."""
+        if self._live is None and step <= self._line.total:
+            self._waiting.enter_context(working(f"computing step {step:,} of {self._line.total:,}"))
 
     def on_step(self, step: Step) -> None:
+        self._waiting.close()
         line = self._line
         self._mean = step.loss if self._mean is None else SMOOTHING * self._mean + (1 - SMOOTHING) * step.loss
         self._tokens += step.tokens
@@ -230,6 +247,8 @@ class TerminalCallback(Callback):
         line.left = self._seconds / self._steps * (line.total - step.step)
         if self._live is not None:
             return
+        if step.seconds > FIRST_LINE:
+            self._wait_for(step.step + 1)
         now = time.monotonic()
         if now - self._said >= NEXT_LINE or step.step in (1, line.total):
             self._said = now
@@ -261,6 +280,7 @@ class TerminalCallback(Callback):
 
     def on_end(self, outcome: Outcome | None) -> None:
         self._over = True
+        self._waiting.close()
         if self._live is not None:
             self._live.stop()
             self._live = None

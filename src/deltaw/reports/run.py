@@ -12,17 +12,20 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from deltaw.reports.page.write import write_page
 from deltaw.reports.wording import count, metric_name, metric_value, when
 from deltaw.runs.fit import Result
 from deltaw.runs.fit import fit as train
 from deltaw.runs.folder import Run, number
+from deltaw.serving.opening import verified_writer
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.state import Step
+from deltaw.working import working
 
 # Seconds between two pages of a run that is not evaluated meanwhile.
 INTERVAL = 120.0
@@ -66,7 +69,8 @@ class PageCallback(Callback):
         assert self._folder is not None
         begun = self._clock()
         try:
-            write_page(self._folder)
+            with working("writing the page"):
+                write_page(self._folder)
         except Exception as error:  # whatever is wrong with a page, it must not end the training
             if not self._failed:
                 brief = (str(error).splitlines() or [""])[0]
@@ -131,6 +135,7 @@ def fit(
     told = callback or Callback()
     page = PageCallback(told)
     try:
-        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh, processes=processes)
+        how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
+        return train(config, callback=Callbacks(told, page), decoding=verified_writer, **how)
     finally:
         page.close()

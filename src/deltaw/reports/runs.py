@@ -99,6 +99,9 @@ def result_rows(records: Sequence[Run]) -> Numbers:
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
     for name in metrics[:20]:
         last = [record.metrics.evaluated(name)[-1:] for record in records]
+        if any(name == (record.score or ("",))[0] for record in records):
+            base = [metric_value(name, record.base[name]) if name in record.base else "" for record in records]
+            rows.append((f"{metric_name(name)} before training", base))
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
     changes = [mapping(record.result.get("drift")).get("change") for record in records]
     rows += [
@@ -257,7 +260,7 @@ def runs_table(records: Sequence[Run], width: int) -> RenderableType:
 def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
     names = [one_line(name, NAME, end=True) for name in names_of(records)]
-    longest = max(len(name) for name in names) + 2
+    longest = max(len(name) for name in names) + 3
     at_once = max(1, (width - 26) // max(14, longest))
     parts: list[RenderableType] = []
     results, differences = result_rows(records), differing_settings(records)

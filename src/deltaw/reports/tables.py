@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from deltaw.working import Detail
 Cell: TypeAlias = str | Text
 # Columns of what is printed: longer lines are hard to read.
 WIDTH = 80
+# Columns of tables in a log where all of them are asked for.
+WIDE = 200
 
 
 class Output(Console):
@@ -24,14 +27,22 @@ class Output(Console):
     Args:
         verbose: whether lines on how something is computed are printed, and tables with all their columns.
         settings: of rich's Console.
+
+    Attributes:
+        spoke: when it last printed something, by :func:`time.monotonic`.
     """
 
     def __init__(self, *, verbose: bool = False, **settings: Any) -> None:
         # What is printed holds the user's own text, whose brackets and colons mean nothing here.
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **settings)
         self.verbose = verbose
+        self.spoke = time.monotonic()
         if not self.is_terminal:
-            self.width = WIDTH
+            self.width = WIDE if verbose else WIDTH
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        self.spoke = time.monotonic()
+        super().print(*objects, **how)
 
     def say(self, line: str, style: str = "") -> None:
         """Print a line; a :class:`deltaw.working.Detail` only if ``verbose``."""

@@ -10,16 +10,17 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.errors import LiveError
 from rich.status import Status
 from rich.text import Text
+
+from deltaw.reports.tables import Output
 
 # Seconds before long work is shown on a terminal, and between changes of its line.
 PATIENCE, REDRAW = 0.6, 0.2
 
 
-# Without a terminal: seconds before the first line, and between two lines of work or of steps.
+# Without a terminal: seconds of silence before the first line of a work, and between two lines of work or of steps.
 FIRST_LINE, NEXT_LINE = 5.0, 15.0
 
 
@@ -45,7 +46,7 @@ class WorkingDisplay:
         console: where to. Where another display is live on it already, that one stays alone.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Output) -> None:
         self._console = console
         self._works: list[_Work] = []
         self._lock = threading.Lock()
@@ -99,9 +100,12 @@ class WorkingDisplay:
             status.stop()
 
     def _lines(self, idle: threading.Event) -> None:
-        wait = FIRST_LINE
-        while not idle.wait(wait):
+        silence = FIRST_LINE
+        # Several works that are short, one after another, are a long silence too.
+        while not idle.wait(max(min(1.0, silence), silence - (time.monotonic() - self._console.spoke))):
+            if time.monotonic() - self._console.spoke < silence:
+                continue
             shown = self._shown()
             if shown is not None:
-                self._console.print(f"still {shown}", markup=False, highlight=False)
-            wait = NEXT_LINE
+                self._console.print(f"still {shown}")
+            silence = NEXT_LINE

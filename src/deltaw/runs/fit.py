@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +27,7 @@ from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
-from deltaw.methods.base import CLASSES_KEY
+from deltaw.methods.base import CLASSES_KEY, Method
 from deltaw.runs.checkpoints import listed
 from deltaw.runs.folder import FOLDER, Run, RunFolder, check_output
 from deltaw.runs.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
@@ -40,6 +42,7 @@ from deltaw.runs.resuming import (
 )
 from deltaw.runs.summary import write_card
 from deltaw.runs.tracking import Tracking
+from deltaw.runtime.generation import Writer
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.drift import Drift, DriftMeter
@@ -49,17 +52,22 @@ from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rates import choose_rate
+from deltaw.training.origin import InferenceSession
 from deltaw.training.parallel.joining import as_parallel, divided, refuse_alone, threads_of
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.preparation import save_calibration
 from deltaw.training.process import guest
 from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.small_data import held_out_line, steps_line
+from deltaw.training.small_data import small_data_lines
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.working import Detail
+from deltaw.working import Detail, working
+
+# Makes what writes the texts of a model and its adapter.
+Decoding: TypeAlias = Callable[[InferenceSession], Writer]
 
 
 def fit(
@@ -69,12 +77,14 @@ def fit(
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     processes: Reducer = ALONE,
+    decoding: Decoding | None = None,
 ) -> Result:
     """Train as ``config`` says and write the run's folder, all but its page, which :func:`deltaw.reports.run.fit`
     adds: arguments, result and errors are described there.
 
     Args:
         processes: that train together; this is process 0, and the others :func:`deltaw.runs.follower.follow`.
+        decoding: makes what writes texts; None for transformers.
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
@@ -90,7 +100,7 @@ def fit(
         check_output(output, goes_on=not fresh and (resume is not None or Run(output).training is not None))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            return _fit(start, output, told, processes)
+            return _fit(start, output, told, processes, decoding)
         finally:
             if start.lock is not None:
                 start.lock.release()
@@ -121,7 +131,7 @@ class Clock:
         return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(rest, 0.0)}.items()}
 
 
-def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> Result:
+def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, decoding: Decoding | None) -> Result:
     began, clock = now(), Clock()
     start.config = as_parallel(start.config, processes, callback.on_line)
     with clock.part("loading"):
@@ -129,14 +139,10 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer) -> 
     if start.run is not None and start.done:
         send_settings(None, processes)
         return Result.of_finished(start.run)
-    if start.found is None:
-        for line in filter(None, (held_out_line(len(data.held_out)), steps_line(len(data.train), start.config.train))):
-            callback.on_line(line)
     with clock.part("planning"):
         config, plan = planned(start.config, task, data, callback, processes=processes)
-    send_settings(config, processes)
     with clock.part("loading"):
-        loaded, session = _assembled(start, config, task, data, callback, processes)
+        loaded, session = _assembled(start, config, task, data, callback, processes, decoding)
     device = str(loaded.choices["device"].value)
     folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
@@ -214,13 +220,24 @@ def _read(start: Start, say: Say) -> tuple[Task, RunData, dict[str, object]]:
 
 
 def _assembled(
-    start: Start, config: RunConfig, task: Task, data: RunData, callback: Callback, processes: Reducer
+    start: Start,
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    callback: Callback,
+    processes: Reducer,
+    decoding: Decoding | None,
 ) -> tuple[LoadedModel, Session]:
     """The run's model, loaded, and its session; what the run began with must be what is there."""
+    for line in [] if start.found else small_data_lines(len(data.train), len(data.held_out), config.train):
+        callback.on_line(line)
+    send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
-    session = assemble_alike(config, task, data, loaded, processes, begun)
-    lines = session.lines()
+    writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
+    with working("preparing the training"):
+        session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes)
+        lines = session.lines()
     for line in [*map(Detail, session.said), *lines]:
         callback.on_line(line)
     session.said += lines
@@ -228,6 +245,10 @@ def _assembled(
         require_same_model(start.found.values["model"], session, Path(config.output), callback.on_line)
     start.check_length(session.total_steps)
     return loaded, session
+
+
+def _writer(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
+    return decoding(InferenceSession(loaded, config, method, task))
 
 
 def planned(
@@ -388,8 +409,9 @@ def _train(watching: _Watching) -> Outcome:
             _keep_adapter(session, folder.path, error, callback)
             raise
         callback.on_end(outcome)
-        checkpoints.write()
-        save_adapter(session, folder.path)
+        with working("saving"):
+            checkpoints.write()
+            save_adapter(session, folder.path)
         with clock.part("evaluating"):
             if not outcome.interrupted:
                 checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
@@ -432,6 +454,7 @@ def save_adapter(session: Session, folder: Path) -> None:
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
     write_prompting(folder, prompting_of(session))
+    save_calibration(folder, session.identity, session.roundings)
 
 
 def _arithmetic(session: Session) -> dict[str, str]:

@@ -303,12 +303,19 @@ def receive_settings(group: Group) -> RunConfig | None:
 
 
 def assemble_alike(
-    config: RunConfig, task: Task, data: RunData, loaded: LoadedModel, processes: Reducer, begun: Sequence[str] | None
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    loaded: LoadedModel,
+    processes: Reducer,
+    begun: Sequence[str] | None,
+    **how: Any,
 ) -> Session:
     """The session of a run, in each process; what must be alike is compared with process 0.
 
     Args:
         begun: what a training that goes on computed approximately, as process 0 has it from its state.
+        how: further options of :func:`deltaw.training.session.assemble`.
 
     Raises:
         UserError: something differs.
@@ -326,6 +333,7 @@ def assemble_alike(
         offered=() if loaded.kernels is None else loaded.kernels.approximations,
         begun=begun,
         processes=processes,
+        **how,
     )
     if isinstance(processes, Group):
         _compare({"model": session.identity}, processes)

@@ -275,7 +275,7 @@ def next_commands(
         if writes_text:
             commands.append((f"deltaw chat {run}", "talk with it"))
             if every:
-                commands.append((f'deltaw generate {run} --prompt "…"', "answer one prompt"))
+                commands.append((f'deltaw generate {run} --prompt "your question"', "answer one prompt"))
         commands.append((f"deltaw eval {run} --base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))

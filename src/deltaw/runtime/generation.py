@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -131,6 +131,13 @@ class Completion:
     terminator: int | None = None
 
 
+# Told how many of how many are done.
+Progress: TypeAlias = Callable[[int, int], None] | None
+# Writes greedy texts of a model without :func:`generate`: of prompts of token ids, virtual ones among them, the most
+# new tokens, the most tokens of a batch, and a progress; None where the model cannot be decoded so.
+Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, int, Progress], "list[Completion] | None"]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -139,7 +146,7 @@ def generate(
     max_new_tokens: int = 64,
     batch_tokens: int = 4096,
     stop_ids: Sequence[int] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress = None,
 ) -> list[Completion]:
     """Continue every prompt; the answers stand in the order of the prompts.
 

@@ -71,7 +71,11 @@ class Decodable:
 
 
 def decodable(
-    model: PreTrainedModel, *, cache_bytes: int | None = None, fused: Sequence[FusedBlock] | None = None
+    model: PreTrainedModel,
+    *,
+    cache_bytes: int | None = None,
+    fused: Sequence[FusedBlock] | None = None,
+    positions: int = MOST_POSITIONS,
 ) -> Decodable:
     """A verified decoder of the model as it is now, its low-rank factors left out.
 
@@ -81,6 +85,7 @@ def decodable(
         cache_bytes: memory for keys and values: what it has no room for, there are no positions for.
         fused: what :func:`recognized_blocks` found; for a model with biases that its own code does not have,
             what it found without them.
+        positions: the most that are wanted.
 
     Raises:
         NotDecodable: the model cannot be decoded so; says why.
@@ -96,7 +101,7 @@ def decodable(
         exact = difference(_assembled(small, recognized_blocks(small), None, False), small)
         if not exact < TOLERANCE:
             raise NotDecodable(f"a small copy's logits differ from its own by {exact:.1e}")
-        made = _assembled(model, fused or recognized_blocks(model), cache_bytes, int8_head)
+        made = _assembled(model, fused or recognized_blocks(model), cache_bytes, int8_head, positions)
         rough = difference(made, model)
     if not rough < tolerance(model, int8_head):
         raise NotDecodable(f"its logits differ from the model's own by {rough:.1e}")
@@ -132,7 +137,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _assembled(
-    model: PreTrainedModel, fused: Sequence[FusedBlock], cache_bytes: int | None, int8_head: bool
+    model: PreTrainedModel,
+    fused: Sequence[FusedBlock],
+    cache_bytes: int | None,
+    int8_head: bool,
+    most: int = MOST_POSITIONS,
 ) -> Decodable:
     """A decoder of a model, not verified."""
     listed = blocks_of(model.base_model)
@@ -140,7 +149,6 @@ def _assembled(
         raise NotDecodable("blocks were replaced since they were recognized")
     types = {p.dtype for block in fused for p in block.block.parameters()}
     cache_dtype = torch.float32 if types == {torch.float32} else torch.bfloat16
-    most = MOST_POSITIONS
     if cache_bytes is not None:
         heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
         most = min(most, cache_bytes // (2 * heads * cache_dtype.itemsize))  # of a token's keys and values

@@ -25,7 +25,7 @@ from torch import Tensor
 from deltaw.hub.terminators import terminators
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime import virtual_tokens
-from deltaw.runtime.generation import decode_by, position_limit
+from deltaw.runtime.generation import Completion, Progress, Writer, decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.bank import Packer, packed_from_model
 from deltaw.serving.batch import Batch, BatchLimits
@@ -163,7 +163,7 @@ def open_engine(session: InferenceSession, *, cache_bytes: int | None = None, sa
     room = cache_room(cache_bytes)
     try:
         with working("preparing the decoder"):
-            made, adapter = _decoder(session, room)
+            made, adapter = _decoder(session, cache_bytes=room)
     except NotDecodable as reason:
         return fallback_engine(session, own, reason, say)
     how: dict[str, Any] = {"cache_bytes": room, "has_base": adapter is not None or own is None}
@@ -189,8 +189,7 @@ def base_engine(session: InferenceSession, engine: Engine, say: Callable[[str], 
 class SessionWriter:
     """Writes greedy texts of a session as it is at the moment: with its adapter, or as the base model.
 
-    Implements :class:`deltaw.training.tasks.causal.Writer`; the engine is opened when it is first
-    needed.
+    Implements :data:`deltaw.runtime.generation.Writer`; the engine is opened when it is first needed.
     """
 
     def __init__(self, session: InferenceSession, say: Callable[[str], None]) -> None:
@@ -198,8 +197,8 @@ class SessionWriter:
         self._engine: Engine | None = None
 
     def __call__(
-        self, prompts: Sequence[np.ndarray], max_new_tokens: int, on_progress: Callable[[int, int], None] | None
-    ) -> list[str]:
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, on_progress: Progress
+    ) -> list[Completion]:
         """The texts behind prompts (each (length,) token ids, virtual ones left out), in their order."""
         session = self._session
         engine = self._engine
@@ -207,10 +206,46 @@ class SessionWriter:
             engine = open_engine(session, say=self._say)
             if not session.bare:  # an engine of the base model alone does not outlive this
                 self._engine = engine
-        adapter = None if session.bare else engine.own_adapter
-        known = engine.work.known
-        requests = [Request(p[p < known], adapter, max_new_tokens=max_new_tokens) for p in prompts]
-        return [text.text for text in engine.write_all(requests, on_progress)]
+        return _written(engine, prompts, None if session.bare else engine.own_adapter, max_new_tokens, on_progress)
+
+
+def verified_writer(session: InferenceSession) -> Writer:
+    """What writes greedy texts of a session as it is at each call, by a decoder that is verified each time; it gives
+    None where there is none. Without a method, the session's model writes as it is, within a method's ``without`` as
+    the base model."""
+    method = session.method
+
+    def write(
+        prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, on_progress: Progress
+    ) -> list[Completion] | None:
+        longest = max(map(len, prompts)) + max_new_tokens
+        beside = method is None or session.bare or method.name in _BESIDE
+        if not session.task.writes_text or not beside:
+            return None
+        try:
+            with working("preparing the decoder"):
+                made, adapter = _decoder(session, positions=longest)
+        except NotDecodable:
+            return None
+        bank = FixedAdapters({} if adapter is None else {OWN: adapter})
+        pages = max(batch_tokens, longest) // made.decoder.page_tokens + 1
+        engine = Engine(Batch(made, pages, bank, _LIMITS), session.tokenizer, _ends(session), bank)
+        try:
+            return _written(engine, prompts, None if adapter is None else OWN, max_new_tokens, on_progress)
+        finally:
+            engine.close(drain=False)
+
+    return write
+
+
+def _written(
+    engine: Engine, prompts: Sequence[np.ndarray], adapter: str | None, max_new_tokens: int, on_progress: Progress
+) -> list[Completion]:
+    """Greedy texts behind prompts, in their order."""
+    known = engine.work.known
+    requests = [Request(p[p < known], adapter, max_new_tokens=max_new_tokens) for p in prompts]
+    done = engine.write_all(requests, on_progress)
+    return [Completion(one.tokens, one.text, one.terminator is not None, one.terminator) for one in done]
 
 
 def engine_over(
@@ -259,22 +294,25 @@ def _ends(session: InferenceSession) -> list[int]:
     return terminators(session.model, session.tokenizer)
 
 
-def _decoder(session: InferenceSession, cache_bytes: int) -> tuple[Decodable, ActiveAdapter | None]:
+def _decoder(session: InferenceSession, **how: Any) -> tuple[Decodable, ActiveAdapter | None]:
     """A verified decoder, and the session's adapter beside it; None where there is none, or where the
     decoder's weights hold it.
+
+    Args:
+        how: bounds of :func:`deltaw.serving.decodable.decodable`.
 
     Raises:
         NotDecodable: neither can be had.
     """
-    method = session.method
+    method, model = session.method, session.model
     if method is None or session.bare:
-        return decodable(session.model, cache_bytes=cache_bytes), None
+        return decodable(model, **how), None
     if method.name not in _BESIDE:
         with session.base():  # its own code knows nothing of biases that were added
-            fused = recognized_blocks(session.model)
-        return decodable(session.model, cache_bytes=cache_bytes, fused=fused), None
+            fused = recognized_blocks(model)
+        return decodable(model, fused=fused, **how), None
     with session.base():
-        made = decodable(session.model, cache_bytes=cache_bytes)
+        made = decodable(model, **how)
     return made, _own_adapter(session, made)
 
 

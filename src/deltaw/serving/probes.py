@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from deltaw.kernels.block_linear import BlockWeight
 from deltaw.lora.stored import block_weight
 from deltaw.runtime.generation import position_limit
+from deltaw.runtime.recognition import forward_replaced
 
 # Positions that one call of the model goes through; a mask for them is small.
 CHUNK = 512
@@ -101,13 +102,10 @@ class _Recorders:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        for number, block in enumerate(self._blocks):
-            vars(block)["forward"] = self._recorder(number)
-        try:
+        with contextlib.ExitStack() as stack:
+            for number, block in enumerate(self._blocks):
+                stack.enter_context(forward_replaced(block, self._recorder(number)))
             yield
-        finally:
-            for block in self._blocks:
-                vars(block).pop("forward", None)
 
     def _recorder(self, number: int) -> Any:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
 from deltaw.hub.loading import has_values
-from deltaw.runtime.generation import Completion, generate
+from deltaw.runtime.generation import Completion, Writer, generate
 from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAnswers, check_size, general_answers
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.microbatches import AnyBatcher
@@ -88,6 +88,8 @@ class Drift:
             )
         return said
 
+
+_BATCH_TOKENS = 4096
 
 # What changes a model while it is open.
 Open: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -218,9 +220,12 @@ class GeneralAnswer:
     adapter: str
 
 
-def drift_of(opened: InferenceSession) -> Drift | None:
+def drift_of(opened: InferenceSession, writer: Writer | None = None) -> Drift | None:
     """How far general answers have moved from the base model's; None without an adapter, where the model
     writes no text, and where the run's ``train.drift`` is false.
+
+    Args:
+        writer: writes the session's texts; None for transformers.
 
     Raises:
         NoGeneralAnswers: the base model gives none that could be measured; the message says why.
@@ -230,9 +235,8 @@ def drift_of(opened: InferenceSession) -> Drift | None:
         return None
     if asked == "auto":
         check_size(opened.model)
-    answers = _base_answers(opened)
-    device, virtual_tokens = str(opened.loaded.choices["device"].value), opened.method.virtual_tokens
-    batcher, _ = opened.task.batcher(opened.model, answers, device=device, virtual_tokens=virtual_tokens)
+    answers = _base_answers(opened, writer)
+    batcher = opened.batcher(answers, virtual_tokens=opened.method.virtual_tokens)
     running = functools.partial(opened.task.running, opened.model, batcher)
     how: dict[str, Any] = {"base": opened.base, "running": running, "as_trained": opened.example}
     return measure_drift(opened.model, answers, batcher, **how)
@@ -243,16 +247,20 @@ def _is_wanted(asked: bool | str, task: Task) -> bool:
     return asked is not False and task.tokenizer is not None and not task.has_labels
 
 
-def answers_side_by_side(opened: InferenceSession, count: int) -> list[GeneralAnswer]:
+def answers_side_by_side(opened: InferenceSession, count: int, writer: Writer | None = None) -> list[GeneralAnswer]:
     """Greedy answers of both models to ``count`` of the general prompts, taken evenly from all kinds.
+
+    Args:
+        writer: writes the session's texts; None for transformers.
 
     Raises:
         NoGeneralAnswers: as :func:`drift_of`.
     """
-    chosen = _evenly(_base_answers(opened), count)
+    chosen = _evenly(_base_answers(opened, writer), count)
     prompts = [MEASURED[answer.row - 1] for answer in chosen]
     encoded = [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts]
-    return _pairs(chosen, generate(opened.model, opened.tokenizer, encoded, max_new_tokens=ANSWER_TOKENS))
+    written = None if writer is None else writer(encoded, ANSWER_TOKENS, _BATCH_TOKENS, None)
+    return _pairs(chosen, written or generate(opened.model, opened.tokenizer, encoded, max_new_tokens=ANSWER_TOKENS))
 
 
 def _evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
@@ -265,9 +273,9 @@ def _pairs(chosen: Sequence[Example], written: Sequence[Completion]) -> list[Gen
     return [GeneralAnswer(MEASURED[base.row - 1], base.answer or "", done.text) for base, done in answered]
 
 
-def _base_answers(opened: InferenceSession) -> list[Example]:
+def _base_answers(opened: InferenceSession, writer: Writer | None) -> list[Example]:
     reserved = 0 if opened.method is None else opened.method.virtual_tokens
-    how: dict[str, Any] = {"identity": opened.identity, "reserved": reserved}
+    how: dict[str, Any] = {"identity": opened.identity, "reserved": reserved, "writer": writer}
     with opened.base():
         return general_answers(opened.model, opened.tokenizer, MEASURED, opened.data or "auto", **how)
 
@@ -330,7 +338,10 @@ class DriftMeter:
         session, chosen = self._session, _evenly(self._answers, count)
         seen = [as_seen(answer, session.method) for answer in chosen]
         prompts = [one.tokens[: one.prompt_length] for one in seen]
-        how: dict[str, Any] = {"batch_tokens": getattr(session.batcher, "tokens_per_pass", 1024)}
-        with session.method.evaluating(session.model):
-            written = generate(session.model, session.task.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **how)
-        return _pairs(chosen, written)
+        model, tokenizer, writer = session.model, session.task.tokenizer, session.writer(of_base=False)
+        assert tokenizer is not None
+        batch_tokens = getattr(session.batcher, "tokens_per_pass", 1024)
+        with session.method.evaluating(model):
+            written = None if writer is None else writer(prompts, ANSWER_TOKENS, batch_tokens, None)
+            how: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "batch_tokens": batch_tokens}
+            return _pairs(chosen, written or generate(model, tokenizer, prompts, **how))

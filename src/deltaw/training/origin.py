@@ -34,14 +34,16 @@ from deltaw.hub.loading import LoadedModel, load
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
+from deltaw.runtime.generation import Writer
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
-from deltaw.training.evaluation.general import identity_of
-from deltaw.training.preparation import quantized_nf4
+from deltaw.training.evaluation.general import as_rounded, identity_of
+from deltaw.training.microbatches import AnyBatcher
+from deltaw.training.preparation import quantized_nf4, saved_calibration
 from deltaw.training.prompting import Prompting, read_prompting
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
-from deltaw.training.tasks.causal import Score, Writer, score
+from deltaw.training.tasks.causal import Score, answers
 from deltaw.working import Detail, working
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -240,7 +242,7 @@ class InferenceSession:
         config: the run's settings; None where the reference is not a run of deltaw's.
         method: whose adapter is on the model; None where there is none.
         task: what the model does. classes: the names that a classifier's outputs have.
-        identity: names the base model's weights and precision, for what is kept on disk.
+        identity: names the base model as it computes, for what is kept on disk.
         found: the folder that was opened; None for a bare model.
         prompting: how the rows are prompted, as the folder says.
     """
@@ -331,6 +333,15 @@ class InferenceSession:
             finally:
                 self._bare = False
 
+    def batcher(self, rows: Sequence[Any], **how: Any) -> AnyBatcher:
+        """How rows become microbatches: as in the run, where there was one."""
+        if self.config is not None:
+            train = self.config.train
+            how |= {"tokens_per_pass": train.tokens_per_pass, "share": train.share_prefixes}
+        shares = self.method is None or self.method.can_share_prefixes()
+        device = str(self.loaded.choices["device"].value)
+        return self.task.batcher(self.model, rows, device=device, method_shares=shares, **how)[0]
+
     def require_generation(self) -> None:
         """Raise a UserError where the model does not write text."""
         if not self.task.writes_text:
@@ -353,7 +364,7 @@ def open_run(
     Args:
         reference: a folder with an adapter, else anything that names a model.
         model: the base model, where it is not the one that the folder names.
-        precision: auto takes a run's own where its base is kept in blocks.
+        precision: auto takes a run's own, where the run named one and this device has it.
         task: what a bare model is to do; an adapter says that itself.
         trust_remote_code: run the Python files that came with the base model, whatever the folder says.
 
@@ -366,8 +377,9 @@ def open_run(
     if adapter or (folder / SETTINGS).is_file():
         found = read_folder(folder, trust_remote_code=trust_remote_code)
     config = None if found is None else found.run
-    if precision == "auto" and config is not None and model is None and config.precision in ("gguf", "nf4"):
-        precision = config.precision  # the adapter belongs to these weights
+    if precision == "auto" and config is not None and model is None and config.precision != "auto":
+        with contextlib.suppress(UserError):  # the adapter belongs to these weights, where the device has them
+            precision = choose_precision(choose_device(device).value, config.precision).value
     kind, base, classes = task or DEFAULT_TASK, model or reference, None
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
@@ -391,8 +403,10 @@ def open_run(
     )
     identity = identity_of(loaded.model, precision)
     if precision == "int8":
+        known = None if found is None else saved_calibration(found.folder, identity)
         with working("quantizing the weights to int8"):
-            report = quantize_int8(loaded.model.base_model)
+            report = quantize_int8(loaded.model.base_model, known=known)
+        identity = as_rounded(identity, report.roundings)
         say(Detail(f"precision int8: {report}"))
     if precision == "nf4":
         for line in quantized_nf4(loaded.model):
@@ -412,23 +426,24 @@ def score_run(
     opened: InferenceSession,
     examples: Sequence[Any],
     *,
+    shown: int = 0,
     max_new_tokens: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
     writer: Writer | None = None,
 ) -> Score:
-    """Evaluate a model on examples that have no virtual tokens yet.
+    """Evaluate a model on examples that have no virtual tokens yet, as a run evaluates its held-out rows.
 
     Args:
-        writer: writes answers; None for transformers.
+        shown: the model answers so many of them, from the first on, if it writes text.
+        max_new_tokens: of an answer. writer: writes answers; None for transformers.
     """
-    seen, device = [opened.example(example) for example in examples], str(opened.loaded.choices["device"].value)
-    batcher, _ = opened.task.batcher(opened.model, seen, device=device)
+    task, model = opened.task, opened.model
+    batcher = opened.batcher([opened.example(example) for example in examples])
     with opened.base():
-        examples = opened.task.referenced(opened.model, examples, batcher)
+        examples = task.referenced(model, examples, batcher)
     rows = [opened.example(example) for example in examples]
-    if opened.task.writes_text and not opened.task.has_pairs:
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
-        return score(opened.model, opened.tokenizer, rows, batcher, **how)
-    with opened.task.running(opened.model, batcher):
-        objective = opened.task.objective(opened.model)
-        return Score(opened.task.evaluate(objective, rows, batcher, opened.classes), [])
+    with task.running(model, batcher), working("evaluating"):
+        evaluation = task.evaluate(task.objective(model), rows, batcher, opened.classes)
+    if not shown or not task.writes_text or task.has_pairs:
+        return Score(evaluation)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "writer": writer}
+    return Score(evaluation, answers(model, opened.tokenizer, rows[:shown], **how))

@@ -6,7 +6,9 @@ Knows models and rows; not methods, and not how products in int8 are computed.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.cache import recall, remember
 from deltaw.data.example import Example, RowGroup
+from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.hub.quiet import quiet
 from deltaw.machine.kernel_choice import computed_on
@@ -34,21 +37,44 @@ KEPT = 40
 MADE_BY = ("torch", "transformers", "deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.training.preparation")
 
 
+# What a run's folder keeps of the calibration to int8, so that the base model is rounded as it was in training.
+CALIBRATION = "int8.json"
+
+
+def save_calibration(folder: Path, identity: str | None, roundings: Sequence[Rounding]) -> None:
+    """Write the calibration of the model that ``identity`` names; nothing where there is none."""
+    if roundings and identity is not None:
+        kept = {"model": identity, "roundings": [rounding.as_json() for rounding in roundings]}
+        write_text(folder / CALIBRATION, json.dumps(kept))
+
+
+def saved_calibration(folder: Path, identity: str | None) -> list[Rounding] | None:
+    """What :func:`save_calibration` wrote for this model; None where it wrote nothing, or the file is damaged."""
+    try:
+        kept = json.loads((folder / CALIBRATION).read_text(encoding="utf-8"))
+        return [Rounding.of_json(one) for one in kept["roundings"]] if kept["model"] == identity else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def quantized(
     model: PreTrainedModel, precision: str, examples: Sequence[Any], identity: str | None = None
-) -> list[str]:
-    """Quantize a freshly loaded model's weights where its precision asks for it, and say what was done.
+) -> tuple[list[str], list[Rounding]]:
+    """Quantize a freshly loaded model's weights where its precision asks for it; say what was done, and how
+    layers were calibrated to int8.
 
     Args:
         identity: names the model's weights, so that a calibration is remembered.
     """
     if precision == "nf4":
-        return quantized_nf4(model)
-    return quantized_int8(model, examples, identity) if precision == "int8" else []
+        return quantized_nf4(model), []
+    return quantized_int8(model, examples, identity) if precision == "int8" else ([], [])
 
 
 @working("quantizing the weights to int8")
-def quantized_int8(model: PreTrainedModel, examples: Sequence[Any], identity: str | None = None) -> list[str]:
+def quantized_int8(
+    model: PreTrainedModel, examples: Sequence[Any], identity: str | None = None
+) -> tuple[list[str], list[Rounding]]:
     """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
 
     Comes before anything else runs the model: each block's weights are read once, and given back.
@@ -56,7 +82,7 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any], identity: st
     examples = _single(examples)
     with torch.no_grad():
         if not all(hasattr(example, "tokens") for example in examples[:1]):
-            return [f"precision int8: {quantize_int8(model.base_model)}"]
+            return [f"precision int8: {quantize_int8(model.base_model)}"], []
         length = min(CALIBRATION_TOKENS, position_limit(model) or CALIBRATION_TOKENS)
         rows = examples[:CALIBRATION_TOKENS]
         tokens = torch.cat([torch.from_numpy(row.tokens) for row in rows])[:length].long()
@@ -68,9 +94,10 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any], identity: st
         sharded = sharded_blocks(model)
         kept = None if identity is None or sharded is not None else recall("int8", key, MADE_BY)
         if isinstance(kept, dict):
-            quantize_int8(model.base_model, known=[Rounding.of_json(rounding) for rounding in kept["roundings"]])
+            roundings = [Rounding.of_json(rounding) for rounding in kept["roundings"]]
+            quantize_int8(model.base_model, known=roundings)
             trim_memory()
-            return list(kept["said"])
+            return list(kept["said"]), roundings
         found: list[Tensor] = []
         inputs: dict[str, Any] = {"input_ids": tokens[None]}
         if "use_cache" in inspect.signature(model.base_model.forward).parameters:
@@ -90,7 +117,7 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any], identity: st
         if identity is not None and sharded is None:
             remember("int8", key, {"roundings": [r.as_json() for r in report.roundings], "said": said}, MADE_BY, KEPT)
     release_free_memory()
-    return said
+    return said, report.roundings if sharded is None else []
 
 
 @working("rounding the weights to NF4")

@@ -8,6 +8,7 @@ no engine and no page.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -120,16 +121,16 @@ def _asked(
     behind = whole.rpartition(system)[2] if system else whole
     plain = behind.removeprefix("\n") if system else behind
     named = behind.strip().removeprefix("user").removesuffix("assistant").strip()
-    for text in dict.fromkeys((question_of(tokenizer, row), plain, plain.removesuffix("\n"), named)):
-        for joined in (False, True):
-            how = Prompting(system, joined)
-            if 0 < len(text) <= MOST_PROMPT and text.strip():
-                try:
-                    again = how.prompt(with_system(system, text), data, tokenizer)
-                except UserError:
-                    return None
-                if np.array_equal(again, tokens):
-                    return text, joined
+    texts = dict.fromkeys((question_of(tokenizer, row), plain, plain.removesuffix("\n"), named))
+    for joined, text in itertools.product((False, True), texts):
+        if not 0 < len(text) <= MOST_PROMPT or not text.strip():
+            continue
+        try:
+            again = Prompting(system, joined).prompt(with_system(system, text), data, tokenizer)
+        except UserError:
+            return None
+        if np.array_equal(again, tokens):
+            return text, joined
     return None
 
 
@@ -151,22 +152,24 @@ def read_prompting(folder: Path) -> Prompting:
     require_contained(folder, among=[path])
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        found = json.loads(text) if len(text) <= _MOST_BYTES else None
+            raw = file.read(_MOST_BYTES + 1)
+        found = json.loads(raw) if len(raw) <= _MOST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return Prompting()
     if not isinstance(found, dict):
         return Prompting()
-    examples = found.get("examples")
-    kept = [e for e in examples if _is_text(e, MOST_PROMPT)] if isinstance(examples, list) else []
-    system = found.get("system")
-    return Prompting(
-        system if _is_text(system, MOST_SYSTEM) else "", found.get("joined") is True, tuple(kept[:EXAMPLES])
-    )
+    given = found.get("examples")
+    examples = [text for one in given if (text := _text(one, MOST_PROMPT))] if isinstance(given, list) else []
+    return Prompting(_text(found.get("system"), MOST_SYSTEM), found.get("joined") is True, tuple(examples[:EXAMPLES]))
 
 
-def _is_text(value: object, most: int) -> bool:
-    """Whether it is text without control characters besides line breaks and tabs."""
-    if not isinstance(value, str) or not 0 < len(value) <= most:
-        return False
-    return all(c in "\n\t\r" or unicodedata.category(c) not in ("Cc", "Cs") for c in value)
+def copy_system(folder: Path, to: Path) -> None:
+    """Let another folder have the system prompt; the rows' own prompts stay where they are."""
+    write_prompting(to, dataclasses.replace(read_prompting(folder), examples=()))
+
+
+def _text(value: object, most: int) -> str:
+    """A text without control characters besides line breaks and tabs; nothing for anything else."""
+    if not isinstance(value, str) or len(value) > most:
+        return ""
+    return value if all(c in "\n\t\r" or unicodedata.category(c) not in ("Cc", "Cs") for c in value) else ""

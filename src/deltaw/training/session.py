@@ -31,8 +31,9 @@ from deltaw.machine.kernel_choice import computed_on
 from deltaw.machine.memory import PeakWatch
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
+from deltaw.runtime.generation import Writer
 from deltaw.runtime.packed import fused_blocks, packed_rows
-from deltaw.runtime.quantized_weights import use_large_pages
+from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.settings import RunConfig
 from deltaw.training.approximations import (
@@ -46,7 +47,7 @@ from deltaw.training.approximations import (
 )
 from deltaw.training.callbacks import Callback, Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, general_answers, identity_of
+from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, as_rounded, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
@@ -95,6 +96,8 @@ class Session:
         feed: how the rows reach the model: from the first layer on, from kept outputs of the frozen layers below
             the lowest trained module, or with prompts that run apart from answers.
         identity: names the base model's weights and precision; None where they cannot be named.
+        roundings: how layers were calibrated to int8.
+        writes: makes what writes texts, of the model with the method's adapter or as it is; None for transformers.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
         processes: that train together.
         approximations: what is computed approximately.
@@ -112,6 +115,19 @@ class Session:
     general: Sequence[Example] = ()
     processes: Reducer = ALONE
     approximations: Approximations = field(default_factory=Approximations)
+    roundings: Sequence[Rounding] = ()
+    writes: Callable[[Method | None], Writer] | None = None
+
+    def writer(self, *, of_base: bool) -> Writer | None:
+        """What writes texts, with what is trained or, within ``without`` or before training, of the base model."""
+        if self.writes is None or self.processes.size > 1:
+            return None
+        return self.writes(None if of_base else self.method)
+
+    @property
+    def base_identity(self) -> str | None:
+        """Names the base model as it computes."""
+        return as_rounded(self.identity, self.roundings)
 
     @property
     def objective(self) -> AnyObjective:
@@ -253,8 +269,11 @@ class Session:
             raise NoGeneralAnswers("the model does not read text")
         kept = self.method.keeps_base(self.model)
         base = self.method.without(self.model) if kept else contextlib.nullcontext()
-        how: dict[str, Any] = {"identity": self.identity, "reserved": self.method.virtual_tokens}
-        how["batch_tokens"] = getattr(self.batcher, "tokens_per_pass", 1024)
+        how: dict[str, Any] = {"identity": self.base_identity, "reserved": self.method.virtual_tokens}
+        # Keys and values alone take a small part of what a step keeps of a token, unless its blocks are checkpointed.
+        many = 1 if self.config.train.checkpointing else 4
+        how["batch_tokens"] = many * getattr(self.batcher, "tokens_per_pass", 1024)
+        how["writer"] = self.writer(of_base=True)
         with self.method.evaluating(self.model), base:
             return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **how)
 
@@ -354,6 +373,7 @@ def assemble(
     offered: Sequence[str] = (),
     begun: Sequence[str] | None = None,
     processes: Reducer = ALONE,
+    writes: Callable[[Method | None], Writer] | None = None,
 ) -> Session:
     """Put a freshly loaded model, a method and rows together.
 
@@ -362,6 +382,7 @@ def assemble(
         offered: what would be faster approximately, if that is verified.
         begun: what a training that goes on computed approximately; None for a new one.
         processes: that all assemble the same, and train together.
+        writes: see :class:`Session`.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
@@ -372,7 +393,7 @@ def assemble(
     torch.manual_seed(settings.seed)
     identity = identity_of(model, config.precision)
     real = sharded_blocks(model) is not None or has_values(model)
-    said = quantized(model, config.precision, data.train, identity) if real else []
+    said, roundings = quantized(model, config.precision, data.train, identity) if real else ([], [])
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -395,32 +416,39 @@ def assemble(
     with working(f"preparing method {method.name}"):
         said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
-        trained = [parameter for _, parameter in method.parameters(model)]
-        checkpoint_blocks(model, settings.checkpointing, trained)
+        checkpoint_blocks(model, settings.checkpointing, [p for _, p in method.parameters(model)])
     if (sharded := sharded_blocks(model)) is not None:
         sharded.rejoin()
         with task.running(model, batcher):  # all processes find out now which blocks run fused
             pass
     elif real and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
         use_large_pages(model)
-    if invocation is not None:
-        chosen[INVOCATION] = invocation
-    if data.report.date is not None and config.data.date is None:
-        chosen["data.date"] = Choice(data.report.date, "the chat template writes the date of the run's start")
-    if settings.learning_rate == "auto":
-        rate = usual_rate_of(method, model.config)
-        chosen[RATE] = Choice(rate, f"usual for method {method.name} on a model this wide")
+    chosen |= _further_choices(config, data, method, model, invocation)
     data = data.mapped(lambda rows: rows_as_seen(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
     feed = Feed(objective, batcher)
-    session = Session(config, model, method, task, data, feed, chosen, said, identity=identity, processes=processes)
+    known: dict[str, Any] = {"identity": identity, "roundings": roundings, "writes": writes, "processes": processes}
+    session = Session(config, model, method, task, data, feed, chosen, said, **known)
     if settings.keep_general:
         _take_general_answers(session)
     _keep_features(session, invocation)
     if settings.approximate == "auto":
         _approximate(session, applicable(model, objective, offered), begun if real else offered)
     return session
+
+
+def _further_choices(
+    config: RunConfig, data: RunData, method: Method, model: PreTrainedModel, invocation: Choice | None
+) -> Iterator[tuple[str, Choice]]:
+    """What follows from the rows and the method."""
+    if invocation is not None:
+        yield INVOCATION, invocation
+    if data.report.date is not None and config.data.date is None:
+        yield "data.date", Choice(data.report.date, "the chat template writes the date of the run's start")
+    if config.train.learning_rate == "auto":
+        rate = usual_rate_of(method, model.config)
+        yield RATE, Choice(rate, f"usual for method {method.name} on a model this wide")
 
 
 def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] | None) -> None:

@@ -42,7 +42,7 @@ def held_out_line(rows: int) -> str | None:
         return None
     low, high = wilson_interval(0.5, rows)
     few = "1 held-out row is" if rows == 1 else f"{rows} held-out rows are"
-    return f"{few} few: accuracy or exact match is known to ± {50 * (high - low):.0f} points"
+    return f"{few} few: a score such as accuracy is known to ± {50 * (high - low):.0f} points"
 
 
 def steps_line(rows: int, train: TrainSettings) -> str | None:
@@ -57,3 +57,8 @@ def steps_line(rows: int, train: TrainSettings) -> str | None:
     gives = "give" if len(changed) > 1 else "gives"
     more = f"; {' and '.join(changed)} {gives} {better}" if better > steps else ""
     return f"{few} few to learn from{more}"
+
+
+def small_data_lines(rows: int, held_out: int, train: TrainSettings) -> list[str]:
+    """What a run says of few held-out rows, and of few steps over its ``rows`` to train on."""
+    return [line for line in (held_out_line(held_out), steps_line(rows, train)) if line is not None]

@@ -22,6 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from deltaw.serving.http.page.document import page_router
+from deltaw.training.prompting import Prompting
 
 COMMON = ["A", " low", "-rank", " update", " changes", " few", " numbers", ".", "\n\n", "It", " is"]
 SNOWMAN = "☃".encode()
@@ -51,6 +52,7 @@ class PageServer:
 
     Attributes:
         key: the API key that it wants; None for none. asked: bodies of the chat requests.
+        prompting: how the rows of a model are prompted.
         hold_after: tokens after which an answer waits for the gate; None never.
         fail: models that fail half-way. gone: models whose reader went away.
     """
@@ -61,12 +63,13 @@ class PageServer:
     asked: list[dict[str, Any]] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
+    prompting: dict[str, Prompting] = field(default_factory=dict)
     names: list[str] = field(default_factory=lambda: list(ANSWERS))
     url: str = ""
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        app.include_router(page_router())
+        app.include_router(page_router(lambda model: self.prompting.get(model, Prompting())))
 
         @app.middleware("http")
         async def keys(request: Request, call: Any) -> Any:
@@ -77,7 +80,10 @@ class PageServer:
 
         @app.get("/v1/models")
         def models() -> Any:
-            data = [{"id": n, "object": "model", "parent": None if n == BASE else BASE} for n in self.names]
+            data = [
+                {"id": n, "object": "model", "parent": None if n == self.names[0] else self.names[0]}
+                for n in self.names
+            ]
             return {"object": "list", "data": data}
 
         @app.post("/v1/chat/completions")

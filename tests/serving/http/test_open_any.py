@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deltaw.errors import UserError
+from deltaw.serving.probes import NotDecodable
+from deltaw.training.prompting import Prompting, write_prompting
 
 
 @pytest.fixture
@@ -38,6 +41,30 @@ def test_a_model_that_writes_text_has_a_page_unless_told_otherwise(model_folder,
     found = client.get("/", headers={"Authorization": ""} if page else {})
     assert (found.status_code, "<html" in found.text) == ((200, True) if page else (404, False))
     assert client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_the_page_learns_with_a_key_how_a_runs_rows_are_prompted(finished_run, tmp_path, opened, monkeypatch, decoder):
+    from deltaw.serving.http import opening
+
+    def refuse(*_, **__):
+        raise NotDecodable("its blocks are made of glass")
+
+    if not decoder:
+        monkeypatch.setattr(opening, "decodable", refuse)
+    run = shutil.copytree(finished_run, tmp_path / "mine")
+    client = opened(run, name="base")
+    asked = {"model": "mine", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    counted = []
+    for prompting in (Prompting("Be brief.", examples=("paint it red",)), Prompting()):
+        write_prompting(run, prompting)
+        told = {"system": prompting.system, "examples": [*prompting.examples]}
+        assert client.get("/prompting/mine").json() == told
+        counted.append(client.post("/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"])
+    assert counted[0] == counted[1], "clients of the API get what they ask for, and nothing more"
+    assert client.get("/prompting/base").json() == {"system": "", "examples": []}
+    assert client.get("/prompting/other").status_code == 404
+    assert client.get("/prompting/mine", headers={"Authorization": ""}).status_code == 401
 
 
 def test_an_encoder_gives_vectors(tmp_path, bert, opened):

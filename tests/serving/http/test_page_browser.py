@@ -17,6 +17,7 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
+from deltaw.training.prompting import Prompting  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
 from tests.serving.http.page_server import ANSWERS, BASE, PageServer, served  # noqa: E402
 
@@ -109,10 +110,54 @@ def test_answers_of_all_chosen_models_stand_side_by_side(page, server):
         assert options(body) == (0, 1, 256, 0)
 
 
+def test_the_page_is_named_after_the_run_and_begins_as_its_rows_do(page, server):
+    server.names = ["/models/SmolLM2.gguf", "legal", "pirate"]
+    server.prompting["legal"] = Prompting("You are a lawyer.", examples=("Is it legal?", "<b>May</b> I?"))
+    page.goto(server.url)
+    expect(page.get_by_role("heading", level=1)).to_have_text("Chat with legal")
+    expect(page).to_have_title("Chat with legal · deltaw")
+    expect(page.locator("#model-list label").first).to_have_text("SmolLM2 base model")
+    system, examples = page.get_by_label("System prompt"), page.locator("#example-list button")
+    expect(system).to_have_value("You are a lawyer.")
+    assert examples.all_inner_texts() == ["Is it legal?", "<b>May</b> I?"]
+    page.get_by_label("pirate").check()
+    page.get_by_label("legal").uncheck()  # another run, whose rows have none
+    expect(page.get_by_role("heading", level=1)).to_have_text("Chat with pirate")
+    expect(system).to_have_value("")
+    expect(examples).to_have_count(0)
+    page.get_by_label("legal").check()
+    expect(system).to_have_value("You are a lawyer.")
+    examples.nth(1).click()
+    done(page, 3)
+    expect(answer(page, "SmolLM2").locator(".name")).to_have_text("SmolLM2")
+    asked = [{"role": "system", "content": "You are a lawyer."}, {"role": "user", "content": "<b>May</b> I?"}]
+    assert [body["messages"] for body in server.asked] == [asked] * 3
+    assert {body["model"] for body in server.asked} == {*server.names}
+    page.get_by_role("button", name="New chat").click()
+    system.fill("Mine.")  # what somebody wrote stays
+    page.get_by_label("legal").uncheck()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Chat with pirate")
+    expect(system).to_have_value("Mine.")
+    system.fill("")
+    send(page, "Go", 2)
+    assert server.asked[-1]["messages"] == [{"role": "user", "content": "Go"}]
+
+
+def test_answers_that_differ_throughout_are_not_covered_with_marks(page, server):
+    page.get_by_label("legal").uncheck()
+    page.get_by_label("pirate").check()
+    ANSWERS["pirate"], whole = ["Arr"] * 9, ANSWERS["pirate"]
+    send(page, "Go", 2)
+    ANSWERS["pirate"] = whole
+    first = answer(page, "pirate").locator(".differs").first
+    assert first.evaluate("e => getComputedStyle(e).borderBottomWidth") == "0px"
+    expect(answer(page, "pirate").locator(".difference")).to_contain_text("9 of 9 tokens differ")
+
+
 def test_settings_reach_the_server(page, server):
     for label, value in {"Temperature": "0.7", "Top-p": "0.9", "Max tokens": "4", "Seed": "11"}.items():
         page.get_by_label(label).fill(value)
-    page.get_by_label("System message").fill("Be brief.")
+    page.get_by_label("System prompt").fill("Be brief.")
     send(page, "Go", 2)
     assert options(server.asked[0]) == (0.7, 0.9, 4, 11)
     assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -250,7 +295,7 @@ def test_everything_can_be_done_by_keyboard_alone(page, server, width):
     for name in ANSWERS:
         reach("Tab", page.get_by_label(name))
     press("Space")  # the last one, pirate
-    for label in ("System message", "Temperature", "Top-p", "Max tokens", "Seed", "Message"):
+    for label in ("System prompt", "Temperature", "Top-p", "Max tokens", "Seed", "Message"):
         reach("Tab", page.get_by_label(label, exact=True))
     server.hold_after = 12
     page.keyboard.type("first line")
@@ -261,7 +306,7 @@ def test_everything_can_be_done_by_keyboard_alone(page, server, width):
     assert server.asked[0]["messages"][0]["content"] == "first line\nsecond"
     reach("Tab", page.get_by_role("button", name="Stop"))  # Send is disabled while answers are written
     press("Enter")
-    done(page, 3)
+    done(page, 3 if width == 1440 else 2)  # a narrow page begins with the adapter alone
     expect(message).to_be_focused()
     reach("Shift+Tab", tokens("pirate").first)  # back to the last answer, which is one stop
     expect(shown).to_be_visible()
@@ -348,8 +393,10 @@ def test_axe_finds_nothing(browser, server, scheme, width):
         assert len(found["passes"]) > 10
         return [f"{state}: {v['id']}: {json.dumps(v['nodes'])[:300]}" for v in found["violations"]]
 
+    server.prompting["legal"] = Prompting("You are a lawyer.", examples=("Is it legal?", "May I?"))
     opened.goto(server.url)
     listed(opened)
+    expect(opened.get_by_role("button", name="May I?")).to_be_visible()
     found = objections("start")
     if width == 390:
         opened.locator("summary").click()
@@ -360,7 +407,7 @@ def test_axe_finds_nothing(browser, server, scheme, width):
     expect(answer(opened, "legal").locator(".token")).to_have_count(13)
     found += objections("writing")
     server.gate.set()
-    done(opened, 3)
+    done(opened, 3 if width == 1440 else 2)
     answer(opened, "legal").locator(".differs").first.focus()
     expect(opened.locator("#alternatives")).to_be_visible()
     found += objections("answers")

@@ -10,6 +10,7 @@ import torch
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
+from deltaw.runs.folder import Run
 from deltaw.settings import RunConfig
 from deltaw.training.origin import score_run
 from tests.conftest import COLORS, write_rows
@@ -185,8 +186,24 @@ def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_pat
         run = opened(reference)
         rows = run.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out
         (row,) = [row for row in rows if row.row == line["samples"][0]["row"]]
-        (answer,) = score_run(run, [row], max_new_tokens=16).answers
+        (answer,) = score_run(run, [row], shown=1, max_new_tokens=16).answers
         assert answer.written == line["samples"][0]["answer"]
+
+
+def test_the_base_model_is_evaluated_before_the_first_step_where_that_is_cheap(settings, tmp_path):
+    told = Told(stop_after=4)
+    base = fit(settings(tmp_path / "none", train={"max_steps": 3, "learning_rate": 1e-6}))
+    run = tmp_path / "run"
+    train = {"epochs": 3, "checkpoint_every": 2, "checkpoint_minutes": None}
+    fit(settings(run, train=train), callback=told)
+    assert told.evaluations == [], "it is no evaluation of the adapter"
+    fit(settings(run, train=train))
+    (line,) = metrics(run, "base")
+    assert line["step"] == 0 and metrics(run).index(line) == 0, "not again where a run goes on"
+    assert line["base"] == pytest.approx(base.evaluation.as_dict(), rel=1e-3)
+    assert Run(run).base == line["base"] and Run(run).metrics.evaluated("loss")[0] == (0, line["base"]["loss"])
+    for name, train in {"many": {"max_steps": 2}, "budget": {"epochs": 3, "time": "100s"}}.items():
+        assert metrics(fit(settings(tmp_path / name, train=train)).output, "base") == []
 
 
 def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_path):

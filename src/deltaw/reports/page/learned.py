@@ -253,8 +253,8 @@ def spectrum_figure(learned: Learned) -> Figure:
         for row, part in enumerate(parts):
             shares[row, : len(part.values)] = np.maximum(1e-4, np.array(part.values) / part.values[0])
         lines = [(shares[row], "c1 thin", "") for row in evenly(len(parts), SPECTRA)]
-        for values, *named in [*lines, (np.nanmedian(shares, axis=0), "c2", "median of the modules")]:
-            curves.append(Curve([(n, float(v)) for n, v in enumerate(values, 1) if not math.isnan(v)], *named))
+        for values, kind, name in [*lines, (np.nanmedian(shares, axis=0), "c2", "median of the modules")]:
+            curves.append(Curve([(n, float(v)) for n, v in enumerate(values, 1) if not math.isnan(v)], kind, name))
         rank = _median_rank(parts)
         text = (
             "Singular values of each ΔW as shares of its largest. A line that falls early means that few of the "

@@ -36,6 +36,8 @@ from deltaw.training.drift import LARGE
 # The most prompts whose answers are shown, answers in between of one, characters of a text, and rows at once.
 PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 1500, 2
 SETTINGS_TEXT = 40_000
+# Characters of an expected answer up to which an answer that differs is called wrong.
+EXACT = 200
 # Metrics that are better if they are lower.
 LOWER = (*LOSSES, "perplexity", "rmse", "mae")
 WARNINGS = {
@@ -66,7 +68,7 @@ def run_view(record: Run) -> dict[str, Any]:
     learned = what_was_learned(record.path) or Learned()
     norms = [(name, short(norm)) for name, norm in learned.others[:60]]
     curves = curve_figures(record)
-    answers, between = answers_of(record.metrics.samples)
+    answers, between = answers_of(record.metrics.samples, record.task)
     examples = examples_of(record.part("data").get("examples"))
     lines = [str(line) for line in sequence(record.part("data").get("lines"))]
     changed, chosen = settings_tables(record)
@@ -131,8 +133,8 @@ def headline(record: Run) -> list[Fact]:
     facts = [*score_fact(record), *drift_fact(record)]
     losses = record.held_out_losses
     if losses and (record.score is None or record.score[0] != record.loss_metric):
-        before = short(losses[0][1]) if len(losses) > 1 and losses[0][0] == 0 else ""
-        facts.append(Fact("held-out loss", short(losses[-1][1]), "before and after training" if before else "", before))
+        before, last = (short(losses[0][1]) if losses[0][0] == 0 else ""), losses[-1][1] if losses[-1][0] else None
+        facts.append(Fact("held-out loss", short(last), "before and after training" if before else "", before))
     _, steps = record.metrics.column("loss")
     if len(steps):
         mean = smoothed(steps)
@@ -160,6 +162,8 @@ def headline(record: Run) -> list[Fact]:
 def score_fact(record: Run) -> Iterator[Fact]:
     """The score that counts: of the base model, and of the adapter."""
     if record.score is None:
+        if record.state == FINISHED and not record.metrics.evaluations:
+            yield Fact("held-out score", "none", "no rows were held out; data.eval says how many", large=True)
         return
     name, value = record.score
     base, bounds, rows = record.base.get(name), score_interval(record), held_out_rows(record)
@@ -196,11 +200,9 @@ def drift_fact(record: Run) -> Iterator[Fact]:
         writes = record.values.get("writes_text") is True and record.state == FINISHED
         yield from [Fact("drift", "not measured", large=True)] if writes else []
         return
-    told = "large" if change > LARGE else "small"
-    more = f"nats per token of general answers: {told}"
-    yield Fact(
-        "drift", f"{change:+.2f}", more + ("" if same is None else f"; {same:.0%} of tokens unchanged"), large=True
-    )
+    more = f"{change:+.2f} nats per token of general answers"
+    more += "" if same is None else f"; {same:.0%} of their tokens are unchanged"
+    yield Fact("drift", "large" if change > LARGE else "small", more, large=True)
 
 
 def drift_of(record: Run) -> Mapping[str, Any]:
@@ -257,20 +259,23 @@ def drift_text(record: Run) -> str:
     return f"Drift: the loss on the base model's own answers to general questions went {moved}."
 
 
-def answers_of(samples: Sequence[SampleAnswer]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prompts with the answers before the first step and after the last, and those that have further ones."""
+def answers_of(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prompts with the answers before the first step and after the last, and those that have further ones. Whether an
+    answer is the expected one is said where it could be."""
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
-    found, between = [], []
+    found: list[dict[str, Any]] = []
+    between: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
+        exact = task == "causal-lm" and len(answers[-1].expected or "") <= EXACT
         expected = None if answers[-1].expected is None else _cut(answers[-1].expected)
         name = f"row {row}" if row is not None else f"prompt {len(found) + 1}"
-        first = _answer(answers[0]) if answers[0].step == 0 else None
-        last = _answer(answers[-1]) if answers[-1].step or len(answers) > 1 else None
+        first = _answer(answers[0], exact) if answers[0].step == 0 else None
+        last = _answer(answers[-1], exact) if answers[-1].step or len(answers) > 1 else None
         found.append({"name": name, "prompt": _cut(prompt), "expected": expected, "base": first, "adapter": last})
-        if further := [_answer(sample) for sample in answers[:-1] if sample.step][-BETWEEN:]:
+        if further := [_answer(sample, exact) for sample in answers[:-1] if sample.step][-BETWEEN:]:
             between.append({"name": name, "answers": further})
     return found, between
 
@@ -281,8 +286,8 @@ def general_of(record: Run) -> list[dict[str, str]]:
     return [{key: _cut(str(one.get(key, ""))) for key in ("prompt", "base", "adapter")} for one in told]
 
 
-def _answer(sample: SampleAnswer) -> dict[str, Any]:
-    right = None if sample.expected is None else sample.answer.strip() == sample.expected.strip()
+def _answer(sample: SampleAnswer, exact: bool) -> dict[str, Any]:
+    right = None if sample.expected is None or not exact else sample.answer.strip() == sample.expected.strip()
     return {"when": f"step {sample.step:,}", "answer": _cut(sample.answer) or "(nothing)", "right": right}
 
 

@@ -104,13 +104,15 @@ def is_logarithmic(values: Sequence[float] | np.ndarray) -> bool:
     return bool(len(found) and found.min() > 0 and found.max() / found.min() > LOG_FROM)
 
 
-def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``: at most ``most``, at least one where the range is not empty."""
+def linear_ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers, or ``whole`` ones, from ``low`` to ``high``: at most ``most``, at least one where the range is
+    not empty."""
     if not high > low:
         return [low]
-    rough = (high - low) / most
+    rough = max((high - low) / most, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
+    steps = (s * power for s in (1, 2, 2.5, 5, 10) if not whole or power > 1 or s != 2.5)
+    step = next(step for step in steps if step >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
@@ -212,8 +214,8 @@ def line_chart(
 
     Args:
         log: a logarithmic vertical axis, which is said above it; None where that is easier to read.
-        log_x: a logarithmic horizontal axis. x_from: where it begins; None at the first point.
-        x_name: goes before a place on it where a pointer rests.
+        log_x: a logarithmic horizontal axis; another one has whole numbers.
+        x_from: where it begins; None at the first point. x_name: goes before a place on it where a pointer rests.
         from_zero: the vertical axis begins at zero, if it is not logarithmic.
     """
     points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
@@ -244,7 +246,7 @@ def line_chart(
             # A line of no length with round ends is a dot, however the drawing is stretched.
             paths.append((f"{curve.kind} dots", "".join(f"M{place}h0" for place in places)))
     heights = [(TOP + down(tick), tick) for tick in (log_ticks(low, high) if log else linear_ticks(low, high))]
-    across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4)
+    across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4, whole=True)
     texts: list[Words] = [(along(tick), height - 6, x_format(tick), "") for tick in across]
     texts += [(1, 11, "log scale", "")] if log else []
     labels = [(y + 4, y_format(tick)) for y, tick in heights]

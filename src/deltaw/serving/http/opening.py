@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from deltaw.data.report import quoted
 from deltaw.errors import UserError
 from deltaw.serving.adapters import AdapterFacts, no_adapter
 from deltaw.serving.bank import AdapterBank, Packer
@@ -150,6 +151,10 @@ def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say
         if bank is None and model not in folders:
             raise no_adapter(model, folders)
         return read_prompting(folders[model] if bank is None else bank.facts(model).folder)
+
+    if (known := next((one for one in [name, *folders] if prompting(one).system), None)) is not None:
+        shown = quoted(prompting(known).system, 24)
+        say(f"system prompt of the rows: {shown} (the page has it, the API adds none)")
 
     return replace(served, routers=(page_router(prompting),), open_paths=frozenset({"/"}))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,8 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_numbers
 from deltaw.machine.choices import QUANTIZED
 from deltaw.machine.kernel_choice import computed_on
-from deltaw.runtime.generation import Completion, generate, position_limit
+from deltaw.runtime.generation import Completion, Progress, Writer, generate, position_limit
+from deltaw.runtime.quantized_weights import Rounding
 from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.working import working
@@ -44,7 +46,7 @@ SHOWN = 4
 LEAST_PARAMETERS = 16_000_000
 # Fewer answers than this say little.
 LEAST_ANSWERS = 8
-MADE_BY = ("torch", "transformers", "tokenizers", "deltaw.kernels", "deltaw.lora", "deltaw.runtime")
+MADE_BY = ("torch", "transformers", "tokenizers", "deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.serving")
 
 
 class NoGeneralAnswers(Exception):
@@ -56,6 +58,14 @@ def identity_of(model: PreTrainedModel, precision: str) -> str | None:
     tensors."""
     weights = base_fingerprint(model)
     return None if weights is None else f"{weights}-{precision if precision in QUANTIZED else model.dtype}"
+
+
+def as_rounded(identity: str | None, roundings: Sequence[Rounding]) -> str | None:
+    """The name of a model as it computes: where its weights were calibrated to int8, with that calibration."""
+    if identity is None or not roundings:
+        return identity
+    calibration = json.dumps([rounding.as_json() for rounding in roundings])
+    return f"{identity}-{hashlib.blake2b(calibration.encode(), digest_size=8).hexdigest()}"
 
 
 def check_size(model: PreTrainedModel) -> None:
@@ -78,15 +88,17 @@ def general_answers(
     identity: str | None,
     batch_tokens: int = 1024,
     reserved: int = 0,
+    writer: Writer | None = None,
 ) -> list[Example]:
     """What the model answers to general prompts: rows whose labels are its own greedy tokens.
 
     Args:
         model: answers as the base model does.
         data: how prompts are rendered: a run's data settings, or a template's name.
-        identity: names the base model's weights and their precision; None keeps nothing on disk.
+        identity: names the base model as it computes (:func:`as_rounded`); None keeps nothing on disk.
         batch_tokens: bounds the memory of decoding, as in :func:`deltaw.runtime.generation.generate`.
         reserved: positions that a method puts before each row.
+        writer: writes the answers; None for transformers.
 
     Returns:
         a row for each answer, with the terminator as its last label where the model ended the answer itself;
@@ -112,7 +124,7 @@ def general_answers(
     if has_values(model):
         with working("letting the base model answer general questions", len(asked)) as advance:
             how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
-            done = base_answers(model, tokenizer, asked, ANSWER_TOKENS, identity=identity, **how)
+            done = base_answers(model, tokenizer, asked, ANSWER_TOKENS, identity=identity, writer=writer, **how)
         written = [[*one.tokens, *([] if one.terminator is None else [one.terminator])] for one in done]
     else:  # in a dry run on fake tensors nothing can be decoded: answers of full length take the same memory
         written = [[0] * ANSWER_TOKENS for _ in asked]
@@ -132,12 +144,15 @@ def base_answers(
     count: int,
     *,
     identity: str | None,
-    **how: Any,
+    batch_tokens: int,
+    on_progress: Progress = None,
+    writer: Writer | None = None,
 ) -> list[Completion]:
     """The base model's greedy answers, each of at most ``count`` tokens; remembered.
 
     Args:
-        identity: names the base model's weights and their precision; None remembers nothing. how: of :func:`generate`.
+        identity: names the base model as it computes; None remembers nothing.
+        batch_tokens, on_progress: of :func:`generate`. writer: writes them; None for transformers.
     """
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -147,7 +162,10 @@ def base_answers(
     if isinstance(kept, list) and len(kept) == len(prompts):
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # somebody else wrote the file
             return [Completion(np.array(ids, np.int32), str(text), end is not None, end) for ids, text, end in kept]
-    done = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
+    done = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
+    if done is None:
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        done = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
     if identity is not None:
         remember("general", asked, [[one.tokens.tolist(), one.text, one.terminator] for one in done], MADE_BY)
     return done

@@ -22,9 +22,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
+from deltaw.runtime.generation import Completion
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import Evaluation, wilson_interval
@@ -34,7 +34,7 @@ from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal import Answer, answers, exact_answers
-from deltaw.working import Detail
+from deltaw.working import Detail, working
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
 #
@@ -235,7 +235,8 @@ class Samples:
         return self._written(self._rows)
 
     def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
-        given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
+        with working("answering sample prompts"):
+            given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
         return [Sample(a.row, a.question, a.expected, a.written) for a in given]
 
 
@@ -253,15 +254,14 @@ def write(
         return []
     most = getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS)
 
-    def remembered(prompts: Sequence[np.ndarray], count: int, _: object) -> list[str]:
-        # Weights in int8 depend on the rows, too.
-        base = session.identity and f"{session.identity}-{digest_of_rows(session.data.train)}"
-        done = base_answers(session.model, tokenizer, prompts, count, identity=base, batch_tokens=most)
-        return [one.text for one in done]
+    def remembered(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[Completion]:
+        how: dict[str, Any] = {"identity": session.base_identity, "batch_tokens": most}
+        return base_answers(session.model, tokenizer, prompts, count, writer=session.writer(of_base=True), **how)
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
     with session.method.evaluating(session.model):
-        return answers(session.model, tokenizer, rows, **how, writer=remembered if of_base else None)
+        writer = remembered if of_base else session.writer(of_base=False)
+        return answers(session.model, tokenizer, rows, **how, writer=writer)
 
 
 def _without_virtual_tokens(row: Example, count: int) -> Example:
@@ -525,7 +525,8 @@ class Monitor:
         for name, rows in session.data.sets.items():
             found[name] = session.evaluate(rows)
             if asked := scored.get(name):
-                share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
+                with working("answering held-out prompts"):
+                    share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
                 metrics, intervals = (
                     {**found[name].metrics, WRITTEN: share},
                     {WRITTEN: wilson_interval(share, len(asked))},

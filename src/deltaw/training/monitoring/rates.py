@@ -27,6 +27,7 @@ from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import RATE, Session, usual_rate_of
 from deltaw.training.state import NotFiniteError, Step
+from deltaw.working import working
 
 # The curve of a learning-rate range test, and the rate that is read off it.
 #
@@ -133,7 +134,7 @@ def choose_rate(session: Session, folder: Path, callback: Callback) -> bool:
     if isinstance(processes, Group):
         processes.send_text(json.dumps(found is None))
     if found is None:
-        with session.running():
+        with session.running(), working("searching for the learning rate"):
             found = search_rate(session, should_stop=callback.should_stop)
         if found is None:
             _tell(processes, None)

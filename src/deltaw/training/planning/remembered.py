@@ -30,6 +30,7 @@ from deltaw.machine import choices
 from deltaw.machine.processor import processor_flags, processor_name, usable_processors
 from deltaw.memory.plan import Plan
 from deltaw.settings import RunConfig
+from deltaw.working import Detail
 
 KIND = "plans"
 MADE_BY = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
@@ -75,7 +76,7 @@ class Remembered:
     @property
     def lines(self) -> list[str]:
         """The account of the rows, as it was told when they were read."""
-        return [str(line) for line in self.found.get("lines", ())]
+        return [Detail(line) for line in self.found.get("lines", ())]
 
     @property
     def refusal(self) -> UserError | None:

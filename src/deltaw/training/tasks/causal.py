@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.hub.loading import has_values
 from deltaw.machine.choices import Choice
-from deltaw.runtime.generation import generate
+from deltaw.runtime.generation import Progress, Writer, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.evaluation.base import Evaluation, check_finite, mean_interval
+from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named_answers
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
@@ -37,14 +36,7 @@ from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatche
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
 
-# How well a model does on examples: loss and perplexity, and exact match of what it writes itself.
-
-
-# Told how many of how many are done.
-Progress: TypeAlias = Callable[[int, int], None] | None
-# Writes greedy completions, for an evaluation that does not take transformers' decoding: of prompts of token ids,
-# virtual ones among them, a number of tokens and a progress, the texts behind the prompts in their order.
-Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, Progress], list[str]]
+# How well a model does on examples: loss, perplexity, and the share that it would write exactly.
 
 
 @dataclass(frozen=True)
@@ -75,21 +67,23 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
     total, labels = 0.0, 0
     losses: list[float] = []
     predicted: list[tuple[np.ndarray, np.ndarray]] = []
-    for start in range(0, len(examples), ROWS_AT_ONCE):
-        part = list(examples[start : start + ROWS_AT_ONCE])
-        found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
-        for batch in batcher.batches(part):
-            each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
-            targets = batch.targets.cpu().numpy()
-            index, owner = label_places(batch)
-            for number, member in enumerate(batch.members):
-                at = index[owner == number]
-                found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
-                total += float(each[at].sum())
-                labels += len(at)
-        rows_alone = [row for item in part for row in rows_of(item)]
-        losses += [found[id(row)][0] for row in rows_alone]
-        predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
+    with working("evaluating", len(examples)) as advance:
+        for start in range(0, len(examples), ROWS_AT_ONCE):
+            part = list(examples[start : start + ROWS_AT_ONCE])
+            found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
+            for batch in batcher.batches(part):
+                each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+                targets = batch.targets.cpu().numpy()
+                index, owner = label_places(batch)
+                for number, member in enumerate(batch.members):
+                    at = index[owner == number]
+                    found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
+                    total += float(each[at].sum())
+                    labels += len(at)
+                advance(len(losses) + len(found))
+            rows_alone = [row for item in part for row in rows_of(item)]
+            losses += [found[id(row)][0] for row in rows_alone]
+            predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
     loss = total / labels
     check_finite("the loss of the evaluated rows is", loss)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -107,7 +101,7 @@ def answers(
     *,
     max_new_tokens: int | None = None,
     batch_tokens: int = 4096,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress = None,
     writer: Writer | None = None,
 ) -> list[Answer]:
     """Greedy completions of the examples that have an answer, in their order.
@@ -122,14 +116,12 @@ def answers(
         return []
     prompts = [e.tokens[: e.prompt_length] for e in asked]
     count = max_new_tokens or 4 + max(len(e.tokens) - e.prompt_length for e in asked)
-    if writer is not None:
-        written = writer(prompts, count, on_progress)
-    else:
-        how = {"batch_tokens": batch_tokens, "on_progress": on_progress}
-        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
-        written = [completion.text for completion in completions]
+    written = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
+    if written is None:
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        written = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
     answered = zip(asked, written, strict=True)
-    return [Answer(e.row, question_of(tokenizer, e), e.answer or "", text) for e, text in answered]
+    return [Answer(e.row, question_of(tokenizer, e), e.answer or "", done.text) for e, done in answered]
 
 
 def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -149,31 +141,14 @@ def exact_answers(given: Sequence[Answer]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model came to on examples, and, where it writes text, the answers that it wrote.
-
-    ``metrics`` are the evaluation's; where rows have answers, ``exact_match`` is that of the written ones.
-    """
+    """What a model came to on examples, and the answers that it wrote to some of them."""
 
     evaluation: Evaluation
-    answers: list[Answer]
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
         return self.evaluation.metrics
-
-
-def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Rows, batcher: AnyBatcher, **how: Any
-) -> Score:
-    """Everything that ``deltaw eval`` says of a causal language model; ``how`` are options of :func:`answers`."""
-    padded = getattr(batcher, "padded", False)
-    with contextlib.nullcontext() if padded else packed_rows(model):
-        evaluation = evaluate_causal(CausalObjective(model), examples, batcher)
-    if given := answers(model, tokenizer, examples, **how):
-        exact = exact_answers(given)
-        metrics = {**evaluation.metrics, "exact_match": float(exact.mean())}
-        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact, share=True))
-    return Score(evaluation, given)
 
 
 class CausalTask(Task):

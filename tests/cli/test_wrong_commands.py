@@ -1,0 +1,212 @@
+"""Commands as people type them wrong: typing errors, flags of other tools, missing files, swapped arguments.
+
+Each is answered with one message that names what is right, with status 2, and nothing is loaded for it.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from deltaw import other_names
+from deltaw.cli import VERBS
+from deltaw.settings import RunConfig, UserError, settings
+from tests.cli.conftest import assert_refused
+
+# The command: what its answer names.
+WRONG = {
+    # typing errors
+    "trian train.yaml": "'deltaw train'",
+    "evla runs/mine": "'deltaw eval'",
+    "train trian.yaml": "'train.yaml'",
+    "train train.yaml --learnin-rate 1e-4": "'--lr'",
+    "train train.yaml -lr 1e-4": "'--lr'",
+    "train train.yaml —lr 1e-4": "write --lr",
+    "train train.yaml --train.epoch 2": "'--train.epochs'",
+    "train train.yaml --train fast": "--train.learning_rate",
+    "train train.yaml --epochs": "--epochs NUMBER",
+    "train train.yaml --force": "--force true|false",
+    "train train.yaml --json=yes": "takes no value",
+    "train train.yaml lr=1e-4 epochs=3": "--lr 1e-4 --epochs 3",
+    "train train.yaml other.yaml": "one SETTINGS",
+    "plan train.yaml --budgt 6GB": "'--budget'",
+    "tune train.yaml --trials many": "--trials",
+    "serve runs/mine --prot 80": "'--port'",
+    "serve runs/mine --port http": "is not a whole number",
+    "serve runs/mine --port 99999999": "0<=x<=65535",
+    "merge runs/mine --output x --method tise": "'ties'",
+    "data chek mine.jsonl": "'deltaw data check'",
+    "data": "deltaw data check FILE",
+    "eval": "deltaw eval runs/mine",
+    "merge runs/mine": "--output",
+    "completion": "bash, zsh, fish",
+    "train": "train.yaml",
+    # other tools' words
+    "finetune train.yaml": "'deltaw train'",
+    "fuse runs/mine": "'deltaw merge'",
+    "help train": "deltaw train --help",
+    "check mine.jsonl": "'deltaw data check'",
+    "train --config train.yaml": "SETTINGS, without a flag",
+    "train train.yaml --num_train_epochs 3": "'--epochs'",
+    "train train.yaml --per-device-train-batch-size 4": "'--batch-size'",
+    "train train.yaml --micro_batch_size 4": "'--batch-size'",
+    "train train.yaml --lora_r 8": "'--rank'",
+    "train train.yaml --cutoff_len 512": "'--max-length'",
+    "train train.yaml --iters 100": "'--max-steps'",
+    "train train.yaml --val_batches 4": "'--data.eval'",
+    "train train.yaml --model_name_or_path x": "'--model'",
+    "train train.yaml --dataset mine.jsonl": "'--data'",
+    "train train.yaml --output_dir out": "'--output'",
+    "train train.yaml --load_in_4bit": "'--precision' (nf4)",
+    "train train.yaml --sample_packing": "packed",
+    "train train.yaml --method qlora": "precision: nf4",
+    "train train.yaml --task reward": "sequence-classification",
+    "train train.yaml --precision 4bit": "nf4",
+    "generate runs/mine --max-tokens 5": "'--max-new-tokens'",
+    "generate --model x --adapter-path runs/mine -p x": "RUN, without a flag",
+    "generate runs/mine -p x --lr 1": "flag of train",
+    "export runs/mine --format ollama --output x": "gguf",
+    # what is not there
+    "eval nothere": "'runs/other'",
+    "chat mnie": "'runs/mine'",
+    "generate runs/mnie text": "'runs/mine'",
+    "serve mnie": "'runs/mine'",
+    "merge mnie --output x": "'runs/mine'",
+    "export mnie --format peft --output x": "'runs/mine'",
+    "inspect mnie": "'runs/mine'",
+    "runs mnie": "'mine'",
+    "train nowhere.yml": "'train.yaml'",
+    "serve runs/mine --api-key-file kyes.txt": "'keys.txt'",
+    # swapped or misplaced
+    "mine.jsonl train": "deltaw train --model MODEL --data mine.jsonl",
+    "runs/mine chat": "deltaw chat runs/mine",
+    "train.yaml": "deltaw train train.yaml",
+    "--lr 1e-4 train train.yaml": "deltaw VERB --lr",
+    "train mine.jsonl --model m": "deltaw train --model m --data mine.jsonl",
+    "train pypi:some-model": "--model pypi:some-model",
+    "init mine.jsonl": "deltaw init --data mine.jsonl",
+    "data mine.jsonl": "deltaw data check mine.jsonl",
+    "eval mine.jsonl --data runs/mine": "deltaw eval runs/mine --data mine.jsonl",
+    "eval runs/mine mine.jsonl": "deltaw eval runs/mine --data mine.jsonl",
+    "eval train.yaml": "deltaw eval runs/mine",
+    "chat runs/mine/run.yaml": "deltaw chat runs/mine",
+    "chat runs/mine hello": "deltaw generate runs/mine hello",
+    "generate runs/mine how are you": "deltaw generate runs/mine 'how are you'",
+    "merge runs/mine merged --output x": "--output merged",
+    "compare train.yaml lora,full": "--methods lora,full",
+}
+assert len(WRONG) >= 50
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of somebody's first hour: rows, settings, two runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("other", "mine"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.yaml").write_text(f"model: m\ndata: mine.jsonl\noutput: runs/{name}\n")
+    (tmp_path / "runs" / "mine" / "report.html").touch()
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "train.yaml").write_text("model: m\ndata: mine.jsonl\noutput: runs/mine\n")
+    (tmp_path / "keys.txt").write_text("key\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_command_is_answered_with_the_right_one(command, call, here):
+    before = sorted(here.rglob("*"))
+    ended = call(*shlex.split(command))
+    assert_refused(ended, WRONG[command])
+    assert ended.out == "" and ended.err.startswith("error: ") and "  hint:  " in ended.err
+    assert all(len(line) <= 80 for line in ended.err.splitlines() if str(here) not in line), ended.err
+    assert sorted(here.rglob("*")) == before
+
+
+def flags_of(call, monkeypatch, *arguments):
+    """The settings that the arguments of ``train`` come to."""
+    from deltaw.reports import run
+
+    found = {}
+    monkeypatch.setattr(run, "fit", lambda config, **_: found.update(config=config) or exit(7))
+    call("train", *arguments, status=7)
+    return found["config"]
+
+
+def test_short_flags_and_other_spellings_are_those_of_the_settings(call, here, monkeypatch):
+    short = "--lr 1e-3 --epochs 3 --batch-size 4 --max-length 99 --max-steps 5 --seed 6 --rank 7 --alpha 8"
+    spelled = "--learning-rate 1e-3 --train.epochs 3 --batch_size 4 --data.max-length 99 --max_steps 5 --train.seed 6"
+    for text in (short, f"{spelled} --lora.r 7 --lora.lora-alpha 8"):
+        config = flags_of(call, monkeypatch, "train.yaml", *text.split())
+        train = config.train
+        assert (train.learning_rate, train.epochs, train.batch_size, train.max_steps) == (1e-3, 3, 4, 5)
+        assert (train.seed, config.data.max_length, config.lora.rank, config.lora.alpha) == (6, 99, 7, 8)
+    assert flags_of(call, monkeypatch, "train.yaml", "--task", "orpo").preference.loss == "orpo"
+
+
+def test_words_for_a_task_are_understood_where_they_are_unambiguous():
+    for word, (task, loss) in other_names.TASKS.items():
+        config = RunConfig.read({"model": "m", "data": "d", "task": word})
+        assert config.task == task and (loss is None or config.preference.loss == loss)
+    given = {"model": "m", "data": "d", "task": "dpo", "preference": {"beta": 0.3}}
+    assert RunConfig.read(given).preference.model_dump().items() >= {"beta": 0.3, "loss": "dpo"}.items()
+    with pytest.raises(UserError, match="contradict"):
+        RunConfig.read({**given, "preference": {"loss": "kto"}})
+
+
+FOREIGN = {
+    "num_train_epochs: 3": "deltaw calls it train.epochs, written train: {epochs: …}",
+    "train: {num_train_epochs: 3}": "deltaw calls it train.epochs",
+    "learning-rate: 1e-4": "deltaw calls it train.learning_rate",
+    "lora_alpha: 16": "deltaw calls it lora.alpha",
+    "gradient_accumulation_steps: 8": "deltaw calls it train.batch_size",
+    "adapter: qlora": "deltaw calls it method",
+    "train.epochs: 3": "in a file it is written train: {epochs: …}",
+    "packing: true": "rows are always packed",
+    "base_model: x": "deltaw calls it model",
+}
+
+
+def test_keys_of_other_tools_in_a_settings_file_are_answered_by_name(call, here):
+    for line, answer in FOREIGN.items():
+        (here / "train.yaml").write_text(f"model: m\ndata: mine.jsonl\n{line}\n")
+        assert_refused(call("train", "train.yaml"), "unknown key", answer)
+    (here / "rows.json").write_text("[{}]")
+    assert_refused(call("train", "rows.json"), "these are rows", "--data rows.json")
+
+
+def test_every_name_in_the_table_is_one_of_ours():
+    known = {setting.key for setting in settings()}
+    assert set(other_names.SHORT) <= known
+    dotted = {ours.partition(":")[0] for ours in other_names._NAMES if "." in ours.partition(":")[0]}
+    assert {key for key in dotted if " " not in key} <= known
+    assert {ours.split()[0] for ours in other_names._VERBS} <= set(VERBS)
+
+
+def test_deltaw_alone_leads_on(call):
+    ended = call(status=0)
+    assert len(ended.out.splitlines()) <= 12 and ended.err == ""
+    places = [ended.out.index(f"deltaw {verb}") for verb in ("init", "plan", "train", "eval", "chat")]
+    assert places == sorted(places)
+
+
+def test_help_begins_with_the_common_flags_and_says_how_to_see_all(call):
+    for verb in ("train", "plan", "compare", "tune", ("data", "show")):
+        path = [verb] if isinstance(verb, str) else list(verb)
+        ended = call(*path, "--help", status=0)
+        names = ("--model TEXT", "--data ", "--epochs NUMBER", "--lr auto|search|NUMBER", "--rank N", "--output TEXT")
+        assert all(name in ended.out for name in names) and "[train.epochs; default: 1.0]" in ended.out
+        assert "--train.betas" not in ended.out and f"deltaw {' '.join(path)} --help-all" in ended.out
+        assert max(map(len, ended.out.splitlines())) <= 80 and len(ended.out.splitlines()) < 100
+        every = call(*path, "--help-all", status=0).out
+        assert max(map(len, every.splitlines())) <= 80
+        sections = [every.index(f"\n{name} (") for name in ("data", "lora", "train", "preference")]
+        assert sections == sorted(sections) and "--train.schedule constant|linear|cosine" in every
+    ended = call("serve", "--help", status=0)
+    assert "--port" in ended.out and "--max-depth" not in ended.out
+    assert "Limits:" in call("serve", "--help-all", status=0).out
+
+
+def test_a_run_is_found_by_its_name_in_the_folder_runs(call, here):
+    assert "runs/mine" in call("eval", "mine").err  # which holds no adapter
+    assert_refused(call("eval", "mine"), "no adapter")
