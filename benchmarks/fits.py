@@ -5,7 +5,7 @@ No weights are read: each model is a folder with a configuration and SmolLM2's t
 A cell is the peak of the process as planned, without and with activation checkpointing of all blocks. A model fits a
 size where a run with that ``memory:`` would start: the smaller figure and its margin are within the size.
 
-    python benchmarks/fits.py                    # the table of README.md; some minutes
+    python benchmarks/fits.py                    # the table of README.md; 7 minutes of processor time
     python benchmarks/fits.py --only Llama       # models whose name holds this
 """
 
@@ -98,8 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="models whose name holds this")
     only = parser.parse_args().only.lower()
-    head = [f"{precision}, with checkpointing" for precision in PRECISIONS]
-    print("|", " | ".join(["model", *head, *(f"{size} GB" for size in SIZES)]), "|")
+    print("|", " | ".join(["model", *PRECISIONS, *(f"{size} GB" for size in SIZES)]), "|")
     print("| --- |", " | ".join(["---:"] * len(PRECISIONS) + ["---"] * len(SIZES)), "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder) / "rows.jsonl")

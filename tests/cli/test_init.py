@@ -121,8 +121,8 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out(call, tmp_path, model_
     (tmp_path / "strict.yaml").write_text(yaml.safe_dump(settings))
     for verb in ("plan", "train"):
         assert_refused(call(verb, "strict.yaml"), "line 11", "or leave such rows out with data.bad_rows: skip")
-    ended = call("plan", "strict.yaml", "--data.bad_rows", "skip", status=0)
-    assert "needs " in ended.out
+    ended = call("plan", "strict.yaml", "--data.bad_rows", "skip", "--verbose", status=0)
+    assert "needs " in ended.out and "3 rows skipped: not JSON" in ended.out
 
 
 def test_few_rows_get_steps_enough_and_are_said_to_be_few(call, tmp_path, model_folder):

@@ -55,8 +55,8 @@ def test_the_table_names_the_methods_asked_for_beside_the_runs_own(call, file):
 
     alone = call("plan", file).out
     assert "\nneeds " in f"\n{alone}" and ": fits\n" in alone and "head" not in alone and "--methods all" in alone
+    assert "10 read from" not in alone and "rows: 10 read from" in call("plan", file, "--verbose").out
     assert max(map(len, alone.splitlines())) <= 80 + len(str(file))
-    assert "rows: 10 read from" in call("plan", file, "-v").out and "rows: " not in alone
 
     told = json.loads(call("plan", file, "--methods", "head", "--lora.rank", 8, "--json").out)
     less = json.loads(call("plan", file, "--methods", "head", "--json").out)

@@ -127,6 +127,7 @@ def test_other_settings_or_rows_than_a_finished_runs_are_refused_by_name(call, s
     for flags, words in (
         (("--lora.rank", 3, "--train.seed", 5), ("'lora.rank' is 3", "began with 4", "'train.seed' is 5", "--fresh")),
         (("--train.epochs", 2), ("'train.epochs' is 2,", "deltaw train --resume runs/mine --train.epochs 2, or")),
+        (("--train.epochs", 0.5), ("'train.epochs' is 0.5,", "hint:  start anew")),
         (("--train.eval_answers", 1), ("'train.eval_answers' is 1",)),
     ):
         refused = call(*command, *flags)

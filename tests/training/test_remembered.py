@@ -137,7 +137,7 @@ def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache)
     (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run")))
     program = (
         "import sys; from deltaw.cli import main\n"
-        "try: main(['plan', sys.argv[1], '--methods', 'lora', '--json'])\n"
+        "try: main(['plan', sys.argv[1], '--methods', 'lora', '--json', '--verbose'])\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "run.json")]

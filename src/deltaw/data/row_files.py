@@ -225,7 +225,9 @@ def _row_of_line(line: bytes, number: int, name: str) -> Row | None:
     try:
         row = parse(text)
     except ValueError as error:
-        said = f"{error.msg.removesuffix(' at')}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        said = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            said = f"{error.msg.removesuffix(' at')}, column {error.colno}"
         what, hint = f"line {number} is not JSON: {said}", hint + '{"prompt": "…", "completion": "…"}'
         raise BadRowError(what, reason="not JSON", where=where, hint=hint) from error
     if not isinstance(row, dict):

@@ -94,9 +94,11 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     yield "nothing is trained again; what would train:"
     train = RunConfig.read(run.path / SETTINGS).train
     longer = f"--train.epochs {math.floor(train.epochs) + 1}"
-    if train.time is not None or train.max_steps is not None:
-        longer = f"--train.time {train.time}" if train.time else f"--train.max_steps {2 * (train.max_steps or 0)}"
-    if result.checkpoints and not run.result.get("stopped_early"):
+    if train.max_steps is not None:
+        longer = f"--train.max_steps {2 * train.max_steps}"
+    elif train.time is not None and max(run.metrics.column("epoch")[1], default=0.0) < train.epochs:
+        longer = "--train.time LONGER"
+    if result.checkpoints and (train.early_stopping is None or not result.stopped_early):
         yield f"next: deltaw train --resume {output} {longer}  # train further"
     again = "the same command with" if settings is None else f"deltaw train {shlex.quote(settings)}"
     yield f"next: {again} --fresh  # start anew; moves {result.output}"

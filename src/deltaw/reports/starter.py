@@ -103,7 +103,7 @@ class Look:
         lines += [f"tokens are estimated from characters: {self.estimated}"] if self.estimated else []
         if self.bad:
             lines.append(f"{count_of(self.bad_rows)} of {self.rows + self.bad_rows:,} cannot be used:")
-            lines += [f"  {where}: {one_line(what, 60)}" for where, what in self.bad[:SHOWN_BAD]]
+            lines += ["  " + one_line(f"{where}: {what}", 78) for where, what in self.bad[:SHOWN_BAD]]
             lines += [f"  and {self.bad_rows - SHOWN_BAD:,} more"] if self.bad_rows > SHOWN_BAD else []
         if self.unlabeled:
             lines.append(f"{count_of(self.unlabeled)} without an answer or label will be dropped")
@@ -378,7 +378,8 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
 
 
 def _told(look: Look, reference: str, bad: BadRows, lengths: Sequence[int] | np.ndarray) -> Look:
-    places = [(str(line["where"]).removeprefix(f"{reference}, "), str(line["error"])) for line in bad.lines()]
+    found = sorted(bad.lines(), key=lambda line: [int(n) for n in re.findall(r"\d+", str(line["where"]))])
+    places = [(str(line["where"]).removeprefix(f"{reference}, "), str(line["error"])) for line in found]
     shown = [(where, what.removeprefix(f"{where} is ")) for where, what in places]
     ascending = np.sort(np.asarray(lengths, np.int64))
     return replace(look, rows=len(ascending), bad=tuple(shown), bad_rows=len(bad), lengths=ascending)

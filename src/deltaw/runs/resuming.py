@@ -240,7 +240,7 @@ def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> Us
     Args:
         done: how far it came, in words; ``done`` if it is finished.
     """
-    longer = [f"--{change.key} {_shown(change.now)}" for change in found if change.key in LENGTH]
+    longer = [f"--{change.key} {_shown(change.now)}" for change in found if change.key in LENGTH and not _less(change)]
     ways = [START_ANEW.format(run=run)]
     if len(longer) == len(found) and not asked:
         ways.insert(0, f"deltaw train --resume {shlex.quote(str(run))} {' '.join(longer)}")
@@ -251,6 +251,11 @@ def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> Us
     if done == DONE:
         what = "the run in this folder is finished, and was trained with other settings:"
     return UserError("\n  ".join([what, *shown]), where=str(run), hint=", or\n".join(ways))
+
+
+def _less(change: Change) -> bool:
+    before, now = change.before, change.now
+    return isinstance(before, int | float) and isinstance(now, int | float) and now < before
 
 
 def _same_place(first: object, second: object) -> bool:

@@ -423,13 +423,7 @@ def assemble(
             pass
     elif real and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
         use_large_pages(model)
-    if invocation is not None:
-        chosen[INVOCATION] = invocation
-    if data.report.date is not None and config.data.date is None:
-        chosen["data.date"] = Choice(data.report.date, "the chat template writes the date of the run's start")
-    if settings.learning_rate == "auto":
-        rate = usual_rate_of(method, model.config)
-        chosen[RATE] = Choice(rate, f"usual for method {method.name} on a model this wide")
+    chosen |= _further_choices(config, data, method, model, invocation)
     data = data.mapped(lambda rows: rows_as_seen(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
@@ -442,6 +436,19 @@ def assemble(
     if settings.approximate == "auto":
         _approximate(session, applicable(model, objective, offered), begun if real else offered)
     return session
+
+
+def _further_choices(
+    config: RunConfig, data: RunData, method: Method, model: PreTrainedModel, invocation: Choice | None
+) -> Iterator[tuple[str, Choice]]:
+    """What follows from the rows and the method."""
+    if invocation is not None:
+        yield INVOCATION, invocation
+    if data.report.date is not None and config.data.date is None:
+        yield "data.date", Choice(data.report.date, "the chat template writes the date of the run's start")
+    if config.train.learning_rate == "auto":
+        rate = usual_rate_of(method, model.config)
+        yield RATE, Choice(rate, f"usual for method {method.name} on a model this wide")
 
 
 def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] | None) -> None:

@@ -76,10 +76,7 @@ class Remembered:
     @property
     def lines(self) -> list[str]:
         """The account of the rows, as it was told when they were read."""
-        details = self.found.get("details", ())
-        return [
-            Detail(line) if place in details else str(line) for place, line in enumerate(self.found.get("lines", ()))
-        ]
+        return [Detail(line) for line in self.found.get("lines", ())]
 
     @property
     def refusal(self) -> UserError | None:
@@ -106,13 +103,7 @@ class Remembered:
         Args:
             measured: kind, key and state of each remembered result that the plan rests on.
         """
-        told: dict[str, Any] = {
-            "plan": plan.kept(),
-            "rows": digest_of_rows(rows),
-            "lines": list(lines),
-            "measured": list(measured),
-        }
-        told["details"] = [place for place, line in enumerate(lines) if isinstance(line, Detail)]
+        told = {"plan": plan.kept(), "rows": digest_of_rows(rows), "lines": list(lines), "measured": list(measured)}
         remember(KIND, self.key, told, MADE_BY)
 
     def keep_refusal(self, error: UserError, rows: Sequence[Any]) -> None:
