@@ -66,10 +66,10 @@ until grep -q '^serving ' served.txt; do
     sleep 1
 done
 grep -v '^still ' served.txt | tee -a "$record"
-ask='{"model": "support", "messages": [{"role": "user", "content": "My drill is too loud."}]}'
-run "curl -s localhost:$port/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '$ask' \\
-  | python3 -c 'import json, sys; print(json.load(sys.stdin)[\"choices\"][0][\"message\"][\"content\"])'"
+cat >ask.json <<'ASK'
+{"model": "support", "messages": [{"role": "user", "content": "My drill is too loud."}]}
+ASK
+run "curl -s localhost:$port/v1/chat/completions --json @ask.json | grep -o TICKET.*day"
 kill -INT "$server"
 wait "$server" || true
 server=

@@ -38,7 +38,7 @@ def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
     assert told["total_steps"] == result.outcome.steps
     assert told["plan"]["peak_resident_bytes"] == result.plan.peak_resident_bytes
     assert told["chosen"]["device"] == {"value": "cpu", "why": "as asked"}
-    assert told["data"]["counts"]["rows_read"] == 10 and "10 rows read" in told["data"]["lines"][0]
+    assert told["data"]["counts"]["rows_read"] == 10 and "rows: 10 read" in told["data"]["lines"][0]
     assert told["versions"]["torch"] and told["machine"]["processors"] >= 1
     last = read(run)
     assert last["state"] == "finished" and last["result"] == result.as_dict()
