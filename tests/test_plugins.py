@@ -120,7 +120,7 @@ def test_the_command_line_says_which_package_is_broken(site):
 
 def test_flags_and_workers_know_the_method_of_a_package(site, settings, tmp_path):
     install(site, METHOD, "deltaw.methods", "norms = toy_plugin:ENTRY")
-    done = python("-m", "deltaw", "train", "--help")
+    done = python("-m", "deltaw", "train", "--help-all")
     assert done.returncode == 0 and "--norms.above" in done.stdout
     config = settings(tmp_path / "run", method="norms", norms={"above": 1})
     with Child(tmp_path / "log.txt") as child:

@@ -46,6 +46,7 @@ def test_bad_inputs(name: str, seed: int, bench: Bench, earlier: Path, call: Cal
     trains = trains and name != "an_output_that_cannot_be_written"
     if trains:  # into a new folder, or one that holds an earlier run
         given += ["--output", bench.folder.parent / "new" / "run" if seed % 2 else earlier]
+        given += ["--fresh"] if given[0] == "train" else []
     inside, before, run = tree_of(bench.folder), tree(earlier), tree(bench.run)
     monkeypatch.chdir(bench.folder)
     ended = call(*given, stdin=bad.stdin)

@@ -73,7 +73,10 @@ def test_plans_flags_searches_and_comparisons_know_it(toy, settings, tmp_path):
     assert flat["norms.above"] == 1 and not any(key.startswith("lora.") for key in flat)
     command = settings_flags(click.command()(lambda **given: None))
     flag = next(option for option in command.params if "--norms.above" in option.opts)
-    assert flag.help == "the lowest block whose norms are trained  [default: 0]"
+    assert flag.record({"norms.above": "INTEGER"}, every=True) == (
+        "--norms.above INTEGER",
+        "the lowest block whose norms are trained  [default: 0]",
+    )
 
 
 def test_its_mistakes_are_explained_like_those_of_any_method(toy, settings, tmp_path):

@@ -56,8 +56,14 @@ def load_tokenizer(
 
 def tokenizer_at_hand(reference: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of what ``reference`` means without its weights: of a folder or a .gguf file here, of a package
-    that is here, of a hub id; None where it cannot be had so."""
+    that is here, of a hub id; None where it cannot be had so.
+
+    Raises:
+        UserError: files of a folder here lead out of it.
+    """
     given = Path(os.path.expanduser(reference))
+    if (given / "config.json").is_file():
+        require_own_files(given)
     try:
         if packages.is_package_reference(reference) and not packages.is_here(reference):
             return None

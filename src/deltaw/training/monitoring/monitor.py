@@ -345,7 +345,8 @@ class Monitor:
         """Evaluate the held-out rows and let the base model answer the samples, unless that was done in an earlier
         process. Call it before the first step, outside of ``session.running()``."""
         if not self._restored and self._base_is_cheap():
-            with self._session.running():
+            # A model whose loss is not finite fails in its first step, which is diagnosed.
+            with self._session.running(), contextlib.suppress(UserError):
                 self._write({"step": 0, "base": self._scores().as_dict()})
         if not len(self._samples) or self._base is not None:
             return
