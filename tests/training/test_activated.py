@@ -298,7 +298,8 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(activating, model
     assert "opens the answer in the chat template" in told and "keep_features: auto  # kept" in told
     steps = metrics(result.output, "computed_tokens")
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert steps[-1]["computed_tokens"] < 0.5 * steps[0]["computed_tokens"]
+    # Before the first step, the evaluation of the base model has kept what all rows share.
+    assert steps[-1]["computed_tokens"] < 0.6 * steps[0]["computed_tokens"]
 
     run = opened(result.output)
     examples, _ = run.task.read_file(activating()["data"]["train"], run.data, None)

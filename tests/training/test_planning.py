@@ -337,16 +337,16 @@ def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_pa
 
 
 def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_of, tmp_path):
-    model = str(saved(tiny_llama(**SHAPE, max_position_embeddings=10_000), tmp_path / "model"))
+    model = str(saved(tiny_llama(**SHAPE, max_position_embeddings=20_000), tmp_path / "model"))
 
     def plan_with(words, **limits):
         rows = [{"prompt": f"say {n}", "completion": "word " * 20} for n in range(59)]
         data = write_rows(tmp_path / f"{words}.jsonl", [*rows, {"prompt": "x", "completion": "word " * words}])
-        data = {"train": str(data), "eval": None, "max_length": 10_000, **limits}
+        data = {"train": str(data), "eval": None, "max_length": 20_000, **limits}
         train = {"batch_size": 60, "tokens_per_pass": 512}
         return planned(config_of("llama", "lora", model=model, data=data, train=train))
 
-    plan, without = plan_with(1600), plan_with(1600, max_length=512, long_rows="drop")
+    plan, without = plan_with(3200), plan_with(3200, max_length=512, long_rows="drop")
     saves = plan.long_rows["saves"]
     assert plan.long_rows == {"max_length": 512, "rows": 1, "of": 60, "saves": saves}
     assert plan.peak_bytes - without.peak_bytes == pytest.approx(saves, rel=0.25)
