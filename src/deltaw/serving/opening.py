@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deltaw.hub.terminators import terminators
-from deltaw.machine.memory import free_memory_bytes
+from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.generation import Completion, Progress, Writer, decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
@@ -222,6 +222,7 @@ def verified_writer(session: InferenceSession) -> Writer:
         beside = method is None or session.bare or method.name in _BESIDE
         if not session.task.writes_text or not beside:
             return None
+        release_free_memory()  # of a training, which the decoder has no use for
         try:
             with working("preparing the decoder"):
                 made, adapter = _decoder(session, positions=longest)
