@@ -84,8 +84,10 @@ def test_a_page_is_walked_to_its_end(page: Path, tmp_path: Path) -> None:
     script = re.sub(r"(?m)^(MODEL=).*", rf"\g<1>{SMOLLM2}", script)
     script = re.sub(r"(?m)^pip install .*", "", script)
     wait = "server=$!; trap 'kill $server' EXIT; until grep -q ^serving serve.log; do kill -0 $server; sleep 1; done"
-    script = re.sub(r"(?m)^(deltaw serve .*)$", rf"\1 > serve.log 2> serve.err & {wait}", script)
-    head = f'set -e\ndeltaw() {{ {shlex.quote(sys.executable)} -m deltaw "$@"; }}\n'
+    python = shlex.quote(sys.executable)
+    serve = rf"{python} -m deltaw serve \1 > serve.log 2> serve.err & {wait}"  # no function: $! is the server
+    script = re.sub(r"(?m)^deltaw serve (.*)$", serve, script)
+    head = f'set -e\ndeltaw() {{ {python} -m deltaw "$@"; }}\n'
     cache = str(Path.home() / ".cache" / "deltaw")  # the user's own: the model is not downloaded for each walk
     hidden = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
