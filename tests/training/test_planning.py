@@ -336,7 +336,8 @@ def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_of, tmp_path):
+def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaw.training.planning.plan_run.resident_bytes", lambda: 450 << 20)  # as in a new process
     model = str(saved(tiny_llama(**SHAPE, max_position_embeddings=20_000), tmp_path / "model"))
 
     def plan_with(words, **limits):
