@@ -11,6 +11,7 @@ import shutil
 import string
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -336,8 +337,7 @@ def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.training.planning.plan_run.resident_bytes", lambda: 450 << 20)  # as in a new process
+def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_of, tmp_path):
     model = str(saved(tiny_llama(**SHAPE, max_position_embeddings=20_000), tmp_path / "model"))
 
     def plan_with(words, **limits):
@@ -345,7 +345,9 @@ def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_
         data = write_rows(tmp_path / f"{words}.jsonl", [*rows, {"prompt": "x", "completion": "word " * words}])
         data = {"train": str(data), "eval": None, "max_length": 20_000, **limits}
         train = {"batch_size": 60, "tokens_per_pass": 512}
-        return planned(config_of("llama", "lora", model=model, data=data, train=train))
+        config = config_of("llama", "lora", model=model, data=data, train=train)
+        task, data = read_data(config)
+        return plan_run(config, task, replace(data, read_peak_bytes=0), process_bytes=450 << 20)  # as a new process
 
     plan, without = plan_with(3200), plan_with(3200, max_length=512, long_rows="drop")
     saves = plan.long_rows["saves"]
