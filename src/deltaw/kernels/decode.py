@@ -179,7 +179,8 @@ class Decoder:
         else:
             address, kind = weight.data_ptr(), loader.number(weight.dtype)
             if layer.scale is not None:
-                sums = weight.sum(1, dtype=torch.int32)
+                # A part at a time, since torch makes a copy in int32.
+                sums = torch.cat([rows.sum(1, dtype=torch.int32) for rows in weight.split(1024)])
                 self._alive.append(sums)
         return DecodeLinear(
             address,

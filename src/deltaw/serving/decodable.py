@@ -44,6 +44,8 @@ SAMPLE, CHUNK, SINGLE = 40, 17, 3
 TOLERANCE = 1e-4
 # Cosines and sines are kept for every position, so there is a bound.
 MOST_POSITIONS = 1 << 17
+# Numbers of a head that are rounded to int8 at once.
+ROUNDED_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,9 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     if not layer.by_column:
         weight = weight.t()
     if quantize and weight.dtype != torch.int8:
-        weight, scale = quantized_rows(weight)
+        # A vocabulary's matrix in parts, since rounding it takes eight bytes a number.
+        parts = [quantized_rows(part) for part in weight.split(max(1, ROUNDED_AT_ONCE // weight.shape[1]))]
+        weight, scale = torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
     return DecoderLinear(weight.contiguous(), bias, scale, layer.smooth_scales)
 
 
