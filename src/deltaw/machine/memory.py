@@ -108,11 +108,13 @@ def keep_freed_memory() -> None:
     As it comes, glibc gives large blocks back to the system and gets them again, cleared page by page: up to
     a tenth of a short step. :func:`release_free_memory` still gives all back. Blocks above
     :data:`LARGEST_KEPT` are not kept: the gradient of a vocabulary's matrix seldom fits the hole that the
-    last one left, once smaller tensors lie in it, and the peak would grow by such a matrix. Whoever has set
-    the allocator through the environment keeps those settings.
+    last one left, once smaller tensors lie in it, and the peak would grow by such a matrix. All threads share one
+    heap: what is freed in a second one is of no use to the first. Whoever has set the allocator through the
+    environment keeps those settings.
     """
-    options = {_M_TRIM_THRESHOLD: 2**30, _M_MMAP_THRESHOLD: LARGEST_KEPT}
-    _set_allocator(options, unless=("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"))
+    options = {_M_TRIM_THRESHOLD: 2**30, _M_MMAP_THRESHOLD: LARGEST_KEPT, _M_ARENA_MAX: 1}
+    set_already = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+    _set_allocator(options, unless=set_already)
 
 
 def give_large_blocks_back() -> None:

@@ -400,6 +400,7 @@ def _train(watching: _Watching) -> Outcome:
     record.restore()
     with clock.part("evaluating"):
         monitor.before()
+    release_free_memory()  # of what was evaluated: the steps' tensors seldom fit its holes
     with session.running():
         try:
             skips = session.config.train.not_finite == "skip"
