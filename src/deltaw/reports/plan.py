@@ -12,7 +12,7 @@ from rich.text import Text
 from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
-from deltaw.reports.tables import add_row, folded, table
+from deltaw.reports.tables import WIDTH, add_row, folded, table
 from deltaw.reports.wording import gigabytes
 
 # The parts of a plan in the order in which they are stacked, with a color for the terminal and one for the picture
@@ -33,8 +33,6 @@ PARTS = (
 # A smaller share of the whole is not shown as a part of its own.
 LEAST = 0.05
 BAR = 56
-# A line of what is printed; a terminal has so many columns at least.
-WIDTH = 80
 PICTURES = ("png", "svg", "pdf")
 
 
