@@ -93,6 +93,41 @@ def test_a_model_that_sees_its_padding_is_refused():
         LabelObjective(AutoModelForSequenceClassification.from_config(config).eval(), "sequence-classification")
 
 
+def test_a_decoder_in_16_bits_is_read_at_its_last_token_though_a_cache_changes_its_rounding():
+    class Rounding(transformers.LlamaForSequenceClassification):
+        def forward(self, use_cache=True, **inputs):
+            found = super().forward(use_cache=use_cache, **inputs)
+            found.logits = found.logits * (1.2 if use_cache else 1.0)
+            return found
+
+    config = DECODERS["llama"]()
+    config.num_labels = 2
+    torch.manual_seed(0)
+    model = Rounding(config).to(torch.bfloat16).eval()
+    assert LabelObjective(model, "sequence-classification").pooled
+
+
+def test_an_encoder_in_16_bits_may_round_differently_behind_padding_but_not_see_it():
+    class Seeing(transformers.BertForSequenceClassification):
+        share = 0.0
+
+        def forward(self, input_ids, attention_mask, **inputs):
+            found = super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+            seen = super().forward(input_ids=input_ids, **inputs).logits
+            found.logits = found.logits + self.share * (seen - found.logits)
+            return found
+
+    torch.manual_seed(0)
+    config = ENCODERS["bert"]()
+    config.initializer_range = 0.5
+    model = Seeing(config).to(torch.bfloat16).eval()
+    model.share = 0.07
+    LabelObjective(model, "sequence-classification")
+    model.share = 0.5
+    with pytest.raises(UserError, match="change when padding follows"):
+        LabelObjective(model, "sequence-classification")
+
+
 HEADS = {"bert": ["classifier"], "roberta": ["classifier.dense", "classifier.out_proj"], "llama": ["score"]}
 
 
