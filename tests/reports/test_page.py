@@ -82,6 +82,7 @@ def test_whether_it_worked_is_said_also_where_it_did_not(tmp_path):
     told = said({"exact_match": 0.4}, task="sequence-classification", writes=False)
     assert "40.0% → 80.0% before training → adapter" in told and "chance" not in told and "not better" not in told
     assert "80.0% adapter; the base model was not evaluated; 95 % interval" in said(None)
+    assert "80.0% adapter; not evaluated before training; 95 % interval" in said(None, writes=False)
     assert "no rows were held out; data.eval says how many" in said(None, score=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaw.data.report import count_of
 from deltaw.reports.page.svg import (
     Bar,
     Curve,
@@ -187,7 +188,7 @@ def length_figure(record: Run) -> Figure | None:
     median, labels, sampled, of = (number(lengths.get(key)) for key in ("median", "labels_median", "sampled", "of"))
     text = f"Tokens of the training rows; half of them have up to {count(median)}"
     if labels:
-        text += f", of which {count(labels)} are trained on in the median row"
+        text += f"; the median row has {count_of(int(labels), 'label')}"
     if sampled != of:
         text += f" ({count(sampled)} rows of {count(of)})"
     title, rows = "Rows by number of tokens", []

@@ -171,7 +171,8 @@ def score_fact(record: Run) -> Iterator[Fact]:
     if base is not None:
         told = f"{before} → {after}"
     else:
-        told = "" if record.task == "preference" else f"{after}; the {before.removeprefix('before ')} was not evaluated"
+        without = "not evaluated before training" if before.startswith("before") else f"the {before} was not evaluated"
+        told = "" if record.task == "preference" else f"{after}; {without}"
     if bounds:
         told += f"; 95 % interval {metric_value(name, bounds[0])} to {metric_value(name, bounds[1])}"
     title = f"{metric_name(name)} of {rows:,} held-out rows" if rows else f"held-out {metric_name(name)}"
