@@ -93,14 +93,14 @@ def no_part(context: click.Context, word: str | None) -> UserError:
 
 
 class RunArgument(click.Path):
-    """The folder of a run or an adapter, a run's name in the folder ``runs``, or a model."""
+    """The folder of a run or an adapter, a run's name in the folder ``runs``, a hub id, or a model."""
 
     models = True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path, name = Path(os.path.expanduser(value)), value.partition("@")[0]
         is_hub_id = name.count("/") == 1 and path.parts[0] != RUNS and not path.parent.is_dir()
-        is_model = self.models and (value.startswith("pypi:") or is_hub_id or value.lower().endswith(".gguf"))
+        is_model = is_hub_id or (self.models and (value.startswith("pypi:") or value.lower().endswith(".gguf")))
         if path.is_file() and not is_model:
             raise _file_for_run(path, value, str(ctx and ctx.info_name), ctx.params if ctx else {})
         if path.exists() or is_model:

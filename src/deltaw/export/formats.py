@@ -22,6 +22,7 @@ from deltaw.export.base import MergeOptions, Say, base_of
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
+from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
 from deltaw.training.prompting import read_prompting
 
@@ -197,7 +198,7 @@ def export(
     """Write the adapter in ``run`` in another program's format.
 
     Args:
-        run: a run's folder, or an adapter's in PEFT's format.
+        run: a run's folder, or an adapter's in PEFT's format; or an adapter's hub id.
         format_name: a key of :data:`FORMATS`.
         output: a file that ends in ``.gguf`` or a folder for one; a folder for the other formats.
         kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and q8_0 for a model.
@@ -209,7 +210,7 @@ def export(
     Raises:
         UserError: the format cannot hold the adapter, or the output cannot be written.
     """
-    run, output = Path(run), Path(output)
+    run, output = adapter_folder(run), Path(output)
     if format_name in _REFUSED:
         raise UserError(f"'{format_name}' is not exported here", where="--format", hint=_REFUSED[format_name])
     if format_name not in FORMATS:
@@ -230,7 +231,7 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
         hint = f"use {', '.join(dict.fromkeys(_KINDS[format_name]))}"
         raise UserError(f"{format_name} does not store numbers as '{kind}'", where="--type", hint=hint)
     in_folder = output.suffix.lower() != ".gguf"
-    path = output / f"{run.resolve().name}-{kind}.gguf" if in_folder else output
+    path = output / f"{short_name(run)}-{kind}.gguf" if in_folder else output
     beside = output / "Modelfile" if in_folder else output.with_suffix(".Modelfile")
     for file in (path, beside):
         if file.is_dir() or (file.exists() and not options.overwrite):
@@ -249,5 +250,5 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
     for note in notes:
         say(f"note: {note}")
     told = [f"system prompt of the rows, as SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
-    told.append(f"next: ollama create {shlex.quote(run.resolve().name)} -f {shlex.quote(os.fspath(beside))}")
+    told.append(f"next: ollama create {shlex.quote(short_name(run))} -f {shlex.quote(os.fspath(beside))}")
     return Export(format_name, [str(path), str(beside)], written.facts, written.lines, told)
