@@ -32,6 +32,7 @@ _MORE = {
     "serve": "deltaw serve {first} --adapter NAME={more}",
     "merge": "deltaw merge {first} --output {more}",
     "export": "deltaw export {first} --format FORMAT --output {more}",
+    "push": "deltaw push {first} {more}",
     "compare": "deltaw compare {first} --methods {more}",
     "doctor": "deltaw doctor --model {more}",
 }

@@ -95,22 +95,40 @@ def modelfile(
     lines = [f"FROM {_path(source)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
-    notes = []
-    if tokenizer is not None:
-        found = form_of(tokenizer)
-        if found is not None:
-            form, of_template = found
-            lines.append(f'TEMPLATE """{form.go}"""')
-            system = system or of_template or ""
-        elif tokenizer.chat_template:
-            notes.append("the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one")
-        stops = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
-        lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop.strip()]
-    if _QUOTES in system:
+    found, notes = chat_of(tokenizer, ends, system)
+    if found.template:
+        lines.append(f'TEMPLATE """{found.template}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in found.stops]
+    if _QUOTES in found.system:
         notes.append(f"the system prompt holds {_QUOTES}, which no Modelfile can: it has {_OTHER_QUOTES} instead")
-    if system:
-        lines.append(f"SYSTEM {_QUOTES}{system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
+    if found.system:
+        lines.append(f"SYSTEM {_QUOTES}{found.system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
     return "\n".join(lines) + "\n", notes
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a model is talked with: Ollama's template in Go, the texts that end an answer, the system prompt; each may
+    be empty."""
+
+    template: str = ""
+    stops: tuple[str, ...] = ()
+    system: str = ""
+
+
+def chat_of(
+    tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = ""
+) -> tuple[Chat, list[str]]:
+    """How a model is talked with, and what to say about it; arguments as those of :func:`modelfile`."""
+    if tokenizer is None:
+        return Chat(system=system), []
+    form, of_template = form_of(tokenizer) or (None, None)
+    notes = []
+    if form is None and tokenizer.chat_template:
+        notes.append("the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one")
+    texts = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
+    stops = tuple(stop for stop in texts if stop.strip())
+    return Chat("" if form is None else form.go, stops, system or of_template or ""), notes
 
 
 def form_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Form, str | None] | None:
