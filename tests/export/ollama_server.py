@@ -145,6 +145,9 @@ def _serve(file: str) -> None:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
     parameters.n_ctx, parameters.n_parallel, parameters.verbosity, parameters.warmup = 2048, 1, 0, False
+    # Keys and values as exact as the weights: by default they are rounded to fp16.
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     for line in sys.stdin:
         asked = json.loads(line)

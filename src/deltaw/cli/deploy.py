@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from deltaw.cli.mistakes import AdapterArgument
-from deltaw.cli.options import Command, base_flags, console, json_flag, print_json, with_options
+from deltaw.cli.options import Command, Parts, base_flags, console, json_flag, print_json, with_options
 from deltaw.working import working
 
 
-@click.group("deploy")
+@click.group("deploy", cls=Parts, no_args_is_help=False)
 def command() -> None:
     """Make a run a model of Ollama or LM Studio, and compare its answers with the run's."""
 

@@ -86,7 +86,9 @@ def no_part(context: click.Context, word: str | None) -> UserError:
     """The refusal of a word behind a verb that has parts, or of none."""
     assert isinstance(context.command, click.Group)
     path, parts = context.command_path, sorted(context.command.list_commands(context))
-    file = shlex.quote(word) if word and (Path(word).exists() or Path(word).suffix) else "FILE"
+    given = shlex.quote(word) if word and (Path(word).exists() or Path(word).suffix) else None
+    first = context.command.get_command(context, parts[0])
+    file = given or (first.params[0].human_readable_name if first else "FILE")
     near = nearest(word or "", parts)
     hint = f"did you mean '{path} {near[0]}'?" if near else " or ".join(f"{path} {part} {file}" for part in parts)
     what = f"'{word}' is neither {' nor '.join(parts)}" if word else f"{' or '.join(parts)} is missing"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Deployed:
 
     Attributes:
         name: of the model. program: its title. place: a line on where it is.
-        kind: how its numbers are stored. asked: questions with answers; empty if the program was not asked.
+        kind: how its numbers are stored. precision: in which the run computed its answers. asked: questions with answers; empty if the program was not asked.
         held_out: how many questions are held-out prompts of the run; the others are general prompts.
     """
 
@@ -61,6 +61,7 @@ class Deployed:
     program: str
     place: str
     kind: str
+    precision: str = ""
     asked: tuple[Asked, ...] = ()
     held_out: int = 0
 
@@ -70,8 +71,9 @@ class Deployed:
             return [self.place]
         count, exact = len(self.asked), sum(one.exact for one in self.asked)
         similar = sum(one.similarity for one in self.asked) / count
-        told = f"{count} questions, {self.held_out} of them held-out prompts: {exact} equal answers, similarity {similar:.0%}"
-        why = f"the model is stored as {self.kind}: rounding its weights changes some answers"
+        told = f"{count} questions, {self.held_out} of them held-out prompts: {exact} equal answers"
+        told += f", similarity {similar:.0%}"
+        why = f"the model is stored as {self.kind}, and the run computes in {self.precision}: rounding changes some answers"
         return [self.place, told, *([why] if exact < count else [])]
 
     def as_dict(self) -> dict[str, object]:
@@ -88,6 +90,7 @@ def deploy(
     model: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    precision: str = "auto",
     questions: int = QUESTIONS,
     writes: Callable[[InferenceSession], Writer] = lambda session: lambda *asked: None,
     say: Say = lambda line: None,
@@ -98,7 +101,7 @@ def deploy(
         run: a run's folder, or an adapter's; or an adapter's hub id.
         name: of the model; None for the run's. kind: how a GGUF file stores numbers.
         model, trust_remote_code: of the base, as in :func:`deltaw.export.formats.export`.
-        overwrite: replace a model of that name. questions: how many are asked; 0 for none.
+        overwrite: replace a model of that name. precision: of the run's own answers. questions: how many are asked; 0 for none.
         writes: what writes the run's own answers; by default transformers.
 
     Raises:
@@ -126,7 +129,7 @@ def deploy(
             deployed = Deployed(name, program.title, program.create(name, file, chat), kind)
     if not questions:
         return deployed
-    session = open_run(str(folder), model=model, trust_remote_code=trust_remote_code, say=say)
+    session = open_run(str(folder), model=model, precision=precision, trust_remote_code=trust_remote_code, say=say)
     asked, held_out = questions_of(session, questions)
     plain = not session.tokenizer.chat_template or (session.data is not None and session.data.template == "plain")
     prompts = [session.encode(with_system(chat.system, one)) for one in asked]
@@ -145,7 +148,8 @@ def deploy(
         if written is None:
             written = generate(session.model, session.tokenizer, prompts, max_new_tokens=TOKENS)
     rows = tuple(Asked(q, own.text, other) for q, own, other in zip(asked, written, theirs, strict=True))
-    return Deployed(name, program.title, deployed.place, kind, rows, held_out)
+    computed = str(session.loaded.choices["precision"].value)
+    return replace(deployed, precision=computed, asked=rows, held_out=held_out)
 
 
 def questions_of(session: InferenceSession, count: int) -> tuple[list[str], int]:
