@@ -305,5 +305,9 @@ ROUTES = [
     ("POST", rf"{_API}/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", rf"/(?P<kind>datasets/)?{_ID}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/lfs/(?P<oid>\w+)", _Handler.put),
-    ("GET HEAD", rf"/(?P<kind>datasets/)?{_ID}/resolve/(?P<revision>refs/\w+/\w+|[^/]+)/(?P<file>.+)", _Handler.resolve),
+    (
+        "GET HEAD",
+        rf"/(?P<kind>datasets/)?{_ID}/resolve/(?P<revision>refs/\w+/\w+|[^/]+)/(?P<file>.+)",
+        _Handler.resolve,
+    ),
 ]

@@ -90,14 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(404, {"error": "model not found"})
         if self.path == "/api/show":
             return self._say(200, {"template": made["template"]})
-        if self.path == "/v1/chat/completions":
-            text = self._answered(made, rendered(made["template"], asked["messages"]), {"num_predict": asked["max_tokens"]})
-            return self._say(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
-        if self.path == "/api/generate":
-            return self._say(200, {"response": self._answered(made, asked["prompt"], asked["options"])})
+        if self.path == "/v1/completions":
+            return self._say(200, {"choices": [{"text": self._answered(made, asked["prompt"], asked)}]})
         system = [{"role": "system", "content": made["system"]}] if made.get("system") else []
-        text = self._answered(made, rendered(made["template"], [*system, *asked["messages"]]), asked["options"])
-        self._say(200, {"message": {"role": "assistant", "content": text}})
+        text = self._answered(made, rendered(made["template"], [*system, *asked["messages"]]), asked)
+        self._say(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
 
     def _answered(self, made: dict[str, Any], prompt: str, options: dict[str, Any]) -> str:
         (blob,) = made["files"].values()
@@ -123,7 +120,11 @@ class LlamaCpp:
         with self._lock:
             if self._process is None:
                 command = [sys.executable, __file__, str(file)]
-                how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                how: dict[str, Any] = {
+                    "stdin": subprocess.PIPE,
+                    "stdout": subprocess.PIPE,
+                    "stderr": subprocess.DEVNULL,
+                }
                 self._process = subprocess.Popen(command, text=True, **how)
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.write(json.dumps({"prompt": prompt, "options": options, "stops": stops}) + "\n")
@@ -151,7 +152,7 @@ def _serve(file: str) -> None:
     server = xllamacpp.Server(parameters)
     for line in sys.stdin:
         asked = json.loads(line)
-        how = {"n_predict": asked["options"]["num_predict"], "temperature": 0, "stop": asked["stops"]}
+        how = {"n_predict": asked["options"]["max_tokens"], "temperature": 0, "stop": asked["stops"]}
         found = server.handle_completions({"prompt": asked["prompt"], "cache_prompt": False, **how})
         found = found if isinstance(found, dict) else json.loads(found)
         print(json.dumps({"answer": found["choices"][0]["text"]}), flush=True)

@@ -42,8 +42,9 @@ def test_ollama_gets_the_file_the_template_the_stops_and_the_system_prompt(run: 
     assert made["system"] == "Be brief." and "<|im_end|>" in made["parameters"]["stop"]
     # The server answers with what its template made of the question: what the run itself is asked.
     assert [one.program for one in done.asked] == [CHATTED.format(one.question) for one in done.asked]
-    asked = [value for path, value in ollama.requests if path == "/api/chat"]
-    assert all(one["options"]["temperature"] == 0 and one["options"]["repeat_penalty"] == 1 for one in asked)
+    asked = [value for path, value in ollama.requests if path == "/v1/chat/completions"]
+    assert len(asked) == 2 and all(one["temperature"] == 0 for one in asked)
+    assert made["parameters"]["repeat_penalty"] == 1
     assert done.held_out == 0 and not any(one.exact for one in done.asked) and "rounding" in done.lines()[-1]
 
 
@@ -63,7 +64,9 @@ def test_the_command_prints_a_table_of_at_most_80_columns(run: Path, ollama: Mod
     ended = call("deploy", "ollama", run, "--server", ollama.url, "--questions", 3, status=0)
     assert "3 questions, 0 of them held-out prompts: 0 equal answers" in ended.out and "q8_0" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
-    told = json.loads(call("deploy", "ollama", run, "--server", ollama.url, "--name", "x", "--questions", 1, "--json").out)
+    told = json.loads(
+        call("deploy", "ollama", run, "--server", ollama.url, "--name", "x", "--questions", 1, "--json").out
+    )
     assert told["name"] == "x" and told["asked"][0]["exact"] is False
 
 

@@ -47,10 +47,9 @@ def deltaw(hub: Hub, home: Path) -> Deltaw:
     imported = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     imported |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DELTAW_CACHE": str(home / "deltaw")}
 
-    def call(*arguments: object, token: str = TOKEN, status: int | None = 0, cwd: Path | None = None, **env: str) -> Ended:
-        process = processes.start(
-            *("-m", "deltaw", *arguments), cwd=cwd or home, env={"HF_TOKEN": token, **env}, imported=imported
-        )
+    def call(*arguments: object, token: str = TOKEN, status: int | None = 0, offline: bool = False) -> Ended:
+        known = {**imported, "HF_HUB_OFFLINE": str(int(offline))}
+        process = processes.start("-m", "deltaw", *arguments, cwd=home, env={"HF_TOKEN": token}, imported=known)
         out, err = process.communicate(timeout=300)
         ended = Ended(process.wait(60), out, err)
         assert status in (None, ended.status), ended
@@ -172,7 +171,7 @@ def test_what_the_hub_refuses_is_said_in_words_without_the_token(deltaw, hub, ru
 def test_no_token_a_wrong_one_no_hub_and_being_offline_are_refused(deltaw, hub, run):
     assert_refused(deltaw("push", run, "me/x", token="", status=None), "no token for the hub", "HF_TOKEN")
     assert_refused(deltaw("push", run, "me/x", token="wrong", status=None), "does not accept the token")
-    assert_refused(deltaw("push", run, "me/x", status=None, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
+    assert_refused(deltaw("push", run, "me/x", status=None, offline=True), "HF_HUB_OFFLINE is set")
     hub.faults.append(Fault("", cut_after=0, times=99))
     assert_refused(deltaw("push", run, "me/x", status=None), "connection to the hub failed")
     assert "models/me/x" not in hub.repositories
@@ -248,7 +247,7 @@ def test_model_rows_and_adapter_by_hub_id_with_the_commits_noted_and_answers_as_
     ask = ("--prompt", "paint it red", "--max-new-tokens", 8, "--json")
     here = json.loads(deltaw("generate", tmp_path / "run", *ask).out)
     assert json.loads(deltaw("generate", "me/from-hub", *ask).out) == here
-    assert json.loads(deltaw("generate", "me/from-hub@main", *ask, HF_HUB_OFFLINE="1").out) == here
+    assert json.loads(deltaw("generate", "me/from-hub@main", *ask, offline=True).out) == here
     deltaw("merge", "me/from-hub", "--output", tmp_path / "merged", "--no-verify")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     deltaw("push", tmp_path / "run", "me/whole", "--merged", tmp_path / "merged")
@@ -259,6 +258,25 @@ def test_model_rows_and_adapter_by_hub_id_with_the_commits_noted_and_answers_as_
     missing = deltaw("merge", "me/nothing", "--output", tmp_path / "no", status=None)
     assert_refused(missing, "no such adapter")
     assert_refused(deltaw("merge", "me/base", "--output", tmp_path / "no", status=None), "holds no adapter")
+
+
+def test_a_data_set_is_read_at_one_commit_which_the_run_notes_also_where_the_hub_is_not_asked(
+    deltaw, hub, model_folder, tmp_path
+):
+    hub.repositories["datasets/me/colors"] = colors = Repository()
+    lines = [json.dumps({"prompt": f"paint it {c}", "completion": c}).encode() for c in COLORS]
+    commit = colors.commit({"train.jsonl": b"\n".join(lines)})
+    flags = ["--model", model_folder, "--precision", "fp32", "--threads", 1, "--train.max_steps", 1]
+    deltaw("train", *flags, "--data", "me/colors@main", "--output", tmp_path / "a")
+    told = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert told["revisions"] == {"me/colors@main": commit} and told["data"]["counts"]["rows_read"] == 10
+    file = "me/colors@main/train.jsonl"
+    deltaw("train", *flags, "--data", file, "--output", tmp_path / "b")
+    hub.requests.clear()
+    deltaw("train", *flags, "--data", file, "--output", tmp_path / "c", offline=True)
+    assert not hub.requests
+    for name in ("b", "c"):
+        assert json.loads((tmp_path / name / "run.json").read_text())["revisions"] == {file: commit}
 
 
 def test_rows_of_a_data_set_that_is_not_there_are_refused(deltaw, hub, model_folder, tmp_path):

@@ -40,7 +40,9 @@ __all__ = ["KINDS", "Row", "Rows", "Table", "open_source", "read_rows"]
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # A file of a data set: owner/name@revision/path, where a revision is one word, or refs/pr/3.
-_HUB_FILE = re.compile(rf"(?P<id>{_NAME}/{_NAME})@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+)/(?P<path>{_NAME}(?:/{_NAME})*)")
+_HUB_FILE = re.compile(
+    rf"(?P<id>{_NAME}/{_NAME})@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+)/(?P<path>{_NAME}(?:/{_NAME})*)"
+)
 # owner/name[/config][@revision][:split]
 _HUB = re.compile(
     rf"(?P<id>{_NAME}/{_NAME})(?:/(?P<config>{_NAME}))?(?:@(?P<revision>[\w./-]+))?"
@@ -102,7 +104,7 @@ def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
     if path.exists():
         return _files(path, reference)
     if (file := _hub_file(reference)) is not None:
-        return [(_fetched(file, reference), reference)]
+        return [(_fetched(*file.group("id", "revision", "path")), reference)]
     if (hub := _hub_set(reference)) is not None:
         return _load_hub(hub, reference)
     raise _missing(path, reference)
@@ -126,7 +128,12 @@ def is_on_hub(reference: str) -> bool:
 
 def commit_of(reference: str) -> str | None:
     """The commit that rows on a hub are read from; None for rows that are not on one, and where it is not known."""
-    found = (_hub_file(reference) or _hub_set(reference)) if is_on_hub(reference) else None
+    if not is_on_hub(reference):
+        return None
+    if (file := _hub_file(reference)) is not None:
+        parts = _fetched(*file.group("id", "revision", "path")).parts  # in the hub's cache: …/snapshots/commit/path
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    found = _hub_set(reference)
     return None if found is None else _commit(found["id"], found["revision"])
 
 
@@ -143,16 +150,15 @@ def _commit(name: str, revision: str | None) -> str | None:
         return None
 
 
-def _fetched(file: re.Match[str], reference: str) -> Path:
-    """A file of a data set on a hub, in the hub's cache."""
+@functools.cache
+def _fetched(name: str, revision: str, path: str) -> Path:
+    """A file of a data set on a hub, in the hub's cache; of the same commit for the whole process."""
     from huggingface_hub import hf_hub_download
 
-    name, revision = file["id"], file["revision"]
     try:
-        commit = _commit(name, revision) or revision
-        return Path(hf_hub_download(name, file["path"], repo_type="dataset", revision=commit))
+        return Path(hf_hub_download(name, path, repo_type="dataset", revision=revision))
     except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise refused_fetch(error, reference, "data set", revision) from error
+        raise refused_fetch(error, f"{name}@{revision}/{path}", "data set", revision) from error
 
 
 def _files(path: Path, name: str) -> list[tuple[Path, str]]:

@@ -52,8 +52,9 @@ class Deployed:
     """What was made.
 
     Attributes:
-        name: of the model. program: its title. place: a line on where it is.
-        kind: how its numbers are stored. precision: in which the run computed its answers. asked: questions with answers; empty if the program was not asked.
+        name: of the model. program: its title. place: a line on where it is. kind: how its numbers are stored.
+        precision: in which the run computed its answers.
+        asked: questions with answers; empty if the program was not asked.
         held_out: how many questions are held-out prompts of the run; the others are general prompts.
     """
 
@@ -73,7 +74,7 @@ class Deployed:
         similar = sum(one.similarity for one in self.asked) / count
         told = f"{count} questions, {self.held_out} of them held-out prompts: {exact} equal answers"
         told += f", similarity {similar:.0%}"
-        why = f"the model is stored as {self.kind}, and the run computes in {self.precision}: rounding changes some answers"
+        why = f"the model is stored as {self.kind}, and the run computes in {self.precision}: rounding changes answers"
         return [self.place, told, *([why] if exact < count else [])]
 
     def as_dict(self) -> dict[str, object]:
@@ -101,7 +102,8 @@ def deploy(
         run: a run's folder, or an adapter's; or an adapter's hub id.
         name: of the model; None for the run's. kind: how a GGUF file stores numbers.
         model, trust_remote_code: of the base, as in :func:`deltaw.export.formats.export`.
-        overwrite: replace a model of that name. precision: of the run's own answers. questions: how many are asked; 0 for none.
+        overwrite: replace a model of that name. precision: of the run's own answers.
+        questions: how many are asked; 0 for none.
         writes: what writes the run's own answers; by default transformers.
 
     Raises:
@@ -112,10 +114,10 @@ def deploy(
     program.check(name, overwrite=overwrite)
     options = MergeOptions(model, trust_remote_code, "fp32")
     try:
-        made_in = tempfile.TemporaryDirectory(prefix=".deltaw-", dir=program.folder())
+        made_in = tempfile.TemporaryDirectory(prefix=".deltaw-", dir=program.folder)
     except OSError as error:
         what = f"cannot write there: {error.strerror or error}"
-        raise UserError(what, where=str(program.folder()), hint="choose another folder with --models") from error
+        raise UserError(what, where=str(program.folder), hint="choose another folder with --models") from error
     with made_in as made:
         file = Path(made) / "model.gguf"
         done = export(folder, "gguf", file, kind=kind, model=model, trust_remote_code=trust_remote_code, say=say)

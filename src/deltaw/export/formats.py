@@ -116,9 +116,7 @@ class Chat:
     system: str = ""
 
 
-def chat_of(
-    tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = ""
-) -> tuple[Chat, list[str]]:
+def chat_of(tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = "") -> tuple[Chat, list[str]]:
     """How a model is talked with, and what to say about it; arguments as those of :func:`modelfile`."""
     if tokenizer is None:
         return Chat(system=system), []

@@ -88,7 +88,8 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     """``README.md``: scores beside the base model's, drift, an account of the rows, and how to train it again.
 
     Args:
-        config: the run's settings. repo: where the card will stand. merged: for the merged model instead of the adapter.
+        config: the run's settings. repo: where the card will stand.
+        merged: for the merged model instead of the adapter.
     """
     name, method, task = repo.rpartition("/")[2], config.method, config.task
     head = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from deltaw.errors import UserError, first_line
@@ -32,16 +32,38 @@ class Unreachable(Exception):
     """Nobody listens at an address, or what listens there does not answer."""
 
 
-class Program(Protocol):
-    """A program that runs GGUF files."""
+class Program:
+    """A program that runs GGUF files and has the OpenAI API.
+
+    Attributes:
+        title: its name. url: where it listens. folder: where a file has to be in the end; None for anywhere.
+    """
 
     title: str
+    names: re.Pattern[str]
+    folder: Path | None = None
+    # Whether its models hold a system prompt of their own.
+    keeps_system = False
+
+    def __init__(self, url: str, port: int) -> None:
+        self.url = _address(url, port)
 
     def check(self, name: str, *, overwrite: bool) -> None:
-        """Raise a UserError unless a model of this name can be made."""
+        """Raise a UserError unless the program is here and a model of this name can be made."""
+        if not self.names.fullmatch(name):
+            hint = "use letters, digits, '-', '_' and '.', as in --name my-model"
+            raise UserError(f"'{name}' cannot be a model's name", where="--name", hint=hint)
+        if self.has(name) and not overwrite:
+            hint = "give another --name, or replace it with --overwrite"
+            raise UserError(f"{self.title} has a model '{name}' already", where="--name", hint=hint)
 
-    def folder(self) -> Path | None:
-        """Where a file is to be written so that it need not be copied; None for anywhere."""
+    def has(self, name: str) -> bool:
+        """Whether there is such a model.
+
+        Raises:
+            UserError: the program is not here.
+        """
+        raise NotImplementedError
 
     def create(self, name: str, file: Path, chat: Chat) -> str:
         """Make ``file`` a model; a line on where it is.
@@ -49,46 +71,51 @@ class Program(Protocol):
         Raises:
             UserError: the program refuses it.
         """
+        raise NotImplementedError
 
     def ask(self, name: str, prompt: str, chat: Chat, tokens: int, *, plain: bool) -> str:
         """The likeliest answer, of at most so many tokens; ``plain`` continues the prompt, without a chat template.
 
         Raises:
-            Unreachable: the program does not run. UserError: it refuses.
+            Unreachable: the program does not answer. UserError: it refuses.
         """
+        asked: dict[str, Any] = {
+            "model": name,
+            "temperature": 0,
+            "seed": 0,
+            "max_tokens": tokens,
+            "repeat_penalty": 1.0,
+        }
+        if plain:
+            return _text(self._call("/v1/completions", {**asked, "prompt": prompt}), "choices", 0, "text")
+        system = [{"role": "system", "content": chat.system}] if chat.system and not self.keeps_system else []
+        asked["messages"] = [*system, {"role": "user", "content": prompt}]
+        return _text(self._call("/v1/chat/completions", asked), "choices", 0, "message", "content")
+
+    def _call(self, path: str, value: object = None, **how: Any) -> dict[str, Any] | None:
+        return _call(f"{self.url}{path}", value, title=self.title, **how)
 
 
-class Ollama:
+class Ollama(Program):
     """Ollama, by its API.
 
     Args:
         url: where it listens; None for ``OLLAMA_HOST`` or its usual address.
     """
 
-    title = "Ollama"
-    _names = re.compile(rf"{_NAME}(?:/{_NAME})?(?::{_NAME})?")
+    title, keeps_system = "Ollama", True
+    names = re.compile(rf"{_NAME}(?:/{_NAME})?(?::{_NAME})?")
 
     def __init__(self, url: str | None = None) -> None:
-        self._url = _address(url or os.environ.get("OLLAMA_HOST") or "127.0.0.1", 11434)
+        super().__init__(url or os.environ.get("OLLAMA_HOST") or "127.0.0.1", 11434)
 
-    def check(self, name: str, *, overwrite: bool) -> None:
-        _require_name(name, self._names)
+    def has(self, name: str) -> bool:
         try:
-            _call(f"{self._url}/api/version", title=self.title)
+            return self._call("/api/show", {"model": name}, none_if=404) is not None
         except Unreachable as error:
             here = shutil.which("ollama") is not None
             hint = "start it: ollama serve" if here else "install it from ollama.com/download, or give its --server"
-            raise UserError(f"Ollama does not answer at {self._url}: {error}", where="ollama", hint=hint) from error
-        try:
-            there = bool(_call(f"{self._url}/api/show", {"model": name}, title=self.title, none_if=404))
-        except Unreachable as error:
-            raise _gone(self.title, error) from error
-        if there and not overwrite:
-            hint = "give another --name, or replace it with --overwrite"
-            raise UserError(f"Ollama has a model '{name}' already", where="--name", hint=hint)
-
-    def folder(self) -> Path | None:
-        return None
+            raise UserError(f"Ollama does not answer at {self.url}: {error}", where="ollama", hint=hint) from error
 
     def create(self, name: str, file: Path, chat: Chat) -> str:
         digest = hashlib.sha256()
@@ -96,30 +123,21 @@ class Ollama:
             for block in iter(lambda: opened.read(1 << 20), b""):
                 digest.update(block)
         blob = f"sha256:{digest.hexdigest()}"
-        made: dict[str, Any] = {"model": name, "files": {file.name: blob}, "stream": False}
-        made |= {"template": chat.template} if chat.template else {}
-        made |= {"system": chat.system} if chat.system else {}
-        made |= {"parameters": {"stop": list(chat.stops)}} if chat.stops else {}
+        # Ollama's own default is a penalty on what was written before, with which no model is trained.
+        parameters = {"repeat_penalty": 1.0, **({"stop": list(chat.stops)} if chat.stops else {})}
+        told = {key: text for key, text in (("template", chat.template), ("system", chat.system)) if text}
+        made = {"model": name, "files": {file.name: blob}, "parameters": parameters, "stream": False, **told}
         try:
-            if _call(f"{self._url}/api/blobs/{blob}", method="HEAD", title=self.title, none_if=404) is None:
-                _call(f"{self._url}/api/blobs/{blob}", file=file, title=self.title)
-            _call(f"{self._url}/api/create", made, title=self.title)
+            if self._call(f"/api/blobs/{blob}", method="HEAD", none_if=404) is None:
+                self._call(f"/api/blobs/{blob}", file=file)
+            self._call("/api/create", made)
         except Unreachable as error:
-            raise _gone(self.title, error) from error
+            what = f"Ollama does not answer any more: {error}"
+            raise UserError(what, where=self.url, hint="start it, and deploy again") from error
         return f"Ollama has the model '{name}': ollama run {name}"
 
-    def ask(self, name: str, prompt: str, chat: Chat, tokens: int, *, plain: bool) -> str:
-        # Ollama's own default is a penalty on what was written before.
-        options = {"temperature": 0, "repeat_penalty": 1.0, "seed": 0, "num_predict": tokens}
-        asked: dict[str, Any] = {"model": name, "stream": False, "options": options}
-        if plain:
-            found = _call(f"{self._url}/api/generate", {**asked, "prompt": prompt, "raw": True}, title=self.title)
-            return _text(found, "response")
-        messages = [{"role": "user", "content": prompt}]  # the model has the system prompt
-        return _text(_call(f"{self._url}/api/chat", {**asked, "messages": messages}, title=self.title), "message", "content")
 
-
-class LMStudio:
+class LMStudio(Program):
     """LM Studio: its folder of models, and its local server where that runs.
 
     Args:
@@ -127,28 +145,21 @@ class LMStudio:
         models: the folder of models; None for the usual one.
     """
 
-    title = "LM Studio"
-    _names = re.compile(_NAME)
+    title, names = "LM Studio", re.compile(_NAME)
+    folder: Path
 
     def __init__(self, url: str | None = None, models: str | Path | None = None) -> None:
-        self._url = _address(url or "127.0.0.1", 1234)
-        self._models = Path(models) if models is not None else Path.home() / ".lmstudio" / "models"
+        super().__init__(url or "127.0.0.1", 1234)
+        self.folder = Path(models) if models is not None else Path.home() / ".lmstudio" / "models"
 
-    def check(self, name: str, *, overwrite: bool) -> None:
-        _require_name(name, self._names)
-        if not self._models.is_dir():
+    def has(self, name: str) -> bool:
+        if not self.folder.is_dir():
             hint = "install it from lmstudio.ai and start it once, or give the folder of its models with --models"
-            raise UserError("LM Studio has no folder of models here", where=str(self._models), hint=hint)
-        there = self._models / _PUBLISHER / name
-        if there.exists() and not overwrite:
-            hint = "give another --name, or replace it with --overwrite"
-            raise UserError(f"LM Studio has a model '{name}' already", where=str(there), hint=hint)
-
-    def folder(self) -> Path | None:
-        return self._models
+            raise UserError("LM Studio has no folder of models here", where=str(self.folder), hint=hint)
+        return (self.folder / _PUBLISHER / name).exists()
 
     def create(self, name: str, file: Path, chat: Chat) -> str:
-        to = self._models / _PUBLISHER / name / f"{name}.gguf"
+        to = self.folder / _PUBLISHER / name / f"{name}.gguf"
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, to)
@@ -158,39 +169,25 @@ class LMStudio:
         return f"LM Studio has the model '{_PUBLISHER}/{name}': {to}"
 
     def ask(self, name: str, prompt: str, chat: Chat, tokens: int, *, plain: bool) -> str:
-        listed = _call(f"{self._url}/v1/models", title=self.title)
-        known = [str(one.get("id")) for one in (listed or {}).get("data") or () if isinstance(one, Mapping)]
+        listed = (self._call("/v1/models") or {}).get("data")
+        known = [str(one.get("id")) for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
         model = next((one for one in known if name.lower() in re.split(r"[/@:]", one.lower())), None)
         if model is None:
             raise Unreachable(f"its server does not list '{name}' yet")
-        asked: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": tokens, "repeat_penalty": 1.0}
-        if plain:
-            found = _call(f"{self._url}/v1/completions", {**asked, "prompt": prompt}, title=self.title)
-            return _text(found, "choices", 0, "text")
-        system = [{"role": "system", "content": chat.system}] if chat.system else []
-        messages = [*system, {"role": "user", "content": prompt}]
-        found = _call(f"{self._url}/v1/chat/completions", {**asked, "messages": messages}, title=self.title)
-        return _text(found, "choices", 0, "message", "content")
+        return super().ask(model, prompt, chat, tokens, plain=plain)
 
 
 def _address(given: str, port: int) -> str:
     """An address as both programs take it, ``host``, ``host:port`` or a URL, as a URL."""
     try:
         found = urlsplit(given if "://" in given else f"http://{given}")
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found.hostname or "", found.hostname)
-        if found.scheme not in ("http", "https") or not host:
+        if found.scheme not in ("http", "https") or not found.hostname:
             raise ValueError("it is no address of HTTP")
-        shown = f"[{host}]" if ":" in host else host
-        return f"{found.scheme}://{shown}:{found.port or port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found.hostname, found.hostname)
+        return f"{found.scheme}://{f'[{host}]' if ':' in host else host}:{found.port or port}"
     except ValueError as error:
         hint = f"write host:port, as 127.0.0.1:{port}"
         raise UserError(f"'{given}' is not an address: {error}", where="--server", hint=hint) from error
-
-
-def _require_name(name: str, names: re.Pattern[str]) -> None:
-    if not names.fullmatch(name):
-        hint = "use letters, digits, '-', '_' and '.', as in --name my-model"
-        raise UserError(f"'{name}' cannot be a model's name", where="--name", hint=hint)
 
 
 def _call(
@@ -221,7 +218,9 @@ def _call(
         if error.code == none_if:
             return None
         said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
-        raise UserError(f"{title} refuses (status {error.code}): {said}", where=url, hint=f"see {title}'s log") from error
+        raise UserError(
+            f"{title} refuses (status {error.code}): {said}", where=url, hint=f"see {title}'s log"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise Unreachable(first_line(error)) from error
     return found if isinstance(found, dict) else {}
@@ -233,7 +232,3 @@ def _text(value: Any, *path: str | int) -> str:
         found = isinstance(value, Mapping) or (isinstance(value, list) and isinstance(key, int) and key < len(value))
         value = (value.get(key) if isinstance(value, Mapping) else value[key]) if found else None
     return value if isinstance(value, str) else ""
-
-
-def _gone(title: str, error: Exception) -> UserError:
-    return UserError(f"{title} does not answer any more: {error}", where=title, hint="start it, and deploy again")

@@ -8,7 +8,6 @@ own login for the time of the call, and written nowhere.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -107,7 +106,7 @@ def push(
     made = Pushed(repository, not public, sizes, named)
     if dry_run:
         return made
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+    if constants.HF_HUB_OFFLINE:
         hint = "unset it to push; --dry-run shows what would be sent"
         raise UserError("HF_HUB_OFFLINE is set, and a push needs the hub", where=repository, hint=hint)
     if not (token := get_token()):
@@ -260,7 +259,10 @@ def _existing(
     names = {file.rfilename for file in info.siblings or ()}
     other, hint = "", "push to another name"
     if info.private is False and not public:
-        other, hint = "everybody sees the repository, and a push is private by default", "add --public, or push to another name"
+        other, hint = (
+            "everybody sees the repository, and a push is private by default",
+            "add --public, or push to another name",
+        )
     elif (ADAPTER_CONFIG if is_model else "config.json") in names:
         other = f"the repository holds {'an adapter' if is_model else 'a model'}, and both in one cannot be loaded"
     elif ADAPTER_CONFIG in names:

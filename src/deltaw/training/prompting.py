@@ -111,8 +111,8 @@ def _spread(session: Session) -> Iterator[Example]:
 def prompt_of(
     row: Example, system: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, bool] | None:
-    """The prompt of a row as a person writes it, and whether the system prompt is joined to it; None where it is longer, has further turns
-    or cannot be told from the tokens."""
+    """The prompt of a row as a person writes it, and whether the system prompt is joined to it; None where it is
+    longer, has further turns or cannot be told from the tokens."""
     tokens = row.tokens[: row.prompt_length]
     tokens = tokens[tokens < len(tokenizer)]  # a soft prompt has no text
     if len(tokens) > MOST_SYSTEM + MOST_PROMPT:
