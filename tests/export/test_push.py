@@ -14,6 +14,7 @@ import yaml
 from deltaw.export.push import push
 from deltaw.runs.fit import fit
 from tests import hub_server, processes
+from tests.byte_models import saved, tiny_llama
 from tests.cli.conftest import Ended, assert_refused, changed
 from tests.conftest import COLORS
 from tests.data.conftest import refusal
@@ -76,7 +77,9 @@ def sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_a_push_sends_the_adapter_as_it_is_privately_and_neither_rows_nor_paths_nor_the_token(deltaw, hub, home, run):
+def test_a_push_sends_the_adapter_as_it_is_privately_and_neither_rows_nor_paths_nor_the_token(
+    deltaw, hub, home, run, model_folder
+):
     ended = deltaw("push", run, "me/painter", "--base", "me/tiny", "--json")
     told, repository = json.loads(ended.out), hub.repositories["models/me/painter"]
     files = repository.files
@@ -87,7 +90,8 @@ def test_a_push_sends_the_adapter_as_it_is_privately_and_neither_rows_nor_paths_
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/tiny"
     assert json.loads(files["prompts.json"]) == {"system": "You paint.", "joined": False, "examples": []}
     everything = b"\n".join(files.values()).decode("utf-8", "replace")
-    assert "paint it" not in everything and "secret-place" not in everything and str(run.parent) not in everything
+    for private in ("paint it", "secret-place", str(run.parent), str(model_folder.parent)):
+        assert private not in everything, private
     assert TOKEN not in everything and any(TOKEN in h.get("authorization", "") for _, h, _ in hub.requests)
     kept = [file for place in (home, run) for file in place.rglob("*") if file.is_file()]
     assert kept and not any(TOKEN.encode() in file.read_bytes() for file in kept)
@@ -214,6 +218,20 @@ def test_secrets_that_somebody_wrote_into_settings_are_removed(deltaw, hub, run,
     assert "REMOVED" in text and "a1a1" not in text and "me:pass" not in text
 
 
+@pytest.mark.slow
+def test_a_base_model_that_is_here_is_compared_by_its_weights(deltaw, hub, run, model_folder, tmp_path):
+    upload(hub, "models/me/same", model_folder)
+    upload(hub, "models/me/different", saved(tiny_llama(seed=1, initializer_range=0.3), tmp_path / "other"))
+    for name in ("me/same", "me/different"):
+        deltaw("generate", name, "--prompt", "x", "--max-new-tokens", 1)
+    told = json.loads(deltaw("push", run, "me/compared", "--base", "me/same", "--json").out)
+    commit = hub.repositories["models/me/same"].branches["main"]
+    assert (told["base_model"], told["base_revision"]) == ("me/same", commit)
+    assert "not compared" not in hub.repositories["models/me/compared"].files["README.md"].decode()
+    refused = deltaw("push", run, "me/compared", "--base", "me/different", status=None)
+    assert_refused(refused, "other weights than the run was trained on")
+
+
 def upload(hub: Hub, key: str, folder: Path, *names: str) -> str:
     made = hub.repositories.setdefault(key, Repository())
     files = [file for file in folder.iterdir() if not names or file.name in names]
@@ -248,18 +266,27 @@ def test_model_rows_and_adapter_by_hub_id_with_the_commits_noted_and_answers_as_
     here = json.loads(deltaw("generate", tmp_path / "run", *ask).out)
     assert json.loads(deltaw("generate", "me/from-hub", *ask).out) == here
     assert json.loads(deltaw("generate", "me/from-hub@main", *ask, offline=True).out) == here
-    deltaw("merge", "me/from-hub", "--output", tmp_path / "merged", "--no-verify")
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_and_inspected_by_its_hub_id_and_a_merged_model_pushed(
+    deltaw, hub, run, model_folder, tmp_path
+):
+    upload(hub, "models/me/tiny", model_folder)
+    deltaw("push", run, "me/adapter", "--base", "me/tiny")
+    deltaw("merge", "me/adapter", "--model", "me/tiny", "--output", tmp_path / "merged", "--no-verify")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    deltaw("push", tmp_path / "run", "me/whole", "--merged", tmp_path / "merged")
+    deltaw("push", run, "me/whole", "--base", "me/tiny", "--merged", tmp_path / "merged")
     whole = hub.repositories["models/me/whole"].files
     assert sha(whole["model.safetensors"]) == sha((tmp_path / "merged" / "model.safetensors").read_bytes())
     assert b"base_model_relation: finetune" in whole["README.md"] and "adapter_config.json" not in whole
-    assert "rank" in deltaw("inspect", "me/from-hub").out
+    assert "rank" in deltaw("inspect", "me/adapter").out
     missing = deltaw("merge", "me/nothing", "--output", tmp_path / "no", status=None)
     assert_refused(missing, "no such adapter")
-    assert_refused(deltaw("merge", "me/base", "--output", tmp_path / "no", status=None), "holds no adapter")
+    assert_refused(deltaw("merge", "me/tiny", "--output", tmp_path / "no", status=None), "holds no adapter")
 
 
+@pytest.mark.slow
 def test_a_data_set_is_read_at_one_commit_which_the_run_notes_also_where_the_hub_is_not_asked(
     deltaw, hub, model_folder, tmp_path
 ):
