@@ -44,13 +44,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deltaw(hub: Hub, home: Path) -> Deltaw:
-    """``deltaw`` in a process whose client knows this hub alone."""
+    """``deltaw``, or Python behind ``-c``, in a process whose client knows this hub alone."""
     imported = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     imported |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DELTAW_CACHE": str(home / "deltaw")}
 
     def call(*arguments: object, token: str = TOKEN, status: int | None = 0, offline: bool = False) -> Ended:
         known = {**imported, "HF_HUB_OFFLINE": str(int(offline))}
-        process = processes.start("-m", "deltaw", *arguments, cwd=home, env={"HF_TOKEN": token}, imported=known)
+        what = arguments if arguments[0] == "-c" else ("-m", "deltaw", *arguments)
+        process = processes.start(*what, cwd=home, env={"HF_TOKEN": token}, imported=known)
         out, err = process.communicate(timeout=300)
         ended = Ended(process.wait(60), out, err)
         assert status in (None, ended.status), ended
@@ -232,6 +233,17 @@ def test_a_base_model_that_is_here_is_compared_by_its_weights(deltaw, hub, run, 
     assert_refused(refused, "other weights than the run was trained on")
 
 
+SERVING = """
+import json, sys
+from deltaw.serving.http.opening import Opening, open_any
+from deltaw.serving.http.settings import Limits, named_folders
+base, named, model = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+served = open_any(base, named_folders(named), Opening(model=model), Limits(), say=print)
+print(served.name, *served.adapters())
+served.close()
+"""
+
+
 def upload(hub: Hub, key: str, folder: Path, *names: str) -> str:
     made = hub.repositories.setdefault(key, Repository())
     files = [file for file in folder.iterdir() if not names or file.name in names]
@@ -274,6 +286,9 @@ def test_an_adapter_is_merged_and_inspected_by_its_hub_id_and_a_merged_model_pus
 ):
     upload(hub, "models/me/tiny", model_folder)
     deltaw("push", run, "me/adapter", "--base", "me/tiny")
+    for base, named, model in (("me/tiny", ["it=me/adapter"], None), ("me/adapter", [], "me/tiny")):
+        served = deltaw("-c", SERVING, base, json.dumps(named), json.dumps(model))
+        assert served.out.split()[-2:] == ["me/tiny", "it" if named else "adapter"], served
     deltaw("merge", "me/adapter", "--model", "me/tiny", "--output", tmp_path / "merged", "--no-verify")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     deltaw("push", run, "me/whole", "--base", "me/tiny", "--merged", tmp_path / "merged")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from deltaw.data.example import Example, rows_of
 from deltaw.errors import UserError
-from deltaw.export.base import Say, base_of
-from deltaw.export.formats import MergeOptions, chat_of, export
+from deltaw.export.base import MergeOptions, Say, base_of
+from deltaw.export.formats import chat_of, export
 from deltaw.export.programs import Program, Unreachable
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in

@@ -147,7 +147,10 @@ def public_base(run: Run, config: RunConfig, given: str | None, say: Say) -> Pub
         return PublicBase(name, note=f"The base model `{name}` is not a hub id: name your copy of it with `--model`.")
     named = PublicBase(str(source.location), source.revision)
     if given is None or given == config.model:
-        return replace(named, revision=run.part("revisions").get(config.model) or source.revision)
+        commit = run.part("revisions").get(config.model)
+        if commit is None:  # a run of an earlier version, or a path that only looks like a hub id
+            say(f"warning: the run does not note which commit of '{config.model}' it used, nor that it is on the hub")
+        return replace(named, revision=commit or source.revision)
     here = already_here(given)
     same = None
     if here is not None:
