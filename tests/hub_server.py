@@ -236,7 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(content, **headers)
 
     def validate(self) -> None:
-        self._answer({"errors": [], "warnings": []})
+        content = json.loads(self.body)["content"]
+        base = yaml.safe_load(content.split("---")[1]).get("base_model", "any/model") if "---" in content else ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            return self._answer({"errors": [], "warnings": []})
+        self._answer({"errors": [{"message": f'"base_model" with value "{base}" is not valid'}], "warnings": []}, 400)
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
         if self._writable() and (found := self._repository(kind, name, revision)):

@@ -202,6 +202,16 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(deltaw, hub, run):
     assert max(map(len, (listed.out + listed.err).replace("\r", "\n").splitlines())) <= 80 and not hub.requests
 
 
+def test_a_base_model_that_is_not_on_the_hub_is_named_in_the_card_and_not_in_its_metadata(
+    deltaw, hub, run, model_folder
+):
+    assert "others cannot load this" in deltaw("push", run, "me/local").err
+    files = hub.repositories["models/me/local"].files
+    card = files["README.md"].decode()
+    assert "base_model" not in card.split("---")[1] and f"`{model_folder.name}` is not a hub id" in card
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == model_folder.name
+
+
 def test_a_repository_of_another_base_or_of_a_model_is_not_pushed_over(deltaw, hub, run):
     other = hub.repositories["models/me/other"] = Repository(private=True)
     other.commit({"adapter_config.json": json.dumps({"base_model_name_or_path": "you/else"}).encode()})

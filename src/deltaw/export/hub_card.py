@@ -17,6 +17,7 @@ from deltaw.data.mixture import Train, references
 from deltaw.data.settings import eval_sets, held_out_reference
 from deltaw.data.sources import is_on_hub
 from deltaw.hub import packages
+from deltaw.hub.folders import resolve_hub_id
 from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import OF_PEFT
 from deltaw.settings import RunConfig
@@ -92,7 +93,9 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
         merged: for the merged model instead of the adapter.
     """
     name, method, task = repo.rpartition("/")[2], config.method, config.task
-    head = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}
+    head: dict[str, object] = {}
+    if resolve_hub_id(base.name) is not None:  # a hub refuses any other name
+        head = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}
     head |= {"library_name": "peft"} if method in OF_PEFT and not merged else {}
     head |= {"library_name": "transformers"} if merged else {}
     head |= {"pipeline_tag": _PIPELINES[task]} if task in _PIPELINES else {}
