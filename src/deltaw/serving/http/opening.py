@@ -79,9 +79,9 @@ def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: L
     Raises:
         UserError: the model or an adapter cannot be used.
     """
-    base = str(adapter_folder(base, required=False))
     folders = {name: adapter_folder(folder) for name, folder in folders.items()}
-    is_run = is_adapter(Path(base))  # it says itself what it does
+    is_run = is_adapter(fetched := adapter_folder(base, required=False))  # it says itself what it does
+    base = str(fetched) if is_run else base
     known = base if is_run else opening.model or base
     kind = what_it_serves(known, **opening.how)
     if kind == "text":
