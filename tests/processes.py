@@ -41,13 +41,19 @@ MESSAGE_BYTES = 1 << 20
 class Process:
     """A forked process: as much of :class:`subprocess.Popen` as tests use."""
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], cwd: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str | os.PathLike[str] | None,
+        imported: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self._output, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         reading, self._input = os.pipe()
         self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         message = {"arguments": list(arguments), "env": dict(env), "cwd": os.fspath(cwd or os.getcwd())}
         given = [reading, self._output.fileno(), self._errors.fileno(), status.fileno()]
-        socket.send_fds(_server(), [json.dumps(message).encode()], given)
+        socket.send_fds(_server(imported), [json.dumps(message).encode()], given)
         os.close(reading)
         status.close()
         self.pid = int(self._status.recv(64))
@@ -106,10 +112,16 @@ class Process:
 
 
 def start(
-    *arguments: object, cwd: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None
+    *arguments: object,
+    cwd: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    imported: Mapping[str, str] | None = None,
 ) -> Process:
-    """What ``python *arguments`` is, with ``-m module`` or ``-c code`` first; ``env`` is added to the environment."""
-    return Process([str(argument) for argument in arguments], {**os.environ, **(env or {})}, cwd)
+    """What ``python *arguments`` is, with ``-m module`` or ``-c code`` first; ``env`` is added to the environment, and
+    ``imported`` also to that in which libraries are imported."""
+    imported = imported or {}
+    environment = {**os.environ, **imported, **(env or {})}
+    return Process([str(argument) for argument in arguments], environment, cwd, tuple(sorted(imported.items())))
 
 
 def run_forked(command: Sequence[object], **_: object) -> subprocess.CompletedProcess[str]:
@@ -120,8 +132,8 @@ def run_forked(command: Sequence[object], **_: object) -> subprocess.CompletedPr
 
 
 @functools.cache
-def _server() -> socket.socket:
-    """The connection to the server, which ends with it."""
+def _server(imported: tuple[tuple[str, str], ...] = ()) -> socket.socket:
+    """The connection to the server whose libraries were imported with these variables; it ends with the connection."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     size = 4 * MESSAGE_BYTES
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
@@ -129,7 +141,7 @@ def _server() -> socket.socket:
         subprocess.Popen(
             [sys.executable, "-m", "tests.processes", str(theirs.fileno())],
             cwd=Path(__file__).resolve().parents[1],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, **dict(imported), "PYTHONPATH": os.pathsep.join(sys.path)},
             pass_fds=[theirs.fileno()],
         )
     return ours

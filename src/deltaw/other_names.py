@@ -42,6 +42,8 @@ _VERBS = {
     "inspect": "info describe",
     "merge": "fuse merge_and_unload",
     "export": "convert quantize gguf",
+    "push": "upload publish push_to_hub",
+    "deploy": "ollama lmstudio lm-studio",
     "doctor": "env diagnose",
     "init": "new create setup config configure wizard",
 }

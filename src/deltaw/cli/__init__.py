@@ -42,6 +42,8 @@ VERBS = {
     "inspect": "an adapter's rank, size, targets and norms on one page, or two adapters compared",
     "merge": "a run and its base model as one model, or several adapters as one",
     "export": "an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT",
+    "push": "a run's adapter to a model hub, with a model card",
+    "deploy": "a run in Ollama or LM Studio, its answers compared",
     "doctor": "what this machine is, what is slow on it and why",
     "init": "ask three questions, and write a commented settings file",
     "schema": "the JSON schema of the settings file, for editors",
@@ -61,7 +63,7 @@ deltaw fine-tunes a language model on your rows. From a file to an adapter:
 'deltaw --help' lists all verbs, 'deltaw VERB --help' the flags of one."""
 
 # Verbs that leave files, or serve: they go on if nobody reads any more what they print. The others end.
-GOING_ON = ("train", "compare", "tune", "merge", "export", "serve", "init")
+GOING_ON = ("train", "compare", "tune", "merge", "export", "push", "deploy", "serve", "init")
 
 
 class _Printed(io.FileIO):

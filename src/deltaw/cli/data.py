@@ -8,26 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaw.cli.mistakes import no_part
-from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import Parts, Verb, console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     from deltaw.settings import RunConfig
 
 
-class _Parts(click.Group):
-    """Names the parts to whoever gives another word, or none."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise no_part(ctx, args[0])
-        return super().resolve_command(ctx, args)
-
-
-@click.group("data", cls=_Parts, no_args_is_help=False)
+@click.group("data", cls=Parts, no_args_is_help=False)
 def command() -> None:
     """What rows become when a model is trained on them, and what is wrong with them."""
 

@@ -32,6 +32,7 @@ _MORE = {
     "serve": "deltaw serve {first} --adapter NAME={more}",
     "merge": "deltaw merge {first} --output {more}",
     "export": "deltaw export {first} --format FORMAT --output {more}",
+    "push": "deltaw push {first} {more}",
     "compare": "deltaw compare {first} --methods {more}",
     "doctor": "deltaw doctor --model {more}",
 }
@@ -85,7 +86,9 @@ def no_part(context: click.Context, word: str | None) -> UserError:
     """The refusal of a word behind a verb that has parts, or of none."""
     assert isinstance(context.command, click.Group)
     path, parts = context.command_path, sorted(context.command.list_commands(context))
-    file = shlex.quote(word) if word and (Path(word).exists() or Path(word).suffix) else "FILE"
+    given = shlex.quote(word) if word and (Path(word).exists() or Path(word).suffix) else None
+    first = context.command.get_command(context, parts[0])
+    file = given or (first.params[0].human_readable_name if first else "FILE")
     near = nearest(word or "", parts)
     hint = f"did you mean '{path} {near[0]}'?" if near else " or ".join(f"{path} {part} {file}" for part in parts)
     what = f"'{word}' is neither {' nor '.join(parts)}" if word else f"{' or '.join(parts)} is missing"
@@ -93,14 +96,14 @@ def no_part(context: click.Context, word: str | None) -> UserError:
 
 
 class RunArgument(click.Path):
-    """The folder of a run or an adapter, a run's name in the folder ``runs``, or a model."""
+    """The folder of a run or an adapter, a run's name in the folder ``runs``, a hub id, or a model."""
 
     models = True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path, name = Path(os.path.expanduser(value)), value.partition("@")[0]
         is_hub_id = name.count("/") == 1 and path.parts[0] != RUNS and not path.parent.is_dir()
-        is_model = self.models and (value.startswith("pypi:") or is_hub_id or value.lower().endswith(".gguf"))
+        is_model = is_hub_id or (self.models and (value.startswith("pypi:") or value.lower().endswith(".gguf")))
         if path.is_file() and not is_model:
             raise _file_for_run(path, value, str(ctx and ctx.info_name), ctx.params if ctx else {})
         if path.exists() or is_model:

@@ -11,6 +11,7 @@ import click
 import yaml
 from click.shell_completion import CompletionItem
 
+from deltaw.cli.mistakes import no_part
 from deltaw.errors import UserError
 from deltaw.other_names import SHORT
 from deltaw.reports.tables import Output
@@ -97,6 +98,17 @@ def _by_section(flags: Mapping[str, str]) -> dict[str, Sequence[str]]:
         title = f"{section} ({told})" if section else "General"
         groups.setdefault(title, []).append(name)
     return {**groups}
+
+
+class Parts(click.Group):
+    """Names the parts to whoever gives another word, or none."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise no_part(ctx, args[0])
+        return super().resolve_command(ctx, args)
 
 
 class SettingFlag(click.Option):

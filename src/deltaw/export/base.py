@@ -22,7 +22,7 @@ from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained, changes_of
 from deltaw.export.combine import Combination, Recipe, combine
 from deltaw.hub.checkpoint import Checkpoint, Names, names_on_disk, note_stored, read_checkpoint, values_in_folder
-from deltaw.hub.folders import Source, local_folder, resolve
+from deltaw.hub.folders import Source, adapter_folder, local_folder, resolve
 from deltaw.hub.loading import LoadedModel, load, read_config, skeleton
 from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
@@ -261,8 +261,9 @@ def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
     """
     dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
     with contextlib.ExitStack() as stack, working("reading the adapter"):
+        run, *others = (adapter_folder(folder) for folder in (run, *options.others))
         base = base_of(run, dtype, options, say)
-        plain = [stack.enter_context(plain_adapter(folder, base, say)) for folder in (run, *options.others)]
+        plain = [stack.enter_context(plain_adapter(folder, base, say)) for folder in (run, *others)]
         adapters = tuple(changes_of(folder, base.skeleton()) for folder in plain)
         if options.recipe is None and len(adapters) > 1:
             raise ValueError("several adapters need a recipe")

@@ -22,6 +22,7 @@ from deltaw.export.base import MergeOptions, Say, base_of
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
+from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
 from deltaw.training.prompting import read_prompting
 
@@ -94,22 +95,38 @@ def modelfile(
     lines = [f"FROM {_path(source)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
-    notes = []
-    if tokenizer is not None:
-        found = form_of(tokenizer)
-        if found is not None:
-            form, of_template = found
-            lines.append(f'TEMPLATE """{form.go}"""')
-            system = system or of_template or ""
-        elif tokenizer.chat_template:
-            notes.append("the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one")
-        stops = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
-        lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop.strip()]
-    if _QUOTES in system:
+    found, notes = chat_of(tokenizer, ends, system)
+    if found.template:
+        lines.append(f'TEMPLATE """{found.template}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in found.stops]
+    if _QUOTES in found.system:
         notes.append(f"the system prompt holds {_QUOTES}, which no Modelfile can: it has {_OTHER_QUOTES} instead")
-    if system:
-        lines.append(f"SYSTEM {_QUOTES}{system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
+    if found.system:
+        lines.append(f"SYSTEM {_QUOTES}{found.system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
     return "\n".join(lines) + "\n", notes
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a model is talked with: Ollama's template in Go, the texts that end an answer, the system prompt; each may
+    be empty."""
+
+    template: str = ""
+    stops: tuple[str, ...] = ()
+    system: str = ""
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = "") -> tuple[Chat, list[str]]:
+    """How a model is talked with, and what to say about it; arguments as those of :func:`modelfile`."""
+    if tokenizer is None:
+        return Chat(system=system), []
+    form, of_template = form_of(tokenizer) or (None, None)
+    notes = []
+    if form is None and tokenizer.chat_template:
+        notes.append("the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one")
+    texts = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
+    stops = tuple(stop for stop in texts if stop.strip())
+    return Chat("" if form is None else form.go, stops, system or of_template or ""), notes
 
 
 def form_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Form, str | None] | None:
@@ -197,7 +214,7 @@ def export(
     """Write the adapter in ``run`` in another program's format.
 
     Args:
-        run: a run's folder, or an adapter's in PEFT's format.
+        run: a run's folder, or an adapter's in PEFT's format; or an adapter's hub id.
         format_name: a key of :data:`FORMATS`.
         output: a file that ends in ``.gguf`` or a folder for one; a folder for the other formats.
         kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and q8_0 for a model.
@@ -209,7 +226,7 @@ def export(
     Raises:
         UserError: the format cannot hold the adapter, or the output cannot be written.
     """
-    run, output = Path(run), Path(output)
+    run, output = adapter_folder(run), Path(output)
     if format_name in _REFUSED:
         raise UserError(f"'{format_name}' is not exported here", where="--format", hint=_REFUSED[format_name])
     if format_name not in FORMATS:
@@ -230,7 +247,7 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
         hint = f"use {', '.join(dict.fromkeys(_KINDS[format_name]))}"
         raise UserError(f"{format_name} does not store numbers as '{kind}'", where="--type", hint=hint)
     in_folder = output.suffix.lower() != ".gguf"
-    path = output / f"{run.resolve().name}-{kind}.gguf" if in_folder else output
+    path = output / f"{short_name(run)}-{kind}.gguf" if in_folder else output
     beside = output / "Modelfile" if in_folder else output.with_suffix(".Modelfile")
     for file in (path, beside):
         if file.is_dir() or (file.exists() and not options.overwrite):
@@ -249,5 +266,5 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
     for note in notes:
         say(f"note: {note}")
     told = [f"system prompt of the rows, as SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
-    told.append(f"next: ollama create {shlex.quote(run.resolve().name)} -f {shlex.quote(os.fspath(beside))}")
+    told.append(f"next: ollama create {shlex.quote(short_name(run))} -f {shlex.quote(os.fspath(beside))}")
     return Export(format_name, [str(path), str(beside)], written.facts, written.lines, told)

@@ -26,7 +26,7 @@ from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, read_plain, require_lora
 from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
-from deltaw.lora.peft_format import DEFAULTS, PREFIX, target_entries
+from deltaw.lora.peft_format import DEFAULTS, PREFIX, base_settings, target_entries
 from deltaw.tasks import entry_of
 from deltaw.tensor_files import save_tensors
 
@@ -176,7 +176,7 @@ def _for_peft(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[s
     return tensors, {
         **DEFAULTS,
         "alora_invocation_tokens": None if adapter.invocation is None else list(adapter.invocation),
-        "base_model_name_or_path": base.reference,
+        **base_settings(base.reference),
         "fan_in_fan_out": base.config.model_type == "gpt2",
         "lora_alpha": int(alike.alpha),
         "r": alike.rank,

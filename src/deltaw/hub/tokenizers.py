@@ -31,7 +31,7 @@ from deltaw.machine.memory import trim_memory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 # What else a tokenizer's behavior depends on.
-_BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _BUILT: weakref.WeakValueDictionary[tuple[object, ...], PreTrainedTokenizerBase] = weakref.WeakValueDictionary()
 
 
@@ -129,7 +129,7 @@ _FOUR_BYTES = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4")
 
 def _stamps(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each file that decides what the tokenizer is."""
-    files = [folder / name for name in (*TOKENIZER_FILES, *_BESIDE)] + sorted(folder.glob("*.jinja"))
+    files = [folder / name for name in (*TOKENIZER_FILES, *BESIDE)] + sorted(folder.glob("*.jinja"))
     found = [(file.name, file.stat()) for file in files if file.is_file()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 

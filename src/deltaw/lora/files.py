@@ -144,7 +144,7 @@ def write_adapter(
     """Write an adapter's two files, each complete or not at all."""
     save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", **metadata})
     durable.write_text(folder / CONFIG_NAME, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    if isinstance(base_model := settings.get("base_model_name_or_path"), str):
+    if (base_model := peft_format.base_reference(settings)) is not None:
         remember_named("model", base_model)
 
 

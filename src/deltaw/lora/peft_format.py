@@ -105,6 +105,9 @@ def without_wrappers(name: str) -> str:
 PEFT_FORMAT = "0.21.2"
 """The version of PEFT whose files these are."""
 
+# A hub id with a revision.
+_WITH_REVISION = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@(\w[\w./-]*)")
+
 _UNSET = """
     alora_invocation_tokens arrow_config auto_mapping base_model_name_or_path corda_config eva_config
     exclude_modules kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config megatron_config
@@ -164,7 +167,7 @@ def settings_of(
     settings = DEFAULTS | {
         "alora_invocation_tokens": config.invocation_tokens,
         "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
-        "base_model_name_or_path": base_model,
+        **base_settings(base_model),
         "bias": config.bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for _, layer in record.adapted()),
         "init_lora_weights": config.init if config.init in ("gaussian", "orthogonal") else True,
@@ -185,6 +188,22 @@ def settings_of(
         kind = type(model)
         settings["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return settings
+
+
+def base_settings(base_model: str | None) -> dict[str, str | None]:
+    """How PEFT names a base model: a hub id's revision, as in ``owner/name@revision``, has a key of its own."""
+    found = _WITH_REVISION.fullmatch(base_model or "")
+    name, revision = found.groups() if found else (base_model, None)
+    return {"base_model_name_or_path": name, "revision": revision}
+
+
+def base_reference(settings: Mapping[str, object]) -> str | None:
+    """The base model that an ``adapter_config.json`` names, as one reference; None where it names none."""
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(name, str) or not isinstance(revision, str):
+        return name if isinstance(name, str) else None
+    joined = f"{name}@{revision}"
+    return joined if _WITH_REVISION.fullmatch(joined) else name
 
 
 def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:

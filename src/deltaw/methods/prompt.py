@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.errors import UserError
 from deltaw.lora.files import read_tensors, task_type_of
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
-from deltaw.lora.peft_format import PEFT_FORMAT
+from deltaw.lora.peft_format import PEFT_FORMAT, base_reference, base_settings
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method
@@ -84,7 +84,7 @@ class PromptFile:
         """The content of ``adapter_config.json``: every key that PEFT writes."""
         return {
             "auto_mapping": None,
-            "base_model_name_or_path": self.base_model,
+            **base_settings(self.base_model),
             "inference_mode": True,
             "modules_to_save": list(self.whole_modules) or None,
             "num_attention_heads": self.heads,
@@ -95,7 +95,6 @@ class PromptFile:
             "peft_version": PEFT_FORMAT,
             "prompt_tuning_init": self.init,
             "prompt_tuning_init_text": self.text,
-            "revision": None,
             "task_type": self.task_type,
             "token_dim": self.prompt.shape[1],
             "tokenizer_kwargs": None,
@@ -147,7 +146,7 @@ def read_prompt(folder: Path) -> PromptFile:
         whole={name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()},
         init=text_or_none(settings.get("prompt_tuning_init")) or "RANDOM",
         text=text_or_none(settings.get("prompt_tuning_init_text")),
-        base_model=text_or_none(settings.get("base_model_name_or_path")),
+        base_model=base_reference(settings),
         task_type=text_or_none(settings.get("task_type")),
     )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deltaw.experiments.comparison import without_nan
 from deltaw.export.combine import angles, inner, norm
+from deltaw.hub.folders import adapter_folder
 from deltaw.lora import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
@@ -249,6 +250,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     Raises:
         UserError: the folder holds no adapter, or a damaged one.
     """
+    folder = adapter_folder(folder)
     adapter = read_adapter(folder)
     content = content_of(adapter)
     modules = [_update(update) for update in sorted(content.updates, key=lambda one: natural(one.name))]

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.export.deploy import Deployed
 from deltaw.reports.tables import Cell, one_line, table
 from deltaw.training.drift import GeneralAnswer
 from deltaw.training.evaluation.base import SHARES
@@ -66,6 +67,16 @@ def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]
         for question, expected, written in rows
     ]
     return table(heads, lines, left=len(heads), fold=True)
+
+
+def agreement_table(deployed: Deployed) -> Table:
+    """Questions with the answers of a run and of the program that it was deployed to; equal ones are green."""
+    lines: list[list[Cell]] = []
+    for one in deployed.asked:
+        style = "green" if one.exact else ""
+        answers = [Text(one_line(text, ANSWER), style=style) for text in (one.run, one.program)]
+        lines.append([one_line(one.question, ANSWER, end=True), *answers, Text(f"{one.similarity:.0%}", style=style)])
+    return table(["question", "run", deployed.program, "similar"], lines, left=3, fold=True)
 
 
 def general_table(rows: Sequence[GeneralAnswer]) -> Table:

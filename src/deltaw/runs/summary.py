@@ -21,11 +21,15 @@ import numpy as np
 import psutil
 
 from deltaw.data.example import Example, rows_of
-from deltaw.data.mixture import shown
+from deltaw.data.mixture import references, shown
 from deltaw.data.pieces import pieces
+from deltaw.data.settings import eval_sets
+from deltaw.data.sources import commit_of
 from deltaw.durable import write_text
+from deltaw.hub.folders import already_here, resolve_hub_id
 from deltaw.machine.processor import processor_name, usable_processors
 from deltaw.runs.folder import FINISHED, FOLDER
+from deltaw.settings import RunConfig
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import SHARES, Evaluation
 from deltaw.training.session import Session
@@ -237,6 +241,7 @@ def facts(session: Session, plan: Plan | None, chosen: Mapping[str, Choice], lim
             "model": config.model,
             "task": config.task,
             "method": config.method,
+            "revisions": revisions(config),
             "writes_text": not session.task.has_labels,
             "total_steps": session.total_steps,
             "data": {
@@ -258,6 +263,15 @@ def facts(session: Session, plan: Plan | None, chosen: Mapping[str, Choice], lim
         }
     )
     return found
+
+
+def revisions(config: RunConfig) -> dict[str, str]:
+    """What the settings name on a hub, each with the commit that its revision stands for."""
+    model = already_here(config.model) if resolve_hub_id(config.model) else None
+    rows = (*references(config.data.train), *eval_sets(config.data.eval).values())
+    found = {text: commit_of(text) for text in rows if isinstance(text, str)}
+    found[config.model] = None if model is None else model.rpartition("@")[2]
+    return {name: commit for name, commit in found.items() if commit is not None}
 
 
 def told_choices(chosen: Mapping[str, Choice]) -> dict[str, object]:

@@ -29,8 +29,9 @@ from deltaw.data.invocation import last_occurrence
 from deltaw.data.messages import Message
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.hub.folders import already_here
+from deltaw.hub.folders import adapter_folder, already_here
 from deltaw.hub.loading import LoadedModel, load
+from deltaw.lora.peft_format import base_reference
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
@@ -76,7 +77,7 @@ class FoundFolder:
         Raises:
             UserError: nobody names it.
         """
-        named = self.run.model if self.run is not None else self.adapter.get("base_model_name_or_path")
+        named = self.run.model if self.run is not None else base_reference(self.adapter)
         if model is None and not (isinstance(named, str) and named):
             what = "the adapter does not say which model it belongs to"
             raise UserError(what, where=str(self.folder / ADAPTER_CONFIG), hint="name the base model with --model")
@@ -362,7 +363,7 @@ def open_run(
     """Load a run's folder (base model and adapter), an adapter of PEFT's, or a bare model.
 
     Args:
-        reference: a folder with an adapter, else anything that names a model.
+        reference: a folder or a hub id with an adapter, else anything that names a model.
         model: the base model, where it is not the one that the folder names.
         precision: auto takes a run's own, where the run named one and this device has it.
         task: what a bare model is to do; an adapter says that itself.
@@ -371,7 +372,7 @@ def open_run(
     Raises:
         UserError: something cannot be loaded, or the folder names what the caller has to allow.
     """
-    folder = Path(reference)
+    folder = adapter_folder(reference, required=False)
     adapter = is_adapter(folder)
     found = None
     if adapter or (folder / SETTINGS).is_file():

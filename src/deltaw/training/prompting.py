@@ -94,7 +94,7 @@ def prompting_of(session: Session) -> Prompting:
         return Prompting()
     found: dict[str, bool] = {}
     for row in _spread(session):
-        if len(found) < EXAMPLES and (one := _asked(row, system, session.config.data, tokenizer)) is not None:
+        if len(found) < EXAMPLES and (one := prompt_of(row, system, session.config.data, tokenizer)) is not None:
             found.setdefault(*one)
     return Prompting(system, any(found.values()), tuple(found))
 
@@ -108,11 +108,11 @@ def _spread(session: Session) -> Iterator[Example]:
                 yield row
 
 
-def _asked(
+def prompt_of(
     row: Example, system: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, bool] | None:
-    """The prompt of a row, and whether the system prompt is joined to it; None where it is longer, has further turns
-    or cannot be told from the tokens."""
+    """The prompt of a row as a person writes it, and whether the system prompt is joined to it; None where it is
+    longer, has further turns or cannot be told from the tokens."""
     tokens = row.tokens[: row.prompt_length]
     tokens = tokens[tokens < len(tokenizer)]  # a soft prompt has no text
     if len(tokens) > MOST_SYSTEM + MOST_PROMPT:

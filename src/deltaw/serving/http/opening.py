@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from deltaw.data.report import quoted
 from deltaw.errors import UserError
+from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.serving.adapters import AdapterFacts, no_adapter
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.batch import BatchLimits
@@ -78,7 +79,9 @@ def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: L
     Raises:
         UserError: the model or an adapter cannot be used.
     """
-    is_run = is_adapter(Path(base))  # it says itself what it does
+    folders = {name: adapter_folder(folder) for name, folder in folders.items()}
+    is_run = is_adapter(fetched := adapter_folder(base, required=False))  # it says itself what it does
+    base = str(fetched) if is_run else base
     known = base if is_run else opening.model or base
     kind = what_it_serves(known, **opening.how)
     if kind == "text":
@@ -90,7 +93,7 @@ def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: L
         vectors: dict[str, Any] = {"pooling": opening.pooling, "normalize": opening.normalize}
         encoders = open_embedder(base, name, say=say, **vectors, **opening.how)
     else:
-        name = opening.name or (check_name(Path(base).resolve().name, base) if is_run else base)
+        name = opening.name or (check_name(short_name(Path(base)), base) if is_run else base)
         if name in folders:
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
         paths = {adapter: str(folder) for adapter, folder in folders.items()}
@@ -111,7 +114,7 @@ def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say
     """
     folders = dict(folders)
     if is_adapter(Path(base)):
-        own = check_name(Path(base).resolve().name, base)
+        own = check_name(short_name(Path(base)), base)
         if own in folders:
             raise UserError(f"two adapters are named '{own}'", where=base)
         folders[own] = Path(base)

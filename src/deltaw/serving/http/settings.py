@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.errors import UserError
+from deltaw.hub.folders import resolve_hub_id
 
 # The names that adapters may have in requests: they stand in JSON, logs and metrics, never in paths.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -159,7 +160,7 @@ def read_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Adapters as they are named on the command line: ``name=folder``.
+    """Adapters as they are named on the command line: ``name=folder``, or a hub id in the folder's place.
 
     Raises:
         UserError: one is not written so, its name is none, or is given twice.
@@ -172,7 +173,7 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
         check_name(name, "--adapter")
         if name in folders:
             raise UserError(f"two adapters are named '{name}'", where="--adapter")
-        if not Path(folder).is_dir():
+        if not Path(folder).is_dir() and resolve_hub_id(folder) is None:
             raise UserError("there is no such folder", where=f"--adapter {text}")
         folders[name] = Path(folder)
     return folders
