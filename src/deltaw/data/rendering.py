@@ -29,6 +29,7 @@ from jinja2.visitor import NodeTransformer
 
 from deltaw.data.messages import REASONING
 from deltaw.errors import UserError
+from deltaw.platforms import dated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -691,4 +692,7 @@ def _now(format: str) -> str:
     """``strftime_now`` in a template."""
     if len(format) > _LONGEST_DATE:
         raise TemplateLimitError("it asks for a very long date")
-    return datetime.datetime.now().strftime(format)
+    try:
+        return dated(datetime.datetime.now(), format)
+    except ValueError as error:  # Windows alone checks
+        raise jinja2.TemplateError(f"its date format '{format}' cannot be used: {error}") from error

@@ -469,7 +469,7 @@ def _require_optuna() -> None:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("the search needs Optuna, which is not installed", hint="pip install 'deltaw[tune]'") from error
+        raise UserError("the search needs Optuna, which is not installed", hint='pip install "deltaw[tune]"') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
