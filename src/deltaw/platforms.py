@@ -87,7 +87,7 @@ def refuse_names(path: str | os.PathLike[str]) -> None:
     Raises:
         UserError: a part of the path is such a name.
     """
-    given = PureWindowsPath(path)
+    given = PureWindowsPath(os.fspath(path))
     for part in given.parts[bool(given.anchor) :] if WINDOWS else ():
         strange = _FORBIDDEN.search(part) or _DEVICE.fullmatch(part) or part[-1] in ". "
         if strange and part not in (".", ".."):
