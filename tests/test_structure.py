@@ -139,7 +139,17 @@ def test_training_does_not_print(imports: list[Import]) -> None:
 
 @pytest.mark.parametrize("package", ["kernels", "lora"])
 def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str, imports: list[Import]) -> None:
-    below = ("errors", "private_names", "platforms", "contained", "durable", "named", "tensor_files", "kernels", package)
+    below = (
+        "errors",
+        "private_names",
+        "platforms",
+        "contained",
+        "durable",
+        "named",
+        "tensor_files",
+        "kernels",
+        package,
+    )
     known = {f"deltaw.{name}" for name in below} | FOUNDATION | sys.stdlib_module_names
     found = [str(i) for i in imports if _package_of(i.module) == package]
     bare = {str(i): i.target.split(".")[: 2 if i.target.startswith("deltaw.") else 1] for i in imports}

@@ -8,7 +8,6 @@ test can describe a Windows.
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import shlex
@@ -110,14 +109,3 @@ def stop_signals() -> list[signal.Signals]:
     """The signals that ask a program to end: Ctrl-C, SIGTERM, and Ctrl-Break where there is one."""
     names = ("SIGINT", "SIGTERM", "SIGBREAK")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
-
-
-def dated(moment: datetime.date, shape: str) -> str:
-    """``strftime``; a number without its zeros is written ``%-d`` on every system.
-
-    Raises:
-        ValueError: the system does not know the format.
-    """
-    if WINDOWS:
-        shape = re.sub("%%|%-", lambda found: found[0].replace("-", "#"), shape)
-    return moment.strftime(shape)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from deltaw.data.rendering import FAULTS, rendered
+from deltaw.data.rendering import FAULTS, dated, rendered
 from deltaw.errors import UserError
-from deltaw.platforms import dated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,8 +93,8 @@ def with_date(template: str, date: str) -> str:
         return template  # it makes its format itself: the clock's date is all there is
     try:
         texts = {shape: dated(datetime.datetime.fromisoformat(date), shape) for shape in formats}
-    except ValueError as error:  # Windows alone checks
-        what = f"a date format of the chat template cannot be used here: {error}"
+    except jinja2.TemplateError as error:
+        what = f"the chat template cannot be used here: {error}"
         raise UserError(what, where="data.chat_template", hint="write another format for strftime_now") from error
     return f"{_MACRO % json.dumps(texts)}{template}"
 
