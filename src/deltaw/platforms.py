@@ -8,6 +8,7 @@ test can describe a Windows.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shlex
@@ -41,12 +42,18 @@ def patiently(do: Callable[[], T]) -> T:
     Raises:
         OSError: whatever ``do`` raises; PermissionError if the file stayed open.
     """
+    try:
+        return do()
+    except PermissionError:
+        if not WINDOWS:
+            raise
+    gc.collect()  # tensors that are mapped from the file may wait for it
     ends, pause = time.monotonic() + PATIENCE, _FIRST_PAUSE
     while True:
         try:
             return do()
         except PermissionError:
-            if not WINDOWS or time.monotonic() >= ends:
+            if time.monotonic() >= ends:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -149,7 +149,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
 
 
 def _path(path: str) -> str:
-    path = Path(path).as_posix()
+    path = path.replace(os.sep, "/")
     return json.dumps(path, ensure_ascii=False) if " " in path else path
 
 
