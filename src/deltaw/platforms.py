@@ -108,7 +108,7 @@ def shell_word(argument: str | PurePath) -> str:
         return shlex.quote(text)
     if _PLAIN_WORD.fullmatch(text):
         return text
-    # A blank makes the standard library quote; it stands before a quotation mark or what ends the argument.
+    # With a blank before it, the standard library quotes any text; the blank is taken out again.
     return subprocess.list2cmdline([f" {text}"]).replace('" ', '"', 1)
 
 
