@@ -76,7 +76,7 @@ def test_rows_are_made_by_all_that_reads_them():
     """What ``data`` imports of deltaw, but what makes batches, finds files, counts processors or declares settings."""
     from deltaw.data.stored_rows import MADE_BY
 
-    apart = {"kernels", "errors", "durable", "cache", "contained", "working", "registry", "private_names"}
+    apart = {"kernels", "errors", "durable", "cache", "contained", "working", "registry", "private_names", "platforms"}
     apart |= {"hub.packages", "hub.folders", "machine.processor", "machine.memory", "lora.config"}
     used = {i.target for i in all_imports(SOURCE)[1] if i.module.startswith("deltaw.data")}
     used -= {"deltaw.hub"}  # of which a name is imported

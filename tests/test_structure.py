@@ -23,9 +23,9 @@ PACKAGE = SOURCE / "deltaw"
 
 # From the bottom to the top. A package may import those before it; imports for the type checker count.
 ORDER = (
-    *("errors", "other_names", "version", "private_names", "durable", "registry", "working", "cache", "contained"),
-    *("tensor_files", "tasks", "kernels", "lora", "machine", "hub", "runtime", "data", "memory", "methods"),
-    *("settings", "schema", "training", "runs", "export", "serving", "experiments", "reports", "cli"),
+    *("errors", "other_names", "version", "private_names", "platforms", "durable", "registry", "working", "cache"),
+    *("contained", "tensor_files", "tasks", "kernels", "lora", "machine", "hub", "runtime", "data", "memory"),
+    *("methods", "settings", "schema", "training", "runs", "export", "serving", "experiments", "reports", "cli"),
     *("", "__main__"),  # the public face
 )
 LEVEL = {package: level for level, package in enumerate(ORDER)}
@@ -139,7 +139,17 @@ def test_training_does_not_print(imports: list[Import]) -> None:
 
 @pytest.mark.parametrize("package", ["kernels", "lora"])
 def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str, imports: list[Import]) -> None:
-    below = ("errors", "private_names", "contained", "durable", "named", "tensor_files", "kernels", package)
+    below = (
+        "errors",
+        "private_names",
+        "platforms",
+        "contained",
+        "durable",
+        "named",
+        "tensor_files",
+        "kernels",
+        package,
+    )
     known = {f"deltaw.{name}" for name in below} | FOUNDATION | sys.stdlib_module_names
     found = [str(i) for i in imports if _package_of(i.module) == package]
     bare = {str(i): i.target.split(".")[: 2 if i.target.startswith("deltaw.") else 1] for i in imports}

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from deltaw import platforms
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 
@@ -252,7 +253,12 @@ class Cache:
         mark = self.folder / self._mark.format(name)
         if mark.is_dir():
             gone = self.folder / f".{name}.{os.getpid()}.part"
-            mark.rename(gone)
+            try:
+                platforms.renamed(mark, gone)
+            except PermissionError:
+                if not platforms.WINDOWS:
+                    raise
+                return  # a process reads it
             shutil.rmtree(gone)
         for path in [mark, *self._paths(name)]:
             with contextlib.suppress(PermissionError):  # Windows keeps files that a process reads

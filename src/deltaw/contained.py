@@ -47,6 +47,11 @@ def lies_in(folder: Path, name: str) -> bool:
     return _leads_into(folder / name, _roots(folder))
 
 
+def of_host(path: str) -> bool:
+    """Whether a path may be another host's: on Windows, checking whether it exists would contact that host."""
+    return path.startswith(("//", "\\\\", "/\\", "\\/"))
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """The files that are read from a folder, including those of the subfolders that transformers reads."""
     for path in _entries(folder):
@@ -120,6 +125,5 @@ def _line(kind: str, value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     if isinstance(value, str):
         path = os.path.expanduser(value)
-        of_host = path.startswith(("//", "\\\\"))  # checking whether it exists would contact that host
-        text = os.path.realpath(path) if not of_host and os.path.exists(path) else value
+        text = os.path.realpath(path) if not of_host(path) and os.path.exists(path) else value
     return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()

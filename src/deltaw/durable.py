@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from deltaw import platforms
 from deltaw.errors import UserError
 
 
@@ -20,9 +21,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path; if the block ends without an error, it is flushed and renamed to ``path``.
 
     Raises:
-        UserError: the folder cannot be created or written to.
+        UserError: the folder cannot be created or written to, or Windows cannot have the name or keeps the file
+            open for another program.
     """
     target = Path(path)
+    platforms.refuse_names(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -34,12 +37,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         open_to_all(temporary, 0o666)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
+        sync_file(temporary)
+        try:
+            platforms.renamed(temporary, target)
+        except PermissionError as error:
+            if not platforms.WINDOWS:
+                raise
+            what = f"'{target.name}' cannot be replaced: {error.strerror or error}"
+            hint = "close the program that has it open, and run the command again"
+            raise UserError(what, where=str(target), hint=hint) from error
         sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        platforms.removed(temporary)
 
 
 def open_to_all(made: Path, mode: int) -> None:
@@ -50,14 +59,20 @@ def open_to_all(made: Path, mode: int) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, completely or not at all."""
+    """Write ``text`` to ``path`` as UTF-8 with its own line ends, completely or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to the disk. Windows does that only for who may write."""
+    with path.open("r+b" if platforms.WINDOWS else "rb") as written:
+        os.fsync(written.fileno())
 
 
 def sync_folder(folder: Path) -> None:
     """Flush a rename to the disk, on systems that can open a folder (not on Windows)."""
-    if os.name != "posix":
+    if platforms.WINDOWS:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -105,7 +105,7 @@ def test_a_hopeless_trial_is_ended_early(search, here, monkeypatch):
 
 def test_without_optuna_the_hint_is_said(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install 'deltaw\[tune\]'"):
+    with pytest.raises(UserError, match=r'pip install "deltaw\[tune\]"'):
         search(1)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaw import platforms
 from deltaw.cli import faults, mistakes
 from deltaw.errors import UserError, as_message
 from deltaw.kernels import variants
@@ -83,7 +84,8 @@ class _Printed(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal behind it is gone
+            # EIO: the terminal behind it is gone; EINVAL: Windows says so of a pipe without a reader
+            if error.errno not in (errno.EPIPE, errno.EIO, *([errno.EINVAL] if platforms.WINDOWS else [])):
                 raise
         if self.ends:
             raise SystemExit(0)
@@ -186,7 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _print_any_text() -> None:
     """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, read what
-    they cannot decode, so that a verb can refuse it, and let those that are files or pipes outlive their readers."""
+    they cannot decode, so that a verb can refuse it, and let those that are files or pipes outlive their readers.
+
+    On Windows, files and pipes are UTF-8, as everything else that deltaw reads and writes, unless the variable
+    PYTHONIOENCODING says otherwise; the code page of old programs has no arrows.
+    """
+    of_files = "utf-8" if platforms.WINDOWS and "PYTHONIOENCODING" not in os.environ else None
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
@@ -197,9 +204,10 @@ def _print_any_text() -> None:
                 how: dict[str, Any] = {key: getattr(stream, key) for key in ("line_buffering", "write_through")}
                 raw: Any = _Printed(stream)
                 binary = raw if stream.write_through else io.BufferedWriter(raw)
-                setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "backslashreplace", **how))
+                setattr(sys, name, io.TextIOWrapper(binary, of_files or stream.encoding, "backslashreplace", **how))
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else of_files, errors="surrogateescape")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from deltaw import tasks
 from deltaw.cli.mistakes import SettingsFile, TaskName
 from deltaw.cli.options import completing, console
 from deltaw.errors import UserError
+from deltaw.platforms import shell_word
 
 if TYPE_CHECKING:
     from deltaw.reports.starter import Look
@@ -61,7 +61,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
         look = look_at(data, model, task)  # its tokens are counted by the model's tokenizer
         out.say(look.lines()[0])
     write_text(file, settings_text(model, data, task, look, file, skip=skip))
-    shown = shlex.quote(file)
+    shown = shell_word(file)
     out.print(f"written to {file}. Next:")
     out.print(f"  deltaw plan {shown}     # the memory that it needs")
     out.print(f"  deltaw train {shown}")

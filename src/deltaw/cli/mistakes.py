@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import click
 from deltaw import other_names
 from deltaw.errors import UserError, did_you_mean, files_near, nearest
 from deltaw.other_names import plain
+from deltaw.platforms import shell_word
 
 # Where runs are by default.
 RUNS = "runs"
@@ -86,7 +86,7 @@ def no_part(context: click.Context, word: str | None) -> UserError:
     """The refusal of a word behind a verb that has parts, or of none."""
     assert isinstance(context.command, click.Group)
     path, parts = context.command_path, sorted(context.command.list_commands(context))
-    given = shlex.quote(word) if word and (Path(word).exists() or Path(word).suffix) else None
+    given = shell_word(word) if word and (Path(word).exists() or Path(word).suffix) else None
     first = context.command.get_command(context, parts[0])
     file = given or (first.params[0].human_readable_name if first else "FILE")
     near = nearest(word or "", parts)
@@ -129,7 +129,7 @@ class SettingsFile(click.Path):
         if kind_of(path) is not None and path.suffix != ".json":
             what, hint = "holds rows", _with(value, verb, ctx.params.get("setting_model") if ctx else None)
         elif path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith("pypi:"):
-            what, hint = "is a model", f"deltaw {verb} --model {shlex.quote(value)} --data FILE"
+            what, hint = "is a model", f"deltaw {verb} --model {shell_word(value)} --data FILE"
         if what is not None:
             raise UserError(f"'{value}' {what}, and is not a settings file", hint=hint)
         return super().convert(value, param, ctx)
@@ -173,9 +173,9 @@ def _file_for_run(path: Path, value: str, verb: str, given: Mapping[str, Any]) -
         with contextlib.suppress(OSError, ValueError, YAMLError):
             loaded = parse_yaml(path.read_text(encoding="utf-8"))
         folder = str(loaded.get("output", f"{RUNS}/latest")) if isinstance(loaded, dict) else "RUN"
-    more = f" --data {shlex.quote(value)}" if rows and verb == "eval" else ""
+    more = f" --data {shell_word(value)}" if rows and verb == "eval" else ""
     what = f"'{value}' is a file{kind}, not the folder of a run"
-    return UserError(what, hint=f"deltaw {verb} {shlex.quote(folder)}{more}")
+    return UserError(what, hint=f"deltaw {verb} {shell_word(folder)}{more}")
 
 
 def _with(value: str, verb: str | None, model: str | None = None) -> str:
@@ -183,9 +183,9 @@ def _with(value: str, verb: str | None, model: str | None = None) -> str:
     from deltaw.data.row_files import kind_of
 
     if kind_of(Path(value)) is None or verb not in (None, "train", "plan", "compare", "tune", "init"):
-        return f"deltaw {verb or 'chat'} {shlex.quote(value)}"
-    model = "" if verb == "init" else f"--model {shlex.quote(model or 'MODEL')} "
-    return f"deltaw {verb or 'train'} {model}--data {shlex.quote(value)}"
+        return f"deltaw {verb or 'chat'} {shell_word(value)}"
+    model = "" if verb == "init" else f"--model {shell_word(model or 'MODEL')} "
+    return f"deltaw {verb or 'train'} {model}--data {shell_word(value)}"
 
 
 def _typed(option: str, given: Sequence[str]) -> str:
@@ -285,8 +285,8 @@ def _too_much(more: str, context: click.Context) -> UserError:
         pairs = [word.partition("=") for word in words]
         hint = "write " + " ".join(f"{flags.get(plain(key), f'--{key}')} {value}" for key, _, value in pairs)
     elif verb in _MORE:
-        texts = shlex.quote(" ".join([*filled[1:], more]))
-        hint = _MORE[verb].format(first=shlex.quote(first), more=shlex.quote(words[0]), texts=texts)
+        texts = shell_word(" ".join([*filled[1:], more]))
+        hint = _MORE[verb].format(first=shell_word(first), more=shell_word(words[0]), texts=texts)
     return UserError(f"'{more}' has no place here", where=path, hint=hint)
 
 

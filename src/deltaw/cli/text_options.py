@@ -57,7 +57,7 @@ class TextSettings:
             if not as_text(stop, "--stop"):
                 raise UserError("a stop string is empty", where="--stop", hint="leave it out")
         if self.constraint() is not None and find_spec("llguidance") is None:
-            raise UserError("constrained texts need the package llguidance", hint="pip install 'deltaw[serve]'")
+            raise UserError("constrained texts need the package llguidance", hint='pip install "deltaw[serve]"')
         return self
 
     def constraint(self) -> Constraint | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from deltaw.data.rendering import FAULTS, rendered
+from deltaw.data.rendering import FAULTS, dated, rendered
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,11 @@ def with_date(template: str, date: str) -> str:
     formats = dict.fromkeys(match[1] or match[2] or "" for match in _ASKS_FORMAT.finditer(template))
     if not formats or len(_ASKS_FORMAT.findall(template)) < template.count("strftime_now("):
         return template  # it makes its format itself: the clock's date is all there is
-    texts = {shape: datetime.datetime.fromisoformat(date).strftime(shape) for shape in formats}
+    try:
+        texts = {shape: dated(datetime.datetime.fromisoformat(date), shape) for shape in formats}
+    except jinja2.TemplateError as error:
+        what = f"the chat template cannot be used here: {error}"
+        raise UserError(what, where="data.chat_template", hint="write another format for strftime_now") from error
     return f"{_MACRO % json.dumps(texts)}{template}"
 
 

@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from deltaw import platforms
 from deltaw.data.messages import REASONING
 from deltaw.errors import UserError
 
@@ -691,4 +692,18 @@ def _now(format: str) -> str:
     """``strftime_now`` in a template."""
     if len(format) > _LONGEST_DATE:
         raise TemplateLimitError("it asks for a very long date")
-    return datetime.datetime.now().strftime(format)
+    return dated(datetime.datetime.now(), format)
+
+
+def dated(moment: datetime.datetime, format: str) -> str:
+    """``strftime``; a number without its zeros is written ``%-d``, on Windows too.
+
+    Raises:
+        jinja2.TemplateError: the system cannot use the format.
+    """
+    try:
+        if platforms.WINDOWS:
+            format = re.sub("%%|%-", lambda found: found[0].replace("-", "#"), format)
+        return moment.strftime(format)
+    except ValueError as error:
+        raise jinja2.TemplateError(f"its date format '{format}' cannot be used: {error}") from error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from deltaw import platforms
 from deltaw.cache import file_digest
 from deltaw.contained import lies_in
 from deltaw.data.mixture import references
@@ -119,7 +120,7 @@ class ExperimentFolder:
     def remove(self, run: Path) -> None:
         """Delete an incomplete run inside this folder."""
         if run.is_dir() and self.path in run.parents:
-            shutil.rmtree(run)
+            platforms.removed(run)
 
     def __enter__(self) -> ExperimentFolder:
         return self
@@ -134,8 +135,9 @@ def check_folder(path: Path, kind: str) -> None:
     """Refuse a folder that holds anything but an experiment of this kind. Changes nothing.
 
     Raises:
-        UserError: the folder holds other files or cannot be read.
+        UserError: the folder holds other files or cannot be read, or Windows cannot have the name.
     """
+    platforms.refuse_names(path)
     try:
         holds = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
         mark = json.loads((path / MARK).read_text(encoding="utf-8")) if MARK in holds else {}
@@ -197,7 +199,7 @@ def content_of(reference: str) -> str:
         return file_digest(path)[:32] if path.is_file() else ""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name, of = str(file.relative_to(path)), file.stat()
+        name, of = file.relative_to(path).as_posix(), file.stat()
         content = file_digest(file) if lies_in(path, name) else f"{of.st_size} {of.st_mtime_ns}"
         digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:32]

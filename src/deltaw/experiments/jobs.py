@@ -83,7 +83,7 @@ class Child:
         if process is None:
             return None
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the worker has exited with a request unread
+        with contextlib.suppress(OSError):  # the worker has exited with a request unread
             process.stdin.close()
         try:
             process.wait(SECONDS_TO_END)
@@ -111,7 +111,7 @@ class Child:
 
     def _write(self, message: object) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its output ends too, and `ask` reports how it ended
+        with contextlib.suppress(OSError):  # its output ends too, and `ask` reports how it ended
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
@@ -392,5 +392,5 @@ def _tune() -> Any:
         from ray import tune
     except ImportError as error:
         what = "trials on several machines need Ray Tune, which is not installed"
-        raise UserError(what, where="--ray", hint="on every machine: pip install 'deltaw[ray]'") from error
+        raise UserError(what, where="--ray", hint='on every machine: pip install "deltaw[ray]"') from error
     return tune

@@ -6,6 +6,7 @@ does not end the search. The run's held-out rows are not used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -439,13 +440,13 @@ def tune(
     refuse_memory(config.memory, "tune")
     asked = parse_space(search)
     check_space(config, asked)
-    with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as place:
+    with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as place, contextlib.ExitStack() as opened:
         log = place.log("trials")
         with Child(log) as child:
             usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = asked or default_space(config, usual)
             file = place.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
-            study = _open_store(config, space, share, place, file, say)
+            study = _open_store(config, space, share, place, file, say, opened)
             first = _begin(study, present(config, space, usual), trials, say)
             pace = Pace(say, max(0, trials - len(_ended(study))))
             jobs = _Search(study, config, space, share, trials, log, pace)
@@ -469,14 +470,21 @@ def _require_optuna() -> None:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("the search needs Optuna, which is not installed", hint="pip install 'deltaw[tune]'") from error
+        raise UserError("the search needs Optuna, which is not installed", hint='pip install "deltaw[tune]"') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def _open_store(
-    config: RunConfig, space: Space, share: float, place: ExperimentFolder, file: Path, say: Say
+    config: RunConfig,
+    space: Space,
+    share: float,
+    place: ExperimentFolder,
+    file: Path,
+    say: Say,
+    opened: contextlib.ExitStack,
 ) -> optuna.Study:
-    """The Optuna study for these settings and this space; a new one if either has changed."""
+    """The Optuna study for these settings and this space; a new one if either has changed. ``opened`` closes its
+    file: Windows removes none that is open."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -488,8 +496,10 @@ def _open_store(
     name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        database = f"sqlite:///{file.resolve()}"
-        study = optuna.create_study(storage=database, study_name=name, direction="minimize", load_if_exists=True)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+        opened.callback(storage.engine.dispose)
+        opened.callback(storage.remove_session)
+        study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
     except (SQLAlchemyError, OSError, RuntimeError) as error:
         what = f"the trials cannot be stored there: {str(error).splitlines()[0]}"
         hint = "name an SQLite file, or one that does not exist yet, with --storage"

@@ -192,7 +192,7 @@ def plain_adapter(folder: Path, base: Base, say: Say) -> Iterator[Path]:
     say(f"the adapter was initialized with '{init}', which took a share out of W: the base model is loaded to find it")
     model = base.load("fp32").model
     load_adapter(model, folder)
-    with tempfile.TemporaryDirectory(prefix="deltaw-plain-") as made:
+    with tempfile.TemporaryDirectory(prefix="deltaw-plain-", ignore_cleanup_errors=True) as made:
         save_adapter(model, made, base_model=base.reference)
         del model
         yield Path(made)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
+from deltaw.platforms import shell_word
 from deltaw.training.prompting import read_prompting
 
 # Ollama's templates are Go's, not Jinja. Three published forms are known: ChatML, Llama 3 and Gemma. A chat template
@@ -166,6 +166,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
 
 
 def _path(path: str) -> str:
+    path = path.replace(os.sep, "/")
     return json.dumps(path, ensure_ascii=False) if " " in path else path
 
 
@@ -266,5 +267,5 @@ def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOp
     for note in notes:
         say(f"note: {note}")
     told = [f"system prompt of the rows, as SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
-    told.append(f"next: ollama create {shlex.quote(short_name(run))} -f {shlex.quote(os.fspath(beside))}")
+    told.append(f"next: ollama create {shell_word(short_name(run))} -f {shell_word(beside)}")
     return Export(format_name, [str(path), str(beside)], written.facts, written.lines, told)

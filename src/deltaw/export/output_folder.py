@@ -2,7 +2,8 @@
 
 It is built beside its place under a hidden name, brought to the disk, and renamed. A process that is killed
 meanwhile leaves a hidden folder that no loader takes for a model by mistake; the next one removes it. Whether
-its process is gone is told by a lock on the folder, which the system releases however a process ends.
+its process is gone is told by a lock on the folder, which the system releases however a process ends; on Windows,
+which locks no folders, by the number of the process in the name.
 
 It knows folders, not what is in them.
 """
@@ -19,7 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.durable import open_to_all, sync_folder
+from deltaw import platforms
+from deltaw.durable import open_to_all, sync_file, sync_folder
 from deltaw.errors import UserError
 
 _PARTIAL, _BEFORE = ".partial-", ".before-"
@@ -69,8 +71,10 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     """Refuse a place where no folder can appear, before any work is done.
 
     Raises:
-        UserError: a file is there, or a folder with files that is not to be replaced.
+        UserError: a file is there, or a folder with files that is not to be replaced; or Windows cannot have
+            the name.
     """
+    platforms.refuse_names(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError("the output is not a folder", where=str(target), hint="name a new folder")
     if target.is_dir():
@@ -87,13 +91,13 @@ def _put(partial: Path, target: Path) -> None:
     """Rename the folder into its place; one that was there is removed after that."""
     before = target.with_name(f".{target.name}{_BEFORE}{os.getpid()}")
     if target.is_dir() and any(target.iterdir()):
-        target.rename(before)
+        platforms.renamed(target, before)
     open_to_all(partial, 0o777)
     try:
-        partial.rename(target)  # over an empty folder too
+        platforms.renamed(partial, target)  # over an empty folder too
     except OSError:
         if before.is_dir():
-            before.rename(target)
+            platforms.renamed(before, target)
         raise
     sync_folder(target.parent)
     shutil.rmtree(before, ignore_errors=True)
@@ -104,7 +108,7 @@ def _clear(target: Path, say: Callable[[str], None]) -> None:
     for before in sorted(target.parent.glob(f".{glob.escape(target.name)}{_BEFORE}*")):
         if not _alive(before):
             if not target.exists():
-                before.rename(target)
+                platforms.renamed(before, target)
                 say(f"put back {target.name}, which a process that was stopped had moved away")
             shutil.rmtree(before, ignore_errors=True)
     for left in sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")):
@@ -140,7 +144,7 @@ def _locked(folder: Path) -> int | None:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """While open, the folder is locked, if the system can lock one; some network file systems cannot."""
-    handle = _locked(folder) if os.name == "posix" else None
+    handle = None if platforms.WINDOWS else _locked(folder)
     try:
         yield
     finally:
@@ -150,7 +154,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _is_free(folder: Path) -> bool:
     """Whether nobody holds the folder's lock."""
-    if os.name != "posix":
+    if platforms.WINDOWS:  # its number alone tells whether the process is there
         return True
     try:
         handle = _locked(folder)
@@ -173,8 +177,7 @@ def _flush(folder: Path) -> None:
     """Bring all files and folders to the disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+            sync_file(path)
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)

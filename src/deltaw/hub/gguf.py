@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from deltaw import durable, platforms
 from deltaw.cache import Cache, file_digest, key, of_files
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
@@ -470,10 +471,9 @@ def _build(path: Path, dtype: str, target: Path, say: Callable[[str], None]) -> 
             _convert_in_child(path, dtype, partial, say)
         for file in partial.iterdir():
             file.chmod(0o644)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+            durable.sync_file(file)
         partial.chmod(0o755)
-        partial.rename(target)
+        platforms.renamed(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -118,7 +118,7 @@ def is_here(reference: str) -> bool:
 
 def _check_inside(path: str, reference: str) -> None:
     parts = path.split("/")
-    if "\\" in path or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
+    if "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
         hint = "name the member as it lies in the wheel, with forward slashes"
         raise UserError(f"the path '{path}' does not stay inside the package", where=reference, hint=hint)
 

@@ -17,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from deltaw import durable
+from deltaw import durable, platforms
 from deltaw.contained import remember_named, require_contained
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import peft_format
@@ -271,7 +271,10 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = weights_of(folder)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if platforms.WINDOWS:  # which keeps a file whose tensors are mapped from being replaced
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 

@@ -29,7 +29,9 @@ def native_bf16(device: str) -> str | None:
 
 def usable_processors() -> set[int]:
     """Numbers of the processors that this process may run on."""
-    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    process = psutil.Process()
+    # macOS does not bind processes to processors.
+    return set(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(os.cpu_count() or 1))
 
 
 def physical_cores(usable: set[int], root: Path) -> int:
@@ -38,7 +40,7 @@ def physical_cores(usable: set[int], root: Path) -> int:
     for number in usable:
         topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
         files = [topology / name for name in ("core_cpus_list", "thread_siblings_list")]
-        siblings = [file.read_text().strip() for file in files if file.is_file()]
+        siblings = [file.read_text(encoding="ascii").strip() for file in files if file.is_file()]
         cores.add(siblings[0] if siblings else f"processor {number}")
     if any(not core.startswith("processor ") for core in cores) or root != _ROOT:
         return len(cores)

@@ -505,7 +505,7 @@ def _versions_fit(facts: Facts) -> Iterator[Said]:
         severity: Severity = "problem" if package in needed else "warning"
         wrong = f"{package.installed} does not fit: deltaw needs {package.wanted}"
         what = f"{package.name} {wrong if package.installed is not None else 'is missing'}"
-        yield (severity, what, f"pip install '{package.name}{package.wanted}'")
+        yield (severity, what, f'pip install "{package.name}{package.wanted}"')
     if needed and not unfit:
         yield ("ok", f"all {len(needed)} packages that deltaw needs fit", None)
 
@@ -517,7 +517,7 @@ def _extras(facts: Facts) -> Iterator[Said]:
     for name, version in facts.optional.items():
         if version is None:
             extra = next((p.extra for p in facts.packages if p.name == name and p.extra), None)
-            install = f"'deltaw[{extra}]'" if extra else name
+            install = f'"deltaw[{extra}]"' if extra else name
             yield ("ok", f"{name} is not installed", f"for {OPTIONAL[name]}: pip install {install}")
 
 

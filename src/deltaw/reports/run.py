@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deltaw.platforms import shell_word
 from deltaw.reports.page.write import write_page
 from deltaw.reports.wording import count, metric_name, metric_value, when
 from deltaw.runs.fit import Result
@@ -87,7 +87,7 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     Args:
         settings: the file that the command names; None where flags stand beside it.
     """
-    run, output = Run(result.output), shlex.quote(os.fspath(result.output))
+    run, output = Run(result.output), shell_word(result.output)
     score = f", {metric_name(run.score[0])} {metric_value(*run.score)}" if run.score else ""
     ended = when(number(run.values.get("ended")) or run.changed)
     yield f"{result.output} is finished: {ended}, {count(result.outcome.steps)} steps{score}"
@@ -100,7 +100,7 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
         longer = "--train.time LONGER"
     if result.checkpoints and (train.early_stopping is None or not result.stopped_early):
         yield f"next: deltaw train --resume {output} {longer}  # train further"
-    again = "the same command with" if settings is None else f"deltaw train {shlex.quote(settings)}"
+    again = "the same command with" if settings is None else f"deltaw train {shell_word(settings)}"
     yield f"next: {again} --fresh  # start anew; moves {result.output}"
     yield f"next: {again} --output OTHER  # start anew elsewhere"
 

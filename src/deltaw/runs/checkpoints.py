@@ -9,6 +9,7 @@ It knows a training's state and what others want kept with it; not what a run is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,7 +25,8 @@ from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
-from deltaw.durable import open_to_all, sync_folder
+from deltaw import platforms
+from deltaw.durable import open_to_all, sync_file, sync_folder
 from deltaw.errors import UserError
 from deltaw.tensor_files import TensorFile, write_tensors
 from deltaw.training.evaluation.base import Evaluation
@@ -82,12 +84,11 @@ class Draft:
         """
         try:
             for name in (TENSORS, VALUES, MANIFEST):
-                with (self._temporary / name).open("rb") as file:
-                    os.fsync(file.fileno())
+                sync_file(self._temporary / name)
             sync_folder(self._temporary)
             if self.target.exists():
                 delete(self.target)
-            self._temporary.rename(self.target)
+            platforms.renamed(self._temporary, self.target)
             sync_folder(self.target.parent)
         except BaseException:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -128,7 +129,7 @@ def write(parent: Path, step: int, values: Mapping[str, object], tensors: Mappin
             hashed_text.write(text.encode())
             files[VALUES] = hashed_text.entry()
         manifest = json.dumps({"version": VERSION, "step": step, "files": files}, indent=1)
-        (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8", newline="\n")
         open_to_all(temporary, 0o777)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -168,7 +169,7 @@ def read(folder: Path) -> Checkpoint:
 def delete(folder: Path) -> None:
     """Remove a checkpoint: first its name, so that half of one is never found under it."""
     hidden = folder.with_name(f"{DELETED}{folder.name}-{os.getpid()}")
-    folder.rename(hidden)
+    platforms.renamed(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -408,7 +409,9 @@ class Checkpoints:
             kept.add(self._best[1])
         for other in there:
             if other not in kept:
-                delete(self.folder / name_of(other))
+                # Windows keeps one that another program reads; the next checkpoint's turn comes soon.
+                with contextlib.suppress(PermissionError if platforms.WINDOWS else ()):
+                    delete(self.folder / name_of(other))
 
     def _cannot_write(self, step: int, error: OSError) -> UserError:
         before = "" if self.last is None else f": it goes on from {self.last.name}"

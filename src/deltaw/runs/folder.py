@@ -27,6 +27,7 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
+from deltaw import platforms
 from deltaw.contained import remember_named, require_contained
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
@@ -592,10 +593,7 @@ class RunFolder(Run):
 
     def _clear_leftovers(self) -> None:
         for file in [file for file in self.path.iterdir() if _is_leftover(file)]:
-            if file.is_dir():
-                shutil.rmtree(file)
-            else:
-                file.unlink()
+            platforms.removed(file)
 
     def _cut_metrics(self, kept: int) -> int:
         """Leave the first lines of the metrics; how many there are."""
@@ -609,11 +607,13 @@ class RunFolder(Run):
     def _rename_earlier(self) -> Path | None:
         if not self.path.is_dir() or not _belongs_to_a_run(self.path):
             return None
+        if platforms.WINDOWS and self._lock is not None:
+            self._lock.release()  # a folder with an open file in it cannot be renamed there
         number = 1
         while (renamed := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         try:
-            self.path.rename(renamed)
+            platforms.renamed(self.path, renamed)
         except OSError as error:
             what = f"cannot rename the earlier run: {error.strerror or error}"
             raise UserError(what, where=str(self.path), hint="set 'output' to another folder") from error
@@ -629,7 +629,7 @@ class RunFolder(Run):
         parts = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.values.items())
         write_text(self.path / RUN, "{\n" + ",\n".join(parts) + "\n}\n")
         for name in EARLIER:
-            (self.path / name).unlink(missing_ok=True)
+            platforms.removed(self.path / name)
 
     def write_settings(self, config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> None:
         """``run.yaml`` with every value; ``chosen`` gives, by dotted key, what ``auto`` became and why."""
@@ -683,11 +683,12 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
         goes_on: whether a run that is there is resumed, so that the folder is not renamed.
 
     Raises:
-        UserError: it cannot be written, or holds something that is not a run.
+        UserError: it cannot be written, or holds something that is not a run; or Windows cannot have the name.
     """
+    platforms.refuse_names(path)
     try:
         there = path
-        while not there.exists():
+        while not there.exists() and there != there.parent:  # a drive may be missing
             there = there.parent
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from deltaw.data.example import rows_of
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG
+from deltaw.platforms import shell_word
 from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
 from deltaw.runs.folder import (
     DIVERGED,
@@ -376,7 +376,7 @@ def _nothing(run: Run) -> UserError:
         why = f"the run ended before its first one ({state} after {run.steps:,} steps)"
     else:
         why = "none was kept, as in a comparison and by early versions"
-    anew = f"start anew: deltaw train {shlex.quote(str(run.path / SETTINGS))} --fresh"
+    anew = f"start anew: deltaw train {shell_word(str(run.path / SETTINGS))} --fresh"
     return UserError(f"there is no checkpoint to resume from:\n  {why}", where=str(run.path), hint=anew)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from deltaw.kernels.arithmetic import STORED, Arithmetic
 from deltaw.lora.fingerprint import FORMAT
 from deltaw.machine.choices import Choice, choose_device
 from deltaw.methods import registry
+from deltaw.platforms import shell_word
 from deltaw.runs.folder import Run, mapping
 from deltaw.settings import RunConfig, flat, settings
 from deltaw.training.callbacks import Say
@@ -243,7 +243,7 @@ def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> Us
     longer = [f"--{change.key} {_shown(change.now)}" for change in found if change.key in LENGTH and not _less(change)]
     ways = [START_ANEW.format(run=run)]
     if len(longer) == len(found) and not asked:
-        ways.insert(0, f"deltaw train --resume {shlex.quote(str(run))} {' '.join(longer)}")
+        ways.insert(0, f"deltaw train --resume {shell_word(str(run))} {' '.join(longer)}")
     elif done != DONE:
         ways.insert(0, "undo the change to resume")
     shown = [*map(str, found[:4]), *([f"and {len(found) - 4} more"] if len(found) > 4 else [])]
@@ -261,7 +261,7 @@ def _less(change: Change) -> bool:
 def _same_place(first: object, second: object) -> bool:
     if not isinstance(first, str) or not isinstance(second, str):
         return False
-    paths = [os.path.realpath(os.path.expanduser(path)) for path in (first, second)]
+    paths = [os.path.normcase(os.path.realpath(os.path.expanduser(path))) for path in (first, second)]
     return paths[0] == paths[1] and os.path.exists(paths[0])
 
 

@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +27,7 @@ from deltaw.data.sources import commit_of
 from deltaw.durable import write_text
 from deltaw.hub.folders import already_here, resolve_hub_id
 from deltaw.machine.processor import processor_name, usable_processors
+from deltaw.platforms import shell_word
 from deltaw.runs.folder import FINISHED, FOLDER
 from deltaw.settings import RunConfig
 from deltaw.training.drift import Drift
@@ -283,7 +283,7 @@ def next_commands(
     folder: Path, state: str, method: str, writes_text: bool, every: bool = False
 ) -> list[dict[str, str]]:
     """Commands to go on with, each with what it does; with ``every`` also those that are needed less often."""
-    run = shlex.quote(os.fspath(folder))
+    run = shell_word(folder)
     commands = []
     if state == FINISHED:
         if writes_text:
@@ -296,7 +296,7 @@ def next_commands(
         if writes_text:
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
         if method == "lora":
-            merged, exported = (shlex.quote(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
+            merged, exported = (shell_word(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "make one model of base and adapter"))
             if every and writes_text:
                 file = f"deltaw export {run} --format gguf --type q8_0 --output {exported}"
@@ -306,7 +306,7 @@ def next_commands(
         further = (f"{resume} --train.epochs N", "train further, to N epochs in all")
         commands.append(further if state == FINISHED else (resume, "continue"))
     if folder.parent != folder:
-        commands.append((f"deltaw runs {shlex.quote(os.fspath(folder.parent))}", "list this and other runs"))
+        commands.append((f"deltaw runs {shell_word(folder.parent)}", "list this and other runs"))
     return [{"command": command, "what": what} for command, what in commands]
 
 

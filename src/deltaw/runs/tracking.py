@@ -191,7 +191,7 @@ def check_installed(name: str) -> None:
         UserError: it is not installed.
     """
     if importlib.util.find_spec(name) is None:  # each module is called like its tracker and its package
-        extra = "" if name == "wandb" else ", or pip install 'deltaw[track]'"
+        extra = "" if name == "wandb" else ', or pip install "deltaw[track]"'
         hint = f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl"
         raise UserError(f"track: {name} needs the package {name}, which is not installed", where="track", hint=hint)
 

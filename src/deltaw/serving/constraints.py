@@ -100,7 +100,7 @@ def launch(control: int) -> None:
     told = json.loads(sys.stdin.buffer.read())
     limits = ProcessLimits(**told["limits"])
     with contextlib.suppress(OSError):  # where memory runs out, these processes go before their server
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
         from llguidance import LLTokenizer
 
@@ -155,7 +155,7 @@ def _limit_memory(most: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if sys.platform == "linux":
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
             limit = pages * resource.getpagesize() + most
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
@@ -323,7 +323,7 @@ class Launcher:
         if not hasattr(os, "fork"):
             raise UnsupportedError("constrained texts need Linux or macOS")
         if find_spec("llguidance") is None:
-            raise UnsupportedError("constrained texts need the package llguidance", hint="pip install 'deltaw[serve]'")
+            raise UnsupportedError("constrained texts need the package llguidance", hint='pip install "deltaw[serve]"')
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise _unreadable(f"it is a {type(tokenizer).__name__}, not a fast one")
         backend = copy(tokenizer.backend_tokenizer)  # a copy, since batches of rows are padded by it

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from deltaw.lora.peft_format import base_reference
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
+from deltaw.platforms import shell_word
 from deltaw.runtime.generation import Writer
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
@@ -211,7 +211,7 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
     """
     as_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
     texts = {key: value if isinstance(value, str) else as_json(value) for key, value in named.items()}
-    flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
+    flags = flag or " ".join(f"--{key} {shell_word(text)}" for key, text in texts.items())
     wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
     what = f"the folder names {wanted}, which nobody has named on this machine before"
     why = "deltaw does not look for or fetch what only a folder names"

@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from deltaw import platforms
 from deltaw.kernels import loader
 
 
@@ -89,7 +90,7 @@ def frozen_heap() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C or SIGTERM only asks to stop; a second one interrupts at once.
+    """While open, the first Ctrl-C, Ctrl-Break or SIGTERM only asks to stop; a second one interrupts at once.
 
     Signals can be caught in the main thread alone; elsewhere nothing changes. A handler that was not set from
     Python could not be put back, and stays.
@@ -104,7 +105,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not None]
+    numbers = [n for n in platforms.stop_signals() if signal.getsignal(n) is not None]
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set

@@ -19,4 +19,4 @@ def require_packages() -> None:
     """Raise a UserError where a package that the server needs is not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"serving needs {', '.join(missing)}", hint="pip install 'deltaw[serve]'")
+        raise UserError(f"serving needs {', '.join(missing)}", hint='pip install "deltaw[serve]"')

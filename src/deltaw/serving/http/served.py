@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 
+from deltaw.contained import of_host
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, no_model, refusals, refused
 from deltaw.serving.http.requests import Fields, described, read_json, record_of
@@ -195,13 +196,13 @@ def folder_below(root: Path, path: str) -> Path:
         ApiError: 404, there is no such folder there.
     """
     missing = ApiError(404, "there is no such folder below the one for adapters", param="lora_path", code="not_found")
-    if not path.isprintable():
+    if not path.isprintable() or of_host(path):
         raise missing
     top = os.path.realpath(root)
     try:
         found = os.path.realpath(os.path.join(top, path), strict=True)
     except (OSError, ValueError):
         raise missing from None
-    if found == top or os.path.commonpath([top, found]) != top or not os.path.isdir(found):
+    if found == top or not Path(found).is_relative_to(top) or not os.path.isdir(found):
         raise missing
     return Path(found)

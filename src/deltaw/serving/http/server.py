@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deltaw import platforms
 from deltaw.errors import UserError
 from deltaw.machine.memory import share_heaps
 from deltaw.serving.http.errors import ApiError
@@ -140,7 +141,8 @@ def listening_socket(settings: ServerSettings) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise UserError(f"there is no address {host}", where="--host", hint=str(error)) from error
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # On Windows, SO_REUSEADDR would let a second server take the same port.
+        made.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
         made.bind(address)
     except OSError as error:
         made.close()
@@ -198,7 +200,7 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in platforms.stop_signals()}
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw import platforms
 from deltaw.cache import key
 from deltaw.data.example import RowGroup
 from deltaw.data.sequences import lengths_of
@@ -153,7 +154,7 @@ class Sharing:
         if self._processes.local_size == 1:
             return
         for old in store.folder.glob(f"{_SEEN}*"):  # of runs that were killed
-            old.unlink(missing_ok=True)
+            platforms.removed(old)
         name = f"{_SEEN}{os.getpid()}.bin"
         (store.folder / name).write_bytes(store.done.astype(np.uint8).tobytes())
         _use_seen(store, name)

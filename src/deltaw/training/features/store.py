@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from deltaw import durable
+from deltaw import durable, platforms
 from deltaw.cache import Cache
 from deltaw.errors import UserError
 
@@ -236,8 +236,11 @@ class DiskStore(FeatureStore):
 
     def close(self) -> None:
         self.mark()
+        # Let go of the maps: Windows removes no file that has one.
+        self.done, self._values = np.array(self.done), torch.empty(0)
+        del self._map, self._marks
         if self.of_run is not None:
-            self.of_run.unlink(missing_ok=True)
+            platforms.removed(self.of_run)
         if self._lock is not None:
             self._lock.release()
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from deltaw import platforms
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.tensor_files import TensorFile, save_tensors
@@ -109,7 +110,7 @@ class BestParameters:
         kept = {self._file(step) for step in steps if step is not None}
         for file in self._folder.glob("step-*.safetensors"):
             if file not in kept:
-                file.unlink(missing_ok=True)
+                platforms.removed(file)
 
 
 # Which evaluation was the best so far, and whether it has been too long since.
