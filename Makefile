@@ -116,17 +116,20 @@ kernels-arm:
 	done
 
 # ---- wheels, each with every variant of a type of processor, from any machine: zig's compiler knows all systems
-WHEELS  ?= linux-x86_64 linux-aarch64 macos-aarch64 windows-x86_64 musl-x86_64
-ZIG     := build/zig
-ZIG_CXX := $(ZIG)/bin/python -m ziglang c++
+WHEELS    ?= linux-x86_64 linux-aarch64 macos-aarch64 windows-x86_64 musl-x86_64
+ZIG_VERSION := 0.17.0
+ZIG       := build/zig
+ZIG_READY := $(ZIG)/.ziglang-$(ZIG_VERSION)
+ZIG_CXX   := $(ZIG)/bin/python -m ziglang c++
 export ZIG_GLOBAL_CACHE_DIR := $(CURDIR)/build/zig-cache
 
-wheels: $(ZIG)/.ready
+wheels: $(ZIG_READY)
 	rm -rf build/wheels
 	set -e; for target in $(WHEELS); do \
 	  SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} DELTAW_TARGET=$$target CXX="$(ZIG_CXX)" \
 	    $(ZIG)/bin/python setup.py --quiet bdist_wheel --dist-dir dist; \
 	done
+	PYTHONPATH=src $(ZIG)/bin/python tests/wheel/contents.py dist/*.whl
 
 # The tests of the kernels as a program for Windows, of the very objects that its wheel is linked from, and a program
 # that loads each library as Python would. Under an emulator of that system (Debian's package wine64), where there is
@@ -137,7 +140,7 @@ WINDOWS          := build/windows
 WINDOWS_CXX      := $(ZIG_CXX) -target x86_64-windows-gnu -std=c++17 -I$(CSRC)
 RUN_WINDOWS      := WINEDEBUG=-all WINEPREFIX=$(CURDIR)/build/wine DISPLAY= $(WINE)
 
-kernels-windows: $(ZIG)/.ready
+kernels-windows: $(ZIG_READY)
 	DELTAW_TARGET=windows-x86_64 DELTAW_VARIANTS="$(WINDOWS_VARIANTS)" CXX="$(ZIG_CXX)" \
 	  $(ZIG)/bin/python setup.py --quiet build_ext
 	@set -e; for variant in $(WINDOWS_VARIANTS); do $(MAKE) --no-print-directory kernels-windows-of VARIANT=$$variant; done
@@ -159,9 +162,9 @@ $(WINDOWS)/load_library.exe: $(CTESTS)/windows/load_library.c
 	@mkdir -p $(@D)
 	$(ZIG)/bin/python -m ziglang cc -target x86_64-windows-gnu -O1 -s $< -o $@
 
-$(ZIG)/.ready: Makefile
+$(ZIG_READY):
 	$(PYTHON) -m venv $(ZIG)
-	$(ZIG)/bin/python -m pip install --quiet --disable-pip-version-check 'ziglang==0.17.0' 'setuptools>=77'
+	$(ZIG)/bin/python -m pip install --quiet --disable-pip-version-check 'ziglang==$(ZIG_VERSION)' 'setuptools>=77'
 	touch $@
 
 $(SANITIZED)/test_kernels: $(OBJECTS)
