@@ -116,11 +116,11 @@ kernels-arm:
 	done
 
 # ---- wheels, each with every variant of a type of processor, from any machine: zig's compiler knows all systems
-WHEELS    ?= linux-x86_64 linux-aarch64 macos-aarch64 windows-x86_64 musl-x86_64
+WHEELS      ?= linux-x86_64 linux-aarch64 macos-aarch64 windows-x86_64
 ZIG_VERSION := 0.17.0
-ZIG       := build/zig
-ZIG_READY := $(ZIG)/.ziglang-$(ZIG_VERSION)
-ZIG_CXX   := $(ZIG)/bin/python -m ziglang c++
+ZIG         := build/zig
+ZIG_READY   := $(ZIG)/.ziglang-$(ZIG_VERSION)
+ZIG_CXX     := $(ZIG)/bin/python -m ziglang c++
 export ZIG_GLOBAL_CACHE_DIR := $(CURDIR)/build/zig-cache
 
 wheels: $(ZIG_READY)

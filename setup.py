@@ -72,7 +72,6 @@ class Target:
 TARGETS = {
     "linux-x86_64": Target("x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64"),
     "linux-aarch64": Target("aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64"),
-    "musl-x86_64": Target("x86_64-linux-musl", "musllinux_1_2_x86_64"),
     "macos-aarch64": Target("aarch64-macos.11.0", "macosx_11_0_arm64", "darwin"),
     "windows-x86_64": Target("x86_64-windows-gnu", "win_amd64", "win32", ".dll"),
 }
@@ -236,7 +235,7 @@ def library_of(ext: Extension) -> tuple[Path, list[str]]:
 
 def link_flags() -> list[str]:
     own = [*words_of("ARCHFLAGS"), *words_of("LDFLAGS"), *(["-s"] if TARGET else [])]
-    if SYSTEM == "win32" or (SYSTEM == "darwin" and TARGET):  # zig's linkers export what the sources mark, and no more
+    if SYSTEM == "win32" or (SYSTEM == "darwin" and TARGET):  # zig's linkers know what the sources mark
         return own
     if SYSTEM == "darwin":
         return ["-Wl,-exported_symbol,_dw_*", *own]
@@ -275,7 +274,7 @@ class Wheel(bdist_wheel):
         BuildVariants.every_variant = True
         super().run()
         for *_, made in self.distribution.dist_files:
-            built = ", ".join(variant.name for variant in variants_of_target())
+            built = ", ".join(variant.name for variant in wanted_variants(True))
             print(f"{made}: {os.path.getsize(made) / 1e6:.1f} MB with {built}")
 
 

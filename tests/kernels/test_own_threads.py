@@ -69,8 +69,9 @@ def test_threads_of_python_and_a_child_process_have_teams(library: Path):
                 caller.join()
             assert found == [True] * 3
             child = os.fork()
-            if child == 0:
-                os._exit(0 if same_often(x, of, expected) and len(os.listdir("/proc/self/task")) == 3 else 1)
+            if child == 0:  # torch's own library has no threads there that it could wait for
+                same = linear(x, of)[0].numpy().tobytes() == expected.numpy().tobytes()
+                os._exit(0 if same and len(os.listdir("/proc/self/task")) == 3 else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
             assert same_often(x, of, expected)
         finally:

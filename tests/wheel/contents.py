@@ -20,7 +20,6 @@ PLATFORMS = {
     "linux_x86_64": ("ELF 62", ".so", "x86_64"),
     "manylinux_2_28_aarch64": ("ELF 183", ".so", "aarch64"),
     "linux_aarch64": ("ELF 183", ".so", "aarch64"),
-    "musllinux_1_2_x86_64": ("ELF 62", ".so", "x86_64"),
     "macosx_11_0_arm64": ("Mach-O 16777228", ".so", "aarch64"),
     "win_amd64": ("PE 34404", ".dll", "x86_64"),
 }

@@ -358,9 +358,9 @@ def openmp_functions() -> list[ctypes.c_void_p | None] | None:
     """GOMP_parallel and three standard functions of the OpenMP library that torch is linked with; None where it is not
     found.
 
-    Elsewhere than on Linux, where it is LLVM's or Intel's, only the last: the kernels have threads of their own there, as
-    many as it says. A symbol that is asked of torch's own library is looked for in what that one is linked with, so
-    no other OpenMP library of the process is taken by mistake; on Windows the library beside it is asked.
+    Elsewhere than on Linux, where it is LLVM's or Intel's, only the last: the kernels have threads of their own
+    there, as many as it says. A symbol that is asked of torch's own library is looked for in what that one is linked
+    with, so no other OpenMP library of the process is taken by mistake; on Windows the library beside it is asked.
     """
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
     wanted = names if sys.platform == "linux" else names[-1:]

@@ -39,7 +39,7 @@ def processor_flags(root: Path = _ROOT) -> set[str]:
 
 
 def words_of_library(file: Path) -> set[str]:
-    """What the kernels in ``file`` find that an x86 processor and the system offer; empty where they cannot be loaded."""
+    """What the kernels in ``file`` find that an x86 processor and the system offer; empty if they cannot be loaded."""
     found = ctypes.create_string_buffer(1024)
     try:
         ask = ctypes.CDLL(os.fspath(file)).dw_processor_words
