@@ -9,6 +9,9 @@
 #                  `make sanitize-tiles`: of products in tiles, emulated)
 #   make kernels-arm  the same tests of the variants for ARM, under an emulator of such a processor (Debian's packages
 #                  g++-aarch64-linux-gnu and qemu-user); on an ARM machine `make sanitize-all` needs none
+#   make wheels    into dist/, one for each system and type of processor (or WHEELS="linux-x86_64 windows-x86_64"), on any
+#                  machine, with a compiler from PyPI
+#   make kernels-windows  the same tests for Windows, compiled as the wheel's, under an emulator (Debian's package wine64)
 #   make bench     real rows, compared with TRL and PEFT
 #   make site      the documentation as a site, in build/site, from docs/ and README.md; a dead link is an error
 #   make figures   measure this machine, and write the table into docs/performance.md
@@ -25,7 +28,8 @@ PYTEST := OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow test-variants lint bench figures site sanitize sanitize-all sanitize-tiles kernels-arm clean
+.PHONY: demo test test-slow test-variants lint bench figures site sanitize sanitize-all sanitize-tiles kernels-arm \
+        kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -80,7 +84,7 @@ CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 OPTIMIZE  ?= -O1
 DEFINES   ?=
 CTESTS    := tests/kernels/csrc
-SANITIZED := build/sanitize/$(VARIANT)
+SANITIZED := build/sanitize/$(VARIANT)$(DEFINES)
 SANITIZE   = $(shell cat $(CSRC)/compile_flags.txt) $(shell $(VARIANTS) flags $(VARIANT)) $(OPTIMIZE) -g -Wall -Wextra \
              -fopenmp -I$(CSRC) $(DEFINES) $(CHECKS)
 OBJECTS   := $(patsubst %.cpp,$(SANITIZED)/%.o,$(notdir $(wildcard $(CSRC)/*.cpp) $(wildcard $(CTESTS)/*.cpp)))
@@ -94,7 +98,7 @@ sanitize-all:
 
 # The variant amx with arrays for the processor's tiles, on any processor that has the rest.
 sanitize-tiles:
-	$(MAKE) sanitize VARIANT=avx512_bf16 DEFINES=-DDW_AMX_EMULATED SANITIZED=build/sanitize/tiles
+	$(MAKE) sanitize VARIANT=avx512_bf16 DEFINES=-DDW_AMX_EMULATED
 
 # The emulator's processor has all that the variants need. It does not run AddressSanitizer's programs; what is read or
 # written beyond a buffer's end is still found, since the tests' buffers end where a page begins that may not be touched.
@@ -110,6 +114,58 @@ kernels-arm:
 	  echo "$$variant:"; \
 	  $(MAKE) sanitize VARIANT=$$variant CXX="$(ARM_CXX)" RUN="$(ARM_RUN)" OPTIMIZE=-O2 CHECKS= SANITIZED=build/arm/$$variant; \
 	done
+
+# ---- wheels, each with every variant of a type of processor, from any machine: zig's compiler knows all systems
+WHEELS      ?= linux-x86_64 linux-aarch64 macos-aarch64 windows-x86_64
+ZIG_VERSION := 0.17.0
+ZIG         := build/zig
+ZIG_READY   := $(ZIG)/.ziglang-$(ZIG_VERSION)
+ZIG_CXX     := $(ZIG)/bin/python -m ziglang c++
+export ZIG_GLOBAL_CACHE_DIR := $(CURDIR)/build/zig-cache
+
+wheels: $(ZIG_READY)
+	rm -rf build/wheels
+	set -e; for target in $(WHEELS); do \
+	  SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} DELTAW_TARGET=$$target CXX="$(ZIG_CXX)" \
+	    $(ZIG)/bin/python setup.py --quiet bdist_wheel --dist-dir dist; \
+	done
+	PYTHONPATH=src $(ZIG)/bin/python tests/wheel/contents.py dist/*.whl
+
+# The tests of the kernels as a program for Windows, of the very objects that its wheel is linked from, and a program
+# that loads each library as Python would. Under an emulator of that system (Debian's package wine64), where there is
+# one; the processor is the one at hand.
+WINE             ?= $(firstword $(shell command -v wine64 wine) $(wildcard /usr/lib/wine/wine64))
+WINDOWS_VARIANTS ?= $(filter-out amx,$(shell $(VARIANTS) allowed))
+WINDOWS          := build/windows
+WINDOWS_CXX      := $(ZIG_CXX) -target x86_64-windows-gnu -std=c++17 -I$(CSRC)
+RUN_WINDOWS      := WINEDEBUG=-all WINEPREFIX=$(CURDIR)/build/wine DISPLAY= $(WINE)
+
+kernels-windows: $(ZIG_READY)
+	DELTAW_TARGET=windows-x86_64 DELTAW_VARIANTS="$(WINDOWS_VARIANTS)" CXX="$(ZIG_CXX)" \
+	  $(ZIG)/bin/python setup.py --quiet build_ext
+	@set -e; for variant in $(WINDOWS_VARIANTS); do $(MAKE) --no-print-directory kernels-windows-of VARIANT=$$variant; done
+
+kernels-windows-of: $(WINDOWS)/$(VARIANT)/test_kernels.exe $(WINDOWS)/load_library.exe
+	@if [ -z "$(WINE)" ]; then echo "skipped: there is no wine64 here"; exit 0; fi; \
+	echo "$(VARIANT):" && $(RUN_WINDOWS) $< $(ONLY) \
+	&& $(RUN_WINDOWS) $(WINDOWS)/load_library.exe build/kernels/windows-x86_64/_native_$(VARIANT)/_native_$(VARIANT).dll
+
+$(WINDOWS)/$(VARIANT)/test_kernels.exe: $(patsubst %.cpp,$(WINDOWS)/$(VARIANT)/%.o,$(notdir $(wildcard $(CTESTS)/*.cpp))) \
+                                        $(wildcard build/kernels/windows-x86_64/_native_$(VARIANT)/*.o)
+	$(WINDOWS_CXX) -s $^ -o $@
+
+$(WINDOWS)/$(VARIANT)/%.o: $(CTESTS)/%.cpp $(wildcard $(CSRC)/*.h) $(wildcard $(CTESTS)/*.h)
+	@mkdir -p $(@D)
+	$(WINDOWS_CXX) -O1 $(shell $(VARIANTS) flags $(VARIANT)) -c $< -o $@
+
+$(WINDOWS)/load_library.exe: $(CTESTS)/windows/load_library.c
+	@mkdir -p $(@D)
+	$(ZIG)/bin/python -m ziglang cc -target x86_64-windows-gnu -O1 -s $< -o $@
+
+$(ZIG_READY):
+	$(PYTHON) -m venv $(ZIG)
+	$(ZIG)/bin/python -m pip install --quiet --disable-pip-version-check 'ziglang==$(ZIG_VERSION)' 'setuptools>=77'
+	touch $@
 
 $(SANITIZED)/test_kernels: $(OBJECTS)
 	$(CXX) $(SANITIZE) $^ -o $@

@@ -10,6 +10,7 @@ the compiler, its flags or a file that it read has changed.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS as usual; DELTAW_VARIANTS="avx2 generic" builds these, ``all``
 all, ``native`` those of this machine; DELTAW_EMULATED_TILES=1 builds amx for tests on processors without tiles.
+DELTAW_TARGET=windows-x86_64 builds for another platform (TARGETS), if CXX is zig's compiler: ``make wheels``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,7 +35,6 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("src/deltaw/kernels")
 SOURCES = KERNELS / "csrc"
-BUILT = Path("build/kernels")
 # Only the C interface leaves an object: a template of the standard library that two variants have compiled
 # with different instructions must never stand in for the other's.
 EXPORTS = "{ global: dw_*; local: *; };\n"
@@ -51,6 +52,39 @@ def module_of_kernels(name: str):
 VARIANTS, PROCESSOR = module_of_kernels("variants"), module_of_kernels("processor")
 
 
+@dataclass(frozen=True)
+class Target:
+    """A platform that a wheel is built for on any machine: as zig names it, and as wheels do.
+
+    The oldest glibc and macOS are those that torch's own wheels need.
+    """
+
+    zig: str
+    tag: str
+    system: str = "linux"  # as sys.platform
+    ending: str = ".so"
+
+    @property
+    def machine(self) -> str:
+        return self.zig.partition("-")[0]
+
+
+TARGETS = {
+    "linux-x86_64": Target("x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64"),
+    "linux-aarch64": Target("aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64"),
+    "macos-aarch64": Target("aarch64-macos.11.0", "macosx_11_0_arm64", "darwin"),
+    "windows-x86_64": Target("x86_64-windows-gnu", "win_amd64", "win32", ".dll"),
+}
+ASKED = os.environ.get("DELTAW_TARGET", "")
+if ASKED and ASKED not in TARGETS:
+    raise SystemExit(f"DELTAW_TARGET={ASKED}: there is no such target, only {', '.join(TARGETS)}")
+TARGET = TARGETS.get(ASKED)
+SYSTEM = TARGET.system if TARGET else sys.platform
+BUILT = Path("build/kernels", ASKED)
+if TARGET:
+    VARIANTS.ENDING = TARGET.ending
+
+
 def words_of(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
@@ -59,7 +93,7 @@ def compiler() -> list[str] | None:
     """The C++ compiler's command; None where there is none."""
     for command in (words_of("CXX"), ["c++"], ["g++"], ["clang++"]):
         if command and shutil.which(command[0]):
-            return command
+            return [*command, "-target", TARGET.zig] if TARGET else command
     return None
 
 
@@ -120,10 +154,12 @@ class BuildVariants(build_ext):
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        return os.path.join(*fullname.split(".")) + VARIANTS.ENDING
 
     def build_extensions(self) -> None:
         command = compiler()
+        if command is None and TARGET:
+            raise SystemExit("no C++ compiler: CXX is to be zig's, as in `make wheels`")
         if command is None:
             self.warn("no C++ compiler: deltaw is installed without its compiled kernels")
             return
@@ -157,6 +193,8 @@ class BuildVariants(build_ext):
             shutil.copy(made, target)
             self.announce(f"kernels: built {ext.variant.name}", level=logging.INFO)
         except Refused as refusal:
+            if TARGET:
+                raise SystemExit(f"kernels: {ext.variant.name} for {ASKED}: {refusal}") from refusal
             self.warn(f"kernels: {ext.variant.name} is left out, since the compiler does not build it: {refusal}")
             target.unlink(missing_ok=True)
 
@@ -184,20 +222,22 @@ class BuildVariants(build_ext):
 
 def object_of(ext: Extension, source: str) -> tuple[Path, list[str]]:
     """Where a variant's object of a source lies, and what the compiler is told."""
-    built = BUILT / ext.variant.file.removesuffix(".so") / (Path(source).stem + ".o")
+    built = BUILT / Path(ext.variant.file).stem / (Path(source).stem + ".o")
     return built, [*ext.extra_compile_args, "-MMD", "-c", source]
 
 
 def library_of(ext: Extension) -> tuple[Path, list[str]]:
     """Where a variant is linked, and what the compiler is told beside its objects."""
-    folder = BUILT / ext.variant.file.removesuffix(".so")
+    folder = BUILT / Path(ext.variant.file).stem
     objects = [str(object_of(ext, source)[0]) for source in ext.sources]
     return folder / ext.variant.file, ["-shared", *objects, *link_flags()]
 
 
 def link_flags() -> list[str]:
-    own = [*words_of("ARCHFLAGS"), *words_of("LDFLAGS")]
-    if sys.platform == "darwin":
+    own = [*words_of("ARCHFLAGS"), *words_of("LDFLAGS"), *(["-s"] if TARGET else [])]
+    if SYSTEM == "win32" or (SYSTEM == "darwin" and TARGET):  # zig's linkers know what the sources mark
+        return own
+    if SYSTEM == "darwin":
         return ["-Wl,-exported_symbol,_dw_*", *own]
     exports = BUILT / "exports.map"
     if not exports.exists() or exports.read_text() != EXPORTS:
@@ -227,18 +267,35 @@ class Wheel(bdist_wheel):
     """For one platform, and for every version of Python: the objects do not know Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", TARGET.tag if TARGET else super().get_tag()[2]
 
     def run(self) -> None:
         """It may be installed elsewhere, so it has what any processor needs."""
         BuildVariants.every_variant = True
         super().run()
+        for *_, made in self.distribution.dist_files:
+            built = ", ".join(variant.name for variant in wanted_variants(True))
+            print(f"{made}: {os.path.getsize(made) / 1e6:.1f} MB with {built}")
 
 
 def target_machine() -> str | None:
-    """The type of processor that a Mac compiles for, where that is not its own."""
+    """The type of processor that is compiled for, where that is not this machine's."""
+    if TARGET:
+        return TARGET.machine
     arch = words_of("ARCHFLAGS")
     return arch[arch.index("-arch") + 1] if "-arch" in arch else None
+
+
+def variants_of_target() -> list:
+    """All that can be compiled. No system but Linux is known to let a program use tiles."""
+    return [v for v in VARIANTS.for_machine(target_machine()) if SYSTEM == "linux" or "amx_tile" not in v.needs]
+
+
+def flags_of(variant) -> list[str]:
+    """What a compiler is told of a variant; zig has a name of its own for ARM's second version."""
+    if not TARGET:
+        return list(variant.flags)
+    return [flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in variant.flags]
 
 
 def wanted_variants(every: bool) -> list:
@@ -249,9 +306,9 @@ def wanted_variants(every: bool) -> list:
     named += [word.partition(":")[0] for word in words_of("DELTAW_KERNELS")]
     # What another machine's processor can run is not known here.
     if "all" in named or ("native" in named and of != VARIANTS.machine()):
-        return VARIANTS.for_machine(of)
+        return variants_of_target()
     native = VARIANTS.worth_building(PROCESSOR.processor_flags()) if "native" in named else []
-    return [v for v in VARIANTS.for_machine(of) if v in native or v.name in named]
+    return [v for v in variants_of_target() if v in native or v.name in named]
 
 
 def extensions() -> list[Extension]:
@@ -260,13 +317,17 @@ def extensions() -> list[Extension]:
     files = sorted(map(str, SOURCES.glob("*.cpp")))
     flags = ["-fPIC", *words_of("ARCHFLAGS"), *words_of("CXXFLAGS")]
     found = []
-    for variant in VARIANTS.for_machine(target_machine()):
+    for variant in variants_of_target():
         for version in dict.fromkeys([variant, variant.emulated()]):
             name = f"deltaw.kernels.{Path(version.file).stem}"
-            ext = Extension(name, files, extra_compile_args=[*common, *version.flags, *flags], optional=True)
+            ext = Extension(name, files, extra_compile_args=[*common, *flags_of(version), *flags], optional=True)
             ext.variant = version
             found.append(ext)
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildVariants, "bdist_wheel": Wheel})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildVariants, "bdist_wheel": Wheel},
+    options={"build": {"build_base": f"build/wheels/{ASKED}"}} if TARGET else {},
+)

@@ -38,7 +38,7 @@ SMALL = 1 << 22
 SETTLED = 2.0
 # Where deltaw's own modules are.
 SOURCE = Path(__file__).parent
-_COMPILED = (".so", ".pyd", ".dylib")
+_COMPILED = (".so", ".pyd", ".dylib", ".dll")
 
 T = TypeVar("T")
 

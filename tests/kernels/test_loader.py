@@ -135,6 +135,42 @@ def test_no_openmp_library_is_said(afresh, monkeypatch):
     assert loader.library() is not None and "one thread" in str(loader.threads_note())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="compared with what is handed over on Linux")
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_elsewhere_only_the_number_of_threads_is_handed_over(monkeypatch, system, tmp_path):
+    """And it is the one that torch works with, asked anew in each call."""
+    if system == "win32":  # where the library lies beside torch's; this one has it from there
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib/libiomp5md.dll").symlink_to(Path(torch.__file__).parent / "lib/libtorch_cpu.so")
+        monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(sys, "platform", system)
+    handed = loader.openmp_functions()
+    monkeypatch.undo()
+    assert handed is not None and handed[:3] == [None] * 3
+    ask, before = ctypes.CFUNCTYPE(ctypes.c_int)(handed[3].value), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert ask() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_without_its_library_on_windows_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert loader.openmp_functions() is None
+
+
+@compiled_only
+def test_a_file_that_cannot_be_loaded_is_the_reason(afresh, monkeypatch, tmp_path):
+    """As on another system, for which a file of the right name was built."""
+    monkeypatch.setattr(variants, "FOLDER", tmp_path)
+    for variant in variants.for_machine():
+        (tmp_path / variant.file).write_bytes(b"MZ" + bytes(100))
+    assert loader.library() is None and "compiled kernels cannot be loaded: " in str(loader.why_not())
+
+
 @compiled_only
 def test_memory_that_is_not_there_is_an_error_and_no_crash(threads):
     """In the calling thread, and in those of a team."""

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.kernels import variants
-from deltaw.kernels.processor import processor_flags, second_level_cache
+from deltaw.kernels import loader, processor, variants
+from deltaw.kernels.processor import processor_flags, second_level_cache, words_of_library
+from tests.kernels.conftest import compiled_only
 
 VARIANTS = "none"
 
@@ -122,3 +123,28 @@ def test_the_words_of_the_first_processor_count(tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("model name: fast\nflags: avx2 fma\n\nmodel name: slow\nflags: sse2\n")
     assert processor_flags(tmp_path) == {"avx2", "fma"}
+
+
+@compiled_only
+@pytest.mark.skipif(variants.machine() != "x86_64" or sys.platform != "linux", reason="compared with what Linux says")
+def test_the_kernels_find_what_the_processor_has(monkeypatch):
+    """As Windows asks them, which has no words for it."""
+    file = variants.file_of(loader.usable()[-1])
+    needed = {word for v in variants.for_machine() for word in v.needs}
+    expected = processor_flags() & needed
+    assert words_of_library(file) & needed == expected and len(expected) > 0
+    monkeypatch.setattr(processor, "_ASKING", file)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert processor_flags() == words_of_library(file)
+
+
+def test_no_library_to_ask_means_no_words(monkeypatch, tmp_path):
+    (tmp_path / "damaged.dll").write_bytes(b"MZ")
+    assert words_of_library(tmp_path / "damaged.dll") == words_of_library(tmp_path / "missing.dll") == set()
+
+
+def test_files_are_named_as_the_system_loads_them(monkeypatch):
+    variant = variants.for_machine("x86_64")[-1]
+    assert variants.file_of(variant).suffix == variants.ENDING
+    monkeypatch.setattr(variants, "ENDING", ".dll")
+    assert variant.file == "_native_generic.dll"

@@ -12,10 +12,12 @@ import pytest
 
 from deltaw.kernels import variants
 from deltaw.kernels.processor import processor_flags
+from tests.wheel.contents import faults_of
 
 ROOT = Path(__file__).parents[2]
 COMPILER = """#!/bin/sh
-[ "$1" = --version ] && exec cat version
+case "$*" in *--version) exec cat version;; esac
+echo "$*" >> said
 while [ $# -gt 0 ]; do
     case $1 in -o) made=$2;; -c) source=$2;; esac
     shift
@@ -58,10 +60,11 @@ class Tree:
 
     def build(self, wanted: str | None = None, *command: str, **environment: str) -> list[str]:
         """What was compiled and linked, as ``variant/file``."""
-        (self.folder / "calls").write_text("")
+        for name in ("calls", "said"):
+            (self.folder / name).write_text("")
         given = {**os.environ, "CXX": str(self.folder / "c++"), "DELTAW_VARIANTS": wanted or "", **environment}
         program = [sys.executable, "setup.py", "--quiet", *(command or ("build_ext", "--inplace"))]
-        subprocess.run(program, cwd=self.folder, env=given, check=True)
+        subprocess.run(program, cwd=self.folder, env=given, check=True, capture_output=True, text=True)
         calls = (self.folder / "calls").read_text().split()
         return sorted(call.removeprefix("build/kernels/_native_") for call in calls)
 
@@ -117,3 +120,43 @@ def test_variants_of_an_earlier_build_stay_while_they_are_up_to_date(tree):
     tree.change("add.cpp")
     tree.build(other)
     assert tree.built() == {f"_native_{other}.so"}
+
+
+@pytest.mark.parametrize(
+    ("target", "zig", "tag", "flags"),
+    [
+        ("windows-x86_64", "x86_64-windows-gnu", "win_amd64", "-mavx512bf16 "),
+        ("macos-aarch64", "aarch64-macos.11.0", "macosx_11_0_arm64", "-mcpu=generic+v8_2a+dotprod+bf16+i8mm "),
+        ("linux-x86_64", "x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64", "-mamx-tile "),
+        ("linux-aarch64", "aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64", "-mcpu=generic+v8_2a+dotprod "),
+    ],
+)
+def test_a_wheel_for_another_platform_is_asked_of_the_compiler(tree, target, zig, tag, flags):
+    """It is named for the platform, and holds no file of this one that lies in the source tree."""
+    (tree.kernels / "_native_generic.so").write_text("of an earlier build in place")
+    when = {"DELTAW_TARGET": target, "SOURCE_DATE_EPOCH": "1700000000"}
+    tree.build(None, "bdist_wheel", **when)
+    said = (tree.folder / "said").read_text()
+    assert all(line.startswith(f"-target {zig} ") for line in said.splitlines()) and flags in said
+    assert "-march=" not in said and ("--version-script" in said) == target.startswith("linux")
+    (wheel,) = (tree.folder / "dist").iterdir()
+    assert wheel.name == f"deltaw-1-py3-none-{tag}.whl"
+    # The compiler of this test makes no objects; which there are, and nothing else, is as it should be.
+    of_format = "is unknown, not", "does not export the kernels"
+    faults = [fault for fault in faults_of(wheel) if not any(words in fault for words in of_format)]
+    assert faults == ["the list of variants is missing"]  # as this test's own project says
+
+    first = wheel.read_bytes()
+    wheel.unlink()
+    assert tree.build(None, "bdist_wheel", **when) == [] and wheel.read_bytes() == first
+
+
+def test_a_target_that_is_none_and_a_variant_that_is_refused_make_no_wheel(tree):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        tree.build(None, "bdist_wheel", DELTAW_TARGET="windows-arm")
+    assert "there is no such target, only linux-x86_64" in failed.value.stderr
+    (tree.folder / "c++").write_text("#!/bin/sh\necho 'error: no such instruction' >&2; exit 1\n")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        tree.build(None, "bdist_wheel", DELTAW_TARGET="windows-x86_64")
+    assert "for windows-x86_64: error: no such instruction" in failed.value.stderr
+    assert not (tree.folder / "dist").exists()

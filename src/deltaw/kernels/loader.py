@@ -1,8 +1,9 @@
 """The compiled kernels: which variant of them runs here, and how they are called.
 
 Each variant (``variants.py``) is a shared object of plain C functions, bound to no version of torch or
-Python. It has no threads of its own: it is handed those of torch's OpenMP library, since two pools would
-fight for the cores.
+Python. On Linux it has no threads of its own: it is handed those of torch's OpenMP library, since two pools would
+fight for the cores. On macOS and Windows that library cannot be handed over, and the kernels' own threads sleep
+while torch's work.
 
 ``DELTAW_KERNELS=NAME`` forces a variant, and is refused where that one cannot run; ``NAME:ARITHMETIC`` forces
 how products are computed too (``arithmetic.py``); ``none``, or ``DELTAW_NATIVE=0``, does without compiled
@@ -18,6 +19,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,7 +287,7 @@ def _found() -> tuple[Opened | None, str | None]:
 
 def platform_is_served() -> bool:
     """Whether the kernels are built for this system at all."""
-    return platform.system() in ("Linux", "Darwin")
+    return platform.system() in ("Linux", "Darwin", "Windows")
 
 
 def number(dtype: torch.dtype) -> int:
@@ -352,16 +354,22 @@ def release_scratch() -> None:
         opened.library.dw_release()
 
 
-def openmp_functions() -> list[ctypes.c_void_p] | None:
-    """GOMP_parallel and three standard functions of the OpenMP library that torch is linked with.
+def openmp_functions() -> list[ctypes.c_void_p | None] | None:
+    """GOMP_parallel and three standard functions of the OpenMP library that torch is linked with; None where it is not
+    found.
 
-    GNU's, LLVM's and Intel's libraries all export them. A symbol that is asked of torch's own library is
-    looked for in what that one is linked with, so no other OpenMP library of the process is taken by mistake.
+    Elsewhere than on Linux, where it is LLVM's or Intel's, only the last: the kernels have threads of their own
+    there, as many as it says. A symbol that is asked of torch's own library is looked for in what that one is linked
+    with, so no other OpenMP library of the process is taken by mistake; on Windows the library beside it is asked.
     """
-    wanted = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
-    libraries = [Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{end}" for end in ("so", "dylib")]
-    for name in [*(os.fspath(path) for path in libraries if path.is_file()), None]:
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
+    wanted = names if sys.platform == "linux" else names[-1:]
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = [folder / name for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "libiomp5md.dll")]
+    anywhere = [None] if sys.platform != "win32" else []
+    for name in [*(os.fspath(path) for path in libraries if path.is_file()), *anywhere]:
         functions = ctypes.CDLL(name)
         if all(hasattr(functions, symbol) for symbol in wanted):
-            return [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in wanted]
+            found = [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in wanted]
+            return [*[None] * (len(names) - len(wanted)), *found]
     return None

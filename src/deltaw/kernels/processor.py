@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import platform
 import re
 import subprocess
@@ -18,17 +20,34 @@ _MAC_FLAGS = {
     "hw.optional.arm.FEAT_BF16": "bf16",
     "hw.optional.arm.FEAT_I8MM": "i8mm",
 }
+# The kernels that any processor runs, which ask it by instructions: Windows has no words for most of its features.
+_ASKING = Path(__file__).with_name("_native_generic.dll")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def processor_flags(root: Path = _ROOT) -> set[str]:
     """The feature words of the first processor in ``/proc/cpuinfo`` (``flags``, on ARM ``Features``).
 
-    On a Mac with an ARM processor the same words, translated from what ``sysctl`` says. Empty elsewhere.
+    On a Mac with an ARM processor the same words, translated from what ``sysctl`` says; on Windows those that the
+    generic kernels find. Empty elsewhere.
     """
     if _is_mac(root):
         return {flag for name, flag in _MAC_FLAGS.items() if _sysctl(name) == "1"}
+    if sys.platform == "win32" and root == _ROOT:
+        return words_of_library(_ASKING)
     return set(_first(root, "flags", "Features").split())
+
+
+def words_of_library(file: Path) -> set[str]:
+    """What the kernels in ``file`` find that an x86 processor and the system offer; empty if they cannot be loaded."""
+    found = ctypes.create_string_buffer(1024)
+    try:
+        ask = ctypes.CDLL(os.fspath(file)).dw_processor_words
+    except (OSError, AttributeError):
+        return set()
+    ask.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    ask(found, len(found) - 1)
+    return set(found.value.decode("ascii").split())
 
 
 def processor_name(root: Path = _ROOT) -> str:

@@ -35,6 +35,8 @@ LEFT_OUT_BY = {
 # it is built so, by another name, and any processor that has the rest runs it.
 EMULATED_TILES = "DELTAW_EMULATED_TILES"
 ANY = "auto"
+# Of the files' names; setup.py sets the one of another system that it builds for.
+ENDING = ".dll" if sys.platform == "win32" else ".so"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
 # while they are laid out; tiles; torch's operators.
 ARITHMETICS = ("dot", "wide", "tiles", "torch")
@@ -63,7 +65,7 @@ class Variant:
     def file(self) -> str:
         """The name of its shared object, which belongs to no version of Python."""
         emulated = "_emulated" if "-DDW_AMX_EMULATED" in self.flags else ""
-        return f"_native_{self.name}{emulated}.so"
+        return f"_native_{self.name}{emulated}{ENDING}"
 
     def emulated(self) -> Variant:
         """The same with arrays for tiles; any other variant as it is."""

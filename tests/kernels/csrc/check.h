@@ -1,8 +1,17 @@
 // What the tests of the kernels in C++ share: buffers between pages that nobody may touch, numbers, and comparisons.
 #pragma once
+#ifdef _WIN32
+#define NOMINMAX
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#undef near  // words that it takes for itself
+#undef far
+#else
 #include <sys/mman.h>
 #include <unistd.h>
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -59,6 +68,30 @@ template <class T> int type_of();
 template <> inline int type_of<float>() { return 0; }
 template <> inline int type_of<bf16>() { return 1; }
 
+// Memory in whole pages, some of which nobody may touch.
+#ifdef _WIN32
+inline int64_t page_size() { return 4096; }
+inline char *take_pages(int64_t bytes) {
+    char *const at = (char *)VirtualAlloc(nullptr, bytes, MEM_COMMIT | MEM_RESERVE, PAGE_READWRITE);
+    if (!at) abort();
+    return at;
+}
+inline void give_pages_back(char *at, int64_t) { VirtualFree(at, 0, MEM_RELEASE); }
+inline void forbid_page(char *at) {
+    DWORD before;
+    VirtualProtect(at, page_size(), PAGE_NOACCESS, &before);
+}
+#else
+inline int64_t page_size() { return sysconf(_SC_PAGESIZE); }
+inline char *take_pages(int64_t bytes) {
+    void *const at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) abort();
+    return (char *)at;
+}
+inline void give_pages_back(char *at, int64_t bytes) { munmap(at, bytes); }
+inline void forbid_page(char *at) { mprotect(at, page_size(), PROT_NONE); }
+#endif
+
 // `count` values that end where a page begins that may not be touched; another such page stands in front. The sanitizers
 // do not see masked vector instructions, the processor does.
 template <class T>
@@ -67,15 +100,14 @@ class Buffer {
     const int64_t count;
 
     explicit Buffer(int64_t count) : count(count), pages((count * (int64_t)sizeof(T) + page() - 1) / page() + 2) {
-        whole = (char *)mmap(nullptr, pages * page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (whole == MAP_FAILED) abort();
-        mprotect(whole, page(), PROT_NONE);
-        mprotect(whole + (pages - 1) * page(), page(), PROT_NONE);
+        whole = take_pages(pages * page());
+        forbid_page(whole);
+        forbid_page(whole + (pages - 1) * page());
         memset(whole + page(), 0xff, (pages - 2) * page());  // no number in any floating type
     }
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
-    ~Buffer() { munmap(whole, pages * page()); }
+    ~Buffer() { give_pages_back(whole, pages * page()); }
 
     T *data() const { return (T *)(whole + (pages - 1) * page()) - count; }
     T &operator[](int64_t i) const { return data()[i]; }
@@ -97,7 +129,7 @@ class Buffer {
     bool same(const Buffer &other) const { return count == other.count && !memcmp(data(), other.data(), count * sizeof(T)); }
 
   private:
-    static int64_t page() { return sysconf(_SC_PAGESIZE); }
+    static int64_t page() { return page_size(); }
     const int64_t pages;
     char *whole;
 };

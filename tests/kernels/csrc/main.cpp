@@ -1,17 +1,29 @@
 // The kernels' tests in C++: everything on one thread, then on teams of two and three, with each arithmetic that the
 // variant has. Run under sanitizers (make sanitize) and under an emulator of another processor (make kernels-arm).
 // Names as arguments: those alone, of products, threads, blocks, attention, block, decode and rows, and nothing else.
-#include <omp.h>
-
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "kernels.h"
+#include "team.h"
 #include "tests.h"
 
+#ifdef DW_OWN_THREADS
+static int threads_now = 1;
+int threads_in_use() { return threads_now; }
+void use_threads(int count) { threads_now = count; }
+static int hand_over_threads() { return dw_threads(nullptr, nullptr, nullptr, (void *)threads_in_use); }
+#else
+#include <omp.h>
 extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
+int threads_in_use() { return omp_get_max_threads(); }
+void use_threads(int count) { omp_set_num_threads(count); }
+static int hand_over_threads() {
+    return dw_threads((void *)GOMP_parallel, (void *)omp_get_thread_num, (void *)omp_get_num_threads, (void *)omp_get_max_threads);
+}
+#endif
 
 namespace {
 
@@ -58,9 +70,10 @@ int main(int count, char **arguments) {
         return 0;
     }
     if (names.empty()) test_vector(), test_tiles();
+    if (wanted("threads")) test_own_team();
     for (int threads = 1; threads <= 3; threads++) {
-        omp_set_num_threads(threads);
-        if (threads > 1) dw_threads((void *)GOMP_parallel, (void *)omp_get_thread_num, (void *)omp_get_num_threads, (void *)omp_get_max_threads);
+        use_threads(threads);
+        if (threads > 1) expect(hand_over_threads() == 0, "threads to work on");
         dw_set_cache(threads == 2 ? 1 << 17 : 1 << 20);  // in the smaller one, rows go by in several parts
         for (int which = 0; which < 3; which++)
             if (choose(which))

@@ -1,11 +1,47 @@
 // What a caller compares, memory that is not there, and memory that is given back.
+#include <fstream>
+
 #include "block.h"
 #include "blocks.h"
 #include "check.h"
 #include "kernels.h"
 #include "tests.h"
 
+// The words of an x86 processor: all of those that this program is compiled for, and on Linux what the system says.
+static void test_processor_words() {
+    char found[512] = "unchanged";
+    expect(dw_processor_words(found, 0) > 0 && found[0] == 'u', "room for no words");
+    const int64_t bytes = dw_processor_words(found, sizeof(found));
+    expect(bytes == (int64_t)strlen(found) + 1, "how many bytes the words have");
+    const std::string words = " " + std::string(found) + " ";
+    auto has = [&](const std::string &word) { return words.find(" " + word + " ") != std::string::npos; };
+#ifdef __AVX2__
+    expect(has("avx2") && has("fma") && has("f16c"), "the words of AVX2");
+#endif
+#ifdef __AVXVNNI__
+    expect(has("avx_vnni"), "the word of AVX-VNNI");
+#endif
+#ifdef __AVX512BW__
+    expect(has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq"), "the words of AVX-512");
+#endif
+#ifdef __AVX512VNNI__
+    expect(has("avx512_vnni"), "the word of AVX-512 VNNI");
+#endif
+#ifdef __AVX512BF16__
+    expect(has("avx512_bf16"), "the word of AVX-512 BF16");
+#endif
+#if defined(__linux__) && defined(__x86_64__)
+    std::ifstream file("/proc/cpuinfo");
+    std::string line;
+    while (std::getline(file, line) && line.compare(0, 5, "flags")) {}
+    for (const char *word : {"avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16",
+                             "amx_tile", "amx_bf16", "amx_int8"})
+        expect(has(word) == ((line + " ").find(" " + std::string(word) + " ") != std::string::npos), std::string("as Linux says, ") + word);
+#endif
+}
+
 void test_interface() {
+    test_processor_words();
     expect(dw_abi() == DW_ABI, "the ABI's number");
     int64_t found[64] = {};
     expect(dw_layout_of(0, found, 64) == 15 && found[0] == sizeof(Layer), "a layer's layout");

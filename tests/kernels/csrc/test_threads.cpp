@@ -1,8 +1,6 @@
 // How work is shared out: every unit once, more of it to the faster thread, and the same bits whoever does what.
 #include "threads.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "check.h"
@@ -125,13 +123,13 @@ struct Linear {
 
 // Products share out their panels, and many rows their rows; a team's result is that of one thread to the bit.
 void test_same_bits(int64_t M, int64_t in, int64_t out) {
-    const int threads = omp_get_max_threads();
+    const int threads = threads_in_use();
     Linear linear(M, in, out);
     for (Form form : {IN_BF16, IN_INT8, IN_BLOCKS}) {
         const std::string what = "the bits of one thread, " + std::to_string(M) + "x" + std::to_string(in) + "x" + std::to_string(out);
-        omp_set_num_threads(1);
+        use_threads(1);
         const Numbers expected = linear.computed(form);
-        omp_set_num_threads(threads);
+        use_threads(threads);
         for (int time = 0; time < 6; time++) {
             if (M >= ROWS_FOR_EACH * threads && threads > 1) {
                 std::vector<double> each(threads, 1e-4);
@@ -145,7 +143,7 @@ void test_same_bits(int64_t M, int64_t in, int64_t out) {
 
 // What a team's arenas hold doesn't depend on which of its threads is slow.
 void test_same_room(int64_t in, int64_t out) {
-    const int threads = omp_get_max_threads();
+    const int threads = threads_in_use();
     Linear linear(3 * ROWS_FOR_EACH * threads / 2, in, out);
     for (Form form : {IN_BF16, IN_INT8, IN_BLOCKS}) {
         int64_t first = 0;

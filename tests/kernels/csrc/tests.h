@@ -10,3 +10,8 @@ void test_decode();
 void test_interface();
 void test_tiles();
 void test_threads();
+void test_own_team();
+
+// The threads that kernels run on from now on, and how many those are.
+void use_threads(int count);
+int threads_in_use();

@@ -8,7 +8,11 @@
 // To be raised whenever a function's arguments, the types that it takes or a struct of block.h, blocks.h or decode.h change; the caller compares it with its own.
 const int DW_ABI = 9;
 
+#ifdef _WIN32
+#define DW_EXPORT __declspec(dllexport)
+#else
 #define DW_EXPORT __attribute__((visibility("default")))
+#endif
 
 struct BlockData;
 struct BlockParts;
@@ -21,6 +25,9 @@ DW_EXPORT int dw_abi();
 DW_EXPORT int64_t dw_layout_of(int which, int64_t *into, int64_t capacity);
 
 DW_EXPORT int dw_threads(void *parallel, void *thread_number, void *team_size, void *most_threads);
+// Words that Linux has for what an x86 processor and the system offer, with a space between; "" on other processors. Of
+// the bytes, with the 0 at the end, the first `capacity` are written. Returns how many there are.
+DW_EXPORT int64_t dw_processor_words(char *into, int64_t capacity);
 // Gives back the memory that the threads' arenas keep between calls.
 DW_EXPORT int dw_release();
 // Returns the bytes that all arenas hold now, or with `most` held at most since that was asked last.

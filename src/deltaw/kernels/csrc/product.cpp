@@ -249,8 +249,13 @@ class Part {
                 packed = panel;
                 share = lay_out(panel, place, m1 - m0, b0, g0, deep, ahead);
             }
-            if constexpr (InTiles<Op>::value) this->multiply_in_tiles(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
-            else multiply(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
+#ifdef DW_AMX
+            if constexpr (InTiles<Op>::value) {
+                multiply_in_tiles(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
+                continue;
+            }
+#endif
+            multiply(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
         }
         before.rest();
     }

@@ -26,6 +26,14 @@ void note_held(int64_t change) {
     while (now > most && !most_held.compare_exchange_weak(most, now)) {}
 }
 
+#ifdef _WIN32
+char *aligned_memory(size_t bytes) { return (char *)_aligned_malloc(bytes, LINE); }
+void free_aligned(void *at) { _aligned_free(at); }
+#else
+char *aligned_memory(size_t bytes) { return (char *)aligned_alloc(LINE, bytes); }
+void free_aligned(void *at) { free(at); }
+#endif
+
 struct Piece {
     char *at;
     size_t size;
@@ -80,7 +88,7 @@ class Arena {
         if (size > SIZE_MAX / 2) throw std::bad_alloc();
         const size_t rounded = (size + PAGE - 1) / PAGE * PAGE;
         pieces.reserve(pieces.size() + 1);
-        char *const at = (char *)aligned_alloc(LINE, rounded);
+        char *const at = aligned_memory(rounded);
         if (!at) throw std::bad_alloc();
         pieces.push_back({at, rounded});
         note_held((int64_t)rounded);
@@ -88,7 +96,7 @@ class Arena {
 
     void drop_from(size_t first) noexcept {
         for (; pieces.size() > first; pieces.pop_back()) {
-            free(pieces.back().at);
+            free_aligned(pieces.back().at);
             note_held(-(int64_t)pieces.back().size);
         }
     }

@@ -1,16 +1,16 @@
 #include "threads.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <chrono>
 #include <new>
+#include <thread>
 
 #include "kernels.h"
+#include "team.h"
 
 namespace {
 
-// GOMP_parallel, which LLVM's and Intel's OpenMP export as well as GNU's, and three functions of the standard.
+// GOMP_parallel of GNU's OpenMP, and three functions of the standard. A team of the library's own needs the last alone.
 typedef void (*ParallelFunction)(void (*)(void *), void *, unsigned, unsigned);
 typedef int (*CountFunction)();
 
@@ -27,10 +27,13 @@ thread_local int64_t own_rows = 0, even_rows = 0;
 namespace deltaw {
 
 int thread_count() {
-    if (working_alone || !team.parallel) return 1;
+    if (working_alone || !team.most_threads) return 1;
     return team.most_threads();
 }
 
+#ifdef DW_OWN_THREADS
+void run_team(void (*part)(void *, int), void *data, int count) { run_own_team(part, data, count); }
+#else
 void run_team(void (*part)(void *, int), void *data, int count) {
     struct Call {
         void (*part)(void *, int);
@@ -43,11 +46,12 @@ void run_team(void (*part)(void *, int), void *data, int count) {
         for (int i = team.thread_number(); i < call->count; i += team.size()) call->part(call->data, i);
     }, &call, (unsigned)count, 0);
 }
+#endif
 
 void Crew::wait(const Phase &phase, int64_t count) {
     const int SPINS = 1000;  // about as long as a unit takes; then another thread may need the processor
     for (int spins = 0; phase.done.load(std::memory_order_acquire) < count; spins++) {
-        if (spins >= SPINS) sched_yield();
+        if (spins >= SPINS) std::this_thread::yield();
 #if defined(__x86_64__) || defined(__i386__)
         else __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -134,7 +138,9 @@ int64_t most_share(int64_t rows) { return rows == own_rows ? (int64_t)(even_rows
 }  // namespace deltaw
 
 int dw_threads(void *parallel, void *thread_number, void *team_size, void *most_threads) {
-    if (parallel && !(thread_number && team_size && most_threads)) return deltaw::FAILED;
+#ifndef DW_OWN_THREADS
+    if ((parallel || most_threads) && !(parallel && thread_number && team_size && most_threads)) return deltaw::FAILED;
+#endif
     team = Team{(ParallelFunction)parallel, (CountFunction)thread_number, (CountFunction)team_size, (CountFunction)most_threads};
     return deltaw::OK;
 }

@@ -1,5 +1,6 @@
 // Sharing work out among the threads of the OpenMP library that torch uses. The library has no threads of its own:
-// a second pool would fight the first one for the same cores.
+// a second pool would fight the first one for the same cores. Only where torch's library is not GNU's, and so cannot be
+// called without its compiler, are there some (team.h).
 #pragma once
 #include <atomic>
 #include <cstdint>
