@@ -44,6 +44,7 @@ VERBS = {
     "export": "an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT",
     "doctor": "what this machine is, what is slow on it and why",
     "init": "ask three questions, and write a commented settings file",
+    "mcp": "tools for an agent, over the Model Context Protocol",
     "schema": "the JSON schema of the settings file, for editors",
     "completion": "the script that completes commands in bash, zsh or fish",
 }
@@ -61,7 +62,7 @@ deltaw fine-tunes a language model on your rows. From a file to an adapter:
 'deltaw --help' lists all verbs, 'deltaw VERB --help' the flags of one."""
 
 # Verbs that leave files, or serve: they go on if nobody reads any more what they print. The others end.
-GOING_ON = ("train", "compare", "tune", "merge", "export", "serve", "init")
+GOING_ON = ("train", "compare", "tune", "merge", "export", "serve", "mcp", "init")
 
 
 class _Printed(io.FileIO):

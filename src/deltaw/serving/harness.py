@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import logging
 import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import chain
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.tasks import TaskManager
 
 from deltaw.data.example import Example
-from deltaw.data.packing import Batch
+from deltaw.data.packing import Batch, common_prefix
+from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.hub.quiet import quiet
 from deltaw.serving.engine import Engine
@@ -49,6 +51,8 @@ from deltaw.training.origin import InferenceSession
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
 
+# Where a run's folder keeps the scores of its tasks.
+FILE = "tasks.json"
 # Draws of the bootstrap for standard errors of metrics that are no mean over rows.
 BOOTSTRAP = 1000
 # A prefix of all prompts of fewer tokens is not computed ahead of them.
@@ -213,8 +217,8 @@ def _shared_prefix(prompts: Sequence[np.ndarray]) -> np.ndarray:
     """Tokens that all prompts begin with, of several; not the whole of any."""
     if len(prompts) < 2:
         return np.zeros(0, np.int64)
-    shared: list[int] = commonprefix([prompt.tolist() for prompt in prompts])  # type: ignore[type-var]
-    return np.array(shared[: min(map(len, prompts)) - 1], np.int64)
+    shared = min(common_prefix(prompts[0], prompt) for prompt in prompts[1:])
+    return prompts[0][: min(shared, *(len(prompt) - 1 for prompt in prompts))]
 
 
 @dataclass(frozen=True)
@@ -400,3 +404,12 @@ def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
             stderr = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
             name, version = metric if by == "none" else f"{metric} ({by})", str(found["versions"].get(task, ""))
             yield TaskScore(task, name, float(value), stderr, better.get(metric), rows, fewshot, version)
+
+
+def keep_scores(folder: Path, scores: Mapping[str, Sequence[TaskScore]], how: Mapping[str, object]) -> Path:
+    """Write scores by model into a run's folder, with how they were evaluated; the file."""
+    kept = {model: [asdict(one) for one in found] for model, found in scores.items()}
+    settings = {key: value if value is None else str(value) for key, value in how.items()}
+    told = {"lm_eval": version("lm-eval"), "settings": settings, "tasks": kept}
+    write_text(folder / FILE, json.dumps(told, indent=2) + "\n")
+    return folder / FILE
