@@ -43,6 +43,7 @@ from deltaw.data.packing import Batch, common_prefix
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.hub.quiet import quiet
+from deltaw.kernels.rows import cross_entropy_
 from deltaw.serving.engine import Engine
 from deltaw.serving.opening import open_engine
 from deltaw.serving.request import Request, Sampling
@@ -57,6 +58,8 @@ FILE = "tasks.json"
 BOOTSTRAP = 1000
 # A prefix of all prompts of fewer tokens is not computed ahead of them.
 LEAST_PREFIX = 32
+# An objective's chunks whose logits are there at a time: nothing else of their size is.
+TOGETHER = 4
 # Bytes of a task file, and files of a folder of tasks, at most.
 LARGEST_TASK, MOST_TASKS = 2**20, 20_000
 
@@ -99,6 +102,15 @@ class SessionLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
+    @property
+    def _ends(self) -> tuple[int, ...] | None:
+        """Tokens that end a text: of a bare model those of the harness's own backend, of an adapter its own."""
+        if self.session.adapter and not self.session.bare:
+            return None
+        config = self.session.model.generation_config
+        named = getattr(config, "eos_token_id", None)
+        return tuple({self.eot_token_id, *(named if isinstance(named, list) else [] if named is None else [named])})
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         how: dict[str, Any] = {"tokenize": False, "continue_final_message": not add_generation_prompt}
         text = self.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt, **how)
@@ -122,7 +134,7 @@ class SessionLM(TemplateLM):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, rolling=True), strict=True):
             sums[owner] += value
         return sums
 
@@ -150,7 +162,8 @@ class SessionLM(TemplateLM):
             done = 0
             for batch in batcher.batches(rows):
                 targets = [np.array(requests[member.example.row][2]) for member in batch.members]
-                for member, scored in zip(batch.members, _scored(self._objective, batch, targets), strict=True):
+                each = _scored(self._objective, batch, targets, with_greedy=not kwargs.get("rolling"))
+                for member, scored in zip(batch.members, each, strict=True):
                     found[member.example.row] = scored
                 done += batch.rows
                 advance(done)
@@ -171,7 +184,8 @@ class SessionLM(TemplateLM):
                 raise UserError(what, where=request.task_name, hint="set max_gen_toks in the task's generation_kwargs")
             tokens = self.tok_encode(context)[most - self.max_length :]
             stop = tuple(text for text in dict.fromkeys(how["until"]) if text and text != end)
-            asked.append(Request(np.array(tokens), adapter, _sampling(how, number), max_new_tokens=most, stop=stop))
+            ending: dict[str, Any] = {"max_new_tokens": most, "stop": stop, "stop_ids": self._ends}
+            asked.append(Request(np.array(tokens), adapter, _sampling(how, number), **ending))
             stops.append([*stop, end])
         if len(prefix := _shared_prefix([request.tokens for request in asked])) >= LEAST_PREFIX:
             engine.write_all([Request(prefix, adapter, max_new_tokens=0)])
@@ -180,11 +194,14 @@ class SessionLM(TemplateLM):
         return [postprocess_generated_text(one.text, stop, None) for one, stop in zip(written, stops, strict=True)]
 
 
-def _scored(objective: CausalObjective, batch: Batch, targets: Sequence[np.ndarray]) -> Iterator[tuple[float, bool]]:
+def _scored(
+    objective: CausalObjective, batch: Batch, targets: Sequence[np.ndarray], with_greedy: bool
+) -> Iterator[tuple[float, bool]]:
     """For each row of a batch the log-probability of its targets together, and whether all are the likeliest tokens.
 
     Args:
         targets: of each row, the tokens that its last outputs are to predict, each (labels,).
+        with_greedy: whether that is wanted; False for all otherwise.
     """
     places = [member.places[-len(own) :] for member, own in zip(batch.members, targets, strict=True)]
     asked, index = np.unique(np.concatenate(places), return_inverse=True)
@@ -193,12 +210,19 @@ def _scored(objective: CausalObjective, batch: Batch, targets: Sequence[np.ndarr
     picked = objective.label_outputs(replace(batch, predictors=at, asked=None if batch.asked is None else at))
     values, greedy = torch.zeros(len(tokens), dtype=torch.float64), torch.zeros(len(tokens), dtype=torch.bool)
     start = 0
-    for part in picked.split(objective.chunk):
+    for part in picked.split(TOGETHER * objective.chunk):
         own = torch.from_numpy(np.flatnonzero((index >= start) & (index < start + len(part))))
-        logits, row = objective.logits_of(part).float(), torch.from_numpy(index)[own].to(device) - start
-        wanted = tokens[own].to(device)
-        values[own] = (logits[row, wanted] - logits.logsumexp(-1)[row]).double().cpu()
-        greedy[own] = (logits.argmax(-1)[row] == wanted).cpu()
+        row, wanted = torch.from_numpy(index)[own].to(device) - start, tokens[own].to(device)
+        logits, any_target = objective.logits_of(part), wanted.new_zeros(len(part)).scatter_(0, row, wanted)
+        chosen = logits[row, wanted]
+        if with_greedy:
+            likeliest = chosen == logits.amax(-1)[row]
+            likeliest[likeliest.clone()] = logits[row[likeliest]].argmax(-1) == wanted[likeliest]  # of equals, the first
+            greedy[own] = likeliest.cpu()
+        of_any = logits.gather(1, any_target[:, None])[:, 0].float()
+        ones = torch.ones(len(part), device=device)
+        normalizer = of_any + cross_entropy_(logits, any_target, ones, scale=1.0, softcap=0.0, grad=False)
+        values[own] = (chosen.float() - normalizer[row]).double().cpu()
         start += len(part)
     lengths = [len(own) for own in targets]
     for value, likeliest in zip(values.split(lengths), greedy.split(lengths), strict=True):

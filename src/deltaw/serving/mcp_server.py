@@ -233,6 +233,8 @@ class Allowed:
 
         reference = self.reference(text, "run")
         folder = Path(reference)
+        if folder.is_absolute() and not folder.exists():
+            raise UserError(f"there is no such run or model: '{text[:200]}'", where="run", hint="call runs")
         if not (folder.is_absolute() and is_adapter(folder)):
             return [reference]
         found = read_folder(folder, trust_remote_code=False)
