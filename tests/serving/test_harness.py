@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,13 +14,14 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'de
 
 import datasets
 from lm_eval.api.instance import Instance
+from lm_eval.models.api_models import JsonChatStr
 from lm_eval.models.huggingface import HFLM
 
 from deltaw.serving import harness
 from deltaw.serving.harness import FILE, SessionLM, evaluate_tasks
 from deltaw.training.origin import open_run
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.cli.conftest import assert_refused, call  # noqa: F401
+from tests.cli.conftest import assert_refused, call, start  # noqa: F401
 from tests.conftest import COLORS, write_rows
 
 STOPS = {"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False}
@@ -111,6 +113,34 @@ def test_texts_are_drawn_where_a_task_samples(model_folder: Path) -> None:
     assert len(set(drawn)) == 4
     again = ours.generate_until(requests("generate_until", [("paint it", how)] * 4))
     assert drawn == again
+    ours.close()
+
+
+@pytest.mark.slow  # a server of its own process
+def test_the_harness_scores_a_served_model_over_http(model_folder: Path) -> None:
+    reason = "lm-eval's models over HTTP need tenacity: it is in the extra 'dev'"
+    pytest.importorskip("tenacity", reason=reason)
+    pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    ours, _ = sides(model_folder)
+    pairs = [pair for pair in PAIRS if len(pair[0]) < 100]
+    asked = [(f"paint it {color}: ", dict(STOPS)) for color in COLORS]
+    with start("serve", model_folder, "--port", "0", "--name", "tiny", "--precision", "fp32") as server:
+        url = server.until(lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.said()[0]), 120)[1]
+        how = {"model": "tiny", "tokenizer": str(model_folder), "tokenizer_backend": "huggingface"}
+        served = LocalCompletionsAPI(base_url=f"{url}/v1/completions", max_length=128, **how)
+        found = served.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        texts = served.generate_until(requests("generate_until", asked), disable_tqdm=True)
+        chat = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="tiny")
+        turns = JsonChatStr(json.dumps([{"role": "user", "content": "paint it red"}]))
+        answer = chat.generate_until(requests("generate_until", [(turns, {"max_gen_toks": 12})]), disable_tqdm=True)
+    expected = ours.loglikelihood(requests("loglikelihood", pairs))
+    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-3)
+    assert [one[1] for one in found] == [one[1] for one in expected]
+    assert texts == ours.generate_until(requests("generate_until", asked))
+    prompt = ours.apply_chat_template([{"role": "user", "content": "paint it red"}])
+    assert answer == ours.generate_until(requests("generate_until", [(prompt, {"max_gen_toks": 12})]))
     ours.close()
 
 
