@@ -73,7 +73,7 @@ def test_the_skill_says_what_it_is_for_and_knows_only_verbs_and_settings() -> No
     head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
     assert head["name"] == "deltaw" and 100 < len(head["description"]) <= 1024
     known = {setting.key for setting in settings()}
-    assert {key for key in re.findall(r"`((?:data|train|lora)\.\w+)", text)} <= known
+    assert set(re.findall(r"`((?:data|train|lora)\.\w+)", text)) <= known
     inline = [shlex.split(words)[1:] for words in re.findall(r"`(deltaw \w[^`]*)`", text)]
     assert inline
     for words in inline:

@@ -75,6 +75,9 @@ class SessionLM(TemplateLM):
         super().__init__()
         session.require_generation()
         self.session, self.tokenizer, self.say = session, session.tokenizer, say
+        if self.tokenizer.eos_token_id is None:
+            what, hint = "the tokenizer has no end token, which the harness needs", "set eos_token in its files"
+            raise UserError(what, where=session.loaded.reference, hint=hint)
         self._objective: CausalObjective | None = None
         self._engine: Engine | None = None
 
@@ -216,9 +219,9 @@ def _scored(
         logits, any_target = objective.logits_of(part), wanted.new_zeros(len(part)).scatter_(0, row, wanted)
         chosen = logits[row, wanted]
         if with_greedy:
-            likeliest = chosen == logits.amax(-1)[row]
-            likeliest[likeliest.clone()] = logits[row[likeliest]].argmax(-1) == wanted[likeliest]  # of equals, the first
-            greedy[own] = likeliest.cpu()
+            best = chosen == logits.amax(-1)[row]
+            best[best.clone()] = logits[row[best]].argmax(-1) == wanted[best]  # of equals, the first
+            greedy[own] = best.cpu()
         of_any = logits.gather(1, any_target[:, None])[:, 0].float()
         ones = torch.ones(len(part), device=device)
         normalizer = of_any + cross_entropy_(logits, any_target, ones, scale=1.0, softcap=0.0, grad=False)
