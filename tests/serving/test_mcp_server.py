@@ -162,10 +162,7 @@ HOSTILE = [
 def test_what_is_not_allowed_is_refused_before_anything_runs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any], words: str
 ) -> None:
-    async def started(*arguments: object, **how: object) -> None:
-        pytest.fail(f"a process was started: {arguments}")
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
+    monkeypatch.setattr(AgentServer, "_command", lambda self, words: pytest.fail(f"a process is started: {words}"))
 
     async def asked() -> None:
         server = AgentServer(Allowed([place], elsewhere=False), 60.0, tmp_path)
@@ -209,7 +206,7 @@ def test_a_call_has_its_time_and_one_training_goes_on_at_a_time(place: Path) -> 
     async def walk() -> None:
         async with client(place, "--seconds", "1") as call:  # importing torch alone takes longer
             assert "the time is up: 1 s" in await call("data_check", settings=given())
-        long = given(train={"batch_size": 1, "max_steps": 100_000, "save_every": 10})
+        long = given(train={"batch_size": 1, "max_steps": 100_000, "checkpoint_every": 1000})
         async with client(place) as call:
             first, second = await asyncio.gather(call("train", settings=long), call("train", settings=long))
             texts = [one for one in (first, second) if isinstance(one, str)]

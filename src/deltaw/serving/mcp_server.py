@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -251,14 +252,14 @@ class Allowed:
 class BackgroundTraining:
     """A training that was started, in a process of its own."""
 
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     folder: Path
     log: Path
     began: float
 
     @property
     def goes_on(self) -> bool:
-        return self.process.returncode is None
+        return self.process.poll() is None
 
     def status(self) -> dict[str, Any]:
         """Its state, step, loss and the seconds that are left, as its folder has them."""
@@ -290,7 +291,7 @@ class AgentServer:
     def __init__(self, allowed: Allowed, seconds: float, work: Path) -> None:
         self.allowed, self.seconds, self.work = allowed, seconds, work
         self.training: BackgroundTraining | None = None
-        self._one_at_a_time, self._starting = asyncio.Lock(), asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
         self._files = 0
 
     @property
@@ -357,14 +358,14 @@ class AgentServer:
         else:
             config = await self._config(given)
             folder, arguments = config["output"], [str(self._write(config))]
-        async with self._starting:
-            if self.training is not None and self.training.goes_on:
-                hint = "wait for it, or call train_stop"
-                raise UserError("a training goes on already", where=str(self.training.folder), hint=hint)
-            log, began = self.work / "train.log", time.time()
-            with log.open("w", encoding="utf-8") as file:
-                process = await self._start(["train", *arguments], file, file)
-            self.training = BackgroundTraining(process, Path(folder), log, began)
+        if self.training is not None and self.training.goes_on:
+            hint = "wait for it, or call train_stop"
+            raise UserError("a training goes on already", where=str(self.training.folder), hint=hint)
+        log, began = self.work / "train.log", time.time()
+        command, how = self._command(["train", *arguments])
+        with log.open("w", encoding="utf-8") as file:  # asyncio would kill its processes as it ends
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
+        self.training = BackgroundTraining(process, Path(folder), log, began)
         return {"started": folder}
 
     async def _status(self, given: Nothing) -> object:
@@ -377,8 +378,8 @@ class AgentServer:
         if training is None or not training.goes_on:
             raise UserError("no training goes on", hint="call train")
         training.process.terminate()  # it saves itself upon the first signal, and ends at once upon the second
-        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(training.process.wait(), self.seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(training.process.wait, self.seconds)
         return await asyncio.to_thread(training.status)
 
     async def _eval(self, given: Evaluated) -> object:
@@ -401,15 +402,14 @@ class AgentServer:
         arguments += [f"--max-new-tokens={given.max_new_tokens}", f"--temperature={given.temperature}"]
         return await self._run(["generate", *arguments, "--json"])
 
-    async def _start(self, arguments: Sequence[str], out: Any, err: Any) -> asyncio.subprocess.Process:
-        """A verb in a process of its own, which ends with this one; in the server's own folder, so that no file of
+    def _command(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """A verb as a process of its own, which ends with this one; in the server's own folder, so that no file of
         the agent's is imported."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
         if not self.allowed.elsewhere:
             environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        how: dict[str, Any] = {"cwd": self.work, "env": environment, "start_new_session": True}
-        streams: dict[str, Any] = {"stdin": asyncio.subprocess.DEVNULL, "stdout": out, "stderr": err}
-        return await asyncio.create_subprocess_exec(sys.executable, "-c", _CHILD, *arguments, **streams, **how)
+        how = {"cwd": self.work, "env": environment, "start_new_session": True}
+        return [sys.executable, "-c", _CHILD, *arguments], how
 
     async def _run(self, arguments: Sequence[str]) -> object:
         """What a verb prints as JSON, with what it says beside it, under ``notes``.
@@ -424,8 +424,13 @@ class AgentServer:
             raise UserError("another call takes all the time", hint="call again later") from error
         process: asyncio.subprocess.Process | None = None
         try:
-            pipe = asyncio.subprocess.PIPE
-            process = await self._start(arguments, pipe, pipe)
+            command, how = self._command(arguments)
+            streams: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+            }
+            process = await asyncio.create_subprocess_exec(*command, **streams, **how)
             out, err = await asyncio.wait_for(process.communicate(), max(0.0, ends - time.monotonic()))
         except (TimeoutError, asyncio.TimeoutError) as error:
             hint = "ask for less, such as fewer rows"
