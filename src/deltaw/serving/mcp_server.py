@@ -424,13 +424,13 @@ class AgentServer:
             raise UserError("another call takes all the time", hint="call again later") from error
         process: asyncio.subprocess.Process | None = None
         try:
-            command, how = self._command(arguments)
+            (program, *words), how = self._command(arguments)
             streams: dict[str, Any] = {
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,
                 "stderr": subprocess.PIPE,
             }
-            process = await asyncio.create_subprocess_exec(*command, **streams, **how)
+            process = await asyncio.create_subprocess_exec(program, *words, **streams, **how)
             out, err = await asyncio.wait_for(process.communicate(), max(0.0, ends - time.monotonic()))
         except (TimeoutError, asyncio.TimeoutError) as error:
             hint = "ask for less, such as fewer rows"
