@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,11 +46,11 @@ LARGEST_FILE, LONGEST_RESULT, LONGEST_ERROR = 2**20, 2**18, 3000
 RECENT = 20
 # Where a model or rows come from, if not from a path: a package, or a hub id.
 _ELSEWHERE = re.compile(r"pypi:\S+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:[/@:][\w.@:/-]+)?")
-# A process ends with the server, even if that is killed: SIGTERM, upon which a training saves itself.
+# A process ends with the server, even if that is killed: SIGINT, upon which a training saves itself.
 _CHILD = """\
 import contextlib, ctypes, signal, sys
 with contextlib.suppress(Exception):
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(1, signal.SIGINT)
 from deltaw.cli import main
 main()
 """
@@ -377,7 +378,9 @@ class AgentServer:
         training = self.training
         if training is None or not training.goes_on:
             raise UserError("no training goes on", hint="call train")
-        training.process.terminate()  # it saves itself upon the first signal, and ends at once upon the second
+        training.process.send_signal(
+            signal.SIGINT
+        )  # it saves itself upon the first signal, and ends at once upon the second
         with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(training.process.wait, self.seconds)
         return await asyncio.to_thread(training.status)
@@ -497,6 +500,6 @@ def serve(allowed: Allowed, seconds: float) -> None:
             finally:
                 training = served.training
                 if training is not None and training.goes_on and sys.platform != "linux":
-                    training.process.terminate()  # on Linux it gets this signal as the server ends
+                    training.process.send_signal(signal.SIGINT)  # on Linux it gets this signal as the server ends
 
     anyio.run(main)
