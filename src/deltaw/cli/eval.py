@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from deltaw.training.tasks.causal import Score
 
 
+# The flags that say how tasks of lm-evaluation-harness are evaluated, and those that say the same of rows.
+HARNESS = ("include_path", "limit", "fewshot", "chat")
+ROWS = {"data": "--data", "names": "--set", "rows": "--rows", "max_new_tokens": "--max-new-tokens"}
+ROWS |= {"shown": "--answers", "general": "--general", "system": "--system"}
+
+
 @click.command("eval")
 @click.argument("run", type=RunArgument())
 @click.option("--data", help="a file, hub id or package member; by default the run's held-out rows")
@@ -35,12 +43,29 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
 @click.option("--task", type=TaskName(tasks.names()), help="what a bare model is to do")
+@click.option("--tasks", "asked", help="instead, tasks of lm-evaluation-harness: a,b,c")
+@click.option("--include-path", type=click.Path(path_type=Path), help="with --tasks: a folder with task files")
+@click.option("--limit", type=click.IntRange(1), help="with --tasks: only the first so many rows of each")
+@click.option("--fewshot", type=click.IntRange(0), help="with --tasks: so many examples before each row")
+@click.option("--chat", is_flag=True, help="with --tasks: prompts by the model's chat template")
 @model_flags
 @json_flag
 def command(
     run: str, data: str | None, names: tuple[str, ...], with_base: bool, rows: int | None, as_json: bool, **opening: Any
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
+    asked, harness = opening.pop("asked"), {name: opening.pop(name) for name in HARNESS}
+    if asked is not None:
+        given = click.get_current_context().params
+        if mixed := [flag for name, flag in ROWS.items() if given[name]]:
+            raise UserError("tasks have their own rows", where=mixed[0], hint=f"leave out {mixed[0]}, or --tasks")
+        for name in ("max_new_tokens", "shown", "general", "with_drift", "system"):
+            opening.pop(name)
+        _evaluate_tasks(run, asked, with_base, as_json, harness, opening)
+        return
+    if needing := [name for name, value in harness.items() if value]:
+        flag = f"--{needing[0].replace('_', '-')}"
+        raise UserError("it belongs to tasks of lm-evaluation-harness", where=flag, hint="give --tasks too")
     shown, general, with_drift, system = (opening.pop(name) for name in ("shown", "general", "with_drift", "system"))
     how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens"), "shown": shown}
     out = console(as_json)
@@ -75,6 +100,34 @@ def command(
     if as_json:
         found = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
         print_json(found | {"drift": None if drift is None else drift.as_dict()})
+
+
+def _evaluate_tasks(
+    run: str, asked: str, with_base: bool, as_json: bool, harness: dict[str, Any], opening: dict[str, Any]
+) -> None:
+    """The scores of tasks of lm-evaluation-harness, shown and kept in the run's folder."""
+    if find_spec("lm_eval") is None:
+        raise UserError("tasks need the package lm-eval", where="--tasks", hint="pip install 'deltaw[evaluate]'")
+    if not (names := [name.strip() for name in asked.split(",") if name.strip()]):
+        raise UserError("there is no task", where="--tasks", hint="name one or more: --tasks hellaswag,gsm8k")
+    out = console(as_json)
+    with working("starting"):
+        from deltaw.reports.scores import task_table
+        from deltaw.serving.harness import evaluate_tasks, keep_scores
+        from deltaw.training.origin import open_run
+    how = {**harness, "folder": harness["include_path"], "trust_remote_code": opening["trust_remote_code"]}
+    del how["include_path"]
+    opened = open_run(run, say=out.say, **opening)
+    scores = {}
+    if with_base and opened.adapter:
+        with opened.base():
+            scores["base"] = evaluate_tasks(opened, names, say=out.say, **how)
+    scores["adapter" if opened.adapter else "model"] = evaluate_tasks(opened, names, say=out.say, **how)
+    out.print(task_table(scores))
+    if opened.found is not None:
+        out.say(f"kept in {keep_scores(opened.found.folder, scores, how)}")
+    if as_json:
+        print_json({"tasks": {model: [asdict(one) for one in found] for model, found in scores.items()}})
 
 
 def _rows_by_set(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
@@ -12,6 +13,9 @@ from deltaw.export.deploy import Deployed
 from deltaw.reports.tables import Cell, one_line, table
 from deltaw.training.drift import GeneralAnswer
 from deltaw.training.evaluation.base import SHARES
+
+if TYPE_CHECKING:
+    from deltaw.serving.harness import TaskScore
 
 # Characters of a question and of an answer that a table shows; the end of a question says the most.
 QUESTION, ANSWER = 72, 40
@@ -38,6 +42,23 @@ def score_table(
             ranges = [b and f"{_number(metric, b[0])} – {_number(metric, b[1])}" for b in bounds]
             rows.append(["  95 % interval", *[text or "" for text in ranges]])
     return table(["", *scores], rows, fold=True)
+
+
+def task_table(scores: Mapping[str, Sequence[TaskScore]]) -> Table:
+    """Metrics of lm-evaluation-harness with their standard errors: one row a metric, one column a model.
+
+    Args:
+        scores: by model, of the same tasks.
+    """
+    rows: list[list[Cell]] = []
+    last = ""
+    for same in zip(*scores.values(), strict=True):
+        one, direction = same[0], {True: " ↑", False: " ↓", None: ""}[same[0].higher_is_better]
+        told, last = "" if one.task == last else one.task, one.task
+        values = [f"{s.value:.4f}" + ("" if s.stderr is None else f" ± {s.stderr:.4f}") for s in same]
+        counts = ["" if number is None else f"{number:,}" for number in (one.rows, one.fewshot)]
+        rows.append([told, one.metric + direction, *counts, *values])
+    return table(["task", "metric", "rows", "shots", *scores], rows, left=2, fold=True)
 
 
 def confusion_table(classes: Sequence[str], counts: np.ndarray) -> Table:
