@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +53,10 @@ from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.machine.choices import dtype_of
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
+
+if not hasattr(gguf, "__version__"):
+    # gguf's wheel does not list its modules, so in Python 3.10 transformers looks for its version here.
+    gguf.__version__ = metadata.version("gguf")
 
 # Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
 #
