@@ -56,7 +56,7 @@ from deltaw.working import working
 
 if not hasattr(gguf, "__version__"):
     # gguf's wheel does not list its modules, so in Python 3.10 transformers looks for its version here.
-    gguf.__version__ = metadata.version("gguf")
+    vars(gguf)["__version__"] = metadata.version("gguf")
 
 # Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
 #
@@ -623,6 +623,9 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
     header = gguf.GGUFReader(str(path))
+    end = _field(header, "tokenizer.ggml.eos_token_id")
+    if end is not None and end.isdecimal() and int(end) < len(tokenizer):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))  # transformers 5.11 takes another token
     kind, pre = _field(header, "tokenizer.ggml.model"), _field(header, "tokenizer.ggml.pre")
     if kind == "gpt2" and not split_of_digits_restored(tokenizer, pre):
         return tokenizer, (

@@ -188,8 +188,8 @@ def _length(pieces: list[tuple[int, str]]) -> int:
 class TerminalCallback(Callback):
     """Shows a run on a console: in a few lines what it is about to do, how the training goes, answers.
 
-    On a terminal that redraws a line, it shows the loss and its running mean, tokens per second, memory now and planned, and the
-    time left. Elsewhere the same is printed now and then.
+    On a terminal that redraws a line, one shows the loss and its running mean, tokens per second, memory now and
+    planned, and the time left. Elsewhere the same is printed now and then.
     """
 
     def __init__(self, console: Output) -> None:

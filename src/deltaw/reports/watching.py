@@ -129,14 +129,23 @@ def ending(run: Run) -> str:
 
 def values_of(name: str, run: Run) -> dict[str, Any]:
     """How far a run is as plain values."""
-    line, (step, metrics) = line_of(run), (run.metrics.evaluations or [(None, {})])[-1]
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    line, last = line_of(run), None
+    for step, metrics in run.metrics.evaluations[-1:]:
+        last = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
     return {
-        **{"name": name, "folder": os.fspath(run.path), "state": run.state, "reason": run.reason},
-        **{"step": line.step, "total_steps": run.total_steps, "loss": line.loss, "mean_loss": line.mean},
-        **{"tokens_per_second": line.tokens_per_second, "seconds_left": line.left},
-        **{"memory_bytes": line.memory or None, "planned_memory_bytes": line.planned},
-        "evaluation": None if step is None else {"step": step, **finite},
+        "name": name,
+        "folder": os.fspath(run.path),
+        "state": run.state,
+        "reason": run.reason,
+        "step": line.step,
+        "total_steps": run.total_steps,
+        "loss": line.loss,
+        "mean_loss": line.mean,
+        "tokens_per_second": line.tokens_per_second,
+        "seconds_left": line.left,
+        "memory_bytes": line.memory or None,
+        "planned_memory_bytes": line.planned,
+        "evaluation": last,
     }
 
 
