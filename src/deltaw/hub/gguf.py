@@ -35,7 +35,7 @@ import transformers
 from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -627,6 +627,8 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     if end is not None and end.isdecimal() and int(end) < len(tokenizer):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))  # transformers 5.11 takes another token
     kind, pre = _field(header, "tokenizer.ggml.model"), _field(header, "tokenizer.ggml.pre")
+    if kind == "gpt2":
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # that of transformers 5.11 drops a first space
     if kind == "gpt2" and not split_of_digits_restored(tokenizer, pre):
         return tokenizer, (
             f"note: the file splits text as '{pre}', which is not known here; it is split as GPT-2 does, so "
