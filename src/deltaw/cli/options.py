@@ -191,6 +191,11 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
 
 
+def print_json_line(value: object) -> None:
+    """One of several JSON objects, in a line of its own."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
 def _note_verbose(context: click.Context, _: click.Parameter, given: bool) -> None:
     if given:
         context.meta[VERBOSE] = True

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import click
 
-from deltaw.cli.options import console, json_flag, print_json
+from deltaw.cli.options import console, json_flag, print_json, print_json_line
 
 
 @click.command("runs")
 @click.argument("names", nargs=-1, type=click.Path())
 @click.option("--output", type=click.Path(), help="with two or more runs: write a page that compares them")
 @click.option("--report", is_flag=True, help="write report.html of each run again, from the files in its folder")
+@click.option("--watch", "watching", is_flag=True, help="follow the runs until they end; one may start later")
 @json_flag
-def command(names: tuple[str, ...], output: str | None, report: bool, as_json: bool) -> None:
+def command(names: tuple[str, ...], output: str | None, report: bool, watching: bool, as_json: bool) -> int:
     """List the runs below a folder, by default the folder `runs`; compare the runs that NAMES lists.
 
     A name is the path of a run, or its name in the folder `runs`.
@@ -22,6 +23,13 @@ def command(names: tuple[str, ...], output: str | None, report: bool, as_json: b
     from deltaw.reports.runs import as_values, choose_runs, comparison_tables, runs_table
 
     out = console(as_json)
+    if watching:
+        from deltaw.reports.watching import watch
+
+        if output is not None or report:
+            hint = "give it alone, and write pages once the runs have ended"
+            raise UserError("--watch only follows runs", where="--watch", hint=hint)
+        return watch(names, out, print_json_line if as_json else None)
     chosen = choose_runs(names)
     records = chosen.records
     if output is not None:
@@ -44,3 +52,4 @@ def command(names: tuple[str, ...], output: str | None, report: bool, as_json: b
         out.print(runs_table(records, out.width), soft_wrap=False)
     for path in [*written, *([output] if output else [])]:
         out.print(f"page: {path}")
+    return 0

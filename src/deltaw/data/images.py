@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.11 offers it with torchvision alone
 
 from deltaw.data.example import LabeledExample, RowGroup, rows_of
 from deltaw.data.packing import cut_by_length, longest_of, microbatch_cost, side_by_side

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,7 @@ import transformers
 from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -53,6 +54,10 @@ from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.machine.choices import dtype_of
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
+
+if not hasattr(gguf, "__version__"):
+    # gguf's wheel does not list its modules, so in Python 3.10 transformers looks for its version here.
+    vars(gguf)["__version__"] = metadata.version("gguf")
 
 # Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
 #
@@ -618,7 +623,12 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
     header = gguf.GGUFReader(str(path))
+    end = _field(header, "tokenizer.ggml.eos_token_id")
+    if end is not None and end.isdecimal() and int(end) < len(tokenizer):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))  # transformers 5.11 takes another token
     kind, pre = _field(header, "tokenizer.ggml.model"), _field(header, "tokenizer.ggml.pre")
+    if kind == "gpt2":
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # that of transformers 5.11 drops a first space
     if kind == "gpt2" and not split_of_digits_restored(tokenizer, pre):
         return tokenizer, (
             f"note: the file splits text as '{pre}', which is not known here; it is split as GPT-2 does, so "

@@ -48,7 +48,7 @@ def weight_scales(module: nn.Module) -> Scales | None:
 
 def block_weight(module: nn.Module) -> BlockWeight | None:
     """The weight of a layer that keeps it in blocks; None for any other."""
-    if (name := vars(module).get("block_format")) is None:
+    if (name := module.__dict__.get("block_format")) is None:  # older compilers of torch do not trace vars()
         return None
     buffers, data = own_buffers(module), own_parameters(module)["weight"]
     assert data is not None

@@ -49,9 +49,12 @@ def swap_bytes(root: Path = _ROOT) -> tuple[int, int]:
     return int(swap.used), int(swap.total)
 
 
-def resident_bytes() -> int:
-    """The bytes of main memory that this process holds now."""
-    return int(psutil.Process().memory_info().rss)
+def resident_bytes(process: int | None = None) -> int:
+    """The bytes of main memory that a process holds now, this one by default; 0 for one that is gone."""
+    try:
+        return int(psutil.Process(process).memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 def peak_resident_bytes(root: Path = _ROOT) -> int:

@@ -122,7 +122,7 @@ class Answers:
         with without_dispatch():
             base = torch.empty(count, dtype=tensor.dtype, device="meta")
             meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        return self._as_fake(meta.detach())
+            return self._as_fake(meta.detach())
 
     def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
         if not isinstance(output, _Made):

@@ -138,12 +138,21 @@ class LiveLine:
             found.append((1, f"{clock(self.left)} left"))
         return found
 
-    def text(self, width: int) -> Text:
-        """The line in at most ``width`` characters."""
+    def fitting(self, width: int) -> list[tuple[int, str]]:
+        """The parts without those that matter least, so that they fit the width if they can."""
         pieces = self.pieces()
         while _length(pieces) > width and any(importance for importance, _ in pieces):
             least = max(importance for importance, _ in pieces)
             pieces = [piece for piece in pieces if piece[0] != least]
+        return pieces
+
+    def words(self, width: int) -> str:
+        """The line of a log."""
+        return "  ".join(word for _, word in self.fitting(width))
+
+    def text(self, width: int) -> Text:
+        """The line in at most ``width`` characters."""
+        pieces = self.fitting(width)
         room = width - _length(pieces) - 2
         (_, first), *others = pieces
         line = Text(first, style="bold")
@@ -160,6 +169,11 @@ class LiveLine:
         yield self.text(options.max_width)
 
 
+def running_mean(mean: float | None, loss: float) -> float:
+    """The mean of the losses up to now, the latest of which count most."""
+    return loss if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * loss
+
+
 def clock(seconds: float) -> str:
     """``0:07``, ``12:05``, ``3:02:10``."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
@@ -174,8 +188,8 @@ def _length(pieces: list[tuple[int, str]]) -> int:
 class TerminalCallback(Callback):
     """Shows a run on a console: in a few lines what it is about to do, how the training goes, answers.
 
-    On a terminal one line shows the loss and its running mean, tokens per second, memory now and planned, and the
-    time left. Elsewhere the same is printed now and then.
+    On a terminal that redraws a line, one shows the loss and its running mean, tokens per second, memory now and
+    planned, and the time left. Elsewhere the same is printed now and then.
     """
 
     def __init__(self, console: Output) -> None:
@@ -222,7 +236,7 @@ class TerminalCallback(Callback):
         self._line = LiveLine(state.total_steps, state.step, planned=self._planned)
         self._state = state
         self._said = time.monotonic()
-        if self.console.is_terminal:
+        if self.console.redraws:
             self._live = Live(self._line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
         self._wait_for(state.step + 1)
@@ -235,7 +249,7 @@ class TerminalCallback(Callback):
     def on_step(self, step: Step) -> None:
         self._waiting.close()
         line = self._line
-        self._mean = step.loss if self._mean is None else SMOOTHING * self._mean + (1 - SMOOTHING) * step.loss
+        self._mean = running_mean(self._mean, step.loss)
         self._tokens += step.tokens
         self._seconds += step.seconds
         self._steps += 1
@@ -252,7 +266,7 @@ class TerminalCallback(Callback):
         now = time.monotonic()
         if now - self._said >= NEXT_LINE or step.step in (1, line.total):
             self._said = now
-            self.on_line("  ".join(word for _, word in line.pieces()))
+            self.on_line(line.words(min(WIDTH, self.console.width)))
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:

@@ -57,15 +57,19 @@ def choose_runs(names: Sequence[str]) -> Chosen:
     there = Path(FOLDER)
     if not names:
         return Chosen([read_run(path) for path in find_runs(there)] if there.exists() else [], False, FOLDER)
-    places = [_place(name) for name in names]
+    places = [place_of(name) for name in names]
     found = [run for path in places for run in ([path] if is_run(path) else find_runs(path))]
     listed = not all(map(is_run, places))
     distinct = list({path.resolve(): path for path in found}.values())
     return Chosen([read_run(path) for path in distinct], not listed and len(distinct) > 1, ", ".join(names))
 
 
-def _place(name: str) -> Path:
-    """The folder that a name means."""
+def place_of(name: str) -> Path:
+    """The folder that a name means.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
@@ -231,12 +235,13 @@ COLUMNS = (
 )
 
 
-def runs_table(records: Sequence[Run], width: int) -> RenderableType:
+def runs_table(records: Sequence[Run], width: int, columns: Sequence[Column] = COLUMNS) -> RenderableType:
     """One line a run, the latest last, in at most ``width`` characters where that can be; below, why runs failed."""
+    every = columns
     records = sorted(records, key=lambda record: record.started)
     names = [one_line(name, NAME, end=True) for name in names_of(records)]
-    cells = {column.title: [column.text(record) for record in records] for column in COLUMNS}
-    columns = [column for column in COLUMNS if any(cells[column.title])]
+    cells = {column.title: [column.text(record) for record in records] for column in every}
+    columns = [column for column in every if any(cells[column.title])]
     while True:
         needed = _width("run", names) + sum(_width(c.title, cells[c.title]) for c in columns)
         if needed - GAP <= width or all(column.importance == 0 for column in columns):
@@ -251,7 +256,7 @@ def runs_table(records: Sequence[Run], width: int) -> RenderableType:
         add_row(made, [name, *(state if c.title == "state" else cells[c.title][place] for c in columns)])
     failed = [(name, run) for name, run in zip(names, records, strict=True) if run.state in (FAILED, DIVERGED, KILLED)]
     notes = [Text(one_line(f"{name}: {run.reason}", width), "red") for name, run in failed if run.reason]
-    left_out = [column.title for column in COLUMNS if any(cells[column.title]) and column not in columns]
+    left_out = [column.title for column in every if any(cells[column.title]) and column not in columns]
     if left_out:
         notes.append(Text(f"a wider terminal also shows {', '.join(left_out)}; --json has everything", style="dim"))
     return Group(made, *notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from deltaw.working import Detail
 Cell: TypeAlias = str | Text
 # Columns of what is printed: longer lines are hard to read.
 WIDTH = 80
+# What a notebook's kernel sets for the commands that it starts.
+NOTEBOOK = "JPY_PARENT_PID"
 # Columns of tables in a log where all of them are asked for.
 WIDE = 200
 
@@ -30,13 +33,19 @@ class Output(Console):
 
     Attributes:
         spoke: when it last printed something, by :func:`time.monotonic`.
+        redraws: whether a line is drawn anew in its place: on a terminal that moves its cursor. The logs of continuous
+            integration and the output of a notebook's cell keep every state of such a line.
     """
 
     def __init__(self, *, verbose: bool = False, **settings: Any) -> None:
         # What is printed holds the user's own text, whose brackets and colons mean nothing here.
-        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **settings)
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
+        super().__init__(soft_wrap=True, **plain, **settings)
         self.verbose = verbose
         self.spoke = time.monotonic()
+        is_log = os.environ.get("CI", "").lower() not in ("", "0", "false") or NOTEBOOK in os.environ
+        draws = settings.get("force_terminal") or (self.file.isatty() and not is_log)
+        self.redraws = bool(draws) and not self.is_dumb_terminal
         if not self.is_terminal:
             self.width = WIDE if verbose else WIDTH
 

@@ -59,7 +59,7 @@ class WorkingDisplay:
             if len(self._works) > 1:
                 return
             self._idle = threading.Event()
-            draw = self._spin if self._console.is_terminal else self._lines
+            draw = self._spin if self._console.redraws else self._lines
             self._thread = threading.Thread(target=draw, args=(self._idle,), name="deltaw-progress", daemon=True)
             self._thread.start()
 

@@ -23,7 +23,7 @@ from deltaw.data.reward_pairs import RewardPair, RewardReader, are_pairs
 from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.hub.loading import read_config
+from deltaw.hub.loading import has_values, read_config
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import padded_rows
@@ -247,7 +247,7 @@ def _head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
     if logits.shape != outputs[:, -1].shape:
         return None
     nearest = (outputs - logits[:, None]).float().norm(dim=-1).argmin(1)
-    at_last = bool((nearest == ids.shape[1] - 1).all())
+    at_last = not has_values(model) or bool((nearest == ids.shape[1] - 1).all())
     return head if at_last and _close(logits, outputs[:, -1]) else None
 
 
