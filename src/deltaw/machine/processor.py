@@ -29,8 +29,10 @@ def native_bf16(device: str) -> str | None:
 
 def usable_processors() -> set[int]:
     """Numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
     process = psutil.Process()
-    # macOS does not bind processes to processors.
+    # Windows has an affinity of its own; macOS does not bind processes to processors.
     return set(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(os.cpu_count() or 1))
 
 

@@ -307,6 +307,7 @@ VARIABLES = {
     "DELTAW_API_KEY": "a key that requests to deltaw serve must bring",
     "DELTAW_PEER_SECONDS": "how long processes that train together wait for each other",
     "DELTAW_TRACEBACK": "1: an unexpected error shows where it arose",
+    "DELTAW_TARGET": "the system and processor that kernels are compiled for",
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
     EMULATED_TILES: "1: for tests of the kernels: arrays stand for the tiles of AMX",
 }

@@ -410,7 +410,7 @@ class Checkpoints:
         for other in there:
             if other not in kept:
                 # Windows keeps one that another program reads; the next checkpoint's turn comes soon.
-                with contextlib.suppress(PermissionError if platforms.WINDOWS else ()):
+                with contextlib.suppress(*([PermissionError] if platforms.WINDOWS else [])):
                     delete(self.folder / name_of(other))
 
     def _cannot_write(self, step: int, error: OSError) -> UserError:
