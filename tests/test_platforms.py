@@ -351,6 +351,7 @@ def test_memory_is_told_without_proc(tmp_path, monkeypatch):
 
 
 def test_processors_are_counted_where_processes_are_not_bound(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     bound = mock.Mock(spec=["cpu_affinity"], cpu_affinity=lambda: [1, 3])
     monkeypatch.setattr("deltaw.machine.processor.psutil.Process", lambda: bound)
     assert usable_processors() == {1, 3}

@@ -47,6 +47,8 @@ STEERING = ("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "ATEN_")
 OPTIONAL = {
     "fastapi": "deltaw serve",
     "llguidance": "formats that answers must have",
+    "lm-eval": "deltaw eval --tasks",
+    "mcp": "deltaw mcp",
     "optuna": "deltaw tune",
     "peft": "loading adapters in PEFT's own code",
     "prometheus-client": "deltaw serve",
