@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltaw.kernels import decode
+from deltaw.kernels import decode, loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.decode import Decoder, DecoderLinear
 from tests.kernels.conftest import compiled_only, off, same_bits
@@ -87,9 +87,14 @@ def test_steps_over_blocks_are_those_over_their_numbers(form, name, monkeypatch)
     blocks, plain = in_blocks(decoder(**FORMS[form]), *(FORMATS if name == "mixed" else [name]))
     assert isinstance(blocks.head.weight, BlockWeight)
     expected = run(plain)
+    tiles = loader.arithmetic().bf16 == "tiles"  # which plain numbers are multiplied in, and blocks are not
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert same_bits(expected, run(blocks))
+        found = run(blocks)
+        if tiles:
+            assert max(map(off, found, expected)) < 2 * TOLERANCE["bf16"]
+        else:
+            assert same_bits(expected, found)
     assert float(expected[0].std()) > 0.01
 
 

@@ -1,6 +1,7 @@
 // Rows as products take them: numbers of the weights' own type, or rounded to int8 with a scale for each row.
 #include "decode_dots.h"
 #include "decode_products.h"
+#include "decode_tiles.h"
 #include "quantize.h"
 
 namespace deltaw {
@@ -14,6 +15,14 @@ int64_t stride_of(int64_t type, int64_t depth) {
         bytes = (depth + Dot::STEP - 1) / Dot::STEP * Dot::STEP * (int64_t)sizeof(typename Dot::Left);
     });
     return (bytes + 63) / 64 * 64;
+}
+
+// Bytes of all rows in a form.
+int64_t bytes_of_form(int64_t type, int64_t rows, int64_t depth) {
+#ifdef DW_AMX
+    if (type == TILED) return (rows + tiles::SIDE - 1) / tiles::SIDE * tiles::bytes_side_by_side(depth);
+#endif
+    return rows * stride_of(type, depth);
 }
 
 // As quantize_rows does it.
@@ -36,24 +45,28 @@ void write_int8(int64_t depth, const float *row, const float *columns, DotInt8::
 
 int64_t Inputs::bytes(int64_t rows, int64_t depth) {
     int64_t widest = 0;
-    for (int64_t type : {F32, BF16, INT8}) widest = std::max(widest, stride_of(type, depth));
-    return (MOST_LAYERS + 1) * (rows * widest + (rows + 15) / 16 * 64);
+    for (int64_t type : {(int64_t)F32, (int64_t)BF16, (int64_t)INT8, form_of_type(BF16)}) widest = std::max(widest, bytes_of_form(type, rows, depth));
+    return (MOST_LAYERS + 1) * (widest + (rows + 15) / 16 * 64);
 }
 
 Inputs::Inputs(char *memory, int64_t rows, const Part *from, int count, bool updates) : count(count), rows(rows), depth(from[0].layer->in) {
     for (int i = 0; i < count; i++) {
         parts[i] = from[i], parts[i].input = i;
         const DecodeLinear &layer = *parts[i].layer;
-        form_of[i] = form(memory, multiplied_as(layer.type), layer.columns);
+        form_of[i] = form(memory, form_of_type(layer.type), layer.columns);
     }
-    for (int i = 0; i < count; i++) update_of[i] = parts[i].layer->type == INT8 && updates ? form(memory, BF16, nullptr) : form_of[i];
+    for (int i = 0; i < count; i++) {
+        const int64_t type = parts[i].layer->type;
+        const bool another = type == INT8 || form_of_type(type) == TILED;  // than updates take
+        update_of[i] = another && updates ? form(memory, BF16, nullptr) : form_of[i];
+    }
 }
 
 int Inputs::form(char *memory, int64_t type, const float *columns) {
     for (int i = 0; i < made; i++)
         if (forms[i].type == type && forms[i].columns == columns) return i;
-    char *const at = made ? forms[made - 1].data + rows * forms[made - 1].stride : memory;
-    const int64_t stride = stride_of(type, depth), scales = (rows + 15) / 16 * 64;
+    char *const at = made ? forms[made - 1].data + bytes_of_form(forms[made - 1].type, rows, depth) : memory;
+    const int64_t stride = type == TILED ? 0 : stride_of(type, depth), scales = (rows + 15) / 16 * 64;
     forms[made] = {type, stride, columns, at + scales, (float *)at};
     return made++;
 }
@@ -66,6 +79,12 @@ void Inputs::write(int64_t m, const float *row) const {
             write_int8(depth, row, f.columns, (DotInt8::Left *)to, f.scales + m);
             continue;
         }
+#ifdef DW_AMX
+        if (f.type == TILED) {
+            tiles::write_row(f.data, m, depth, row);
+            continue;
+        }
+#endif
         with_dot(f.type, [&](auto dot) {
             typedef decltype(dot) Dot;
             if constexpr (!Dot::WHOLE) {

@@ -2,6 +2,7 @@
 
 #include "activations.h"
 #include "decode_blocks.h"
+#include "decode_tiles.h"
 #include "decode_words.h"
 
 namespace deltaw {
@@ -151,12 +152,31 @@ void raw_sums_of_blocks(const Inputs &inputs, const Part &part, const Tile &t, A
     });
 }
 
+#ifdef DW_AMX
+// Sums in tiles; of columns that are less than a tile's 16, the others of the tile are zeros.
+void raw_sums_in_tiles(const Inputs &inputs, const Part &part, const Tile &t, Ahead *other, int64_t distance, int64_t ahead) {
+    const int64_t depth = part.layer->in, whole = t.columns / BLOCK * BLOCK;
+    const char *const data = inputs.of(part.input).data;
+    const bf16 *const w = (const bf16 *)part.layer->weight + (part.first + t.c) * depth;
+    // Up to four tiles of columns are summed at a time, and those behind them are asked for.
+    const char *const next = (const char *)(w + std::max<int64_t>(distance, 4 * BLOCK) * depth);
+    tiles::all_sums(data, t.m, t.rows, w, depth, whole, t.at, MOST_COLUMNS, next, ahead * depth * 2, other);
+    if (whole == t.columns) return;
+    std::vector<bf16> last(BLOCK * depth);
+    memcpy(last.data(), w + whole * depth, (t.columns - whole) * depth * 2);
+    tiles::all_sums(data, t.m, t.rows, last.data(), depth, BLOCK, t.at + whole, MOST_COLUMNS, nullptr, 0, nullptr);
+}
+#endif
+
 // Meanwhile `ahead` columns are asked for, which begin `distance` columns after the tile's first.
 void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, const Updates &updates, int64_t distance, int64_t ahead, bf16 *room) {
     const DecodeLinear &layer = *part.layer;
     PanelsAhead panels(updates, part, t);
     Ahead *const other = panels.lines && !t.m ? &panels : nullptr;
     if (stored_in_blocks((int)layer.type)) return raw_sums_of_blocks(inputs, part, t, other, room);
+#ifdef DW_AMX
+    if (inputs.of(part.input).type == TILED) return raw_sums_in_tiles(inputs, part, t, other, distance, ahead);
+#endif
     with_dot(layer.type, [&](auto dot) {
         typedef decltype(dot) Dot;
         typedef typename Dot::Right Right;
