@@ -37,7 +37,8 @@ def test_the_machine_is_named_with_flags_threads_and_versions(monkeypatch):
     monkeypatch.setenv("DELTAW_KERNELS", "avx2")
     text = "\n".join(machine.machine_lines(3))
     assert processor_name() in text and "; avx2 amx_int8; " in text and "nonsense" not in text
-    assert "3 threads" in text and f"torch {torch.__version__.partition('+')[0]}" in text and "DELTAW_KERNELS=avx2" in text
+    torch_version = torch.__version__.partition("+")[0]
+    assert "3 threads" in text and f"torch {torch_version}" in text and "DELTAW_KERNELS=avx2" in text
 
 
 PUBLISHED = {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}
