@@ -15,7 +15,7 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Calling
-from deltaw.training.process import frozen_heap, stop_signals
+from deltaw.training.process import FROZEN_BY_PYTHON, frozen_heap, stop_signals
 from tests.training.loops import Training
 
 
@@ -26,7 +26,7 @@ def everything():
         "torch": torch.get_rng_state().tolist(),
         "numpy": np.random.get_state()[1].tolist(),
         "python": random.getstate(),
-        "frozen": gc.get_freeze_count(),
+        "frozen": gc.get_freeze_count() > FROZEN_BY_PYTHON,
         "collector": (gc.isenabled(), gc.get_threshold()),
         "handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
         "grad": (torch.is_grad_enabled(), torch.get_default_dtype()),
