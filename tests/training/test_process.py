@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import rich.style  # noqa: F401, which draws a random number as it is imported, once
 import torch
 
 import deltaw
