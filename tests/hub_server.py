@@ -10,15 +10,14 @@ import hashlib
 import json
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-
-from tests.threaded_server import served
 
 TOKEN = "tok-5EcReT-0123456789"
 # Files from this size on are large ones.
@@ -72,8 +71,15 @@ class Hub:
 @contextlib.contextmanager
 def running() -> Iterator[Hub]:
     hub = Hub()
-    with served(_Handler, hub=hub) as hub.url:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
         yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

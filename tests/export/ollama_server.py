@@ -14,11 +14,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-
-from tests.threaded_server import served
 
 # The answer to a text: of a GGUF file, the text and the options.
 Answer = Callable[[Path, str, dict[str, Any], list[str]], str]
@@ -36,8 +34,15 @@ class Models:
 @contextlib.contextmanager
 def running(folder: Path, answer: Answer) -> Iterator[Models]:
     models = Models()
-    with served(_Handler, models=models, folder=folder, answer=staticmethod(answer)) as models.url:
+    handler = type("Bound", (_Handler,), {"models": models, "folder": folder, "answer": staticmethod(answer)})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    models.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
         yield models
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
