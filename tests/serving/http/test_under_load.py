@@ -38,7 +38,8 @@ def test_the_load_test_sees_what_is_wrong_or_lost(start, monkeypatch):
     assert wrong.wrong and all("clerk" in line for line in wrong.wrong)
     lost = counted(answers | {Case("nobody", "hello", 5): "HELLO"})
     assert lost.lost and all("nobody" in line for line in lost.lost)
-    flooded = counted(answers, clients=40, cancel=0.0)
+    slowly = {Case("base", "be slow", 40): ("be slow" * 20)[:40]}  # two seconds each
+    flooded = counted(slowly, clients=40, cancel=0.0)
     assert any("429" in line for line in flooded.lost), "a refusal is a lost request"
 
 
