@@ -106,6 +106,63 @@ class PreferenceSettings(BaseModel):
         return self.loss in WITH_REFERENCE
 
 
+class RewardFunction(BaseModel):
+    """One function of ``reward.functions``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    name: str = setting(..., "a built-in reward, or FILE.py:FUNCTION", min_length=1)
+    weight: float = setting(1.0, "what its rewards are multiplied with")
+    column: str | None = setting(None, "the row's column with the right answer; null: the row's own answer")
+    pattern: str | None = setting(None, "of regex: what the whole completion must match")
+    schema_: str | dict[str, Any] | None = Field(None, alias="schema", description="of json-schema: it, or its file")
+    tolerance: float = setting(1e-6, "of number: how far off it may be", ge=0)
+    target: int | None = setting(None, "of length: how many words", ge=1)
+    seconds: float = setting(30.0, "the most that a call may take", gt=0, le=3600)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> RewardFunction:
+        needs = {"regex": "pattern", "json-schema": "schema_", "length": "target"}.get(self.name)
+        if needs is not None and getattr(self, needs) is None:
+            needed = needs.rstrip("_")
+            hint = f"write {{name: {self.name}, {needed}: …}}"
+            raise UserError(f"the reward '{self.name}' needs '{needed}'", where="reward.functions", hint=hint)
+        return self
+
+
+class RewardSettings(BaseModel):
+    """The ``reward:`` section; for ``task: reward``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    functions: list[RewardFunction] = setting((), "rewards of completions, by name, each with a weight")
+    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"] = setting(
+        "dapo", "the loss of rewarded completions"
+    )
+    group: int = setting(8, "completions of each prompt in a step", ge=2, le=256)
+    max_new_tokens: int = setting(128, "the most tokens of a completion", ge=1)
+    temperature: float = setting(1.0, "of the sampling; the loss is that of the model as it is", gt=0, le=10)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", gt=0, le=1)
+    top_k: int = setting(0, "sample from so many of the likeliest tokens; 0: all", ge=0)
+    epsilon: float = setting(0.2, "how far below 1 the ratio of new to old probability counts", ge=0, lt=1)
+    epsilon_high: float | None = setting(None, "how far above; null: as epsilon; of cispo the bound itself: 5", ge=0)
+    beta: float = setting(0.0, "weight of the divergence from the base model", ge=0)
+    updates: int = setting(1, "optimizer steps for each set of completions", ge=1, le=64)
+    mask_cut: bool = setting(False, "do not learn from completions that reached max_new_tokens")
+
+    @property
+    def high(self) -> float:
+        """``epsilon_high``, or what stands for it."""
+        if self.epsilon_high is not None:
+            return self.epsilon_high
+        return 5.0 if self.loss == "cispo" else self.epsilon
+
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -230,6 +287,9 @@ class RunConfig(BaseModel):
     preference: PreferenceSettings = Field(
         default_factory=PreferenceSettings, description="the loss of pairs of answers, for task: preference"
     )
+    reward: RewardSettings = Field(
+        default_factory=RewardSettings, description="rewards of the model's own completions, for task: reward"
+    )
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
     memory: str | None = setting(
         None, "the most memory the process may take, such as 2GB, by activation checkpointing as needed"
@@ -264,6 +324,16 @@ class RunConfig(BaseModel):
         if self.task != "preference" and self.preference != PreferenceSettings():
             what = f"the settings have a section 'preference', and the task is '{self.task}'"
             raise UserError(what, where="preference", hint="set task: preference, or remove the section")
+        return self
+
+    @model_validator(mode="after")
+    def _reward_is_used(self) -> RunConfig:
+        if self.task != "reward" and self.reward != RewardSettings():
+            what = f"the settings have a section 'reward', and the task is '{self.task}'"
+            raise UserError(what, where="reward", hint="set task: reward, or remove the section")
+        if self.task == "reward" and not self.reward.functions:
+            hint = "name one, such as reward.functions: [exact], or a function of your own: [rewards.py:name]"
+            raise UserError("the task 'reward' needs a reward", where="reward.functions", hint=hint)
         return self
 
     @property

@@ -16,10 +16,11 @@ from typing import Any
 from deltaw.platforms import shell_word
 from deltaw.reports.page.write import write_page
 from deltaw.reports.wording import count, metric_name, metric_value, when
-from deltaw.runs.fit import Result
+from deltaw.runs.fit import Decoding, Result
 from deltaw.runs.fit import fit as train
 from deltaw.runs.folder import Run, number
 from deltaw.serving.opening import verified_writer
+from deltaw.serving.rollouts import SessionSampler
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
@@ -136,6 +137,6 @@ def fit(
     page = PageCallback(told)
     try:
         how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
-        return train(config, callback=Callbacks(told, page), decoding=verified_writer, **how)
+        return train(config, callback=Callbacks(told, page), decoding=Decoding(verified_writer, SessionSampler), **how)
     finally:
         page.close()

@@ -12,9 +12,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +41,7 @@ from deltaw.runs.resuming import (
 )
 from deltaw.runs.summary import write_card
 from deltaw.runs.tracking import Tracking
-from deltaw.runtime.generation import Writer
+from deltaw.runtime.generation import Sampler, Writer
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.drift import Drift, DriftMeter
@@ -66,8 +65,13 @@ from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.working import Detail, working
 
-# Makes what writes the texts of a model and its adapter.
-Decoding: TypeAlias = Callable[[InferenceSession], Writer]
+
+@dataclass(frozen=True)
+class Decoding:
+    """Makes what writes the texts of a model and its adapter, greedily or drawn."""
+
+    writer: Callable[[InferenceSession], Writer]
+    sampler: Callable[[InferenceSession], Sampler]
 
 
 def fit(
@@ -84,7 +88,7 @@ def fit(
 
     Args:
         processes: that train together; this is process 0, and the others :func:`deltaw.runs.follower.follow`.
-        decoding: makes what writes texts; None for transformers.
+        decoding: makes what writes texts; None for transformers, which draws none.
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
@@ -235,8 +239,9 @@ def _assembled(
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
+    samples = None if decoding is None else functools.partial(_sampler, decoding, loaded, config, task)
     with working("preparing the training"):
-        session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes)
+        session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes, samples=samples)
         lines = session.lines()
     for line in [*map(Detail, session.said), *lines]:
         callback.on_line(line)
@@ -248,7 +253,11 @@ def _assembled(
 
 
 def _writer(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
-    return decoding(InferenceSession(loaded, config, method, task))
+    return decoding.writer(InferenceSession(loaded, config, method, task))
+
+
+def _sampler(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method) -> Sampler:
+    return decoding.sampler(InferenceSession(loaded, config, method, task))
 
 
 def planned(

@@ -138,6 +138,62 @@ Progress: TypeAlias = Callable[[int, int], None] | None
 Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, int, Progress], "list[Completion] | None"]
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: the most tokens of each. temperature: 0 takes the likeliest token.
+        top_p, top_k: as in :class:`deltaw.serving.request.Sampling`.
+        seeds: one for each completion. logprobs: whether those of the tokens are wanted.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seeds: tuple[int, ...] = ()
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A completion that was drawn.
+
+    Attributes:
+        tokens: int64, without the terminator. text: special tokens left out.
+        terminator: the token that ended it; None where the limit of new tokens did.
+        logprobs: fp32, of the tokens, in nats, before temperature and what else narrows the choice; None where they
+            were not asked for.
+    """
+
+    tokens: np.ndarray
+    text: str
+    terminator: int | None
+    logprobs: np.ndarray | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended it."""
+        return self.terminator is not None
+
+    def as_list(self) -> list[Any]:
+        """As JSON has it, without a bit lost."""
+        logprobs = None if self.logprobs is None else self.logprobs.tolist()
+        return [self.tokens.tolist(), self.text, self.terminator, logprobs]
+
+    @classmethod
+    def of_list(cls, values: Sequence[Any]) -> Drawn:
+        """From :meth:`as_list`."""
+        tokens, text, terminator, logprobs = values
+        known = None if logprobs is None else np.array(logprobs, np.float32)
+        return cls(np.array(tokens, np.int64), text, terminator, known)
+
+
+# Draws completions of a model as it is at the call: of prompts of token ids, virtual ones among them.
+Sampler: TypeAlias = Callable[[Sequence[np.ndarray], Drawing], "list[Drawn]"]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -230,7 +230,7 @@ def verified_writer(session: InferenceSession) -> Writer:
             return None
         bank = FixedAdapters({} if adapter is None else {OWN: adapter})
         pages = max(batch_tokens, longest) // made.decoder.page_tokens + 1
-        engine = Engine(Batch(made, pages, bank, _LIMITS), session.tokenizer, _ends(session), bank)
+        engine = Engine(Batch(made, pages, bank, _LIMITS), session.tokenizer, ends_of(session), bank)
         try:
             return _written(engine, prompts, None if adapter is None else OWN, max_new_tokens, on_progress)
         finally:
@@ -267,7 +267,7 @@ def engine_over(
     most = limits.running * -(-made.positions // decoder.page_tokens)
     pages = max(1, min(most, cache_bytes // decoder.bytes_per_page))
     work = Batch(made, pages, adapters, limits)
-    return Engine(work, session.tokenizer, _ends(session), adapters, why=made.why, **how)
+    return Engine(work, session.tokenizer, ends_of(session), adapters, why=made.why, **how)
 
 
 def fallback_engine(
@@ -280,7 +280,7 @@ def fallback_engine(
     """
     why = f"transformers decodes: {reason}"
     say(why)
-    ends = _ends(session)
+    ends = ends_of(session)
     facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
     bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
     return Engine(FallbackWork(session, own), session.tokenizer, ends, bank, own_adapter=own, why=why)
@@ -291,8 +291,20 @@ def cache_room(cache_bytes: int | None) -> int:
     return int(free_memory_bytes() * CACHE_SHARE) if cache_bytes is None else cache_bytes
 
 
-def _ends(session: InferenceSession) -> list[int]:
+def ends_of(session: InferenceSession) -> list[int]:
     return terminators(session.model, session.tokenizer)
+
+
+def verified_decoder(session: InferenceSession, *, positions: int) -> Decodable:
+    """A verified decoder of a session's base model, beside which its adapter stands.
+
+    Raises:
+        NotDecodable: it cannot be had, or the method changes the base model itself.
+    """
+    if session.method is None or session.method.name not in _BESIDE:
+        raise NotDecodable("the method trains the model's own parameters")
+    with session.base():
+        return decodable(session.model, positions=positions)
 
 
 def _decoder(session: InferenceSession, **how: Any) -> tuple[Decodable, ActiveAdapter | None]:
@@ -314,11 +326,14 @@ def _decoder(session: InferenceSession, **how: Any) -> tuple[Decodable, ActiveAd
         return decodable(model, fused=fused, **how), None
     with session.base():
         made = decodable(model, **how)
-    return made, _own_adapter(session, made)
+    return made, own_adapter(session, made)
 
 
-def _own_adapter(session: InferenceSession, made: Decodable) -> ActiveAdapter:
-    """The session's adapter for the decoder of its base model, verified.
+def own_adapter(session: InferenceSession, made: Decodable, number: int = 1, *, verify: bool = True) -> ActiveAdapter:
+    """The session's adapter as it is now, for the decoder of its base model.
+
+    Args:
+        number: that no other adapter of the decoder has. verify: whether its logits are compared with the model's.
 
     Raises:
         NotDecodable: it does something else than factors and soft prompts do.
@@ -331,8 +346,10 @@ def _own_adapter(session: InferenceSession, made: Decodable) -> ActiveAdapter:
     layer = virtual_tokens.attached(model)
     prompt = None if layer is None else layer.prompt.detach()
     invocation = None if method.invocation is None else tuple(method.invocation)
-    facts = AdapterFacts(session.virtual_tokens, invocation, tuple(_ends(session)))
-    adapter = ActiveAdapter(1, facts, packed, prompt)
+    facts = AdapterFacts(session.virtual_tokens, invocation, tuple(ends_of(session)))
+    adapter = ActiveAdapter(number, facts, packed, prompt)
+    if not verify:
+        return adapter
     sample = torch.randint(0, made.entry.known, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
     tokens = torch.tensor([*(invocation or ()), *sample.tolist()])[: made.positions - session.virtual_tokens]
     with evaluating(model):

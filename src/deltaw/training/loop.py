@@ -140,6 +140,10 @@ class _Loop:
         if state.step % STEPS_BETWEEN_TRIMS == 0:
             trim_memory()
         rows = [self.examples[i] for i in state.order.indices(state.step)]
+        checked = not check.done
+        if (expand := getattr(self.batcher, "expand", None)) is not None:
+            rows, teaching = expand(rows, state.step)
+            checked = checked and teaching
         options.before_step(state, rows)
         places = state.begin_step()
         units = self.objective.units(rows)
@@ -153,13 +157,15 @@ class _Loop:
             return None
         norm = clipped_norm(state.trained, options.max_grad_norm)
         rate = state.learning_rate
-        if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
+        if checked:  # the check waits for the device anyway, and must not see a step that is left out
             loss, gradient_norm = _read(sums.loss / units, norm)
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 return self.leave_out(places, loss, gradient_norm)
-        check.before_update()
+        if checked:
+            check.before_update()
         state.update(unless=~(torch.isfinite(sums.loss) & torch.isfinite(norm)))
-        check.after_update()
+        if checked:
+            check.after_update()
         options.after_step()
         loss, gradient_norm, general_loss = _read(sums.loss / units, norm, general)
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):

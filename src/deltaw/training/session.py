@@ -31,7 +31,7 @@ from deltaw.machine.kernel_choice import computed_on
 from deltaw.machine.memory import PeakWatch
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
-from deltaw.runtime.generation import Writer
+from deltaw.runtime.generation import Sampler, Writer
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
@@ -58,6 +58,7 @@ from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.preparation import checkpoint_blocks, quantized
+from deltaw.training.rollouts import RolloutFeed
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
@@ -98,6 +99,7 @@ class Session:
         identity: names the base model's weights and precision; None where they cannot be named.
         roundings: how layers were calibrated to int8.
         writes: makes what writes texts, of the model with the method's adapter or as it is; None for transformers.
+        samples: makes what draws completions with the method's adapter.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
         processes: that train together.
         approximations: what is computed approximately.
@@ -117,6 +119,7 @@ class Session:
     approximations: Approximations = field(default_factory=Approximations)
     roundings: Sequence[Rounding] = ()
     writes: Callable[[Method | None], Writer] | None = None
+    samples: Callable[[Method], Sampler] | None = None
 
     def writer(self, *, of_base: bool) -> Writer | None:
         """What writes texts, with what is trained or, within ``without`` or before training, of the base model."""
@@ -245,7 +248,8 @@ class Session:
         settings = self.config.train
         if not self.general:
             return None
-        objective = CausalObjective(self.model) if self.task.has_pairs else self.objective
+        own = self.task.has_pairs or self.task.rolls_out
+        objective = CausalObjective(self.model) if own else self.objective
         return KeepGeneral(objective, self.batcher, self.general, settings.keep_general, settings.seed)
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
@@ -342,6 +346,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
         how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "preference": config.preference}
+        how["reward"] = config.reward
         task = task_of(config.task, config.model, dtype, say=say, **how)
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
@@ -374,6 +379,7 @@ def assemble(
     begun: Sequence[str] | None = None,
     processes: Reducer = ALONE,
     writes: Callable[[Method | None], Writer] | None = None,
+    samples: Callable[[Method], Sampler] | None = None,
 ) -> Session:
     """Put a freshly loaded model, a method and rows together.
 
@@ -382,7 +388,7 @@ def assemble(
         offered: what would be faster approximately, if that is verified.
         begun: what a training that goes on computed approximately; None for a new one.
         processes: that all assemble the same, and train together.
-        writes: see :class:`Session`.
+        writes, samples: see :class:`Session`.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
@@ -429,13 +435,35 @@ def assemble(
         objective = task.objective(model)
     feed = Feed(objective, batcher)
     known: dict[str, Any] = {"identity": identity, "roundings": roundings, "writes": writes, "processes": processes}
+    known["samples"] = samples
     session = Session(config, model, method, task, data, feed, chosen, said, **known)
+    if task.rolls_out:
+        session.feed = _rollouts(session)
     if settings.keep_general:
         _take_general_answers(session)
+    if task.rolls_out:  # each step's rows are new
+        return session
     _keep_features(session, invocation)
     if settings.approximate == "auto":
         _approximate(session, applicable(model, objective, offered), begun if real else offered)
     return session
+
+
+def _rollouts(session: Session) -> RolloutFeed:
+    """What writes and rewards completions before each step."""
+    task, model, method, objective = session.task, session.model, session.method, session.objective
+    assert task.tokenizer is not None and isinstance(objective, CausalObjective)
+    sampler = None if session.samples is None else session.samples(method)
+    return RolloutFeed(
+        objective,
+        session.batcher,
+        sampler,
+        task.tokenizer,
+        session.config.reward,
+        seed=session.config.train.seed,
+        base=lambda: method.without(model),
+        processes=session.processes,
+    )
 
 
 def _further_choices(

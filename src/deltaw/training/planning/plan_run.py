@@ -52,6 +52,7 @@ from deltaw.training.parallel.group import deal
 from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
+from deltaw.training.rollouts import RolloutFeed
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.base import RunData, Task
@@ -226,6 +227,7 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
 
     def shares_of(step: int) -> list[Sequence[Any]]:
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+        rows = feed.longest(rows) if isinstance(feed, RolloutFeed) else rows
         if processes == 1:
             return [rows]
         dealt = deal(rows, processes, share=feed.share)
@@ -255,7 +257,8 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
         if weigh(heavy) > 1.01 * weigh(largest):
             labeled = rows_of(heavy[2])
     # Of a large evaluation, the first rows show what shapes there are.
-    held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
+    sets = () if session.task.rolls_out else session.data.sets.values()
+    held_out = [row for rows in sets for row in rows[:ROWS_AT_ONCE]]
     evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
     heaviest = rows_of(largest[2])
     limit -= session.method.virtual_tokens

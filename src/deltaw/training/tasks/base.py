@@ -28,7 +28,7 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
-from deltaw.settings import PreferenceSettings
+from deltaw.settings import PreferenceSettings, RewardSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, named
@@ -50,7 +50,7 @@ class ModelFiles:
 
     Attributes:
         reference: as the user wrote it. folder: with its config.json. config: that fits the task.
-        trust_remote_code, preference: as in the settings. say: told what takes long.
+        trust_remote_code, preference, reward: as in the settings. say: told what takes long.
     """
 
     reference: str
@@ -59,6 +59,7 @@ class ModelFiles:
     trust_remote_code: bool
     say: Say
     preference: PreferenceSettings | None = None
+    reward: RewardSettings | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -76,6 +77,7 @@ class Task(abc.ABC):
         name: as in the setting ``task``.
         has_labels: whether a row has one label, which a head of its own predicts.
         has_pairs: whether a row is a group of two: a chosen and a rejected answer.
+        rolls_out: whether it trains on completions that the model writes before each step.
         writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
         tokenizer: None for images.
         shares_evaluation: whether :meth:`evaluate` asks the objective for nothing but ``evaluation_asks``,
@@ -87,6 +89,7 @@ class Task(abc.ABC):
     name = ""
     has_labels = False
     has_pairs = False
+    rolls_out = False
     writes_text = False
     shares_evaluation = False
     evaluation_asks = "evaluate_rows"
@@ -170,13 +173,14 @@ def task_of(
     trust_remote_code: bool = False,
     say: Say = silent,
     preference: PreferenceSettings | None = None,
+    reward: RewardSettings | None = None,
 ) -> Task:
     """The task of this name for the model that the reference ``model`` means.
 
     Args:
         dtype: what the weights will be loaded as, such as ``bf16``: a file that must be converted is
             converted to it.
-        preference: the section of this name, for the task of this name; None: its defaults.
+        preference, reward: the section of this name, for the task of this name; None: its defaults.
 
     Raises:
         UserError: there is no such task, the reference leads nowhere, the architecture does not fit the task,
@@ -185,7 +189,7 @@ def task_of(
     entry = tasks.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, say=say)
     config = check_architecture(folder, name, trust_remote_code)
-    task: Task = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference))
+    task: Task = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference, reward))
     return task
 
 

@@ -1,0 +1,105 @@
+"""Rows with a prompt whose answers the model writes itself, and whatever columns a reward reads.
+
+The forms are those of rows with answers (:mod:`deltaw.data.formats`), with or without the answer, which is never
+trained on: rewards may compare with it. Knows neither models nor rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.formats import FORMS, Record, read_pair
+from deltaw.data.preferences import AnswerReader
+from deltaw.data.report import BadRowError, Report, Say, silent
+from deltaw.data.rows import Row
+from deltaw.data.settings import DataSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Stands for the answer where a row has none: what precedes an answer is rendered with one behind it.
+_ANY = "."
+# Columns that may hold the answer to a prompt, in the order in which they are looked for.
+ANSWER_COLUMNS = ("completion", "answer", "ideal", "output", "label")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt(Example):
+    """A prompt: ``tokens`` are what a model is given to answer it, and none of them is a label.
+
+    Attributes:
+        answer: the answer that the row has, if it has one.
+        columns: of the row in its file, that rewards read.
+    """
+
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PromptReader(AnswerReader):
+    """Reads files of prompts."""
+
+    answers = ("answer",)
+    form = "prompts"
+    noun = "a prompt"
+    same = "with the prompt of an earlier one"
+    too_long = "that are, with an answer, longer than"
+
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, say: Say = silent) -> None:
+        super().__init__(replace(settings, labels="last"), tokenizer, say=say)
+
+    def records(self, row: Row, where: str) -> tuple[Record, ...]:
+        return (_record(row, where)[0],)
+
+    def group(self, examples: tuple[Example, ...], row: Row, where: str) -> Prompt:  # type: ignore[override]
+        (whole,) = examples
+        length, answered = whole.prompt_length, _record(row, where)[1]
+        answer = whole.answer if answered else None
+        columns = {name: value for name, value in row.items() if value is not None}
+        return Prompt(whole.row, whole.tokens[:length], np.zeros(length, bool), length, answer, columns=columns)
+
+    def groups(self, items: Sequence[RowGroup]) -> list[Hashable]:
+        return [None] * len(items)
+
+    def told(self, report: Report, items: Sequence[RowGroup]) -> Report:
+        return replace(report, unused_columns=())  # rewards may read any
+
+
+def _record(row: Row, where: str) -> tuple[Record, bool]:
+    """The prompt with an answer, and whether that is the row's own.
+
+    Raises:
+        BadRowError: there is no prompt, or a value has the wrong type.
+    """
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and _role(messages[-1]) not in ("assistant", None):
+        answer = _answer(row)
+        asked = {"role": "assistant", "content": _ANY if answer is None else answer}
+        return _form("messages").read({**row, "messages": [*messages, asked]}, where), answer is not None
+    for form in FORMS:
+        if form.name != "text" and all(row.get(column) is not None for column in form.needs):
+            return form.read(row, where), True
+    if row.get("prompt") is None:
+        hint = "name it 'prompt', or map it with data.columns: {prompt: …}"
+        raise BadRowError("the row has no prompt", reason="no prompt", where=where, hint=hint)
+    answer = _answer(row)
+    return read_pair({**row, "completion": _ANY if answer is None else answer}, where), answer is not None
+
+
+def _answer(row: Row) -> str | None:
+    """The text of the answer that a row brings; None if it brings none."""
+    found = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    found = found[0] if isinstance(found, list) and found else found
+    return str(found) if isinstance(found, str | int | float) and str(found).strip() else None
+
+
+def _role(message: object) -> object:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _form(name: str) -> Any:
+    return next(form for form in FORMS if form.name == name)

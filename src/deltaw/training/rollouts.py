@@ -1,0 +1,217 @@
+"""Rollouts: before a step, the model writes completions of its prompts, which are rewarded and then trained on.
+
+A step's prompts come in an order that the seed decides, as rows do elsewhere; :class:`RolloutFeed` puts completions in
+their place. The completions follow from the model, the seed and the step alone, so that a training that was stopped
+within a rollout writes the same ones again. Knows no engine: what samples is handed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from deltaw.data.prompts import Prompt
+from deltaw.hub.loading import has_values
+from deltaw.runtime.generation import Drawing, Drawn, Sampler
+from deltaw.settings import RewardSettings
+from deltaw.training.losses import RowLogProbs
+from deltaw.training.microbatches import Feed
+from deltaw.training.parallel.reducer import ALONE, Reducer
+from deltaw.training.policy_losses import PolicyLoss, Rollout, advantages
+from deltaw.training.reward_worker import Rewarder
+from deltaw.training.rewards import Scored
+from deltaw.working import working
+
+if TYPE_CHECKING:
+    from deltaw.training.tasks.causal_objective import CausalObjective
+
+
+class RolloutFeed(Feed):
+    """Feeds completions of a step's prompts.
+
+    Args:
+        objective, batcher: of the completions, with a :class:`PolicyLoss`.
+        sampler: writes completions of the model as it is at each call.
+        tokenizer: of the model. settings: the ``reward:`` section. seed: of the training.
+        base: while open, the model is the base model. processes: that train together.
+    """
+
+    def __init__(
+        self,
+        objective: CausalObjective,
+        batcher: Any,
+        sampler: Sampler,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RewardSettings,
+        *,
+        seed: int,
+        base: Callable[[], AbstractContextManager[None]],
+        processes: Reducer = ALONE,
+    ) -> None:
+        super().__init__(objective, batcher)
+        self.settings, self._sampler, self._tokenizer = settings, sampler, tokenizer
+        self._seed, self._base, self._processes = seed, base, processes
+        self.rewarders = [Rewarder(function) for function in settings.functions]
+        self._rollouts: tuple[int, list[Rollout]] = (-1, [])
+
+    def expand(self, prompts: Sequence[Prompt], step: int) -> tuple[list[Rollout], bool]:
+        """The completions of a step, those of a prompt one after another, and whether any teaches something.
+
+        Args:
+            prompts: of the step. step: its number, from 0.
+
+        Raises:
+            UserError: a reward function fails.
+        """
+        settings = self.settings
+        if not has_values(self.objective.model):  # type: ignore[attr-defined]
+            return self.longest(prompts), True
+        drawn_at = step // settings.updates
+        if self._rollouts[0] != drawn_at:
+            self._rollouts = drawn_at, self._drawn(prompts, drawn_at)
+        rows = self._rollouts[1]
+        return rows, any(map(self._teaches, rows))
+
+    def longest(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """What a step's completions are at most, for a dry run."""
+        length = self.settings.max_new_tokens
+        one = Drawn(np.zeros(length, np.int64), "", None, np.zeros(length, np.float32))
+        return [_rollout(prompt, one) for prompt in prompts for _ in range(self.settings.group)]
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        """The microbatches of those completions that bring a gradient."""
+        rows = self._imagined(rows)
+        return super().batches([row for row in rows if self._teaches(row)] or list(rows[:1]))
+
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
+        return super().shapes(self._imagined(rows))
+
+    def close(self) -> None:
+        for rewarder in self.rewarders:
+            rewarder.close()
+        super().close()
+
+    def write(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
+        """Completions of prompts by the model as it is."""
+        return self._sampler([prompt.tokens for prompt in prompts], drawing)
+
+    def rewards(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
+        """fp64 (functions, completions): what each function gives each completion, without weights.
+
+        Raises:
+            UserError: a function fails.
+        """
+        given = [
+            Scored(self._asked(prompt), one.text, prompt.answer, prompt.row, prompt.columns, one.ended)
+            for prompt, one in zip(prompts, drawn, strict=True)
+        ]
+        return np.array([rewarder(given) for rewarder in self.rewarders], np.float64).reshape(len(self.rewarders), -1)
+
+    def weighted(self, rewards: np.ndarray) -> np.ndarray:
+        """fp64 (completions,): the functions' rewards with their weights."""
+        return np.array([function.weight for function in self.settings.functions]) @ rewards
+
+    def _imagined(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Completions as they are; of prompts, which a dry run asks for, the longest that they can have."""
+        return rows if not rows or isinstance(rows[0], Rollout) else self.longest(rows)
+
+    def _asked(self, prompt: Prompt) -> str:
+        tokens = prompt.tokens[prompt.tokens < len(self._tokenizer)]
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _teaches(self, row: Rollout) -> bool:
+        return row.advantage != 0 or self.settings.beta > 0
+
+    def _drawn(self, prompts: Sequence[Prompt], number: int) -> list[Rollout]:
+        """The completions of the rollout of this number: each process writes those of its prompts, and all learn
+        from all of them."""
+        settings, group = self.settings, self.settings.group
+        rank, size = self._processes.rank, self._processes.size
+        own = [prompt for prompt in prompts[rank::size] for _ in range(group)]
+        seeds = [_seed(self._seed, number, prompt.row, place % group) for place, prompt in enumerate(own)]
+        drawing = Drawing(
+            settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, tuple(seeds), True
+        )
+        with working("writing completions", len(own)):
+            drawn = self.write(own, drawing) if own else []
+        with working("rewarding completions", len(own)):
+            rewards = self.rewards(own, drawn)
+        told = [one.as_list() for one in drawn], rewards.T.tolist()
+        parts = [json.loads(text) for text in self._processes.texts(json.dumps(told))]
+        every: list[Prompt] = []
+        written: list[Drawn] = []
+        columns: list[Any] = []
+        for place, prompt in enumerate(prompts):
+            start = place // size * group
+            those, values = parts[place % size]
+            every += [prompt] * group
+            written += [Drawn.of_list(one) for one in those[start : start + group]]
+            columns += values[start : start + group]
+        rewards = np.array(columns, np.float64).reshape(len(every), -1).T
+        return self._rewarded(every, written, rewards)
+
+    def _rewarded(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn], rewards: np.ndarray) -> list[Rollout]:
+        """Completions with their advantages, and what else the loss needs to know."""
+        settings = self.settings
+        totals = self.weighted(rewards)
+        rows = [_rollout(prompt, one) for prompt, one in zip(prompts, drawn, strict=True)]
+        if settings.beta:
+            with self._base():
+                rows = self._with_logprobs(rows, "base_logprobs")
+            if settings.loss == "rloo":
+                rows = self._with_logprobs(rows, "old_logprobs")
+                moved = [float(np.sum(row.old_logprobs - row.base_logprobs)) for row in rows]  # type: ignore[operator]
+                totals = totals - settings.beta * np.array(moved)
+        if settings.updates > 1 and rows[0].old_logprobs is None:
+            rows = self._with_logprobs(rows, "old_logprobs")
+        better = advantages(totals.reshape(-1, settings.group), settings.loss, settings.loss != "dr_grpo").reshape(-1)
+        cut = np.array([not one.ended for one in drawn])
+        if settings.mask_cut:
+            better = np.where(cut, 0.0, better)
+        self._tell(rewards, totals, cut, [len(one.tokens) for one in drawn])
+        return [replace(row, advantage=float(value)) for row, value in zip(rows, better, strict=True)]
+
+    def _tell(self, rewards: np.ndarray, totals: np.ndarray, cut: np.ndarray, lengths: Sequence[int]) -> None:
+        """Have the step report what came of its completions."""
+        groups = totals.reshape(-1, self.settings.group)
+        found = {"reward": float(totals.mean()), "reward_std": float(groups.std(1).mean())}
+        if len(self.rewarders) > 1:
+            for rewarder, values in zip(self.rewarders, rewards, strict=True):
+                found[f"reward {rewarder.settings.name.rpartition(':')[2]}"] = float(values.mean())
+        found["teaching_groups"] = float((np.ptp(groups, axis=1) > 0).mean())
+        found |= {"length": float(np.mean(lengths)), "cut_share": float(cut.mean())}
+        loss = self.objective.loss  # type: ignore[attr-defined]
+        assert isinstance(loss, PolicyLoss)
+        loss.watched.of_step = found
+
+    @torch.no_grad()
+    def _with_logprobs(self, rows: Sequence[Rollout], name: str) -> list[Rollout]:
+        """Rows with the log-probabilities that the model gives their labels now, as training computes them."""
+        objective: Any = self.objective
+        found: dict[int, np.ndarray] = {}
+        for batch in self.batcher.batches(rows):
+            of = RowLogProbs.of(batch, objective.token_log_probs(batch))
+            values, owner = of.values[of.index].float().cpu().numpy(), of.row.cpu().numpy()
+            found |= {id(row): values[owner == place] for place, row in enumerate(of.rows)}
+        return [replace(row, **{name: found[id(row)]}) for row in rows]
+
+
+def _rollout(prompt: Prompt, drawn: Drawn) -> Rollout:
+    """A completion behind its prompt; the token that ends it is a label, too."""
+    written = drawn.tokens if drawn.terminator is None else np.append(drawn.tokens, drawn.terminator)
+    tokens = np.concatenate([prompt.tokens, written.astype(np.int32)])
+    is_label = np.arange(len(tokens)) >= len(prompt.tokens)
+    known = {"active_from": prompt.active_from, "engine_logprobs": drawn.logprobs}
+    return Rollout(prompt.row, tokens, is_label, len(prompt.tokens), drawn.text, **known)
+
+
+def _seed(*numbers: int) -> int:
+    """One number of several, which tells all of them apart."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
