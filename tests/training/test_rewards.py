@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
@@ -136,7 +135,7 @@ def test_closing_ends_the_worker_and_what_it_started(rewarder):
     process = one._process
     one.close()
     assert process is not None and process.poll() is not None
-    time.sleep(0)
+
 
 
 def test_unknown_rewards_and_missing_values_are_refused(rewarder):

@@ -24,6 +24,8 @@ from deltaw.training.rewards import Reward, Scored, reward_of
 
 # A line of an answer is at most so long; what is longer is no list of numbers.
 _MOST_BYTES = 1 << 24
+# Seconds that a worker may take to start, on a busy machine.
+_TO_START = 60.0
 
 
 class Rewarder:
@@ -70,6 +72,8 @@ class Rewarder:
     def _asked(self, given: Sequence[Scored]) -> dict[str, Any] | None:
         """What the worker answers; None where it does not within its time, or has ended."""
         process = self._process or self._start()
+        if process is None:
+            return None
         line = json.dumps([asdict(one) for one in given], default=str).encode() + b"\n"
         try:
             assert process.stdin is not None
@@ -83,14 +87,21 @@ class Rewarder:
             return None
         return json.loads(answer)
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        """A worker that has read its function; None where it does not come to that."""
         words = [sys.executable, "-m", "deltaw.training.reward_worker", self.settings.model_dump_json(by_alias=True)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(words, start_new_session=os.name != "nt", **pipes)
         self._answers = queue.Queue()
         assert self._process.stdout is not None
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
-        return self._process
+        try:
+            if self._answers.get(timeout=_TO_START + self.settings.seconds):
+                return self._process
+        except queue.Empty:
+            pass
+        self.close()
+        return None
 
     def _late(self, one: Scored) -> UserError:
         what = f"the reward gave no answer within {self.settings.seconds:g} seconds, or ended its process"
@@ -171,6 +182,8 @@ def main() -> None:
         failed = None
     except UserError as error:
         failed = {"error": error.what, "hint": error.hint}
+    out.write(b"ready\n")
+    out.flush()
     for line in sys.stdin.buffer:
         given = [Scored(**one) for one in json.loads(line)]
         answer = failed or _answer(reward, given)
