@@ -1,0 +1,82 @@
+"""Whole runs of the task reward: what they learn, report, and repeat to the bit when they are stopped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import deltaw
+from deltaw.errors import UserError
+from deltaw.settings import RunConfig
+from tests.conftest import write_rows
+from tests.training.runs import ADAPTER, Told
+
+LETTERS = """
+def letters(completions, **columns):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+def broken(completions, **columns):
+    return [1 / 0 for _ in completions]
+"""
+REWARD = {"group": 4, "max_new_tokens": 8, "loss": "grpo"}
+
+
+@pytest.fixture
+def reward_run(tmp_path, model_folder):
+    """Settings of a run that is rewarded for vowels."""
+    (tmp_path / "own.py").write_text(LETTERS)
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
+
+    def make(output: str, *, name: str = "letters", steps: int = 4, reward: dict | None = None, **train: object) -> dict:
+        return {
+            "model": str(model_folder),
+            "task": "reward",
+            "data": {"train": str(rows), "eval": 2},
+            "reward": {"functions": [f"{tmp_path / 'own.py'}:{name}"], **REWARD, **(reward or {})},
+            "train": {"max_steps": steps, "batch_size": 3, "learning_rate": 0.02, "checkpoint_every": 1, **train},
+            "precision": "fp32",
+            "output": str(tmp_path / output),
+        }
+
+    return make
+
+
+def steps_of(folder) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def test_a_run_learns_what_is_rewarded_and_reports_it(reward_run):
+    result = deltaw.fit(reward_run("run", steps=12))
+    steps = steps_of(result.output)
+    rewards = [step["reward"] for step in steps]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+    first = steps[0]
+    assert 0 <= first["teaching_groups"] <= 1 and 0 < first["length"] <= 8 and 0 <= first["cut_share"] <= 1
+    assert first["mismatch"] < 1e-5  # fp32: of the engine's log-probabilities from the training's
+    assert result.evaluation.main == "reward" and len(result.evaluation.per_row) == 2
+
+
+def test_a_stopped_run_goes_on_to_the_bit_also_between_updates_on_one_rollout(reward_run):
+    whole = deltaw.fit(reward_run("whole", reward={"updates": 2}))
+    part = reward_run("part", reward={"updates": 2})
+    deltaw.fit(part, callback=Told(stop_after=3))
+    again = deltaw.fit(resume=part["output"])
+    one, other = (load_file(folder / ADAPTER) for folder in (whole.output, again.output))
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_name_and_row(reward_run):
+    with pytest.raises(UserError, match="ZeroDivisionError") as refused:
+        deltaw.fit(reward_run("run", name="broken"))
+    assert "broken" in str(refused.value.where) and "row" in str(refused.value.where)
+
+
+def test_the_task_needs_a_reward_and_other_tasks_take_none():
+    known = {"model": "m", "data": "d.jsonl"}
+    with pytest.raises(UserError, match="needs a reward"):
+        RunConfig.read({**known, "task": "reward"})
+    with pytest.raises(UserError, match="section 'reward'"):
+        RunConfig.read({**known, "reward": {"functions": ["exact"]}})
