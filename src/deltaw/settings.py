@@ -154,6 +154,11 @@ class RewardSettings(BaseModel):
     beta: float = setting(0.0, "weight of the divergence from the base model", ge=0)
     updates: int = setting(1, "optimizer steps for each set of completions", ge=1, le=64)
     mask_cut: bool = setting(False, "do not learn from completions that reached max_new_tokens")
+    overlong: int = setting(0, "the last so many of max_new_tokens cost a completion up to 1, in even steps", ge=0)
+    redraw: int = setting(0, "how often completions that are all rewarded alike are drawn anew", ge=0, le=16)
+    correct_above: float | None = setting(
+        0.5, "tokens whose log-probability at drawing was off by more have importance weights; null: none", ge=0
+    )
 
     @property
     def high(self) -> float:
@@ -334,6 +339,9 @@ class RunConfig(BaseModel):
         if self.task == "reward" and not self.reward.functions:
             hint = "name one, such as reward.functions: [exact], or a function of your own: [rewards.py:name]"
             raise UserError("the task 'reward' needs a reward", where="reward.functions", hint=hint)
+        if self.task == "reward" and self.train.sharding != "none":
+            what = "completions are written with the whole model, and sharding leaves each process a part of it"
+            raise UserError(what, where="train.sharding", hint="set sharding: none for the task 'reward'")
         return self
 
     @property

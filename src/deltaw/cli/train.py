@@ -30,12 +30,13 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
         from deltaw.training.parallel.joining import joined
     with joined() as processes:
         if processes.rank:
+            from deltaw.reports.run import ENGINE
             from deltaw.runs.follower import follow
             from deltaw.training.parallel.group import Group
 
             assert isinstance(processes, Group)
             with listening(None):
-                return follow(processes)
+                return follow(processes, ENGINE)
         with working("starting"):
             from deltaw.machine.memory import keep_freed_memory
             from deltaw.reports.progress import TerminalCallback, show_end

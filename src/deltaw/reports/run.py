@@ -33,6 +33,9 @@ INTERVAL = 120.0
 # A page takes at most this share of the time: after one that took long, the next one waits longer.
 SHARE = 0.01
 
+# What writes texts during a training.
+ENGINE = Decoding(verified_writer, SessionSampler)
+
 
 class PageCallback(Callback):
     """Writes a run's page when it is evaluated, at intervals, and once it is over.
@@ -137,6 +140,6 @@ def fit(
     page = PageCallback(told)
     try:
         how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
-        return train(config, callback=Callbacks(told, page), decoding=Decoding(verified_writer, SessionSampler), **how)
+        return train(config, callback=Callbacks(told, page), decoding=ENGINE, **how)
     finally:
         page.close()

@@ -239,7 +239,7 @@ def _assembled(
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
     writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
-    samples = None if decoding is None else functools.partial(_sampler, decoding, loaded, config, task)
+    samples = sampler_of(decoding, loaded, config, task)
     with working("preparing the training"):
         session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes, samples=samples)
         lines = session.lines()
@@ -256,8 +256,13 @@ def _writer(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Ta
     return decoding.writer(InferenceSession(loaded, config, method, task))
 
 
-def _sampler(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method) -> Sampler:
-    return decoding.sampler(InferenceSession(loaded, config, method, task))
+def sampler_of(
+    decoding: Decoding | None, loaded: LoadedModel, config: RunConfig, task: Task
+) -> Callable[[Method], Sampler] | None:
+    """What makes the sampler of a model with a method's adapter."""
+    if decoding is None:
+        return None
+    return lambda method: decoding.sampler(InferenceSession(loaded, config, method, task))
 
 
 def planned(

@@ -9,7 +9,7 @@ import contextlib
 import warnings
 
 from deltaw.errors import UserError
-from deltaw.runs.fit import load_for
+from deltaw.runs.fit import Decoding, load_for, sampler_of
 from deltaw.runs.resuming import assemble_alike, receive_settings
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.guarantee import UntrainedParameterError
@@ -23,8 +23,11 @@ from deltaw.training.state import NotFiniteError
 FAILED = 2
 
 
-def follow(group: Group) -> int:
+def follow(group: Group, decoding: Decoding | None = None) -> int:
     """Take part in the run of process 0; the exit status.
+
+    Args:
+        decoding: as :func:`deltaw.runs.fit.fit` has it.
 
     Raises:
         UserError: this process cannot take part, as where the model is not on its machine.
@@ -32,7 +35,7 @@ def follow(group: Group) -> int:
     try:
         with guest(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # process 0 shows its own
-            return _follow(group)
+            return _follow(group, decoding)
     except LostProcess:
         return FAILED
     except (NotFiniteError, UntrainedParameterError):
@@ -45,7 +48,7 @@ def follow(group: Group) -> int:
         raise UserError(what, where=error.where, hint=error.hint) from error
 
 
-def _follow(group: Group) -> int:
+def _follow(group: Group, decoding: Decoding | None) -> int:
     told = receive_settings(group)
     if told is None:
         return 0
@@ -53,7 +56,7 @@ def _follow(group: Group) -> int:
     config = told.with_train(keep_general=0.0)
     task, data = read_data(config)
     loaded = load_for(config, task, data, processes=group)
-    session = assemble_alike(config, task, data, loaded, group, None)
+    session = assemble_alike(config, task, data, loaded, group, None, samples=sampler_of(decoding, loaded, config, task))
     sharded = sharded_blocks(loaded.model)
     if sharded is not None:
         group.gather = sharded.gather

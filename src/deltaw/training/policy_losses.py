@@ -33,6 +33,8 @@ from deltaw.training.losses import RowLogProbs, Watched
 
 # Added to the standard deviation of a group's rewards.
 _SMALL = 1e-4
+# What an importance weight is cut at, as truncated importance sampling does (arXiv 2503.01491 and TRL have 2).
+_MOST_WEIGHT = 2.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -153,7 +155,11 @@ class PolicyLoss:
             divergence = behind.exp() - behind - 1
             losses = losses + settings.beta * divergence * ratios
         engine = _joined([row.engine_logprobs for row in given], given, now)
-        self.watched.add(clipped, divergence.detach(), now - engine)
+        off = torch.where(old.isnan(), now, old) - engine
+        self.watched.add(clipped, divergence.detach(), off)
+        if settings.correct_above is not None:
+            corrected = off.abs() > settings.correct_above  # NaN, where nothing was drawn, is not
+            losses = losses * torch.where(corrected, off.exp().clamp(max=_MOST_WEIGHT), 1.0)
         return losses
 
 
