@@ -72,8 +72,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 class Script:
     """Samples what a script says, with a log-probability of -1 for each token, and keeps what it was asked."""
 
-    def __init__(self, tokenizer, *turns, ends=True):
-        self.tokenizer, self.turns, self.ends, self.asked, self.seeds = tokenizer, list(turns), ends, [], []
+    def __init__(self, tokenizer, *turns, end):
+        self.tokenizer, self.turns, self.end, self.asked, self.seeds = tokenizer, list(turns), end, [], []
 
     def __call__(self, prompts, drawing):
         self.asked.append([list(map(int, prompt)) for prompt in prompts])
@@ -82,8 +82,7 @@ class Script:
         found = []
         for text in texts:
             tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-            end = self.tokenizer.eos_token_id if self.ends else None
-            found.append(Drawn(tokens, text, end, np.full(len(tokens), -1.0, np.float32)))
+            found.append(Drawn(tokens, text, self.end, np.full(len(tokens), -1.0, np.float32)))
         return found
 
 
@@ -96,7 +95,8 @@ def play(tmp_path):
         tokenizer = tokenizer or byte_tokenizer()
         path = write_rows(tmp_path / "prompts.jsonl", rows)
         prompts = PromptReader(DataSettings(train=str(path), eval=None, template=template), tokenizer).prepared().train
-        script = Script(tokenizer, *turns, ends=ends)
+        end = tokenizer.eos_token if template == "plain" else "<|im_end|>"
+        script = Script(tokenizer, *turns, end=tokenizer.convert_tokens_to_ids(end) if ends else None)
         asked = RewardSettings(environment=f"{tmp_path / 'own.py'}:{name}", max_new_tokens=16, **settings)
         turn = Turns(asked, script, Encoder(tokenizer, template), len(tokenizer))
         opened.append(turn)

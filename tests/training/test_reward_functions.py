@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,7 @@ from deltaw.runs.fit import fit
 from deltaw.settings import RewardFunction
 from deltaw.training.origin import score_run
 from deltaw.training.reward_worker import Rewarder
-from deltaw.training.rewards import Scored
+from deltaw.training.rewards import Scored, reward_of
 from deltaw.training.rewards.judge import judge
 from deltaw.training.rewards.unit_tests import cases, code_of, unit_tests
 from tests.conftest import COLORS, write_rows
@@ -256,14 +257,13 @@ def test_problems_of_reasoning_gym_are_scored_from_their_rows():
         rewards_of(settings_of("reasoning-gym"), [scored("1", "1")])
 
 
-@pytest.mark.parametrize("name", ["math", "reasoning-gym"])
+@pytest.mark.parametrize("name", ["math", "reasoning-gym", "json-schema"])
 def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
-    from deltaw.training.rewards import reward_of
-
-    for module in ("math_verify", "reasoning_gym"):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+    for module in ("math_verify", "reasoning_gym", "jsonschema"):
+        monkeypatch.setitem(sys.modules, module, None)
+    more = {"schema": {}} if name == "json-schema" else {}
     with pytest.raises(UserError, match="cannot be imported") as refused:
-        reward_of(settings_of(name))([scored("1", "1", metadata={"source_dataset": "chain_sum"})])
+        reward_of(settings_of(name, **more))([scored("1", "1", metadata={"source_dataset": "chain_sum"})])
     assert "deltaw[reward]" in str(refused.value.hint)
 
 

@@ -199,8 +199,8 @@ class Drawn:
         """From :meth:`as_list`."""
         tokens, text, terminator, *arrays, reward = values
         kinds = zip(arrays, (np.float32, np.int32, bool), strict=True)
-        known = [None if array is None else np.array(array, kind) for array, kind in kinds]
-        return cls(np.array(tokens, np.int64), text, terminator, *known, reward)
+        logprobs, prompt, written = (None if array is None else np.array(array, kind) for array, kind in kinds)
+        return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, written, reward)
 
 
 # Draws completions of a model as it is at the call: of prompts of token ids, virtual ones among them.

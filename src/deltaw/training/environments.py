@@ -116,7 +116,7 @@ class Environments:
         answer = self._worker.ask(request, self._settings.seconds)
         if answer is None:
             what = f"it gave no answer within {self._settings.seconds:g} seconds, or ended its process"
-            raise self._wrong(what, row, "mend it, or raise reward.seconds")
+            raise self._wrong(what, row, "correct it, or raise reward.seconds")
         if "error" in answer:
             raise self._wrong(answer["error"], row, answer.get("hint"))
         return answer

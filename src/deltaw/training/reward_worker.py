@@ -65,7 +65,7 @@ class Rewarder:
 
     def _late(self, one: Scored) -> UserError:
         what = f"the reward gave no answer within {self.settings.seconds:g} seconds, or ended its process"
-        return UserError(what, where=self._place(one.row), hint="mend the function, or raise its 'seconds'")
+        return UserError(what, where=self._place(one.row), hint="correct the function, or raise its 'seconds'")
 
     def _place(self, row: int | None) -> str:
         return place_of(self.settings) + ("" if row is None else f", row {row}")

@@ -228,5 +228,5 @@ def _rollout(prompt: Prompt, drawn: Drawn) -> Rollout:
     ends = [] if drawn.terminator is None else [drawn.terminator]
     tokens = np.concatenate([begin, drawn.tokens, ends]).astype(np.int32)
     is_label = np.concatenate([np.zeros(len(begin), bool), written, np.ones(len(ends), bool)])
-    known = {"active_from": prompt.active_from, "engine_logprobs": logprobs}
-    return Rollout(prompt.row, tokens, is_label, len(begin), drawn.text, **known)
+    row = Rollout(prompt.row, tokens, is_label, len(begin), drawn.text, prompt.active_from)
+    return replace(row, engine_logprobs=logprobs)

@@ -75,6 +75,7 @@ def _of_user(function: Callable[..., Any], given: Sequence[Scored]) -> list[floa
             asked = {"prompt": one.prompt} if rest or "prompt" in takes else {}
             found.append(function(completion=one.text, **asked, **columns))
         return found
-    columns = {name: [one.columns.get(name) for one in given] for name in wanted}
-    asked = {"prompts": [one.prompt for one in given]} if rest or "prompts" in takes else {}
-    return list(function(completions=[one.text for one in given], **asked, **columns))
+    lists = {name: [one.columns.get(name) for one in given] for name in wanted}
+    if rest or "prompts" in takes:
+        lists["prompts"] = [one.prompt for one in given]
+    return list(function(completions=[one.text for one in given], **lists))

@@ -10,7 +10,7 @@ from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.settings import RewardFunction
-from deltaw.training.rewards.base import Scored, place_of, right_answer
+from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
@@ -58,9 +58,15 @@ def number(settings: RewardFunction, given: Sequence[Scored]) -> list[float | No
 
 
 def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where a completion is JSON of the schema."""
-    from jsonschema import Draft202012Validator
+    """1 where a completion is JSON of the schema.
 
+    Raises:
+        UserError: the package is missing, or the schema cannot be read.
+    """
+    try:
+        from jsonschema import Draft202012Validator
+    except ImportError as error:
+        raise needs_extra("jsonschema", error, place_of(settings)) from error
     validator = Draft202012Validator(_schema(settings))
     return [float(_parsed(one.text) is not None and validator.is_valid(json.loads(one.text))) for one in given]
 
