@@ -181,6 +181,11 @@ class RewardFunction(BaseModel):
             return ()
         return ("name", "weight", "seconds", *_REWARD_OPTIONS.get(name, ()))
 
+    @property
+    def reaches_out(self) -> bool:
+        """Whether it runs code, or reads a file, a model or an address that the settings name."""
+        return ":" in self.name or self.name in ("unit-tests", "judge", "model") or isinstance(self.schema_, str)
+
     def seconds_for(self, completions: int) -> float:
         """The most seconds that a call with so many completions may take: those of their tests come on top."""
         return self.seconds + (completions * self.wall_seconds if self.name == "unit-tests" else 0)
@@ -446,6 +451,8 @@ class RunConfig(BaseModel):
         if isinstance(data.eval, str | dict):  # else it is a share of the rows
             found["data.eval"] = data.eval
         found |= {"data.chat_template": data.chat_template, "track": self.track}
+        functions = [function.model_dump(mode="json") for function in self.reward.functions if function.reaches_out]
+        found |= {"reward.functions": functions or None, "reward.environment": self.reward.environment}
         return {key: value for key, value in found.items() if value is not None}
 
     @classmethod

@@ -15,12 +15,13 @@ from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.runtime.generation import Drawing, Drawn
 from deltaw.settings import RewardSettings
+from deltaw.training.origin import score_run
 from deltaw.training.rollouts import _rollout
 from deltaw.training.turns import Turns
 from tests.byte_models import byte_tokenizer
 from tests.conftest import write_rows
 from tests.data.chat_templates import tokenizer_of
-from tests.training.runs import ADAPTER, Told
+from tests.training.runs import ADAPTER, Told, held_out_rows, opened
 
 OWN = '''
 import os, time
@@ -233,3 +234,29 @@ def test_a_run_learns_in_an_environment_and_goes_on_to_the_bit(tmp_path, roomy_f
     again = deltaw.fit(resume=str(tmp_path / "part"))
     one, other = (load_file(folder / ADAPTER) for folder in (result.output, again.output))
     assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_folder_from_elsewhere_cannot_name_what_rewards(tmp_path, model_folder):
+    code = tmp_path / "own.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{OWN}")
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(6)])
+    config = {
+        "model": str(model_folder),
+        "task": "reward",
+        "data": {"train": str(rows), "eval": 2},
+        "reward": {"functions": ["lower-case"], "group": 2, "max_new_tokens": 4},
+        "train": {"max_steps": 1, "batch_size": 2},
+        "output": str(tmp_path / "run"),
+    }
+    output = deltaw.fit(config).output
+    run = opened(output)
+    assert score_run(run, held_out_rows(run)).evaluation.main == "reward"
+    saved = (output / "run.yaml").read_text()
+    assert "lower-case" in saved
+    (output / "run.yaml").write_text(saved.replace("name: lower-case", f"name: {code}:Vowels"))
+    run = opened(output)
+    with pytest.raises(UserError, match=r"reward\.functions.*nobody has named"):
+        score_run(run, held_out_rows(run))
+    with pytest.raises(UserError, match=r"reward\.functions.*nobody has named"):
+        deltaw.fit(resume=str(output))
+    assert not (tmp_path / "ran").exists()
