@@ -88,7 +88,7 @@ def _passed(settings: RewardFunction, asked: tuple[str, list[str]]) -> int:
     if not tests:
         return 0
     token = secrets.token_hex(16)  # the code does not know it, so it cannot claim to have passed
-    limits = {"cpu_seconds": settings.cpu_seconds, "megabytes": settings.megabytes}
+    limits = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
     request = json.dumps({"code": code, "tests": tests, "token": token, **limits}).encode()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as answer:
         environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}

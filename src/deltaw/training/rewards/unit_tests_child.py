@@ -7,17 +7,19 @@ output with the number of each test that passes.
 import contextlib
 import json
 import os
+import signal
 import sys
 
 _MOST_FILE_BYTES, _MOST_FILES = 1 << 24, 64
 
 
-def _limit(cpu_seconds, megabytes):
+def _limit(cpu_seconds, wall_seconds, megabytes):
     """Bound this process and those that it starts, where the system can."""
     try:
         import resource
-    except ImportError:  # Windows: the time waited is the limit
+    except ImportError:  # Windows: whoever started this process ends it
         return
+    signal.alarm(int(wall_seconds) + 1)  # where nobody is left to end it
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_CPU: cpu_seconds,
@@ -36,7 +38,7 @@ def _main():
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     own = os.getpid()
-    _limit(given["cpu_seconds"], given["megabytes"])
+    _limit(given["cpu_seconds"], given["wall_seconds"], given["megabytes"])
     names = {"__name__": "completion"}
     exec(compile(given.pop("code"), "completion", "exec"), names)
     for number, test in enumerate(given["tests"]):
