@@ -35,7 +35,7 @@ REPLACED = {
     r"\blean (?:blocks?|way|path)\b": "fused block",
     r"\bblocks? (?:(?:that )?(?:is|are) )?computed again\b": "activation checkpointing",
     r"\bentrances?\b": "layer entry point",
-    r"\bjudg(?:e|es|ed|ing)\b": "evaluate",
+    r"\bjudg(?:ed|ing)\b": "evaluate",
     r"\bopened runs?\b": "inference session",
     r"\b(?:the )?house words?\b": "the project's terms",
     r"\bone whole road\b": "the whole data flow",

@@ -116,6 +116,9 @@ def _described(entry: Schema, parts: Mapping[str, Schema], *, may_be_null: bool)
         if may_be_null:
             own["type"] = ["object", "null"]
         return own
+    items = own.get("items")
+    if isinstance(items, dict) and "$ref" in items:  # sections in a list, each of which may be its name alone
+        own["items"] = {"anyOf": [{"type": "string"}, _described(items, parts, may_be_null=False)]}
     return _nullable(own) if may_be_null else own
 
 

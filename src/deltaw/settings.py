@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from deltaw import other_names, tasks
@@ -107,32 +117,107 @@ class PreferenceSettings(BaseModel):
 
 
 class RewardFunction(BaseModel):
-    """One function of ``reward.functions``."""
+    """One function of ``reward.functions``.
+
+    Raises:
+        UserError: a setting is unknown or not one of this function, or one that it needs is missing.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     name: str = setting(..., "a built-in reward, or FILE.py:FUNCTION", min_length=1)
     weight: float = setting(1.0, "what its rewards are multiplied with")
-    column: str | None = setting(None, "the row's column with the right answer; null: the row's own answer")
+    seconds: float = setting(30.0, "the most that a call may take", gt=0, le=3600)
+    column: str | None = setting(None, "the row's column with the right answer, or the tests; null: the row's own")
     pattern: str | None = setting(None, "of regex: what the whole completion must match")
     schema_: str | dict[str, Any] | None = Field(None, alias="schema", description="of json-schema: it, or its file")
     tolerance: float = setting(1e-6, "of number: how far off it may be", ge=0)
     target: int | None = setting(None, "of length: how many words", ge=1)
-    seconds: float = setting(30.0, "the most that a call may take", gt=0, le=3600)
+    tests: str | None = setting(None, "of unit-tests: those of all rows; null: of the column")
+    all_tests: bool = setting(False, "of unit-tests: 1 if all pass, else 0; false: the share that passes")
+    cpu_seconds: int = setting(5, "of unit-tests: the most processor time of a completion", ge=1, le=600)
+    megabytes: int = setting(1024, "of unit-tests: the most memory of a completion", ge=64)
+    url: str | None = setting(None, "of judge: OpenAI's API, such as http://localhost:8000/v1", pattern="^https?://")
+    model: str | None = setting(None, "of judge: its name there; of model: a reward model's folder")
+    template: str | None = setting(None, "of judge: what it is asked, with {prompt}, {completion} and {answer}")
+    scale: tuple[float, float] = setting((0.0, 10.0), "of judge: the least and the most that it may give")
+    key_from: str | None = setting(None, "of judge: the environment variable that holds the API key")
+    retries: int = setting(3, "of judge: how often a request is repeated that fails", ge=0, le=20)
+    dataset: str | None = setting(None, "of reasoning-gym: whose answers it scores; null: as the row's metadata say")
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
+        given = {"name": given} if isinstance(given, str) else given
+        if not isinstance(given, Mapping) or not isinstance(name := given.get("name"), str):
+            return given
+        takes = cls._takes(name)
+        for key in given if takes else ():
+            if str(key).rstrip("_") not in takes:
+                what = f"the reward '{name}' has no setting '{key}'"
+                raise UserError(what, where="reward.functions", hint=did_you_mean(str(key), takes))
+        return given
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> RewardFunction:
-        needs = {"regex": "pattern", "json-schema": "schema_", "length": "target"}.get(self.name)
-        if needs is not None and getattr(self, needs) is None:
-            needed = needs.rstrip("_")
-            hint = f"write {{name: {self.name}, {needed}: …}}"
-            raise UserError(f"the reward '{self.name}' needs '{needed}'", where="reward.functions", hint=hint)
+        for needed in _REWARD_NEEDS.get(self.name, ()):
+            if getattr(self, "schema_" if needed == "schema" else needed) is None:
+                hint = f"write {{name: {self.name}, {needed}: …}}"
+                raise UserError(f"the reward '{self.name}' needs '{needed}'", where="reward.functions", hint=hint)
+        if self.scale[0] >= self.scale[1]:
+            raise UserError("the judge's scale is empty", where="reward.functions", hint="write scale: [0, 10]")
         return self
+
+    @model_serializer(mode="wrap")
+    def _own_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the settings of other functions."""
+        takes = self._takes(self.name)
+        return {key: value for key, value in dump(self).items() if not takes or key.rstrip("_") in takes}
+
+    @staticmethod
+    def _takes(name: str) -> tuple[str, ...]:
+        """The settings of a function; none where there is no such function, as who looks for it says."""
+        if name not in _REWARD_OPTIONS and ":" not in name:
+            return ()
+        return ("name", "weight", "seconds", *_REWARD_OPTIONS.get(name, ()))
+
+    @property
+    def reaches_out(self) -> bool:
+        """Whether it runs code, or reads a file, a model or an address that the settings name."""
+        return ":" in self.name or self.name in ("unit-tests", "judge", "model") or isinstance(self.schema_, str)
+
+    def seconds_for(self, completions: int) -> float:
+        """The most seconds that a call with so many completions may take: those of their tests come on top."""
+        return self.seconds + (completions * self.wall_seconds if self.name == "unit-tests" else 0)
+
+    @property
+    def wall_seconds(self) -> float:
+        """The most time that the tests of one completion may take, waiting included."""
+        return 2.0 * self.cpu_seconds + 1
+
+
+# The settings of each built-in reward besides its name, weight and seconds, and those of them that it needs.
+_REWARD_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "exact": ("column",),
+    "contains": ("column",),
+    "number": ("column", "tolerance"),
+    "regex": ("pattern",),
+    "lower-case": (),
+    "json-schema": ("schema",),
+    "length": ("target",),
+    "math": ("column",),
+    "unit-tests": ("column", "tests", "all_tests", "cpu_seconds", "megabytes"),
+    "judge": ("url", "model", "template", "scale", "key_from", "retries", "column"),
+    "model": ("model",),
+    "reasoning-gym": ("dataset",),
+}
+_REWARD_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "regex": ("pattern",),
+    "json-schema": ("schema",),
+    "length": ("target",),
+    "judge": ("url", "model"),
+    "model": ("model",),
+}
 
 
 class RewardSettings(BaseModel):
@@ -140,12 +225,16 @@ class RewardSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    functions: list[RewardFunction] = setting((), "rewards of completions, by name, each with a weight")
+    functions: list[RewardFunction] = setting([], "rewards of completions, by name, each with a weight")
+    environment: str | None = setting(None, "FILE.py:CLASS, what answers the model's texts and rewards them")
+    turns: int = setting(8, "the most texts that the model writes in the environment", ge=1, le=1000)
+    environment_tokens: int = setting(256, "the most tokens of all that the environment says", ge=1)
+    seconds: float = setting(30.0, "the most that a step of the environment may take", gt=0, le=3600)
     loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"] = setting(
         "dapo", "the loss of rewarded completions"
     )
     group: int = setting(8, "completions of each prompt in a step", ge=2, le=256)
-    max_new_tokens: int = setting(128, "the most tokens of a completion", ge=1)
+    max_new_tokens: int = setting(128, "the most tokens of a completion, in an environment of each turn", ge=1)
     temperature: float = setting(1.0, "of the sampling; the loss is that of the model as it is", gt=0, le=10)
     top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", gt=0, le=1)
     top_k: int = setting(0, "sample from so many of the likeliest tokens; 0: all", ge=0)
@@ -159,6 +248,16 @@ class RewardSettings(BaseModel):
     correct_above: float | None = setting(
         0.5, "tokens whose log-probability at drawing was off by more have importance weights; null: none", ge=0
     )
+
+    @property
+    def most_written(self) -> int:
+        """The most tokens that the model writes to a prompt, in all turns."""
+        return self.max_new_tokens * (1 if self.environment is None else self.turns)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens behind a prompt, those of the environment among them."""
+        return self.most_written + (0 if self.environment is None else self.environment_tokens)
 
     @property
     def high(self) -> float:
@@ -336,7 +435,7 @@ class RunConfig(BaseModel):
         if self.task != "reward" and self.reward != RewardSettings():
             what = f"the settings have a section 'reward', and the task is '{self.task}'"
             raise UserError(what, where="reward", hint="set task: reward, or remove the section")
-        if self.task == "reward" and not self.reward.functions:
+        if self.task == "reward" and not self.reward.functions and self.reward.environment is None:
             hint = "name one, such as reward.functions: [exact], or a function of your own: [rewards.py:name]"
             raise UserError("the task 'reward' needs a reward", where="reward.functions", hint=hint)
         if self.task == "reward" and self.train.sharding != "none":
@@ -360,6 +459,8 @@ class RunConfig(BaseModel):
         if isinstance(data.eval, str | dict):  # else it is a share of the rows
             found["data.eval"] = data.eval
         found |= {"data.chat_template": data.chat_template, "track": self.track}
+        functions = [function.model_dump(mode="json") for function in self.reward.functions if function.reaches_out]
+        found |= {"reward.functions": functions or None, "reward.environment": self.reward.environment}
         return {key: value for key, value in found.items() if value is not None}
 
     @classmethod

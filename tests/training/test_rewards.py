@@ -132,10 +132,9 @@ def test_one_that_forks_answers_once(rewarder):
 def test_closing_ends_the_worker_and_what_it_started(rewarder):
     one = rewarder("lower-case")
     one(GIVEN)
-    process = one._process
+    process = one._worker._process
     one.close()
     assert process is not None and process.poll() is not None
-
 
 
 def test_unknown_rewards_and_missing_values_are_refused(rewarder):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.formats import FORMS, Record, read_pair
+from deltaw.data.formats import FORMS, Pair, Record, read_pair
+from deltaw.data.messages import Conversation, Message
 from deltaw.data.preferences import AnswerReader
 from deltaw.data.report import BadRowError, Report, Say, silent
 from deltaw.data.rows import Row
@@ -67,6 +68,37 @@ class PromptReader(AnswerReader):
 
     def told(self, report: Report, items: Sequence[RowGroup]) -> Report:
         return replace(report, unused_columns=())  # rewards may read any
+
+
+def answered(row: Row, text: str, where: str) -> Record:
+    """The record of a row's prompt with this text as the answer.
+
+    Raises:
+        BadRowError: the row has no prompt, or a value has the wrong type.
+    """
+    record, _ = _record(row, where)
+    if isinstance(record, Pair):
+        return replace(record, completion=text)
+    assert isinstance(record, Conversation)  # plain text has no prompt
+    return replace(record, messages=(*record.messages[:-1], {"role": "assistant", "content": text}))
+
+
+def asked(row: Row, where: str) -> tuple[list[Message], tuple[Message, ...]]:
+    """The messages of a row's prompt, and the tools that the model may call.
+
+    Raises:
+        BadRowError: the row has no prompt, or a value has the wrong type.
+    """
+    record = answered(row, _ANY, where)
+    if isinstance(record, Pair):
+        record = record.conversation()
+    assert isinstance(record, Conversation)
+    return list(record.messages[:-1]), record.tools
+
+
+def last_asked(row: Row) -> str:
+    """The last turn of a row's prompt, as text."""
+    return str(asked(dict(row), "the prompt")[0][-1]["content"])
 
 
 def _record(row: Row, where: str) -> tuple[Record, bool]:

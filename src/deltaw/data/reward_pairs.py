@@ -88,7 +88,7 @@ class RewardReader(PairReader):
         found = []
         for pair in items:
             assert isinstance(pair, RewardPair)
-            rows = tuple(LabeledExample(row.row, row.tokens, pair.margin, _segments(row)) for row in pair.rows)
+            rows = tuple(labeled(row, pair.margin) for row in pair.rows)
             found.append(RewardPair(rows, pair.margin))  # type: ignore[arg-type]
         return found
 
@@ -120,8 +120,9 @@ def _margin(value: object, where: str) -> float:
     return margin
 
 
-def _segments(row: Example) -> np.ndarray:
-    """(length,) int8, 1 for the answer's tokens: for models that are told which text a token belongs to."""
+def labeled(row: Example, margin: float) -> LabeledExample:
+    """An answer with its prompt as a classifier reads them; models that are told which text a token belongs to get 1
+    for the answer's."""
     segments = np.zeros(len(row), np.int8)
     segments[row.prompt_length :] = 1
-    return segments
+    return LabeledExample(row.row, row.tokens, margin, segments)

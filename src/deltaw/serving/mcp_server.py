@@ -202,6 +202,10 @@ class Allowed:
         for key in ("trust_remote_code", "track", "force"):
             if found[key]:
                 raise UserError("an agent cannot ask for it", where=key, hint=f"leave {key} out")
+        for key, value in RunConfig.read(found).named().items():
+            if key.startswith("reward."):
+                what = f"an agent cannot name what reads files or runs code: {str(value)[:200]}"
+                raise UserError(what, where=key, hint="name rewards that compare texts, such as exact")
         data = found["data"]
         found |= {"model": self.reference(found["model"], "model"), "output": self.path(found["output"], "output")}
         train, held_out = data["train"], data["eval"]

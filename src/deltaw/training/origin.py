@@ -50,6 +50,10 @@ from deltaw.working import Detail, working
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
+# What rewards a model's texts, and may run code.
+_REWARDING = ("reward.functions", "reward.environment")
+
+
 @dataclass(frozen=True)
 class FoundFolder:
     """A run's folder, or an adapter's.
@@ -159,7 +163,7 @@ def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = 
     config = RunConfig.read(settings, given)
     if config.trust_remote_code and not given.get("trust_remote_code"):
         raise _wants_code(settings, config.model, "--trust_remote_code true")
-    keys = ["model", "data.train", "data.eval", "track"]
+    keys = ["model", "data.train", "data.eval", "track", *_REWARDING]
     if all_of_it:
         keys.append("data.chat_template")
     else:
@@ -436,7 +440,13 @@ def score_run(
     Args:
         shown: the model answers so many of them, from the first on, if it writes text.
         max_new_tokens: of an answer. writer: writes answers; None for transformers.
+
+    Raises:
+        UserError: the folder names code that rewards, and nobody has named it on this machine before.
     """
+    found = opened.found
+    if found is not None and found.run is not None and (named := _unknown(found.run, _REWARDING)):
+        raise _foreign(found.folder / SETTINGS, named, flag="in the settings of a training of your own")
     task, model = opened.task, opened.model
     batcher = opened.batcher([opened.example(example) for example in examples])
     with opened.base():

@@ -123,7 +123,7 @@ class PolicyLoss:
         """Completions, their tokens, or the tokens that they may have."""
         if self.settings.loss in ("dapo", "cispo"):
             return sum(row.label_count for row in rows)
-        return len(rows) * (self.settings.max_new_tokens if self.settings.loss == "dr_grpo" else 1)
+        return len(rows) * (self.settings.most_written if self.settings.loss == "dr_grpo" else 1)
 
     def of_tokens(self, rows: RowLogProbs) -> Tensor:
         """(E,) the loss of each label of each completion, in the order of ``rows.index``."""

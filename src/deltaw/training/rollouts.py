@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.prompts import Prompt
+from deltaw.data.prompts import Prompt, last_asked
+from deltaw.data.templates import Encoder
 from deltaw.hub.loading import has_values
-from deltaw.runtime.generation import Drawing, Drawn, Sampler
+from deltaw.runtime.generation import Drawing, Drawn, Sampler, seed_of
 from deltaw.settings import RewardSettings
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import Feed
@@ -27,6 +28,7 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.policy_losses import PolicyLoss, Rollout, advantages
 from deltaw.training.reward_worker import Rewarder
 from deltaw.training.rewards import Scored
+from deltaw.training.turns import Turns
 from deltaw.working import working
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class RolloutFeed(Feed):
         objective, batcher: of the completions, with a :class:`PolicyLoss`.
         sampler: writes completions of the model as it is at each call.
         tokenizer: of the model. settings: the ``reward:`` section. seed: of the training.
+        encoder: renders what an environment says; None for a dry run.
         base: while open, the model is the base model. processes: that train together.
     """
 
@@ -51,6 +54,7 @@ class RolloutFeed(Feed):
         tokenizer: PreTrainedTokenizerBase,
         settings: RewardSettings,
         *,
+        encoder: Encoder | None = None,
         seed: int,
         base: Callable[[], AbstractContextManager[None]],
         processes: Reducer = ALONE,
@@ -59,6 +63,9 @@ class RolloutFeed(Feed):
         self.settings, self._sampler, self._tokenizer = settings, sampler, tokenizer
         self._seed, self._base, self._processes = seed, base, processes
         self.rewarders = [Rewarder(function) for function in settings.functions]
+        self._turns = None
+        if settings.environment is not None and encoder is not None:
+            self._turns = Turns(settings, sampler, encoder, len(tokenizer))
         self._rollouts: tuple[int, list[Rollout]] = (-1, [])
 
     def expand(self, prompts: Sequence[Prompt], step: int) -> tuple[list[Rollout], bool]:
@@ -81,7 +88,7 @@ class RolloutFeed(Feed):
 
     def longest(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """What a step's completions are at most, for a dry run."""
-        length = self.settings.max_new_tokens
+        length = self.settings.most_tokens
         one = Drawn(np.zeros(length, np.int64), "", None, np.zeros(length, np.float32))
         return [_rollout(prompt, one) for prompt in prompts for _ in range(self.settings.group)]
 
@@ -96,35 +103,46 @@ class RolloutFeed(Feed):
     def close(self) -> None:
         for rewarder in self.rewarders:
             rewarder.close()
+        if self._turns is not None:
+            self._turns.close()
         super().close()
+
+    @property
+    def names(self) -> list[str]:
+        """What rewards, in the order of :meth:`rewards`."""
+        own = [] if self.settings.environment is None else [self.settings.environment]
+        return [name.rpartition(":")[2] for name in [*(f.name for f in self.settings.functions), *own]]
 
     def write(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
         """Completions of prompts by the model as it is."""
+        if self._turns is not None:
+            return self._turns(prompts, drawing)
         return self._sampler([prompt.tokens for prompt in prompts], drawing)
 
     def rewards(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
-        """fp64 (functions, completions): what each function gives each completion, without weights.
+        """fp64 (functions, completions): what each function gives each completion, without weights; then what the
+        environment gives, if there is one.
 
         Raises:
             UserError: a function fails.
         """
         given = [
-            Scored(self._asked(prompt), one.text, prompt.answer, prompt.row, prompt.columns, one.ended)
+            Scored(last_asked(prompt.columns), one.text, prompt.answer, prompt.row, prompt.columns, one.ended)
             for prompt, one in zip(prompts, drawn, strict=True)
         ]
-        return np.array([rewarder(given) for rewarder in self.rewarders], np.float64).reshape(len(self.rewarders), -1)
+        rows = [rewarder(given) for rewarder in self.rewarders]
+        if self.settings.environment is not None:
+            rows.append([one.reward for one in drawn])
+        return np.array(rows, np.float64).reshape(len(rows), -1)
 
     def weighted(self, rewards: np.ndarray) -> np.ndarray:
-        """fp64 (completions,): the functions' rewards with their weights."""
-        return np.array([function.weight for function in self.settings.functions]) @ rewards
+        """fp64 (completions,): the functions' rewards with their weights; an environment's counts as it is."""
+        weights = [function.weight for function in self.settings.functions]
+        return np.array(weights + [1.0] * (len(rewards) - len(weights))) @ rewards
 
     def _imagined(self, rows: Sequence[Any]) -> Sequence[Any]:
         """Completions as they are; of prompts, which a dry run asks for, the longest that they can have."""
         return rows if not rows or isinstance(rows[0], Rollout) else self.longest(rows)
-
-    def _asked(self, prompt: Prompt) -> str:
-        tokens = prompt.tokens[prompt.tokens < len(self._tokenizer)]
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _teaches(self, row: Rollout) -> bool:
         return row.advantage != 0 or self.settings.beta > 0
@@ -135,7 +153,7 @@ class RolloutFeed(Feed):
         settings, group = self.settings, self.settings.group
         rank, size = self._processes.rank, self._processes.size
         own = [prompt for prompt in prompts[rank::size] for _ in range(group)]
-        seeds = [_seed(self._seed, number, prompt.row, place % group) for place, prompt in enumerate(own)]
+        seeds = [seed_of(self._seed, number, prompt.row, place % group) for place, prompt in enumerate(own)]
         drawing = Drawing(
             settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, tuple(seeds), True
         )
@@ -175,16 +193,15 @@ class RolloutFeed(Feed):
         cut = np.array([not one.ended for one in drawn])
         if settings.mask_cut:
             better = np.where(cut, 0.0, better)
-        self._tell(rewards, totals, cut, [len(one.tokens) for one in drawn])
+        self._tell(rewards, totals, cut, [one.length for one in drawn])
         return [replace(row, advantage=float(value)) for row, value in zip(rows, better, strict=True)]
 
     def _tell(self, rewards: np.ndarray, totals: np.ndarray, cut: np.ndarray, lengths: Sequence[int]) -> None:
         """Have the step report what came of its completions."""
         groups = totals.reshape(-1, self.settings.group)
         found = {"reward": float(totals.mean()), "reward_std": float(groups.std(1).mean())}
-        if len(self.rewarders) > 1:
-            for rewarder, values in zip(self.rewarders, rewards, strict=True):
-                found[f"reward {rewarder.settings.name.rpartition(':')[2]}"] = float(values.mean())
+        if len(rewards) > 1:
+            found |= {f"reward {n}": float(values.mean()) for n, values in zip(self.names, rewards, strict=True)}
         found["teaching_groups"] = float((np.ptp(groups, axis=1) > 0).mean())
         found |= {"length": float(np.mean(lengths)), "cut_share": float(cut.mean())}
         loss = self.objective.loss  # type: ignore[attr-defined]
@@ -204,14 +221,12 @@ class RolloutFeed(Feed):
 
 
 def _rollout(prompt: Prompt, drawn: Drawn) -> Rollout:
-    """A completion behind its prompt; the token that ends it is a label, too."""
-    written = drawn.tokens if drawn.terminator is None else np.append(drawn.tokens, drawn.terminator)
-    tokens = np.concatenate([prompt.tokens, written.astype(np.int32)])
-    is_label = np.arange(len(tokens)) >= len(prompt.tokens)
-    known = {"active_from": prompt.active_from, "engine_logprobs": drawn.logprobs}
-    return Rollout(prompt.row, tokens, is_label, len(prompt.tokens), drawn.text, **known)
-
-
-def _seed(*numbers: int) -> int:
-    """One number of several, which tells all of them apart."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """A completion behind its prompt: what the model wrote is a label, and so is the token that ends it."""
+    begin = prompt.tokens if drawn.prompt is None else drawn.prompt
+    written = np.ones(len(drawn.tokens), bool) if drawn.written is None else drawn.written
+    logprobs = drawn.logprobs if drawn.logprobs is None else drawn.logprobs[written]
+    ends = [] if drawn.terminator is None else [drawn.terminator]
+    tokens = np.concatenate([begin, drawn.tokens, ends]).astype(np.int32)
+    is_label = np.concatenate([np.zeros(len(begin), bool), written, np.ones(len(ends), bool)])
+    row = Rollout(prompt.row, tokens, is_label, len(begin), drawn.text, prompt.active_from)
+    return replace(row, engine_logprobs=logprobs)

@@ -460,6 +460,7 @@ def _rollouts(session: Session) -> RolloutFeed:
         sampler,
         task.tokenizer,
         session.config.reward,
+        encoder=getattr(task, "encoder", None),
         seed=session.config.train.seed,
         base=lambda: method.without(model),
         processes=session.processes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from deltaw.data.example import Example
 from deltaw.data.prompts import Prompt, PromptReader
 from deltaw.data.row_reader import Reader
 from deltaw.data.settings import DataSettings
+from deltaw.data.templates import Encoder
 from deltaw.runtime.generation import Drawing, Drawn, generate
 from deltaw.settings import RewardSettings
 from deltaw.training.callbacks import Say
@@ -29,6 +31,9 @@ class RewardTask(CausalTask):
 
     Args:
         settings: the ``reward:`` section.
+
+    Attributes:
+        encoder: of the rows that were read last; None before.
     """
 
     name = "reward"
@@ -38,6 +43,7 @@ class RewardTask(CausalTask):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say, settings: RewardSettings) -> None:
         super().__init__(tokenizer, say)
         self.settings = settings
+        self.encoder: Encoder | None = None
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> RewardTask:
@@ -46,11 +52,13 @@ class RewardTask(CausalTask):
         return task
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
-        return PromptReader(settings, self.tokenizer, say=self._say)
+        reader = PromptReader(settings, self.tokenizer, say=self._say)
+        self.encoder = reader.encoder
+        return reader
 
     def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
         """That of the longest prompt with the longest completion."""
-        longest = np.zeros(max(map(len, examples)) + self.settings.max_new_tokens, np.int32)
+        longest = np.zeros(max(map(len, examples)) + self.settings.most_tokens, np.int32)
         return super().batcher(model, [Example(1, longest, longest == 0, 0, None)], **how)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
@@ -59,27 +67,28 @@ class RewardTask(CausalTask):
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         """Rewards of greedy completions; each function's mean, and their weighted sum as the score."""
         assert isinstance(objective, CausalObjective)
-        drawing = Drawing(self.settings.max_new_tokens)
         if isinstance(batcher, RolloutFeed):
-            drawn, feed = batcher.write(rows, drawing), batcher
-            return _evaluation(feed, rows, drawn)
-        prompts = [row.tokens for row in rows]
-        tokens = {"max_new_tokens": drawing.max_new_tokens}
-        written = generate(objective.model, self.tokenizer, prompts, **tokens)
-        drawn = [Drawn(one.tokens, one.text, one.terminator) for one in written]
-        feed = RolloutFeed(objective, batcher, None, self.tokenizer, self.settings)
+            return _evaluation(batcher, rows)
+        model, tokenizer = objective.model, self.tokenizer
+
+        def sampler(prompts: Sequence[np.ndarray], drawing: Drawing) -> list[Drawn]:
+            written = generate(model, tokenizer, prompts, max_new_tokens=drawing.max_new_tokens)
+            return [Drawn(one.tokens, one.text, one.terminator) for one in written]
+
+        how: dict[str, Any] = {"encoder": self.encoder, "seed": 0, "base": contextlib.nullcontext}
+        feed = RolloutFeed(objective, batcher, sampler, tokenizer, self.settings, **how)
         try:
-            return _evaluation(feed, rows, drawn)
+            return _evaluation(feed, rows)
         finally:
             feed.close()
 
 
-def _evaluation(feed: RolloutFeed, rows: Sequence[Prompt], drawn: Sequence[Drawn]) -> Evaluation:
+def _evaluation(feed: RolloutFeed, rows: Sequence[Prompt]) -> Evaluation:
+    drawn = feed.write(rows, Drawing(feed.settings.max_new_tokens))
     rewards = feed.rewards(rows, drawn)
     totals = feed.weighted(rewards)
     metrics = {"loss": -float(totals.mean()), "reward": float(totals.mean())}
-    for rewarder, values in zip(feed.rewarders, rewards, strict=True):
-        if len(feed.rewarders) > 1:
-            metrics[f"reward {rewarder.settings.name.rpartition(':')[2]}"] = float(values.mean())
-    metrics["length"] = float(np.mean([len(one.tokens) for one in drawn]))
+    if len(rewards) > 1:
+        metrics |= {f"reward {name}": float(of.mean()) for name, of in zip(feed.names, rewards, strict=True)}
+    metrics["length"] = float(np.mean([one.length for one in drawn]))
     return Evaluation.of_rows(metrics, "reward", totals)

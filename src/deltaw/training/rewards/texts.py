@@ -1,0 +1,102 @@
+"""Rewards that texts alone decide: the right answer, a number, a pattern, a schema, the case, the length."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import UserError
+from deltaw.settings import RewardFunction
+from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def exact(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """1 where a completion is the right answer, but for white space at both ends."""
+    wanted = [right_answer(settings, one) for one in given]
+    return [
+        None if right is None else float(one.text.strip() == right.strip())
+        for one, right in zip(given, wanted, strict=True)
+    ]
+
+
+def contains(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """1 where the right answer stands in a completion as a word."""
+    found: list[float | None] = []
+    for one in given:
+        right = right_answer(settings, one)
+        pattern = None if right is None else rf"(?<!\w){re.escape(right.strip())}(?!\w)"
+        found.append(None if pattern is None else float(re.search(pattern, one.text) is not None))
+    return found
+
+
+def regex(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """1 where the whole completion matches ``pattern``."""
+    pattern = re.compile(settings.pattern or "", re.DOTALL)
+    return [float(pattern.fullmatch(one.text.strip()) is not None) for one in given]
+
+
+def lower_case(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """1 where a completion has letters and none of them is a capital."""
+    return [float(one.text.islower()) for one in given]
+
+
+def number(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """1 where the last number of a completion is the right answer's last one, within ``tolerance``."""
+    found: list[float | None] = []
+    for one in given:
+        right, said = last_number(right_answer(settings, one)), last_number(one.text)
+        if right is None:
+            found.append(None)
+        else:
+            found.append(float(said is not None and abs(said - right) <= settings.tolerance))
+    return found
+
+
+def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """1 where a completion is JSON of the schema.
+
+    Raises:
+        UserError: the package is missing, or the schema cannot be read.
+    """
+    try:
+        from jsonschema import Draft202012Validator
+    except ImportError as error:
+        raise needs_extra("jsonschema", error, place_of(settings)) from error
+    validator = Draft202012Validator(_schema(settings))
+    return [float(_parsed(one.text) is not None and validator.is_valid(json.loads(one.text))) for one in given]
+
+
+def length(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+    """The completion's words as a share of ``target``, at most 1; beyond it falls again."""
+    target = settings.target or 1
+    return [max(0.0, 1 - abs(len(one.text.split()) - target) / target) for one in given]
+
+
+def last_number(text: str | None) -> float | None:
+    """The last number that stands in a text; None where there is none."""
+    found = _NUMBER.findall(text or "")
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _schema(settings: RewardFunction) -> Any:
+    """The schema that the settings name or hold."""
+    given = settings.schema_
+    if isinstance(given, Mapping):
+        return given
+    try:
+        return json.loads(Path(str(given)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = f"the schema cannot be read: {error}"
+        raise UserError(what, where=place_of(settings), hint="name a JSON file") from error

@@ -1,0 +1,139 @@
+"""A process that runs somebody's code and answers questions, and that may be ended at any time.
+
+The asking side is :class:`Worker`. The answering side is a module that is run as a program and calls
+:func:`answer_requests`: it reads lines of JSON from standard input, and writes one line for each to what was standard
+output, which the code itself cannot reach: what it prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO, Any
+
+from deltaw.errors import UserError
+
+Answering = Callable[[Any], dict[str, Any]]
+
+# A line of an answer is at most so long.
+_MOST_BYTES = 1 << 24
+# Seconds that a worker may take to start, on a busy machine.
+_TO_START = 60.0
+
+
+class Worker:
+    """A worker process that starts when it is first asked, and again after it was ended.
+
+    Args:
+        module: that is run. settings: JSON, its one argument. seconds: that its start may take beyond the usual.
+    """
+
+    def __init__(self, module: str, settings: str, seconds: float) -> None:
+        self._words = [sys.executable, "-m", module, settings]
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: queue.Queue[bytes] = queue.Queue()
+
+    def ask(self, request: Any, seconds: float) -> dict[str, Any] | None:
+        """What the worker answers; None where it does not within ``seconds``, or has ended: then it is killed."""
+        process = self._process or self._start()
+        if process is None:
+            return None
+        line = json.dumps(request, default=str).encode() + b"\n"
+        # A worker that does not read must not hold up who asks.
+        threading.Thread(target=_write, args=(process.stdin, line), daemon=True).start()
+        answer = self._next(seconds)
+        if not answer:
+            self.close()
+            return None
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the worker."""
+        process, self._process = self._process, None
+        if process is not None:
+            end(process)
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        """A worker that is ready; None where it does not come to that."""
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(self._words, start_new_session=os.name != "nt", **pipes)
+        self._answers = queue.Queue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
+        if self._next(_TO_START + self._seconds):
+            return self._process
+        self.close()
+        return None
+
+    def _next(self, seconds: float) -> bytes:
+        """The next line; an empty one where none comes in time or at all."""
+        try:
+            return self._answers.get(timeout=seconds)
+        except queue.Empty:
+            return b""
+
+
+def _write(pipe: IO[bytes], line: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the worker has ended, as whoever waits for an answer learns
+        pipe.write(line)
+        pipe.flush()
+
+
+def _read(pipe: IO[bytes], answers: queue.Queue[bytes]) -> None:
+    """Pass on lines until the pipe ends, which is an empty one."""
+    while line := pipe.readline(_MOST_BYTES):
+        answers.put(line)
+    answers.put(b"")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session of its own, with what it started."""
+    if os.name == "nt":
+        process.kill()
+    else:
+        try:
+            os.killpg(process.pid, 9)
+        except ProcessLookupError:
+            process.kill()
+    process.wait()
+
+
+def answer_requests(make: Callable[[], Answering]) -> None:
+    """Answer until standard input ends.
+
+    Args:
+        make: gives what answers a request; a UserError that it raises is the answer to each.
+    """
+    own = os.getpid()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        answering = make()
+    except UserError as error:
+        refused = {"error": error.what, "hint": error.hint}
+
+        def answering(request: Any) -> dict[str, Any]:
+            return refused
+
+    out.write(b"ready\n")
+    out.flush()
+    for line in sys.stdin.buffer:
+        answer = answering(json.loads(line))
+        if os.getpid() != own:  # the code forked, and this is the other one
+            os._exit(0)
+        out.write(json.dumps(answer).encode() + b"\n")
+        out.flush()
+
+
+def as_number(value: Any) -> Any:
+    """A number as JSON has it; what is none, as its text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return repr(value)[:100]

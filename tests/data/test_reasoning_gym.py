@@ -1,0 +1,43 @@
+"""Data sets of reasoning-gym as rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltaw.data.sources import read_rows
+from deltaw.errors import UserError
+
+pytest.importorskip("reasoning_gym", reason="the extra reward is not installed")
+
+
+def rows(reference: str) -> list[dict]:
+    return [row for _, row in read_rows(reference)]
+
+
+def test_rows_follow_from_name_seed_and_configuration():
+    first = rows("reasoning-gym:chain_sum?size=5&seed=3&min_digits=1&max_digits=1")
+    assert len(first) == 5 and first == rows("reasoning-gym:chain_sum?size=5&seed=3&min_digits=1&max_digits=1")
+    assert first != rows("reasoning-gym:chain_sum?size=5&seed=4&min_digits=1&max_digits=1")
+    assert len(rows("reasoning-gym:chain_sum?size=7")) == 7
+    assert all(row["prompt"] and row["answer"] for row in first)
+    assert {json.loads(row["metadata"])["difficulty"]["num_digits"][1] for row in first} == {1}
+    assert json.loads(first[0]["metadata"])["source_dataset"] == "chain_sum"
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("chain_sums", "no data set 'chain_sums'"),
+        ("chain_sum?size=0", "size must be"),
+        ("chain_sum?size=x", "size must be"),
+        ("chain_sum?size", "'size' is no key=value"),
+        ("chain_sum?colour=1", "configuration does not fit"),
+        ("chain_sum?min_terms=0", "configuration does not fit"),
+        ("arc_agi?size=1", "cannot read the metadata"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(reference, said):
+    with pytest.raises(UserError, match=said):
+        rows(f"reasoning-gym:{reference}")

@@ -1,0 +1,281 @@
+"""Rewards that other programs give: unit tests of code, a judge, a reward model, math-verify and reasoning-gym."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deltaw.data.sources import read_rows
+from deltaw.errors import UserError
+from deltaw.runs.fit import fit
+from deltaw.settings import RewardFunction
+from deltaw.training.origin import score_run
+from deltaw.training.reward_worker import Rewarder
+from deltaw.training.rewards import Scored, reward_of
+from deltaw.training.rewards.judge import judge
+from deltaw.training.rewards.unit_tests import cases, code_of, unit_tests
+from tests.conftest import COLORS, write_rows
+from tests.training.runs import held_out_rows, opened
+
+
+def scored(text: str, answer: str | None = None, row: int = 1, **columns: object) -> Scored:
+    return Scored("asked", text, answer, row, columns)
+
+
+def settings_of(name: str, **more: object) -> RewardFunction:
+    return RewardFunction.model_validate({"name": name, **more})
+
+
+DOUBLE = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0) == 1"]
+
+
+def share_passed(code: str, tests: object = DOUBLE, **settings: object) -> float | None:
+    return unit_tests(settings_of("unit-tests", cpu_seconds=1, **settings), [scored(code, tests=tests)])[0]
+
+
+def test_the_share_of_passed_tests_or_all_of_them():
+    code = "So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
+    assert share_passed(code) == pytest.approx(2 / 3)
+    assert share_passed(code, all_tests=True) == 0 and share_passed(code, DOUBLE[:2], all_tests=True) == 1
+    assert share_passed("def double(x): return x + x", DOUBLE[0]) == 1
+    assert share_passed("def double(x: return", DOUBLE) == 0
+    assert share_passed(code, None) is None
+    assert unit_tests(settings_of("unit-tests", tests=DOUBLE[0]), [scored(code), scored("x = 1")]) == [1, 0]
+
+
+def test_tests_are_counted_one_by_one():
+    functions = "import math\ndef test_a():\n    assert double(2) == 4\ndef test_b():\n    assert math.pi == 3\n"
+    assert share_passed("def double(x): return 2 * x", functions) == 0.5
+    assert (
+        share_passed("def double(x): return 2 * x", "n = 3\nassert double(n) == 6\nn = 4\nassert double(n) == 6") == 0.5
+    )
+    assert len(cases("def check(f): pass\ncheck(1)")) == 1
+    with pytest.raises(ValueError, match="not Python"):
+        cases("def (")
+    assert code_of("```py\na\n```\n```\nb\n```") == "b\n" and code_of("plain") == "plain"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos._exit(0)",
+        "raise SystemExit(0)",
+        "while True: pass",
+        "import time\ntime.sleep(60)",
+        "x = bytearray(1 << 32)",
+        "import os\nassert os.environ.get('SECRET') == 'much'",
+        "import os\nassert os.listdir()",
+        "open('large', 'wb').write(bytes(1 << 25))",
+    ],
+    ids=["exits", "raises", "loops", "sleeps", "memory", "environment", "folder", "file"],
+)
+def test_code_that_exits_hangs_or_takes_too_much_passes_nothing_in_its_time(code, monkeypatch):
+    monkeypatch.setenv("SECRET", "much")
+    begin = time.monotonic()
+    assert share_passed(f"{code}\ndef double(x): return 2 * x", DOUBLE[0]) == 0
+    assert time.monotonic() - begin < 10
+
+
+def test_code_cannot_claim_that_tests_pass():
+    claim = "for fd in range(8):\n    try: os.write(fd, b'0\\n1\\n2\\n')\n    except OSError: pass"
+    assert share_passed(f"import os\n{claim}\ndef double(x): return 2 * x") == pytest.approx(2 / 3)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
+def test_what_code_left_running_is_killed_and_its_folder_removed(tmp_path):
+    kept = tmp_path / "kept.json"
+    code = f"""
+import json, os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+json.dump([child.pid, os.getcwd()], open({os.fspath(kept)!r}, "w"))
+"""
+    assert share_passed(code, "assert True") == 1
+    pid, folder = json.loads(kept.read_text())
+    assert not os.path.exists(folder)
+    for _ in range(100):
+        status = Path(f"/proc/{pid}/status")
+        if not status.exists() or "(zombie)" in status.read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child runs on")
+
+
+def test_a_loop_takes_its_own_time_only_and_bad_tests_are_named_with_their_row():
+    rewarder = Rewarder(settings_of("unit-tests", seconds=1, cpu_seconds=1))
+    try:
+        given = [scored("while True: pass", tests=["assert 1"]), scored("x = 1", tests=["assert x == 1"], row=2)]
+        assert rewarder(given) == [0, 1]
+        with pytest.raises(UserError, match="text or a list") as refused:
+            rewarder([scored("x = 1", tests=3, row=9)])
+        assert "row 9" in str(refused.value.where)
+    finally:
+        rewarder.close()
+
+
+class _Judge(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.asked.append((self.path, self.headers.get("Authorization"), request))
+        status, said = server.says(request["messages"][0]["content"], len(server.asked))
+        body = said if status != 200 else json.dumps({"choices": [{"message": {"content": said}}]})
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/elsewhere")
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *given):
+        return
+
+
+@pytest.fixture
+def judged():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
+    server.asked, server.says = [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def make(says, given, **more):
+        server.says = says
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        return judge(settings_of("judge", url=url, model="m", **more), given)
+
+    yield server, make
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judges_number_is_placed_on_its_scale(judged):
+    server, ask = judged
+    template = "{prompt} | {completion} | {answer} | {other}"
+    given = [scored("7 {answer}", "gold"), scored("none"), scored("11")]
+    says = lambda content, count: (200, "no idea" if "none" in content else f"I say {content.split()[2]}")  # noqa: E731
+    assert ask(says, given, template=template) == [0.7, None, None]
+    assert ask(says, given[:1], template=template, scale=[5, 9]) == [0.5]
+    path, key, request = server.asked[0]
+    assert path == "/v1/chat/completions" and key is None and request["model"] == "m" and request["temperature"] == 0
+    assert "asked | 7 {answer} | gold | {other}" in [
+        request["messages"][0]["content"] for _, _, request in server.asked
+    ]
+    with pytest.raises(UserError, match="no number from 0 to 10; it says 'no idea'"):
+        ask(says, given[1:2])
+
+
+def test_a_judge_that_fails_is_asked_again_and_then_named_without_the_key(judged, monkeypatch):
+    server, ask = judged
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    more = {"key_from": "JUDGE_KEY", "retries": 1}
+    assert ask(lambda content, count: (503, "busy") if count == 1 else (200, "5"), [scored("x")], **more) == [0.5]
+    assert [key for _, key, _ in server.asked] == ["Bearer sk-secret"] * 2
+    server.asked.clear()
+    with pytest.raises(UserError, match="row 3: status 401: wrong key …") as refused:
+        ask(lambda content, count: (401, "wrong key sk-secret"), [scored("x", row=3)], **more)
+    assert "sk-secret" not in str(refused.value) and len(server.asked) == 1
+    with pytest.raises(UserError, match="status 302"):  # the key would go elsewhere
+        ask(lambda content, count: (302, ""), [scored("x")], **more)
+    with pytest.raises(UserError, match="NO_KEY is not set"):
+        ask(lambda content, count: (200, "5"), [scored("x")], key_from="NO_KEY")
+    begin = time.monotonic()
+    slow = lambda content, count: time.sleep(3) or (200, "5")  # noqa: E731
+    with pytest.raises(UserError, match="cannot be asked about row 1"):
+        ask(slow, [scored("x")], seconds=1)
+    assert time.monotonic() - begin < 2.5
+
+
+def test_a_reward_model_scores_as_its_evaluation_does(settings, tmp_path):
+    rows = [{"prompt": f"paint it {c}", "chosen": c[0] * 3, "rejected": c[1:3] + "!"} for c in COLORS]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    changes = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}}
+    output = fit(settings(tmp_path / "run", **changes, train={"epochs": 1})).output
+    run = opened(output)
+    pairs = held_out_rows(run)
+    expected = score_run(run, pairs).evaluation.predictions
+    given = [
+        scored(rows[pair.rows[0].row - 1][which], row=pair.rows[0].row, prompt=rows[pair.rows[0].row - 1]["prompt"])
+        for pair in pairs
+        for which in ("chosen", "rejected")
+    ]
+    rewarder = Rewarder(settings_of("model", model=str(output), seconds=60))
+    try:
+        found = rewarder([*given, scored("  ", prompt="paint it")])
+    finally:
+        rewarder.close()
+    assert found[:-1] == pytest.approx(np.ravel(expected).tolist(), abs=1e-5) and found[-1] == 0
+    assert np.ptp(found[:-1]) > 1e-3
+
+
+def test_a_model_that_is_no_reward_model_is_refused(model_folder):
+    rewarder = Rewarder(settings_of("model", model=str(model_folder), seconds=60))
+    try:
+        with pytest.raises(UserError, match="is no reward model"):
+            rewarder([scored("x", prompt="y")])
+    finally:
+        rewarder.close()
+
+
+def rewards_of(settings: RewardFunction, given: list[Scored]) -> list[float]:
+    rewarder = Rewarder(settings)
+    try:
+        return rewarder(given)
+    finally:
+        rewarder.close()
+
+
+def test_mathematics_is_compared_by_value():
+    pytest.importorskip("math_verify", reason="the extra reward is not installed")
+    given = [
+        scored("so it is $\\boxed{\\frac{1}{2}}$", "0.5"),
+        scored("the answer is 12", "12"),
+        scored("the answer is $2\\sqrt{2}$", "\\sqrt{8}"),
+        scored("it is 13", "12"),
+        scored("", "12"),
+        scored("12"),
+    ]
+    assert rewards_of(settings_of("math"), given) == [1, 1, 1, 0, 0, 0]
+
+
+def test_problems_of_reasoning_gym_are_scored_from_their_rows():
+    pytest.importorskip("reasoning_gym", reason="the extra reward is not installed")
+    rows = [row for _, row in read_rows("reasoning-gym:leg_counting?size=3&seed=4")]
+    given = [scored(row["answer"], row["answer"], metadata=row["metadata"]) for row in rows]
+    given.append(scored("<answer>1</answer>", rows[0]["answer"], metadata=rows[0]["metadata"]))
+    given.append(
+        scored(f"I think <answer> {rows[0]['answer']} </answer>", rows[0]["answer"], metadata=rows[0]["metadata"])
+    )
+    found = rewards_of(settings_of("reasoning-gym"), given)
+    assert found[:3] == [1, 1, 1] and found[3] < 0.5 and found[4] == 1
+    with pytest.raises(UserError, match="row 1 has no metadata"):
+        rewards_of(settings_of("reasoning-gym"), [scored("1", "1")])
+
+
+@pytest.mark.parametrize("name", ["math", "reasoning-gym", "json-schema"])
+def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
+    for module in ("math_verify", "reasoning_gym", "jsonschema"):
+        monkeypatch.setitem(sys.modules, module, None)
+    more = {"schema": {}} if name == "json-schema" else {}
+    with pytest.raises(UserError, match="cannot be imported") as refused:
+        reward_of(settings_of(name, **more))([scored("1", "1", metadata={"source_dataset": "chain_sum"})])
+    assert "deltaw[reward]" in str(refused.value.hint)
+
+
+def test_settings_belong_to_their_function_and_are_saved_without_others():
+    with pytest.raises(UserError, match="'exact' has no setting 'pattern'"):
+        settings_of("exact", pattern="a")
+    with pytest.raises(UserError, match="'judge' needs 'model'"):
+        settings_of("judge", url="http://localhost")
+    with pytest.raises(ValueError, match="url"):
+        settings_of("judge", url="file:///etc/passwd", model="m")
+    with pytest.raises(UserError, match="scale is empty"):
+        settings_of("judge", url="http://localhost", model="m", scale=[1, 1])
+    given = settings_of("json-schema", schema={"type": "object"}, weight=2)
+    saved = given.model_dump()
+    assert set(saved) == {"name", "weight", "seconds", "schema_"} and RewardFunction.model_validate(saved) == given
