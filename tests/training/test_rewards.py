@@ -74,12 +74,12 @@ def rewarder(tmp_path):
         ({"name": "number"}, [scored("2 + 2 = 1,004.0", "1004"), scored("4", "5"), scored("none", "5")], [1, 0, 0]),
         ({"name": "number", "tolerance": 1}, [scored("4", "5"), scored("3", "5")], [1, 0]),
         ({"name": "regex", "pattern": r"\d+"}, [scored("12"), scored("12 a")], [1, 0]),
-        ({"name": "lower-case"}, [scored("abc, d"), scored("Abc"), scored("12")], [1, 0, 0]),
+        ({"name": "lower-case"}, [scored("abc, d"), scored("Abcd"), scored("12")], [1, 0.75, 0]),
         ({"name": "length", "target": 4}, [scored("a b c d"), scored("a b"), scored("a " * 9)], [1, 0.5, 0]),
         (
             {"name": "json-schema", "schema": {"type": "object", "required": ["a"]}},
             [scored('{"a": 1}'), scored('{"b": 1}'), scored("{"), scored("[" * 9999)],
-            [1, 0, 0, 0],
+            [1, 0.5, 0, 0],
         ),
     ],
 )

@@ -41,8 +41,9 @@ def regex(settings: RewardFunction, given: Sequence[Scored]) -> list[float | Non
 
 
 def lower_case(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where a completion has letters and none of them is a capital."""
-    return [float(one.text.islower()) for one in given]
+    """The share of a completion's letters that are in lower case; 0 where it has none."""
+    letters = [[c for c in one.text if c.isupper() or c.islower()] for one in given]
+    return [sum(map(str.islower, each)) / max(1, len(each)) for each in letters]
 
 
 def number(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
@@ -58,7 +59,7 @@ def number(settings: RewardFunction, given: Sequence[Scored]) -> list[float | No
 
 
 def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where a completion is JSON of the schema.
+    """1 where a completion is JSON of the schema, a half where it is other JSON.
 
     Raises:
         UserError: the package is missing, or the schema cannot be read.
@@ -68,7 +69,8 @@ def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float
     except ImportError as error:
         raise needs_extra("jsonschema", error, place_of(settings)) from error
     validator = Draft202012Validator(_schema(settings))
-    return [float(_parsed(one.text) is not None and validator.is_valid(json.loads(one.text))) for one in given]
+    parsed = [_parsed(one.text) for one in given]
+    return [0.0 if value is None else 1.0 if validator.is_valid(value) else 0.5 for value in parsed]
 
 
 def length(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
@@ -84,6 +86,7 @@ def last_number(text: str | None) -> float | None:
 
 
 def _parsed(text: str) -> object:
+    """What a text is as JSON; None where it is not, or ``null``."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
