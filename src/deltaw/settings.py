@@ -120,6 +120,11 @@ class RewardFunction(BaseModel):
     target: int | None = setting(None, "of length: how many words", ge=1)
     seconds: float = setting(30.0, "the most that a call may take", gt=0, le=3600)
 
+    @property
+    def file(self) -> str | None:
+        """The file with the user's own function; None for one that is built in."""
+        return self.name.rpartition(":")[0] or None
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given: Any) -> Any:
@@ -352,6 +357,8 @@ class RunConfig(BaseModel):
         if isinstance(data.eval, str | dict):  # else it is a share of the rows
             found["data.eval"] = data.eval
         found |= {"data.chat_template": data.chat_template, "track": self.track}
+        files = (function.file for function in self.reward.functions)
+        found |= {f"reward.functions.{number}": file for number, file in enumerate(files)}
         return {key: value for key, value in found.items() if value is not None}
 
     @classmethod

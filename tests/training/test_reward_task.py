@@ -29,7 +29,9 @@ def reward_run(tmp_path, model_folder):
     (tmp_path / "own.py").write_text(LETTERS)
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
 
-    def make(output: str, *, name: str = "letters", steps: int = 4, reward: dict | None = None, **train: object) -> dict:
+    def make(
+        output: str, *, name: str = "letters", steps: int = 4, reward: dict | None = None, **train: object
+    ) -> dict:
         return {
             "model": str(model_folder),
             "task": "reward",

@@ -137,7 +137,6 @@ def test_closing_ends_the_worker_and_what_it_started(rewarder):
     assert process is not None and process.poll() is not None
 
 
-
 def test_unknown_rewards_and_missing_values_are_refused(rewarder):
     with pytest.raises(UserError, match="no reward 'exactly'") as refused:
         rewarder("exactly")(GIVEN)

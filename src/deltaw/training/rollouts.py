@@ -21,12 +21,12 @@ from deltaw.data.prompts import Prompt
 from deltaw.hub.loading import has_values
 from deltaw.runtime.generation import Drawing, Drawn, Sampler
 from deltaw.settings import RewardSettings
+from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.policy_losses import PolicyLoss, Rollout, advantages
-from deltaw.training.reward_worker import Rewarder
-from deltaw.training.rewards import Scored
+from deltaw.training.scoring import Rewarded, Scorer
 from deltaw.working import working
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class RolloutFeed(Feed):
         sampler: writes completions of the model as it is at each call.
         tokenizer: of the model. settings: the ``reward:`` section. seed: of the training.
         base: while open, the model is the base model. processes: that train together.
+
+    Attributes:
+        scorer: rewards completions. extremes: the best and the worst ones of the last rollout.
     """
 
     def __init__(
@@ -56,9 +59,10 @@ class RolloutFeed(Feed):
         processes: Reducer = ALONE,
     ) -> None:
         super().__init__(objective, batcher)
-        self.settings, self._sampler, self._tokenizer = settings, sampler, tokenizer
+        self.settings, self.sampler = settings, sampler
         self._seed, self._base, self._processes = seed, base, processes
-        self.rewarders = [Rewarder(function) for function in settings.functions]
+        self.scorer = Scorer(settings, tokenizer)
+        self.extremes: list[Rewarded] = []
         self._rollouts: tuple[int, list[Rollout]] = (-1, [])
 
     def expand(self, prompts: Sequence[Prompt], step: int) -> tuple[list[Rollout], bool]:
@@ -94,37 +98,12 @@ class RolloutFeed(Feed):
         return super().shapes(self._imagined(rows))
 
     def close(self) -> None:
-        for rewarder in self.rewarders:
-            rewarder.close()
+        self.scorer.close()
         super().close()
-
-    def write(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
-        """Completions of prompts by the model as it is."""
-        return self._sampler([prompt.tokens for prompt in prompts], drawing)
-
-    def rewards(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
-        """fp64 (functions, completions): what each function gives each completion, without weights.
-
-        Raises:
-            UserError: a function fails.
-        """
-        given = [
-            Scored(self._asked(prompt), one.text, prompt.answer, prompt.row, prompt.columns, one.ended)
-            for prompt, one in zip(prompts, drawn, strict=True)
-        ]
-        return np.array([rewarder(given) for rewarder in self.rewarders], np.float64).reshape(len(self.rewarders), -1)
-
-    def weighted(self, rewards: np.ndarray) -> np.ndarray:
-        """fp64 (completions,): the functions' rewards with their weights."""
-        return np.array([function.weight for function in self.settings.functions]) @ rewards
 
     def _imagined(self, rows: Sequence[Any]) -> Sequence[Any]:
         """Completions as they are; of prompts, which a dry run asks for, the longest that they can have."""
         return rows if not rows or isinstance(rows[0], Rollout) else self.longest(rows)
-
-    def _asked(self, prompt: Prompt) -> str:
-        tokens = prompt.tokens[prompt.tokens < len(self._tokenizer)]
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _teaches(self, row: Rollout) -> bool:
         return row.advantage != 0 or self.settings.beta > 0
@@ -140,9 +119,9 @@ class RolloutFeed(Feed):
             settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, tuple(seeds), True
         )
         with working("writing completions", len(own)):
-            drawn = self.write(own, drawing) if own else []
+            drawn = self.sampler([prompt.tokens for prompt in own], drawing)
         with working("rewarding completions", len(own)):
-            rewards = self.rewards(own, drawn)
+            rewards = self.scorer(own, drawn)
         told = [one.as_list() for one in drawn], rewards.T.tolist()
         parts = [json.loads(text) for text in self._processes.texts(json.dumps(told))]
         every: list[Prompt] = []
@@ -160,7 +139,7 @@ class RolloutFeed(Feed):
     def _rewarded(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn], rewards: np.ndarray) -> list[Rollout]:
         """Completions with their advantages, and what else the loss needs to know."""
         settings = self.settings
-        totals = self.weighted(rewards)
+        totals = self.scorer.weighted(rewards)
         rows = [_rollout(prompt, one) for prompt, one in zip(prompts, drawn, strict=True)]
         if settings.beta:
             with self._base():
@@ -175,18 +154,23 @@ class RolloutFeed(Feed):
         cut = np.array([not one.ended for one in drawn])
         if settings.mask_cut:
             better = np.where(cut, 0.0, better)
-        self._tell(rewards, totals, cut, [len(one.tokens) for one in drawn])
+        self._tell(rewards, totals, rows, cut)
+        self.extremes = self.scorer.extremes(prompts, drawn, rewards)
         return [replace(row, advantage=float(value)) for row, value in zip(rows, better, strict=True)]
 
-    def _tell(self, rewards: np.ndarray, totals: np.ndarray, cut: np.ndarray, lengths: Sequence[int]) -> None:
-        """Have the step report what came of its completions."""
-        groups = totals.reshape(-1, self.settings.group)
-        found = {"reward": float(totals.mean()), "reward_std": float(groups.std(1).mean())}
-        if len(self.rewarders) > 1:
-            for rewarder, values in zip(self.rewarders, rewards, strict=True):
-                found[f"reward {rewarder.settings.name.rpartition(':')[2]}"] = float(values.mean())
+    def _tell(self, rewards: np.ndarray, totals: np.ndarray, rows: Sequence[Rollout], cut: np.ndarray) -> None:
+        """Have the step report what came of its completions; an error is half of a 95 % interval over groups."""
+        groups, found = totals.reshape(-1, self.settings.group), {}
+        for name, values in self.scorer.named(rewards).items():
+            found[name] = float(values.mean())
+            if (bounds := mean_interval(values.reshape(groups.shape).mean(1))) is not None:
+                found[name.replace("reward", "reward_error", 1)] = bounds[1] - found[name]
+        found["reward_std"] = float(groups.std(1).mean())
         found["teaching_groups"] = float((np.ptp(groups, axis=1) > 0).mean())
-        found |= {"length": float(np.mean(lengths)), "cut_share": float(cut.mean())}
+        found |= {"length": float(np.mean([row.label_count for row in rows])), "cut_share": float(cut.mean())}
+        if self.settings.beta and self.settings.loss == "rloo":  # the other losses measure it themselves
+            behind = [row.old_logprobs - row.base_logprobs for row in rows]  # type: ignore[operator]
+            found["kl"] = float(np.concatenate(behind).mean())
         loss = self.objective.loss  # type: ignore[attr-defined]
         assert isinstance(loss, PolicyLoss)
         loss.watched.of_step = found

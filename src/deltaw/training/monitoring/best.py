@@ -383,6 +383,8 @@ class Costs:
         self._tokens, self._seconds = 0, 0.0
         rows = [row for held_out in session.data.sets.values() for row in held_out]
         longest = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
+        if session.task.rolls_out:
+            answers, longest = answers + len(rows), session.config.reward.max_new_tokens
         self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * answers * longest
         self._drift = _drift_tokens(session)
         trained = sum(p.numel() * p.element_size() for _, p in session.method.parameters(session.model))
@@ -391,7 +393,8 @@ class Costs:
 
     def see(self, step: Step) -> None:
         """Take note of the speed of a step."""
-        self._tokens += step.computed_tokens
+        written = round(step.rows * step.metrics.get("length", 0.0))  # of which few may have been trained on
+        self._tokens += max(step.computed_tokens, written)
         self._seconds += step.seconds
 
     def tell(self, ending: Ending) -> None:
