@@ -113,6 +113,8 @@ _RESIDENT = {
     "kernels": "kernels and their scratch",
     "features": "of features on the disk, mapped",
     "allocator": "held by the allocator",
+    "decoder": "the decoder's copies of weights",
+    "rollouts": "excess while completions are written",
     "reading": "excess while tokenizer and rows are read",
     "loading": "excess while weights are converted",
     "saving": "excess while the tokenizer is saved",

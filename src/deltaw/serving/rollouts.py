@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaw.machine.memory import release_free_memory
-from deltaw.runtime.generation import Drawing, Drawn
+from deltaw.runtime.generation import DRAWN_AT_ONCE, Drawing, Drawn
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
 from deltaw.serving.decodable import Decodable
@@ -19,9 +19,6 @@ from deltaw.serving.engine import Engine
 from deltaw.serving.opening import OWN, FallbackWork, drawn, ends_of, own_adapter, verified_decoder
 from deltaw.serving.probes import NotDecodable
 from deltaw.training.origin import InferenceSession
-
-# Texts that are written at once, at most.
-_RUNNING = 64
 
 
 class SessionSampler:
@@ -67,7 +64,7 @@ class SessionSampler:
             own = OWN if beside else None
             return Engine(FallbackWork(session, own), session.tokenizer, ends, bank, own_adapter=own)
         bank = FixedAdapters({} if adapter is None else {OWN: adapter})
-        running = min(count, _RUNNING)
+        running = min(count, DRAWN_AT_ONCE)
         pages = running * -(-longest // made.decoder.page_tokens) + running
         work = Batch(made, pages, bank, BatchLimits(running=running))
         own = None if adapter is None else OWN

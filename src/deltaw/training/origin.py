@@ -402,7 +402,7 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    sections = {} if config is None else {"preference": config.preference, "reward": config.reward}
+    sections: dict[str, Any] = {} if config is None else {"preference": config.preference, "reward": config.reward}
     work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, **sections)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
