@@ -145,7 +145,7 @@ class RewardSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    functions: list[RewardFunction] = setting((), "rewards of completions, by name, each with a weight")
+    functions: list[RewardFunction] = setting([], "rewards of completions, by name, each with a weight")
     loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"] = setting(
         "dapo", "the loss of rewarded completions"
     )
