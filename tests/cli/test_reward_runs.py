@@ -14,9 +14,11 @@ import deltaw
 from deltaw.data.prompts import Prompt
 from deltaw.errors import UserError
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.reports.page.write import comparison_page, run_page
 from deltaw.reports.progress import LiveLine, closing_rows
 from deltaw.reports.runs import as_values, result_rows
 from deltaw.reports.watching import values_of
+from deltaw.reports.wording import short
 from deltaw.runs.folder import Run
 from deltaw.runtime.generation import Drawing, Drawn
 from deltaw.settings import RewardSettings, RunConfig
@@ -197,8 +199,8 @@ def test_steps_tell_rewards_with_errors_over_groups(finished):
     for name in ("reward", "reward_error", "teaching_groups", "length", "cut_share", "clip_share", "kl", "mismatch"):
         assert len(metrics.column(name)[1]) == 3, name
     assert metrics.rewards() == ["reward vowels", "reward short"]
-    total, vowels, short = (metrics.column(name)[1] for name in ("reward", "reward vowels", "reward short"))
-    assert total == pytest.approx(vowels + 0.5 * short)
+    total, vowels, brief = (metrics.column(name)[1] for name in ("reward", "reward vowels", "reward short"))
+    assert total == pytest.approx(vowels + 0.5 * brief)
     assert metrics.column("reward_error vowels")[1].max() > 0
     assert metrics.column("kl")[1][-1] > metrics.column("kl")[1][0] == 0
     rewards = [one["reward"] for one in metrics.completions]
@@ -224,7 +226,7 @@ def test_progress_and_lists_show_the_reward(finished):
     result, _ = finished
     run = Run(result.output)
     line = LiveLine(10, 2, 0.25, 0.5, metric="reward", length=12.4)
-    assert "reward 0.2500  mean 0.5000  length 12" in line.words(200)
+    assert "reward 0.2500  mean reward 0.5000  length 12" in line.words(200)
     ends = dict(closing_rows(result))
     assert "training reward" in ends and "training loss" not in ends
     assert "held-out reward" in ends
@@ -232,6 +234,23 @@ def test_progress_and_lists_show_the_reward(finished):
     assert values_of("run", run)["reward"] == run.metrics.column("reward")[1][-1]
     assert as_values([run])[0]["score"]["metric"] == "reward"
     assert {"held-out reward", "training reward, mean of the last steps"} < {row[0] for row in result_rows([run]).rows}
+
+
+def test_the_page_shows_rewards_completions_and_samples(finished, tmp_path):
+    result, config = finished
+    text = run_page(Run(result.output))
+    for identity in ("reward", "functions", "length", "teaching-groups", "cut-share", "kl", "clip-share", "mismatch"):
+        assert f'id="{identity}-figure"' in text, identity
+    assert "95 % interval over groups" in text and "training reward" in text
+    completions = Run(result.output).metrics.completions
+    section = text[text.index('<h2 id="completions">') : text.index('<h2 id="next">')]
+    assert section.count("<tr>") == 1 + len(completions) and short(completions[0]["reward"]) in section
+    assert "expected</th>" not in text, "no prompt has an answer"
+
+    other = {**config, "reward": {**config["reward"], "functions": ["lower-case"]}, "output": str(tmp_path / "run")}
+    one = deltaw.fit({**other, "train": {**config["train"], "max_steps": 1}}).output
+    assert 'id="functions-figure"' not in run_page(Run(one))
+    assert "Training reward" in comparison_page([Run(one), Run(result.output)])
 
 
 # The plan
@@ -245,9 +264,11 @@ def test_a_plan_holds_what_rollouts_take(finished, tmp_path):
             RunConfig.read({**config, "reward": {**config["reward"], **reward}, "output": str(tmp_path / "new")})
         )
 
-    short, long, many = planned(), planned(max_new_tokens=72), planned(group=8)
-    few_pages, more_pages, more_rows = (one.phases["rollouts"] for one in (short, long, many))
-    assert more_pages > few_pages > short.resident["process"] and more_rows > few_pages
+    usual, long, many = planned(), planned(max_new_tokens=72), planned(group=8)
+    few_pages, more_pages, more_rows = (one.phases["rollouts"] for one in (usual, long, many))
+    # Of each step three prompts of six tokens or so with four completions, which have no beginning in common.
+    assert usual.tokens >= 3 * 4 * 8 and usual.rows == 12
+    assert more_pages > few_pages > usual.resident["process"] and more_rows > few_pages
     others = {k: v for k, v in config.items() if k != "reward"}
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
     assert "rollouts" not in plan({**others, "task": "causal-lm", "data": {"train": str(rows)}}).phases

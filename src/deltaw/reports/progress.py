@@ -137,7 +137,8 @@ class LiveLine:
         of = "" if self.planned is None else f"/{self.planned / 1e9:.2f}"
         found = [(0, f"step {self.step:,}/{self.total:,}")]
         if self.value is not None and self.mean is not None:
-            found += [(4, f"{self.metric} {self.value:.4f}"), (0, f"mean {self.mean:.4f}")]
+            mean = "mean" if self.metric == "loss" else f"mean {self.metric}"
+            found += [(4, f"{self.metric} {self.value:.4f}"), (0, f"{mean} {self.mean:.4f}")]
         if self.length is not None:
             found.append((2, f"length {self.length:.0f}"))
         if self.tokens_per_second is not None:

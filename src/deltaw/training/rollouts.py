@@ -84,10 +84,12 @@ class RolloutFeed(Feed):
         return rows, any(map(self._teaches, rows))
 
     def longest(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """What a step's completions are at most, for a dry run."""
+        """What a step's completions are at most, for a dry run: as long as may be, and no two with a common beginning,
+        which would be computed once."""
         length = self.settings.max_new_tokens
-        one = Drawn(np.zeros(length, np.int64), "", None, np.zeros(length, np.float32))
-        return [_rollout(prompt, one) for prompt in prompts for _ in range(self.settings.group)]
+        logprobs = np.zeros(length, np.float32)
+        group = [Drawn(np.full(length, n, np.int64), "", None, logprobs) for n in range(self.settings.group)]
+        return [_rollout(prompt, one) for prompt in prompts for one in group]
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         """The microbatches of those completions that bring a gradient."""

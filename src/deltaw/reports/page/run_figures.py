@@ -119,7 +119,14 @@ def reward_figure(record: Run) -> Figure | None:
     ]
     if len(known):
         around, half = np.interp(known, steps, mean), smoothed(half)
-        curves.append(Curve(points_of(known, around - half), "c8 raw", "95 % interval of a step, over its groups"))
+        lowest = min(0.0, float(rewards.min()))
+        curves.append(
+            Curve(
+                points_of(known, np.maximum(around - half, lowest)),
+                "c8 raw",
+                "95 % interval of a step, over its groups",
+            )
+        )
         curves.append(Curve(points_of(known, around + half), "c8 raw"))
     said = f"The mean reward went from {short(mean[0])} to {short(mean[-1])} over {len(steps):,} steps"
     if (error := errors.get(steps[-1])) is not None:

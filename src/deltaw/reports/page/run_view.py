@@ -88,6 +88,7 @@ def run_view(record: Run) -> dict[str, Any]:
         "rates": rate_figure(record.learning_rates),
         "answers": answers,
         "between": between,
+        "expects": any(one["expected"] is not None for one in answers),
         "general": general_of(record),
         "completions": completions,
         "completed": f"{record.metrics.completed:,}",
