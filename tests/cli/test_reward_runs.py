@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +23,13 @@ from deltaw.reports.watching import values_of
 from deltaw.reports.wording import short
 from deltaw.runs.folder import Run
 from deltaw.runtime.generation import Drawing, Drawn
+from deltaw.serving.rollouts import SessionSampler
 from deltaw.settings import RewardSettings, RunConfig
 from deltaw.training.evaluation.base import mean_interval
+from deltaw.training.monitoring.best import FORWARD, WRITTEN, Costs, Ending
 from deltaw.training.planning.plan_run import plan
 from deltaw.training.scoring import Scorer, interval_of, pass_at
+from deltaw.training.state import Step
 from deltaw.training.tasks.reward import Asked, RewardTask
 from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
@@ -253,7 +258,49 @@ def test_the_page_shows_rewards_completions_and_samples(finished, tmp_path):
     assert "Training reward" in comparison_page([Run(one), Run(result.output)])
 
 
-# The plan
+# The plan, and time
+
+
+def test_the_time_of_a_step_is_that_of_its_rollout_too(finished, tmp_path, monkeypatch):
+    _, config = finished
+    drawn_in: list[float] = []
+    own = SessionSampler.__call__
+
+    def slow(self, prompts, drawing):
+        begun = time.perf_counter()
+        found = own(self, prompts, drawing)
+        if drawing.seeds:
+            time.sleep(0.3)
+            drawn_in.append(time.perf_counter() - begun)
+        return found
+
+    monkeypatch.setattr(SessionSampler, "__call__", slow)
+    run = Run(deltaw.fit({**config, "output": str(tmp_path / "run")}).output)
+    seconds = run.metrics.column("seconds")[1]
+    assert len(drawn_in) == 3 and all(seconds > drawn_in)
+
+
+def test_an_evaluation_is_expected_to_take_what_its_completions_do(finished):
+    _, config = finished
+    rows = [prompt(n) for n in range(5)]
+    session = SimpleNamespace(
+        data=SimpleNamespace(sets={"": rows}),
+        task=SimpleNamespace(rolls_out=True, writes_text=True),
+        config=RunConfig.read(config),
+        method=SimpleNamespace(parameters=lambda model: []),
+        model=None,
+    )
+
+    def estimated(trained: int) -> float:
+        costs, ending = Costs(session, 0), Ending()
+        costs.see(Step(1, 0.1, 0.0, 1e-3, 1.0, 12, trained, trained, 12, 2.0, metrics={"length": 8.0}))
+        costs.tell(ending)
+        return ending.evaluation
+
+    a_token = 2.0 / (12 * 8)  # also of those that a step wrote and did not train on
+    expected = (FORWARD * sum(map(len, rows)) + WRITTEN * len(rows) * 8) * a_token
+    assert estimated(10) == estimated(12 * 8) == pytest.approx(expected)
+    assert estimated(2 * 12 * 8) == pytest.approx(expected / 2)
 
 
 def test_a_plan_holds_what_rollouts_take(finished, tmp_path):

@@ -243,6 +243,7 @@ class TimeBudget:
         clock: gives the time in seconds.
         ending: what comes beside the steps.
         told: the text of the setting, for messages.
+        cycle: steps after which their durations repeat: a rollout takes time in the first of ``reward.updates`` alone.
         planned: whether the number of steps was planned already.
     """
 
@@ -252,6 +253,7 @@ class TimeBudget:
     clock: Callable[[], float] = now
     ending: Ending = field(default_factory=Ending)
     told: str = ""
+    cycle: int = 1
     _spent_before: float = 0.0  # by earlier processes of the same run
     planned: bool = False
     _mark: float | None = None
@@ -299,7 +301,7 @@ class TimeBudget:
         """
         measured = len(self._durations)
         due = self.planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
-        return self._plan(state, every) if measured >= FEWEST_MEASURED and due else None
+        return self._plan(state, every) if measured >= max(FEWEST_MEASURED, self.cycle) and due else None
 
     def go_on(self) -> None:
         """All that follows a step is done; the next one begins."""
@@ -322,7 +324,8 @@ class TimeBudget:
         self.ending.measured = bool(state["evaluation_measured"])
 
     def _step_seconds(self) -> float:
-        return sum(self._durations) / len(self._durations)
+        times = self._durations[len(self._durations) % self.cycle :] or self._durations
+        return sum(times) / len(times)
 
     def _left(self) -> float:
         """Seconds that are left for steps, and for evaluations between them."""

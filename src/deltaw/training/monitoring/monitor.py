@@ -341,7 +341,9 @@ class Monitor:
         self._costs = Costs(session, answers=sum(map(len, self._scored.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, told=train.time)
+            cycle = session.config.reward.updates if session.task.rolls_out else 1
+            how: dict[str, Any] = {"told": train.time, "cycle": cycle}
+            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, **how)
         else:
             self._settle_every(session.total_steps)
 
