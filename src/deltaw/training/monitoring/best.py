@@ -311,7 +311,8 @@ class TimeBudget:
         """Whether another step would end too late."""
         if state.step == 0 or not self._durations:
             return self.spent() >= self.seconds
-        return self._left() < self._step_seconds() / 2
+        several = 1 < self.cycle <= len(self._durations)
+        return self._left() < (self._durations[-self.cycle] if several else self._step_seconds()) / 2
 
     def state(self) -> dict[str, Any]:
         ending = {"evaluation": self.ending.evaluation, "evaluation_measured": self.ending.measured}
