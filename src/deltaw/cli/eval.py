@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 HARNESS = ("include_path", "limit", "fewshot", "chat")
 ROWS = {"data": "--data", "names": "--set", "rows": "--rows", "max_new_tokens": "--max-new-tokens"}
 ROWS |= {"shown": "--answers", "general": "--general", "system": "--system"}
+# Those that say how completions are rewarded.
+REWARD = ("samples", "temperature", "threshold")
+ROWS |= {name: f"--{name}" for name in REWARD}
 
 
 @click.command("eval")
@@ -39,6 +42,9 @@ ROWS |= {"shown": "--answers", "general": "--general", "system": "--system"}
 @click.option("--rows", type=click.IntRange(1), help="only the first so many rows of a set")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
+@click.option("--samples", default=0, type=click.IntRange(0), help="of a reward run: draw so many of each, for pass@k")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="with --samples; default: the run's own")
+@click.option("--threshold", type=float, help="of a reward run: the reward that passes; default: 1 by each function")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
 @click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 @click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
@@ -59,7 +65,7 @@ def command(
         given = click.get_current_context().params
         if mixed := [flag for name, flag in ROWS.items() if given[name]]:
             raise UserError("tasks have their own rows", where=mixed[0], hint=f"leave out {mixed[0]}, or --tasks")
-        for name in ("max_new_tokens", "shown", "general", "with_drift", "system"):
+        for name in ("max_new_tokens", "shown", "general", "with_drift", "system", *REWARD):
             opening.pop(name)
         _evaluate_tasks(run, asked, with_base, as_json, harness, opening)
         return
@@ -68,23 +74,29 @@ def command(
         raise UserError("it belongs to tasks of lm-evaluation-harness", where=flag, hint="give --tasks too")
     shown, general, with_drift, system = (opening.pop(name) for name in ("shown", "general", "with_drift", "system"))
     how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens"), "shown": shown}
+    rewarded = {name: opening.pop(name) for name in REWARD}
     out = console(as_json)
     with working("starting"):
         from deltaw.serving.opening import SessionWriter
         from deltaw.training.origin import open_run, score_run
+        from deltaw.training.tasks.reward import Asked
     if data is not None and names:
         raise UserError("--set chooses among the run's own sets", where="--data", hint="leave out one of the two")
     if data is None and system is not None:
         hint = "name a file with --data whose rows have none"
         raise UserError("the run's own rows are evaluated as they are", where="--system", hint=hint)
     opened = open_run(run, say=out.say, **opening)
+    if not opened.task.rolls_out and (needing := [name for name, value in rewarded.items() if value]):
+        what = f"completions are scored for task: reward, and this is {opened.task.name}"
+        raise UserError(what, where=f"--{needing[0]}", hint=f"leave out --{needing[0]}")
     sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, system, out).items()}
     _say_not_invoked(opened, sets, out)
     writer = SessionWriter(opened, out.say)
+    how |= {"writer": writer, "sampler": writer.draw, "asked": Asked(**rewarded)}
 
     def scored() -> dict[str, Score]:
         """Each set's score, as the model is now."""
-        return {name: score_run(opened, examples, writer=writer, **how) for name, examples in sets.items()}
+        return {name: score_run(opened, examples, **how) for name, examples in sets.items()}
 
     by_model: dict[str, dict[str, Score]] = {}
     if with_base:
@@ -95,7 +107,7 @@ def command(
         if name:
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
             out.print(f"\n{name}: {count}")
-        _print_scores({model: found[name] for model, found in by_model.items()}, out)
+        _print_scores({model: found[name] for model, found in by_model.items()}, out, shown)
     drift = _drift(opened, out, general, writer) if with_drift else None
     if as_json:
         found = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
@@ -189,17 +201,17 @@ def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]]
         out.say(lacking)
 
 
-def _print_scores(scores: Mapping[str, Score], out: Output) -> None:
-    """One set's metrics by model, and the answers that were asked for."""
+def _print_scores(scores: Mapping[str, Score], out: Output, shown: int) -> None:
+    """One set's metrics by model, and the answers that were asked for; of rewarded ones the best and the worst."""
     from deltaw.reports.scores import answer_table, confusion_table, score_table
 
-    intervals = {name: (s.evaluation.main, s.evaluation.interval) for name, s in scores.items()}
+    intervals = {name: s.evaluation.named_intervals() for name, s in scores.items()}
     out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
     last = list(scores.values())[-1].evaluation
     if last.confusion is not None:
         out.print(confusion_table(last.classes, last.confusion))
     if any(s.answers for s in scores.values()):
-        out.print(answer_table(_side_by_side(scores)))
+        out.print(answer_table(_side_by_side(scores, shown)))
 
 
 def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int]) -> dict[str, object]:
@@ -212,6 +224,7 @@ def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int
     first = next(iter(last))
     found = {
         "eval": named({name: one.as_dict() for name, one in last.items()}),
+        **({"intervals": named({n: one.intervals for n, one in last.items()})} if last[first].intervals else {}),
         "score": last[first].score(),
         "rows": named(rows),
     }
@@ -243,10 +256,16 @@ def _drift(opened: InferenceSession, out: Output, general: int, writer: Writer) 
     return drift
 
 
-def _side_by_side(scores: Mapping[str, Score]) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
-    """Questions with every model's answer."""
+def _side_by_side(scores: Mapping[str, Score], shown: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
+    """Questions with every model's answer; of rewarded ones, those that the last model did best and worst on."""
+    from deltaw.training.tasks.reward import RewardedAnswer
+
     found = []
-    for answers in zip(*(score.answers for score in scores.values()), strict=True):
-        written = {name: (answer.written, answer.exact) for name, answer in zip(scores, answers, strict=True)}
+    rows = list(zip(*(score.answers for score in scores.values()), strict=True))
+    if rows and isinstance(rows[0][-1], RewardedAnswer):
+        rows.sort(key=lambda row: -row[-1].reward)
+        rows = rows if len(rows) <= shown else rows[: -(-shown // 2)] + rows[len(rows) - shown // 2 :]
+    for answers in rows:
+        written = {name: (answer.shown, answer.exact) for name, answer in zip(scores, answers, strict=True)}
         found.append((answers[0].question, answers[0].expected, written))
     return found

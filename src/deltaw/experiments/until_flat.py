@@ -197,8 +197,10 @@ class Curve:
 
 
 def validation_loss(session: Session, rows: Sequence[Any]) -> float:
-    """The loss of validation rows; call within ``session.running``."""
+    """The loss of validation rows, or what takes its place: the negative reward; call within ``session.running``."""
     metrics = session.evaluate(rows).metrics
+    if session.task.rolls_out:
+        return -metrics["reward"]
     return metrics["loss"] if "loss" in metrics else metrics["mse"]
 
 

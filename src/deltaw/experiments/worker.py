@@ -37,11 +37,13 @@ from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.machine.memory import keep_freed_memory, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.memory.simulation import fake_tensors
+from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method, classes_of
 from deltaw.runs.fit import load_for, planned, save_adapter
 from deltaw.runs.folder import RunFolder, check_output
 from deltaw.runs.summary import write_card
 from deltaw.serving.opening import verified_writer
+from deltaw.serving.rollouts import SessionSampler
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Lines, Say, silent
 from deltaw.training.evaluation.base import Evaluation
@@ -165,7 +167,14 @@ class Trial:
         offered = () if loaded.kernels is None else loaded.kernels.approximations
         device = str(loaded.choices["device"].value)
         how: dict[str, Any] = {"device": device, "new_modules": loaded.new_modules, "offered": offered}
-        how["writes"] = lambda method: verified_writer(InferenceSession(loaded, self.config, method, self.task))
+
+        def of(method: Method | None) -> InferenceSession:
+            return InferenceSession(loaded, self.config, method, self.task)
+
+        how |= {
+            "writes": lambda method: verified_writer(of(method)),
+            "samples": lambda method: SessionSampler(of(method)),
+        }
         self.session: Session = assemble(self.config, self.task, self.data, loaded.model, **how)
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:

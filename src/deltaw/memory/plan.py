@@ -67,7 +67,7 @@ SLACK = 0.06
 WORTH = 0.15
 # What a process goes through. The parts of its memory are those of the training, with what another phase
 # takes beyond it under that phase's name.
-PROCESS_PHASES = ("reading", "loading", "training", "saving")
+PROCESS_PHASES = ("reading", "loading", "training", "rollouts", "saving")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Plan:
         timeline: (phase, bytes) along two steps.
         precision: of the frozen weights.
         operations: floating-point operations of a step, and the number of ``operators`` that compute them.
-        phases: the process's peak in each of :data:`PROCESS_PHASES`.
+        phases: the process's peak in each of :data:`PROCESS_PHASES` that the run has.
         arithmetic: the variant of the kernels, and how products are computed, by the type of stored weights.
         disk_bytes: of features that the run keeps in the cache folder.
         block_bytes: of the frozen weights of all blocks, and of the largest block.
@@ -127,7 +127,9 @@ class Plan:
         share = 1 - tokens / max(1, self.tokens)
         held = sum(self.parts[part] for part in ("activations", "logits", "batch", "workspace"))
         training = self.phases["training"] - int(share * (1 + SLACK) * held)
-        saves = self.peak_resident_bytes - max(training, *(self.phases[p] for p in PROCESS_PHASES if p != "training"))
+        saves = self.peak_resident_bytes - max(
+            training, *(size for phase, size in self.phases.items() if phase != "training")
+        )
         if saves < WORTH * self.peak_resident_bytes:
             return self
         found = {"max_length": max_length, "rows": rows, "of": of, "saves": saves}
@@ -151,12 +153,8 @@ class Plan:
         loading = self.phases["loading"]
         if divided:  # files are open for one block at a time
             loading = min(loading - saved, self.resident["process"] + weights)
-        phases = {
-            **self.phases,
-            "loading": loading,
-            "training": self.phases["training"] - saved + vector,
-            "saving": self.phases["saving"] - saved + vector,
-        }
+        phases = {phase: size if phase == "reading" else size - saved + vector for phase, size in self.phases.items()}
+        phases["loading"] = loading
         resident = _with_excess({k: v for k, v in tensors.items() if k not in PROCESS_PHASES}, phases)
         return dataclasses.replace(
             self,
@@ -224,6 +222,8 @@ def resident_parts(
     mapped_bytes: int = 0,
     saving_bytes: int = 0,
     unread_bytes: int = 0,
+    decoder_bytes: int = 0,
+    rollout_bytes: int = 0,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The parts of the process's main memory at its peak, which add up to it, and the peak of each phase.
 
@@ -236,6 +236,8 @@ def resident_parts(
         mapped_bytes: of files that stay mapped while weights of another type are made from them.
         saving_bytes: what writing the tokenizer takes for a moment, with the model loaded.
         unread_bytes: of weights that are mapped from a file and never touched.
+        decoder_bytes: of weights that a decoder has as copies, over the whole training.
+        rollout_bytes: what writing completions takes between steps; 0 where none are written.
     """
     kinds = footprint.parts
     lasting = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
@@ -245,6 +247,7 @@ def resident_parts(
         "kernels": kernel_bytes + footprint.arena_bytes,
         "features": feature_bytes,
         "allocator": int(SLACK * (footprint.peak_bytes - lasting)),
+        "decoder": decoder_bytes,
     }
     weights = kinds["weights"] - unread_bytes
     phases = {
@@ -253,13 +256,16 @@ def resident_parts(
         "training": sum(training.values()),
         "saving": process_bytes + weights + kinds["trained"] + saving_bytes,
     }
+    if rollout_bytes:
+        kept = process_bytes + lasting - unread_bytes + training["kernels"] + decoder_bytes
+        phases["rollouts"] = kept + rollout_bytes
     return _with_excess(training, phases), phases
 
 
 def _with_excess(training: Mapping[str, int], phases: Mapping[str, int]) -> dict[str, int]:
     """The parts of the training, with what the highest phase takes beyond it."""
     highest = max(phases, key=lambda name: phases[name])
-    excess = {name: 0 for name in PROCESS_PHASES if name != "training"}
+    excess = {name: 0 for name in phases if name != "training"}
     if highest != "training":
         excess[highest] = phases[highest] - phases["training"]
     return {**training, **excess}

@@ -76,6 +76,8 @@ def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
         lines.append(Text(f"  {label:<34}", style).append(f"{amount:>9}", style if style == "bold" else "default"))
     if plan.disk_bytes:
         lines.append(Text(f"and features on the disk: {gigabytes(plan.disk_bytes)}"))
+    if (rollouts := plan.phases.get("rollouts")) is not None:
+        lines.append(Text(f"while completions are written: {gigabytes(rollouts)}"))
     where = f"at {plan.module}" if plan.module else "outside all modules"
     lines.append(Text(folded(f"the peak falls in the {plan.phase}, {where}; microbatches of {plan.tokens:,} tokens")))
     return lines + [Text(line) for line in long_rows_lines(plan)]
@@ -113,6 +115,8 @@ _RESIDENT = {
     "kernels": "kernels and their scratch",
     "features": "of features on the disk, mapped",
     "allocator": "held by the allocator",
+    "decoder": "the decoder's copies of weights",
+    "rollouts": "excess while completions are written",
     "reading": "excess while tokenizer and rows are read",
     "loading": "excess while weights are converted",
     "saving": "excess while the tokenizer is saved",

@@ -16,6 +16,7 @@ from rich.text import Text
 from deltaw.machine.choices import Choice
 from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
+from deltaw.reports.page.svg import smoothed
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
 from deltaw.reports.plan import long_rows_lines, plan_lines
@@ -36,7 +37,7 @@ TIGHT = 0.9
 COMMANDS, SAMPLES = 4, 2
 # Characters of the bar of a live line, where there is room.
 BAR_LEAST, BAR_MOST = 8, 30
-# The loss shown is a running mean, so that it can be read.
+# The loss or reward shown is a running mean, so that it can be read.
 SMOOTHING = 0.9
 
 
@@ -63,11 +64,15 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     if done.seconds:
         speed = f"{rate(done.rows / done.seconds)} rows/s, {done.tokens / done.seconds:,.0f} tokens/s"
         yield "training", f"{done.rows:,} rows, {done.steps:,} steps in {duration(done.seconds)}: {speed}"
-    if done.steps:
+    if (run := Run(result.output)).progress == "reward":
+        _, rewards = run.metrics.column("reward")
+        ends = " → ".join(metric_value("reward", float(value)) for value in smoothed(rewards)[[0, -1]])
+        yield "training reward", f"{ends}, the first step's and the mean of the last"
+    elif done.steps:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
-    evaluation, base = result.evaluation, {metric_name(k): v for k, v in Run(result.output).base.items()}
+    evaluation, base = result.evaluation, {metric_name(k): v for k, v in run.base.items()}
     intervals = evaluation.named_intervals()
     if base and evaluation.metrics:
         yield "held-out rows", f"{'base model' if result.writes_text else 'before training'} → after training"
@@ -109,27 +114,33 @@ class LiveLine:
     """The line that shows how a training goes. On a terminal it fits the width: what matters least goes first.
 
     Attributes:
-        step, total: done and planned. loss: of the last step. mean: its running mean.
+        step, total: done and planned. metric: what is shown of the steps: ``loss``, or ``reward`` where there is one.
+        value: that of the last step. mean: its running mean. length: of completions, in tokens.
         tokens_per_second: of training. memory, planned: bytes that the process holds, and at its planned
             peak. left: seconds, None where nothing is known yet.
     """
 
     total: int
     step: int = 0
-    loss: float | None = None
+    value: float | None = None
     mean: float | None = None
     tokens_per_second: float | None = None
     memory: int = 0
     planned: int | None = None
     left: float | None = None
+    metric: str = "loss"
+    length: float | None = None
 
     def pieces(self) -> list[tuple[int, str]]:
         """The parts from left to right, each with its importance: 0 always stays."""
         memory = f"{self.memory / 1e9:.2f}"
         of = "" if self.planned is None else f"/{self.planned / 1e9:.2f}"
         found = [(0, f"step {self.step:,}/{self.total:,}")]
-        if self.loss is not None and self.mean is not None:
-            found += [(4, f"loss {self.loss:.4f}"), (0, f"mean {self.mean:.4f}")]
+        if self.value is not None and self.mean is not None:
+            mean = "mean" if self.metric == "loss" else f"mean {self.metric}"
+            found += [(4, f"{self.metric} {self.value:.4f}"), (0, f"{mean} {self.mean:.4f}")]
+        if self.length is not None:
+            found.append((2, f"length {self.length:.0f}"))
         if self.tokens_per_second is not None:
             found.append((2, f"{self.tokens_per_second:,.0f} tokens/s"))
         if self.memory:
@@ -169,9 +180,9 @@ class LiveLine:
         yield self.text(options.max_width)
 
 
-def running_mean(mean: float | None, loss: float) -> float:
-    """The mean of the losses up to now, the latest of which count most."""
-    return loss if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * loss
+def running_mean(mean: float | None, value: float) -> float:
+    """The mean of the values up to now, the latest of which count most."""
+    return value if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * value
 
 
 def clock(seconds: float) -> str:
@@ -188,8 +199,8 @@ def _length(pieces: list[tuple[int, str]]) -> int:
 class TerminalCallback(Callback):
     """Shows a run on a console: in a few lines what it is about to do, how the training goes, answers.
 
-    On a terminal that redraws a line, one shows the loss and its running mean, tokens per second, memory now and
-    planned, and the time left. Elsewhere the same is printed now and then.
+    On a terminal that redraws a line, one shows the loss or the reward and its running mean, tokens per second,
+    memory now and planned, and the time left. Elsewhere the same is printed now and then.
     """
 
     def __init__(self, console: Output) -> None:
@@ -249,11 +260,13 @@ class TerminalCallback(Callback):
     def on_step(self, step: Step) -> None:
         self._waiting.close()
         line = self._line
-        self._mean = running_mean(self._mean, step.loss)
+        line.metric = "reward" if "reward" in step.metrics else "loss"
+        line.value, line.length = step.metrics.get("reward", step.loss), step.metrics.get("length")
+        self._mean = line.mean = running_mean(self._mean, line.value)
         self._tokens += step.tokens
         self._seconds += step.seconds
         self._steps += 1
-        line.step, line.loss, line.mean = step.step, step.loss, self._mean
+        line.step = step.step
         if self._state is not None:
             line.total = self._state.total_steps  # a time budget plans it anew
         line.tokens_per_second = self._tokens / self._seconds if self._seconds else None

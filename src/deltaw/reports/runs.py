@@ -16,7 +16,7 @@ from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.comparison import or_empty
-from deltaw.reports.page.svg import Numbers
+from deltaw.reports.page.svg import Numbers, smoothed
 from deltaw.reports.tables import add_row, one_line, table
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
 from deltaw.runs.folder import (
@@ -107,6 +107,8 @@ def result_rows(records: Sequence[Run]) -> Numbers:
             base = [metric_value(name, record.base[name]) if name in record.base else "" for record in records]
             rows.append((f"{metric_name(name)} before training", base))
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
+    ends = [record.metrics.column("reward")[1] for record in records]
+    rows.append(("training reward, mean of the last steps", [short(smoothed(e)[-1]) if len(e) else "" for e in ends]))
     changes = [mapping(record.result.get("drift")).get("change") for record in records]
     rows += [
         ("drift, nats per token", [or_empty(change, "{:+.2f}".format) for change in changes]),

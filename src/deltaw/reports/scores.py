@@ -12,7 +12,7 @@ from rich.text import Text
 from deltaw.export.deploy import Deployed
 from deltaw.reports.tables import Cell, one_line, table
 from deltaw.training.drift import GeneralAnswer
-from deltaw.training.evaluation.base import SHARES
+from deltaw.training.evaluation.base import Interval, is_share
 
 if TYPE_CHECKING:
     from deltaw.serving.harness import TaskScore
@@ -24,20 +24,18 @@ GENERAL = 160
 
 
 def score_table(
-    scores: Mapping[str, Mapping[str, float]],
-    intervals: Mapping[str, tuple[str, tuple[float, float] | None]] | None = None,
+    scores: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Interval]] | None = None
 ) -> Table:
     """One row a metric, one column a model.
 
     Args:
         scores: metrics by model name; metrics that a model lacks are left empty.
-        intervals: by model name its main metric, and that metric's 95 % interval where there is one.
+        intervals: by model name the 95 % intervals of those metrics that have one.
     """
     rows: list[list[str]] = []
     for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):
         rows.append([metric.replace("_", " "), *(_number(metric, metrics.get(metric)) for metrics in scores.values())])
-        found = [(intervals or {}).get(name, ("", None)) for name in scores]
-        bounds = [interval if main == metric else None for main, interval in found]
+        bounds = [(intervals or {}).get(name, {}).get(metric) for name in scores]
         if any(bound is not None for bound in bounds):
             ranges = [b and f"{_number(metric, b[0])} – {_number(metric, b[1])}" for b in bounds]
             rows.append(["  95 % interval", *[text or "" for text in ranges]])
@@ -109,4 +107,4 @@ def general_table(rows: Sequence[GeneralAnswer]) -> Table:
 def _number(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.1%}" if metric in SHARES else f"{value:.4f}"
+    return f"{value:.1%}" if is_share(metric) else f"{value:.4f}"

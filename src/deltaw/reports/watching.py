@@ -88,20 +88,22 @@ def _read(path: Path) -> Run:
 def line_of(run: Run) -> LiveLine:
     """How far a run is, as its own terminal shows it; the memory is its process's, once it has ended its peak."""
     columns, steps, mean = run.metrics.columns, min(len(run.metrics), RECENT), None
-    losses = run.metrics.column("loss")[1].tolist()
-    for loss in losses[-2 * RECENT :]:
-        mean = running_mean(mean, loss)
+    values, lengths = (run.metrics.column(name)[1].tolist() for name in (run.progress, "length"))
+    for value in values[-2 * RECENT :]:
+        mean = running_mean(mean, value)
     tokens, seconds = (float(np.nansum(columns[name][-RECENT:])) if columns else 0.0 for name in ("tokens", "seconds"))
     total = run.total_steps or run.steps
     return LiveLine(
         total,
         run.steps,
-        loss=losses[-1] if losses else None,
+        value=values[-1] if values else None,
         mean=mean,
         tokens_per_second=tokens / seconds if seconds else None,
         memory=_memory(run),
         planned=run.planned_bytes,
         left=seconds / steps * (total - run.steps) if steps and run.state == RUNNING else None,
+        metric=run.progress,
+        length=lengths[-1] if lengths else None,
     )
 
 
@@ -139,8 +141,8 @@ def values_of(name: str, run: Run) -> dict[str, Any]:
         "reason": run.reason,
         "step": line.step,
         "total_steps": run.total_steps,
-        "loss": line.loss,
-        "mean_loss": line.mean,
+        line.metric: line.value,
+        f"mean_{line.metric}": line.mean,
         "tokens_per_second": line.tokens_per_second,
         "seconds_left": line.left,
         "memory_bytes": line.memory or None,
@@ -149,9 +151,15 @@ def values_of(name: str, run: Run) -> dict[str, Any]:
     }
 
 
+def _mean(run: Run, metric: str) -> str:
+    line = line_of(run)
+    return short(line.mean) if line.metric == metric and line.mean is not None else ""
+
+
 WATCHED = (
     *(column for column in COLUMNS if column.title in ("state", "steps", "held-out", "score")),
-    Column("loss", lambda run: short(line_of(run).mean) if len(run.metrics) else "", 1),
+    Column("loss", lambda run: _mean(run, "loss"), 1),
+    Column("reward", lambda run: _mean(run, "reward"), 1),
     Column("tokens/s", lambda run: count(run.tokens_per_second) if run.seconds else "", 6),
     Column("left", lambda run: "" if (left := line_of(run).left) is None else clock(left), 2),
     Column("memory", lambda run: gigabytes(_memory(run)) if _memory(run) else "", 7),

@@ -7,10 +7,10 @@ import textwrap
 import time
 from collections.abc import Mapping
 
-from deltaw.training.evaluation.base import SHARES
+from deltaw.training.evaluation.base import SHARES, is_share
 
 # Metrics that are shown in percent.
-PERCENT = (*SHARES, "macro_f1", "f1", "match")
+PERCENT = (*SHARES, "macro_f1", "f1", "match", "teaching_groups", "clip_share")
 MISSING = "–"
 
 
@@ -23,7 +23,8 @@ def metric_value(name: str, value: float | None) -> str:
     """A share in percent, anything else with four digits."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if name.replace("/", " ").rpartition(" ")[2] in PERCENT:
+    last = name.replace("/", " ").rpartition(" ")[2]
+    if last in PERCENT or is_share(last):
         return f"{value:.1%}"
     return short(value)
 

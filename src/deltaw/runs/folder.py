@@ -252,6 +252,11 @@ class Run:
         return next((n for loss in LOSSES for n in names if n.rpartition("/")[2] == loss), None)
 
     @property
+    def progress(self) -> str:
+        """The column of the metrics that tells how the training goes: ``reward`` where completions are rewarded."""
+        return "reward" if len(self.metrics.column("reward")[0]) else "loss"
+
+    @property
     def held_out_losses(self) -> list[tuple[int, float]]:
         """Step and value of :attr:`loss_metric`."""
         return self.metrics.evaluated(self.loss_metric) if self.loss_metric else []
@@ -335,7 +340,11 @@ def is_alive(process: Mapping[str, object]) -> bool | None:
 COLUMNS = (
     *("step", "epoch", "loss", "learning_rate", "gradient_norm"),
     *("rows", "tokens", "label_tokens", "seconds", "general_loss"),
+    # Of completions that were rewarded.
+    *("reward", "reward_error", "teaching_groups", "length", "cut_share", "clip_share", "kl", "mismatch"),
 )
+# How columns begin that have the name of a reward function behind it, and how many of them are kept.
+OF_FUNCTIONS, MOST_OF_FUNCTIONS = ("reward ", "reward_error "), 32
 # Lines of other kinds that are kept, the last of them: a file that grows without bound is still shown.
 KEPT = 20_000
 
@@ -356,11 +365,13 @@ class Metrics:
     """What a run measured. A file of 100,000 steps becomes a few megabytes of numbers.
 
     Attributes:
-        columns: by name of :data:`COLUMNS`, one number a step (nan where a line has none), in the order of
-            the steps.
+        columns: by name of :data:`COLUMNS` and of reward functions, one number a step (nan where a line has none), in
+            the order of the steps.
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
         samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
         general: the last general answers, each with ``prompt``, ``base`` and ``adapter``.
+        completions: the best and the worst of the last rollout, as :class:`deltaw.training.scoring.Rewarded`; and
+            ``completed``, its step.
         skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read, such as the last one of a killed run.
     """
@@ -369,6 +380,8 @@ class Metrics:
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     samples: list[SampleAnswer] = field(default_factory=list)
     general: list[Mapping[str, Any]] = field(default_factory=list)
+    completions: list[Mapping[str, Any]] = field(default_factory=list)
+    completed: int = 0
     drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     skipped: int = 0
@@ -379,7 +392,7 @@ class Metrics:
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps that have a finite value of ``name``, and these values."""
-        if not self.columns:
+        if name not in self.columns:
             return np.zeros(0), np.zeros(0)
         values = self.columns[name]
         there = np.isfinite(values)
@@ -388,6 +401,10 @@ class Metrics:
     def evaluated(self, metric: str) -> list[tuple[int, float]]:
         """Step and value of a metric of the held-out rows."""
         return [(step, v[metric]) for step, v in self.evaluations if math.isfinite(v.get(metric, math.nan))]
+
+    def rewards(self) -> list[str]:
+        """The columns of single reward functions; empty where there is one."""
+        return [name for name in self.columns if name.startswith(OF_FUNCTIONS[0])]
 
     def metric_names(self) -> list[str]:
         """Of all evaluations, in the order in which they first came."""
@@ -417,7 +434,7 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
-def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> None:
+def _read_line(line: str, columns: dict[str, array], metrics: Metrics) -> None:
     if not line.strip():
         return
     try:
@@ -427,6 +444,13 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
         metrics.damaged += 1
         return
     if "loss" in values:
+        for name in values:
+            if (
+                name.startswith(OF_FUNCTIONS)
+                and name not in columns
+                and len(columns) < len(COLUMNS) + MOST_OF_FUNCTIONS
+            ):
+                columns[name] = array("d", [math.nan] * len(columns["step"]))
         for name, column in columns.items():
             column.append(_number(values.get(name)))
     for key, kept in (("base", metrics.evaluations), ("eval", metrics.evaluations), ("drift", metrics.drifts)):
@@ -437,6 +461,8 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
         metrics.warnings.append((step, str(warning.get("kind", ""))))
     metrics.skipped += "skipped" in values
     metrics.general = [mapping(one) for one in sequence(values.get("general"))] or metrics.general
+    if completions := [mapping(one) for one in sequence(values.get("completions"))]:
+        metrics.completions, metrics.completed = completions, step
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")

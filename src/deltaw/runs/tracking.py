@@ -130,6 +130,7 @@ class TrackingCallback(Callback):
     def on_step(self, step: Step) -> None:
         told = step.as_dict()
         values = {f"train/{name}": told[name] for name in STEP if name in told}
+        values |= {f"train/{name.replace(' ', '/')}": value for name, value in step.metrics.items()}
         if step.seconds:
             values["train/tokens_per_second"] = step.tokens / step.seconds
         self._log(values, step.step)

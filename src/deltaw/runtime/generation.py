@@ -203,6 +203,8 @@ class Drawn:
         return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, written, reward)
 
 
+# Completions that a training's sampler writes at once, at most.
+DRAWN_AT_ONCE = 64
 # Draws completions of a model as it is at the call: of prompts of token ids, virtual ones among them.
 Sampler: TypeAlias = Callable[[Sequence[np.ndarray], Drawing], "list[Drawn]"]
 

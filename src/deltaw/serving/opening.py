@@ -25,14 +25,14 @@ from torch import Tensor
 from deltaw.hub.terminators import terminators
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.runtime import virtual_tokens
-from deltaw.runtime.generation import Completion, Progress, Writer, decode_by, position_limit
+from deltaw.runtime.generation import Completion, Drawing, Drawn, Progress, Writer, decode_by, position_limit
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.bank import Packer, packed_from_model
 from deltaw.serving.batch import Batch, BatchLimits
 from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
 from deltaw.serving.engine import Engine
 from deltaw.serving.probes import NotDecodable
-from deltaw.serving.request import Request
+from deltaw.serving.request import Request, Sampling
 from deltaw.serving.running import Run, Work, next_tokens
 from deltaw.training.origin import InferenceSession
 from deltaw.working import working
@@ -200,13 +200,21 @@ class SessionWriter:
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, on_progress: Progress
     ) -> list[Completion]:
         """The texts behind prompts (each (length,) token ids, virtual ones left out), in their order."""
+        return _written(*self._opened(), prompts, max_new_tokens, on_progress)
+
+    def draw(self, prompts: Sequence[np.ndarray], drawing: Drawing) -> list[Drawn]:
+        """Completions that are drawn: a :data:`deltaw.runtime.generation.Sampler`."""
+        return drawn(*self._opened(), prompts, drawing)
+
+    def _opened(self) -> tuple[Engine, str | None]:
+        """The engine, and the name by which it has the session's adapter; None where the base model is to write."""
         session = self._session
         engine = self._engine
         if engine is None or (session.bare and not engine.has_base):
             engine = open_engine(session, say=self._say)
             if not session.bare:  # an engine of the base model alone does not outlive this
                 self._engine = engine
-        return _written(engine, prompts, None if session.bare else engine.own_adapter, max_new_tokens, on_progress)
+        return engine, None if session.bare else engine.own_adapter
 
 
 def verified_writer(session: InferenceSession) -> Writer:
@@ -232,7 +240,7 @@ def verified_writer(session: InferenceSession) -> Writer:
         pages = max(batch_tokens, longest) // made.decoder.page_tokens + 1
         engine = Engine(Batch(made, pages, bank, _LIMITS), session.tokenizer, ends_of(session), bank)
         try:
-            return _written(engine, prompts, None if adapter is None else OWN, max_new_tokens, on_progress)
+            return _written(engine, None if adapter is None else OWN, prompts, max_new_tokens, on_progress)
         finally:
             engine.close(drain=False)
 
@@ -240,13 +248,29 @@ def verified_writer(session: InferenceSession) -> Writer:
 
 
 def _written(
-    engine: Engine, prompts: Sequence[np.ndarray], adapter: str | None, max_new_tokens: int, on_progress: Progress
+    engine: Engine, adapter: str | None, prompts: Sequence[np.ndarray], max_new_tokens: int, on_progress: Progress
 ) -> list[Completion]:
     """Greedy texts behind prompts, in their order."""
-    known = engine.work.known
-    requests = [Request(p[p < known], adapter, max_new_tokens=max_new_tokens) for p in prompts]
-    done = engine.write_all(requests, on_progress)
-    return [Completion(one.tokens, one.text, one.terminator is not None, one.terminator) for one in done]
+    found = drawn(engine, adapter, prompts, Drawing(max_new_tokens), on_progress)
+    return [Completion(one.tokens, one.text, one.ended, one.terminator) for one in found]
+
+
+def drawn(
+    engine: Engine, adapter: str | None, prompts: Sequence[np.ndarray], drawing: Drawing, on_progress: Progress = None
+) -> list[Drawn]:
+    """Completions of prompts (each (length,) token ids, virtual ones left out), in their order."""
+    known, most = engine.work.known, drawing.max_new_tokens
+    how: dict[str, Any] = {name: getattr(drawing, name) for name in ("temperature", "top_k", "top_p")}
+    how["logprobs"] = 0 if drawing.logprobs else None
+    requests = [
+        Request(prompt[prompt < known], adapter, Sampling(**how, seed=seed), max_new_tokens=most)
+        for prompt, seed in zip(prompts, drawing.seeds or (0,) * len(prompts), strict=True)
+    ]
+    found = []
+    for one in engine.write_all(requests, on_progress):
+        logprobs = np.array([token.logprob for token in one.logprobs], np.float32) if drawing.logprobs else None
+        found.append(Drawn(np.asarray(one.tokens), one.text, one.terminator, logprobs))
+    return found
 
 
 def engine_over(

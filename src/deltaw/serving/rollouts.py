@@ -11,18 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaw.machine.memory import release_free_memory
-from deltaw.runtime.generation import Drawing, Drawn
+from deltaw.runtime.generation import DRAWN_AT_ONCE, Drawing, Drawn
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
 from deltaw.serving.decodable import Decodable
 from deltaw.serving.engine import Engine
-from deltaw.serving.opening import OWN, FallbackWork, ends_of, own_adapter, verified_decoder
+from deltaw.serving.opening import OWN, FallbackWork, drawn, ends_of, own_adapter, verified_decoder
 from deltaw.serving.probes import NotDecodable
-from deltaw.serving.request import Request, Sampling
 from deltaw.training.origin import InferenceSession
-
-# Texts that are written at once, at most.
-_RUNNING = 64
 
 
 class SessionSampler:
@@ -46,28 +42,10 @@ class SessionSampler:
             return []
         release_free_memory()
         engine = self._engine(max(map(len, prompts)) + drawing.max_new_tokens, len(prompts))
-        known, adapter = engine.work.known, engine.own_adapter
-        how = (drawing.temperature, drawing.top_k, drawing.top_p)
-        seeds = drawing.seeds or (0,) * len(prompts)
-        asked = None if not drawing.logprobs else 0
-        requests = [
-            Request(
-                prompt[prompt < known],
-                adapter,
-                Sampling(*how, seed=seed, logprobs=asked),
-                max_new_tokens=drawing.max_new_tokens,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
         try:
-            written = engine.write_all(requests)
+            return drawn(engine, engine.own_adapter, prompts, drawing)
         finally:
             engine.close(drain=False)
-        found = []
-        for one in written:
-            logprobs = np.array([token.logprob for token in one.logprobs], np.float32) if drawing.logprobs else None
-            found.append(Drawn(np.asarray(one.tokens), one.text, one.terminator, logprobs))
-        return found
 
     def _engine(self, longest: int, count: int) -> Engine:
         """An engine over the weights as they are now, for sequences of at most ``longest`` tokens."""
@@ -86,7 +64,7 @@ class SessionSampler:
             own = OWN if beside else None
             return Engine(FallbackWork(session, own), session.tokenizer, ends, bank, own_adapter=own)
         bank = FixedAdapters({} if adapter is None else {OWN: adapter})
-        running = min(count, _RUNNING)
+        running = min(count, DRAWN_AT_ONCE)
         pages = running * -(-longest // made.decoder.page_tokens) + running
         work = Batch(made, pages, bank, BatchLimits(running=running))
         own = None if adapter is None else OWN

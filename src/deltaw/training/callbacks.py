@@ -65,13 +65,13 @@ class Sample:
     """One held-out prompt with its answer.
 
     Attributes:
-        row: its number in the file. prompt: its last turn. expected: the answer that the data has.
+        row: its number in the file. prompt: its last turn. expected: the answer that the data has, if it has one.
         answer: what the model wrote.
     """
 
     row: int
     prompt: str
-    expected: str
+    expected: str | None
     answer: str
 
     def as_dict(self) -> dict[str, object]:

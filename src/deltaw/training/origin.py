@@ -35,16 +35,18 @@ from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_config
 from deltaw.platforms import shell_word
-from deltaw.runtime.generation import Writer
+from deltaw.runtime.generation import Sampler, Writer
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
 from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration
 from deltaw.training.prompting import Prompting, read_prompting
+from deltaw.training.scoring import Scorer
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, answers
+from deltaw.training.tasks.reward import GREEDY, Asked, RewardTask
 from deltaw.working import Detail, working
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -116,6 +118,15 @@ class FoundFolder:
         if named:
             raise _foreign(self.folder / SETTINGS, named, flag="--data FILE")
 
+    def require_rewards(self) -> None:
+        """Refuse to run the code of reward functions that only the folder names.
+
+        Raises:
+            UserError: nobody else did, and the caller does not want such code to be run.
+        """
+        if self.run is not None:
+            _require_rewards(self.run, self.folder / SETTINGS, "--trust-remote-code")
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter: deltaw's or PEFT's."""
@@ -163,7 +174,8 @@ def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = 
     config = RunConfig.read(settings, given)
     if config.trust_remote_code and not given.get("trust_remote_code"):
         raise _wants_code(settings, config.model, "--trust_remote_code true")
-    keys = ["model", "data.train", "data.eval", "track", *_REWARDING]
+    _require_rewards(config, settings, "--trust_remote_code true")
+    keys = ["model", "data.train", "data.eval", "track"]
     if all_of_it:
         keys.append("data.chat_template")
     else:
@@ -191,6 +203,11 @@ def _with_saved_template(config: RunConfig, folder: Path, given: Mapping[str, ob
     if not _is_given(given, key) and (named := _unknown(config, (key,))):
         raise _foreign(folder / SETTINGS, named, flag=f"a file {CHAT_TEMPLATE} in the folder")
     return config
+
+
+def _require_rewards(config: RunConfig, settings: Path, flag: str) -> None:
+    if not config.trust_remote_code and (named := _unknown(config, _REWARDING)):
+        raise _foreign(settings, named, flag=flag)
 
 
 def _unknown(config: RunConfig, keys: Sequence[str]) -> dict[str, object]:
@@ -389,7 +406,7 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    sections = {} if config is None else {"preference": config.preference, "reward": config.reward}
+    sections: dict[str, Any] = {} if config is None else {"preference": config.preference, "reward": config.reward}
     work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, **sections)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
@@ -434,20 +451,28 @@ def score_run(
     shown: int = 0,
     max_new_tokens: int | None = None,
     writer: Writer | None = None,
+    sampler: Sampler | None = None,
+    asked: Asked = GREEDY,
 ) -> Score:
     """Evaluate a model on examples that have no virtual tokens yet, as a run evaluates its held-out rows.
 
     Args:
-        shown: the model answers so many of them, from the first on, if it writes text.
+        shown: the model answers so many of them, from the first on, if it writes text; all of them, if they are
+            rewarded.
         max_new_tokens: of an answer. writer: writes answers; None for transformers.
+        sampler, asked: write what is rewarded, for the task ``reward``.
 
     Raises:
         UserError: the folder names code that rewards, and nobody has named it on this machine before.
     """
-    found = opened.found
-    if found is not None and found.run is not None and (named := _unknown(found.run, _REWARDING)):
-        raise _foreign(found.folder / SETTINGS, named, flag="in the settings of a training of your own")
     task, model = opened.task, opened.model
+    if isinstance(task, RewardTask):
+        assert sampler is not None
+        if opened.found is not None:
+            opened.found.require_rewards()
+        with contextlib.closing(Scorer(task.settings)) as scorer, contextlib.closing(task.turns(sampler)) as write:
+            score = task.scored(examples, write, scorer, replace(asked, max_new_tokens=max_new_tokens))
+        return score if shown else Score(score.evaluation)
     batcher = opened.batcher([opened.example(example) for example in examples])
     with opened.base():
         examples = task.referenced(model, examples, batcher)

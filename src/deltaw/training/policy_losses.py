@@ -79,13 +79,17 @@ class PolicyMetrics(Watched):
     """Of tokens: how many were clipped, their divergence from the base, how many there are; and the same of tokens
     whose log-probabilities the engine gave: how far these are from the trainer's.
 
+    Args:
+        has_base: whether the divergence is known.
+
     Attributes:
         of_step: metrics of the step's completions that are known before the loss.
     """
 
     size = 5
 
-    def __init__(self) -> None:
+    def __init__(self, has_base: bool = True) -> None:
+        self._has_base = has_base
         self.of_step: dict[str, float] = {}
 
     def add(self, clipped: Tensor, divergence: Tensor, off: Tensor) -> None:
@@ -98,7 +102,9 @@ class PolicyMetrics(Watched):
         clipped, divergence, off, count, known = self.totals().tolist()
         found = dict(self.of_step)
         if count:
-            found |= {"clip_share": clipped / count, "kl": divergence / count}
+            found["clip_share"] = clipped / count
+        if count and self._has_base:
+            found["kl"] = divergence / count
         return found | ({"mismatch": off / known} if known else {})
 
 
@@ -111,7 +117,8 @@ class PolicyLoss:
 
     def __init__(self, settings: RewardSettings) -> None:
         self.settings = settings
-        self.watched = PolicyMetrics()
+        self._has_base = settings.beta > 0 and settings.loss != "rloo"  # there it is part of the reward
+        self.watched = PolicyMetrics(self._has_base)
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
         losses = self.of_tokens(rows)
@@ -149,7 +156,7 @@ class PolicyLoss:
                 (ratios > 1 + settings.high) & (advantage > 0)
             )
         divergence = torch.zeros_like(now)
-        if settings.beta and settings.loss != "rloo":  # there it is part of the reward
+        if self._has_base:
             base = _joined([row.base_logprobs for row in given], given, now)
             behind = base - logprobs
             divergence = behind.exp() - behind - 1

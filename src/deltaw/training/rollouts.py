@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.prompts import Prompt, last_asked
-from deltaw.data.templates import Encoder
+from deltaw.data.prompts import Prompt
 from deltaw.hub.loading import has_values
-from deltaw.runtime.generation import Drawing, Drawn, Sampler, seed_of
+from deltaw.runtime.generation import Drawing, Drawn, seed_of
 from deltaw.settings import RewardSettings
+from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.policy_losses import PolicyLoss, Rollout, advantages
-from deltaw.training.reward_worker import Rewarder
-from deltaw.training.rewards import Scored
-from deltaw.training.turns import Turns
+from deltaw.training.scoring import Rewarded, Scorer
+from deltaw.training.turns import OneTurn, Turns
 from deltaw.working import working
 
 if TYPE_CHECKING:
@@ -40,32 +38,30 @@ class RolloutFeed(Feed):
 
     Args:
         objective, batcher: of the completions, with a :class:`PolicyLoss`.
-        sampler: writes completions of the model as it is at each call.
-        tokenizer: of the model. settings: the ``reward:`` section. seed: of the training.
-        encoder: renders what an environment says; None for a dry run.
+        write: writes completions of the model as it is at each call; None for a dry run.
+        settings: the ``reward:`` section. seed: of the training.
         base: while open, the model is the base model. processes: that train together.
+
+    Attributes:
+        scorer: rewards completions. extremes: the best and the worst ones of the last rollout.
     """
 
     def __init__(
         self,
         objective: CausalObjective,
         batcher: Any,
-        sampler: Sampler,
-        tokenizer: PreTrainedTokenizerBase,
+        write: OneTurn | Turns | None,
         settings: RewardSettings,
         *,
-        encoder: Encoder | None = None,
         seed: int,
         base: Callable[[], AbstractContextManager[None]],
         processes: Reducer = ALONE,
     ) -> None:
         super().__init__(objective, batcher)
-        self.settings, self._sampler, self._tokenizer = settings, sampler, tokenizer
+        self.settings, self.write = settings, write
         self._seed, self._base, self._processes = seed, base, processes
-        self.rewarders = [Rewarder(function) for function in settings.functions]
-        self._turns = None
-        if settings.environment is not None and encoder is not None:
-            self._turns = Turns(settings, sampler, encoder, len(tokenizer))
+        self.scorer = Scorer(settings)
+        self.extremes: list[Rewarded] = []
         self._rollouts: tuple[int, list[Rollout]] = (-1, [])
 
     def expand(self, prompts: Sequence[Prompt], step: int) -> tuple[list[Rollout], bool]:
@@ -87,10 +83,12 @@ class RolloutFeed(Feed):
         return rows, any(map(self._teaches, rows))
 
     def longest(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """What a step's completions are at most, for a dry run."""
+        """What a step's completions are at most, for a dry run: as long as may be, and no two with a common beginning,
+        which would be computed once."""
         length = self.settings.most_tokens
-        one = Drawn(np.zeros(length, np.int64), "", None, np.zeros(length, np.float32))
-        return [_rollout(prompt, one) for prompt in prompts for _ in range(self.settings.group)]
+        logprobs = np.zeros(length, np.float32)
+        group = [Drawn(np.full(length, n, np.int64), "", None, logprobs) for n in range(self.settings.group)]
+        return [_rollout(prompt, one) for prompt in prompts for one in group]
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         """The microbatches of those completions that bring a gradient."""
@@ -101,44 +99,10 @@ class RolloutFeed(Feed):
         return super().shapes(self._imagined(rows))
 
     def close(self) -> None:
-        for rewarder in self.rewarders:
-            rewarder.close()
-        if self._turns is not None:
-            self._turns.close()
+        self.scorer.close()
+        if self.write is not None:
+            self.write.close()
         super().close()
-
-    @property
-    def names(self) -> list[str]:
-        """What rewards, in the order of :meth:`rewards`."""
-        own = [] if self.settings.environment is None else [self.settings.environment]
-        return [name.rpartition(":")[2] for name in [*(f.name for f in self.settings.functions), *own]]
-
-    def write(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
-        """Completions of prompts by the model as it is."""
-        if self._turns is not None:
-            return self._turns(prompts, drawing)
-        return self._sampler([prompt.tokens for prompt in prompts], drawing)
-
-    def rewards(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
-        """fp64 (functions, completions): what each function gives each completion, without weights; then what the
-        environment gives, if there is one.
-
-        Raises:
-            UserError: a function fails.
-        """
-        given = [
-            Scored(last_asked(prompt.columns), one.text, prompt.answer, prompt.row, prompt.columns, one.ended)
-            for prompt, one in zip(prompts, drawn, strict=True)
-        ]
-        rows = [rewarder(given) for rewarder in self.rewarders]
-        if self.settings.environment is not None:
-            rows.append([one.reward for one in drawn])
-        return np.array(rows, np.float64).reshape(len(rows), -1)
-
-    def weighted(self, rewards: np.ndarray) -> np.ndarray:
-        """fp64 (completions,): the functions' rewards with their weights; an environment's counts as it is."""
-        weights = [function.weight for function in self.settings.functions]
-        return np.array(weights + [1.0] * (len(rewards) - len(weights))) @ rewards
 
     def _imagined(self, rows: Sequence[Any]) -> Sequence[Any]:
         """Completions as they are; of prompts, which a dry run asks for, the longest that they can have."""
@@ -148,37 +112,53 @@ class RolloutFeed(Feed):
         return row.advantage != 0 or self.settings.beta > 0
 
     def _drawn(self, prompts: Sequence[Prompt], number: int) -> list[Rollout]:
-        """The completions of the rollout of this number: each process writes those of its prompts, and all learn
-        from all of them."""
+        """The completions of the rollout of this number, groups that are rewarded alike drawn anew if the settings ask
+        for that."""
+        groups: dict[int, tuple[list[Drawn], np.ndarray]] = {}
+        wanted = list(range(len(prompts)))
+        for attempt in range(self.settings.redraw + 1):
+            found = self._written([prompts[place] for place in wanted], (number, attempt))
+            groups |= dict(zip(wanted, found, strict=True))
+            wanted = [place for place in wanted if not np.ptp(self.scorer.weighted(groups[place][1]))]
+            if not wanted:
+                break
+        every = [prompt for prompt in prompts for _ in range(self.settings.group)]
+        drawn = [one for place in range(len(prompts)) for one in groups[place][0]]
+        return self._rewarded(every, drawn, np.hstack([groups[place][1] for place in range(len(prompts))]))
+
+    def _written(self, prompts: Sequence[Prompt], drawing: tuple[int, int]) -> list[tuple[list[Drawn], np.ndarray]]:
+        """A group of completions of each prompt, and their rewards (names, group): each process writes those of its
+        prompts, and all have all of them.
+
+        Args:
+            drawing: numbers that the seeds of the completions follow from, beside the prompt.
+        """
         settings, group = self.settings, self.settings.group
         rank, size = self._processes.rank, self._processes.size
         own = [prompt for prompt in prompts[rank::size] for _ in range(group)]
-        seeds = [seed_of(self._seed, number, prompt.row, place % group) for place, prompt in enumerate(own)]
-        drawing = Drawing(
-            settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, tuple(seeds), True
-        )
+        seeds = tuple(seed_of(self._seed, *drawing, prompt.row, n % group) for n, prompt in enumerate(own))
+        how = Drawing(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, seeds, True)
+        assert self.write is not None
         with working("writing completions", len(own)):
-            drawn = self.write(own, drawing) if own else []
+            drawn = self.write(own, how)
         with working("rewarding completions", len(own)):
-            rewards = self.rewards(own, drawn)
+            rewards = self.scorer(own, drawn)
         told = [one.as_list() for one in drawn], rewards.T.tolist()
         parts = [json.loads(text) for text in self._processes.texts(json.dumps(told))]
-        every: list[Prompt] = []
-        written: list[Drawn] = []
-        columns: list[Any] = []
-        for place, prompt in enumerate(prompts):
-            start = place // size * group
-            those, values = parts[place % size]
-            every += [prompt] * group
-            written += [Drawn.of_list(one) for one in those[start : start + group]]
-            columns += values[start : start + group]
-        rewards = np.array(columns, np.float64).reshape(len(every), -1).T
-        return self._rewarded(every, written, rewards)
+        found = []
+        for place in range(len(prompts)):
+            those = slice(place // size * group, (place // size + 1) * group)
+            written, columns = (part[those] for part in parts[place % size])
+            found.append(([Drawn.of_list(one) for one in written], np.array(columns, np.float64).T))
+        return found
 
     def _rewarded(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn], rewards: np.ndarray) -> list[Rollout]:
         """Completions with their advantages, and what else the loss needs to know."""
         settings = self.settings
-        totals = self.weighted(rewards)
+        totals = self.scorer.weighted(rewards)
+        if settings.overlong:
+            over = np.array([one.length for one in drawn]) - (settings.most_written - settings.overlong)
+            totals = totals - np.clip(over / settings.overlong, 0.0, 1.0)  # DAPO's soft punishment, eq. 13
         rows = [_rollout(prompt, one) for prompt, one in zip(prompts, drawn, strict=True)]
         if settings.beta:
             with self._base():
@@ -193,17 +173,23 @@ class RolloutFeed(Feed):
         cut = np.array([not one.ended for one in drawn])
         if settings.mask_cut:
             better = np.where(cut, 0.0, better)
-        self._tell(rewards, totals, cut, [one.length for one in drawn])
+        self._tell(rewards, totals, rows, cut)
+        self.extremes = self.scorer.extremes(prompts, drawn, rewards)
         return [replace(row, advantage=float(value)) for row, value in zip(rows, better, strict=True)]
 
-    def _tell(self, rewards: np.ndarray, totals: np.ndarray, cut: np.ndarray, lengths: Sequence[int]) -> None:
-        """Have the step report what came of its completions."""
-        groups = totals.reshape(-1, self.settings.group)
-        found = {"reward": float(totals.mean()), "reward_std": float(groups.std(1).mean())}
-        if len(rewards) > 1:
-            found |= {f"reward {n}": float(values.mean()) for n, values in zip(self.names, rewards, strict=True)}
+    def _tell(self, rewards: np.ndarray, totals: np.ndarray, rows: Sequence[Rollout], cut: np.ndarray) -> None:
+        """Have the step report what came of its completions; an error is half of a 95 % interval over groups."""
+        groups, found = totals.reshape(-1, self.settings.group), {}
+        for name, values in self.scorer.named(rewards).items():
+            found[name] = float(values.mean())
+            if (bounds := mean_interval(values.reshape(groups.shape).mean(1))) is not None:
+                found[name.replace("reward", "reward_error", 1)] = bounds[1] - found[name]
+        found["reward_std"] = float(groups.std(1).mean())
         found["teaching_groups"] = float((np.ptp(groups, axis=1) > 0).mean())
-        found |= {"length": float(np.mean(lengths)), "cut_share": float(cut.mean())}
+        found |= {"length": float(np.mean([row.label_count for row in rows])), "cut_share": float(cut.mean())}
+        if self.settings.beta and self.settings.loss == "rloo":  # the other losses measure it themselves
+            behind = [row.old_logprobs - row.base_logprobs for row in rows]  # type: ignore[operator]
+            found["kl"] = float(np.concatenate(behind).mean())
         loss = self.objective.loss  # type: ignore[attr-defined]
         assert isinstance(loss, PolicyLoss)
         loss.watched.of_step = found

@@ -64,6 +64,7 @@ from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.reward import RewardTask
 from deltaw.working import Detail, working
 
 # Rows that an initialization which depends on the data is calibrated on.
@@ -452,15 +453,12 @@ def assemble(
 def _rollouts(session: Session) -> RolloutFeed:
     """What writes and rewards completions before each step."""
     task, model, method, objective = session.task, session.model, session.method, session.objective
-    assert task.tokenizer is not None and isinstance(objective, CausalObjective)
-    sampler = None if session.samples is None else session.samples(method)
+    assert isinstance(task, RewardTask) and isinstance(objective, CausalObjective)
     return RolloutFeed(
         objective,
         session.batcher,
-        sampler,
-        task.tokenizer,
-        session.config.reward,
-        encoder=getattr(task, "encoder", None),
+        None if session.samples is None else task.turns(session.samples(method)),
+        task.settings,
         seed=session.config.train.seed,
         base=lambda: method.without(model),
         processes=session.processes,

@@ -57,6 +57,20 @@ class _Conversation:
         return Drawn(behind, self.text, self.terminator, logprobs, **turns)  # type: ignore[arg-type]
 
 
+class OneTurn:
+    """Draws completions of prompts as ``sampler`` writes them."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def __call__(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
+        """A completion of each prompt, in their order."""
+        return self._sampler([prompt.tokens for prompt in prompts], drawing)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class Turns:
     """Draws completions of prompts in an environment.
 
@@ -126,3 +140,15 @@ class Turns:
         assert drawn.terminator is not None
         one.add([drawn.terminator], True)
         one.add(reply, False)
+
+
+def turns_of(settings: RewardSettings, sampler: Sampler, encoder: Encoder | None, known: int) -> OneTurn | Turns:
+    """What writes completions: with the environment of the ``reward:`` section, if it names one.
+
+    Args:
+        encoder, known: see :class:`Turns`.
+    """
+    if settings.environment is None:
+        return OneTurn(sampler)
+    assert encoder is not None
+    return Turns(settings, sampler, encoder, known)

@@ -67,6 +67,15 @@ def test_the_steps_that_fit_are_done_and_the_rate_ends_at_zero():
     assert state.step == state.total_steps and state.rates[-1] < 0.01 and max(state.rates) == 1.0
 
 
+def test_steps_that_share_a_rollout_are_measured_together():
+    clock, state = Clock(), State(100_000)
+    budget = budget_of(1200, clock)
+    budget.cycle = 8
+    lines = run(budget, clock, state, lambda n: 57.0 if n % 8 == 0 else 1.0)
+    assert lines and all("at 8 s a step" in line for line in lines)
+    assert 1200 - MARGIN * 1200 - 57.0 <= clock.now - 1000 <= 1200 + 57.0 / 2 - MARGIN * 1200
+
+
 def test_the_first_slow_step_does_not_tell_the_speed():
     clock, state = Clock(), State(100_000)
     run(budget_of(300, clock), clock, state, lambda n: 60.0 if n == 0 else 1.0)

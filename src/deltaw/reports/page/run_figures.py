@@ -29,6 +29,8 @@ from deltaw.runs.folder import Run, number, numbers, sequence
 
 # Rows of the table behind a curve.
 ROWS = 40
+# Reward functions that have a color of their own.
+MOST_FUNCTIONS = 8
 # A range test is drawn up to so many times the height from its lowest point to its first; beyond, it runs away.
 ABOVE_FIRST = 1.5
 # The word for the horizontal axis of all curves over a run.
@@ -36,8 +38,20 @@ STEP = "step"
 
 
 _GENERAL = "The loss on the base model's own answers that each step also learns (train.keep_general)."
+_LENGTH = "Tokens of the completions of each step, the mean."
+_CUT = "The share of completions that were cut at reward.max_new_tokens."
+_TEACHING = "The share of groups whose rewards differ. Only these teach something."
+_CLIPPED = "The share of tokens whose probability had changed too far to count."
+_KL = "How far the model is from the base model on what it writes."
+_MISMATCH = "How far the log-probabilities of the decoding engine are from the training's, for the same tokens."
 # Columns of the metrics with a figure: title, what it shows, unit of the vertical axis, and whether it is smoothed.
 COLUMNS = {
+    "length": ("Length of completions", _LENGTH, "tokens", True),
+    "teaching_groups": ("Groups that teach", _TEACHING, "share of groups", True),
+    "cut_share": ("Cut completions", _CUT, "share of completions", True),
+    "kl": ("Divergence from the base model", _KL, "KL, nats per token", True),
+    "clip_share": ("Clipped tokens", _CLIPPED, "share of tokens", True),
+    "mismatch": ("Mismatch of engine and training", _MISMATCH, "mean difference, nats", True),
     "learning_rate": ("Learning rate", "The learning rate that each step used.", "learning rate", False),
     "gradient_norm": ("Gradient norm", "The gradient's norm at each step, before clipping.", "gradient norm", True),
     "general_loss": ("General answers", _GENERAL, "loss, nats per token", True),
@@ -45,9 +59,10 @@ COLUMNS = {
 
 
 def curve_figures(record: Run) -> list[Figure]:
-    """The loss first, then what else was measured over the steps."""
-    rate, gradient, general = (column_figure(record, name) for name in COLUMNS)
-    figures = [loss_figure(record), *metric_figures(record), rate, gradient, speed_figure(record), general]
+    """The reward or the loss first, then what else was measured over the steps."""
+    *rewarded, rate, gradient, general = (column_figure(record, name) for name in COLUMNS)
+    rewards = [reward_figure(record), functions_figure(record), *rewarded]
+    figures = [*rewards, loss_figure(record), *metric_figures(record), rate, gradient, speed_figure(record), general]
     return [figure for figure in figures if figure is not None]
 
 
@@ -90,12 +105,72 @@ def loss_figure(record: Run) -> Figure | None:
     return over_steps("loss", "Loss", said + ".", said, curves, table, height=280)
 
 
+def reward_figure(record: Run) -> Figure | None:
+    """The reward of each step's completions, its running mean, its 95 % interval, and that of held-out prompts."""
+    steps, rewards = record.metrics.column("reward")
+    if not len(steps):
+        return None
+    mean, held_out = smoothed(rewards), dict(record.metrics.evaluated("reward"))
+    known, half = record.metrics.column("reward_error")
+    errors = dict(zip(known.tolist(), half.tolist(), strict=True))
+    curves = [
+        Curve(points_of(steps, rewards), "c1 raw", "completions of each step"),
+        Curve(points_of(steps, mean), "c1", "running mean"),
+    ]
+    if len(known):
+        around, half = np.interp(known, steps, mean), smoothed(half)
+        lowest = min(0.0, float(rewards.min()))
+        curves.append(
+            Curve(
+                points_of(known, np.maximum(around - half, lowest)),
+                "c8 raw",
+                "95 % interval of a step, over its groups",
+            )
+        )
+        curves.append(Curve(points_of(known, around + half), "c8 raw"))
+    said = f"The mean reward went from {short(mean[0])} to {short(mean[-1])} over {len(steps):,} steps"
+    if (error := errors.get(steps[-1])) is not None:
+        said += f"; over the groups of the last step it is {short(rewards[-1])} ± {short(error)} (95 % interval)"
+    if held_out:
+        curves.append(Curve([(float(s), value) for s, value in held_out.items()], "c2", "held-out, greedy", dots=True))
+        said += f"; greedy completions of held-out prompts had {short([*held_out.values()][-1])} at last"
+    rows = []
+    for place in _rows_with(steps, held_out):
+        step = int(steps[place])
+        error, of_held_out = errors.get(steps[place]), held_out.get(step)
+        told = "" if error is None else f"± {short(error)}"
+        rows.append((f"{step:,}", short(rewards[place]), told, "" if of_held_out is None else short(of_held_out)))
+    head = ("step", "reward", "95 % interval over groups", "held-out, greedy")
+    table = Numbers("Reward by step", head, rows, _selected(len(steps), len(rows)))
+    return over_steps("reward", "Reward", said + ".", said, curves, table, height=280, log=False)
+
+
+def functions_figure(record: Run) -> Figure | None:
+    """What each of several functions gave, as running means."""
+    curves, rows = [], []
+    for place, name in enumerate(record.metrics.rewards()[:MOST_FUNCTIONS], 1):
+        steps, values = record.metrics.column(name)
+        if not len(steps):
+            continue
+        mean, function = smoothed(values), name.removeprefix("reward ")
+        curves.append(Curve(points_of(steps, mean), f"c{place}", function))
+        _, errors = record.metrics.column(name.replace("reward", "reward_error", 1))
+        told = f"± {short(errors[-1])}" if len(errors) else ""
+        rows.append((function, short(values[0]), short(values[-1]), told, short(mean[-1])))
+    if not curves:
+        return None
+    said = "What each reward function gave on average, without its weight, as a running mean"
+    head = ("function", "first step", "last step", "95 % interval over groups", "running mean")
+    table = Numbers("Reward by function", head, rows)
+    return over_steps("functions", "Reward by function", said + ".", said, curves, table, log=False)
+
+
 def metric_figures(record: Run) -> list[Figure]:
     """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
     figures: list[Figure] = []
     for name in record.metrics.metric_names():
         found = record.metrics.evaluated(name)
-        told = name == record.loss_metric or name.rpartition("/")[2] == "perplexity"
+        told = name in (record.loss_metric, "reward") or name.rpartition("/")[2] == "perplexity"
         if told or len(found) < 2 or len(figures) >= 8:
             continue
         unit = metric_name(name)

@@ -69,6 +69,7 @@ def run_view(record: Run) -> dict[str, Any]:
     norms = [(name, short(norm)) for name, norm in learned.others[:60]]
     curves = curve_figures(record)
     answers, between = answers_of(record.metrics.samples, record.task)
+    completions = completions_of(record)
     examples = examples_of(record.part("data").get("examples"))
     lines = [str(line) for line in sequence(record.part("data").get("lines"))]
     changed, chosen = settings_tables(record)
@@ -87,7 +88,10 @@ def run_view(record: Run) -> dict[str, Any]:
         "rates": rate_figure(record.learning_rates),
         "answers": answers,
         "between": between,
+        "expects": any(one["expected"] is not None for one in answers),
         "general": general_of(record),
+        "completions": completions,
+        "completed": f"{record.metrics.completed:,}",
         "drift": drift_text(record),
         "memory": memory_figure(record),
         "data_lines": lines,
@@ -110,6 +114,7 @@ def run_view(record: Run) -> dict[str, Any]:
     sections = (
         ("result", "Result", True),
         ("answers", "Answers", answers or view["general"] or view["drift"]),
+        ("completions", "Completions", completions),
         ("next", "Next steps", True),
         ("curves", "Training", curves),
         ("memory-heading", "Memory", view["memory"]),
@@ -135,10 +140,12 @@ def headline(record: Run) -> list[Fact]:
     if losses and (record.score is None or record.score[0] != record.loss_metric):
         before, last = (short(losses[0][1]) if losses[0][0] == 0 else ""), losses[-1][1] if losses[-1][0] else None
         facts.append(Fact("held-out loss", short(last), "before and after training" if before else "", before))
-    _, steps = record.metrics.column("loss")
+    _, steps = record.metrics.column(record.progress)
     if len(steps):
         mean = smoothed(steps)
-        facts.append(Fact("training loss", short(mean[-1]), "first step, and mean of the last", short(mean[0])))
+        facts.append(
+            Fact(f"training {record.progress}", short(mean[-1]), "first step, and mean of the last", short(mean[0]))
+        )
     if record.rows_per_second:
         tokens = f"{count(record.tokens_per_second)} tokens a second"
         facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", tokens))
@@ -287,6 +294,18 @@ def general_of(record: Run) -> list[dict[str, str]]:
     return [{key: _cut(str(one.get(key, ""))) for key in ("prompt", "base", "adapter")} for one in told]
 
 
+def completions_of(record: Run) -> list[dict[str, str]]:
+    """The best and the worst completions of the last rollout, the best first."""
+    found = []
+    for one in record.metrics.completions:
+        parts = [(metric_name(str(name)), number(value)) for name, value in mapping(one.get("parts")).items()]
+        told = ", ".join(f"{name.removeprefix('reward ')} {short(value)}" for name, value in parts)
+        prompt, text = (_cut(str(one.get(key, ""))) for key in ("prompt", "text"))
+        reward = short(number(one.get("reward")))
+        found.append({"reward": reward, "parts": told, "prompt": prompt, "text": text or "(nothing)"})
+    return found
+
+
 def _answer(sample: SampleAnswer, exact: bool) -> dict[str, Any]:
     right = None if sample.expected is None or not exact else sample.answer.strip() == sample.expected.strip()
     return {"when": f"step {sample.step:,}", "answer": _cut(sample.answer) or "(nothing)", "right": right}
@@ -330,7 +349,7 @@ def settings_tables(record: Run) -> tuple[Numbers, Numbers]:
 
 def commands_of(record: Run) -> list[dict[str, str]]:
     """Commands to go on with, for where the run is now. Those that ``run.json`` names are somebody else's words."""
-    writes = record.values.get("writes_text", record.task in ("causal-lm", "preference")) is True
+    writes = record.values.get("writes_text", record.task in ("causal-lm", "preference", "reward")) is True
     return next_commands(record.path.absolute(), record.state, record.method, writes, every=True)
 
 

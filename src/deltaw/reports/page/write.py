@@ -49,9 +49,10 @@ def compare_view(records: Sequence[Run]) -> dict[str, Any]:
 
 
 def compared_figures(records: Sequence[Run]) -> list[Figure]:
-    """Training loss, every held-out metric that at least one run has, learning rate and gradient norm."""
+    """Training reward and loss, every held-out metric that at least one run has, learning rate and gradient norm."""
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
     figures = [
+        _column(records, "reward", "Training reward", smooth=True),
         _column(records, "loss", "Training loss", smooth=True),
         *(_metric(records, name) for name in metrics[:8]),
         _column(records, "learning_rate", "Learning rate", smooth=False),

@@ -22,7 +22,12 @@ LEVEL = 0.95
 # Beyond so many degrees of freedom, t is the normal distribution for every purpose here.
 MANY = 1000.0
 # Metrics that are the share of rows with a property: a row has 1 or 0, a tie 0.5.
-SHARES = ("accuracy", "exact_match", "written_exact_match")
+SHARES = ("accuracy", "exact_match", "written_exact_match", "passed", "cut_share")
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is shown in percent: a share of rows, or the chance that one of several answers passes."""
+    return metric in SHARES or metric.startswith("pass@")
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

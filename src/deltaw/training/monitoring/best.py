@@ -243,6 +243,7 @@ class TimeBudget:
         clock: gives the time in seconds.
         ending: what comes beside the steps.
         told: the text of the setting, for messages.
+        cycle: steps after which their durations repeat: a rollout takes time in the first of ``reward.updates`` alone.
         planned: whether the number of steps was planned already.
     """
 
@@ -252,6 +253,7 @@ class TimeBudget:
     clock: Callable[[], float] = now
     ending: Ending = field(default_factory=Ending)
     told: str = ""
+    cycle: int = 1
     _spent_before: float = 0.0  # by earlier processes of the same run
     planned: bool = False
     _mark: float | None = None
@@ -299,7 +301,7 @@ class TimeBudget:
         """
         measured = len(self._durations)
         due = self.planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
-        return self._plan(state, every) if measured >= FEWEST_MEASURED and due else None
+        return self._plan(state, every) if measured >= max(FEWEST_MEASURED, self.cycle) and due else None
 
     def go_on(self) -> None:
         """All that follows a step is done; the next one begins."""
@@ -309,7 +311,8 @@ class TimeBudget:
         """Whether another step would end too late."""
         if state.step == 0 or not self._durations:
             return self.spent() >= self.seconds
-        return self._left() < self._step_seconds() / 2
+        several = 1 < self.cycle <= len(self._durations)
+        return self._left() < (self._durations[-self.cycle] if several else self._step_seconds()) / 2
 
     def state(self) -> dict[str, Any]:
         ending = {"evaluation": self.ending.evaluation, "evaluation_measured": self.ending.measured}
@@ -322,7 +325,8 @@ class TimeBudget:
         self.ending.measured = bool(state["evaluation_measured"])
 
     def _step_seconds(self) -> float:
-        return sum(self._durations) / len(self._durations)
+        times = self._durations[len(self._durations) % self.cycle :] or self._durations
+        return sum(times) / len(times)
 
     def _left(self) -> float:
         """Seconds that are left for steps, and for evaluations between them."""
@@ -383,6 +387,8 @@ class Costs:
         self._tokens, self._seconds = 0, 0.0
         rows = [row for held_out in session.data.sets.values() for row in held_out]
         longest = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
+        if session.task.rolls_out:
+            answers, longest = answers + len(rows), session.config.reward.max_new_tokens
         self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * answers * longest
         self._drift = _drift_tokens(session)
         trained = sum(p.numel() * p.element_size() for _, p in session.method.parameters(session.model))
@@ -391,7 +397,8 @@ class Costs:
 
     def see(self, step: Step) -> None:
         """Take note of the speed of a step."""
-        self._tokens += step.computed_tokens
+        written = round(step.rows * step.metrics.get("length", 0.0))  # of which few may have been trained on
+        self._tokens += max(step.computed_tokens, written)
         self._seconds += step.seconds
 
     def tell(self, ending: Ending) -> None:

@@ -33,7 +33,7 @@ from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, Ti
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import Answer, answers, exact_answers
+from deltaw.training.tasks.causal import Answer, answers, exact_answers, has_prompt
 from deltaw.working import Detail, working
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
@@ -97,7 +97,7 @@ class StepWatch:
         self._seen += 1
         if math.isfinite(step.gradient_norm) and step.gradient_norm > 0:
             found += [self._jump(step), self._clipped(step)]
-        if math.isfinite(step.loss):
+        if math.isfinite(step.loss) and "reward" not in step.metrics:  # the loss of rewarded completions means nothing
             found.append(self._rising(step))
         new = [warning for warning in found if warning is not None and warning.kind not in self._said]
         self._said += [warning.kind for warning in new]
@@ -184,6 +184,8 @@ def _round_up(value: float) -> float:
 # A sample's answer has at most so many tokens; where the rows' own answers are short, fewer.
 SAMPLE_TOKENS = 48
 FEWEST_TOKENS = 16
+# Of a model that is rewarded for whole answers.
+REWARDED_TOKENS = 256
 # Of the seed's random numbers, those that choose rows: for scores, and for samples.
 _SCORED, _SHOWN = 11, 12
 _BATCH_TOKENS = 1024
@@ -192,10 +194,10 @@ WRITTEN = "written_exact_match"
 
 
 def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
-    """``count`` of the rows that have a prompt and an answer, drawn by the seed, in the order of the rows; of
-    a pair the chosen answer."""
+    """``count`` of the rows that have a prompt and an answer, or are a prompt alone, drawn by the seed, in the order
+    of the rows; of a pair the chosen answer."""
     alone = (row.rows[0] if isinstance(row, RowGroup) else row for row in rows)
-    asked = [row for row in alone if isinstance(row, Example) and row.answer is not None and row.prompt_length]
+    asked = [row for row in alone if isinstance(row, Example) and has_prompt(row)]
     if count >= len(asked):
         return asked
     places = np.random.default_rng([seed % 2**64, stream]).choice(len(asked), size=count, replace=False)
@@ -217,6 +219,8 @@ class Samples:
         self._rows = choose_rows(rows, count, seed=session.config.train.seed, stream=_SHOWN) if wanted else []
         longest = max((len(row) - row.prompt_length for row in self._rows), default=0)
         self._max_new_tokens = min(SAMPLE_TOKENS, max(FEWEST_TOKENS, 2 * longest))
+        if session.task.rolls_out:
+            self._max_new_tokens = min(REWARDED_TOKENS, session.config.reward.max_new_tokens)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -237,7 +241,7 @@ class Samples:
     def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
         with working("answering sample prompts"):
             given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
-        return [Sample(a.row, a.question, a.expected, a.written) for a in given]
+        return [Sample(a.row, a.question, a.expected or None, a.written) for a in given]
 
 
 def write(
@@ -337,7 +341,9 @@ class Monitor:
         self._costs = Costs(session, answers=sum(map(len, self._scored.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, told=train.time)
+            cycle = session.config.reward.updates if session.task.rolls_out else 1
+            how: dict[str, Any] = {"told": train.time, "cycle": cycle}
+            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, **how)
         else:
             self._settle_every(session.total_steps)
 
@@ -373,6 +379,8 @@ class Monitor:
         for warning in self._watch.see(step):
             self._write({"step": step.step, "warning": warning.as_dict()})
             self._callback.on_line(warning.text)
+        if extremes := getattr(self._session.feed, "extremes", None):
+            self._write({"step": step.step, "completions": [one.as_dict() for one in extremes]})
         return self._after(step.step)
 
     def on_skip(self, step: int) -> Evaluation | None:
@@ -515,6 +523,8 @@ class Monitor:
         session = self._session
         held_out = sum(len(rows) for rows in session.data.sets.values())
         most = BASE_SHARE * session.total_steps * session.config.train.batch_size
+        if session.task.rolls_out:
+            most *= session.config.reward.group
         return self.budget is None and not session.task.has_pairs and 0 < held_out <= most
 
     def _measured(self) -> Evaluation:

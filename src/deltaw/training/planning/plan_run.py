@@ -29,6 +29,7 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
+from deltaw.kernels.decode import PAGE_TOKENS
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_numbers
@@ -39,6 +40,7 @@ from deltaw.machine.product_rates import basis
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
+from deltaw.runtime.generation import DRAWN_AT_ONCE
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.runtime.recognition import blocks_of
 from deltaw.settings import RunConfig
@@ -144,6 +146,25 @@ def _resident_at(address: int) -> int:
         return 0
     found = re.search(rf"(?m)^{address:x}-[0-9a-f]+ (?:.*\n)(?:[A-Z].*\n)*?Rss:\s+(\d+) kB", maps)
     return 1024 * int(found[1]) if found else 0
+
+
+def rollout_bytes(session: Session) -> tuple[int, int]:
+    """Bytes that a run's decoder copies of the weights, and those that it takes while it writes completions: keys and
+    values in pages, of as many as are written at once and as long as they may get, and their logits."""
+    if not session.task.rolls_out:
+        return 0, 0
+    settings, held_out = session.config, [len(rows) for rows in session.data.sets.values()]
+    config = session.model.config.get_text_config()
+    heads, width = config.num_attention_heads, config.hidden_size
+    size = getattr(config, "head_dim", None) or width // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    running = min(DRAWN_AT_ONCE, max([settings.train.batch_size * settings.reward.group, *held_out]))
+    longest = max(map(len, session.data.every)) + settings.reward.max_new_tokens + session.method.virtual_tokens
+    pages = running * (-(-longest // PAGE_TOKENS) + 1)
+    number = 4 if session.model.dtype == torch.float32 else 2
+    cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
+    has_int8 = any(parameter.dtype == torch.int8 for parameter in session.model.parameters())
+    return config.vocab_size * width if has_int8 else 0, cache + LOGIT_COPIES * running * config.vocab_size
 
 
 # Which step of a run is its heaviest, and which of its microbatches show its peak.
@@ -473,6 +494,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
     converted = converted_bytes(model, config.model, **how)
     folder = config_folder(config.model, dtype, config.trust_remote_code)
+    copied, written = rollout_bytes(done.session)
     trim_memory()
     resident, phases = resident_parts(
         footprint,
@@ -483,6 +505,8 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         mapped_bytes=converted,
         saving_bytes=0 if task.tokenizer is None else saving_bytes(folder),
         unread_bytes=unread_bytes(done.session, dtype=dtype, converted=converted),
+        decoder_bytes=copied,
+        rollout_bytes=written,
     )
     found = Plan(
         method=config.method,
@@ -561,7 +585,7 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
             batcher=telling,
             on_step=lambda step: marks.append((work.operations, work.operators)),
         )
-    if session.data.held_out:
+    if session.data.held_out and not session.task.rolls_out:
         with session.running():
             evaluate_rows(session, longest_rows(session))
     with contextlib.suppress(NoGeneralAnswers):  # nor does the run measure its drift then

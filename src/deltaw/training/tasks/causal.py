@@ -19,6 +19,7 @@ from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.data.packing import Batch
 from deltaw.data.preferences import PairReader, UnpairedReader
 from deltaw.data.prepare import TextReader
+from deltaw.data.prompts import Prompt
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.hub.loading import has_values
@@ -52,6 +53,11 @@ class Answer:
     def exact(self) -> bool:
         """Equal but for white space at both ends."""
         return self.written.strip() == self.expected.strip()
+
+    @property
+    def shown(self) -> str:
+        """What was written, in a table."""
+        return self.written
 
 
 def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: AnyBatcher) -> Evaluation:
@@ -104,14 +110,14 @@ def answers(
     on_progress: Progress = None,
     writer: Writer | None = None,
 ) -> list[Answer]:
-    """Greedy completions of the examples that have an answer, in their order.
+    """Greedy completions of the examples that have an answer, or are a prompt alone, in their order.
 
     Args:
         max_new_tokens: by default as many as the longest answer has, and a few more.
         batch_tokens: the most tokens that are decoded together.
         writer: writes them; None for transformers.
     """
-    asked = [e for e in examples if e.answer is not None]
+    asked = [e for e in examples if has_prompt(e)]
     if not asked:
         return []
     prompts = [e.tokens[: e.prompt_length] for e in asked]
@@ -122,6 +128,11 @@ def answers(
         written = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
     answered = zip(asked, written, strict=True)
     return [Answer(e.row, question_of(tokenizer, e), e.answer or "", done.text) for e, done in answered]
+
+
+def has_prompt(row: Example) -> bool:
+    """Whether a row has a prompt that a model can be asked to answer."""
+    return row.prompt_length > 0 and (row.answer is not None or isinstance(row, Prompt))
 
 
 def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:

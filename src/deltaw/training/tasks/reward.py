@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import Example
-from deltaw.data.prompts import Prompt, PromptReader
+from deltaw.data.prompts import PromptReader
 from deltaw.data.row_reader import Reader
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder
-from deltaw.runtime.generation import Drawing, Drawn, generate
+from deltaw.runtime.generation import Drawing, Drawn, Sampler
 from deltaw.settings import RewardSettings
 from deltaw.training.callbacks import Say
-from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.policy_losses import PolicyLoss
 from deltaw.training.rollouts import RolloutFeed
+from deltaw.training.scoring import Scorer, interval_of, pass_at
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows
-from deltaw.training.tasks.causal import CausalTask
+from deltaw.training.tasks.causal import Answer, CausalTask, Score
 from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.turns import OneTurn, Turns, turns_of
+from deltaw.working import working
+
+# Of sums of weighted rewards.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation writes, and what counts as right.
+
+    Attributes:
+        samples: completions of each prompt that are drawn beside the greedy one.
+        temperature, max_new_tokens: of the completions; None as in training.
+        threshold: the weighted reward from which on a completion passes; None for the highest that functions of at
+            most 1 give.
+    """
+
+    samples: int = 0
+    temperature: float | None = None
+    threshold: float | None = None
+    max_new_tokens: int | None = None
+
+
+GREEDY = Asked()
+
+
+@dataclass(frozen=True)
+class RewardedAnswer(Answer):
+    """A greedy completion with its weighted reward, and whether it passes."""
+
+    reward: float
+    passed: bool
+
+    @property
+    def exact(self) -> bool:
+        return self.passed
+
+    @property
+    def shown(self) -> str:
+        return f"{self.reward:.2f}  {self.written}"
 
 
 class RewardTask(CausalTask):
@@ -65,30 +107,58 @@ class RewardTask(CausalTask):
         return CausalObjective(model, PolicyLoss(self.settings))
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
-        """Rewards of greedy completions; each function's mean, and their weighted sum as the score."""
-        assert isinstance(objective, CausalObjective)
-        if isinstance(batcher, RolloutFeed):
-            return _evaluation(batcher, rows)
-        model, tokenizer = objective.model, self.tokenizer
+        """Rewards of greedy completions by function, and their weighted sum, which is the score."""
+        assert isinstance(batcher, RolloutFeed)
+        assert batcher.write is not None
+        return self.scored(rows, batcher.write, batcher.scorer).evaluation
 
-        def sampler(prompts: Sequence[np.ndarray], drawing: Drawing) -> list[Drawn]:
-            written = generate(model, tokenizer, prompts, max_new_tokens=drawing.max_new_tokens)
-            return [Drawn(one.tokens, one.text, one.terminator) for one in written]
+    def turns(self, sampler: Sampler) -> OneTurn | Turns:
+        """What writes completions with this sampler, by turns with the environment if there is one."""
+        return turns_of(self.settings, sampler, self.encoder, len(self.tokenizer))
 
-        how: dict[str, Any] = {"encoder": self.encoder, "seed": 0, "base": contextlib.nullcontext}
-        feed = RolloutFeed(objective, batcher, sampler, tokenizer, self.settings, **how)
-        try:
-            return _evaluation(feed, rows)
-        finally:
-            feed.close()
+    def scored(self, rows: Rows, write: OneTurn | Turns, scorer: Scorer, asked: Asked = GREEDY) -> Score:
+        """Rewards of completions that ``write`` writes, greedily and as ``asked``, and the greedy ones themselves.
+
+        Raises:
+            UserError: a reward function fails.
+        """
+        most = asked.max_new_tokens or self.settings.max_new_tokens
+        threshold = scorer.highest if asked.threshold is None else asked.threshold
+        with working("writing completions", len(rows)):
+            drawn = write(rows, Drawing(most))
+        rewards = scorer(rows, drawn)
+        found = scorer.named(rewards)
+        totals = found["reward"]
+        found["passed"] = (totals >= threshold - _ROUNDING).astype(np.float64)
+        bounds = {name: interval_of(values) for name, values in found.items()}
+        found["length"] = np.array([float(one.length + one.ended) for one in drawn])
+        found["cut_share"] = np.array([float(not one.ended) for one in drawn])
+        written = [
+            RewardedAnswer(one.row, one.prompt, row.answer or "", one.text, one.reward, bool(passed))
+            for one, row, passed in zip(scorer.each(rows, drawn, rewards), rows, found["passed"], strict=True)
+        ]
+        if asked.samples:
+            count = asked.samples
+            temperature = self.settings.temperature if asked.temperature is None else asked.temperature
+            every = [row for row in rows for _ in range(count)]
+            seeds = np.random.default_rng(0).integers(2**63, size=count * len(rows)).tolist()
+            how = Drawing(most, temperature, self.settings.top_p, self.settings.top_k, tuple(seeds))
+            with working("writing completions", len(seeds)):
+                several = write(every, how)
+            given = scorer.named(scorer(every, several))
+            sampled = {f"sampled {name}": values.reshape(-1, count).mean(1) for name, values in given.items()}
+            bounds |= {name: interval_of(values) for name, values in sampled.items()}
+            passed = given["reward"].reshape(-1, count) >= threshold - _ROUNDING
+            chances = {f"pass@{k}": pass_at(passed, k) for k in sorted({*_powers(count), count})}
+            # Chances vary less over prompts than a share with their mean does.
+            bounds |= {name: mean_interval(values, share=True) for name, values in chances.items()}
+            found |= sampled | chances
+        means = {name: float(values.mean()) for name, values in found.items()}
+        known = {name: bound for name, bound in bounds.items() if bound is not None and name != "reward"}
+        evaluation = Evaluation(means, "reward", per_row=totals, interval=bounds["reward"], intervals=known)
+        return Score(evaluation, list(written))
 
 
-def _evaluation(feed: RolloutFeed, rows: Sequence[Prompt]) -> Evaluation:
-    drawn = feed.write(rows, Drawing(feed.settings.max_new_tokens))
-    rewards = feed.rewards(rows, drawn)
-    totals = feed.weighted(rewards)
-    metrics = {"loss": -float(totals.mean()), "reward": float(totals.mean())}
-    if len(rewards) > 1:
-        metrics |= {f"reward {name}": float(of.mean()) for name, of in zip(feed.names, rewards, strict=True)}
-    metrics["length"] = float(np.mean([one.length for one in drawn]))
-    return Evaluation.of_rows(metrics, "reward", totals)
+def _powers(count: int) -> list[int]:
+    """1, 2, 4, … up to ``count``."""
+    return [1 << n for n in range(count.bit_length())]
