@@ -49,6 +49,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
+from deltaw.training.monitoring.distilled import compare_with_prompt
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rates import choose_rate
 from deltaw.training.origin import InferenceSession
@@ -169,6 +170,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
+            session.feed.keep_in(folder.path)
             with clock.part("rate search"):
                 searched = choose_rate(session, folder.path, callback)
             record.chose(choices_of(session, loaded.choices))
@@ -179,6 +181,11 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
                 meter = DriftMeter(session)
             outcome = _train(_Watching(session, folder, record, monitor, callback, searched, clock))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
+            with clock.part("evaluating"):
+                told = None if outcome.interrupted else compare_with_prompt(session, evaluation)
+            if told is not None:
+                folder.write_metrics({"step": outcome.steps, "distilled": told.as_dict()})
+                callback.on_line(str(told))
             write_settings()  # with what was chosen on the way
             with clock.part("drift"):
                 drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
