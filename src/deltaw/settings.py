@@ -140,7 +140,7 @@ class RewardSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    functions: list[RewardFunction] = setting((), "rewards of completions, by name, each with a weight")
+    functions: list[RewardFunction] = setting([], "rewards of completions, by name, each with a weight")
     loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"] = setting(
         "dapo", "the loss of rewarded completions"
     )
@@ -189,7 +189,7 @@ class DistillSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str | None = setting(None, "text, or a file of it, that the teacher is given and the student is not")
-    teachers: list[TeacherSettings] = setting((), "teachers, whose distributions are mixed by weight; none: the base")
+    teachers: list[TeacherSettings] = setting([], "teachers, whose distributions are mixed by weight; none: the base")
     on_policy: float = setting(0.0, "share of rows whose completion the student writes, as it is then", ge=0, le=1)
     answers: Literal["given", "teacher"] = setting("given", "of other rows: the row's own, or the teacher writes them")
     divergence: Literal["forward", "reverse", "jsd"] = setting(
