@@ -195,10 +195,14 @@ class DistillSettings(BaseModel):
     divergence: Literal["forward", "reverse", "jsd"] = setting(
         "forward", "forward: KL(teacher to student); reverse: KL(student to teacher); jsd: between the two, by beta"
     )
-    beta: float = setting(0.5, "of jsd: the teacher's weight in the mixture; near 0: forward, near 1: reverse", gt=0, lt=1)
+    beta: float = setting(
+        0.5, "of jsd: the teacher's weight in the mixture; near 0: forward, near 1: reverse", gt=0, lt=1
+    )
     temperature: float = setting(1.0, "what logits of both are divided by", gt=0, le=100)
     top_k: int | None = setting(
-        None, "keep so many of the teacher's likeliest tokens on the disk, the rest as one; null: all, computed anew", ge=1
+        None,
+        "keep so many of the teacher's likeliest tokens on the disk, the rest as one; null: all, computed anew",
+        ge=1,
     )
     max_new_tokens: int = setting(128, "the most tokens of a completion that is written", ge=1)
     sampling_temperature: float = setting(1.0, "of the student's completions; 0: the likeliest token", ge=0, le=10)
@@ -245,7 +249,9 @@ class DistillSettings(BaseModel):
         except (OSError, UnicodeDecodeError) as error:
             near = ", ".join(files_near(path, lambda file: file.suffix == path.suffix)[:3])
             hint = f"there is: {near}" if near else "write the text itself, or name a file in UTF-8"
-            raise UserError(f"the prompt cannot be read: {error}", where=f"distill.prompt: {path}", hint=hint) from error
+            raise UserError(
+                f"the prompt cannot be read: {error}", where=f"distill.prompt: {path}", hint=hint
+            ) from error
         if not found:
             raise UserError("the file is empty", where=f"distill.prompt: {path}", hint="write the prompt into it")
         return found
@@ -432,7 +438,9 @@ class RunConfig(BaseModel):
             raise UserError(what, where="distill", hint=hint)
         if self.train.sharding != "none":
             hint = "set train.sharding: none"
-            raise UserError("a model whose blocks are divided among processes has no teacher", where="train.sharding", hint=hint)
+            raise UserError(
+                "a model whose blocks are divided among processes has no teacher", where="train.sharding", hint=hint
+            )
         return self
 
     @property

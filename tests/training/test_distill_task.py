@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw.errors import UserError
+from deltaw.memory.plan import Plan
 from deltaw.settings import DistillSettings, RunConfig
 from deltaw.training.distillation import DistillObjective
 from deltaw.training.lessons import ANSWERS, FOLDER, LIKELIEST
@@ -43,7 +44,6 @@ def distill_run(tmp_path, roomy_folder):
         return laid_over(plain, changes)
 
     return make
-
 
 
 def equal_adapters(one, other) -> bool:
@@ -141,17 +141,24 @@ def test_rows_without_answers_are_answered_by_the_teacher(distill_run, tmp_path)
     assert line["distilled"]["base_with_prompt"]["value"] == 1  # they are its own answers
 
 
-@pytest.mark.parametrize("method", ["prompt", "head", "full"])
-def test_other_methods_and_refusal_where_there_is_no_base_left(distill_run, method):
-    settings = distill_run("run", method=method, distill={"on_policy": 0.4}, train={"max_steps": 2})
-    if method == "full":
-        with pytest.raises(UserError, match="changes the base model"):
-            deltaw.fit(settings)
-        return
-    result = deltaw.fit(settings)
+def test_virtual_tokens_are_the_students_alone_and_count_as_tokens_of_a_request(distill_run):
+    short = {"max_steps": 2}
+    result = deltaw.fit(distill_run("run", method="prompt", prompt={"length": 3}, distill=WAYS["own"], train=short))
     (line,) = metrics(result.output, "distilled")
-    virtual = 16 if method == "prompt" else 0
-    assert line["distilled"]["prompt_tokens_saved"] == 43 - virtual
+    assert line["distilled"]["prompt_tokens_saved"] == 43 - 3
+    plain = deltaw.fit(distill_run("plain", train=short))
+    (other,) = metrics(plain.output, "distilled")
+    for who in ("base", "base_with_prompt"):
+        assert line["distilled"][who] == other["distilled"][who]
+
+
+def test_a_method_that_keeps_no_base_model_has_no_base_as_teacher(distill_run, roomy_folder):
+    with pytest.raises(UserError, match="changes the base model"):
+        deltaw.fit(distill_run("run", method="full"))
+    other = {"teachers": [{"model": str(roomy_folder)}]}
+    result = deltaw.fit(distill_run("other", method="full", distill=other, train={"max_steps": 15}))
+    steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
+    assert np.mean(steps[-3:]) < 0.9 * steps[0]
 
 
 def test_a_finished_run_is_evaluated_without_its_teachers(distill_run, tmp_path):
@@ -167,14 +174,14 @@ def test_a_finished_run_is_evaluated_without_its_teachers(distill_run, tmp_path)
 
 @pytest.mark.planned
 def test_the_plan_counts_the_teacher_and_its_longer_rows(distill_run, roomy_folder):
-    def peak(**distill) -> int:
-        return plan(distill_run("run", distill=distill)).peak_bytes
+    def planned(**distill: object) -> Plan:
+        return plan(distill_run("run", distill=distill, train={"batch_size": 1}))
 
     weights = sum(file.stat().st_size for file in roomy_folder.glob("*.safetensors"))
-    short, long = peak(prompt="brief"), peak(prompt="at length " * 20)
-    assert long > short
-    other = peak(prompt="brief", teachers=[{"model": str(roomy_folder)}])
-    assert other > short + 0.9 * weights
+    short, long = planned(prompt="brief"), planned(prompt="at length " * 20)
+    assert long.operations > 2 * short.operations and long.peak_bytes > short.peak_bytes
+    other = planned(prompt="brief", teachers=[{"model": str(roomy_folder)}])
+    assert other.peak_bytes > short.peak_bytes + 0.9 * weights
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_by_its_first_token(distill_run, tmp_path, roomy_folder):

@@ -17,9 +17,9 @@ from deltaw.lora.config import LoRAConfig
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import DistillSettings
 from deltaw.training.distillation import DistillObjective, divergence, with_rest
-from deltaw.training.teachers import Teacher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.teachers import Teacher
 from tests.tiny_models import VOCABULARY, causal_model
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -137,7 +137,9 @@ def alone(objective: DistillObjective, rows: list[Lesson]) -> Tensor:
         taught = torch.from_numpy(row.as_taught().tokens).long()[None]
         own = objective.model(ids).logits[0, -count - 1 : -1] / settings.temperature
         mixed = sum(
-            teacher.weight / whole * (teacher.objective.model(taught).logits[0, -count - 1 : -1] / settings.temperature).softmax(-1)
+            teacher.weight
+            / whole
+            * (teacher.objective.model(taught).logits[0, -count - 1 : -1] / settings.temperature).softmax(-1)
             for teacher in objective.teachers
         )
         total = total + by_definition(own, mixed.log(), settings.mixed).sum()

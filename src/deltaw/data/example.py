@@ -76,7 +76,6 @@ class Example:
             prompt_length=self.prompt_length + added if self.prompt_length else 0,
         )
 
-
     def without_first(self, removed: int) -> Example:
         """What :meth:`after` was made of, ``removed`` being what it added; no adapter acts on it."""
         return replace(

@@ -72,7 +72,7 @@ class LessonReader(PromptReader):
         super().__init__(settings, tokenizer, say=say)
         self.prompt = prompt
         if prompt:
-            self.answers = ("answer", "answer after the teacher's prompt")  # type: ignore[misc]
+            self.answers = ("answer", "answer after the teacher's prompt")  # type: ignore[misc, assignment]
             self.too_long = "that are, with the teacher's prompt and an answer, longer than"
 
     def records(self, row: Row, where: str) -> tuple[Record, ...]:

@@ -80,8 +80,10 @@ def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:
 
 
 def _public_teachers(distill: DistillSettings) -> DistillSettings:
-    names = [{"model": one.model and public_name(one.model), "adapter": one.adapter and public_name(one.adapter)}
-             for one in distill.teachers]
+    names = [
+        {"model": one.model and public_name(one.model), "adapter": one.adapter and public_name(one.adapter)}
+        for one in distill.teachers
+    ]
     teachers = [one.model_copy(update=named) for one, named in zip(distill.teachers, names, strict=True)]
     prompt = distill.prompt if distill.prompt_file is None else public_name(distill.prompt_file)
     return distill.model_copy(update={"prompt": prompt, "teachers": teachers})

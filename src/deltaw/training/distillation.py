@@ -148,8 +148,11 @@ class DistillObjective(CausalObjective):
             return lambda part: (None, self._mixture([of_one[part] for of_one in outputs]))
         device, dtype = self.model.device, loss_dtype(next(self.model.parameters()))
         fresh = [row for row in rows if row.taught is None]
-        new = iter(zip(*(part.split([row.label_count for row in fresh]) for part in self.likeliest(fresh)), strict=True)
-                   if fresh else ())
+        new = iter(
+            zip(*(part.split([row.label_count for row in fresh]) for part in self.likeliest(fresh)), strict=True)
+            if fresh
+            else ()
+        )
         found = [next(new) if row.taught is None else tuple(map(torch.from_numpy, row.taught)) for row in rows]
         tokens, values = (torch.cat([part.to(device) for part in parts]) for parts in zip(*found, strict=True))
         return lambda part: (tokens[part].long(), values[part].to(dtype))

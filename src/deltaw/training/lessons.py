@@ -76,7 +76,7 @@ class LessonFeed(Feed):
         self._closing = contextlib.ExitStack()
         self._answers: dict[str, tuple[list[int], str]] | None = None
         self._kept: np.ndarray | None = None
-        self._places: dict[str, int] = {}
+        self._places: dict[bytes, int] = {}
 
     def keep_in(self, folder: Path) -> None:
         self._folder = folder / FOLDER
@@ -89,10 +89,11 @@ class LessonFeed(Feed):
     def longest(self, rows: Sequence[Lesson]) -> list[Lesson]:
         most = np.ones(self.settings.max_new_tokens, np.int32)
         writes = self.settings.on_policy > 0 or self.settings.answers == "teacher"
-        return [
-            row.with_completion(most, "", own=False) if not row.label_count or (writes and row.label_count < len(most)) else row
-            for row in rows
-        ]  # fmt: skip
+
+        def longer(row: Lesson) -> bool:
+            return not row.label_count or (writes and row.label_count < len(most))
+
+        return [row.with_completion(most, "", own=False) if longer(row) else row for row in rows]
 
     def batches(self, rows: Sequence[Any]) -> Any:
         return super().batches(self._imagined(rows))

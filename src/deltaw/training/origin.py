@@ -138,7 +138,7 @@ def read_folder(folder: Path, *, trust_remote_code: bool | None) -> FoundFolder:
     run = RunConfig.read(settings)
     if run.trust_remote_code and trust_remote_code is False:
         raise _wants_code(settings, run.model, "--trust-remote-code")
-    run = run.model_copy(update={"trust_remote_code": bool(trust_remote_code)})
+    run = run.model_copy(update={"trust_remote_code": bool(trust_remote_code), "distill": _forgotten(run)})
     return FoundFolder(folder, adapter, _with_saved_template(run, folder, {}))
 
 

@@ -47,10 +47,10 @@ from deltaw.training.approximations import (
     steps_between,
 )
 from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.distillation import DistillObjective
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, as_rounded, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
-from deltaw.training.distillation import DistillObjective
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
@@ -476,7 +476,13 @@ def _lessons(session: Session) -> LessonFeed:
     Raises:
         UserError: a teacher cannot be had.
     """
-    config, task, data, method, objective = session.config, session.task, session.data, session.method, session.objective
+    config, task, data, method, objective = (
+        session.config,
+        session.task,
+        session.data,
+        session.method,
+        session.objective,
+    )
     assert task.tokenizer is not None and isinstance(objective, DistillObjective)
     settings, train = config.distill, config.train
     longest = longest_lesson(data.every, settings.max_new_tokens)

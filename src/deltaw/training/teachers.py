@@ -115,7 +115,7 @@ def base_as_teacher(
 
 
 def other_teacher(config: RunConfig, one: TeacherSettings, longest: int, student: PreTrainedModel, say: Say) -> Teacher:
-    """A teacher that is loaded, frozen; in a dry run one without values.
+    """A teacher that is loaded, frozen; in a dry run it is of fake tensors.
 
     Args:
         longest: tokens of the longest row. student: the model that is trained, which computes as before.
@@ -130,9 +130,10 @@ def other_teacher(config: RunConfig, one: TeacherSettings, longest: int, student
     else:
         dtype = choose_precision(choose_device(config.device).value, precision).value
         model = skeleton(reference, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        quantize = {"int8": quantize_int8, "nf4": quantize_nf4}.get(precision)
-        if quantize is not None:
-            quantize(model.base_model)
+        if precision == "int8":
+            quantize_int8(model.base_model)
+        if precision == "nf4":
+            quantize_nf4(model.base_model)
     rows = [Example(1, np.zeros(longest, np.int32), np.zeros(longest, bool), 0, None)]
     device = str(model.device)
     batcher, _ = choose_causal_batcher(model, rows, device=device, tokens_per_pass=config.train.tokens_per_pass)
@@ -182,9 +183,7 @@ def require_same_vocabulary(
         raise UserError(what, where=f"distill.teachers, {reference}", hint=hint)
 
 
-def first_difference(
-    ours: Mapping[str, int], theirs: Mapping[str, int]
-) -> tuple[int, str | None, str | None] | None:
+def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> tuple[int, str | None, str | None] | None:
     """The lowest id whose token is not the same in two vocabularies, with both; None where they agree."""
     own, other = ({number: token for token, number in known.items()} for known in (ours, theirs))
     different = (number for number in sorted({*own, *other}) if own.get(number) != other.get(number))
