@@ -118,13 +118,14 @@ class LessonFeed(Feed):
         seeds = {place: int(drawn[place].integers(2**62)) for place in own}
         found = dict(zip(own, self._written([rows[place] for place in own], list(seeds.values())), strict=True))
         others = [place for place in range(len(rows)) if place not in seeds]
-        given = self.with_answers([rows[place] for place in others], anew=self.settings.answers == "teacher")
+        given = self.with_answers([rows[place] for place in others])
         found |= dict(zip(others, map(self._with_likeliest, given), strict=True))
         return [found[place] for place in range(len(rows))], True
 
-    def with_answers(self, rows: Sequence[Lesson], *, anew: bool = False) -> list[Lesson]:
-        """Rows with the answers that they have; those that have none, and with ``anew`` all, with the teacher's."""
-        asked = [row for row in rows if anew or not row.label_count]
+    def with_answers(self, rows: Sequence[Lesson]) -> list[Lesson]:
+        """Rows with the answers that are learned and evaluated: their own, or as the settings say, and where they have
+        none, the teacher's."""
+        asked = [row for row in rows if self._needs_answer(row)]
         if not asked:
             return list(rows)
         known = self._prepared()
@@ -132,6 +133,9 @@ class LessonFeed(Feed):
             known |= self._asked_teacher(missing)
         wanted = set(map(id, asked))
         return [_answered(row, *known[_key(row)]) if id(row) in wanted else row for row in rows]
+
+    def _needs_answer(self, row: Lesson) -> bool:
+        return self.settings.answers == "teacher" or not row.label_count
 
     def _written(self, rows: Sequence[Lesson], seeds: Sequence[int]) -> list[Lesson]:
         """Rows with completions by the student: each process writes those of its rows, and all get all of them."""
@@ -165,8 +169,7 @@ class LessonFeed(Feed):
         """The teacher's answers by row: of a run that was stopped, or all that are needed, written now."""
         if self._answers is not None:
             return self._answers
-        rows = {_key(row): row for row in self._rows if self.settings.answers == "teacher" or not row.label_count}
-        rows |= {_key(row): row for row in self._held_out if not row.label_count}
+        rows = {_key(row): row for row in [*self._rows, *self._held_out] if self._needs_answer(row)}
         identity = self._identity(list(rows.values()))
         file = self._file(ANSWERS)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -194,7 +197,7 @@ class LessonFeed(Feed):
     def _keep_likeliest(self) -> np.ndarray:
         """(labels of all rows, k) the likeliest tokens, a file on the disk: of a run that was stopped, or computed
         now."""
-        given = self.with_answers(self._rows, anew=self.settings.answers == "teacher")
+        given = self.with_answers(self._rows)
         rows = list({_whole_key(row): row for row in given}.values())
         counts = [row.label_count for row in rows]
         self._places = dict(zip(map(_whole_key, rows), np.cumsum([0, *counts[:-1]]).tolist(), strict=True))

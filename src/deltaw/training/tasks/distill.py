@@ -73,7 +73,7 @@ class DistillTask(CausalTask):
         """The divergence over all labels as ``loss``, if the teachers are there, and what answers come to
         (:func:`deltaw.training.tasks.causal.evaluate_causal`), with the cross-entropy under its own name.
 
-        A row without an answer is evaluated on the teacher's.
+        Rows are evaluated on the answers that are learned; a row that is not given one, on the teacher's.
         """
         assert isinstance(objective, DistillObjective)
         if isinstance(batcher, LessonFeed):
