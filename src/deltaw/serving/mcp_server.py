@@ -225,7 +225,9 @@ class Allowed:
             found["distill"]["prompt"] = self.path(settings.distill.prompt_file, "distill.prompt")
         for teacher in found["distill"]["teachers"]:
             named = ("model", self.reference), ("adapter", self.path)
-            teacher |= {key: allow(teacher[key], "distill.teachers") for key, allow in named if teacher[key] is not None}
+            teacher |= {
+                key: allow(teacher[key], "distill.teachers") for key, allow in named if teacher[key] is not None
+            }
         return found
 
     def _held_out(self, given: object) -> object:
