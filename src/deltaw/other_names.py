@@ -25,6 +25,7 @@ SHORT = {
 TASKS: dict[str, tuple[str, str | None]] = {
     **dict.fromkeys(("sft", "clm", "causal_lm", "instruction", "text-generation"), ("causal-lm", None)),
     **dict.fromkeys(("classification", "text-classification", "seq_cls"), ("sequence-classification", None)),
+    **dict.fromkeys(("gkd", "distillation"), ("distill", None)),
     **{loss: ("preference", loss) for loss in ("dpo", "ipo", "orpo", "simpo", "kto")},
 }
 # Our verb: other words for it.

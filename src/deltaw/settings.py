@@ -267,6 +267,100 @@ class RewardSettings(BaseModel):
         return 5.0 if self.loss == "cispo" else self.epsilon
 
 
+class TeacherSettings(BaseModel):
+    """One teacher of ``distill.teachers``; with neither model nor adapter, the base model itself."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str | None = setting(None, "folder, hub id or file.gguf; null: the run's own model", min_length=1)
+    adapter: str | None = setting(None, "folder of an adapter for it", min_length=1)
+    quantize: Literal["int8", "nf4", "gguf"] | None = setting(None, "of the teacher's weights; null: as they are")
+    weight: float = setting(1.0, "its share of the teachers' common distribution, before they are normalized", gt=0)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the model that is trained, without what is trained on it."""
+        return self.model is None and self.adapter is None
+
+
+class DistillSettings(BaseModel):
+    """The ``distill:`` section; for ``task: distill``.
+
+    Raises:
+        UserError: a value is given that the divergence does not use, or the student's teacher is the student.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str | None = setting(None, "text, or a file of it, that the teacher is given and the student is not")
+    teachers: list[TeacherSettings] = setting([], "teachers, whose distributions are mixed by weight; none: the base")
+    on_policy: float = setting(0.0, "share of rows whose completion the student writes, as it is then", ge=0, le=1)
+    answers: Literal["given", "teacher"] = setting("given", "of other rows: the row's own, or the teacher writes them")
+    divergence: Literal["forward", "reverse", "jsd"] = setting(
+        "forward", "forward: KL(teacher to student); reverse: KL(student to teacher); jsd: between the two, by beta"
+    )
+    beta: float = setting(
+        0.5, "of jsd: the teacher's weight in the mixture; near 0: forward, near 1: reverse", gt=0, lt=1
+    )
+    temperature: float = setting(1.0, "what logits of both are divided by", gt=0, le=100)
+    top_k: int | None = setting(
+        None,
+        "keep so many of the teacher's likeliest tokens on the disk, the rest as one; null: all, computed anew",
+        ge=1,
+    )
+    max_new_tokens: int = setting(128, "the most tokens of a completion that is written", ge=1)
+    sampling_temperature: float = setting(1.0, "of the student's completions; 0: the likeliest token", ge=0, le=10)
+    chunk: int | None = setting(None, "tokens whose logits are in memory at a time; null: as many as are fast", ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillSettings:
+        if self.divergence != "jsd" and self.beta != 0.5:
+            what, hint = f"the divergence '{self.divergence}' has no beta", "remove it, or set distill.divergence: jsd"
+            raise UserError(what, where="distill.beta", hint=hint)
+        return self
+
+    @property
+    def mixed(self) -> float:
+        """The weight of the teacher in the mixture that both are compared with: 0 is forward, 1 is reverse."""
+        return {"forward": 0.0, "reverse": 1.0}.get(self.divergence, self.beta)
+
+    @property
+    def all_teachers(self) -> list[TeacherSettings]:
+        """The teachers, the base model where none is named."""
+        return list(self.teachers) or [TeacherSettings()]
+
+    @property
+    def prompt_file(self) -> str | None:
+        """``prompt`` where it is the name of a file, or can be nothing else; None for text."""
+        text = self.prompt or ""
+        if not text.strip() or "\n" in text or len(text) > 1024:
+            return None
+        is_file = Path(os.path.expanduser(text)).is_file()
+        return text if is_file or re.fullmatch(r"\S+\.(txt|md|jinja|json|text)", text) else None
+
+    @property
+    def prompt_text(self) -> str:
+        """What the teacher is given; empty for nothing.
+
+        Raises:
+            UserError: the file cannot be read, or is empty.
+        """
+        if self.prompt_file is None:
+            return (self.prompt or "").strip()
+        path = Path(os.path.expanduser(self.prompt_file))
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            near = ", ".join(files_near(path, lambda file: file.suffix == path.suffix)[:3])
+            hint = f"there is: {near}" if near else "write the text itself, or name a file in UTF-8"
+            raise UserError(
+                f"the prompt cannot be read: {error}", where=f"distill.prompt: {path}", hint=hint
+            ) from error
+        if not found:
+            raise UserError("the file is empty", where=f"distill.prompt: {path}", hint="write the prompt into it")
+        return found
+
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -394,6 +488,9 @@ class RunConfig(BaseModel):
     reward: RewardSettings = Field(
         default_factory=RewardSettings, description="rewards of the model's own completions, for task: reward"
     )
+    distill: DistillSettings = Field(
+        default_factory=DistillSettings, description="teachers, and how to learn from them, for task: distill"
+    )
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
     memory: str | None = setting(
         None, "the most memory the process may take, such as 2GB, by activation checkpointing as needed"
@@ -424,23 +521,26 @@ class RunConfig(BaseModel):
         return {**given, "task": task, "preference": {**own, "loss": loss}}
 
     @model_validator(mode="after")
-    def _preference_is_used(self) -> RunConfig:
-        if self.task != "preference" and self.preference != PreferenceSettings():
-            what = f"the settings have a section 'preference', and the task is '{self.task}'"
-            raise UserError(what, where="preference", hint="set task: preference, or remove the section")
+    def _sections_are_used(self) -> RunConfig:
+        for name in ("preference", "reward", "distill"):
+            section = getattr(self, name)
+            if self.task != name and section != type(section)():
+                what = f"the settings have a section '{name}', and the task is '{self.task}'"
+                raise UserError(what, where=name, hint=f"set task: {name}, or remove the section")
         return self
 
     @model_validator(mode="after")
-    def _reward_is_used(self) -> RunConfig:
-        if self.task != "reward" and self.reward != RewardSettings():
-            what = f"the settings have a section 'reward', and the task is '{self.task}'"
-            raise UserError(what, where="reward", hint="set task: reward, or remove the section")
+    def _tasks_have_what_they_need(self) -> RunConfig:
         if self.task == "reward" and not self.reward.functions and self.reward.environment is None:
             hint = "name one, such as reward.functions: [exact], or a function of your own: [rewards.py:name]"
             raise UserError("the task 'reward' needs a reward", where="reward.functions", hint=hint)
-        if self.task == "reward" and self.train.sharding != "none":
-            what = "completions are written with the whole model, and sharding leaves each process a part of it"
-            raise UserError(what, where="train.sharding", hint="set sharding: none for the task 'reward'")
+        if self.task in ("reward", "distill") and self.train.sharding != "none":
+            what = f"the task '{self.task}' needs the whole model, and sharding leaves each process a part of it"
+            raise UserError(what, where="train.sharding", hint="set train.sharding: none")
+        if self.task == "distill" and not self.distill.prompt and all(one.is_base for one in self.distill.teachers):
+            what = "the teacher would be the base model that the student begins as"
+            hint = "give it a prompt: distill.prompt: FILE, or name another: distill.teachers: [{model: …}]"
+            raise UserError(what, where="distill", hint=hint)
         return self
 
     @property
@@ -461,6 +561,9 @@ class RunConfig(BaseModel):
         found |= {"data.chat_template": data.chat_template, "track": self.track}
         functions = [function.model_dump(mode="json") for function in self.reward.functions if function.reaches_out]
         found |= {"reward.functions": functions or None, "reward.environment": self.reward.environment}
+        if self.task == "distill":
+            teachers = [name for one in self.distill.teachers for name in (one.model, one.adapter) if name]
+            found |= {"distill.prompt": self.distill.prompt_file, "distill.teachers": teachers or None}
         return {key: value for key, value in found.items() if value is not None}
 
     @classmethod

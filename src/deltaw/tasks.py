@@ -78,6 +78,7 @@ for _entry in (
     TaskEntry("causal-lm", f"{_CAUSAL}:CausalTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("preference", f"{_CAUSAL}:PreferenceTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("reward", "deltaw.training.tasks.reward:RewardTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
+    TaskEntry("distill", "deltaw.training.tasks.distill:DistillTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("sequence-classification", _LABELS, _CLASSES, "classify text", new_head=True, peft_type="SEQ_CLS"),
     TaskEntry("regression", _LABELS, _CLASSES, "score text", new_head=True, outputs=1, config=_SCORE),
     TaskEntry("image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True),

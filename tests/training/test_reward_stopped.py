@@ -59,7 +59,7 @@ def test_two_processes_write_reward_and_learn_as_one(settings_of):
             assert a[key] == b[key], key
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-5)
     off, norm = distance(Path(two["output"]), Path(one["output"]))
-    assert 0 < norm and off <= 1e-5 * norm
+    assert norm > 0 and off <= 1e-5 * norm
 
 
 @pytest.mark.slow

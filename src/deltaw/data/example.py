@@ -76,6 +76,16 @@ class Example:
             prompt_length=self.prompt_length + added if self.prompt_length else 0,
         )
 
+    def without_first(self, removed: int) -> Example:
+        """What :meth:`after` was made of, ``removed`` being what it added; no adapter acts on it."""
+        return replace(
+            self,
+            tokens=self.tokens[removed:],
+            is_label=self.is_label[removed:],
+            prompt_length=self.prompt_length - removed,
+            active_from=None,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:

@@ -54,11 +54,11 @@ class PromptReader(AnswerReader):
         super().__init__(replace(settings, labels="last"), tokenizer, say=say)
 
     def records(self, row: Row, where: str) -> tuple[Record, ...]:
-        return (_record(row, where)[0],)
+        return (read_prompt_row(row, where)[0],)
 
     def group(self, examples: tuple[Example, ...], row: Row, where: str) -> Prompt:  # type: ignore[override]
         (whole,) = examples
-        length, answered = whole.prompt_length, _record(row, where)[1]
+        length, answered = whole.prompt_length, read_prompt_row(row, where)[1]
         answer = whole.answer if answered else None
         columns = {name: value for name, value in row.items() if value is not None}
         return Prompt(whole.row, whole.tokens[:length], np.zeros(length, bool), length, answer, columns=columns)
@@ -76,7 +76,7 @@ def answered(row: Row, text: str, where: str) -> Record:
     Raises:
         BadRowError: the row has no prompt, or a value has the wrong type.
     """
-    record, _ = _record(row, where)
+    record, _ = read_prompt_row(row, where)
     if isinstance(record, Pair):
         return replace(record, completion=text)
     assert isinstance(record, Conversation)  # plain text has no prompt
@@ -101,7 +101,7 @@ def last_asked(row: Row) -> str:
     return str(asked(dict(row), "the prompt")[0][-1]["content"])
 
 
-def _record(row: Row, where: str) -> tuple[Record, bool]:
+def read_prompt_row(row: Row, where: str) -> tuple[Record, bool]:
     """The prompt with an answer, and whether that is the row's own.
 
     Raises:

@@ -104,6 +104,9 @@ def digest_of_rows(rows: Sequence[Any]) -> str:
             desired = getattr(row, "desired", None)
             if desired is not None:
                 digest.update(bytes([int(desired)]))
+            taught = getattr(row, "teacher_prompt", None)
+            if taught is not None:
+                digest.update(taught.tobytes())
     return digest.hexdigest()
 
 

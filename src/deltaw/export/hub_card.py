@@ -20,7 +20,7 @@ from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
 from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import OF_PEFT
-from deltaw.settings import RunConfig
+from deltaw.settings import DistillSettings, RunConfig
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import is_share
 from deltaw.training.origin import CHAT_TEMPLATE
@@ -75,8 +75,18 @@ def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:
         eval=sets if isinstance(data.eval, dict) else sets.get("", data.eval),
         chat_template=None if data.chat_template is None else CHAT_TEMPLATE,
     )
-    output = Path(config.output).name
-    return config.model_copy(update={"model": base.reference, "data": data, "track": None, "output": output})
+    changed = {"model": base.reference, "data": data, "track": None, "output": Path(config.output).name}
+    return config.model_copy(update={**changed, "distill": _public_teachers(config.distill)})
+
+
+def _public_teachers(distill: DistillSettings) -> DistillSettings:
+    names = [
+        {"model": one.model and public_name(one.model), "adapter": one.adapter and public_name(one.adapter)}
+        for one in distill.teachers
+    ]
+    teachers = [one.model_copy(update=named) for one, named in zip(distill.teachers, names, strict=True)]
+    prompt = distill.prompt if distill.prompt_file is None else public_name(distill.prompt_file)
+    return distill.model_copy(update={"prompt": prompt, "teachers": teachers})
 
 
 def _public(train: Train) -> Train:

@@ -49,6 +49,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
+from deltaw.training.monitoring.distilled import compare_with_prompt
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rates import choose_rate
 from deltaw.training.origin import InferenceSession
@@ -169,6 +170,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
+            session.feed.keep_in(folder.path)
             with clock.part("rate search"):
                 searched = choose_rate(session, folder.path, callback)
             record.chose(choices_of(session, loaded.choices))
@@ -179,6 +181,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
                 meter = DriftMeter(session)
             outcome = _train(_Watching(session, folder, record, monitor, callback, searched, clock))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
+            _compare_with_prompt(session, folder, outcome, evaluation, callback)
             write_settings()  # with what was chosen on the way
             with clock.part("drift"):
                 drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
@@ -462,13 +465,23 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
     return drift
 
 
+def _compare_with_prompt(
+    session: Session, folder: RunFolder, outcome: Outcome, student: Evaluation, callback: Callback
+) -> None:
+    """What a prompt that was trained into the adapter saves, written down and said."""
+    found = None if outcome.interrupted else compare_with_prompt(session, student)
+    if found is not None:
+        folder.write_metrics({"step": outcome.steps, "distilled": found.as_dict()})
+        callback.on_line(str(found))
+
+
 def save_adapter(session: Session, folder: Path) -> None:
     """Write what was trained, with the names of a classifier's classes in the weights file's metadata, and how its
     rows are prompted."""
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
-    write_prompting(folder, prompting_of(session))
+    write_prompting(folder, prompting_of(session.task, session.data, session.config.data))
     save_calibration(folder, session.identity, session.roundings)
 
 

@@ -56,7 +56,9 @@ def _follow(group: Group, decoding: Decoding | None) -> int:
     config = told.with_train(keep_general=0.0)
     task, data = read_data(config)
     loaded = load_for(config, task, data, processes=group)
-    session = assemble_alike(config, task, data, loaded, group, None, samples=sampler_of(decoding, loaded, config, task))
+    session = assemble_alike(
+        config, task, data, loaded, group, None, samples=sampler_of(decoding, loaded, config, task)
+    )
     sharded = sharded_blocks(loaded.model)
     if sharded is not None:
         group.gather = sharded.gather

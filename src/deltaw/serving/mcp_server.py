@@ -198,7 +198,8 @@ class Allowed:
         path = None if file is None else Path(self.path(file, "file"))
         if path is not None and not (path.is_file() and path.stat().st_size <= LARGEST_FILE):
             raise UserError("there is no such file, or it is too large", where="file", hint="name a YAML file")
-        found = RunConfig.read(path, given).model_dump(mode="json")
+        settings = RunConfig.read(path, given)
+        found = settings.model_dump(mode="json")
         for key in ("trust_remote_code", "track", "force"):
             if found[key]:
                 raise UserError("an agent cannot ask for it", where=key, hint=f"leave {key} out")
@@ -224,6 +225,13 @@ class Allowed:
             data["eval"] = self._held_out(held_out)
         if data["chat_template"] is not None:
             data["chat_template"] = self.path(data["chat_template"], "data.chat_template")
+        if settings.distill.prompt_file is not None:
+            found["distill"]["prompt"] = self.path(settings.distill.prompt_file, "distill.prompt")
+        for teacher in found["distill"]["teachers"]:
+            named = ("model", self.reference), ("adapter", self.path)
+            teacher |= {
+                key: allow(teacher[key], "distill.teachers") for key, allow in named if teacher[key] is not None
+            }
         return found
 
     def _held_out(self, given: object) -> object:

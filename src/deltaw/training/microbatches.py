@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -75,6 +76,13 @@ class Feed:
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch, without laying any out."""
         return self.batcher.shapes(rows)
+
+    def longest(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """What the rows of a step are at most when they reach the model, for a dry run."""
+        return rows
+
+    def keep_in(self, folder: Path) -> None:
+        """Be told the run's folder, for what a run that is stopped must find again."""
 
     def costing(self, rows: Sequence[Any]) -> Sequence[Any]:
         """By whose cost each of the rows is dealt where several processes train together."""

@@ -37,7 +37,7 @@ from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_
 from deltaw.platforms import shell_word
 from deltaw.runtime.generation import Sampler, Writer
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
+from deltaw.settings import DEFAULT_TASK, SETTINGS, DistillSettings, RunConfig
 from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration
@@ -153,7 +153,7 @@ def read_folder(folder: Path, *, trust_remote_code: bool | None) -> FoundFolder:
     run = RunConfig.read(settings)
     if run.trust_remote_code and trust_remote_code is False:
         raise _wants_code(settings, run.model, "--trust-remote-code")
-    run = run.model_copy(update={"trust_remote_code": bool(trust_remote_code)})
+    run = run.model_copy(update={"trust_remote_code": bool(trust_remote_code), "distill": _forgotten(run)})
     return FoundFolder(folder, adapter, _with_saved_template(run, folder, {}))
 
 
@@ -177,8 +177,9 @@ def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = 
     _require_rewards(config, settings, "--trust_remote_code true")
     keys = ["model", "data.train", "data.eval", "track"]
     if all_of_it:
-        keys.append("data.chat_template")
+        keys += ["data.chat_template", "distill.prompt", "distill.teachers"]
     else:
+        config = config.model_copy(update={"distill": _forgotten(config)})
         config = _with_saved_template(config, folder, given)
     named = {key: value for key, value in _unknown(config, keys).items() if not _is_given(given, key)}
     if not all_of_it and "model" in named and (here := already_here(config.model)) is not None:
@@ -187,6 +188,13 @@ def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = 
     if named:
         raise _foreign(settings, named)
     return config
+
+
+def _forgotten(config: RunConfig) -> DistillSettings:
+    """The section ``distill`` for use: what the adapter learned from is neither read nor looked for."""
+    if config.task != "distill":
+        return config.distill
+    return config.distill.model_copy(update={"prompt": "as it was trained", "teachers": []})
 
 
 def _with_saved_template(config: RunConfig, folder: Path, given: Mapping[str, object]) -> RunConfig:
@@ -406,7 +414,9 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    sections: dict[str, Any] = {} if config is None else {"preference": config.preference, "reward": config.reward}
+    sections: dict[str, Any] = {}
+    if config is not None:
+        sections = {name: getattr(config, name) for name in ("preference", "reward", "distill")}
     work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, **sections)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)

@@ -32,7 +32,8 @@ from deltaw.training.tasks.causal import question_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from deltaw.training.session import Session
+    from deltaw.data.row_reader import RunData
+    from deltaw.training.tasks.base import Task
 
 FILE = "prompts.json"
 # Prompts that are kept, characters of one, and rows that are tried for them.
@@ -87,21 +88,21 @@ def with_system(system: str, asked: str) -> str | list[Message]:
     return turns if system else asked
 
 
-def prompting_of(session: Session) -> Prompting:
+def prompting_of(task: Task, data: RunData, settings: DataSettings) -> Prompting:
     """How the rows of a training are prompted. A prompt counts as found if it gives the row's tokens again."""
-    tokenizer, system = session.task.tokenizer, session.data.report.system or ""
-    if tokenizer is None or not session.task.writes_text:
+    tokenizer, system = task.tokenizer, data.report.system or ""
+    if tokenizer is None or not task.writes_text:
         return Prompting()
     found: dict[str, bool] = {}
-    for row in _spread(session):
-        if len(found) < EXAMPLES and (one := prompt_of(row, system, session.config.data, tokenizer)) is not None:
+    for row in _spread(data):
+        if len(found) < EXAMPLES and (one := prompt_of(row, system, settings, tokenizer)) is not None:
             found.setdefault(*one)
     return Prompting(system, any(found.values()), tuple(found))
 
 
-def _spread(session: Session) -> Iterator[Example]:
+def _spread(data: RunData) -> Iterator[Example]:
     """Held-out rows, then rows of the training, evenly spread."""
-    for rows in (session.data.held_out, session.data.train):
+    for rows in (data.held_out, data.train):
         for place in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), TRIED // 2)).astype(int)):
             row = rows_of(rows[int(place)])[0]
             if isinstance(row, Example) and row.prompt_length:

@@ -91,10 +91,7 @@ class Scorer:
         totals, *parts = self.named(rewards).values()
         named = [dict(zip(self.names, map(float, column), strict=True)) for column in zip(*parts, strict=True)]
         of_each = zip(prompts, drawn, totals, named or [{}] * len(drawn), strict=True)
-        return [
-            Rewarded(p.row, last_asked(p.columns), one.text, float(total), told)
-            for p, one, total, told in of_each
-        ]
+        return [Rewarded(p.row, last_asked(p.columns), one.text, float(total), told) for p, one, total, told in of_each]
 
     def extremes(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn], rewards: np.ndarray) -> list[Rewarded]:
         """The best completions and the worst ones, the best first."""

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.cache import recall, remember
 from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
+from deltaw.data.lessons import longest_lesson
 from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
@@ -46,12 +47,14 @@ from deltaw.training.approximations import (
     steps_between,
 )
 from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.distillation import DistillObjective
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, as_rounded, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
+from deltaw.training.lessons import LessonFeed
 from deltaw.training.loop import train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.optimizer import count_steps
@@ -65,6 +68,7 @@ from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, T
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.reward import RewardTask
+from deltaw.training.teachers import base_as_teacher, other_teacher
 from deltaw.working import Detail, working
 
 # Rows that an initialization which depends on the data is calibrated on.
@@ -347,7 +351,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
         how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "preference": config.preference}
-        how["reward"] = config.reward
+        how |= {"reward": config.reward, "distill": config.distill}
         task = task_of(config.task, config.model, dtype, say=say, **how)
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
@@ -439,7 +443,7 @@ def assemble(
     known["samples"] = samples
     session = Session(config, model, method, task, data, feed, chosen, said, **known)
     if task.rolls_out:
-        session.feed = _rollouts(session)
+        session.feed = _lessons(session) if isinstance(objective, DistillObjective) else _rollouts(session)
     if settings.keep_general:
         _take_general_answers(session)
     if task.rolls_out:  # each step's rows are new
@@ -461,6 +465,46 @@ def _rollouts(session: Session) -> RolloutFeed:
         task.settings,
         seed=session.config.train.seed,
         base=lambda: method.without(model),
+        processes=session.processes,
+    )
+
+
+def _lessons(session: Session) -> LessonFeed:
+    """What asks teachers, and writes completions before each step.
+
+    Raises:
+        UserError: a teacher cannot be had.
+    """
+    config, task, data, method, objective = (
+        session.config,
+        session.task,
+        session.data,
+        session.method,
+        session.objective,
+    )
+    assert task.tokenizer is not None and isinstance(objective, DistillObjective)
+    settings, train = config.distill, config.train
+    longest = longest_lesson(data.every, settings.max_new_tokens)
+    teachers = []
+    for one in settings.all_teachers:
+        if one.is_base and one.quantize is None:
+            writer = session.writer(of_base=True)
+            teachers.append(base_as_teacher(objective, session.batcher, method, one.weight, writer))
+        else:
+            teachers.append(other_teacher(config, one, longest, session.model, session.said.append))
+    order = RowOrder(len(data.train), train.batch_size, train.seed)
+    steps = range(min(session.total_steps, order.steps_per_epoch))
+    used = sorted({int(place) for step in steps for place in order.indices(step)})
+    return LessonFeed(
+        objective,
+        session.batcher,
+        teachers,
+        settings,
+        task.tokenizer,
+        rows=[data.train[place] for place in used],
+        held_out=[row for rows in data.sets.values() for row in rows],
+        seed=train.seed,
+        sampler=None if session.samples is None or not settings.on_policy else session.samples(method),
         processes=session.processes,
     )
 

@@ -231,7 +231,7 @@ class Samples:
         if not method.keeps_base(model):
             return self.of_adapter()
         with method.without(model):
-            asked = (_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows)
+            asked = (row.without_first(method.virtual_tokens) for row in self._rows)
             return self._written(list(asked), of_base=True)
 
     def of_adapter(self) -> list[Sample]:
@@ -266,11 +266,6 @@ def write(
     with session.method.evaluating(session.model):
         writer = remembered if of_base else session.writer(of_base=False)
         return answers(session.model, tokenizer, rows, **how, writer=writer)
-
-
-def _without_virtual_tokens(row: Example, count: int) -> Example:
-    tokens, is_label, length = row.tokens[count:], row.is_label[count:], row.prompt_length - count
-    return replace(row, tokens=tokens, is_label=is_label, prompt_length=length, active_from=None)
 
 
 # Adds a line to a run's metrics.

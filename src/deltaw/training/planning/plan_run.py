@@ -54,7 +54,6 @@ from deltaw.training.parallel.group import deal
 from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
-from deltaw.training.rollouts import RolloutFeed
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.base import RunData, Task
@@ -247,8 +246,7 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     limit, long, others = *_few_long(session), 0
 
     def shares_of(step: int) -> list[Sequence[Any]]:
-        rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
-        rows = feed.longest(rows) if isinstance(feed, RolloutFeed) else rows
+        rows = feed.longest(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
         if processes == 1:
             return [rows]
         dealt = deal(rows, processes, share=feed.share)

@@ -28,7 +28,7 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
-from deltaw.settings import PreferenceSettings, RewardSettings
+from deltaw.settings import DistillSettings, PreferenceSettings, RewardSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, named
@@ -50,7 +50,7 @@ class ModelFiles:
 
     Attributes:
         reference: as the user wrote it. folder: with its config.json. config: that fits the task.
-        trust_remote_code, preference, reward: as in the settings. say: told what takes long.
+        trust_remote_code, preference, reward, distill: as in the settings. say: told what takes long.
     """
 
     reference: str
@@ -60,6 +60,7 @@ class ModelFiles:
     say: Say
     preference: PreferenceSettings | None = None
     reward: RewardSettings | None = None
+    distill: DistillSettings | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -174,13 +175,14 @@ def task_of(
     say: Say = silent,
     preference: PreferenceSettings | None = None,
     reward: RewardSettings | None = None,
+    distill: DistillSettings | None = None,
 ) -> Task:
     """The task of this name for the model that the reference ``model`` means.
 
     Args:
         dtype: what the weights will be loaded as, such as ``bf16``: a file that must be converted is
             converted to it.
-        preference, reward: the section of this name, for the task of this name; None: its defaults.
+        preference, reward, distill: the section of this name, for the task of this name; None: its defaults.
 
     Raises:
         UserError: there is no such task, the reference leads nowhere, the architecture does not fit the task,
@@ -189,7 +191,8 @@ def task_of(
     entry = tasks.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, say=say)
     config = check_architecture(folder, name, trust_remote_code)
-    task: Task = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference, reward))
+    files = ModelFiles(model, folder, config, trust_remote_code, say, preference, reward, distill)
+    task: Task = entry.load().open(name, files)
     return task
 
 

@@ -328,15 +328,24 @@ class _HeadLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         hidden, targets, *_ = ctx.saved_tensors
-        _, grad_hidden, sums = _over_chunks(hidden, targets, grad, ctx.head, ctx.trained, ctx.chunk)
+        values_of = _log_probs_of(targets, ctx.head)
+        _, grad_hidden, sums = _over_chunks(hidden, values_of, grad, ctx.trained, ctx.chunk)
         return grad_hidden, None, None, None, *sums
 
 
+# What a chunk of hidden vectors (p, d) comes to: a value for each (p,), given where in all rows the chunk is.
+Values: TypeAlias = Callable[[Tensor, slice], Tensor]
+
+
+def _log_probs_of(targets: Tensor, head: Head) -> Values:
+    return lambda part, rows: log_probs(head(part), targets[rows])
+
+
 def _over_chunks(
-    hidden: Tensor, targets: Tensor, slopes: Tensor, head: Head, trained: Sequence[Tensor], chunk: int
+    hidden: Tensor, values_of: Values, slopes: Tensor, trained: Sequence[Tensor], chunk: int
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Log-probabilities, chunk by chunk, and the gradient of Σ slopeᵢ · log-probabilityᵢ, taken while a chunk's logits
-    are there: for ``hidden`` if it requires one, and for what is trained of the head."""
+    """Values, chunk by chunk, and the gradient of Σ slopeᵢ · valueᵢ, taken while a chunk's logits are there: for
+    ``hidden`` if it requires one, and for what is trained of the head."""
     needed = hidden.requires_grad
     grad_hidden = torch.empty_like(hidden) if needed else None
     sums, found = [torch.zeros_like(t) for t in trained], []
@@ -345,7 +354,7 @@ def _over_chunks(
         part = hidden[rows].detach().requires_grad_(needed)
         leaves = [*([part] if needed else []), *trained]
         with torch.set_grad_enabled(bool(leaves)):
-            values = log_probs(head(part), targets[rows])
+            values = values_of(part, rows)
         found.append(values.detach())
         if not leaves:
             continue
@@ -369,20 +378,28 @@ def chunked_cross_entropy(
     Returns:
         a scalar in fp32, or fp64 for fp64 inputs.
     """
+    return -chunked_sum(hidden, weights, _log_probs_of(targets, head), parameters, chunk=chunk)
+
+
+def chunked_sum(
+    hidden: Tensor, weights: Tensor, values_of: Values, parameters: Sequence[Tensor], *, chunk: int
+) -> Tensor:
+    """Σ weightᵢ · valueᵢ, a scalar in fp32, or fp64 for fp64 inputs; the arguments are as those of
+    :func:`chunked_cross_entropy`."""
     trained = [p for p in parameters if p.requires_grad]
-    return _ChunkedCrossEntropy.apply(hidden, targets, weights, head, chunk, *trained)
+    return _ChunkedSum.apply(hidden, weights, values_of, chunk, *trained)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedSum(torch.autograd.Function):
     """The gradient is taken in the forward, while a chunk's logits are there, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, weights, head, chunk, *trained):  # type: ignore[override]
+    def forward(ctx, hidden, weights, values_of, chunk, *trained):  # type: ignore[override]
         weights = weights.to(loss_dtype(hidden))
-        values, grad_hidden, sums = _over_chunks(hidden, targets, -weights, head, trained, chunk)
+        values, grad_hidden, sums = _over_chunks(hidden, values_of, weights, trained, chunk)
         total = hidden.new_zeros((), dtype=loss_dtype(hidden))
         for part, own in zip(values, weights.split(chunk), strict=True):
-            total -= (part * own).sum()
+            total += (part * own).sum()
         ctx.save_for_backward(grad_hidden, *sums)
         return total
 
@@ -391,7 +408,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, *sums = ctx.saved_tensors
         scaled = None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype)
-        return scaled, None, None, None, None, *[(s * grad).to(s.dtype) for s in sums]
+        return scaled, None, None, None, *[(s * grad).to(s.dtype) for s in sums]
 
 
 def logits_change(config: PretrainedConfig) -> tuple[float, float]:

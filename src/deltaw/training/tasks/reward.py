@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from deltaw.data.prompts import PromptReader
 from deltaw.data.row_reader import Reader
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder
-from deltaw.runtime.generation import Drawing, Drawn, Sampler
+from deltaw.runtime.generation import Drawing, Sampler
 from deltaw.settings import RewardSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.evaluation.base import Evaluation, mean_interval
