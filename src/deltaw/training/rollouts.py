@@ -11,16 +11,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from deltaw.data.prompts import Prompt
+from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.runtime.generation import Drawing, Drawn, seed_of
 from deltaw.settings import RewardSettings
 from deltaw.training.evaluation.base import mean_interval
+from deltaw.training.kept_rollouts import KeptRollouts, rollouts_in
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
@@ -63,6 +66,7 @@ class RolloutFeed(Feed):
         self.scorer = Scorer(settings)
         self.extremes: list[Rewarded] = []
         self._rollouts: tuple[int, list[Rollout]] = (-1, [])
+        self._kept: KeptRollouts | None = None
 
     def expand(self, prompts: Sequence[Prompt], step: int) -> tuple[list[Rollout], bool]:
         """The completions of a step, those of a prompt one after another, and whether any teaches something.
@@ -78,9 +82,26 @@ class RolloutFeed(Feed):
             return self.longest(prompts), True
         drawn_at = step // settings.updates
         if self._rollouts[0] != drawn_at:
-            self._rollouts = drawn_at, self._drawn(prompts, drawn_at)
+            self._rollouts = drawn_at, self._kept_at(step) or self._drawn(prompts, drawn_at)
+            if self._kept is not None:
+                self._kept.keep(*self._rollouts)
         rows = self._rollouts[1]
         return rows, any(map(self._teaches, rows))
+
+    def keep_in(self, folder: Path) -> None:
+        if self.settings.updates > 1:
+            self._kept = KeptRollouts(folder, self.settings.updates)
+
+    def _kept_at(self, step: int) -> list[Rollout]:
+        """The completions of a rollout that was stopped between its updates, as process 0 has them; none otherwise."""
+        if not step % self.settings.updates:
+            return []
+        text = "" if self._kept is None else self._kept.text(step // self.settings.updates)
+        first = self._processes.texts(text)[0]
+        if not first:
+            what = f"the completions that step {step + 1} learns from, once more, are not in the run's folder"
+            raise UserError(what, where="rollouts", hint="restore the folder from a copy, or begin anew with --fresh")
+        return rollouts_in(first)
 
     def longest(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """What a step's completions are at most, for a dry run: as long as may be, and no two with a common beginning,
@@ -203,7 +224,8 @@ class RolloutFeed(Feed):
             of = RowLogProbs.of(batch, objective.token_log_probs(batch))
             values, owner = of.values[of.index].float().cpu().numpy(), of.row.cpu().numpy()
             found |= {id(row): values[owner == place] for place, row in enumerate(of.rows)}
-        return [replace(row, **{name: found[id(row)]}) for row in rows]
+        named: list[dict[str, Any]] = [{name: found[id(row)]} for row in rows]
+        return [replace(row, **known) for row, known in zip(rows, named, strict=True)]
 
 
 def _rollout(prompt: Prompt, drawn: Drawn) -> Rollout:
