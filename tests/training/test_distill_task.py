@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from deltaw.training.origin import score_run
 from deltaw.training.planning.plan_run import plan
 from deltaw.training.teachers import first_difference
 from tests.conftest import laid_over, write_rows
+from tests.training.parallel_runs import distance, needs_gloo, train_all
 from tests.training.runs import ADAPTER, Told, held_out_rows, metrics, opened
 
 PROMPT = "Answer as a poet would, in rhymes"
@@ -98,6 +100,19 @@ def test_a_stopped_run_goes_on_to_the_bit(distill_run, way):
     assert equal_adapters(whole.output, again.output)
     losses = [[line["loss"] for line in metrics(run, "learning_rate")] for run in (whole.output, again.output)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+@needs_gloo
+@pytest.mark.parametrize("way", ["own", "likeliest"])
+def test_two_processes_learn_as_one(distill_run, way):
+    # Adam turns a gradient that is nothing but rounding into a whole step, so steps are short.
+    one, two = (distill_run(name, distill=WAYS[way], train={"learning_rate": 1e-3}) for name in ("one", "two"))
+    deltaw.fit(one)
+    train_all(two)
+    losses = [[line["loss"] for line in metrics(Path(of["output"]), "learning_rate")] for of in (two, one)]
+    assert len(losses[1]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    off, norm = distance(Path(two["output"]), Path(one["output"]))
+    assert norm > 0 and off <= 1e-5 * norm
 
 
 def test_what_the_teacher_gave_is_written_once_and_found_again(distill_run, monkeypatch):

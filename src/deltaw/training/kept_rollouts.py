@@ -75,5 +75,7 @@ def _plain(row: Rollout) -> dict[str, Any]:
 
 
 def _rollout(values: dict[str, Any]) -> Rollout:
-    arrays = {n: None if values[n] is None else np.array(values[n], dtype) for n, dtype in _ARRAYS.items()}
+    arrays: dict[str, Any] = {
+        n: None if values[n] is None else np.array(values[n], dtype) for n, dtype in _ARRAYS.items()
+    }
     return Rollout(**arrays, **{name: values[name] for name in _NUMBERS})

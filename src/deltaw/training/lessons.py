@@ -76,6 +76,7 @@ class LessonFeed(Feed):
         self._closing = contextlib.ExitStack()
         self._answers: dict[str, tuple[list[int], str]] | None = None
         self._kept: np.ndarray | None = None
+        self._alike = False  # the processes have the same answers
         self._places: dict[bytes, int] = {}
 
     def keep_in(self, folder: Path) -> None:
@@ -113,6 +114,8 @@ class LessonFeed(Feed):
         """
         if not has_values(self.objective.model):
             return self.longest(rows), True
+        if self._processes.size > 1 and not self._alike:
+            self._take_answers_of_first()
         drawn = [np.random.default_rng([self._seed, step, row.row, place]) for place, row in enumerate(rows)]
         own = [place for place, one in enumerate(drawn) if one.random() < self.settings.on_policy]
         seeds = {place: int(drawn[place].integers(2**62)) for place in own}
@@ -133,6 +136,12 @@ class LessonFeed(Feed):
             known |= self._asked_teacher(missing)
         wanted = set(map(id, asked))
         return [_answered(row, *known[_key(row)]) if id(row) in wanted else row for row in rows]
+
+    def _take_answers_of_first(self) -> None:
+        """Let all processes learn from the answers that process 0 has: engines of two machines may round otherwise."""
+        known = self._prepared() if self._processes.rank == 0 else {}
+        first = self._processes.texts(json.dumps([[key, *answer] for key, answer in known.items()]))[0]
+        self._answers, self._alike = _answers_of(json.loads(first)), True
 
     def _needs_answer(self, row: Lesson) -> bool:
         return self.settings.answers == "teacher" or not row.label_count
@@ -175,7 +184,7 @@ class LessonFeed(Feed):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(file.read_text(encoding="utf-8"))
             if kept["of"] == identity:
-                self._answers = {key: (list(map(int, tokens)), str(text)) for key, tokens, text in kept["answers"]}
+                self._answers = _answers_of(kept["answers"])
                 return self._answers
         self._answers = self._asked_teacher(list(rows.values())) if rows else {}
         answers = [[key, *answer] for key, answer in self._answers.items()]
@@ -242,6 +251,11 @@ def _key(row: Lesson) -> str:
 def _whole_key(row: Lesson) -> bytes:
     """Names a row by its prompts and its completion."""
     return key_of(row) + row.teacher_prompt.tobytes()
+
+
+def _answers_of(told: Sequence[Sequence[Any]]) -> dict[str, tuple[list[int], str]]:
+    """Answers by row, as JSON has them."""
+    return {str(key): (list(map(int, tokens)), str(text)) for key, tokens, text in told}
 
 
 def _answered(row: Lesson, tokens: Sequence[int], text: str) -> Lesson:
