@@ -185,7 +185,7 @@ def test_an_index_that_cannot_be_reached_or_that_nothing_reads_is_said(index: Pa
     failed = subprocess.CompletedProcess([], 1, "", output)
     monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
     assert "cannot be reached" in refused(WHOLE).what
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     assert "neither pip nor uv" in refused(WHOLE).what
 
@@ -201,7 +201,7 @@ def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch:
             archive.extractall(Path(command[command.index("--target") + 1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv")
     monkeypatch.setattr(packages.subprocess, "run", run)
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "a" * 64)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime.recognition import blocks_of
@@ -79,6 +82,13 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     found = blocks_of(model.base_model)
     assert found is not None
     return list(found[1])
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let the blocks keep their inputs alone."""
+    for block in layers_of(model):
+        block.gradient_checkpointing = block.training = True
+        block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def adapted(model: nn.Module, **settings: object) -> nn.Module:
