@@ -91,10 +91,10 @@ def checkpoint_blocks(model: nn.Module) -> None:
         block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
-def adapted(model: nn.Module, **settings: object) -> nn.Module:
+def adapted(model: nn.Module, seed: int = 0, **settings: object) -> nn.Module:
     """The model with factors that are not zero, so that their gradients are not either."""
     attach(model, LoRAConfig(rank=4, alpha=8, **settings), seed=0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _, factor in adapter_parameters(model):
         factor.data.normal_(0, 0.1, generator=generator)
     return model
