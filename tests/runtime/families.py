@@ -122,10 +122,13 @@ def assert_same(found: Found, expected: Found) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1], expected[1], strict=True))
 
 
-def assert_as_near(found: Found, own: Found, exact: Found) -> None:
-    """Outputs and gradients are about as near to the exact ones as the model's own are."""
-    (output, gradients), (own_output, own_gradients) = (
-        (off(out, exact[0]), sum(off(ours, theirs) for ours, theirs in zip(grads, exact[1], strict=True)))
-        for out, grads in (found, own)
-    )
-    assert output < 1.2 * own_output and gradients < 1.2 * own_gradients
+def assert_as_near(draws: list[tuple[Found, Found, Found]]) -> None:
+    """Of draws (found, the model's own, exact), outputs and gradients found are together about as near to the exact
+    ones as the model's own are: how rounding falls in one draw differs by a quarter."""
+    distances = torch.tensor([[_distances(each, exact) for each in (found, own)] for found, own, exact in draws])
+    ours, own = distances.sum(0)
+    assert (ours < 1.2 * own).all(), distances
+
+
+def _distances(found: Found, exact: Found) -> tuple[float, float]:
+    return off(found[0], exact[0]), sum(off(ours, theirs) for ours, theirs in zip(found[1], exact[1], strict=True))
