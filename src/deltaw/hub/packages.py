@@ -223,7 +223,7 @@ def _open_store(wanted: PackageReference) -> Iterator[_Store]:
     with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary, contextlib.ExitStack() as opened:
         folder = Path(temporary)
         try:
-            # importlib.util.find_spec asks setuptools' finder too, which leaves this process without a working distutils.
+            # importlib.util.find_spec also asks setuptools, which then gives its distutils up in this process.
             if PathFinder.find_spec("pip") is not None:
                 wheel = opened.enter_context(zipfile.ZipFile(_download_with_pip(wanted, folder)))
                 yield [info.filename for info in wheel.infolist() if not info.is_dir()], wheel.open
