@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
 from deltaw import platforms
@@ -81,8 +82,8 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platforms, "WINDOWS", True)
     monkeypatch.setattr(platforms, "PATIENCE", 0.0)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)
-    # On Windows filelock runs other code; of its code for Linux, older versions need os.fchmod.
-    monkeypatch.setattr("filelock._unix.os", SimpleNamespace(**vars(os)))
+    if hasattr(filelock, "_unix"):  # older versions' code for Linux, which Windows does not run, needs os.fchmod
+        monkeypatch.setattr(filelock._unix, "os", SimpleNamespace(**vars(os)))
     own: dict[str, Callable[..., object]] = {
         name: getattr(os, name) for name in ("rename", "replace", "unlink", "remove", "open")
     }
