@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -17,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import pytest
 
 from deltaw import platforms
@@ -79,6 +82,8 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platforms, "WINDOWS", True)
     monkeypatch.setattr(platforms, "PATIENCE", 0.0)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)
+    if hasattr(filelock, "_unix"):  # older versions' code for Linux, which Windows does not run, needs os.fchmod
+        monkeypatch.setattr(filelock._unix, "os", SimpleNamespace(**vars(os)))
     own: dict[str, Callable[..., object]] = {
         name: getattr(os, name) for name in ("rename", "replace", "unlink", "remove", "open")
     }
@@ -113,6 +118,8 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, instead in {"rename": rename, "replace": replace, "unlink": remove, "remove": remove}.items():
         monkeypatch.setattr(os, name, instead)
+        if hasattr(getattr(pathlib, "_NormalAccessor", None), name):  # Python 3.10's pathlib keeps its own references
+            monkeypatch.setattr(pathlib._NormalAccessor, name, staticmethod(instead))
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "fsync", fsync)
     without_posix(monkeypatch)

@@ -146,14 +146,14 @@ def test_a_file_that_a_reader_keeps_open_is_not_replaced_and_that_is_said(like_w
 
 
 def test_a_file_that_is_open_for_a_moment_is_waited_for(windows, tmp_path, monkeypatch):
-    own, refusals = os.replace, [PermissionError(errno.EACCES, "open (WinError 32)")] * 3
+    own, refusals = Path.replace, [PermissionError(errno.EACCES, "open (WinError 32)")] * 3
 
-    def replace(source: str, target: str) -> None:
+    def replace(source: Path, target: Path) -> None:
         if refusals:
             raise refusals.pop()
         own(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
     write_text(tmp_path / "file", "new")
     assert not refusals and (tmp_path / "file").read_text() == "new"
 

@@ -31,7 +31,10 @@ def _gemma3() -> transformers.PretrainedConfig:
 
 CAUSAL = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE, **_IDS),
-    "gemma2": lambda: transformers.Gemma2Config(**_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW),
+    # transformers 5.20 would choose an attention that does not cap scores.
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, attn_implementation="eager"
+    ),
     "gemma3": _gemma3,
     "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, **_IDS, head_dim=8),
     "gpt2": lambda: transformers.GPT2Config(

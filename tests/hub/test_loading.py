@@ -13,10 +13,12 @@ import torch
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from deltaw.hub.loading import LoadedModel, attention_of, load
+from deltaw.hub.loading import LoadedModel, attention_of, load, ordinary_attention
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.hub.transformers_private import attention_name
 from tests.byte_models import tiny_gpt2, tiny_llama
 from tests.data.conftest import refusal
+from tests.tiny_models import causal_model
 
 
 def quietly(reference: Path | str, **settings: object) -> LoadedModel:
@@ -133,6 +135,15 @@ def test_attention_is_switched_and_restored() -> None:
         assert model.config._attn_implementation == "eager"
         raise KeyError
     assert model.config._attn_implementation == before
+
+
+def test_a_cap_of_scores_is_never_left_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_model("gemma2")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)  # as transformers 5.20 has it
+    loaded = quietly(tmp_path)
+    assert loaded.choices["attention"].value == attention_name(loaded.model.config) == "eager"
+    assert ordinary_attention(loaded.model) == "eager"
 
 
 def test_unknown_task_and_reference_are_refused(llama_folder: Path) -> None:

@@ -76,8 +76,12 @@ def refused(reference: str) -> UserError:
     return refusal(member, reference)
 
 
-def test_a_member_is_fetched_by_pip_once_and_then_read_from_the_cache(index: Path) -> None:
+def test_a_member_is_fetched_by_pip_once_and_then_read_from_the_cache(index: Path, monkeypatch) -> None:
+    finder = Mock(spec=["find_spec"], **{"find_spec.return_value": None})
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     path = member(A)
+    # Setuptools' finder gives its distutils up in a process that asks for pip, and torch's compiler needs it.
+    assert "pip" not in [call.args[0] for call in finder.find_spec.call_args_list]
     assert path == cache_folder() / f"{NAME}-1.0" / STEM / "data" / "a.jsonl"
     assert path.read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
     assert [file for file in cache_folder().rglob("*") if file.is_file()] == [path]
@@ -185,7 +189,7 @@ def test_an_index_that_cannot_be_reached_or_that_nothing_reads_is_said(index: Pa
     failed = subprocess.CompletedProcess([], 1, "", output)
     monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
     assert "cannot be reached" in refused(WHOLE).what
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     assert "neither pip nor uv" in refused(WHOLE).what
 
@@ -201,7 +205,7 @@ def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch:
             archive.extractall(Path(command[command.index("--target") + 1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv")
     monkeypatch.setattr(packages.subprocess, "run", run)
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "a" * 64)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime.recognition import blocks_of
@@ -81,10 +84,17 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(found[1])
 
 
-def adapted(model: nn.Module, **settings: object) -> nn.Module:
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let the blocks keep their inputs alone."""
+    for block in layers_of(model):
+        block.gradient_checkpointing = block.training = True
+        block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
+def adapted(model: nn.Module, seed: int = 0, **settings: object) -> nn.Module:
     """The model with factors that are not zero, so that their gradients are not either."""
     attach(model, LoRAConfig(rank=4, alpha=8, **settings), seed=0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _, factor in adapter_parameters(model):
         factor.data.normal_(0, 0.1, generator=generator)
     return model
@@ -112,10 +122,13 @@ def assert_same(found: Found, expected: Found) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1], expected[1], strict=True))
 
 
-def assert_as_near(found: Found, own: Found, exact: Found) -> None:
-    """Outputs and gradients are about as near to the exact ones as the model's own are."""
-    (output, gradients), (own_output, own_gradients) = (
-        (off(out, exact[0]), sum(off(ours, theirs) for ours, theirs in zip(grads, exact[1], strict=True)))
-        for out, grads in (found, own)
-    )
-    assert output < 1.2 * own_output and gradients < 1.2 * own_gradients
+def assert_as_near(draws: list[tuple[Found, Found, Found]]) -> None:
+    """Of draws (found, the model's own, exact), outputs and gradients found are together about as near to the exact
+    ones as the model's own are: how rounding falls in one draw differs by a quarter."""
+    distances = torch.tensor([[_distances(each, exact) for each in (found, own)] for found, own, exact in draws])
+    ours, own = distances.sum(0)
+    assert (ours < 1.2 * own).all(), distances
+
+
+def _distances(found: Found, exact: Found) -> tuple[float, float]:
+    return off(found[0], exact[0]), sum(off(ours, theirs) for ours, theirs in zip(found[1], exact[1], strict=True))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from deltaw.kernels import loader
 from deltaw.lora import adapter_parameters
@@ -23,6 +21,7 @@ from tests.runtime.families import (
     adapted,
     assert_as_near,
     assert_near,
+    checkpoint_blocks,
     encoder_of,
     layers_of,
     model_of,
@@ -68,9 +67,7 @@ def test_fused_blocks_equal_the_models_own(family, checkpointing, lengths, monke
     model = adapted(made(family))
     expected = outputs_and_gradients(model, lengths, fused=False)
     if checkpointing:
-        for block in layers_of(model):
-            block.gradient_checkpointing = block.training = True
-            block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        checkpoint_blocks(model)
     assert fused_padded_blocks(model).choice.value, fused_padded_blocks(model).choice.why
     ran = count_runs(monkeypatch)
     with counted_calls(monkeypatch) as calls:
@@ -81,9 +78,12 @@ def test_fused_blocks_equal_the_models_own(family, checkpointing, lengths, monke
 
 @pytest.mark.parametrize("family", [*ENCODERS, *FALCON])
 def test_in_bf16_fused_blocks_are_as_near_to_fp32_as_the_models_own(family):
-    model = adapted(made(family, torch.bfloat16))
-    own, found = (outputs_and_gradients(model, LENGTHS[0], fused=fused) for fused in (False, True))
-    assert_as_near(found, own, outputs_and_gradients(adapted(made(family)), LENGTHS[0], fused=False))
+    draws = []
+    for seed in range(3):
+        model, exact = (adapted(made(family, dtype), seed) for dtype in (torch.bfloat16, torch.float32))
+        asked = ((model, True), (model, False), (exact, False))
+        draws.append(tuple(outputs_and_gradients(each, LENGTHS[0], fused=fused) for each, fused in asked))
+    assert_as_near(draws)
 
 
 @pytest.mark.parametrize(

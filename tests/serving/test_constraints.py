@@ -305,7 +305,7 @@ def test_processes_go_where_memory_is_short_after_a_while_and_at_the_end():
     def started() -> int:
         return sum(child.pid not in before for child in psutil.Process().children(recursive=True))
 
-    with made_with(ProcessLimits(idle_seconds=0.05), memory=16 << 20) as made:
+    with made_with(ProcessLimits(idle_seconds=0.05), memory=12 << 20) as made:
         honest = begun(made, "a*")
         assert started() == 2  # one launches the others
         assert grown(begun(made, GROWING)) == "all constraints together take too much memory", "the largest goes"

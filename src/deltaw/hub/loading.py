@@ -73,6 +73,8 @@ def _with_attention(
     Raises:
         UserError: the architecture does not fit the task, the files cannot be read, or they need code of their own.
     """
+    if attention == "sdpa" and _caps_scores(config):
+        attention = "eager"
     try:
         return make(attention), attention
     except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
@@ -87,6 +89,12 @@ def _with_attention(
             hint = "fetch or copy the model again, or check that config.json belongs to the weights"
             raise UserError(f"the model cannot be loaded: {why}", where=str(folder), hint=hint) from error
     return _with_attention(make, "eager", config, task, folder)
+
+
+def _caps_scores(config: object) -> bool:
+    """Whether attention's scores are capped; torch's own attention does not, which transformers before 5.21 ignores."""
+    text = config.get_text_config(decoder=True) if isinstance(config, PretrainedConfig) else None
+    return bool(getattr(text, "attn_logit_softcapping", None))
 
 
 def _why(used: str, asked: str, config: PretrainedConfig) -> Choice[str]:
@@ -232,7 +240,7 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
 
 def ordinary_attention(model: nn.Module) -> str:
     """The name of torch's own attention, or of transformers' plain one for models that know no other."""
-    return "sdpa" if has_sdpa(model) else "eager"
+    return "sdpa" if has_sdpa(model) and not _caps_scores(model.config) else "eager"
 
 
 def _require_whole_files(folder: Path) -> None:

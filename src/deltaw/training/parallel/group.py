@@ -15,6 +15,7 @@ import functools
 import heapq
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +47,24 @@ PART_BYTES = 256 * 1024
 MOST_RANGES = 8
 
 Item = TypeVar("Item")
+
+
+@contextlib.contextmanager
+def unprinted() -> Iterator[None]:
+    """Drop what native code prints on standard output while open: Gloo of older versions of torch reports there whom
+    it is connected to, among the command's own output."""
+    try:
+        before = os.dup(1)
+    except OSError:  # standard output is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 class Waited(Protocol):
@@ -480,7 +499,8 @@ class Group(Reducer):
         It is one of its own, so that what is gathered and what is summed cannot meet.
         """
         self.sharded = True
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._seconds))
+        with unprinted():
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._seconds))
         assert group is not None
         return group
 

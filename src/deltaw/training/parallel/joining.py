@@ -23,7 +23,7 @@ from deltaw.machine.choices import choose_device, choose_threads
 from deltaw.machine.memory import give_large_blocks_back
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say
-from deltaw.training.parallel.group import Group, LostProcess, Told
+from deltaw.training.parallel.group import Group, LostProcess, Told, unprinted
 from deltaw.training.parallel.reducer import ALONE, Reducer
 
 
@@ -235,11 +235,12 @@ def _join(who: Told) -> Group:
         torch.cuda.set_device(who.local_rank)
     backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=who.seconds)
     try:
-        dist.init_process_group(backend, store=store, rank=who.rank, world_size=who.size, timeout=limit)
-        orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
-        # Gradients leave when they are there, which each process sees at another time: not among what else
-        # is asked of all in one order.
-        gradients = dist.new_group(timeout=limit)
+        with unprinted():
+            dist.init_process_group(backend, store=store, rank=who.rank, world_size=who.size, timeout=limit)
+            orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
+            # Gradients leave when they are there, which each process sees at another time: not among what else
+            # is asked of all in one order.
+            gradients = dist.new_group(timeout=limit)
     except RuntimeError as error:
         what = f"the processes cannot connect to each other: {_first_line(error)}"
         hint = "let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes"
