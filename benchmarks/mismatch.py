@@ -2,10 +2,10 @@
 
     python benchmarks/mismatch.py [--precision fp32 bf16 int8] [--activated] [--new 16 64 256]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers that two steps have moved. The engine draws 8 completions of 8
-prompts for each length; its log-probability of each token is compared with what the trainer computes for the same tokens
-with the same adapter. Beside it, for the first completion of each prompt without an adapter: how far transformers' cached generation is
-from its own forward pass in fp32 and bf16.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers that two steps have moved. The engine draws 8 completions of
+each of 8 prompts for each length; its log-probability of a token is compared with what the trainer computes for the
+same tokens with the same adapter. Beside it, for the first completion of each prompt, without an adapter: how far
+transformers' cached generation is from its own forward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from rewards import ALPHA, MODEL, RANK, rows_of
 import deltaw
 from deltaw.hub.loading import load
 from deltaw.machine.choices import choose_threads
-from deltaw.training.kept_rollouts import rollouts_in
-from deltaw.training.policy_losses import Rollout
-
+from deltaw.training.rollouts.kept import rollouts_in
+from deltaw.training.rollouts.losses import Rollout
 
 
 def main() -> None:
@@ -41,9 +40,8 @@ def main() -> None:
         off = np.concatenate([_written(row, row.old_logprobs) - _engine(row) for row in rows])
         theirs = np.nan if precision == "int8" else np.abs(of_transformers(rows[::8], precision)).mean()
         mean = np.abs(off).mean()
-        table.append(
-            f"| {precision} | {len(off):,} | {mean:.2e} | {np.abs(off).max():.2e} | {theirs:.2e} | {mean / theirs:.2f} |"
-        )
+        cells = (precision, f"{len(off):,}", f"{mean:.2e}", f"{np.abs(off).max():.2e}", f"{theirs:.2e}")
+        table.append(f"| {' | '.join(cells)} | {mean / theirs:.2f} |")
         print(table[-1], flush=True)
     print("\n".join(["", *table]))
     print_machine(choose_threads().value)
@@ -55,7 +53,9 @@ def drawn(precision: str, new: int, activated: bool) -> list[Rollout]:
         rows, own, output = (Path(work) / name for name in ("rows.jsonl", "own.py", "run"))
         asked = rows_of({"prompts": 8, "steps": 3})
         rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
-        own.write_text("def lengths(completions, **columns):\n    return [len(text) % 10 / 10 for text in completions]\n")
+        own.write_text(
+            "def lengths(completions, **columns):\n    return [len(text) % 10 / 10 for text in completions]\n"
+        )
         lora = {"rank": RANK, "alpha": ALPHA, "target_modules": "all-linear"}
         settings = {
             "model": MODEL,

@@ -559,7 +559,8 @@ class RunConfig(BaseModel):
         if isinstance(data.eval, str | dict):  # else it is a share of the rows
             found["data.eval"] = data.eval
         found |= {"data.chat_template": data.chat_template, "track": self.track}
-        functions = [function.model_dump(mode="json") for function in self.reward.functions if function.reaches_out]
+        how: dict[str, Any] = {"mode": "json", "by_alias": True, "exclude_defaults": True}
+        functions = [function.model_dump(**how) for function in self.reward.functions if function.reaches_out]
         found |= {"reward.functions": functions or None, "reward.environment": self.reward.environment}
         if self.task == "distill":
             teachers = [name for one in self.distill.teachers for name in (one.model, one.adapter) if name]

@@ -28,7 +28,8 @@ from deltaw.settings import RewardSettings, RunConfig
 from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.monitoring.best import FORWARD, WRITTEN, Costs, Ending
 from deltaw.training.planning.plan_run import plan
-from deltaw.training.scoring import Scorer, interval_of, pass_at
+from deltaw.training.rollouts.scoring import Scorer, interval_of, pass_at
+from deltaw.training.rollouts.turns import OneTurn
 from deltaw.training.state import Step
 from deltaw.training.tasks.reward import Asked, RewardTask
 from tests.cli.conftest import assert_refused
@@ -44,7 +45,7 @@ def short(prompt, completion):
 
 def prompt(row: int, text: str = "say", answer: str | None = None) -> Prompt:
     tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    return Prompt(row, tokens, np.zeros(len(tokens), bool), len(tokens), answer)
+    return Prompt(row, tokens, np.zeros(len(tokens), bool), len(tokens), answer, columns={"prompt": text})
 
 
 def drawn(text: str, ended: bool = True) -> Drawn:
@@ -94,7 +95,7 @@ def test_functions_of_one_name_are_told_apart_and_weights_apply(model_folder):
     pattern = {"name": "regex", "pattern": "a+"}
     functions = [pattern, {**pattern, "pattern": "a", "weight": -2.0}, {"name": "lower-case", "weight": 3.0}]
     settings = RewardSettings.model_validate({"functions": functions})
-    with closing(Scorer(settings, load_tokenizer(model_folder))) as scorer:
+    with closing(Scorer(settings)) as scorer:
         prompts = [prompt(n) for n in range(3)]
         texts = [drawn("aa"), drawn("a"), drawn("B")]
         rewards = scorer(prompts, texts)
@@ -126,9 +127,9 @@ def test_completions_are_scored_greedily_and_as_drawn(model_folder):
             return [drawn("yes"), drawn("maybe", ended=False)]
         return [drawn(text) for text in ("yes", "x", "x", "yes", "no", "x", "x", "x")]
 
-    with closing(Scorer(settings, task.tokenizer)) as scorer:
-        score = task.scored(rows, sampler, scorer, Asked(samples=4, temperature=0.7))
-        lenient = task.scored(rows, sampler, scorer, Asked(threshold=0.0)).metrics
+    with closing(Scorer(settings)) as scorer:
+        score = task.scored(rows, OneTurn(sampler), scorer, Asked(samples=4, temperature=0.7))
+        lenient = task.scored(rows, OneTurn(sampler), scorer, Asked(threshold=0.0)).metrics
     greedy, several = asked[0], asked[1]
     assert greedy == Drawing(4) and (several.temperature, several.top_k) == (0.7, 7) and len(set(several.seeds)) == 8
     metrics = score.metrics
@@ -188,9 +189,9 @@ def test_flags_of_rewards_are_refused_for_other_tasks(model_folder, tmp_path, ca
 def test_functions_of_a_folder_that_nobody_named_here_are_not_run(finished, evaluated, call, monkeypatch):
     result, _ = finished
     monkeypatch.setattr("deltaw.training.origin.was_named", lambda kind, value: kind != "reward")
-    words = "reward.functions.0", "own.py", "--trust-remote-code"
+    words = "reward.functions", "own.py", "--trust-remote-code"
     assert_refused(call("eval", result.output, "--no-drift"), *words)
-    with pytest.raises(UserError, match=r"reward\.functions\.0"):
+    with pytest.raises(UserError, match=r"reward\.functions"):
         deltaw.fit({"train": {"max_steps": 4}}, resume=result.output)
     assert evaluated("--trust-remote-code")["score"]["metric"] == "reward"
 

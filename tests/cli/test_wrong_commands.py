@@ -61,7 +61,8 @@ WRONG = {
     "train train.yaml --load_in_4bit": "'--precision' (nf4)",
     "train train.yaml --sample_packing": "packed",
     "train train.yaml --method qlora": "precision: nf4",
-    "train train.yaml --task reward": "sequence-classification",
+    "train train.yaml --task rm": "sequence-classification",
+    "train train.yaml --task grpo": "reward.loss",
     "train train.yaml --precision 4bit": "nf4",
     "generate runs/mine --max-tokens 5": "'--max-new-tokens'",
     "generate --model x --adapter-path runs/mine -p x": "RUN, without a flag",
@@ -146,7 +147,8 @@ def test_short_flags_and_other_spellings_are_those_of_the_settings(call, here, m
 
 def test_words_for_a_task_are_understood_where_they_are_unambiguous():
     for word, (task, loss) in other_names.TASKS.items():
-        config = RunConfig.read({"model": "m", "data": "d", "task": word})
+        teaches = {"distill": {"prompt": "be brief"}} if task == "distill" else {}
+        config = RunConfig.read({"model": "m", "data": "d", "task": word, **teaches})
         assert config.task == task and (loss is None or config.preference.loss == loss)
     given = {"model": "m", "data": "d", "task": "dpo", "preference": {"beta": 0.3}}
     assert RunConfig.read(given).preference.model_dump().items() >= {"beta": 0.3, "loss": "dpo"}.items()

@@ -14,11 +14,11 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
 from deltaw.settings import DistillSettings, RunConfig
-from deltaw.training.distillation import DistillObjective
-from deltaw.training.lessons import ANSWERS, FOLDER, LIKELIEST
+from deltaw.training.distillation.feed import ANSWERS, FOLDER, LIKELIEST
+from deltaw.training.distillation.loss import DistillObjective
+from deltaw.training.distillation.teachers import first_difference
 from deltaw.training.origin import score_run
 from deltaw.training.planning.plan_run import plan
-from deltaw.training.teachers import first_difference
 from tests.conftest import laid_over, write_rows
 from tests.training.parallel_runs import distance, needs_gloo, train_all
 from tests.training.runs import ADAPTER, Told, held_out_rows, metrics, opened
@@ -123,7 +123,9 @@ def test_what_the_teacher_gave_is_written_once_and_found_again(distill_run, monk
     assert len(answers) == 12 and kept.shape[1] == 5  # of all rows; of those to train on, its likeliest tokens
     assert kept.shape[0] == sum(len(tokens) for _, tokens, _ in answers[:9])
     assert (np.diff(kept["logprob"], axis=1) <= 0).all() and (kept["logprob"] < 0).all()
-    monkeypatch.setattr("deltaw.training.teachers.Teacher.write", lambda *given: pytest.fail("written again"))
+    monkeypatch.setattr(
+        "deltaw.training.distillation.teachers.Teacher.write", lambda *given: pytest.fail("written again")
+    )
     monkeypatch.setattr(DistillObjective, "likeliest", _only_few(DistillObjective.likeliest, 3))
     assert not deltaw.fit(resume=settings["output"]).interrupted
 

@@ -16,10 +16,10 @@ from deltaw.lora.adapt import attach
 from deltaw.lora.config import LoRAConfig
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import DistillSettings
-from deltaw.training.distillation import DistillObjective, divergence, with_rest
+from deltaw.training.distillation.loss import DistillObjective, divergence, with_rest
+from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.teachers import Teacher
 from tests.tiny_models import VOCABULARY, causal_model
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)

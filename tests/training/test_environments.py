@@ -14,10 +14,11 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.runtime.generation import Drawing, Drawn
+from deltaw.serving.rollouts import SessionSampler
 from deltaw.settings import RewardSettings
 from deltaw.training.origin import score_run
-from deltaw.training.rollouts import _rollout
-from deltaw.training.turns import Turns
+from deltaw.training.rollouts.feed import _rollout
+from deltaw.training.rollouts.turns import Turns
 from tests.byte_models import byte_tokenizer
 from tests.conftest import write_rows
 from tests.data.chat_templates import tokenizer_of
@@ -250,7 +251,7 @@ def test_a_folder_from_elsewhere_cannot_name_what_rewards(tmp_path, model_folder
     }
     output = deltaw.fit(config).output
     run = opened(output)
-    assert score_run(run, held_out_rows(run)).evaluation.main == "reward"
+    assert score_run(run, held_out_rows(run), sampler=SessionSampler(run)).evaluation.main == "reward"
     saved = (output / "run.yaml").read_text()
     assert "lower-case" in saved
     (output / "run.yaml").write_text(saved.replace("name: lower-case", f"name: {code}:Vowels"))

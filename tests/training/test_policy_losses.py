@@ -11,7 +11,7 @@ import torch
 
 from deltaw.settings import RewardSettings
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.policy_losses import PolicyLoss, Rollout, advantages
+from deltaw.training.rollouts.losses import PolicyLoss, Rollout, advantages
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo")
 LENGTHS = (3, 7, 1, 5)

@@ -18,9 +18,9 @@ from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.settings import RewardFunction
 from deltaw.training.origin import score_run
-from deltaw.training.reward_worker import Rewarder
 from deltaw.training.rewards import Scored, reward_of
 from deltaw.training.rewards.judge import judge
+from deltaw.training.rewards.rewarder import Rewarder
 from deltaw.training.rewards.unit_tests import cases, code_of, unit_tests
 from tests.conftest import COLORS, write_rows
 from tests.training.runs import held_out_rows, opened

@@ -8,8 +8,8 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.settings import RewardFunction
-from deltaw.training.reward_worker import Rewarder
 from deltaw.training.rewards import Scored
+from deltaw.training.rewards.rewarder import Rewarder
 
 OWN = """
 import os, sys, time

@@ -370,8 +370,8 @@ class Metrics:
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
         samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
         general: the last general answers, each with ``prompt``, ``base`` and ``adapter``.
-        completions: the best and the worst of the last rollout, as :class:`deltaw.training.scoring.Rewarded`; and
-            ``completed``, its step.
+        completions: the best and the worst of the last rollout, as :class:`deltaw.training.rollouts.scoring.Rewarded`;
+            and ``completed``, its step.
         skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read, such as the last one of a killed run.
     """

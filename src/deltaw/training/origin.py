@@ -42,7 +42,7 @@ from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration
 from deltaw.training.prompting import Prompting, read_prompting
-from deltaw.training.scoring import Scorer
+from deltaw.training.rollouts.scoring import Scorer
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, answers
@@ -477,9 +477,9 @@ def score_run(
     """
     task, model = opened.task, opened.model
     if isinstance(task, RewardTask):
-        assert sampler is not None
         if opened.found is not None:
             opened.found.require_rewards()
+        assert sampler is not None, "completions that are rewarded are drawn"
         with contextlib.closing(Scorer(task.settings)) as scorer, contextlib.closing(task.turns(sampler)) as write:
             score = task.scored(examples, write, scorer, replace(asked, max_new_tokens=max_new_tokens))
         return score if shown else Score(score.evaluation)

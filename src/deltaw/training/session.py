@@ -47,28 +47,28 @@ from deltaw.training.approximations import (
     steps_between,
 )
 from deltaw.training.callbacks import Callback, Say, silent
-from deltaw.training.distillation import DistillObjective
+from deltaw.training.distillation.feed import LessonFeed
+from deltaw.training.distillation.loss import DistillObjective
+from deltaw.training.distillation.teachers import base_as_teacher, other_teacher
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, as_rounded, general_answers, identity_of
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
-from deltaw.training.lessons import LessonFeed
 from deltaw.training.loop import train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.preparation import checkpoint_blocks, quantized
-from deltaw.training.rollouts import RolloutFeed
+from deltaw.training.rollouts.feed import RolloutFeed
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
 from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.reward import RewardTask
-from deltaw.training.teachers import base_as_teacher, other_teacher
 from deltaw.working import Detail, working
 
 # Rows that an initialization which depends on the data is calibrated on.

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.example import Example
+from deltaw.training.distillation.feed import LessonFeed
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.lessons import LessonFeed
 from deltaw.training.session import Session
 from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.working import working

@@ -1,8 +1,8 @@
 """Rewards: functions of completions, each a number; built in, or in a file of the user's own.
 
 A run names them with weights (``reward.functions``). Each runs in a worker process of its own with a limit on its
-time, since it may hang, leak or die: :class:`deltaw.training.reward_worker.Rewarder` asks. A reward is a finite number,
-or None where a function has nothing to say of a row, which then counts 0.
+time, since it may hang, leak or die: :class:`deltaw.training.rewards.rewarder.Rewarder` asks. A reward is a finite
+number, or None where a function has nothing to say of a row, which then counts 0.
 
 A file's function, as in ``rewards.py:length``, takes ``prompts``, ``completions`` and the rows' columns by their names,
 each a list, as TRL's do, and gives a list of numbers; or ``prompt``, ``completion`` and columns of one row, and gives

@@ -23,7 +23,7 @@ from typing import Any
 
 from deltaw.settings import RewardFunction
 from deltaw.training.rewards.base import Scored
-from deltaw.training.worker import end
+from deltaw.training.rewards.worker import end
 
 _FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _CHILD = Path(__file__).with_name("unit_tests_child.py")

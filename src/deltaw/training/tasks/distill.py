@@ -14,13 +14,13 @@ from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.settings import DistillSettings
 from deltaw.training.callbacks import Say
-from deltaw.training.distillation import DistillObjective, lessons_of
+from deltaw.training.distillation.feed import LessonFeed
+from deltaw.training.distillation.loss import DistillObjective, lessons_of
+from deltaw.training.distillation.teachers import require_same_vocabulary
 from deltaw.training.evaluation.base import Evaluation, check_finite
-from deltaw.training.lessons import LessonFeed
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows
 from deltaw.training.tasks.causal import CausalTask, evaluate_causal
-from deltaw.training.teachers import require_same_vocabulary
 from deltaw.working import working
 
 

@@ -18,13 +18,13 @@ from deltaw.settings import RewardSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.policy_losses import PolicyLoss
-from deltaw.training.rollouts import RolloutFeed
-from deltaw.training.scoring import Scorer, interval_of, pass_at
+from deltaw.training.rollouts.feed import RolloutFeed
+from deltaw.training.rollouts.losses import PolicyLoss
+from deltaw.training.rollouts.scoring import Scorer, interval_of, pass_at
+from deltaw.training.rollouts.turns import OneTurn, Turns, turns_of
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows
 from deltaw.training.tasks.causal import Answer, CausalTask, Score
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.turns import OneTurn, Turns, turns_of
 from deltaw.working import working
 
 # Of sums of weighted rewards.

@@ -23,13 +23,13 @@ from deltaw.hub.loading import has_values
 from deltaw.runtime.generation import Drawing, Drawn, seed_of
 from deltaw.settings import RewardSettings
 from deltaw.training.evaluation.base import mean_interval
-from deltaw.training.kept_rollouts import KeptRollouts, rollouts_in
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.policy_losses import PolicyLoss, Rollout, advantages
-from deltaw.training.scoring import Rewarded, Scorer
-from deltaw.training.turns import OneTurn, Turns
+from deltaw.training.rollouts.kept import KeptRollouts, rollouts_in
+from deltaw.training.rollouts.losses import PolicyLoss, Rollout, advantages
+from deltaw.training.rollouts.scoring import Rewarded, Scorer
+from deltaw.training.rollouts.turns import OneTurn, Turns
 from deltaw.working import working
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class RolloutFeed(Feed):
         return rollouts_in(first)
 
     def longest(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """What a step's completions are at most, for a dry run: as long as may be, and no two with a common beginning,
-        which would be computed once."""
+        """What a step's completions are at most, for a dry run: as long as may be, and no two with a shared prefix
+        behind the prompt."""
         length = self.settings.most_tokens
         logprobs = np.zeros(length, np.float32)
         group = [Drawn(np.full(length, n, np.int64), "", None, logprobs) for n in range(self.settings.group)]

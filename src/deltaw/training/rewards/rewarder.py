@@ -1,7 +1,7 @@
 """A reward function in a process of its own, which another process asks and may end at any time.
 
 The asking side is :class:`Rewarder`; this module run as a program is the answering side
-(:mod:`deltaw.training.worker`). It imports neither torch nor transformers, unless a reward is a model.
+(:mod:`deltaw.training.rewards.worker`). It imports neither torch nor transformers, unless a reward is a model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deltaw.errors import UserError
 from deltaw.settings import RewardFunction
 from deltaw.training.rewards import Reward, reward_of
 from deltaw.training.rewards.base import Scored, place_of
-from deltaw.training.worker import Answering, Worker, answer_requests, as_number
+from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number
 
 
 class Rewarder:

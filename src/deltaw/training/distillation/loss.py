@@ -22,9 +22,9 @@ from deltaw.data.lessons import Lesson
 from deltaw.data.packing import Batch
 from deltaw.kernels.transfer import to_device
 from deltaw.settings import DistillSettings
+from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.losses import Watched, label_places, log1mexp
 from deltaw.training.tasks.causal_objective import CausalObjective, Values, chunked_sum, loss_dtype
-from deltaw.training.teachers import Teacher
 
 # Of some labels, (n, k) the tokens that are known, None for all, and (n, k) the teacher's log-probabilities of them.
 Taught: TypeAlias = tuple[Tensor | None, Tensor]

@@ -15,8 +15,8 @@ from deltaw.data.prompts import Prompt, last_asked
 from deltaw.runtime.generation import Drawn
 from deltaw.settings import RewardSettings
 from deltaw.training.evaluation.base import Interval, mean_interval
-from deltaw.training.reward_worker import Rewarder
 from deltaw.training.rewards import Scored
+from deltaw.training.rewards.rewarder import Rewarder
 
 # Characters of a prompt and of a completion that are kept to be looked at, and how many of the best and the worst.
 SHOWN_TEXT, SHOWN = 600, 2

@@ -26,10 +26,10 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.runtime.generation import Drawing, Drawn, Sampler
 from deltaw.settings import DistillSettings
-from deltaw.training.distillation import DistillObjective
+from deltaw.training.distillation.loss import DistillObjective
+from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.microbatches import AnyBatcher, Feed
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.teachers import Teacher
 from deltaw.working import working
 
 # Within a run's folder.

@@ -17,7 +17,7 @@ from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.runtime.generation import Drawing, Drawn, Sampler, seed_of
 from deltaw.settings import RewardSettings
-from deltaw.training.environments import Environments
+from deltaw.training.rollouts.environments import Environments
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 
 from deltaw.durable import write_text
 from deltaw.errors import UserError
-from deltaw.training.policy_losses import Rollout
+from deltaw.training.rollouts.losses import Rollout
 
 _ARRAYS = {
     "tokens": np.int32,

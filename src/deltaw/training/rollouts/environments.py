@@ -2,7 +2,7 @@
 
 A run names a class (``reward.environment: FILE.py:CLASS``) that implements :class:`Environment`. Its objects live in a
 worker process with a limit on the time of each call: :class:`Environments` asks; this module run as a program is the
-answering side (:mod:`deltaw.training.worker`).
+answering side (:mod:`deltaw.training.rewards.worker`).
 
 Knows texts and rows; no model, no tokens, no torch.
 """
@@ -19,7 +19,7 @@ from deltaw.data.messages import Message
 from deltaw.errors import UserError
 from deltaw.settings import RewardSettings
 from deltaw.training.rewards.base import from_file
-from deltaw.training.worker import Answering, Worker, answer_requests, as_number
+from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number
 
 _ROLES = ("user", "tool")
 

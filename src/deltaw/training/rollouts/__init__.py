@@ -1,0 +1,1 @@
+"""Completions that the model writes itself: drawn, rewarded, and learned from."""
