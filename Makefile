@@ -1,5 +1,6 @@
 # What a person types. Each target sets up its own virtual environment where none stands.
 #   make demo      fine-tune a real model on a real task and show what it learned
+#   make reward    teach the same model by rewards alone (`make distill`: to answer as with a prompt, without the prompt)
 #   make test      the tests (`make test-slow`: the rest of what docs/development.md lists; `make test-variants`: with each
 #                  variant of the kernels that this machine runs, with tiles emulated, and without kernels, with one
 #                  and two threads, which takes hours)
@@ -32,7 +33,7 @@ PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow test-variants lint bench figures site sanitize sanitize-all sanitize-tiles kernels-arm \
+.PHONY: demo reward distill test test-slow test-variants lint bench figures site sanitize sanitize-all sanitize-tiles kernels-arm \
         kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
@@ -40,6 +41,14 @@ demo: $(VENV)/.run
 	&& $(BIN)/deltaw train examples/demo.yaml --precision $$precision \
 	&& $(BIN)/deltaw eval runs/demo --precision $$precision --base --answers 6 --general 6
 	@cat examples/next-steps.txt
+
+reward: $(VENV)/.run
+	$(BIN)/python examples/rows.py lower-case
+	$(BIN)/deltaw train examples/reward.yaml
+	$(BIN)/deltaw eval runs/reward --base --samples 4 --answers 4
+
+distill: $(VENV)/.run
+	$(BIN)/deltaw train examples/distill.yaml
 
 test: $(VENV)/.dev
 	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # the variant that it names, too

@@ -537,6 +537,9 @@ class RunConfig(BaseModel):
         if self.task in ("reward", "distill") and self.train.sharding != "none":
             what = f"the task '{self.task}' needs the whole model, and sharding leaves each process a part of it"
             raise UserError(what, where="train.sharding", hint="set train.sharding: none")
+        if self.task in ("reward", "distill") and self.train.learning_rate == "search":
+            what = f"the range test needs rows with labels, and the task '{self.task}' writes them in each step"
+            raise UserError(what, where="train.learning_rate", hint="give a number, such as 1e-4")
         if self.task == "distill" and not self.distill.prompt and all(one.is_base for one in self.distill.teachers):
             what = "the teacher would be the base model that the student begins as"
             hint = "give it a prompt: distill.prompt: FILE, or name another: distill.teachers: [{model: …}]"

@@ -88,5 +88,10 @@ def test_the_task_needs_a_reward_and_other_tasks_take_none():
     known = {"model": "m", "data": "d.jsonl"}
     with pytest.raises(UserError, match="needs a reward"):
         RunConfig.read({**known, "task": "reward"})
+    rewarded = {**known, "task": "reward", "reward": {"functions": ["exact"]}}
+    with pytest.raises(UserError, match="range test"):
+        RunConfig.read({**rewarded, "train": {"learning_rate": "search"}})
+    with pytest.raises(UserError, match="sharding leaves each process a part"):
+        RunConfig.read({**rewarded, "train": {"sharding": "base"}})
     with pytest.raises(UserError, match="section 'reward'"):
         RunConfig.read({**known, "reward": {"functions": ["exact"]}})

@@ -156,7 +156,7 @@ class LessonFeed(Feed):
         rank, size, settings = self._processes.rank, self._processes.size, self.settings
         prompts, drawn = [row.prompt for row in rows[rank::size]], []
         drawing = Drawing(settings.max_new_tokens, settings.sampling_temperature, seeds=tuple(seeds[rank::size]))
-        with working("writing completions", len(prompts)):
+        with working("writing completions"):
             drawn = self._sampler(prompts, drawing) if prompts else []
         told = self._processes.texts(json.dumps([one.as_list() for one in drawn]))
         parts = [[Drawn.of_list(one) for one in json.loads(text)] for text in told]

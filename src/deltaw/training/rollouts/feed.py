@@ -160,9 +160,9 @@ class RolloutFeed(Feed):
         seeds = tuple(seed_of(self._seed, *drawing, prompt.row, n % group) for n, prompt in enumerate(own))
         how = Drawing(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, seeds, True)
         assert self.write is not None
-        with working("writing completions", len(own)):
+        with working("writing completions"):
             drawn = self.write(own, how)
-        with working("rewarding completions", len(own)):
+        with working("rewarding completions"):
             rewards = self.scorer(own, drawn)
         told = [one.as_list() for one in drawn], rewards.T.tolist()
         parts = [json.loads(text) for text in self._processes.texts(json.dumps(told))]

@@ -123,7 +123,7 @@ class RewardTask(CausalTask):
         """
         most = asked.max_new_tokens or self.settings.max_new_tokens
         threshold = scorer.highest if asked.threshold is None else asked.threshold
-        with working("writing completions", len(rows)):
+        with working("writing completions"):
             drawn = write(rows, Drawing(most))
         rewards = scorer(rows, drawn)
         found = scorer.named(rewards)
@@ -142,7 +142,7 @@ class RewardTask(CausalTask):
             every = [row for row in rows for _ in range(count)]
             seeds = np.random.default_rng(0).integers(2**63, size=count * len(rows)).tolist()
             how = Drawing(most, temperature, self.settings.top_p, self.settings.top_k, tuple(seeds))
-            with working("writing completions", len(seeds)):
+            with working("writing completions"):
                 several = write(every, how)
             given = scorer.named(scorer(every, several))
             sampled = {f"sampled {name}": values.reshape(-1, count).mean(1) for name, values in given.items()}
