@@ -46,6 +46,8 @@ class SessionSampler:
             return drawn(engine, engine.own_adapter, prompts, drawing)
         finally:
             engine.close(drain=False)
+            del engine  # and its cache, before the update needs memory
+            release_free_memory()
 
     def _engine(self, longest: int, count: int) -> Engine:
         """An engine over the weights as they are now, for sequences of at most ``longest`` tokens."""
