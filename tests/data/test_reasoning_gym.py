@@ -21,6 +21,9 @@ def test_rows_follow_from_name_seed_and_configuration():
     assert len(first) == 5 and first == rows("reasoning-gym:chain_sum?size=5&seed=3&min_digits=1&max_digits=1")
     assert first != rows("reasoning-gym:chain_sum?size=5&seed=4&min_digits=1&max_digits=1")
     assert len(rows("reasoning-gym:chain_sum?size=7")) == 7
+    # As the package counts, these would be the same problems, moved by one.
+    seeds = [{row["prompt"] for row in rows(f"reasoning-gym:chain_sum?size=50&min_digits=6&max_digits=6&seed={n}")} for n in (1, 2)]
+    assert len(seeds[0]) == 50 and not seeds[0] & seeds[1]
     assert all(row["prompt"] and row["answer"] for row in first)
     assert {json.loads(row["metadata"])["difficulty"]["num_digits"][1] for row in first} == {1}
     assert json.loads(first[0]["metadata"])["source_dataset"] == "chain_sum"
@@ -32,6 +35,7 @@ def test_rows_follow_from_name_seed_and_configuration():
         ("chain_sums", "no data set 'chain_sums'"),
         ("chain_sum?size=0", "size must be"),
         ("chain_sum?size=x", "size must be"),
+        ("chain_sum?seed=x", "seed must be"),
         ("chain_sum?size", "'size' is no key=value"),
         ("chain_sum?colour=1", "configuration does not fit"),
         ("chain_sum?min_terms=0", "configuration does not fit"),

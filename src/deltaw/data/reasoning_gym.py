@@ -1,6 +1,8 @@
 """Data sets of the package reasoning-gym as rows: ``reasoning-gym:NAME?size=500&seed=1&KEY=VALUE``.
 
-The package makes problems by name, seed and configuration, the same ones each time. A row has ``prompt``, ``answer``
+The package makes problems by name, seed and configuration, the same ones each time. Its problem i of seed s is problem
+i - 1 of seed s + 1, so seeds are spread before it gets them: two sets of different seeds have no problem in common by
+construction. A row has ``prompt``, ``answer``
 and ``metadata``, the JSON text that the package's scorers read. Knows no scores.
 """
 
@@ -37,7 +39,9 @@ def load(reference: str) -> datasets.Dataset:
     size = values["size"]
     if not isinstance(size, int) or not 0 < size <= _MOST:
         raise UserError(f"size must be a whole number from 1 to {_MOST}", where=reference, hint="write ?size=500")
-    made = _made(name, values, reference)
+    if not isinstance(values["seed"], int) or values["seed"] < 0:
+        raise UserError("seed must be a whole number from 0", where=reference, hint="write ?seed=1")
+    made = _made(name, values | {"seed": values["seed"] * _MOST}, reference)
     rows = [_row(made, place) for place in range(size)]
     first = made[0]
     if made.score_answer(first["answer"], first) != made.score_answer(first["answer"], _again(first)):
