@@ -87,7 +87,7 @@ def _passed(settings: RewardFunction, asked: tuple[str, list[str]]) -> int:
     code, tests = asked
     if not tests:
         return 0
-    token = secrets.token_hex(16)  # the code does not know it, so it cannot claim to have passed
+    token = secrets.token_hex(16)  # what the code prints is not taken for a test that passed
     limits = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
     request = json.dumps({"code": code, "tests": tests, "token": token, **limits}).encode()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as answer:
