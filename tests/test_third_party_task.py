@@ -103,6 +103,7 @@ def test_a_run_that_is_interrupted_goes_on_as_the_same_run(toy, run_settings):
     assert result.resumed_from_step == 5 and not result.interrupted and result.outcome.rows == 8 * 6
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_it_and_its_runs_are_evaluated(toy, run_settings, tmp_path, monkeypatch, capsys):
     use_worker_here(monkeypatch)
     config = RunConfig.read(run_settings(train={"epochs": 1}))

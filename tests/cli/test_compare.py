@@ -23,6 +23,7 @@ def file(settings, tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
 def test_a_killed_comparison_goes_on_where_it_was(call, file, tmp_path, monkeypatch):
     flags = ["--methods", "lora,head", "--json"]

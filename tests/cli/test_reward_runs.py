@@ -313,10 +313,14 @@ def test_a_plan_holds_what_rollouts_take(finished, tmp_path):
         )
 
     usual, long, many = planned(), planned(max_new_tokens=72), planned(group=8)
-    few_pages, more_pages, more_rows = (one.phases["rollouts"] for one in (usual, long, many))
+    few_pages, more_pages, more_rows = (
+        # What the process of the tests holds differs from plan to plan.
+        one.phases["rollouts"] - one.resident["process"]
+        for one in (usual, long, many)
+    )
     # Of each step three prompts of six tokens or so with four completions, which have no beginning in common.
     assert usual.tokens >= 3 * 4 * 8 and usual.rows == 12
-    assert more_pages > few_pages > usual.resident["process"] and more_rows > few_pages
+    assert more_pages > few_pages > 0 and more_rows > few_pages
     others = {k: v for k, v in config.items() if k != "reward"}
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
     assert "rollouts" not in plan({**others, "task": "causal-lm", "data": {"train": str(rows)}}).phases

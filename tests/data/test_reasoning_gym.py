@@ -22,7 +22,10 @@ def test_rows_follow_from_name_seed_and_configuration():
     assert first != rows("reasoning-gym:chain_sum?size=5&seed=4&min_digits=1&max_digits=1")
     assert len(rows("reasoning-gym:chain_sum?size=7")) == 7
     # As the package counts, these would be the same problems, moved by one.
-    seeds = [{row["prompt"] for row in rows(f"reasoning-gym:chain_sum?size=50&min_digits=6&max_digits=6&seed={n}")} for n in (1, 2)]
+    seeds = [
+        {row["prompt"] for row in rows(f"reasoning-gym:chain_sum?size=50&min_digits=6&max_digits=6&seed={n}")}
+        for n in (1, 2)
+    ]
     assert len(seeds[0]) == 50 and not seeds[0] & seeds[1]
     assert all(row["prompt"] and row["answer"] for row in first)
     assert {json.loads(row["metadata"])["difficulty"]["num_digits"][1] for row in first} == {1}

@@ -191,6 +191,7 @@ def test_fused_blocks_in_fp32_let_go_of_their_weights():
         assert not wide().keys() - before.keys()
 
 
+@pytest.mark.slow
 @compiled_only
 def test_what_is_off_computes_with_products_in_bf16(approximate, bf16_run, monkeypatch):
     assert GRADIENTS in approximate.approximations["used"]
@@ -247,6 +248,7 @@ def test_looking_again_changes_no_bit(approximate, bf16_run, monkeypatch):
     assert weights(looking) == weights(approximate)
 
 
+@pytest.mark.slow
 @compiled_only
 def test_a_run_goes_on_as_it_computed_unless_a_setting_or_the_environment_turns_it_off(
     approximate, bf16_run, tmp_path, monkeypatch

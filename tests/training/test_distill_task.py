@@ -75,6 +75,7 @@ def test_the_divergence_is_zero_where_student_and_teacher_are_given_the_same(dis
     assert abs(first["loss"]) < 1e-6 and first["gradient_norm"] < 1e-4
 
 
+@pytest.mark.slow
 def test_another_teacher_with_an_adapter_is_learned_from(distill_run, tmp_path, roomy_folder):
     taught = {"task": "causal-lm", "distill": {"prompt": None, "max_new_tokens": 128}, "train": {"max_steps": 30}}
     teacher = deltaw.fit(distill_run("teacher", **taught)).output
@@ -91,7 +92,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["likeliest", *(pytest.param(way, marks=pytest.mark.slow) for way in ("own", "teacher's"))]
+)
 def test_a_stopped_run_goes_on_to_the_bit(distill_run, way):
     whole = deltaw.fit(distill_run("whole", distill=WAYS[way]))
     part = distill_run("part", distill=WAYS[way])
@@ -103,7 +106,7 @@ def test_a_stopped_run_goes_on_to_the_bit(distill_run, way):
 
 
 @needs_gloo
-@pytest.mark.parametrize("way", ["own", "likeliest"])
+@pytest.mark.parametrize("way", ["own", pytest.param("likeliest", marks=pytest.mark.slow)])
 def test_two_processes_learn_as_one(distill_run, way):
     # Adam turns a gradient that is nothing but rounding into a whole step, so steps are short.
     one, two = (distill_run(name, distill=WAYS[way], train={"learning_rate": 1e-3}) for name in ("one", "two"))

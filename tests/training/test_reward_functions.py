@@ -213,6 +213,7 @@ def test_a_reward_model_scores_as_its_evaluation_does(settings, tmp_path):
     assert np.ptp(found[:-1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_reward_model_is_refused(model_folder):
     rewarder = Rewarder(settings_of("model", model=str(model_folder), seconds=60))
     try:

@@ -43,6 +43,7 @@ def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path,
     assert outcome(run)[1] == expected[1] and "gone" not in told
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_early_where_it_would_have(settings, tmp_path, worst):
     run = tmp_path / "run"
     made = settings(run, train={**TRAIN, "early_stopping": 2})
@@ -57,6 +58,7 @@ def test_a_killed_run_stops_early_where_it_would_have(settings, tmp_path, worst)
         assert (result.outcome.steps, result.stopped_early) == (9, whole.stopped_early)
 
 
+@pytest.mark.slow
 def test_a_killed_run_does_not_search_its_rate_again(settings, tmp_path, monkeypatch):
     run = tmp_path / "run"
     made = settings(run, train={**TRAIN, "learning_rate": "search"})
@@ -71,6 +73,7 @@ def test_a_killed_run_does_not_search_its_rate_again(settings, tmp_path, monkeyp
         assert f"learning_rate: search  # {rate}: " in (run / "run.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings, tmp_path):
     run, told = tmp_path / "run", Told()
     made = settings(run, train={**TRAIN, "adapter": "best"})
@@ -81,6 +84,7 @@ def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings
     assert result.best["step"] > 8
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(settings, tmp_path, clock):
     class Begun(Snapshots):
         def on_begin(self, state):
