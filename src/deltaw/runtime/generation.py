@@ -211,7 +211,7 @@ Sampler: TypeAlias = Callable[[Sequence[np.ndarray], Drawing], "list[Drawn]"]
 
 def seed_of(*numbers: int) -> int:
     """One number of several, which tells all of them apart."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generate(
