@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import queue
 import re
@@ -316,6 +317,20 @@ def test_processes_go_where_memory_is_short_after_a_while_and_at_the_end():
         assert until(lambda: started() == 1)
         held = begun(made, "a*")
     assert until(lambda: not started() and held.failed == "the engine is shut down")
+
+
+def test_a_text_in_a_circle_of_references_does_not_hold_its_process():
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with made_with(ProcessLimits(idle_seconds=0.05)) as made:
+        gc.disable()  # as if nothing else were made that would have it collected
+        try:
+            circle: list[object] = [begun(made, "a*")]
+            circle.append(circle)
+            del circle
+            # What launches the others stays.
+            assert until(lambda: len({one.pid for one in psutil.Process().children(recursive=True)} - before) == 1)
+        finally:
+            gc.enable()
 
 
 def test_a_tokenizer_that_cannot_be_read_is_said():

@@ -472,9 +472,14 @@ class ConstraintProcess:
                 self._asked += 1
 
     def _listen(self) -> None:
+        collected = 0.0
         with contextlib.suppress(EOFError, OSError):
             while True:
                 if not self._connection.poll(self._limits.idle_seconds):
+                    if len(self._texts) and collected != self.heard:
+                        # A text that nobody holds may stand in a circle of references, as with an error's frames.
+                        collected = self.heard
+                        gc.collect()
                     self._changed(self)
                     continue
                 answer = self._connection.recv_bytes()
