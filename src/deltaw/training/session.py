@@ -66,7 +66,7 @@ from deltaw.training.rollouts.feed import RolloutFeed
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
-from deltaw.training.tasks.base import RunData, Task, read_run_data, task_of
+from deltaw.training.tasks.base import RunData, Task, Written, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.reward import RewardTask
 from deltaw.working import Detail, working
@@ -141,6 +141,11 @@ class Session:
     def objective(self) -> AnyObjective:
         """The model with what it is trained to make small."""
         return self.feed.objective
+
+    @property
+    def written(self) -> Written:
+        """What the model writes in this run."""
+        return self.task.written(self.data, self.config.train.batch_size)
 
     @property
     def batcher(self) -> AnyBatcher:

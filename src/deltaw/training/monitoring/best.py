@@ -387,9 +387,9 @@ class Costs:
         self._tokens, self._seconds = 0, 0.0
         rows = [row for held_out in session.data.sets.values() for row in held_out]
         longest = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
-        if session.task.rolls_out:
-            answers, longest = answers + len(rows), session.config.reward.max_new_tokens
-        self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * answers * longest
+        self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * (
+            answers * longest + session.written.evaluation
+        )
         self._drift = _drift_tokens(session)
         trained = sum(p.numel() * p.element_size() for _, p in session.method.parameters(session.model))
         self._saving = SAVING_SECONDS + trained / SAVING_RATE

@@ -219,8 +219,8 @@ class Samples:
         self._rows = choose_rows(rows, count, seed=session.config.train.seed, stream=_SHOWN) if wanted else []
         longest = max((len(row) - row.prompt_length for row in self._rows), default=0)
         self._max_new_tokens = min(SAMPLE_TOKENS, max(FEWEST_TOKENS, 2 * longest))
-        if session.task.rolls_out:
-            self._max_new_tokens = min(REWARDED_TOKENS, session.config.reward.max_new_tokens)
+        if written := session.written.tokens:
+            self._max_new_tokens = min(REWARDED_TOKENS, written)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -518,8 +518,7 @@ class Monitor:
         session = self._session
         held_out = sum(len(rows) for rows in session.data.sets.values())
         most = BASE_SHARE * session.total_steps * session.config.train.batch_size
-        if session.task.rolls_out:
-            most *= session.config.reward.group
+        most *= session.written.each
         return self.budget is None and not session.task.has_pairs and 0 < held_out <= most
 
     def _measured(self) -> Evaluation:

@@ -150,16 +150,15 @@ def _resident_at(address: int) -> int:
 def rollout_bytes(session: Session) -> tuple[int, int]:
     """Bytes that a run's decoder copies of the weights, and those that it takes while it writes completions: keys and
     values in pages, of as many as are written at once and as long as they may get, and their logits."""
-    if not session.task.rolls_out:
+    written = session.written
+    if not written.at_once:
         return 0, 0
-    settings, held_out = session.config, [len(rows) for rows in session.data.sets.values()]
     config = session.model.config.get_text_config()
     heads, width = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or width // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    running = min(DRAWN_AT_ONCE, max([settings.train.batch_size * settings.reward.group, *held_out]))
-    longest = max(map(len, session.data.every)) + settings.reward.max_new_tokens + session.method.virtual_tokens
-    pages = running * (-(-longest // PAGE_TOKENS) + 1)
+    running = min(DRAWN_AT_ONCE, written.at_once)
+    pages = running * (-(-(written.longest + session.method.virtual_tokens) // PAGE_TOKENS) + 1)
     number = 4 if session.model.dtype == torch.float32 else 2
     cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
     has_int8 = any(parameter.dtype == torch.int8 for parameter in session.model.parameters())

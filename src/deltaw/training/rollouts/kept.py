@@ -38,8 +38,8 @@ class KeptRollouts:
         """Write a rollout, and remove those that no checkpoint goes on within."""
         self._folder.mkdir(exist_ok=True)
         write_text(self._file(number), "[" + ",\n".join(json.dumps(_plain(row)) for row in rows) + "]\n")
-        steps = [int(path.name.rpartition("-")[2]) for path in self._run.glob("checkpoints/step-*")]
-        wanted = {number} | {step // self._updates for step in steps}
+        steps = (path.name.removeprefix("step-") for path in self._run.glob("checkpoints/step-*"))
+        wanted = {number} | {int(step) // self._updates for step in steps if step.isdecimal()}
         for path in self._folder.glob("*.json"):
             if path.stem.isdecimal() and int(path.stem) not in wanted:
                 path.unlink(missing_ok=True)

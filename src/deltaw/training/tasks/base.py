@@ -71,6 +71,23 @@ class ModelFiles:
         return load_tokenizer(str(self.folder), say=self.say, trust_remote_code=self.trust_remote_code)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model writes in a run.
+
+    Attributes:
+        at_once: texts that may be written together. longest: tokens of the longest, its prompt among them.
+        evaluation: tokens that an evaluation writes at most. each: texts for a row of a step.
+        tokens: that an answer has at most; 0 where nothing is written.
+    """
+
+    at_once: int = 0
+    longest: int = 0
+    evaluation: int = 0
+    each: int = 1
+    tokens: int = 0
+
+
 class Task(abc.ABC):
     """One thing that a model can be trained to do.
 
@@ -147,6 +164,10 @@ class Task(abc.ABC):
             processes: that all ask for the same rows, and share the work.
         """
         return rows
+
+    def written(self, data: RunData, batch_size: int) -> Written:
+        """What the model writes in a run with these rows; of most tasks nothing."""
+        return Written()
 
     def evaluation_batches(self, examples: Sequence[Any], batcher: AnyBatcher) -> Iterator[Any]:
         """The microbatches that :meth:`evaluate` asks for, in order."""

@@ -19,7 +19,7 @@ from deltaw.training.distillation.loss import DistillObjective, lessons_of
 from deltaw.training.distillation.teachers import require_same_vocabulary
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Written
 from deltaw.training.tasks.causal import CausalTask, evaluate_causal
 from deltaw.working import working
 
@@ -65,6 +65,17 @@ class DistillTask(CausalTask):
         """That of the longest prompt with the longest completion."""
         longest = np.zeros(longest_lesson(examples, self.settings.max_new_tokens), np.int32)
         return super().batcher(model, [Example(1, longest, longest == 0, 0, None)], **how)
+
+    def written(self, data: RunData, batch_size: int) -> Written:
+        """The student's completions, and the answers of a teacher that is the base model."""
+        settings, first = self.settings, self.settings.all_teachers[0]
+        answered = 0
+        if first.is_base and first.quantize is None:
+            own = settings.answers == "given"
+            answered = sum(not (own and row.label_count) for row in data.every)
+        drawn = batch_size if settings.on_policy else 0
+        longest = longest_lesson(data.every, settings.max_new_tokens)
+        return Written(max(drawn, answered), longest, tokens=settings.max_new_tokens)
 
     def objective(self, model: PreTrainedModel) -> DistillObjective:
         return DistillObjective(model, self.settings)

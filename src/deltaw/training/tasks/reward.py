@@ -22,7 +22,7 @@ from deltaw.training.rollouts.feed import RolloutFeed
 from deltaw.training.rollouts.losses import PolicyLoss
 from deltaw.training.rollouts.scoring import Scorer, interval_of, pass_at
 from deltaw.training.rollouts.turns import OneTurn, Turns, turns_of
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, RunData, Written
 from deltaw.training.tasks.causal import Answer, CausalTask, Score
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -101,6 +101,11 @@ class RewardTask(CausalTask):
         """That of the longest prompt with the longest completion."""
         longest = np.zeros(max(map(len, examples)) + self.settings.most_tokens, np.int32)
         return super().batcher(model, [Example(1, longest, longest == 0, 0, None)], **how)
+
+    def written(self, data: RunData, batch_size: int) -> Written:
+        sets, group, most = [len(rows) for rows in data.sets.values()], self.settings.group, self.settings.most_tokens
+        longest = max(map(len, data.every)) + most
+        return Written(max([batch_size * group, *sets]), longest, sum(sets) * most, group, self.settings.max_new_tokens)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model, PolicyLoss(self.settings))
