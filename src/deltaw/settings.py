@@ -466,6 +466,88 @@ _TASK = Field(DEFAULT_TASK, description="what the model is trained to do")
 _METHOD = Field("lora", description="which parameters are trained")
 
 
+# Sections that only the task of the same name has.
+TASK_SECTIONS = ("preference", "reward", "distill", "embedding", "reranking")
+
+
+class EmbeddingSettings(BaseModel):
+    """The ``embedding:`` section; for ``task: embedding``.
+
+    Raises:
+        UserError: a setting is given that the loss does not use, or a range is empty.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    loss: Literal["auto", "infonce", "cosent", "angle", "supcon", "margin-mse", "kl"] = setting(
+        "auto",
+        "auto: infonce of pairs, cosent of scored pairs, supcon of texts with classes, margin-mse of a score for a "
+        "positive and a negative, kl of several scores",
+    )
+    temperature: float = setting(0.05, "what similarities are divided by", gt=0, le=100)
+    symmetric: bool = setting(False, "of infonce: also find the query of each passage")
+    mask_above: float | None = setting(
+        None,
+        "of infonce: leave out negatives of other rows that are more similar to a query than its passage by this "
+        "much; null: only equal texts",
+        ge=-2,
+        le=2,
+    )
+    dimensions: list[int] = setting([], "Matryoshka: also the first so many numbers of a vector have the loss")
+    similarity: Literal["auto", "cosine", "dot"] = setting("auto", "auto: cosine, and dot of margin-mse and kl")
+    pooling: Literal["auto", "mean", "first", "last", "weighted"] = setting(
+        "auto", "how tokens' vectors become one; auto: as the model's folder says, else mean, of a decoder last"
+    )
+    normalize: bool | Literal["auto"] = setting("auto", "scale vectors to length 1; auto: as the model's folder says")
+    query_prompt: str | None = setting(None, "what queries begin with; null: as the model's folder says")
+    passage_prompt: str | None = setting(None, "what passages begin with; null: as the model's folder says")
+    score_range: tuple[float, float] = setting((-1.0, 1.0), "the least and the most that a row's score may be")
+    kept_tokens: int | Literal["auto"] = setting(
+        "auto",
+        "tokens of a step whose activations are kept between the forward and the backward; those of others are "
+        "computed again, with the same result in less memory",
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> EmbeddingSettings:
+        _require_range(self.score_range, "embedding.score_range")
+        if self.loss not in ("auto", "infonce"):
+            for name, value in (("symmetric", self.symmetric), ("mask_above", self.mask_above is not None)):
+                if value:
+                    what, hint = f"the loss '{self.loss}' has no {name}", "remove it, or set embedding.loss: infonce"
+                    raise UserError(what, where=f"embedding.{name}", hint=hint)
+        if any(count < 1 for count in self.dimensions) or len(set(self.dimensions)) < len(self.dimensions):
+            what, hint = "dimensions must be different positive numbers", "such as [384, 192, 96]"
+            raise UserError(what, where="embedding.dimensions", hint=hint)
+        return self
+
+
+class RerankingSettings(BaseModel):
+    """The ``reranking:`` section; for ``task: reranking``.
+
+    Raises:
+        UserError: a range is empty.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    loss: Literal["auto", "binary", "pairwise", "listwise"] = setting(
+        "auto", "binary: cross-entropy of each score; pairwise: which of two is better; listwise: of all of a query"
+    )
+    score_range: tuple[float, float] = setting((0.0, 1.0), "the least and the most that a row's score may be")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RerankingSettings:
+        _require_range(self.score_range, "reranking.score_range")
+        return self
+
+
+def _require_range(given: tuple[float, float], where: str) -> None:
+    if given[0] >= given[1]:
+        raise UserError("the range is empty", where=where, hint=f"write {where}: [0, 1]")
+
+
 class RunConfig(BaseModel):
     """Everything that a run is told."""
 
@@ -490,6 +572,12 @@ class RunConfig(BaseModel):
     )
     distill: DistillSettings = Field(
         default_factory=DistillSettings, description="teachers, and how to learn from them, for task: distill"
+    )
+    embedding: EmbeddingSettings = Field(
+        default_factory=EmbeddingSettings, description="vectors of texts and their loss, for task: embedding"
+    )
+    reranking: RerankingSettings = Field(
+        default_factory=RerankingSettings, description="scores of passages and their loss, for task: reranking"
     )
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
     memory: str | None = setting(
@@ -522,7 +610,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sections_are_used(self) -> RunConfig:
-        for name in ("preference", "reward", "distill"):
+        for name in TASK_SECTIONS:
             section = getattr(self, name)
             if self.task != name and section != type(section)():
                 what = f"the settings have a section '{name}', and the task is '{self.task}'"
@@ -545,6 +633,11 @@ class RunConfig(BaseModel):
             hint = "give it a prompt: distill.prompt: FILE, or name another: distill.teachers: [{model: …}]"
             raise UserError(what, where="distill", hint=hint)
         return self
+
+    @property
+    def section(self) -> Any:
+        """The section of the task; None where it has none."""
+        return getattr(self, self.task) if self.task in TASK_SECTIONS else None
 
     @property
     def data_seed(self) -> int:

@@ -82,6 +82,13 @@ for _entry in (
     TaskEntry("sequence-classification", _LABELS, _CLASSES, "classify text", new_head=True, peft_type="SEQ_CLS"),
     TaskEntry("regression", _LABELS, _CLASSES, "score text", new_head=True, outputs=1, config=_SCORE),
     TaskEntry("image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True),
+    TaskEntry(
+        "embedding",
+        "deltaw.training.tasks.embedding:EmbeddingTask",
+        "AutoModel",
+        "embed text",
+        peft_type="FEATURE_EXTRACTION",
+    ),
     TaskEntry("features", None, "AutoModel", "compute features"),
 ):
     register(_entry)

@@ -34,6 +34,23 @@ FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "s
 LABELED_COLUMNS = ("label", "text_pair", "image")
 # Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
+# Of rows for retrieval, what the first text is called, those that go with it, wrong ones, scores, and texts with a class.
+QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt")
+PASSAGES = (
+    "positive",
+    "passage",
+    "passages",
+    "answer",
+    "document",
+    "documents",
+    "sentence2",
+    "hypothesis",
+    "response",
+    "completion",
+)
+NEGATIVES = ("negative", "negatives")
+SCORES = ("score", "scores", "similarity_score", "label", "labels")
+TEXTS = ("text", "sentence")
 # Columns of single answers that are desired or not (see deltaw.data.preferences).
 ANSWER_COLUMNS = ("prompt", "completion", "label")
 
@@ -93,7 +110,8 @@ class Form:
 def known_columns() -> tuple[str, ...]:
     """Every column name that a format, or another task, reads."""
     of_forms = [column for form in FORMS for column in form.needs + form.can_use]
-    return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *PAIR_COLUMNS]))
+    of_retrieval = ["anchor", "positive", "negative", "score"]
+    return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *PAIR_COLUMNS, *of_retrieval]))
 
 
 def check_columns(rows: Rows | RowStream, columns: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import Check
@@ -89,8 +88,7 @@ def _bad_row(line: Mapping[str, object], done: str) -> ShownRow:
 def _reader(config: RunConfig, say: Say) -> Reader:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     code = config.trust_remote_code
-    how: dict[str, Any] = {"trust_remote_code": code, "preference": config.preference, "distill": config.distill}
-    task = task_of(config.task, config.model, dtype, say=say, **how)
+    task = task_of(config.task, config.model, dtype, trust_remote_code=code, say=say, section=config.section)
     if task.tokenizer is not None and not task.has_labels:
         task.tokenizer = with_chat_template(task.tokenizer, config.data.chat_template)
     return task.reader(config.data)

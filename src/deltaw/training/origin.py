@@ -414,10 +414,8 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    sections: dict[str, Any] = {}
-    if config is not None:
-        sections = {name: getattr(config, name) for name in ("preference", "reward", "distill")}
-    work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, **sections)
+    section = None if config is None else config.section
+    work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, section=section)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
     fixed = tasks.entry_of(kind).outputs

@@ -355,8 +355,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
         read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
-        how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "preference": config.preference}
-        how |= {"reward": config.reward, "distill": config.distill}
+        how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "section": config.section}
         task = task_of(config.task, config.model, dtype, say=say, **how)
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)

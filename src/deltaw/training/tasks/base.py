@@ -28,7 +28,6 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
-from deltaw.settings import DistillSettings, PreferenceSettings, RewardSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, named
@@ -50,7 +49,8 @@ class ModelFiles:
 
     Attributes:
         reference: as the user wrote it. folder: with its config.json. config: that fits the task.
-        trust_remote_code, preference, reward, distill: as in the settings. say: told what takes long.
+        trust_remote_code: as in the settings. say: told what takes long.
+        section: the settings' section for the task; None: its defaults.
     """
 
     reference: str
@@ -58,9 +58,7 @@ class ModelFiles:
     config: PretrainedConfig
     trust_remote_code: bool
     say: Say
-    preference: PreferenceSettings | None = None
-    reward: RewardSettings | None = None
-    distill: DistillSettings | None = None
+    section: Any = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -188,22 +186,14 @@ class Task(abc.ABC):
 
 
 def task_of(
-    name: str,
-    model: str,
-    dtype: str,
-    *,
-    trust_remote_code: bool = False,
-    say: Say = silent,
-    preference: PreferenceSettings | None = None,
-    reward: RewardSettings | None = None,
-    distill: DistillSettings | None = None,
+    name: str, model: str, dtype: str, *, trust_remote_code: bool = False, say: Say = silent, section: Any = None
 ) -> Task:
     """The task of this name for the model that the reference ``model`` means.
 
     Args:
         dtype: what the weights will be loaded as, such as ``bf16``: a file that must be converted is
             converted to it.
-        preference, reward, distill: the section of this name, for the task of this name; None: its defaults.
+        section: the settings' section for this task; None: its defaults.
 
     Raises:
         UserError: there is no such task, the reference leads nowhere, the architecture does not fit the task,
@@ -212,7 +202,7 @@ def task_of(
     entry = tasks.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, say=say)
     config = check_architecture(folder, name, trust_remote_code)
-    files = ModelFiles(model, folder, config, trust_remote_code, say, preference, reward, distill)
+    files = ModelFiles(model, folder, config, trust_remote_code, say, section)
     task: Task = entry.load().open(name, files)
     return task
 

@@ -326,7 +326,7 @@ class PreferenceTask(CausalTask):
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
-        return cls(files.tokenizer(), files.say, files.preference)
+        return cls(files.tokenizer(), files.say, files.section)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         if not self.settings.is_unpaired:

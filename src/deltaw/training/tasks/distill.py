@@ -43,7 +43,7 @@ class DistillTask(CausalTask):
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> DistillTask:
-        settings = files.distill or DistillSettings()
+        settings = files.section or DistillSettings()
         task = cls(files.tokenizer(), files.say, settings, files.trust_remote_code)
         task.folder = files.folder
         return task

@@ -88,7 +88,7 @@ class RewardTask(CausalTask):
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> RewardTask:
-        task = cls(files.tokenizer(), files.say, files.reward or RewardSettings())
+        task = cls(files.tokenizer(), files.say, files.section or RewardSettings())
         task.folder = files.folder
         return task
 
