@@ -34,7 +34,7 @@ FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "s
 LABELED_COLUMNS = ("label", "text_pair", "image")
 # Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
-# Of rows for retrieval, what the first text is called, those that go with it, wrong ones, scores, and texts with a class.
+# Of rows for retrieval: what the first text is called, those that go with it, wrong ones, scores, texts with a class.
 QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt")
 PASSAGES = (
     "positive",

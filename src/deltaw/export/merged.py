@@ -25,6 +25,7 @@ from deltaw.errors import UserError
 from deltaw.export.adapters import Added, Change, Replaced
 from deltaw.export.base import Base, Merging, check_base
 from deltaw.hub.checkpoint import INDEX, WEIGHTS, Checkpoint, Names, name_for, names_on_disk, read_checkpoint
+from deltaw.hub.sentence_layout import copy_layout
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
 from deltaw.hub.transformers_private import FOLLOWS_MODEL
@@ -493,6 +494,7 @@ def write_beside(model: MergedModel, folder: Path) -> None:
     for source in _described_by(base, own_tokenizer):
         shutil.copyfile(source, folder / source.name)
     copy_system(run, folder)
+    copy_layout(run, folder)
     for name in OF_TOKENIZER if own_tokenizer else ("chat_template.jinja",):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)

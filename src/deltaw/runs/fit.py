@@ -481,6 +481,7 @@ def save_adapter(session: Session, folder: Path) -> None:
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+    session.task.write_beside(session.model, folder)
     write_prompting(folder, prompting_of(session.task, session.data, session.config.data))
     save_calibration(folder, session.identity, session.roundings)
 

@@ -163,6 +163,10 @@ class Task(abc.ABC):
         """
         return rows
 
+    def write_beside(self, model: PreTrainedModel, folder: Path) -> None:  # noqa: B027
+        """Write what other programs need to use the adapter in ``folder`` for this task; a merged model gets the same
+        files (:data:`deltaw.hub.sentence_layout.BESIDE`)."""
+
     def written(self, data: RunData, batch_size: int) -> Written:
         """What the model writes in a run with these rows; of most tasks nothing."""
         return Written()
