@@ -20,7 +20,8 @@ from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
 from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import OF_PEFT
-from deltaw.settings import DistillSettings, RunConfig
+from deltaw.settings import RunConfig
+from deltaw.task_settings import DistillSettings
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import is_share
 from deltaw.training.origin import CHAT_TEMPLATE
