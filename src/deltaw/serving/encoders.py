@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
+from deltaw.data.report import quoted
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
@@ -186,6 +187,23 @@ class Embedder(RowModel):
             self._model = model.get_encoder()
         self._pooling, self._normalize = pooling, normalize
         self.nested: tuple[int, ...] = tuple(getattr(config, "matryoshka_dimensions", None) or ())
+
+    def vectors(self, texts: Sequence[str]) -> tuple[Tensor, int]:
+        """(texts, width) fp32, and how many texts were truncated to the model's limit.
+
+        Raises:
+            UserError: a text has no tokens.
+        """
+        rows, cut = [], 0
+        for text in texts:
+            row = self.tokens(text)
+            if self.limit is not None and len(row) > self.limit:
+                how: Any = {"truncation": True, "max_length": self.limit, "return_attention_mask": False}
+                row, cut = np.asarray(self._tokenizer(text, **how)["input_ids"], np.int32), cut + 1
+            if not len(row):
+                raise UserError("the model's tokenizer reads no token in a text", where=quoted(text, 40))
+            rows.append(row)
+        return self.outputs(rows), cut
 
     def of_batch(self, batch: LabelBatch) -> Tensor:
         hidden = self._model(**batch.inputs).last_hidden_state
@@ -357,20 +375,31 @@ def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
     return "vectors" if named.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
 
 
-def open_embedder(
-    reference: str, name: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
-) -> Encoders:
-    """An encoder under its name.
+def read_embedder(
+    reference: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
+) -> Embedder:
+    """An encoder of texts.
 
     Raises:
-        UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
+        UserError: it has no tokenizer, is an adapter for another task, or is a decoder and no pooling is asked for.
     """
+    if is_adapter(folder := Path(reference)):
+        task = read_folder(folder, trust_remote_code=how.get("trust_remote_code", False)).task
+        hint = "name the model that embeds texts"
+        raise UserError(f"this adapter is for {task}, which gives no vectors of texts", where=reference, hint=hint)
     loaded = load(reference, task="features", say=say, **how)
     if loaded.tokenizer is None:
         raise UserError("the model's folder holds no tokenizer", where=reference)
     way, why = pooling_of(loaded.model, loaded.folder, pooling)
     say(f"vectors: {way} of a row's tokens ({why}), {'of length 1' if normalize else 'not normalized'}")
-    return Encoders({name: Embedder(loaded.model, loaded.tokenizer, way, normalize)})
+    return Embedder(loaded.model, loaded.tokenizer, way, normalize)
+
+
+def open_embedder(
+    reference: str, name: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
+) -> Encoders:
+    """An encoder under its name, as :func:`read_embedder` reads it."""
+    return Encoders({name: read_embedder(reference, pooling=pooling, normalize=normalize, say=say, **how)})
 
 
 def open_classifiers(
