@@ -80,7 +80,8 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     return 0 if found.usable else 2
 
 
-_MARGIN = "how far a negative must score below the row's passage, as a share of its score"
+_MARGIN = "how far a negative must score below the row's passage, by a share of its score"
+_BAD = "rows that cannot be used: error refuses the file, skip leaves them out  [default: error]"
 _NAMED = "column of the {}  [default: by usual names]"
 
 
@@ -90,9 +91,9 @@ _NAMED = "column of the {}  [default: by usual names]"
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="file to write  [default: FILE.mined.jsonl]")
 @click.option("--model", help="the encoder", shell_complete=completing("model"))
 @click.option("--negatives", default=5, show_default=True, type=click.IntRange(1), help="negatives of a row")
-@click.option("--from-rank", default=1, show_default=True, type=click.IntRange(1), help="skip nearer passages")
-@click.option("--to-rank", default=100, show_default=True, type=click.IntRange(1), help="skip farther passages")
-@click.option("--absolute-margin", type=click.FloatRange(0), help="the same, as a difference of scores")
+@click.option("--from-rank", default=1, show_default=True, type=click.IntRange(1), help="nearer passages are skipped")
+@click.option("--to-rank", default=100, show_default=True, type=click.IntRange(1), help="farther passages are skipped")
+@click.option("--absolute-margin", type=click.FloatRange(0), help="the same, by a difference of scores")
 @click.option("--relative-margin", default=0.05, show_default=True, type=click.FloatRange(0), help=_MARGIN)
 @click.option("--max-score", type=float, help="the highest score of a negative")
 @click.option("--query-prompt", default="", help="a text put before each query")
@@ -101,7 +102,7 @@ _NAMED = "column of the {}  [default: by usual names]"
 @click.option("--positive-column", help=_NAMED.format("passages that answer them"))
 @click.option("--passage-column", help=_NAMED.format("corpus"))
 @click.option("--fewer", default="keep", show_default=True, type=click.Choice(["keep", "drop"]), help="rows with fewer")
-@click.option("--bad-rows", "--data.bad_rows", default="error", show_default=True, type=click.Choice(["error", "skip"]))
+@click.option("--bad-rows", "--data.bad_rows", default="error", type=click.Choice(["error", "skip"]), help=_BAD)
 @click.option("--max-row-bytes", "--data.max_row_bytes", type=click.IntRange(1), help="of a row  [default: 16 MiB]")
 @click.option("--examples", default=3, show_default=True, type=click.IntRange(0), help="rows to show")
 @click.option("--force", is_flag=True, help="overwrite the output")

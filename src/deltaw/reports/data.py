@@ -145,7 +145,7 @@ def mined_lines(mined: Mined, written: int, bad: BadRows, shown: int) -> Iterato
         yield Text(folded(f"{count_of(count)} skipped: {reason}"), style="yellow")
     yield Text(f"{count_of(complete)} with {count_of(mined.wanted, 'negative')}")
     if complete < rows:
-        kept = "written with those" if written == rows else "not written"
+        kept = "written with what there is" if written == rows else "not written"
         fewer = f"{count_of(rows - complete)} with fewer, {mined.bare():,} of them with none: {kept}"
         yield Text(folded(f"{fewer}; a higher --to-rank finds more"), style="yellow")
     if mined.too_close or mined.too_high:
