@@ -19,8 +19,8 @@ from tests.conftest import write_rows
 )
 def test_columns_are_found_by_usual_names_or_as_given(tmp_path, query, positive):
     file = write_rows(tmp_path / "d.jsonl", [{"id": "7", positive: "Lima.", query: "Capital of Peru?"}])
-    named = {"query": "ask", "positive": "say"} if query == "ask" else {}
-    assert read_pairs(str(file), BadRows(), **named) == [("Capital of Peru?", "Lima.")]
+    named = ("ask", "say") if query == "ask" else (None, None)
+    assert read_pairs(str(file), BadRows(), columns=named) == [("Capital of Peru?", "Lima.")]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt", "txt.gz"])
@@ -52,10 +52,10 @@ def test_a_single_column_holds_the_passages_whatever_its_name(tmp_path):
 def test_columns_that_are_not_there_or_one_for_both_are_refused(tmp_path):
     file = str(write_rows(tmp_path / "d.jsonl", [{"question": "Peru?", "answer": "Lima."}]))
     with pytest.raises(UserError, match="no column 'anwser'") as error:
-        read_pairs(file, BadRows(), positive="anwser")
+        read_pairs(file, BadRows(), columns=(None, "anwser"))
     assert error.value.hint == "did you mean 'answer'?"
     with pytest.raises(UserError, match="cannot be query and passage at once"):
-        read_pairs(file, BadRows(), positive="question")
+        read_pairs(file, BadRows(), columns=(None, "question"))
     with pytest.raises(UserError, match="hold the query"):
         read_pairs(str(write_rows(tmp_path / "e.jsonl", [{"answer": "Lima."}])), BadRows())
 
@@ -92,8 +92,9 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted_if_asked(tmp_path):
 def test_lines_of_text_are_bounded_and_must_be_text(tmp_path):
     file = tmp_path / "d.txt"
     file.write_bytes(b"good\n\xff\xfe\nmore\n")
-    with pytest.raises(BadRowError, match="line 2 is not UTF-8"):
+    with pytest.raises(BadRowError, match="line 2 is not UTF-8") as error:
         read_passages(str(file), BadRows())
+    assert "bad_rows: skip" in error.value.hint
     bad = BadRows("skip")
     assert read_passages(str(file), bad) == ["good", "more"] and len(bad) == 1
     file.write_bytes(b"x" * 100)

@@ -98,7 +98,7 @@ def test_rows_with_fewer_are_counted_and_none_is_lost():
     found = mined([("0 q", "9 own"), ("50 q", "40 own")], ["9 own", "40 own"], negatives=1, max_score=0.76)
     assert [len(row.negatives) for row in found.rows] == [0, 1]  # cosines of 40 and of 41 degrees
     assert (found.bare(), len(found.complete()), found.as_dict()["rows"]) == (1, 1, 2)
-    assert mined([("0 q", "9 own")], ["9 own"]).scores()["negative"] is None
+    assert mined([("0 q", "9 own")], ["9 own"]).as_dict()["mean_scores"]["negative"] is None
 
 
 def test_each_text_is_embedded_once_and_with_its_prompt():
@@ -201,7 +201,7 @@ def test_an_adapter_for_another_task_gives_no_vectors(runs):
 def test_the_output_stands_beside_the_file_and_replaces_nothing_by_accident(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d").mkdir()
-    file = tmp_path / "d" / "rows.jsonl.gz"
+    file = tmp_path / "d" / "rows.jsonl"
     file.touch()
     target = mined_file(str(file), None, None, force=False)
     assert target == tmp_path / "d" / "rows.mined.jsonl"
@@ -214,4 +214,4 @@ def test_the_output_stands_beside_the_file_and_replaces_nothing_by_accident(tmp_
     for read, corpus in ((target, None), (file, target)):
         with pytest.raises(UserError, match="one of the files that are read"):
             mined_file(str(read), target, None if corpus is None else str(corpus), force=True)
-    assert sorted(entry.name for entry in target.parent.iterdir()) == ["rows.jsonl.gz", "rows.mined.jsonl"]
+    assert sorted(entry.name for entry in target.parent.iterdir()) == ["rows.jsonl", "rows.mined.jsonl"]

@@ -127,7 +127,7 @@ def mine(
     take = {name: given.pop(name) for name in MiningSettings.__dataclass_fields__}
     settings, bad, most = MiningSettings(**take), BadRows(given["bad_rows"]), given["max_row_bytes"] or MAX_ROW_BYTES
     target = mined_file(file, output, corpus, force=force)
-    pairs = read_pairs(file, bad, query=given["query_column"], positive=given["positive_column"], max_bytes=most)
+    pairs = read_pairs(file, bad, columns=(given["query_column"], given["positive_column"]), max_bytes=most)
     passages = [passage for _, passage in pairs]
     if corpus is not None:
         passages = read_passages(corpus, bad, column=given["passage_column"], max_bytes=most)

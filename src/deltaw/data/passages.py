@@ -23,26 +23,22 @@ EMPTY = "an empty text"
 
 
 def read_pairs(
-    reference: str,
-    bad: BadRows,
-    *,
-    query: str | None = None,
-    positive: str | None = None,
-    max_bytes: int = MAX_ROW_BYTES,
+    reference: str, bad: BadRows, *, columns: Sequence[str | None] = (None, None), max_bytes: int = MAX_ROW_BYTES
 ) -> list[tuple[str, str]]:
     """Queries and their passages, in the order of the rows.
 
     Args:
-        bad: told of rows that cannot be used. query, positive: the columns; None for those of usual names.
+        bad: told of rows that cannot be used. columns: of query and passage; None for those of usual names.
         max_bytes: the most bytes of a row in its file.
 
     Raises:
         UserError: the file cannot be read, lacks a column, or has no row that can be used.
     """
-    named = (("query", query, QUERIES), ("positive", positive, POSITIVES))
+    named = (("query", columns[0], QUERIES), ("positive", columns[1], POSITIVES))
     return [(of_row[0], of_row[1]) for of_row in _read(reference, named, bad, max_bytes)]
 
 
+@skipping_named()
 def read_passages(
     reference: str, bad: BadRows, *, column: str | None = None, max_bytes: int = MAX_ROW_BYTES
 ) -> list[str]:
@@ -109,7 +105,6 @@ def _text(value: object, column: str, where: str) -> str:
     return text
 
 
-@skipping_named()
 def _lines(path: Path, name: str, bad: BadRows, max_bytes: int) -> Iterator[str]:
     number = 0
     with reading(name), Opened(path) as opened:

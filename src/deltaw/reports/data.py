@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.text import Text
 
 from deltaw.data.check import Check, Lengths
@@ -155,9 +156,9 @@ def mined_lines(mined: Mined, written: int, bad: BadRows, shown: int) -> Iterato
     if mined.truncated:
         yield Text(f"{count_of(mined.truncated, 'text')} truncated to what the model takes")
     for name, scores in mined.scores().items():
-        if scores is not None:
-            spread = f"90 % from {scores.low:.3f} to {scores.high:.3f}"
-            yield Text(f"scores of {name}s: mean {scores.mean:.3f}, median {scores.median:.3f}, {spread}")
+        if len(scores):
+            low, high = np.quantile(scores, (0.05, 0.95))
+            yield Text(f"scores of {name}s: mean {scores.mean():.3f}, 90 % from {low:.3f} to {high:.3f}")
     for row in itertools.islice((row for row in mined.rows if row.negatives), shown):
         yield Text(f"\nquery           {quoted(row.anchor, 60)}")
         for name, (text, score) in (("positive", (row.positive, row.score)), *(("negative", n) for n in row.negatives)):

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltaw.data.passages import text_key
-from deltaw.data.row_files import COMPRESSED, KINDS
 from deltaw.durable import replacing
 from deltaw.errors import UserError
 from deltaw.machine.memory import free_memory_bytes
@@ -93,20 +92,6 @@ class MinedRow:
         return {"anchor": self.anchor, "positive": self.positive, **negatives}
 
 
-class Scores(NamedTuple):
-    """Mean, and the scores below which 5, 50 and 95 % are."""
-
-    mean: float
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, scores: Sequence[float]) -> Scores | None:
-        """Of several; None of none."""
-        return cls(float(np.mean(scores)), *np.quantile(scores, (0.05, 0.5, 0.95)).tolist()) if scores else None
-
-
 @dataclass(frozen=True)
 class Mined:
     """What mining came to.
@@ -138,13 +123,13 @@ class Mined:
         """Counts and mean scores, ready for JSON."""
         counts = {name: getattr(self, name) for name in ("passages", "queries", "too_close", "too_high", "truncated")}
         found: dict[str, object] = {"rows": len(self.rows), "complete": len(self.complete()), "bare": self.bare()}
-        means = {name: None if rows is None else rows.mean for name, rows in self.scores().items()}
+        means = {name: float(scores.mean()) if len(scores) else None for name, scores in self.scores().items()}
         return {**found, **counts, "mean_scores": means}
 
-    def scores(self) -> dict[str, Scores | None]:
-        """Of the rows' own passages (``positive``) and of their negatives; None if there are none."""
+    def scores(self) -> dict[str, np.ndarray]:
+        """Those of the rows' own passages (``positive``) and of their negatives."""
         negatives = [score for row in self.rows for _, score in row.negatives]
-        return {"positive": Scores.of([row.score for row in self.rows]), "negative": Scores.of(negatives)}
+        return {"positive": np.array([row.score for row in self.rows]), "negative": np.array(negatives)}
 
 
 def mine(
@@ -161,8 +146,9 @@ def mine(
     Raises:
         UserError: the vectors do not fit into memory.
     """
-    corpus = {text_key(text): text for text in reversed(passages)}  # of equal texts the first
-    corpus = dict(reversed(corpus.items()))
+    corpus: dict[str, str] = {}
+    for text in passages:
+        corpus.setdefault(text_key(text), text)
     places = {key: place for place, key in enumerate(corpus)}
     texts = list(corpus.values())
     asked = [settings.query_prompt + query for query, _ in pairs]
@@ -206,17 +192,13 @@ def mined_file(file: str, output: Path | None, corpus: str | None, *, force: boo
     Raises:
         UserError: it is there, or is what is read.
     """
-    given = Path(file)
     if output is None:
-        name = given.name
-        while (suffix := Path(name).suffix.lower()) in KINDS or suffix in COMPRESSED:
-            name = Path(name).stem
-        name = name if given.exists() else re.sub(r"[^\w.-]+", "_", name)
-        output = (given.parent if given.exists() else Path()) / f"{name}.mined.jsonl"
+        folder, name = (Path(file).parent if Path(file).exists() else Path()), re.sub(r"[^\w.-]+", "_", Path(file).stem)
+        output = folder / f"{name}.mined.jsonl"
     if any(output.exists() and Path(read).exists() and output.samefile(read) for read in (file, corpus) if read):
         raise UserError("the output is one of the files that are read", where=str(output), hint="name another --output")
     if output.is_dir() or (output.exists() and not force):
-        hint = "name another with --output" + ("" if output.is_dir() else ", or overwrite it with --force")
+        hint = "name another with --output, or overwrite it with --force"
         raise UserError("the output exists", where=str(output), hint=hint)
     return output
 
@@ -280,11 +262,10 @@ def _ranked(
 
 def _search(passages: Tensor, say: Say) -> Search:
     """Exact search; of very many passages approximate search, if faiss is installed."""
-    if len(passages) <= EXACT:
-        return lambda queries, count: nearest(queries, passages, count)
-    if find_spec("faiss") is None:
-        say(f"all {len(passages):,} passages are compared with each query, which takes long:")
-        say("pip install 'deltaw[search]' finds almost the same ones faster")
+    if len(passages) <= EXACT or find_spec("faiss") is None:
+        if len(passages) > EXACT:
+            say(f"all {len(passages):,} passages are compared with each query, which takes long:")
+            say("pip install 'deltaw[search]' finds almost the same ones faster")
         return lambda queries, count: nearest(queries, passages, count)
     import faiss
 
