@@ -83,7 +83,8 @@ def test_margins_leave_out_what_may_be_another_answer():
 
 def test_of_several_own_passages_the_lowest_bounds_the_negatives():
     pairs = [("0 q", "10 own"), ("0 q", "60 own")]
-    assert negatives(pairs, ["20 x", "65 x", "70 x"], relative_margin=0.05) == [["65 x", "70 x"]] * 2
+    for rows in (pairs, pairs[::-1]):
+        assert negatives(rows, ["20 x", "65 x", "70 x"], relative_margin=0.05) == [["65 x", "70 x"]] * 2
 
 
 def test_ranks_are_counted_without_the_rows_own_passages():
