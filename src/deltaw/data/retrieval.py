@@ -189,8 +189,8 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
         several = isinstance(row.get(columns.passage), list)
         for column in columns.negatives:
             value = row.get(column)
-            if value is None and _NUMBERED.fullmatch(column):
-                continue  # rows may have different numbers of them
+            if value in (None, "") and _NUMBERED.fullmatch(column):
+                continue  # rows may have different numbers of them, which a table leaves empty
             found = _texts(value, column, where)
             for text in found:
                 if text in (query, *passages):
@@ -211,7 +211,7 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
         values = value if isinstance(value, list) else [value]
         found = []
         for one in values:
-            number = float(one) if isinstance(one, int | float) and not isinstance(one, str) else math.nan
+            number = _number(one)
             if not math.isfinite(number):
                 what = f"'{column}' must be a number but is {str(one)[:40]!r}"
                 raise BadRowError(what, reason="a score that is no number", where=where, hint="write a number")
@@ -282,6 +282,14 @@ def _text(value: object, column: str, where: str) -> str:
         hint = "write the text, or remove the row"
         raise BadRowError(f"'{column}' is empty", reason="an empty text", where=where, hint=hint)
     return found
+
+
+def _number(value: object) -> float:
+    """A number, or the text of one as a table has it; NaN for all else."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _texts(value: object, column: str, where: str) -> tuple[str, ...]:
