@@ -72,7 +72,8 @@ class EmbeddingTask(Task):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         data = super().read(settings, seed=seed)
-        loss_for(data.train, self.settings)
+        for rows in (data.train, *data.sets.values()):
+            loss_for(rows, self.settings)
         return data
 
     def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
