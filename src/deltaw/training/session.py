@@ -423,10 +423,11 @@ def assemble(
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     def calibrate() -> None:
+        objective: Any = task.objective(model)
+        computed = objective.evaluate_rows if task.sees_steps else objective
         with torch.no_grad(), task.running(model, batcher):
-            objective = task.objective(model)
             for batch in batcher.batches(data.train[:CALIBRATION_ROWS]):
-                objective(batch)
+                computed(batch)
 
     with working(f"preparing method {method.name}"):
         said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
