@@ -18,6 +18,7 @@ from deltaw.data.embedding import EmbeddingReader
 from deltaw.data.retrieval import TextGroup
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
 from deltaw.machine.choices import Choice
@@ -56,10 +57,14 @@ class EmbeddingTask(Task):
         self.settings, self._folder, self._say = settings, folder, say
         self._max_length: int | None = None
         self._batcher: TextBatcher | None = None
+        self._layout: SentenceLayout | None = None
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> EmbeddingTask:
-        return cls(files.tokenizer(), files.say, files.section or EmbeddingSettings(), files.folder)
+        tokenizer = files.tokenizer()
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # sentence-transformers pads
+        return cls(tokenizer, files.say, files.section or EmbeddingSettings(), files.folder)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         self._max_length = settings.max_length
@@ -77,6 +82,9 @@ class EmbeddingTask(Task):
         return data
 
     def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
+        if how.get("virtual_tokens"):
+            what, hint = "an embedding model's texts have no virtual tokens before them", "choose another, such as lora"
+            raise UserError(what, where="method: prompt", hint=hint)
         packable = can_pack(model)
         if packable.value:
             inner, chosen = choose_causal_batcher(model, examples, **how)
@@ -98,11 +106,13 @@ class EmbeddingTask(Task):
         return EmbeddingObjective(model, self.layout(model), self.settings, self._batcher)
 
     def layout(self, model: PreTrainedModel) -> SentenceLayout:
-        """How the model embeds a text.
+        """How the model embeds a text, which is tried once, before it is trained or takes packed rows.
 
         Raises:
             UserError: its folder says something that is not possible here.
         """
+        if self._layout is not None:
+            return self._layout
         asked = self.settings
         pooling: str = asked.pooling
         if pooling == "auto" and not has_values(model):  # a dry run cannot try it
@@ -110,7 +120,9 @@ class EmbeddingTask(Task):
             usual = "last" if can_pack(model).value else "mean"
             pooling = usual if known is None or known.pooling is None else known.pooling
         how: dict[str, Any] = {name: getattr(asked, name) for name in ("normalize", "query_prompt", "passage_prompt")}
-        return layout_of(model, self._folder, pooling=pooling, decoder="last", **how)[0]
+        found = layout_of(model, self._folder, pooling=pooling, decoder="last", **how)[0]
+        self._layout = found if has_values(model) else None
+        return found
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model) if getattr(batcher, "padded", True) else packed_rows(model)
