@@ -260,7 +260,7 @@ def test_classes_of_the_evaluation_file_are_those_of_the_training_rows(reader, w
 
 def test_rows_with_other_scores_or_classes_are_other_rows(read):
     """So that a resumed run whose file changed is refused."""
-    changed = [SCORED[:3] + [SCORED[3] | {"score": 0.5}], CLASSES[:3] + [CLASSES[3] | {"label": 2}]]
+    changed = [[*SCORED[:3], SCORED[3] | {"score": 0.5}], [*CLASSES[:3], CLASSES[3] | {"label": 2}]]
     for rows, others in zip((SCORED, CLASSES), changed, strict=True):
         ours = digest_of_rows(read(rows).train)
         assert ours == digest_of_rows(read(rows).train) != digest_of_rows(read(others).train)
