@@ -311,12 +311,12 @@ def test_a_stopped_run_goes_on_to_the_bit(made, tmp_path, family, loss):
 def test_a_run_whose_scores_changed_is_not_resumed(made, tmp_path):
     changes = {"train": RUN, "data": {"eval": 0.2}}
     run = tmp_path / "run"
-    taken = Snapshots(run, tmp_path, ["step 4"])
+    taken = Snapshots(run, tmp_path, ["step 7"])
     fit(made("bert", scored(40), run, **changes), callback=taken)
     rows = scored(40)
     rows[3]["score"] = -rows[3]["score"] or 0.5
     with pytest.raises(UserError, match="rows"):
-        fit(made("bert", rows, taken.taken["step 4"], **changes))
+        fit(made("bert", rows, taken.taken["step 7"], **changes))
 
 
 @pytest.mark.parametrize("method", often("full", "bias", "prompt"))
