@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -142,6 +142,32 @@ def mean_interval(rows: np.ndarray, *, share: bool = False, level: float = LEVEL
     half = t_quantile(level, count - 1) * float(rows.std(ddof=1)) / math.sqrt(count)
     low = mean - half
     return max(0.0, low) if rows.min() >= 0 else low, mean + half
+
+
+def bootstrap_interval(
+    metric: Callable[..., float], *columns: np.ndarray, draws: int = 1000, seed: int = 0, level: float = LEVEL
+) -> Interval | None:
+    """Where a metric lies that is no mean over rows, such as :func:`spearman`, if other rows had been drawn.
+
+    Rows are drawn with replacement, and the interval is that between two percentiles of the metric (Efron and
+    Tibshirani 1993, "An introduction to the bootstrap", section 13.3).
+
+    Args:
+        columns: (n,) each, as the metric takes them; a row is an entry of each.
+
+    Returns:
+        None if the metric is not defined for the rows, or for most of the draws.
+    """
+    if not math.isfinite(metric(*columns)):
+        return None
+    random, count = np.random.default_rng(seed), len(columns[0])
+    chosen = (random.integers(count, size=count) for _ in range(draws))
+    found = np.array([metric(*(column[rows] for column in columns)) for rows in chosen])
+    found = found[np.isfinite(found)]
+    if 2 * len(found) <= draws:
+        return None
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _ratio(part: float, whole: float) -> float:
