@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
 from deltaw.data.rendering import FAULTS, rendered
 from deltaw.data.reranking import RerankReader, as_chat_template, prompt_of
+from deltaw.data.report import Report
 from deltaw.data.retrieval import TextGroup
 from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
@@ -139,6 +140,12 @@ class RerankingTask(LabelTask):
         data = reader.prepared(seed)
         self.loss = cast(Name, reader.loss)
         return data
+
+    def read_file(self, reference: str, settings: DataSettings, classes: Classes) -> tuple[Sequence[Any], Report]:
+        reader = self.reader(replace(settings, train=reference))
+        found = reader.file(reference)
+        self.loss = cast(Name, reader.loss)
+        return found
 
     def outputs(self, data: RunData) -> int:
         return 1
