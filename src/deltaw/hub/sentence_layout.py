@@ -106,10 +106,11 @@ def write_layout(folder: Path, layout: SentenceLayout, width: int) -> None:
     _write(folder / _MODULES, modules)
 
 
-def write_cross_encoder(folder: Path, max_length: int, *, in_prompt: bool, pad_id: int | None) -> None:
+def write_cross_encoder(folder: Path, max_length: int | None, *, in_prompt: bool, pad_id: int | None) -> None:
     """Write the files by which a reranker is known, a classifier with one output, each complete or not at all.
 
     Args:
+        max_length: tokens that longer texts are cut to; None: as many as the model takes.
         in_prompt: whether the tokenizer's chat template writes query and passage. pad_id: as in the batches.
     """
     kind = {"method": "forward", "method_output_name": "logits"}

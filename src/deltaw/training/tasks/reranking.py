@@ -23,8 +23,8 @@ from deltaw.data.chat_template import with_date
 from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
 from deltaw.data.rendering import FAULTS, rendered
-from deltaw.data.reranking import RerankReader, as_chat_template, prompt_of
 from deltaw.data.report import Report
+from deltaw.data.reranking import RerankReader, as_chat_template, prompt_of
 from deltaw.data.retrieval import TextGroup
 from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
@@ -183,10 +183,9 @@ class RerankingTask(LabelTask):
 
     def write_beside(self, model: PreTrainedModel, folder: Path) -> None:
         assert self.tokenizer is not None
-        limit = text_positions(model) or self.tokenizer.model_max_length
-        pad = self.tokenizer.pad_token_id
-        in_prompt = prompt_of(self.tokenizer) is not None
-        write_cross_encoder(folder, limit, in_prompt=in_prompt, pad_id=pad if isinstance(pad, int) else None)
+        pad, in_prompt = self.tokenizer.pad_token_id, prompt_of(self.tokenizer) is not None
+        pad_id = pad if isinstance(pad, int) else None
+        write_cross_encoder(folder, text_positions(model), in_prompt=in_prompt, pad_id=pad_id)
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         return evaluate_scores(objective, rows, batcher)  # type: ignore[arg-type]
