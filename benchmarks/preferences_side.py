@@ -24,7 +24,7 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.machine.memory import keep_freed_memory
     from deltaw.runtime.quantized_weights import quantize_int8
-    from deltaw.settings import PreferenceSettings
+    from deltaw.task_settings import PreferenceSettings
     from deltaw.training.loop import train
     from deltaw.training.optimizer import count_steps
     from deltaw.training.tasks.causal import PreferenceTask

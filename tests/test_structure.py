@@ -25,7 +25,19 @@ PACKAGE = SOURCE / "deltaw"
 ORDER = (
     *("errors", "other_names", "version", "private_names", "platforms", "durable", "registry", "working", "cache"),
     *("contained", "tensor_files", "tasks", "kernels", "lora", "machine", "hub", "runtime", "data", "memory"),
-    *("methods", "settings", "schema", "training", "runs", "export", "serving", "experiments", "reports", "cli"),
+    *(
+        "methods",
+        "task_settings",
+        "settings",
+        "schema",
+        "training",
+        "runs",
+        "export",
+        "serving",
+        "experiments",
+        "reports",
+        "cli",
+    ),
     *("", "__main__"),  # the public face
 )
 LEVEL = {package: level for level, package in enumerate(ORDER)}

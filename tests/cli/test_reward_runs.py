@@ -24,7 +24,8 @@ from deltaw.reports.wording import short
 from deltaw.runs.folder import Run
 from deltaw.runtime.generation import Drawing, Drawn
 from deltaw.serving.rollouts import SessionSampler
-from deltaw.settings import RewardSettings, RunConfig
+from deltaw.settings import RunConfig
+from deltaw.task_settings import RewardSettings
 from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.monitoring.best import FORWARD, WRITTEN, Costs, Ending
 from deltaw.training.planning.plan_run import plan

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from deltaw.errors import UserError
-from deltaw.serving.encoders import Encoders, open_classifiers, open_embedder, pooled, sees_both_ways, what_it_serves
+from deltaw.serving.encoders import Encoders, open_classifiers, open_embedder, what_it_serves
+from deltaw.training.embedding.pooling import pooled, sees_both_ways
 from deltaw.training.origin import open_run
 from tests.byte_models import byte_tokenizer, saved
 from tests.serving.encoder_models import TEXTS, bert_config, train_classifier, write_bert
@@ -91,7 +92,7 @@ def test_a_folder_of_sentence_transformers_says_how_it_pools(tmp_path, embedder)
     assert "first" in said[-1] and "folder says" in said[-1]
     dense = {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}
     elsewhere = [kinds[0], {**kinds[1], "path": "../elsewhere"}, kinds[2]]
-    for modules, says in (kinds, "pooling_mode_max_tokens"), (elsewhere, "not supported"), ([*kinds, dense], "Dense"):
+    for modules, says in (kinds, "supported: max"), (elsewhere, "not supported"), ([*kinds, dense], "Dense"):
         write(modules, pooling_mode_max_tokens=True)
         with pytest.raises(UserError, match=says):
             embedder(folder)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import deltaw
 from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
-from deltaw.settings import DistillSettings, RunConfig
+from deltaw.settings import RunConfig
+from deltaw.task_settings import DistillSettings
 from deltaw.training.distillation.feed import ANSWERS, FOLDER, LIKELIEST
 from deltaw.training.distillation.loss import DistillObjective
 from deltaw.training.distillation.teachers import first_difference

@@ -15,7 +15,7 @@ from deltaw.data.packing import batches
 from deltaw.lora.adapt import attach
 from deltaw.lora.config import LoRAConfig
 from deltaw.runtime.packed import packed_rows
-from deltaw.settings import DistillSettings
+from deltaw.task_settings import DistillSettings
 from deltaw.training.distillation.loss import DistillObjective, divergence, with_rest
 from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher

@@ -15,7 +15,7 @@ from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.runtime.generation import Drawing, Drawn
 from deltaw.serving.rollouts import SessionSampler
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.origin import score_run
 from deltaw.training.rollouts.feed import _rollout
 from deltaw.training.rollouts.turns import Turns

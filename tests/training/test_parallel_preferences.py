@@ -13,7 +13,7 @@ from deltaw.data.example import RowGroup
 from deltaw.data.row_store import digest_of_rows
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
-from deltaw.settings import PreferenceSettings
+from deltaw.task_settings import PreferenceSettings
 from deltaw.training.parallel.group import Group, Told, deal
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.rollouts.losses import PolicyLoss, Rollout, advantages
 

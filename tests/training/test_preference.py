@@ -19,7 +19,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
-from deltaw.settings import PreferenceSettings
+from deltaw.task_settings import PreferenceSettings
 from deltaw.training.losses import PreferenceLoss, log1mexp
 from deltaw.training.origin import score_run
 from deltaw.training.session import Session

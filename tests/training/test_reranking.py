@@ -14,9 +14,10 @@ from deltaw.data.example import LabeledExample
 from deltaw.data.reranking import PairEncoder, as_chat_template, prompt_of
 from deltaw.errors import UserError
 from deltaw.export.merge import merge_run
+from deltaw.export.push import push
 from deltaw.hub.loading import load
 from deltaw.runs.fit import fit
-from deltaw.settings import RerankingSettings
+from deltaw.task_settings import RerankingSettings
 from deltaw.training.origin import open_run, score_run
 from deltaw.training.tasks.base import task_of
 from deltaw.training.tasks.labels import predicted
@@ -250,6 +251,8 @@ def test_a_run_of_an_encoder_learns_and_is_read_again(form, encoder, settings, t
     assert run.task.name == "reranking"
     score = score_run(run, held_out_rows(run)).evaluation
     assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-4)
+    layout = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
+    assert layout <= set(push(result.output, "me/ranker", base="some/bert", dry_run=True).files)
     file = run.task.read_file(str(path), run.config.data, run.classes)
     assert len(file[0]) == len(rows)
 

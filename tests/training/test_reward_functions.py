@@ -16,7 +16,7 @@ import pytest
 from deltaw.data.sources import read_rows
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.origin import score_run
 from deltaw.training.rewards import Scored, reward_of
 from deltaw.training.rewards.judge import judge

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards import Scored
 from deltaw.training.rewards.rewarder import Rewarder
 

@@ -10,7 +10,7 @@ from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
-from deltaw.settings import PreferenceSettings
+from deltaw.task_settings import PreferenceSettings
 from deltaw.training.losses import RowLogProbs, UnpairedLoss
 from deltaw.training.origin import score_run
 from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher

@@ -20,7 +20,8 @@ from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
 from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import OF_PEFT
-from deltaw.settings import DistillSettings, RunConfig
+from deltaw.settings import RunConfig
+from deltaw.task_settings import DistillSettings
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import is_share
 from deltaw.training.origin import CHAT_TEMPLATE
@@ -30,6 +31,7 @@ _PIPELINES = {
     "preference": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
+    "reranking": "text-ranking",
 }
 _LOST = {
     "not_chosen": "not used: fewer rows were asked for",

@@ -58,7 +58,7 @@ def unfilled(
     def make(attention: str) -> PreTrainedModel:
         how = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
         with no_init_weights():
-            return auto.from_config(config, dtype=dtype_of(dtype), **how)
+            return _without_pooler(auto.from_config(config, dtype=dtype_of(dtype), **how), task)
 
     model, attention = _with_attention(make, attention, config, task, folder)
     model.tie_weights()  # is left out together with the first values
@@ -285,10 +285,18 @@ def _weights(
         with reading_values(folder) as note:
             model, report = auto.from_pretrained(folder, attn_implementation=attention, **how)
             note(model)
-        return model, report
+        return _without_pooler(model, task), report
 
     (model, report), used = _with_attention(make, attention, config, task, folder)
-    return model, sorted(report["missing_keys"]), _why(used, attention, config)
+    missing = [name for name in report["missing_keys"] if getattr(model, name.partition(".")[0], None) is not None]
+    return model, sorted(missing), _why(used, attention, config)
+
+
+def _without_pooler(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """The model without what it makes of its first token's vector, where every token's vector is asked for."""
+    if tasks.entry_of(task).auto_model == "AutoModel" and isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None  # type: ignore[assignment]
+    return model
 
 
 def _blocks(

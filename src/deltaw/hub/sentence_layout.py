@@ -124,6 +124,11 @@ def write_cross_encoder(folder: Path, max_length: int | None, *, in_prompt: bool
     _write(folder / _MODULES, [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}])
 
 
+def layout_files(folder: Path) -> list[Path]:
+    """The files of a layout that a folder has."""
+    return [file for name in BESIDE for file in (folder / name, folder / name / "config.json") if file.is_file()]
+
+
 def copy_layout(source: Path, target: Path) -> None:
     """Copy what :func:`write_layout` wrote, where it is there."""
     for name in BESIDE:

@@ -203,7 +203,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         plan=plan,
         trained_parameters=trained,
         method=config.method,
-        writes_text=not task.has_labels,
+        writes_text=task.writes_text,
         drift=drift,
         arithmetic=_arithmetic(session) if device == "cpu" else {},
         approximations=session.approximations.as_dict(),

@@ -51,7 +51,7 @@ def write_card(
     folder: Path, session: Session, outcome: Outcome, evaluation: Evaluation, trained: int, drift: Drift | None = None
 ) -> None:
     """Write the model card of a run, ``README.md``, into its folder."""
-    config, writes_text = session.config, not session.task.has_labels
+    config, writes_text = session.config, session.task.writes_text
     facts = {
         "base model": config.model,
         "task": config.task,
@@ -242,7 +242,7 @@ def facts(session: Session, plan: Plan | None, chosen: Mapping[str, Choice], lim
             "task": config.task,
             "method": config.method,
             "revisions": revisions(config),
-            "writes_text": not session.task.has_labels,
+            "writes_text": session.task.writes_text,
             "total_steps": session.total_steps,
             "data": {
                 "lines": data.report.lines(),

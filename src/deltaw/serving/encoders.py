@@ -8,14 +8,13 @@ Knows tokens and models; not HTTP.
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -29,102 +28,18 @@ from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
+from deltaw.hub.sentence_layout import SentenceLayout, pooling_named
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
 from deltaw.training.callbacks import Say
+from deltaw.training.embedding.pooling import layout_of, vectors_of
 from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
+from deltaw.training.tasks.embedding import EmbeddingTask
 from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, own_outputs, text_positions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Pooling = Literal["mean", "first", "last"]
-_KEYS = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
-
-
-def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector a row.
-
-    Args:
-        hidden: (rows, length, width), of rows padded at their end. mask: (rows, length), 1 for real tokens.
-
-    Returns:
-        (rows, width).
-    """
-    if pooling == "first":
-        return hidden[:, 0]
-    if pooling == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    real = mask[..., None].to(hidden.dtype)
-    # Zeros times what padding left there would be NaN where that is not finite.
-    return hidden.masked_fill(real == 0, 0).sum(1) / real.sum(1)
-
-
-def pooling_of(model: PreTrainedModel, folder: Path, asked: str = "auto") -> tuple[Pooling, str]:
-    """The pooling of a model and why.
-
-    Sentence-transformers writes it into ``modules.json`` and the folder of its pooling module. Without them an
-    encoder's real tokens are averaged. A decoder, whose tokens see only those before them, is not made for
-    that, so a way must be asked for.
-
-    Raises:
-        UserError: the folder says something that is not possible here, or the model is a decoder and nobody
-            asked for a way.
-    """
-    if asked != "auto":
-        if asked not in get_args(Pooling):
-            raise UserError(f"there is no pooling '{asked}'", hint=f"use one of {', '.join(get_args(Pooling))}")
-        return cast(Pooling, asked), "as asked"
-    if (told := _of_folder(folder)) is not None:
-        return told, "as the model's folder says"
-    if not sees_both_ways(model):
-        what = f"{type(model).__name__} is a decoder, and nothing says how it embeds a text"
-        hint = "take an encoder, or ask for pooling 'last' or 'mean' if the model was trained for it"
-        raise UserError(what, where=str(folder), hint=hint)
-    return "mean", "an encoder"
-
-
-def sees_both_ways(model: PreTrainedModel) -> bool:
-    """Whether a token's vector depends on tokens behind it, tried on two rows that differ in the last one."""
-    core = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    ids = torch.arange(5, 13, device=model.device).repeat(2, 1) % core.config.get_text_config().vocab_size
-    ids[1, -1] = ids[0, 0]
-    with torch.no_grad():
-        hidden = core(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
-    return bool((hidden[0, 0] - hidden[1, 0]).norm() > 1e-6 * hidden[0, 0].norm())
-
-
-def _of_folder(folder: Path) -> Pooling | None:
-    modules = _json(folder / "modules.json")
-    if modules is None:
-        return None
-    kinds = [(str(m.get("type", "")).rpartition(".")[2], str(m.get("path", ""))) for m in modules]
-    others = [kind for kind, _ in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if others:
-        what = f"the model's vectors go through a layer '{others[0]}', which is not supported"
-        raise UserError(what, where=str(folder / "modules.json"))
-    path = next((path for kind, path in kinds if kind == "Pooling"), None)
-    if path is None:
-        return None
-    # The path comes from the folder's file, and must not lead out of it.
-    place = (folder / path / "config.json").resolve()
-    settings = _json(place) if place.is_relative_to(folder.resolve()) else None
-    on = [key for key, value in (settings or {}).items() if key.startswith("pooling_mode_") and value is True]
-    known = _KEYS.get(on[0].removeprefix("pooling_mode_")) if len(on) == 1 else None
-    if known is None:
-        raise UserError(f"the model's pooling is not supported: {', '.join(on) or 'none is named'}", where=str(place))
-    return cast(Pooling, known)
-
-
-def _json(file: Path) -> Any:
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"this is not JSON: {error}", where=str(file)) from error
-
 
 # Rows that are taken together; more wait for the next round, so that a long request does not hold up others.
 ROWS_AT_ONCE = 256
@@ -173,31 +88,30 @@ class RowModel:
 
 
 class Embedder(RowModel):
-    """Vectors of texts by an encoder.
+    """Vectors of texts.
 
     Args:
-        model: without a head. tokenizer: its own.
-        pooling: how the vectors of a row's tokens become one.
-        normalize: scale each vector to length 1.
+        model: without a head. tokenizer: its own. layout: how it embeds a text.
 
     Attributes:
         nested: lengths at which a vector's beginning is one too (Matryoshka training, arXiv 2205.13147).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: Pooling, normalize: bool
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: SentenceLayout,
+        nested: Sequence[int] = (),
     ) -> None:
         config = model.config
         super().__init__(model, tokenizer, int(config.get_text_config().hidden_size))
-        if getattr(config, "is_encoder_decoder", False):
-            self._model = model.get_encoder()
-        self._pooling, self._normalize = pooling, normalize
-        self.nested: tuple[int, ...] = tuple(getattr(config, "matryoshka_dimensions", None) or ())
+        self.layout = layout
+        self.nested = tuple(nested or getattr(config, "matryoshka_dimensions", None) or ())
 
     def of_batch(self, batch: LabelBatch) -> Tensor:
-        hidden = self._model(**batch.inputs).last_hidden_state
-        vectors = pooled(hidden.float(), batch.inputs["attention_mask"], self._pooling)
-        return torch.nn.functional.normalize(vectors, dim=-1) if self._normalize else vectors
+        vectors = vectors_of(self._model, batch, self.layout.pooling or "mean")[1].float()
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.layout.normalize else vectors
 
 
 class OfSession(RowModel):
@@ -371,6 +285,7 @@ def share_weights(models: Sequence[PreTrainedModel]) -> int:
 
 
 Serves = Literal["text", "vectors", "classes", "scores"]
+_SERVES: Mapping[str, Serves] = {EmbeddingTask.name: "vectors", Reranker.task: "scores"}
 
 
 class How(TypedDict, total=False):
@@ -390,7 +305,9 @@ def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
     folder = Path(reference)
     if is_adapter(folder):
         task = read_folder(folder, trust_remote_code=how.get("trust_remote_code", False)).task
-        return "text" if tasks.entry_of(task).writes_text else "scores" if task == Reranker.task else "classes"
+        if (serves := _SERVES.get(task)) is not None:
+            return serves
+        return "text" if tasks.entry_of(task).writes_text else "classes"
     config = _config(reference, **how)
     named = str((getattr(config, "architectures", None) or [""])[0])
     if named.endswith("ForSequenceClassification"):
@@ -406,12 +323,24 @@ def open_embedder(
     Raises:
         UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
     """
-    loaded = load(reference, task="features", say=say, **how)
-    if loaded.tokenizer is None:
-        raise UserError("the model's folder holds no tokenizer", where=reference)
-    way, why = pooling_of(loaded.model, loaded.folder, pooling)
-    say(f"vectors: {way} of a row's tokens ({why}), {'of length 1' if normalize else 'not normalized'}")
-    return Encoders({name: Embedder(loaded.model, loaded.tokenizer, way, normalize)})
+    if is_adapter(Path(reference)):
+        session = open_run(reference, say=say, **how)
+        model, tokenizer, task = session.model, session.tokenizer, session.task
+        assert isinstance(task, EmbeddingTask)
+        layout, why = task.layout(model), "as it was trained"
+        if pooling != "auto":
+            layout, why = replace(layout, pooling=pooling_named(pooling)), "as asked"
+        layout = layout if normalize else replace(layout, normalize=False)
+        nested: Sequence[int] = task.settings.dimensions
+    else:
+        loaded = load(reference, task="features", say=say, **how)
+        if loaded.tokenizer is None:
+            raise UserError("the model's folder holds no tokenizer", where=reference)
+        model, tokenizer, nested = loaded.model, loaded.tokenizer, ()
+        layout, why = layout_of(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
+    length = "of length 1" if layout.normalize else "not normalized"
+    say(f"vectors: {layout.pooling} of a row's tokens ({why}), {length}")
+    return Encoders({name: Embedder(model, tokenizer, layout, nested)})
 
 
 def open_classifiers(

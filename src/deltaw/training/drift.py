@@ -244,7 +244,7 @@ def drift_of(opened: InferenceSession, writer: Writer | None = None) -> Drift | 
 
 def _is_wanted(asked: bool | str, task: Task) -> bool:
     """Whether drift is measured, by the setting ``train.drift`` and what the model writes."""
-    return asked is not False and task.tokenizer is not None and not task.has_labels
+    return asked is not False and task.tokenizer is not None and task.writes_text
 
 
 def answers_side_by_side(opened: InferenceSession, count: int, writer: Writer | None = None) -> list[GeneralAnswer]:

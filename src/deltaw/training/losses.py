@@ -23,7 +23,7 @@ from deltaw.data.example import Example
 from deltaw.data.packing import Batch
 from deltaw.errors import UserError
 from deltaw.kernels.transfer import to_device
-from deltaw.settings import PreferenceSettings
+from deltaw.task_settings import PreferenceSettings
 
 
 @dataclass(frozen=True, eq=False)

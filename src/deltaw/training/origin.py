@@ -37,7 +37,8 @@ from deltaw.methods.files import classes_of, method_of_folder, outputs_of, read_
 from deltaw.platforms import shell_word
 from deltaw.runtime.generation import Sampler, Writer
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.settings import DEFAULT_TASK, SETTINGS, DistillSettings, RunConfig
+from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
+from deltaw.task_settings import DistillSettings
 from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration

@@ -33,7 +33,7 @@ def as_seen(example: Any, method: Method) -> Any:
     if method.virtual_tokens == 0 and invocation is None:
         return example
     if isinstance(example, RowGroup):
-        return RowGroup(tuple(as_seen(row, method) for row in example.rows))
+        return replace(example, rows=tuple(as_seen(row, method) for row in example.rows))
     if isinstance(example, Example):
         if method.virtual_tokens:
             example = example.after(method.virtual_tokens, method.with_virtual_tokens(example.tokens))

@@ -450,7 +450,7 @@ def assemble(
         session.feed = _lessons(session) if isinstance(objective, DistillObjective) else _rollouts(session)
     if settings.keep_general:
         _take_general_answers(session)
-    if task.rolls_out:  # each step's rows are new
+    if task.rolls_out or task.sees_steps:  # each step's rows are new, or no microbatch has a loss of its own
         return session
     _keep_features(session, invocation)
     if settings.approximate == "auto":
@@ -617,7 +617,7 @@ def _take_general_answers(session: Session) -> None:
     """
     weight = session.config.train.keep_general
     try:
-        if session.task.has_labels:
+        if not session.task.writes_text:
             raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
         answers = session.general_answers(KEPT)
     except NoGeneralAnswers as reason:

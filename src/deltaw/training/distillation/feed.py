@@ -25,7 +25,7 @@ from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.runtime.generation import Drawing, Drawn, Sampler
-from deltaw.settings import DistillSettings
+from deltaw.task_settings import DistillSettings
 from deltaw.training.distillation.loss import DistillObjective
 from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.microbatches import AnyBatcher, Feed

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from deltaw.data.lessons import Lesson
 from deltaw.data.packing import Batch
 from deltaw.kernels.transfer import to_device
-from deltaw.settings import DistillSettings
+from deltaw.task_settings import DistillSettings
 from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.losses import Watched, label_places, log1mexp
 from deltaw.training.tasks.causal_objective import CausalObjective, Values, chunked_sum, loss_dtype

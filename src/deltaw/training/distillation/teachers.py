@@ -28,7 +28,8 @@ from deltaw.methods.base import Method
 from deltaw.runtime.generation import Completion, Writer, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
-from deltaw.settings import RunConfig, TeacherSettings
+from deltaw.settings import RunConfig
+from deltaw.task_settings import TeacherSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.losses import label_places
 from deltaw.training.microbatches import AnyBatcher

@@ -47,6 +47,7 @@ from deltaw.settings import RunConfig
 from deltaw.tensor_files import StoredTensor, read_header
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift import DriftMeter
+from deltaw.training.embedding.objective import EmbeddingObjective
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.monitoring.rates import as_it_was
@@ -101,7 +102,7 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     region = _region(folder, weight)
     first, last = tokens * row_bytes // region, ((tokens + 1) * row_bytes - 1) // region
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
-    if not session.task.has_labels and session.config.train.drift is not False:
+    if session.task.writes_text and session.config.train.drift is not False:
         touched += GENERAL_TOKENS * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
@@ -369,16 +370,20 @@ class TellingBatcher:
         smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:
             largest = smallest
+        wanted = {smallest, largest}
+        if isinstance(objective := self._session.objective, EmbeddingObjective):
+            # Its step computes these before its first microbatch, so that each is there for its backward.
+            wanted |= set(range(objective.kept_passes(shapes)))
         if self._steps <= DRY_RUN_STEPS:
-            self.tokens = sum(sizes[number] for number in {smallest, largest})
+            self.tokens = sum(sizes[number] for number in wanted)
         self.sizes.update(sizes[number] for number in (smallest, largest))
         self.rows.update(shapes[number][0] for number in (smallest, largest))
-        self.made += len({smallest, largest})
+        self.made += len(wanted)
         kept = None
         for number, batch in enumerate(self._inner.batches(rows)):
             if number == largest and number != smallest and smallest > largest:
                 kept = batch  # it comes last, when gradients are there
-            elif number in (smallest, largest) or number >= len(sizes):
+            elif number in wanted or number >= len(sizes):
                 yield self._seen(batch)
         if kept is not None:
             yield self._seen(kept)

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Reward, Scored, from_file, place_of
 from deltaw.training.rewards.judge import judge
 from deltaw.training.rewards.libraries import math_answer, reasoning_gym

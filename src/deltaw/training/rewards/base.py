@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 
 
 @dataclass(frozen=True)

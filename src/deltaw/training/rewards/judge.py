@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from deltaw.errors import UserError, first_line
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Scored, place_of, right_answer
 from deltaw.training.rewards.texts import last_number
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

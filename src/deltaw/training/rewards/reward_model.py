@@ -19,7 +19,7 @@ from deltaw.data.reward_pairs import RewardReader, labeled
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.runtime.packed import padded_rows
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.callbacks import silent
 from deltaw.training.origin import open_run
 from deltaw.training.rewards.base import Scored, place_of

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deltaw.errors import UserError
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards import Reward, reward_of
 from deltaw.training.rewards.base import Scored, place_of
 from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import UserError
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaw.settings import RewardFunction
+from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Scored
 from deltaw.training.rewards.worker import end
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from deltaw.data.messages import Message
 from deltaw.errors import UserError
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.rewards.base import from_file
 from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number
 

@@ -21,7 +21,7 @@ from deltaw.data.prompts import Prompt
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.runtime.generation import Drawing, Drawn, seed_of
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import Feed

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from deltaw.data.example import Example
 from deltaw.kernels.transfer import to_device
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.losses import RowLogProbs, Watched
 
 # Added to the standard deviation of a group's rewards.

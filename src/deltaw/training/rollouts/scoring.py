@@ -13,7 +13,7 @@ import numpy as np
 
 from deltaw.data.prompts import Prompt, last_asked
 from deltaw.runtime.generation import Drawn
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.evaluation.base import Interval, mean_interval
 from deltaw.training.rewards import Scored
 from deltaw.training.rewards.rewarder import Rewarder

@@ -16,7 +16,7 @@ from deltaw.data.prompts import Prompt, asked
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.runtime.generation import Drawing, Drawn, Sampler, seed_of
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.rollouts.environments import Environments
 
 

@@ -94,6 +94,7 @@ class Task(abc.ABC):
         has_labels: whether a row has one label, which a head of its own predicts.
         has_pairs: whether a row is a group of two: a chosen and a rejected answer.
         rolls_out: whether it trains on completions that the model writes before each step.
+        sees_steps: whether its loss is that of a step's rows together, which no microbatch has alone.
         writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
         tokenizer: None for images.
         shares_evaluation: whether :meth:`evaluate` asks the objective for nothing but ``evaluation_asks``,
@@ -106,6 +107,7 @@ class Task(abc.ABC):
     has_labels = False
     has_pairs = False
     rolls_out = False
+    sees_steps = False
     writes_text = False
     shares_evaluation = False
     evaluation_asks = "evaluate_rows"

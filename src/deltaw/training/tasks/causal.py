@@ -26,7 +26,7 @@ from deltaw.hub.loading import has_values
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import Progress, Writer, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
-from deltaw.settings import PreferenceSettings
+from deltaw.task_settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named_answers

@@ -12,7 +12,7 @@ from deltaw.data.example import Example
 from deltaw.data.lessons import LessonReader, longest_lesson
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
-from deltaw.settings import DistillSettings
+from deltaw.task_settings import DistillSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.distillation.feed import LessonFeed
 from deltaw.training.distillation.loss import DistillObjective, lessons_of

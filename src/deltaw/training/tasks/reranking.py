@@ -31,12 +31,13 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values, read_config
 from deltaw.hub.sentence_layout import write_cross_encoder
-from deltaw.settings import RerankingSettings
+from deltaw.machine.choices import Choice
+from deltaw.task_settings import RerankingSettings
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.evaluation.retrieval import MAIN, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.ranking_losses import UNITS, Name, loss_of_queries
-from deltaw.training.tasks.base import Classes, ModelFiles, Named, Rows
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Rows
 from deltaw.training.tasks.labels import (
     LabelObjective,
     LabelTask,
@@ -107,13 +108,14 @@ class RerankingTask(LabelTask):
         answers: whether the model is a language model, which gets its head from the answers yes and no.
 
     Attributes:
-        loss: of the rows that were read first.
+        loss: of the rows that were read first. max_length: tokens of a row at most.
     """
 
     settings: RerankingSettings = field(default_factory=RerankingSettings)
     folder: Path = Path()
     answers: bool = False
     loss: Name | None = None
+    max_length: int | None = None
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> RerankingTask:
@@ -130,6 +132,7 @@ class RerankingTask(LabelTask):
         return cls(name, tokenizer, None, None, own_outputs(config), files.reference, **known)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> RerankReader:  # type: ignore[override]
+        self.max_length = settings.max_length
         how: dict[str, Any] = {"loss": self.loss or self.settings.loss, "score_range": self.settings.score_range}
         return RerankReader(settings, self.tokenizer, **how)
 
@@ -149,6 +152,11 @@ class RerankingTask(LabelTask):
 
     def outputs(self, data: RunData) -> int:
         return 1
+
+    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
+        batcher, chosen = super().batcher(model, examples, **how)
+        why = "by the rows" if self.settings.loss == "auto" else "as asked"
+        return batcher, {**chosen, "reranking.loss": Choice(self.loss or self.settings.loss, why)}
 
     def trained(self, named: Named, rows: Rows) -> Named:
         """A bias of one number drops out of differences of scores."""
@@ -184,8 +192,9 @@ class RerankingTask(LabelTask):
     def write_beside(self, model: PreTrainedModel, folder: Path) -> None:
         assert self.tokenizer is not None
         pad, in_prompt = self.tokenizer.pad_token_id, prompt_of(self.tokenizer) is not None
-        pad_id = pad if isinstance(pad, int) else None
-        write_cross_encoder(folder, text_positions(model), in_prompt=in_prompt, pad_id=pad_id)
+        limits = [limit for limit in (self.max_length, text_positions(model)) if limit is not None]
+        pad_id, most = pad if isinstance(pad, int) else None, min(limits, default=None)
+        write_cross_encoder(folder, most, in_prompt=in_prompt, pad_id=pad_id)
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         return evaluate_scores(objective, rows, batcher)  # type: ignore[arg-type]
@@ -253,7 +262,7 @@ def evaluate_scores(objective: RerankingObjective, rows: Sequence[TextGroup], ba
     pairs = np.array([_in_order(scores[places], grades[places]) for places in queries])
     metrics |= {name: found.metrics[name] for name in (MAIN, "mrr@10")} | {"pair_accuracy": float(pairs.mean())}
     bounds = {"mrr@10": found.intervals.get("mrr@10"), "pair_accuracy": mean_interval(pairs)}
-    intervals = {name: bound for name, bound in bounds.items() if bound is not None}
+    intervals = {name: (bound[0], min(1.0, bound[1])) for name, bound in bounds.items() if bound is not None}
     return Evaluation(metrics, MAIN, per_row=found.per_row, interval=found.interval, intervals=intervals)
 
 

@@ -14,7 +14,7 @@ from deltaw.data.row_reader import Reader
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder
 from deltaw.runtime.generation import Drawing, Sampler
-from deltaw.settings import RewardSettings
+from deltaw.task_settings import RewardSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.microbatches import AnyBatcher, AnyObjective

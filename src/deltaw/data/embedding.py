@@ -1,0 +1,35 @@
+"""Texts for an embedding model: each text of a row alone, with the prompt that queries or passages begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from deltaw.data.retrieval import Encoded, Judged, JudgedReader
+
+
+class EmbeddingReader(JudgedReader):
+    """Reads files for an embedding model.
+
+    Args, beside those of every reader:
+        prompts: what queries and passages begin with; texts that are compared both ways, as in scored pairs and texts
+            with classes, begin with neither.
+    """
+
+    def __init__(self, *args: Any, prompts: tuple[str, str] = ("", ""), **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._prompts = prompts
+
+    def encode(self, rows: Sequence[Judged], limit: int | None) -> list[list[Encoded]]:
+        texts: list[str] = []
+        for row in rows:
+            both_ways = not row.passages or (len(row.passages) == 1 and row.scores)
+            query, passage = ("", "") if both_ways else self._prompts
+            texts += [query + row.query, *(passage + text for text in row.passages)]
+        assert self.tokenizer is not None
+        cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
+        ids = self.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"]
+        found = iter(ids)
+        return [[(np.asarray(next(found), np.int32), None) for _ in range(1 + len(row.passages))] for row in rows]
