@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from deltaw.training.tasks.reranking import evaluate_scores
 from tests.byte_models import byte_tokenizer, saved, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
 from tests.data.label_models import WORDS, word_tokenizer
+from tests.training.parallel_runs import needs_gloo, trains_as_one
 from tests.training.runs import held_out_rows, metrics, opened
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -364,7 +366,11 @@ def test_sentence_transformers_loads_the_adapter_and_the_merged_model(kind, enco
     merge_run(run, tmp_path / "merged")
     opened_run = opened(run)
     pairs = [(row["query"], passage) for row in rows for passage in row["passages"]]
-    encoded = PairEncoder(opened_run.task.tokenizer)(pairs)
+    pairs.append(("a film", " ".join(WORDS * 9)))  # which is cut
+    limit = json.loads((run / "sentence_bert_config.json").read_text())["max_seq_length"]
+    assert limit == (64 if kind == "encoder" else 128)
+    encoded = PairEncoder(opened_run.task.tokenizer)(pairs, limit)
+    assert max(len(ids) for ids, _ in encoded) == limit
     examples = [LabeledExample(n, ids, 0.0, segments) for n, (ids, segments) in enumerate(encoded)]
     batcher = opened_run.batcher(examples)
     with opened_run.task.running(opened_run.model, batcher):
@@ -378,3 +384,17 @@ def test_sentence_transformers_loads_the_adapter_and_the_merged_model(kind, enco
     # The merged model is a base model with a head and a prompt of its own.
     again = task_of("reranking", str(tmp_path / "merged"), "fp32", section=RerankingSettings())
     assert again.own_outputs == 1 and prompt_of(again.tokenizer) == (PROMPT if kind == "decoder" else None)
+
+
+@needs_gloo
+@pytest.mark.parametrize("kind", ["pairwise", pytest.param("listwise", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(kind, scorer, settings, tmp_path):
+    rows, held_out = write_rows(tmp_path / "a.jsonl", lists(11)), write_rows(tmp_path / "b.jsonl", lists(5))
+
+    def made(name: str) -> dict:
+        changes = {"model": str(scorer), "task": "reranking", "reranking": {"loss": kind}}
+        changes["data"] = {"train": str(rows), "eval": str(held_out)}
+        of_train = {"batch_size": 5, "epochs": 2, "eval_every": 2, "checkpoint_every": 1}
+        return settings(tmp_path / name, **changes, train=of_train)
+
+    trains_as_one(made("one"), made("several"), 2)
