@@ -108,7 +108,7 @@ class PairEncoder:
 class RerankReader(JudgedReader):
     """Reads files for a reranker.
 
-    Args, beside those of every reader of judged rows:
+    Args, beside those of every reader for retrieval:
         loss: as in the settings; one that compares passages needs several of a query.
 
     Attributes:
