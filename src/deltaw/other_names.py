@@ -39,6 +39,7 @@ _VERBS = {
     "serve": "server api webui ui",
     "data check": "check validate lint",
     "data show": "show preview view tokenize",
+    "data mine": "hard-negatives mine-hard-negatives negatives mining",
     "tune": "sweep search hpo optimize",
     "runs": "ls list history report",
     "inspect": "info describe",

@@ -89,7 +89,7 @@ def no_part(context: click.Context, word: str | None) -> UserError:
     given = shell_word(word) if word and (Path(word).exists() or Path(word).suffix) else None
     first = context.command.get_command(context, parts[0])
     file = given or (first.params[0].human_readable_name if first else "FILE")
-    near = nearest(word or "", parts)
+    near = [] if given else nearest(word or "", parts)
     hint = f"did you mean '{path} {near[0]}'?" if near else " or ".join(f"{path} {part} {file}" for part in parts)
     what = f"'{word}' is neither {' nor '.join(parts)}" if word else f"{' or '.join(parts)} is missing"
     return UserError(what, where=path, hint=hint)

@@ -35,7 +35,7 @@ LABELED_COLUMNS = ("label", "text_pair", "image")
 # Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
 # Of rows for retrieval: what the first text is called, those that go with it, wrong ones, scores, texts with a class.
-QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt")
+QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt", "instruction")
 PASSAGES = (
     "positive",
     "passage",
@@ -47,6 +47,7 @@ PASSAGES = (
     "hypothesis",
     "response",
     "completion",
+    "output",
 )
 NEGATIVES = ("negative", "negatives")
 SCORES = ("score", "scores", "similarity_score", "label", "labels")

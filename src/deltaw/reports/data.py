@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.text import Text
 
 from deltaw.data.check import Check, Lengths
 from deltaw.data.pieces import Piece
+from deltaw.data.report import BadRows, count_of, quoted
 from deltaw.data.row_reader import ShownExample, ShownRow
 from deltaw.reports.tables import folded
+
+if TYPE_CHECKING:
+    from deltaw.serving.mining import Mined
 
 # Characters of the longest bar, and what a bar may end in, by eighths.
 _WIDTH = 36
@@ -127,3 +133,33 @@ def _marked(pieces: tuple[Piece, ...]) -> str:
             open_ = piece.label
         shown += piece.text
     return shown + (MARKS[1] if open_ else "")
+
+
+# Mined negatives: what became of the rows, how high texts score, and rows to look at.
+
+
+def mined_lines(mined: Mined, written: int, bad: BadRows, shown: int) -> Iterator[Text]:
+    """All of it; ``written`` rows were kept, of which ``shown`` are printed."""
+    rows, complete = len(mined.rows), len(mined.complete())
+    yield Text(f"{count_of(rows)}, {mined.queries:,} different queries, {count_of(mined.passages, 'passage')}")
+    for reason, count in bad.counts.items():
+        yield Text(folded(f"{count_of(count)} skipped: {reason}"), style="yellow")
+    yield Text(f"{count_of(complete)} with {count_of(mined.wanted, 'negative')}")
+    if complete < rows:
+        kept = "written with what there is" if written == rows else "not written"
+        fewer = f"{count_of(rows - complete)} with fewer, {mined.bare():,} of them with none: {kept}"
+        yield Text(folded(f"{fewer}; a higher --to-rank finds more"), style="yellow")
+    if mined.too_close or mined.too_high:
+        taken = "score too close to the row's own passage, and may answer it too"
+        high = f"; {mined.too_high:,} score above the highest allowed" if mined.too_high else ""
+        yield Text(folded(f"{count_of(mined.too_close, 'candidate')} left out: {taken}{high}"))
+    if mined.truncated:
+        yield Text(f"{count_of(mined.truncated, 'text')} truncated to what the model takes")
+    for name, scores in mined.scores().items():
+        if len(scores):
+            low, high = np.quantile(scores, (0.05, 0.95))
+            yield Text(f"scores of {name}s: mean {scores.mean():.3f}, 90 % from {low:.3f} to {high:.3f}")
+    for row in itertools.islice((row for row in mined.rows if row.negatives), shown):
+        yield Text(f"\nquery           {quoted(row.anchor, 60)}")
+        for name, (text, score) in (("positive", (row.positive, row.score)), *(("negative", n) for n in row.negatives)):
+            yield Text(f"{name:8} {score:6.3f} {quoted(text, 60)}", style="green" if name == "positive" else "")

