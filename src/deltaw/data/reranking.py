@@ -145,7 +145,8 @@ class RerankReader(JudgedReader):
             what = f"the row has {len(found.passages)} passages and one score"
             raise BadRowError(what, reason="scores that do not fit", where=where, hint="give each passage a score")
         if self.loss != "binary" and len(scores) < 2:
-            what, hint = "the query has one passage, and the loss compares several", "set reranking.loss: binary"
+            what = "the query has one passage, and the loss compares several"
+            hint = "write a query's passages into one row, or set reranking.loss: binary"
             raise BadRowError(what, reason="a single passage", where=where, hint=hint)
         if self.loss == "pairwise" and len(set(scores)) < 2:
             what, hint = "no passage is better than another", "remove the row, or set reranking.loss: binary"
