@@ -130,11 +130,11 @@ def test_losses_of_groups_are_their_formulas_however_they_are_cut(kind, scorer, 
         pairs = ([row["query"]] * len(row["passages"]), row["passages"])
         alone = [tokenizer(query, passage, return_tensors="pt") for query, passage in zip(*pairs, strict=True)]
         scores = [float(model(**one).logits.detach()) for one in alone]
-        labels, judged = row["labels"], list(zip(scores, row["labels"], strict=True))
+        labels, graded = row["labels"], list(zip(scores, row["labels"], strict=True))
         if kind == "binary":
-            parts = [np.log1p(np.exp(-s)) * y + np.log1p(np.exp(s)) * (1 - y) for s, y in judged]
+            parts = [np.log1p(np.exp(-s)) * y + np.log1p(np.exp(s)) * (1 - y) for s, y in graded]
         elif kind == "pairwise":
-            parts = [np.log2(1 + np.exp(t - s)) for s, y in judged for t, z in judged if y > z]
+            parts = [np.log2(1 + np.exp(t - s)) for s, y in graded for t, z in graded if y > z]
         else:
             target, likely = (np.exp(v) / np.exp(v).sum() for v in (np.array(labels), np.array(scores)))
             parts = [-(target * np.log(likely)).sum()]

@@ -20,7 +20,7 @@ from deltaw.data.check import Finding
 from deltaw.data.labels import tokenized
 from deltaw.data.rendering import FAULTS, rendered
 from deltaw.data.report import BadRowError
-from deltaw.data.retrieval import Encoded, Judged, JudgedReader, TextGroup
+from deltaw.data.retrieval import Encoded, RetrievalReader, RowTexts, TextGroup
 from deltaw.data.row_reader import ShownExample
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError
@@ -105,7 +105,7 @@ class PairEncoder:
         return np.array([token for token, _ in same][::-1], np.int32)
 
 
-class RerankReader(JudgedReader):
+class RerankReader(RetrievalReader):
     """Reads files for a reranker.
 
     Args, beside those of every reader for retrieval:
@@ -123,7 +123,7 @@ class RerankReader(JudgedReader):
         self._encode = PairEncoder(self.tokenizer)
         self._asked = self.loss = loss
 
-    def encode(self, rows: Sequence[Judged], limit: int | None) -> list[list[Encoded]]:
+    def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
         pairs = [(row.query, passage) for row in rows for passage in row.passages]
         found = iter(self._encode(pairs, limit))
         return [[next(found) for _ in row.passages] for row in rows]
@@ -138,8 +138,8 @@ class RerankReader(JudgedReader):
         self.loss = self._asked if self._asked != "auto" else "listwise" if several else "binary"
         return chosen
 
-    def judged(self, row: Row, where: str) -> Judged:
-        found = super().judged(row, where)
+    def row_texts(self, row: Row, where: str) -> RowTexts:
+        found = super().row_texts(row, where)
         scores = found.scores or (1.0, *[0.0] * (len(found.passages) - 1))
         if len(scores) != len(found.passages):
             what = f"the row has {len(found.passages)} passages and one score"
