@@ -124,6 +124,19 @@ def write_cross_encoder(folder: Path, max_length: int | None, *, in_prompt: bool
     _write(folder / _MODULES, [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}])
 
 
+def told_use(folder: Path) -> Literal["vectors", "scores"] | None:
+    """What a model's folder says that it is for: vectors of texts, or scores of passages; None where it says neither.
+
+    Raises:
+        UserError: a file is no JSON.
+    """
+    if (_json(folder / _PROMPTS) or {}).get("model_type") == "CrossEncoder":
+        return "scores"
+    modules = _json(folder / _MODULES)
+    kinds = [str(m.get("type", "")) for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
+    return "vectors" if any(kind.endswith(".Pooling") for kind in kinds) else None
+
+
 def layout_files(folder: Path) -> list[Path]:
     """The files of a layout that a folder has."""
     return [file for name in BESIDE for file in (folder / name, folder / name / "config.json") if file.is_file()]

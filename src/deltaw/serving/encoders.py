@@ -29,7 +29,7 @@ from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
-from deltaw.hub.sentence_layout import SentenceLayout, pooling_named
+from deltaw.hub.sentence_layout import SentenceLayout, pooling_named, told_use
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
@@ -317,8 +317,8 @@ class How(TypedDict, total=False):
 def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
     """What a run or a model gives: text, vectors of texts, classes of texts, or scores of passages.
 
-    A run and an adapter say it by their task, a model by the name of its architecture: what has no head, or a
-    head for filling in masked words, gives vectors.
+    A run and an adapter say it by their task, a model by sentence-transformers' files in its folder, or else by the
+    name of its architecture: what has no head, or a head for filling in masked words, gives vectors.
     """
     folder = Path(reference)
     if is_adapter(folder):
@@ -326,6 +326,8 @@ def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
         if (serves := _SERVES.get(task)) is not None:
             return serves
         return "text" if tasks.entry_of(task).writes_text else "classes"
+    if (told := told_use(_folder(reference, **how))) is not None:
+        return told
     config = _config(reference, **how)
     named = str((getattr(config, "architectures", None) or [""])[0])
     if named.endswith("ForSequenceClassification"):
@@ -388,13 +390,13 @@ def open_classifiers(
     model = model if is_run else base
     models: dict[str, RowModel] = {}
     opened = {name: open_run(folder, model=model, say=say, **how) for name, folder in folders.items()}
-    scores = is_run and opened[name].task.name == Reranker.task
+    scores = opened[name].task.name == Reranker.task if is_run else told_use(_folder(base, **how)) == "scores"
     for adapter, session in opened.items():
         models[adapter] = Reranker(session) if scores else Classifier(session)
         say(f"{adapter}: {'scores of passages' if scores else ', '.join(session.classes or ())}")
     if not is_run and own_outputs(_config(base, **how)) is not None:
-        opened[name] = open_run(base, task="sequence-classification", say=say, **how)
-        models[name] = Classifier(opened[name])
+        opened[name] = open_run(base, task=Reranker.task if scores else Classifier.task, say=say, **how)
+        models[name] = Reranker(opened[name]) if scores else Classifier(opened[name])
     if not models:
         hint = "name an adapter with --adapter name=folder"
         raise UserError("the model has no head for classes", where=base, hint=hint)
@@ -404,6 +406,9 @@ def open_classifiers(
 
 
 def _config(reference: str, **how: Unpack[How]) -> PretrainedConfig:
-    device, trust = choose_device(how.get("device", "auto")).value, how.get("trust_remote_code", False)
-    dtype = choose_precision(device, how.get("precision", "auto")).value
-    return read_config(config_folder(reference, dtype, trust), DEFAULT_TASK, None, trust)
+    return read_config(_folder(reference, **how), DEFAULT_TASK, None, how.get("trust_remote_code", False))
+
+
+def _folder(reference: str, **how: Unpack[How]) -> Path:
+    dtype = choose_precision(choose_device(how.get("device", "auto")).value, how.get("precision", "auto")).value
+    return config_folder(reference, dtype, how.get("trust_remote_code", False))
