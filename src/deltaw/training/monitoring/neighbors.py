@@ -20,6 +20,7 @@ from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.evaluation.retrieval import neighbor_agreement
 from deltaw.training.seen import as_seen
 from deltaw.training.session import Session
+from deltaw.training.tasks.labels import text_positions
 from deltaw.working import working
 
 NEIGHBORS = 10
@@ -58,7 +59,9 @@ def neighbor_drift(session: Session) -> NeighborDrift | None:
         return None
     if session.config.train.drift is False:
         return None
-    ids = tokenizer([*MEASURED, *KEPT], return_attention_mask=False)["input_ids"]
+    limit = text_positions(model)
+    cut = {} if limit is None else {"truncation": True, "max_length": limit - method.virtual_tokens}
+    ids = tokenizer([*MEASURED, *KEPT], return_attention_mask=False, **cut)["input_ids"]
     rows = [LabeledExample(number, np.asarray(one, np.int32), 0) for number, one in enumerate(ids)]
     with session.running(), method.evaluating(model), working("comparing general sentences"):
         after = _vectors(session, objective, [as_seen(row, method) for row in rows])

@@ -56,6 +56,7 @@ class EmbeddingTask(Task):
         self.settings, self._folder, self._say = settings, folder, say
         self._max_length: int | None = None
         self._batcher: TextBatcher | None = None
+        self._layout: SentenceLayout | None = None
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> EmbeddingTask:
@@ -102,14 +103,19 @@ class EmbeddingTask(Task):
         Raises:
             UserError: its folder says something that is not possible here.
         """
-        asked = self.settings
+        if self._layout is not None:
+            return self._layout
+        asked, real = self.settings, has_values(model)
         pooling: str = asked.pooling
-        if pooling == "auto" and not has_values(model):  # a dry run cannot try it
+        if pooling == "auto" and not real:  # a dry run cannot try it
             known = read_layout(self._folder)
             usual = "last" if can_pack(model).value else "mean"
             pooling = usual if known is None or known.pooling is None else known.pooling
         how: dict[str, Any] = {name: getattr(asked, name) for name in ("normalize", "query_prompt", "passage_prompt")}
-        return layout_of(model, self._folder, pooling=pooling, decoder="last", **how)[0]
+        found, _ = layout_of(model, self._folder, pooling=pooling, decoder="last", **how)
+        if real:
+            self._layout = found
+        return found
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model) if getattr(batcher, "padded", True) else packed_rows(model)
