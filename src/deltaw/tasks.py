@@ -89,6 +89,16 @@ for _entry in (
         "embed text",
         peft_type="FEATURE_EXTRACTION",
     ),
+    TaskEntry(
+        "reranking",
+        "deltaw.training.tasks.reranking:RerankingTask",
+        _CLASSES,
+        "score passages",
+        new_head=True,
+        outputs=1,
+        config={"num_labels": 1},
+        peft_type="SEQ_CLS",
+    ),
     TaskEntry("features", None, "AutoModel", "compute features"),
 ):
     register(_entry)

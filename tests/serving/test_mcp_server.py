@@ -188,6 +188,7 @@ def test_every_setting_that_names_a_file_is_checked() -> None:
 
 # Their descriptions speak of files, and their values name none.
 OTHERWISE = {"data.columns", "data.max_row_bytes", "data.bad_rows", "precision", "train.adapter"}
+OTHERWISE |= {f"embedding.{name}" for name in ("pooling", "normalize", "query_prompt", "passage_prompt")}
 
 
 def test_a_run_that_names_what_lies_outside_is_not_opened(place: Path, finished_run: Path) -> None:

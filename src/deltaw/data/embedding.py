@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from deltaw.data.retrieval import Encoded, Judged, JudgedReader
+from deltaw.data.retrieval import Encoded, RetrievalReader, RowTexts
 
 
-class EmbeddingReader(JudgedReader):
+class EmbeddingReader(RetrievalReader):
     """Reads files for an embedding model.
 
     Args, beside those of every reader:
@@ -22,7 +22,7 @@ class EmbeddingReader(JudgedReader):
         super().__init__(*args, **how)
         self._prompts = prompts
 
-    def encode(self, rows: Sequence[Judged], limit: int | None) -> list[list[Encoded]]:
+    def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
         texts: list[str] = []
         for row in rows:
             both_ways = not row.passages or (len(row.passages) == 1 and row.scores)

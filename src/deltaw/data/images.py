@@ -136,7 +136,7 @@ def _pair(size: object) -> tuple[int, int] | None:
 
 # Labeled rows become batches: texts side by side, padded as little as pays, or images of one size.
 #
-# A pair of texts, one of which is preferred, stays within one batch.
+# A group of texts that are compared, such as two of which one is preferred, stays within one batch.
 #
 # Knows tokens, pixels and labels; not files or models.
 
@@ -154,7 +154,8 @@ class LabelBatch:
             ``token_type_ids`` for pairs; or ``pixel_values`` (rows, channels, height, width) in fp32.
         targets: (rows,), int64 class indices, or fp32 numbers.
         examples: the rows, in the order of the batch.
-        pairs: whether the rows are pairs, the preferred one first; ``targets`` are their margins then.
+        sizes: rows of each group, whose rows follow each other; empty where rows come one by one. Of pairs, the
+            preferred row is the first, and ``targets`` are their margins.
         rows: rows in it. row_tokens: tokens of all rows. tokens: tokens computed, padding included.
         enter: opens the batch that the model runs instead, over what is kept of frozen layers; None: this one.
     """
@@ -165,13 +166,13 @@ class LabelBatch:
     rows: int
     row_tokens: int
     tokens: int
-    pairs: bool = False
+    sizes: tuple[int, ...] = ()
     enter: Callable[[], AbstractContextManager[LabelBatch]] | None = None
 
     @property
     def label_tokens(self) -> int:
-        """Labels in it: one a row, or one a pair."""
-        return self.rows // 2 if self.pairs else self.rows
+        """Labels in it: one a row, or one a group."""
+        return len(self.sizes) or self.rows
 
 
 @dataclass(frozen=True)
@@ -197,33 +198,34 @@ class LabelMicroBatcher:
 
     def batches(self, rows: Sequence[AnyExample]) -> Iterator[LabelBatch]:
         """The microbatches of these rows, one after another, each laid out only when its turn comes."""
-        for part, length, pairs in self._parts(rows):
-            yield self._texts(part, length, pairs=pairs) if length else self._images(part)
+        for part, length, sizes in self._parts(rows):
+            yield self._texts(part, length, sizes) if length else self._images(part)
 
     def shapes(self, rows: Sequence[AnyExample]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
         return [(len(part), length or self.tokens_per_image) for part, length, _ in self._parts(rows)]
 
-    def _parts(self, rows: Sequence[Any]) -> Iterator[tuple[list[Any], int, bool]]:
-        """The rows of each microbatch, its padded length (0 for images), and whether they are pairs."""
+    def _parts(self, rows: Sequence[Any]) -> Iterator[tuple[list[Any], int, tuple[int, ...]]]:
+        """The rows of each microbatch, its padded length (0 for images), and rows of each group."""
         images = [row for row in rows if isinstance(row, ImageExample)]
         if images:
             at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
             for part in np.array_split(np.arange(len(images)), -(-len(images) // at_once)):
-                yield [images[index] for index in part], 0, False
+                yield [images[index] for index in part], 0, ()
             return
-        for kind, of_each in ((RowGroup, 2), (LabeledExample, 1)):
+        for kind in (RowGroup, LabeledExample):
             items: list[Any] = sorted((row for row in rows if isinstance(row, kind)), key=longest_of)
             lengths = [self._padded(longest_of(item)) for item in items]
-            cost = microbatch_cost(self.device)
-            for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost, [of_each] * len(items)):
-                yield [row for item in items[start:stop] for row in rows_of(item)], lengths[stop - 1], of_each == 2
+            counts = [len(rows_of(item)) for item in items]
+            for start, stop in cut_by_length(lengths, self.tokens_per_pass, microbatch_cost(self.device), counts):
+                texts: list[Any] = [row for item in items[start:stop] for row in rows_of(item)]
+                yield texts, lengths[stop - 1], tuple(counts[start:stop]) if kind is RowGroup else ()
 
     def _padded(self, length: int) -> int:
         whole = -(-length // GRID) * GRID
         return max(length, min(whole, self.limit)) if self.limit is not None else whole
 
-    def _texts(self, rows: Sequence[LabeledExample], longest: int, *, pairs: bool = False) -> LabelBatch:
+    def _texts(self, rows: Sequence[LabeledExample], longest: int, sizes: tuple[int, ...] = ()) -> LabelBatch:
         tokens, mask = side_by_side([row.tokens for row in rows], longest, self.pad_id)
         segments = np.zeros_like(tokens)
         for place, row in enumerate(rows):
@@ -234,7 +236,7 @@ class LabelMicroBatcher:
         if self.segments and any(row.segments is not None for row in rows):
             inputs["token_type_ids"] = segments
         on_device = {name: to_device(torch.from_numpy(values), self.device) for name, values in inputs.items()}
-        return self._batch(rows, on_device, int(mask.sum()), tokens.size, pairs)
+        return self._batch(rows, on_device, int(mask.sum()), tokens.size, sizes)
 
     def _images(self, rows: Sequence[ImageExample]) -> LabelBatch:
         if self.encoder is None:
@@ -243,9 +245,14 @@ class LabelMicroBatcher:
         return self._batch(rows, {"pixel_values": to_device(self.encoder.encode(rows), self.device)}, tokens, tokens)
 
     def _batch(
-        self, rows: Sequence[AnyExample], inputs: dict[str, Tensor], row_tokens: int, tokens: int, pairs: bool = False
+        self,
+        rows: Sequence[AnyExample],
+        inputs: dict[str, Tensor],
+        row_tokens: int,
+        tokens: int,
+        sizes: tuple[int, ...] = (),
     ) -> LabelBatch:
         labels = [row.label for row in rows]
         dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
         targets = to_device(torch.tensor(labels, dtype=dtype), self.device)
-        return LabelBatch(inputs, targets, tuple(rows), len(rows), row_tokens, tokens, pairs)
+        return LabelBatch(inputs, targets, tuple(rows), len(rows), row_tokens, tokens, sizes)

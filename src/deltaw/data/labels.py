@@ -251,13 +251,23 @@ class _Tokenizing:
         return tuple(text_of(row.get(column), column, where) for column in self._columns)
 
     def __call__(self, texts: Sequence[tuple[str, ...]], *, cut: bool = False) -> list[_Tokens]:
-        """Each row's token ids and, for pairs, which text each token belongs to."""
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        # The tokenizer truncates, so it keeps its special tokens and shortens the longer text of a pair.
-        limits = {"truncation": "longest_first", "max_length": self._limit} if cut else {}
-        encoded = self._tokenizer(*columns, return_attention_mask=False, verbose=False, **limits)  # type: ignore[arg-type]
-        segments = encoded.get("token_type_ids") if len(columns) == 2 else None
-        ids = [np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]
-        if segments is None:
-            return [(row, None) for row in ids]
-        return [(row, np.asarray(s, dtype=np.int8)) for row, s in zip(ids, segments, strict=True)]
+        return tokenized(self._tokenizer, texts, self._limit if cut else None)
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], limit: int | None = None
+) -> list[_Tokens]:
+    """Each row's token ids and, for pairs, which text each token belongs to.
+
+    Args:
+        limit: tokens at most, special ones included; None: of any length.
+    """
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    # The tokenizer truncates, so it keeps its special tokens and shortens the longer text of a pair.
+    limits = {} if limit is None else {"truncation": "longest_first", "max_length": limit}
+    encoded = tokenizer(*columns, return_attention_mask=False, verbose=False, **limits)  # type: ignore[arg-type]
+    segments = encoded.get("token_type_ids") if len(columns) == 2 else None
+    ids = [np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]
+    if segments is None:
+        return [(row, None) for row in ids]
+    return [(row, np.asarray(s, dtype=np.int8)) for row, s in zip(ids, segments, strict=True)]

@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"negative_\d+")
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowTexts:
     """A row's texts.
 
     Attributes:
@@ -56,7 +56,7 @@ class TextGroup(RowGroup):
 
     Attributes:
         rows: of an embedding model, the query and the passages; of a reranker, the query with each passage.
-        scores: as in :class:`Judged`. group: equal for rows with the same query.
+        scores: as in :class:`RowTexts`. group: equal for rows with the same query.
         label: the number of the row's class; None where it has none.
     """
 
@@ -117,7 +117,7 @@ class Columns:
         return "queries with passages and negatives" if self.negatives else "queries with passages"
 
 
-class JudgedReader(RowReader[TextGroup], abc.ABC):
+class RetrievalReader(RowReader[TextGroup], abc.ABC):
     """Reads files for retrieval.
 
     Args, beside those of every reader:
@@ -139,7 +139,7 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
             raise UserError("the model has no tokenizer", where="model", hint="copy its tokenizer.json into its folder")
 
     @abc.abstractmethod
-    def encode(self, rows: Sequence[Judged], limit: int | None) -> list[list[Encoded]]:
+    def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
         """What the model sees of each row; texts are cut to ``limit`` tokens, special ones included."""
 
     def used_columns(self) -> set[str | None]:
@@ -158,17 +158,19 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
     def examples(self, rows: Rows, indices: Sequence[int]) -> Iterator[TextGroup | None]:
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
-            judged: dict[int, Judged] = {}
+            row_texts: dict[int, RowTexts] = {}
             for index in part:
                 try:
-                    judged[index] = self.judged(self.row(rows, index), rows.place(index))
+                    row_texts[index] = self.row_texts(self.row(rows, index), rows.place(index))
                 except BadRowError as error:
                     self.skip(rows, index, error)
-            encoded = dict(zip(judged, self.encode(list(judged.values()), None) if judged else [], strict=True))
+            encoded = dict(
+                zip(row_texts, self.encode(list(row_texts.values()), None) if row_texts else [], strict=True)
+            )
             for index in part:
-                yield self._group(rows, index, judged[index], encoded[index]) if index in judged else None
+                yield self._group(rows, index, row_texts[index], encoded[index]) if index in row_texts else None
 
-    def judged(self, row: Row, where: str) -> Judged:
+    def row_texts(self, row: Row, where: str) -> RowTexts:
         """A row's texts and scores.
 
         Raises:
@@ -182,7 +184,7 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
                 raise BadRowError(
                     "the row has no class", reason="no class", where=where, hint="write one, or remove it"
                 )
-            return Judged(_text(row.get(columns.text), columns.text, where), name=name)
+            return RowTexts(_text(row.get(columns.text), columns.text, where), name=name)
         assert columns.query is not None
         query = _text(row.get(columns.query), columns.query, where)
         passages = _texts(row.get(columns.passage), columns.passage, where)
@@ -203,8 +205,8 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
                 what = f"'{columns.passage}' is a list, and no column says which of its passages are right"
                 hint = "add 'labels', a list of as many numbers"
                 raise BadRowError(what, reason="passages without scores", where=where, hint=hint)
-            return Judged(query, passages)
-        return Judged(query, passages, self._scores(row.get(columns.score), len(passages), where))
+            return RowTexts(query, passages)
+        return RowTexts(query, passages, self._scores(row.get(columns.score), len(passages), where))
 
     def _scores(self, value: object, passages: int, where: str) -> tuple[float, ...]:
         column, (low, high) = self._columns.score, self.score_range
@@ -227,7 +229,7 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
 
     _range_setting = "embedding.score_range"
 
-    def _group(self, rows: Rows, index: int, judged: Judged, encoded: list[Encoded]) -> TextGroup | None:
+    def _group(self, rows: Rows, index: int, row_texts: RowTexts, encoded: list[Encoded]) -> TextGroup | None:
         """At most ``data.max_length`` tokens a text; None where the row is dropped, which is counted."""
         longest, limit, way = max(len(ids) for ids, _ in encoded), self.settings.max_length, self.settings.long_rows
         if longest > limit and way == "error":
@@ -239,14 +241,14 @@ class JudgedReader(RowReader[TextGroup], abc.ABC):
         if longest > limit:
             self.account["cut"] += 1
             self.account["tokens_cut"] += sum(max(0, len(ids) - limit) for ids, _ in encoded)
-            (encoded,) = self.encode([judged], limit)
-        label = None if judged.name is None else self._names.setdefault(judged.name, len(self._names))
-        number, scores = rows.number(index), judged.scores
+            (encoded,) = self.encode([row_texts], limit)
+        label = None if row_texts.name is None else self._names.setdefault(row_texts.name, len(self._names))
+        number, scores = rows.number(index), row_texts.scores
         labels = scores if len(scores) == len(encoded) else (0.0,) * len(encoded)
         texts = tuple(
             LabeledExample(number, ids, one, segments) for (ids, segments), one in zip(encoded, labels, strict=True)
         )
-        query = hashlib.blake2b(judged.query.encode(), digest_size=16).digest()
+        query = hashlib.blake2b(row_texts.query.encode(), digest_size=16).digest()
         return TextGroup(texts, scores, query, label)  # type: ignore[arg-type]
 
     def key(self, item: TextGroup) -> bytes:

@@ -31,6 +31,7 @@ _PIPELINES = {
     "preference": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
+    "reranking": "text-ranking",
 }
 _LOST = {
     "not_chosen": "not used: fewer rows were asked for",

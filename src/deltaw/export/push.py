@@ -21,6 +21,7 @@ from deltaw.export.base import MergeOptions, Say, base_of
 from deltaw.export.hub_card import PublicBase, model_card, public_name, public_settings
 from deltaw.hub.folders import already_here, require_own_files, resolve, resolve_hub_id, settings_in
 from deltaw.hub.refusals import LOGIN, refused_push
+from deltaw.hub.sentence_layout import layout_files
 from deltaw.hub.tokenizers import BESIDE, TOKENIZER_FILES
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import base_settings
@@ -208,6 +209,8 @@ def contents(
             raise UserError(f"'{merged}' is not a model's folder", where="--merged", hint="make it with deltaw merge")
         require_own_files(source.path)
         files |= {file.name: file for file in sorted(source.path.iterdir()) if file.suffix in _OF_MODEL}
+    sent = run.path if merged is None else Path(merged)
+    files |= {file.relative_to(sent).as_posix(): file for file in layout_files(sent)}
     return files | {name: _SECRETS.sub("REMOVED", text).encode() for name, text in texts.items()}
 
 

@@ -1,4 +1,4 @@
-"""The files by which sentence-transformers knows how a model embeds a text: pooling, normalization, prompts.
+"""The files by which sentence-transformers knows how a model embeds a text, or scores two: pooling, prompts, head.
 
 Beside a model's own files lie ``modules.json``, a folder for each module, and ``config_sentence_transformers.json``.
 Both its older and its newer names are read; the older ones are written, which all its versions load. Knows no models.
@@ -104,6 +104,42 @@ def write_layout(folder: Path, layout: SentenceLayout, width: int) -> None:
     _write(folder / _LIMIT, {"max_seq_length": layout.max_length, "do_lower_case": False})
     _write(folder / _PROMPTS, {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
     _write(folder / _MODULES, modules)
+
+
+def write_cross_encoder(folder: Path, max_length: int | None, *, in_prompt: bool, pad_id: int | None) -> None:
+    """Write the files by which a reranker is known, a classifier with one output, each complete or not at all.
+
+    Args:
+        max_length: tokens that longer texts are cut to; None: as many as the model takes.
+        in_prompt: whether the tokenizer's chat template writes query and passage. pad_id: as in the batches.
+    """
+    kind = {"method": "forward", "method_output_name": "logits"}
+    ways = {"message": {**kind, "format": "flat"}, "text": kind} if in_prompt else {"text": kind}
+    settings: dict[str, Any] = {"transformer_task": "sequence-classification", "modality_config": ways}
+    settings |= {"module_output_name": "scores", "max_seq_length": max_length}
+    settings["config_kwargs"] = {"num_labels": 1, **({} if pad_id is None else {"pad_token_id": pad_id})}
+    _write(folder / _LIMIT, settings)
+    of_model = {"model_type": "CrossEncoder", "prompts": {}, "activation_fn": "torch.nn.modules.activation.Sigmoid"}
+    _write(folder / _PROMPTS, {**of_model, "default_prompt_name": None})
+    _write(folder / _MODULES, [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}])
+
+
+def told_use(folder: Path) -> Literal["vectors", "scores"] | None:
+    """What a model's folder says that it is for: vectors of texts, or scores of passages; None where it says neither.
+
+    Raises:
+        UserError: a file is no JSON.
+    """
+    if (_json(folder / _PROMPTS) or {}).get("model_type") == "CrossEncoder":
+        return "scores"
+    modules = _json(folder / _MODULES)
+    kinds = [str(m.get("type", "")) for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
+    return "vectors" if any(kind.endswith(".Pooling") for kind in kinds) else None
+
+
+def layout_files(folder: Path) -> list[Path]:
+    """The files of a layout that a folder has."""
+    return [file for name in BESIDE for file in (folder / name, folder / name / "config.json") if file.is_file()]
 
 
 def copy_layout(source: Path, target: Path) -> None:

@@ -51,6 +51,7 @@ from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.distilled import compare_with_prompt
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
+from deltaw.training.monitoring.neighbors import neighbor_drift
 from deltaw.training.monitoring.rates import choose_rate
 from deltaw.training.origin import InferenceSession
 from deltaw.training.parallel.joining import as_parallel, divided, refuse_alone, threads_of
@@ -181,7 +182,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
                 meter = DriftMeter(session)
             outcome = _train(_Watching(session, folder, record, monitor, callback, searched, clock))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
-            _compare_with_prompt(session, folder, outcome, evaluation, callback)
+            _compare_with_base(session, folder, outcome, evaluation, callback)
             write_settings()  # with what was chosen on the way
             with clock.part("drift"):
                 drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
@@ -465,14 +466,17 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
     return drift
 
 
-def _compare_with_prompt(
-    session: Session, folder: RunFolder, outcome: Outcome, student: Evaluation, callback: Callback
+def _compare_with_base(
+    session: Session, folder: RunFolder, outcome: Outcome, trained: Evaluation, callback: Callback
 ) -> None:
-    """What a prompt that was trained into the adapter saves, written down and said."""
-    found = None if outcome.interrupted else compare_with_prompt(session, student)
-    if found is not None:
-        folder.write_metrics({"step": outcome.steps, "distilled": found.as_dict()})
-        callback.on_line(str(found))
+    """What a prompt that was trained into the adapter saves, and what became of general sentences' neighbors, written
+    down and said."""
+    if outcome.interrupted:
+        return
+    for name, found in (("distilled", compare_with_prompt(session, trained)), ("neighbors", neighbor_drift(session))):
+        if found is not None:
+            folder.write_metrics({"step": outcome.steps, name: found.as_dict()})
+            callback.on_line(str(found))
 
 
 def save_adapter(session: Session, folder: Path) -> None:

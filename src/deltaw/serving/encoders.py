@@ -1,4 +1,4 @@
-"""Models that read text and write none: vectors of encoders, and classes of classifiers with their adapters.
+"""Models that read text and write none: encoders' vectors, and classes or scores of classifiers with their adapters.
 
 Rows of all callers that are waiting go through a model together, padded, by one thread: models are not made
 for several. A classifier's adapters each have a model of their own whose frozen weights are the same tensors.
@@ -7,13 +7,14 @@ Knows tokens and models; not HTTP.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from deltaw import tasks
 from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelBatch
 from deltaw.data.report import quoted
+from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
-from deltaw.hub.sentence_layout import SentenceLayout, pooling_named
+from deltaw.hub.sentence_layout import SentenceLayout, pooling_named, told_use
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 
 # Rows that are taken together; more wait for the next round, so that a long request does not hold up others.
 ROWS_AT_ONCE = 256
+
+
+# Tokens, with what else a model reads of a pair of texts.
+Row: TypeAlias = "np.ndarray | LabeledExample"
 
 
 class RowModel:
@@ -61,9 +67,10 @@ class RowModel:
         encoded = self._tokenizer(text, return_attention_mask=False, verbose=False)
         return np.asarray(encoded["input_ids"], dtype=np.int32)
 
-    def outputs(self, rows: Sequence[np.ndarray]) -> Tensor:
+    def outputs(self, rows: Sequence[Row]) -> Tensor:
         """(rows, width) fp32, by padded microbatches whose attention and blocks run compiled."""
-        examples = [self.seen(LabeledExample(place, row, 0)) for place, row in enumerate(rows)]
+        whole = [row if isinstance(row, LabeledExample) else LabeledExample(0, row, 0) for row in rows]
+        examples = [self.seen(replace(row, row=place)) for place, row in enumerate(whole)]
         model, tokenizer = self._model, self._tokenizer
         batcher, _ = choose_label_batcher(model, examples, device=str(model.device), tokenizer=tokenizer)
         found = torch.empty(len(rows), self.width)
@@ -125,40 +132,73 @@ class Embedder(RowModel):
         return torch.nn.functional.normalize(vectors, dim=-1) if self.layout.normalize else vectors
 
 
-class Classifier(RowModel):
-    """Probabilities of classes by one classifier, with or without an adapter.
+class OfSession(RowModel):
+    """What a model with a head gives, with or without an adapter.
+
+    Attributes:
+        task: of the models that it takes. gives: what these give.
 
     Raises:
-        UserError: the model gives no classes of texts.
+        UserError: the model is for another task.
     """
 
-    def __init__(self, session: InferenceSession) -> None:
-        task = session.task.name
-        if task != "sequence-classification":
-            what = f"this is a model for {task}, which gives no classes of texts"
+    task, gives = "", ""
+
+    def __init__(self, session: InferenceSession, width: int) -> None:
+        name = session.task.name
+        if name != self.task:
+            what = f"this is a model for {name}, which gives no {self.gives}"
             raise UserError(what, where=session.loaded.reference, hint="use deltaw eval")
-        self.classes = session.classes or ()
-        super().__init__(session.model, session.tokenizer, len(self.classes))
+        super().__init__(session.model, session.tokenizer, width)
         if self.limit is not None:
             self.limit -= session.virtual_tokens
         self._session = session
-        self._objective: LabelObjective | None = None
+
+    @functools.cached_property
+    def _objective(self) -> LabelObjective:
+        return self._session.task.objective(self._model)  # type: ignore[return-value]
 
     def seen(self, example: LabeledExample) -> Any:
         return self._session.example(example)
 
+
+class Classifier(OfSession):
+    """Probabilities of classes by one classifier."""
+
+    task, gives = "sequence-classification", "classes of texts"
+
+    def __init__(self, session: InferenceSession) -> None:
+        self.classes = session.classes or ()
+        super().__init__(session, len(self.classes))
+
     def of_batch(self, batch: LabelBatch) -> Tensor:
-        if self._objective is None:
-            self._objective = LabelObjective(self._model, "sequence-classification")
         logits = self._objective.predictions(batch).float()
         # One output is a reward, whose logistic is between 0 and 1.
         return logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
 
 
+class Reranker(OfSession):
+    """Scores of passages between 0 and 1, the logistic of what a reranker gives."""
+
+    task, gives = "reranking", "scores of passages"
+
+    def __init__(self, session: InferenceSession) -> None:
+        super().__init__(session, 1)
+        self._encode = PairEncoder(session.tokenizer)
+
+    def pair(self, query: str, passage: str) -> LabeledExample:
+        """A query and a passage as the model reads them."""
+        ((ids, segments),) = self._encode([(query, passage)])
+        return LabeledExample(0, ids, 0, segments)
+
+    def of_batch(self, batch: LabelBatch) -> Tensor:
+        return self._objective.predictions(batch).float().sigmoid()[:, None]
+
+
 @dataclass
 class _Waiting:
     name: str
-    rows: list[np.ndarray]
+    rows: list[Row]
     answer: Future[Tensor] = field(default_factory=Future)
 
 
@@ -179,7 +219,7 @@ class Encoders:
         self._thread = threading.Thread(target=self._run, name="encoders", daemon=True)
         self._thread.start()
 
-    def submit(self, name: str, rows: Sequence[np.ndarray]) -> Future[Tensor] | None:
+    def submit(self, name: str, rows: Sequence[Row]) -> Future[Tensor] | None:
         """Queue rows; the future's result is (rows, width) fp32. None where too many are waiting.
 
         Raises:
@@ -190,8 +230,9 @@ class Encoders:
             if not len(row) or (model.limit is not None and len(row) > model.limit):
                 most = "at least one" if not len(row) else f"at most {model.limit:,}"
                 raise UserError(f"a text has {len(row):,} tokens, and must have {most}", where=f"input {place}")
-            if int(row.max()) >= model.vocabulary:
-                raise UserError(f"there is no token {int(row.max())}", where=f"input {place}")
+            most_id = int((row if isinstance(row, np.ndarray) else row.tokens).max())
+            if most_id >= model.vocabulary:
+                raise UserError(f"there is no token {most_id}", where=f"input {place}")
         one = _Waiting(name, list(rows))
         with self._changed:
             if self._closed or sum(len(w.rows) for w in self._waiting) + len(rows) > self._most:
@@ -261,7 +302,8 @@ def share_weights(models: Sequence[PreTrainedModel]) -> int:
     return saved
 
 
-Serves = Literal["text", "vectors", "classes"]
+Serves = Literal["text", "vectors", "classes", "scores"]
+_SERVES: Mapping[str, Serves] = {EmbeddingTask.name: "vectors", Reranker.task: "scores"}
 
 
 class How(TypedDict, total=False):
@@ -273,17 +315,19 @@ class How(TypedDict, total=False):
 
 
 def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
-    """What a run or a model gives: text, vectors of texts, or classes of texts.
+    """What a run or a model gives: text, vectors of texts, classes of texts, or scores of passages.
 
-    A run and an adapter say it by their task, a model by the name of its architecture: what has no head, or a
-    head for filling in masked words, gives vectors.
+    A run and an adapter say it by their task, a model by sentence-transformers' files in its folder, or else by the
+    name of its architecture: what has no head, or a head for filling in masked words, gives vectors.
     """
     folder = Path(reference)
     if is_adapter(folder):
         task = read_folder(folder, trust_remote_code=how.get("trust_remote_code", False)).task
-        if task == EmbeddingTask.name:
-            return "vectors"
+        if (serves := _SERVES.get(task)) is not None:
+            return serves
         return "text" if tasks.entry_of(task).writes_text else "classes"
+    if (told := told_use(_folder(reference, **how))) is not None:
+        return told
     config = _config(reference, **how)
     named = str((getattr(config, "architectures", None) or [""])[0])
     if named.endswith("ForSequenceClassification"):
@@ -330,7 +374,7 @@ def open_embedder(
 def open_classifiers(
     base: str, name: str, adapters: Mapping[str, str], *, model: str | None = None, say: Say, **how: Unpack[How]
 ) -> Encoders:
-    """A classifier and its adapters, each under its name.
+    """A classifier or a reranker and its adapters, each under its name.
 
     Args:
         base: a model or a run; a run's adapter is called ``name``, or as in ``adapters``.
@@ -338,19 +382,21 @@ def open_classifiers(
         model: the base model, where a run's folder does not name it.
 
     Raises:
-        UserError: nothing of it classifies texts: a model without a head needs an adapter that brings one.
+        UserError: nothing of it classifies texts: a model without a head needs an adapter that brings one; or an
+            adapter is for another task than the run.
     """
     is_run = is_adapter(Path(base))
     folders = {name: base, **adapters} if is_run else dict(adapters)
     model = model if is_run else base
     models: dict[str, RowModel] = {}
     opened = {name: open_run(folder, model=model, say=say, **how) for name, folder in folders.items()}
+    scores = opened[name].task.name == Reranker.task if is_run else told_use(_folder(base, **how)) == "scores"
     for adapter, session in opened.items():
-        models[adapter] = Classifier(session)
-        say(f"{adapter}: {', '.join(session.classes or ())}")
+        models[adapter] = Reranker(session) if scores else Classifier(session)
+        say(f"{adapter}: {'scores of passages' if scores else ', '.join(session.classes or ())}")
     if not is_run and own_outputs(_config(base, **how)) is not None:
-        opened[name] = open_run(base, task="sequence-classification", say=say, **how)
-        models[name] = Classifier(opened[name])
+        opened[name] = open_run(base, task=Reranker.task if scores else Classifier.task, say=say, **how)
+        models[name] = Reranker(opened[name]) if scores else Classifier(opened[name])
     if not models:
         hint = "name an adapter with --adapter name=folder"
         raise UserError("the model has no head for classes", where=base, hint=hint)
@@ -360,6 +406,9 @@ def open_classifiers(
 
 
 def _config(reference: str, **how: Unpack[How]) -> PretrainedConfig:
-    device, trust = choose_device(how.get("device", "auto")).value, how.get("trust_remote_code", False)
-    dtype = choose_precision(device, how.get("precision", "auto")).value
-    return read_config(config_folder(reference, dtype, trust), DEFAULT_TASK, None, trust)
+    return read_config(_folder(reference, **how), DEFAULT_TASK, None, how.get("trust_remote_code", False))
+
+
+def _folder(reference: str, **how: Unpack[How]) -> Path:
+    dtype = choose_precision(choose_device(how.get("device", "auto")).value, how.get("precision", "auto")).value
+    return config_folder(reference, dtype, how.get("trust_remote_code", False))

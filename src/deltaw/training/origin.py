@@ -432,6 +432,7 @@ def open_run(
         trust_remote_code=trust_remote_code,
         say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
     )
+    work.initialize_head(loaded.model, loaded.new_modules, ())  # as far as it takes no rows
     identity = identity_of(loaded.model, precision)
     if precision == "int8":
         known = None if found is None else saved_calibration(found.folder, identity)

@@ -71,7 +71,7 @@ class Opening:
 
 
 def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: Limits, *, say: Say) -> Served:
-    """What a reference names, ready to serve: a model that writes text, an encoder, or a classifier.
+    """What a reference names, ready to serve: a model that writes text, an encoder, a classifier, or a reranker.
 
     Args:
         base: names a model, a run or an adapter. folders: adapters by name. limits: of requests.

@@ -265,6 +265,10 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
                 short = [length for length in map(_longest, rows) if length <= limit]
                 others = max(others, min(limit, len(short) * max(short, default=0)))
             labels = [0] * len(shapes) if cut is None else cut.labels(rows)
+            if isinstance(objective := session.objective, EmbeddingObjective):
+                kept = shapes[: objective.kept_passes(shapes)]
+                found.append((sum(c * n for c, n in kept) + max(c * n for c, n in shapes), 0, (step, process)))
+                continue
             found += [(c * n, many, (step, process)) for (c, n), many in zip(shapes, labels, strict=True)]
             if step in laid_out:
                 tiles |= _tile_shapes(session, rows)

@@ -113,15 +113,16 @@ class EmbeddingTask(Task):
         """
         if self._layout is not None:
             return self._layout
-        asked = self.settings
+        asked, real = self.settings, has_values(model)
         pooling: str = asked.pooling
-        if pooling == "auto" and not has_values(model):  # a dry run cannot try it
+        if pooling == "auto" and not real:  # a dry run cannot try it
             known = read_layout(self._folder)
             usual = "last" if can_pack(model).value else "mean"
             pooling = usual if known is None or known.pooling is None else known.pooling
         how: dict[str, Any] = {name: getattr(asked, name) for name in ("normalize", "query_prompt", "passage_prompt")}
-        found = layout_of(model, self._folder, pooling=pooling, decoder="last", **how)[0]
-        self._layout = found if has_values(model) else None
+        found, _ = layout_of(model, self._folder, pooling=pooling, decoder="last", **how)
+        if real:
+            self._layout = found
         return found
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:

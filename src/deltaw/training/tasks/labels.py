@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
-from deltaw.data.example import RowGroup
+from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
 from deltaw.data.labels import LabelReader
 from deltaw.data.pixels import AnyExample, ImageExample
@@ -146,7 +146,7 @@ class LabelObjective:
     def __call__(self, batch: LabelBatch) -> Tensor:
         """Sum over rows of the cross-entropy (nats), or of the squared error; a scalar in fp32."""
         predictions = self.predictions(batch)
-        if batch.pairs:
+        if batch.sizes:
             found = losses_of_pairs(predictions, batch.targets)
             self.watched.add(found)
             return found.losses.sum()
@@ -340,20 +340,30 @@ def evaluate_labels(
     if isinstance(examples[0], RowGroup):
         evaluation, rewards = evaluate_pairs(examples, batcher, objective.of_pairs)  # type: ignore[arg-type]
         return LabelEvaluation(**vars(evaluation), predictions=rewards)
-    parts, order = [], []
-    place = {id(example): index for index, example in enumerate(examples)}
-    with torch.no_grad():
-        for batch in batcher.batches(examples):
-            parts.append(objective.predictions(batch).cpu().numpy())
-            order += [place[id(example)] for example in batch.examples]
-    gathered = np.concatenate(parts)
-    predictions = np.empty_like(gathered)
-    predictions[order] = gathered
-    check_finite("the model's predictions are", predictions)
+    predictions = predicted(objective, examples, batcher)
     truth = np.array([example.label for example in examples])
     if objective.task == "regression":
         return _of_numbers(truth, predictions)
     return _of_classes(truth, predictions, tuple(classes))
+
+
+@torch.no_grad()
+def predicted(objective: LabelObjective, items: Rows, batcher: LabelMicroBatcher) -> np.ndarray:
+    """What the model predicts for each row, of groups one row after the other: (rows, …).
+
+    Raises:
+        UserError: the predictions are not finite.
+    """
+    parts, order = [], []
+    place = {id(row): index for index, row in enumerate(row for item in items for row in rows_of(item))}
+    for batch in batcher.batches(items):
+        parts.append(objective.predictions(batch).cpu().numpy())
+        order += [place[id(row)] for row in batch.examples]
+    gathered = np.concatenate(parts)
+    check_finite("the model's predictions are", gathered)
+    found = np.empty_like(gathered)
+    found[order] = gathered
+    return found
 
 
 def _of_numbers(truth: np.ndarray, predictions: np.ndarray) -> LabelEvaluation:
@@ -440,7 +450,7 @@ class LabelTask(Task):
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]) -> None:
         """A regression begins at the mean of the labels."""
-        if self.name == "regression":
+        if self.name == "regression" and len(rows):
             start_at_mean(model, new_modules, [row.label for row in rows])
 
     def trained(self, named: Named, rows: Rows) -> Named:
