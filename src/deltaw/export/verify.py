@@ -166,9 +166,7 @@ class Verification:
             f"allowed {self.allowed_mean:.2g} ({self.allowed_largest:.2g})",
         ]
         if self.adapter is not None:
-            said.append(
-                f"  the adapter itself moves them by {self.adapter.mean:.2g}{choices(self.adapter, 'changes')}"
-            )
+            said.append(f"  the adapter itself moves them by {self.adapter.mean:.2g}{choices(self.adapter, 'changes')}")
             if self.passed and self.lost > TOLD:
                 said.append(
                     f"  note: rounding to {self.stored_in} moves {outputs} by {self.lost:.0%} of what the "
@@ -206,7 +204,9 @@ class Verify:
             raise UserError(what, where=str(job.run), hint=hint)
         if not found.passed:
             most = f"{found.allowed_mean:.2g} ({found.allowed_largest:.2g})"
-            moved = f"{found.outputs} moved by {found.merged}, and rounding to {found.stored_in} explains at most {most}"
+            moved = (
+                f"{found.outputs} moved by {found.merged}, and rounding to {found.stored_in} explains at most {most}"
+            )
             hint = "look at it with --keep, merge with --precision fp32, or report the model as not merged correctly"
             what = f"the merged model is not what base and adapter are together: {moved}"
             raise UserError(what, where=str(job.run), hint=hint)
@@ -250,9 +250,9 @@ def _compared(job: Merging, folder: Path, amount: Amount, say: Say) -> Verificat
     floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
     allowed = max(MEAN_FACTOR * rounding.mean, floor), max(MAX_FACTOR * rounding.largest, 10 * floor)
     positions, types = sum(len(logits) for logits in kept), (precision, CODES[stored].lower())
-    moved = (merged, rounding, adapter, narrowed, *allowed, nf4)
     outputs = "vectors" if opened.task.sees_steps else "logits"
-    return Verification(rows, len(kept), positions, *types, *moved, outputs)
+    count = len(kept)
+    return Verification(rows, count, positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4, outputs)
 
 
 def _moved_by_nf4(job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str) -> Movement | None:

@@ -487,6 +487,7 @@ def save_adapter(session: Session, folder: Path) -> None:
     reference, and get its path."""
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
+    folder.mkdir(parents=True, exist_ok=True)
     session.task.write_beside(session.model, folder)
     base = session.config.model
     if layout_files(folder) and is_package_reference(base):
