@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from deltaw.data import DataSettings
 from deltaw.data.embedding import EmbeddingReader
+from deltaw.data.report import BadRows
 from deltaw.data.row_store import digest_of_rows
 from tests.byte_models import byte_tokenizer
 from tests.data.conftest import accounted, refusal
@@ -281,11 +281,16 @@ def test_a_check_names_bad_rows_duplicates_contradictions_and_shared_passages(re
 
 
 def test_shown_rows_have_their_texts_and_scores(reader):
-    from deltaw.data.report import BadRows
+    def labels(rows):
+        return [[example.label for example in row.examples] for row in reader(rows).rows(BadRows("skip"))]
 
     shown = list(reader([*SCORED[:2], SCORED[2] | {"positive": ""}]).rows(bad := BadRows("skip")))
     assert [[("".join(p.text for p in e.pieces), e.label) for e in row.examples] for row in shown] == [
-        [(f"q{n}", "0.25"), (f"p{n}", "0.25")] for n in range(2)
+        [(f"q{n}", "query"), (f"p{n}", "0.25")] for n in range(2)
     ]
     assert len(bad) == 1
-    assert isinstance(shown[0].row, int) and np.array_equal([row.row for row in shown], [1, 2])
+    assert [row.row for row in shown] == [1, 2]
+    assert labels(TRIPLETS[:1]) == [["query", "passage", "negative"]]
+    assert labels([TRIPLETS[0] | {"score": 7}]) == [["query", "7", "negative"]]
+    assert labels(LISTS[:1]) == [["query", "1", "0"]]
+    assert labels([{"text": "a", "label": "sport"}, {"text": "b", "label": "news"}]) == [["sport"], ["news"]]
