@@ -27,7 +27,7 @@ from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
 from deltaw.training.embedding.objective import EmbeddingObjective, TextBatcher, key_of_text, texts_of
 from deltaw.training.embedding.pooling import layout_of
-from deltaw.training.evaluation.base import Evaluation, check_finite, spearman
+from deltaw.training.evaluation.base import Evaluation, bootstrap_interval, check_finite, spearman
 from deltaw.training.evaluation.retrieval import nearest, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
@@ -198,7 +198,9 @@ def _of_scores(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor], loss: di
             np.array([_accuracy(row, vectors) for row in rows]),
         )
     given = np.concatenate([row.scores for row in rows])
-    return Evaluation({**loss, "spearman": spearman(np.concatenate(similar), given)}, "spearman")
+    columns = np.concatenate(similar), given
+    interval = bootstrap_interval(spearman, *columns)
+    return Evaluation({**loss, "spearman": spearman(*columns)}, "spearman", interval=interval)
 
 
 def _of_classes(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor], loss: dict[str, float]) -> Evaluation:
