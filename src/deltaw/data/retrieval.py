@@ -23,7 +23,7 @@ from deltaw.data.example import LabeledExample, RowGroup
 from deltaw.data.formats import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS
 from deltaw.data.messages import WRONG_TYPE, text_of
 from deltaw.data.pieces import pieces
-from deltaw.data.report import BadRowError
+from deltaw.data.report import BadRowError, count_of
 from deltaw.data.row_reader import RowReader, ShownExample
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError
@@ -191,8 +191,8 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         several = isinstance(row.get(columns.passage), list)
         for column in columns.negatives:
             value = row.get(column)
-            if value is None and _NUMBERED.fullmatch(column):
-                continue  # rows may have different numbers of them
+            if value in (None, "") and _NUMBERED.fullmatch(column):
+                continue  # rows may have different numbers of them, which a table leaves empty
             found = _texts(value, column, where)
             for text in found:
                 if text in (query, *passages):
@@ -213,7 +213,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         values = value if isinstance(value, list) else [value]
         found = []
         for one in values:
-            number = float(one) if isinstance(one, int | float) and not isinstance(one, str) else math.nan
+            number = _number(one)
             if not math.isfinite(number):
                 what = f"'{column}' must be a number but is {str(one)[:40]!r}"
                 raise BadRowError(what, reason="a score that is no number", where=where, hint="write a number")
@@ -263,14 +263,21 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     def show(self, row: Any, item: TextGroup) -> ShownExample:
         assert self.tokenizer is not None
-        label = ", ".join(f"{score:g}" for score in item.scores) or None
+        place = next(place for place, one in enumerate(item.rows) if one is row)
+        if item.label is not None:
+            label = list(self._names)[item.label]
+        elif place == 0:
+            label = "query"
+        else:
+            told = [f"{score:g}" for score in item.scores] or ["passage"]
+            label = [*told, *["negative"] * len(item.rows)][place - 1]
         return ShownExample(len(row), 1, tuple(pieces(row.tokens, [False] * len(row), self.tokenizer)), label)
 
     def findings(self, items: Sequence[TextGroup], report: Any) -> list[Finding]:
         """Rows whose passage is that of another query: in one step, each is the other's negative."""
         passages = [item.rows[1].tokens.tobytes() for item in items if len(item.rows) > 1]
         again = len(passages) - len(set(passages))
-        text = "whose passage is also that of another row; in one step it is not taken for a negative there"
+        text = f"{count_of(again)} whose passage is that of an earlier one; in one step neither is the other's negative"
         return [Finding("shared_passages", "note", again, text, "nothing, if both are right")]
 
 
@@ -284,6 +291,14 @@ def _text(value: object, column: str, where: str) -> str:
         hint = "write the text, or remove the row"
         raise BadRowError(f"'{column}' is empty", reason="an empty text", where=where, hint=hint)
     return found
+
+
+def _number(value: object) -> float:
+    """A number, or the text of one as a table has it; NaN for all else."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _texts(value: object, column: str, where: str) -> tuple[str, ...]:

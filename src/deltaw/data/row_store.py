@@ -98,6 +98,8 @@ def digest_of_rows(rows: Sequence[Any]) -> str:
         return rows.digest().hex()
     digest = hashlib.blake2b(digest_size=16)
     for item in rows:
+        if getattr(item, "scores", None) is not None:
+            digest.update(_key_of_fields(item))
         for row in item.rows if isinstance(item, RowGroup) else (item,):
             # As stored rows do it, so that it does not matter whether rows are stored.
             digest.update(key_of(row) if isinstance(row, Example) else _key_of_fields(row))
@@ -122,9 +124,10 @@ def _key_of_fields(row: Any) -> bytes:
 
 @functools.cache
 def _seen_fields(kind: Any) -> tuple[str, ...]:
-    """The fields of a kind of row that a training sees; not where the row was read."""
+    """The fields of a kind of row that a training sees; not where the row was read, and of a group not its
+    rows."""
     names = (field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
-    return tuple(name for name in names if name not in ("row", "image"))  # an image has a digest
+    return tuple(name for name in names if name not in ("row", "rows", "image"))  # an image has a digest
 
 
 class MemoryRows:

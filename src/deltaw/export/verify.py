@@ -1,5 +1,5 @@
-"""Whether a merged model answers as its base and adapter do: how far logits and choices moved, and how far
-rounding alone would move them.
+"""Whether a merged model answers as its base and adapter do: how far logits and choices (of a model that embeds
+texts, its tokens' vectors) moved, and how far rounding alone would move them.
 
 Merging rounds weights, which moves logits; how far depends on the model. So the bound is measured on the
 model itself: the adapter is merged in memory, by other code (:mod:`deltaw.lora.attachment`), its weights are
@@ -41,6 +41,7 @@ from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.methods.parameters import names_of
 from deltaw.runtime.quantized_weights import round_to_nf4
 from deltaw.tensor_files import CODES
+from deltaw.training.embedding.pooling import reader_of
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.origin import InferenceSession, open_run
 from deltaw.training.process import own_random_numbers
@@ -105,6 +106,7 @@ class Verification:
         allowed_mean, allowed_largest: what was allowed.
         nf4: of an adapter that was trained over NF4, how far its rounding of the base moves the unmerged
             model's logits: from what was trained to what is merged into. No part of what merging does.
+        outputs: what was compared: "logits", or "vectors" of tokens.
     """
 
     rows: str
@@ -119,6 +121,7 @@ class Verification:
     allowed_mean: float
     allowed_largest: float
     nf4: Movement | None = None
+    outputs: str = "logits"
 
     @property
     def explained(self) -> bool:
@@ -151,26 +154,28 @@ class Verification:
 
     def lines(self) -> list[str]:
         """For a person."""
-        merged, rounding = self.merged, self.rounding
+        merged, rounding, outputs = self.merged, self.rounding, self.outputs
+
+        def choices(moved: Movement, verb: str) -> str:
+            return f", {moved.of_choices(verb)}" if outputs == "logits" else ""
+
         said = [
             f"verified on {self.rows}: {self.count} rows, {self.positions:,} positions, computed in {self.computed_in}",
-            f"  merging moved logits by {merged}, {merged.of_choices('changed')}",
+            f"  merging moved {outputs} by {merged}{choices(merged, 'changed')}",
             f"  rounding to {self.stored_in} alone moves them by {rounding}; "
             f"allowed {self.allowed_mean:.2g} ({self.allowed_largest:.2g})",
         ]
         if self.adapter is not None:
-            said.append(
-                f"  the adapter itself moves them by {self.adapter.mean:.2g}, {self.adapter.of_choices('changes')}"
-            )
+            said.append(f"  the adapter itself moves them by {self.adapter.mean:.2g}{choices(self.adapter, 'changes')}")
             if self.passed and self.lost > TOLD:
                 said.append(
-                    f"  note: rounding to {self.stored_in} moves logits by {self.lost:.0%} of what the "
+                    f"  note: rounding to {self.stored_in} moves {outputs} by {self.lost:.0%} of what the "
                     "adapter does; --precision fp32 keeps all of it"
                 )
         if self.nf4 is not None:
             said.append(
                 "  apart from merging, the adapter was trained over NF4, whose rounding of the base moves "
-                f"logits by {self.nf4}, {self.nf4.of_choices('changes')}"
+                f"{outputs} by {self.nf4}{choices(self.nf4, 'changes')}"
             )
         return said
 
@@ -194,12 +199,14 @@ class Verify:
         for line in found.lines():
             self._say(line)
         if found.explained and not found.passed:
-            what = f"rounding to {found.stored_in} moves logits by {found.lost:.0%} of what the adapter does"
+            what = f"rounding to {found.stored_in} moves {found.outputs} by {found.lost:.0%} of what the adapter does"
             hint = "merge with --precision fp32, or keep the adapter separate"
             raise UserError(what, where=str(job.run), hint=hint)
         if not found.passed:
             most = f"{found.allowed_mean:.2g} ({found.allowed_largest:.2g})"
-            moved = f"logits moved by {found.merged}, and rounding to {found.stored_in} explains at most {most}"
+            moved = (
+                f"{found.outputs} moved by {found.merged}, and rounding to {found.stored_in} explains at most {most}"
+            )
             hint = "look at it with --keep, merge with --precision fp32, or report the model as not merged correctly"
             what = f"the merged model is not what base and adapter are together: {moved}"
             raise UserError(what, where=str(job.run), hint=hint)
@@ -243,7 +250,9 @@ def _compared(job: Merging, folder: Path, amount: Amount, say: Say) -> Verificat
     floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
     allowed = max(MEAN_FACTOR * rounding.mean, floor), max(MAX_FACTOR * rounding.largest, 10 * floor)
     positions, types = sum(len(logits) for logits in kept), (precision, CODES[stored].lower())
-    return Verification(rows, len(kept), positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4)
+    outputs = "vectors" if opened.task.sees_steps else "logits"
+    count = len(kept)
+    return Verification(rows, count, positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4, outputs)
 
 
 def _moved_by_nf4(job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str) -> Movement | None:
@@ -315,6 +324,11 @@ class _Questions:
         """(positions, outputs) in fp32 of each row."""
         if self._labeled:
             yield from self._of_labels(model)
+            return
+        if self._opened.task.sees_steps:
+            for tokens in self._rows:
+                read = reader_of(model)(input_ids=torch.as_tensor(tokens).long()[None, :TOKENS])
+                yield read.last_hidden_state[0, -self._positions :].float()
             return
         left = KEPT_BYTES
         few = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError
 
 from deltaw.errors import UserError
-from deltaw.hub.folders import config_folder
+from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.loading import LoadedModel, check_architecture, load
+from deltaw.hub.packages import is_package_reference
+from deltaw.hub.sentence_layout import layout_files
 from deltaw.kernels import loader
 from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import Choice, choose_device, choose_precision
@@ -481,11 +483,16 @@ def _compare_with_base(
 
 def save_adapter(session: Session, folder: Path) -> None:
     """Write what was trained, with the names of a classifier's classes in the weights file's metadata, and how its
-    rows are prompted."""
+    rows are prompted. Programs that read more than the adapter cannot find a base model inside a package by its
+    reference, and get its path."""
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
-    session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+    folder.mkdir(parents=True, exist_ok=True)
     session.task.write_beside(session.model, folder)
+    base = session.config.model
+    if layout_files(folder) and is_package_reference(base):
+        base = str(resolve(base).path)
+    session.method.save(session.model, folder, base_model=base, metadata=metadata)
     write_prompting(folder, prompting_of(session.task, session.data, session.config.data))
     save_calibration(folder, session.identity, session.roundings)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -422,12 +423,7 @@ def assemble(
     data = data.mapped(lambda rows: task.referenced(model, rows, batcher, processes))
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
-    def calibrate() -> None:
-        with torch.no_grad(), task.running(model, batcher):
-            objective = task.objective(model)
-            for batch in batcher.batches(data.train[:CALIBRATION_ROWS]):
-                objective(batch)
-
+    calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
     with working(f"preparing method {method.name}"):
         said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
@@ -456,6 +452,15 @@ def assemble(
     if settings.approximate == "auto":
         _approximate(session, applicable(model, objective, offered), begun if real else offered)
     return session
+
+
+def _calibrate(task: Task, model: PreTrainedModel, batcher: AnyBatcher, rows: Sequence[Any]) -> None:
+    """Compute what the model makes of these rows, for a method that begins by what its layers see."""
+    objective: Any = task.objective(model)
+    compute = objective.evaluate_rows if task.sees_steps else objective
+    with torch.no_grad(), task.running(model, batcher):
+        for batch in batcher.batches(rows):
+            compute(batch)
 
 
 def _rollouts(session: Session) -> RolloutFeed:

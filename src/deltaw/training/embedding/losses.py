@@ -61,10 +61,6 @@ class Layout:
             right[group, text[: len(rows)]] = True
             same = right[group][:, text]
             same[np.arange(len(rows)), np.arange(len(rows))] = False
-        widths = {len(row.scores) for row in rows}
-        if len(widths) > 1:
-            what = f"rows of one step have different numbers of scores: {', '.join(map(str, sorted(widths)))}"
-            raise UserError(what, where="data.train", hint="give each row as many passages")
         found = {
             "queries": torch.from_numpy(starts),
             "passages": torch.from_numpy(firsts),
@@ -204,9 +200,13 @@ def loss_for(rows: Sequence[TextGroup], settings: EmbeddingSettings) -> str:
     """The loss of rows like these, as asked or by what they have.
 
     Raises:
-        UserError: the rows lack what the loss needs.
+        UserError: the rows lack what the loss needs, or have different numbers of scores.
     """
     first = rows[0]
+    other = next((row for row in rows if len(row.scores) != len(first.scores)), None)
+    if other is not None:
+        what = f"row {first.row} has {len(first.scores)} scores, and row {other.row} {len(other.scores)}"
+        raise UserError(what, where="data", hint="give each row as many passages")
     passages, scores = len(first.rows) - 1, len(first.scores)
     if first.label is not None:
         usual = "supcon"

@@ -71,6 +71,12 @@ class TextBatcher:
         """(rows, length) of each microbatch, without laying any out."""
         return self.inner.shapes(self._texts(rows))
 
+    def costing(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows as the batcher within sees them."""
+        if isinstance(self.inner, LabelMicroBatcher):
+            return list(rows)
+        return [RowGroup(tuple(map(_as_example, row.rows))) for row in rows]
+
     def _texts(self, rows: Sequence[Any]) -> list[Any]:
         texts = [text for row in rows for text in (rows_of(row) if isinstance(row, RowGroup) else (row,))]
         different = list({key_of_text(text): text for text in texts}.values())

@@ -13,6 +13,7 @@ from deltaw.data.images import LabelBatch
 from deltaw.data.packing import Batch
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout, pooling_named, read_layout
+from deltaw.runtime.packed import one_row
 from deltaw.training.microbatches import entered
 
 
@@ -35,12 +36,18 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return (hidden.masked_fill(real == 0, 0) * real).sum(1) / real.sum(1)
 
 
+def reader_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What reads texts: the model itself, or its encoder."""
+    found: Any = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    return found  # type: ignore[no-any-return]
+
+
 def vectors_of(model: PreTrainedModel, batch: LabelBatch | Batch, pooling: Pooling) -> tuple[list[Any], Tensor]:
     """The rows of a microbatch, and a vector for each: (rows, width), fp32 (fp64 of an fp64 model).
 
     Of packed rows, a token that several share counts for each of them.
     """
-    core = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    core = reader_of(model)
     cached = {"use_cache": False} if hasattr(core.config, "use_cache") else {}
     with entered(batch) as run:
         hidden = core(**run.inputs, **cached).last_hidden_state
@@ -106,9 +113,10 @@ def layout_of(
 
 def sees_both_ways(model: PreTrainedModel) -> bool:
     """Whether a token's vector depends on tokens behind it, tried on two rows that differ in the last one."""
-    core = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    ids = torch.arange(5, 13, device=model.device).repeat(2, 1) % core.config.get_text_config().vocab_size
-    ids[1, -1] = ids[0, 0]
+    core = reader_of(model)
+    ids = torch.arange(5, 13, device=model.device)[None] % core.config.get_text_config().vocab_size
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
     with torch.no_grad():
-        hidden = core(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
-    return bool((hidden[0, 0] - hidden[1, 0]).norm() > 1e-6 * hidden[0, 0].norm())
+        first, second = (core(**one_row(core, row)).last_hidden_state[0, 0].float() for row in (ids, other))
+    return bool((first - second).norm() > 1e-6 * first.norm())

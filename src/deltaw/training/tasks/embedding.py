@@ -18,6 +18,7 @@ from deltaw.data.embedding import EmbeddingReader
 from deltaw.data.retrieval import TextGroup
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
 from deltaw.machine.choices import Choice
@@ -60,7 +61,10 @@ class EmbeddingTask(Task):
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> EmbeddingTask:
-        return cls(files.tokenizer(), files.say, files.section or EmbeddingSettings(), files.folder)
+        tokenizer = files.tokenizer()
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # sentence-transformers pads
+        return cls(tokenizer, files.say, files.section or EmbeddingSettings(), files.folder)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         self._max_length = settings.max_length
@@ -73,10 +77,14 @@ class EmbeddingTask(Task):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         data = super().read(settings, seed=seed)
-        loss_for(data.train, self.settings)
+        for rows in (data.train, *data.sets.values()):
+            loss_for(rows, self.settings)
         return data
 
     def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
+        if how.get("virtual_tokens"):
+            what, hint = "an embedding model's texts have no virtual tokens before them", "choose another, such as lora"
+            raise UserError(what, where="method: prompt", hint=hint)
         packable = can_pack(model)
         if packable.value:
             inner, chosen = choose_causal_batcher(model, examples, **how)
@@ -98,7 +106,7 @@ class EmbeddingTask(Task):
         return EmbeddingObjective(model, self.layout(model), self.settings, self._batcher)
 
     def layout(self, model: PreTrainedModel) -> SentenceLayout:
-        """How the model embeds a text.
+        """How the model embeds a text, which is tried once, before it is trained or takes packed rows.
 
         Raises:
             UserError: its folder says something that is not possible here.
