@@ -1,6 +1,7 @@
 # What a person types. Each target sets up its own virtual environment where none stands.
 #   make demo      fine-tune a real model on a real task and show what it learned
 #   make reward    teach the same model by rewards alone (`make distill`: to answer as with a prompt, without the prompt)
+#   make embedding  teach a small encoder to find functions by what they do
 #   make test      the tests (`make test-slow`: the rest of what docs/development.md lists; `make test-variants`: with each
 #                  variant of the kernels that this machine runs, with tiles emulated, and without kernels, with one
 #                  and two threads, which takes hours)
@@ -33,8 +34,8 @@ PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo reward distill test test-slow test-variants lint bench figures site sanitize sanitize-all sanitize-tiles kernels-arm \
-        kernels-windows kernels-windows-of wheels clean
+.PHONY: demo reward distill embedding test test-slow test-variants lint bench figures site sanitize sanitize-all \
+        sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -49,6 +50,11 @@ reward: $(VENV)/.run
 
 distill: $(VENV)/.run
 	$(BIN)/deltaw train examples/distill.yaml
+
+embedding: $(VENV)/.run
+	$(BIN)/python examples/rows.py docstrings
+	$(BIN)/deltaw train examples/embedding.yaml
+	$(BIN)/deltaw eval runs/embedding --base
 
 test: $(VENV)/.dev
 	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # the variant that it names, too

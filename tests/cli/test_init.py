@@ -93,6 +93,9 @@ def test_the_task_follows_from_the_rows(call, tmp_path, model_folder):
     assert task_of("classes", labels * 2) == ("sequence-classification", encoder)
     assert task_of("stars", [{"review": "a", "label": n % 5} for n in range(40)])[0] == ("sequence-classification")
     assert task_of("scores", [{"text": "a", "label": n / 7} for n in range(40)]) == ("regression", encoder)
+    assert task_of("search", [{"anchor": "a", "positive": f"b {n}"} for n in range(4)]) == ("embedding", encoder)
+    alike = [{"sentence1": "a", "sentence2": f"b {n}", "score": n / 4} for n in range(4)]
+    assert task_of("alike", alike) == ("embedding", encoder)
 
 
 def prompts(count, **more):

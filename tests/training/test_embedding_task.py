@@ -17,6 +17,7 @@ from deltaw.hub.sentence_layout import SentenceLayout, write_layout
 from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
 from deltaw.training.embedding.losses import loss_of_step
+from deltaw.training.embedding.objective import texts_of as texts_in
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
 from tests.byte_models import saved, tiny_llama
@@ -183,7 +184,7 @@ def test_the_second_forward_draws_the_dropout_of_the_first(made, family):
 
 def test_a_microbatch_holds_each_text_once(made):
     session = session_of(made("bert", triplets()))
-    seen = [text.tokens.tobytes() for batch in session.batcher.batches(session.data.train) for text in batch.examples]
+    seen = [text.tokens.tobytes() for batch in session.batcher.batches(session.data.train) for text in texts_in(batch)]
     assert len(seen) == len(set(seen)) == 3 * 32 - 3
 
 

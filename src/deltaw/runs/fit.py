@@ -475,7 +475,7 @@ def _compare_with_base(
     down and said."""
     if outcome.interrupted:
         return
-    for name, found in (("distilled", compare_with_prompt(session, trained)), ("neighbors", neighbor_drift(session))):
+    for name, found in (("distilled", compare_with_prompt(session, trained)), ("drift", neighbor_drift(session))):
         if found is not None:
             folder.write_metrics({"step": outcome.steps, name: found.as_dict()})
             callback.on_line(str(found))

@@ -217,8 +217,8 @@ ATTENTION = "deltaw_packed"
 PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SAMPLE_TOKENS = 24
 SAMPLE_VOCABULARY = 1024
-# Parents of the sample's segments: two rows that begin alike, and one on its own.
-TREE = (-1, 0, 0, -1)
+# Parents of the sample's segments: two rows that begin alike, and one on its own; or rows that share nothing.
+TREE, APART = (-1, 0, 0, -1), (-1, -1, -1, -1)
 
 
 def _attend_packed(
@@ -244,6 +244,8 @@ def _attend_packed(
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
     note(module, told, sliding_window, softcap)
     how: dict[str, Any] = {"scaling": told, "window": sliding_window, "softcap": softcap}
+    if not getattr(module, "is_causal", True):
+        how["causal"] = False
     q, k, v = query[0], key[0], value[0]
     if isinstance(packed_layout, PartialLayout):
         out = partial_attention(q, k, v, packed_layout, number_of(module), **how)
@@ -280,13 +282,17 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def packed_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]:
+def packed_rows(model: PreTrainedModel, *, fused: bool = True, apart: bool = False) -> Iterator[None]:
     """While open, the model's attention runs over packed rows, and with ``fused`` its blocks run fused where
-    they can."""
+    they can.
+
+    Args:
+        apart: whether the rows share nothing, as an encoder's.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(attending_by(model, ATTENTION))
         if fused:
-            stack.enter_context(fused_blocks(model).installed())
+            stack.enter_context(fused_in_mode(model, PACKED_APART if apart else PACKED).installed())
         yield
 
 
@@ -316,19 +322,22 @@ def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
         last.picked = None
 
 
-def can_pack(model: PreTrainedModel) -> Choice:
+def can_pack(model: PreTrainedModel, parents: Sequence[int] = TREE) -> Choice:
     """Whether the model gives the same outputs on packed rows as on rows of their own, and how that is known.
 
     The model itself runs a packed row once, which shows that the layout reaches attention in all its layers.
     That outputs are the same is verified in fp32 on a small copy of it. So the answer is the same in a dry
     run on fake tensors, and does not hang on the precision of the weights.
+
+    Args:
+        parents: of the rows' segments. An encoder, whose tokens see what follows them, takes rows :data:`APART`.
     """
     name = type(model).__name__
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     if types - PLAIN_LAYER_TYPES:
         return Choice(False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
     try:
-        reached = _reached(model)
+        reached = _reached(model, parents)
     except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
         return Choice(False, f"{name} cannot run packed rows ({type(error).__name__}: {str(error)[:100]})")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
@@ -336,13 +345,30 @@ def can_pack(model: PreTrainedModel) -> Choice:
         return Choice(False, f"{name} hands the layout to {reached} of its {layers} layers")
     if "position_ids" not in inspect.signature(backbone_of(model).forward).parameters:
         return Choice(False, f"{name} takes no positions")
+    ask = functools.partial(_packed_against_apart, parents=parents)
     try:
-        difference = asked_once(_DIFFERENCES, backbone_of(model), _packed_against_apart)
+        difference = asked_once(_DIFFERENCES, backbone_of(model), ask, str(parents))
     except Exception as error:
         return Choice(False, f"{name} cannot be compared ({type(error).__name__}: {str(error)[:100]})")
     if not difference < TOLERANCE:
         return Choice(False, f"{name} gives other outputs on packed rows (relative difference {difference:.1e})")
     return Choice(True, f"{name} gives the same outputs on packed rows (relative difference {difference:.1e})")
+
+
+def can_pack_apart(model: PreTrainedModel) -> Choice:
+    """:func:`can_pack` for an encoder's rows. Where tokens see only those near them, on either side, they are padded:
+    a few rows cannot show how far."""
+    if getattr(model.config.get_text_config(), "sliding_window", None) or hasattr(model.config, "local_attention"):
+        return Choice(False, f"{type(model).__name__} attends in windows both ways")
+    return can_pack(model, APART)
+
+
+def first_position(model: nn.Module) -> int:
+    """The position of a row's first token: RoBERTa and its kin count from behind the id of padding."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
@@ -355,14 +381,19 @@ def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout,
     # Tokens near each other: an embedding in a mapped file comes into memory where it is read.
     vocabulary = min(model.config.get_text_config().vocab_size, SAMPLE_VOCABULARY)
     tokens = torch.randint(0, vocabulary, (1, layout.length), generator=generator).to(model.device)
-    positions = torch.from_numpy(layout.positions())[None].to(model.device)
-    inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
+    positions = torch.from_numpy(layout.positions())[None].to(model.device) + first_position(model)
+    inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, **without_cache(model)}
     return layout, {**inputs, **_acting_everywhere(model)}
 
 
-def _reached(model: PreTrainedModel) -> int:
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """What tells a model to keep no keys and values, if it can keep any."""
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+
+def _reached(model: PreTrainedModel, parents: Sequence[int]) -> int:
     """How many times attention ran over the layout of a packed row."""
-    _, inputs = sample_rows(model, TREE)
+    _, inputs = sample_rows(model, parents)
     with torch.no_grad(), packed_rows(model, fused=False), noting() as notes:
         backbone_of(model)(**inputs)
     return len(notes)
@@ -372,15 +403,17 @@ _DIFFERENCES: dict[tuple[Any, ...], float] = {}
 
 
 @torch.no_grad()
-def _packed_against_apart(small: PreTrainedModel) -> float:
-    """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own."""
-    layout, inputs = sample_rows(small, TREE)
-    stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
-    rows = (torch.cat([stem, left]), torch.cat([stem, right]), alone)
-    apart = [small(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+def _packed_against_apart(small: PreTrainedModel, parents: Sequence[int]) -> float:
+    """The relative difference (of norms) between segments in one packed row and their rows on their own."""
+    layout, inputs = sample_rows(small, parents)
+    parts = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
+    apart = []
+    for place, part in enumerate(parts):
+        row = part if parents[place] < 0 else torch.cat([parts[parents[place]], part])
+        apart.append(small(input_ids=row[None], **without_cache(small)).last_hidden_state[0, -len(part) :])
     with packed_rows(small, fused=False):
         packed = small(**inputs).last_hidden_state[0]
-    expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]])
+    expected = torch.cat(apart)
     return float((packed - expected).norm() / expected.norm())
 
 
@@ -389,8 +422,11 @@ def _packed_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) 
     return None if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1] else layout
 
 
-def _packed_sample(model: PreTrainedModel) -> dict[str, Any]:
-    return sample_rows(model, TREE)[1]
+def _packed_sample(model: PreTrainedModel, parents: Sequence[int] = TREE) -> dict[str, Any]:
+    return sample_rows(model, parents)[1]
 
 
-PACKED = Mode("packed", _packed_layout_of_call, functools.partial(packed_rows, fused=False), _packed_sample)
+PACKED, PACKED_APART = (
+    Mode(name, _packed_layout_of_call, functools.partial(packed_rows, fused=False), sample)
+    for name, sample in (("packed", _packed_sample), ("packed apart", functools.partial(_packed_sample, parents=APART)))
+)

@@ -174,7 +174,7 @@ def metric_figures(record: Run) -> list[Figure]:
         if told or len(found) < 2 or len(figures) >= 8:
             continue
         unit = metric_name(name)
-        title = unit.capitalize()
+        title = unit[:1].upper() + unit[1:] if unit.islower() else unit
         first, last = (metric_value(name, found[place][1]) for place in (0, -1))
         said = f"{title} on held-out rows, from {first} to {last}"
         points = points_of(*np.array(found, dtype=float).T)

@@ -204,6 +204,9 @@ def drift_fact(record: Run) -> Iterator[Fact]:
     """How far general answers moved; that it was not measured, where the model writes text."""
     drift = drift_of(record)
     change, same = number(drift.get("change")), number(drift.get("same"))
+    if (agreement := number(drift.get("agreement"))) is not None:
+        yield Fact("drift", f"{agreement:.0%}", "of general sentences' neighbors are those of the base model")
+        return
     if change is None:
         writes = record.values.get("writes_text") is True and record.state == FINISHED
         yield from [Fact("drift", "not measured", large=True)] if writes else []

@@ -45,10 +45,11 @@ class TextBatcher:
     """Cuts the texts of rows into microbatches, equal ones once.
 
     Attributes:
-        inner: pads texts, or packs those of a decoder.
+        inner: pads texts, or packs them. apart: whether packed texts share nothing, as an encoder's.
     """
 
     inner: LabelMicroBatcher | CausalMicroBatcher
+    apart: bool = False
 
     @property
     def share(self) -> bool:

@@ -13,7 +13,7 @@ from deltaw.data.images import LabelBatch
 from deltaw.data.packing import Batch
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout, pooling_named, read_layout
-from deltaw.runtime.packed import one_row
+from deltaw.runtime.packed import first_position, one_row
 from deltaw.training.microbatches import entered
 
 
@@ -50,7 +50,10 @@ def vectors_of(model: PreTrainedModel, batch: LabelBatch | Batch, pooling: Pooli
     core = reader_of(model)
     cached = {"use_cache": False} if hasattr(core.config, "use_cache") else {}
     with entered(batch) as run:
-        hidden = core(**run.inputs, **cached).last_hidden_state
+        inputs = dict(run.inputs)
+        if (positions := inputs.get("position_ids")) is not None and (first := first_position(core)):
+            inputs["position_ids"] = positions + first
+        hidden = core(**inputs, **cached).last_hidden_state
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
     if isinstance(batch, LabelBatch):
         return list(batch.examples), pooled(hidden, batch.inputs["attention_mask"], pooling)

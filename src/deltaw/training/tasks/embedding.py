@@ -22,17 +22,23 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
 from deltaw.machine.choices import Choice
-from deltaw.runtime.packed import can_pack, packed_rows, padded_rows
+from deltaw.runtime.fused_blocks import fused_in_mode
+from deltaw.runtime.packed import PACKED_APART, can_pack, can_pack_apart, packed_rows, padded_rows
 from deltaw.task_settings import EmbeddingSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
 from deltaw.training.embedding.objective import EmbeddingObjective, TextBatcher, key_of_text, texts_of
 from deltaw.training.embedding.pooling import layout_of
-from deltaw.training.evaluation.base import Evaluation, check_finite, spearman
+from deltaw.training.evaluation.base import Evaluation, bootstrap_interval, check_finite, spearman
 from deltaw.training.evaluation.retrieval import nearest, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
-from deltaw.training.tasks.causal_batcher import choose_causal_batcher
+from deltaw.training.tasks.causal_batcher import (
+    CausalMicroBatcher,
+    choose_causal_batcher,
+    choose_tokens_per_pass,
+    longest_row,
+)
 from deltaw.training.tasks.labels import choose_label_batcher, text_positions
 from deltaw.working import working
 
@@ -85,14 +91,22 @@ class EmbeddingTask(Task):
         if how.get("virtual_tokens"):
             what, hint = "an embedding model's texts have no virtual tokens before them", "choose another, such as lora"
             raise UserError(what, where="method: prompt", hint=hint)
-        packable = can_pack(model)
-        if packable.value:
+        known = {name: how[name] for name in ("device", "tokens_per_pass") if name in how}
+        chosen: dict[str, Choice]
+        if can_pack(model).value:
             inner, chosen = choose_causal_batcher(model, examples, **how)
             chosen = {name: choice for name, choice in chosen.items() if name != "train.share_prefixes"}
+            self._batcher = TextBatcher(inner)
+        elif (packable := can_pack_apart(model)).value:
+            longest = longest_row(examples, 0, text_positions(model))
+            tokens = choose_tokens_per_pass(known.get("tokens_per_pass", "auto"), longest, known["device"])
+            with packed_rows(model, apart=True):
+                any_shape = fused_in_mode(model, PACKED_APART).choice.value
+            packed = CausalMicroBatcher(tokens.value, False, False, known["device"], fill=not any_shape)
+            self._batcher, chosen = TextBatcher(packed, True), {"train.tokens_per_pass": tokens, "packing": packable}
         else:
-            known = {name: how[name] for name in ("device", "tokens_per_pass", "virtual_tokens") if name in how}
-            inner, chosen = choose_label_batcher(model, examples, tokenizer=self.tokenizer, **known)  # type: ignore[assignment]
-        self._batcher = TextBatcher(inner)
+            padded, chosen = choose_label_batcher(model, examples, tokenizer=self.tokenizer, **known)
+            self._batcher = TextBatcher(padded)
         loss = loss_for(examples, self.settings)
         resolved = self.settings.model_copy(update={"loss": loss})
         choices = {
@@ -126,7 +140,9 @@ class EmbeddingTask(Task):
         return found
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        return padded_rows(model) if getattr(batcher, "padded", True) else packed_rows(model)
+        if getattr(batcher, "padded", True):
+            return padded_rows(model)
+        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     def write_beside(self, model: PreTrainedModel, folder: Path) -> None:
         """The files that sentence-transformers reads."""
@@ -206,7 +222,9 @@ def _of_scores(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor], loss: di
             np.array([_accuracy(row, vectors) for row in rows]),
         )
     given = np.concatenate([row.scores for row in rows])
-    return Evaluation({**loss, "spearman": spearman(np.concatenate(similar), given)}, "spearman")
+    columns = np.concatenate(similar), given
+    interval = bootstrap_interval(spearman, *columns)
+    return Evaluation({**loss, "spearman": spearman(*columns)}, "spearman", interval=interval)
 
 
 def _of_classes(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor], loss: dict[str, float]) -> Evaluation:

