@@ -29,7 +29,7 @@ from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
-from deltaw.hub.sentence_layout import SentenceLayout, pooling_named, told_use
+from deltaw.hub.sentence_layout import SentenceLayout, pooling_named, read_layout, told_use
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
@@ -110,22 +110,33 @@ class Embedder(RowModel):
         self.layout = layout
         self.nested = tuple(nested or getattr(config, "matryoshka_dimensions", None) or ())
 
+    def tokens(self, text: str) -> np.ndarray:
+        """A text as the model reads it, truncated where the model's folder says so, as sentence-transformers does."""
+        return self._cut(text, self.layout.max_length)[0]
+
     def vectors(self, texts: Sequence[str]) -> tuple[Tensor, int]:
-        """(texts, width) fp32, and how many texts were truncated to the model's limit.
+        """(texts, width) fp32, and how many texts were truncated to the model's limit or to its folder's.
 
         Raises:
             UserError: a text has no tokens.
         """
+        limits = [limit for limit in (self.limit, self.layout.max_length) if limit is not None]
         rows, cut = [], 0
         for text in texts:
-            row = self.tokens(text)
-            if self.limit is not None and len(row) > self.limit:
-                how: Any = {"truncation": True, "max_length": self.limit, "return_attention_mask": False}
-                row, cut = np.asarray(self._tokenizer(text, **how)["input_ids"], np.int32), cut + 1
+            row, was_cut = self._cut(text, min(limits, default=None))
             if not len(row):
                 raise UserError("the model's tokenizer reads no token in a text", where=quoted(text, 40))
             rows.append(row)
+            cut += was_cut
         return self.outputs(rows), cut
+
+    def _cut(self, text: str, limit: int | None) -> tuple[np.ndarray, bool]:
+        """A text's tokens, at most ``limit``, and whether it has more."""
+        row = super().tokens(text)
+        if limit is None or len(row) <= limit:
+            return row, False
+        how: Any = {"truncation": True, "max_length": limit, "return_attention_mask": False}
+        return np.asarray(self._tokenizer(text, **how)["input_ids"], np.int32), True
 
     def of_batch(self, batch: LabelBatch) -> Tensor:
         vectors = vectors_of(self._model, batch, self.layout.pooling or "mean")[1].float()
@@ -350,6 +361,8 @@ def read_embedder(
             hint, what = "name the model that embeds texts", "which gives no vectors of texts"
             raise UserError(f"this adapter is for {task.name}, {what}", where=str(folder), hint=hint)
         layout, why, nested = task.layout(model), "as it was trained", task.settings.dimensions
+        if (saved := read_layout(folder)) is not None:
+            layout = replace(layout, max_length=saved.max_length)
         if pooling != "auto":
             layout, why = replace(layout, pooling=pooling_named(pooling)), "as asked"
         layout = layout if normalize else replace(layout, normalize=False)
