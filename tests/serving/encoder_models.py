@@ -1,4 +1,4 @@
-"""Tiny encoders and classifiers on disk, with trained adapters, for the tests of what serves them."""
+"""Tiny encoders, embedders and classifiers on disk, with trained adapters, for the tests of what serves them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more
         "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows))},
         "lora": {"rank": 2, "alpha": 4},
         "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
+    }
+    fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
+    return Path(fit(laid_over(settings | fixed, more)).output)
+
+
+def train_embedder(model: Path, output: Path, **more: object) -> Path:
+    """A run of a few steps on made-up pairs, whose vectors it moves far."""
+    rows = [{"anchor": f"question {n} {'x' * (n % 7)}", "positive": f"answer {'y' * (n % 5)} {n}"} for n in range(20)]
+    settings = {
+        "model": str(model),
+        "task": "embedding",
+        "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows)), "eval": 0.3},
+        "lora": {"rank": 2, "alpha": 4},
+        "train": {"learning_rate": 3e-2, "batch_size": 5, "epochs": 3, "drift": False},
     }
     fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
     return Path(fit(laid_over(settings | fixed, more)).output)

@@ -371,6 +371,16 @@ def test_factors_may_begin_by_what_the_rows_bring(made, tmp_path, family):
     assert np.mean(told[-4:]) < np.mean(told[:4])
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_held_out_rows_may_be_of_another_kind(made, tmp_path, family):
+    sets = {name: str(write_rows(tmp_path / f"{name}.jsonl", ROWS[name](10))) for name in ("cosent", "supcon")}
+    result = fit(made(family, triplets(40), train=RUN, data={"eval": {"held": 0.2, **sets}}))
+    assert "ndcg@10" in result.evaluation.metrics
+    (*_, last) = metrics(tmp_path / "run", "eval")
+    kinds = {name: set(found) - {"loss"} for name, found in last["eval"].items()}
+    assert (kinds["cosent"], kinds["supcon"]) == ({"spearman"}, {"accuracy"}) and "ndcg@10" in kinds["held"]
+
+
 def test_what_the_loss_cannot_have_is_refused_before_training(made, tmp_path):
     rows = [
         {"query": f"q{n}", "passages": list("abc")[: 2 + n % 2], "scores": [1, 0, 0][: 2 + n % 2]} for n in range(6)

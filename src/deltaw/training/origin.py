@@ -30,6 +30,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder, already_here
 from deltaw.hub.loading import LoadedModel, load
+from deltaw.hub.sentence_layout import read_layout, told_use
 from deltaw.lora.peft_format import base_reference
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.base import ADAPTER_CONFIG, Method
@@ -38,7 +39,7 @@ from deltaw.platforms import shell_word
 from deltaw.runtime.generation import Sampler, Writer
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
-from deltaw.task_settings import DistillSettings
+from deltaw.task_settings import DistillSettings, EmbeddingSettings
 from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration
@@ -47,6 +48,7 @@ from deltaw.training.rollouts.scoring import Scorer
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 from deltaw.training.tasks.causal import Score, answers
+from deltaw.training.tasks.embedding import EmbeddingTask
 from deltaw.training.tasks.reward import GREEDY, Asked, RewardTask
 from deltaw.working import Detail, working
 
@@ -76,7 +78,20 @@ class FoundFolder:
         """What the model does with the adapter."""
         if self.run is not None:
             return self.run.task
+        if told_use(self.folder) == "vectors":
+            return EmbeddingTask.name
         return tasks.name_of_adapter(self.adapter.get("task_type")) or DEFAULT_TASK
+
+    @property
+    def section(self) -> Any:
+        """The settings for its task; None for their defaults."""
+        if self.run is not None:
+            return self.run.section
+        layout = read_layout(self.folder) if self.task == EmbeddingTask.name else None
+        if layout is None:
+            return None
+        known = {name: getattr(layout, name) for name in ("normalize", "query_prompt", "passage_prompt")}
+        return EmbeddingSettings.model_validate({"pooling": layout.pooling or "auto", **known})
 
     def base_name(self, model: str | None) -> str:
         """What the base model is called: ``model`` where the caller names it, else as the folder does.
@@ -415,7 +430,7 @@ def open_run(
     if found is not None:
         kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    section = None if config is None else config.section
+    section = None if found is None else found.section
     work = task_of(kind, base, dtype, trust_remote_code=trust_remote_code, say=say, section=section)
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)

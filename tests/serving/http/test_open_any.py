@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from deltaw.errors import UserError
 from deltaw.serving.probes import NotDecodable
+from deltaw.training.origin import open_run
 from deltaw.training.prompting import Prompting, write_prompting
+from tests.serving.encoder_models import train_embedder
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def opened(packages: None) -> Any:
     with contextlib.ExitStack() as stack:
 
         def opens(base: Path, folders: dict[str, Path] | None = None, **changes: Any) -> Any:
-            opening = Opening(precision="fp32", device="cpu", cache_bytes=1 << 22, **changes)
+            opening = Opening(**{"precision": "fp32", "device": "cpu", "cache_bytes": 1 << 22, **changes})
             served = open_any(str(base), folders or {}, opening, Limits(), say=lambda line: None)
             stack.callback(served.close)
             app, _ = create_app(served, ServerSettings(keys=("a-key-of-tests",)))
@@ -83,3 +88,33 @@ def test_a_classifiers_run_gives_classes_under_its_folders_name(runs, opened):
     assert answer.status_code == 200, answer.text
     assert answer.json()["data"][0]["label"] in ("bad", "fine", "good")
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["mood"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_embedding_run_gives_the_vectors_that_it_was_trained_for(tmp_path, bert, opened, precision):
+    run = train_embedder(bert, tmp_path / "mine", embedding={"dimensions": [32, 16], "pooling": "first"})
+    texts = ["question 3", "a", "x" * 40]
+    session = open_run(str(run), precision="fp32", device="cpu", say=lambda line: None)
+    expected = []
+    for text in texts:
+        ids = torch.tensor([session.tokenizer(text)["input_ids"]])
+        expected.append(session.model(input_ids=ids).last_hidden_state[0, 0].detach())
+    client = opened(run, precision=precision)
+
+    def vectors(**asked: Any) -> torch.Tensor:
+        answer = client.post("/v1/embeddings", json={"model": "mine", "input": texts, **asked})
+        assert answer.status_code == 200, answer.text
+        found = [one["embedding"] for one in answer.json()["data"]]
+        if asked.get("encoding_format") == "base64":
+            found = [np.frombuffer(base64.b64decode(one), "<f4") for one in found]
+        return torch.tensor(np.asarray(found, np.float32))
+
+    least = {"fp32": 0.99999, "int8": 0.99}[precision]
+    for count in (32, 16):
+        cut = torch.stack(expected)[:, :count]
+        for found in (vectors(dimensions=count), vectors(dimensions=count, encoding_format="base64")):
+            assert found.shape == (3, count)
+            assert torch.nn.functional.cosine_similarity(found, cut).min() > least
+            assert torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert torch.equal(vectors(), vectors(encoding_format="base64"))
+    assert client.post("/v1/embeddings", json={"model": "mine", "input": "a", "dimensions": 8}).status_code == 400

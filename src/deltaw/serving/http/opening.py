@@ -86,14 +86,13 @@ def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: L
     kind = what_it_serves(known, **opening.how)
     if kind == "text":
         return open_served(base, folders, opening, say=say)
+    name = opening.name or (check_name(short_name(Path(base)), base) if is_run else base)
     if kind == "vectors":
         if folders:
             raise UserError("an encoder is served without adapters", where="--adapter")
-        name = opening.name or base
         vectors: dict[str, Any] = {"pooling": opening.pooling, "normalize": opening.normalize}
         encoders = open_embedder(base, name, say=say, **vectors, **opening.how)
     else:
-        name = opening.name or (check_name(short_name(Path(base)), base) if is_run else base)
         if name in folders:
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
         paths = {adapter: str(folder) for adapter, folder in folders.items()}

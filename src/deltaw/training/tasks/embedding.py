@@ -107,7 +107,7 @@ class EmbeddingTask(Task):
         else:
             padded, chosen = choose_label_batcher(model, examples, tokenizer=self.tokenizer, **known)
             self._batcher = TextBatcher(padded)
-        loss = loss_for(examples, self.settings)
+        loss = loss_for(examples[:1], self.settings)  # held-out rows may be of another kind
         resolved = self.settings.model_copy(update={"loss": loss})
         choices = {
             "embedding.loss": Choice(loss, "by what the rows have" if self.settings.loss == "auto" else "as asked")
