@@ -161,6 +161,8 @@ def settings_of(
     more_rank = 2 if changed else 1
     more_alpha = (math.sqrt(2) if config.rslora else 2) if changed else 1
     names = [name for name, _ in model.named_modules() if name]
+    if getattr(model, "pooler", model) is None:
+        names.append("pooler.dense")  # that other programs load, and would adapt by its last name
     whole = [replacement.names[0] for replacement in record.extra_modules]
     targets = [replacement.names[0] for replacement in record.layers]
     targets += [update.names[0] for update in record.parameters if update.of_attention]
