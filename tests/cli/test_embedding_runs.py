@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_what_is_said_of_a_merge_is_of_vectors(call, runs, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_peft_and_sentence_transformers_load_the_adapter(bases, runs, family):
     peft = pytest.importorskip("peft", reason="not installed")
+    warnings.filterwarnings("error", "Found missing adapter keys")
     model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(bases[family]), runs[family]).eval()
     tokenizer, found = AutoTokenizer.from_pretrained(runs[family]), []
     for text in TEXTS:
