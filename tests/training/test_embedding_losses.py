@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def test_a_passage_that_is_right_for_two_rows_is_no_negative_of_either():
     split = unit(found).reshape(3, 2, WIDTH)
     scores = split[:, 0] @ split[:, 1].T / 0.05
     scores[0, 1] = scores[1, 0] = -np.inf
+    expected = np.mean(np.log(np.exp(scores).sum(1)) - np.diag(scores))
+    assert of(rows, found).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_query_is_no_negative_of_itself_where_it_is_another_rows_passage():
+    rows = [group(0, 2), group(1, 2), group(2, 2)]
+    query = rows[0].rows[0].tokens
+    rows[1] = replace(rows[1], rows=(rows[1].rows[0], replace(rows[1].rows[1], tokens=query)))
+    found = vectors(6)
+    with torch.no_grad():
+        found[3] = found[0]
+    split = unit(found).reshape(3, 2, WIDTH)
+    scores = split[:, 0] @ split[:, 1].T / 0.05
+    scores[0, 1] = -np.inf
     expected = np.mean(np.log(np.exp(scores).sum(1)) - np.diag(scores))
     assert of(rows, found).item() == pytest.approx(expected, rel=1e-12)
 

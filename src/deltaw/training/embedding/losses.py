@@ -28,7 +28,7 @@ class Layout:
         queries, passages: int64 (rows,) places of each row's query and first passage.
         others: int64 (k,) places of further passages. owners: int64 (k,) their rows.
         same: bool (rows, rows + k), candidates, first passages before the others, that are right for a row too, or
-            equal to its passage, besides its own.
+            equal to its query or its passage, besides its own.
         scores: fp32 (rows, s); empty where rows have none. classes: int64 (rows,), -1 for none.
     """
 
@@ -59,6 +59,9 @@ class Layout:
         if has_passages:
             right = np.zeros((len(groups), len(texts)), bool)
             right[group, text[: len(rows)]] = True
+            for row, one in zip(rows, group, strict=True):
+                if (itself := texts.get(row.rows[0].tokens.tobytes())) is not None:
+                    right[one, itself] = True
             same = right[group][:, text]
             same[np.arange(len(rows)), np.arange(len(rows))] = False
         found = {
