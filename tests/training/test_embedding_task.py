@@ -139,6 +139,7 @@ def whole(session, pooling: str) -> tuple[float, torch.Tensor]:
     return float(loss.detach()), torch.cat([known[names[id(p)]].grad.flatten() for _, p in session.trained])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pooling", ["mean", "first", "last", "weighted"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_step_has_the_gradient_and_the_loss_of_the_whole_batch(made, family, pooling):
@@ -151,6 +152,7 @@ def test_a_step_has_the_gradient_and_the_loss_of_the_whole_batch(made, family, p
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("loss", ROWS)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_every_loss_has_the_gradient_of_the_whole_batch_however_it_is_cut(made, family, loss):
@@ -206,6 +208,7 @@ PEERS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_losses_and_gradients_are_those_of_sentence_transformers_whole_batch(made, models, tmp_path, family, name):
@@ -277,6 +280,7 @@ METRICS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("loss", ROWS)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_run_with_each_loss_learns_and_is_evaluated(made, tmp_path, family, loss):
@@ -292,6 +296,7 @@ def test_a_run_with_each_loss_learns_and_is_evaluated(made, tmp_path, family, lo
     assert f"embedding.loss: {loss}" in (run / "run.yaml").read_text() or loss in (run / "run.yaml").read_text()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("loss", ["infonce", "cosent"])
 def test_a_stopped_run_goes_on_to_the_bit(made, tmp_path, family, loss):
@@ -350,6 +355,20 @@ def test_two_processes_train_as_one(made, tmp_path, family, loss):
     assert len(evaluated[0]) > 1
     for ours, theirs in zip(*evaluated, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_run_whose_process_was_killed_goes_on_with_more_than_a_step_has_rows(made, tmp_path, family):
+    train = RUN | {"batch_size": 3, "epochs": 1, "max_steps": 6, "checkpoint_every": 1, "eval_every": 3}
+    changes = {"train": train, "data": {"eval": 0.2}, "embedding": {"kept_tokens": 40}}
+    whole_run, run = (made(family, triplets(40), tmp_path / name, **changes) for name in ("whole", "run"))
+    fit(whole_run)
+    parallel_runs.train_until_one_dies(run, 3)
+    parallel_runs.train_all(run, 4)
+    assert [line["step"] for line in metrics(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5, 6]
+    parallel_runs.assert_same_run(tmp_path / "run", tmp_path / "whole", counts=("step", "rows", "label_tokens"))
 
 
 def test_negatives_of_other_rows_count(made):
