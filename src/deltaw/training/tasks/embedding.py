@@ -91,6 +91,10 @@ class EmbeddingTask(Task):
         if how.get("virtual_tokens"):
             what, hint = "an embedding model's texts have no virtual tokens before them", "choose another, such as lora"
             raise UserError(what, where="method: prompt", hint=hint)
+        width = int(model.config.get_text_config().hidden_size)
+        if max(self.settings.dimensions, default=0) > width:
+            what, hint = f"the model's vectors have {width} numbers", "ask for fewer"
+            raise UserError(what, where=f"embedding.dimensions: {self.settings.dimensions}", hint=hint)
         known = {name: how[name] for name in ("device", "tokens_per_pass") if name in how}
         chosen: dict[str, Choice]
         if can_pack(model).value:
