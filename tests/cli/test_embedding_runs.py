@@ -131,6 +131,7 @@ def test_the_page_of_a_run_has_its_metrics(runs, tmp_path):
     result = fit(made)
     page = (result.output / "report.html").read_text()
     assert "ndcg@10" in page.lower() and f"{result.evaluation.metrics['ndcg@10']:.4f}" in page
+    assert "of general sentences" in page
     assert {path.name for path in (result.output / "last").iterdir()} >= BESIDE
     assert ours(result.output / "last").shape == (len(TEXTS), 32)
 

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import SentenceLayout, write_layout
+from deltaw.machine.choices import Choice
 from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
 from deltaw.training.embedding.losses import loss_of_step
@@ -26,6 +27,7 @@ from tests.serving.encoder_models import write_bert
 from tests.training import parallel_runs
 from tests.training.parallel_runs import needs_gloo, trains_as_one
 from tests.training.runs import METHODS, Snapshots, assert_same_run, losses, metrics, often, opened, session_of
+from tests.training.test_label_objective import DECODERS, ENCODERS
 
 TOPICS = ("snow", "bread", "river", "engine", "violin", "planet", "garden", "number")
 
@@ -75,10 +77,14 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def made(models, tmp_path):
-    def of(family: str, rows: list[dict], output: Path | None = None, **changes) -> dict:
+    def of(family: str | Path, rows: list[dict], output: Path | None = None, **changes) -> dict:
         output = output or tmp_path / "run"
         file = write_rows(output.with_suffix(".jsonl"), rows)
-        plain = {"model": str(models[family]), "task": "embedding", "data": {"train": str(file), "eval": None}}
+        plain = {
+            "model": str(models.get(family, family)),
+            "task": "embedding",
+            "data": {"train": str(file), "eval": None},
+        }
         plain |= {"lora": {"rank": 4, "alpha": 8}, "precision": "fp32", "device": "cpu", "threads": THREADS}
         plain |= {"train": {"learning_rate": 1e-2, "batch_size": 32, "max_steps": 1, "tokens_per_pass": 128}}
         return laid_over(plain, {**changes, "output": str(output)})
@@ -182,6 +188,31 @@ def test_the_second_forward_draws_the_dropout_of_the_first(made, family):
         assert (gradient - found[10**6][1]).norm() <= 1e-6 * gradient.norm()
     torch.manual_seed(4)
     assert (step(session, kept_tokens=0)[1] - found[0][1]).norm() > 0.1 * found[0][1].norm()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "weighted"])
+def test_padded_rows_have_the_gradient_of_the_whole_batch_too(made, monkeypatch, pooling):
+    monkeypatch.setattr("deltaw.training.tasks.embedding.can_pack_apart", lambda model: Choice(False, "as asked"))
+    session = moved(session_of(made("bert", triplets(), embedding={"pooling": pooling})))
+    assert session.batcher.padded
+    expected_loss, expected = whole(session, pooling)
+    for kept in (0, 300):
+        loss, found, count = step(session, kept_tokens=kept)
+        assert count > 5 and loss == pytest.approx(expected_loss, rel=1e-5)
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "qwen3", "gpt2", "gemma3"])
+def test_models_of_other_families_have_the_gradient_of_the_whole_batch(made, tmp_path, family):
+    config = {**ENCODERS, **DECODERS}[family]()
+    config.update({"vocab_size": 259, "initializer_range": 0.2, "pad_token_id": 1, "max_position_embeddings": 66})
+    folder = saved(AutoModel.from_config(config).eval(), tmp_path / "model")
+    session = moved(session_of(made(folder, triplets())))
+    expected_loss, expected = whole(session, "last" if family in DECODERS else "mean")
+    loss, found, count = step(session, kept_tokens=300)
+    assert count > 5 and loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_microbatch_holds_each_text_once(made):
@@ -406,6 +437,8 @@ def test_what_the_loss_cannot_have_is_refused_before_training(made, tmp_path):
     ]
     with pytest.raises(UserError, match="row 1 has 2 scores, and row 2 3"):
         read_data(RunConfig.read(made("bert", rows)))
+    with pytest.raises(UserError, match="vectors have 32 numbers"):
+        session_of(made("bert", pairs(), embedding={"dimensions": [64, 32]}))
     apart = {"data": {"eval": str(write_rows(tmp_path / "eval.jsonl", scored(8)))}}
     assert read_data(RunConfig.read(made("bert", pairs(), **apart)))[1].held_out
     with pytest.raises(UserError, match="'infonce' does not fit rows with 1 passages and 1 scores"):
