@@ -1,6 +1,6 @@
 """Search over real texts: nDCG@10 of an encoder as it is, trained on the rows, and with a reranker on top.
 
-    python benchmarks/retrieval.py [--sets docstrings questions] [--seeds 3] [--rerank] [--json FILE]
+    python benchmarks/retrieval.py [--sets docstrings questions] [--seeds 3] [--rerank] [--plot docs/embedding.png]
 
 Two sets: docstrings of Python's standard library with the functions that they describe (whole files held out), and the
 questions and answers of chatterbot-corpus. all-MiniLM-L6-v2 is trained with LoRA of rank 16, once for each seed. The
@@ -51,15 +51,43 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=list(TRAIN), default=list(TRAIN), metavar="SET")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rerank", action="store_true", help="also train a reranker, which takes much longer")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--plot", type=Path, default=None, help="draw a picture; needs matplotlib")
     given = parser.parse_args()
     found = {}
     for name in given.sets:
         with tempfile.TemporaryDirectory() as scratch:
             found[name] = measured(name, Path(scratch), given)
     print_machine(None)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+    if given.plot:
+        draw(found, given.plot)
+
+
+def draw(found: dict[str, dict], file: Path) -> None:
+    """nDCG before and after, with the interval of the difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = {"base": ("base model", "#b9b9c3"), "trained": ("trained", "#1b6e53"), "reranked": ("reranked", "#12503c")}
+    figure, axis = plt.subplots(figsize=(7.2, 0.5 + 0.45 * sum(len(kinds.keys() & told) for told in found.values())))
+    at, ticks = 0.0, []
+    for name, told in found.items():
+        for kind, (label, color) in kinds.items():
+            if kind not in told:
+                continue
+            mean, difference, low, high = told[kind] if kind != "base" else (told["base"], 0.0, 0.0, 0.0)
+            error = None if kind == "base" else [[difference - low], [high - difference]]
+            axis.barh(at, mean, 0.8, color=color, xerr=error, ecolor="#555555", capsize=3)
+            axis.text(0.01, at, f"{mean:.3f}", va="center", color="white", fontsize=8)
+            ticks.append((at, f"{name}: {label}"))
+            at -= 1
+        at -= 0.6
+    axis.set_yticks(*zip(*ticks, strict=True), fontsize=9)
+    axis.set_title(f"nDCG@{RANKS} of held-out queries", fontsize=9.5, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
 
 
 def measured(name: str, work: Path, given: argparse.Namespace) -> dict:

@@ -413,10 +413,11 @@ class RerankingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    loss: Literal["auto", "binary", "pairwise", "listwise"] = setting(
+    loss: Literal["auto", "binary", "pairwise", "listwise", "contrastive"] = setting(
         "auto",
-        "binary: cross-entropy of each score; pairwise: which of two is better; listwise: of all of a query; auto: "
-        "listwise of rows with several passages, else binary",
+        "binary: cross-entropy of each score; pairwise: which of two is better; listwise: scores in proportion to "
+        "labels; contrastive: the right passage among all of a query; auto: contrastive of rows with negatives, "
+        "listwise of lists, else binary",
     )
     score_range: tuple[float, float] = setting((0.0, 1.0), "the least and the most that a row's score may be")
     template: str | None = setting(

@@ -78,10 +78,10 @@ def read(folder: Path, path: Path, **settings: object):
     return task, task.read(DataSettings(train=str(path), eval=None), seed=0)
 
 
-KINDS = ["binary", "pairwise", "listwise"]
+KINDS = ["binary", "pairwise", "listwise", "contrastive"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("budget", [40, 10_000])
 def test_loss_and_gradients_are_those_of_sentence_transformers(kind, budget, scorer, tmp_path):
     reason = "sentence-transformers is not installed"
@@ -137,6 +137,7 @@ def test_losses_of_groups_are_their_formulas_however_they_are_cut(kind, scorer, 
             parts = [np.log2(1 + np.exp(t - s)) for s, y in graded for t, z in graded if y > z]
         else:
             target, likely = (np.exp(v) / np.exp(v).sum() for v in (np.array(labels), np.array(scores)))
+            target = target if kind == "listwise" else np.array(labels) / sum(labels)
             parts = [-(target * np.log(likely)).sum()]
         expected, units = expected + sum(parts), units + len(parts)
     objective = task.objective(model)
@@ -187,7 +188,8 @@ def test_bad_rows_are_named(encoder, tmp_path):
 def test_auto_takes_the_loss_from_the_rows(encoder, tmp_path):
     triplets = [{"anchor": f"{w} film", "positive": "good", "negative_1": "bad", "negative_2": "so"} for w in WORDS]
     pairs = [{"sentence1": w, "sentence2": "good", "score": 0.5} for w in WORDS]
-    for rows, kind, labels in (triplets, "listwise", [1, 0, 0]), (pairs, "binary", [0.5]):
+    graded, pairs_of = (lists(), "listwise", lists()[0]["labels"]), (pairs, "binary", [0.5])
+    for rows, kind, labels in (triplets, "contrastive", [1, 0, 0]), graded, pairs_of:
         task, data = read(encoder, write_rows(tmp_path / "rows.jsonl", rows))
         assert task.loss == kind and [row.label for row in data.train[0].rows] == labels
     text = word_tokenizer().decode(data.train[0].rows[0].tokens)

@@ -134,8 +134,10 @@ class RerankReader(RetrievalReader):
             what = f"the rows are {columns.form}, and nothing says which passage is wrong"
             hint = "add a column 'label' or 'negative'; deltaw data mine finds negatives"
             raise UserError(what, where=rows.name, hint=hint)
-        several = columns.negatives or (len(chosen) and isinstance(self.row(rows, chosen[0])[columns.passage], list))
-        self.loss = self._asked if self._asked != "auto" else "listwise" if several else "binary"
+        usual = "contrastive" if columns.negatives else "binary"
+        if len(chosen) and isinstance(self.row(rows, chosen[0])[columns.passage], list):
+            usual = "listwise"
+        self.loss = usual if self._asked == "auto" else self._asked
         return chosen
 
     def row_texts(self, row: Row, where: str) -> RowTexts:
@@ -151,6 +153,10 @@ class RerankReader(RetrievalReader):
         if self.loss == "pairwise" and len(set(scores)) < 2:
             what, hint = "no passage is better than another", "remove the row, or set reranking.loss: binary"
             raise BadRowError(what, reason="passages with equal scores", where=where, hint=hint)
+        if self.loss == "contrastive" and (min(scores) < 0 or not max(scores) > 0):
+            what = "no passage of the row is right, or a label lies below 0"
+            hint = "set reranking.loss: listwise, or remove the row"
+            raise BadRowError(what, reason="no right passage", where=where, hint=hint)
         return replace(found, scores=scores)
 
     def show(self, row: Any, item: TextGroup) -> ShownExample:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-Name: TypeAlias = Literal["binary", "pairwise", "listwise"]
+Name: TypeAlias = Literal["binary", "pairwise", "listwise", "contrastive"]
 
 
 def binary(scores: Tensor, labels: Tensor) -> Tensor:
@@ -36,12 +36,24 @@ def listwise(scores: Tensor, labels: Tensor) -> Tensor:
     return -(labels.softmax(0) * scores.log_softmax(0)).sum()
 
 
-LOSSES: dict[Name, Callable[[Tensor, Tensor], Tensor]] = {"binary": binary, "pairwise": pairwise, "listwise": listwise}
+def contrastive(scores: Tensor, labels: Tensor) -> Tensor:
+    """−log softmax(s) of the right passage; of several, their mean by label (localized contrastive estimation,
+    arXiv 2101.08751, eq. 3)."""
+    return -(labels / labels.sum() * scores.log_softmax(0)).sum()
+
+
+LOSSES: dict[Name, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary": binary,
+    "pairwise": pairwise,
+    "listwise": listwise,
+    "contrastive": contrastive,
+}
 # A query's share of what a step is divided by: passages, pairs of them with different labels, or the query.
 UNITS: dict[Name, Callable[[Sequence[float]], int]] = {
     "binary": len,
     "pairwise": lambda labels: sum(one > other for one in labels for other in labels),
     "listwise": lambda labels: 1,
+    "contrastive": lambda labels: 1,
 }
 
 
