@@ -58,11 +58,11 @@ def unfilled(
     def make(attention: str) -> PreTrainedModel:
         how = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
         with no_init_weights():
-            return _without_pooler(auto.from_config(config, dtype=dtype_of(dtype), **how), task)
+            return auto.from_config(config, dtype=dtype_of(dtype), **how)
 
     model, attention = _with_attention(make, attention, config, task, folder)
     model.tie_weights()  # is left out together with the first values
-    return model, attention
+    return _without_unused(model, task), attention
 
 
 def _with_attention(
@@ -285,17 +285,21 @@ def _weights(
         with reading_values(folder) as note:
             model, report = auto.from_pretrained(folder, attn_implementation=attention, **how)
             note(model)
-        return _without_pooler(model, task), report
+        return _without_unused(model, task), report
 
     (model, report), used = _with_attention(make, attention, config, task, folder)
     missing = [name for name in report["missing_keys"] if getattr(model, name.partition(".")[0], None) is not None]
     return model, sorted(missing), _why(used, attention, config)
 
 
-def _without_pooler(model: PreTrainedModel, task: str) -> PreTrainedModel:
-    """The model without what it makes of its first token's vector, where every token's vector is asked for."""
-    if tasks.entry_of(task).auto_model == "AutoModel" and isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None  # type: ignore[assignment]
+def _without_unused(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """The model without what no vector of a token depends on, where these are asked for: what is made of the first
+    token's vector, and the decoder behind an encoder."""
+    if tasks.entry_of(task).auto_model == "AutoModel":
+        unused = ["pooler", *(["decoder"] if getattr(model.config, "is_encoder_decoder", False) else [])]
+        for name in unused:
+            if isinstance(getattr(model, name, None), nn.Module):
+                setattr(model, name, None)
     return model
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from deltaw.export.deploy import Deployed
 from deltaw.reports.tables import Cell, one_line, table
+from deltaw.reports.wording import metric_name
 from deltaw.training.drift import GeneralAnswer
 from deltaw.training.evaluation.base import Interval, is_share
 
@@ -34,7 +35,7 @@ def score_table(
     """
     rows: list[list[str]] = []
     for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):
-        rows.append([metric.replace("_", " "), *(_number(metric, metrics.get(metric)) for metrics in scores.values())])
+        rows.append([metric_name(metric), *(_number(metric, metrics.get(metric)) for metrics in scores.values())])
         bounds = [(intervals or {}).get(name, {}).get(metric) for name in scores]
         if any(bound is not None for bound in bounds):
             ranges = [b and f"{_number(metric, b[0])} – {_number(metric, b[1])}" for b in bounds]
