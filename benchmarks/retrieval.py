@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ TOPICS = (
     *("tech_support", "trivia"),
 )
 TRAIN = {"docstrings": {"batch_size": 64, "epochs": 2}, "questions": {"batch_size": 32, "epochs": 6}}
-RANKS, HELD_OUT, NEGATIVES = 10, 200, 4
+RANKS, HELD_OUT = 10, 200
+# What a reranker learns from: passages that look right, and others.
+NEAR, FAR = MiningSettings(negatives=3), MiningSettings(negatives=2, from_rank=15)
 DATA = {"max_length": 256, "long_rows": "cut"}
 LORA = {"rank": 16, "alpha": 32}
 
@@ -161,16 +164,18 @@ def on_top(
     """nDCG of each query after a reranker has sorted the passages that the trained model found."""
     known = read_pairs(str(train), BadRows("error"))
     embedder = read_embedder(str(run), say=lambda line: None)
-    found = mine(known, [passage for _, passage in known], embedder, MiningSettings(negatives=NEGATIVES), print)
-    rows = output.with_suffix(".jsonl")
-    write_mined([row for row in found.rows if row.negatives], rows)
+    corpus, rows = [passage for _, passage in known], output.with_suffix(".jsonl")
+    near, far = (mine(known, corpus, embedder, settings, print).rows for settings in (NEAR, FAR))
+    both = zip(near, far, strict=True)
+    mixed = [replace(one, negatives=tuple(dict.fromkeys(one.negatives + other.negatives))) for one, other in both]
+    write_mined([row for row in mixed if row.negatives], rows)
     fit(
         {
             "model": MODEL,
             "task": "reranking",
             "data": {"train": str(rows), "eval": None, **DATA, "max_length": 384},
             "lora": LORA,
-            "train": {"seed": seed, "learning_rate": 1e-3, "batch_size": 32, "epochs": 2},
+            "train": {"seed": seed, "learning_rate": 7e-4, "batch_size": 32, "epochs": 1},
             "output": str(output),
         }
     )

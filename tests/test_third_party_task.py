@@ -28,6 +28,8 @@ BUILT_IN = (
     "sequence-classification",
     "regression",
     "image-classification",
+    "embedding",
+    "reranking",
 )
 
 

@@ -285,10 +285,12 @@ def test_the_time_of_a_step_is_that_of_its_rollout_too(finished, tmp_path, monke
 def test_an_evaluation_is_expected_to_take_what_its_completions_do(finished):
     _, config = finished
     rows = [prompt(n) for n in range(5)]
+    read, data = RunConfig.read(config), SimpleNamespace(sets={"": rows}, every=rows)
     session = SimpleNamespace(
-        data=SimpleNamespace(sets={"": rows}),
-        task=SimpleNamespace(rolls_out=True, writes_text=True),
-        config=RunConfig.read(config),
+        data=data,
+        task=SimpleNamespace(writes_text=True),
+        written=RewardTask.written(SimpleNamespace(settings=read.reward), data, 4),
+        config=read,
         method=SimpleNamespace(parameters=lambda model: []),
         model=None,
     )
