@@ -5,7 +5,8 @@
 all-MiniLM-L6-v2, LoRA rank 16 on all linear layers, one epoch of queries with passages (columns ``query`` and
 ``passage``; by default docstrings of Python's standard library and the functions they describe). Every side gets the
 same tokens in the same order, trains in a process of its own, and the sides alternate. sentence-transformers has its
-texts tokenized beforehand, and is shown in fp32 and in bf16, with rows as they come and with rows sorted by length.
+texts tokenized beforehand, and is shown in fp32, with bf16 products (autocast) and with bf16 weights, with rows as they
+come and with rows sorted by length.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SIDES = {
             "precision": precision,
             "sorted": is_sorted,
         }
-        for precision in ("fp32", "bf16")
+        for precision in ("fp32", "bf16", "bf16 weights")
         for is_sorted in (False, True)
     },
 }
@@ -148,6 +149,8 @@ def their_side(job: dict) -> dict:
     torch.manual_seed(0)
     encoder = model[0].auto_model
     encoder.pooler = None
+    if job["precision"] == "bf16 weights":
+        encoder.to(torch.bfloat16)
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     model[0].auto_model = get_peft_model(encoder, adapter)
     loss_of = MultipleNegativesRankingLoss(model)

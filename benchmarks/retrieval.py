@@ -43,6 +43,8 @@ TOPICS = (
 )
 TRAIN = {"docstrings": {"batch_size": 64, "epochs": 2}, "questions": {"batch_size": 32, "epochs": 6}}
 RANKS, HELD_OUT = 10, 200
+# Of a passage that a reranker reads, so that it has as many tokens as the model has positions.
+CHARACTERS = 1200
 # What a reranker learns from: passages that look right, and others.
 NEAR, FAR = MiningSettings(negatives=3), MiningSettings(negatives=2, from_rank=15)
 DATA = {"max_length": 256, "long_rows": "cut"}
@@ -200,7 +202,7 @@ def on_top(
 def _scores(encoders: Encoders, query: str, passages: list[str]) -> np.ndarray:
     model = encoders.models["reranker"]
     assert isinstance(model, Reranker)
-    return model.outputs([model.pair(query, passage) for passage in passages]).numpy()[:, 0]
+    return model.outputs([model.pair(query, passage[:CHARACTERS]) for passage in passages]).numpy()[:, 0]
 
 
 def films() -> list[tuple[str, str]]:
