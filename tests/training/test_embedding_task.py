@@ -280,7 +280,7 @@ def planned_bytes(settings: dict) -> int:
     return plan_run(config, task, data).peak_bytes
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_memory_does_not_grow_with_the_batch_beyond_its_vectors(made, tmp_path, family):
     rows = [{"anchor": f"query {n:04} {'x' * 30}", "positive": f"passage {n:04} {'y' * 28}"} for n in range(256)]
 
@@ -327,7 +327,7 @@ def test_a_run_with_each_loss_learns_and_is_evaluated(made, tmp_path, family, lo
 
 
 @pytest.mark.each_value
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
 @pytest.mark.parametrize("loss", ["infonce", "cosent"])
 def test_a_stopped_run_goes_on_to_the_bit(made, tmp_path, family, loss):
     changes = {"lora": {"dropout": 0.2}, "data": {"eval": 0.2}, "train": RUN, "embedding": {"kept_tokens": 100}}

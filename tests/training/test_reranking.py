@@ -389,7 +389,8 @@ def test_sentence_transformers_loads_the_adapter_and_the_merged_model(kind, enco
 
 
 @needs_gloo
-@pytest.mark.parametrize("kind", ["pairwise", pytest.param("listwise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pairwise", "listwise"])
 def test_two_processes_train_as_one(kind, scorer, settings, tmp_path):
     rows, held_out = write_rows(tmp_path / "a.jsonl", lists(11)), write_rows(tmp_path / "b.jsonl", lists(5))
 

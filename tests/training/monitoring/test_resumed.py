@@ -22,6 +22,7 @@ def goes_on(copy, run):
     shutil.copytree(copy, run)
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path, worst):
     run = tmp_path / "run"
     made = settings(run, train={**TRAIN, "adapter": "best"})
