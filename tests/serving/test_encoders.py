@@ -90,6 +90,9 @@ def test_a_folder_of_sentence_transformers_says_how_it_pools(tmp_path, embedder)
     first = states(folder, "text")[0]
     same(answered(embedder(folder, say=said.append), "bert", ["text"])[0], first / first.norm())
     assert "first" in said[-1] and "folder says" in said[-1]
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
+        (folder / name).write_text("[1]")  # says nothing
+    same(answered(embedder(folder), "bert", ["text"])[0], first / first.norm())
     dense = {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}
     elsewhere = [kinds[0], {**kinds[1], "path": "../elsewhere"}, kinds[2]]
     for modules, says in (kinds, "supported: max"), (elsewhere, "not supported"), ([*kinds, dense], "Dense"):

@@ -57,12 +57,12 @@ def read_layout(folder: Path) -> SentenceLayout | None:
         what = f"the model's vectors go through a layer '{others[0]}', which is not supported"
         raise UserError(what, where=str(folder / _MODULES))
     path = next((path for kind, path in kinds if kind == "Pooling"), None)
-    prompts = (_json(folder / _PROMPTS) or {}).get("prompts") or {}
+    prompts = _object(_object(_json(folder / _PROMPTS)).get("prompts"))
     query, passage = str(prompts.get("query") or ""), ""
     for name in ("corpus", "passage", "document"):
         passage = str(prompts.get(name) or passage)
     pooling = None if path is None else _pooling(folder, path, prompted=bool(query or passage))
-    limit = (_json(folder / _LIMIT) or {}).get("max_seq_length")
+    limit = _object(_json(folder / _LIMIT)).get("max_seq_length")
     most = limit if isinstance(limit, int) and limit > 0 else None
     return SentenceLayout(pooling, any(kind == "Normalize" for kind, _ in kinds), query, passage, most)
 
@@ -70,7 +70,7 @@ def read_layout(folder: Path) -> SentenceLayout | None:
 def _pooling(folder: Path, path: str, *, prompted: bool) -> Pooling:
     # The path comes from the folder's file, and must not lead out of it.
     place = (folder / path / "config.json").resolve()
-    settings = (_json(place) if place.is_relative_to(folder.resolve()) else None) or {}
+    settings = _object(_json(place) if place.is_relative_to(folder.resolve()) else None)
     on = [key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True]
     modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in on if mode in _MODES]
     modes = [str(settings["pooling_mode"])] if "pooling_mode" in settings else modes
@@ -130,7 +130,7 @@ def told_use(folder: Path) -> Literal["vectors", "scores"] | None:
     Raises:
         UserError: a file is no JSON.
     """
-    if (_json(folder / _PROMPTS) or {}).get("model_type") == "CrossEncoder":
+    if _object(_json(folder / _PROMPTS)).get("model_type") == "CrossEncoder":
         return "scores"
     modules = _json(folder / _MODULES)
     kinds = [str(m.get("type", "")) for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
@@ -143,12 +143,11 @@ def layout_files(folder: Path) -> list[Path]:
 
 
 def copy_layout(source: Path, target: Path) -> None:
-    """Copy what :func:`write_layout` wrote, where it is there."""
-    for name in BESIDE:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copy the files of a layout that a folder has."""
+    for file in layout_files(source):
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)
 
 
 def pooling_named(name: str) -> Pooling:
@@ -165,6 +164,11 @@ def pooling_named(name: str) -> Pooling:
 def _write(file: Path, value: object) -> None:
     file.parent.mkdir(exist_ok=True)
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object; empty where it is something else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _json(file: Path) -> Any:

@@ -13,7 +13,7 @@ from deltaw.data.images import LabelBatch
 from deltaw.data.packing import Batch
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout, pooling_named, read_layout
-from deltaw.runtime.packed import first_position, one_row
+from deltaw.runtime.packed import first_position, one_row, without_cache
 from deltaw.training.microbatches import entered
 
 
@@ -48,12 +48,11 @@ def vectors_of(model: PreTrainedModel, batch: LabelBatch | Batch, pooling: Pooli
     Of packed rows, a token that several share counts for each of them.
     """
     core = reader_of(model)
-    cached = {"use_cache": False} if hasattr(core.config, "use_cache") else {}
     with entered(batch) as run:
         inputs = dict(run.inputs)
         if (positions := inputs.get("position_ids")) is not None and (first := first_position(core)):
             inputs["position_ids"] = positions + first
-        hidden = core(**inputs, **cached).last_hidden_state
+        hidden = core(**inputs, **without_cache(core)).last_hidden_state
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
     if isinstance(batch, LabelBatch):
         return list(batch.examples), pooled(hidden, batch.inputs["attention_mask"], pooling)

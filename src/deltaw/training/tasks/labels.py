@@ -26,7 +26,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values, read_config
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.packed import padded_rows
+from deltaw.runtime.packed import padded_rows, without_cache
 from deltaw.training.evaluation.base import (
     Evaluation,
     check_finite,
@@ -243,7 +243,7 @@ def _head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
         outputs = head(_hidden(model, inputs))
         # One row at a time: without a padding token transformers takes no more.
         alone = ({"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids)
-        logits = torch.cat([model(**row, **_without_cache(model)).logits for row in alone])
+        logits = torch.cat([model(**row, **without_cache(model)).logits for row in alone])
     if logits.shape != outputs[:, -1].shape:
         return None
     nearest = (outputs - logits[:, None]).float().norm(dim=-1).argmin(1)
@@ -251,13 +251,9 @@ def _head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
     return head if at_last and _close(logits, outputs[:, -1]) else None
 
 
-def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-
-
 def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The last hidden states (rows, tokens, width) of a decoder."""
-    return model.base_model(**inputs, **_without_cache(model)).last_hidden_state
+    return model.base_model(**inputs, **without_cache(model)).last_hidden_state
 
 
 def _at_last_token(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
