@@ -26,8 +26,9 @@ from deltaw.training.tasks.reranking import evaluate_scores
 from tests.byte_models import byte_tokenizer, saved, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
 from tests.data.label_models import WORDS, word_tokenizer
-from tests.training.parallel_runs import needs_gloo, trains_as_one
-from tests.training.runs import held_out_rows, metrics, opened
+from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, train_until_one_dies, trains_as_one
+from tests.training.runs import Snapshots, held_out_rows, metrics, opened
+from tests.training.runs import assert_same_run as assert_equal_run
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 PROMPT = "Q: {query}\nP: {passage}\nfits:"
@@ -388,16 +389,47 @@ def test_sentence_transformers_loads_the_adapter_and_the_merged_model(kind, enco
     assert again.own_outputs == 1 and prompt_of(again.tokenizer) == (PROMPT if kind == "decoder" else None)
 
 
+def run_of(scorer: Path, kind: str, folder: Path, settings, dropout: float = 0.0, **train: object) -> dict:
+    """Settings of a run on lists of passages, whose rows lie beside it."""
+    rows, held_out = (write_rows(folder.parent / f"{n}.jsonl", lists(n)) for n in (11, 5))
+    changes = {"model": str(scorer), "task": "reranking", "reranking": {"loss": kind}, "lora": {"dropout": dropout}}
+    changes["data"] = {"train": str(rows), "eval": str(held_out)}
+    return settings(folder, **changes, train={"batch_size": 5, "epochs": 2, "eval_every": 2, **train})
+
+
+@pytest.mark.parametrize("kind", ["listwise", "contrastive"])
+def test_a_stopped_run_goes_on_to_the_bit(kind, scorer, settings, tmp_path):
+    def made(folder: Path) -> dict:
+        return run_of(scorer, kind, folder, settings, dropout=0.2, checkpoint_every=2)
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    fit(made(whole))
+    taken = Snapshots(run, tmp_path, ["step 3", "evaluation 4"])
+    result = fit(made(run), callback=taken)
+    assert_equal_run(run, whole)
+    assert len(taken.taken) == 2
+    for moment in taken.taken.values():
+        assert fit(made(moment)).resumed_from_step in (2, 4)
+        assert_equal_run(moment, whole)
+    told = json.loads((result.output / "run.json").read_text())
+    assert any(entry["command"].startswith("deltaw serve") for entry in told["commands"])
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_a_run_whose_process_was_killed_goes_on(scorer, settings, tmp_path):
+    whole, run = (
+        run_of(scorer, "contrastive", tmp_path / name, settings, checkpoint_every=1) for name in ("whole", "run")
+    )
+    fit(whole)
+    train_until_one_dies(run, 3)
+    train_all(run)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", counts=("step", "rows", "label_tokens"))
+
+
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairwise", "listwise"])
 def test_two_processes_train_as_one(kind, scorer, settings, tmp_path):
-    rows, held_out = write_rows(tmp_path / "a.jsonl", lists(11)), write_rows(tmp_path / "b.jsonl", lists(5))
-
-    def made(name: str) -> dict:
-        changes = {"model": str(scorer), "task": "reranking", "reranking": {"loss": kind}}
-        changes["data"] = {"train": str(rows), "eval": str(held_out)}
-        of_train = {"batch_size": 5, "epochs": 2, "eval_every": 2, "checkpoint_every": 1}
-        return settings(tmp_path / name, **changes, train=of_train)
-
-    trains_as_one(made("one"), made("several"), 2)
+    one, several = (run_of(scorer, kind, tmp_path / name, settings, checkpoint_every=1) for name in ("one", "several"))
+    trains_as_one(one, several, 2)

@@ -49,7 +49,7 @@ def show_end(console: Output, result: Result) -> None:
     state = INTERRUPTED if result.interrupted else FINISHED
     if (result.output / REPORT).is_file():
         console.say(f"report: {result.output / REPORT}")
-    commands = next_commands(result.output, state, result.method, result.writes_text)
+    commands = next_commands(result.output, state, result.method, result.task, writes_text=result.writes_text)
     for entry in commands[: None if console.verbose else COMMANDS]:
         line, what = f"next: {entry['command']}", f"  # {entry['what']}"
         console.print(line + what if len(line + what) <= WIDTH else f"{line}\n{what}")

@@ -206,6 +206,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         plan=plan,
         trained_parameters=trained,
         method=config.method,
+        task=config.task,
         writes_text=task.writes_text,
         drift=drift,
         arithmetic=_arithmetic(session) if device == "cpu" else {},

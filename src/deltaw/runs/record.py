@@ -399,6 +399,7 @@ class Result:
     plan: Plan | None = None
     trained_parameters: int = 0
     method: str = ""
+    task: str = ""
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
@@ -425,7 +426,7 @@ class Result:
         drift: dict[str, Any] = {k: value for k, value in _numbers(told.get("drift")).items() if k != "change"}
         same = ("trained_parameters", "best", "stopped_early", "resumed_from_step", "arithmetic", "approximations")
         kept = {name: told[name] for name in (*same, "seconds_by_part") if told.get(name) is not None}
-        kept |= {"drift": Drift(**drift) if drift else None, "earlier": told, "method": run.method}
+        kept |= {"drift": Drift(**drift) if drift else None, "earlier": told, "method": run.method, "task": run.task}
         kept |= {"writes_text": run.values.get("writes_text", True), "checkpoints": listed(run.path / FOLDER)}
         return cls(run.path, outcome, evaluation, run.peak_bytes or 0, **kept)
 
@@ -628,7 +629,9 @@ class RunRecord:
         if "chosen" not in known:
             return ended
         chosen = {**known["chosen"], **told_choices(self._session.chosen)}
-        commands = next_commands(self._folder.path, state, known["method"], known["writes_text"])
+        commands = next_commands(
+            self._folder.path, state, known["method"], known["task"], writes_text=known["writes_text"]
+        )
         return {**ended, "chosen": plain(chosen), "commands": commands}
 
     def _write(self, state: str, **more: Any) -> None:

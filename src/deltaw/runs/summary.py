@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 # Methods whose files PEFT reads.
 OF_PEFT = ("lora", "prompt")
+# Tasks that do not write text and can be served.
+_SERVED = ("sequence-classification", "embedding", "reranking")
 
 
 def write_card(
@@ -79,7 +81,12 @@ def write_card(
     lines += ["| | |", "| --- | --- |", *[f"| {name} | {value} |" for name, value in facts.items()], ""]
     lines += ["## Data", "", *[f"- {line}" for line in session.data.report.lines()], "", "## Use", "", "```bash"]
     lines += [f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if writes_text else []
-    lines += [f"deltaw eval {folder}", *([f"deltaw serve {folder}"] if writes_text else []), "```", ""]
+    lines += [
+        f"deltaw eval {folder}",
+        *([f"deltaw serve {folder}"] if writes_text or config.task in _SERVED else []),
+        "```",
+        "",
+    ]
     if of_peft:
         lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
     write_text(folder / "README.md", "\n".join(lines))
@@ -280,7 +287,7 @@ def told_choices(chosen: Mapping[str, Choice]) -> dict[str, object]:
 
 
 def next_commands(
-    folder: Path, state: str, method: str, writes_text: bool, every: bool = False
+    folder: Path, state: str, method: str, task: str, *, writes_text: bool, every: bool = False
 ) -> list[dict[str, str]]:
     """Commands to go on with, each with what it does; with ``every`` also those that are needed less often."""
     run = shell_word(folder)
@@ -293,7 +300,7 @@ def next_commands(
         commands.append((f"deltaw eval {run} --base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))
-        if writes_text:
+        if writes_text or task in _SERVED:
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
         if method == "lora":
             merged, exported = (shell_word(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))

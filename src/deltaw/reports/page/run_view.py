@@ -353,7 +353,9 @@ def settings_tables(record: Run) -> tuple[Numbers, Numbers]:
 def commands_of(record: Run) -> list[dict[str, str]]:
     """Commands to go on with, for where the run is now. Those that ``run.json`` names are somebody else's words."""
     writes = record.values.get("writes_text", record.task in ("causal-lm", "preference", "reward")) is True
-    return next_commands(record.path.absolute(), record.state, record.method, writes, every=True)
+    return next_commands(
+        record.path.absolute(), record.state, record.method, record.task, writes_text=writes, every=True
+    )
 
 
 def machine_text(record: Run) -> str:
