@@ -192,7 +192,7 @@ def test_the_second_forward_draws_the_dropout_of_the_first(made, family):
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last", "weighted"])
 def test_padded_rows_have_the_gradient_of_the_whole_batch_too(made, monkeypatch, pooling):
-    monkeypatch.setattr("deltaw.training.tasks.embedding.can_pack_apart", lambda model: Choice(False, "as asked"))
+    monkeypatch.setattr("deltaw.training.tasks.causal_batcher.can_pack_apart", lambda model: Choice(False, "as asked"))
     session = moved(session_of(made("bert", triplets(), embedding={"pooling": pooling})))
     assert session.batcher.padded
     expected_loss, expected = whole(session, pooling)

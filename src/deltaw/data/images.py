@@ -152,11 +152,13 @@ class LabelBatch:
     Attributes:
         inputs: the model's keyword arguments: ``input_ids`` and ``attention_mask`` (rows, longest), with
             ``token_type_ids`` for pairs; or ``pixel_values`` (rows, channels, height, width) in fp32.
+            Of packed rows ``input_ids`` and ``position_ids`` (1, T) with the ``packed_layout``.
         targets: (rows,), int64 class indices, or fp32 numbers.
         examples: the rows, in the order of the batch.
         sizes: rows of each group, whose rows follow each other; empty where rows come one by one. Of pairs, the
             preferred row is the first, and ``targets`` are their margins.
         rows: rows in it. row_tokens: tokens of all rows. tokens: tokens computed, padding included.
+        places: (rows,) of packed rows the token of each that the head reads; None where rows are padded.
         enter: opens the batch that the model runs instead, over what is kept of frozen layers; None: this one.
     """
 
@@ -167,6 +169,7 @@ class LabelBatch:
     row_tokens: int
     tokens: int
     sizes: tuple[int, ...] = ()
+    places: Tensor | None = None
     enter: Callable[[], AbstractContextManager[LabelBatch]] | None = None
 
     @property

@@ -458,8 +458,9 @@ class Worker:
         how: dict[str, Any] = {"share": config.train.share_prefixes, "method_shares": True, "virtual_tokens": 0}
         batcher, _ = task.batcher(loaded.model, data.held_out, device=device, tokens_per_pass=most, **how)
         held_out = task.referenced(loaded.model, data.held_out, batcher)
+        objective = task.objective(loaded.model)
         with task.running(loaded.model, batcher):
-            evaluation = task.evaluate(task.objective(loaded.model), held_out, batcher, data.classes)
+            evaluation = task.evaluate(objective, held_out, batcher, data.classes)
         return scores(task, data.held_out, evaluation)
 
     def run(self, request: Message) -> Message:

@@ -346,8 +346,8 @@ class _Questions:
     def _of_labels(self, model: PreTrainedModel) -> Iterator[Tensor]:
         task = self._opened.task
         batcher, _ = task.batcher(model, self._rows, device="cpu")
+        objective = task.objective(model)
         with task.running(model, batcher):
-            objective = task.objective(model)
             for batch in batcher.batches(self._rows):
                 found = objective.predictions(batch).float()  # type: ignore[attr-defined]
                 yield found[:, None] if found.dim() == 1 else found

@@ -502,8 +502,9 @@ def score_run(
     with opened.base():
         examples = task.referenced(model, examples, batcher)
     rows = [opened.example(example) for example in examples]
+    objective = task.objective(model)
     with task.running(model, batcher), working("evaluating"):
-        evaluation = task.evaluate(task.objective(model), rows, batcher, opened.classes)
+        evaluation = task.evaluate(objective, rows, batcher, opened.classes)
     if not shown or not task.writes_text or task.has_pairs:
         return Score(evaluation)
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "writer": writer}

@@ -15,8 +15,9 @@ from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.machine.choices import Choice
+from deltaw.runtime.fused_blocks import fused_in_mode
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.packed import can_pack, fused_blocks, packed_rows
+from deltaw.runtime.packed import PACKED_APART, can_pack, can_pack_apart, fused_blocks, packed_rows
 
 # How many tokens go through a model at once: what every task's batcher chooses alike.
 
@@ -150,3 +151,29 @@ def choose_causal_batcher(
             any_shape = fused_blocks(model).choice.value
     batcher = CausalMicroBatcher(tokens.value, shared.value, not packable.value, device, fill=not any_shape)
     return batcher, {"train.share_prefixes": shared, "train.tokens_per_pass": tokens, "packing": packable}
+
+
+def choose_apart_batcher(
+    model: PreTrainedModel,
+    examples: Sequence[Any],
+    limit: int | None,
+    *,
+    device: str,
+    tokens_per_pass: int | str = "auto",
+) -> tuple[CausalMicroBatcher, dict[str, Choice]] | None:
+    """:func:`choose_causal_batcher` for an encoder, whose rows share nothing; None where it cannot run packed rows.
+
+    Args:
+        limit: positions that the model has; None: any number.
+
+    Raises:
+        UserError: a row is longer than that.
+    """
+    packable = can_pack_apart(model)
+    if not packable.value:
+        return None
+    tokens = choose_tokens_per_pass(tokens_per_pass, longest_row(examples, 0, limit), device)
+    with packed_rows(model, apart=True):
+        any_shape = fused_in_mode(model, PACKED_APART).choice.value
+    batcher = CausalMicroBatcher(tokens.value, False, False, device, fill=not any_shape)
+    return batcher, {"train.tokens_per_pass": tokens, "packing": packable}

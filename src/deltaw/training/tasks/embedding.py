@@ -22,8 +22,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
 from deltaw.machine.choices import Choice
-from deltaw.runtime.fused_blocks import fused_in_mode
-from deltaw.runtime.packed import PACKED_APART, can_pack, can_pack_apart, packed_rows, padded_rows
+from deltaw.runtime.packed import can_pack, packed_rows, padded_rows
 from deltaw.task_settings import EmbeddingSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
@@ -33,12 +32,7 @@ from deltaw.training.evaluation.base import Evaluation, bootstrap_interval, chec
 from deltaw.training.evaluation.retrieval import nearest, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
-from deltaw.training.tasks.causal_batcher import (
-    CausalMicroBatcher,
-    choose_causal_batcher,
-    choose_tokens_per_pass,
-    longest_row,
-)
+from deltaw.training.tasks.causal_batcher import choose_apart_batcher, choose_causal_batcher
 from deltaw.training.tasks.labels import choose_label_batcher, text_positions
 from deltaw.working import working
 
@@ -101,13 +95,8 @@ class EmbeddingTask(Task):
             inner, chosen = choose_causal_batcher(model, examples, **how)
             chosen = {name: choice for name, choice in chosen.items() if name != "train.share_prefixes"}
             self._batcher = TextBatcher(inner)
-        elif (packable := can_pack_apart(model)).value:
-            longest = longest_row(examples, 0, text_positions(model))
-            tokens = choose_tokens_per_pass(known.get("tokens_per_pass", "auto"), longest, known["device"])
-            with packed_rows(model, apart=True):
-                any_shape = fused_in_mode(model, PACKED_APART).choice.value
-            packed = CausalMicroBatcher(tokens.value, False, False, known["device"], fill=not any_shape)
-            self._batcher, chosen = TextBatcher(packed, True), {"train.tokens_per_pass": tokens, "packing": packable}
+        elif (packed := choose_apart_batcher(model, examples, text_positions(model), **known)) is not None:
+            self._batcher, chosen = TextBatcher(packed[0], True), packed[1]
         else:
             padded, chosen = choose_label_batcher(model, examples, tokenizer=self.tokenizer, **known)
             self._batcher = TextBatcher(padded)

@@ -26,7 +26,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values, read_config
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.packed import padded_rows, without_cache
+from deltaw.runtime.packed import packed_rows, padded_rows, without_cache
 from deltaw.training.evaluation.base import (
     Evaluation,
     check_finite,
@@ -38,6 +38,7 @@ from deltaw.training.losses import PairLosses, StepMetrics
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, entered
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Rows, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
+from deltaw.training.tasks.packed_labels import choose_packed_batcher, logits_at
 
 # How labeled rows become microbatches: how many tokens, what pads them, and why.
 
@@ -168,7 +169,9 @@ class LabelObjective:
             inputs = dict(run.inputs)
             if "pixel_values" in inputs:
                 inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-            if self.head is not None:
+            if run.places is not None:
+                logits = logits_at(self.model, inputs, run.places, self.head)
+            elif self.head is not None:
                 logits = _at_last_token(self.model, self.head, inputs)
             else:
                 logits = self.model(**inputs).logits
@@ -441,6 +444,11 @@ class LabelTask(Task):
         return 1 if data.classes is None else len(data.classes)
 
     def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
+        if isinstance(examples[0], RowGroup):
+            at_last = _head_of_last_token(model) is not None
+            packed = choose_packed_batcher(model, examples, at_last=at_last, limit=text_positions(model), **how)
+            if packed is not None:
+                return packed
         known = {name: how[name] for name in ("device", "tokens_per_pass", "virtual_tokens") if name in how}
         return choose_label_batcher(model, examples, tokenizer=self.tokenizer, encoder=self.encoder, **known)
 
@@ -459,7 +467,9 @@ class LabelTask(Task):
         return LabelObjective(model, self.name)
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        return padded_rows(model)
+        if getattr(batcher, "padded", True):
+            return padded_rows(model)
+        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         return evaluate_labels(objective, rows, batcher, classes or ())  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""Groups of labeled texts in packed rows: the same losses and gradients as each row alone."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification
+
+from deltaw.data.example import LabeledExample, RowGroup
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.tasks.labels import LabelObjective, LabelTask
+from deltaw.training.tasks.packed_labels import PackedLabelBatcher, reads_first
+from deltaw.training.tasks.reranking import RerankingTask
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "num_labels": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+}
+PACKED = {
+    "bert": lambda: transformers.BertConfig(**SHAPE),
+    "roberta": lambda: transformers.RobertaConfig(pad_token_id=1, type_vocab_size=1, **SHAPE),
+    "electra": lambda: transformers.ElectraConfig(embedding_size=16, **SHAPE),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        **{key: SHAPE[key] for key in ("vocab_size", "num_labels", "max_position_embeddings", "initializer_range")},
+        dim=32,
+        hidden_dim=48,
+        n_layers=2,
+        n_heads=4,
+    ),
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, pad_token_id=0, **SHAPE),
+    "gpt2": lambda: transformers.GPT2Config(
+        **{key: SHAPE[key] for key in ("vocab_size", "num_labels", "initializer_range")},
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        pad_token_id=0,
+    ),
+}
+
+
+def model_of(family: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(PACKED[family]()).eval()
+
+
+def groups_of(*, segments: bool) -> list[RowGroup]:
+    """Groups of two to five rows that begin alike and have very different lengths."""
+    random = np.random.default_rng(0)
+    groups = []
+    for number in range(7):
+        start = random.integers(3, 99, random.integers(5, 9))
+        rows = []
+        for _ in range(int(random.integers(2, 6))):
+            end = random.integers(3, 99, random.integers(1, 30))
+            kinds = np.repeat([0, 1], [len(start), len(end)]).astype(np.int8) if segments else None
+            rows.append(LabeledExample(number, np.concatenate([start, end]).astype(np.int32), 0.0, kinds))
+        groups.append(RowGroup(tuple(rows)))  # type: ignore[arg-type]
+    return groups
+
+
+def batcher_of(model: transformers.PreTrainedModel, groups: list[RowGroup], budget: int = 100) -> PackedLabelBatcher:
+    task = LabelTask("sequence-classification")
+    return task.batcher(model, groups, device="cpu", tokens_per_pass=budget)[0]  # type: ignore[return-value]
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("family", list(PACKED))
+@pytest.mark.parametrize("budget", [60, 10_000])
+def test_losses_and_gradients_are_those_of_rows_alone(family, budget):
+    model = model_of(family)
+    groups = groups_of(segments=family in ("bert", "electra"))
+    exact = copy.deepcopy(model).double()
+    expected = 0.0
+    for group in groups:
+        scores = []
+        for row in group.rows:
+            inputs = {"input_ids": torch.from_numpy(row.tokens.astype(np.int64))[None]}
+            if row.segments is not None:
+                inputs["token_type_ids"] = torch.from_numpy(row.segments.astype(np.int64))[None]
+            scores.append(exact(**inputs).logits[0, 0])
+        expected = expected - torch.stack(scores).log_softmax(0)[0]
+    expected.backward()
+    batcher = batcher_of(model, groups, budget)
+    assert isinstance(batcher, PackedLabelBatcher) and batcher.apart == (family not in ("llama", "gpt2"))
+    batches = list(batcher.batches(groups))
+    assert batcher.shapes(groups) == [tuple(batch.inputs["input_ids"].shape) for batch in batches]
+    assert (len(batches) > 1) == (budget == 60)
+    total = sum(len(row) for group in groups for row in group.rows)
+    assert sum(batch.row_tokens for batch in batches) == total
+    computed = sum(batch.tokens for batch in batches)
+    assert computed == total if batcher.apart else computed < 0.8 * total  # a decoder computes the beginnings once
+    objective = LabelObjective(model, "sequence-classification")
+    with packed_rows(model, apart=batcher.apart):
+        loss = 0.0
+        for batch in batches:
+            parts = objective.predictions(batch)[:, 0].split(list(batch.sizes))
+            loss = loss - sum(part.log_softmax(0)[0] for part in parts)
+        loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    ours, theirs = (
+        torch.cat([p.grad.double().flatten() for p in of.parameters() if p.grad is not None]) for of in (model, exact)
+    )
+    assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+def test_the_rows_of_a_group_follow_each_other_in_their_order():
+    model, groups = model_of("llama"), groups_of(segments=False)
+    order = [row for batch in batcher_of(model, groups).batches(groups) for row in batch.examples]
+    place = {id(row): number for number, row in enumerate(order)}
+    for group in groups:
+        first = place[id(group.rows[0])]
+        assert [place[id(row)] for row in group.rows] == list(range(first, first + len(group.rows)))
+
+
+def test_a_head_that_reads_more_than_the_first_token_takes_padded_rows():
+    shape = {**SHAPE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = transformers.ModernBertConfig(**shape, classifier_pooling="mean")
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert not reads_first(model)
+    groups = groups_of(segments=False)
+    assert not isinstance(batcher_of(model, groups), PackedLabelBatcher)
+    assert reads_first(model_of("bert")) and not reads_first(model_of("llama"))
+
+
+def test_virtual_tokens_before_rows_are_padded():
+    groups = groups_of(segments=False)
+    task = RerankingTask("reranking")
+    batcher, _ = task.batcher(model_of("bert"), groups, device="cpu", virtual_tokens=4)
+    assert not isinstance(batcher, PackedLabelBatcher)
