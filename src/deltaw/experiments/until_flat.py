@@ -199,7 +199,7 @@ class Curve:
 def validation_loss(session: Session, rows: Sequence[Any]) -> float:
     """The loss of validation rows, or what takes its place: the negative reward; call within ``session.running``."""
     metrics = session.evaluate(rows).metrics
-    if session.task.rolls_out:
+    if "reward" in metrics:
         return -metrics["reward"]
     return metrics["loss"] if "loss" in metrics else metrics["mse"]
 

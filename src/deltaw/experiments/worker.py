@@ -453,6 +453,15 @@ class Worker:
         self._close()
         config = _config(request)
         task, data = read_data(config, self._say)
+        if task.rolls_out:
+            # What writes, rewards and teaches comes with a session. A model with new factors is the base model.
+            trial = Trial(config.model_copy(update={"method": "lora"}), self._say, (task, data), once=True)
+            try:
+                with trial.session.running():
+                    evaluation = trial.session.evaluate()
+            finally:
+                trial.close()
+            return scores(task, data.held_out, evaluation)
         loaded = load_for(config, task, data, self._say)
         device, most = str(loaded.choices["device"].value), config.train.tokens_per_pass
         how: dict[str, Any] = {"share": config.train.share_prefixes, "method_shares": True, "virtual_tokens": 0}
