@@ -4,9 +4,11 @@
 
 Two sets: docstrings of Python's standard library with the functions that they describe (whole files held out), and the
 questions and answers of chatterbot-corpus. all-MiniLM-L6-v2 is trained with LoRA of rank 16, once for each seed. The
-reranker begins as the same encoder, and learns from negatives that the trained one finds; it sorts the ten passages
-that the trained one ranks first. What is lost elsewhere is measured on films: what one critic wrote searches for what
-another wrote of the same film. Intervals are over queries (bootstrap of the difference, 95 %), for the seeds' mean.
+reranker begins as the same encoder, and learns from negatives that the trained one finds. The ten passages that the
+trained one ranks first are sorted by its score alone, and by cosine / 0.05 and a share of its logit together; the share
+is chosen on every other query, and used on those between. What is lost elsewhere is measured on films: what one critic
+wrote searches for what another wrote of the same film. Intervals are over queries (bootstrap of the difference, 95 %),
+for the seeds' mean.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 import yaml
 from machine import print_machine
 
+from deltaw.data.example import LabeledExample
 from deltaw.data.passages import read_pairs
 from deltaw.data.report import BadRows
 from deltaw.hub.packages import member
@@ -43,8 +46,9 @@ TOPICS = (
 )
 TRAIN = {"docstrings": {"batch_size": 64, "epochs": 2}, "questions": {"batch_size": 32, "epochs": 6}}
 RANKS, HELD_OUT = 10, 200
-# Of a passage that a reranker reads, so that it has as many tokens as the model has positions.
-CHARACTERS = 1200
+# Tokens of a query and a passage together that a reranker reads.
+LONGEST = 384
+SHARES, TEMPERATURE = (0.1, 0.2, 0.5, 1.0, 2.0), 0.05
 # What a reranker learns from: passages that look right, and others.
 NEAR, FAR = MiningSettings(negatives=3), MiningSettings(negatives=2, from_rank=15)
 DATA = {"max_length": 256, "long_rows": "cut"}
@@ -102,7 +106,7 @@ def measured(name: str, work: Path, given: argparse.Namespace) -> dict:
     other = films()
     base, general = (searched(MODEL, rows)[0] for rows in (pairs, other))
     print(f"{name}: {len(pairs)} held-out queries, nDCG@{RANKS} of the base model {base.mean():.4f}", flush=True)
-    trained, elsewhere, reranked = [], [], []
+    trained, elsewhere, reranked, alone = [], [], [], []
     for seed in range(given.seeds):
         run = work / f"run-{seed}"
         fit(
@@ -115,16 +119,22 @@ def measured(name: str, work: Path, given: argparse.Namespace) -> dict:
                 "output": str(run),
             }
         )
-        scores, ranked = searched(str(run), pairs)
+        scores, ranked, cosines = searched(str(run), pairs)
         trained.append(scores)
         elsewhere.append(searched(str(run), other)[0])
         print(f"  seed {seed}: trained {scores.mean():.4f}, films {elsewhere[-1].mean():.4f}", flush=True)
         if given.rerank:
-            reranked.append(on_top(train, run, work / f"reranker-{seed}", pairs, ranked, seed))
-            print(f"  seed {seed}: reranked {reranked[-1].mean():.4f}", flush=True)
+            found = on_top(train, run, work / f"reranker-{seed}", pairs, ranked, cosines, seed)
+            alone.append(found[0])
+            reranked.append(found[1])
+            print(
+                f"  seed {seed}: reranked {found[1].mean():.4f}, by the reranker alone {found[0].mean():.4f}",
+                flush=True,
+            )
     told = {"base": float(base.mean()), "trained": _difference("trained", trained, base)}
     told["films"] = _difference(f"films, {general.mean():.4f} with the base model", elsewhere, general)
     if reranked:
+        _difference("by the reranker alone", alone, np.mean(trained, 0))
         told["reranked"] = _difference("reranker on top", reranked, np.mean(trained, 0))
     return told
 
@@ -137,15 +147,16 @@ def _difference(what: str, scores: list[np.ndarray], before: np.ndarray) -> list
     return [float(mean.mean()), float((mean - before).mean()), low, high]
 
 
-def searched(model: str, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, list[list[str]]]:
-    """nDCG of each query over the passages of all pairs, and its first passages."""
+def searched(model: str, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
+    """nDCG of each query over the passages of all pairs, its first passages, and their cosines."""
     embedder = read_embedder(model, say=lambda line: None)
     embedder.limit = DATA["max_length"]
     queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
     asked, there = (_vectors(embedder, texts) for texts in (queries, passages))
-    places = nearest(asked, there, RANKS)[1].numpy()
+    cosines, found = nearest(asked, there, RANKS)
+    places = found.numpy()
     scores = ranking_metrics(places, relevant(pairs, queries, passages), cutoffs=(RANKS,))[f"ndcg@{RANKS}"]
-    return scores, [[passages[place] for place in row] for row in places]
+    return scores, [[passages[place] for place in row] for row in places], cosines.numpy()
 
 
 def relevant(pairs: list[tuple[str, str]], queries: list[str], passages: list[str]) -> list[set[int]]:
@@ -161,9 +172,16 @@ def _vectors(embedder, texts: list[str]) -> torch.Tensor:  # type: ignore[no-unt
 
 
 def on_top(
-    train: Path, run: Path, output: Path, pairs: list[tuple[str, str]], ranked: list[list[str]], seed: int
-) -> np.ndarray:
-    """nDCG of each query after a reranker has sorted the passages that the trained model found."""
+    train: Path,
+    run: Path,
+    output: Path,
+    pairs: list[tuple[str, str]],
+    ranked: list[list[str]],
+    cosines: np.ndarray,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """nDCG of each query after a reranker has sorted the passages that the trained model found: by its score alone, and
+    by both scores together."""
     known = read_pairs(str(train), BadRows("error"))
     embedder = read_embedder(str(run), say=lambda line: None)
     corpus, rows = [passage for _, passage in known], output.with_suffix(".jsonl")
@@ -175,9 +193,9 @@ def on_top(
         {
             "model": MODEL,
             "task": "reranking",
-            "data": {"train": str(rows), "eval": None, **DATA, "max_length": 384},
+            "data": {"train": str(rows), "eval": None, **DATA, "max_length": LONGEST},
             "lora": LORA,
-            "train": {"seed": seed, "learning_rate": 7e-4, "batch_size": 32, "epochs": 1},
+            "train": {"seed": seed, "learning_rate": 7e-4, "batch_size": 32, "epochs": 3},
             "output": str(output),
         }
     )
@@ -186,23 +204,43 @@ def on_top(
     right: dict[str, set[str]] = {}
     for query, passage in pairs:
         right.setdefault(query, set()).add(passage)
-    places, wanted = [], []
+    logits, wanted = [], []
     try:
         for query, passages in zip(queries, ranked, strict=True):
-            order = np.argsort(-_scores(encoders, query, passages), kind="stable")
-            places.append(order)
+            logits.append(_logits(encoders, query, passages))
             found_here = {place for place, passage in enumerate(passages) if passage in right[query]}
             missing = len(right[query]) - len(found_here)
             wanted.append(found_here | {RANKS + place for place in range(missing)})
     finally:
         encoders.close()
-    return ranking_metrics(np.stack(places), wanted, cutoffs=(RANKS,))[f"ndcg@{RANKS}"]
+    own = np.stack(logits)
+    alone, *both = (_ndcg(scores, wanted) for scores in (own, *(cosines / TEMPERATURE + s * own for s in SHARES)))
+    mixed, even = alone.copy(), np.arange(len(alone)) % 2 == 0
+    for chosen_on in (even, ~even):
+        best = int(np.argmax([scores[chosen_on].mean() for scores in both]))
+        mixed[~chosen_on] = both[best][~chosen_on]
+    return alone, mixed
 
 
-def _scores(encoders: Encoders, query: str, passages: list[str]) -> np.ndarray:
+def _ndcg(scores: np.ndarray, wanted: list[set[int]]) -> np.ndarray:
+    return ranking_metrics(np.argsort(-scores, axis=1, kind="stable"), wanted, cutoffs=(RANKS,))[f"ndcg@{RANKS}"]
+
+
+def _logits(encoders: Encoders, query: str, passages: list[str]) -> np.ndarray:
     model = encoders.models["reranker"]
     assert isinstance(model, Reranker)
-    return model.outputs([model.pair(query, passage[:CHARACTERS]) for passage in passages]).numpy()[:, 0]
+    outputs = model.outputs([_pair(model, query, passage) for passage in passages])
+    scores = outputs.double().numpy()[:, 0].clip(1e-12, 1 - 1e-7)
+    return np.log(scores) - np.log1p(-scores)
+
+
+def _pair(model: Reranker, query: str, passage: str) -> LabeledExample:
+    """A query and as much of a passage as is read."""
+    found = model.pair(query, passage)
+    while len(found) > LONGEST:
+        passage = passage[: int(len(passage) * 0.98 * LONGEST / len(found))]
+        found = model.pair(query, passage)
+    return found
 
 
 def films() -> list[tuple[str, str]]:

@@ -220,7 +220,9 @@ class LabelMicroBatcher:
             items: list[Any] = sorted((row for row in rows if isinstance(row, kind)), key=longest_of)
             lengths = [self._padded(longest_of(item)) for item in items]
             counts = [len(rows_of(item)) for item in items]
-            for start, stop in cut_by_length(lengths, self.tokens_per_pass, microbatch_cost(self.device), counts):
+            cuts = cut_by_length(lengths, self.tokens_per_pass, microbatch_cost(self.device), counts)
+            # The largest comes first: what the others need fits where it was in memory.
+            for start, stop in sorted(cuts, key=lambda cut: -sum(counts[slice(*cut)]) * lengths[cut[1] - 1]):
                 texts: list[Any] = [row for item in items[start:stop] for row in rows_of(item)]
                 yield texts, lengths[stop - 1], tuple(counts[start:stop]) if kind is RowGroup else ()
 

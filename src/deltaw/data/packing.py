@@ -265,7 +265,8 @@ def split_into_microbatches(
 ) -> list[list[Item]]:
     """Cut a step's rows into microbatches, none over the budget unless one row (or group) alone is.
 
-    Packed, they are of about equal size, and rows that begin alike come together where ``share`` is on.
+    The largest comes first: what the others need fits where it was in memory. Packed, they are of about equal size, and
+    rows that begin alike come together where ``share`` is on.
     ``padded``, rows of like length come together, cut where padding and ``cost`` a microbatch are least. A
     packed token on which an activated adapter does not act counts ``inactive_cost``.
     """
@@ -273,6 +274,7 @@ def split_into_microbatches(
         by_length = sorted(examples, key=longest_of)
         counts = [len(rows_of(example)) for example in by_length]
         cuts = cut_by_length([*map(longest_of, by_length)], tokens_per_pass, cost, counts)
+        cuts.sort(key=lambda cut: -sum(counts[slice(*cut)]) * longest_of(by_length[cut[1] - 1]))
         return [by_length[start:stop] for start, stop in cuts]
     ordered = sorted(examples, key=lambda e: sort_key(rows_of(e)[0].tokens))
     sizes = [sum(_added(rows_of(example), share, inactive_cost)) for example in ordered]
@@ -280,15 +282,15 @@ def split_into_microbatches(
     total = sum(costs)
     target = total / max(1, -(-total // tokens_per_pass))
     parts: list[list[Item]] = []
-    filled = 0
+    filled: list[float] = []
     for example, size, added in zip(ordered, sizes, costs, strict=True):
-        if not parts or filled + added > tokens_per_pass or filled >= target:
+        if not parts or filled[-1] + added > tokens_per_pass or filled[-1] >= target:
             parts.append([example])
-            filled = size
+            filled.append(size)
         else:
             parts[-1].append(example)
-            filled += added
-    return parts
+            filled[-1] += added
+    return [parts[place] for place in sorted(range(len(parts)), key=lambda place: -filled[place])]
 
 
 def microbatch_shapes(

@@ -192,6 +192,7 @@ class Heaviest:
     Attributes:
         rows: of that step, or of one process in it. shapes: (rows, length) of its microbatches.
         every: the shapes of all steps that were searched. evaluated: those of evaluations.
+        rows_of_heads: numbers of rows that a head is applied to, in these steps and in evaluations.
         labeled: rows of another step, which has a shorter microbatch with so many labels that it may take
             more; empty where there is no such step.
         tiles, evaluated_tiles: as ``every`` and ``evaluated``, of attention's tiles.
@@ -203,6 +204,7 @@ class Heaviest:
     shapes: list[tuple[int, int]]
     every: set[tuple[int, int]]
     evaluated: set[tuple[int, int]]
+    rows_of_heads: tuple[set[int], set[int]]
     labeled: Sequence[Any] = ()
     tiles: set[TileShape] = field(default_factory=set)
     evaluated_tiles: set[TileShape] = field(default_factory=set)
@@ -217,7 +219,7 @@ class Heaviest:
     @property
     def row_counts(self) -> float:
         """The same of numbers of rows, which a classifier's head is applied to."""
-        return _kinds({rows for rows, _ in self.every}, {rows for rows, _ in self.evaluated})
+        return _kinds(*self.rows_of_heads)
 
     @property
     def tile_shapes(self) -> float:
@@ -241,6 +243,7 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     steps = range(0, total, max(1, -(-total // STEPS_SEARCHED)))
     laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
     every: set[tuple[int, int]] = set()
+    headed: set[int] = set()
     tiles: set[TileShape] = set()
     found: list[tuple[int, int, tuple[int, int]]] = []
     limit, long, others = *_few_long(session), 0
@@ -261,6 +264,7 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
                 continue
             shapes = feed.shapes(rows)
             every.update(shapes)
+            headed.update(_head_rows(feed.batcher, rows, shapes))
             if long:
                 short = [length for length in map(_longest, rows) if length <= limit]
                 others = max(others, min(limit, len(short) * max(short, default=0)))
@@ -283,10 +287,17 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     sets = () if session.task.rolls_out else session.data.sets.values()
     held_out = [row for rows in sets for row in rows[:ROWS_AT_ONCE]]
     evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
+    heads = headed, set(_head_rows(feed.batcher, held_out, list(evaluated[0]))) if held_out else set()
     heaviest = rows_of(largest[2])
     limit -= session.method.virtual_tokens
     told = (limit, long, others) if long else ()
-    return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], labeled, tiles, evaluated[1], told)
+    return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], heads, labeled, tiles, evaluated[1], told)
+
+
+def _head_rows(batcher: Any, rows: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """How many rows a head is applied to in each microbatch of these rows, which have these shapes."""
+    told = getattr(batcher, "head_rows", None)
+    return [count for count, _ in shapes] if told is None else told(rows)
 
 
 def _few_long(session: Session) -> tuple[int, int]:
@@ -381,7 +392,8 @@ class TellingBatcher:
         if self._steps <= DRY_RUN_STEPS:
             self.tokens = sum(sizes[number] for number in wanted)
         self.sizes.update(sizes[number] for number in (smallest, largest))
-        self.rows.update(shapes[number][0] for number in (smallest, largest))
+        headed = _head_rows(cut, rows, shapes)
+        self.rows.update(headed[number] for number in (smallest, largest))
         self.made += len(wanted)
         kept = None
         for number, batch in enumerate(self._inner.batches(rows)):

@@ -64,6 +64,10 @@ class PackedLabelBatcher:
         """(1, length) of each microbatch, without laying any out."""
         return self.inner.shapes(self.costing(rows))
 
+    def head_rows(self, rows: Sequence[Any]) -> list[int]:
+        """Rows in each microbatch, which the head is applied to."""
+        return [sum(len(rows_of(item)) for item in part) for part in self.inner.split(self.costing(rows))]
+
     def costing(self, rows: Sequence[Any]) -> list[Any]:
         """The rows as the batcher within sees them."""
         return [RowGroup(tuple(map(_as_example, rows_of(item)))) for item in rows]
