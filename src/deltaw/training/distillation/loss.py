@@ -24,7 +24,7 @@ from deltaw.kernels.transfer import to_device
 from deltaw.task_settings import DistillSettings
 from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.losses import Watched, label_places, log1mexp
-from deltaw.training.tasks.causal_objective import CausalObjective, Values, chunked_sum, loss_dtype
+from deltaw.training.tasks.causal_objective import EVEN_ROWS, CausalObjective, Values, chunked_sum, loss_dtype
 
 # Of some labels, (n, k) the tokens that are known, None for all, and (n, k) the teacher's log-probabilities of them.
 Taught: TypeAlias = tuple[Tensor | None, Tensor]
@@ -84,7 +84,7 @@ class DistillObjective(CausalObjective):
     @property
     def chunk(self) -> int:
         """Labels whose logits are there at a time: fewer than a cross-entropy has, which keeps less of each."""
-        return self.settings.chunk or max(1, super().chunk // 2)
+        return self.settings.chunk or max(1, super().chunk // (2 * EVEN_ROWS)) * EVEN_ROWS
 
     def __call__(self, batch: Batch) -> Tensor:
         if not self.teachers:

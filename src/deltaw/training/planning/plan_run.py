@@ -289,9 +289,24 @@ def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
     heads = headed, set(_head_rows(feed.batcher, held_out, list(evaluated[0]))) if held_out else set()
     heaviest = rows_of(largest[2])
+    if session.task.rolls_out and not labeled:
+        labeled = _fullest(session, heaviest)
     limit -= session.method.virtual_tokens
     told = (limit, long, others) if long else ()
     return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], heads, labeled, tiles, evaluated[1], told)
+
+
+def _fullest(session: Session, rows: Sequence[Any]) -> Sequence[Any]:
+    """Of completions at their longest, so many that a microbatch is as full as can be; empty where all of them are.
+
+    Shorter ones, or fewer, may come to any number of tokens, and so to microbatches that are fuller than those of all.
+    """
+
+    def largest(count: int) -> int:
+        return max(token_counts(session.feed.shapes(rows[:count])))
+
+    best = max(range(1, len(rows) + 1), key=lambda count: (largest(count), count))
+    return () if best == len(rows) else rows[:best]
 
 
 def _head_rows(batcher: Any, rows: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> list[int]:

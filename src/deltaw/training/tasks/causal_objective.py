@@ -146,6 +146,8 @@ DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes of a frozen head's logits at a time, and rows at least: the head's weight is read and laid out anew
 # for each chunk, which takes as long as some thirty rows.
 FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
+# Rows of a chunk are filled up to a multiple of this, where they go through a matrix library.
+EVEN_ROWS = 16
 # Rows of a head that are there in a wider type at a time.
 WIDENED_ROWS = 4096
 
@@ -534,7 +536,13 @@ class CausalObjective:
 
     def logits_of(self, outputs: Tensor) -> Tensor:
         """(P, vocabulary) logits of :meth:`label_outputs`."""
-        return self._logits(outputs) if self.chunked else outputs
+        if not self.chunked:
+            return outputs
+        # Matrix libraries build and keep a kernel for each number of rows that they meet.
+        missing = -len(outputs) % EVEN_ROWS if outputs.device.type == "cpu" else 0
+        if not missing:
+            return self._logits(outputs)
+        return self._logits(nn.functional.pad(outputs, (0, 0, 0, missing)))[: len(outputs)]
 
     def label_outputs(self, batch: Batch) -> Tensor:
         """(P, d) outputs of the backbone for each distinct label position of the batch in ascending order;
