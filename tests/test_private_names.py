@@ -166,6 +166,7 @@ def _check(lists: list[list[str]], expected: dict, answers: list[dict]) -> None:
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="deltaw is imported anew in forked processes")
 
 
+@pytest.mark.slow
 @needs_fork
 def test_it_trains_plans_and_writes_without_any_of_them(told) -> None:
     others = [n for n in NAMES if n not in (*PLANS, *TABLES, *ATTENTION) and "_hooks" not in n]

@@ -140,6 +140,7 @@ def test_a_name_that_is_nearly_a_runs_is_waited_for_with_a_hint(follow, tmp_path
     assert status == 130 and said == "waiting for demmo to start (did you mean 'demo'?)\n"
 
 
+@pytest.mark.slow
 def test_the_verb_prints_lines_of_json_and_refuses_other_work(tmp_path):
     changed_run(tmp_path / "demo", "finished", 60)
     command = [sys.executable, "-m", "deltaw", "runs", "--watch", str(tmp_path / "demo")]

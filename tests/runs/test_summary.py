@@ -152,14 +152,21 @@ def test_a_process_that_has_ended_is_known():
 
 
 def test_commands_quote_the_folder(tmp_path):
-    told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
+    told = [
+        entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", "causal-lm", writes_text=True)
+    ]
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
-    told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True, every=True)]
+    told = [
+        entry["command"]
+        for entry in next_commands(tmp_path / "a b", "finished", "lora", "causal-lm", writes_text=True, every=True)
+    ]
     assert f"deltaw export '{tmp_path}/a b' --format gguf --type q8_0 --output '{tmp_path}/a b-gguf'" in told
-    for given in (("failed", "lora", True), ("finished", "head", False)):
-        assert "chat" not in str(next_commands(tmp_path, *given))
+    assert "chat" not in str(next_commands(tmp_path, "failed", "lora", "causal-lm", writes_text=True))
+    for task, is_served in (("reranking", True), ("image-classification", False)):
+        told = str(next_commands(tmp_path, "finished", "head", task, writes_text=False))
+        assert "chat" not in told and ("deltaw serve" in told) == is_served
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for state, resume in (("finished", " --train.epochs N"), ("failed", "")):
-        told = [entry["command"] for entry in next_commands(tmp_path, state, "head", False)]
+        told = [entry["command"] for entry in next_commands(tmp_path, state, "head", "regression", writes_text=False)]
         assert f"deltaw train --resume {tmp_path}{resume}" in told

@@ -107,7 +107,8 @@ def test_a_stopped_run_goes_on_to_the_bit(distill_run, way):
 
 
 @needs_gloo
-@pytest.mark.parametrize("way", ["own", pytest.param("likeliest", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["own", "likeliest"])
 def test_two_processes_learn_as_one(distill_run, way):
     # Adam turns a gradient that is nothing but rounding into a whole step, so steps are short.
     one, two = (distill_run(name, distill=WAYS[way], train={"learning_rate": 1e-3}) for name in ("one", "two"))
@@ -119,6 +120,7 @@ def test_two_processes_learn_as_one(distill_run, way):
     assert norm > 0 and off <= 1e-5 * norm
 
 
+@pytest.mark.slow
 def test_what_the_teacher_gave_is_written_once_and_found_again(distill_run, monkeypatch):
     settings = distill_run("run", distill=WAYS["likeliest"])
     stopped = deltaw.fit(settings, callback=Told(stop_after=1)).output / FOLDER
@@ -144,6 +146,7 @@ def _only_few(asked, most):
     return likeliest
 
 
+@pytest.mark.slow
 def test_the_student_writes_the_share_of_rows_that_is_asked_for(distill_run):
     result = deltaw.fit(distill_run("half", distill={"on_policy": 0.5}, train={"max_steps": 12}))
     shares = [line["own_tokens"] for line in metrics(result.output, "learning_rate")]

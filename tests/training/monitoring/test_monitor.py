@@ -190,6 +190,7 @@ def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_pat
         assert answer.written == line["samples"][0]["answer"]
 
 
+@pytest.mark.slow
 def test_the_base_model_is_evaluated_before_the_first_step_where_that_is_cheap(settings, tmp_path):
     told = Told(stop_after=4)
     base = fit(settings(tmp_path / "none", train={"max_steps": 3, "learning_rate": 1e-6}))

@@ -539,7 +539,7 @@ class CausalObjective:
         if not self.chunked:
             return outputs
         # Matrix libraries build and keep a kernel for each number of rows that they meet.
-        missing = -len(outputs) % EVEN_ROWS if outputs.device.type == "cpu" else 0
+        missing = -len(outputs) % min(EVEN_ROWS, self.chunk) if outputs.device.type == "cpu" else 0
         if not missing:
             return self._logits(outputs)
         return self._logits(nn.functional.pad(outputs, (0, 0, 0, missing)))[: len(outputs)]
