@@ -64,7 +64,7 @@ def test_methods_are_compared_with_the_untrained_model(task, run_of, here, tmp_p
     assert (found.base is None) == (task == "reranking") and "its process ended" not in out.getvalue()
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", [pytest.param("reward", marks=pytest.mark.slow), *list(TASKS)[1:]])
 def test_settings_are_searched(task, run_of, here, tmp_path):
     pytest.importorskip("optuna", reason="optuna is not installed")
     how = {"folder": tmp_path / "out", "search": ["train.learning_rate=1e-4..1e-2:log"], "say": lambda line: None}

@@ -328,7 +328,7 @@ def test_a_run_with_each_loss_learns_and_is_evaluated(made, tmp_path, family, lo
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
-@pytest.mark.parametrize("loss", ["infonce", "cosent"])
+@pytest.mark.parametrize("loss", ["infonce", pytest.param("cosent", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_bit(made, tmp_path, family, loss):
     changes = {"lora": {"dropout": 0.2}, "data": {"eval": 0.2}, "train": RUN, "embedding": {"kept_tokens": 100}}
     rows = ROWS[loss](40)
