@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaw.data.example import Example, RowGroup, rows_of
+from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.retrieval import TextGroup
 from deltaw.hub.loading import has_values
@@ -30,6 +30,7 @@ from deltaw.training.embedding.pooling import vectors_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.packed_labels import unlabeled
 
 # Microbatches whose activations are kept where the setting is ``auto``.
 KEPT_PASSES = 8
@@ -76,16 +77,12 @@ class TextBatcher:
         """The rows as the batcher within sees them."""
         if isinstance(self.inner, LabelMicroBatcher):
             return list(rows)
-        return [RowGroup(tuple(map(_as_example, row.rows))) for row in rows]
+        return [RowGroup(tuple(map(unlabeled, row.rows))) for row in rows]
 
     def _texts(self, rows: Sequence[Any]) -> list[Any]:
         texts = [text for row in rows for text in (rows_of(row) if isinstance(row, RowGroup) else (row,))]
         different = list({key_of_text(text): text for text in texts}.values())
-        return different if isinstance(self.inner, LabelMicroBatcher) else list(map(_as_example, different))
-
-
-def _as_example(text: Any) -> Example:
-    return Example(text.row, text.tokens, np.zeros(len(text.tokens), bool), 0, None)
+        return different if isinstance(self.inner, LabelMicroBatcher) else list(map(unlabeled, different))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from deltaw.data.example import Example, LabeledExample, RowGroup, rows_of
+from deltaw.data.example import Example, RowGroup, rows_of
 from deltaw.data.images import LabelBatch
 from deltaw.data.packing import Batch
 from deltaw.kernels.transfer import to_device
@@ -55,8 +55,9 @@ class PackedLabelBatcher:
 
     def batches(self, rows: Sequence[Any]) -> Iterator[LabelBatch]:
         """The microbatches of these rows, each laid out only when its turn comes."""
-        known: dict[int, LabeledExample] = {}
-        items = [RowGroup(tuple(_noted(row, known) for row in rows_of(item))) for item in rows]
+        items = self.costing(rows)
+        pairs = (zip(item.rows, rows_of(row), strict=True) for item, row in zip(items, rows, strict=True))
+        known: dict[int, Any] = {id(example): row for group in pairs for example, row in group}
         for batch in self.inner.batches(items):
             yield self._labeled(batch, known)
 
@@ -70,9 +71,9 @@ class PackedLabelBatcher:
 
     def costing(self, rows: Sequence[Any]) -> list[Any]:
         """The rows as the batcher within sees them."""
-        return [RowGroup(tuple(map(_as_example, rows_of(item)))) for item in rows]
+        return [RowGroup(tuple(map(unlabeled, rows_of(item)))) for item in rows]
 
-    def _labeled(self, batch: Batch, known: dict[int, LabeledExample]) -> LabelBatch:
+    def _labeled(self, batch: Batch, known: dict[int, Any]) -> LabelBatch:
         members = [batch.members[place] for group in batch.groups for place in group]
         rows = tuple(known[id(member.example)] for member in members)
         inputs: dict[str, Any] = {**batch.inputs, "position_ids": batch.inputs["position_ids"] + self.first}  # type: ignore[operator]
@@ -99,14 +100,9 @@ class PackedLabelBatcher:
         return to_device(values, self.inner.device)
 
 
-def _as_example(row: Any) -> Example:
+def unlabeled(row: Any) -> Example:
+    """The tokens of a row as a language model's batcher takes them."""
     return Example(row.row, row.tokens, np.zeros(len(row.tokens), bool), 0, None)
-
-
-def _noted(row: Any, known: dict[int, LabeledExample]) -> Example:
-    example = _as_example(row)
-    known[id(example)] = row
-    return example
 
 
 def choose_packed_batcher(
