@@ -1,11 +1,13 @@
 """Plan against truth: what runs were planned to need, and what they took.
 
-Two sets of runs. ``families``: fourteen architectures with their own vocabulary sizes and tokenizers that
+Three sets of runs. ``tasks``: 32 runs over all tasks, fifteen architectures, precisions and lengths of rows; of these
+only the process is measured. ``families``: fourteen architectures with their own vocabulary sizes and tokenizers that
 large. ``methods``: methods, ranks, lengths, batch sizes, precisions and activation checkpointing on a few of
 them. Each run is done twice, in fresh processes: by ``deltaw train``, whose peak of resident memory is
 compared with its plan, and under torch's profiler, whose allocator events give the peak of all tensors.
 
-    python benchmarks/memory.py                     # both sets, some 40 minutes on 2 cores
+    python benchmarks/memory.py                     # all sets, some 60 minutes on 2 cores
+    python benchmarks/memory.py --set tasks --phases  # also the peak of each phase of a run beside its plan
     python benchmarks/memory.py --set families
     python benchmarks/memory.py --only gpt2         # runs whose line matches an expression
     python benchmarks/memory.py --json out.json --models DIR   # keep the figures, and the models
@@ -17,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,17 +118,61 @@ FAMILIES: list[tuple[str, str, dict]] = [
 ]
 
 
+DPO = {"task": "preference", "data": "pairs"}
+REWARD = {"task": "reward", "data": "prompts", "reward.functions": ["lower-case"], "reward.group": 4}
+REWARD |= {"reward.max_new_tokens": 24}
+DISTILL = {"task": "distill", "distill.prompt": "Answer with one digit.", "distill.answers": "teacher"}
+DISTILL |= {"distill.max_new_tokens": 16}
+EMBED = {"task": "embedding", "data": "queries"}
+# Tasks, lengths of rows, batch sizes and precisions; five families with vocabularies above 150,000.
+TASKS: list[tuple[str, str, dict]] = [
+    ("gemma3", "lora", {"train.batch_size": 2}),
+    ("gemma3", "lora", {"train.batch_size": 8, "data": "sql", "lora.rank": 64}),
+    ("gemma3", "full", {"train.batch_size": 2}),
+    ("gemma3", "prompt", {"train.batch_size": 8, "data": "sql"}),
+    ("gemma3", "bias", {"train.batch_size": 2}),
+    ("gemma3", "lora", {"train.batch_size": 4, **DPO}),
+    ("gemma3", "lora", {"train.batch_size": 4, **REWARD}),
+    ("gemma2", "lora", {"train.batch_size": 8, "train.drift": True}),
+    ("qwen3", "lora", {"train.batch_size": 8, "precision": "fp32"}),
+    ("qwen3", "lora", {"train.batch_size": 8, "precision": "int8", "data": "sql"}),
+    ("qwen3", "lora", {"train.batch_size": 8, **EMBED}),
+    ("bloom", "lora", {"train.batch_size": 8}),
+    ("bloom", "lora", {"train.batch_size": 4, **DPO}),
+    ("cohere", "lora", {"train.batch_size": 2, "data": "sql"}),
+    ("cohere", "lora", {"train.batch_size": 8, **DISTILL}),
+    ("roberta", "lora", {"train.batch_size": 16, **EMBED}),
+    ("roberta", "head", {"train.batch_size": 16}),
+    ("bert", "lora", {"train.batch_size": 8, "task": "reranking", "data": "scored"}),
+    ("bert", "full", {"train.batch_size": 8, "task": "regression", "data": "numbers", "precision": "fp32"}),
+    ("smollm2", "lora", {"train.batch_size": 4, "train.drift": True}),
+    ("smollm2", "lora", {"train.batch_size": 4, **DPO}),
+    ("smollm2", "lora", {"train.batch_size": 8, "task": "preference", "preference.loss": "kto", "data": "labeled"}),
+    ("smollm2", "lora", {"train.batch_size": 4, **REWARD}),
+    ("smollm2", "lora", {"train.batch_size": 8, **DISTILL, "precision": "int8"}),
+    ("smollm2", "lora", {"train.batch_size": 8, "precision": "gguf"}),
+    ("smollm2", "lora", {"train.batch_size": 8, "precision": "nf4", "data": "sql"}),
+    ("llama", "lora", {"train.batch_size": 4, **DPO, "preference.loss": "orpo"}),
+    ("gpt2", "last", {"train.batch_size": 8}),
+    ("neox", "lora", {"train.batch_size": 2, "data.eval": None}),
+    ("phi3", "lora", {"train.batch_size": 8, "train.drift": True}),
+    ("olmo2", "lora", {"train.batch_size": 8, "data": "sql"}),
+    ("granite", "input", {"train.batch_size": 8}),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="runs whose line matches this expression")
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
-    parser.add_argument("--set", default="all", choices=["families", "methods", "all"])
+    parser.add_argument("--set", default="all", choices=["families", "methods", "tasks", "all"])
     parser.add_argument("--models", type=Path, default=None, help="make the models there, and leave them")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
-    parser.add_argument("--child", choices=["tensors", "make"], help=argparse.SUPPRESS)
+    parser.add_argument("--phases", action="store_true", help="also the peak of each phase, as planned and measured")
+    parser.add_argument("--child", choices=["tensors", "make", "phases"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        answer = {"tensors": tensors, "make": make}[arguments.child](json.load(sys.stdin))
+        answer = {"tensors": tensors, "make": make, "phases": phases}[arguments.child](json.load(sys.stdin))
         print(json.dumps(answer))
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,24 +180,32 @@ def main() -> None:
         models = arguments.models or Path(scratch) / "models"
         print_machine()
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
-        for model, method, changes in {"families": FAMILIES, "methods": METHODS}.get(
-            arguments.set, [*FAMILIES, *METHODS]
-        ):
+        sets = {"families": FAMILIES, "methods": METHODS, "tasks": TASKS}
+        for model, method, changes in sets.get(arguments.set, [*FAMILIES, *METHODS, *TASKS]):
             line = f"{model:8} {method:7} {shown(changes):52}"
             if not re.search(arguments.only, line):
                 continue
             measured = {}
             # The profiler keeps every event, so it sees half of the steps.
-            for what, steps in (("resident", arguments.steps), ("tensors", max(2, arguments.steps // 2))):
+            sides = [
+                ("phases" if arguments.phases else "resident", arguments.steps),
+                ("tensors", max(2, arguments.steps // 2)),
+            ]
+            for what, steps in sides[:1] if changes in [run[2] for run in TASKS] else sides:
                 reference = made_apart(model, models)
                 settings = settings_of(model, method, changes, reference, steps, Path(scratch) / "run")
                 measured |= child(what, settings)
+                shutil.rmtree(settings["output"], ignore_errors=True)
             rows.append({"model": model, "method": method, "settings": changes, **measured})
-            print(
-                f"{line} {compared(measured['planned_tensors'], measured['tensors'])}"
-                f"   {compared(measured['planned_resident'], measured['resident'])}",
-                flush=True,
-            )
+            shares = [
+                compared(measured[f"planned_{of}"], measured[of]) for of in ("tensors", "resident") if of in measured
+            ]
+            print(f"{line} {'   '.join(shares):>46}", flush=True)
+            if arguments.phases:
+                for name, size in measured["phases"].items():
+                    print(
+                        f"    {name:10} {size / 1e6:8.1f}   planned {measured['planned_phases'].get(name, 0) / 1e6:8.1f}"
+                    )
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(rows, indent=1))
         summarize(rows)
@@ -174,19 +229,24 @@ def error(planned: int, measured: int) -> float:
 def summarize(rows: list[dict]) -> None:
     """Mean and worst error of both predictions."""
     for name, what in (("tensors", "peak of the tensors"), ("resident", "resident memory of the process")):
-        errors = [abs(error(row[f"planned_{name}"], row[name])) for row in rows]
+        errors = [error(row[f"planned_{name}"], row[name]) for row in rows if name in row]
         if errors:
-            mean, worst = fmean(errors), max(errors)
-            print(f"{what}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst")
+            mean, worst, lowest = fmean(map(abs, errors)), max(map(abs, errors)), min(errors)
+            print(
+                f"{what}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst, lowest {lowest:+.1%}"
+            )
 
 
 def settings_of(model: str, method: str, changes: dict, reference: str, steps: int, output: Path) -> dict:
     """The settings of one run."""
     tasks = {"vit": DIGITS, **dict.fromkeys(["minilm", *ENCODERS], FILMS)}
     changes = dict(changes)
-    data = tasks.get(model, PRONUNCIATION if changes.pop("data", None) == "sql" else SARCASM)
+    made = changes.pop("data", None)
+    data = tasks.get(model, PRONUNCIATION if made == "sql" else SARCASM)
     task = "causal-lm"
-    if data is FILMS:
+    if made not in (None, "sql"):
+        data = {"train": rows_of(made, output.parent)}
+    elif data is FILMS:
         task = "sequence-classification"
     elif data is DIGITS:
         task = "image-classification"
@@ -209,6 +269,26 @@ def settings_of(model: str, method: str, changes: dict, reference: str, steps: i
         settings["train"].pop("max_steps")
         settings["data"]["rows"] = 8 * steps + 20
     return settings
+
+
+def rows_of(kind: str, folder: Path) -> str:
+    """Write 300 rows of one kind that are made of headlines, and return the file."""
+    from deltaw.hub.packages import member
+
+    lines = member(SARCASM["train"]).read_text(encoding="utf-8").splitlines()[:600]
+    texts = [json.loads(line)["input"][-1]["content"] for line in lines]
+    path = folder / f"{kind}.jsonl"
+    makers = {
+        "pairs": lambda n, a, b: {"prompt": a, "chosen": b, "rejected": b[::-1]},
+        "labeled": lambda n, a, b: {"prompt": a, "completion": b, "label": n % 2 == 0},
+        "prompts": lambda n, a, b: {"prompt": a},
+        "queries": lambda n, a, b: {"query": a, "passage": b},
+        "scored": lambda n, a, b: {"query": a, "passage": b, "score": n % 2},
+        "numbers": lambda n, a, b: {"text": a, "label": len(a) / 10},
+    }
+    rows = (makers[kind](n, texts[2 * n], texts[2 * n + 1]) for n in range(300))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def made_apart(name: str, models: Path) -> str:
@@ -289,6 +369,61 @@ def resident(settings: dict) -> dict:
         sys.exit(f"{shown(settings)}\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout)
     return {"planned_resident": result["planned_memory_bytes"], "resident": result["peak_memory_bytes"]}
+
+
+def phases(settings: dict) -> dict:
+    """Run ``deltaw train`` in this process, and measure the peak of each phase of the plan (Linux only)."""
+    import functools
+
+    import deltaw.runs.fit as fit
+    import deltaw.serving.opening as opening
+    import deltaw.serving.rollouts as rollouts
+    from deltaw.machine.memory import keep_freed_memory, peak_resident_bytes
+    from deltaw.reports.run import fit as train
+    from deltaw.training.session import Session
+
+    keep_freed_memory()
+    peaks: dict[str, int] = {}
+    current = ["start"]
+
+    def enter(name: str) -> str:
+        before, current[0] = current[0], name
+        peaks[before] = max(peaks.get(before, 0), peak_resident_bytes())
+        Path("/proc/self/clear_refs").write_text("5")
+        return before
+
+    def measured(owner: object, function: str, name: str) -> None:
+        run = getattr(owner, function)
+
+        @functools.wraps(run)
+        def wrapped(*args: object, **kwargs: object) -> object:
+            before = enter(name)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                enter(before)
+
+        setattr(owner, function, wrapped)
+
+    measured(fit, "read_data", "reading")
+    measured(fit, "planned", "planning")
+    for function in ("load_for", "assemble_alike"):
+        measured(fit, function, "loading")
+    measured(Session, "train", "training")
+    measured(Session, "evaluate", "training")
+    measured(fit, "_drift", "training")
+    measured(fit, "save_adapter", "saving")
+    measured(fit.RunFolder, "write_tokenizer", "saving")
+    for owner, function in ((opening, "_decoder"), (opening, "_written"), (rollouts.SessionSampler, "__call__")):
+        measured(owner, function, "rollouts")
+    plan = train(settings).plan
+    enter("end")
+    return {
+        "planned_resident": plan.peak_resident_bytes,
+        "resident": max(peaks.values()),
+        "phases": peaks,
+        "planned_phases": dict(plan.phases),
+    }
 
 
 if __name__ == "__main__":

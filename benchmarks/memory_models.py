@@ -33,6 +33,10 @@ DECODERS: dict[str, tuple[str, str, int, str, dict]] = {
     "falcon": ("Falcon", "FalconConfig", 65024, "bpe", {**SIZE, "alibi": False}),
     "qwen3": ("Qwen3", "Qwen3Config", 151936, "bpe", {**WIDE, "head_dim": 64, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2", "Gemma2Config", 256000, "unigram", {**WIDE, "head_dim": 64, "sliding_window": 64}),
+    "granite": ("Granite", "GraniteConfig", 49155, "bpe", {**WIDE}),
+    "olmo2": ("Olmo2", "Olmo2Config", 100352, "bpe", {**WIDE, "pad_token_id": 0}),
+    "bloom": ("Bloom", "BloomConfig", 250880, "bpe", {"hidden_size": 512, "n_layer": 8, "n_head": 8}),
+    "cohere": ("Cohere", "CohereConfig", 256000, "bpe", {**WIDE, "pad_token_id": 0}),
     "gemma3": ("Gemma3", "Gemma3TextConfig", 262144, "bpe", {**WIDE, "head_dim": 64, "sliding_window": 64}),
 }
 ENCODERS = {"bert": ("Bert", 30522, "bpe"), "roberta": ("XLMRoberta", 250002, "unigram")}

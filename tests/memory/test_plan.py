@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -71,3 +72,14 @@ def test_a_plan_and_what_fits_go_into_json() -> None:
     told = json.loads(json.dumps(Fitting("lora", 8, 512, True, "bf16", plan, 0.25).as_dict()))
     expected = {"rank": 8, "tokens_per_pass": 512, "checkpointing": True, "estimated_seconds_per_step": 0.25}
     assert told == {**told, **expected, "peak_resident_bytes": plan.peak_resident_bytes}
+
+
+def test_freed_memory_that_the_allocator_keeps_is_part_of_the_process() -> None:
+    of = footprint(weights=100 * MB, activations=20 * MB)
+    assert resident(replace(of, held_bytes=7 * MB))["allocator"] == resident(of)["allocator"] + 7 * MB
+
+
+def test_generated_text_is_a_phase_beside_the_tensors_that_stay() -> None:
+    of = footprint(weights=100 * MB, trained=10 * MB, activations=50 * MB)
+    _, phases = resident_parts(of, process_bytes=300 * MB, rollout_bytes=100 * MB)
+    assert 510 * MB < phases["rollouts"] < 520 * MB

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltaw.machine.memory import LARGEST_KEPT
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.simulation import MemoryTracker
 from deltaw.memory.work import WorkCounter
@@ -83,3 +84,22 @@ def test_two_gradients_of_one_tensor_are_summed_in_place_whoever_looks_on(watche
         run()
     weight.grad = None
     assert tracker.footprint().peak_bytes <= peak_tensor_bytes(run, alive=[weight]) + 100
+
+
+@pytest.mark.parametrize(("small_first", "held"), [(True, 20 << 20), (False, 0)])
+def test_freed_small_blocks_stay_resident_when_a_large_block_follows(small_first: bool, held: int) -> None:
+    with MemoryTracker() as tracker:
+        if small_first:
+            torch.zeros(20 << 20, dtype=torch.uint8)
+        torch.zeros(64 << 20, dtype=torch.uint8)
+        if not small_first:
+            torch.zeros(20 << 20, dtype=torch.uint8)
+    assert tracker.footprint().peak_bytes == 64 << 20
+    assert tracker.footprint().held_bytes == held
+
+
+def test_a_block_of_the_allocators_limit_does_not_reuse_freed_blocks() -> None:
+    with MemoryTracker() as tracker:
+        torch.zeros(LARGEST_KEPT // 2, dtype=torch.uint8)
+        torch.zeros(LARGEST_KEPT, dtype=torch.uint8)
+    assert tracker.footprint().held_bytes == LARGEST_KEPT // 2

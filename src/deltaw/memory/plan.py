@@ -40,6 +40,9 @@ class Footprint:
         timeline: (phase, bytes) along the run, some hundreds of points with every peak kept.
         steady_bytes: what still lives at the end.
         arena_bytes: the most that the compiled kernels' arenas hold; they are no tensors.
+        held_bytes: freed memory that the allocator keeps at the resident peak. Blocks below
+            :data:`deltaw.machine.memory.LARGEST_KEPT` stay in the heap when they are freed. A larger block never
+            reuses them.
     """
 
     peak_bytes: int
@@ -50,6 +53,7 @@ class Footprint:
     timeline: tuple[tuple[str, int], ...] = ()
     steady_bytes: int = 0
     arena_bytes: int = 0
+    held_bytes: int = 0
 
 
 def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, int], ...]:
@@ -246,7 +250,7 @@ def resident_parts(
         "tensors": footprint.peak_bytes - unread_bytes,
         "kernels": kernel_bytes + footprint.arena_bytes,
         "features": feature_bytes,
-        "allocator": int(SLACK * (footprint.peak_bytes - lasting)),
+        "allocator": footprint.held_bytes + int(SLACK * (footprint.peak_bytes - lasting)),
         "decoder": decoder_bytes,
     }
     weights = kinds["weights"] - unread_bytes
@@ -258,7 +262,7 @@ def resident_parts(
     }
     if rollout_bytes:
         kept = process_bytes + lasting - unread_bytes + training["kernels"] + decoder_bytes
-        phases["rollouts"] = kept + rollout_bytes
+        phases["rollouts"] = kept + int((1 + SLACK) * rollout_bytes)
     return _with_excess(training, phases), phases
 
 

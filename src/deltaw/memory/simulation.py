@@ -38,6 +38,7 @@ from deltaw.kernels.torch_private import (
     tree_map_only,
     without_dispatch,
 )
+from deltaw.machine.memory import LARGEST_KEPT
 from deltaw.memory.plan import KINDS, PHASES, Footprint, coarse
 from deltaw.memory.scratch import arena_bytes, scratch_bytes
 
@@ -255,6 +256,8 @@ class MemoryTracker(DispatchMode):
         self._names: dict[int, str] = {}
         self._trained: list[weakref.ref[Tensor]] = []
         self._now = self._peak = self._peak_at = self._scratch_at_peak = self._arenas = 0
+        # Blocks that the allocator keeps when they are freed: now, at most so far, and with the other blocks.
+        self._small = self._most_small = self._resident_peak = 0
         self._at = 0
         self._phase = _FORWARD
         self._peak_phase, self._peak_module = _FORWARD, ""
@@ -332,9 +335,17 @@ class MemoryTracker(DispatchMode):
         life = known[1]
         size = storage.nbytes()
         if size != life.bytes:
-            self._now += size - life.bytes
+            self._count(-life.bytes)
+            self._count(size)
             life.bytes = size
         return life
+
+    def _count(self, size: int) -> None:
+        """Add the bytes of a new storage, or subtract those of a freed one."""
+        self._now += size
+        if abs(size) < LARGEST_KEPT:
+            self._small += size
+            self._most_small = max(self._most_small, self._small)
 
     def _born(self, tensor: Tensor) -> _Life:
         storage = tensor.untyped_storage()
@@ -347,14 +358,14 @@ class MemoryTracker(DispatchMode):
 
         def end(gone: weakref.ref[torch.UntypedStorage]) -> None:
             life.died = self._at
-            self._now -= life.bytes
+            self._count(-life.bytes)
             known = self._lives.get(key)
             if known is not None and known[0] is gone:
                 del self._lives[key]
 
         self._lives[key] = (weakref.ref(storage, end), life)
         self._all.append(life)
-        self._now += life.bytes
+        self._count(life.bytes)
         return life
 
     def _resolve(self) -> None:
@@ -370,6 +381,7 @@ class MemoryTracker(DispatchMode):
                 self._note_peak(size - self._now)
 
     def _note_peak(self, scratch: int) -> None:
+        self._resident_peak = max(self._resident_peak, self._now - self._small + self._most_small + scratch)
         if self._now + scratch > self._peak:
             self._peak, self._peak_at, self._scratch_at_peak = self._now + scratch, self._at, scratch
             self._peak_phase, self._peak_module = self._phase, self._module()
@@ -450,6 +462,7 @@ class MemoryTracker(DispatchMode):
             timeline=coarse(self._line),
             steady_bytes=self._now,
             arena_bytes=self._arenas,
+            held_bytes=self._resident_peak - self._peak,
         )
 
 

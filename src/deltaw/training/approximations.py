@@ -166,7 +166,7 @@ class GradientCheck:
     def choose(self, offered: Sequence[str]) -> Chosen:
         """Which of those offered add so little that they may be used; all together if they can be."""
         begun = time.perf_counter()
-        exact = dict(self._gradients((), wide=True)), dict(self._gradients(()))
+        exact = dict(self.gradients((), wide=True)), dict(self.gradients(()))
 
         def measured(names: Sequence[str]) -> Measured:
             whole, blocks = self._errors(names, *exact)
@@ -187,10 +187,10 @@ class GradientCheck:
     def moved(self, names: Sequence[str]) -> tuple[Errors, dict[str, Errors]]:
         """The errors of approximations relative to the gradient without them, which counts as fp32's: of the
         whole gradient and by block."""
-        exact = dict(self._gradients(()))
+        exact = dict(self.gradients(()))
         return self._errors(names, exact, exact)
 
-    def _gradients(self, approximations: Sequence[str], *, wide: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def gradients(self, approximations: Sequence[str], *, wide: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The gradient of each parameter by its name, or some of its numbers."""
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         apart = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []
@@ -209,7 +209,7 @@ class GradientCheck:
         self, names: Sequence[str], reference: Mapping[str, Tensor], exact: Mapping[str, Tensor]
     ) -> tuple[Errors, dict[str, Errors]]:
         sums: dict[str, Tensor] = {}
-        for name, approximate in self._gradients(names):
+        for name, approximate in self.gradients(names):
             found = _products(reference[name].double(), exact[name].double(), approximate.double())
             block = block_of(name)
             sums[block] = sums[block] + found if block in sums else found

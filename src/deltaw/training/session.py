@@ -30,7 +30,7 @@ from deltaw.kernels import attention, loader
 from deltaw.lora.fingerprint import fingerprint_of, values_in_memory
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.kernel_choice import computed_on
-from deltaw.machine.memory import PeakWatch
+from deltaw.machine.memory import PeakWatch, release_free_memory
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
 from deltaw.runtime.generation import Sampler, Writer
@@ -359,6 +359,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
         how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "section": config.section}
         task = task_of(config.task, config.model, dtype, say=say, **how)
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
+    release_free_memory()  # before smaller objects occupy what reading the tokenizer and the rows left
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -537,25 +538,22 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
     Args:
         begun: what is so without being verified here; None: what is offered is.
     """
-    model, batcher, settings = session.model, session.batcher, session.config.train
+    model = session.model
     if begun is not None:
         session.approximations = Approximations(begun)
         return
     if not offered:
         return
-    order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
-    steps = range(-(-CANDIDATES // settings.batch_size))
-    rows = (session.data.train[i] for step in steps for i in order.indices(step))
     try:
         said = working("comparing gradients with those in fp32")
         with said, session.running(), session.method.evaluating(model):
-            few = rows_to_look_at(rows, batcher, session.objective)
-            key = _what_gradients_follow_from(session, few, offered)
+            check = gradient_check(session)
+            key = _what_gradients_follow_from(session, check.rows, offered)
             kept = None if key is None else recall("approximations", key, ("torch", "transformers", "deltaw"))
             if isinstance(kept, dict):
                 chosen = Chosen.of_earlier_run(kept)
             else:
-                chosen = GradientCheck(model, session.objective, batcher, dict(session.trained), few).choose(offered)
+                chosen = check.choose(offered)
                 if key is not None:
                     remember("approximations", key, asdict(chosen), ("torch", "transformers", "deltaw"))
     except Exception as error:  # whatever a foreign model raises in fp32, it trains without
@@ -567,6 +565,16 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
     session.approximations = Approximations(agreed, chosen.measured)
     session.chosen[APPROXIMATE] = session.approximations.choice(chosen.refused)
     session.said += session.approximations.lines(chosen.refused)
+
+
+def gradient_check(session: Session) -> GradientCheck:
+    """Return the comparison of gradients on the first rows of a run. Call it within ``session.running()``."""
+    settings = session.config.train
+    order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
+    steps = range(-(-CANDIDATES // settings.batch_size))
+    rows = (session.data.train[i] for step in steps for i in order.indices(step))
+    few = rows_to_look_at(rows, session.batcher, session.objective)
+    return GradientCheck(session.model, session.objective, session.batcher, dict(session.trained), few)
 
 
 def _what_gradients_follow_from(session: Session, rows: Sequence[Any], offered: Sequence[str]) -> object | None:

@@ -35,7 +35,7 @@ from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_numbers
 from deltaw.machine.choices import choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import settle_kernels
-from deltaw.machine.memory import resident_bytes, trim_memory
+from deltaw.machine.memory import release_free_memory, resident_bytes
 from deltaw.machine.product_rates import basis
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
@@ -48,14 +48,16 @@ from deltaw.tensor_files import StoredTensor, read_header
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift import DriftMeter
 from deltaw.training.embedding.objective import EmbeddingObjective
-from deltaw.training.evaluation.general import NoGeneralAnswers
+from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers
+from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.monitoring.monitor import SAMPLES
 from deltaw.training.monitoring.rates import as_it_was
 from deltaw.training.parallel.group import deal
 from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
-from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.session import Session, assemble, gradient_check, read_data
 from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_tokens_per_pass
@@ -70,8 +72,8 @@ from deltaw.working import listening, working
 REGION = 64 * 1024
 # Pages that are touched to see what comes with them, and how far they lie apart: twice the largest page.
 TOUCHED, APART = 8, 4 << 20
-# Tokens of general prompts and their answers, which drift is measured on: an upper bound.
-GENERAL_TOKENS = 2048
+# Tokens of general prompts and their answers, which drift is measured on: an upper bound. Tokens that run at once.
+GENERAL_TOKENS, GENERAL_BATCH = 2048, 1024
 
 
 def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
@@ -148,22 +150,58 @@ def _resident_at(address: int) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def rollout_bytes(session: Session) -> tuple[int, int]:
-    """Bytes that a run's decoder copies of the weights, and those that it takes while it writes completions: keys and
-    values in pages, of as many as are written at once and as long as they may get, and their logits."""
-    written = session.written
-    if not written.at_once:
+# Bytes that a run adds to the process and keeps, beside tensors: code of libraries that is first used after the plan is
+# made, and objects of the model, the method and the decoder. 17 to 35 MB on Linux, whatever the model.
+LASTING = 24 << 20
+# Bytes per logit while a decoder's logits are compared with the model's own, and tokens that are compared.
+COMPARED_BYTES, COMPARED_TOKENS = 9, 40
+
+
+def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int | None = None) -> tuple[int, int]:
+    """Return the memory of generating texts with a session's model.
+
+    Args:
+        texts: number of texts that are generated together.
+        longest: tokens of the longest text and its prompt.
+        batch_tokens: most tokens of all texts that run at once. None for no limit.
+
+    Returns:
+        Bytes of weights that the decoder copies, and bytes of keys, values and logits.
+    """
+    if not texts:
         return 0, 0
     config = session.model.config.get_text_config()
     heads, width = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or width // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    running = min(DRAWN_AT_ONCE, written.at_once)
-    pages = running * (-(-(written.longest + session.method.virtual_tokens) // PAGE_TOKENS) + 1)
+    running = min(DRAWN_AT_ONCE, texts)
+    pages = running * (-(-(longest + session.method.virtual_tokens) // PAGE_TOKENS) + 1)
+    if batch_tokens is not None:
+        pages = min(pages, max(batch_tokens, longest) // PAGE_TOKENS + 1)
+    running = min(running, pages)
     number = 4 if session.model.dtype == torch.float32 else 2
     cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
+    logits = max(LOGIT_COPIES * running, COMPARED_BYTES * COMPARED_TOKENS) * config.vocab_size
     has_int8 = any(parameter.dtype == torch.int8 for parameter in session.model.parameters())
-    return config.vocab_size * width if has_int8 else 0, cache + LOGIT_COPIES * running * config.vocab_size
+    return config.vocab_size * width if has_int8 else 0, cache + logits
+
+
+def generation_bytes(session: Session) -> tuple[int, int]:
+    """Return the bytes that a decoder keeps during training, and those that it takes while it generates.
+
+    Texts are completions to train on, sample answers, scored answers, and answers to general prompts.
+    """
+    if session.written.at_once:
+        return decoding_bytes(session, session.written.at_once, session.written.longest)
+    train, rows = session.config.train, session.data.every
+    if not session.task.writes_text:
+        return 0, 0
+    samples = SAMPLES if train.samples == "auto" else int(train.samples)
+    general = len(MEASURED) if train.drift is not False or train.keep_general else 0
+    texts = max(min(samples, len(session.data.held_out)), train.eval_answers, general)
+    longest = max(map(_longest, rows)) + ANSWER_TOKENS
+    most = max(GENERAL_BATCH, getattr(session.batcher, "tokens_per_pass", GENERAL_BATCH))
+    return 0, sum(decoding_bytes(session, texts, longest, most))
 
 
 # Which step of a run is its heaviest, and which of its microbatches show its peak.
@@ -504,7 +542,6 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         model = skeleton(config.model, task=config.task, num_labels=task.outputs(data), **how)
     kernels = settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
-    before = resident_bytes()
     total = count_numbers(model)
     with fake_tensors():
         if config.precision == "int8":
@@ -527,11 +564,11 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
     converted = converted_bytes(model, config.model, **how)
     folder = config_folder(config.model, dtype, config.trust_remote_code)
-    copied, written = rollout_bytes(done.session)
-    trim_memory()
+    release_free_memory()
+    copied, written = generation_bytes(done.session)
     resident, phases = resident_parts(
         footprint,
-        process_bytes=process_bytes or max(before, resident_bytes()),
+        process_bytes=process_bytes or resident_bytes() + LASTING,
         kernel_bytes=done.kernel_bytes(),
         feature_bytes=0 if store is None else store.resident_bytes,
         reading_bytes=data.read_peak_bytes,
@@ -610,6 +647,10 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     # A search for the learning rate trains as the run does, beside a copy of what is trained.
     searches = session.config.train.learning_rate == "search"
     copied = as_it_was(session) if searches else contextlib.nullcontext()
+    if session.approximations.names and session.config.train.approximate == "auto":
+        with session.running(), session.method.evaluating(session.model):
+            for _ in gradient_check(session).gradients((), wide=True):
+                pass
     with session.running(), copied, WorkCounter() as work:
         session.train(
             rows=heaviest.rows,
