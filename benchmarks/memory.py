@@ -202,10 +202,9 @@ def main() -> None:
             ]
             print(f"{line} {'   '.join(shares):>46}", flush=True)
             if arguments.phases:
+                planned = measured["planned_phases"]
                 for name, size in measured["phases"].items():
-                    print(
-                        f"    {name:10} {size / 1e6:8.1f}   planned {measured['planned_phases'].get(name, 0) / 1e6:8.1f}"
-                    )
+                    print(f"    {name:10} {size / 1e6:8.1f}   planned {planned.get(name, 0) / 1e6:8.1f}")
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(rows, indent=1))
         summarize(rows)

@@ -26,12 +26,13 @@ from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.lora.stored import weight_scales
 from deltaw.machine.choices import Choice
+from deltaw.machine.memory import release_free_memory, resident_bytes
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import KINDS, PHASES, Plan
 from deltaw.runs.fit import fit, load_for, read_data
 from deltaw.settings import RunConfig
 from deltaw.tensor_files import read_header
-from deltaw.training.planning.plan_run import plan_each, plan_run
+from deltaw.training.planning.plan_run import LASTING, plan_each, plan_run
 from deltaw.training.session import assemble
 from deltaw.training.state import rows_of_step
 from deltaw.working import listening
@@ -354,3 +355,37 @@ def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_
     assert plan.long_rows == {"max_length": 512, "rows": 1, "of": 60, "saves": saves}
     assert plan.peak_bytes - without.peak_bytes == pytest.approx(saves, rel=0.25)
     assert without.long_rows == {} and plan_with(150).long_rows == {}  # worth nothing beside the libraries
+
+
+def test_texts_that_a_language_run_generates_are_planned(config_of):
+    """Sample answers, scored answers and general answers need keys, values and logits beside the trained state."""
+    none = planned(config_of("llama", "lora", train={"samples": 0, "eval_answers": 0, "drift": False}))
+    few = planned(config_of("llama", "lora", train={"samples": 0, "eval_answers": 2, "drift": False}))
+    general = planned(config_of("llama", "lora", train={"samples": 0, "eval_answers": 2, "drift": True}))
+    assert "rollouts" not in none.phases
+    assert none.phases["saving"] < few.phases["rollouts"] < general.phases["rollouts"]
+
+
+def test_a_task_without_text_plans_no_generation(config_of):
+    assert "rollouts" not in planned(config_of("bert", "lora")).phases
+
+
+def test_the_comparison_of_gradients_is_planned(config_of, monkeypatch):
+    """It runs 128 tokens or more in fp32, which is above a step with one short row."""
+    offered = SimpleNamespace(approximations=("int8_gradients",))
+    monkeypatch.setattr("deltaw.training.planning.plan_run.settle_kernels", lambda *_: offered)
+    one_row = {"batch_size": 1, "keep_features": False}
+    without = planned(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "off"}))
+    compared = planned(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "auto"}))
+    assert compared.peak_bytes > 1.2 * without.peak_bytes
+
+
+def test_garbage_of_reading_is_not_part_of_the_planned_process(config_of):
+    config = config_of("llama", "lora")
+    task, data = read_data(config)
+    cycle: list[object] = [bytearray(10_000) for _ in range(10_000)]
+    cycle.append(cycle)  # freed by the garbage collector alone
+    del cycle
+    plan = plan_run(config, task, data)
+    release_free_memory()
+    assert plan.resident["process"] - LASTING < resident_bytes() + 30e6

@@ -41,6 +41,7 @@ from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
 from deltaw.runtime.generation import DRAWN_AT_ONCE
+from deltaw.runtime.quantized_weights import AT_ONCE as MOVED_AT_ONCE
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.runtime.recognition import blocks_of
 from deltaw.settings import RunConfig
@@ -465,13 +466,17 @@ class TellingBatcher:
 
 
 def longest_rows(session: Session) -> Sequence[Any]:
-    """Held-out rows that make up the largest microbatch of an evaluation."""
-    held_out = joined(*session.data.sets.values())
-    ordered = np.argsort(-lengths_of(held_out), kind="stable")
+    """Return the longest rows that are computed without a gradient, as many as fill two microbatches.
+
+    These are the held-out rows. The base model also computes the training rows if the loss has a reference model.
+    """
+    has_reference = getattr(getattr(session.task, "settings", None), "has_reference", False)
+    computed = session.data.every if has_reference else joined(*session.data.sets.values())
+    ordered = np.argsort(-lengths_of(computed), kind="stable")
     most = getattr(session.batcher, "tokens_per_pass", 0)
     total, rows = 0, []
     for place in ordered.tolist():
-        rows.append(held_out[place])
+        rows.append(computed[place])
         total += sum(token_counts(session.batcher.shapes(rows[-1:])))
         if total >= 2 * most:
             break
@@ -572,7 +577,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         kernel_bytes=done.kernel_bytes(),
         feature_bytes=0 if store is None else store.resident_bytes,
         reading_bytes=data.read_peak_bytes,
-        mapped_bytes=converted,
+        mapped_bytes=converted + MOVED_AT_ONCE,
         saving_bytes=0 if task.tokenizer is None else saving_bytes(folder),
         unread_bytes=unread_bytes(done.session, dtype=dtype, converted=converted),
         decoder_bytes=copied,
@@ -659,9 +664,9 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
             batcher=telling,
             on_step=lambda step: marks.append((work.operations, work.operators)),
         )
-    if session.data.held_out and not session.task.rolls_out:
+    if not session.task.rolls_out and (rows := longest_rows(session)):
         with session.running():
-            evaluate_rows(session, longest_rows(session))
+            evaluate_rows(session, rows)
     with contextlib.suppress(NoGeneralAnswers):  # nor does the run measure its drift then
         meter.measure()
     share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
