@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urljoin
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -135,6 +136,8 @@ class RewardFunction(BaseModel):
             if getattr(self, "schema_" if needed == "schema" else needed) is None:
                 hint = f"write {{name: {self.name}, {needed}: …}}"
                 raise UserError(f"the reward '{self.name}' needs '{needed}'", where="reward.functions", hint=hint)
+        if isinstance(self.schema_, dict):
+            refuse_remote_references(self.schema_, "reward.functions")
         if self.scale[0] >= self.scale[1]:
             raise UserError("the judge's scale is empty", where="reward.functions", hint="write scale: [0, 10]")
         return self
@@ -182,6 +185,7 @@ _REWARD_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "model": ("model",),
     "reasoning-gym": ("dataset",),
 }
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _REWARD_NEEDS: Mapping[str, tuple[str, ...]] = {
     "regex": ("pattern",),
     "json-schema": ("schema",),
@@ -189,6 +193,23 @@ _REWARD_NEEDS: Mapping[str, tuple[str, ...]] = {
     "judge": ("url", "model"),
     "model": ("model",),
 }
+
+
+def refuse_remote_references(schema: Any, where: str) -> None:
+    """Raise a UserError if a JSON schema refers to something outside of it, other than the drafts of JSON schema."""
+    pending, bases, references = [schema], [""], []
+    while pending:
+        if isinstance(part := pending.pop(), dict):
+            references += [text for key, text in part.items() if key in _REFERENCES and isinstance(text, str)]
+            bases += [text for key in ("$id", "id") if isinstance(text := part.get(key), str)]
+        pending += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    root = bases[min(1, len(bases) - 1)]
+    inside = {urljoin(root, base).partition("#")[0] for base in bases} | set(bases)
+    for reference in references:
+        target = urljoin(root, reference.partition("#")[0])
+        if target not in inside and not re.match(r"https?://json-schema\.org/draft[-/]", target):
+            hint = "copy the definition into '$defs', and refer to it as '#/$defs/NAME'"
+            raise UserError(f"the schema refers to '{reference}', and nothing is fetched", where=where, hint=hint)
 
 
 class RewardSettings(BaseModel):

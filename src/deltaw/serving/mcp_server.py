@@ -33,7 +33,7 @@ from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from deltaw.errors import UserError, as_message
+from deltaw.errors import UserError, as_message, redact
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.version import __version__
@@ -489,7 +489,7 @@ async def _serve(served: AgentServer) -> None:
             text, wrong = as_message(error), True
         except Exception as error:  # of ours; the server lives on
             text, wrong = f"error: the tool failed: {type(error).__name__}", True
-            print(f"{params.name[:80]!r}: {error!r}"[:LONGEST_ERROR], file=sys.stderr, flush=True)
+            print(redact(f"{params.name[:80]!r}: {error!r}")[:LONGEST_ERROR], file=sys.stderr, flush=True)
         return CallToolResult(content=[TextContent(type="text", text=text)], is_error=wrong)
 
     instructions = INSTRUCTIONS + ", ".join(map(str, served.allowed.folders))
