@@ -95,9 +95,9 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def redact(text: str) -> str:
-    """Replace registered secrets by "…", also if they are quoted, URL-encoded or truncated, and users in URLs."""
-    return _compiled("|".join(_PATTERNS)).sub("…", text)
+def redact(text: str, mark: str = "…") -> str:
+    """Replace registered secrets by ``mark``, also if they are quoted, URL-encoded or truncated, and users in URLs."""
+    return _compiled("|".join(_PATTERNS)).sub(mark, text)
 
 
 _compiled = functools.lru_cache(maxsize=1)(re.compile)

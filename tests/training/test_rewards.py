@@ -120,7 +120,7 @@ def test_a_function_of_ones_own_gets_columns_in_batches_or_row_by_row(rewarder):
         ("nothere", "no function 'nothere'", None),
         ("long", "an answer longer than 16 MiB", 7),
         ("wordy", "raised ValueError: xxx", 4),
-        ("huge", "the reward is \"'1000", 4),
+        ("huge", "the reward is '1000", 4),
     ],
 )
 def test_what_goes_wrong_is_named_with_its_row(rewarder, tmp_path, name, said, row):
