@@ -24,7 +24,19 @@ PACKAGE = SOURCE / "deltaw"
 # From the bottom to the top. A package may import those before it; imports for the type checker count.
 ORDER = (
     *("errors", "other_names", "version", "private_names", "platforms", "durable", "registry", "working", "cache"),
-    *("contained", "tensor_files", "tasks", "kernels", "lora", "machine", "hub", "runtime", "data", "memory"),
+    *(
+        "local_names",
+        "contained",
+        "tensor_files",
+        "tasks",
+        "kernels",
+        "lora",
+        "machine",
+        "hub",
+        "runtime",
+        "data",
+        "memory",
+    ),
     *(
         "methods",
         "task_settings",

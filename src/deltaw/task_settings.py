@@ -10,10 +10,21 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urljoin
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from deltaw.errors import UserError, did_you_mean, files_near
+from deltaw.local_names import CodeName, LocalPath, Reference
 
 Auto = Literal["auto"]
 LossName = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
@@ -96,12 +107,14 @@ class RewardFunction(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    name: str = setting(..., "a built-in reward, or FILE.py:FUNCTION", min_length=1)
+    name: CodeName = setting(..., "a built-in reward, or FILE.py:FUNCTION", min_length=1)
     weight: float = setting(1.0, "what its rewards are multiplied with")
     seconds: float = setting(30.0, "the most that a call may take", gt=0, le=3600)
     column: str | None = setting(None, "the row's column with the right answer, or the tests; null: the row's own")
     pattern: str | None = setting(None, "of regex: what the whole completion must match")
-    schema_: str | dict[str, Any] | None = Field(None, alias="schema", description="of json-schema: it, or its file")
+    schema_: LocalPath | dict[str, Any] | None = Field(
+        None, alias="schema", description="of json-schema: it, or its file"
+    )
     tolerance: float = setting(1e-6, "of number: how far off it may be", ge=0)
     target: int | None = setting(None, "of length: how many words", ge=1)
     tests: str | None = setting(None, "of unit-tests: those of all rows; null: of the column")
@@ -109,7 +122,7 @@ class RewardFunction(BaseModel):
     cpu_seconds: int = setting(5, "of unit-tests: the most processor time of a completion", ge=1, le=600)
     megabytes: int = setting(1024, "of unit-tests: the most memory of a completion", ge=64)
     url: str | None = setting(None, "of judge: OpenAI's API, such as http://localhost:8000/v1", pattern="^https?://")
-    model: str | None = setting(None, "of judge: its name there; of model: a reward model's folder")
+    model: Reference | None = setting(None, "of judge: its name there; of model: a reward model's folder")
     template: str | None = setting(None, "of judge: what it is asked, with {prompt}, {completion} and {answer}")
     scale: tuple[float, float] = setting((0.0, 10.0), "of judge: the least and the most that it may give")
     key_from: str | None = setting(None, "of judge: the environment variable that holds the API key")
@@ -135,6 +148,8 @@ class RewardFunction(BaseModel):
             if getattr(self, "schema_" if needed == "schema" else needed) is None:
                 hint = f"write {{name: {self.name}, {needed}: …}}"
                 raise UserError(f"the reward '{self.name}' needs '{needed}'", where="reward.functions", hint=hint)
+        if isinstance(self.schema_, dict):
+            refuse_remote_references(self.schema_, "reward.functions")
         if self.scale[0] >= self.scale[1]:
             raise UserError("the judge's scale is empty", where="reward.functions", hint="write scale: [0, 10]")
         return self
@@ -182,6 +197,7 @@ _REWARD_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "model": ("model",),
     "reasoning-gym": ("dataset",),
 }
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _REWARD_NEEDS: Mapping[str, tuple[str, ...]] = {
     "regex": ("pattern",),
     "json-schema": ("schema",),
@@ -191,13 +207,30 @@ _REWARD_NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def refuse_remote_references(schema: Any, where: str) -> None:
+    """Raise a UserError if a JSON schema refers to something outside of it, other than the drafts of JSON schema."""
+    pending, bases, references = [schema], [""], []
+    while pending:
+        if isinstance(part := pending.pop(), dict):
+            references += [text for key, text in part.items() if key in _REFERENCES and isinstance(text, str)]
+            bases += [text for key in ("$id", "id") if isinstance(text := part.get(key), str)]
+        pending += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    root = bases[min(1, len(bases) - 1)]
+    inside = {urljoin(root, base).partition("#")[0] for base in bases} | set(bases)
+    for reference in references:
+        target = urljoin(root, reference.partition("#")[0])
+        if target not in inside and not re.match(r"https?://json-schema\.org/draft[-/]", target):
+            hint = "copy the definition into '$defs', and refer to it as '#/$defs/NAME'"
+            raise UserError(f"the schema refers to '{reference}', and nothing is fetched", where=where, hint=hint)
+
+
 class RewardSettings(BaseModel):
     """The ``reward:`` section; for ``task: reward``."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     functions: list[RewardFunction] = setting([], "rewards of completions, by name, each with a weight")
-    environment: str | None = setting(None, "FILE.py:CLASS, what answers the model's texts and rewards them")
+    environment: CodeName | None = setting(None, "FILE.py:CLASS, what answers the model's texts and rewards them")
     turns: int = setting(8, "the most texts that the model writes in the environment", ge=1, le=1000)
     environment_tokens: int = setting(256, "the most tokens of all that the environment says", ge=1)
     seconds: float = setting(30.0, "the most that a step of the environment may take", gt=0, le=3600)
@@ -243,8 +276,8 @@ class TeacherSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    model: str | None = setting(None, "folder, hub id or file.gguf; null: the run's own model", min_length=1)
-    adapter: str | None = setting(None, "folder of an adapter for it", min_length=1)
+    model: Reference | None = setting(None, "folder, hub id or file.gguf; null: the run's own model", min_length=1)
+    adapter: Reference | None = setting(None, "folder of an adapter for it", min_length=1)
     quantize: Literal["int8", "nf4", "gguf"] | None = setting(None, "of the teacher's weights; null: as they are")
     weight: float = setting(1.0, "its share of the teachers' common distribution, before they are normalized", gt=0)
 
@@ -252,6 +285,73 @@ class TeacherSettings(BaseModel):
     def is_base(self) -> bool:
         """Whether it is the model that is trained, without what is trained on it."""
         return self.model is None and self.adapter is None
+
+
+class TextSource(BaseModel):
+    """A text, or a file that contains it.
+
+    Which of the two a plain text in the settings means is decided once, when they are read: what is written to a
+    file of settings afterwards says it, so that a text never becomes the name of a file.
+
+    Raises:
+        UserError: if neither or both are given.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = None
+    file: LocalPath | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TextSource:
+        if (self.text is None) == (self.file is None):
+            raise ValueError("Input should be a text, {text: …} or {file: …}")
+        return self
+
+    @model_serializer
+    def _given(self) -> dict[str, str]:
+        return {"text": self.text} if self.text is not None else {"file": str(self.file)}
+
+    @classmethod
+    def of(cls, given: str) -> TextSource | None:
+        """Decide if a text is the name of a file: of one that exists, or a text that looks like a name alone."""
+        if not given.strip():
+            return None
+        is_file = "\n" not in given and len(given) <= 1024
+        is_file = is_file and (_FILE_NAME.fullmatch(given) is not None or Path(os.path.expanduser(given)).is_file())
+        return cls(file=given) if is_file else cls(text=given)
+
+    def read(self, where: str) -> str:
+        """Return the text without white space at its ends.
+
+        Raises:
+            UserError: if the file cannot be read or is empty.
+        """
+        if self.file is None:
+            return (self.text or "").strip()
+        path = Path(os.path.expanduser(self.file))
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            near = ", ".join(files_near(path, lambda file: file.suffix == path.suffix)[:3])
+            hint = f"there is: {near}" if near else "write {text: …}, or name a file in UTF-8"
+            raise UserError(f"the prompt cannot be read: {error}", where=f"{where}: {path}", hint=hint) from error
+        if not found:
+            raise UserError("the file is empty", where=f"{where}: {path}", hint="write the prompt into it")
+        return found
+
+
+_FILE_NAME = re.compile(r"\S+\.(?:txt|md|jinja|json|text)|(?:~|\.{1,2})?/\S+/\S*|(?:~|\.{1,2})/\S+")
+_TEXT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        *(
+            {"type": "object", "required": [n], "additionalProperties": False, "properties": {n: {"type": "string"}}}
+            for n in ("text", "file")
+        ),
+        {"type": "null"},
+    ]
+}
 
 
 class DistillSettings(BaseModel):
@@ -263,7 +363,10 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: str | None = setting(None, "text, or a file of it, that the teacher is given and the student is not")
+    prompt: Annotated[TextSource | None, WithJsonSchema(_TEXT_SCHEMA)] = setting(
+        None,
+        "text, or a file of it, that the teacher is given and the student is not; {text: …} and {file: …} say which",
+    )
     teachers: list[TeacherSettings] = setting([], "teachers, whose distributions are mixed by weight; none: the base")
     on_policy: float = setting(0.0, "share of rows whose completion the student writes, as it is then", ge=0, le=1)
     answers: Literal["given", "teacher"] = setting("given", "of other rows: the row's own, or the teacher writes them")
@@ -300,36 +403,19 @@ class DistillSettings(BaseModel):
         """The teachers, the base model where none is named."""
         return list(self.teachers) or [TeacherSettings()]
 
-    @property
-    def prompt_file(self) -> str | None:
-        """``prompt`` where it is the name of a file, or can be nothing else; None for text."""
-        text = self.prompt or ""
-        if not text.strip() or "\n" in text or len(text) > 1024:
-            return None
-        is_file = Path(os.path.expanduser(text)).is_file()
-        return text if is_file or re.fullmatch(r"\S+\.(txt|md|jinja|json|text)", text) else None
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _as_source(cls, given: object) -> object:
+        return TextSource.of(given) if isinstance(given, str) else given
 
     @property
     def prompt_text(self) -> str:
-        """What the teacher is given; empty for nothing.
+        """The text that the teacher gets; empty for none.
 
         Raises:
-            UserError: the file cannot be read, or is empty.
+            UserError: if the file cannot be read or is empty.
         """
-        if self.prompt_file is None:
-            return (self.prompt or "").strip()
-        path = Path(os.path.expanduser(self.prompt_file))
-        try:
-            found = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            near = ", ".join(files_near(path, lambda file: file.suffix == path.suffix)[:3])
-            hint = f"there is: {near}" if near else "write the text itself, or name a file in UTF-8"
-            raise UserError(
-                f"the prompt cannot be read: {error}", where=f"distill.prompt: {path}", hint=hint
-            ) from error
-        if not found:
-            raise UserError("the file is empty", where=f"distill.prompt: {path}", hint="write the prompt into it")
-        return found
+        return "" if self.prompt is None else self.prompt.read("distill.prompt")
 
 
 # Sections that only the task of the same name has.

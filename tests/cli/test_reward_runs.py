@@ -109,6 +109,15 @@ def test_functions_of_one_name_are_told_apart_and_weights_apply(model_folder):
     assert best.parts == {"reward regex 1": 1.0, "reward regex 2": 0.0, "reward lower-case": 1.0}
 
 
+@pytest.mark.parametrize(("weight", "pattern", "row"), [(1e308, "aa", 2), (-1e13, "aa", 2), (2e12, "a+", 1)])
+def test_rewards_too_large_to_compute_with_are_named_with_function_and_row(weight, pattern, row):
+    functions = ["lower-case", {"name": "regex", "pattern": pattern, "weight": weight}]
+    scorer = Scorer(RewardSettings.model_validate({"functions": functions}))
+    with closing(scorer), pytest.raises(UserError, match="weight × reward, is beyond") as refused:
+        scorer([prompt(1), prompt(2)], [drawn("a"), drawn("aa")])
+    assert refused.value.where == f"reward function regex, row {row}"
+
+
 def test_a_mean_of_zeros_and_ones_has_the_interval_of_a_share():
     ones = np.ones(8)
     assert interval_of(ones) == mean_interval(ones, share=True) != mean_interval(ones)

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deltaw.export.push import push
+from deltaw.export.hub_card import PublicBase
+from deltaw.export.push import contents, push
+from deltaw.export.secret_scan import without_secrets
 from deltaw.runs.fit import fit
+from deltaw.runs.folder import read_run
+from deltaw.training.origin import read_folder
 from tests import hub_server, processes
 from tests.byte_models import saved, tiny_llama
 from tests.cli.conftest import Ended, assert_refused, changed
@@ -227,6 +231,42 @@ def test_secrets_that_somebody_wrote_into_settings_are_removed(deltaw, hub, run,
     deltaw("push", copy, "me/keys", "--base", "me/tiny")
     text = hub.repositories["models/me/keys"].files["run.yaml"].decode()
     assert "REMOVED" in text and "a1a1" not in text and "me:pass" not in text
+
+
+KEYS = {
+    "GitHub token": "github_pat_11ABCDEFG0" + "aB3_" * 15,
+    "AWS Access Key": "AKIAIOSFODNN7EXAMPLE",
+    "AWS secret key": "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "API key": "sk-proj-" + "aB1-" * 10,
+    "Stripe key": "sk_live_" + "4eC3" * 6,
+    "SendGrid API Key": f"SG.{'a' * 22}.{'b' * 43}",
+    "JSON web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+    "private key": f"-----BEGIN RSA PRIVATE KEY-----\n{'MIIEpAIBAAKCAQEA7bqv' * 3}\n-----END RSA PRIVATE KEY-----",
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_each_kind_of_secret_is_removed_from_texts_with_a_note(run, tmp_path, kind):
+    copy, notes = Path(shutil.copytree(run, tmp_path / "copy")), []
+    changed(copy / "run.yaml", data={"system": f"begin {KEYS[kind]} end"})
+    config = read_folder(copy, trust_remote_code=None).run
+    files = contents(read_run(copy), config, PublicBase("me/tiny"), "me/x", None, notes.append)
+    settings = yaml.safe_load(files["run.yaml"])
+    assert settings["data"]["system"].startswith("begin ") and "REMOVED" in settings["data"]["system"]
+    assert settings["data"]["system"].endswith(" end") and KEYS[kind][-12:] not in str(settings)
+    assert f"warning: removed from run.yaml: {kind}" in notes
+
+
+def test_secret_in_a_file_that_is_sent_as_it_is_stops_the_push(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text("{{ messages }} " + KEYS["GitHub token"])
+    refused = refusal(push, copy, "me/x", dry_run=True)
+    assert "contains a secret: GitHub token" in refused.what and str(refused.where).endswith("chat_template.jinja")
+
+
+def test_hashes_and_words_are_no_secrets():
+    for text in (f"`{'ab12' * 16}`", "0a" * 20, "the AWS documentation", "hf_hub_download", "sk-learn", "a 1.2.3.4 b"):
+        assert without_secrets(text) == (text, [])
 
 
 @pytest.mark.slow

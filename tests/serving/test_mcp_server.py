@@ -23,7 +23,7 @@ from mcp.client.stdio import stdio_client
 
 from deltaw.errors import UserError
 from deltaw.serving.mcp_server import AgentServer, Allowed
-from deltaw.settings import settings
+from deltaw.settings import RunConfig, settings
 from tests.byte_models import saved, tiny_llama
 from tests.conftest import COLORS, write_rows
 
@@ -154,6 +154,20 @@ HOSTILE = [
     ("train", {"settings": given(force=True)}, "cannot ask for it"),
     ("train", {"settings": given(task="reward", reward={"functions": ["own.py:f"]})}, "reads files or runs code"),
     ("train", {"settings": given(task="reward", reward={"environment": "own.py:E"})}, "reads files or runs code"),
+    (
+        "train",
+        {
+            "settings": given(
+                task="reward", reward={"functions": [{"name": "json-schema", "schema": {"$ref": "http://a/b"}}]}
+            )
+        },
+        "nothing is fetched",
+    ),
+    (
+        "train",
+        {"settings": given(task="reward", reward={"functions": [{"name": "json-schema", "schema": "s.json"}]})},
+        "reads files or runs code",
+    ),
     ("train", {"settings": given(nonsense=1)}, "nonsense"),
     ("train", {"settings": {"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}}, "deeper"),
     ("train", {"settings": {"model": "x" * 70_000}}, "larger"),
@@ -177,6 +191,61 @@ def test_what_is_not_allowed_is_refused_before_anything_runs(
         assert words in str(refused.value)
 
     asyncio.run(asked())
+
+
+SECRET = "what the teacher must not read"
+
+
+@pytest.mark.parametrize(
+    "named", ["secret.txt", "../secret.txt", "{tmp}/secret", "link.txt", "away/secret", "~/secret"]
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_prompt_of_a_teacher_is_read_from_allowed_folders_only(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, as_file: bool
+) -> None:
+    for folder in (tmp_path, work := tmp_path / "work"):
+        folder.mkdir(exist_ok=True)
+        (folder / "secret.txt").write_text(SECRET)
+        (folder / "secret").write_text(SECRET)
+    (place / "link.txt").symlink_to(tmp_path / "secret")
+    (place / "away-too").symlink_to(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(place.parent / "agent")  # where the server runs
+    named = named.format(tmp=tmp_path)
+    config = given(task="distill", distill={"prompt": {"file": named} if as_file else named})
+    try:
+        found = Allowed([place], elsewhere=False).config(None, config)
+    except UserError:
+        return
+    monkeypatch.chdir(work)  # where its processes run
+    assert SECRET not in RunConfig.read(found).distill.prompt_text
+
+
+def test_text_that_a_process_could_take_for_a_file_stays_a_text(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Allowed([place], elsewhere=False).config(None, given(task="distill", distill={"prompt": "brief"}))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "brief").write_text(SECRET)
+    assert found["distill"]["prompt"] == {"text": "brief"}
+    assert RunConfig.read(found).distill.prompt_text == "brief"
+
+
+def test_prompt_file_in_an_allowed_folder_is_read_once(place: Path, tmp_path: Path) -> None:
+    (place / "brief.txt").write_text("Be brief.")
+    found = Allowed([place], elsewhere=False).config(None, given(task="distill", distill={"prompt": "brief.txt"}))
+    (place / "brief.txt").unlink()
+    (place / "brief.txt").symlink_to(tmp_path / "secret.jsonl")
+    assert RunConfig.read(found).distill.prompt_text == "Be brief."
+
+
+@pytest.mark.parametrize(
+    "path", ["../agent/rows.jsonl", "~/rows.jsonl", "runs/../rows.jsonl", "a/b/../../../rows.jsonl"]
+)
+def test_paths_that_lead_elsewhere_from_another_folder_are_refused(place: Path, path: str) -> None:
+    for elsewhere in (False, True):
+        with pytest.raises(UserError, match="outside of the folders"):
+            Allowed([place], elsewhere).config(None, given(data={"train": path}))
 
 
 def test_every_setting_that_names_a_file_is_checked() -> None:

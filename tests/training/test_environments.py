@@ -61,6 +61,12 @@ class Few(Guess):
 class Number(Guess):
     def step(self, text):
         return 3, 1, False
+class Long(Guess):
+    def step(self, text):
+        return "x" * (1 << 24), 0, False
+class Bytes(Guess):
+    def step(self, text):
+        return b"text", 0, False
 class Vowels:
     def reset(self, row):
         self.count = 0
@@ -184,6 +190,8 @@ def test_a_conversation_ends_with_its_turns_its_room_or_an_answer_that_is_cut(pl
         ("Nan", "the reward is nan"),
         ("Few", "raised ValueError"),
         ("Number", "step must give a text"),
+        ("Long", "gave an answer longer than 16 MiB"),
+        ("Bytes", "step must give a text"),
         ("Nothere", "no function 'Nothere'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from deltaw.runs.fit import fit
 from deltaw.task_settings import RewardFunction
 from deltaw.training.origin import score_run
 from deltaw.training.rewards import Scored, reward_of
-from deltaw.training.rewards.judge import judge
+from deltaw.training.rewards.judge import judge, score_in
 from deltaw.training.rewards.rewarder import Rewarder
 from deltaw.training.rewards.unit_tests import cases, code_of, unit_tests
 from tests.conftest import COLORS, write_rows
@@ -157,17 +158,140 @@ def judged():
 def test_a_judges_number_is_placed_on_its_scale(judged):
     server, ask = judged
     template = "{prompt} | {completion} | {answer} | {other}"
-    given = [scored("7 {answer}", "gold"), scored("none"), scored("11")]
+    given = [scored("7 {answer}", "gold"), scored("none", row=5), scored("11")]
     says = lambda content, count: (200, "no idea" if "none" in content else f"I say {content.split()[2]}")  # noqa: E731
-    assert ask(says, given, template=template) == [0.7, None, None]
+    assert ask(says, given[:1], template=template) == [0.7]
     assert ask(says, given[:1], template=template, scale=[5, 9]) == [0.5]
     path, key, request = server.asked[0]
     assert path == "/v1/chat/completions" and key is None and request["model"] == "m" and request["temperature"] == 0
     assert "asked | 7 {answer} | gold | {other}" in [
         request["messages"][0]["content"] for _, _, request in server.asked
     ]
-    with pytest.raises(UserError, match="no number from 0 to 10; it says 'no idea'"):
-        ask(says, given[1:2])
+    with pytest.raises(UserError, match="row 5 no score: it gives no clear number from 0 to 10: it says 'no idea'"):
+        ask(says, given[1:2], retries=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        *[(text, 3) for text in ("3", "3/10", "3 of 10", "**3/10**", "Score: 3", '{"score": 3, "errors": 2}', "3,0")],
+        *[(text, 8) for text in ("8 out of 10", "4/5", "80%", "8.", "8 - it has no faults", "Rating (0-10): 8/10")],
+        ("It has 2 faults in 10 lines.\n\n7", 7),
+        ("On a scale from 0 to 10, I give 7", 7),
+        ("7/10, since 3 of 4 points are right", 7),
+        ("<think>2? 3? 4?</think>\nFinal score: 7", 7),
+        ("Score: 3 at first. Final score: 7", 7),
+        ("1. It is right.\n2. It is short.\nScore: 8", 8),
+        ("9,5", 9.5),
+        *[(text, None) for text in ("", "no idea", "11", "-1", "6 or 7", "8-9", "1. Right\n2. Short", "<think>5")],
+        ("Score for style: 3\nScore for content: 8", None),
+    ],
+)
+def test_score_is_read_by_the_scale_of_the_prompt(text, score):
+    assert score_in(text, 0, 10) == score
+
+
+def test_fraction_of_another_scale_is_converted_or_not_a_score():
+    assert score_in("3/10", 0, 1) == pytest.approx(0.3) and score_in("3/5", 1, 5) == 3
+    assert score_in("3/10", 1, 5) is None and score_in("1,500", 0, 2000) == 1500 and score_in("-3", -5, 5) == -3
+
+
+def test_unclear_reply_is_asked_again_and_then_named_with_its_row(judged):
+    server, ask = judged
+    assert ask(lambda content, count: (200, "6 or 7" if count < 3 else "6"), [scored("x")]) == [0.6]
+    server.asked.clear()
+    with pytest.raises(UserError, match=r"row 4 no score.*'6 or 7'"):
+        ask(lambda content, count: (200, "6 or 7"), [scored("x", row=4)], retries=1)
+    assert len(server.asked) == 2
+
+
+_REPLY = json.dumps({"choices": [{"message": {"content": "7"}}]}).encode()
+_HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"nonsense\r\n\r\n",
+        _HEAD % len(_REPLY) + _REPLY[:20],
+        _HEAD % 20 + _REPLY,
+        _HEAD % 2 + b"{}",
+        _HEAD % 4 + b"null",
+        _HEAD % 15 + b'{"choices": []}',
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n" + _REPLY,
+        b"HTTP/1.1 500 no\r\nContent-Length: 99\r\n\r\nbusy",
+    ],
+    ids=["nothing", "status", "cut", "short", "empty", "null", "choices", "chunk", "error"],
+)
+def test_broken_answer_of_a_judge_is_asked_for_again(broken):
+    answers = [broken, _HEAD % len(_REPLY) + _REPLY]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for answer in [*answers, broken, broken]:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        settings = settings_of("judge", url=f"http://127.0.0.1:{server.getsockname()[1]}", model="m", retries=1)
+        assert judge(settings, [scored("x")]) == [0.7]
+        with pytest.raises(UserError, match="row 6 no score"):
+            judge(settings, [scored("x", row=6)])
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\n", "\r", " ", "\t", "\0", "ü", "\r\nX-Other: 1"])
+def test_key_that_no_header_can_have_is_refused_and_is_in_no_message(ending, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ, "JUDGE": f"quite-long-key-1234{ending}"})
+    with pytest.raises(UserError, match="the key in JUDGE") as refused:
+        judge(settings_of("judge", url="http://127.0.0.1:9", model="m", key_from="JUDGE"), [scored("x")])
+    assert "quite-long" not in str(refused.value)
+    for text in (
+        "b'Bearer quite-long-key-1234\\r'",
+        "quite-long-key-1",
+        "https://me:pass@host/v1?key=quite-long-key-1234",
+    ):
+        assert not any(word in str(UserError(text)) for word in ("quite", "1234", "pass")), text
+    for text in ("https://host/v1?mail=me@host", "://a b@c", 'see "http://", not "x@y"'):
+        assert str(UserError(text)) == text
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "http://127.0.0.1:9/schema.json"},
+        {"$ref": "file:///etc/hostname"},
+        {"$defs": {"a": {"items": [{"$ref": "other.json#/a"}]}}},
+        {"$dynamicRef": "https://example.org/schema#here"},
+        {"$id": "http://example.org/root/", "properties": {"a": {"$ref": "next"}}},
+    ],
+)
+def test_schema_that_refers_to_others_is_refused_when_settings_are_read(schema, tmp_path):
+    with pytest.raises(UserError, match="nothing is fetched"):
+        settings_of("json-schema", schema=schema)
+    pytest.importorskip("jsonschema", reason="the extra reward is not installed")
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    with pytest.raises(UserError, match="nothing is fetched"):
+        reward_of(settings_of("json-schema", schema=str(file)))([scored("{}")])
+
+
+def test_schema_may_refer_to_itself_and_must_be_valid():
+    pytest.importorskip("jsonschema", reason="the extra reward is not installed")
+    inner = {"$defs": {"n": {"type": "integer"}, "b": {"$id": "b.json"}}, "properties": {"a": {"$ref": "#/$defs/n"}}}
+    inner["properties"] |= {"b": {"$ref": "b.json"}, "c": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}
+    reward = reward_of(settings_of("json-schema", schema=inner))
+    assert reward([scored('{"a": 1, "b": 2, "c": {}}'), scored('{"a": "1"}'), scored('{"c": {"type": 5}}')]) == [
+        1,
+        0.5,
+        0.5,
+    ]
+    with pytest.raises(UserError, match=r"not valid at \$.type"):
+        reward_of(settings_of("json-schema", schema={"type": "objekt"}))([scored("{}")])
+    with pytest.raises(UserError, match="nothing is fetched"):  # the drafts that are known are not fetched either
+        reward_of(settings_of("json-schema", schema={"$ref": "https://json-schema.org/draft/next"}))([scored("{}")])
 
 
 def test_a_judge_that_fails_is_asked_again_and_then_named_without_the_key(judged, monkeypatch):
@@ -177,7 +301,7 @@ def test_a_judge_that_fails_is_asked_again_and_then_named_without_the_key(judged
     assert ask(lambda content, count: (503, "busy") if count == 1 else (200, "5"), [scored("x")], **more) == [0.5]
     assert [key for _, key, _ in server.asked] == ["Bearer sk-secret"] * 2
     server.asked.clear()
-    with pytest.raises(UserError, match="row 3: status 401: wrong key …") as refused:
+    with pytest.raises(UserError, match="row 3 no score: status 401: wrong key …") as refused:
         ask(lambda content, count: (401, "wrong key sk-secret"), [scored("x", row=3)], **more)
     assert "sk-secret" not in str(refused.value) and len(server.asked) == 1
     with pytest.raises(UserError, match="status 302"):  # the key would go elsewhere
@@ -186,7 +310,7 @@ def test_a_judge_that_fails_is_asked_again_and_then_named_without_the_key(judged
         ask(lambda content, count: (200, "5"), [scored("x")], key_from="NO_KEY")
     begin = time.monotonic()
     slow = lambda content, count: time.sleep(3) or (200, "5")  # noqa: E731
-    with pytest.raises(UserError, match="cannot be asked about row 1"):
+    with pytest.raises(UserError, match="row 1 no score"):
         ask(slow, [scored("x")], seconds=1)
     assert time.monotonic() - begin < 2.5
 

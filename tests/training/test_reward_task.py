@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import deltaw
 from deltaw.errors import UserError
 from deltaw.settings import RunConfig
+from deltaw.training.data_view import check_data
 from tests.conftest import write_rows
 from tests.training.runs import ADAPTER, Told
 
@@ -82,6 +83,34 @@ def test_a_reward_that_fails_ends_the_run_with_its_name_and_row(reward_run):
     with pytest.raises(UserError, match="ZeroDivisionError") as refused:
         deltaw.fit(reward_run("run", name="broken"))
     assert "broken" in str(refused.value.where) and "row" in str(refused.value.where)
+
+
+def test_reward_that_does_not_fit_the_rows_is_refused_before_a_model_is_loaded(reward_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaw.runs.fit.load_for", lambda *given, **named: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("deltaw.runs.fit.planned", lambda *given, **named: pytest.fail("a plan is made"))
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        deltaw.fit(reward_run("run", name="broken"))
+    exact = reward_run("run", reward={"functions": ["exact"]})
+    for refuse in (deltaw.fit, deltaw.plan, lambda config: check_data(RunConfig.read(config))):
+        with pytest.raises(UserError, match="needs 'answer', which no row has") as refused:
+            refuse(exact)
+        assert refused.value.hint == "the rows have: prompt"
+    (tmp_path / "own.py").write_text(
+        "class Few:\n  def reset(self, row): return None\n  def step(self, text): return 1\n"
+    )
+    with pytest.raises(UserError, match="the environment: it raised TypeError"):
+        deltaw.fit(reward_run("run", reward={"functions": [], "environment": f"{tmp_path / 'own.py'}:Few"}))
+
+
+def test_last_message_of_the_assistant_is_the_answer(reward_run, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def right(completions, answer):\n    return [float(a == 'red') for a in answer]\n"
+    )
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "red"}]
+    rows = [{"messages": [{**turns[0], "content": f"say {n}"}, turns[1]]} for n in range(8)]
+    config = reward_run("run", name="right", steps=1)
+    config["data"]["train"] = str(write_rows(tmp_path / "turns.jsonl", rows))
+    assert deltaw.fit(config).evaluation.metrics["reward"] == 1
 
 
 def test_the_task_needs_a_reward_and_other_tasks_take_none():

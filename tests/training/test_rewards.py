@@ -35,6 +35,20 @@ def text(completions, **columns):
 def forks(completions, **columns):
     os.fork()
     return [1] * len(completions)
+def long(completions, **columns):
+    return [1.0] * (1 << 23) if "two words" in completions else [1] * len(completions)
+def wordy(completions, **columns):
+    raise ValueError("x" * (1 << 25))
+def huge(completions, **columns):
+    return [10**400 for text in completions]
+def answers(completions, answer, **columns):
+    return [0 if right is None else len(right) for right in answer]
+def each(completion, answer=None):
+    return 0 if answer is None else len(answer)
+def needs(completions, wanted, *, other, optional=1, **columns):
+    return [1] * len(completions)
+def neither(texts):
+    return [1] * len(texts)
 def loud(completions, **columns):
     sys.stdout.write("[1, 2]\\n" * 1000)
     sys.stdout.flush()
@@ -104,6 +118,9 @@ def test_a_function_of_ones_own_gets_columns_in_batches_or_row_by_row(rewarder):
         ("few", "gave 1 numbers for 2 rows", None),
         ("text", "the reward is \"'good'\"", 4),
         ("nothere", "no function 'nothere'", None),
+        ("long", "an answer longer than 16 MiB", 7),
+        ("wordy", "raised ValueError: xxx", 4),
+        ("huge", "the reward is '1000", 4),
     ],
 )
 def test_what_goes_wrong_is_named_with_its_row(rewarder, tmp_path, name, said, row):
@@ -121,6 +138,47 @@ def test_one_that_hangs_ends_within_its_limit_and_names_the_row(rewarder, tmp_pa
         slow(GIVEN)
     assert "row 7" in str(refused.value.where)
     assert slow([GIVEN[0]]) == [1]  # a new worker answers
+
+
+def test_answer_of_the_row_is_given_to_functions_that_ask_for_it(rewarder):
+    given = [
+        scored("a", "gold", per_word=1),
+        scored("b", None),
+        Scored("asked", "c", "gold", 1, {"answer": "its column"}),
+    ]
+    assert rewarder("answers")(given) == rewarder("each")(given) == [4, 0, 10]
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "said"),
+    [
+        ({"name": "needs"}, [scored("x", wanted=1)], "needs 'other', which no row has"),
+        ({"name": "answers"}, [scored("x", other=1)], "needs 'answer', which no row has"),
+        ({"name": "neither"}, [scored("x", texts=1)], "no parameter 'completions' or 'completion'"),
+        ({"name": "raises"}, [scored("two words")], "raised ZeroDivisionError"),
+        ({"name": "text"}, [scored("x")], "the reward is"),
+        ({"name": "few"}, [scored("x")], None),
+        ({"name": "exact"}, [scored("x")], "needs 'answer'"),
+        ({"name": "number", "column": "gold"}, [scored("x", "7")], "needs 'gold'"),
+        ({"name": "unit-tests"}, [scored("x", "7")], "needs 'tests'"),
+        ({"name": "reasoning-gym"}, [scored("x", "7")], "needs 'metadata'"),
+        ({"name": "needs"}, [scored("x", wanted=1), scored("x", wanted=1, other=2)], None),
+        ({"name": "exact"}, [scored("x"), scored("x", "7")], None),
+        ({"name": "judge", "url": "http://127.0.0.1:9", "model": "m", "key_from": "NO_KEY"}, [scored("x")], "not set"),
+    ],
+)
+def test_check_refuses_functions_that_do_not_fit_the_rows(rewarder, settings, given, said):
+    if said is None:
+        rewarder(**settings).check(given, call=True)
+        return
+    with pytest.raises(UserError, match=said):
+        rewarder(**settings).check(given, call=True)
+
+
+def test_error_of_a_missing_column_lists_those_of_the_rows(rewarder):
+    with pytest.raises(UserError) as refused:
+        rewarder("needs").check([scored("x", "7", wanted=1), scored("x", color=2)], call=False)
+    assert refused.value.hint == "the rows have: answer, color, wanted"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 
 from deltaw.data.formats import FormName, known_columns
 from deltaw.errors import UserError, did_you_mean
+from deltaw.local_names import Names
 
 # ``data.train``: a reference, or a list of references and of sections
 # {from: …, weight: …, columns: …, form: …}.
-Train = str | list[str | dict[str, Any]]
+Train = Annotated[str | list[str | dict[str, Any]], Names("reference")]
 _KEYS = ("from", "weight", "columns", "form")
 _WEIGHING = 3  # selects a random stream of its own for the seed
 _MOST = 1000.0

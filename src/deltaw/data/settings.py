@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
@@ -16,6 +16,7 @@ from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, source
 from deltaw.data.report import MAX_ROW_BYTES
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
+from deltaw.local_names import LocalPath, Names
 from deltaw.lora.config import setting
 
 # Of the settings' JSON schema: names of classes, which may look like numbers.
@@ -42,7 +43,7 @@ class DataSettings:
         "[a.jsonl, {from: b.jsonl, weight: 2}]",
         anyOf=[{"type": "string"}, SOURCES_SCHEMA],
     )
-    eval: float | str | dict[str, float | str] | None = setting(
+    eval: Annotated[float | str | dict[str, float | str] | None, Names("reference")] = setting(
         0.05,
         "rows to evaluate on: a share of the distinct rows (below 1), a number of them (from 1), a file or another "
         "reference, or null for none; several sets by name, as in {held_out: 0.05, trivia: other.jsonl}",
@@ -71,7 +72,7 @@ class DataSettings:
     template: TemplateName = setting(
         "auto", "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
     )
-    chat_template: str | None = setting(None, "a file with a chat template (Jinja) that replaces the tokenizer's")
+    chat_template: LocalPath | None = setting(None, "a file with a chat template (Jinja) that replaces the tokenizer's")
     date: str | None = setting(
         None, "what a chat template that asks for the current date is told, such as 2026-01-31; null: today's"
     )

@@ -8,20 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 
-from deltaw.data.mixture import Train, references
-from deltaw.data.settings import eval_sets, held_out_reference
+from deltaw.data.mixture import references
 from deltaw.data.sources import is_on_hub
 from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
+from deltaw.local_names import Kind, replace_names
 from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import OF_PEFT
 from deltaw.settings import RunConfig
-from deltaw.task_settings import DistillSettings
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import is_share
 from deltaw.training.origin import CHAT_TEMPLATE
@@ -64,37 +63,40 @@ class PublicBase:
 
 def public_name(reference: str) -> str:
     """What names rows or a model elsewhere too; of a path, its last part alone."""
-    return reference if packages.is_package_reference(reference) or is_on_hub(reference) else Path(reference).name
+    return reference if packages.is_package_reference(reference) or is_on_hub(reference) else _last_part(reference)
 
 
 def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:
-    """A run's settings without paths of its machine, and without its tracker."""
-    data = config.data
-    sets = {name: public_name(v) if held_out_reference(v) else v for name, v in eval_sets(data.eval).items()}  # type: ignore[arg-type]
-    data = replace(
-        data,
-        train=_public(data.train),
-        eval=sets if isinstance(data.eval, dict) else sets.get("", data.eval),
-        chat_template=None if data.chat_template is None else CHAT_TEMPLATE,
-    )
-    changed = {"model": base.reference, "data": data, "track": None, "output": Path(config.output).name}
-    return config.model_copy(update={**changed, "distill": _public_teachers(config.distill)})
+    """Return a run's settings without paths of its machine and without its tracker."""
+    public = RunConfig.read(replace_names(config.model_dump(mode="json"), RunConfig, _public))
+    template = None if config.data.chat_template is None else CHAT_TEMPLATE
+    changed = {"model": base.reference, "data": replace(public.data, chat_template=template), "track": None}
+    return public.model_copy(update=changed)
 
 
-def _public_teachers(distill: DistillSettings) -> DistillSettings:
-    names = [
-        {"model": one.model and public_name(one.model), "adapter": one.adapter and public_name(one.adapter)}
-        for one in distill.teachers
-    ]
-    teachers = [one.model_copy(update=named) for one, named in zip(distill.teachers, names, strict=True)]
-    prompt = distill.prompt if distill.prompt_file is None else public_name(distill.prompt_file)
-    return distill.model_copy(update={"prompt": prompt, "teachers": teachers})
+def local_paths(config: RunConfig) -> list[str]:
+    """Return all texts of a run's settings that :func:`public_settings` shortens."""
+    found: list[str] = []
+
+    def collect(text: str, kind: Kind, key: str) -> str:
+        found.extend([text] if _public(text, kind, key) != text else [])
+        return text
+
+    replace_names(config.model_dump(mode="json"), RunConfig, collect)
+    return found
 
 
-def _public(train: Train) -> Train:
-    if isinstance(train, str):
-        return public_name(train)
-    return [public_name(s) if isinstance(s, str) else {**s, "from": public_name(s["from"])} for s in train]
+def _public(text: str, kind: Kind, key: str) -> str:
+    """Return what names the same elsewhere, or the last part of a path."""
+    if kind == "code" and ":" in text:
+        file, _, name = text.rpartition(":")
+        return f"{_last_part(file)}:{name}"
+    return public_name(text) if kind == "reference" else text if kind == "code" else _last_part(text)
+
+
+def _last_part(path: str) -> str:
+    """Return the last part of a path of this or another system."""
+    return PurePosixPath(PureWindowsPath(path).as_posix()).name or path
 
 
 def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merged: bool) -> str:
@@ -122,7 +124,11 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     lines += ["## Use", "", "```bash", *_use(run, repo, base, merged), "```", ""]
     seed, steps = config.train.seed, run.result.get("steps")
     lines += ["## Train it again", "", "```bash", f"hf download {repo} run.yaml --local-dir .", "deltaw train run.yaml"]
-    lines += ["```", "", f"`run.yaml` names the rows: {', '.join(map(_code, references(_public(config.data.train))))}."]
+    lines += [
+        "```",
+        "",
+        f"`run.yaml` names the rows: {', '.join(map(_code, map(public_name, references(config.data.train))))}.",
+    ]
     versions = ", ".join(f"{key} {value}" for key, value in run.part("versions").items())
     lines += [f"Seed {seed}, {steps} optimizer steps, {run.part('machine').get('processor', 'unknown processor')}."]
     return "\n".join([*lines, f"Versions: {versions}.", ""])

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.contained import require_contained
-from deltaw.errors import UserError
+from deltaw.errors import UserError, checked_key
 from deltaw.export.base import MergeOptions, Say, base_of
-from deltaw.export.hub_card import PublicBase, model_card, public_name, public_settings
+from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
+from deltaw.export.secret_scan import without_secrets
 from deltaw.hub.folders import already_here, require_own_files, resolve, resolve_hub_id, settings_in
 from deltaw.hub.refusals import LOGIN, refused_push
 from deltaw.hub.sentence_layout import layout_files
@@ -44,8 +45,9 @@ _TOKENIZER = (*TOKENIZER_FILES, *(name for name in BESIDE if name != "config.jso
 # Of a merged model's folder.
 _OF_MODEL = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _REPOSITORY = re.compile(r"(?=.{3,96}\Z)[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w-]*(?:\.[\w-]+)*")
-# What looks like a key of somebody's, in texts that people write.
-_SECRETS = re.compile(r"hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+# Files that people write into, in which secrets are looked for; a tokenizer's vocabulary is none of them.
+_WRITTEN = (".json", ".jinja", ".txt", ".md")
+_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def push(
     run = read_run(folder)
     config = _finished(run)
     named = public_base(run, config, base, say)
-    files = contents(run, config, named, repository, None if merged is None else Path(merged))
+    files = contents(run, config, named, repository, None if merged is None else Path(merged), say)
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     made = Pushed(repository, not public, sizes, named)
     if dry_run:
@@ -112,6 +114,7 @@ def push(
         raise UserError("HF_HUB_OFFLINE is set, and a push needs the hub", where=repository, hint=hint)
     if not (token := get_token()):
         raise UserError("there is no token for the hub", where=repository, hint=LOGIN)
+    checked_key(token, "the hub's token", repository)
     try:
         return _send(made, files, revision, token, public, merged is not None, say)
     except UserError:
@@ -173,16 +176,19 @@ def public_base(run: Run, config: RunConfig, given: str | None, say: Say) -> Pub
 
 
 def contents(
-    run: Run, config: RunConfig, base: PublicBase, repository: str, merged: Path | None
+    run: Run, config: RunConfig, base: PublicBase, repository: str, merged: Path | None, say: Say
 ) -> dict[str, bytes | Path]:
-    """What is sent, by its name in the repository: files of the run's folder, and texts that are written for it.
+    """Return what is sent, by its name in the repository: files of the run's folder, and texts written for it.
+
+    Secrets are removed from the texts, and ``say`` receives a line about each. Files are sent as they are.
 
     Raises:
-        UserError: a file is a link that leads elsewhere, or ``merged`` is not a model's folder.
+        UserError: if a file is a link that leads elsewhere or contains a secret, or if ``merged`` is not a model's
+            folder.
     """
     require_contained(run.path)
     public = public_settings(config, base)
-    local = [str(run.path.resolve()), str(Path.home()), *map(str, config.named().values())]
+    local = [str(run.path.resolve()), str(Path.home()), *local_paths(config)]
     chosen = {
         key: (choice["value"], choice.get("why", ""))
         for key, choice in run.chosen.items()
@@ -195,7 +201,14 @@ def contents(
     files: dict[str, bytes | Path] = {}
     if merged is None:
         settings = mapping(settings_in(run.path / ADAPTER_CONFIG))
-        changed = {key: base.name if value == config.model else value for key, value in settings.items()}
+        changed = {
+            key: base.name
+            if value == config.model
+            else public_name(value)
+            if str(value).startswith(("/", "~"))
+            else value
+            for key, value in settings.items()
+        }
         texts[ADAPTER_CONFIG] = json.dumps({**changed, **base_settings(base.reference)}, indent=2) + "\n"
         files[ADAPTER_WEIGHTS] = run.path / ADAPTER_WEIGHTS
         files |= {name: run.path / name for name in _TOKENIZER if (run.path / name).is_file()}
@@ -211,7 +224,18 @@ def contents(
         files |= {file.name: file for file in sorted(source.path.iterdir()) if file.suffix in _OF_MODEL}
     sent = run.path if merged is None else Path(merged)
     files |= {file.relative_to(sent).as_posix(): file for file in layout_files(sent)}
-    return files | {name: _SECRETS.sub("REMOVED", text).encode() for name, text in texts.items()}
+    for name, file in files.items():
+        if Path(name).suffix in _WRITTEN and Path(name).name not in _VOCABULARY and isinstance(file, Path):
+            _, kinds = without_secrets(file.read_text(encoding="utf-8", errors="replace"))
+            if kinds:
+                hint = "remove it there; nothing was sent"
+                raise UserError(f"the file contains a secret: {', '.join(kinds)}", where=str(file), hint=hint)
+    for name, text in texts.items():
+        public_text, kinds = without_secrets(text)
+        if kinds:
+            say(f"warning: removed from {name}: {', '.join(kinds)}")
+        files[name] = public_text.encode()
+    return files
 
 
 def _send(

@@ -222,11 +222,13 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
 
 def _read(start: Start, say: Say) -> tuple[Task, RunData, dict[str, object]]:
     """The run's rows, and what identifies them; a run in the folder must have had the same."""
-    task, data = read_data(start.config, say)
+    task, data = read_data(start.config, say, check=False)
     check_monitored(start.config, task, data)
     rows = rows_facts(data.train, data.held_out)
     if start.rows is not None:
         require_same_rows(start.rows, rows, start.asked, Path(start.asked.output), done=start.done)
+    if not start.done:
+        task.check(data, call=True)
     return task, data, rows
 
 

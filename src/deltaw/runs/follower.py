@@ -54,7 +54,7 @@ def _follow(group: Group, decoding: Decoding | None) -> int:
         return 0
     # Process 0 alone adds the gradients of general answers.
     config = told.with_train(keep_general=0.0)
-    task, data = read_data(config)
+    task, data = read_data(config, check=False)
     loaded = load_for(config, task, data, processes=group)
     session = assemble_alike(
         config, task, data, loaded, group, None, samples=sampler_of(decoding, loaded, config, task)

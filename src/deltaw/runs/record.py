@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltaw.data.example import rows_of
 from deltaw.durable import write_text
-from deltaw.errors import UserError
+from deltaw.errors import UserError, redact
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
@@ -603,7 +603,7 @@ class RunRecord:
         if isinstance(error, UserError):
             more = {"error": plain({"what": error.what, "where": error.where, "hint": error.hint})}
         elif state == FAILED:
-            more = {"error": plain({"what": f"{type(error).__name__}: {error}"})}
+            more = {"error": plain({"what": redact(f"{type(error).__name__}: {error}")})}
         try:
             self._write(state, **self._at_the_end(state), **more)
         except (UserError, OSError) as another:

@@ -33,9 +33,11 @@ from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from deltaw.errors import UserError, as_message
+from deltaw.errors import UserError, as_message, redact
+from deltaw.local_names import Kind, replace_names
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.settings import SETTINGS, RunConfig
+from deltaw.task_settings import TextSource
 from deltaw.version import __version__
 
 # Bounds of what an agent may send: characters of a path and of other texts, bytes and depth of settings.
@@ -158,17 +160,21 @@ class Allowed:
         self.folders, self.elsewhere = [folder.resolve() for folder in folders], elsewhere
 
     def path(self, text: str, where: str) -> str:
-        """The real path that a text means, which need not exist.
+        """Return the real path that a text names, which need not exist.
+
+        A path with ".." is refused: in the settings of a run that is opened, it would lead elsewhere from the folder
+        of another process.
 
         Raises:
-            UserError: it lies outside of the folders, links resolved.
+            UserError: if it is outside of the folders when links are resolved.
         """
         try:
             _plain(text)
-            found = (self.folders[0] / text).resolve()
+            given = Path(os.path.expanduser(text))
+            found = (self.folders[0] / given).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a link to itself, say
             raise UserError("this is not a path", where=where, hint="name a file or a folder") from error
-        if not any(found.is_relative_to(folder) for folder in self.folders):
+        if ".." in given.parts or not any(found.is_relative_to(folder) for folder in self.folders):
             hint = f"allowed: {', '.join(map(str, self.folders))}"
             raise UserError(f"'{text[:200]}' lies outside of the folders that are allowed", where=where, hint=hint)
         return str(found)
@@ -182,7 +188,7 @@ class Allowed:
         if not isinstance(text, str):
             raise UserError("this is not a text", where=where)
         is_here = not text.startswith("pypi:") and os.path.lexists(self.folders[0] / text.replace("\0", ""))
-        if is_here or not _ELSEWHERE.fullmatch(text):
+        if is_here or ".." in re.split("[/:@]", text) or not _ELSEWHERE.fullmatch(text):
             return self.path(text, where)
         if not self.elsewhere:
             hint = "name a path, or start the server with --allow-models"
@@ -207,35 +213,25 @@ class Allowed:
             if key.startswith("reward."):
                 what = f"an agent cannot name what reads files or runs code: {str(value)[:200]}"
                 raise UserError(what, where=key, hint="name rewards that compare texts, such as exact")
-        data = found["data"]
-        found |= {"model": self.reference(found["model"], "model"), "output": self.path(found["output"], "output")}
-        train, held_out = data["train"], data["eval"]
-        if isinstance(train, list):
-            data["train"] = [
-                {**one, "from": self.reference(one.get("from"), "data.train")}
-                if isinstance(one, dict)
-                else self.reference(one, "data.train")
-                for one in train
-            ]
-        else:
-            data["train"] = self.reference(train, "data.train")
-        if isinstance(held_out, dict):
-            data["eval"] = {name: self._held_out(one) for name, one in held_out.items()}
-        else:
-            data["eval"] = self._held_out(held_out)
-        if data["chat_template"] is not None:
-            data["chat_template"] = self.path(data["chat_template"], "data.chat_template")
-        if settings.distill.prompt_file is not None:
-            found["distill"]["prompt"] = self.path(settings.distill.prompt_file, "distill.prompt")
-        for teacher in found["distill"]["teachers"]:
-            named = ("model", self.reference), ("adapter", self.path)
-            teacher |= {
-                key: allow(teacher[key], "distill.teachers") for key, allow in named if teacher[key] is not None
-            }
+        found = replace_names(found, RunConfig, self._allowed)
+        if (prompt := found["distill"]["prompt"]) and "file" in prompt:  # the agent may replace the file
+            file = Path(prompt["file"])
+            if file.is_file() and file.stat().st_size > LARGEST_FILE:
+                raise UserError("the file is too large", where="distill.prompt", hint="shorten it")
+            found["distill"]["prompt"] = {"text": TextSource(file=str(file)).read("distill.prompt")}
         return found
 
-    def _held_out(self, given: object) -> object:
-        return self.reference(given, "data.eval") if isinstance(given, str) else given
+    def _allowed(self, text: str, kind: Kind, key: str) -> str:
+        """Return the real path, or the name elsewhere, that a setting may have.
+
+        Raises:
+            UserError: if an agent cannot name it.
+        """
+        if kind == "code" and ":" not in text:
+            return text
+        if kind == "code":
+            raise UserError("an agent cannot name what runs code", where=key, hint="name built-in rewards")
+        return self.path(text, key) if kind == "path" else self.reference(text, key)
 
     def run(self, text: str) -> list[str]:
         """Arguments that open a run's or an adapter's folder with the base model that it names, or a model.
@@ -489,7 +485,7 @@ async def _serve(served: AgentServer) -> None:
             text, wrong = as_message(error), True
         except Exception as error:  # of ours; the server lives on
             text, wrong = f"error: the tool failed: {type(error).__name__}", True
-            print(f"{params.name[:80]!r}: {error!r}"[:LONGEST_ERROR], file=sys.stderr, flush=True)
+            print(redact(f"{params.name[:80]!r}: {error!r}")[:LONGEST_ERROR], file=sys.stderr, flush=True)
         return CallToolResult(content=[TextContent(type="text", text=text)], is_error=wrong)
 
     instructions = INSTRUCTIONS + ", ".join(map(str, served.allowed.folders))

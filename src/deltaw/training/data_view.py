@@ -21,6 +21,7 @@ from deltaw.errors import UserError
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
+from deltaw.training.session import read_data
 from deltaw.training.tasks.base import task_of
 
 
@@ -31,7 +32,10 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
         UserError: the data cannot be read at all, or the settings do not fit it.
     """
     apart = map(held_out_reference, eval_sets(config.data.eval).values())
-    return _reader(config, say).check([file for file in apart if file is not None])
+    found = _reader(config, say).check([file for file in apart if file is not None])
+    if found.usable and config.task == "reward":  # the functions are checked against the rows
+        read_data(config)
+    return found
 
 
 def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = silent) -> Iterator[ShownRow]:

@@ -39,7 +39,7 @@ from deltaw.platforms import shell_word
 from deltaw.runtime.generation import Sampler, Writer
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
-from deltaw.task_settings import DistillSettings, EmbeddingSettings
+from deltaw.task_settings import DistillSettings, EmbeddingSettings, TextSource
 from deltaw.training.evaluation.general import as_rounded, identity_of
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preparation import quantized_nf4, saved_calibration
@@ -210,7 +210,7 @@ def _forgotten(config: RunConfig) -> DistillSettings:
     """The section ``distill`` for use: what the adapter learned from is neither read nor looked for."""
     if config.task != "distill":
         return config.distill
-    return config.distill.model_copy(update={"prompt": "as it was trained", "teachers": []})
+    return config.distill.model_copy(update={"prompt": TextSource(text="as it was trained"), "teachers": []})
 
 
 def _with_saved_template(config: RunConfig, folder: Path, given: Mapping[str, object]) -> RunConfig:

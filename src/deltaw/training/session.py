@@ -350,8 +350,12 @@ def take_part(session: Session, number: int) -> None:
             asked(batch)  # the others compute one more, and need this one's rows
 
 
-def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
-    """The task of a run and its rows, before any weight is read."""
+def read_data(config: RunConfig, say: Say = silent, *, check: bool = True) -> tuple[Task, RunData]:
+    """Return the task of a run and its rows, before any weight is read.
+
+    Args:
+        check: Refuse settings that do not fit the rows.
+    """
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
@@ -363,6 +367,8 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
+    if check:
+        task.check(data, call=False)
     return task, data
 
 

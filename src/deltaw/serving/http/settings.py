@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, checked_key
 from deltaw.hub.folders import resolve_hub_id
 
 # The names that adapters may have in requests: they stand in JSON, logs and metrics, never in paths.
@@ -156,7 +156,7 @@ def read_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
         keys += of_file
     if os.environ.get(KEY_VARIABLE):
         keys.append(os.environ[KEY_VARIABLE])
-    return tuple(dict.fromkeys(keys))
+    return tuple(checked_key(key, "--api-key, its file or DELTAW_API_KEY") for key in dict.fromkeys(keys))
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:

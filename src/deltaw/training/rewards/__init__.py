@@ -5,8 +5,8 @@ time, since it may hang, leak or die: :class:`deltaw.training.rewards.rewarder.R
 number, or None where a function has nothing to say of a row, which then counts 0.
 
 A file's function, as in ``rewards.py:length``, takes ``prompts``, ``completions`` and the rows' columns by their names,
-each a list, as TRL's do, and gives a list of numbers; or ``prompt``, ``completion`` and columns of one row, and gives
-a number.
+each a list, as TRL's do, and returns a list of numbers; or ``prompt``, ``completion`` and columns of one row, and
+returns a number. ``answer`` is the row's own answer, unless a column has this name.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError, did_you_mean, read_key
 from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Reward, Scored, from_file, place_of
 from deltaw.training.rewards.judge import judge
 from deltaw.training.rewards.libraries import math_answer, reasoning_gym
-from deltaw.training.rewards.texts import contains, exact, json_schema, length, lower_case, number, regex
+from deltaw.training.rewards.texts import (
+    contains,
+    exact,
+    json_schema,
+    length,
+    lower_case,
+    number,
+    regex,
+    schema_validator,
+)
 from deltaw.training.rewards.unit_tests import unit_tests
 
-__all__ = ["BUILT_IN", "Reward", "Scored", "reward_of"]
+__all__ = ["BUILT_IN", "Reward", "Scored", "needs_of", "reward_of"]
 
 BUILT_IN: Mapping[str, Callable[[RewardFunction, Sequence[Scored]], list[float | None]]] = {
     "exact": exact,
@@ -41,6 +50,10 @@ BUILT_IN: Mapping[str, Callable[[RewardFunction, Sequence[Scored]], list[float |
     "reasoning-gym": reasoning_gym,
 }
 _MODEL = "model"
+# Parameters of a user's function that are no columns, and the columns that built-in rewards need.
+_GIVEN = ("prompt", "prompts", "completion", "completions")
+_NEEDED = dict.fromkeys(("exact", "contains", "number", "math"), ("answer",))
+_NEEDED |= {"unit-tests": ("tests",), "reasoning-gym": ("metadata",)}
 
 
 def reward_of(settings: RewardFunction) -> Reward:
@@ -61,21 +74,52 @@ def reward_of(settings: RewardFunction) -> Reward:
     return partial(BUILT_IN[name], settings)
 
 
+def needs_of(settings: RewardFunction, reward: Reward) -> list[str]:
+    """Return the columns that a reward cannot do without; "answer" may also be the answer that a row has.
+
+    Raises:
+        UserError: if the reward cannot be used with any row.
+    """
+    if settings.name == "unit-tests" and settings.tests:
+        return []
+    if settings.key_from is not None:
+        read_key(settings.key_from, place_of(settings))
+    if settings.name == "json-schema":
+        schema_validator(settings)
+    if ":" in settings.name and isinstance(reward, partial):
+        takes = inspect.signature(reward.args[0]).parameters
+        if not _has_rest(takes) and not takes.keys() & {"completion", "completions"}:
+            what = "the function has no parameter 'completions' or 'completion'"
+            raise UserError(what, where=place_of(settings), hint="write def NAME(completions, **columns)")
+        return _required(takes)
+    return [settings.column] if settings.column is not None else list(_NEEDED.get(settings.name, ()))
+
+
+def _has_rest(takes: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+
+
+def _required(takes: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Return the parameters without a default that columns must provide."""
+    named = [one for one in takes.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    return [one.name for one in named if one.default is one.empty and one.name not in _GIVEN]
+
+
 def _of_user(function: Callable[..., Any], given: Sequence[Scored]) -> list[float | None]:
-    """What a user's function gives, for all rows at once or for one at a time, as its parameters are named."""
+    """Call a user's function with all rows or with one at a time, depending on the names of its parameters."""
     takes = inspect.signature(function).parameters
-    rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    named = sorted({name for one in given for name in one.columns})
-    wanted = [name for name in named if rest or name in takes]
-    wanted = [name for name in wanted if name not in ("prompt", "completion", "prompts", "completions")]
+    rest = _has_rest(takes)
+    values = [{**({} if one.answer is None else {"answer": one.answer}), **one.columns} for one in given]
+    named = {name for columns in values for name in columns if rest or name in takes}
+    wanted = sorted(named.difference(_GIVEN).union(_required(takes)))
     if "completion" in takes:
         found = []
-        for one in given:
-            columns = {name: one.columns.get(name) for name in wanted}
+        for one, known in zip(given, values, strict=True):
+            columns = {name: known.get(name) for name in wanted}
             asked = {"prompt": one.prompt} if rest or "prompt" in takes else {}
             found.append(function(completion=one.text, **asked, **columns))
         return found
-    lists = {name: [one.columns.get(name) for one in given] for name in wanted}
+    lists = {name: [columns.get(name) for columns in values] for name in wanted}
     if rest or "prompts" in takes:
         lists["prompts"] = [one.prompt for one in given]
     return list(function(completions=[one.text for one in given], **lists))

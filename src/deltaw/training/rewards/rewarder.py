@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards import Reward, reward_of
+from deltaw.training.rewards import Reward, needs_of, reward_of
 from deltaw.training.rewards.base import Scored, place_of
-from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number
+from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number, described
 
 
 class Rewarder:
@@ -51,9 +51,35 @@ class Rewarder:
                     raise self._late(one)
         if answer is None:
             raise self._late(given[0])
-        if "error" in answer:
-            raise UserError(answer["error"], where=self._place(answer.get("row")), hint=answer.get("hint"))
+        self._refuse(answer)
         return self._numbers(answer["rewards"], given)
+
+    def check(self, rows: Iterable[Scored], *, call: bool) -> None:
+        """Check, before a model is loaded, that the rows have the columns that the function needs.
+
+        Args:
+            rows: Rows of the run with plausible completions.
+            call: Also call the function, with the first row that has all of these columns.
+
+        Raises:
+            UserError: if a column is missing or if the function cannot be used, as in :meth:`__call__`.
+        """
+        answer = self._worker.ask(None, self.settings.seconds)
+        if answer is None:
+            what = f"the reward {self._worker.failure} when it was loaded"
+            raise UserError(what, where=self._place(None), hint="correct the function, or raise its 'seconds'")
+        self._refuse(answer)
+        needs, known, given = set(answer["needs"]), set[str](), []
+        for one in rows:
+            provided = {*one.columns, *(["answer"] if one.answer is not None else [])}
+            known, given = known | provided, [one] if needs <= provided or not given else given
+            if needs <= provided:
+                break
+        if missing := sorted(needs - known):
+            hint = f"the rows have: {', '.join(sorted(known))}"
+            raise UserError(f"the reward needs '{missing[0]}', which no row has", where=self._place(None), hint=hint)
+        if call:
+            self(given)
 
     def close(self) -> None:
         """End the worker."""
@@ -63,8 +89,13 @@ class Rewarder:
         """What the worker answers; None where it does not within its time, or has ended."""
         return self._worker.ask([asdict(one) for one in given], self.settings.seconds_for(len(given)))
 
+    def _refuse(self, answer: dict[str, Any]) -> None:
+        """Raise the error that an answer contains, if there is one."""
+        if "error" in answer:
+            raise UserError(answer["error"], where=self._place(answer.get("row")), hint=answer.get("hint"))
+
     def _late(self, one: Scored) -> UserError:
-        what = f"the reward gave no answer within {self.settings.seconds:g} seconds, or ended its process"
+        what = f"the reward {self._worker.failure}"
         return UserError(what, where=self._place(one.row), hint="correct the function, or raise its 'seconds'")
 
     def _place(self, row: int | None) -> str:
@@ -101,12 +132,22 @@ def _answer(reward: Reward, given: list[Scored]) -> dict[str, Any]:
             if "error" in alone:
                 return {**alone, "row": one.row}
         row = given[0].row if len(given) == 1 else None
-        return {"error": f"the reward raised {type(error).__name__}: {error}", "row": row}
+        return {"error": f"the reward raised {described(error)}", "row": row}
 
 
 def _answering() -> Answering:
-    reward = reward_of(RewardFunction.model_validate_json(sys.argv[1]))
-    return lambda given: _answer(reward, [Scored(**one) for one in given])
+    settings = RewardFunction.model_validate_json(sys.argv[1])
+    reward = reward_of(settings)
+
+    def answering(given: Any) -> dict[str, Any]:
+        if given is not None:
+            return _answer(reward, [Scored(**one) for one in given])
+        try:
+            return {"needs": needs_of(settings, reward)}
+        except UserError as error:
+            return {"error": error.what, "hint": error.hint}
+
+    return answering
 
 
 if __name__ == "__main__":

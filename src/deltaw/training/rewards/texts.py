@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import UserError
-from deltaw.task_settings import RewardFunction
+from deltaw.errors import UserError, first_line
+from deltaw.task_settings import RewardFunction, refuse_remote_references
 from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -59,18 +59,43 @@ def number(settings: RewardFunction, given: Sequence[Scored]) -> list[float | No
 
 
 def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where a completion is JSON of the schema, a half where it is other JSON.
+    """Return 1 for each completion that is JSON of the schema, 0.5 for other JSON.
 
     Raises:
-        UserError: the package is missing, or the schema cannot be read.
+        UserError: if the package is missing, or if the schema cannot be used.
+    """
+    validator = schema_validator(settings)
+    from referencing.exceptions import Unresolvable
+
+    parsed = [_parsed(one.text) for one in given]
+    try:
+        return [0.0 if value is None else 1.0 if validator.is_valid(value) else 0.5 for value in parsed]
+    except Unresolvable as error:
+        what = f"the schema refers to something that is not in it, and nothing is fetched: {first_line(error)}"
+        raise UserError(what, where=place_of(settings), hint="correct the '$ref'") from error
+
+
+def schema_validator(settings: RewardFunction) -> Any:
+    """Return the validator of a json-schema reward. It fetches nothing: references lead into the schema itself.
+
+    Raises:
+        UserError: if the package is missing, or if the schema cannot be read, is not valid or refers to others.
     """
     try:
-        from jsonschema import Draft202012Validator
+        from jsonschema import Draft202012Validator, SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
     except ImportError as error:
         raise needs_extra("jsonschema", error, place_of(settings)) from error
-    validator = Draft202012Validator(_schema(settings))
-    parsed = [_parsed(one.text) for one in given]
-    return [0.0 if value is None else 1.0 if validator.is_valid(value) else 0.5 for value in parsed]
+    schema = _schema(settings)
+    refuse_remote_references(schema, place_of(settings))
+    kind: Any = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        what = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
+        raise UserError(what, where=place_of(settings), hint="correct the schema") from error
+    return kind(schema, registry=Registry())
 
 
 def length(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:

@@ -17,21 +17,28 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, redact
 
 Answering = Callable[[Any], dict[str, Any]]
 
 # A line of an answer is at most so long.
 _MOST_BYTES = 1 << 24
+# Characters of an exception's text.
+_LONGEST_TEXT = 2000
 # Seconds that a worker may take to start, on a busy machine.
 _TO_START = 60.0
 
 
 class Worker:
-    """A worker process that starts when it is first asked, and again after it was ended.
+    """A worker process that starts with the first request, and again with the first one after it was ended.
 
     Args:
-        module: that is run. settings: JSON, its one argument. seconds: that its start may take beyond the usual.
+        module: Module to run.
+        settings: JSON, the only argument of the module.
+        seconds: Time that the start may take in addition to the usual one.
+
+    Attributes:
+        failure: Why the last request has no answer, as the end of a sentence about the worker's code.
     """
 
     def __init__(self, module: str, settings: str, seconds: float) -> None:
@@ -39,9 +46,11 @@ class Worker:
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[bytes] = queue.Queue()
+        self.failure = ""
 
     def ask(self, request: Any, seconds: float) -> dict[str, Any] | None:
-        """What the worker answers; None where it does not within ``seconds``, or has ended: then it is killed."""
+        """Return the worker's answer, or None if it gave no usable one. In that case the worker is killed."""
+        self.failure = f"gave no answer within {seconds:g} seconds, or ended its process"
         process = self._process or self._start()
         if process is None:
             return None
@@ -49,10 +58,14 @@ class Worker:
         # A worker that does not read must not hold up who asks.
         threading.Thread(target=_write, args=(process.stdin, line), daemon=True).start()
         answer = self._next(seconds)
-        if not answer:
-            self.close()
-            return None
-        return json.loads(answer)
+        with contextlib.suppress(ValueError, RecursionError):
+            if answer.endswith(b"\n") and isinstance(found := json.loads(answer), dict):
+                return found
+            self.failure = "gave an answer that cannot be read" if answer else self.failure
+        if len(answer) >= _MOST_BYTES:
+            self.failure = f"gave an answer longer than {_MOST_BYTES >> 20} MiB"
+        self.close()
+        return None
 
     def close(self) -> None:
         """End the worker."""
@@ -127,13 +140,22 @@ def answer_requests(make: Callable[[], Answering]) -> None:
         answer = answering(json.loads(line))
         if os.getpid() != own:  # the code forked, and this is the other one
             os._exit(0)
-        out.write(json.dumps(answer).encode() + b"\n")
+        out.write(json.dumps(answer, default=_not_json).encode() + b"\n")
         out.flush()
 
 
+def _not_json(value: Any) -> dict[str, str]:
+    return {"not JSON": repr(value)[:100]}
+
+
 def as_number(value: Any) -> Any:
-    """A number as JSON has it; what is none, as its text."""
+    """Return the value as a float, or its text if it is not a number."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return repr(value)[:100]
+
+
+def described(error: Exception) -> str:
+    """Return the type and the text of an exception of somebody's code, in bounded length and without secrets."""
+    return redact(f"{type(error).__name__}: {str(error)[:_LONGEST_TEXT]}")

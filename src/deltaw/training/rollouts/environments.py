@@ -19,7 +19,7 @@ from deltaw.data.messages import Message
 from deltaw.errors import UserError
 from deltaw.task_settings import RewardSettings
 from deltaw.training.rewards.base import from_file
-from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number
+from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number, described
 
 _ROLES = ("user", "tool")
 
@@ -103,10 +103,17 @@ class Environments:
         if message is None and answer["done"]:
             message = {"role": "user", "content": ""}
         if not isinstance(message, dict) or message.get("role") not in _ROLES or not _is_text(message.get("content")):
-            raise self._wrong(f"step must give a text or {{'role': 'tool', 'content': …}}, and gives {said!r}", row)
+            raise self._wrong(
+                f"step must give a text or {{'role': 'tool', 'content': …}}, and gives {repr(said)[:200]}", row
+            )
         if not isinstance(reward, float) or not math.isfinite(reward):
             raise self._wrong(f"the reward is {reward!r}", row)
         return Stepped(message, reward, answer["done"])
+
+    def check(self, row: int, columns: Mapping[str, Any], text: str) -> None:
+        """Reset the environment with a row and call one step, to find errors before a model is loaded."""
+        self.reset(0, row, columns)
+        self.step(0, row, text)
 
     def close(self) -> None:
         """End the worker."""
@@ -115,8 +122,7 @@ class Environments:
     def _asked(self, request: dict[str, Any], row: int) -> dict[str, Any]:
         answer = self._worker.ask(request, self._settings.seconds)
         if answer is None:
-            what = f"it gave no answer within {self._settings.seconds:g} seconds, or ended its process"
-            raise self._wrong(what, row, "correct it, or raise reward.seconds")
+            raise self._wrong(f"it {self._worker.failure}", row, "correct it, or raise reward.seconds")
         if "error" in answer:
             raise self._wrong(answer["error"], row, answer.get("hint"))
         return answer
@@ -144,7 +150,7 @@ def answering(kind: Callable[[], Environment]) -> Answering:
             said, reward, done = begun[number].step(request["text"])
             return {"said": said, "reward": as_number(reward), "done": bool(done)}
         except Exception as error:  # whatever a foreign class raises
-            return {"error": f"it raised {type(error).__name__}: {error}"}
+            return {"error": f"it raised {described(error)}"}
 
     return answer
 

@@ -12,6 +12,7 @@ from math import comb
 import numpy as np
 
 from deltaw.data.prompts import Prompt, last_asked
+from deltaw.errors import UserError
 from deltaw.runtime.generation import Drawn
 from deltaw.task_settings import RewardSettings
 from deltaw.training.evaluation.base import Interval, mean_interval
@@ -20,6 +21,8 @@ from deltaw.training.rewards.rewarder import Rewarder
 
 # Characters of a prompt and of a completion that are kept to be looked at, and how many of the best and the worst.
 SHOWN_TEXT, SHOWN = 600, 2
+# The largest weighted reward: sums, squares and gradients of larger ones may not be finite.
+_LARGEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,39 @@ class Scorer:
         told = [name if own.count(name) == 1 else f"{name} {own[: n + 1].count(name)}" for n, name in enumerate(own)]
         self.names = [f"reward {name}" for name in told]
 
-    def __call__(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
-        """fp64 (names, completions): what each gives each completion, without weights.
+    def check(self, prompts: Sequence[Prompt], *, call: bool) -> None:
+        """Check the functions against the rows before a model is loaded.
+
+        Args:
+            call: Also call each function with the answer of a row, or with its prompt if it has no answer.
 
         Raises:
-            UserError: a function fails.
+            UserError: if a function cannot be used, or if it needs a column that no row has.
         """
-        given = [
-            Scored(last_asked(prompt.columns), one.text, prompt.answer, prompt.row, prompt.columns, one.ended)
-            for prompt, one in zip(prompts, drawn, strict=True)
-        ]
+        for rewarder in self._rewarders:
+            rewarder.check(
+                (_scored(prompt, prompt.answer or last_asked(prompt.columns)) for prompt in prompts), call=call
+            )
+
+    def __call__(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
+        """Return the unweighted rewards, fp64 (names, completions).
+
+        Raises:
+            UserError: if a function fails, or if a weighted reward is too large to compute with.
+        """
+        given = [_scored(prompt, one.text, one.ended) for prompt, one in zip(prompts, drawn, strict=True)]
         found = [rewarder(given) for rewarder in self._rewarders]
         if len(self.names) > len(found):
             found.append([one.reward for one in drawn])
-        return np.array(found, np.float64).reshape(len(self.names), -1)
+        rewards = np.array(found, np.float64).reshape(len(self.names), -1)
+        with np.errstate(over="ignore"):
+            weighted = self._weights[:, None] * rewards
+        if not (np.abs(weighted) <= _LARGEST).all():
+            name, index = np.argwhere(~(np.abs(weighted) <= _LARGEST))[0]
+            what = f"{self._weights[name]:g} × {rewards[name, index]:g}, weight × reward, is beyond ±{_LARGEST:g}"
+            where = f"{self.names[name].replace('reward', 'reward function', 1)}, row {prompts[index].row}"
+            raise UserError(what, where=where, hint="lower the weight, or return smaller rewards")
+        return rewards
 
     def weighted(self, rewards: np.ndarray) -> np.ndarray:
         """fp64 (completions,): the functions' rewards with their weights."""
@@ -102,6 +124,10 @@ class Scorer:
     def close(self) -> None:
         for rewarder in self._rewarders:
             rewarder.close()
+
+
+def _scored(prompt: Prompt, text: str, ended: bool = True) -> Scored:
+    return Scored(last_asked(prompt.columns), text, prompt.answer, prompt.row, prompt.columns, ended)
 
 
 def interval_of(values: np.ndarray) -> Interval | None:

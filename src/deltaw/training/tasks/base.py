@@ -169,6 +169,13 @@ class Task(abc.ABC):
         """Write what other programs need to use the adapter in ``folder`` for this task; a merged model gets the same
         files (:data:`deltaw.hub.sentence_layout.BESIDE`)."""
 
+    def check(self, data: RunData, *, call: bool) -> None:  # noqa: B027
+        """Refuse settings that do not fit the rows, before a model is loaded.
+
+        Args:
+            call: Also call functions of the user's, and others that take long.
+        """
+
     def written(self, data: RunData, batch_size: int) -> Written:
         """What the model writes in a run with these rows; of most tasks nothing."""
         return Written()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from deltaw.task_settings import RewardSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.rollouts.environments import Environments
 from deltaw.training.rollouts.feed import RolloutFeed
 from deltaw.training.rollouts.losses import PolicyLoss
 from deltaw.training.rollouts.scoring import Scorer, interval_of, pass_at
@@ -101,6 +103,15 @@ class RewardTask(CausalTask):
         """That of the longest prompt with the longest completion."""
         longest = np.zeros(max(map(len, examples)) + self.settings.most_tokens, np.int32)
         return super().batcher(model, [Example(1, longest, longest == 0, 0, None)], **how)
+
+    def check(self, data: RunData, *, call: bool) -> None:
+        """Check the reward functions and the environment with a row."""
+        scorer, environments = Scorer(self.settings), Environments(self.settings)
+        with contextlib.closing(scorer), contextlib.closing(environments), working("checking the rewards"):
+            scorer.check(data.train, call=call)
+            if call and self.settings.environment is not None:
+                first = data.train[0]
+                environments.check(first.row, first.columns, first.answer or ".")
 
     def written(self, data: RunData, batch_size: int) -> Written:
         sets, group, most = [len(rows) for rows in data.sets.values()], self.settings.group, self.settings.most_tokens

@@ -1,0 +1,64 @@
+"""Secrets in texts that are published: found by the patterns of detect-secrets, and by some that it lacks.
+
+Only patterns of known kinds of secrets are used. Words such as "password" and the entropy of a text are not: settings
+and cards contain hashes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from deltaw.errors import redact
+
+REMOVED = "REMOVED"
+# Of kinds that detect-secrets does not know, or of which it finds only a part.
+_PATTERNS = {
+    "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----"
+    r"(?:(?s:.{0,20000}?)-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|(?:[\s\\rn]*[A-Za-z0-9+/=]{20,})*)",
+    "Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
+    "GitHub token": r"\b(?:gh[pousr]_\w{16,}|github_pat_\w{16,})",
+    "AWS secret key": r"(?i:aws.{0,40}?[\s:=\"'])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])",
+    "Google API key": r"\bAIza[\w-]{30,}",
+    "Stripe key": r"\b(?:[sr]k|whsec)_(?:live|test)_\w{16,}",
+    "Slack token": r"\bxox[a-z]-[\w-]{10,}|\bxapp-[\w-]{10,}",
+    "npm token": r"\bnpm_[A-Za-z0-9]{30,}|(?<=_authToken=)[^\s\"']{8,}",
+    "JSON web token": r"\beyJ[\w=-]{8,}\.[\w=-]{8,}(?:\.[\w.+/=-]*)?",
+    "bearer token": r"(?i:\bbearer\s+)[\w.~+/-]{20,}=*",
+    "API key": r"\b(?:sk-|gsk_|r8_|xai-|pplx-|nvapi-|tvly-|dop_v1_|dapi|hvs\.|glpat-)[\w-]{16,}",
+}
+# Detectors whose findings are no secrets, or are covered above.
+_IGNORED = ("Public IP (ipv4)", "Basic Auth Credentials")
+
+
+def without_secrets(text: str) -> tuple[str, list[str]]:
+    """Return a text with each secret replaced by :data:`REMOVED`, and the kinds of the secrets.
+
+    Values of environment variables such as HF_TOKEN, and users and passwords in URLs, are secrets too.
+    """
+    kinds = []
+    known = redact(text, REMOVED)
+    if known != text:
+        text, kinds = known, ["key or password that this machine uses or a URL contains"]
+    for kind, pattern in _patterns():
+        text, count = pattern.subn(_removed, text)
+        kinds += [kind] * bool(count)
+    return text, list(dict.fromkeys(kinds))
+
+
+def _removed(found: re.Match[str]) -> str:
+    """Return what replaces a match; quotes and white space that belong to a pattern stay."""
+    start, end = re.match(r"[\s:=\"']*", found[0]), re.search(r"[\s\"']*\Z", found[0])
+    assert start is not None and end is not None
+    return start[0] + REMOVED + end[0]
+
+
+@functools.cache
+def _patterns() -> list[tuple[str, re.Pattern[str]]]:
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+
+    kinds = get_mapping_from_secret_type_to_class().items()
+    found = {kind: plugin for kind, plugin in kinds if issubclass(plugin, RegexBasedDetector) and kind not in _IGNORED}
+    own = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
+    return own + [(kind, pattern) for kind, plugin in found.items() for pattern in plugin().denylist]
