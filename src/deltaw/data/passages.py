@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deltaw.data.formats import PASSAGES as POSITIVES
-from deltaw.data.formats import QUERIES, listed, require
+from deltaw.data.columns import PASSAGES as POSITIVES
+from deltaw.data.columns import QUERIES, listed
+from deltaw.data.formats import require
 from deltaw.data.messages import text_of
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError, BadRows, skipping_named, too_long
 from deltaw.data.row_files import COMPRESSED, Opened, decode, reading

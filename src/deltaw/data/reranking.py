@@ -115,6 +115,7 @@ class RerankReader(RetrievalReader):
         loss: the same, and not ``auto`` once rows are read.
     """
 
+    columns_task = "reranking"
     _range_setting = "reranking.score_range"
 
     def __init__(self, *args: Any, loss: str = "auto", **how: Any) -> None:

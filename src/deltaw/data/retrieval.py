@@ -19,8 +19,8 @@ import numpy as np
 from deltaw.data.check import Finding
 from deltaw.data.chunk import LongRows
 from deltaw.data.classes import class_name
+from deltaw.data.columns import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS, named_columns, wrong_columns
 from deltaw.data.example import LabeledExample, RowGroup
-from deltaw.data.formats import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS
 from deltaw.data.messages import WRONG_TYPE, text_of
 from deltaw.data.pieces import pieces
 from deltaw.data.report import BadRowError, count_of
@@ -81,8 +81,8 @@ class Columns:
     text: str | None
 
     @classmethod
-    def of(cls, names: Sequence[str], where: str) -> Columns:
-        """Those of a file.
+    def of(cls, names: Sequence[str], where: str, task: str = "embedding") -> Columns:
+        """Return the columns of a file.
 
         Raises:
             UserError: there is neither a query with a passage, nor a text with its class.
@@ -99,12 +99,7 @@ class Columns:
         if query is None or passage is None:
             query = passage = None
             if text is None or score is None:
-                what = "the rows have neither a query with a passage, nor a text with its class"
-                hint = (
-                    "name the columns 'anchor' and 'positive' (and 'negative', or 'score'), or 'text' and 'label', or "
-                    "map them with data.columns: {anchor: …, positive: …}"
-                )
-                raise UserError(what, where=f"{where}, whose columns are {', '.join(map(repr, names))}", hint=hint)
+                raise wrong_columns(task, names, where)
         return cls(query, passage, negatives if passage is not None else (), score, text if passage is None else None)
 
     @property
@@ -149,9 +144,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         """All that are chosen; what their columns hold is settled here."""
-        ours = self.settings.columns
-        names = [name for name in rows.columns if name not in ours.values()] + list(ours)
-        self._columns = Columns.of(names, rows.name)
+        self._columns = Columns.of(named_columns(rows.columns, self.settings.columns), rows.name, self.columns_task)
         self.form = self._columns.form
         return chosen
 

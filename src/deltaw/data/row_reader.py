@@ -16,6 +16,7 @@ import numpy as np
 
 from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
 from deltaw.data.chunk import Account, LongRows, Systems, limited, nothing_left, shared_system
+from deltaw.data.columns import require_columns
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
@@ -143,6 +144,7 @@ class RowReader(abc.ABC, Generic[Item]):
         say: told how far a long reading is.
 
     Attributes:
+        columns_task: task whose columns (:mod:`deltaw.data.columns`) the rows must have; empty for any columns.
         form: what the rows are, for reports. noun: a row, in messages.
         template: how rows become text, for the report: "chat", "plain", or nothing.
         needs, can_use: columns that each row has, or may have.
@@ -152,6 +154,7 @@ class RowReader(abc.ABC, Generic[Item]):
         bad: rows that cannot be used. account, long: what became of the others. systems: their system messages.
     """
 
+    columns_task = ""
     form = "rows"
     noun = "a row"
     template = ""
@@ -304,6 +307,7 @@ class RowReader(abc.ABC, Generic[Item]):
     def _check_columns(self, rows: Rows) -> None:
         columns = self.settings.columns
         check_columns(rows, columns)
+        require_columns(self.columns_task, rows.columns, rows.name, columns)
         there = (set(rows.columns) - set(columns.values())) | set(columns)
         lacking = [column for column in self.needs if column not in there]
         if lacking:
