@@ -19,7 +19,15 @@ import numpy as np
 import yaml
 
 from deltaw.data.classes import find_columns
-from deltaw.data.columns import JUDGED_COLUMNS, PAIR_COLUMNS, PROMPT_ANSWERS, ROW_KINDS, named_columns, require_columns
+from deltaw.data.columns import (
+    JUDGED_COLUMNS,
+    PAIR_COLUMNS,
+    PROMPT_ANSWERS,
+    ROW_KINDS,
+    kinds_of,
+    named_columns,
+    require_columns,
+)
 from deltaw.data.example import RowGroup
 from deltaw.data.formats import choose_form, read_records
 from deltaw.data.pixels import image_rows
@@ -285,6 +293,8 @@ def _columns(rows: Rows, task: str) -> tuple[str, dict[str, str], str]:
     if writes and found[0] != DEFAULT_TASK and _form(rows) is None:
         found = _guessed(rows, labeled=False) or found
     same = found[0] == task or (found[0] == DEFAULT_TASK and writes)
+    if same and task in PROMPTED and any(kind.fits(rows.columns) for kind in kinds_of(task)):
+        return task, {}, ""
     return (task, *found[1:]) if same else (task, {}, "")
 
 
@@ -329,7 +339,8 @@ def _guessed(rows: Rows, *, labeled: bool) -> tuple[str, dict[str, str], str] | 
 
 def _asked(question: str, answer: str) -> tuple[str, dict[str, str], str]:
     why = f"'{question}' holds the prompts, and '{answer}' the answers"
-    return DEFAULT_TASK, {"prompt": question, "completion": answer}, why
+    mapped = {"prompt": question, "completion": answer}
+    return DEFAULT_TASK, {ours: theirs for ours, theirs in mapped.items() if ours != theirs}, why
 
 
 def _is_index(values: Sequence[object]) -> bool:
