@@ -305,7 +305,7 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
         return Start(config, config)
     lock = RunLock(output)
     try:
-        start = Start(config, config) if fresh else _decided(output, config, asked, say)
+        start = Start(config, config) if fresh else decide_start(output, config, asked, say)
     except BaseException:
         lock.release()
         raise
@@ -313,7 +313,12 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
     return start
 
 
-def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
+def decide_start(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
+    """Decide whether a run resumes the one in ``output``, without locking the folder.
+
+    Raises:
+        UserError: the run in the folder cannot continue with these settings.
+    """
     run = Run(output)
     if run.training is None:
         if asked:

@@ -403,7 +403,7 @@ def assemble(
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
     """
-    method = _method_for(task, config)
+    method = method_for(task, config)
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
@@ -635,7 +635,7 @@ def _take_general_answers(session: Session) -> None:
     )
 
 
-def _method_for(task: Task, config: RunConfig) -> Method:
+def method_for(task: Task, config: RunConfig) -> Method:
     """The run's method.
 
     Raises:
