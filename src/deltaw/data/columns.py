@@ -177,6 +177,8 @@ def wrong_columns(task: str, columns: Collection[str], file: str) -> UserError:
     kinds = kinds_of(task)
     others = [kind for kind in ROW_KINDS if task not in kind.tasks and kind.infer(columns) is not None]
     hint = f"for {others[0].name} set task: {others[0].tasks[0]}. " if others else ""
+    if task == "reranking" and others and others[0].tasks[0] == "embedding":
+        hint += "deltaw data mine finds negatives. "
     hint += f"{task} takes {'; '.join(map(str, kinds))}. Map other names with data.columns: "
     hint += f"{{{kinds[0].required[0][0]}: …}}" if kinds else "{…}"
     where = f"{file}, whose columns are {listed(list(columns))}"

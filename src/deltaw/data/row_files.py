@@ -334,6 +334,11 @@ class TableReader:
                 continue
             yield self._count, cells
 
+    @property
+    def line(self) -> int:
+        """The line in which the present row begins."""
+        return self._text.first
+
     def _next(self) -> list[str] | None:
         """The cells of the next row; None at the end."""
         self._text.begin_row()
@@ -445,6 +450,17 @@ def read_json(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> 
         raise text.error("Extra data", name, text.at)
 
 
+def object_lines(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield the number of each object of a JSON list, and the line in which it begins."""
+    text, number = _Text(file, name, max_bytes), 0
+    while text.peek() in tuple("[,"):
+        text.step()
+        text.peek()
+        number += 1
+        yield number, text.line(text.at)
+        text.value(f"row {number}", name)
+
+
 class _Text:
     """The text of a file from ``at`` on, of which more is read when it is needed.
 
@@ -503,8 +519,11 @@ class _Text:
 
     def error(self, said: str, where: str, at: int) -> UserError:
         """Text that is no JSON at place ``at``."""
-        line = self._line + self.text.count("\n", 0, at)
-        return UserError(f"the file is not JSON: {said}", where=f"{where} (line {line})")
+        return UserError(f"the file is not JSON: {said}", where=f"{where} (line {self.line(at)})")
+
+    def line(self, at: int) -> int:
+        """Return the line of a place in the text."""
+        return self._line + self.text.count("\n", 0, at)
 
     def _more(self) -> bool:
         """Read on, as much again as there is, so that what is long is not parsed often; False at the end."""

@@ -22,13 +22,23 @@ from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pieces import Piece, pieces
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent, skipping_named
+from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
 from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import check_group, choose, divide, evaluated, group_keys, groups_of, keys_of, read_rows
+from deltaw.data.sources import (
+    check_group,
+    choose,
+    divide,
+    evaluated,
+    group_keys,
+    groups_of,
+    keys_of,
+    read_rows,
+    skipping_named,
+)
 from deltaw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from deltaw.data.row_files import (
     TableReader,
     delimiter_of,
     kind_of,
+    object_lines,
     read_json,
     read_lines,
     reading,
@@ -101,6 +102,24 @@ class FilePart:
         peeked: Any = opened.file  # each of the readers of :class:`Opened` can look ahead
         delimiter = "\t" if ".tsv" in self._path.name.lower() else delimiter_of(peeked.peek(_PEEKED))
         return TableReader(opened.file, self.name, delimiter, on_bad, max_bytes=self._most)
+
+    def lines_of(self, numbers: set[int]) -> dict[int, int]:
+        """Return the lines in which the rows of these numbers begin; empty for a file without lines."""
+        found: dict[int, int] = {}
+        if self._kind == "jsonl":
+            return {number: number for number in numbers}
+        with reading(self.name), Opened(self._path) as opened:
+            if self._kind == "csv":
+                table = self.table(opened, _told_before)
+                starts = ((number, table.line) for number, _ in table)
+            else:
+                starts = object_lines(opened.file, self.name) if self._kind == "json" else iter(())
+            for number, line in starts:
+                if number in numbers:
+                    found[number] = line
+                if number >= max(numbers):
+                    break
+        return found
 
     def stamp(self) -> object:
         """Changes when the part is written to; cheap."""

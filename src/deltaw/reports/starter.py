@@ -36,7 +36,7 @@ from deltaw.data.retrieval import Columns
 from deltaw.data.row_reader import RowReader
 from deltaw.data.sequences import lengths_of
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import KINDS, Rows
+from deltaw.data.sources import KINDS, Rows, with_lines
 from deltaw.errors import UserError
 from deltaw.hub.packages import is_here as is_in_cache
 from deltaw.hub.packages import is_package_reference
@@ -443,10 +443,13 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
 
 def _told(look: Look, reference: str, bad: BadRows, lengths: Sequence[int] | np.ndarray) -> Look:
     found = sorted(bad.lines(), key=lambda line: [int(n) for n in re.findall(r"\d+", str(line["where"]))])
-    places = [(str(line["where"]).removeprefix(f"{reference}, "), str(line["error"])) for line in found]
-    shown = [(where, what.removeprefix(f"{where} is ")) for where, what in places]
+    shown = with_lines([str(line["where"]) for line in found[:SHOWN_BAD]])
+    places = [
+        (place.removeprefix(f"{reference}, "), str(line["error"])) for place, line in zip(shown, found, strict=False)
+    ]
+    faults = [(where, what.removeprefix(f"{where} is ")) for where, what in places]
     ascending = np.sort(np.asarray(lengths, np.int64))
-    return replace(look, rows=len(ascending), bad=tuple(shown), bad_rows=len(bad), lengths=ascending)
+    return replace(look, rows=len(ascending), bad=tuple(faults), bad_rows=len(bad), lengths=ascending)
 
 
 def _estimated(value: object) -> int:
