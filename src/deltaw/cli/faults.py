@@ -10,7 +10,7 @@ import os
 import traceback as tracebacks
 from pathlib import Path
 
-from deltaw.errors import UserError, as_message
+from deltaw.errors import UserError, as_message, escape_control_characters
 from deltaw.version import __version__
 
 VARIABLE = "DELTAW_TRACEBACK"
@@ -48,7 +48,7 @@ def explained(error: Exception, *, traceback: bool) -> tuple[int, str]:
         fault = f"this is a fault of deltaw {__version__} or of a library that it uses, not of your input"
         hint = f"{fault}: report what --traceback and 'deltaw doctor --json' print"
     before = "".join(tracebacks.format_exception(error)) if traceback else ""
-    return status, before + as_message(UserError(what, where=where, hint=hint))
+    return status, escape_control_characters(before) + as_message(UserError(what, where=where, hint=hint))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
