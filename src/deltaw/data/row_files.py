@@ -16,6 +16,7 @@ import json
 import lzma
 import re
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,8 @@ class Opened:
         self._raw: IO[bytes] = path.open("rb")
         try:
             self.file: IO[bytes] = _decompressed(self._raw, path.suffix.lower())
+            peeked: Any = self.file  # every decompressor can look ahead
+            check_content(peeked.peek(_BEGINNING)[:_BEGINNING], path)
         except BaseException:
             self._raw.close()
             raise
@@ -129,6 +132,46 @@ class Opened:
         with contextlib.suppress(OSError, ValueError):  # of a damaged stream, which was said already
             self.file.close()
         self._raw.close()
+
+
+_BEGINNING = 8192
+_SIGNATURES = {
+    b"PAR1\x15": "a Parquet file",
+    b"ARROW1\0": "an Arrow file",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh91AY&SY": "compressed with bzip2",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard",
+}
+_ENCODINGS = {"utf-32": "UTF-32", "utf-32-le": "UTF-32", "utf-32-be": "UTF-32"}
+_ENCODINGS |= {"utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"}
+
+
+def check_content(beginning: bytes, path: Path) -> None:
+    """Reject a text file whose first bytes are another kind of file, or text in another encoding.
+
+    Raises:
+        UserError: it is; the message says what the file is instead.
+    """
+    for signature, kind in _SIGNATURES.items():
+        if beginning.startswith(signature):
+            hint = "rename the file so that its suffix matches its content, or unpack it"
+            raise UserError(f"the file is {kind}, which its name does not say", where=str(path), hint=hint)
+    if b"\0" in beginning or beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        whole = beginning[: len(beginning) // 4 * 4]
+        for encoding, name in _ENCODINGS.items():
+            if _unreadable_share(whole.decode(encoding, "replace")) < 0.05 and whole:
+                raise UserError(f"the file is text in {name}", where=str(path), hint="save the file as UTF-8")
+    if _unreadable_share(beginning.decode("utf-8", "replace")) > 0.3:
+        hint = "save the file as UTF-8, or rename it if it is no text"
+        raise UserError("the file is binary, or text in another encoding than UTF-8", where=str(path), hint=hint)
+
+
+def _unreadable_share(text: str) -> float:
+    """Return the share of characters that are replaced, unassigned or control characters."""
+    bad = sum((unicodedata.category(c) in ("Cc", "Cn", "Co") and c not in "\t\n\r") or c == "\ufffd" for c in text)
+    return bad / max(1, len(text))
 
 
 def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:

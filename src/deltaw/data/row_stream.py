@@ -256,7 +256,7 @@ class RowStream:
             if self._kept is not None:
                 self._kept.append(kept)
         if not self.rows:
-            raise empty_file(self.name, self._first_bad)
+            raise empty_file(self.name, self._first_bad, self.bytes)
         self.columns = list(columns)
 
     def chunks(self) -> Iterator[Rows]:
@@ -330,8 +330,13 @@ def sample(file: Any, size: int, digest: Any) -> None:
         digest.update(file.read(_SAMPLE_BYTES))
 
 
-def empty_file(name: str, bad: UserError | None = None) -> UserError:
-    """The error for a file without a row that can be read; ``bad`` is what was said of the first."""
+def empty_file(name: str, bad: UserError | None = None, size: int = 0) -> UserError:
+    """Return the error for a file without a usable row.
+
+    Args:
+        bad: Error of the first row. size: Bytes of the file.
+    """
     if bad is not None:
         return UserError(f"no row can be read; the first error: {bad.what}", where=bad.where, hint=bad.hint)
-    return UserError("the file is empty: it has no row", where=name, hint="name the file that has the rows")
+    what = "it contains blank lines, a header or an empty list only" if size else "it is empty"
+    return UserError(f"the file has no row: {what}", where=name, hint="name the file that has the rows")

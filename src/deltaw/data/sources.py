@@ -76,10 +76,19 @@ def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = M
         part = (reference, range(1, len(found) + 1), found)
         return Rows(reference, [part], columns=found.column_names, fills_nulls=True)
     room = _Room(reference)
-    parts = [(name, *_read_file(path, name, on_bad, max_bytes, room)) for path, name in found]
+    first_bad: list[BadRowError] = []
+
+    def note(error: BadRowError, row: object) -> None:
+        assert on_bad is not None
+        first_bad.append(error) if not first_bad else None
+        on_bad(error, row)
+
+    noting = None if on_bad is None else note
+    parts = [(name, *_read_file(path, name, noting, max_bytes, room)) for path, name in found]
     rows = Rows(reference, parts, fills_nulls=any(kind_of(path) in TYPED for path, _ in found))
     if not len(rows):
-        raise empty_file(reference)
+        size = sum(path.stat().st_size for path, _ in found)
+        raise empty_file(reference, first_bad[0] if first_bad else None, size)
     return rows
 
 

@@ -547,15 +547,16 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
     steps = range(-(-CANDIDATES // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
     try:
-        said = working("comparing gradients with those in fp32")
-        with said, session.running(), session.method.evaluating(model):
+        comparing = working("comparing gradients with fp32; train.approximate: off skips this", 1.0)
+        with comparing as advance, session.running(), session.method.evaluating(model):
             few = rows_to_look_at(rows, batcher, session.objective)
             key = _what_gradients_follow_from(session, few, offered)
             kept = None if key is None else recall("approximations", key, ("torch", "transformers", "deltaw"))
             if isinstance(kept, dict):
                 chosen = Chosen.of_earlier_run(kept)
             else:
-                chosen = GradientCheck(model, session.objective, batcher, dict(session.trained), few).choose(offered)
+                check = GradientCheck(model, session.objective, batcher, dict(session.trained), few, advance)
+                chosen = check.choose(offered)
                 if key is not None:
                     remember("approximations", key, asdict(chosen), ("torch", "transformers", "deltaw"))
     except Exception as error:  # whatever a foreign model raises in fp32, it trains without
