@@ -36,7 +36,7 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
-        what, where, hint = redact(what), where and redact(where), hint and redact(hint)
+        what, where, hint = clean(what), where and clean(where), hint and clean(hint)
         self.what, self.where, self.hint = what, where, hint
         more = f"\n  where: {where}" if where else ""
         more += "\n  hint:  " + hint.replace("\n", "\n         ") if hint else ""
@@ -45,6 +45,16 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled whole, for other processes."""
         return _not_yet_made, (type(self), self.args), self.__dict__
+
+
+# ASCII and C1 control characters except tab and newline, line separators, and marks that change the reading direction.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escape_control_characters(text: str) -> str:
+    """Replace characters that a terminal would execute by their escapes, such as ``\\x1b``."""
+    text = str(text).replace("\r\n", "\n")
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _not_yet_made(kind: type[UserError], args: tuple[Any, ...]) -> UserError:
@@ -92,7 +102,12 @@ def as_message(error: UserError, width: int = 80) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error, without secrets, as a part of another message."""
     lines = redact(str(error)).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return escape_control_characters(lines[0][:300]) if lines else type(error).__name__
+
+
+def clean(text: str) -> str:
+    """Return a text without secrets and control characters, for messages."""
+    return escape_control_characters(redact(str(text)))
 
 
 def redact(text: str, mark: str = "…") -> str:

@@ -118,29 +118,31 @@ class TrainSettings(BaseModel):
         """What YAML makes of ``off``."""
         return "off" if given is False else given
 
-    @field_validator("time")
+    @field_validator("time", mode="before")
     @classmethod
-    def _is_duration(cls, given: str | None) -> str | None:
+    def _is_duration(cls, given: object) -> object:
         if given is not None:
-            duration_seconds(given)
+            duration_seconds(str(given))
         return given
 
 
 def duration_seconds(text: str) -> float:
-    """The seconds of a duration such as ``90s``, ``30m``, ``1h30m`` or ``2d``.
+    """Return the seconds of a duration such as ``90s``, ``5min``, ``1h30m``, ``1.5 hours`` or ``2 days``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a duration.
     """
-    compact = text.replace(" ", "").lower()
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", compact)
-    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != compact or not 0 < seconds < math.inf:
-        raise ValueError("Input should be a duration such as 90s, 30m, 1h30m or 2d")
+    text = text.lower()
+    parts = re.findall(_DURATION, text)
+    seconds = sum(float(count.replace(",", ".")) * _SECONDS[unit[0]] for count, unit in parts)
+    if re.sub(r"and|[,\s]", "", re.sub(_DURATION, "", text)) or not 0 < seconds < math.inf:
+        raise ValueError("Input should be a duration such as 90s, 5min, 1h30m or 2 days")
     return seconds
 
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_UNITS = "s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?|h(?:(?:ou)?rs?)?|d(?:ays?)?|w(?:eeks?)?"
+_DURATION = rf"([0-9]+(?:[.,][0-9]+)?|[.,][0-9]+)\s*({_UNITS})(?![a-z])"
 
 
 DEFAULT_TASK = "causal-lm"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.report import BadRowError, BadRows, skipping_named
-from deltaw.data.sources import read_rows
+from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.sources import read_rows, skipping_named
 from deltaw.errors import UserError
 
 

@@ -133,9 +133,9 @@ def test_columns_with_other_names_are_mapped(read):
     assert texts(group) == ["q", "p", "n"] and group.scores == (0.5,)
     assert data.report.unused_columns == ("positive",)
     told = refusal(read, [{"title": "q", "body": "p"}])
-    assert "neither a query with a passage, nor a text with its class" in told.what
+    assert "do not fit the task embedding" in told.what and "queries with passages (anchor, positive)" in told.hint
     assert "'title', 'body'" in told.where and "data.columns" in told.hint
-    assert "neither a query" in refusal(read, [{"anchor": "q", "negative": "n"}]).what
+    assert "do not fit" in refusal(read, [{"anchor": "q", "negative": "n"}]).what
 
 
 def test_queries_and_passages_begin_with_their_prompts_and_texts_compared_both_ways_do_not(read):

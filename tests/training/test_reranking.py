@@ -182,7 +182,7 @@ def test_bad_rows_are_named(encoder, tmp_path):
         task.read(DataSettings(train=str(path), eval=None), seed=0)
     for rows in [{"anchor": "a", "positive": "b"}], [{"text": "a", "label": "b"}]:
         path = write_rows(tmp_path / "lacking.jsonl", rows)
-        with pytest.raises(UserError, match="nothing says which passage is wrong"):
+        with pytest.raises(UserError, match="do not fit the task reranking"):
             task.read(DataSettings(train=str(path), eval=None), seed=0)
 
 

@@ -19,7 +19,7 @@ import click
 
 from deltaw import platforms
 from deltaw.cli import faults, mistakes
-from deltaw.errors import UserError, as_message
+from deltaw.errors import UserError, as_message, escape_control_characters
 from deltaw.kernels import variants
 from deltaw.version import __version__
 from deltaw.working import listening
@@ -221,4 +221,4 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a person reads it, without the place in our code that gave it."""
     from deltaw.reports.tables import folded
 
-    click.echo(folded(f"warning: {message}"), err=True)
+    click.echo(folded(escape_control_characters(f"warning: {message}")), err=True)

@@ -72,7 +72,12 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     from deltaw.training.data_view import check_data
 
     out = console(as_json)
-    found = check_data(_config(file, settings, given, out.say), out.say)
+    config = _config(file, settings, given, out.say)
+    found = check_data(config, out.say)
+    if found.usable:
+        from deltaw.runs.checks import with_refusal
+
+        found = with_refusal(found, config, folder=config.data.train != file)
     for line in check_lines(found):
         out.print(line)
     if as_json:

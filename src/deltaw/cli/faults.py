@@ -10,7 +10,7 @@ import os
 import traceback as tracebacks
 from pathlib import Path
 
-from deltaw.errors import UserError, as_message, redact
+from deltaw.errors import UserError, as_message, clean
 from deltaw.version import __version__
 
 VARIABLE = "DELTAW_TRACEBACK"
@@ -47,7 +47,7 @@ def explained(error: Exception, *, traceback: bool) -> tuple[int, str]:
         what = f"an unexpected {type(error).__name__}: {_first_line(error)}"
         fault = f"this is a fault of deltaw {__version__} or of a library that it uses, not of your input"
         hint = f"{fault}: report what --traceback and 'deltaw doctor --json' print"
-    before = redact("".join(tracebacks.format_exception(error))) if traceback else ""
+    before = clean("".join(tracebacks.format_exception(error))) if traceback else ""
     return status, before + as_message(UserError(what, where=where, hint=hint))
 
 

@@ -56,12 +56,19 @@ def command(
         plans = {name: of_each(plan, config.train.sharding, processes) for name, plan in known.plans.items()}
         _show(plans, config.method, processes, known.lines, out)
         _end(plans, picture, out, as_json)
-        return
+        if not (config.track or config.memory or config.task == "reward" or Path(config.output).expanduser().exists()):
+            return  # nothing is left to check, and torch need not be imported
 
+    from deltaw.runs.checks import check_folder, check_rows, check_settings
     from deltaw.training.session import read_data
 
+    check_settings(config)
+    if known is not None:
+        check_folder(config)
+        return
     lines: list[str] = []
     task, data = read_data(config, lines.append)
+    check_rows(config, task, data)
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
@@ -81,6 +88,7 @@ def command(
         raise UserError("no method can be planned", where=config.model, hint=hint)
     _show(plans, config.method, processes, lines, out)
     _end(plans, picture, out, as_json)
+    check_folder(config)
 
 
 def _show(plans: Mapping[str, Plan], own: str, processes: int, rows: Sequence[str], out: Output) -> None:

@@ -9,17 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltaw.data.formats import check_columns, listed
+from deltaw.data.columns import IMAGES, LABELED_TEXTS, LABELS, TEXT_PAIRS, listed
+from deltaw.data.formats import check_columns
 from deltaw.data.report import BadRowError
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError, did_you_mean
 
-# Usual names of such columns. A file with several from one line needs data.columns.
-_TEXTS = ("sentence", "review", "content", "document", "question", "comment", "tweet", "headline", "body")
-_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
-_LABELS = ("labels", "target", "class", "category")
-_IMAGES = ("image", "img", "images", "picture")
 NO_LABEL = "a label that is no class or number"
 # A column with more values than this, most in one row only, is hardly one of classes.
 _MANY = 50
@@ -50,29 +46,29 @@ def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
     check_columns(rows, columns)
     there = [column for column in rows.columns if column not in columns.values() and column != settings.group]
     if task == "image-classification":
-        label = columns.get("label") or _named(rows, there, "label", ("label", *_LABELS), required=False)
-        image = columns.get("image") or _named(rows, there, "image", _IMAGES, required=False)
+        label = columns.get("label") or _named(rows, there, "label", LABELS, required=False)
+        image = columns.get("image") or _named(rows, there, "image", IMAGES, required=False)
         tables = rows.tables()
         if label is None and tables and not tables[0].has_header:
             label = rows.columns[-1]  # a table of bare numbers: pixels, then the label
         if label is None:
-            raise _unknown(rows, "label", ("label", *_LABELS))
+            raise _unknown(rows, "label", LABELS)
         if image is not None:
             return LabelColumns(label, image=image)
         if not tables:
-            raise _unknown(rows, "image", _IMAGES)
+            raise _unknown(rows, "image", IMAGES)
         return LabelColumns(label, pixels=tuple(column for column in there if column != label))
     text, pair = columns.get("text"), columns.get("text_pair")
     if text is None:
-        known = next((both for both in _PAIRS if set(both) <= set(there)), None)
+        known = next((both for both in TEXT_PAIRS if set(both) <= set(there)), None)
         if "text" in there or known is None:
-            text = _named(rows, there, "text", ("text", *_TEXTS))
+            text = _named(rows, there, "text", LABELED_TEXTS)
         else:
             text, pair = known[0], pair or known[1]
     if pair is None and "text_pair" in there:
         pair = "text_pair"
     there = [column for column in there if column not in (text, pair)]
-    usual = ("label", *_LABELS, *(("score",) if task == "regression" else ()))
+    usual = (*LABELS, *(("score",) if task == "regression" else ()))
     return LabelColumns(columns.get("label") or _named(rows, there, "label", usual) or usual[0], text, pair)
 
 

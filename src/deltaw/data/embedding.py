@@ -18,6 +18,8 @@ class EmbeddingReader(RetrievalReader):
             with classes, begin with neither.
     """
 
+    columns_task = "embedding"
+
     def __init__(self, *args: Any, prompts: tuple[str, str] = ("", ""), **how: Any) -> None:
         super().__init__(*args, **how)
         self._prompts = prompts

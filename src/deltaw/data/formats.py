@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from deltaw.data.columns import PAIR_COLUMNS, kinds_of, listed, wrong_columns
 from deltaw.data.messages import (
     MALFORMED,
     ROLES,
@@ -32,28 +33,6 @@ if TYPE_CHECKING:
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
 # Columns of labeled rows besides 'text' (see deltaw.data.classes).
 LABELED_COLUMNS = ("label", "text_pair", "image")
-# Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
-PAIR_COLUMNS = ("chosen", "rejected")
-# Of rows for retrieval: what the first text is called, those that go with it, wrong ones, scores, texts with a class.
-QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt", "instruction")
-PASSAGES = (
-    "positive",
-    "passage",
-    "passages",
-    "answer",
-    "document",
-    "documents",
-    "sentence2",
-    "hypothesis",
-    "response",
-    "completion",
-    "output",
-)
-NEGATIVES = ("negative", "negatives")
-SCORES = ("score", "scores", "similarity_score", "label", "labels")
-TEXTS = ("text", "sentence")
-# Columns of single answers that are desired or not (see deltaw.data.preferences).
-ANSWER_COLUMNS = ("prompt", "completion", "label")
 
 
 @dataclass(frozen=True)
@@ -206,23 +185,13 @@ def require(
 
 
 def _no_form(rows: Rows | RowStream, what: str, lacking: str | None) -> UserError:
-    if set(PAIR_COLUMNS) <= set(rows.columns):
-        hint = "for pairs of a chosen and a rejected answer, set task: preference. "
-    elif lacking:
-        hint = f"did you mean data.columns: {{{lacking}: …}}? "
-    else:
+    error = wrong_columns("causal-lm", rows.columns, rows.name)
+    hint = f"did you mean data.columns: {{{lacking}: …}}? " if lacking else ""
+    if not hint:
         near = [(column, did_you_mean(column, known_columns())) for column in rows.columns]
-        hint = "; ".join(f"'{column}': {said}" for column, said in near if said.startswith("did")) or ""
-        hint = hint + ". " if hint else ""
-    shapes = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMS)
-    hint = f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}"
-    return UserError(what, where=f"{rows.name}, whose columns are {listed(rows.columns)}", hint=hint)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first twenty of them."""
-    shown = ", ".join(f"'{name}'" for name in names[:20])
-    return shown + (", …" if len(names) > 20 else "") if shown else "none"
+        hint = "; ".join(f"'{column}': {text}" for column, text in near if text.startswith("did"))
+        hint += " " if hint else ""
+    return UserError(what, where=error.where, hint=hint + str(error.hint))
 
 
 def _system(row: Row, where: str) -> str | None:
@@ -314,12 +283,9 @@ def _read_text(row: Row, where: str) -> Text:
     return Text(text_of(row["text"], "text", where))
 
 
+_READ = (_read_messages, _read_sharegpt, read_pair, _read_alpaca, _read_evals, _read_text)
 # All formats, in the order in which they are tried.
-FORMS = (
-    Form("messages", ("messages",), ("tools",), _read_messages),
-    Form("sharegpt", ("conversations",), ("system", "tools"), _read_sharegpt),
-    Form("prompt-completion", ("prompt", "completion"), ("system", "tools"), read_pair),
-    Form("alpaca", ("instruction", "output"), ("input", "system"), _read_alpaca),
-    Form("evals", ("input", "ideal"), (), _read_evals),
-    Form("text", ("text",), (), _read_text),
+FORMS = tuple(
+    Form(kind.name, tuple(column for (column,) in kind.required), kind.optional, read)
+    for kind, read in zip(kinds_of("causal-lm"), _READ, strict=True)
 )

@@ -15,11 +15,11 @@ from deltaw.data.check import Finding
 from deltaw.data.chunk import LongRows
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
 from deltaw.data.example import LabeledExample
-from deltaw.data.messages import text_of
+from deltaw.data.messages import empty_text, written_text
 from deltaw.data.mixture import Train, shown
 from deltaw.data.pieces import Piece, pieces
 from deltaw.data.pixels import AnyExample, ImageExample, image_rows, read_images
-from deltaw.data.report import BadRowError, Report
+from deltaw.data.report import BadRowError, Report, similar_classes
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_reader import RowReader, RunData, ShownExample
 from deltaw.data.rows import Row, Rows
@@ -203,9 +203,8 @@ class LabelReader(RowReader[AnyExample]):
             self.account["tokens_cut"] += excess
             (tokens,) = tokenize([text], cut=True)
         ids, segments = tokens
-        if not len(ids):
-            error = BadRowError("the text is empty", reason="an empty text", where=where, hint="remove the row")
-            self.skip(rows, index, error)
+        if len(ids) <= tokenize.special:  # a tokenizer may drop characters
+            self.skip(rows, index, empty_text("the text", where))
             return None
         return LabeledExample(rows.number(index), ids, self._labels[index], segments)
 
@@ -226,7 +225,10 @@ class LabelReader(RowReader[AnyExample]):
         hint = "a classifier may never answer with them; add rows of them, or drop some of the others"
         few = f"classes with less than {_RARE:.0%} of the rows of the largest: {', '.join(rare[:12])}"
         none = f"classes with fewer than 2 rows: {', '.join(single[:12])}"
+        similar = similar_classes(counts)
+        alike = f"classes that may be typing errors: {'; '.join(similar[:5])}"
         return [
+            Finding("similar_classes", "warning", len(similar), alike, "correct the labels if they are the same class"),
             Finding("unbalanced", "warning", len(rare), few, hint),
             Finding("classes_without_rows", "warning", len(single), none, hint),
         ]
@@ -241,14 +243,14 @@ class _Tokenizing:
         self._tokenizer = tokenizer
         self._limit = limit
         self._columns = [column for column in (columns.text, columns.text_pair) if column]
-        special = tokenizer.num_special_tokens_to_add(pair=len(self._columns) == 2)
+        self.special = special = tokenizer.num_special_tokens_to_add(pair=len(self._columns) == 2)
         if special >= limit:
             what = f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row"
             raise UserError(what, where="data.max_length", hint=f"set it to at least {special + 1}")
 
     def texts(self, row: Row, where: str) -> tuple[str, ...]:
         """The one or two texts of a row."""
-        return tuple(text_of(row.get(column), column, where) for column in self._columns)
+        return tuple(written_text(row.get(column), column, where) for column in self._columns)
 
     def __call__(self, texts: Sequence[tuple[str, ...]], *, cut: bool = False) -> list[_Tokens]:
         return tokenized(self._tokenizer, texts, self._limit if cut else None)

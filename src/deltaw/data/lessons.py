@@ -64,6 +64,7 @@ class LessonReader(PromptReader):
         prompt: what the teacher alone is given; empty for nothing.
     """
 
+    columns_task = "distill"
     form = "lessons"
 
     def __init__(

@@ -48,6 +48,11 @@ class Conversation:
     tools: tuple[Message, ...] = ()
 
 
+def is_blank(text: str) -> bool:
+    """Return True if a text has no visible character: white space, control and zero-width characters only."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
 def text_of(value: object, key: str, where: str) -> str:
     """The value of ``key``, which must be text.
 
@@ -65,6 +70,24 @@ def text_of(value: object, key: str, where: str) -> str:
             hint = "write the whole character, or remove it"
             raise BadRowError(what, reason="text that is not Unicode", where=where, hint=hint) from error
     return value
+
+
+def written_text(value: object, column: str, where: str) -> str:
+    """Return the text in a cell.
+
+    Raises:
+        BadRowError: it is no text, or has no visible character.
+    """
+    text = text_of(value, column, where)
+    if is_blank(text):
+        raise empty_text(f"'{column}'", where)
+    return text
+
+
+def empty_text(name: str, where: str) -> BadRowError:
+    """Return the error for a text without a visible character."""
+    hint = "write the text, or remove the row"
+    return BadRowError(f"{name} is empty", reason="an empty text", where=where, hint=hint)
 
 
 def read_messages(value: object, key: str, where: str) -> list[Message]:

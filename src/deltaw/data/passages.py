@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deltaw.data.formats import PASSAGES as POSITIVES
-from deltaw.data.formats import QUERIES, listed, require
+from deltaw.data.columns import PASSAGES as POSITIVES
+from deltaw.data.columns import QUERIES, listed
+from deltaw.data.formats import require
 from deltaw.data.messages import text_of
-from deltaw.data.report import MAX_ROW_BYTES, BadRowError, BadRows, skipping_named, too_long
+from deltaw.data.report import MAX_ROW_BYTES, BadRowError, BadRows, too_long
 from deltaw.data.row_files import COMPRESSED, Opened, decode, reading
-from deltaw.data.sources import open_source
+from deltaw.data.sources import open_source, skipping_named
 from deltaw.errors import UserError, did_you_mean
 
 # Usual names of the columns; the first that a file has is read.

@@ -18,8 +18,9 @@ import numpy as np
 
 from deltaw.data.check import Finding
 from deltaw.data.chunk import count_system, differ, example_of, frequent
+from deltaw.data.columns import JUDGED_COLUMNS, PAIR_COLUMNS
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, Record, read_pair, require, with_system
+from deltaw.data.formats import Record, read_pair, require, with_system
 from deltaw.data.messages import WRONG_TYPE
 from deltaw.data.report import BadRowError, Refuse, Report, Say, silent
 from deltaw.data.row_reader import RowReader, RunData
@@ -233,7 +234,7 @@ class UnpairedReader(AnswerReader):
         weights: of desired and of undesired answers in the loss.
     """
 
-    needs = ANSWER_COLUMNS
+    needs = JUDGED_COLUMNS
     answers = ("completion",)
     form = "unpaired answers"
     noun = "an answer"
@@ -252,7 +253,7 @@ class UnpairedReader(AnswerReader):
         self._weights = weights
 
     def records(self, row: Row, where: str) -> tuple[Record, ...]:
-        require(row, ANSWER_COLUMNS, where, "every row has 'prompt', 'completion' and 'label' (true or false)")
+        require(row, JUDGED_COLUMNS, where, "every row has 'prompt', 'completion' and 'label' (true or false)")
         _desired(row["label"], where)
         return (read_pair(row, where),)
 

@@ -21,12 +21,12 @@ from deltaw.data.formats import Form, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
 from deltaw.data.pieces import pieces
-from deltaw.data.report import BadRows, Report, Say, silent, skipping_named
+from deltaw.data.report import BadRows, Report, Say, silent
 from deltaw.data.row_reader import UNLIMITED, RunData, ShownExample, ShownRow
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import divide, evaluated, open_source
+from deltaw.data.sources import divide, evaluated, open_source, skipping_named
 from deltaw.data.stored_rows import read_stored
 from deltaw.data.templates import Encoder, TemplateName
 from deltaw.hub.terminators import terminators_in

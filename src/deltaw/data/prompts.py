@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltaw.data.columns import PROMPT_ANSWERS
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import FORMS, Pair, Record, read_pair
 from deltaw.data.messages import Conversation, Message
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # Stands for the answer where a row has none: what precedes an answer is rendered with one behind it.
 _ANY = "."
-# Columns that may hold the answer to a prompt, in the order in which they are looked for.
-ANSWER_COLUMNS = ("completion", "answer", "ideal", "output", "label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +44,7 @@ class PromptReader(AnswerReader):
     """Reads files of prompts."""
 
     answers = ("answer",)
+    columns_task = "reward"
     form = "prompts"
     noun = "a prompt"
     same = "with the prompt of an earlier one"
@@ -124,7 +124,7 @@ def read_prompt_row(row: Row, where: str) -> tuple[Record, bool]:
 
 def _answer(row: Row) -> str | None:
     """The text of the answer that a row brings; None if it brings none."""
-    found = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    found = next((row[name] for name in PROMPT_ANSWERS if row.get(name) is not None), None)
     found = found[0] if isinstance(found, list) and found else found
     return str(found) if isinstance(found, str | int | float) and str(found).strip() else None
 

@@ -5,14 +5,13 @@ Counts only; it knows neither files nor tokenizers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -115,18 +114,6 @@ class BadRowError(UserError):
     def of_file(self) -> UserError:
         """The same where no row of the file can be skipped: what follows it cannot be told."""
         return UserError(self.what, where=self.where, hint=self.hint)
-
-
-@contextlib.contextmanager
-def skipping_named() -> Iterator[None]:
-    """While open, the error of a row that cannot be used also says how to leave such rows out."""
-    try:
-        yield
-    except BadRowError as error:
-        if SKIPPING in (error.hint or ""):
-            raise
-        hint = "; ".join(filter(None, (error.hint, SKIPPING)))
-        raise BadRowError(error.what, reason=error.reason, where=error.where, hint=hint) from error
 
 
 def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> BadRowError:
@@ -388,6 +375,8 @@ class Report:
             few = [name for name, count in self.class_counts.items() if count < 2]
             if few and not self.duplicates_kept:
                 lines.append(f"classes with fewer than 2 training rows: {', '.join(few[:12])}")
+            if not self.duplicates_kept:
+                lines += [f"possible typing error: class {text}" for text in similar_classes(self.class_counts)[:5]]
         if self.image_sizes:
             low_height, low_width, height, width = self.image_sizes
             sizes = f"{low_height}×{low_width} to {height}×{width} pixels"
@@ -400,6 +389,36 @@ class Report:
     def as_dict(self) -> dict[str, object]:
         """Every count by name, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def similar_classes(counts: Mapping[str, int]) -> list[str]:
+    """Describe classes that are probably misspelled.
+
+    These are names that differ from another one in case or white space only, and names of very few rows that are one
+    edit away from a frequent one.
+    """
+    found, names = [], sorted(counts, key=lambda name: (counts[name], name))
+    for place, rare in enumerate(names[: 10**6 // max(1, len(names))]):
+        for other in reversed(names[place + 1 :]):
+            left, right = (" ".join(name.casefold().split()) for name in (rare, other))
+            few = counts[rare] <= max(2, counts[other] // 50) and counts[rare] < counts[other]
+            if left == right or (few and min(len(left), len(right)) > 3 and _is_one_edit(left, right)):
+                found.append(f"{rare!r} ({count_of(counts[rare])}) is almost {other!r} ({count_of(counts[other])})")
+                break
+    return found
+
+
+def _is_one_edit(left: str, right: str) -> bool:
+    """Return True if one inserted, removed, replaced or swapped character, which is no digit, makes the texts equal."""
+    start = _shared_prefix(left, right)
+    end = _shared_prefix(left[start:][::-1], right[start:][::-1])
+    one, other = left[start : len(left) - end], right[start : len(right) - end]
+    swapped = len(one) == 2 and one == other[::-1]
+    return (swapped or max(len(one), len(other)) <= 1) and not any(map(str.isdigit, one + other))
+
+
+def _shared_prefix(left: str, right: str) -> int:
+    return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def quoted(text: str, most: int) -> str:

@@ -115,6 +115,7 @@ class RerankReader(RetrievalReader):
         loss: the same, and not ``auto`` once rows are read.
     """
 
+    columns_task = "reranking"
     _range_setting = "reranking.score_range"
 
     def __init__(self, *args: Any, loss: str = "auto", **how: Any) -> None:
@@ -130,10 +131,6 @@ class RerankReader(RetrievalReader):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         chosen, columns = super().usable(rows, chosen), self._columns
-        if columns.passage is None or not (columns.score or columns.negatives):
-            what = f"the rows are {columns.form}, and nothing says which passage is wrong"
-            hint = "add a column 'label' or 'negative'; deltaw data mine finds negatives"
-            raise UserError(what, where=rows.name, hint=hint)
         usual = "contrastive" if columns.negatives else "binary"
         if len(chosen) and isinstance(self.row(rows, chosen[0])[columns.passage], list):
             usual = "listwise"

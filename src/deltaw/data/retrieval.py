@@ -7,6 +7,7 @@ What a model sees of a row, a subclass says: each text alone, or the query with 
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import math
 import re
@@ -19,9 +20,9 @@ import numpy as np
 from deltaw.data.check import Finding
 from deltaw.data.chunk import LongRows
 from deltaw.data.classes import class_name
+from deltaw.data.columns import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS, named_columns, wrong_columns
 from deltaw.data.example import LabeledExample, RowGroup
-from deltaw.data.formats import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS
-from deltaw.data.messages import WRONG_TYPE, text_of
+from deltaw.data.messages import WRONG_TYPE, empty_text, written_text
 from deltaw.data.pieces import pieces
 from deltaw.data.report import BadRowError, count_of
 from deltaw.data.row_reader import RowReader, ShownExample
@@ -81,8 +82,8 @@ class Columns:
     text: str | None
 
     @classmethod
-    def of(cls, names: Sequence[str], where: str) -> Columns:
-        """Those of a file.
+    def of(cls, names: Sequence[str], where: str, task: str = "embedding") -> Columns:
+        """Return the columns of a file.
 
         Raises:
             UserError: there is neither a query with a passage, nor a text with its class.
@@ -99,12 +100,7 @@ class Columns:
         if query is None or passage is None:
             query = passage = None
             if text is None or score is None:
-                what = "the rows have neither a query with a passage, nor a text with its class"
-                hint = (
-                    "name the columns 'anchor' and 'positive' (and 'negative', or 'score'), or 'text' and 'label', or "
-                    "map them with data.columns: {anchor: …, positive: …}"
-                )
-                raise UserError(what, where=f"{where}, whose columns are {', '.join(map(repr, names))}", hint=hint)
+                raise wrong_columns(task, names, where)
         return cls(query, passage, negatives if passage is not None else (), score, text if passage is None else None)
 
     @property
@@ -142,6 +138,11 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
     def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
         """What the model sees of each row; texts are cut to ``limit`` tokens, special ones included."""
 
+    @functools.cached_property
+    def _empty(self) -> list[np.ndarray]:
+        """Token ids of empty texts, with which a text is compared of which the tokenizer keeps nothing."""
+        return [ids for ids, _ in self.encode([RowTexts("", ("",))], None)[0]]
+
     def used_columns(self) -> set[str | None]:
         columns = self._columns
         used = {columns.query, columns.passage, *columns.negatives, columns.score, columns.text}
@@ -149,9 +150,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         """All that are chosen; what their columns hold is settled here."""
-        ours = self.settings.columns
-        names = [name for name in rows.columns if name not in ours.values()] + list(ours)
-        self._columns = Columns.of(names, rows.name)
+        self._columns = Columns.of(named_columns(rows.columns, self.settings.columns), rows.name, self.columns_task)
         self.form = self._columns.form
         return chosen
 
@@ -184,9 +183,9 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
                 raise BadRowError(
                     "the row has no class", reason="no class", where=where, hint="write one, or remove it"
                 )
-            return RowTexts(_text(row.get(columns.text), columns.text, where), name=name)
+            return RowTexts(written_text(row.get(columns.text), columns.text, where), name=name)
         assert columns.query is not None
-        query = _text(row.get(columns.query), columns.query, where)
+        query = written_text(row.get(columns.query), columns.query, where)
         passages = _texts(row.get(columns.passage), columns.passage, where)
         several = isinstance(row.get(columns.passage), list)
         for column in columns.negatives:
@@ -231,6 +230,9 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     def _group(self, rows: Rows, index: int, row_texts: RowTexts, encoded: list[Encoded]) -> TextGroup | None:
         """At most ``data.max_length`` tokens a text; None where the row is dropped, which is counted."""
+        if any(np.array_equal(ids, empty) for ids, _ in encoded for empty in self._empty):
+            self.skip(rows, index, empty_text("a text", rows.place(index)))
+            return None
         longest, limit, way = max(len(ids) for ids, _ in encoded), self.settings.max_length, self.settings.long_rows
         if longest > limit and way == "error":
             self.long.add(LongRows(1, rows.place(index), longest, longest))
@@ -285,14 +287,6 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 Encoded = tuple[np.ndarray, np.ndarray | None]
 
 
-def _text(value: object, column: str, where: str) -> str:
-    found = text_of(value, column, where)
-    if not found.strip():
-        hint = "write the text, or remove the row"
-        raise BadRowError(f"'{column}' is empty", reason="an empty text", where=where, hint=hint)
-    return found
-
-
 def _number(value: object) -> float:
     """A number, or the text of one as a table has it; NaN for all else."""
     try:
@@ -304,8 +298,8 @@ def _number(value: object) -> float:
 def _texts(value: object, column: str, where: str) -> tuple[str, ...]:
     """One text, or a list of them."""
     if not isinstance(value, list):
-        return (_text(value, column, where),)
+        return (written_text(value, column, where),)
     if not value:
         what = f"'{column}' is an empty list"
         raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="write at least one text, or remove the row")
-    return tuple(_text(one, column, where) for one in value)
+    return tuple(written_text(one, column, where) for one in value)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deltaw.data.columns import PAIR_COLUMNS
 from deltaw.data.example import Example, LabeledExample, RowGroup
-from deltaw.data.formats import PAIR_COLUMNS, Pair, Record
+from deltaw.data.formats import Pair, Record
 from deltaw.data.messages import WRONG_TYPE, Conversation
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.preferences import PairReader

@@ -16,6 +16,7 @@ import json
 import lzma
 import re
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,8 @@ class Opened:
         self._raw: IO[bytes] = path.open("rb")
         try:
             self.file: IO[bytes] = _decompressed(self._raw, path.suffix.lower())
+            peeked: Any = self.file  # every decompressor can look ahead
+            check_content(peeked.peek(_BEGINNING)[:_BEGINNING], path)
         except BaseException:
             self._raw.close()
             raise
@@ -129,6 +132,46 @@ class Opened:
         with contextlib.suppress(OSError, ValueError):  # of a damaged stream, which was said already
             self.file.close()
         self._raw.close()
+
+
+_BEGINNING = 8192
+_SIGNATURES = {
+    b"PAR1\x15": "a Parquet file",
+    b"ARROW1\0": "an Arrow file",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh91AY&SY": "compressed with bzip2",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard",
+}
+_ENCODINGS = {"utf-32": "UTF-32", "utf-32-le": "UTF-32", "utf-32-be": "UTF-32"}
+_ENCODINGS |= {"utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"}
+
+
+def check_content(beginning: bytes, path: Path) -> None:
+    """Reject a text file whose first bytes are another kind of file, or text in another encoding.
+
+    Raises:
+        UserError: it is; the message says what the file is instead.
+    """
+    for signature, kind in _SIGNATURES.items():
+        if beginning.startswith(signature):
+            hint = "rename the file so that its suffix matches its content, or unpack it"
+            raise UserError(f"the file is {kind}, which its name does not say", where=str(path), hint=hint)
+    if b"\0" in beginning or beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        whole = beginning[: len(beginning) // 4 * 4]
+        for encoding, name in _ENCODINGS.items():
+            if _unreadable_share(whole.decode(encoding, "replace")) < 0.05 and whole:
+                raise UserError(f"the file is text in {name}", where=str(path), hint="save the file as UTF-8")
+    if _unreadable_share(beginning.decode("utf-8", "replace")) > 0.3:
+        hint = "save the file as UTF-8, or rename it if it is no text"
+        raise UserError("the file is binary, or text in another encoding than UTF-8", where=str(path), hint=hint)
+
+
+def _unreadable_share(text: str) -> float:
+    """Return the share of characters that are replaced, unassigned or control characters."""
+    bad = sum((unicodedata.category(c) in ("Cc", "Cn", "Co") and c not in "\t\n\r") or c == "\ufffd" for c in text)
+    return bad / max(1, len(text))
 
 
 def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
@@ -334,6 +377,11 @@ class TableReader:
                 continue
             yield self._count, cells
 
+    @property
+    def line(self) -> int:
+        """The line in which the present row begins."""
+        return self._text.first
+
     def _next(self) -> list[str] | None:
         """The cells of the next row; None at the end."""
         self._text.begin_row()
@@ -445,6 +493,17 @@ def read_json(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> 
         raise text.error("Extra data", name, text.at)
 
 
+def object_lines(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield the number of each object of a JSON list, and the line in which it begins."""
+    text, number = _Text(file, name, max_bytes), 0
+    while text.peek() in tuple("[,"):
+        text.step()
+        text.peek()
+        number += 1
+        yield number, text.line(text.at)
+        text.value(f"row {number}", name)
+
+
 class _Text:
     """The text of a file from ``at`` on, of which more is read when it is needed.
 
@@ -503,8 +562,11 @@ class _Text:
 
     def error(self, said: str, where: str, at: int) -> UserError:
         """Text that is no JSON at place ``at``."""
-        line = self._line + self.text.count("\n", 0, at)
-        return UserError(f"the file is not JSON: {said}", where=f"{where} (line {line})")
+        return UserError(f"the file is not JSON: {said}", where=f"{where} (line {self.line(at)})")
+
+    def line(self, at: int) -> int:
+        """Return the line of a place in the text."""
+        return self._line + self.text.count("\n", 0, at)
 
     def _more(self) -> bool:
         """Read on, as much again as there is, so that what is long is not parsed often; False at the end."""

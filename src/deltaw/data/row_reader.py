@@ -16,18 +16,29 @@ import numpy as np
 
 from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
 from deltaw.data.chunk import Account, LongRows, Systems, limited, nothing_left, shared_system
+from deltaw.data.columns import require_columns
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import without_nulls
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pieces import Piece, pieces
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent, skipping_named
+from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import Row, Rows
 from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import check_group, choose, divide, evaluated, group_keys, groups_of, keys_of, read_rows
+from deltaw.data.sources import (
+    check_group,
+    choose,
+    divide,
+    evaluated,
+    group_keys,
+    groups_of,
+    keys_of,
+    read_rows,
+    skipping_named,
+)
 from deltaw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -143,6 +154,7 @@ class RowReader(abc.ABC, Generic[Item]):
         say: told how far a long reading is.
 
     Attributes:
+        columns_task: task whose columns (:mod:`deltaw.data.columns`) the rows must have; empty for any columns.
         form: what the rows are, for reports. noun: a row, in messages.
         template: how rows become text, for the report: "chat", "plain", or nothing.
         needs, can_use: columns that each row has, or may have.
@@ -152,6 +164,7 @@ class RowReader(abc.ABC, Generic[Item]):
         bad: rows that cannot be used. account, long: what became of the others. systems: their system messages.
     """
 
+    columns_task = ""
     form = "rows"
     noun = "a row"
     template = ""
@@ -304,6 +317,7 @@ class RowReader(abc.ABC, Generic[Item]):
     def _check_columns(self, rows: Rows) -> None:
         columns = self.settings.columns
         check_columns(rows, columns)
+        require_columns(self.columns_task, rows.columns, rows.name, columns)
         there = (set(rows.columns) - set(columns.values())) | set(columns)
         lacking = [column for column in self.needs if column not in there]
         if lacking:

@@ -24,6 +24,7 @@ from deltaw.data.row_files import (
     TableReader,
     delimiter_of,
     kind_of,
+    object_lines,
     read_json,
     read_lines,
     reading,
@@ -101,6 +102,24 @@ class FilePart:
         peeked: Any = opened.file  # each of the readers of :class:`Opened` can look ahead
         delimiter = "\t" if ".tsv" in self._path.name.lower() else delimiter_of(peeked.peek(_PEEKED))
         return TableReader(opened.file, self.name, delimiter, on_bad, max_bytes=self._most)
+
+    def lines_of(self, numbers: set[int]) -> dict[int, int]:
+        """Return the lines in which the rows of these numbers begin; empty for a file without lines."""
+        found: dict[int, int] = {}
+        if self._kind == "jsonl":
+            return {number: number for number in numbers}
+        with reading(self.name), Opened(self._path) as opened:
+            if self._kind == "csv":
+                table = self.table(opened, _told_before)
+                starts = ((number, table.line) for number, _ in table)
+            else:
+                starts = object_lines(opened.file, self.name) if self._kind == "json" else iter(())
+            for number, line in starts:
+                if number in numbers:
+                    found[number] = line
+                if number >= max(numbers):
+                    break
+        return found
 
     def stamp(self) -> object:
         """Changes when the part is written to; cheap."""
@@ -237,7 +256,7 @@ class RowStream:
             if self._kept is not None:
                 self._kept.append(kept)
         if not self.rows:
-            raise empty_file(self.name, self._first_bad)
+            raise empty_file(self.name, self._first_bad, self.bytes)
         self.columns = list(columns)
 
     def chunks(self) -> Iterator[Rows]:
@@ -311,8 +330,13 @@ def sample(file: Any, size: int, digest: Any) -> None:
         digest.update(file.read(_SAMPLE_BYTES))
 
 
-def empty_file(name: str, bad: UserError | None = None) -> UserError:
-    """The error for a file without a row that can be read; ``bad`` is what was said of the first."""
+def empty_file(name: str, bad: UserError | None = None, size: int = 0) -> UserError:
+    """Return the error for a file without a usable row.
+
+    Args:
+        bad: Error of the first row. size: Bytes of the file.
+    """
     if bad is not None:
         return UserError(f"no row can be read; the first error: {bad.what}", where=bad.where, hint=bad.hint)
-    return UserError("the file is empty: it has no row", where=name, hint="name the file that has the rows")
+    what = "it contains blank lines, a header or an empty list only" if size else "it is empty"
+    return UserError(f"the file has no row: {what}", where=name, hint="name the file that has the rows")

@@ -7,11 +7,12 @@ Rows are read as a whole (:func:`read_rows`), or in chunks where there may be mo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ import numpy as np
 from deltaw.contained import require_contained
 from deltaw.data import reasoning_gym
 from deltaw.data.example import rows_of
-from deltaw.data.report import MAX_ROW_BYTES, Report
+from deltaw.data.report import MAX_ROW_BYTES, SKIPPING, BadRowError, Report
 from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
 from deltaw.data.rows import Row, Rows, Table
@@ -52,6 +53,8 @@ _HUB = re.compile(
 _HELD_OUT_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*)?", re.IGNORECASE)
 # Of rows that are kept in memory: bytes of each beside its text, and bytes after which memory is looked at.
 _ROW_BYTES, _LOOK_BYTES = 64, 2**24
+# A row in a file whose line is not given yet.
+_ROW_PLACE = re.compile(r"(?P<file>.+?), row (?P<row>\d+)(?P<rest>(?!.*\(.*line)\D.*|)", re.DOTALL)
 # Folders that archives and version control leave behind.
 _NOT_DATA = frozenset(("__MACOSX", "__pycache__"))
 
@@ -73,10 +76,19 @@ def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = M
         part = (reference, range(1, len(found) + 1), found)
         return Rows(reference, [part], columns=found.column_names, fills_nulls=True)
     room = _Room(reference)
-    parts = [(name, *_read_file(path, name, on_bad, max_bytes, room)) for path, name in found]
+    first_bad: list[BadRowError] = []
+
+    def note(error: BadRowError, row: object) -> None:
+        assert on_bad is not None
+        first_bad.append(error) if not first_bad else None
+        on_bad(error, row)
+
+    noting = None if on_bad is None else note
+    parts = [(name, *_read_file(path, name, noting, max_bytes, room)) for path, name in found]
     rows = Rows(reference, parts, fills_nulls=any(kind_of(path) in TYPED for path, _ in found))
     if not len(rows):
-        raise empty_file(reference)
+        size = sum(path.stat().st_size for path, _ in found)
+        raise empty_file(reference, first_bad[0] if first_bad else None, size)
     return rows
 
 
@@ -276,6 +288,52 @@ def _missing(path: Path, reference: str) -> UserError:
     near = files_near(path, lambda entry: kind_of(entry) is not None)
     hint = did_you_mean(path.name, near) if near else "give the path of a file, relative to the current folder"
     return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), hint=hint)
+
+
+def with_lines(places: Sequence[str]) -> list[str]:
+    """Add the line in which each row begins to places such as "data.csv, row 7".
+
+    Each file is read once, up to its last row of these. Places in other files, such as Parquet, are returned unchanged.
+    """
+    rows: dict[str, set[int]] = {}
+    matches = [_ROW_PLACE.fullmatch(place) for place in places]
+    for match in filter(None, matches):
+        rows.setdefault(match["file"], set()).add(int(match["row"]))
+    lines = {file: _lines_of(file, numbers) for file, numbers in rows.items()}
+
+    def complete(place: str, match: re.Match[str] | None) -> str:
+        line = None if match is None else lines[match["file"]].get(int(match["row"]))
+        return (
+            place
+            if match is None or line is None
+            else f"{match['file']}, row {match['row']} (line {line:,}){match['rest']}"
+        )
+
+    return [complete(place, match) for place, match in zip(places, matches, strict=True)]
+
+
+def _lines_of(file: str, numbers: set[int]) -> dict[int, int]:
+    try:
+        path = packages.member(file) if packages.is_package_reference(file) else Path(os.path.expanduser(file))
+        return FilePart(path, file).lines_of(numbers) if path.is_file() and kind_of(path) else {}
+    except (UserError, OSError, ValueError):  # the first error is more important
+        return {}
+
+
+@contextlib.contextmanager
+def skipping_named() -> Iterator[None]:
+    """Add the line of the row to errors, and how to skip rows that cannot be used."""
+    try:
+        yield
+    except UserError as error:
+        where = error.where and with_lines([error.where])[0]
+        if isinstance(error, BadRowError):
+            hint = error.hint or ""
+            hint = hint if SKIPPING in hint else "; ".join(filter(None, (hint, SKIPPING)))
+            raise BadRowError(error.what, reason=error.reason, where=where, hint=hint) from error
+        if where == error.where:
+            raise
+        raise UserError(error.what, where=where, hint=error.hint) from error
 
 
 # Which rows are trained on and which are held out: chosen, deduplicated, split.

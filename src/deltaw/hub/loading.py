@@ -326,12 +326,31 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
     if task == "features":
         of_base = [name for name in missing if not name.startswith("pooler.")]
     if of_base or (missing and task != "features" and not tasks.entry_of(task).new_head):
-        lacking = of_base or missing
-        what = f"the folder's weights lack {len(lacking)} of the model's tensors, the first is '{lacking[0]}'"
-        kind = model.config.model_type
-        hint = f"this {kind} model may be made for another task than '{task}', or its files for another config.json"
-        raise UserError(what, where=str(folder), hint=hint)
+        raise _incomplete(of_base or missing, model, task, folder)
     return sorted({name.rpartition(".")[0] for name in missing})
+
+
+def _incomplete(missing: list[str], model: PreTrainedModel, task: str, folder: Path) -> UserError:
+    what = f"the folder's weights lack {len(missing)} of the model's tensors, the first is '{missing[0]}'"
+    kind = model.config.model_type
+    hint = f"this {kind} model may be made for another task than '{task}', or its files for another config.json"
+    return UserError(what, where=str(folder), hint=hint)
+
+
+def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: str, trust_remote_code: bool) -> None:
+    """Check by the headers of a model's files that they contain the head that the task needs.
+
+    Files that were saved for another class than the task's may lack it. Heads that a task creates are not needed.
+
+    Raises:
+        UserError: the files lack it.
+    """
+    entry = tasks.entry_of(task)
+    if entry.new_head or entry.auto_model == "AutoModel" or type(model).__name__ in (model.config.architectures or ()):
+        return
+    missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
+    if missing := [name for name in missing if ".pooler." not in name]:
+        raise _incomplete(missing, model, task, config_folder(reference, dtype, trust_remote_code))
 
 
 def check_architecture(
@@ -393,10 +412,15 @@ def has_values(model: nn.Module) -> bool:
 
 
 def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
-    """Names of modules whose weights the model's files do not hold, told by the files' headers alone.
+    """Return the modules outside of the backbone whose weights the model's files lack, by the files' headers."""
+    missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
+    return sorted({name.rpartition(".")[0] for name in missing})
 
-    Empty where the files are not there. The base model's part of a name may be missing in a
-    file, or stand there alone, as it does in files of other tasks.
+
+def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool) -> list[str]:
+    """Return the tensors outside of the backbone that the model's files lack; none if there are no files.
+
+    A file may contain names with or without the prefix of the backbone, since other tasks have other prefixes.
     """
     known: set[str] = set()
     for path in config_folder(reference, dtype, trust_remote_code).glob("*.safetensors"):
@@ -408,8 +432,7 @@ def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_rem
     missing = [
         name for name, _ in model.named_parameters() if not {name, name.removeprefix(prefix), prefix + name} & known
     ]
-    new = [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
-    return sorted({name.rpartition(".")[0] for name in new})
+    return [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
 
 
 def converted_bytes(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> int:

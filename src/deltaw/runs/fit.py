@@ -30,6 +30,7 @@ from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, relea
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY, Method
 from deltaw.runs.checkpoints import listed
+from deltaw.runs.checks import check_rows, check_settings
 from deltaw.runs.folder import FOLDER, Run, RunFolder, check_output
 from deltaw.runs.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
 from deltaw.runs.resuming import (
@@ -52,7 +53,7 @@ from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.distilled import compare_with_prompt
-from deltaw.training.monitoring.monitor import Monitor, check_monitored
+from deltaw.training.monitoring.monitor import Monitor
 from deltaw.training.monitoring.neighbors import neighbor_drift
 from deltaw.training.monitoring.rates import choose_rate
 from deltaw.training.origin import InferenceSession
@@ -105,6 +106,7 @@ def fit(
     if processes is ALONE:
         refuse_alone()
     with guest(), Tracking(config, callback or Callback()) as told:
+        check_settings(config)
         check_output(output, goes_on=not fresh and (resume is not None or Run(output).training is not None))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
@@ -223,7 +225,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
 def _read(start: Start, say: Say) -> tuple[Task, RunData, dict[str, object]]:
     """The run's rows, and what identifies them; a run in the folder must have had the same."""
     task, data = read_data(start.config, say, check=False)
-    check_monitored(start.config, task, data)
+    check_rows(start.config, task, data)
     rows = rows_facts(data.train, data.held_out)
     if start.rows is not None:
         require_same_rows(start.rows, rows, start.asked, Path(start.asked.output), done=start.done)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltaw.data.example import rows_of
 from deltaw.durable import write_text
-from deltaw.errors import UserError, redact
+from deltaw.errors import UserError, clean
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
@@ -305,7 +305,7 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
         return Start(config, config)
     lock = RunLock(output)
     try:
-        start = Start(config, config) if fresh else _decided(output, config, asked, say)
+        start = Start(config, config) if fresh else decide_start(output, config, asked, say)
     except BaseException:
         lock.release()
         raise
@@ -313,7 +313,12 @@ def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say
     return start
 
 
-def _decided(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
+def decide_start(output: Path, config: RunConfig, asked: bool, say: Say) -> Start:
+    """Decide whether a run resumes the one in ``output``, without locking the folder.
+
+    Raises:
+        UserError: the run in the folder cannot continue with these settings.
+    """
     run = Run(output)
     if run.training is None:
         if asked:
@@ -603,7 +608,7 @@ class RunRecord:
         if isinstance(error, UserError):
             more = {"error": plain({"what": error.what, "where": error.where, "hint": error.hint})}
         elif state == FAILED:
-            more = {"error": plain({"what": redact(f"{type(error).__name__}: {error}")})}
+            more = {"error": plain({"what": clean(f"{type(error).__name__}: {error}")})}
         try:
             self._write(state, **self._at_the_end(state), **more)
         except (UserError, OSError) as another:

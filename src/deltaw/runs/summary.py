@@ -59,7 +59,7 @@ def write_card(
         "task": config.task,
         "method": config.method,
         "training data": shown(config.data.train),
-        "rows": str(outcome.rows),
+        "rows": f"{min(outcome.rows, session.data.report.rows_kept):,} used, {len(session.data.held_out):,} held out",
         "optimizer steps": str(outcome.steps),
         "trained parameters": f"{trained:,}",
         "learning rate": f"{session.learning_rate:g}",

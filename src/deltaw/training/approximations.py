@@ -33,6 +33,7 @@ from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.widened import widened
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
+from deltaw.working import Advance
 
 # How each is called for a person.
 NAMES = {
@@ -142,6 +143,10 @@ class Chosen:
         return cls(tuple(plain["names"]), measured, plain["refused"])
 
 
+# Gradients that a comparison computes: exact ones, those of the base precision, and approximate ones.
+_PASSES = 3
+
+
 @dataclass
 class GradientCheck:
     """Computes the gradient of a few of a training's rows in several ways, and compares them.
@@ -149,6 +154,7 @@ class GradientCheck:
     Args:
         model, objective, batcher: as in the training. named: what is trained, by name.
         rows: those that are looked at.
+        advance: Receives the share of the comparison that is done.
     """
 
     model: nn.Module
@@ -156,8 +162,10 @@ class GradientCheck:
     batcher: AnyBatcher
     named: Mapping[str, nn.Parameter]
     rows: Sequence[Any]
+    advance: Advance = lambda done: None
 
     def __post_init__(self) -> None:
+        self._passes, self._batches = 0.0, max(1, sum(1 for _ in self.batcher.batches(self.rows)))
         self.tokens = tokens_of(self.batcher, self.rows)
         numbers = sum(parameter.numel() for parameter in self.named.values())
         # An odd distance goes through all columns of a matrix.
@@ -200,6 +208,8 @@ class GradientCheck:
                 begin(self.rows, self.batcher, ALONE)
             for batch in self.batcher.batches(self.rows):
                 self.objective(batch).backward()
+                self._passes += 1 / self._batches
+                self.advance(min(self._passes / _PASSES, 0.99))
         for name, parameter in self.named.items():
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:

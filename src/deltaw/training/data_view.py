@@ -10,6 +10,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import Check
@@ -17,11 +18,11 @@ from deltaw.data.mixture import shown
 from deltaw.data.report import BadRows
 from deltaw.data.row_reader import Reader, ShownRow
 from deltaw.data.settings import eval_sets, held_out_reference
+from deltaw.data.sources import with_lines
 from deltaw.errors import UserError
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.session import read_data
 from deltaw.training.tasks.base import task_of
 
 
@@ -32,10 +33,10 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
         UserError: the data cannot be read at all, or the settings do not fit it.
     """
     apart = map(held_out_reference, eval_sets(config.data.eval).values())
-    found = _reader(config, say).check([file for file in apart if file is not None])
-    if found.usable and config.task == "reward":  # the functions are checked against the rows
-        read_data(config)
-    return found
+    check = _reader(config, say).check([file for file in apart if file is not None])
+    places = iter(with_lines([place for finding in check.findings for place in finding.rows]))
+    findings = [replace(finding, rows=tuple(itertools.islice(places, len(finding.rows)))) for finding in check.findings]
+    return replace(check, findings=tuple(findings))
 
 
 def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = silent) -> Iterator[ShownRow]:

@@ -410,7 +410,7 @@ def assemble(
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
     """
-    method = _method_for(task, config)
+    method = method_for(task, config)
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
@@ -551,9 +551,9 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
     if not offered:
         return
     try:
-        said = working("comparing gradients with those in fp32")
-        with said, session.running(), session.method.evaluating(model):
-            check = gradient_check(session)
+        comparing = working("comparing gradients with fp32; train.approximate: off skips this", 1.0)
+        with comparing as advance, session.running(), session.method.evaluating(model):
+            check = gradient_check(session, advance)
             key = _what_gradients_follow_from(session, check.rows, offered)
             kept = None if key is None else recall("approximations", key, ("torch", "transformers", "deltaw"))
             if isinstance(kept, dict):
@@ -573,14 +573,14 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
     session.said += session.approximations.lines(chosen.refused)
 
 
-def gradient_check(session: Session) -> GradientCheck:
+def gradient_check(session: Session, advance: Advance = lambda done: None) -> GradientCheck:
     """Return the comparison of gradients on the first rows of a run. Call it within ``session.running()``."""
     settings = session.config.train
     order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
     steps = range(-(-CANDIDATES // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
     few = rows_to_look_at(rows, session.batcher, session.objective)
-    return GradientCheck(session.model, session.objective, session.batcher, dict(session.trained), few)
+    return GradientCheck(session.model, session.objective, session.batcher, dict(session.trained), few, advance)
 
 
 def _what_gradients_follow_from(session: Session, rows: Sequence[Any], offered: Sequence[str]) -> object | None:
@@ -649,7 +649,7 @@ def _take_general_answers(session: Session) -> None:
     )
 
 
-def _method_for(task: Task, config: RunConfig) -> Method:
+def method_for(task: Task, config: RunConfig) -> Method:
     """The run's method.
 
     Raises:

@@ -26,7 +26,7 @@ from deltaw.data.example import RowGroup
 from deltaw.data.sequences import joined, lengths_of, used_tokens
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import converted_bytes, new_modules, skeleton
+from deltaw.hub.loading import converted_bytes, new_modules, require_head, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
 from deltaw.kernels.decode import PAGE_TOKENS
@@ -545,6 +545,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     with fake_tensors():  # the run's model, before the method is applied
         model = skeleton(config.model, task=config.task, num_labels=task.outputs(data), **how)
+    require_head(model, config.model, config.task, **how)
     kernels = settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     total = count_numbers(model)

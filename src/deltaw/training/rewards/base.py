@@ -57,6 +57,19 @@ def needs_extra(package: str, error: ImportError, where: str) -> UserError:
     return UserError(what, where=where, hint="pip install 'deltaw[reward]'")
 
 
+def require_file(reference: str, where: str) -> Path:
+    """Return the file of ``FILE.py:NAME``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = reference.rpartition(":")[0]
+    path = Path(file).expanduser()
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"there is no file {file or reference}", where=where, hint="write FILE.py:NAME")
+    return path
+
+
 def from_file(reference: str, where: str) -> Callable[..., Any]:
     """What ``FILE.py:NAME`` names.
 
@@ -64,10 +77,8 @@ def from_file(reference: str, where: str) -> Callable[..., Any]:
         UserError: there is no such file or name, or the file cannot be run.
     """
     file, _, name = reference.rpartition(":")
-    path = Path(file).expanduser()
-    spec = importlib.util.spec_from_file_location("rewards_of_the_run", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"there is no file {file or reference}", where=where, hint="write FILE.py:NAME")
+    spec = importlib.util.spec_from_file_location("rewards_of_the_run", require_file(reference, where))
+    assert spec is not None and spec.loader is not None, "the file's name ends in .py"
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

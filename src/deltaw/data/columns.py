@@ -1,0 +1,185 @@
+"""Columns that the rows of each task have.
+
+One description serves ``deltaw init``, the errors of readers and the table in ``docs/data.md``. It contains names only;
+readers validate the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from deltaw.errors import UserError
+
+# Columns of pairs of answers, and of single answers that are desired or not (see deltaw.data.preferences).
+PAIR_COLUMNS = ("chosen", "rejected")
+JUDGED_COLUMNS = ("prompt", "completion", "label")
+# Columns of rows for retrieval (see deltaw.data.retrieval).
+QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt", "instruction")
+PASSAGES = (
+    *("positive", "passage", "passages", "answer", "document", "documents", "sentence2", "hypothesis", "response"),
+    *("completion", "output"),
+)
+NEGATIVES = ("negative", "negatives")
+SCORES = ("score", "scores", "similarity_score", "label", "labels")
+TEXTS = ("text", "sentence")
+# Usual names of the columns of labeled rows (see deltaw.data.classes).
+LABELED_TEXTS = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "document",
+    "question",
+    "comment",
+    "tweet",
+    "headline",
+    "body",
+)
+TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+LABELS = ("label", "labels", "target", "class", "category")
+IMAGES = ("image", "img", "images", "picture")
+# Columns that may contain the answer to a prompt, in order of preference.
+PROMPT_ANSWERS = ("completion", "answer", "ideal", "output", "label")
+# Names of retrieval columns in ``data.columns``.
+_MAPPED = {"query": "anchor", "passage": "positive"}
+_PROMPTED = ("reward", "distill")
+_CLASSIFIERS = ("sequence-classification", "regression")
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """One kind of rows.
+
+    Attributes:
+        name: Noun phrase for messages and the docs.
+        tasks: Tasks that accept these rows. ``deltaw init`` infers the first one.
+        required: Alternative names of each required column.
+        optional: Names of further columns that a reader uses.
+        inferred: Narrower names from which ``deltaw init`` infers the task; empty if it also needs the values.
+        unless: Names that rule out the inference.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    required: tuple[tuple[str, ...], ...]
+    optional: tuple[str, ...] = ()
+    inferred: tuple[tuple[str, ...], ...] = ()
+    unless: tuple[str, ...] = ()
+
+    def fits(self, columns: Collection[str]) -> bool:
+        """Return True if ``columns`` contain one name of each required column."""
+        return all(any(name in columns for name in names) for names in self.required)
+
+    def infer(self, columns: Collection[str]) -> dict[str, str] | None:
+        """Return ``data.columns`` if the task follows from the names, regardless of case, else None."""
+        by_name = {column.strip().lower(): column for column in reversed(list(columns))}
+        if not self.inferred or by_name.keys() & set(self.unless):
+            return None
+        mapped: dict[str, str] = {}
+        for names in self.inferred:
+            column = next((by_name[name] for name in names if name in by_name), None)
+            if column is None:
+                return None
+            if column not in names:
+                mapped[_MAPPED.get(names[0], names[0])] = column
+        return mapped
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(names[0] for names in self.required)})"
+
+
+def _format(name: str, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> RowKind:
+    """Return a format of :mod:`deltaw.data.formats` with a prompt and an answer."""
+    required = tuple((column,) for column in columns)
+    return RowKind(name, ("causal-lm", *_PROMPTED), required, optional, required)
+
+
+_ASKED, _FOUND = ("anchor", "query", "question"), ("positive", "passage", "passages", "document", "documents")
+_ANSWERED = ("answer", "completion", "response", "output")
+# In the order in which `deltaw init` tries them.
+ROW_KINDS = (
+    RowKind(
+        "pairs of answers",
+        ("preference", "sequence-classification"),
+        (("chosen",), ("rejected",)),
+        ("prompt", "system", "tools", "margin"),
+        (("chosen",), ("rejected",)),
+    ),
+    RowKind("single answers, preference.loss: kto", ("preference",), (("prompt",), ("completion",), ("label",))),
+    RowKind(
+        "queries with passages, and scores or negatives",
+        ("reranking", "embedding"),
+        ((*QUERIES, *TEXTS), PASSAGES, (*SCORES, *NEGATIVES, "negative_1")),
+        (),
+        (_ASKED[1:], _FOUND[1:], SCORES),
+        _ANSWERED,
+    ),
+    RowKind(
+        "queries with passages",
+        ("embedding",),
+        ((*QUERIES, *TEXTS), PASSAGES),
+        (*NEGATIVES, *SCORES),
+        (_ASKED, _FOUND),
+        _ANSWERED,
+    ),
+    RowKind(
+        "pairs of sentences with scores",
+        ("embedding",),
+        (("sentence1",), ("sentence2",), ("score",)),
+        (),
+        (("sentence1",), ("sentence2",), ("score",)),
+    ),
+    _format("messages", ("messages",), ("tools",)),
+    _format("sharegpt", ("conversations",), ("system", "tools")),
+    _format("prompt-completion", ("prompt", "completion"), ("system", "tools")),
+    _format("alpaca", ("instruction", "output"), ("input", "system")),
+    _format("evals", ("input", "ideal")),
+    RowKind("text", ("causal-lm",), (("text",),)),
+    RowKind("prompts", _PROMPTED, (("prompt",),), PROMPT_ANSWERS),
+    RowKind("texts with labels", _CLASSIFIERS, (LABELED_TEXTS, (*LABELS, "score")), ("text_pair",)),
+    *(RowKind("pairs of texts with labels", _CLASSIFIERS, ((a,), (b,), (*LABELS, "score"))) for a, b in TEXT_PAIRS),
+    RowKind("texts with classes", ("embedding",), (TEXTS, SCORES)),
+    RowKind("images with labels", ("image-classification",), (IMAGES, LABELS)),
+)
+
+
+def kinds_of(task: str) -> tuple[RowKind, ...]:
+    """Return the kinds of rows that a task accepts; empty for a task of a plug-in."""
+    return tuple(kind for kind in ROW_KINDS if task in kind.tasks)
+
+
+def named_columns(columns: Collection[str], mapped: Mapping[str, str]) -> list[str]:
+    """Return the columns of a file with the names that ``data.columns`` gives them."""
+    return [*mapped, *(column for column in columns if column not in mapped.values())]
+
+
+def require_columns(task: str, columns: Collection[str], file: str, mapped: Mapping[str, str]) -> None:
+    """Reject a file whose columns fit no kind of rows of the task.
+
+    Raises:
+        UserError: the columns do not fit. The message lists the columns of the file and those that the task takes.
+    """
+    kinds, found = kinds_of(task), named_columns(columns, mapped)
+    if not kinds or any(kind.fits(found) for kind in kinds):
+        return
+    raise wrong_columns(task, columns, file)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first twenty names in quotes for a message."""
+    shown = ", ".join(f"'{name}'" for name in names[:20])
+    return shown + (", …" if len(names) > 20 else "") if shown else "none"
+
+
+def wrong_columns(task: str, columns: Collection[str], file: str) -> UserError:
+    """Return the error for columns that fit no kind of rows of the task."""
+    kinds = kinds_of(task)
+    others = [kind for kind in ROW_KINDS if task not in kind.tasks and kind.infer(columns) is not None]
+    hint = f"for {others[0].name} set task: {others[0].tasks[0]}. " if others else ""
+    if task == "reranking" and others and others[0].tasks[0] == "embedding":
+        hint += "deltaw data mine finds negatives. "
+    hint += f"{task} takes {'; '.join(map(str, kinds))}. Map other names with data.columns: "
+    hint += f"{{{kinds[0].required[0][0]}: …}}" if kinds else "{…}"
+    where = f"{file}, whose columns are {listed(list(columns))}"
+    return UserError(f"the columns do not fit the task {task}", where=where, hint=hint)
