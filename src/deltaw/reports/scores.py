@@ -13,7 +13,7 @@ from deltaw.export.deploy import Deployed
 from deltaw.reports.tables import Cell, one_line, table
 from deltaw.reports.wording import metric_name
 from deltaw.training.drift import GeneralAnswer
-from deltaw.training.evaluation.base import Interval, is_share
+from deltaw.training.evaluation.base import Interval, metric_format
 
 if TYPE_CHECKING:
     from deltaw.serving.harness import TaskScore
@@ -106,6 +106,4 @@ def general_table(rows: Sequence[GeneralAnswer]) -> Table:
 
 
 def _number(metric: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if is_share(metric) else f"{value:.4f}"
+    return "" if value is None else format(value, metric_format(metric))

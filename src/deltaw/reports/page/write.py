@@ -123,7 +123,7 @@ def _rendered(template: str, view: Mapping[str, Any]) -> str:
 def rate_drawing(search: RateSearch) -> str:
     """A range test of the learning rate as an SVG that stands alone."""
     figure = rate_figure(search.as_dict())
-    if figure is None:
+    if figure is None or not figure.drawing:
         return str(drawing("rate-search", "Loss over learning rate", search.why, 40))
     return str(macro("alone", figure, templates()[1]))
 

@@ -30,6 +30,11 @@ def is_share(metric: str) -> bool:
     return metric in SHARES or metric.startswith("pass@")
 
 
+def metric_format(metric: str) -> str:
+    """Return the format specification of a metric: percent, a count, or four decimals."""
+    return ".1%" if is_share(metric) else ",.0f" if metric.startswith("passages_") else ".4f"
+
+
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """int64 (classes, classes): how many rows of class i were taken for class j."""
     pairs = np.asarray(truth, np.int64) * classes + np.asarray(predicted, np.int64)
@@ -185,6 +190,57 @@ def check_finite(what: str, values: np.ndarray | float) -> None:
         raise UserError(f"{what} not finite", hint=hint)
 
 
+# Rows that an evaluation keeps for reports: those with the largest errors, and some evenly spread.
+MISTAKES, EXAMPLES = 20, 8
+# Classes up to which a report has the whole confusion matrix; of more, the most frequent confusions.
+MATRIX_CLASSES, CONFUSIONS = 20, 100
+# Characters of a text and of a class name in a report.
+TEXT, CLASS_NAME = 1000, 80
+
+
+@dataclass(frozen=True)
+class RowPrediction:
+    """Prediction for one evaluated row.
+
+    Attributes:
+        row: Example that was read.
+        expected: Class name, number, or the example that was to be found.
+        predicted: Class name, number, or the example that was found.
+        score: Value of :attr:`Outcomes.score_name`.
+    """
+
+    row: Any
+    expected: Any
+    predicted: Any
+    score: float
+
+    def as_dict(self, text_of: Callable[[Any], str]) -> dict[str, object]:
+        texts = {name: text_of(getattr(self, name)) for name in ("expected", "predicted")}
+        return {"row": self.row.row, "text": text_of(self.row), **texts, "score": _finite(self.score)}
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Evaluated rows for a report.
+
+    Attributes:
+        score_name: Meaning of the score of each row, such as ``confidence``.
+        mistakes: Rows with the largest errors, largest first.
+        examples: Evenly spread rows.
+    """
+
+    score_name: str
+    mistakes: Sequence[RowPrediction]
+    examples: Sequence[RowPrediction]
+
+    @classmethod
+    def of_errors(cls, score_name: str, errors: np.ndarray, of_row: Callable[[int], RowPrediction]) -> Outcomes:
+        """Select rows by their errors (n,). Rows without an error are no mistakes."""
+        order = [int(place) for place in np.argsort(-errors, kind="stable")[:MISTAKES] if errors[place] > 0]
+        spread = sorted({round(place) for place in np.linspace(0, len(errors) - 1, EXAMPLES)})
+        return cls(score_name, [of_row(place) for place in order], [of_row(place) for place in spread])
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The result of one evaluation.
@@ -199,6 +255,7 @@ class Evaluation:
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
         predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
             at each of its labels, and the labels themselves; empty where the model writes no text.
+        outcomes: Rows for a report; None if the task has none.
         name: of the set of rows, where it has one. others: the evaluations of further sets, by name.
     """
 
@@ -211,6 +268,7 @@ class Evaluation:
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
+    outcomes: Outcomes | None = field(default=None, repr=False)
     name: str = ""
     others: Mapping[str, Evaluation] = field(default_factory=dict)
 
@@ -241,6 +299,22 @@ class Evaluation:
             own = {**one.intervals, **({one.main: one.interval} if one.interval else {})}
             found |= {f"{name} {metric}".strip(): bounds for metric, bounds in own.items()}
         return found
+
+    def outcomes_as_dict(self, text_of: Callable[[Any], str]) -> dict[str, object]:
+        """Return the rows and the confusion of classes for a report, of bounded size; empty without outcomes."""
+        if self.outcomes is None:
+            return {}
+        kept: dict[str, object] = {"score_name": self.outcomes.score_name}
+        for name in ("mistakes", "examples"):
+            kept[name] = [one.as_dict(text_of) for one in getattr(self.outcomes, name)]
+        if self.confusion is not None:
+            names = [str(name)[:CLASS_NAME] for name in self.classes] or list(map(str, range(len(self.confusion))))
+            counts, all_of_them = self.confusion, len(names) <= MATRIX_CLASSES
+            pairs = [(i, j) for i, j in np.argwhere(counts).tolist() if all_of_them or i != j]
+            pairs = sorted(pairs, key=lambda pair: -counts[pair])[: MATRIX_CLASSES**2 if all_of_them else CONFUSIONS]
+            kept["confusion"] = [[names[i], names[j], int(counts[i, j]), int(counts[i].sum())] for i, j in pairs]
+            kept["classes"] = names if all_of_them else []
+        return kept
 
     def score(self) -> dict[str, object] | None:
         """The main metric with its interval, ready for JSON; None where nothing was evaluated."""

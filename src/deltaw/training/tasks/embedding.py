@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +30,15 @@ from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
 from deltaw.training.embedding.objective import EmbeddingObjective, TextBatcher, key_of_text, texts_of
 from deltaw.training.embedding.pooling import layout_of
-from deltaw.training.evaluation.base import Evaluation, bootstrap_interval, check_finite, spearman
-from deltaw.training.evaluation.retrieval import nearest, pair_accuracy, retrieval_evaluation
+from deltaw.training.evaluation.base import (
+    Evaluation,
+    Outcomes,
+    RowPrediction,
+    bootstrap_interval,
+    check_finite,
+    spearman,
+)
+from deltaw.training.evaluation.retrieval import nearest, nearest_of_parts, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
 from deltaw.training.tasks.causal_batcher import choose_apart_batcher, choose_causal_batcher
@@ -39,6 +48,8 @@ from deltaw.working import working
 # Held-out rows whose loss is computed together.
 _TOGETHER = 64
 _RANKS = 10
+# Groups of passages whose vectors are in memory together.
+_GROUPS_AT_ONCE = 4096
 
 
 class EmbeddingTask(Task):
@@ -145,27 +156,86 @@ class EmbeddingTask(Task):
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         assert isinstance(objective, EmbeddingObjective)
-        return evaluate_embeddings(objective, rows, batcher)
+        return evaluate_embeddings(objective, rows, batcher, self.most_searched)
+
+    def evaluated_rows(self, rows: Rows) -> Iterator[Rows]:
+        return evaluation_parts(rows, self.most_searched)
+
+
+def evaluation_parts(rows: Sequence[TextGroup], most: int | None = None) -> Iterator[Sequence[TextGroup]]:
+    """Yield the rows, then the other passages of their file in groups as large as a row.
+
+    Each passage occurs once. The right passages of the queries are always included.
+
+    Args:
+        most: Passages to search. If the file has more, the others are a fixed random sample. None for all.
+    """
+    yield rows
+    others, most = _other_passages(rows), math.inf if most is None else most
+    count = max(0, int(min(most - len(_passages_of(rows)), len(others))))
+    if count < len(others):
+        right = {key: text for key, (text, is_right) in others.items() if is_right}
+        wrong = [key for key in others if key not in right]
+        places = np.random.default_rng(0).choice(len(wrong), min(len(wrong), max(0, count - len(right))), replace=False)
+        kept = right.keys() | {wrong[place] for place in places}
+        others = {key: found for key, found in others.items() if key in kept}
+    texts, size = [text for text, _ in others.values()], len(rows[0].rows) if rows else 1
+    groups = [TextGroup(tuple(texts[start : start + size])) for start in range(0, len(texts), size)]
+    for start in range(0, len(groups), _GROUPS_AT_ONCE):
+        yield groups[start : start + _GROUPS_AT_ONCE]
+
+
+def _passages_of(rows: Sequence[TextGroup]) -> dict[bytes, int]:
+    """Return the number of each passage of rows; passages with equal tokens have one number."""
+    keys = dict.fromkeys(key_of_text(text) for row in rows for text in row.rows[1:])
+    return {key: number for number, key in enumerate(keys)}
+
+
+def _other_passages(rows: Sequence[TextGroup]) -> dict[bytes, tuple[Any, bool]]:
+    """Return the passages of the rows' file that no row has, and whether they are right for a query of the rows."""
+    if not rows or rows[0].scores or rows[0].label is not None:
+        return {}
+    known, queries = _passages_of(rows), {key_of_text(row.rows[0]) for row in rows}
+    others: dict[bytes, tuple[Any, bool]] = {}
+    for row in rows[0].file_rows:
+        has_query = key_of_text(row.rows[0]) in queries
+        for number, text in enumerate(row.rows[1:]):
+            if (key := key_of_text(text)) not in known:
+                is_right = (has_query and number == 0) or others.get(key, (text, False))[1]
+                others[key] = (text, is_right)
+    return others
 
 
 @torch.no_grad()
-def evaluate_embeddings(objective: EmbeddingObjective, rows: Sequence[TextGroup], batcher: AnyBatcher) -> Evaluation:
-    """The mean loss of rows, and what their vectors are good for.
+def evaluate_embeddings(
+    objective: EmbeddingObjective, rows: Sequence[TextGroup], batcher: AnyBatcher, most: int | None = None
+) -> Evaluation:
+    """Compute the mean loss of rows and a metric of their vectors.
 
-    Of rows with a right passage: nDCG, MRR and recall of each query over all passages of the rows, further ones among
-    them; of scored pairs: the correlation of ranks with the scores; of texts with classes: the share whose nearest text
-    has the same class.
+    The metrics depend on the rows. Queries with a right passage: nDCG, MRR and recall over all passages of their file.
+    Scored pairs: Spearman's correlation with the scores. Texts with classes: the share of texts whose nearest text has
+    the same class.
+
+    Args:
+        most: Passages to search, see :func:`evaluation_parts`.
 
     Raises:
-        UserError: a vector is not finite.
+        UserError: if a vector is not finite.
     """
     settings = objective.settings.model_copy(update={"loss": loss_for(rows, objective.settings)})
     scaled = settings.usual_similarity == "cosine" or objective.layout.normalize
-    vectors: dict[bytes, Tensor] = {}
+
+    def embed(part: Sequence[TextGroup], scaled: bool) -> dict[bytes, Tensor]:
+        found: dict[bytes, Tensor] = {}
+        for batch in batcher.batches(part):
+            embedded = objective.evaluate_rows(batch).cpu()
+            embedded = functional.normalize(embedded, dim=1) if scaled else embedded
+            found.update(zip(map(key_of_text, texts_of(batch)), embedded, strict=True))
+        return found
+
+    parts = evaluation_parts(rows, most)
     with working("embedding held-out texts"):
-        for batch in batcher.batches(rows):
-            found = objective.evaluate_rows(batch)
-            vectors.update(zip(map(key_of_text, texts_of(batch)), found.cpu(), strict=True))
+        vectors = embed(next(parts), False)
     total = 0.0
     for start in range(0, len(rows), _TOGETHER):
         part = rows[start : start + _TOGETHER]
@@ -180,30 +250,62 @@ def evaluate_embeddings(objective: EmbeddingObjective, rows: Sequence[TextGroup]
         return _of_classes(rows, vectors, loss)
     if first.scores:
         return _of_scores(rows, vectors, loss)
-    ranked = _of_ranks(rows, vectors)
+    ranked = _of_ranks(rows, vectors, ((part, embed(part, scaled)) for part in parts), most)
     metrics = {**loss, **ranked.metrics}
     if any(len(row.rows) > 2 for row in rows):
         metrics["accuracy"] = float(np.mean([_accuracy(row, vectors) for row in rows if len(row.rows) > 2]))
     return replace(ranked, metrics=metrics)
 
 
-def _of_ranks(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor]) -> Evaluation:
-    passages: dict[bytes, int] = {}
-    queries: dict[bytes, int] = {}
-    relevant: list[set[int]] = []
-    for row in rows:
-        query, right, *others = (key_of_text(text) for text in row.rows)
-        if query not in queries:
-            queries[query] = len(queries)
-            relevant.append(set())
-        relevant[queries[query]].add(passages.setdefault(right, len(passages)))
-        for other in others:
-            passages.setdefault(other, len(passages))
-    asked, there = (torch.stack([vectors[key] for key in keys]).float() for keys in (queries, passages))
-    found = retrieval_evaluation(nearest(asked, there, _RANKS)[1].numpy(), relevant, cutoffs=(1, _RANKS))
+def _of_ranks(
+    rows: Sequence[TextGroup],
+    vectors: dict[bytes, Tensor],
+    parts: Iterator[tuple[Sequence[TextGroup], dict[bytes, Tensor]]],
+    most: int | None,
+) -> Evaluation:
+    """Rank the passages of the rows and of ``parts`` for each query of the rows.
+
+    A passage is right for a query if any row of the file pairs them. A passage with the query's own text is not ranked
+    unless it is right.
+    """
+    passages, queries = _passages_of(rows), {key_of_text(row.rows[0]): row for row in rows}
+    texts = {key_of_text(text): text for row in rows for text in row.rows[1:]}
+
+    def arriving() -> Iterator[Tensor]:
+        yield torch.stack([vectors[key] for key in passages]).float()
+        with working("embedding the passages of the file"):
+            for part, embedded in parts:
+                added = {key_of_text(text): text for group in part for text in group.rows}
+                texts.update(added)
+                passages.update({key: len(passages) + number for number, key in enumerate(added)})
+                yield torch.stack([embedded[key] for key in added]).float()
+
+    asked = torch.stack([vectors[key] for key in queries]).float()
+    places = nearest_of_parts(asked, arriving(), _RANKS + 1)[1].numpy()
+    relevant: dict[bytes, set[int]] = {key: set() for key in queries}
+    for row in itertools.chain(rows, rows[0].file_rows):
+        query, right = key_of_text(row.rows[0]), key_of_text(row.rows[1])
+        if query in relevant and right in passages:
+            relevant[query].add(passages[right])
+    own = np.array([-1 if passages.get(key, -1) in relevant[key] else passages.get(key, -1) for key in queries])
+    order = np.argsort(places == own[:, None], axis=1, kind="stable")  # the query's own text goes last
+    places = np.take_along_axis(places, order, 1)[:, :_RANKS]
+    found = retrieval_evaluation(places, list(relevant.values()), cutoffs=(1, _RANKS))
     shown = (f"ndcg@{_RANKS}", f"mrr@{_RANKS}", "recall@1", f"recall@{_RANKS}")
+    metrics = {name: found.metrics[name] for name in shown} | {"passages_searched": float(len(passages))}
+    if most is not None and len(passages) >= most:
+        metrics["passages_in_file"] = float(len(_passages_of(rows)) + len(_other_passages(rows)))
     intervals = {name: bounds for name, bounds in found.intervals.items() if name in shown}
-    return replace(found, metrics={name: found.metrics[name] for name in shown}, intervals=intervals)
+    assert found.per_row is not None
+    per_query = found.per_row
+    by_place, rows_asked, ranked = list(texts.values()), list(queries.values()), list(relevant.values())
+
+    def of_query(number: int) -> RowPrediction:
+        right, best = by_place[min(ranked[number])], by_place[places[number, 0]]
+        return RowPrediction(rows_asked[number].rows[0], right, best, float(per_query[number]))
+
+    outcomes = Outcomes.of_errors(found.main, 1 - per_query, of_query)
+    return replace(found, metrics=metrics, intervals=intervals, outcomes=outcomes)
 
 
 def _of_scores(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor], loss: dict[str, float]) -> Evaluation:
