@@ -242,8 +242,13 @@ class Run:
 
     @property
     def base(self) -> Mapping[str, float]:
-        """The metrics of the held-out rows before the first step; empty where they were not evaluated then."""
-        return dict(self.metrics.evaluations[:1]).get(0, {})
+        """Metrics of the held-out rows before the first step.
+
+        Empty if they were not evaluated then, or if that evaluation searched other passages than the last one.
+        """
+        found = dict(self.metrics.evaluations[:1]).get(0, {})
+        searched = [{name: n for name, n in one.items() if "passages_" in name} for _, one in self.metrics.evaluations]
+        return found if searched and searched[0] == searched[-1] else {}
 
     @property
     def loss_metric(self) -> str | None:

@@ -33,6 +33,7 @@ from deltaw.runs.folder import (
 from deltaw.runs.summary import OF_PEFT, next_commands
 from deltaw.settings import settings as all_settings
 from deltaw.training.drift import LARGE
+from deltaw.training.evaluation.base import MATRIX_CLASSES
 
 # The most prompts whose answers are shown, answers in between of one, characters of a text, and rows at once.
 PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 4000, 2
@@ -187,6 +188,9 @@ def score_fact(record: Run) -> Iterator[Fact]:
     if bounds:
         told += f"; 95 % interval {metric_value(name, bounds[0])} to {metric_value(name, bounds[1])}"
     title = f"{metric_name(name)} of {rows:,} held-out rows" if rows else f"held-out {metric_name(name)}"
+    last = record.metrics.evaluations[-1][1] if record.metrics.evaluations else {}
+    if (searched := last.get(f"{name.rpartition('/')[0]}/passages_searched".lstrip("/"))) is not None:
+        title += f" among {searched:,.0f} passages"
     evaluated = record.result or record.metrics.evaluations[-1][0]  # and not before training alone
     shown_base = "" if base is None else metric_value(name, base)
     yield Fact(title, metric_value(name, value if evaluated else None), told.lstrip("; "), shown_base, large=True)
@@ -255,6 +259,9 @@ def doubts(record: Run) -> Iterator[str]:
     name, value = record.score or ("", 0.0)
     base, bounds = record.base.get(name), score_interval(record)
     if base is None or not bounds:
+        return
+    if value == base:
+        yield f"Base and adapter do not differ: the {metric_name(name)} is the same as before training."
         return
     sign = -1 if name.rpartition("/")[2] in LOWER else 1
     if sign * value <= sign * base:
@@ -339,7 +346,7 @@ def predictions_of(record: Run) -> list[dict[str, Any]]:
         rows = {kind: _predicted_rows(told.get(kind), score) for kind in ("mistakes", "examples")}
         pairs = [one for one in sequence(told.get("confusion")) if isinstance(one, list) and len(one) == 4]
         counts = {(str(a), str(b)): (int(number(n) or 0), int(number(of) or 0)) for a, b, n, of in pairs}
-        classes = [str(one) for one in sequence(told.get("classes"))]
+        classes = [str(one) for one in sequence(told.get("classes"))][:MATRIX_CLASSES]
         if any(rows.values()) or counts:
             found.append({"name": name, "score": metric_name(score), "classes": classes, "counts": counts, **rows})
     return found

@@ -117,7 +117,8 @@ def comparison_page(records: Sequence[Run]) -> str:
 
 def _rendered(template: str, view: Mapping[str, Any]) -> str:
     environment, style = templates()
-    return environment.get_template(template).render(style=style, **view).strip() + "\n"
+    text = environment.get_template(template).render(style=style, **view).strip() + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # a model's text may hold lone surrogates
 
 
 def rate_drawing(search: RateSearch) -> str:

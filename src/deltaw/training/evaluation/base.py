@@ -175,6 +175,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Interval] | None:
+    """Return the mean change of the main metric over the same rows, with its 95 % interval.
+
+    None if the metric is not a mean over rows, or if there are fewer than two rows.
+    """
+    if before.per_row is None or after.per_row is None or before.main != after.main:
+        return None
+    if len(before.per_row) != len(after.per_row) or len(after.per_row) < 2:
+        return None
+    change = after.per_row - before.per_row
+    half = t_quantile(LEVEL, len(change) - 1) * float(change.std(ddof=1)) / math.sqrt(len(change))
+    return float(change.mean()), (float(change.mean()) - half, float(change.mean()) + half)
+
+
 def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else float("nan")
 
