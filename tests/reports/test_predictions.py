@@ -11,15 +11,7 @@ import pytest
 from deltaw.data.example import LabeledExample
 from deltaw.reports.page.write import run_page
 from deltaw.runs.folder import read_run
-from deltaw.training.evaluation.base import (
-    CONFUSIONS,
-    MISTAKES,
-    Evaluation,
-    Outcomes,
-    RowPrediction,
-    confusion,
-    paired_difference,
-)
+from deltaw.training.evaluation.base import CONFUSIONS, MISTAKES, Evaluation, Outcomes, confusion, paired_difference
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_run
 
@@ -46,10 +38,8 @@ def recorded(truth, predicted, classes) -> dict:
     rows = [LabeledExample(n + 1, np.array([n]), one) for n, one in enumerate(truth)]
     errors = (np.array(truth) != predicted) * (0.5 + np.arange(len(truth)) / 1000)
 
-    def of_row(place: int) -> RowPrediction:
-        return RowPrediction(rows[place], classes[truth[place]], classes[predicted[place]], 0.5 + place / 1000)
-
-    outcomes = Outcomes.of_errors("confidence", errors, of_row)
+    shown = [(row, classes[a], classes[b]) for row, a, b in zip(rows, truth, predicted, strict=True)]
+    outcomes = Outcomes.of_errors("confidence", errors, lambda place: (*shown[place], 0.5 + place / 1000))
     found = Evaluation({"accuracy": 0.5}, "accuracy", classes=classes, confusion=counts, outcomes=outcomes)
     return found.outcomes_as_dict(lambda one: one if isinstance(one, str) else f"text {one.row}")
 

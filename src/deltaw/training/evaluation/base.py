@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -182,11 +182,9 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Int
     """
     if before.per_row is None or after.per_row is None or before.main != after.main:
         return None
-    if len(before.per_row) != len(after.per_row) or len(after.per_row) < 2:
-        return None
     change = after.per_row - before.per_row
-    half = t_quantile(LEVEL, len(change) - 1) * float(change.std(ddof=1)) / math.sqrt(len(change))
-    return float(change.mean()), (float(change.mean()) - half, float(change.mean()) + half)
+    bounds = mean_interval(change)
+    return None if bounds is None else (float(change.mean()), bounds)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -212,25 +210,8 @@ MATRIX_CLASSES, CONFUSIONS = 20, 100
 TEXT, CLASS_NAME = 1000, 80
 
 
-@dataclass(frozen=True)
-class RowPrediction:
-    """Prediction for one evaluated row.
-
-    Attributes:
-        row: Example that was read.
-        expected: Class name, number, or the example that was to be found.
-        predicted: Class name, number, or the example that was found.
-        score: Value of :attr:`Outcomes.score_name`.
-    """
-
-    row: Any
-    expected: Any
-    predicted: Any
-    score: float
-
-    def as_dict(self, text_of: Callable[[Any], str]) -> dict[str, object]:
-        texts = {name: text_of(getattr(self, name)) for name in ("expected", "predicted")}
-        return {"row": self.row.row, "text": text_of(self.row), **texts, "score": _finite(self.score)}
+# An example, its expected and its predicted class, number or text, and the score of the prediction.
+RowOutcome: TypeAlias = "tuple[Any, Any, Any, float]"
 
 
 @dataclass(frozen=True)
@@ -244,15 +225,15 @@ class Outcomes:
     """
 
     score_name: str
-    mistakes: Sequence[RowPrediction]
-    examples: Sequence[RowPrediction]
+    mistakes: Sequence[RowOutcome]
+    examples: Sequence[RowOutcome]
 
     @classmethod
-    def of_errors(cls, score_name: str, errors: np.ndarray, of_row: Callable[[int], RowPrediction]) -> Outcomes:
+    def of_errors(cls, score_name: str, errors: np.ndarray, of_row: Callable[[int], RowOutcome]) -> Outcomes:
         """Select rows by their errors (n,). Rows without an error are no mistakes."""
         order = [int(place) for place in np.argsort(-errors, kind="stable")[:MISTAKES] if errors[place] > 0]
         spread = sorted({round(place) for place in np.linspace(0, len(errors) - 1, EXAMPLES)})
-        return cls(score_name, [of_row(place) for place in order], [of_row(place) for place in spread])
+        return cls(score_name, list(map(of_row, order)), list(map(of_row, spread)))
 
 
 @dataclass(frozen=True)
@@ -320,7 +301,10 @@ class Evaluation:
             return {}
         kept: dict[str, object] = {"score_name": self.outcomes.score_name}
         for name in ("mistakes", "examples"):
-            kept[name] = [one.as_dict(text_of) for one in getattr(self.outcomes, name)]
+            rows = [(one[0].row, *map(text_of, one[:3]), _finite(one[3])) for one in getattr(self.outcomes, name)]
+            kept[name] = [
+                dict(zip(("row", "text", "expected", "predicted", "score"), row, strict=True)) for row in rows
+            ]
         if self.confusion is not None:
             names = [str(name)[:CLASS_NAME] for name in self.classes] or list(map(str, range(len(self.confusion))))
             counts, all_of_them = self.confusion, len(names) <= MATRIX_CLASSES

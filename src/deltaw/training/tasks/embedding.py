@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,14 +29,7 @@ from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
 from deltaw.training.embedding.objective import EmbeddingObjective, TextBatcher, key_of_text, texts_of
 from deltaw.training.embedding.pooling import layout_of
-from deltaw.training.evaluation.base import (
-    Evaluation,
-    Outcomes,
-    RowPrediction,
-    bootstrap_interval,
-    check_finite,
-    spearman,
-)
+from deltaw.training.evaluation.base import Evaluation, Outcomes, RowOutcome, bootstrap_interval, check_finite, spearman
 from deltaw.training.evaluation.retrieval import nearest, nearest_of_parts, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
@@ -159,51 +151,40 @@ class EmbeddingTask(Task):
         return evaluate_embeddings(objective, rows, batcher, self.most_searched)
 
     def evaluated_rows(self, rows: Rows) -> Iterator[Rows]:
-        return evaluation_parts(rows, self.most_searched)
+        return evaluation_parts(rows, searched_passages(rows, self.most_searched))
 
 
-def evaluation_parts(rows: Sequence[TextGroup], most: int | None = None) -> Iterator[Sequence[TextGroup]]:
-    """Yield the rows, then the other passages of their file in groups as large as a row.
+def searched_passages(rows: Sequence[TextGroup], most: int | None = None) -> dict[bytes, Any]:
+    """Return the passages that the queries of ``rows`` search, by :func:`key_of_text`.
 
-    Each passage occurs once. The right passages of the queries are always included.
+    Those of the rows come first, then the other right ones, then the rest of the rows' file.
 
     Args:
-        most: Passages to search. If the file has more, the others are a fixed random sample. None for all.
+        most: Passages to search, or None for all. If the file has more, the rest is a fixed random sample.
     """
+    found = {key_of_text(text): text for row in rows for text in row.rows[1:]}
+    if not rows or rows[0].scores or rows[0].label is not None:
+        return found
+    queries, file_rows = {key_of_text(row.rows[0]) for row in rows}, rows[0].file_rows
+    for row in file_rows:
+        if key_of_text(row.rows[0]) in queries:
+            found.setdefault(key_of_text(row.rows[1]), row.rows[1])
+    others = {key: text for row in file_rows for text in row.rows[1:] if (key := key_of_text(text)) not in found}
+    if most is not None and len(found) + len(others) > most:
+        chosen = np.random.default_rng(0).permutation(len(others))[: max(0, most - len(found))]
+        kept = list(others.items())
+        others = dict(kept[place] for place in np.sort(chosen))
+    return found | others
+
+
+def evaluation_parts(rows: Sequence[TextGroup], passages: dict[bytes, Any]) -> Iterator[Sequence[TextGroup]]:
+    """Yield the rows, then the other passages in groups as large as a row."""
     yield rows
-    others, most = _other_passages(rows), math.inf if most is None else most
-    count = max(0, int(min(most - len(_passages_of(rows)), len(others))))
-    if count < len(others):
-        right = {key: text for key, (text, is_right) in others.items() if is_right}
-        wrong = [key for key in others if key not in right]
-        places = np.random.default_rng(0).choice(len(wrong), min(len(wrong), max(0, count - len(right))), replace=False)
-        kept = right.keys() | {wrong[place] for place in places}
-        others = {key: found for key, found in others.items() if key in kept}
-    texts, size = [text for text, _ in others.values()], len(rows[0].rows) if rows else 1
+    known, size = {key_of_text(text) for row in rows for text in row.rows[1:]}, len(rows[0].rows) if rows else 1
+    texts = list(passages.values())[len(known) :]
     groups = [TextGroup(tuple(texts[start : start + size])) for start in range(0, len(texts), size)]
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
         yield groups[start : start + _GROUPS_AT_ONCE]
-
-
-def _passages_of(rows: Sequence[TextGroup]) -> dict[bytes, int]:
-    """Return the number of each passage of rows; passages with equal tokens have one number."""
-    keys = dict.fromkeys(key_of_text(text) for row in rows for text in row.rows[1:])
-    return {key: number for number, key in enumerate(keys)}
-
-
-def _other_passages(rows: Sequence[TextGroup]) -> dict[bytes, tuple[Any, bool]]:
-    """Return the passages of the rows' file that no row has, and whether they are right for a query of the rows."""
-    if not rows or rows[0].scores or rows[0].label is not None:
-        return {}
-    known, queries = _passages_of(rows), {key_of_text(row.rows[0]) for row in rows}
-    others: dict[bytes, tuple[Any, bool]] = {}
-    for row in rows[0].file_rows:
-        has_query = key_of_text(row.rows[0]) in queries
-        for number, text in enumerate(row.rows[1:]):
-            if (key := key_of_text(text)) not in known:
-                is_right = (has_query and number == 0) or others.get(key, (text, False))[1]
-                others[key] = (text, is_right)
-    return others
 
 
 @torch.no_grad()
@@ -217,7 +198,7 @@ def evaluate_embeddings(
     the same class.
 
     Args:
-        most: Passages to search, see :func:`evaluation_parts`.
+        most: Passages to search, see :func:`searched_passages`.
 
     Raises:
         UserError: if a vector is not finite.
@@ -233,7 +214,8 @@ def evaluate_embeddings(
             found.update(zip(map(key_of_text, texts_of(batch)), embedded, strict=True))
         return found
 
-    parts = evaluation_parts(rows, most)
+    passages = searched_passages(rows, most)
+    parts = evaluation_parts(rows, passages)
     with working("embedding held-out texts"):
         vectors = embed(next(parts), False)
     total = 0.0
@@ -250,59 +232,56 @@ def evaluate_embeddings(
         return _of_classes(rows, vectors, loss)
     if first.scores:
         return _of_scores(rows, vectors, loss)
-    ranked = _of_ranks(rows, vectors, ((part, embed(part, scaled)) for part in parts), most)
+
+    def embedded_passages() -> Iterator[Tensor]:
+        of_rows = dict.fromkeys(key_of_text(text) for row in rows for text in row.rows[1:])
+        yield torch.stack([vectors[key] for key in of_rows]).float()
+        with working("embedding the passages of the file"):
+            for part in parts:
+                embedded = embed(part, scaled)
+                yield torch.stack([embedded[key_of_text(text)] for group in part for text in group.rows]).float()
+
+    asked = torch.stack([vectors[key] for key in dict.fromkeys(key_of_text(row.rows[0]) for row in rows)]).float()
+    ranked = _of_ranks(rows, passages, asked, embedded_passages())
     metrics = {**loss, **ranked.metrics}
+    if most is not None and len(passages) >= most:
+        metrics["passages_in_file"] = float(len(searched_passages(rows)))
     if any(len(row.rows) > 2 for row in rows):
         metrics["accuracy"] = float(np.mean([_accuracy(row, vectors) for row in rows if len(row.rows) > 2]))
     return replace(ranked, metrics=metrics)
 
 
 def _of_ranks(
-    rows: Sequence[TextGroup],
-    vectors: dict[bytes, Tensor],
-    parts: Iterator[tuple[Sequence[TextGroup], dict[bytes, Tensor]]],
-    most: int | None,
+    rows: Sequence[TextGroup], passages: dict[bytes, Any], asked: Tensor, parts: Iterator[Tensor]
 ) -> Evaluation:
-    """Rank the passages of the rows and of ``parts`` for each query of the rows.
+    """Rank the passages for each query of the rows.
 
-    A passage is right for a query if any row of the file pairs them. A passage with the query's own text is not ranked
+    A passage is right for a query if any row of the file pairs them. A passage with the query's own text is ranked last
     unless it is right.
+
+    Args:
+        asked: (queries, width) vectors of the different queries, in the order of the rows.
+        parts: (n, width) vectors of the passages, in their order.
     """
-    passages, queries = _passages_of(rows), {key_of_text(row.rows[0]): row for row in rows}
-    texts = {key_of_text(text): text for row in rows for text in row.rows[1:]}
-
-    def arriving() -> Iterator[Tensor]:
-        yield torch.stack([vectors[key] for key in passages]).float()
-        with working("embedding the passages of the file"):
-            for part, embedded in parts:
-                added = {key_of_text(text): text for group in part for text in group.rows}
-                texts.update(added)
-                passages.update({key: len(passages) + number for number, key in enumerate(added)})
-                yield torch.stack([embedded[key] for key in added]).float()
-
-    asked = torch.stack([vectors[key] for key in queries]).float()
-    places = nearest_of_parts(asked, arriving(), _RANKS + 1)[1].numpy()
+    places = nearest_of_parts(asked, parts, _RANKS + 1)[1].numpy()
+    numbers = {key: number for number, key in enumerate(passages)}
+    queries = {key_of_text(row.rows[0]): row.rows[0] for row in rows}
     relevant: dict[bytes, set[int]] = {key: set() for key in queries}
     for row in itertools.chain(rows, rows[0].file_rows):
-        query, right = key_of_text(row.rows[0]), key_of_text(row.rows[1])
-        if query in relevant and right in passages:
-            relevant[query].add(passages[right])
-    own = np.array([-1 if passages.get(key, -1) in relevant[key] else passages.get(key, -1) for key in queries])
-    order = np.argsort(places == own[:, None], axis=1, kind="stable")  # the query's own text goes last
-    places = np.take_along_axis(places, order, 1)[:, :_RANKS]
-    found = retrieval_evaluation(places, list(relevant.values()), cutoffs=(1, _RANKS))
+        if (query := key_of_text(row.rows[0])) in relevant:
+            relevant[query].add(numbers[key_of_text(row.rows[1])])
+    own = [-1 if (number := numbers.get(key, -1)) in relevant[key] else number for key in queries]
+    order = np.argsort(places == np.array(own)[:, None], axis=1, kind="stable")
+    places, right = np.take_along_axis(places, order, 1)[:, :_RANKS], list(relevant.values())
+    found = retrieval_evaluation(places, right, cutoffs=(1, _RANKS))
     shown = (f"ndcg@{_RANKS}", f"mrr@{_RANKS}", "recall@1", f"recall@{_RANKS}")
     metrics = {name: found.metrics[name] for name in shown} | {"passages_searched": float(len(passages))}
-    if most is not None and len(passages) >= most:
-        metrics["passages_in_file"] = float(len(_passages_of(rows)) + len(_other_passages(rows)))
     intervals = {name: bounds for name, bounds in found.intervals.items() if name in shown}
-    assert found.per_row is not None
-    per_query = found.per_row
-    by_place, rows_asked, ranked = list(texts.values()), list(queries.values()), list(relevant.values())
+    texts, asking, per_query = list(passages.values()), list(queries.values()), np.asarray(found.per_row)
 
-    def of_query(number: int) -> RowPrediction:
-        right, best = by_place[min(ranked[number])], by_place[places[number, 0]]
-        return RowPrediction(rows_asked[number].rows[0], right, best, float(per_query[number]))
+    def of_query(number: int) -> RowOutcome:
+        best, expected = texts[places[number, 0]], texts[min(right[number])]
+        return asking[number], expected, best, float(per_query[number])
 
     outcomes = Outcomes.of_errors(found.main, 1 - per_query, of_query)
     return replace(found, metrics=metrics, intervals=intervals, outcomes=outcomes)

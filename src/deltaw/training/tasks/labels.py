@@ -30,7 +30,7 @@ from deltaw.runtime.packed import packed_rows, padded_rows, without_cache
 from deltaw.training.evaluation.base import (
     Evaluation,
     Outcomes,
-    RowPrediction,
+    RowOutcome,
     check_finite,
     classification_metrics,
     confusion,
@@ -352,9 +352,8 @@ def evaluate_labels(
         predictions, confidence = predictions.argmax(1), chances.max(1) / chances.sum(1)
         errors, shown = confidence * (predictions != truth), lambda label: str(classes[label] if classes else label)
 
-    def of_row(place: int) -> RowPrediction:
-        expected, given = shown(truth[place]), shown(predictions[place])
-        return RowPrediction(examples[place], expected, given, float(confidence[place]))
+    def of_row(place: int) -> RowOutcome:
+        return examples[place], shown(truth[place]), shown(predictions[place]), float(confidence[place])
 
     return replace(found, outcomes=Outcomes.of_errors(name, errors, of_row))
 
