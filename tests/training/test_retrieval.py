@@ -15,6 +15,7 @@ from deltaw.training.evaluation import retrieval
 from deltaw.training.evaluation.base import bootstrap_interval, spearman
 from deltaw.training.evaluation.retrieval import (
     nearest,
+    nearest_of_parts,
     neighbor_agreement,
     pair_accuracy,
     ranking_metrics,
@@ -174,3 +175,15 @@ def test_a_text_is_not_its_own_neighbor_also_beside_equal_texts():
     assert shared_neighbors(same, same, 2).tolist() == [1] * 6
     with pytest.raises(UserError, match="two sets of vectors"):
         shared_neighbors(before, after[:4])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 999))
+def test_a_search_in_parts_equals_a_search_over_all_passages(sizes, count, seed):
+    """Small integers, so that many scores are equal and the order of equal scores is compared, too."""
+    random = torch.Generator().manual_seed(seed)
+    passages = torch.randint(-1, 2, (sum(sizes), 3), generator=random).float()
+    queries = torch.randint(-1, 2, (4, 3), generator=random).float()
+    scores, places = nearest_of_parts(queries, iter(passages.split(sizes)), count)
+    expected, at = nearest(queries, passages, count)
+    assert torch.equal(scores, expected) and torch.equal(places, at)

@@ -203,11 +203,13 @@ def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]]
 
 def _print_scores(scores: Mapping[str, Score], out: Output, shown: int) -> None:
     """One set's metrics by model, and the answers that were asked for; of rewarded ones the best and the worst."""
-    from deltaw.reports.scores import answer_table, confusion_table, score_table
+    from deltaw.reports.scores import answer_table, confusion_table, difference_line, score_table
 
     intervals = {name: s.evaluation.named_intervals() for name, s in scores.items()}
     out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
     last = list(scores.values())[-1].evaluation
+    if len(scores) > 1 and (line := difference_line(scores["base"].evaluation, last)) is not None:
+        out.print(line)
     if last.confusion is not None:
         out.print(confusion_table(last.classes, last.confusion))
     if any(s.answers for s in scores.values()):
@@ -221,6 +223,8 @@ def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int
         return values[""] if "" in values else dict(values)
 
     last = {name: score.evaluation for name, score in list(by_model.values())[-1].items()}
+    from deltaw.training.evaluation.base import paired_difference
+
     first = next(iter(last))
     found = {
         "eval": named({name: one.as_dict() for name, one in last.items()}),
@@ -235,6 +239,8 @@ def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int
         base = {name: score.evaluation for name, score in by_model["base"].items()}
         scores = named({name: one.as_dict() for name, one in base.items()})
         found |= {"base": scores, "base_score": base[first].score()}
+        if (difference := paired_difference(base[first], last[first])) is not None:
+            found["difference"] = {"metric": last[first].main, "value": difference[0], "interval": difference[1]}
     return found
 
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,13 @@ class TextGroup(RowGroup):
         rows: of an embedding model, the query and the passages; of a reranker, the query with each passage.
         scores: as in :class:`RowTexts`. group: equal for rows with the same query.
         label: the number of the row's class; None where it has none.
+        file_rows: all usable rows of the row's file, trained on or held out; empty if unknown.
     """
 
     scores: tuple[float, ...] = ()
     group: bytes = b""
     label: int | None = None
+    file_rows: Sequence[TextGroup] = field(default=(), repr=False)
 
     @property
     def label_count(self) -> int:
@@ -131,6 +133,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         self.score_range = score_range
         self._columns = Columns(None, None, (), None, None)
         self._names: dict[str, int] = {}
+        self._file_rows: list[TextGroup] = []
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer", where="model", hint="copy its tokenizer.json into its folder")
 
@@ -150,6 +153,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         """All that are chosen; what their columns hold is settled here."""
+        self._file_rows = []
         self._columns = Columns.of(named_columns(rows.columns, self.settings.columns), rows.name, self.columns_task)
         self.form = self._columns.form
         return chosen
@@ -251,7 +255,9 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
             LabeledExample(number, ids, one, segments) for (ids, segments), one in zip(encoded, labels, strict=True)
         )
         query = hashlib.blake2b(row_texts.query.encode(), digest_size=16).digest()
-        return TextGroup(texts, scores, query, label)  # type: ignore[arg-type]
+        group = TextGroup(texts, scores, query, label, self._file_rows)  # type: ignore[arg-type]
+        self._file_rows.append(group)
+        return group
 
     def key(self, item: TextGroup) -> bytes:
         return self.content(item) + repr((item.scores, item.label)).encode()

@@ -127,7 +127,7 @@ def _seen_fields(kind: Any) -> tuple[str, ...]:
     """The fields of a kind of row that a training sees; not where the row was read, and of a group not its
     rows."""
     names = (field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
-    return tuple(name for name in names if name not in ("row", "rows", "image"))  # an image has a digest
+    return tuple(name for name in names if name not in ("row", "rows", "file_rows", "image"))  # an image has a digest
 
 
 class MemoryRows:

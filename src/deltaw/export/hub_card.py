@@ -22,7 +22,7 @@ from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import OF_PEFT
 from deltaw.settings import RunConfig
 from deltaw.training.drift import Drift
-from deltaw.training.evaluation.base import is_share
+from deltaw.training.evaluation.base import metric_format
 from deltaw.training.origin import CHAT_TEMPLATE
 
 _PIPELINES = {
@@ -160,7 +160,7 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 def _value(name: str, value: object) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "not measured"
-    return f"{value:.1%}" if is_share(name.rpartition("/")[2]) else f"{value:.4f}"
+    return format(value, metric_format(name.rpartition("/")[2]))
 
 
 def _data(run: Run, config: RunConfig) -> Iterator[str]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from deltaw.machine.choices import Choice
 from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
+from deltaw.reports.page.run_view import doubts
 from deltaw.reports.page.svg import smoothed
 from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.page.write import write_rate_figure
@@ -81,6 +82,7 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         interval = f" (95 % interval {shown})" if shown else ""
         before = f"{metric_value(name, base[metric_name(name)])} → " if metric_name(name) in base else ""
         yield f"held-out {metric_name(name)}", before + metric_value(name, value) + interval
+    yield from (("", line) for line in doubts(run))
     planned = result.planned_memory_bytes
     told = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"

@@ -13,7 +13,7 @@ from deltaw.export.deploy import Deployed
 from deltaw.reports.tables import Cell, one_line, table
 from deltaw.reports.wording import metric_name
 from deltaw.training.drift import GeneralAnswer
-from deltaw.training.evaluation.base import Interval, is_share
+from deltaw.training.evaluation.base import Evaluation, Interval, is_share, metric_format, paired_difference
 
 if TYPE_CHECKING:
     from deltaw.serving.harness import TaskScore
@@ -41,6 +41,18 @@ def score_table(
             ranges = [b and f"{_number(metric, b[0])} – {_number(metric, b[1])}" for b in bounds]
             rows.append(["  95 % interval", *[text or "" for text in ranges]])
     return table(["", *scores], rows, fold=True)
+
+
+def difference_line(before: Evaluation, after: Evaluation) -> str | None:
+    """Say whether the adapter differs from the base model on the same rows; None if that cannot be computed."""
+    if (found := paired_difference(before, after)) is None:
+        return None
+    change, bounds = found
+    share = is_share(after.main)
+    shown, low, high = (f"{100 * one:+.1f}" if share else f"{one:+.4f}" for one in (change, *bounds))
+    told = f"{metric_name(after.main)} {shown}{' points' if share else ''} (95 % interval {low} to {high})"
+    same = bounds[0] <= 0 <= bounds[1]
+    return f"base and adapter do not differ: {told}" if same else f"difference of adapter and base: {told}"
 
 
 def task_table(scores: Mapping[str, Sequence[TaskScore]]) -> Table:
@@ -106,6 +118,4 @@ def general_table(rows: Sequence[GeneralAnswer]) -> Table:
 
 
 def _number(metric: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if is_share(metric) else f"{value:.4f}"
+    return "" if value is None else format(value, metric_format(metric))

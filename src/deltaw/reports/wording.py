@@ -26,7 +26,7 @@ def metric_value(name: str, value: float | None) -> str:
     last = name.replace("/", " ").rpartition(" ")[2]
     if last in PERCENT or is_share(last):
         return f"{value:.1%}"
-    return short(value)
+    return f"{value:,.0f}" if last.startswith("passages_") else short(value)
 
 
 def short(value: float | None) -> str:

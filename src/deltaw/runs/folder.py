@@ -242,8 +242,13 @@ class Run:
 
     @property
     def base(self) -> Mapping[str, float]:
-        """The metrics of the held-out rows before the first step; empty where they were not evaluated then."""
-        return dict(self.metrics.evaluations[:1]).get(0, {})
+        """Metrics of the held-out rows before the first step.
+
+        Empty if they were not evaluated then, or if that evaluation searched other passages than the last one.
+        """
+        found = dict(self.metrics.evaluations[:1]).get(0, {})
+        searched = [{name: n for name, n in one.items() if "passages_" in name} for _, one in self.metrics.evaluations]
+        return found if searched and searched[0] == searched[-1] else {}
 
     @property
     def loss_metric(self) -> str | None:
@@ -370,6 +375,8 @@ class Metrics:
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
         samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
         general: the last general answers, each with ``prompt``, ``base`` and ``adapter``.
+        predictions: By evaluation set, the last recorded predictions
+            (:meth:`deltaw.training.evaluation.base.Evaluation.outcomes_as_dict`).
         completions: the best and the worst of the last rollout, as :class:`deltaw.training.rollouts.scoring.Rewarded`;
             and ``completed``, its step.
         skipped: steps whose loss or gradient was not finite, and that were left out.
@@ -382,6 +389,7 @@ class Metrics:
     general: list[Mapping[str, Any]] = field(default_factory=list)
     completions: list[Mapping[str, Any]] = field(default_factory=list)
     completed: int = 0
+    predictions: Mapping[str, Any] = field(default_factory=dict)
     drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     skipped: int = 0
@@ -463,6 +471,7 @@ def _read_line(line: str, columns: dict[str, array], metrics: Metrics) -> None:
     metrics.general = [mapping(one) for one in sequence(values.get("general"))] or metrics.general
     if completions := [mapping(one) for one in sequence(values.get("completions"))]:
         metrics.completions, metrics.completed = completions, step
+    metrics.predictions = mapping(values.get("predictions")) or metrics.predictions
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
             row, expected = sample.get("row"), sample.get("expected")

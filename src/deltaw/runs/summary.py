@@ -31,7 +31,7 @@ from deltaw.platforms import shell_word
 from deltaw.runs.folder import FINISHED, FOLDER
 from deltaw.settings import RunConfig
 from deltaw.training.drift import Drift
-from deltaw.training.evaluation.base import SHARES, Evaluation
+from deltaw.training.evaluation.base import Evaluation, metric_format
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome
 from deltaw.version import __version__
@@ -96,7 +96,7 @@ def _scores(evaluation: Evaluation) -> dict[str, str]:
     """Each metric of held-out rows, a share in percent, with its interval where it has one."""
     found, intervals = {}, evaluation.named_intervals()
     for name, value in evaluation.named_metrics().items():
-        form = ".1%" if name.rpartition(" ")[2] in SHARES else ".4f"
+        form = metric_format(name.rpartition(" ")[2])
         bounds = " to ".join(f"{bound:{form}}" for bound in intervals.get(name, ()))
         if math.isfinite(value):
             found[f"held-out {name}"] = f"{value:{form}}" + (f" (95 % interval {bounds})" if bounds else "")

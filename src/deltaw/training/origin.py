@@ -491,6 +491,7 @@ def score_run(
         UserError: the folder names code that rewards, and nobody has named it on this machine before.
     """
     task, model = opened.task, opened.model
+    task.most_searched = None
     if isinstance(task, RewardTask):
         if opened.found is not None:
             opened.found.require_rewards()

@@ -70,7 +70,7 @@ from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, T
 from deltaw.training.tasks.base import RunData, Task, Written, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.reward import RewardTask
-from deltaw.working import Detail, working
+from deltaw.working import Advance, Detail, working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256

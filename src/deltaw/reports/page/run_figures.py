@@ -170,7 +170,8 @@ def metric_figures(record: Run) -> list[Figure]:
     figures: list[Figure] = []
     for name in record.metrics.metric_names():
         found = record.metrics.evaluated(name)
-        told = name in (record.loss_metric, "reward") or name.rpartition("/")[2] == "perplexity"
+        last = name.rpartition("/")[2]
+        told = name in (record.loss_metric, "reward") or last == "perplexity" or last.startswith("passages_")
         if told or len(found) < 2 or len(figures) >= 8:
             continue
         unit = metric_name(name)

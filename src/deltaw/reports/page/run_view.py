@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw.reports.page.json_answers import marked_lines, pretty_json
 from deltaw.reports.page.learned import Learned, learned_figures, what_was_learned
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
 from deltaw.reports.page.svg import Numbers, smoothed
@@ -32,9 +33,10 @@ from deltaw.runs.folder import (
 from deltaw.runs.summary import OF_PEFT, next_commands
 from deltaw.settings import settings as all_settings
 from deltaw.training.drift import LARGE
+from deltaw.training.evaluation.base import MATRIX_CLASSES
 
 # The most prompts whose answers are shown, answers in between of one, characters of a text, and rows at once.
-PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 1500, 2
+PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 4000, 2
 SETTINGS_TEXT = 40_000
 # Characters of an expected answer up to which an answer that differs is called wrong.
 EXACT = 200
@@ -89,7 +91,9 @@ def run_view(record: Run) -> dict[str, Any]:
         "answers": answers,
         "between": between,
         "expects": any(one["expected"] is not None for one in answers),
+        "differs": any(one["expected_lines"] for one in answers),
         "general": general_of(record),
+        "predictions": predictions_of(record),
         "completions": completions,
         "completed": f"{record.metrics.completed:,}",
         "drift": drift_text(record),
@@ -114,6 +118,7 @@ def run_view(record: Run) -> dict[str, Any]:
     sections = (
         ("result", "Result", True),
         ("answers", "Answers", answers or view["general"] or view["drift"]),
+        ("predictions", "Predictions", view["predictions"]),
         ("completions", "Completions", completions),
         ("next", "Next steps", True),
         ("curves", "Training", curves),
@@ -183,6 +188,9 @@ def score_fact(record: Run) -> Iterator[Fact]:
     if bounds:
         told += f"; 95 % interval {metric_value(name, bounds[0])} to {metric_value(name, bounds[1])}"
     title = f"{metric_name(name)} of {rows:,} held-out rows" if rows else f"held-out {metric_name(name)}"
+    last = record.metrics.evaluations[-1][1] if record.metrics.evaluations else {}
+    if (searched := last.get(f"{name.rpartition('/')[0]}/passages_searched".lstrip("/"))) is not None:
+        title += f" among {searched:,.0f} passages"
     evaluated = record.result or record.metrics.evaluations[-1][0]  # and not before training alone
     shown_base = "" if base is None else metric_value(name, base)
     yield Fact(title, metric_value(name, value if evaluated else None), told.lstrip("; "), shown_base, large=True)
@@ -252,6 +260,9 @@ def doubts(record: Run) -> Iterator[str]:
     base, bounds = record.base.get(name), score_interval(record)
     if base is None or not bounds:
         return
+    if value == base:
+        yield f"Base and adapter do not differ: the {metric_name(name)} is the same as before training."
+        return
     sign = -1 if name.rpartition("/")[2] in LOWER else 1
     if sign * value <= sign * base:
         yield f"The {metric_name(name)} is not better than before training."
@@ -283,10 +294,13 @@ def answers_of(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[st
         exact = task == "causal-lm" and len(answers[-1].expected or "") <= EXACT
         expected = None if answers[-1].expected is None else _cut(answers[-1].expected)
         name = f"row {row}" if row is not None else f"prompt {len(found) + 1}"
-        first = _answer(answers[0], exact) if answers[0].step == 0 else None
-        last = _answer(answers[-1], exact) if answers[-1].step or len(answers) > 1 else None
-        found.append({"name": name, "prompt": _cut(prompt), "expected": expected, "base": first, "adapter": last})
-        if further := [_answer(sample, exact) for sample in answers[:-1] if sample.step][-BETWEEN:]:
+        lines = pretty_json(answers[-1].expected)
+        reference = lines or (pretty_json(answers[0].answer) if answers[-1].expected is None else None)
+        first = _answer(answers[0], exact, reference) if answers[0].step == 0 else None
+        last = _answer(answers[-1], exact, reference) if answers[-1].step or len(answers) > 1 else None
+        told = {"expected": expected, "expected_lines": lines and marked_lines(lines, None)}
+        found.append({"name": name, "prompt": _cut(prompt), **told, "base": first, "adapter": last})
+        if further := [_answer(sample, exact, reference) for sample in answers[:-1] if sample.step][-BETWEEN:]:
             between.append({"name": name, "answers": further})
     return found, between
 
@@ -309,9 +323,42 @@ def completions_of(record: Run) -> list[dict[str, str]]:
     return found
 
 
-def _answer(sample: SampleAnswer, exact: bool) -> dict[str, Any]:
+def _answer(sample: SampleAnswer, exact: bool, reference: list[str] | None) -> dict[str, Any]:
+    """Return an answer for the page.
+
+    Args:
+        exact: Compare it with the expected answer.
+        reference: Lines of the JSON that it is compared with, or None for plain text.
+    """
     right = None if sample.expected is None or not exact else sample.answer.strip() == sample.expected.strip()
-    return {"when": f"step {sample.step:,}", "answer": _cut(sample.answer) or "(nothing)", "right": right}
+    lines = pretty_json(sample.answer) if reference else None
+    found = {"when": f"step {sample.step:,}", "answer": _cut(sample.answer) or "(nothing)", "right": right}
+    found |= {"lines": lines and marked_lines(lines, reference), "invalid": bool(reference) and lines is None}
+    return found | {"alike": right is False and lines is not None and lines == reference}
+
+
+def predictions_of(record: Run) -> list[dict[str, Any]]:
+    """Return by evaluation set the confusion of classes, the worst mistakes and example predictions."""
+    found = []
+    for name, recorded in record.metrics.predictions.items():
+        told = mapping(recorded)
+        score = str(told.get("score_name", ""))
+        rows = {kind: _predicted_rows(told.get(kind), score) for kind in ("mistakes", "examples")}
+        pairs = [one for one in sequence(told.get("confusion")) if isinstance(one, list) and len(one) == 4]
+        counts = {(str(a), str(b)): (int(number(n) or 0), int(number(of) or 0)) for a, b, n, of in pairs}
+        classes = [str(one) for one in sequence(told.get("classes"))][:MATRIX_CLASSES]
+        if any(rows.values()) or counts:
+            found.append({"name": name, "score": metric_name(score), "classes": classes, "counts": counts, **rows})
+    return found
+
+
+def _predicted_rows(told: object, score: str) -> list[dict[str, str]]:
+    form = "{:.1%}".format if score == "confidence" else short
+    return [
+        {**{key: _cut(str(one.get(key, ""))) for key in ("row", "text", "expected", "predicted")}, "score": form(value)}
+        for one in map(mapping, sequence(told))
+        if (value := number(one.get("score"))) is not None
+    ]
 
 
 def examples_of(told: object) -> list[dict[str, Any]]:

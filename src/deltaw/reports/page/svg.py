@@ -137,6 +137,7 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, most)})
 
 
+FEW = 2  # points of a chart that are shown as numbers instead
 READINGS = 50  # places of a chart that say their values
 WIDTH = 1000  # of the stretched inner drawing
 TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
@@ -210,7 +211,7 @@ def line_chart(
     from_zero: bool = False,
     height: int = 210,
 ) -> Markup:
-    """Curves over one horizontal axis.
+    """Curves over one horizontal axis; empty if there are too few points for a chart.
 
     Args:
         log: a logarithmic vertical axis, which is said above it; None where that is easier to read.
@@ -221,6 +222,8 @@ def line_chart(
     points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
     if not points:
         return drawing(identity, title, description, 40, texts=[(0, 24, "nothing yet", "")])
+    if len({x for x, _ in points}) <= FEW:
+        return Markup()
     values = [y for _, y in points]
     log = is_logarithmic(values) if log is None else log and min(values) > 0
     low, high = _range(values, log, from_zero)
@@ -358,7 +361,9 @@ def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> M
 
 
 def histogram(identity: str, title: str, description: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:
-    """Upright bars over bins of numbers of tokens."""
+    """Upright bars over bins of numbers of tokens; empty if there are too few for a chart."""
+    if len(counts) <= FEW:
+        return Markup()
     most, height = max(counts, default=0) or 1, 130
     low, span = edges[0], (edges[-1] - edges[0]) or 1
     plot = height - 10 - BOTTOM

@@ -117,13 +117,14 @@ def comparison_page(records: Sequence[Run]) -> str:
 
 def _rendered(template: str, view: Mapping[str, Any]) -> str:
     environment, style = templates()
-    return environment.get_template(template).render(style=style, **view).strip() + "\n"
+    text = environment.get_template(template).render(style=style, **view).strip() + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # a model's text may hold lone surrogates
 
 
 def rate_drawing(search: RateSearch) -> str:
     """A range test of the learning rate as an SVG that stands alone."""
     figure = rate_figure(search.as_dict())
-    if figure is None:
+    if figure is None or not figure.drawing:
         return str(drawing("rate-search", "Loss over learning rate", search.why, 40))
     return str(macro("alone", figure, templates()[1]))
 

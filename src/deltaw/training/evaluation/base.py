@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,11 @@ SHARES = ("accuracy", "exact_match", "written_exact_match", "passed", "cut_share
 def is_share(metric: str) -> bool:
     """Whether a metric is shown in percent: a share of rows, or the chance that one of several answers passes."""
     return metric in SHARES or metric.startswith("pass@")
+
+
+def metric_format(metric: str) -> str:
+    """Return the format specification of a metric: percent, a count, or four decimals."""
+    return ".1%" if is_share(metric) else ",.0f" if metric.startswith("passages_") else ".4f"
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -170,6 +175,18 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Interval] | None:
+    """Return the mean change of the main metric over the same rows, with its 95 % interval.
+
+    None if the metric is not a mean over rows, or if there are fewer than two rows.
+    """
+    if before.per_row is None or after.per_row is None or before.main != after.main:
+        return None
+    change = after.per_row - before.per_row
+    bounds = mean_interval(change)
+    return None if bounds is None else (float(change.mean()), bounds)
+
+
 def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else float("nan")
 
@@ -183,6 +200,40 @@ def check_finite(what: str, values: np.ndarray | float) -> None:
     if not np.isfinite(values).all():
         hint = "if the adapter was trained, train it again with a lower train.learning_rate"
         raise UserError(f"{what} not finite", hint=hint)
+
+
+# Rows that an evaluation keeps for reports: those with the largest errors, and some evenly spread.
+MISTAKES, EXAMPLES = 20, 8
+# Classes up to which a report has the whole confusion matrix; of more, the most frequent confusions.
+MATRIX_CLASSES, CONFUSIONS = 20, 100
+# Characters of a text and of a class name in a report.
+TEXT, CLASS_NAME = 1000, 80
+
+
+# An example, its expected and its predicted class, number or text, and the score of the prediction.
+RowOutcome: TypeAlias = "tuple[Any, Any, Any, float]"
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Evaluated rows for a report.
+
+    Attributes:
+        score_name: Meaning of the score of each row, such as ``confidence``.
+        mistakes: Rows with the largest errors, largest first.
+        examples: Evenly spread rows.
+    """
+
+    score_name: str
+    mistakes: Sequence[RowOutcome]
+    examples: Sequence[RowOutcome]
+
+    @classmethod
+    def of_errors(cls, score_name: str, errors: np.ndarray, of_row: Callable[[int], RowOutcome]) -> Outcomes:
+        """Select rows by their errors (n,). Rows without an error are no mistakes."""
+        order = [int(place) for place in np.argsort(-errors, kind="stable")[:MISTAKES] if errors[place] > 0]
+        spread = sorted({round(place) for place in np.linspace(0, len(errors) - 1, EXAMPLES)})
+        return cls(score_name, list(map(of_row, order)), list(map(of_row, spread)))
 
 
 @dataclass(frozen=True)
@@ -199,6 +250,7 @@ class Evaluation:
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
         predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
             at each of its labels, and the labels themselves; empty where the model writes no text.
+        outcomes: Rows for a report; None if the task has none.
         name: of the set of rows, where it has one. others: the evaluations of further sets, by name.
     """
 
@@ -211,6 +263,7 @@ class Evaluation:
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
+    outcomes: Outcomes | None = field(default=None, repr=False)
     name: str = ""
     others: Mapping[str, Evaluation] = field(default_factory=dict)
 
@@ -241,6 +294,25 @@ class Evaluation:
             own = {**one.intervals, **({one.main: one.interval} if one.interval else {})}
             found |= {f"{name} {metric}".strip(): bounds for metric, bounds in own.items()}
         return found
+
+    def outcomes_as_dict(self, text_of: Callable[[Any], str]) -> dict[str, object]:
+        """Return the rows and the confusion of classes for a report, of bounded size; empty without outcomes."""
+        if self.outcomes is None:
+            return {}
+        kept: dict[str, object] = {"score_name": self.outcomes.score_name}
+        for name in ("mistakes", "examples"):
+            rows = [(one[0].row, *map(text_of, one[:3]), _finite(one[3])) for one in getattr(self.outcomes, name)]
+            kept[name] = [
+                dict(zip(("row", "text", "expected", "predicted", "score"), row, strict=True)) for row in rows
+            ]
+        if self.confusion is not None:
+            names = [str(name)[:CLASS_NAME] for name in self.classes] or list(map(str, range(len(self.confusion))))
+            counts, all_of_them = self.confusion, len(names) <= MATRIX_CLASSES
+            pairs = [(i, j) for i, j in np.argwhere(counts).tolist() if all_of_them or i != j]
+            pairs = sorted(pairs, key=lambda pair: -counts[pair])[: MATRIX_CLASSES**2 if all_of_them else CONFUSIONS]
+            kept["confusion"] = [[names[i], names[j], int(counts[i, j]), int(counts[i].sum())] for i, j in pairs]
+            kept["classes"] = names if all_of_them else []
+        return kept
 
     def score(self) -> dict[str, object] | None:
         """The main metric with its interval, ready for JSON; None where nothing was evaluated."""

@@ -5,7 +5,7 @@ Vectors and places in, numbers out. A place is a passage's index. It knows no mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,11 +50,32 @@ def nearest(queries: Tensor, passages: Tensor, count: int, *, block: int = BLOCK
         best, at = scores[begin : begin + rows, :0], places[begin : begin + rows, :0]
         for start in range(0, len(passages) if count else 0, block):
             found, local = _top(part @ passages[start : start + block].T, count)
-            # Places of earlier blocks are lower, so a stable sort keeps them first.
-            best, order = torch.cat([best, found], 1).sort(dim=1, descending=True, stable=True)
-            best, at = best[:, :count], torch.cat([at, local + start], 1).gather(1, order)[:, :count]
+            best, at = _merged((best, at), (found, local + start), count)
         scores[begin : begin + rows], places[begin : begin + rows] = best, at
     return scores, places
+
+
+def nearest_of_parts(queries: Tensor, parts: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Search passages that arrive in parts, with the result of :func:`nearest` over all of them.
+
+    Args:
+        queries: (q, d), as for :func:`nearest`.
+        parts: (n, d) passages each. Only one part is in memory at a time.
+        count: Passages to return for each query.
+    """
+    best = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    start = 0
+    for part in parts:
+        scores, places = nearest(queries, part, count)
+        best = _merged(best, (scores, places + start), count)
+        start += len(part)
+    return best
+
+
+def _merged(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Merge two rankings; the places of the first are lower, so a stable sort keeps them first among equal scores."""
+    best, order = torch.cat([before[0], after[0]], 1).sort(dim=1, descending=True, stable=True)
+    return best[:, :count], torch.cat([before[1], after[1]], 1).gather(1, order)[:, :count]
 
 
 def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAn
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.session import Session
 from deltaw.training.state import Step, TrainState
+from deltaw.training.tasks.base import Rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -385,7 +386,7 @@ class Costs:
     def __init__(self, session: Session, answers: int) -> None:
         self.samples = 0.0
         self._tokens, self._seconds = 0, 0.0
-        rows = [row for held_out in session.data.sets.values() for row in held_out]
+        rows = [row for part in evaluated_parts(session) for row in part]
         longest = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
         self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * (
             answers * longest + session.written.evaluation
@@ -409,6 +410,11 @@ class Costs:
         ending.after = self._drift * a_token + self._saving
         if self._keeps_best:  # it is put back, saved and evaluated again
             ending.after += ending.evaluation + 2 * self._saving
+
+
+def evaluated_parts(session: Session) -> list[Rows]:
+    """Return all rows that one evaluation of a run computes, in parts."""
+    return [part for rows in session.data.sets.values() for part in session.task.evaluated_rows(rows)]
 
 
 def _drift_tokens(session: Session) -> float:

@@ -7,6 +7,7 @@ Everything above this package treats tasks alike. A new one is a class in a file
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -41,6 +42,10 @@ Rows: TypeAlias = Sequence[Any]
 Named: TypeAlias = Sequence[tuple[str, nn.Parameter]]
 # A batcher, and by setting the value chosen with its reason.
 Batched: TypeAlias = tuple[AnyBatcher, dict[str, Choice]]
+
+
+# Passages that an evaluation of a run searches. `deltaw eval` searches all.
+MOST_SEARCHED = 10_000
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Task(abc.ABC):
             once for each microbatch of :meth:`evaluation_batches` in order, so that several processes can
             share it; a task with an ``evaluate`` of its own says so itself.
         evaluation_asks: the name of a method of the objective that takes a microbatch.
+        most_searched: Passages of a file that a retrieval evaluation searches, or None for all. A limited evaluation
+            reports how many passages it searched.
     """
 
     name = ""
@@ -111,6 +118,7 @@ class Task(abc.ABC):
     writes_text = False
     shares_evaluation = False
     evaluation_asks = "evaluate_rows"
+    most_searched: int | None = MOST_SEARCHED
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
@@ -180,9 +188,13 @@ class Task(abc.ABC):
         """What the model writes in a run with these rows; of most tasks nothing."""
         return Written()
 
+    def evaluated_rows(self, rows: Rows) -> Iterator[Rows]:
+        """Yield all rows that :meth:`evaluate` computes for ``rows``, in parts and in order."""
+        yield rows
+
     def evaluation_batches(self, examples: Sequence[Any], batcher: AnyBatcher) -> Iterator[Any]:
         """The microbatches that :meth:`evaluate` asks for, in order."""
-        return batcher.batches(examples)
+        return itertools.chain.from_iterable(batcher.batches(part) for part in self.evaluated_rows(examples))
 
     @abc.abstractmethod
     def objective(self, model: PreTrainedModel) -> AnyObjective:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
 from deltaw.training.embedding.objective import EmbeddingObjective, TextBatcher, key_of_text, texts_of
 from deltaw.training.embedding.pooling import layout_of
-from deltaw.training.evaluation.base import Evaluation, bootstrap_interval, check_finite, spearman
-from deltaw.training.evaluation.retrieval import nearest, pair_accuracy, retrieval_evaluation
+from deltaw.training.evaluation.base import Evaluation, Outcomes, RowOutcome, bootstrap_interval, check_finite, spearman
+from deltaw.training.evaluation.retrieval import nearest, nearest_of_parts, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
 from deltaw.training.tasks.causal_batcher import choose_apart_batcher, choose_causal_batcher
@@ -39,6 +40,8 @@ from deltaw.working import working
 # Held-out rows whose loss is computed together.
 _TOGETHER = 64
 _RANKS = 10
+# Groups of passages whose vectors are in memory together.
+_GROUPS_AT_ONCE = 4096
 
 
 class EmbeddingTask(Task):
@@ -145,27 +148,76 @@ class EmbeddingTask(Task):
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         assert isinstance(objective, EmbeddingObjective)
-        return evaluate_embeddings(objective, rows, batcher)
+        return evaluate_embeddings(objective, rows, batcher, self.most_searched)
+
+    def evaluated_rows(self, rows: Rows) -> Iterator[Rows]:
+        return evaluation_parts(rows, searched_passages(rows, self.most_searched))
+
+
+def searched_passages(rows: Sequence[TextGroup], most: int | None = None) -> dict[bytes, Any]:
+    """Return the passages that the queries of ``rows`` search, by :func:`key_of_text`.
+
+    Those of the rows come first, then the other right ones, then the rest of the rows' file.
+
+    Args:
+        most: Passages to search, or None for all. If the file has more, the rest is a fixed random sample.
+    """
+    found = {key_of_text(text): text for row in rows for text in row.rows[1:]}
+    if not rows or rows[0].scores or rows[0].label is not None:
+        return found
+    queries, file_rows = {key_of_text(row.rows[0]) for row in rows}, rows[0].file_rows
+    for row in file_rows:
+        if key_of_text(row.rows[0]) in queries:
+            found.setdefault(key_of_text(row.rows[1]), row.rows[1])
+    others = {key: text for row in file_rows for text in row.rows[1:] if (key := key_of_text(text)) not in found}
+    if most is not None and len(found) + len(others) > most:
+        chosen = np.random.default_rng(0).permutation(len(others))[: max(0, most - len(found))]
+        kept = list(others.items())
+        others = dict(kept[place] for place in np.sort(chosen))
+    return found | others
+
+
+def evaluation_parts(rows: Sequence[TextGroup], passages: dict[bytes, Any]) -> Iterator[Sequence[TextGroup]]:
+    """Yield the rows, then the other passages in groups as large as a row."""
+    yield rows
+    known, size = {key_of_text(text) for row in rows for text in row.rows[1:]}, len(rows[0].rows) if rows else 1
+    texts = list(passages.values())[len(known) :]
+    groups = [TextGroup(tuple(texts[start : start + size])) for start in range(0, len(texts), size)]
+    for start in range(0, len(groups), _GROUPS_AT_ONCE):
+        yield groups[start : start + _GROUPS_AT_ONCE]
 
 
 @torch.no_grad()
-def evaluate_embeddings(objective: EmbeddingObjective, rows: Sequence[TextGroup], batcher: AnyBatcher) -> Evaluation:
-    """The mean loss of rows, and what their vectors are good for.
+def evaluate_embeddings(
+    objective: EmbeddingObjective, rows: Sequence[TextGroup], batcher: AnyBatcher, most: int | None = None
+) -> Evaluation:
+    """Compute the mean loss of rows and a metric of their vectors.
 
-    Of rows with a right passage: nDCG, MRR and recall of each query over all passages of the rows, further ones among
-    them; of scored pairs: the correlation of ranks with the scores; of texts with classes: the share whose nearest text
-    has the same class.
+    The metrics depend on the rows. Queries with a right passage: nDCG, MRR and recall over all passages of their file.
+    Scored pairs: Spearman's correlation with the scores. Texts with classes: the share of texts whose nearest text has
+    the same class.
+
+    Args:
+        most: Passages to search, see :func:`searched_passages`.
 
     Raises:
-        UserError: a vector is not finite.
+        UserError: if a vector is not finite.
     """
     settings = objective.settings.model_copy(update={"loss": loss_for(rows, objective.settings)})
     scaled = settings.usual_similarity == "cosine" or objective.layout.normalize
-    vectors: dict[bytes, Tensor] = {}
+
+    def embed(part: Sequence[TextGroup], scaled: bool) -> dict[bytes, Tensor]:
+        found: dict[bytes, Tensor] = {}
+        for batch in batcher.batches(part):
+            embedded = objective.evaluate_rows(batch).cpu()
+            embedded = functional.normalize(embedded, dim=1) if scaled else embedded
+            found.update(zip(map(key_of_text, texts_of(batch)), embedded, strict=True))
+        return found
+
+    passages = searched_passages(rows, most)
+    parts = evaluation_parts(rows, passages)
     with working("embedding held-out texts"):
-        for batch in batcher.batches(rows):
-            found = objective.evaluate_rows(batch)
-            vectors.update(zip(map(key_of_text, texts_of(batch)), found.cpu(), strict=True))
+        vectors = embed(next(parts), False)
     total = 0.0
     for start in range(0, len(rows), _TOGETHER):
         part = rows[start : start + _TOGETHER]
@@ -180,30 +232,59 @@ def evaluate_embeddings(objective: EmbeddingObjective, rows: Sequence[TextGroup]
         return _of_classes(rows, vectors, loss)
     if first.scores:
         return _of_scores(rows, vectors, loss)
-    ranked = _of_ranks(rows, vectors)
+
+    def embedded_passages() -> Iterator[Tensor]:
+        of_rows = dict.fromkeys(key_of_text(text) for row in rows for text in row.rows[1:])
+        yield torch.stack([vectors[key] for key in of_rows]).float()
+        with working("embedding the passages of the file"):
+            for part in parts:
+                embedded = embed(part, scaled)
+                yield torch.stack([embedded[key_of_text(text)] for group in part for text in group.rows]).float()
+
+    asked = torch.stack([vectors[key] for key in dict.fromkeys(key_of_text(row.rows[0]) for row in rows)]).float()
+    ranked = _of_ranks(rows, passages, asked, embedded_passages())
     metrics = {**loss, **ranked.metrics}
+    if most is not None and len(passages) >= most:
+        metrics["passages_in_file"] = float(len(searched_passages(rows)))
     if any(len(row.rows) > 2 for row in rows):
         metrics["accuracy"] = float(np.mean([_accuracy(row, vectors) for row in rows if len(row.rows) > 2]))
     return replace(ranked, metrics=metrics)
 
 
-def _of_ranks(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor]) -> Evaluation:
-    passages: dict[bytes, int] = {}
-    queries: dict[bytes, int] = {}
-    relevant: list[set[int]] = []
-    for row in rows:
-        query, right, *others = (key_of_text(text) for text in row.rows)
-        if query not in queries:
-            queries[query] = len(queries)
-            relevant.append(set())
-        relevant[queries[query]].add(passages.setdefault(right, len(passages)))
-        for other in others:
-            passages.setdefault(other, len(passages))
-    asked, there = (torch.stack([vectors[key] for key in keys]).float() for keys in (queries, passages))
-    found = retrieval_evaluation(nearest(asked, there, _RANKS)[1].numpy(), relevant, cutoffs=(1, _RANKS))
+def _of_ranks(
+    rows: Sequence[TextGroup], passages: dict[bytes, Any], asked: Tensor, parts: Iterator[Tensor]
+) -> Evaluation:
+    """Rank the passages for each query of the rows.
+
+    A passage is right for a query if any row of the file pairs them. A passage with the query's own text is ranked last
+    unless it is right.
+
+    Args:
+        asked: (queries, width) vectors of the different queries, in the order of the rows.
+        parts: (n, width) vectors of the passages, in their order.
+    """
+    places = nearest_of_parts(asked, parts, _RANKS + 1)[1].numpy()
+    numbers = {key: number for number, key in enumerate(passages)}
+    queries = {key_of_text(row.rows[0]): row.rows[0] for row in rows}
+    relevant: dict[bytes, set[int]] = {key: set() for key in queries}
+    for row in itertools.chain(rows, rows[0].file_rows):
+        if (query := key_of_text(row.rows[0])) in relevant:
+            relevant[query].add(numbers[key_of_text(row.rows[1])])
+    own = [-1 if (number := numbers.get(key, -1)) in relevant[key] else number for key in queries]
+    order = np.argsort(places == np.array(own)[:, None], axis=1, kind="stable")
+    places, right = np.take_along_axis(places, order, 1)[:, :_RANKS], list(relevant.values())
+    found = retrieval_evaluation(places, right, cutoffs=(1, _RANKS))
     shown = (f"ndcg@{_RANKS}", f"mrr@{_RANKS}", "recall@1", f"recall@{_RANKS}")
+    metrics = {name: found.metrics[name] for name in shown} | {"passages_searched": float(len(passages))}
     intervals = {name: bounds for name, bounds in found.intervals.items() if name in shown}
-    return replace(found, metrics={name: found.metrics[name] for name in shown}, intervals=intervals)
+    texts, asking, per_query = list(passages.values()), list(queries.values()), np.asarray(found.per_row)
+
+    def of_query(number: int) -> RowOutcome:
+        best, expected = texts[places[number, 0]], texts[min(right[number])]
+        return asking[number], expected, best, float(per_query[number])
+
+    outcomes = Outcomes.of_errors(found.main, 1 - per_query, of_query)
+    return replace(found, metrics=metrics, intervals=intervals, outcomes=outcomes)
 
 
 def _of_scores(rows: Sequence[TextGroup], vectors: dict[bytes, Tensor], loss: dict[str, float]) -> Evaluation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import packed_rows, padded_rows, without_cache
 from deltaw.training.evaluation.base import (
     Evaluation,
+    Outcomes,
+    RowOutcome,
     check_finite,
     classification_metrics,
     confusion,
@@ -342,8 +344,18 @@ def evaluate_labels(
     predictions = predicted(objective, examples, batcher)
     truth = np.array([example.label for example in examples])
     if objective.task == "regression":
-        return _of_numbers(truth, predictions)
-    return _of_classes(truth, predictions, tuple(classes))
+        found, confidence, name = _of_numbers(truth, predictions), np.abs(predictions - truth), "error"
+        errors, shown = confidence, lambda number: f"{number:.6g}"
+    else:
+        found, name = _of_classes(truth, predictions, tuple(classes)), "confidence"
+        chances = np.exp(predictions - predictions.max(1, keepdims=True).astype(np.float64))
+        predictions, confidence = predictions.argmax(1), chances.max(1) / chances.sum(1)
+        errors, shown = confidence * (predictions != truth), lambda label: str(classes[label] if classes else label)
+
+    def of_row(place: int) -> RowOutcome:
+        return examples[place], shown(truth[place]), shown(predictions[place]), float(confidence[place])
+
+    return replace(found, outcomes=Outcomes.of_errors(name, errors, of_row))
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ class TokenTexts {
 }
 
 class Answer {
-  constructor(model, name) {
+  constructor(model, name, kind = "") {
     const made = document.getElementById("answer").content.cloneNode(true);
     this.element = made.querySelector("article");
     Object.assign(this, { model, name });
+    this.element.classList.toggle("adapter", kind === "adapter");
     this.content = "";
     this.spans = [];
     this.count = 0;

@@ -34,6 +34,7 @@ function shortNames(models) {
 }
 
 const boxes = () => [...at("model-list").querySelectorAll("input")];
+const kindOf = (model) => boxes().find((box) => box.value === model)?.dataset.kind ?? "";
 const chosen = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
 function modelChoice(model, checked) {
@@ -226,7 +227,7 @@ async function send() {
   problem("");
   at("message").value = "";
   at("start").hidden = true;
-  const answers = models.map((model) => new Answer(model, nameOf(model)));
+  const answers = models.map((model) => new Answer(model, nameOf(model), kindOf(model)));
   const turn = newTurn(question, answers);
   turn.scrollIntoView({ block: "start" });
   at("said").replaceChildren();
@@ -237,7 +238,8 @@ async function send() {
   const again = comparer(answers);
   const onPiece = () => {
     again();
-    if (follow()) window.scrollTo(0, document.documentElement.scrollHeight);
+    // Stacked answers are not followed: the adapter's is at the top, and the others would push it out of view.
+    if (follow() && (wide.matches || answers.length === 1)) window.scrollTo(0, document.documentElement.scrollHeight);
   };
   await Promise.all(answers.map((answer) => write(answer, question, body, control.signal, onPiece)));
   compare(answers, false);

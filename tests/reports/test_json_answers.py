@@ -1,0 +1,52 @@
+"""JSON answers on a page: pretty-printed, compared line by line, and harmless whatever a model writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltaw.reports.page.json_answers import LONGEST, marked_lines, pretty_json
+
+
+def test_an_object_has_a_line_for_each_key():
+    assert pretty_json('{"a":1,"b":["x"]}') == ["{", '  "a": 1,', '  "b": [', '    "x"', "  ]", "}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, "", "plain text", '{"a": 1} and more', "12", '"text"', "null", "{'a': 1}", "[1, 2"),
+        *('{"a": NaN}', "[Infinity]", "[1e999]", '{"a": 1, "a": 2}', "9" * 5000, f"[{'9' * 5000}]"),
+        *(
+            "[" * 900 + "]" * 900,
+            "[" * 100_000,
+            '{"a":' * 700 + "1" + "}" * 700,
+            "[" * 300 + "1," * 300 + "1" + "]" * 300,
+        ),
+        f'["{"x" * LONGEST}"]',
+        "[" + "1," * 3000 + "1]",
+    ],
+    ids=lambda text: str(text)[:12],
+)
+def test_other_texts_and_bombs_are_not_pretty_printed(text):
+    assert pretty_json(text) is None
+
+
+def test_characters_that_reorder_or_break_a_file_are_escaped():
+    lines = pretty_json(json.dumps({"a": "\u202eevil\u2066", "b": "\ud800", "c": "ä ☃"}))
+    assert lines == ["{", '  "a": "\\u202eevil\\u2066",', '  "b": "\\ud800",', '  "c": "ä ☃"', "}"]
+    "\n".join(lines).encode()
+
+
+def test_changed_missing_and_added_lines_are_marked():
+    expected, given = pretty_json('{"a": 1, "b": 2, "c": 3}'), pretty_json('{"a": 1, "b": 9, "c": 3, "d": 4}')
+    marks = marked_lines(given, expected)
+    assert [line for mark, line in marks if mark == "-"] == ['  "b": 2,', '  "c": 3']
+    assert [line for mark, line in marks if mark == "+"] == ['  "b": 9,', '  "c": 3,', '  "d": 4']
+    assert [line for mark, line in marks if mark != "-"] == given
+
+
+def test_equal_answers_have_no_marks():
+    lines = pretty_json('{"a": [1, {"b": null}]}')
+    assert {mark for mark, _ in marked_lines(lines, lines)} == {mark for mark, _ in marked_lines(lines, None)} == {" "}
