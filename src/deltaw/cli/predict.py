@@ -69,7 +69,9 @@ def command(
     source = InputRows(file, images=session.task.tokenizer is None, most=rows)
     settings = input_settings(session, source, given)
     if session.task.writes_text:
-        settings = replace(settings, system=system_of(session, system, notes.say) or system or settings.system)
+        settings = replace(
+            settings, system=system_of(session, system, notes.say) or (None if system == "" else settings.system)
+        )
     elif flag := next((n for n in TEXT if context.get_parameter_source(n) == ParameterSource.COMMANDLINE), None):
         what = f"the run is for {session.task.name}, and writes no text"
         raise UserError(what, where=f"--{flag.replace('_', '-')}", hint="leave it out")

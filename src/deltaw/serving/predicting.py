@@ -22,6 +22,7 @@ from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source, walk
 from deltaw.errors import UserError
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.serving.opening import open_engine
 from deltaw.serving.prediction_file import PredictionFile, Progress, Record, json_lines
 from deltaw.serving.request import Request
@@ -98,7 +99,8 @@ def identity_of_run(session: InferenceSession) -> list[object]:
     """Names the base model and the adapter."""
     folder = None if session.found is None else session.found.folder
     files = sorted(folder.glob("*.safetensors")) if folder else []
-    return [session.identity, session.loaded.reference, session.classes, *map(content_identity, files)]
+    weights = base_fingerprint(session.model)  # with the head that the adapter has, unlike session.identity
+    return [weights, str(session.model.dtype), session.classes, *map(content_identity, files)]
 
 
 class Predictor:
