@@ -1,4 +1,4 @@
-"""`deltaw predict` for each task: scores equal those of `deltaw eval`, every row gives a record, and nothing is lost."""
+"""`deltaw predict` for each task: scores equal those of `deltaw eval`, and every row gives a record."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_an_output_is_not_overwritten_unless_forced(call, predict, classifier, t
     assert len(predict(classifier, labeled(2), "--force")) == 2
     assert_refused(predict(classifier, labeled(2), suffix=".txt", status=2), ".txt", ".parquet")
     same = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl", "--force", status=2)
-    assert_refused(same, "the file that is read")
+    assert_refused(same, "the input file")
     assert_refused(call("predict", classifier, tmp_path / "rows.jsonl", "--json", status=2), "--output")
     assert_refused(predict(classifier, labeled(2), "--temperature", 1, suffix=".csv", status=2), "writes no text")
 
@@ -276,7 +276,7 @@ def test_completions_match_the_answers_as_eval_counts_them(call, predict, finish
 def test_sampled_completions_are_the_same_after_another_start(predict, finished_run, monkeypatch):
     rows, flags = [{"prompt": "paint it"}] * 6, ("--temperature", 1, "--max-new-tokens", 8, "--seed", 3)
     together = [row["completion"] for row in predict(finished_run, rows, *flags)]
-    monkeypatch.setattr(predicting, "WRITTEN_ROWS", 2)
+    monkeypatch.setattr(predicting, "COMPLETION_ROWS", 2)
     assert [row["completion"] for row in predict(finished_run, rows, *flags, "--force")] == together
     assert len(set(together)) > 1
 

@@ -20,8 +20,8 @@ from deltaw.working import working
 
 OUTPUT_HELP = "a .jsonl, .csv or .parquet file  [default: JSON Lines on standard output]"
 COLUMNS_HELP = "the file's columns by our names, as in {text: review}  [default: as the run read its rows]"
-LONG = click.Choice(["error", "cut", "drop"])
-# Flags of models that write text.
+LONG_HELP = "cut truncates longer rows; the others give them an error"
+# Flags for models that write text.
 TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 
 
@@ -29,78 +29,73 @@ TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 @click.argument("run", type=RunArgument())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help=OUTPUT_HELP)
-@click.option("--force", is_flag=True, help="overwrite the output, and discard unfinished predictions of other rows")
-@click.option("--rows", type=click.IntRange(1), help="only the first N rows", metavar="N")
+@click.option("--force", is_flag=True, help="overwrite the output, and discard unfinished predictions")
+@click.option("--rows", type=click.IntRange(1), metavar="N", help="only the first N rows")
 @click.option("--data.columns", "columns", metavar="YAML", help=COLUMNS_HELP)
 @click.option("--data.max_length", "max_length", type=click.IntRange(2), help="the most tokens in a row")
-@click.option("--data.long_rows", "long_rows", type=LONG, help="cut truncates longer rows, others give them an error")
+@click.option("--data.long_rows", "long_rows", type=click.Choice(["error", "cut", "drop"]), help=LONG_HELP)
 @system_flag
 @text_flags(max_new_tokens=256)
 @click.option("--task", type=TaskName(tasks.names()), help="the task of a bare model")
 @model_flags
 @json_flag
-def command(
-    run: str,
-    file: str,
-    output: Path | None,
-    force: bool,
-    rows: int | None,
-    columns: str | None,
-    system: str | None,
-    how: TextSettings,
-    as_json: bool,
-    **opening: Any,
-) -> None:
+def command(run: str, file: str, output: Path | None, force: bool, rows: int | None, **options: Any) -> None:
     """Predict the rows of FILE with RUN: a run's folder, an adapter's, or a model. The rows need no labels. Each gives
     a record with its number, its columns, the predictions and, if it cannot be used, an error."""
-    notes, context, began = console(True), click.get_current_context(), time.monotonic()
+    notes, start_time, as_json = console(True), time.monotonic(), options.pop("as_json")
     if output is None and (as_json or force):
         flag = "--json" if as_json else "--force"
         raise UserError("the predictions go to standard output", where=flag, hint="name a file with --output")
-    given = {name: opening.pop(name) for name in ("max_length", "long_rows")} | {"columns": _columns(columns)}
-    given = {name: value for name, value in given.items() if value is not None}
+    text: TextSettings = options.pop("how")
+    system, columns = options.pop("system"), _columns(options.pop("columns"))
+    overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
     with working("starting"):
         from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings, predict_rows
         from deltaw.serving.prediction_file import PredictionFile, check_output
         from deltaw.training.origin import open_run
     if output is not None:
         check_output(output, file, force=force)
-    session = open_run(run, say=notes.say, **opening)
-    source = InputRows(file, images=session.task.tokenizer is None, most=rows)
-    settings = input_settings(session, source, given)
+    session = open_run(run, say=notes.say, **options)
+    source = InputRows(file, images=session.task.tokenizer is None, limit=rows)
+    settings = input_settings(session, source, {name: value for name, value in overrides.items() if value is not None})
     if session.task.writes_text:
         settings = replace(
             settings, system=system_of(session, system, notes.say) or (None if system == "" else settings.system)
         )
-    elif flag := next((n for n in TEXT if context.get_parameter_source(n) == ParameterSource.COMMANDLINE), None):
-        what = f"the run is for {session.task.name}, and writes no text"
-        raise UserError(what, where=f"--{flag.replace('_', '-')}", hint="leave it out")
+    else:
+        _reject_text_flags(session.task.name)
     with contextlib.ExitStack() as stack:
-        predictor = stack.enter_context(
-            contextlib.closing(Predictor(session, settings, source, how.request, notes.say))
-        )
+        predictor = Predictor(session, settings, source, text.request, notes.say)
+        stack.callback(predictor.close)
         target = None
         if output is not None:
             named = {"the run": identity_of_run(session), "the file": source.identity()}
-            named["the settings"] = [asdict(settings), asdict(how), rows]
+            named["the settings"] = [asdict(settings), asdict(text), rows]
             target = stack.enter_context(contextlib.closing(PredictionFile(output, named, force=force)))
-        found = predict_rows(predictor, source, target, lambda data: click.echo(data, nl=False), notes.say)
+        progress = predict_rows(predictor, source, target, lambda data: click.echo(data, nl=False), notes.say)
         if target is not None:
             target.finish()
-    failed = found.errors.total()
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.errors.most_common(5))
-    notes.say(f"{found.rows:,} rows" + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
+    failed = progress.errors.total()
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in progress.errors.most_common(5))
+    notes.say(f"{progress.rows:,} rows" + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
     if output is not None:
         notes.say(f"written: {output}")
     if as_json:
-        counts = {"rows": found.rows, "predicted": found.rows - failed, "errors": dict(found.errors)}
-        seconds = round(time.monotonic() - began, 3)
+        counts = {"rows": progress.rows, "predicted": progress.rows - failed, "errors": dict(progress.errors)}
+        seconds = round(time.monotonic() - start_time, 3)
         print_json({"output": str(output), "task": session.task.name, **counts, "seconds": seconds})
 
 
-def _columns(given: str | None) -> dict[str, str] | None:
-    """The columns that ``--data.columns`` maps."""
-    found = None if given is None else nested({"setting_data__columns": given})["data"]["columns"]
-    if found is not None and not (isinstance(found, dict) and all(isinstance(v, str) for v in found.values())):
-        raise UserError("this is no mapping of columns", where="--data.columns", hint="write it as {text: review}")
-    return found
+def _columns(text: str | None) -> dict[str, str] | None:
+    """Parse ``--data.columns``."""
+    columns = None if text is None else nested({"setting_data__columns": text})["data"]["columns"]
+    if text is None or (isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values())):
+        return columns
+    raise UserError("this is no mapping of columns", where="--data.columns", hint="write it as {text: review}")
+
+
+def _reject_text_flags(task: str) -> None:
+    source_of = click.get_current_context().get_parameter_source
+    if flag := next((name for name in sorted(TEXT) if source_of(name) == ParameterSource.COMMANDLINE), None):
+        what = f"the run is for {task}, and writes no text"
+        raise UserError(what, where=f"--{flag.replace('_', '-')}", hint="leave it out")

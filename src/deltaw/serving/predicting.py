@@ -1,8 +1,8 @@
-"""Predictions for rows without labels, whatever the task: labels, numbers, scores, vectors or completions.
+"""Predict rows without labels for any task: labels, numbers, scores, vectors or completions.
 
-Rows are read, computed and written a chunk at a time, in their order, so that memory does not grow with their number.
+Rows are read, computed and written in chunks, in their order, so that memory does not grow with the number of rows.
 Each row gives one record: its number, its columns, the predictions, and an error if it cannot be used. The numbers are
-those that an evaluation computes. Batches depend on their chunk alone, so that a resumed process gives the same bytes.
+the same that an evaluation computes. Batches depend only on their chunk, so a resumed process writes the same bytes.
 """
 
 from __future__ import annotations
@@ -32,74 +32,68 @@ from deltaw.training.tasks.base import Predictions
 from deltaw.training.tasks.labels import text_positions
 from deltaw.working import working
 
-# Rows of a chunk; fewer if a text is written for each, which takes longer.
-CHUNK_ROWS, WRITTEN_ROWS = 1024, 256
-# Makes a request of a prompt's tokens, the adapter's name and the number of the row.
-MakeRequest = Callable[..., Request]
+# Rows of a chunk; fewer for completions, which take longer.
+CHUNK_ROWS, COMPLETION_ROWS = 1024, 256
+# Builds the request for the tokens of a prompt, the name of an adapter and the number of a row.
+BuildRequest = Callable[..., Request]
 
 
 class InputRows:
-    """The rows of a reference, in chunks; also rows that cannot be read.
+    """Rows of a reference in chunks, including rows that cannot be read.
 
     Args:
-        images: Read a folder of images, or tables of pixels, which are not read in chunks.
-        most: The number of rows to read, or None for all.
+        images: Read a folder of images, or tables of pixels, which are loaded at once.
+        limit: Number of rows to read, or None for all.
 
     Attributes:
         name: The reference. columns: Names of the columns.
-        count: Number of rows. several: True if they are in several files.
+        count: Number of rows. several: True if the rows are in several files.
     """
 
-    def __init__(self, reference: str, *, images: bool, most: int | None, max_bytes: int = MAX_ROW_BYTES) -> None:
+    def __init__(self, reference: str, *, images: bool, limit: int | None, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = reference
-        if images:
-            self._rows, _ = image_rows(reference, max_bytes=max_bytes, labeled=False)
-            self.columns, self.count = self._rows.columns, len(self._rows)
+        self._images = image_rows(reference, max_bytes=max_bytes, labeled=False)[0] if images else None
+        if self._images is not None:
+            self.columns, count, self.several = self._images.columns, len(self._images), False
         else:
             self._stream = open_source(reference, lambda error, row: None, max_bytes=max_bytes)
             with working(f"reading {reference}"):
                 self._stream.scan()
-            self.columns, self.count = self._stream.columns, self._stream.rows + self._stream.bad
-        self._images = images
-        self.several = not images and self._stream.files > 1
-        self.count = min(self.count, most or self.count)
+            self.columns, self.several = self._stream.columns, self._stream.files > 1
+            count = self._stream.rows + self._stream.bad
+        self.count = min(count, limit or count)
 
     def chunks(self, size: int) -> Iterator[tuple[Rows, range]]:
-        """Rows with the indices of at most ``size`` of them."""
-        left = self.count
-        for rows in [self._rows] if self._images else self._stream.chunks(unreadable=True):
-            for start in range(0, min(len(rows), left), size):
-                yield rows, range(start, min(start + size, len(rows), left))
-            left -= min(len(rows), left)
-            if not left:
+        """Yield rows with the indices of at most ``size`` of them."""
+        remaining = self.count
+        for rows in self._stream.chunks(unreadable=True) if self._images is None else [self._images]:
+            for start in range(0, min(len(rows), remaining), size):
+                yield rows, range(start, min(start + size, len(rows), remaining))
+            remaining -= min(len(rows), remaining)
+            if not remaining:
                 return
 
     def identity(self) -> object:
-        """Differs for other content."""
-        if not self._images:
+        """Return a value that changes with the content."""
+        if self._images is None:
             return self._stream.identity()
         path = Path(self.name)
-        files = walk(path) if path.is_dir() else [path]
-        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
+        return [(str(file), file.stat().st_mtime_ns) for file in [path, *(walk(path) if path.is_dir() else ())]]
 
 
-def input_settings(session: InferenceSession, source: InputRows, given: Mapping[str, Any]) -> DataSettings:
-    """How the rows are read: as the run read its own, except that columns of labels may be missing.
-
-    Args:
-        given: Settings of the caller.
-    """
-    own = session.data or DataSettings(train=source.name)
-    columns = {ours: theirs for ours, theirs in own.columns.items() if theirs in source.columns}
-    way = "error" if own.long_rows == "split" else own.long_rows
-    return replace(own, **{"train": source.name, "columns": columns, "long_rows": way, **given})  # type: ignore[arg-type]
+def input_settings(session: InferenceSession, source: InputRows, overrides: Mapping[str, Any]) -> DataSettings:
+    """Return the settings by which the run read its rows, without the columns that the source does not have."""
+    settings = session.data or DataSettings(train=source.name)
+    columns = {name: column for name, column in settings.columns.items() if column in source.columns}
+    long_rows = "error" if settings.long_rows == "split" else settings.long_rows
+    changes = {"train": source.name, "bad_rows": "skip", "columns": columns, "long_rows": long_rows, **overrides}
+    return replace(settings, **changes)
 
 
 def identity_of_run(session: InferenceSession) -> list[object]:
-    """Names the base model and the adapter."""
-    folder = None if session.found is None else session.found.folder
-    files = sorted(folder.glob("*.safetensors")) if folder else []
-    weights = base_fingerprint(session.model)  # with the head that the adapter has, unlike session.identity
+    """Return a value that changes with the model and the adapter."""
+    files = sorted(session.found.folder.glob("*.safetensors")) if session.found else []
+    weights = base_fingerprint(session.model)  # after the adapter's head is loaded, unlike session.identity
     return [weights, str(session.model.dtype), session.classes, *map(content_identity, files)]
 
 
@@ -107,77 +101,79 @@ class Predictor:
     """Predicts rows with one model.
 
     Args:
-        request: Makes a request of a prompt, for a model that writes text.
+        build_request: Builds the request for a prompt.
 
     Raises:
-        UserError: if the task has no predictions, or the rows lack a column.
+        UserError: if the task has no predictions, or a column is missing.
     """
 
     def __init__(
-        self, session: InferenceSession, settings: DataSettings, source: InputRows, request: MakeRequest, say: Say
+        self,
+        session: InferenceSession,
+        settings: DataSettings,
+        source: InputRows,
+        build_request: BuildRequest,
+        say: Say,
     ) -> None:
-        self._session, self._settings, self._request, self._say = session, settings, request, say
-        mapped = settings.columns
-        check_columns(source, mapped)  # type: ignore[arg-type]
-        names = [name for name in source.columns if name not in mapped.values()] + [*mapped]
-        self._reader = session.task.input_reader(replace(settings, bad_rows="skip"), names, session.classes)
-        self.writes = session.task.writes_text
-        self._engine = open_engine(session, say=say) if self.writes else None
+        self._session, self._build_request, self._say = session, build_request, say
+        self._max_length = settings.max_length
+        check_columns(source, settings.columns)  # type: ignore[arg-type]
+        columns = [name for name in source.columns if name not in settings.columns.values()]
+        self._reader = session.task.input_reader(settings, [*columns, *settings.columns], session.classes)
+        self._engine = open_engine(session, say=say) if session.task.writes_text else None
+        self.chunk_rows = CHUNK_ROWS if self._engine is None else COMPLETION_ROWS
+        limit = text_positions(session.model) if self._engine is None else self._engine.positions - 1
+        self._limit = settings.max_length if limit is None else limit
         if self._engine is None:
             self._objective = session.task.objective(session.model)
-            self._limit = text_positions(session.model)
-        else:
-            self._limit = self._engine.positions - 1
 
-    def __call__(self, rows: Rows, indices: Sequence[int], first: int) -> list[tuple[Record, UserError | None]]:
-        """The predictions of the rows at ``indices``, or the reason why there are none.
+    def __call__(self, rows: Rows, indices: Sequence[int], start: int) -> list[tuple[Record, UserError | None]]:
+        """Return the predictions of the rows at ``indices``, or the error of each row without predictions.
 
         Args:
-            first: The number of rows before them, which seeds and separates completions.
+            start: Number of rows of earlier chunks; the seeds of completions depend on it.
         """
         reader = self._reader
         reader.bad, reader.errors = BadRows("skip"), {}
         errors: dict[int, UserError] = {i: r.error for i in indices if isinstance(r := rows[i][1], UnreadableRow)}
-        usable = reader.usable(rows, [index for index in indices if index not in errors])
-        read = zip(usable, reader.examples(rows, usable), strict=True)
-        items = {index: item for index, item in read if item is not None}
-        whole = dict(zip(items, reader.completed([*items.values()], 0), strict=True))
-        seen = {index: self._session.example(item) for index, item in whole.items()}
+        readable = reader.usable(rows, [index for index in indices if index not in errors])
+        examples = zip(readable, reader.examples(rows, readable), strict=True)
+        items = {index: item for index, item in examples if item is not None}
+        items = dict(zip(items, reader.completed([*items.values()], 0), strict=True))
+        inputs = {index: self._session.example(item) for index, item in items.items()}
+        errors |= reader.errors
         for index in indices:
-            longest = max(map(len, rows_of(seen[index])), default=0) if index in seen else None
-            if index in reader.errors:
-                errors[index] = reader.errors[index]
-            elif index not in errors and (longest is None or longest > (self._limit or longest)):
-                most = min(self._settings.max_length, self._limit or self._settings.max_length)
-                what = f"the row has more than {most:,} tokens" if longest != 0 else "the row is empty"
-                errors[index] = BadRowError(what, reason=f"longer than {most:,} tokens", where=rows.place(index))
-        kept = [index for index in seen if index not in errors]
-        found: Predictions = {}
-        if kept and self._engine is None:
-            found = self._computed([seen[index] for index in kept])
-        elif kept:
-            prompts = [whole[index].tokens for index in kept]
-            found = self._completed(prompts, [first + index - indices[0] for index in kept], first)
-        values = {index: {name: column[n] for name, column in found.items()} for n, index in enumerate(kept)}
-        return [(values.get(index, {}), errors.get(index)) for index in indices]
+            if index in errors:
+                inputs.pop(index, None)
+            elif index not in inputs or max(map(len, rows_of(inputs[index]))) > self._limit:
+                reason = f"longer than {min(self._max_length, self._limit):,} tokens"
+                errors[index] = BadRowError(f"the row is {reason}", reason=reason, where=rows.place(index))
+                inputs.pop(index, None)
+        columns: Predictions = {}
+        if inputs and self._engine is None:
+            columns = self._compute([*inputs.values()])
+        elif inputs:
+            columns = self._complete({start + i - indices[0]: items[i].tokens for i in inputs}, start)
+        predictions = {i: {name: column[n] for name, column in columns.items()} for n, i in enumerate(inputs)}
+        return [(predictions.get(index, {}), errors.get(index)) for index in indices]
 
-    def _computed(self, examples: Sequence[Any]) -> Predictions:
+    def _compute(self, examples: Sequence[Any]) -> Predictions:
         session = self._session
         batcher = session.batcher(examples)
         with session.task.running(session.model, batcher):
             return session.task.predict(self._objective, examples, batcher, session.classes)
 
-    def _completed(self, prompts: Sequence[Any], numbers: Sequence[int], first: int) -> Predictions:
+    def _complete(self, prompts: Mapping[int, Any], start: int) -> Predictions:
         engine = self._engine
         assert engine is not None
-        if not first and (line := self._session.not_invoked(prompts)) is not None:
+        if not start and (line := self._session.not_invoked([*prompts.values()])) is not None:
             self._say(line)
-        given = zip(prompts, numbers, strict=True)
-        # An owner's prompts find no pages of earlier chunks, which a resumed process does not have.
-        requests = [replace(self._request(p, engine.own_adapter, number=n), owner=first) for p, n in given]
+        built = (self._build_request(prompt, engine.own_adapter, number=n) for n, prompt in prompts.items())
+        # Another owner for each chunk: no prefix cache of an earlier chunk, which a resumed process would not have.
+        requests = [replace(request, owner=start) for request in built]
         with working("writing", len(requests)) as advance:
-            written = engine.write_all(requests, lambda done, _: advance(done))
-        return {"completion": [one.text for one in written], "finish": [one.finish for one in written]}
+            texts = engine.write_all(requests, lambda done, _: advance(done))
+        return {"completion": [text.text for text in texts], "finish": [text.finish for text in texts]}
 
     def close(self) -> None:
         """Stop the engine."""
@@ -191,7 +187,7 @@ def predict_rows(
     """Predict all rows of a source and write the records.
 
     Args:
-        output: File to write, which may have records of an earlier process; None to ``emit`` JSON Lines.
+        output: File to write, which may contain records of an earlier process. If None, call ``emit`` with JSON Lines.
 
     Raises:
         UserError: if no row can be used.
@@ -200,53 +196,50 @@ def predict_rows(
     if progress.rows:
         say(f"resuming after {progress.rows:,} of {source.count:,} rows")
     lines = ProgressLines(say, f"predicting {source.name}", 0, rows=source.count, done=progress.rows)
-    flat, several = output is not None and output.kind != ".jsonl", source.several
-    head = ["row", *(["file"] if several else [])]
-    head = [*(_new_name(name, source.columns) for name in head), *source.columns]
-    columns, waiting = progress.columns, list[tuple[Record, Record, str | None]]()
-    position = 0
-    for rows, indices in source.chunks(WRITTEN_ROWS if predictor.writes else CHUNK_ROWS):
-        first, position = position, position + len(indices)
-        if position <= progress.rows:
+    flat = output is not None and output.suffix != ".jsonl"
+    row_column, file_column, error_column = (_unused_name(n, source.columns) for n in ("row", "file", "error"))
+    inputs = [row_column, *([file_column] if source.several else []), *source.columns]
+    pending: list[tuple[Record, Record, str | None]] = []
+    end = 0
+    for rows, indices in source.chunks(predictor.chunk_rows):
+        start, end = end, end + len(indices)
+        if end <= progress.rows:
             continue
-        for index, (values, error) in zip(indices, predictor(rows, indices, first), strict=True):
+        for index, (predictions, error) in zip(indices, predictor(rows, indices, start), strict=True):
             number, row = rows[index]
-            place = [number, *([rows.file(index)] if several else [])]
-            waiting.append(({**dict(zip(head, place, strict=False)), **row}, values, error and error.what))
+            place = {row_column: number} | ({file_column: rows.file(index)} if source.several else {})
+            named = {_unused_name(name, source.columns): value for name, value in _columns_of(predictions, flat)}
+            pending.append((place | dict(row), named, error and error.what))
             if error is not None:
                 progress.errors[getattr(error, "reason", error.what)] += 1
                 progress.first_error = progress.first_error or f"{error.where}: {error.what}"
-        named = [{_new_name(name, source.columns): one for name, one in _flat(v, flat)} for _, v, _ in waiting]
-        if not columns and (new := next(filter(None, named), None)) is not None:
-            columns = [*head, *new, _new_name("error", source.columns)]
-        if not columns:
-            continue  # all rows so far have errors, and nothing says what columns the others will have
-        empty = dict.fromkeys(columns[len(head) :])
-        records = [
-            {**row, **empty, **new, columns[-1]: error} for (row, _, error), new in zip(waiting, named, strict=True)
-        ]
-        waiting, progress.rows = [], position
+        if not progress.columns:
+            progress.columns = next(([*inputs, *named, error_column] for _, named, _ in pending if named), [])
+        if not progress.columns:
+            continue  # no prediction yet, so the names of its columns are unknown
+        empty = dict.fromkeys(progress.columns[len(inputs) :])
+        records = [{**row, **empty, **named, error_column: error} for row, named, error in pending]
+        pending, progress.rows = [], end
         if output is None:
             emit(json_lines(records))
         else:
-            output.write(records, columns)
+            output.write(records)
         lines.at(progress.rows, 0)
-    if not columns:
+    if not progress.columns:
         raise UserError(f"no row can be used; the first error: {progress.first_error}", where=source.name)
     return progress
 
 
-def _new_name(name: str, taken: Sequence[str]) -> str:
-    """The name of a column that is added to those of the rows."""
-    while name in taken:
+def _unused_name(name: str, columns: Sequence[str]) -> str:
+    while name in columns:
         name = f"predicted_{name}"
     return name
 
 
-def _flat(values: Record, flat: bool) -> Iterator[tuple[str, Any]]:
-    """Predictions of a row; in a table each class has a column for its probability."""
-    for name, value in values.items():
+def _columns_of(predictions: Record, flat: bool) -> Iterator[tuple[str, Any]]:
+    """Yield names and values; in a table, one column for the probability of each class."""
+    for name, value in predictions.items():
         if flat and isinstance(value, dict):
-            yield from ((f"p_{key}", one) for key, one in value.items())
+            yield from ((f"p_{key}", probability) for key, probability in value.items())
         else:
             yield name, value

@@ -1,8 +1,8 @@
-"""Predictions as a file: JSON Lines, CSV or Parquet, written chunk by chunk and resumed after a kill.
+"""Write predictions as JSON Lines, CSV or Parquet, in chunks, and resume after a kill.
 
-Records go to ``OUTPUT.partial``. A journal beside it, ``OUTPUT.partial.json``, has the number of rows and bytes that
-are on the disk, and the identity of the run, the rows and the settings. A complete file is renamed to its own name.
-Parquet is converted from JSON Lines at the end. Knows records; no models.
+Records go to ``OUTPUT.partial``. The journal ``OUTPUT.partial.json`` contains the number of rows and bytes on the disk,
+and the identity of the run, the file and the settings. A complete file is renamed to OUTPUT. Parquet is converted from
+JSON Lines at the end.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ Record = Mapping[str, Any]
 
 @dataclass
 class Progress:
-    """What is written so far.
+    """Records written by this process and earlier ones.
 
     Attributes:
-        identity: Names the run, the rows and the settings. columns: Names of all columns; empty before the first rows.
-        rows: Number of records. bytes: Length of the partial file. errors: Rows without a prediction, by reason.
-        first_error: Message of the first one.
+        identity: Identity of the run, the file and the settings, by name.
+        columns: Names of all columns; empty before the first prediction.
+        rows: Number of records. bytes: Length of the partial file at the last write of the journal.
+        errors: Number of rows without predictions by reason. first_error: Message of the first.
     """
 
     identity: dict[str, Any]
@@ -51,187 +52,173 @@ class Progress:
 
 
 def check_output(output: Path, reference: str, *, force: bool) -> None:
-    """Refuse an output that cannot be written.
+    """Reject an output that cannot be written.
 
     Raises:
-        UserError: if its type is unknown, it exists, or it is the file that is read.
+        UserError: if its type is unknown, it exists, or it is the input file.
     """
     platforms.refuse_names(output)
     if output.suffix.lower() not in SUFFIXES:
         hint = f"name a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise UserError(f"predictions cannot be written as '{output.suffix}'", where=str(output), hint=hint)
     if output.exists() and Path(reference).exists() and output.samefile(reference):
-        raise UserError("the output is the file that is read", where=str(output), hint="name another --output")
+        raise UserError("the output is the input file", where=str(output), hint="name another --output")
     if output.is_dir() or (output.exists() and not force):
         raise UserError("the output exists", where=str(output), hint="name another --output, or overwrite with --force")
 
 
 class PredictionFile:
-    """A file of predictions that can be resumed.
+    """File of predictions that can be resumed.
 
     Args:
-        output: Its final name. identity: Names the run, the rows and the settings, by what they are called.
-        force: Discard an unfinished file of other predictions.
-
-    Attributes:
-        progress: What is written so far, also by earlier processes.
+        output: Final name of the file.
+        identity: Identity of the run, the file and the settings, by the name for messages.
+        force: Discard an unfinished file with another identity.
 
     Raises:
-        UserError: if another process writes the file, or an unfinished file is there with another identity.
+        UserError: if another process writes the file, or an unfinished file has another identity.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, force: bool) -> None:
-        self.output, self.kind = output, output.suffix.lower()
-        self._partial, self._journal, self._locked = (
-            output.with_name(output.name + end) for end in (".partial", ".partial.json", ".partial.lock")
-        )
+        self.output, self.suffix = output, output.suffix.lower()
+        self._partial, self._journal = (output.with_name(f"{output.name}.partial{end}") for end in ("", ".json"))
         output.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self._locked)
+        self._lock = FileLock(f"{self._partial}.lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError("another process is writing this file", where=str(output)) from None
         identity = json.loads(json.dumps(identity, default=str))
-        self.progress = self._resumed(identity, force) or Progress(identity)
-        self._file = self._partial.open("r+b" if self.progress.bytes else "wb")
+        self.progress = self._read_journal(identity, force) or Progress(identity)
+        self._file = self._partial.open("r+b" if self.progress.rows else "wb")
         self._file.truncate(self.progress.bytes)
         self._file.seek(self.progress.bytes)
-        self._noted = time.monotonic()
+        self._journal_time = time.monotonic()
 
-    def _resumed(self, identity: dict[str, Any], force: bool) -> Progress | None:
-        """The progress of an unfinished file, or None if there is none."""
+    def _read_journal(self, identity: dict[str, Any], force: bool) -> Progress | None:
+        """Return the progress of an unfinished file, or None if it cannot be resumed."""
         try:
-            found = Progress(**json.loads(self._journal.read_text(encoding="utf-8")))
-            found.errors = Counter(found.errors)
-            whole = self._partial.stat().st_size >= found.bytes
+            progress = Progress(**json.loads(self._journal.read_text(encoding="utf-8")))
+            complete = self._partial.stat().st_size >= progress.bytes
+            progress.errors = Counter(progress.errors)
         except (OSError, ValueError, TypeError):
             return None
-        changed = [name for name in identity if identity[name] != found.identity.get(name)]
+        changed = [name for name in identity if identity[name] != progress.identity.get(name)]
         if changed and not force:
-            what = f"unfinished predictions are there, and since then {' and '.join(changed)} changed"
-            hint = "give the command that began it to resume, or --force to discard it"
+            what = f"an unfinished file exists, and {' and '.join(changed)} changed since then"
+            hint = "repeat the command that began it to resume, or discard it with --force"
             raise UserError(what, where=str(self._partial), hint=hint)
-        return found if whole and not changed else None
+        return progress if complete and not changed else None
 
-    def write(self, records: Iterable[Record], columns: Sequence[str]) -> None:
+    def write(self, records: Iterable[Record]) -> None:
         """Append the records of a chunk."""
-        progress = self.progress
-        if not progress.columns:
-            progress.columns = [*columns]
-            self._file.write(csv_lines([], columns, header=True) if self.kind == ".csv" else b"")
-        self._file.write(csv_lines(records, progress.columns) if self.kind == ".csv" else json_lines(records))
-        if time.monotonic() - self._noted >= JOURNAL_SECONDS:
-            self.note()
+        columns = self.progress.columns
+        is_new = not self._file.tell()
+        self._file.write(csv_lines(records, columns, is_new) if self.suffix == ".csv" else json_lines(records))
+        if time.monotonic() - self._journal_time >= JOURNAL_SECONDS:
+            self._write_journal()
 
-    def note(self) -> None:
-        """Put all that is written on the disk, and the journal after it."""
+    def _write_journal(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.progress.bytes = self._file.tell()
         write_text(self._journal, json.dumps(vars(self.progress)))
-        self._noted = time.monotonic()
+        self._journal_time = time.monotonic()
 
     def finish(self) -> None:
-        """Give the complete file its name."""
-        self.note()
+        """Rename the complete file to its final name."""
+        self._write_journal()
         self._file.close()
-        if self.kind == ".parquet":
+        if self.suffix == ".parquet":
             with replacing(self.output) as temporary:
                 to_parquet(self._partial, temporary, self.progress.columns)
         else:
             platforms.renamed(self._partial, self.output)
         sync_folder(self.output.parent)
-        self.discard()
+        self._discard()
 
-    def discard(self) -> None:
-        """Remove the partial file and its journal."""
-        self._file.close()
+    def _discard(self) -> None:
         for path in (self._journal, self._partial):
             platforms.removed(path)
 
     def close(self) -> None:
-        """Let another process write the file. A file without a record is removed."""
+        """Release the lock, and remove a file without records."""
         self._file.close()
         if not self.progress.rows:
-            self.discard()
+            self._discard()
         self._lock.release()
-        platforms.removed(self._locked)
+        platforms.removed(Path(self._lock.lock_file))
 
 
 def json_lines(records: Iterable[Record]) -> bytes:
-    """Records as JSON Lines. Half of a surrogate pair has no UTF-8; its escape is JSON."""
-    lines = (json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records)
+    """Return records as JSON Lines. An unpaired surrogate is written as its JSON escape."""
+    lines = (json.dumps(_as_json(record), ensure_ascii=False) + "\n" for record in records)
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def csv_lines(records: Iterable[Record], columns: Sequence[str], *, header: bool = False) -> bytes:
-    """Records as lines of CSV; lists and objects are JSON."""
+def csv_lines(records: Iterable[Record], columns: Sequence[str], header: bool) -> bytes:
+    """Return records as lines of CSV. Lists and objects are written as JSON."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if header:
-        writer.writerow(columns)
-    for record in records:
-        plain = _plain(record)
-        cells = (plain.get(column) for column in columns)
-        writer.writerow([_text(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells])
+    writer.writerows([columns] if header else [])
+    for record in map(_as_json, records):
+        cells = (record.get(column) for column in columns)
+        writer.writerow([json_text(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def to_parquet(lines: Path, path: Path, columns: Sequence[str]) -> None:
-    """Convert JSON Lines to Parquet, some rows at a time. A column with values of several types becomes text."""
+    """Convert JSON Lines to Parquet in constant memory. Columns with values of several types become text."""
     import pyarrow
     import pyarrow.parquet
 
-    kinds: dict[str, Any] = dict.fromkeys(columns, pyarrow.null())
-    for records in _groups(lines):
-        for name in columns:
-            kinds[name] = _common_type(kinds[name], [record.get(name) for record in records])
-    vectors = pyarrow.list_(pyarrow.float64())
-    for name, kind in kinds.items():
+    types: dict[str, Any] = dict.fromkeys(columns, pyarrow.null())
+    for table in _tables(lines, columns):
+        types = {name: _common_type(types[name], values) for name, values in table.items()}
+    for name, kind in types.items():
         if kind == pyarrow.null() or "struct<>" in str(kind):  # Parquet has no empty structs
-            kinds[name] = pyarrow.string()
-        elif kind == vectors and name.endswith("embedding"):
-            kinds[name] = pyarrow.list_(pyarrow.float32())
-    with pyarrow.parquet.ParquetWriter(path, pyarrow.schema(list(kinds.items()))) as writer:
-        for records in _groups(lines):
-            table = {}
-            for name, kind in kinds.items():
-                values = [record.get(name) for record in records]
-                if kind == pyarrow.string():
-                    values = [value if value is None or isinstance(value, str) else _text(value) for value in values]
-                table[name] = pyarrow.array(values, kind)
-            writer.write_table(pyarrow.table(table))
+            types[name] = pyarrow.string()
+        elif kind == pyarrow.list_(pyarrow.float64()) and name.endswith("embedding"):
+            types[name] = pyarrow.list_(pyarrow.float32())
+    with pyarrow.parquet.ParquetWriter(path, pyarrow.schema(list(types.items()))) as writer:
+        for table in _tables(lines, columns):
+            for name in columns:
+                if types[name] == pyarrow.string():
+                    table[name] = [v if v is None or isinstance(v, str) else json_text(v) for v in table[name]]
+            writer.write_table(pyarrow.table({name: pyarrow.array(table[name], types[name]) for name in columns}))
 
 
 def _common_type(kind: Any, values: list[Any]) -> Any:
-    """The Arrow type of a column that has had the type ``kind`` so far."""
+    """Return the Arrow type of values and of earlier values of type ``kind``."""
     import pyarrow
 
     try:
-        fields = [pyarrow.schema({"": one}) for one in (kind, pyarrow.array(values).type)]
-        return pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
+        schemas = [pyarrow.schema({"": one}) for one in (kind, pyarrow.array(values).type)]
+        return pyarrow.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pyarrow.ArrowException, OverflowError):
         return pyarrow.string()
 
 
-def _groups(lines: Path) -> Iterator[list[dict[str, Any]]]:
+def _tables(lines: Path, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """Yield the values of each column, for some rows at a time."""
     with lines.open(encoding="utf-8", newline="\n") as file:
         while records := [json.loads(line) for line in islice(file, GROUP_ROWS)]:
-            yield records
+            yield {name: [record.get(name) for record in records] for name in columns}
 
 
-def _text(value: object) -> str:
+def json_text(value: object) -> str:
+    """Return a value as JSON for a cell."""
     return json.dumps(value, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: bytes by their number, and numbers that are not finite as null."""
+def _as_json(value: Any) -> Any:
+    """Return a value that JSON can represent. Bytes become their number, NaN and infinity null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_as_json(item) for item in value]
     return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
