@@ -59,9 +59,8 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
     source = InputRows(file, images=session.task.tokenizer is None, limit=rows)
     settings = input_settings(session, source, {name: value for name, value in overrides.items() if value is not None})
     if session.task.writes_text:
-        settings = replace(
-            settings, system=system_of(session, system, notes.say) or (None if system == "" else settings.system)
-        )
+        default = None if system == "" else settings.system
+        settings = replace(settings, system=system_of(session, system, notes.say) or default)
     else:
         _reject_text_flags(session.task.name)
     with contextlib.ExitStack() as stack:
