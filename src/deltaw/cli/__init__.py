@@ -33,6 +33,7 @@ VERBS = {
     "train": "fine-tune a model on a file of rows, and leave an adapter",
     "plan": "the memory that a run needs, before it starts, for every method",
     "eval": "loss, perplexity and exact match on a file",
+    "predict": "labels, numbers, scores, vectors or completions for the rows of a file",
     "generate": "complete prompts",
     "chat": "talk with a model and its adapter",
     "serve": "a model and its adapters over HTTP, as the OpenAI API",

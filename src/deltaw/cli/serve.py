@@ -78,7 +78,7 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--running", default=64, show_default=True, type=click.IntRange(1), help="texts written at once")
 @click.option("--cache-memory", help="for keys and values, such as 2GB  [default: a quarter of what is free]")
 @click.option("--adapter-memory", default="1GB", show_default=True, help="for adapters; others wait on disk")
-@click.option("--no-page", is_flag=True, help="no chat page at /")
+@click.option("--no-page", is_flag=True, help="no page at /")
 @click.option(
     "--pooling", default="auto", show_default=True, type=POOLING, help="how vectors of tokens become a text's"
 )

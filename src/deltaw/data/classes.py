@@ -36,8 +36,11 @@ class LabelColumns:
         return {column for column in named if column is not None}
 
 
-def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
-    """The columns that ``data.columns`` names, else those with usual names.
+def find_columns(rows: Rows, settings: DataSettings, task: str, *, labeled: bool = True) -> LabelColumns:
+    """Return the columns that ``data.columns`` names, or columns with usual names.
+
+    Args:
+        labeled: False if the rows need no label.
 
     Raises:
         UserError: one is not found; the message lists the columns of the file.
@@ -49,10 +52,12 @@ def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
         label = columns.get("label") or _named(rows, there, "label", LABELS, required=False)
         image = columns.get("image") or _named(rows, there, "image", IMAGES, required=False)
         tables = rows.tables()
-        if label is None and tables and not tables[0].has_header:
+        square = math.isqrt(len(rows.columns)) ** 2 == len(rows.columns)
+        if label is None and tables and not tables[0].has_header and (labeled or not square):
             label = rows.columns[-1]  # a table of bare numbers: pixels, then the label
-        if label is None:
+        if label is None and labeled:
             raise _unknown(rows, "label", LABELS)
+        label = label or "label"
         if image is not None:
             return LabelColumns(label, image=image)
         if not tables:
@@ -67,6 +72,8 @@ def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
             text, pair = known[0], pair or known[1]
     if pair is None and "text_pair" in there:
         pair = "text_pair"
+    if not labeled:
+        return LabelColumns("label", text, pair)
     there = [column for column in there if column not in (text, pair)]
     usual = (*LABELS, *(("score",) if task == "regression" else ()))
     return LabelColumns(columns.get("label") or _named(rows, there, "label", usual) or usual[0], text, pair)

@@ -24,14 +24,20 @@ class EmbeddingReader(RetrievalReader):
         super().__init__(*args, **how)
         self._prompts = prompts
 
+    @property
+    def has_both(self) -> bool:
+        """True if the rows have a query and a passage."""
+        return self._columns.query is not None and self._columns.passage is not None
+
     def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
         texts: list[str] = []
         for row in rows:
-            both_ways = not row.passages or (len(row.passages) == 1 and row.scores)
+            both_ways = self._columns.text is not None or (len(row.passages) == 1 and row.scores)
             query, passage = ("", "") if both_ways else self._prompts
-            texts += [query + row.query, *(passage + text for text in row.passages)]
+            texts += [*([query + row.query] if row.query else []), *(passage + text for text in row.passages)]
         assert self.tokenizer is not None
         cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
         ids = self.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"]
         found = iter(ids)
-        return [[(np.asarray(next(found), np.int32), None) for _ in range(1 + len(row.passages))] for row in rows]
+        counts = (bool(row.query) + len(row.passages) for row in rows)
+        return [[(np.asarray(next(found), np.int32), None) for _ in range(count)] for count in counts]

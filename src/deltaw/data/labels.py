@@ -47,6 +47,7 @@ class LabelReader(RowReader[AnyExample]):
         task: ``sequence-classification``, ``regression`` or ``image-classification``.
         classes: of an already trained model, in the order of its outputs.
         encoder: of images, which must all come to one size; without one they are not checked.
+        labeled: False to read rows for prediction, whose labels are ignored.
 
     Attributes:
         classes: those given or, after the first file, those found; None for a regression.
@@ -66,8 +67,10 @@ class LabelReader(RowReader[AnyExample]):
         *,
         classes: Sequence[str] | None = None,
         encoder: ImageEncoder | None = None,
+        labeled: bool = True,
     ) -> None:
         super().__init__(settings, tokenizer)
+        self.labeled = labeled
         self.task = task
         self._reads_images = task == "image-classification"
         self.classes = None if classes is None else tuple(classes)
@@ -79,7 +82,7 @@ class LabelReader(RowReader[AnyExample]):
     def read_source(self, reference: str, on_bad: OnBad | None) -> Rows:
         if not self._reads_images:
             return super().read_source(reference, on_bad)
-        rows, others = image_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
+        rows, others = image_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes, labeled=self.labeled)
         self._other_files += others
         return rows
 
@@ -134,7 +137,10 @@ class LabelReader(RowReader[AnyExample]):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         """The rows that have a label, of a class that is wanted; their labels are kept."""
-        self._columns = columns = find_columns(rows, self.settings, self.task)
+        self._columns = columns = find_columns(rows, self.settings, self.task, labeled=self.labeled)
+        if not self.labeled:
+            self._labels = dict.fromkeys(chosen, 0)
+            return chosen
         if self._reads_images:
             self.form = "labeled images"
         else:
@@ -179,7 +185,10 @@ class LabelReader(RowReader[AnyExample]):
             texts: dict[int, tuple[str, ...]] = {}
             for index in part:
                 try:
-                    texts[index] = tokenize.texts(rows[index][1], rows.place(index))
+                    found = tokenize.texts(rows[index][1], rows.place(index))
+                    if not self.labeled and not "".join(found).strip():
+                        raise BadRowError("the text is empty", reason="an empty text", where=rows.place(index))
+                    texts[index] = found
                 except BadRowError as error:
                     self.skip(rows, index, error)
             tokens = dict(zip(texts, tokenize(list(texts.values())) if texts else [], strict=True))

@@ -75,8 +75,13 @@ class ImageExample:
 AnyExample = LabeledExample | ImageExample
 
 
-def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> tuple[Rows, int]:
+def image_rows(
+    reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES, labeled: bool = True
+) -> tuple[Rows, int]:
     """Read a folder with a subfolder for each class, or whatever :func:`read_rows` reads.
+
+    Args:
+        labeled: False to read all images of a folder, in any subfolders.
 
     Returns:
         the rows (of a folder: ``image`` is a path, ``label`` the subfolder), and the number of files in the
@@ -89,6 +94,9 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
     path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
     if not path.is_dir():
         return read_rows(reference, on_bad, max_bytes=max_bytes), 0
+    if not labeled and (images := [file for file in walk(path) if file.suffix.lower() in IMAGE_SUFFIXES]):
+        rows: list[dict[str, object]] = [{"image": file} for file in images]
+        return Rows(reference, [(reference, range(1, len(rows) + 1), rows)], ["image"]), 0
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
@@ -100,7 +108,7 @@ def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = 
         what = f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}"
         hint = f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another"
         raise UserError(what, where=reference, hint=hint)
-    rows: list[dict[str, object]] = []
+    rows = []
     others = sum(entry.is_file() for entry in entries)
     for folder in folders:
         files = walk(folder)

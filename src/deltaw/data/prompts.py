@@ -14,9 +14,9 @@ import numpy as np
 
 from deltaw.data.columns import PROMPT_ANSWERS
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.formats import FORMS, Pair, Record, read_pair
+from deltaw.data.formats import FORMS, PAIR_COLUMNS, Pair, Record
 from deltaw.data.messages import Conversation, Message
-from deltaw.data.preferences import AnswerReader
+from deltaw.data.preferences import AnswerReader, records_of
 from deltaw.data.report import BadRowError, Report, Say, silent
 from deltaw.data.rows import Row
 from deltaw.data.settings import DataSettings
@@ -70,6 +70,30 @@ class PromptReader(AnswerReader):
         return replace(report, unused_columns=())  # rewards may read any
 
 
+class QuestionReader(PromptReader):
+    """Reads prompts for a model to answer; answers of the rows are ignored.
+
+    Args:
+        continues: Read the column ``text`` as the beginning of a plain text to continue.
+    """
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, continues: bool, say: Say = silent
+    ) -> None:
+        how = {"template": "plain", "system": None} if continues else {}
+        super().__init__(replace(settings, form="auto", **how), tokenizer, say=say)  # type: ignore[arg-type]
+        self.continues = continues
+
+    def records(self, row: Row, where: str) -> tuple[Record, ...]:
+        if self.continues:
+            row = {"prompt": row.get("text")}
+        record = answered(row, _ANY, where)
+        last = record.prompt if isinstance(record, Pair) else record.messages[-2]["content"]  # type: ignore[union-attr]
+        if not str(last).strip():
+            raise BadRowError("the prompt is empty", reason="an empty prompt", where=where)
+        return (record,)
+
+
 def answered(row: Row, text: str, where: str) -> Record:
     """The record of a row's prompt with this text as the answer.
 
@@ -107,19 +131,22 @@ def read_prompt_row(row: Row, where: str) -> tuple[Record, bool]:
     Raises:
         BadRowError: there is no prompt, or a value has the wrong type.
     """
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and _role(messages[-1]) not in ("assistant", None):
-        answer = _answer(row)
-        asked = {"role": "assistant", "content": _ANY if answer is None else answer}
-        return _form("messages").read({**row, "messages": [*messages, asked]}, where), answer is not None
-    for form in FORMS:
-        if form.name != "text" and all(row.get(column) is not None for column in form.needs):
-            return form.read(row, where), True
-    if row.get("prompt") is None:
-        hint = "name it 'prompt', or map it with data.columns: {prompt: …}"
-        raise BadRowError("the row has no prompt", reason="no prompt", where=where, hint=hint)
     answer = _answer(row)
-    return read_pair({**row, "completion": _ANY if answer is None else answer}, where), answer is not None
+    for column, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        turns = row.get(column)
+        last = turns[-1].get(role) if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else None
+        if isinstance(turns, list) and last not in ("assistant", "gpt", None):
+            row = {**row, column: [*turns, {role: "assistant", content: _ANY if answer is None else answer}]}
+            return next(f for f in FORMS if f.needs == (column,)).read(row, where), answer is not None
+    if row.get("prompt") is None and all(row.get(column) is not None for column in PAIR_COLUMNS):
+        return records_of(row, where)[0], True
+    for form in sorted(FORMS, key=lambda form: any(row.get(column) is None for column in form.needs)):
+        lacking = {column for column in form.needs if row.get(column) is None}
+        if form.name != "text" and lacking <= {*ANSWER_COLUMNS} and len(lacking) < len(form.needs):
+            given = dict.fromkeys(lacking, _ANY if answer is None else answer)
+            return form.read({**row, **given}, where), answer is not None or not lacking
+    hint = "name it 'prompt', or map it with data.columns: {prompt: …}"
+    raise BadRowError("the row has no prompt", reason="no prompt", where=where, hint=hint)
 
 
 def _answer(row: Row) -> str | None:
@@ -127,11 +154,3 @@ def _answer(row: Row) -> str | None:
     found = next((row[name] for name in PROMPT_ANSWERS if row.get(name) is not None), None)
     found = found[0] if isinstance(found, list) and found else found
     return str(found) if isinstance(found, str | int | float) and str(found).strip() else None
-
-
-def _role(message: object) -> object:
-    return message.get("role") if isinstance(message, dict) else None
-
-
-def _form(name: str) -> Any:
-    return next(form for form in FORMS if form.name == name)

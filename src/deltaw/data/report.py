@@ -41,9 +41,11 @@ class Progress:
     Args:
         say: told the lines. what: what is done, as in ``"tokenizing data.jsonl"``.
         total: bytes that there are; 0 where they are not known.
+        rows: Number of rows, if it is known. done: Rows that an earlier process finished.
     """
 
-    def __init__(self, say: Say, what: str, total: int) -> None:
+    def __init__(self, say: Say, what: str, total: int, *, rows: int = 0, done: int = 0) -> None:
+        self._rows, self._done = rows, done
         self._say = say
         self._what = what
         self._total = total
@@ -68,7 +70,10 @@ class Progress:
             left = max(0, self._total - position) / rate
             line += f", {size(position)} of {size(self._total)}, {rate / 1e6:.1f} MB/s, {span(left)} left"
         else:
-            line += f", {rows / seconds:,.0f} rows/s"
+            rate = (rows - self._done) / seconds
+            line += f" of {self._rows:,}" if self._rows else ""
+            line += f", {rate:,.0f} rows/s" if rate >= 10 else f", {rate:.2g} rows/s"
+            line += f", {span((self._rows - rows) / rate)} left" if self._rows and rate else ""
         self._say(line)
 
 

@@ -131,6 +131,11 @@ class RerankReader(RetrievalReader):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         chosen, columns = super().usable(rows, chosen), self._columns
+        if not self.labeled:
+            if columns.query is None or columns.passage is None:
+                what, hint = "the rows have no query with a passage", "name the columns 'query' and 'passage'"
+                raise UserError(what, where=rows.name, hint=hint + ", or map them with data.columns")
+            return chosen
         usual = "contrastive" if columns.negatives else "binary"
         if len(chosen) and isinstance(self.row(rows, chosen[0])[columns.passage], list):
             usual = "listwise"
@@ -139,6 +144,8 @@ class RerankReader(RetrievalReader):
 
     def row_texts(self, row: Row, where: str) -> RowTexts:
         found = super().row_texts(row, where)
+        if not self.labeled:
+            return found
         scores = found.scores or (1.0, *[0.0] * (len(found.passages) - 1))
         if len(scores) != len(found.passages):
             what = f"the row has {len(found.passages)} passages and one score"

@@ -84,8 +84,11 @@ class Columns:
     text: str | None
 
     @classmethod
-    def of(cls, names: Sequence[str], where: str, task: str = "embedding") -> Columns:
+    def of(cls, names: Sequence[str], where: str, task: str = "embedding", *, labeled: bool = True) -> Columns:
         """Return the columns of a file.
+
+        Args:
+            labeled: False if a text, a query or a passage alone is enough.
 
         Raises:
             UserError: there is neither a query with a passage, nor a text with its class.
@@ -97,6 +100,8 @@ class Columns:
         numbered = sorted(filter(_NUMBERED.fullmatch, names), key=lambda name: int(name.rpartition("_")[2]))
         negatives = (*(name for name in NEGATIVES if name in names), *numbered)
         query, passage, score, text = first(QUERIES), first(PASSAGES), first(SCORES), first(TEXTS)
+        if not labeled and (query or passage or text):
+            return cls(query, passage, negatives, None, text if passage is query is None else None)
         if passage is not None and query is None:
             query, text = text, None
         if query is None or passage is None:
@@ -120,6 +125,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     Args, beside those of every reader:
         score_range: the least and the most that a score may be.
+        labeled: False to read rows for prediction, whose scores and classes are ignored.
     """
 
     noun = "a row of texts"
@@ -128,8 +134,11 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
     torn = "whose texts have another score elsewhere"
     torn_hint = "if one score is right, correct the others"
 
-    def __init__(self, *args: Any, score_range: tuple[float, float] = (-math.inf, math.inf), **how: Any) -> None:
+    def __init__(
+        self, *args: Any, score_range: tuple[float, float] = (-math.inf, math.inf), labeled: bool = True, **how: Any
+    ) -> None:
         super().__init__(*args, **how)
+        self.labeled = labeled
         self.score_range = score_range
         self._columns = Columns(None, None, (), None, None)
         self._names: dict[str, int] = {}
@@ -153,8 +162,8 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         """All that are chosen; what their columns hold is settled here."""
-        self._file_rows = []
-        self._columns = Columns.of(named_columns(rows.columns, self.settings.columns), rows.name, self.columns_task)
+        self._file_rows, names = [], named_columns(rows.columns, self.settings.columns)
+        self._columns = Columns.of(names, rows.name, self.columns_task, labeled=self.labeled)
         self.form = self._columns.form
         return chosen
 
@@ -180,6 +189,11 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
             BadRowError: it cannot be used.
         """
         columns = self._columns
+        if not self.labeled:
+            column = columns.query or columns.text
+            given = [name for name in columns.negatives if row.get(name) not in (None, "")]
+            texts = [_texts(row.get(name), name, where) for name in (columns.passage, *given) if name]
+            return RowTexts(_text(row.get(column), column, where) if column else "", sum(texts, ()))
         if columns.passage is None:
             assert columns.text is not None and columns.score is not None
             name = class_name(row.get(columns.score), columns.score, where)

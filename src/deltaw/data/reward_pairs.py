@@ -20,6 +20,7 @@ from deltaw.data.formats import Pair, Record
 from deltaw.data.messages import WRONG_TYPE, Conversation
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.preferences import PairReader
+from deltaw.data.prompts import read_prompt_row
 from deltaw.data.report import BadRowError, BadRows, Refuse
 from deltaw.data.rows import Row
 from deltaw.data.settings import DataSettings
@@ -92,6 +93,19 @@ class RewardReader(PairReader):
             rows = tuple(labeled(row, pair.margin) for row in pair.rows)
             found.append(RewardPair(rows, pair.margin))  # type: ignore[arg-type]
         return found
+
+
+class AnswerScoreReader(RewardReader):
+    """Reads single answers with their prompts, for a reward model to score."""
+
+    needs, answers = (), ("answer",)
+
+    def records(self, row: Row, where: str) -> tuple[Record, ...]:  # type: ignore[override]
+        record, has_answer = read_prompt_row(row, where)
+        if not has_answer:
+            hint = "name it 'completion', or map it with data.columns: {completion: …}"
+            raise BadRowError("the row has no answer", reason="no answer", where=where, hint=hint)
+        return (record,)
 
 
 def _texts(record: Record) -> tuple[str, str]:

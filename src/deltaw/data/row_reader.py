@@ -161,7 +161,8 @@ class RowReader(abc.ABC, Generic[Item]):
         too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
             each other. torn_by_content: whether these are counted by their contents, or by rows.
         classes: names of the classes, of labeled rows. date: that the template writes into rows.
-        bad: rows that cannot be used. account, long: what became of the others. systems: their system messages.
+        bad: rows that cannot be used. errors: the same by index, of the rows that were read last.
+        account, long: what became of the others. systems: their system messages.
     """
 
     columns_task = ""
@@ -185,6 +186,7 @@ class RowReader(abc.ABC, Generic[Item]):
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
+        self.errors: dict[int, BadRowError] = {}
         self.account, self.long, self.systems = Account(), LongRows(), Systems()
         self._say = say
 
@@ -280,6 +282,7 @@ class RowReader(abc.ABC, Generic[Item]):
 
     def skip(self, rows: Rows, index: int, error: BadRowError) -> None:
         """Count a row that cannot be used, or raise its error (``data.bad_rows``)."""
+        self.errors[index] = error
         self.bad.add(error, rows[index][1])
 
     def limited(self, item: Item, where: str) -> Item | None:
@@ -332,6 +335,7 @@ class RowReader(abc.ABC, Generic[Item]):
             UserError: a row cannot be used, or none is left.
         """
         known = self.bad.counts.copy()
+        self.errors = {}
         self.account, self.long, self.systems = Account(), LongRows(), Systems()
         group = self.settings.group if seed is not None else None
         rows = self._open(train)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,14 @@ _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
 # Number, row and bytes of it.
 NumberedRow = tuple[int, Row, int]
+
+
+class UnreadableRow(dict[str, object]):
+    """A row that cannot be read: it has no columns, and ``error`` is the reason."""
+
+    def __init__(self, error: BadRowError) -> None:
+        super().__init__()
+        self.error = error
 
 
 class FilePart:
@@ -213,6 +222,11 @@ class RowStream:
         """Bytes read so far in the present reading."""
         return sum(part.position for part in self._parts)
 
+    @property
+    def files(self) -> int:
+        """The number of files."""
+        return len(self._parts)
+
     def identity(self) -> list[object] | None:
         """What tells this content from any other; None where something does not say."""
         found = [part.identity() for part in self._parts]
@@ -259,8 +273,11 @@ class RowStream:
             raise empty_file(self.name, self._first_bad, self.bytes)
         self.columns = list(columns)
 
-    def chunks(self) -> Iterator[Rows]:
+    def chunks(self, *, unreadable: bool = False) -> Iterator[Rows]:
         """All rows in their order, some at a time.
+
+        Args:
+            unreadable: Include each row that cannot be read, as an :class:`UnreadableRow`.
 
         Raises:
             UserError: a file cannot be read, or is not what it was when the stream was opened.
@@ -268,8 +285,8 @@ class RowStream:
         count = 0
         for part in self._parts:
             part.position = 0
-        for chunk in self._chunks():
-            count += len(chunk)
+        for chunk in self._chunks(unreadable):
+            count += sum(not isinstance(row, UnreadableRow) for _, row in chunk)
             yield chunk
         stamps = [part.stamp() for part in self._parts]
         changed = [p for p, a, b in zip(self._parts, self._stamps, stamps, strict=True) if a != b]
@@ -277,10 +294,12 @@ class RowStream:
             what, hint = "the file changed while it was read", "start again when nothing writes to it"
             raise UserError(what, where=changed[0].name if changed else self.name, hint=hint)
 
-    def _chunks(self) -> Iterator[Rows]:
+    def _chunks(self, unreadable: bool) -> Iterator[Rows]:
         passed_over = None if self._on_bad is None else _told_before
         for place, part in enumerate(self._parts):
             source = iter(part.read(passed_over) if self._kept is None else self._kept[place])
+            if unreadable:
+                source = _with_unreadable(part)
             while found := list(_chunk_of(source)):
                 numbers, rows, _ = zip(*found, strict=True)
                 yield Rows(self.name, [(part.name, numbers, rows)], self.columns, fills_nulls=self.fills_nulls)
@@ -300,6 +319,26 @@ def _chunk_of(rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
         taken += row[2]
         if count == CHUNK_ROWS or taken >= CHUNK_BYTES:
             return
+
+
+def _with_unreadable(part: Part) -> Iterator[NumberedRow]:
+    """All rows of a part; rows that cannot be read have the number that the error names, or the next one."""
+    failed: list[BadRowError] = []
+    last = 0
+
+    def pending() -> Iterator[NumberedRow]:
+        nonlocal last
+        for error in failed:
+            named = re.search(r"(?:row|line) (\d+)$", error.where or "")
+            last = int(named[1]) if named else last + 1
+            yield last, UnreadableRow(error), 0
+        failed.clear()
+
+    for row in part.read(lambda error, _: failed.append(error)):
+        yield from pending()
+        last = row[0]
+        yield row
+    yield from pending()
 
 
 def _told_before(error: BadRowError, row: object) -> None:

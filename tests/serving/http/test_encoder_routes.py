@@ -112,3 +112,12 @@ def test_each_server_has_the_routes_of_its_models_alone(embedder, classifier):
     assert classifier[0].post("/v1/classify", json=body).status_code == 404, "the base alone has no head"
     paths = embedder[0].get("/openapi.json").json()["paths"]
     assert "/v1/embeddings" in paths and "/v1/classify" not in paths
+
+
+def test_classes_come_with_their_names(classifier):
+    server, _, models = classifier
+    name = next(iter(models))
+    (found,) = server.post("/v1/classify", json={"model": name, "input": "a"}).json()["data"]
+    assert list(found["probabilities"]) == list(models[name].classes)
+    assert list(found["probabilities"].values()) == found["probs"]
+    assert found["label"] == max(found["probabilities"], key=found["probabilities"].__getitem__)

@@ -82,6 +82,14 @@ def test_an_encoder_gives_vectors(tmp_path, bert, opened):
         opened(bert, {"a": tmp_path})
 
 
+@pytest.mark.parametrize("kind", ["vectors", "classes"])
+def test_models_that_write_no_text_have_a_page_to_try_one(bert, runs, opened, kind):
+    base = bert if kind == "vectors" else runs["mood"]
+    found = opened(base).get("/", headers={"Authorization": ""})
+    assert found.status_code == 200 and f'data-kind="{kind}"' in found.text
+    assert opened(base, page=False).get("/").status_code == 404
+
+
 def test_a_classifiers_run_gives_classes_under_its_folders_name(runs, opened):
     client = opened(runs["mood"])
     answer = client.post("/v1/classify", json={"model": "mood", "input": "good number 1"})

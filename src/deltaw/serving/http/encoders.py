@@ -111,7 +111,10 @@ def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limit
         data, count = [], len(model.classes)
         for index, row in enumerate(found):
             label = model.classes[int(row.argmax())]
-            data.append({"index": index, "label": label, "probs": row.tolist(), "num_classes": count})
+            probs = row.tolist()
+            named = dict(zip(model.classes, probs, strict=True))
+            told_row = {"index": index, "label": label, "probs": probs, "num_classes": count}
+            data.append(told_row | {"probabilities": named})
         told["data"] = data
         told |= {"id": f"classify-{record.id}", "created": int(time.time())}
         return json_response(told | {"usage": {**usage, "completion_tokens": 0}})

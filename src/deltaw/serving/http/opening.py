@@ -22,7 +22,7 @@ from deltaw.serving.decodable import decodable
 from deltaw.serving.encoders import How, open_classifiers, open_embedder, what_it_serves
 from deltaw.serving.engine import Engine
 from deltaw.serving.http.encoders import encoders_served
-from deltaw.serving.http.page.document import page_router
+from deltaw.serving.http.page.document import page_router, trial_page
 from deltaw.serving.http.preparing import TokenizerPrompts
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits, check_name
@@ -46,7 +46,7 @@ class Opening:
     Args:
         model: the base model, where a run's folder does not name it. trust_remote_code: run Python code that
             comes with it. name: of the base in requests; None for what it was opened from.
-        page: whether models that write text have a chat page at ``/``.
+        page: whether ``/`` is a page: to chat with models that write text, to try texts with others.
         pooling, normalize: of an encoder's vectors.
         running: texts that are written at once. cache_bytes: for keys and values; None for a share of what is
             free. adapter_bytes: for adapters in memory.
@@ -97,7 +97,11 @@ def open_any(base: str, folders: Mapping[str, Path], opening: Opening, limits: L
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
         paths = {adapter: str(folder) for adapter, folder in folders.items()}
         encoders = open_classifiers(base, name, paths, model=opening.model, say=say, **opening.how)
-    return encoders_served(encoders, name, base, limits)
+    served = encoders_served(encoders, name, base, limits)
+    if not opening.page:
+        return served
+    page = page_router(document=trial_page(kind))
+    return replace(served, routers=(*served.routers, page), open_paths=frozenset({"/"}))
 
 
 def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say: Say) -> Served:

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.example import RowGroup
 from deltaw.data.report import Report
-from deltaw.data.row_reader import Reader, RunData
+from deltaw.data.row_reader import Reader, RowReader, RunData
 from deltaw.data.settings import DataSettings, drawn_set, eval_sets
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
@@ -40,6 +40,8 @@ Classes: TypeAlias = Sequence[str] | None
 # Rows of a data set, or groups of them.
 Rows: TypeAlias = Sequence[Any]
 Named: TypeAlias = Sequence[tuple[str, nn.Parameter]]
+# A value for each row by the name of a column.
+Predictions: TypeAlias = dict[str, list[Any]]
 # A batcher, and by setting the value chosen with its reason.
 Batched: TypeAlias = tuple[AnyBatcher, dict[str, Choice]]
 
@@ -142,6 +144,22 @@ class Task(abc.ABC):
     def read_file(self, reference: str, settings: DataSettings, classes: Classes) -> tuple[Sequence[Any], Report]:
         """One file to evaluate on; ``classes`` are those of the trained adapter."""
         return self.reader(replace(settings, train=reference), classes).file(reference)
+
+    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RowReader[Any]:
+        """Return the reader of rows to predict, which need no labels.
+
+        Args:
+            columns: Columns of the rows, under the names that ``settings.columns`` gives them.
+
+        Raises:
+            UserError: if the task has no predictions.
+        """
+        raise UserError(f"there are no predictions for the task {self.name}", hint="use deltaw eval")
+
+    def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
+        """Return what the model predicts for rows that :meth:`input_reader` read. Tasks that write text need none:
+        their predictions are completions."""
+        raise NotImplementedError
 
     def outputs(self, data: RunData) -> int | None:
         """How many outputs the model's head must have; None where the model itself says so."""

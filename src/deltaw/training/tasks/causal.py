@@ -19,7 +19,7 @@ from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.data.packing import Batch
 from deltaw.data.preferences import PairReader, UnpairedReader
 from deltaw.data.prepare import TextReader
-from deltaw.data.prompts import Prompt
+from deltaw.data.prompts import Prompt, QuestionReader
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.hub.loading import has_values
@@ -36,6 +36,10 @@ from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task,
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
+
+# Columns that hold a prompt; without them the column ``text`` is a text to continue.
+_PROMPTS = {"prompt", "messages", "conversations", "instruction", "input", "chosen"}
+
 
 # How well a model does on examples: loss, perplexity, and the share that it would write exactly.
 
@@ -186,6 +190,10 @@ class CausalTask(Task):
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         return TextReader(settings, self.tokenizer, folder=self.folder, say=self._say)
+
+    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
+        continues = "text" in columns and not _PROMPTS & {*columns}
+        return QuestionReader(settings, self.tokenizer, continues=continues)
 
     def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
         return choose_causal_batcher(model, examples, **how)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.embedding import EmbeddingReader
 from deltaw.data.retrieval import TextGroup
-from deltaw.data.row_reader import Reader, RunData
+from deltaw.data.row_reader import RunData
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
@@ -32,7 +32,7 @@ from deltaw.training.embedding.pooling import layout_of
 from deltaw.training.evaluation.base import Evaluation, Outcomes, RowOutcome, bootstrap_interval, check_finite, spearman
 from deltaw.training.evaluation.retrieval import nearest, nearest_of_parts, pair_accuracy, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Predictions, Rows, Task
 from deltaw.training.tasks.causal_batcher import choose_apart_batcher, choose_causal_batcher
 from deltaw.training.tasks.labels import choose_label_batcher, text_positions
 from deltaw.working import working
@@ -61,6 +61,7 @@ class EmbeddingTask(Task):
         self._max_length: int | None = None
         self._batcher: TextBatcher | None = None
         self._layout: SentenceLayout | None = None
+        self._inputs: EmbeddingReader | None = None
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> EmbeddingTask:
@@ -69,13 +70,32 @@ class EmbeddingTask(Task):
             tokenizer.pad_token = tokenizer.eos_token  # sentence-transformers pads
         return cls(tokenizer, files.say, files.section or EmbeddingSettings(), files.folder)
 
-    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
+    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> EmbeddingReader:
+        self._inputs = self.reader(settings, labeled=False)
+        return self._inputs
+
+    @torch.no_grad()
+    def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
+        """The vector of each text, of length 1 if the model says so; of several passages a list of vectors."""
+        assert isinstance(objective, EmbeddingObjective) and self._inputs is not None
+        vectors = embedded(objective, rows, batcher)
+        if objective.layout.normalize:
+            vectors = {key: functional.normalize(one, dim=0) for key, one in vectors.items()}
+        numbers = {key: [float(str(value)) for value in one.float().numpy()] for key, one in vectors.items()}
+        check_finite("the vectors are", np.array([*numbers.values()]))
+        found = [[numbers[key_of_text(text)] for text in row.rows] for row in rows]
+        if not self._inputs.has_both:
+            return {"embedding": [of_row[0] if len(of_row) == 1 else of_row for of_row in found]}
+        passages = [of_row[1] if len(of_row) == 2 else of_row[1:] for of_row in found]
+        return {"query_embedding": [of_row[0] for of_row in found], "passage_embedding": passages}
+
+    def reader(self, settings: DataSettings, classes: Classes = None, **how: Any) -> EmbeddingReader:
         self._max_length = settings.max_length
         found = read_layout(self._folder)
         given = (self.settings.query_prompt, self.settings.passage_prompt)
         usual = ("", "") if found is None else (found.query_prompt, found.passage_prompt)
         query, passage = (own if one is None else one for one, own in zip(given, usual, strict=True))
-        how: dict[str, Any] = {"prompts": (query, passage), "score_range": self.settings.score_range}
+        how |= {"prompts": (query, passage), "score_range": self.settings.score_range}
         return EmbeddingReader(settings, self.tokenizer, say=self._say, **how)
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
@@ -103,7 +123,8 @@ class EmbeddingTask(Task):
         else:
             padded, chosen = choose_label_batcher(model, examples, tokenizer=self.tokenizer, **known)
             self._batcher = TextBatcher(padded)
-        loss = loss_for(examples[:1], self.settings)  # held-out rows may be of another kind
+        # Held-out rows may be of another kind, and rows to predict have no loss.
+        loss = self.settings.loss if self._inputs is not None else loss_for(examples[:1], self.settings)
         resolved = self.settings.model_copy(update={"loss": loss})
         choices = {
             "embedding.loss": Choice(loss, "by what the rows have" if self.settings.loss == "auto" else "as asked")
@@ -205,19 +226,10 @@ def evaluate_embeddings(
     """
     settings = objective.settings.model_copy(update={"loss": loss_for(rows, objective.settings)})
     scaled = settings.usual_similarity == "cosine" or objective.layout.normalize
-
-    def embed(part: Sequence[TextGroup], scaled: bool) -> dict[bytes, Tensor]:
-        found: dict[bytes, Tensor] = {}
-        for batch in batcher.batches(part):
-            embedded = objective.evaluate_rows(batch).cpu()
-            embedded = functional.normalize(embedded, dim=1) if scaled else embedded
-            found.update(zip(map(key_of_text, texts_of(batch)), embedded, strict=True))
-        return found
-
     passages = searched_passages(rows, most)
     parts = evaluation_parts(rows, passages)
     with working("embedding held-out texts"):
-        vectors = embed(next(parts), False)
+        vectors = embedded(objective, next(parts), batcher)
     total = 0.0
     for start in range(0, len(rows), _TOGETHER):
         part = rows[start : start + _TOGETHER]
@@ -238,8 +250,8 @@ def evaluate_embeddings(
         yield torch.stack([vectors[key] for key in of_rows]).float()
         with working("embedding the passages of the file"):
             for part in parts:
-                embedded = embed(part, scaled)
-                yield torch.stack([embedded[key_of_text(text)] for group in part for text in group.rows]).float()
+                found = embedded(objective, part, batcher, scaled=scaled)
+                yield torch.stack([found[key_of_text(text)] for group in part for text in group.rows]).float()
 
     asked = torch.stack([vectors[key] for key in dict.fromkeys(key_of_text(row.rows[0]) for row in rows)]).float()
     ranked = _of_ranks(rows, passages, asked, embedded_passages())
@@ -249,6 +261,18 @@ def evaluate_embeddings(
     if any(len(row.rows) > 2 for row in rows):
         metrics["accuracy"] = float(np.mean([_accuracy(row, vectors) for row in rows if len(row.rows) > 2]))
     return replace(ranked, metrics=metrics)
+
+
+def embedded(
+    objective: EmbeddingObjective, rows: Sequence[TextGroup], batcher: AnyBatcher, *, scaled: bool = False
+) -> dict[bytes, Tensor]:
+    """Return the vectors of all texts by :func:`key_of_text`, scaled to length 1 if ``scaled``."""
+    vectors: dict[bytes, Tensor] = {}
+    for batch in batcher.batches(rows):
+        found = objective.evaluate_rows(batch).cpu()
+        found = functional.normalize(found, dim=1) if scaled else found
+        vectors.update(zip(map(key_of_text, texts_of(batch)), found, strict=True))
+    return vectors
 
 
 def _of_ranks(

@@ -16,11 +16,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
 from deltaw.data.example import RowGroup, rows_of
+from deltaw.data.formats import PAIR_COLUMNS
 from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
 from deltaw.data.labels import LabelReader
 from deltaw.data.pixels import AnyExample, ImageExample
-from deltaw.data.reward_pairs import RewardPair, RewardReader, are_pairs
-from deltaw.data.row_reader import RunData
+from deltaw.data.reward_pairs import AnswerScoreReader, RewardPair, RewardReader, are_pairs
+from deltaw.data.row_reader import RowReader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values, read_config
@@ -38,7 +39,7 @@ from deltaw.training.evaluation.base import (
 )
 from deltaw.training.losses import PairLosses, StepMetrics
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, entered
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Rows, Task, evaluate_pairs
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Predictions, Rows, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
 from deltaw.training.tasks.packed_labels import choose_packed_batcher, logits_at
 
@@ -436,6 +437,35 @@ class LabelTask(Task):
             self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
             return RewardReader(settings, self.tokenizer)
         return LabelReader(settings, self.tokenizer, self.name, classes=classes, encoder=self.encoder)
+
+    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RowReader[Any]:
+        if self._rewards(classes):
+            assert self.tokenizer is not None  # texts are not read without one
+            if set(PAIR_COLUMNS) <= set(columns):
+                return RewardReader(settings, self.tokenizer)
+            if "text" not in columns or "prompt" in columns:
+                return AnswerScoreReader(settings, self.tokenizer)
+        return LabelReader(settings, self.tokenizer, self.name, classes=classes, encoder=self.encoder, labeled=False)
+
+    def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
+        found = predicted(objective, rows, batcher).astype(np.float64)  # type: ignore[arg-type]
+        if self.name == "regression":
+            return {"prediction": found.tolist()}
+        if self._rewards(classes):
+            if all(len(rows_of(row)) == 2 for row in rows):
+                return {"score_chosen": found[::2, 0].tolist(), "score_rejected": found[1::2, 0].tolist()}
+            return {"score": found[:, 0].tolist()}
+        names = classes or ()
+        chances = np.exp(found - found.max(1, keepdims=True))
+        table = [[float(f"{p:.7g}") for p in row] for row in chances / chances.sum(1, keepdims=True)]
+        return {
+            "prediction": [names[place] for place in found.argmax(1)],
+            "probabilities": [dict(zip(names, row, strict=True)) for row in table],
+        }
+
+    def _rewards(self, classes: Classes) -> bool:
+        """True if the model has one output that is a reward."""
+        return self.name == "sequence-classification" and len(classes or ()) == 1
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         reader = self.reader(settings)

@@ -37,7 +37,7 @@ from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.evaluation.retrieval import MAIN, retrieval_evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.ranking_losses import UNITS, Name, loss_of_queries
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Rows
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Named, Predictions, Rows
 from deltaw.training.tasks.labels import (
     LabelObjective,
     LabelTask,
@@ -131,10 +131,24 @@ class RerankingTask(LabelTask):
         known: dict[str, Any] = {"settings": settings, "folder": files.folder, "answers": answers}
         return cls(name, tokenizer, None, None, own_outputs(config), files.reference, **known)
 
-    def reader(self, settings: DataSettings, classes: Classes = None) -> RerankReader:  # type: ignore[override]
+    def reader(self, settings: DataSettings, classes: Classes = None, **how: Any) -> RerankReader:  # type: ignore[override]
         self.max_length = settings.max_length
-        how: dict[str, Any] = {"loss": self.loss or self.settings.loss, "score_range": self.settings.score_range}
+        how |= {"loss": self.loss or self.settings.loss, "score_range": self.settings.score_range}
         return RerankReader(settings, self.tokenizer, **how)
+
+    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RerankReader:
+        return self.reader(settings, labeled=False)
+
+    def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
+        """The logistic of each passage's score; of a row with several passages also their places, the best first."""
+        found = predicted(objective, rows, batcher).astype(np.float64)  # type: ignore[arg-type]
+        scores, ranking = [], []
+        for part in np.split(found, np.cumsum([len(row.rows) for row in rows])[:-1]):
+            chances = (1 / (1 + np.exp(-part))).tolist()
+            several = len(part) > 1
+            scores.append(chances if several else chances[0])
+            ranking.append(np.argsort(-part, kind="stable").tolist() if several else None)
+        return {"score": scores, "ranking": ranking}
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         if self.own_outputs is not None:

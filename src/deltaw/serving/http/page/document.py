@@ -55,28 +55,46 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-@functools.cache
 def chat_page() -> Document:
-    """The page, put together once."""
-    style = _read("style.css")
-    script = "".join(['"use strict";\n(() => {\n', *(_read(name) for name in SCRIPTS), "})();\n"])
+    """The chat page."""
+    return _document("page.html", ("style.css",), SCRIPTS)
+
+
+def trial_page(kind: str) -> Document:
+    """The page on which a text is tried, of a server that gives classes, vectors or scores.
+
+    Args:
+        kind: "classes", "vectors" or "scores".
+    """
+    return _document("try.html", ("style.css", "try.css"), ("stream.js", "try.js"), kind)
+
+
+@functools.cache
+def _document(html: str, styles_of: tuple[str, ...], scripts: tuple[str, ...], kind: str = "") -> Document:
+    """A page, put together once."""
+    style = "".join(map(_read, styles_of))
+    script = "".join(['"use strict";\n(() => {\n', *map(_read, scripts), "})();\n"])
     styles = f"style-src {_hash(style)}; script-src {_hash(script)}"
     policy = f"default-src 'none'; {styles}; connect-src 'self'; img-src data:; {FORBIDDEN}"
-    page = _read("page.html")
-    for name, text in (("policy", policy), ("style", style), ("script", script)):
+    page = _read(html)
+    for name, text in (("policy", policy), ("kind", kind), ("style", style), ("script", script)):
         page = page.replace("{{ " + name + " }}", text, 1)
     content = page.encode()
     return Document(content, f"{policy}; {FRAMES}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
-def page_router(prompting: Callable[[str], Prompting] = lambda model: Prompting()) -> APIRouter:
+def page_router(
+    prompting: Callable[[str], Prompting] = lambda model: Prompting(), document: Document | None = None
+) -> APIRouter:
     """``GET /``: the page, which needs no API key and asks for one where the server wants it; and
     ``GET /prompting/NAME``, what it begins with.
 
     Args:
         prompting: how the rows of a model's run are prompted, by the name of the model.
+        document: The page; None for the chat page.
     """
     router = APIRouter()
+    document = document or chat_page()
 
     @router.get("/prompting/{model:path}", include_in_schema=False)
     def of_model(model: str) -> Response:
@@ -85,7 +103,6 @@ def page_router(prompting: Callable[[str], Prompting] = lambda model: Prompting(
 
     @router.get("/", include_in_schema=False)
     def page(request: Request) -> Response:
-        document = chat_page()
         headers = {**HEADERS, "Content-Security-Policy": document.policy, "ETag": document.tag}
         if request.headers.get("if-none-match") == document.tag:
             return Response(status_code=304, headers=headers)
