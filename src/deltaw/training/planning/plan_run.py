@@ -50,6 +50,7 @@ from deltaw.training.drift import DriftMeter
 from deltaw.training.embedding.objective import EmbeddingObjective
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.monitoring.generation import MOST_TOKENS, PROMPTS, is_checked, prompts_of
 from deltaw.training.monitoring.rates import as_it_was
 from deltaw.training.parallel.group import deal
 from deltaw.training.planning.asked import of_each
@@ -57,7 +58,7 @@ from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step
-from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tasks.base import RunData, Task, Written
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_tokens_per_pass
 from deltaw.working import listening, working
 
@@ -102,7 +103,7 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     region = _region(folder, weight)
     first, last = tokens * row_bytes // region, ((tokens + 1) * row_bytes - 1) // region
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
-    if session.task.writes_text and session.config.train.drift is not False:
+    if is_checked(session) or (session.task.writes_text and session.config.train.drift is not False):
         touched += GENERAL_TOKENS * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
@@ -150,8 +151,15 @@ def _resident_at(address: int) -> int:
 
 def rollout_bytes(session: Session) -> tuple[int, int]:
     """Bytes that a run's decoder copies of the weights, and those that it takes while it writes completions: keys and
-    values in pages, of as many as are written at once and as long as they may get, and their logits."""
+    values in pages, of as many as are written at once and as long as they may get, and their logits.
+
+    A run that compares answers before and after training writes at most as many tokens at once as a microbatch has.
+    """
     written = session.written
+    if not written.at_once and is_checked(session):
+        longest = max(map(len, prompts_of(session)), default=0) + MOST_TOKENS
+        rows = getattr(session.batcher, "tokens_per_pass", longest) // longest
+        written = Written(min(PROMPTS, max(1, rows)), longest)
     if not written.at_once:
         return 0, 0
     config = session.model.config.get_text_config()
