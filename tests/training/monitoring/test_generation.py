@@ -22,6 +22,7 @@ from deltaw.training.monitoring.generation import (
     verdict_of,
     word_overlap,
 )
+from deltaw.training.planning.plan_run import plan
 from tests.conftest import COLORS, write_rows
 from tests.training.runs import adapter, session_of
 
@@ -35,7 +36,7 @@ def completion(text, tokens=None, stopped=True):
 
 def metrics(answers, *, expected="the right answer", log_prob=-1.0, base=None):
     texts = expected if isinstance(expected, list) else [expected] * len(answers)
-    judged = None if base is None else [np.full(len(answer.tokens), base) for answer in answers]
+    judged = () if base is None else [np.full(len(answer.tokens), base) for answer in answers]
     return answer_metrics(answers, texts, [np.array([log_prob])] * len(answers), judged)
 
 
@@ -131,6 +132,18 @@ def test_a_run_that_breaks_the_model_says_so_in_its_result_and_folder(preference
     assert noted["line"] == result.generation["line"] and noted == json.loads(
         json.dumps(result.as_dict()["generation"])
     )
+
+
+@pytest.mark.parametrize(("loss", "factor"), [("dpo", 0.1), ("orpo", 0.4), ("simpo", 0.05)])
+def test_the_automatic_rate_depends_on_the_loss_and_names_its_source(preference_run, settings, tmp_path, loss, factor):
+    usual = session_of(settings(tmp_path / "sft", train={"learning_rate": "auto"})).learning_rate
+    session = session_of(preference_run("run", learning_rate="auto") | {"preference": {"loss": loss}})
+    assert session.learning_rate == pytest.approx(factor * usual, rel=0.05)
+    assert f"times {factor:g}" in session.chosen["train.learning_rate"].why
+
+
+def test_the_plan_of_a_preference_run_counts_the_answers(preference_run):
+    assert plan(preference_run("run")).phases["rollouts"] > 0
 
 
 def test_an_untrained_adapter_is_not_worse(preference_run):

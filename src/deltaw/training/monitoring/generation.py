@@ -2,7 +2,7 @@
 
 Losses of preferences, rewards and distillation can improve while the model forgets the language: pair accuracy reaches
 100 % on a model that answers every prompt with word salad. The check reads the text itself, so it needs neither the
-loss nor the drift. Greedy decoding draws no random numbers, so training is not affected.
+loss nor the drift. Greedy decoding uses no random numbers, so training is not affected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,13 +37,17 @@ LEAST_TOKENS, MOST_TOKENS = 16, 128
 LEAST_JUDGED, LEAST_DISTINCT, IMPROBABLE = 8, 0.5, -4.0
 # Least changes that count, if they also exceed their 95 % interval over prompts: shares of prompts, and nats per token.
 BROKEN, CUT, OVERLAP, LOG_PROB, GENERAL_LOG_PROB = 0.1, 0.2, 0.05, 0.5, 1.0
-# Answers of each kind that a range test watches, and the fall of their mean log-probability that ends it.
-WATCHED, WATCHED_FALL = 8, 0.3
 # Answers are too short or too long if they differ by this factor from those before training and from the expected ones.
 LENGTH = 4.0
+# Answers of each kind that a range test watches, and the fall of their mean log-probability that ends it.
+WATCHED, WATCHED_FALL = 8, 0.3
 WORSE, UNCLEAR, FINE = "worse", "unclear", "not worse"
 # Names of the sets of prompts, as they appear in messages.
 DATA, GENERAL = "prompts of the data", "general prompts"
+# Kinds of broken text, in words.
+_KINDS = {"empty": "empty", "loop": "repetition", "improbable": "word salad"}
+# By name, a metric of each prompt; NaN if it is not defined for the prompt.
+Metrics: TypeAlias = dict[str, np.ndarray]
 
 
 def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
@@ -59,64 +63,38 @@ def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> l
     return [prompts[index] for index in sorted(indices.tolist())]
 
 
-@dataclass(frozen=True)
-class AnswerMetrics:
-    """Metrics of greedy answers to the same prompts; each is an array over prompts, NaN where it is not defined.
-
-    Attributes:
-        length: tokens. cut: 1 if the answer reached the token limit.
-        empty, loop, improbable, broken: 1 if the answer is empty, repeats itself, is text that the base model finds
-            very unlikely, or any of these.
-        exact_match, overlap: equality and F1 of words with the expected answer.
-        log_prob: of the expected answer, or of the base model's own answer, in nats per token.
-    """
-
-    length: np.ndarray
-    cut: np.ndarray
-    empty: np.ndarray
-    loop: np.ndarray
-    improbable: np.ndarray
-    broken: np.ndarray
-    exact_match: np.ndarray
-    overlap: np.ndarray
-    log_prob: np.ndarray
-
-    def means(self) -> dict[str, Any]:
-        """Return the mean of each metric over the prompts for which it is defined, ready for JSON."""
-        defined = {name: values[np.isfinite(values)] for name, values in vars(self).items()}
-        return {name: float(values.mean()) if len(values) else None for name, values in defined.items()}
-
-
 def answer_metrics(
     answers: Sequence[Completion],
     expected: Sequence[str | None],
     log_probs: Sequence[np.ndarray],
-    base_log_probs: Sequence[np.ndarray] | None = None,
-) -> AnswerMetrics:
+    base_log_probs: Sequence[np.ndarray] = (),
+) -> Metrics:
     """Compute the metrics of greedy answers.
 
     Args:
         expected: Text that was to be written, or None.
         log_probs: Log-probabilities of the tokens of each prompt's reference text; empty without one.
-        base_log_probs: Log-probabilities of each answer's tokens under the base model, or None if they are not known.
+        base_log_probs: Log-probabilities of each answer's tokens under the base model; empty if they are not known.
+
+    Returns:
+        ``length`` in tokens; ``cut``: 1 if the answer reached the token limit; ``empty``, ``loop``, ``improbable`` and
+        ``broken``, which is any of the three; ``exact_match`` and ``overlap`` with the expected answer; ``log_prob``:
+        mean over the tokens of the reference text, in nats.
     """
-    empty = np.array([not answer.text.strip() for answer in answers], float)
-    loop = np.array([distinct_share(answer.tokens) < LEAST_DISTINCT for answer in answers], float)
-    improbable = np.zeros(len(answers))
-    for index, values in enumerate(base_log_probs or ()):
-        improbable[index] = len(values) >= LEAST_JUDGED and np.median(values) < IMPROBABLE
     pairs = [(answer.text, text) for answer, text in zip(answers, expected, strict=True)]
-    return AnswerMetrics(
-        length=np.array([len(answer.tokens) for answer in answers], float),
-        cut=np.array([not answer.stopped for answer in answers], float),
-        empty=empty,
-        loop=loop,
-        improbable=improbable,
-        broken=np.maximum.reduce([empty, loop, improbable]),
-        exact_match=np.array([np.nan if b is None else a.strip() == b.strip() for a, b in pairs], float),
-        overlap=np.array([np.nan if b is None else word_overlap(a, b) for a, b in pairs], float),
-        log_prob=np.array([values.mean() if len(values) else np.nan for values in log_probs], float),
-    )
+    values = {
+        "length": [len(answer.tokens) for answer in answers],
+        "cut": [not answer.stopped for answer in answers],
+        "empty": [not answer.text.strip() for answer in answers],
+        "loop": [distinct_share(answer.tokens) < LEAST_DISTINCT for answer in answers],
+        "improbable": [len(v) >= LEAST_JUDGED and np.median(v) < IMPROBABLE for v in base_log_probs]
+        or [0] * len(pairs),
+        "exact_match": [np.nan if right is None else text.strip() == right.strip() for text, right in pairs],
+        "overlap": [np.nan if right is None else word_overlap(text, right) for text, right in pairs],
+        "log_prob": [value.mean() if len(value) else np.nan for value in log_probs],
+    }
+    metrics = {name: np.array(numbers, float) for name, numbers in values.items()}
+    return {**metrics, "broken": np.maximum.reduce([metrics[kind] for kind in _KINDS])}
 
 
 def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
@@ -130,8 +108,7 @@ def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
 def word_overlap(text: str, expected: str) -> float:
     """Return the F1 of the words of two texts, case and order ignored."""
     words, others = Counter(text.lower().split()), Counter(expected.lower().split())
-    common = sum((words & others).values())
-    return 2 * common / max(1, sum(words.values()) + sum(others.values()))
+    return 2 * sum((words & others).values()) / max(1, sum(words.values()) + sum(others.values()))
 
 
 @dataclass(frozen=True)
@@ -146,8 +123,8 @@ class AnswerComparison:
 
     name: str
     limit: int
-    before: AnswerMetrics
-    after: AnswerMetrics
+    before: Metrics
+    after: Metrics
     expected_length: float | None = None
     checks_cut: bool = False
 
@@ -156,78 +133,72 @@ class AnswerComparison:
         """True if the run trains on expected answers, so that missing them means a loss."""
         return self.expected_length is not None
 
-    def change(self, metric: str) -> tuple[float, float]:
-        """Return the mean paired change of a metric, and the half width of its 95 % interval."""
-        values = getattr(self.after, metric) - getattr(self.before, metric)
-        values = values[np.isfinite(values)]
-        if not len(values):
-            return 0.0, 0.0
-        return float(values.mean()), 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
     def rises(self, metric: str, least: float, sign: int = 1) -> bool:
         """Return True if a metric rises by at least ``least`` and beyond chance; with ``sign`` -1, if it falls."""
-        mean, interval = self.change(metric)
-        return sign * mean >= least and sign * mean > interval
+        change = sign * (self.after[metric] - self.before[metric])
+        change = change[np.isfinite(change)]
+        interval = 1.96 * change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else 0.0
+        return bool(len(change)) and bool(change.mean() >= least and change.mean() > interval)
+
+    def means(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the means of the metrics before and after training; None for a metric that no prompt has."""
+        before, after = (
+            {name: float(np.nanmean(values)) if np.isfinite(values).any() else None for name, values in side.items()}
+            for side in (self.before, self.after)
+        )
+        return before, after
+
+    def fall(self, metric: str) -> str:
+        """Describe the fall of matches with the expected answers."""
+        (before, after), text = self.means(), metric.replace("_", " ")
+        where = f"with the expected answers to {len(self.after['broken'])} {self.name}"
+        return f"{text} {where} fell from {before[metric]:.0%} to {after[metric]:.0%}"
 
     def reasons(self) -> list[str]:
         """Return in which respects the answers got worse beyond chance, in words."""
-        before, after = self.before.means(), self.after.means()
-        reasons, count = [], len(self.after.broken)
+        (before, after), reasons = self.means(), []
         if self.rises("broken", BROKEN):
-            kinds = [name for name in ("empty", "loop", "improbable") if getattr(self.after, name).any()]
-            words = {"empty": "empty", "loop": "repetition", "improbable": "word salad"}
-            kind = ", ".join(words[name] for name in kinds)
-            reasons.append(
-                f"{self.after.broken.sum():.0f} of {count} answers to {self.name} are broken text ({kind}), "
-                f"{self.before.broken.sum():.0f} before"
-            )
+            kinds = ", ".join(word for kind, word in _KINDS.items() if after[kind])
+            counts = [side["broken"].sum() for side in (self.after, self.before)]
+            count = f"{counts[0]:.0f} of {len(self.after['broken'])}"
+            reasons.append(f"{count} answers to {self.name} are broken text ({kinds}), {counts[1]:.0f} before")
         improved = self.trained and (self.rises("exact_match", 0) or self.rises("overlap", OVERLAP))
-        limit = LOG_PROB if self.trained else GENERAL_LOG_PROB
-        if self.rises("log_prob", limit, -1) and not improved:
-            text = "the expected answers" if self.trained else "the base model's answers"
+        if self.rises("log_prob", LOG_PROB if self.trained else GENERAL_LOG_PROB, -1) and not improved:
+            text = f"{'the expected' if self.trained else 'the base model’s'} answers to {self.name}"
             change = f"from {before['log_prob']:.2f} to {after['log_prob']:.2f} nats per token"
-            reasons.append(f"the log-probability of {text} to {self.name} fell {change}")
-        for metric, least in (("exact_match", 0.0), ("overlap", OVERLAP)) if self.trained else ():
-            if self.rises(metric, least, -1):
-                reasons.append(self.fall(metric))
+            reasons.append(f"the log-probability of {text} fell {change}")
+        matches = {"exact_match": 0.0, "overlap": OVERLAP} if self.trained else {}
+        reasons += [self.fall(metric) for metric, least in matches.items() if self.rises(metric, least, -1)]
         if self.checks_cut and self.rises("cut", CUT):
-            shares = f"{after['cut']:.0%} of the answers to {self.name} do not end within {self.limit} tokens"
-            reasons.append(f"{shares}, {before['cut']:.0%} before")
+            share = f"{after['cut']:.0%} of the answers to {self.name} do not end within {self.limit} tokens"
+            reasons.append(f"{share}, {before['cut']:.0%} before")
         elif self.expected_length is not None:
-            usual = [min(value, self.limit) for value in (before["length"], self.expected_length)]
-            length = after["length"]
-            if length > LENGTH * max(1.0, *usual) or LENGTH * max(1.0, length) < min(usual):
-                reasons.append(f"the answers to {self.name} have {length:.0f} tokens, {before['length']:.0f} before")
+            usual = [max(1.0, min(length, self.limit)) for length in (before["length"], self.expected_length)]
+            if after["length"] > LENGTH * max(usual) or LENGTH * max(1.0, after["length"]) < min(usual):
+                lengths = f"{after['length']:.0f} tokens, {before['length']:.0f} before"
+                reasons.append(f"the answers to {self.name} have {lengths}")
         return reasons
-
-    def fall(self, metric: str) -> str:
-        """Describe the fall of a share."""
-        before, after = getattr(self.before, metric), getattr(self.after, metric)
-        text = {"exact_match": "exact match", "overlap": "word overlap"}[metric]
-        shares = f"from {np.nanmean(before):.0%} to {np.nanmean(after):.0%}"
-        return f"{text} with the expected answers to {len(after)} {self.name} fell {shares}"
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the metrics ready for JSON."""
-        counts = {"prompts": len(self.after.broken), "max_new_tokens": self.limit}
-        return {**counts, "before": self.before.means(), "after": self.after.means()}
 
 
 def verdict_of(comparisons: Sequence[AnswerComparison], hint: str = "") -> dict[str, object]:
     """Return the verdict over all prompts, a line that states it, and all metrics, ready for JSON."""
     reasons = [reason for comparison in comparisons for reason in comparison.reasons()]
+    matches = [one for one in comparisons if one.trained]
     falls = [
-        comparison.fall(metric)
-        for comparison in comparisons
-        for metric in ("exact_match", "overlap")
-        if comparison.trained and comparison.change(metric)[0] < 0
+        one.fall("exact_match")
+        for one in matches
+        if np.nansum(one.after["exact_match"] - one.before["exact_match"]) < 0
     ]
     verdict, line = FINE, None
     if reasons:
         verdict, line = WORSE, f"generation got worse: {'; '.join(reasons)}"
     elif falls:
         verdict, line = UNCLEAR, f"answers may be worse: {falls[0]}, which may be chance"
-    numbers = {comparison.name: comparison.as_dict() for comparison in comparisons}
+    numbers = {
+        one.name: {"prompts": len(one.after["broken"]), "max_new_tokens": one.limit}
+        | dict(zip(("before", "after"), one.means(), strict=True))
+        for one in comparisons
+    }
     return {"verdict": verdict, "line": line, "hint": hint if reasons else None, **numbers}
 
 
@@ -240,8 +211,7 @@ def prompts_of(session: Session) -> list[Example]:
     """Return held-out prompts of the data, with training prompts added up to ``PROMPTS``."""
     rows: list[Example] = []
     for part in (session.data.held_out, session.data.train):
-        count = PROMPTS - len(rows)
-        rows += choose_rows(part[:POOL], count, seed=session.config.train.seed, stream=_STREAM) if count > 0 else []
+        rows += choose_rows(part[:POOL], PROMPTS - len(rows), seed=session.config.train.seed, stream=_STREAM)
     return rows
 
 
@@ -249,53 +219,32 @@ def answer_limit(session: Session, rows: Sequence[Example]) -> int:
     """Return the token limit of an answer to a prompt of the data."""
     longest = max((row.label_count for row in rows), default=0)
     limit = max(LEAST_TOKENS, 2 * longest) if longest else session.written.tokens or MOST_TOKENS
-    positions = position_limit(session.model) or 1 << 31
-    room = positions - max((row.prompt_length for row in rows), default=0)
+    room = (position_limit(session.model) or 1 << 31) - max((row.prompt_length for row in rows), default=0)
     return max(1, min(MOST_TOKENS, limit, room))
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts that are answered before and after training, as the base model sees them.
-
-    Attributes:
-        rows: each with a reference text as its labels: the expected answer, or the base model's answer. Rows of rewards
-            have no labels.
-        limit: token limit of an answer. checks_cut: see :class:`AnswerComparison`.
-    """
-
-    name: str
-    rows: Sequence[Example]
-    limit: int
-    checks_cut: bool = False
-
-    @property
-    def expected_length(self) -> float | None:
-        """Mean tokens of the answers that the run trains on; None if it does not train on answers."""
-        lengths = [row.label_count for row in self.rows if row.label_count and self.name != GENERAL]
-        return float(np.mean(lengths)) if lengths else None
-
-    @property
-    def expected(self) -> list[str | None]:
-        """The expected answers; None if there is no expected answer."""
-        return [row.answer if self.name != GENERAL and row.desired is not False else None for row in self.rows]
-
-
-@dataclass(frozen=True)
-class BaseAnswers:
-    """The base model's answers to prompts, and its log-probabilities of their reference texts."""
-
-    prompts: PromptSet
-    answers: Sequence[Completion]
-    log_probs: Sequence[np.ndarray]
 
 
 def max_new_tokens(session: Session) -> int:
     """Return an upper bound of the tokens that both models generate in the check."""
-    if not is_checked(session):
-        return 0
-    rows = prompts_of(session)
-    return 2 * len(rows) * answer_limit(session, rows) + len(MEASURED) * ANSWER_TOKENS
+    rows = prompts_of(session) if is_checked(session) else []
+    return 2 * len(rows) * answer_limit(session, rows) + (len(MEASURED) * ANSWER_TOKENS if rows else 0)
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """Prompts with the base model's answers, as it sees them.
+
+    Attributes:
+        rows: each with a reference text as its labels: the expected answer, or the base model's answer. Rows of rewards
+            have no labels.
+        log_probs: log-probabilities of the reference texts. checks_cut: see :class:`AnswerComparison`.
+    """
+
+    name: str
+    limit: int
+    rows: Sequence[Example]
+    answers: Sequence[Completion]
+    log_probs: Sequence[np.ndarray]
+    checks_cut: bool = False
 
 
 class GenerationCheck:
@@ -306,8 +255,8 @@ class GenerationCheck:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        keeps_base = session.method.keeps_base(session.model)
-        self._references = None if keeps_base else self._base_answers()
+        self._keeps_base = session.method.keeps_base(session.model)
+        self._references = [] if self._keeps_base else list(self._base_answers())
 
     def measure(self) -> dict[str, object]:
         """Compare the answers of the trained model with those before training; empty if the run is not checked.
@@ -316,64 +265,57 @@ class GenerationCheck:
         """
         session = self._session
         with working("comparing answers before and after training"):
-            references = self._references if self._references is not None else self._base_answers()
-            rows = [as_seen(row, session.method) for reference in references for row in reference.prompts.rows]
-            inputs = [row.tokens[: row.prompt_length] for row in rows]
-            if not inputs:
+            if self._keeps_base:
+                with session.method.without(session.model):
+                    self._references = list(self._base_answers())
+            rows = [as_seen(row, session.method) for reference in self._references for row in reference.rows]
+            if not rows:
                 return {}
             # One call, because a decoder is prepared and verified for each.
-            answers = iter(session.complete(inputs, max(reference.prompts.limit for reference in references)))
-            comparisons = [self._compared(reference, answers) for reference in references]
+            limit = max(reference.limit for reference in self._references)
+            answers = iter(session.complete([row.tokens[: row.prompt_length] for row in rows], limit))
+            comparisons = [self._compared(reference, answers) for reference in self._references]
         rate = f"{session.learning_rate / 3:.1g}"
         return verdict_of(comparisons, f"lower train.learning_rate, for example to {rate}, or train fewer steps")
 
     def _compared(self, reference: BaseAnswers, answers: Iterator[Completion]) -> AnswerComparison:
         """Compare the base model's answers with the trained model's, which are taken from ``answers``."""
-        session, prompts = self._session, reference.prompts
-        after = [_truncated(next(answers), prompts.limit) for _ in prompts.rows]
-        log_probs = self._log_probs([as_seen(row, session.method) for row in prompts.rows])
-        base_log_probs = None
-        if self._references is None:
+        session, rows, of_data = self._session, reference.rows, reference.name == DATA
+        after = [_truncated(next(answers), reference.limit) for _ in rows]
+        log_probs, judged = self._log_probs([as_seen(row, session.method) for row in rows]), []
+        if self._keeps_base:
             with session.method.without(session.model):
-                base_log_probs = self._log_probs(list(map(_with_answer, prompts.rows, after)))
-        return AnswerComparison(
-            prompts.name,
-            prompts.limit,
-            answer_metrics(reference.answers, prompts.expected, reference.log_probs),
-            answer_metrics(after, prompts.expected, log_probs, base_log_probs),
-            prompts.expected_length,
-            prompts.checks_cut,
-        )
+                judged = self._log_probs(list(map(_with_answer, rows, after)))
+        expected = [row.answer if of_data and row.desired is not False else None for row in rows]
+        lengths = [row.label_count for row in rows if row.label_count and of_data]
+        before = answer_metrics(reference.answers, expected, reference.log_probs)
+        metrics = before, answer_metrics(after, expected, log_probs, judged)
+        length = float(np.mean(lengths)) if lengths else None
+        return AnswerComparison(reference.name, reference.limit, *metrics, length, reference.checks_cut)
 
-    def _base_answers(self) -> list[BaseAnswers]:
-        """Let the base model answer all prompts, and compute its log-probabilities of the reference texts."""
+    def _base_answers(self) -> Iterator[BaseAnswers]:
+        """Answer the prompts of the data and the general prompts while the model computes as the base model."""
         session = self._session
         if not is_checked(session):
-            return []
-        keeps_base, results = session.method.keeps_base(session.model), []
-        with session.method.without(session.model) if keeps_base else contextlib.nullcontext():
-            for prompts in self._prompt_sets():
-                if prompts.name == GENERAL:
-                    answers = [_reference_answer(row) for row in prompts.rows]
-                else:
-                    inputs = [row.tokens[: row.prompt_length] for row in prompts.rows]
-                    answers = session.complete(inputs, prompts.limit, of_base=True)
-                results.append(BaseAnswers(prompts, answers, self._log_probs(prompts.rows)))
-        return results
-
-    def _prompt_sets(self) -> Iterator[PromptSet]:
-        """Yield the prompts of the data, and the general prompts if the model is large enough to answer these."""
-        session = self._session
+            return
         rows = prompts_of(session)
         if isinstance(session.feed, LessonFeed):
-            rows = session.feed.with_answers(rows)
+            rows = list(session.feed.with_answers(rows))
         if rows:
             limit = answer_limit(session, rows)
-            bare = [_without_undesired(row.without_first(session.method.virtual_tokens)) for row in rows]
-            yield PromptSet(DATA, bare, limit, any(row.label_count for row in bare) or limit == session.written.tokens)
+            rows = [_without_undesired(row.without_first(session.method.virtual_tokens)) for row in rows]
+            answers = session.complete([row.tokens[: row.prompt_length] for row in rows], limit, of_base=True)
+            checks_cut = any(row.label_count for row in rows) or limit == session.written.tokens
+            yield BaseAnswers(DATA, limit, rows, answers, self._log_probs(rows), checks_cut)
         with contextlib.suppress(NoGeneralAnswers):
             check_size(session.model)
-            yield PromptSet(GENERAL, session.general_answers(MEASURED)[::2], ANSWER_TOKENS)
+            rows = session.general_answers(MEASURED)[::2]
+            labels = [row.tokens[row.prompt_length :] for row in rows]
+            answers = [
+                Completion(tokens, row.answer or "", len(tokens) < ANSWER_TOKENS)
+                for row, tokens in zip(rows, labels, strict=True)
+            ]
+            yield BaseAnswers(GENERAL, ANSWER_TOKENS, rows, answers, self._log_probs(rows))
 
     def _log_probs(self, rows: Sequence[Example]) -> list[np.ndarray]:
         with self._session.running():
@@ -386,8 +328,7 @@ def label_log_probs(session: Session, rows: Sequence[Example]) -> list[np.ndarra
 
     Call it within ``session.running``.
     """
-    labeled = [row for row in rows if row.label_count]
-    by_row: dict[int, np.ndarray] = {}
+    labeled, by_row = [row for row in rows if row.label_count], {}
     with session.method.evaluating(session.model):
         objective = CausalObjective(session.model)
         for batch in session.batcher.batches(labeled) if labeled else ():
@@ -402,25 +343,17 @@ def text_watch(session: Session) -> Callable[[], bool]:
 
     It costs a forward pass over at most ``2 * WATCHED`` answers per call. Call it within ``session.running``.
     """
-    if not is_checked(session):
-        return lambda: False
-    sets = [prompts_of(session)[:WATCHED]]
+    sets = [prompts_of(session)[:WATCHED] if is_checked(session) else []]
     with contextlib.suppress(NoGeneralAnswers):
         check_size(session.model)
-        general = session.general_answers(MEASURED)
-        sets.append([as_seen(row, session.method) for row in general[:: -(-len(general) // WATCHED)]])
+        general = session.general_answers(MEASURED)[:: len(MEASURED) // WATCHED] if sets[0] else []
+        sets.append([as_seen(row, session.method) for row in general])
 
     def means() -> list[float]:
-        return [float(np.concatenate([*label_log_probs(session, rows), [0.0]]).mean()) for rows in sets]
+        return [float(np.concatenate([*label_log_probs(session, rows), [0.0]]).mean()) for rows in sets if rows]
 
     start = means()
     return lambda: any(before - now > WATCHED_FALL for before, now in zip(start, means(), strict=True))
-
-
-def _reference_answer(row: Example) -> Completion:
-    """Return the labels of a general prompt, which are the base model's answer."""
-    tokens = row.tokens[row.prompt_length :]
-    return Completion(tokens, row.answer or "", len(tokens) < ANSWER_TOKENS)
 
 
 def _truncated(answer: Completion, limit: int) -> Completion:
