@@ -50,13 +50,15 @@ _KINDS = {"empty": "empty", "loop": "repetition", "improbable": "word salad"}
 Metrics: TypeAlias = dict[str, np.ndarray]
 
 
-def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
+def choose_rows(
+    rows: Sequence[Any], count: int, *, seed: int, stream: int, is_usable: Callable[[Example], bool] = has_prompt
+) -> list[Example]:
     """Return ``count`` rows that have a prompt, drawn by the seed, in the order of ``rows``.
 
     A pair is represented by its chosen answer.
     """
     first = (row.rows[0] if isinstance(row, RowGroup) else row for row in rows)
-    prompts = [row for row in first if isinstance(row, Example) and has_prompt(row)]
+    prompts = [row for row in first if isinstance(row, Example) and is_usable(row)]
     if count >= len(prompts):
         return prompts
     indices = np.random.default_rng([seed % 2**64, stream]).choice(len(prompts), size=count, replace=False)
@@ -210,8 +212,9 @@ def is_checked(session: Session) -> bool:
 def prompts_of(session: Session) -> list[Example]:
     """Return held-out prompts of the data, with training prompts added up to ``PROMPTS``."""
     rows: list[Example] = []
+    options: dict[str, Any] = {"seed": session.config.train.seed, "stream": _STREAM}
     for part in (session.data.held_out, session.data.train):
-        rows += choose_rows(part[:POOL], PROMPTS - len(rows), seed=session.config.train.seed, stream=_STREAM)
+        rows += choose_rows(part[:POOL], PROMPTS - len(rows), is_usable=lambda row: row.prompt_length > 0, **options)
     return rows
 
 
@@ -256,7 +259,7 @@ class GenerationCheck:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._keeps_base = session.method.keeps_base(session.model)
-        self._references = [] if self._keeps_base else list(self._base_answers())
+        self._references = [] if self._keeps_base else self._base_answers()
 
     def measure(self) -> dict[str, object]:
         """Compare the answers of the trained model with those before training; empty if the run is not checked.
@@ -266,8 +269,7 @@ class GenerationCheck:
         session = self._session
         with working("comparing answers before and after training"):
             if self._keeps_base:
-                with session.method.without(session.model):
-                    self._references = list(self._base_answers())
+                self._references = self._base_answers()
             rows = [as_seen(row, session.method) for reference in self._references for row in reference.rows]
             if not rows:
                 return {}
@@ -293,29 +295,31 @@ class GenerationCheck:
         length = float(np.mean(lengths)) if lengths else None
         return AnswerComparison(reference.name, reference.limit, *metrics, length, reference.checks_cut)
 
-    def _base_answers(self) -> Iterator[BaseAnswers]:
-        """Answer the prompts of the data and the general prompts while the model computes as the base model."""
-        session = self._session
+    def _base_answers(self) -> list[BaseAnswers]:
+        """Answer the prompts of the data and the general prompts with the base model."""
+        session, sets = self._session, {}
         if not is_checked(session):
-            return
-        rows = prompts_of(session)
-        if isinstance(session.feed, LessonFeed):
-            rows = list(session.feed.with_answers(rows))
-        if rows:
-            limit = answer_limit(session, rows)
-            rows = [_without_undesired(row.without_first(session.method.virtual_tokens)) for row in rows]
-            answers = session.complete([row.tokens[: row.prompt_length] for row in rows], limit, of_base=True)
-            checks_cut = any(row.label_count for row in rows) or limit == session.written.tokens
-            yield BaseAnswers(DATA, limit, rows, answers, self._log_probs(rows), checks_cut)
+            return []
+        if rows := prompts_of(session):
+            sets[DATA] = list(session.feed.with_answers(rows)) if isinstance(session.feed, LessonFeed) else rows
         with contextlib.suppress(NoGeneralAnswers):
             check_size(session.model)
-            rows = session.general_answers(MEASURED)[::2]
+            sets[GENERAL] = session.general_answers(MEASURED)[::2]
+        with session.method.without(session.model) if self._keeps_base else contextlib.nullcontext():
+            return [self._answered_by_base(name, rows) for name, rows in sets.items()]
+
+    def _answered_by_base(self, name: str, rows: Sequence[Example]) -> BaseAnswers:
+        session = self._session
+        if name == GENERAL:  # their labels are the answers
             labels = [row.tokens[row.prompt_length :] for row in rows]
-            answers = [
-                Completion(tokens, row.answer or "", len(tokens) < ANSWER_TOKENS)
-                for row, tokens in zip(rows, labels, strict=True)
-            ]
-            yield BaseAnswers(GENERAL, ANSWER_TOKENS, rows, answers, self._log_probs(rows))
+            texts = [row.answer or "" for row in rows]
+            answers = [Completion(t, text, len(t) < ANSWER_TOKENS) for t, text in zip(labels, texts, strict=True)]
+            return BaseAnswers(name, ANSWER_TOKENS, rows, answers, self._log_probs(rows))
+        limit = answer_limit(session, rows)
+        rows = [_without_undesired(row.without_first(session.method.virtual_tokens)) for row in rows]
+        answers = session.complete([row.tokens[: row.prompt_length] for row in rows], limit, of_base=True)
+        checks_cut = any(row.label_count for row in rows) or limit == session.written.tokens
+        return BaseAnswers(name, limit, rows, answers, self._log_probs(rows), checks_cut)
 
     def _log_probs(self, rows: Sequence[Example]) -> list[np.ndarray]:
         with self._session.running():
