@@ -125,7 +125,7 @@ def test_flags_and_workers_know_the_method_of_a_package(site, settings, tmp_path
     config = settings(tmp_path / "run", method="norms", norms={"above": 1})
     with Child(tmp_path / "log.txt") as child:
         answer = child.ask("usual", config=config)
-    expected = usual_rate_of(Norms(), AutoConfig.from_pretrained(config["model"]))
+    expected = usual_rate_of(Norms(), AutoConfig.from_pretrained(config["model"])).value
     assert answer["usual_rate"] == pytest.approx(expected)
 
 

@@ -55,6 +55,14 @@ def test_methods_that_rows_do_not_tell_apart_are_named_with_the_cheapest():
     assert "prompt takes the fewest parameters (10)" in said
 
 
+def test_a_method_whose_text_got_worse_is_marked_in_the_table_and_named_first():
+    broken = tuple(replace(seed, worse="generation got worse: all answers are empty") for seed in seeds(0.8)[:1])
+    made = comparison(replace(BEST, seeds=broken), NEAR)
+    assert findings(made)[0] == "lora, seed 0: generation got worse: all answers are empty"
+    assert "| lora (generation got worse) |" in comparison_markdown(made)
+    assert "| prompt |" in comparison_markdown(made)
+
+
 def test_equal_scores_share_the_first_place_and_the_untrained_model_is_set_against_it():
     said = findings(comparison(BEST, result("bias", 0.8, away=(0.0, 0.0))))
     assert said[0].startswith("lora and bias share the best score")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from deltaw.errors import UserError
+from deltaw.reports.page.run_view import headline, notices
 from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page, write_pages
 from deltaw.runs.folder import read_run
 from tests.reports.html_pages import Page
@@ -25,6 +26,18 @@ def page_of(folder):
     page = Page(run_page(read_run(folder)))
     assert page.faults == []
     return page
+
+
+def test_broken_text_leads_the_notices_and_the_headline(tmp_path):
+    run = write_run(tmp_path / "one")
+    values = json.loads((run / "run.json").read_text())
+    line = "generation got worse: 9 of 16 answers to general prompts are broken text"
+    values["result"]["generation"] = {"verdict": "worse", "line": line, "hint": "lower the rate", "general prompts": {}}
+    (run / "run.json").write_text(json.dumps(values))
+    record = read_run(run)
+    assert notices(record)[:2] == [line, "lower the rate"]
+    assert headline(record)[0].value == "worse" and headline(record)[0].large
+    assert line in page_of(run).text
 
 
 def test_a_finished_run_is_told_whole(tmp_path):

@@ -188,6 +188,18 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
         assert sum(line.startswith("next: ") for line in lines) == 4
 
 
+def test_a_verdict_on_broken_text_is_the_first_and_the_last_line(tmp_path):
+    line = "generation got worse: 13 of 16 answers to general prompts are broken text (word salad), 0 before, and more"
+    out = console(terminal=False)
+    show_end(out, result(tmp_path, generation={"verdict": "worse", "line": line, "hint": "lower the rate"}))
+    lines = lines_of(out)
+    assert " ".join(" ".join(lines[:2]).split()) == line and lines[2].strip() == "lower the rate"
+    assert lines[-1] == line  # in one line, whatever the width
+    out = console(terminal=False)
+    show_end(out, result(tmp_path, generation={"verdict": "not worse", "line": None, "hint": None}))
+    assert "generation" not in out.file.getvalue() and lines_of(out)[-1].startswith(("next: ", "  # "))
+
+
 def test_the_end_of_a_run_says_where_the_time_went(tmp_path):
     parts = {"starting": 0.5, "training": 66.0, "drift": 8.0, "evaluating": 31.0, "loading": 12.1, "other": 1.5}
     out = console(terminal=False)

@@ -142,7 +142,7 @@ def read_prompt_row(row: Row, where: str) -> tuple[Record, bool]:
         return records_of(row, where)[0], True
     for form in sorted(FORMS, key=lambda form: any(row.get(column) is None for column in form.needs)):
         lacking = {column for column in form.needs if row.get(column) is None}
-        if form.name != "text" and lacking <= {*ANSWER_COLUMNS} and len(lacking) < len(form.needs):
+        if form.name != "text" and lacking <= {*PROMPT_ANSWERS} and len(lacking) < len(form.needs):
             given = dict.fromkeys(lacking, _ANY if answer is None else answer)
             return form.read({**row, **given}, where), answer is not None or not lacking
     hint = "name it 'prompt', or map it with data.columns: {prompt: …}"

@@ -193,7 +193,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
             column = columns.query or columns.text
             given = [name for name in columns.negatives if row.get(name) not in (None, "")]
             texts = [_texts(row.get(name), name, where) for name in (columns.passage, *given) if name]
-            return RowTexts(_text(row.get(column), column, where) if column else "", sum(texts, ()))
+            return RowTexts(written_text(row.get(column), column, where) if column else "", sum(texts, ()))
         if columns.passage is None:
             assert columns.text is not None and columns.score is not None
             name = class_name(row.get(columns.score), columns.score, where)

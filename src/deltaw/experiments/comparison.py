@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from deltaw.experiments.entry import Entry
+from deltaw.runs.folder import mapping
 from deltaw.settings import RunConfig
 from deltaw.training.evaluation.base import LEVEL, MANY, SHARES, Interval, mean_interval, t_quantile, wilson_interval
+from deltaw.training.monitoring.generation import WORSE
 
 # Intervals of scores over seeds and rows together.
 #
@@ -104,6 +106,7 @@ class SeedResult:
         flattened: whether the validation loss flattened before the budget ended.
         validation_loss: the lowest. validation: step and loss of each evaluation.
         one_answer: what every row was answered; None where answers differ.
+        worse: reasons why the model's text got worse; None if it did not, or was not compared.
     """
 
     seed: int
@@ -115,6 +118,7 @@ class SeedResult:
     validation_loss: float
     validation: tuple[tuple[int, float], ...] = ()
     one_answer: str | None = None
+    worse: str | None = None
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ def cells(comparison: Comparison, result: MethodResult) -> list[str]:
     if result.flattened in (0, len(result.seeds)):
         flattened = "yes" if result.flattened else "no"
     return [
-        result.method,
+        f"{result.method} (generation got worse)" if any(seed.worse for seed in result.seeds) else result.method,
         or_empty(result.learning_rate, "{:g}".format),
         or_empty(trained, "{:,}".format),
         "100 %" if share is not None and share >= 100 else or_empty(share, "{:.2g} %".format),
@@ -472,7 +476,9 @@ def _seed(seed: int, run: Found) -> SeedResult:
     same = {name: run[name] for name in ("steps", "best_step", "flattened", "seconds", "validation_loss")}
     score = run["score"]["value"] if run["score"] is not None else None
     validation = tuple((int(step), float(loss)) for step, loss in run["validation"])
-    return SeedResult(seed, score=score, validation=validation, one_answer=run.get("one_answer"), **same)
+    generation = mapping(run.get("generation"))
+    worse = str(generation["line"]) if generation.get("verdict") == WORSE else None
+    return SeedResult(seed, score=score, validation=validation, one_answer=run.get("one_answer"), worse=worse, **same)
 
 
 def _interval(runs: Sequence[Found], score: float, metric: str) -> Interval | None:
@@ -523,6 +529,7 @@ def findings(comparison: Comparison) -> list[str]:
     if not comparison.scored:
         return []
     lines = [
+        *[f"{r.method}, seed {seed.seed}: {seed.worse}" for r in comparison.scored for seed in r.seeds if seed.worse],
         *_ranking(comparison),
         *_against_reference(comparison),
         *_untrained(comparison),

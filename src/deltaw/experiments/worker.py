@@ -47,6 +47,7 @@ from deltaw.serving.rollouts import SessionSampler
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Lines, Say, silent
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.origin import InferenceSession
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data, usual_rate_of
@@ -321,13 +322,15 @@ def final_run(config: RunConfig, say: Say, *, plan: bool) -> dict[str, object]:
         folder.write_settings(trial.config, {key: (c.value, c.why) for key, c in trial.chosen.items()})
         if task.tokenizer is not None:
             folder.write_tokenizer(task.tokenizer)
+        check = GenerationCheck(session)
         curve = _trained(trial, folder)
         save_adapter(session, folder.path)
+        generation = check.measure()
         with session.running():
             evaluation = session.evaluate()
         folder.write_metrics({"step": curve.best_step, "eval": evaluation.as_dict()})
         trained = sum(p.numel() for _, p in session.method.parameters(session.model))
-        write_card(folder.path, session, curve.outcome, evaluation, trained)
+        write_card(folder.path, session, curve.outcome, evaluation, trained, generation=generation)
     finally:
         folder.close()
         trial.close()
@@ -337,6 +340,7 @@ def final_run(config: RunConfig, say: Say, *, plan: bool) -> dict[str, object]:
         "steps": outcome.steps,
         "best_step": curve.best_step,
         "flattened": curve.flattened,
+        "generation": generation or None,
         "validation": [[step, loss] for step, loss in curve.points],
         "validation_loss": curve.best_loss,
         "training_rows": len(trial.training),
@@ -411,7 +415,8 @@ class Worker:
         dtype = choose_precision(choose_device(config.device).value, config.precision).value
         folder = config_folder(config.model, dtype, config.trust_remote_code)
         architecture = check_architecture(folder, config.task, config.trust_remote_code)
-        return {"usual_rate": usual_rate_of(choose_method(config, None), architecture)}
+        factor = tasks.entry_of(config.task).load().rate_factor(config.section)
+        return {"usual_rate": usual_rate_of(choose_method(config, None), architecture, factor).value}
 
     def rate(self, request: Message) -> Message:
         """Train at one learning rate, for a share of the budget at most. The model stays loaded for further rates of

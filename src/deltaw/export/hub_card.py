@@ -120,6 +120,8 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     lines += [f"# {name}", "", f"{what} ({kind}) {'with its adapter merged, ' if merged else 'for '}`{base.name}`{at}."]
     lines[-1] += " Trained with deltaw."
     lines += ["", f"**{base.note}**"] if base.note else []
+    warning = mapping(run.result.get("generation")).get("line")
+    lines += ["", f"**{warning}**"] if warning else []
     lines += ["", "## Scores on held-out rows", "", *_scores(run), "", "## Data", "", *_data(run, config), ""]
     lines += ["## Use", "", "```bash", *_use(run, repo, base, merged), "```", ""]
     seed, steps = config.train.seed, run.result.get("steps")

@@ -54,11 +54,17 @@ def show_end(console: Output, result: Result) -> None:
     for entry in commands[: None if console.verbose else COMMANDS]:
         line, what = f"next: {entry['command']}", f"  # {entry['what']}"
         console.print(line + what if len(line + what) <= WIDTH else f"{line}\n{what}")
+    if text := result.generation.get("line"):
+        console.print(Text(text), soft_wrap=True)  # one line, so that scripts can read the last one
 
 
 def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
     """Name and text of each line."""
-    done = result.outcome
+    done, generation = result.outcome, result.generation
+    if text := generation.get("line"):
+        name, _, reasons = str(text).partition(": ")
+        yield name, reasons
+        yield from [("", str(generation["hint"]))] if generation["hint"] else []
     if result.interrupted:
         steps = "1 step" if done.steps == 1 else f"{done.steps:,} steps"
         yield f"interrupted after {steps}", "the adapter of the last whole step is saved"

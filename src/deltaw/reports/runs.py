@@ -109,6 +109,8 @@ def result_rows(records: Sequence[Run]) -> Numbers:
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
     ends = [record.metrics.column("reward")[1] for record in records]
     rows.append(("training reward, mean of the last steps", [short(smoothed(e)[-1]) if len(e) else "" for e in ends]))
+    verdicts = [str(mapping(record.result.get("generation")).get("verdict") or "") for record in records]
+    rows.append(("generation", verdicts))
     changes = [mapping(record.result.get("drift")).get("change") for record in records]
     rows += [
         ("drift, nats per token", [or_empty(change, "{:+.2f}".format) for change in changes]),

@@ -53,6 +53,7 @@ from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.distilled import compare_with_prompt
+from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.monitoring.monitor import Monitor
 from deltaw.training.monitoring.neighbors import neighbor_drift
 from deltaw.training.monitoring.rates import choose_rate
@@ -157,13 +158,13 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
     folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
         callback.on_line(f"{output} held an earlier run, which is now in {folder.moved}")
-    choices = choices_of(session, loaded.choices)
-    record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
+    choices, say = choices_of(session, loaded.choices), callback.on_line
+    record = RunRecord(start, session, folder, rows=rows, choices=choices, say=say)
     monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
     record.add("monitor", monitor, durable=monitor.checkpointed)
     record.extras["approximations"] = session.approximations
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
-    total = count_parameters(session.model).total
+    total, drift, quality = count_parameters(session.model).total, None, {}
 
     def write_settings() -> None:
         chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
@@ -179,19 +180,19 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
             with clock.part("rate search"):
                 searched = choose_rate(session, folder.path, callback)
             record.chose(choices_of(session, loaded.choices))
-            of_run = {**loaded.choices, **session.chosen}
-            record.describe(plan, of_run, memory_limit_bytes().value)
+            record.describe(plan, of_run := loaded.choices | session.chosen, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             with clock.part("drift"):
-                meter = DriftMeter(session)
+                meter, check = DriftMeter(session), GenerationCheck(session)
             outcome = _train(_Watching(session, folder, record, monitor, callback, searched, clock))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             _compare_with_base(session, folder, outcome, evaluation, callback)
             write_settings()  # with what was chosen on the way
             with clock.part("drift"):
-                drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
+                if not outcome.interrupted:
+                    drift, quality = _drift(meter, folder, outcome.steps, callback), check.measure()
             processes.dismiss()
-            write_card(folder.path, session, outcome, evaluation, trained, drift)
+            write_card(folder.path, session, outcome, evaluation, trained, drift, quality)
             record.done(outcome)
             monitor.done(outcome, goes_on=record.checkpoints.enabled)
     except BaseException as error:
@@ -211,6 +212,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         task=config.task,
         writes_text=task.writes_text,
         drift=drift,
+        generation=quality,
         arithmetic=_arithmetic(session) if device == "cpu" else {},
         approximations=session.approximations.as_dict(),
         best=monitor.best.as_dict(),

@@ -394,6 +394,8 @@ class Result:
 
     Attributes:
         seconds_by_part: where this process's time went, such as ``training``, ``loading`` or ``evaluating``.
+        generation: verdict on greedy answers before and after training, of
+            :func:`deltaw.training.monitoring.generation.verdict_of`; empty if they were not compared.
         earlier: what the folder of a run holds that was finished before, so that nothing was trained; else None.
     """
 
@@ -407,6 +409,7 @@ class Result:
     task: str = ""
     writes_text: bool = True
     drift: Drift | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
     arithmetic: Mapping[str, str] = field(default_factory=dict)
     approximations: Mapping[str, object] = field(default_factory=dict)
     best: Mapping[str, object] | None = None
@@ -429,7 +432,15 @@ class Result:
         others = {one.name: one for one in found[1:]}
         evaluation = replace(found[0], interval=tuple(score.get("interval") or ()) or None, others=others)
         drift: dict[str, Any] = {k: value for k, value in _numbers(told.get("drift")).items() if k != "change"}
-        same = ("trained_parameters", "best", "stopped_early", "resumed_from_step", "arithmetic", "approximations")
+        same = (
+            "trained_parameters",
+            "best",
+            "stopped_early",
+            "resumed_from_step",
+            "arithmetic",
+            "approximations",
+            "generation",
+        )
         kept = {name: told[name] for name in (*same, "seconds_by_part") if told.get(name) is not None}
         kept |= {"drift": Drift(**drift) if drift else None, "earlier": told, "method": run.method, "task": run.task}
         kept |= {"writes_text": run.values.get("writes_text", True), "checkpoints": listed(run.path / FOLDER)}
@@ -458,6 +469,7 @@ class Result:
             "best": self.best,
             "stopped_early": self.stopped_early,
             "drift": None if self.drift is None else self.drift.as_dict(),
+            "generation": dict(self.generation) or None,
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
             "arithmetic": dict(self.arithmetic) or None,

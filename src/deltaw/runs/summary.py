@@ -14,6 +14,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +51,13 @@ _SERVED = ("sequence-classification", "embedding", "reranking")
 
 
 def write_card(
-    folder: Path, session: Session, outcome: Outcome, evaluation: Evaluation, trained: int, drift: Drift | None = None
+    folder: Path,
+    session: Session,
+    outcome: Outcome,
+    evaluation: Evaluation,
+    trained: int,
+    drift: Drift | None = None,
+    generation: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the model card of a run, ``README.md``, into its folder."""
     config, writes_text = session.config, session.task.writes_text
@@ -76,6 +83,8 @@ def write_card(
     lines = ["---", f"base_model: {config.model!r}", *(["library_name: peft"] if of_peft else [])]
     lines += [f"tags: [{config.method}, {config.task}, deltaw]", "---", "", f"# {folder.name}", ""]
     lines += [f"An adapter ({config.method}, {config.task}) for `{config.model}`, trained with deltaw.", ""]
+    if generation.get("line"):
+        lines += [f"**{generation['line']}**", ""]
     if outcome.interrupted:
         lines += ["**The training was interrupted before its last step.**", ""]
     lines += ["| | |", "| --- | --- |", *[f"| {name} | {value} |" for name, value in facts.items()], ""]

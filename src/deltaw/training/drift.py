@@ -338,10 +338,4 @@ class DriftMeter:
         session, chosen = self._session, _evenly(self._answers, count)
         seen = [as_seen(answer, session.method) for answer in chosen]
         prompts = [one.tokens[: one.prompt_length] for one in seen]
-        model, tokenizer, writer = session.model, session.task.tokenizer, session.writer(of_base=False)
-        assert tokenizer is not None
-        batch_tokens = getattr(session.batcher, "tokens_per_pass", 1024)
-        with session.method.evaluating(model):
-            written = None if writer is None else writer(prompts, ANSWER_TOKENS, batch_tokens, None)
-            how: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "batch_tokens": batch_tokens}
-            return _pairs(chosen, written or generate(model, tokenizer, prompts, **how))
+        return _pairs(chosen, session.complete(prompts, ANSWER_TOKENS))

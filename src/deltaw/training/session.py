@@ -33,7 +33,7 @@ from deltaw.machine.kernel_choice import computed_on
 from deltaw.machine.memory import PeakWatch, release_free_memory
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
-from deltaw.runtime.generation import Sampler, Writer
+from deltaw.runtime.generation import Completion, Sampler, Writer, generate
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
@@ -52,7 +52,14 @@ from deltaw.training.distillation.feed import LessonFeed
 from deltaw.training.distillation.loss import DistillObjective
 from deltaw.training.distillation.teachers import base_as_teacher, other_teacher
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import KeepGeneral, NoGeneralAnswers, as_rounded, general_answers, identity_of
+from deltaw.training.evaluation.general import (
+    KeepGeneral,
+    NoGeneralAnswers,
+    as_rounded,
+    base_answers,
+    general_answers,
+    identity_of,
+)
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
@@ -67,7 +74,7 @@ from deltaw.training.rollouts.feed import RolloutFeed
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
-from deltaw.training.tasks.base import RunData, Task, Written, read_run_data, task_of
+from deltaw.training.tasks.base import SFT, RateFactor, RunData, Task, Written, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.reward import RewardTask
 from deltaw.working import Advance, Detail, working
@@ -164,7 +171,12 @@ class Session:
         if not isinstance(rate, str):
             return float(rate)
         found = self.chosen.get(RATE)
-        return usual_rate_of(self.method, self.model.config) if found is None else float(found.value)
+        return self.usual_rate.value if found is None else float(found.value)
+
+    @property
+    def usual_rate(self) -> Choice[float]:
+        """Usual learning rate of the method for this task and model."""
+        return usual_rate_of(self.method, self.model.config, self.task.rate_factor(self.config.section))
 
     @property
     def total_steps(self) -> int:
@@ -272,6 +284,26 @@ class Session:
         with self.method.evaluating(self.model), working("evaluating"):
             return self.task.evaluate(objective, chosen, self.feed, self.data.classes)
 
+    def complete(self, prompts: Sequence[Any], max_new_tokens: int, *, of_base: bool = False) -> list[Completion]:
+        """Complete prompts of token ids greedily.
+
+        A batch holds no more tokens than a microbatch of training, and only their keys and values, so it takes less
+        memory than a training step.
+
+        Args:
+            of_base: the model computes as the base model, so its completions are cached on disk.
+        """
+        model, tokenizer, most = self.model, self.task.tokenizer, getattr(self.batcher, "tokens_per_pass", 1024)
+        assert tokenizer is not None
+        writer = self.writer(of_base=of_base)
+        with self.method.evaluating(model):
+            if of_base:
+                cached: dict[str, Any] = {"identity": self.base_identity, "batch_tokens": most, "writer": writer}
+                return base_answers(model, tokenizer, prompts, max_new_tokens, **cached)
+            written = None if writer is None else writer(prompts, max_new_tokens, most, None)
+            limits = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
+            return written or generate(model, tokenizer, prompts, **limits)
+
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """The base model's own answers to general prompts, as the base model sees them.
 
@@ -372,16 +404,21 @@ def read_data(config: RunConfig, say: Say = silent, *, check: bool = True) -> tu
     return task, data
 
 
-def usual_rate_of(method: Method, architecture: PretrainedConfig) -> float:
-    """The method's usual learning rate for a model of this width.
+def usual_rate_of(method: Method, architecture: PretrainedConfig, factor: RateFactor = SFT) -> Choice[float]:
+    """Return the method's usual learning rate for a model of this width, multiplied by the factor of the task.
 
-    The best rate of LoRA and of full fine-tuning was found to fall with the model's width to the power of
-    0.78 ("LoRA Without Regret", 2025, over Llama models).
+    The best rates of LoRA and of full fine-tuning fall with the model's width to the power of 0.78 ("LoRA Without
+    Regret", 2025, over Llama models).
     """
+    rate, why = method.usual_rate, f"usual for method {method.name}"
     width = getattr(architecture.get_text_config(), "hidden_size", None)
-    if not method.falls_with_width or not isinstance(width, int):
-        return method.usual_rate
-    return float(f"{method.usual_rate * (WIDTH / width) ** 0.78:.1e}")
+    if method.falls_with_width and isinstance(width, int):
+        rate = float(f"{rate * (WIDTH / width) ** 0.78:.1e}")
+        why += " on a model this wide"
+    if factor.value != 1:
+        why += f", {rate:g}, times {factor.value:g} for this task and loss ({factor.source})"
+        rate = float(f"{rate * factor.value:.1e}")
+    return Choice(rate, why)
 
 
 def assemble(
@@ -441,7 +478,7 @@ def assemble(
             pass
     elif real and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
         use_large_pages(model)
-    chosen |= _further_choices(config, data, method, model, invocation)
+    chosen |= _further_choices(config, task, data, method, model, invocation)
     data = data.mapped(lambda rows: rows_as_seen(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
@@ -526,7 +563,7 @@ def _lessons(session: Session) -> LessonFeed:
 
 
 def _further_choices(
-    config: RunConfig, data: RunData, method: Method, model: PreTrainedModel, invocation: Choice | None
+    config: RunConfig, task: Task, data: RunData, method: Method, model: PreTrainedModel, invocation: Choice | None
 ) -> Iterator[tuple[str, Choice]]:
     """What follows from the rows and the method."""
     if invocation is not None:
@@ -534,8 +571,7 @@ def _further_choices(
     if data.report.date is not None and config.data.date is None:
         yield "data.date", Choice(data.report.date, "the chat template writes the date of the run's start")
     if config.train.learning_rate == "auto":
-        rate = usual_rate_of(method, model.config)
-        yield RATE, Choice(rate, f"usual for method {method.name} on a model this wide")
+        yield RATE, usual_rate_of(method, model.config, task.rate_factor(config.section))
 
 
 def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] | None) -> None:

@@ -140,7 +140,7 @@ def sides(record: Run) -> tuple[str, str]:
 
 def headline(record: Run) -> list[Fact]:
     """Whether it worked, then what it took."""
-    facts = [*score_fact(record), *drift_fact(record)]
+    facts = [*generation_fact(record), *score_fact(record), *drift_fact(record)]
     losses = record.held_out_losses
     if losses and (record.score is None or record.score[0] != record.loss_metric):
         before, last = (short(losses[0][1]) if losses[0][0] == 0 else ""), losses[-1][1] if losses[-1][0] else None
@@ -169,6 +169,14 @@ def headline(record: Run) -> list[Fact]:
         share = f"{trained / total_parameters:.2%} of {count(total_parameters)}" if total_parameters else ""
         facts.append(Fact("trained parameters", count(trained), share))
     return facts
+
+
+def generation_fact(record: Run) -> Iterator[Fact]:
+    """Yield the verdict on the answers before and after training, if they were compared."""
+    generation = mapping(record.result.get("generation"))
+    if verdict := generation.get("verdict"):
+        more = f"greedy answers to {len(generation) - 3} sets of prompts, before and after training"
+        yield Fact("generation", str(verdict), more, large=True)
 
 
 def score_fact(record: Run) -> Iterator[Fact]:
@@ -231,7 +239,8 @@ def drift_of(record: Run) -> Mapping[str, Any]:
 
 def notices(record: Run) -> list[str]:
     """What a person should know before reading on."""
-    found = []
+    generation = mapping(record.result.get("generation"))
+    found = [str(generation[name]) for name in ("line", "hint") if generation.get(name)]
     of = f" of {record.total_steps:,}" if record.total_steps else ""
     if record.state == RUNNING:
         found.append(f"This run goes on: step {record.steps:,}{of}. The page is written again every few minutes.")

@@ -27,6 +27,7 @@ from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.training.monitoring.generation import max_new_tokens
 from deltaw.training.session import Session
 from deltaw.training.state import Step, TrainState
 from deltaw.training.tasks.base import Rows
@@ -391,7 +392,7 @@ class Costs:
         self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * (
             answers * longest + session.written.evaluation
         )
-        self._drift = _drift_tokens(session)
+        self._drift = _drift_tokens(session) + WRITTEN * max_new_tokens(session)
         trained = sum(p.numel() * p.element_size() for _, p in session.method.parameters(session.model))
         self._saving = SAVING_SECONDS + trained / SAVING_RATE
         self._keeps_best = session.config.train.adapter == "best"

@@ -21,14 +21,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import Completion
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import TEXT, Evaluation, wilson_interval
-from deltaw.training.evaluation.general import NoGeneralAnswers, base_answers, check_size
+from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import (
     BestParameters,
     BestScore,
@@ -39,10 +39,11 @@ from deltaw.training.monitoring.best import (
     now,
     usual_eval_every,
 )
+from deltaw.training.monitoring.generation import choose_rows
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import Answer, answers, exact_answers, has_prompt
+from deltaw.training.tasks.causal import Answer, answers, exact_answers
 from deltaw.working import Detail, working
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
@@ -197,20 +198,8 @@ FEWEST_TOKENS = 16
 REWARDED_TOKENS = 256
 # Of the seed's random numbers, those that choose rows: for scores, and for samples.
 _SCORED, _SHOWN = 11, 12
-_BATCH_TOKENS = 1024
 # The metric that answers give: the share that the model wrote exactly as the data says.
 WRITTEN = "written_exact_match"
-
-
-def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
-    """``count`` of the rows that have a prompt and an answer, or are a prompt alone, drawn by the seed, in the order
-    of the rows; of a pair the chosen answer."""
-    alone = (row.rows[0] if isinstance(row, RowGroup) else row for row in rows)
-    asked = [row for row in alone if isinstance(row, Example) and has_prompt(row)]
-    if count >= len(asked):
-        return asked
-    places = np.random.default_rng([seed % 2**64, stream]).choice(len(asked), size=count, replace=False)
-    return [asked[place] for place in sorted(places.tolist())]
 
 
 class Samples:
@@ -256,25 +245,15 @@ class Samples:
 def write(
     session: Session, rows: Sequence[Example], *, max_new_tokens: int | None, of_base: bool = False
 ) -> list[Answer]:
-    """The model's greedy answers to rows as it sees them; also within ``session.running()``. Those of the base
-    model are remembered.
-
-    A microbatch of answers holds no more tokens than one of a training step, and keeps keys and values alone,
-    so it takes less memory than a step.
-    """
+    """Return the model's greedy answers to rows as it sees them; see :meth:`Session.complete`."""
     tokenizer = session.task.tokenizer
     if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return []
-    most = getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS)
 
-    def remembered(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[Completion]:
-        how: dict[str, Any] = {"identity": session.base_identity, "batch_tokens": most}
-        return base_answers(session.model, tokenizer, prompts, count, writer=session.writer(of_base=True), **how)
+    def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[Completion]:
+        return session.complete(prompts, count, of_base=of_base)
 
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
-    with session.method.evaluating(session.model):
-        writer = remembered if of_base else session.writer(of_base=False)
-        return answers(session.model, tokenizer, rows, **how, writer=writer)
+    return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, writer=complete)
 
 
 # Adds a line to a run's metrics.

@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from deltaw.durable import write_text
 from deltaw.machine.choices import Choice
 from deltaw.training.callbacks import Callback, RateSearch
 from deltaw.training.guarantee import UntrainedParameterWarning
+from deltaw.training.monitoring.generation import text_watch
 from deltaw.training.optimizer import RisingRates
 from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
-from deltaw.training.session import RATE, Session, usual_rate_of
+from deltaw.training.session import RATE, Session
 from deltaw.training.state import NotFiniteError, Step
 from deltaw.working import working
 
@@ -177,23 +179,29 @@ def _known(file: Path) -> RateSearch | None:
 def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: False) -> RateSearch | None:
     """The learning rate that a range test finds; None where it was asked to stop. Call within
     ``session.running()``."""
-    usual = usual_rate_of(session.method, session.model.config)
+    usual = session.usual_rate.value
     # Within a time budget nobody knows yet how many steps there will be.
     timed = session.config.train.time is not None
     steps = FEWEST if timed else min(MOST, max(FEWEST, session.total_steps // 4))
     schedule = RisingRates("constant", usual * ABOVE, steps, lowest=usual / BELOW)
     seen: list[Step] = []
+    text_degrades, degraded = text_watch(session), []
 
     def has_run_away() -> bool:
         first = sum(step.loss for step in seen[:FIRST]) / FIRST
         return len(seen) > FIRST and seen[-1].loss > RUN_AWAY * first
+
+    def should_end() -> bool:
+        if len(seen) > FIRST and not degraded and text_degrades():
+            degraded.append(seen[-1].learning_rate)
+        return bool(degraded) or has_run_away()
 
     diverged = False
     with as_it_was(session), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedParameterWarning)  # the training itself says so
         try:
             outcome = session.train(
-                schedule=schedule, total_steps=steps, on_step=seen.append, should_stop=should_stop, ended=has_run_away
+                schedule=schedule, total_steps=steps, on_step=seen.append, should_stop=should_stop, ended=should_end
             )
             if outcome.interrupted:
                 return None
@@ -204,7 +212,12 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     finite = [step for step in seen if math.isfinite(step.loss)]
     diverged = diverged or has_run_away() or len(finite) < len(seen)
     rates, losses = [step.learning_rate for step in finite], [step.loss for step in finite]
-    return read_curve(rates, losses, usual=usual, diverged=diverged)
+    found = read_curve(rates, losses, usual=usual, diverged=diverged or bool(degraded))
+    if degraded and found.end is not None:
+        found = replace(
+            found, why=f"{found.why}; the test ended when the model's own or the chosen answers got unlikely"
+        )
+    return found
 
 
 @contextlib.contextmanager

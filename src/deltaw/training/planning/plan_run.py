@@ -52,6 +52,7 @@ from deltaw.training.embedding.objective import EmbeddingObjective
 from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.monitoring.generation import MOST_TOKENS, PROMPTS, is_checked
 from deltaw.training.monitoring.monitor import SAMPLES
 from deltaw.training.monitoring.rates import as_it_was
 from deltaw.training.parallel.group import deal
@@ -105,7 +106,7 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     region = _region(folder, weight)
     first, last = tokens * row_bytes // region, ((tokens + 1) * row_bytes - 1) // region
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
-    if session.task.writes_text and session.config.train.drift is not False:
+    if is_checked(session) or (session.task.writes_text and session.config.train.drift is not False):
         touched += GENERAL_TOKENS * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
@@ -190,19 +191,21 @@ def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int
 def generation_bytes(session: Session) -> tuple[int, int]:
     """Return the bytes that a decoder keeps during training, and those that it takes while it generates.
 
-    Texts are completions to train on, sample answers, scored answers, and answers to general prompts.
+    Texts are completions to train on, sample answers, scored answers, answers to general prompts, and the answers that
+    are compared before and after training.
     """
-    if session.written.at_once:
-        return decoding_bytes(session, session.written.at_once, session.written.longest)
-    train, rows = session.config.train, session.data.every
-    if not session.task.writes_text:
-        return 0, 0
+    written, train = session.written, session.config.train
+    kept, rollouts = decoding_bytes(session, written.at_once, written.longest)
+    checked = is_checked(session)
+    if not (session.task.writes_text or checked):
+        return kept, rollouts
     samples = SAMPLES if train.samples == "auto" else int(train.samples)
-    general = len(MEASURED) if train.drift is not False or train.keep_general else 0
-    texts = max(min(samples, len(session.data.held_out)), train.eval_answers, general)
-    longest = max(map(_longest, rows)) + ANSWER_TOKENS
+    general = len(MEASURED) if checked or train.drift is not False or train.keep_general else 0
+    texts = max(min(samples, len(session.data.held_out)), train.eval_answers, general, PROMPTS if checked else 0)
+    longest = max(map(_longest, session.data.every)) + (max(ANSWER_TOKENS, MOST_TOKENS) if checked else ANSWER_TOKENS)
     most = max(GENERAL_BATCH, getattr(session.batcher, "tokens_per_pass", GENERAL_BATCH))
-    return 0, sum(decoding_bytes(session, texts, longest, most))
+    copied, answers = decoding_bytes(session, texts, longest, most)
+    return kept, max(rollouts, answers if kept else copied + answers)
 
 
 # Which step of a run is its heaviest, and which of its microbatches show its peak.

@@ -77,6 +77,22 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
+class RateFactor:
+    """Learning rate of a task relative to supervised fine-tuning with the same method.
+
+    Attributes:
+        value: factor on the method's usual rate.
+        source: publication or default that the factor follows; empty for supervised fine-tuning.
+    """
+
+    value: float = 1.0
+    source: str = ""
+
+
+SFT = RateFactor()
+
+
+@dataclass(frozen=True)
 class Written:
     """What a model writes in a run.
 
@@ -110,6 +126,8 @@ class Task(abc.ABC):
         evaluation_asks: the name of a method of the objective that takes a microbatch.
         most_searched: Passages of a file that a retrieval evaluation searches, or None for all. A limited evaluation
             reports how many passages it searched.
+        checks_generation: True if a run compares greedy answers before and after training, because the training
+            loss does not show whether the model still writes text.
     """
 
     name = ""
@@ -119,6 +137,7 @@ class Task(abc.ABC):
     sees_steps = False
     writes_text = False
     shares_evaluation = False
+    checks_generation = False
     evaluation_asks = "evaluate_rows"
     most_searched: int | None = MOST_SEARCHED
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -131,6 +150,11 @@ class Task(abc.ABC):
         Raises:
             UserError: the model cannot do it.
         """
+
+    @classmethod
+    def rate_factor(cls, section: Any) -> RateFactor:
+        """Return the factor on the method's usual learning rate for the settings ``section`` of this task."""
+        return SFT
 
     @abc.abstractmethod
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:

@@ -32,7 +32,7 @@ from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named_answers
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, Task, evaluate_pairs
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, RateFactor, Rows, Task, evaluate_pairs
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -315,6 +315,18 @@ def evaluate_unpaired(objective: UnpairedObjective, answers: Sequence[RowGroup],
 # and each row carries its own.
 
 
+# Learning rates of preference losses relative to SFT, which takes 5e-6 in Tulu 3 and 2e-5 in TRL and Zephyr. Tulu 3
+# (arXiv 2411.15124) trains DPO at 5e-7. TRL recommends 5e-7 to 5e-6 for KTO. ORPO's loss contains the SFT loss, and its
+# paper (arXiv 2403.07691) trains at 8e-6. SimPO's paper (arXiv 2405.14734) trains at 3e-7 to 1e-6.
+PREFERENCE_RATES = {
+    "dpo": RateFactor(0.1, "Tulu 3"),
+    "ipo": RateFactor(0.1, "Tulu 3"),
+    "kto": RateFactor(0.1, "TRL's guide to KTO"),
+    "orpo": RateFactor(0.4, "the ORPO paper"),
+    "simpo": RateFactor(0.05, "the SimPO paper"),
+}
+
+
 class PreferenceTask(CausalTask):
     """Prefer chosen answers to rejected ones.
 
@@ -324,6 +336,7 @@ class PreferenceTask(CausalTask):
 
     name = "preference"
     has_pairs = True
+    checks_generation = True
     evaluation_asks = "token_log_probs"
 
     def __init__(
@@ -335,6 +348,10 @@ class PreferenceTask(CausalTask):
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
         return cls(files.tokenizer(), files.say, files.section)
+
+    @classmethod
+    def rate_factor(cls, section: PreferenceSettings | None) -> RateFactor:
+        return PREFERENCE_RATES["dpo" if section is None else section.loss]
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         if not self.settings.is_unpaired:

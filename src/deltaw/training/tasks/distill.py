@@ -33,6 +33,7 @@ class DistillTask(CausalTask):
 
     name = "distill"
     rolls_out = True
+    checks_generation = True
     shares_evaluation = False
 
     def __init__(

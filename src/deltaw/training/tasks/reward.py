@@ -24,7 +24,7 @@ from deltaw.training.rollouts.feed import RolloutFeed
 from deltaw.training.rollouts.losses import PolicyLoss
 from deltaw.training.rollouts.scoring import Scorer, interval_of, pass_at
 from deltaw.training.rollouts.turns import OneTurn, Turns, turns_of
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, Rows, RunData, Written
+from deltaw.training.tasks.base import Batched, Classes, ModelFiles, RateFactor, Rows, RunData, Written
 from deltaw.training.tasks.causal import Answer, CausalTask, Score
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
@@ -81,6 +81,7 @@ class RewardTask(CausalTask):
 
     name = "reward"
     rolls_out = True
+    checks_generation = True
     shares_evaluation = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say, settings: RewardSettings) -> None:
@@ -93,6 +94,11 @@ class RewardTask(CausalTask):
         task = cls(files.tokenizer(), files.say, files.section or RewardSettings())
         task.folder = files.folder
         return task
+
+    @classmethod
+    def rate_factor(cls, section: RewardSettings | None) -> RateFactor:
+        """Return 0.1: TRL's defaults are 1e-6 for GRPO and 2e-5 for SFT; tinker-cookbook's LoRA rates differ by 7."""
+        return RateFactor(0.1, "defaults of TRL and tinker-cookbook")
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         reader = PromptReader(settings, self.tokenizer, say=self._say)

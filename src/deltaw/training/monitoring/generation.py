@@ -1,0 +1,379 @@
+"""Check whether a training made the model's text worse, by greedy answers before and after it.
+
+Losses of preferences, rewards and distillation can improve while the model forgets the language: pair accuracy reaches
+100 % on a model that answers every prompt with word salad. The check reads the text itself, so it needs neither the
+loss nor the drift. Greedy decoding uses no random numbers, so training is not affected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.runtime.generation import Completion, position_limit
+from deltaw.training.distillation.feed import LessonFeed
+from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, check_size
+from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.training.losses import RowLogProbs
+from deltaw.training.seen import as_seen
+from deltaw.training.session import Session
+from deltaw.training.tasks.causal import has_prompt
+from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.working import working
+
+# Prompts of the data that are answered, rows that they are drawn from, and the random stream that draws them.
+PROMPTS, POOL, _STREAM = 32, 4096, 13
+# Bounds of the token limit of an answer. In between it is twice the longest expected answer.
+LEAST_TOKENS, MOST_TOKENS = 16, 128
+# Shortest answer, in tokens, that can be a loop or improbable text. An answer is a loop if fewer than this share of its
+# 4-grams are distinct. It is improbable if its median log-probability per token under the base model is below this one.
+LEAST_JUDGED, LEAST_DISTINCT, IMPROBABLE = 8, 0.5, -4.0
+# Least changes that count, if they also exceed their 95 % interval over prompts: shares of prompts, and nats per token.
+BROKEN, CUT, OVERLAP, LOG_PROB, GENERAL_LOG_PROB = 0.1, 0.2, 0.05, 0.5, 1.0
+# Answers are too short or too long if they differ by this factor from those before training and from the expected ones.
+LENGTH = 4.0
+# Answers of each kind that a range test watches, and the fall of their mean log-probability that ends it.
+WATCHED, WATCHED_FALL = 8, 0.3
+WORSE, UNCLEAR, FINE = "worse", "unclear", "not worse"
+# Names of the sets of prompts, as they appear in messages.
+DATA, GENERAL = "prompts of the data", "general prompts"
+# Kinds of broken text, in words.
+_KINDS = {"empty": "empty", "loop": "repetition", "improbable": "word salad"}
+# By name, a metric of each prompt; NaN if it is not defined for the prompt.
+Metrics: TypeAlias = dict[str, np.ndarray]
+
+
+def choose_rows(
+    rows: Sequence[Any], count: int, *, seed: int, stream: int, is_usable: Callable[[Example], bool] = has_prompt
+) -> list[Example]:
+    """Return ``count`` rows that have a prompt, drawn by the seed, in the order of ``rows``.
+
+    A pair is represented by its chosen answer.
+    """
+    first = (row.rows[0] if isinstance(row, RowGroup) else row for row in rows)
+    prompts = [row for row in first if isinstance(row, Example) and is_usable(row)]
+    if count >= len(prompts):
+        return prompts
+    indices = np.random.default_rng([seed % 2**64, stream]).choice(len(prompts), size=count, replace=False)
+    return [prompts[index] for index in sorted(indices.tolist())]
+
+
+def answer_metrics(
+    answers: Sequence[Completion],
+    expected: Sequence[str | None],
+    log_probs: Sequence[np.ndarray],
+    base_log_probs: Sequence[np.ndarray] = (),
+) -> Metrics:
+    """Compute the metrics of greedy answers.
+
+    Args:
+        expected: Text that was to be written, or None.
+        log_probs: Log-probabilities of the tokens of each prompt's reference text; empty without one.
+        base_log_probs: Log-probabilities of each answer's tokens under the base model; empty if they are not known.
+
+    Returns:
+        ``length`` in tokens; ``cut``: 1 if the answer reached the token limit; ``empty``, ``loop``, ``improbable`` and
+        ``broken``, which is any of the three; ``exact_match`` and ``overlap`` with the expected answer; ``log_prob``:
+        mean over the tokens of the reference text, in nats.
+    """
+    pairs = [(answer.text, text) for answer, text in zip(answers, expected, strict=True)]
+    values = {
+        "length": [len(answer.tokens) for answer in answers],
+        "cut": [not answer.stopped for answer in answers],
+        "empty": [not answer.text.strip() for answer in answers],
+        "loop": [distinct_share(answer.tokens) < LEAST_DISTINCT for answer in answers],
+        "improbable": [len(v) >= LEAST_JUDGED and np.median(v) < IMPROBABLE for v in base_log_probs]
+        or [0] * len(pairs),
+        "exact_match": [np.nan if right is None else text.strip() == right.strip() for text, right in pairs],
+        "overlap": [np.nan if right is None else word_overlap(text, right) for text, right in pairs],
+        "log_prob": [value.mean() if len(value) else np.nan for value in log_probs],
+    }
+    metrics = {name: np.array(numbers, float) for name, numbers in values.items()}
+    return {**metrics, "broken": np.maximum.reduce([metrics[kind] for kind in _KINDS])}
+
+
+def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
+    """Return the share of n-grams that are distinct; 1 for texts below ``LEAST_JUDGED`` tokens."""
+    if len(tokens) < LEAST_JUDGED:
+        return 1.0
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    return len(np.unique(grams, axis=0)) / len(grams)
+
+
+def word_overlap(text: str, expected: str) -> float:
+    """Return the F1 of the words of two texts, case and order ignored."""
+    words, others = Counter(text.lower().split()), Counter(expected.lower().split())
+    return 2 * sum((words & others).values()) / max(1, sum(words.values()) + sum(others.values()))
+
+
+@dataclass(frozen=True)
+class AnswerComparison:
+    """Answers to one set of prompts before and after training.
+
+    Attributes:
+        name: of the prompts, for messages. limit: token limit of an answer.
+        expected_length: mean tokens of the answers that the run trains on; None if it does not train on answers.
+        checks_cut: True if more answers that reach the limit mean a loss.
+    """
+
+    name: str
+    limit: int
+    before: Metrics
+    after: Metrics
+    expected_length: float | None = None
+    checks_cut: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """True if the run trains on expected answers, so that missing them means a loss."""
+        return self.expected_length is not None
+
+    def rises(self, metric: str, least: float, sign: int = 1) -> bool:
+        """Return True if a metric rises by at least ``least`` and beyond chance; with ``sign`` -1, if it falls."""
+        change = sign * (self.after[metric] - self.before[metric])
+        change = change[np.isfinite(change)]
+        interval = 1.96 * change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else 0.0
+        return bool(len(change)) and bool(change.mean() >= least and change.mean() > interval)
+
+    def means(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the means of the metrics before and after training; None for a metric that no prompt has."""
+        before, after = (
+            {name: float(np.nanmean(values)) if np.isfinite(values).any() else None for name, values in side.items()}
+            for side in (self.before, self.after)
+        )
+        return before, after
+
+    def fall(self, metric: str) -> str:
+        """Describe the fall of matches with the expected answers."""
+        (before, after), text = self.means(), metric.replace("_", " ")
+        where = f"with the expected answers to {len(self.after['broken'])} {self.name}"
+        return f"{text} {where} fell from {before[metric]:.0%} to {after[metric]:.0%}"
+
+    def reasons(self) -> list[str]:
+        """Return in which respects the answers got worse beyond chance, in words."""
+        (before, after), reasons = self.means(), []
+        if self.rises("broken", BROKEN):
+            kinds = ", ".join(word for kind, word in _KINDS.items() if after[kind])
+            counts = [side["broken"].sum() for side in (self.after, self.before)]
+            count = f"{counts[0]:.0f} of {len(self.after['broken'])}"
+            reasons.append(f"{count} answers to {self.name} are broken text ({kinds}), {counts[1]:.0f} before")
+        improved = self.trained and (self.rises("exact_match", 0) or self.rises("overlap", OVERLAP))
+        if self.rises("log_prob", LOG_PROB if self.trained else GENERAL_LOG_PROB, -1) and not improved:
+            text = f"{'the expected' if self.trained else 'the base model’s'} answers to {self.name}"
+            change = f"from {before['log_prob']:.2f} to {after['log_prob']:.2f} nats per token"
+            reasons.append(f"the log-probability of {text} fell {change}")
+        matches = {"exact_match": 0.0, "overlap": OVERLAP} if self.trained else {}
+        reasons += [self.fall(metric) for metric, least in matches.items() if self.rises(metric, least, -1)]
+        if self.checks_cut and self.rises("cut", CUT):
+            share = f"{after['cut']:.0%} of the answers to {self.name} do not end within {self.limit} tokens"
+            reasons.append(f"{share}, {before['cut']:.0%} before")
+        elif self.expected_length is not None:
+            usual = [max(1.0, min(length, self.limit)) for length in (before["length"], self.expected_length)]
+            if after["length"] > LENGTH * max(usual) or LENGTH * max(1.0, after["length"]) < min(usual):
+                lengths = f"{after['length']:.0f} tokens, {before['length']:.0f} before"
+                reasons.append(f"the answers to {self.name} have {lengths}")
+        return reasons
+
+
+def verdict_of(comparisons: Sequence[AnswerComparison], hint: str = "") -> dict[str, object]:
+    """Return the verdict over all prompts, a line that states it, and all metrics, ready for JSON."""
+    reasons = [reason for comparison in comparisons for reason in comparison.reasons()]
+    matches = [one for one in comparisons if one.trained]
+    falls = [
+        one.fall("exact_match")
+        for one in matches
+        if np.nansum(one.after["exact_match"] - one.before["exact_match"]) < 0
+    ]
+    verdict, line = FINE, None
+    if reasons:
+        verdict, line = WORSE, f"generation got worse: {'; '.join(reasons)}"
+    elif falls:
+        verdict, line = UNCLEAR, f"answers may be worse: {falls[0]}, which may be chance"
+    numbers = {
+        one.name: {"prompts": len(one.after["broken"]), "max_new_tokens": one.limit}
+        | dict(zip(("before", "after"), one.means(), strict=True))
+        for one in comparisons
+    }
+    return {"verdict": verdict, "line": line, "hint": hint if reasons else None, **numbers}
+
+
+def is_checked(session: Session) -> bool:
+    """Return True if the run compares answers: its task requires it, and the model is not sharded."""
+    return session.task.checks_generation and session.config.train.sharding == "none"
+
+
+def prompts_of(session: Session) -> list[Example]:
+    """Return held-out prompts of the data, with training prompts added up to ``PROMPTS``."""
+    rows: list[Example] = []
+    options: dict[str, Any] = {"seed": session.config.train.seed, "stream": _STREAM}
+    for part in (session.data.held_out, session.data.train):
+        rows += choose_rows(part[:POOL], PROMPTS - len(rows), is_usable=lambda row: row.prompt_length > 0, **options)
+    return rows
+
+
+def answer_limit(session: Session, rows: Sequence[Example]) -> int:
+    """Return the token limit of an answer to a prompt of the data."""
+    longest = max((row.label_count for row in rows), default=0)
+    limit = max(LEAST_TOKENS, 2 * longest) if longest else session.written.tokens or MOST_TOKENS
+    room = (position_limit(session.model) or 1 << 31) - max((row.prompt_length for row in rows), default=0)
+    return max(1, min(MOST_TOKENS, limit, room))
+
+
+def max_new_tokens(session: Session) -> int:
+    """Return an upper bound of the tokens that both models generate in the check."""
+    rows = prompts_of(session) if is_checked(session) else []
+    return 2 * len(rows) * answer_limit(session, rows) + (len(MEASURED) * ANSWER_TOKENS if rows else 0)
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """Prompts with the base model's answers, as it sees them.
+
+    Attributes:
+        rows: each with a reference text as its labels: the expected answer, or the base model's answer. Rows of rewards
+            have no labels.
+        log_probs: log-probabilities of the reference texts. checks_cut: see :class:`AnswerComparison`.
+    """
+
+    name: str
+    limit: int
+    rows: Sequence[Example]
+    answers: Sequence[Completion]
+    log_probs: Sequence[np.ndarray]
+    checks_cut: bool = False
+
+
+class GenerationCheck:
+    """Answers prompts before and after the training of a session. Create it before the first step.
+
+    If the method keeps the base model, all prompts are answered at the end. Otherwise the base model answers first.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._keeps_base = session.method.keeps_base(session.model)
+        self._references = [] if self._keeps_base else self._base_answers()
+
+    def measure(self) -> dict[str, object]:
+        """Compare the answers of the trained model with those before training; empty if the run is not checked.
+
+        Call it outside of ``session.running``.
+        """
+        session = self._session
+        with working("comparing answers before and after training"):
+            if self._keeps_base:
+                self._references = self._base_answers()
+            rows = [as_seen(row, session.method) for reference in self._references for row in reference.rows]
+            if not rows:
+                return {}
+            # One call, because a decoder is prepared and verified for each.
+            limit = max(reference.limit for reference in self._references)
+            answers = iter(session.complete([row.tokens[: row.prompt_length] for row in rows], limit))
+            comparisons = [self._compared(reference, answers) for reference in self._references]
+        rate = f"{session.learning_rate / 3:.1g}"
+        return verdict_of(comparisons, f"lower train.learning_rate, for example to {rate}, or train fewer steps")
+
+    def _compared(self, reference: BaseAnswers, answers: Iterator[Completion]) -> AnswerComparison:
+        """Compare the base model's answers with the trained model's, which are taken from ``answers``."""
+        session, rows, of_data = self._session, reference.rows, reference.name == DATA
+        after = [_truncated(next(answers), reference.limit) for _ in rows]
+        log_probs, judged = self._log_probs([as_seen(row, session.method) for row in rows]), []
+        if self._keeps_base:
+            with session.method.without(session.model):
+                judged = self._log_probs(list(map(_with_answer, rows, after)))
+        expected = [row.answer if of_data and row.desired is not False else None for row in rows]
+        lengths = [row.label_count for row in rows if row.label_count and of_data]
+        before = answer_metrics(reference.answers, expected, reference.log_probs)
+        metrics = before, answer_metrics(after, expected, log_probs, judged)
+        length = float(np.mean(lengths)) if lengths else None
+        return AnswerComparison(reference.name, reference.limit, *metrics, length, reference.checks_cut)
+
+    def _base_answers(self) -> list[BaseAnswers]:
+        """Answer the prompts of the data and the general prompts with the base model."""
+        session, sets = self._session, {}
+        if not is_checked(session):
+            return []
+        if rows := prompts_of(session):
+            sets[DATA] = list(session.feed.with_answers(rows)) if isinstance(session.feed, LessonFeed) else rows
+        with contextlib.suppress(NoGeneralAnswers):
+            check_size(session.model)
+            sets[GENERAL] = session.general_answers(MEASURED)[::2]
+        with session.method.without(session.model) if self._keeps_base else contextlib.nullcontext():
+            return [self._answered_by_base(name, rows) for name, rows in sets.items()]
+
+    def _answered_by_base(self, name: str, rows: Sequence[Example]) -> BaseAnswers:
+        session = self._session
+        if name == GENERAL:  # their labels are the answers
+            labels = [row.tokens[row.prompt_length :] for row in rows]
+            texts = [row.answer or "" for row in rows]
+            answers = [Completion(t, text, len(t) < ANSWER_TOKENS) for t, text in zip(labels, texts, strict=True)]
+            return BaseAnswers(name, ANSWER_TOKENS, rows, answers, self._log_probs(rows))
+        limit = answer_limit(session, rows)
+        rows = [_without_undesired(row.without_first(session.method.virtual_tokens)) for row in rows]
+        answers = session.complete([row.tokens[: row.prompt_length] for row in rows], limit, of_base=True)
+        checks_cut = any(row.label_count for row in rows) or limit == session.written.tokens
+        return BaseAnswers(name, limit, rows, answers, self._log_probs(rows), checks_cut)
+
+    def _log_probs(self, rows: Sequence[Example]) -> list[np.ndarray]:
+        with self._session.running():
+            return label_log_probs(self._session, rows)
+
+
+@torch.no_grad()
+def label_log_probs(session: Session, rows: Sequence[Example]) -> list[np.ndarray]:
+    """Return the log-probabilities of each row's labels under the model as it is, in nats.
+
+    Call it within ``session.running``.
+    """
+    labeled, by_row = [row for row in rows if row.label_count], {}
+    with session.method.evaluating(session.model):
+        objective = CausalObjective(session.model)
+        for batch in session.batcher.batches(labeled) if labeled else ():
+            values = RowLogProbs.of(batch, objective.token_log_probs(batch))
+            labels, owners = values.values[values.index].float().cpu().numpy(), values.row.cpu().numpy()
+            by_row |= {id(row): labels[owners == index] for index, row in enumerate(values.rows)}
+    return [by_row.get(id(row), np.empty(0)) for row in rows]
+
+
+def text_watch(session: Session) -> Callable[[], bool]:
+    """Return a function that is True once general or chosen answers are much less likely than now.
+
+    It costs a forward pass over at most ``2 * WATCHED`` answers per call. Call it within ``session.running``.
+    """
+    sets = [prompts_of(session)[:WATCHED] if is_checked(session) else []]
+    with contextlib.suppress(NoGeneralAnswers):
+        check_size(session.model)
+        general = session.general_answers(MEASURED)[:: len(MEASURED) // WATCHED] if sets[0] else []
+        sets.append([as_seen(row, session.method) for row in general])
+
+    def means() -> list[float]:
+        return [float(np.concatenate([*label_log_probs(session, rows), [0.0]]).mean()) for rows in sets if rows]
+
+    start = means()
+    return lambda: any(before - now > WATCHED_FALL for before, now in zip(start, means(), strict=True))
+
+
+def _truncated(answer: Completion, limit: int) -> Completion:
+    """Return the first ``limit`` tokens of an answer."""
+    if len(answer.tokens) <= limit:
+        return answer
+    return replace(answer, tokens=answer.tokens[:limit], stopped=False, terminator=None)
+
+
+def _with_answer(row: Example, answer: Completion) -> Example:
+    """Return the row's prompt with this answer as its labels."""
+    end = [] if answer.terminator is None else [answer.terminator]
+    tokens = np.concatenate([row.tokens[: row.prompt_length], answer.tokens, end]).astype(np.int32)
+    return replace(row, tokens=tokens, is_label=np.arange(len(tokens)) >= row.prompt_length)
+
+
+def _without_undesired(row: Example) -> Example:
+    """Return the row without labels if its answer is undesired."""
+    return replace(row, is_label=np.zeros_like(row.is_label)) if row.desired is False else row
