@@ -113,13 +113,14 @@ def _module_cases(statements: list[ast.stmt]) -> list[Case]:
 
 
 def _statement_cases(entries: Sequence[list[ast.stmt]], helpers: set[str]) -> list[Case]:
-    """Return a case for each entry with assertions, preceded by the entries without."""
+    """Return a case for each entry with assertions, preceded by entries without. All are run in one module."""
     found: list[Case] = []
     setup: list[ast.stmt] = []
     for entry in entries:
         defines = all(isinstance(node, _Function | ast.ClassDef) for node in entry)
         if not defines and any(_asserts(node) or _calls(node, helpers) for node in entry):
             found.append(Case(_counted([*setup, *entry]), "statements"))
+            setup = []
         else:
             setup += entry
     return found

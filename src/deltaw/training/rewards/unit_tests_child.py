@@ -91,7 +91,7 @@ def _forward(name):
     of classes that the tests instantiate by a capitalized name are compared or combined with plain data.
     """
 
-    def method(self, *args, **kwargs):
+    def method(self, /, *args, **kwargs):
         peer = self._peer
         pretends = peer.guards and not self._trusted and not all(isinstance(value, Remote) for value in args)
         if pretends and name in COMPARISONS | ARITHMETIC:
@@ -127,7 +127,7 @@ class Peer:
         self._copied, self._numbers, self._lock = {}, itertools.count(), threading.RLock()
         self.output, self.lost = io.StringIO(), None
 
-    def request(self, operation, *args, **kwargs):
+    def request(self, operation, /, *args, **kwargs):
         """Run an operation on the other side, and return its result or raise its exception."""
         with self._lock:
             self._send("request", (operation, args, kwargs))
@@ -435,7 +435,7 @@ def _load(code):
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
 
 
-def _special(target, name, *args, **kwargs):
+def _special(target, name, /, *args, **kwargs):
     return getattr(type(target), name)(target, *args, **kwargs)
 
 
@@ -469,9 +469,11 @@ def _main():
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     with contextlib.suppress(AttributeError):
-        os.nice(5)  # the watching runner goes first
+        os.nice(10)  # the watching runner goes first
     confine(folder, cpu_seconds, megabytes)
-    peer = Peer(reader, writer, lambda operation, *args, **kwargs: OPERATIONS[operation](*args, **kwargs), guards=False)
+    peer = Peer(
+        reader, writer, lambda operation, /, *args, **kwargs: OPERATIONS[operation](*args, **kwargs), guards=False
+    )
     sys.stdout = peer.output
     builtins.input = lambda prompt="": peer.request("input", str(prompt))
     sys.argv = [""]

@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ del sys.path[0]
 
 MAX_PROCESSES, MAX_FILES, MAX_TOTAL_BYTES = 64, 4096, 1 << 26
 # Memory beyond that of the completion, for a test framework.
-RUNNER_MEGABYTES = 2048
+RUNNER_MEGABYTES = 1024
 TESTS = "tests"
 
 
@@ -49,18 +50,22 @@ class Runner:
     def __init__(self, results, peer, names, entry_point):
         self._results, self._peer, self._names = results, peer, names
         self._candidate = names.get(entry_point)
-        self._assertions = 0
+        self._assertions, self._module = 0, None
 
     def run(self, source, kind, name):
         """Run one test and report whether it passed, which takes at least one assertion."""
         reason = ""
+        if kind != "statements" or self._module is None:
+            self._module = self._new_module()
         try:
-            module = self._module(source, kind == "doctest")
-            if kind == "pytest":
-                return self._pytest(module)
+            self._assertions = 0
+            if kind != "doctest":
+                self._execute(source)
             if kind != "statements":
                 self._assertions = 0
-            getattr(self, f"_run_{kind}")(module, source, name)
+                getattr(self, f"_run_{kind}")(self._module, source, name)
+            if kind == "pytest":
+                return
         except BaseException as error:  # exits and interrupts included
             reason = f"{type(error).__name__}: {error}"
         self.report(reason)
@@ -74,13 +79,13 @@ class Runner:
     def _count(self):
         self._assertions += 1
 
-    def _module(self, source, is_doctest):
-        """Return the executed module of the tests. Modules that it imports and do not exist are the completion."""
+    def _new_module(self):
         module = sys.modules[TESTS] = types.ModuleType(TESTS)
-        self._assertions = 0
         vars(module).update({"candidate": self._candidate, **self._names, "_count_assertion": self._count})
-        if is_doctest:
-            return module
+        return module
+
+    def _execute(self, source):
+        """Execute source in the module of the tests. Imported modules that do not exist are the completion."""
         tree = ast.parse(source)
         for node in ast.walk(tree):
             imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -91,11 +96,7 @@ class Runner:
                     for part in (top, name):
                         sys.modules[part] = types.ModuleType(part)
                         vars(sys.modules[part]).update(self._names)
-        exec(compile(tree, TESTS, "exec"), vars(module))
-        return module
-
-    def _run_statements(self, module, source, name):
-        """Do nothing more: the statements ran with the module."""
+        exec(compile(tree, TESTS, "exec"), vars(self._module))
 
     def _run_doctest(self, module, source, name):
         test = doctest.DocTestParser().get_doctest(source, vars(module), TESTS, None, 0)
@@ -131,7 +132,7 @@ class Runner:
         if inspect.iscoroutine(result):
             asyncio.run(result)
 
-    def _pytest(self, module):
+    def _run_pytest(self, module, source, name):
         """Let pytest collect and run a module that exists only in memory."""
         import pytest
 
@@ -168,7 +169,7 @@ class Runner:
         pytest.main([*words, "--capture=sys", "-q", "test_row.py"], plugins=[Plugin])
 
 
-def serve_completion(operation, *args, **kwargs):
+def serve_completion(operation, /, *args, **kwargs):
     """Serve a request of the completion, which is not trusted: it may use the objects that tests passed to it.
 
     Functions can be called, and other objects be read with operators. Public attributes exist only for objects of
@@ -195,30 +196,48 @@ def exported(names, sources, entry_point):
     return {name: names[name] for name in kept | {entry_point} & set(names) | set(own if len(own) == 1 else ())}
 
 
-def watch(deadline, megabytes, private_folder):
+def watch(deadline, megabytes, isolated):
     """End this process and its descendants at the deadline, or if they exceed the limits together."""
+    own = psutil.Process()
     while time.monotonic() < deadline:
         time.sleep(0.05)
+        if isolated and len(psutil.pids()) > MAX_PROCESSES:
+            break
         sizes = []
-        for process in psutil.Process().children(recursive=True):
+        for process in (own, *own.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
-                sizes.append(process.memory_info().rss)
-        files = [] if private_folder else [entry for _, _, names in os.walk(".") for entry in names]
-        if sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20 or len(files) > MAX_FILES:
+                sizes.append(process.memory_info().rss)  # 0 if it has ended
+        files = 0 if isolated else sum(len(names) for _, _, names in os.walk("."))
+        if sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20 or files > MAX_FILES:
             break
     end(1)
 
 
+def _limit_processes():
+    """Limit the processes of this PID namespace: by user, which does not hold for root, and by namespace."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NPROC, (4 * MAX_PROCESSES, 4 * MAX_PROCESSES))  # threads count
+    if [int(part) for part in platform.release().split(".")[:2]] >= [6, 14]:  # before, the limit is of the machine
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/kernel/pid_max").write_text("301")  # the smallest that the kernel allows
+
+
 def end(status):
-    """Kill all descendants, also those in sessions of their own, and exit."""
-    with contextlib.suppress(psutil.Error):
-        while children := [
-            child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE
-        ]:
-            for child in children:
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
+    """Kill all descendants, also those in sessions of their own, and exit. The kernel does it for process 1."""
+    children = [psutil.Process()] if os.getpid() != 1 else []
+    while children:
+        children = [child for child in psutil.Process().children(recursive=True) if _is_running(child)]
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
     os._exit(status)
+
+
+def _is_running(process):
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def main():
@@ -239,9 +258,12 @@ def main():
             libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, options)
             libc.mount(os.fsencode(folder), b"/dev/shm", None, 4096, None)  # MS_BIND
             os.chdir(folder)
+            _limit_processes()
     confine(folder, seconds + 10, megabytes + RUNNER_MEGABYTES)
     threading.Thread(
-        target=watch, args=(time.monotonic() + request["wall_seconds"], megabytes, request["isolated"]), daemon=True
+        target=watch,
+        args=(time.monotonic() + request["wall_seconds"], megabytes + 256, request["isolated"]),
+        daemon=True,
     ).start()
     child = os.path.join(os.path.dirname(__file__), "unit_tests_child.py")
     words = [sys.executable, "-I", "-B", "-X", "utf8", child, folder, str(seconds), str(megabytes)]
