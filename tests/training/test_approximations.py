@@ -278,6 +278,21 @@ def test_a_run_goes_on_as_it_computed_unless_a_setting_or_the_environment_turns_
         assert GRADIENTS not in resumed().approximations["used"]
 
 
+def test_memory_is_released_before_gradients_are_compared(bf16_run, monkeypatch):
+    """Loading and the base model's log-probabilities leave holes that the fp32 copies do not fit."""
+    calls: list[str] = []
+
+    def recorded(name: str, run):
+        return lambda *of: calls.append(name) or run(*of)
+
+    monkeypatch.setattr(sessions, "gradient_check", recorded("rows", sessions.gradient_check))
+    monkeypatch.setattr(sessions, "release_free_memory", recorded("release", sessions.release_free_memory))
+    monkeypatch.setattr(GradientCheck, "choose", recorded("compare", GradientCheck.choose))
+    with guest():
+        session_of(bf16_run("released"), offered=APPROXIMATIONS)
+    assert calls[-3:] == ["rows", "release", "compare"]
+
+
 def test_a_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
     monkeypatch.setattr(approximations, "widened", mock.Mock(side_effect=RuntimeError("no such thing")))
     with guest():

@@ -118,7 +118,10 @@ def as_it_runs(config: RunConfig, *, peak_too: bool = True) -> Plan:
     trained = []
 
     def run() -> None:
-        session = assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+        offered = () if loaded.kernels is None else loaded.kernels.approximations
+        session = assemble(
+            config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, offered=offered
+        )
         trained.append(sum(p.numel() for _, p in session.method.parameters(loaded.model)))
         with session.running():
             session.train()

@@ -595,6 +595,7 @@ def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] 
             if isinstance(kept, dict):
                 chosen = Chosen.of_earlier_run(kept)
             else:
+                release_free_memory()  # left by loading and by the base model's log-probabilities
                 chosen = check.choose(offered)
                 if key is not None:
                     remember("approximations", key, asdict(chosen), ("torch", "transformers", "deltaw"))
