@@ -50,7 +50,9 @@ def replace_names(value: Any, annotation: Any, change: Change, key: str = "", ki
         kind = kind or next(filter(None, map(_mark, get_args(annotation))), None)
         return value if kind is None else change(value, kind, key)
     if isinstance(value, list):
-        return [replace_names(item, _inner(annotation), change, key, kind) for item in value]
+        lists = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is list]
+        inner = get_args(lists[0])[0] if lists else str
+        return [replace_names(item, inner, change, key, kind) for item in value]
     if not isinstance(value, Mapping):
         return value
     if kind is not None:
@@ -66,12 +68,6 @@ def replace_names(value: Any, annotation: Any, change: Change, key: str = "", ki
 
 def _mark(annotation: Any) -> Kind | None:
     return next((part.kind for part in get_args(annotation) if isinstance(part, Names)), None)
-
-
-def _inner(annotation: Any) -> Any:
-    """Return the type of a list's items; of a union, that of the first list."""
-    lists = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is list]
-    return get_args(lists[0])[0] if lists else str
 
 
 def _sections(annotation: Any) -> list[type]:

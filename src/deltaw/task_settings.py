@@ -14,11 +14,11 @@ from urllib.parse import urljoin
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -317,8 +317,8 @@ class TextSource(BaseModel):
         """Decide if a text is the name of a file: of one that exists, or a text that looks like a name alone."""
         if not given.strip():
             return None
-        is_file = "\n" not in given and len(given) <= 1024
-        is_file = is_file and (_FILE_NAME.fullmatch(given) is not None or Path(os.path.expanduser(given)).is_file())
+        may_be = "\n" not in given and len(given) <= 1024
+        is_file = may_be and (_FILE_NAME.fullmatch(given) or Path(os.path.expanduser(given)).is_file())
         return cls(file=given) if is_file else cls(text=given)
 
     def read(self, where: str) -> str:
@@ -342,16 +342,13 @@ class TextSource(BaseModel):
 
 
 _FILE_NAME = re.compile(r"\S+\.(?:txt|md|jinja|json|text)|(?:~|\.{1,2})?/\S+/\S*|(?:~|\.{1,2})/\S+")
-_TEXT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        *(
-            {"type": "object", "required": [n], "additionalProperties": False, "properties": {n: {"type": "string"}}}
-            for n in ("text", "file")
-        ),
-        {"type": "null"},
-    ]
-}
+_ONE_TEXT = {"minProperties": 1, "maxProperties": 1, "additionalProperties": {"type": "string"}}
+_EITHER = {"type": "object", "propertyNames": {"enum": ["text", "file"]}, **_ONE_TEXT}
+_TextOrFile = Annotated[
+    TextSource | None,
+    BeforeValidator(lambda given: TextSource.of(given) if isinstance(given, str) else given),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _EITHER, {"type": "null"}]}),
+]
 
 
 class DistillSettings(BaseModel):
@@ -363,7 +360,7 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: Annotated[TextSource | None, WithJsonSchema(_TEXT_SCHEMA)] = setting(
+    prompt: _TextOrFile = setting(
         None,
         "text, or a file of it, that the teacher is given and the student is not; {text: …} and {file: …} say which",
     )
@@ -402,11 +399,6 @@ class DistillSettings(BaseModel):
     def all_teachers(self) -> list[TeacherSettings]:
         """The teachers, the base model where none is named."""
         return list(self.teachers) or [TeacherSettings()]
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _as_source(cls, given: object) -> object:
-        return TextSource.of(given) if isinstance(given, str) else given
 
     @property
     def prompt_text(self) -> str:

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -201,8 +202,10 @@ def test_schema_may_refer_to_itself_and_must_be_valid():
     ]
     with pytest.raises(UserError, match=r"not valid at \$.type"):
         reward_of(settings_of("json-schema", schema={"type": "objekt"}))([scored("{}")])
-    with pytest.raises(UserError, match="nothing is fetched"):  # the drafts that are known are not fetched either
-        reward_of(settings_of("json-schema", schema={"$ref": "https://json-schema.org/draft/next"}))([scored("{}")])
+    unknown = {"$ref": "https://json-schema.org/draft/unknown"}
+    with closing(Rewarder(settings_of("json-schema", schema=unknown))) as rewarder, pytest.raises(UserError) as refused:
+        rewarder([scored("{}", row=3)])
+    assert "Unresolvable: https://json-schema.org/draft/unknown" in refused.value.what
 
 
 def test_a_judge_that_fails_is_asked_again_and_then_named_without_the_key(judged, monkeypatch):

@@ -154,7 +154,7 @@ def test_answer_of_the_row_is_given_to_functions_that_ask_for_it(rewarder):
     [
         ({"name": "needs"}, [scored("x", wanted=1)], "needs 'other', which no row has"),
         ({"name": "answers"}, [scored("x", other=1)], "needs 'answer', which no row has"),
-        ({"name": "neither"}, [scored("x", texts=1)], "no parameter 'completions' or 'completion'"),
+        ({"name": "neither"}, [scored("x", texts=1)], "unexpected keyword argument 'completions'"),
         ({"name": "raises"}, [scored("two words")], "raised ZeroDivisionError"),
         ({"name": "text"}, [scored("x")], "the reward is"),
         ({"name": "few"}, [scored("x")], None),

@@ -10,7 +10,7 @@ import os
 import traceback as tracebacks
 from pathlib import Path
 
-from deltaw.errors import UserError, as_message, clean
+from deltaw.errors import UserError, as_message, clean, first_line
 from deltaw.version import __version__
 
 VARIABLE = "DELTAW_TRACEBACK"
@@ -38,13 +38,13 @@ def explained(error: Exception, *, traceback: bool) -> tuple[int, str]:
     """
     status, where = 1, _place(error)
     if _is_out_of_memory(error):
-        what = f"the memory was not enough: {_first_line(error)}"
+        what = f"the memory was not enough: {first_line(error)}"
         hint = "see what fits with 'deltaw plan --budget', or lower train.tokens_per_pass"
     elif isinstance(error, OSError) and error.errno in _REFUSED:
         status, what, hint = 2, os.strerror(error.errno), _REFUSED[error.errno]
         where = where if error.filename is None else str(error.filename)
     else:
-        what = f"an unexpected {type(error).__name__}: {_first_line(error)}"
+        what = f"an unexpected {type(error).__name__}: {first_line(error)}"
         fault = f"this is a fault of deltaw {__version__} or of a library that it uses, not of your input"
         hint = f"{fault}: report what --traceback and 'deltaw doctor --json' print"
     before = clean("".join(tracebacks.format_exception(error))) if traceback else ""
@@ -68,8 +68,3 @@ def _place(error: Exception) -> str:
     file = Path(last.filename).resolve()
     shown = file.relative_to(package.parent) if own else file
     return f"{shown}, line {last.lineno}, in {last.name}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no more is said"

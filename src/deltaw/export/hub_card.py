@@ -88,10 +88,8 @@ def local_paths(config: RunConfig) -> list[str]:
 
 def _public(text: str, kind: Kind, key: str) -> str:
     """Return what names the same elsewhere, or the last part of a path."""
-    if kind == "code" and ":" in text:
-        file, _, name = text.rpartition(":")
-        return f"{_last_part(file)}:{name}"
-    return public_name(text) if kind == "reference" else text if kind == "code" else _last_part(text)
+    file, colon, name = text.rpartition(":") if kind == "code" else (text, "", "")
+    return public_name(text) if kind == "reference" else f"{_last_part(file)}{colon}{name}"
 
 
 def _last_part(path: str) -> str:
@@ -126,11 +124,8 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     lines += ["## Use", "", "```bash", *_use(run, repo, base, merged), "```", ""]
     seed, steps = config.train.seed, run.result.get("steps")
     lines += ["## Train it again", "", "```bash", f"hf download {repo} run.yaml --local-dir .", "deltaw train run.yaml"]
-    lines += [
-        "```",
-        "",
-        f"`run.yaml` names the rows: {', '.join(map(_code, map(public_name, references(config.data.train))))}.",
-    ]
+    rows = ", ".join(_code(public_name(reference)) for reference in references(config.data.train))
+    lines += ["```", "", f"`run.yaml` names the rows: {rows}."]
     versions = ", ".join(f"{key} {value}" for key, value in run.part("versions").items())
     lines += [f"Seed {seed}, {steps} optimizer steps, {run.part('machine').get('processor', 'unknown processor')}."]
     return "\n".join([*lines, f"Versions: {versions}.", ""])

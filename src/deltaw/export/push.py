@@ -201,14 +201,9 @@ def contents(
     files: dict[str, bytes | Path] = {}
     if merged is None:
         settings = mapping(settings_in(run.path / ADAPTER_CONFIG))
-        changed = {
-            key: base.name
-            if value == config.model
-            else public_name(value)
-            if str(value).startswith(("/", "~"))
-            else value
-            for key, value in settings.items()
-        }
+        paths = [value for value in settings.values() if isinstance(value, str) and value.startswith(("/", "~"))]
+        shown = {**{path: public_name(path) for path in paths}, config.model: base.name}
+        changed = {key: shown.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
         texts[ADAPTER_CONFIG] = json.dumps({**changed, **base_settings(base.reference)}, indent=2) + "\n"
         files[ADAPTER_WEIGHTS] = run.path / ADAPTER_WEIGHTS
         files |= {name: run.path / name for name in _TOKENIZER if (run.path / name).is_file()}

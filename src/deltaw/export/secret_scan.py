@@ -36,10 +36,9 @@ def without_secrets(text: str) -> tuple[str, list[str]]:
 
     Values of environment variables such as HF_TOKEN, and users and passwords in URLs, are secrets too.
     """
-    kinds = []
     known = redact(text, REMOVED)
-    if known != text:
-        text, kinds = known, ["key or password that this machine uses or a URL contains"]
+    kinds = ["key or password that this machine uses or a URL contains"] * (known != text)
+    text = known
     for kind, pattern in _patterns():
         text, count = pattern.subn(_removed, text)
         kinds += [kind] * bool(count)
@@ -48,9 +47,7 @@ def without_secrets(text: str) -> tuple[str, list[str]]:
 
 def _removed(found: re.Match[str]) -> str:
     """Return what replaces a match; quotes and white space that belong to a pattern stay."""
-    start, end = re.match(r"[\s:=\"']*", found[0]), re.search(r"[\s\"']*\Z", found[0])
-    assert start is not None and end is not None
-    return start[0] + REMOVED + end[0]
+    return re.sub(r"(?s)\A([\s:=\"']*).*?([\s\"']*)\Z", rf"\1{REMOVED}\2", found[0])
 
 
 @functools.cache
@@ -61,4 +58,4 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     kinds = get_mapping_from_secret_type_to_class().items()
     found = {kind: plugin for kind, plugin in kinds if issubclass(plugin, RegexBasedDetector) and kind not in _IGNORED}
     own = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
-    return own + [(kind, pattern) for kind, plugin in found.items() for pattern in plugin().denylist]
+    return own + [(kind, pattern) for kind, plugin in found.items() for pattern in plugin.denylist]  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltaw.data.example import rows_of
 from deltaw.durable import write_text
-from deltaw.errors import UserError, clean
+from deltaw.errors import UserError, clean, first_line
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
@@ -698,7 +698,7 @@ def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | 
         if not _is_out_of_memory(error):
             raise
         hint = "lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters"
-        what = f"the machine is out of memory: {_first_line(error)}"
+        what = f"the machine is out of memory: {first_line(error)}"
         raise UserError(what, where=where(), hint=f"{hint}; {_goes_on(last())}") from error
     except (OSError, SafetensorError) as error:
         if (wrong := _disk_error(error)) is None:
@@ -726,8 +726,3 @@ def _disk_error(error: Exception) -> str | None:
         return _OF_THE_DISK.get(error.errno or 0)
     number = str(error).rpartition("os error ")[2].partition(")")[0]  # as safetensors writes it
     return _OF_THE_DISK.get(int(number)) if number.isdigit() else None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -34,7 +34,7 @@ from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from deltaw.errors import UserError, as_message, redact
-from deltaw.local_names import Kind, replace_names
+from deltaw.local_names import replace_names
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.task_settings import TextSource
@@ -202,8 +202,8 @@ class Allowed:
             UserError: they are wrong, or name or ask for what is not allowed.
         """
         path = None if file is None else Path(self.path(file, "file"))
-        if path is not None and not (path.is_file() and path.stat().st_size <= LARGEST_FILE):
-            raise UserError("there is no such file, or it is too large", where="file", hint="name a YAML file")
+        if path is not None:
+            require_small_file(path, "file")
         settings = RunConfig.read(path, given)
         found = settings.model_dump(mode="json")
         for key in ("trust_remote_code", "track", "force"):
@@ -213,25 +213,12 @@ class Allowed:
             if key.startswith("reward."):
                 what = f"an agent cannot name what reads files or runs code: {str(value)[:200]}"
                 raise UserError(what, where=key, hint="name rewards that compare texts, such as exact")
-        found = replace_names(found, RunConfig, self._allowed)
-        if (prompt := found["distill"]["prompt"]) and "file" in prompt:  # the agent may replace the file
-            file = Path(prompt["file"])
-            if file.is_file() and file.stat().st_size > LARGEST_FILE:
-                raise UserError("the file is too large", where="distill.prompt", hint="shorten it")
-            found["distill"]["prompt"] = {"text": TextSource(file=str(file)).read("distill.prompt")}
+        allow = {"path": self.path, "reference": self.reference, "code": lambda text, key: text}  # code: refused above
+        found = replace_names(found, RunConfig, lambda text, kind, key: allow[kind](text, key))
+        if (prompt := found["distill"]["prompt"]) and "file" in prompt:  # read now: the agent may replace the file
+            require_small_file(Path(prompt["file"]), "distill.prompt")
+            found["distill"]["prompt"] = {"text": TextSource(**prompt).read("distill.prompt")}
         return found
-
-    def _allowed(self, text: str, kind: Kind, key: str) -> str:
-        """Return the real path, or the name elsewhere, that a setting may have.
-
-        Raises:
-            UserError: if an agent cannot name it.
-        """
-        if kind == "code" and ":" not in text:
-            return text
-        if kind == "code":
-            raise UserError("an agent cannot name what runs code", where=key, hint="name built-in rewards")
-        return self.path(text, key) if kind == "path" else self.reference(text, key)
 
     def run(self, text: str) -> list[str]:
         """Arguments that open a run's or an adapter's folder with the base model that it names, or a model.
@@ -255,6 +242,12 @@ class Allowed:
             "auto" if found.run is None else found.run.precision
         )  # which eval takes with the run's own name only
         return [reference, f"--model={base}", f"--precision={precision}"]
+
+
+def require_small_file(path: Path, where: str) -> None:
+    """Raise a UserError if a path is not a file, or if the file is too large to be read into memory."""
+    if not (path.is_file() and path.stat().st_size <= LARGEST_FILE):
+        raise UserError("there is no such file, or it is too large", where=where, hint="name another file")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.hub.loading import Weights
 from deltaw.machine.choices import choose_device, choose_threads
 from deltaw.machine.memory import give_large_blocks_back
@@ -242,7 +242,7 @@ def _join(who: Told) -> Group:
             # is asked of all in one order.
             gradients = dist.new_group(timeout=limit)
     except RuntimeError as error:
-        what = f"the processes cannot connect to each other: {_first_line(error)}"
+        what = f"the processes cannot connect to each other: {first_line(error)}"
         hint = "let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes"
         raise UserError(what, where=f"process {who.rank} of {who.size}", hint=hint) from error
     assert orders is not None and gradients is not None
@@ -264,7 +264,7 @@ def _store(who: Told) -> dist.Store:
             raise UserError(f"port {who.port} is in use", where=place, hint=hint) from error
         if serves:
             hint = "MASTER_ADDR must be a name or address of the machine that process 0 runs on"
-            raise UserError(f"process 0 cannot listen there: {_first_line(error)}", where=place, hint=hint) from error
+            raise UserError(f"process 0 cannot listen there: {first_line(error)}", where=place, hint=hint) from error
         hint = f"start all processes, and open the port in the firewall; {VARIABLE} is the time limit"
         raise UserError(f"process 0 did not answer within {who.seconds:g} seconds", where=place, hint=hint) from error
 
@@ -359,11 +359,6 @@ def _seconds(found: Mapping[str, str]) -> float:
 def _missing(name: str) -> UserError:
     hint = "start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE"
     return UserError(f"WORLD_SIZE sets several processes, but {name} is not set", where="the environment", hint=hint)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 __all__ = ["LostProcess", "Told", "joined", "refuse_alone", "told", "told_size"]

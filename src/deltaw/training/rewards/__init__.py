@@ -87,16 +87,8 @@ def needs_of(settings: RewardFunction, reward: Reward) -> list[str]:
     if settings.name == "json-schema":
         schema_validator(settings)
     if ":" in settings.name and isinstance(reward, partial):
-        takes = inspect.signature(reward.args[0]).parameters
-        if not _has_rest(takes) and not takes.keys() & {"completion", "completions"}:
-            what = "the function has no parameter 'completions' or 'completion'"
-            raise UserError(what, where=place_of(settings), hint="write def NAME(completions, **columns)")
-        return _required(takes)
+        return _required(inspect.signature(reward.args[0]).parameters)
     return [settings.column] if settings.column is not None else list(_NEEDED.get(settings.name, ()))
-
-
-def _has_rest(takes: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
 
 
 def _required(takes: Mapping[str, inspect.Parameter]) -> list[str]:
@@ -108,7 +100,7 @@ def _required(takes: Mapping[str, inspect.Parameter]) -> list[str]:
 def _of_user(function: Callable[..., Any], given: Sequence[Scored]) -> list[float | None]:
     """Call a user's function with all rows or with one at a time, depending on the names of its parameters."""
     takes = inspect.signature(function).parameters
-    rest = _has_rest(takes)
+    rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     values = [{**({} if one.answer is None else {"answer": one.answer}), **one.columns} for one in given]
     named = {name for columns in values for name in columns if rest or name in takes}
     wanted = sorted(named.difference(_GIVEN).union(_required(takes)))

@@ -48,9 +48,9 @@ class Rewarder:
         if answer is None and len(given) > 1:  # one of them is to blame
             for one in given:
                 if self._asked([one]) is None:
-                    raise self._late(one)
+                    raise self._late(one.row)
         if answer is None:
-            raise self._late(given[0])
+            raise self._late(given[0].row)
         self._refuse(answer)
         return self._numbers(answer["rewards"], given)
 
@@ -66,14 +66,15 @@ class Rewarder:
         """
         answer = self._worker.ask(None, self.settings.seconds)
         if answer is None:
-            what = f"the reward {self._worker.failure} when it was loaded"
-            raise UserError(what, where=self._place(None), hint="correct the function, or raise its 'seconds'")
+            raise self._late(None)
         self._refuse(answer)
-        needs, known, given = set(answer["needs"]), set[str](), []
+        needs, known, given = set(answer["needs"]), set[str](), list[Scored]()
         for one in rows:
-            provided = {*one.columns, *(["answer"] if one.answer is not None else [])}
-            known, given = known | provided, [one] if needs <= provided or not given else given
+            provided = one.columns.keys() | ({"answer"} if one.answer is not None else set())
+            known |= provided
+            given = given or [one]
             if needs <= provided:
+                given = [one]
                 break
         if missing := sorted(needs - known):
             hint = f"the rows have: {', '.join(sorted(known))}"
@@ -94,9 +95,9 @@ class Rewarder:
         if "error" in answer:
             raise UserError(answer["error"], where=self._place(answer.get("row")), hint=answer.get("hint"))
 
-    def _late(self, one: Scored) -> UserError:
-        what = f"the reward {self._worker.failure}"
-        return UserError(what, where=self._place(one.row), hint="correct the function, or raise its 'seconds'")
+    def _late(self, row: int | None) -> UserError:
+        hint = "correct the function, or raise its 'seconds'"
+        return UserError(f"the reward {self._worker.failure}", where=self._place(row), hint=hint)
 
     def _place(self, row: int | None) -> str:
         return place_of(self.settings) + ("" if row is None else f", row {row}")

@@ -110,11 +110,6 @@ class Environments:
             raise self._wrong(f"the reward is {reward!r}", row)
         return Stepped(message, reward, answer["done"])
 
-    def check(self, row: int, columns: Mapping[str, Any], text: str) -> None:
-        """Reset the environment with a row and call one step, to find errors before a model is loaded."""
-        self.reset(0, row, columns)
-        self.step(0, row, text)
-
     def close(self) -> None:
         """End the worker."""
         self._worker.close()

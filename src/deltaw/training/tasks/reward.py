@@ -117,7 +117,8 @@ class RewardTask(CausalTask):
             scorer.check(data.train, call=call)
             if call and self.settings.environment is not None:
                 first = data.train[0]
-                environments.check(first.row, first.columns, first.answer or ".")
+                environments.reset(0, first.row, first.columns)
+                environments.step(0, first.row, first.answer or ".")
 
     def written(self, data: RunData, batch_size: int) -> Written:
         sets, group, most = [len(rows) for rows in data.sets.values()], self.settings.group, self.settings.most_tokens
