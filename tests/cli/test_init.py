@@ -252,10 +252,10 @@ TASKS = {"reward": REWARDED, "distill": REWARDED, "reranking": SEARCHED, "embedd
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_gets_settings_that_check_and_plan_accept(call, model_folder, tmp_path, monkeypatch, task):
+def test_every_task_gets_settings_that_check_and_plan_accept(call, roomy_folder, tmp_path, monkeypatch, task):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", TASKS[task])
-    call("init", "--task", task, "--model", model_folder, "--yes", status=0)
+    call("init", "--task", task, "--model", roomy_folder, "--yes", status=0)
     config = RunConfig.read("train.yaml")
     assert config.task == task
     if task == "reward":

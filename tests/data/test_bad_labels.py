@@ -84,7 +84,7 @@ class Dropping:
         return 2
 
     def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[1, *(5 for c in text if c != "\N{COMBINING ACUTE ACCENT}"), 2] for text in texts]}
+        return {"input_ids": [[1, *(ord(c) for c in text if c != "\N{COMBINING ACUTE ACCENT}"), 2] for text in texts]}
 
 
 @pytest.mark.parametrize("task", [CLASSES, "regression"])
