@@ -381,6 +381,8 @@ def _are_pairs(rows: Rows) -> bool:
 
 def _have_answers(rows: Rows, mapped: Mapping[str, str]) -> bool:
     """Return True if most prompts come with an answer that rewards can compare with."""
+    if _form(rows) not in (None, "text"):
+        return True
     named = [{**row, **{ours: row.get(theirs) for ours, theirs in mapped.items()}} for _, row in rows]
     return sum(any(row.get(name) not in (None, "") for name in PROMPT_ANSWERS) for row in named) > len(named) / 2
 
