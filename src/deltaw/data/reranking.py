@@ -132,7 +132,8 @@ class RerankReader(RetrievalReader):
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         chosen, columns = super().usable(rows, chosen), self._columns
         usual = "contrastive" if columns.negatives else "binary"
-        if len(chosen) and isinstance(self.row(rows, chosen[0])[columns.passage], list):
+        first = self.row(rows, chosen[0]) if len(chosen) else {}
+        if isinstance(first.get(columns.passage or ""), list):
             usual = "listwise"
         self.loss = usual if self._asked == "auto" else self._asked
         return chosen
