@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from deltaw.reports.starter import MODELS
 from tests.byte_models import tiny_llama
@@ -132,7 +134,7 @@ def test_a_check_names_what_is_wrong_and_ends_with_status_2_if_training_would_fa
     for said in (
         "6 rows read as messages (chat template)",
         " is not JSON: ",
-        "error: row 2: no turn is the assistant's",
+        "error: row 2 (line 2): no turn is the assistant's",
         "warning: 1 example with the same tokens and labels as an earlier one (dropped)",
         "warning: 1 prompt with different answers in different rows (3 examples)",
         "note: 1 row of which several examples come",
@@ -151,7 +153,7 @@ def test_a_check_as_json_is_one_object_whatever_it_finds(call, thinker, file):
     assert (told["verdict"], told["rows"], told["examples"], told["form"]) == ("unusable", 6, 5, "messages")
     findings = {finding["name"]: finding for finding in told["findings"]}
     assert findings["contradictions"]["count"] == 1
-    assert findings["contradictions"]["rows"] == [f"{file}, row {n}" for n in (3, 4, 5)]
+    assert findings["contradictions"]["rows"] == [f"{file}, row {n} (line {n})" for n in (3, 4, 5)]
     assert findings["duplicates"]["level"] == "warning"
     assert sum(b["examples"] for b in told["lengths"]["bins"]) == told["examples"]
     assert told["ends"] == {"<|im_end|>": 5}
@@ -224,7 +226,7 @@ def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     ended = call("data", "check", path, *flags)
     assert ended.status == 2
     for said in (
-        "error: row 43: ",
+        "error: row 43 (line 43): ",
         "3 classes, rows of each: bad 15, good 27, odd 2",
         "warning: classes with less than 10% of the rows of the largest: odd (2)",
         "warning: 2 rows with content that has another label elsewhere",
@@ -236,3 +238,57 @@ def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
     assert told["class_counts"] == {"bad": 15, "good": 27, "odd": 2} and told["label_tokens"] is None
     shown = call("data", "show", path, *flags, "--row", 2)
     assert "label 'good'" in shown.out and "film 1" in shown.out
+
+
+REFUSALS = {
+    "tracker": (["--track", "wandb"], "wandb"),
+    "no held-out rows": (["--data.eval", "null", "--train.early_stopping", 2], "no rows are held out"),
+    "target modules": (["--lora.target_modules", "[nothing]"], "matches no module"),
+    "reward function": (["--task", "reward", "--reward.functions", "[{name: nonsense}]"], "no reward 'nonsense'"),
+    "reward file": (["--task", "reward", "--reward.functions", "[{name: 'none.py:f'}]"], "no file none.py"),
+    "memory": (["--memory", "much"], "much"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_check_and_plan_refuse_what_train_refuses_before_it_loads_weights(call, model_folder, tmp_path, name):
+    flags, said = REFUSALS[name]
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": f"paint {n}", "completion": "red"} for n in range(12)])
+    run = ["--model", model_folder, "--data.train", data, "--output", tmp_path / "run", "--precision", "fp32", *flags]
+    for verb in (["train"], ["plan", "--methods", "lora"], ["data", "check"]):
+        ended = call(*verb, *run, status=2)
+        assert said in " ".join((ended.out + ended.err).split()), (verb, ended)
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_and_plan_refuse_a_model_whose_files_lack_the_head(call, tmp_path, model_folder):
+    folder = tmp_path / "headless"
+    shutil.copytree(model_folder, folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaModel"], "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: t for name, t in tensors.items() if "lm_head" not in name}, weights, metadata={"format": "pt"})
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": f"paint {n}", "completion": "red"} for n in range(12)])
+    run = ["--model", folder, "--data.train", data, "--output", tmp_path / "run", "--precision", "fp32"]
+    for verb in (["train"], ["plan"], ["data", "check"]):
+        ended = call(*verb, *run, status=2)
+        assert "lm_head.weight" in ended.out + ended.err
+
+
+def test_rows_alone_are_checked_with_the_columns_that_init_finds(call, thinker, tmp_path):
+    (tmp_path / "d.csv").write_text("frage;antwort\n" + "".join(f"was ist {n};nichts {n}\n" for n in range(30)))
+    assert "30 rows read as prompt-completion" in call("data", "check", tmp_path / "d.csv", "--model", thinker).out
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}", "label": n % 2 == 0} for n in range(12)]
+    judged = write_rows(tmp_path / "kto.jsonl", rows)
+    assert call("data", "check", judged, "--model", thinker).status == 0
+
+
+def test_classes_that_may_be_typing_errors_and_empty_texts_are_named(call, thinker, tmp_path):
+    rows = [{"text": f"mail {n}", "label": ["account", "billing"][n % 2]} for n in range(20)]
+    rows += [{"text": "odd", "label": "acount"}, {"text": " ", "label": "billing"}]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    out = " ".join(call("data", "check", path, "--model", thinker, status=2).out.split())
+    assert "'acount' (1 row) is almost 'account' (10 rows)" in out
+    assert "row 22 (line 22): 'text' is empty" in out

@@ -52,7 +52,7 @@ def test_answers_to_prefer_get_a_run_that_prefers_them(call, model_folder, tmp_p
     ended = call("eval", "runs/rows", "--base", "--precision", "fp32")
     assert ended.status == 0 and "accuracy" in ended.out and metric in ended.out, ended
     for verb in (["plan", "train.yaml", "--methods", "lora"], ["data", "check", "train.yaml"]):
-        assert call(*verb).status == 0
+        assert call(*verb, "--output", "other").status == 0
     if loss == "dpo":
         assert_refused(call("train", "train.yaml", "--task", "causal-lm", "--output", "other"), "set task: preference")
 
@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out(call, tmp_path, model_
     for model in (model_folder, "owner/not-here"):
         ended = call("init", "--model", model, "--yes", "--force", status=0)
         assert "3 rows of " in ended.out and "cannot be used:\n  line 11: not JSON: " in ended.out
-        assert "\n  row 21: 'completion' is missing" in ended.out and "data.bad_rows: skip" in ended.out
+        assert "\n  row 21 (line 21): 'completion' is missing" in ended.out and "data.bad_rows: skip" in ended.out
         assert max(map(len, ended.out.splitlines())) <= 80
         text, config = (tmp_path / "train.yaml").read_text(), RunConfig.read("train.yaml")
         assert config.data.bad_rows == "skip" and "# 3 rows cannot be used" in text
@@ -244,3 +244,27 @@ def test_three_questions_are_asked_on_a_terminal(monkeypatch, capsys, tmp_path, 
         (tmp_path / "here" / "train.yaml").unlink()
         assert answered(str(torn), answer, "", str(model_folder)) == 0
         assert "Skip them?" in "".join(capsys.readouterr()) and RunConfig.read("train.yaml").data.bad_rows == way
+
+
+REWARDED = [{"prompt": f"paint {n} red", "answer": "done"} for n in range(12)]
+SEARCHED = [{"query": f"paint {n // 2}", "passage": f"red {n}", "label": n % 2} for n in range(24)]
+TASKS = {"reward": REWARDED, "distill": REWARDED, "reranking": SEARCHED, "embedding": SEARCHED}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_gets_settings_that_check_and_plan_accept(call, roomy_folder, tmp_path, monkeypatch, task):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", TASKS[task])
+    call("init", "--task", task, "--model", roomy_folder, "--yes", status=0)
+    config = RunConfig.read("train.yaml")
+    assert config.task == task
+    if task == "reward":
+        assert [function.name for function in config.reward.functions] == ["contains"]
+    call("data", "check", "train.yaml", "--precision", "fp32", status=0)
+
+
+def test_a_task_that_does_not_take_the_columns_is_refused_with_one_that_does(call, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", [{"query": f"q {n}", "passage": f"p {n}"} for n in range(4)])
+    ended = call("init", tmp_path / "a.yaml", "--data", data, "--task", "preference", "--yes")
+    assert_refused(ended, "do not fit the task preference", "set task: embedding")
+    assert not (tmp_path / "a.yaml").exists()

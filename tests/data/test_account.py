@@ -41,7 +41,7 @@ def test_rows_that_cannot_be_used_are_an_error_or_skipped_listed_and_counted_by_
     path = write(BAD)
     refused = refusal(prepare, DataSettings(path), tokenizer_of("gemma2"))
     assert isinstance(refused, BadRowError) and "'user' cannot follow 'user'" in refused.what
-    assert refused.where == f"{path}, row 3, turn 2"
+    assert refused.where == f"{path}, row 3 (line 3), turn 2"
     found = prepared(path, "gemma2", bad_rows="skip")
     assert [example.row for example in found.train] == [1, 2, 8]
     assert found.report.bad_rows == {

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltaw.data import DataSettings, RunData
 from deltaw.data.labels import LabelReader
+from deltaw.data.report import similar_classes
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import refusal
 
@@ -26,7 +27,9 @@ def skipping(source: str, tokenizer: PreTrainedTokenizerBase | None = TOKENIZER,
     refused = refusal(LabelReader(DataSettings(source), tokenizer, task).prepared)
     prepared = LabelReader(DataSettings(source, bad_rows="skip", eval=None), tokenizer, task).prepared()
     (line,) = prepared.skipped.lines()
-    assert line["where"] == refused.where and (line["reason"],) == tuple(prepared.report.bad_rows)
+    assert line["where"] == str(refused.where).partition(" (line")[0] and (line["reason"],) == tuple(
+        prepared.report.bad_rows
+    )
     return prepared
 
 
@@ -35,6 +38,8 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"text": "x", "label": ["a"]}, "a label that is no class or number"),
     ({"text": "x", "label": None}, "an empty label"),
     ({"text": "", "label": "a"}, "an empty text"),
+    ({"text": " \t\n\u3000", "label": "a"}, "an empty text"),
+    ({"text": "\u200b\ufeff", "label": "b"}, "an empty text"),
 ]
 
 
@@ -70,3 +75,38 @@ def test_an_evaluation_file_is_counted_on_its_own(write) -> None:
     assert prepared.report.evaluation is not None
     assert (prepared.report.skipped, prepared.report.evaluation.skipped, len(prepared.skipped)) == (1, 2, 3)
     assert len(LabelReader(settings, TOKENIZER, CLASSES, classes=("a", "b")).file(apart)[0]) == 2
+
+
+class Dropping:
+    """A tokenizer that adds two special tokens and keeps nothing of a text of accents."""
+
+    def num_special_tokens_to_add(self, pair: bool) -> int:
+        return 2
+
+    def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1, *(ord(c) for c in text if c != "\N{COMBINING ACUTE ACCENT}"), 2] for text in texts]}
+
+
+@pytest.mark.parametrize("task", [CLASSES, "regression"])
+def test_a_text_of_which_the_tokenizer_keeps_special_tokens_alone_is_no_row(write, task) -> None:
+    rows = [{"text": f"film {n}", "label": n % 2} for n in range(4)]
+    path = write([*rows, {"text": "\N{COMBINING ACUTE ACCENT}", "label": 1}])
+    found = skipping(path, Dropping(), task)  # type: ignore[arg-type]
+    assert found.report.bad_rows == {"an empty text": 1} and len(found.train) == 4
+
+
+ALIKE = {
+    "a missing letter": ({"account": 20, "acount": 1}, ["'acount' (1 row) is almost 'account' (20 rows)"]),
+    "swapped letters": ({"billing": 20, "biling": 0, "blililng": 1, "bililng": 1}, ["'biling'", "'bililng'"]),
+    "case and white space, however many": ({"spam": 20, "Spam ": 20}, ["is almost"]),
+    "many rows": ({"cats": 20, "carts": 18}, []),
+    "numbers": ({"level 1": 20, "level 2": 1}, []),
+    "short names": ({"cat": 20, "car": 1}, []),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_rare_class_one_edit_from_a_frequent_one_is_reported(name) -> None:
+    counts, said = ALIKE[name]
+    found = similar_classes(counts)
+    assert len(found) == len(said) and all(any(text in line for line in found) for text in said), found

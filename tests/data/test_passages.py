@@ -75,7 +75,7 @@ def test_a_row_that_cannot_be_used_is_refused_by_its_place(tmp_path, row, reason
     file = write_rows(tmp_path / "d.jsonl", [GOOD, row])
     with pytest.raises(BadRowError) as error:
         read_pairs(str(file), BadRows())
-    assert (error.value.where, error.value.reason) == (f"{file}, row 2", reason)
+    assert (error.value.where, error.value.reason) == (f"{file}, row 2 (line 2)", reason)
     assert "bad_rows: skip" in error.value.hint
 
 

@@ -52,7 +52,7 @@ def test_long_rows_are_refused_with_their_number_and_a_hint_that_works(write: Wr
     path = write(texts("abc", "a" * 20, "b" * 30))
     error = refusal(prepared, path, max_length=10)
     assert error.what == "2 rows are longer than 10 tokens; the first has 21"
-    assert error.where == f"{path}, row 2" and "data.max_length: 31" in str(error.hint)
+    assert error.where == f"{path}, row 2 (line 2)" and "data.max_length: 31" in str(error.hint)
     assert prepared(path, max_length=31).report.longest == 31
 
 

@@ -196,10 +196,11 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_reason_or_skipped_and_cou
     bad = {**good[0], **{key: text for key, text in named.items() if key in good[0]}, **wrong}
     rows = [*good, bad, *({**row, next(iter(row)): f"more {n}"} for n, row in enumerate(good))]
     refused = refusal(read, rows)
-    assert refused.where.endswith(f"row {len(good) + 1}") and refused.hint
+    place, _, line = refused.where.partition(" (")
+    assert place.endswith(f"row {len(good) + 1}") and line == f"line {len(good) + 1})" and refused.hint
     data = read(rows, bad_rows="skip")
     (line,) = data.skipped.lines()
-    assert (line["reason"], line["where"], line["error"]) == (reason, refused.where, refused.what)
+    assert (line["reason"], line["where"], line["error"]) == (reason, place, refused.what)
     assert data.report.bad_rows == {reason: 1}
     assert data.report.rows_read == accounted(data.report) == 2 * len(good) + 1
     assert [group.row for group in data.train] == [n for n in range(1, 2 * len(good) + 2) if n != len(good) + 1]

@@ -43,6 +43,7 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
     assert "device: cpu (as asked)" in said and "read as prompt-completion" in said
     card = (result.output / "README.md").read_text()
     assert "base_model:" in card and "| optimizer steps | 6 |" in card and "interrupted" not in card
+    assert "| rows | 8 used, 2 held out |" in card  # 16 were read in two epochs
 
 
 def test_a_run_says_where_its_time_went(settings, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -381,3 +382,14 @@ def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp
     with guest():
         session = session_of(bf16_run("alike", model=str(tmp_path / "alike")), offered=["summed_classes"])
     assert (session.approximations.names == ("summed_classes",)) == taken, session.said
+
+
+def test_a_comparison_of_gradients_reports_the_share_that_is_done():
+    model, seen = torch.nn.Linear(2, 1), []
+    batches = [SimpleNamespace(tokens=3, inputs=torch.ones(3, 2)) for _ in range(2)]
+    batcher = SimpleNamespace(batches=lambda rows: iter(batches))
+    named = dict(model.named_parameters())
+    check = GradientCheck(model, lambda batch: model(batch.inputs).sum(), batcher, named, [1, 2], seen.append)
+    for _ in range(3):
+        assert dict(check._gradients(())).keys() == named.keys()
+    assert seen == pytest.approx([1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 0.99])

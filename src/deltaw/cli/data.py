@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,11 +168,15 @@ def _config(
             raise UserError(f"'{file}' holds settings, and --settings names others", hint="give one of them")
         return settings_in(path, flags) if is_folder else RunConfig.read(path, flags)
     flags["data"] = {**flags.get("data", {}), "train": file}
-    if settings is None and "model" not in flags:
-        from deltaw.reports.starter import MODELS, is_here, look_at
+    if settings is None:
+        from deltaw.reports.starter import MODELS, is_here, settings_for_rows
 
-        task = flags.get("task") or (look_at(file).task if is_here(file) else None)
-        if task in MODELS:
-            flags |= {"task": task, "model": MODELS[task]}
-            say(f"task {task}, tokens of {MODELS[task]}; --task and --model change it")
+        task, named = flags.get("task"), "columns" in flags["data"]
+        found: dict[str, Any] = {"task": task, "model": MODELS.get(task)} if task in MODELS else {}
+        with contextlib.suppress(*([UserError] if named else [])):  # the columns may have names that only flags give
+            found = settings_for_rows(file, flags.get("model"), task) if is_here(file) else found
+        if found.get("model") and "model" not in flags:
+            say(f"task {found['task']}, tokens of {found['model']}; --task and --model change it")
+        for key, value in found.items():
+            flags[key] = {**value, **flags.get(key, {})} if isinstance(value, dict) else flags.get(key, value)
     return RunConfig.read(settings, flags)

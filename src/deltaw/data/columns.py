@@ -17,25 +17,14 @@ JUDGED_COLUMNS = ("prompt", "completion", "label")
 # Columns of rows for retrieval (see deltaw.data.retrieval).
 QUERIES = ("anchor", "query", "question", "sentence1", "premise", "prompt", "instruction")
 PASSAGES = (
-    *("positive", "passage", "passages", "answer", "document", "documents", "sentence2", "hypothesis", "response"),
-    *("completion", "output"),
+    *("positive", "passage", "passages", "answer", "document", "documents", "sentence2", "hypothesis"),
+    *("response", "completion", "output"),
 )
 NEGATIVES = ("negative", "negatives")
 SCORES = ("score", "scores", "similarity_score", "label", "labels")
 TEXTS = ("text", "sentence")
 # Usual names of the columns of labeled rows (see deltaw.data.classes).
-LABELED_TEXTS = (
-    "text",
-    "sentence",
-    "review",
-    "content",
-    "document",
-    "question",
-    "comment",
-    "tweet",
-    "headline",
-    "body",
-)
+LABELED_TEXTS = (*TEXTS, "review", "content", "document", "question", "comment", "tweet", "headline", "body")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 LABELS = ("label", "labels", "target", "class", "category")
 IMAGES = ("image", "img", "images", "picture")
@@ -89,52 +78,30 @@ class RowKind:
         return f"{self.name} ({', '.join(names[0] for names in self.required)})"
 
 
-def _format(name: str, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> RowKind:
+def _format(name: str, columns: str, optional: str = "") -> RowKind:
     """Return a format of :mod:`deltaw.data.formats` with a prompt and an answer."""
-    required = tuple((column,) for column in columns)
-    return RowKind(name, ("causal-lm", *_PROMPTED), required, optional, required)
+    required = tuple((column,) for column in columns.split())
+    return RowKind(name, ("causal-lm", *_PROMPTED), required, tuple(optional.split()), required)
 
 
+_PAIR, _SCORED_PAIR = (("chosen",), ("rejected",)), (("sentence1",), ("sentence2",), ("score",))
+_SEARCH, _GRADED = ((*QUERIES, *TEXTS), PASSAGES), (*SCORES, *NEGATIVES, "negative_1")
 _ASKED, _FOUND = ("anchor", "query", "question"), ("positive", "passage", "passages", "document", "documents")
 _ANSWERED = ("answer", "completion", "response", "output")
+_PREFERRED = ("preference", "sequence-classification")
+_RANKED, _SCORED_NAME = ("reranking", "embedding"), "queries with passages, and scores or negatives"
 # In the order in which `deltaw init` tries them.
 ROW_KINDS = (
-    RowKind(
-        "pairs of answers",
-        ("preference", "sequence-classification"),
-        (("chosen",), ("rejected",)),
-        ("prompt", "system", "tools", "margin"),
-        (("chosen",), ("rejected",)),
-    ),
-    RowKind("single answers, preference.loss: kto", ("preference",), (("prompt",), ("completion",), ("label",))),
-    RowKind(
-        "queries with passages, and scores or negatives",
-        ("reranking", "embedding"),
-        ((*QUERIES, *TEXTS), PASSAGES, (*SCORES, *NEGATIVES, "negative_1")),
-        (),
-        (_ASKED[1:], _FOUND[1:], SCORES),
-        _ANSWERED,
-    ),
-    RowKind(
-        "queries with passages",
-        ("embedding",),
-        ((*QUERIES, *TEXTS), PASSAGES),
-        (*NEGATIVES, *SCORES),
-        (_ASKED, _FOUND),
-        _ANSWERED,
-    ),
-    RowKind(
-        "pairs of sentences with scores",
-        ("embedding",),
-        (("sentence1",), ("sentence2",), ("score",)),
-        (),
-        (("sentence1",), ("sentence2",), ("score",)),
-    ),
-    _format("messages", ("messages",), ("tools",)),
-    _format("sharegpt", ("conversations",), ("system", "tools")),
-    _format("prompt-completion", ("prompt", "completion"), ("system", "tools")),
-    _format("alpaca", ("instruction", "output"), ("input", "system")),
-    _format("evals", ("input", "ideal")),
+    RowKind("pairs of answers", _PREFERRED, _PAIR, ("prompt", "system", "tools", "margin"), _PAIR),
+    RowKind("single answers, preference.loss: kto", ("preference",), tuple((name,) for name in JUDGED_COLUMNS)),
+    RowKind(_SCORED_NAME, _RANKED, (*_SEARCH, _GRADED), (), (_ASKED[1:], _FOUND[1:], SCORES), _ANSWERED),
+    RowKind("queries with passages", ("embedding",), _SEARCH, _GRADED, (_ASKED, _FOUND), _ANSWERED),
+    RowKind("pairs of sentences with scores", ("embedding",), _SCORED_PAIR, (), _SCORED_PAIR),
+    _format("messages", "messages", "tools"),
+    _format("sharegpt", "conversations", "system tools"),
+    _format("prompt-completion", "prompt completion", "system tools"),
+    _format("alpaca", "instruction output", "input system"),
+    _format("evals", "input ideal"),
     RowKind("text", ("causal-lm",), (("text",),)),
     RowKind("prompts", _PROMPTED, (("prompt",),), PROMPT_ANSWERS),
     RowKind("texts with labels", _CLASSIFIERS, (LABELED_TEXTS, (*LABELS, "score")), ("text_pair",)),

@@ -137,7 +137,8 @@ class RerankReader(RetrievalReader):
                 raise UserError(what, where=rows.name, hint=hint + ", or map them with data.columns")
             return chosen
         usual = "contrastive" if columns.negatives else "binary"
-        if len(chosen) and isinstance(self.row(rows, chosen[0])[columns.passage], list):
+        first = self.row(rows, chosen[0]) if len(chosen) else {}
+        if isinstance(first.get(columns.passage or ""), list):
             usual = "listwise"
         self.loss = usual if self._asked == "auto" else self._asked
         return chosen

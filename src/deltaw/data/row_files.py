@@ -163,7 +163,7 @@ def check_content(beginning: bytes, path: Path) -> None:
         for encoding, name in _ENCODINGS.items():
             if _unreadable_share(whole.decode(encoding, "replace")) < 0.05 and whole:
                 raise UserError(f"the file is text in {name}", where=str(path), hint="save the file as UTF-8")
-    if _unreadable_share(beginning.decode("utf-8", "replace")) > 0.3:
+    if len(beginning) > 64 and _unreadable_share(beginning.decode("utf-8", "replace")) > 0.3:
         hint = "save the file as UTF-8, or rename it if it is no text"
         raise UserError("the file is binary, or text in another encoding than UTF-8", where=str(path), hint=hint)
 
@@ -345,7 +345,8 @@ class TableReader:
         self.header: list[str] = []
         self._first: list[str] | None = None
         self._count = 0
-        header = self._next()
+        while (header := self._next()) == []:
+            continue  # blank lines before the header
         if header is None:
             return
         if len(header) > 1 and all(map(_is_number, header)):

@@ -118,11 +118,12 @@ class FilePart:
         if self._kind == "jsonl":
             return {number: number for number in numbers}
         with reading(self.name), Opened(self._path) as opened:
+            starts: Iterator[tuple[int, int]] = iter(())
             if self._kind == "csv":
                 table = self.table(opened, _told_before)
                 starts = ((number, table.line) for number, _ in table)
-            else:
-                starts = object_lines(opened.file, self.name) if self._kind == "json" else iter(())
+            elif self._kind == "json":
+                starts = object_lines(opened.file, self.name)
             for number, line in starts:
                 if number in numbers:
                     found[number] = line

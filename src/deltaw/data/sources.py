@@ -303,11 +303,8 @@ def with_lines(places: Sequence[str]) -> list[str]:
 
     def complete(place: str, match: re.Match[str] | None) -> str:
         line = None if match is None else lines[match["file"]].get(int(match["row"]))
-        return (
-            place
-            if match is None or line is None
-            else f"{match['file']}, row {match['row']} (line {line:,}){match['rest']}"
-        )
+        known = match is not None and line is not None
+        return f"{match['file']}, row {match['row']} (line {line}){match['rest']}" if match and known else place
 
     return [complete(place, match) for place, match in zip(places, matches, strict=True)]
 

@@ -175,26 +175,52 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
     """
     with working(f"looking at {reference}"):
         bad = BadRows("skip")
-        rows, _ = image_rows(reference, bad.add)
-        task, mapped, why = _task(rows) if task is None else _columns(rows, task)
-        if task != "image-classification":
-            require_columns(task, rows.columns, reference, mapped)
-        look = Look(task, "images", len(rows), tuple(rows.columns), why, mapped)
-        if task == "image-classification":
+        rows, look = _recognized(reference, task, bad)
+        if look.task == "image-classification":
             return replace(look, classes=_classes(rows, look))
-        if task == DEFAULT_TASK:
-            look = replace(look, form=f"the form '{choose_form(rows, columns=mapped).name}'")
-        elif task == "preference":
-            look = replace(look, form="pairs of answers" if _are_pairs(rows) else "single answers")
-        elif task in PROMPTED:
-            look = replace(look, form="prompts" + (" with answers" if _have_answers(rows, mapped) else ""))
-        elif task in ("embedding", "reranking"):
-            look = replace(look, form=Columns.of(named_columns(rows.columns, mapped), reference, task).form)
-        else:
-            look = replace(look, form="labeled text")
-        look = _counted(look, rows, reference, model or MODELS.get(task), bad)
-        labeled = task in ("sequence-classification", "regression") and not _are_pairs(rows)
+        look = _counted(look, rows, reference, model or MODELS.get(look.task), bad)
+        labeled = look.task in ("sequence-classification", "regression") and not _are_pairs(rows)
         return replace(look, classes=_classes(rows, look)) if labeled and not look.classes else look
+
+
+def settings_for_rows(reference: str, model: str | None = None, task: str | None = None) -> dict[str, Any]:
+    """Return the settings that follow from the columns of a file: task, model, columns and the task's section.
+
+    Raises:
+        UserError: the file cannot be read, or no task takes its columns.
+    """
+    _, look = _recognized(reference, task, BadRows("skip"))
+    model = model or MODELS.get(look.task)
+    if model is None:
+        return {"task": look.task}
+    found = parse_yaml(settings_text(model, reference, look.task, look, "train.yaml"))
+    assert isinstance(found, Mapping)
+    kept = {key: found[key] for key in ("task", "model", look.task) if key in found}
+    return kept | {"data": {"columns": dict(look.mapped)}}
+
+
+def _recognized(reference: str, task: str | None, bad: BadRows) -> tuple[Rows, Look]:
+    """Return the rows of a file, and their task, columns and form.
+
+    Args:
+        task: Task of the rows; None to infer it. bad: Receives lines that cannot be read.
+    """
+    rows, _ = image_rows(reference, bad.add)
+    task, mapped, why = _task(rows) if task is None else _columns(rows, task)
+    form = "labeled text"
+    if task == "image-classification":
+        form = "images"
+    else:
+        require_columns(task, rows.columns, reference, mapped)
+    if task == DEFAULT_TASK:
+        form = f"the form '{choose_form(rows, columns=mapped).name}'"
+    elif task == "preference":
+        form = "pairs of answers" if _are_pairs(rows) else "single answers"
+    elif task in PROMPTED:
+        form = "prompts" + (" with answers" if _have_answers(rows, mapped) else "")
+    elif task in ("embedding", "reranking"):
+        form = Columns.of(named_columns(rows.columns, mapped), reference, task).form
+    return rows, Look(task, form, len(rows), tuple(rows.columns), why, mapped)
 
 
 def settings_text(model: str, data: str, task: str, look: Look | None, file: str, *, skip: bool = True) -> str:
@@ -355,6 +381,8 @@ def _are_pairs(rows: Rows) -> bool:
 
 def _have_answers(rows: Rows, mapped: Mapping[str, str]) -> bool:
     """Return True if most prompts come with an answer that rewards can compare with."""
+    if _form(rows) not in (None, "text"):
+        return True
     named = [{**row, **{ours: row.get(theirs) for ours, theirs in mapped.items()}} for _, row in rows]
     return sum(any(row.get(name) not in (None, "") for name in PROMPT_ANSWERS) for row in named) > len(named) / 2
 

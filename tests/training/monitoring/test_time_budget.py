@@ -149,8 +149,9 @@ def test_a_budget_that_is_over_before_the_first_step_is_the_users_to_mend():
 
 def test_durations_and_what_is_none_of_them():
     seconds = {"90s": 90, "30m": 1800, "2h": 7200, "1h30m": 5400, "1.5h": 5400, "1d": 86400, "1h 5m": 3900}
+    seconds |= {"5min": 300, "5 minutes": 300, "90 s": 90, "1,5 hours": 5400, "2 days": 172800, "1 h and 5 min": 3900}
     assert {text: duration_seconds(text) for text in seconds} == seconds
-    for text in ("30", "m", "", "0s", "-5m", "5 minutes", "30m!", "1h30", "1e3s"):
+    for text in ("30", "m", "", "0s", "-5m", "5 months", "30m!", "1h30", "1e3s", "1:30", "5 msec", 30):
         with pytest.raises(UserError, match=r"train\.time") as error:
             RunConfig.read({"model": "m", "data": "d", "train": {"time": text}})
-        assert "30m" in error.value.hint
+        assert "5min" in error.value.hint

@@ -1,0 +1,57 @@
+"""The description of the columns that tasks take, and the table of it in the docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deltaw import tasks
+from deltaw.data.columns import ROW_KINDS, kinds_of, require_columns
+from deltaw.errors import UserError
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def table() -> str:
+    lines = ["| rows | tasks | required columns | also used |", "| --- | --- | --- | --- |"]
+    for kind in ROW_KINDS:
+        needs = ", ".join(" or ".join(f"`{name}`" for name in names) for names in kind.required)
+        used = ", ".join(f"`{name}`" for name in kind.optional)
+        lines.append(f"| {kind.name} | {', '.join(kind.tasks)} | {needs} | {used} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_docs_is_the_description():
+    assert table() in PAGE.read_text(encoding="utf-8"), table()
+
+
+def test_every_task_is_described():
+    assert all(kinds_of(task) for task in tasks.names() if "toy" not in task)
+
+
+INFERRED = {
+    "query, passage": ("embedding", {}),
+    "Query, Passage": ("embedding", {"anchor": "Query", "positive": "Passage"}),
+    "query, passage, label": ("reranking", {}),
+    "anchor, positive, negative": ("embedding", {}),
+    "question, passage, answer": (None, {}),
+    "Prompt, completion": ("causal-lm", {"prompt": "Prompt"}),
+    "prompt, chosen, rejected": ("preference", {}),
+    "text, label": (None, {}),
+}
+
+
+@pytest.mark.parametrize("columns", INFERRED)
+def test_a_task_follows_from_names_that_mean_nothing_else(columns):
+    names = columns.split(", ")
+    found = [(kind.tasks[0], mapped) for kind in ROW_KINDS if (mapped := kind.infer(names)) is not None]
+    assert (found or [(None, {})])[0] == INFERRED[columns]
+
+
+def test_columns_of_another_task_are_refused_with_that_task():
+    with pytest.raises(UserError, match="do not fit the task causal-lm") as refused:
+        require_columns("causal-lm", ["query", "passage"], "d.jsonl", {})
+    assert "set task: embedding" in refused.value.hint and "'query', 'passage'" in refused.value.where
+    require_columns("causal-lm", ["query", "passage"], "d.jsonl", {"prompt": "query", "completion": "passage"})
+    require_columns("a task of a plug-in", ["x"], "d.jsonl", {})

@@ -1,0 +1,117 @@
+"""Files that are not what their names say, and the lines of rows."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import zipfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from deltaw.data.report import BadRows
+from deltaw.data.sources import open_source, read_rows, with_lines
+from deltaw.errors import UserError
+
+ROWS = "".join(json.dumps({"text": f"row {n} é", "label": "x"}, ensure_ascii=False) + "\n" for n in range(9))
+
+
+def parquet() -> bytes:
+    found = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), found)
+    return found.getvalue()
+
+
+def archive() -> bytes:
+    found = io.BytesIO()
+    with zipfile.ZipFile(found, "w") as file:
+        file.writestr("a.jsonl", ROWS)
+    return found.getvalue()
+
+
+CONTENTS = {
+    **{f"UTF-16 {end}": (ROWS.encode(f"utf-16{end}"), "text in UTF-16") for end in ("", "-le", "-be")},
+    **{f"UTF-32 {end}": (ROWS.encode(f"utf-32{end}"), "text in UTF-32") for end in ("", "-le", "-be")},
+    "gzip": (gzip.compress(ROWS.encode()), "compressed with gzip"),
+    "ZIP": (archive(), "a ZIP archive"),
+    "Parquet": (parquet(), "a Parquet file"),
+    "random bytes": (random.Random(0).randbytes(4000), "binary"),
+    "zeros": (bytes(500), "binary"),
+    "blank lines": (b"\n  \n\n", "no row: it contains blank lines"),
+    "nothing": (b"", "no row: it is empty"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, name, suffix):
+    content, said = CONTENTS[name]
+    file = tmp_path / f"rows{suffix}"
+    file.write_bytes(content)
+    for read in (
+        lambda: read_rows(str(file)),
+        lambda: read_rows(str(file), BadRows("skip").add),
+        lambda: open_source(str(file)).scan(),
+    ):
+        with pytest.raises(UserError) as refused:
+            read()
+        assert said in refused.value.what and str(file) in refused.value.where and refused.value.hint
+
+
+BROKEN = {
+    "deep": ('{"text": ' + "[" * 200 + "]" * 200 + "}\n", "100 levels"),
+    "huge": (json.dumps({"text": "a" * 5000}) + "\n", "more than the 1,000 bytes"),
+    "Latin-1": ("é\n", "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_without_a_usable_row_says_why_its_first_row_is_unusable(tmp_path, name):
+    text, said = BROKEN[name]
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(text.encode("latin-1")))
+    with pytest.raises(UserError, match="no row can be read") as refused:
+        read_rows(str(file), BadRows("skip").add, max_bytes=1000)
+    assert said in refused.value.what and "line 1" in refused.value.where
+
+
+def test_text_in_another_script_is_text(tmp_path):
+    for text in ("тест 日本語 עברית", "👩‍👩‍👧 emoji", "control \\u0000 escape"):
+        file = tmp_path / "rows.jsonl"
+        file.write_text(f'{{"text": "{text}"}}\n', encoding="utf-8")
+        assert len(read_rows(str(file))) == 1
+
+
+LINES = {
+    "a.jsonl": ('{"text": "a"}\n\n\n{"text": "b"}\n', 4, 4),
+    "a.csv": ('text,label\n"a\nb",x\n\nc,y\nd,z\n', 3, 6),
+    "b.csv": ("1,2\n3,4\n", 2, 2),  # without a header
+    "a.json": ('[\n{"text": "a",\n "label": "x"},\n\n{"text": "b"}]', 2, 5),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_line_of_a_row_is_where_it_begins_in_the_file(tmp_path, name):
+    text, row, line = LINES[name]
+    file = tmp_path / name
+    file.write_text(text)
+    place = f"{file}, row {row}"
+    assert with_lines([place, f"{place}, turn 2", "model"]) == [
+        f"{place} (line {line})",
+        f"{place} (line {line}), turn 2",
+        "model",
+    ]
+
+
+def test_places_without_a_line_stay_as_they_are(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet())
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    for place in (
+        f"{tmp_path}/a.parquet, row 1",
+        f"{tmp_path}/none.csv, row 1",
+        f"{tmp_path}/a.csv, row 2 (ends in line 3)",
+    ):
+        assert with_lines([place]) == [place]
