@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deltaw.reports.page.json_answers import LONGEST, marked_lines, pretty_json
+from deltaw.reports.page.json_answers import MAX_LENGTH, marked_lines, pretty_json
 
 
 def test_an_object_has_a_line_for_each_key():
@@ -24,7 +24,7 @@ def test_an_object_has_a_line_for_each_key():
             '{"a":' * 700 + "1" + "}" * 700,
             "[" * 300 + "1," * 300 + "1" + "]" * 300,
         ),
-        f'["{"x" * LONGEST}"]',
+        f'["{"x" * MAX_LENGTH}"]',
         "[" + "1," * 3000 + "1]",
     ],
     ids=lambda text: str(text)[:12],

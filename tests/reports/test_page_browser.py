@@ -20,6 +20,7 @@ import pytest
 from deltaw.reports.page.write import comparison_page, run_page
 from deltaw.runs.folder import read_run
 from tests.reports.run_folders import write_factors, write_run
+from tests.reports.test_predictions import add_line, recorded
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)
 FLAGS = (
@@ -81,6 +82,17 @@ def violations(page: str, folder: Path, scheme: str) -> list[str]:
 @pytest.mark.parametrize("state", ["finished", "running", "failed"])
 def test_axe_finds_nothing_on_the_page_of_a_run(tmp_path, scheme, state):
     folder = write_factors(write_run(tmp_path / "one", state=state))
+    assert violations(run_page(read_run(folder)), tmp_path / "browser", scheme) == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_axe_finds_nothing_on_predictions_json_and_long_texts(tmp_path, scheme):
+    folder = write_run(tmp_path / "one")
+    classes = [f"class {n}" for n in range(8)]
+    predicted = recorded([n % 8 for n in range(80)], [n % 8 if n % 3 else 0 for n in range(80)], classes)
+    add_line(folder, {"step": 60, "predictions": {"": predicted}})
+    row = {"row": 3, "prompt": "long " * 200, "expected": '{"a": 1}', "answer": '{"a": 2, "b": 3}'}
+    add_line(folder, {"step": 60, "samples": [row]})
     assert violations(run_page(read_run(folder)), tmp_path / "browser", scheme) == []
 
 

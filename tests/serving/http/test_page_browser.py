@@ -432,3 +432,16 @@ def test_tokens_that_are_in_both_are_not_marked(page):
         ("abab", "baba", "1000", "0001"),
     ):
         assert page.evaluate(f"(([a, b]) => {{ {_read('difference.js')}; {compare}; }})", [a, b]) == expected
+
+
+def test_the_adapter_is_first_on_a_narrow_screen_and_its_name_stays_in_view(page):
+    listed(page)
+    send(page, "Explain LoRA", answers=2)
+    tops = {name: page.locator(".answer", has_text=name).first.bounding_box() for name in (BASE, "legal")}
+    assert tops[BASE]["x"] < tops["legal"]["x"] and tops[BASE]["y"] == tops["legal"]["y"]
+    page.set_viewport_size({"width": 390, "height": 500})
+    adapter, base = (page.locator(".answer.adapter"), page.locator(".answer:not(.adapter)"))
+    assert adapter.bounding_box()["y"] < base.bounding_box()["y"]
+    adapter.locator(".text").evaluate("text => { text.style.minHeight = '2000px' }")
+    adapter.evaluate("one => window.scrollTo(0, one.getBoundingClientRect().top + window.scrollY + 900)")
+    expect(adapter.get_by_role("heading", name="legal")).to_be_in_viewport()

@@ -307,7 +307,7 @@ def answers_of(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[st
         reference = lines or (pretty_json(answers[0].answer) if answers[-1].expected is None else None)
         first = _answer(answers[0], exact, reference) if answers[0].step == 0 else None
         last = _answer(answers[-1], exact, reference) if answers[-1].step or len(answers) > 1 else None
-        told = {"expected": expected, "expected_lines": lines and marked_lines(lines, None)}
+        told: dict[str, Any] = {"expected": expected, "expected_lines": lines and marked_lines(lines, None)}
         found.append({"name": name, "prompt": _cut(prompt), **told, "base": first, "adapter": last})
         if further := [_answer(sample, exact, reference) for sample in answers[:-1] if sample.step][-BETWEEN:]:
             between.append({"name": name, "answers": further})
