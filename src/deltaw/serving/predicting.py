@@ -209,7 +209,7 @@ def predict_rows(
             number, row = rows[index]
             place = {row_column: number} | ({file_column: rows.file(index)} if source.several else {})
             named = {_unused_name(name, source.columns): value for name, value in _columns_of(predictions, flat)}
-            pending.append((place | dict(row), named, error and error.what))
+            pending.append((place | dict(row), named, None if error is None else error.what))
             if error is not None:
                 progress.errors[getattr(error, "reason", error.what)] += 1
                 progress.first_error = progress.first_error or f"{error.where}: {error.what}"
