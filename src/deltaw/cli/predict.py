@@ -56,7 +56,8 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
     if output is not None:
         check_output(output, file, force=force)
     session = open_run(run, say=notes.say, **options)
-    source = InputRows(file, images=session.task.tokenizer is None, limit=rows)
+    max_bytes = None if session.data is None else session.data.max_row_bytes
+    source = InputRows(file, images=session.task.tokenizer is None, limit=rows, max_bytes=max_bytes)
     settings = input_settings(session, source, {name: value for name, value in overrides.items() if value is not None})
     if session.task.writes_text:
         default = None if system == "" else settings.system
