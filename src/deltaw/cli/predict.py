@@ -50,6 +50,7 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
     system, columns = options.pop("system"), _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
     with working("starting"):
+        from deltaw.data.report import count_of
         from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings, predict_rows
         from deltaw.serving.prediction_file import PredictionFile, check_output
         from deltaw.training.origin import open_run
@@ -77,7 +78,7 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
             target.finish()
     failed = progress.errors.total()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in progress.errors.most_common(5))
-    notes.say(f"{progress.rows:,} rows" + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
+    notes.say(count_of(progress.rows) + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
     if output is not None:
         notes.say(f"written: {output}")
     if as_json:
