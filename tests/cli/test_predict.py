@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -16,6 +17,7 @@ from transformers import BertForSequenceClassification, ViTConfig, ViTForImageCl
 
 from deltaw.runs.fit import fit
 from deltaw.serving import predicting
+from deltaw.serving.prediction_file import PredictionFile
 from tests.byte_models import saved
 from tests.cli.conftest import assert_refused, start
 from tests.conftest import laid_over, write_rows
@@ -168,6 +170,8 @@ def test_an_output_is_not_overwritten_unless_forced(call, predict, classifier, t
     same = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl", "--force", status=2)
     assert_refused(same, "the input file")
     assert_refused(call("predict", classifier, tmp_path / "rows.jsonl", "--json", status=2), "--output")
+    beneath = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl" / "o.csv", status=2)
+    assert_refused(beneath, "cannot write 'o.csv'")
     assert_refused(predict(classifier, labeled(2), "--temperature", 1, suffix=".csv", status=2), "writes no text")
 
 
@@ -375,3 +379,10 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(call, classifier, tm
     assert "resuming after" in call("predict", classifier, file, "-o", output, status=0).err
     call("predict", classifier, file, "-o", tmp_path / "whole.csv", status=0)
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_two_processes_do_not_write_one_file(call, classifier, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", labeled(3))
+    with contextlib.closing(PredictionFile(tmp_path / "o.csv", {}, force=False)):
+        assert_refused(call("predict", classifier, file, "-o", tmp_path / "o.csv", status=2), "another process")
+    call("predict", classifier, file, "-o", tmp_path / "o.csv", status=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.data.prompts import PromptReader
+from deltaw.data.prompts import PromptReader, asked
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer
@@ -52,3 +52,18 @@ def test_a_row_without_a_prompt_is_named(read):
     with pytest.raises(UserError, match="no prompt") as refused:
         read([{"prompt": "paint it"}, {"prompt": None, "answer": "red"}])
     assert "line 2" in str(refused.value) or "row 2" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Name it", "input": ""},
+        {"input": "Name it"},
+        {"conversations": [{"from": "human", "value": "Name it"}]},
+        {"messages": [{"role": "user", "content": "Name it"}]},
+        {"chosen": [{"role": "user", "content": "Name it"}, {"role": "assistant", "content": "a"}],
+         "rejected": [{"role": "user", "content": "Name it"}, {"role": "assistant", "content": "b"}]},
+    ],
+)  # fmt: skip
+def test_prompts_of_every_form_are_read_without_an_answer(row):
+    assert asked(row, "here")[0] == [{"role": "user", "content": "Name it"}]

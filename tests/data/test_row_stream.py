@@ -157,3 +157,17 @@ def test_rows_of_a_hub_come_in_chunks(monkeypatch: pytest.MonkeyPatch, small_chu
     chunks = list(scanned("owner/name").chunks())
     assert [row for chunk in chunks for row in chunk] == list(enumerate(ROWS, start=1))
     assert len(chunks) == 5 and chunks[0].fills_nulls
+
+
+def test_unreadable_rows_come_in_their_place_if_asked_for(tmp_path):
+    from deltaw.data.row_stream import UnreadableRow
+
+    file = tmp_path / "d.jsonl"
+    file.write_text('no\n{"a": 1}\n\n[2]\n{"a": 3}\nend\n')
+    stream = open_source(str(file), lambda error, row: None)
+    stream.scan()
+    found = [
+        (number, isinstance(row, UnreadableRow)) for rows in stream.chunks(unreadable=True) for number, row in rows
+    ]
+    assert found == [(1, True), (2, False), (4, True), (5, False), (6, True)]
+    assert [number for rows in stream.chunks() for number, _ in rows] == [2, 5]

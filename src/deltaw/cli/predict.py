@@ -50,13 +50,15 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
     system, columns = options.pop("system"), _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
     with working("starting"):
+        from deltaw.data.report import count_of
         from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings, predict_rows
         from deltaw.serving.prediction_file import PredictionFile, check_output
         from deltaw.training.origin import open_run
     if output is not None:
         check_output(output, file, force=force)
     session = open_run(run, say=notes.say, **options)
-    source = InputRows(file, images=session.task.tokenizer is None, limit=rows)
+    max_bytes = None if session.data is None else session.data.max_row_bytes
+    source = InputRows(file, images=session.task.tokenizer is None, limit=rows, max_bytes=max_bytes)
     settings = input_settings(session, source, {name: value for name, value in overrides.items() if value is not None})
     if session.task.writes_text:
         default = None if system == "" else settings.system
@@ -76,7 +78,7 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
             target.finish()
     failed = progress.errors.total()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in progress.errors.most_common(5))
-    notes.say(f"{progress.rows:,} rows" + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
+    notes.say(count_of(progress.rows) + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
     if output is not None:
         notes.say(f"written: {output}")
     if as_json:

@@ -98,7 +98,7 @@ class RewardReader(PairReader):
 class AnswerScoreReader(RewardReader):
     """Reads single answers with their prompts, for a reward model to score."""
 
-    needs, answers = (), ("answer",)
+    needs, answers = (), ("answer",)  # type: ignore[assignment]
 
     def records(self, row: Row, where: str) -> tuple[Record, ...]:  # type: ignore[override]
         record, has_answer = read_prompt_row(row, where)

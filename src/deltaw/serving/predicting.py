@@ -44,14 +44,16 @@ class InputRows:
     Args:
         images: Read a folder of images, or tables of pixels, which are loaded at once.
         limit: Number of rows to read, or None for all.
+        max_bytes: The most bytes of a row in its file, or None for the default.
 
     Attributes:
         name: The reference. columns: Names of the columns.
         count: Number of rows. several: True if the rows are in several files.
     """
 
-    def __init__(self, reference: str, *, images: bool, limit: int | None, max_bytes: int = MAX_ROW_BYTES) -> None:
+    def __init__(self, reference: str, *, images: bool, limit: int | None, max_bytes: int | None = None) -> None:
         self.name = reference
+        max_bytes = max_bytes or MAX_ROW_BYTES
         self._images = image_rows(reference, max_bytes=max_bytes, labeled=False)[0] if images else None
         if self._images is not None:
             self.columns, count, self.several = self._images.columns, len(self._images), False
@@ -209,7 +211,7 @@ def predict_rows(
             number, row = rows[index]
             place = {row_column: number} | ({file_column: rows.file(index)} if source.several else {})
             named = {_unused_name(name, source.columns): value for name, value in _columns_of(predictions, flat)}
-            pending.append((place | dict(row), named, error and error.what))
+            pending.append((place | dict(row), named, None if error is None else error.what))
             if error is not None:
                 progress.errors[getattr(error, "reason", error.what)] += 1
                 progress.first_error = progress.first_error or f"{error.where}: {error.what}"

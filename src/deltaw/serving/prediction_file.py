@@ -76,18 +76,22 @@ class PredictionFile:
         force: Discard an unfinished file with another identity.
 
     Raises:
-        UserError: if another process writes the file, or an unfinished file has another identity.
+        UserError: if the folder cannot be written to, another process writes the file, or an unfinished file has
+            another identity.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, force: bool) -> None:
         self.output, self.suffix = output, output.suffix.lower()
         self._partial, self._journal = (output.with_name(f"{output.name}.partial{end}") for end in ("", ".json"))
-        output.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self._partial}.lock")
         try:
+            output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError("another process is writing this file", where=str(output)) from None
+        except OSError as error:
+            what = f"cannot write '{output.name}': {error.strerror or error}"
+            raise UserError(what, where=str(output.parent), hint="choose a folder that you may write to") from error
         identity = json.loads(json.dumps(identity, default=str))
         self.progress = self._read_journal(identity, force) or Progress(identity)
         self._file = self._partial.open("r+b" if self.progress.rows else "wb")
