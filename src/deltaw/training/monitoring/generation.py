@@ -29,9 +29,9 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.working import working
 
 # Prompts of the data that are answered, rows that they are drawn from, and the random stream that draws them.
-PROMPTS, POOL, _STREAM = 32, 4096, 13
+PROMPTS, POOL, _STREAM = 24, 4096, 13
 # Bounds of the token limit of an answer. In between it is twice the longest expected answer.
-LEAST_TOKENS, MOST_TOKENS = 16, 128
+LEAST_TOKENS, MOST_TOKENS = 16, 96
 # Shortest answer, in tokens, that can be a loop or improbable text. An answer is a loop if fewer than this share of its
 # 4-grams are distinct. It is improbable if its median log-probability per token under the base model is below this one.
 LEAST_JUDGED, LEAST_DISTINCT, IMPROBABLE = 8, 0.5, -4.0
