@@ -284,14 +284,14 @@ class GenerationCheck:
         """Compare the base model's answers with the trained model's, which are taken from ``answers``."""
         session, rows, of_data = self._session, reference.rows, reference.name == DATA
         after = [_truncated(next(answers), reference.limit) for _ in rows]
-        log_probs, judged = self._log_probs([as_seen(row, session.method) for row in rows]), []
+        log_probs, base_scores = self._log_probs([as_seen(row, session.method) for row in rows]), []
         if self._keeps_base:
             with session.method.without(session.model):
-                judged = self._log_probs(list(map(_with_answer, rows, after)))
+                base_scores = self._log_probs(list(map(_with_answer, rows, after)))
         expected = [row.answer if of_data and row.desired is not False else None for row in rows]
         lengths = [row.label_count for row in rows if row.label_count and of_data]
         before = answer_metrics(reference.answers, expected, reference.log_probs)
-        metrics = before, answer_metrics(after, expected, log_probs, judged)
+        metrics = before, answer_metrics(after, expected, log_probs, base_scores)
         length = float(np.mean(lengths)) if lengths else None
         return AnswerComparison(reference.name, reference.limit, *metrics, length, reference.checks_cut)
 
