@@ -164,7 +164,7 @@ class AnswerComparison:
             counts = [side["broken"].sum() for side in (self.after, self.before)]
             count = f"{counts[0]:.0f} of {len(self.after['broken'])}"
             reasons.append(f"{count} answers to {self.name} are broken text ({kinds}), {counts[1]:.0f} before")
-        improved = self.trained and (self.rises("exact_match", 0) or self.rises("overlap", OVERLAP))
+        improved = self.trained and self.rises("exact_match", 0)
         if self.rises("log_prob", LOG_PROB if self.trained else GENERAL_LOG_PROB, -1) and not improved:
             text = f"{'the expected' if self.trained else 'the base model’s'} answers to {self.name}"
             change = f"from {before['log_prob']:.2f} to {after['log_prob']:.2f} nats per token"
