@@ -166,7 +166,7 @@ class AnswerComparison:
             reasons.append(f"{count} answers to {self.name} are broken text ({kinds}), {counts[1]:.0f} before")
         improved = self.trained and self.rises("exact_match", 0)
         if self.rises("log_prob", LOG_PROB if self.trained else GENERAL_LOG_PROB, -1) and not improved:
-            text = f"{'the expected' if self.trained else 'the base model’s'} answers to {self.name}"
+            text = f"the {'expected' if self.trained else 'original'} answers to {self.name}"
             change = f"from {before['log_prob']:.2f} to {after['log_prob']:.2f} nats per token"
             reasons.append(f"the log-probability of {text} fell {change}")
         matches = {"exact_match": 0.0, "overlap": OVERLAP} if self.trained else {}
