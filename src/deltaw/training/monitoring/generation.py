@@ -300,7 +300,8 @@ class GenerationCheck:
         session, sets = self._session, {}
         if not is_checked(session):
             return []
-        if rows := prompts_of(session):
+        rows: list[Any] = prompts_of(session)
+        if rows:
             sets[DATA] = list(session.feed.with_answers(rows)) if isinstance(session.feed, LessonFeed) else rows
         with contextlib.suppress(NoGeneralAnswers):
             check_size(session.model)
@@ -332,7 +333,7 @@ def label_log_probs(session: Session, rows: Sequence[Example]) -> list[np.ndarra
 
     Call it within ``session.running``.
     """
-    labeled, by_row = [row for row in rows if row.label_count], {}
+    labeled, by_row = [row for row in rows if row.label_count], dict[int, np.ndarray]()
     with session.method.evaluating(session.model):
         objective = CausalObjective(session.model)
         for batch in session.batcher.batches(labeled) if labeled else ():
