@@ -53,7 +53,7 @@ class TrainSettings(BaseModel):
 
     # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
     learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto", "search"] = setting(
-        "auto", "peak learning rate of AdamW; auto: the method's usual one; search: by a range test"
+        "auto", "peak learning rate of AdamW; auto: usual for method, task and loss; search: by a range test"
     )
     b_rate: float = setting(1.0, "LoRA+: factor on the learning rate of B", gt=0, le=1e4)
     epochs: float = setting(1.0, "passes over the training rows; may be a fraction", gt=0)

@@ -54,8 +54,8 @@ def show_end(console: Output, result: Result) -> None:
     for entry in commands[: None if console.verbose else COMMANDS]:
         line, what = f"next: {entry['command']}", f"  # {entry['what']}"
         console.print(line + what if len(line + what) <= WIDTH else f"{line}\n{what}")
-    if text := result.generation.get("line"):
-        console.print(Text(text), soft_wrap=True)  # one line, so that scripts can read the last one
+    if verdict := result.generation.get("line"):
+        console.print(Text(verdict), soft_wrap=True)  # one line, so that scripts can read the last one
 
 
 def closing_rows(result: Result) -> Iterator[tuple[str, str]]:

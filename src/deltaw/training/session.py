@@ -301,8 +301,7 @@ class Session:
                 cached: dict[str, Any] = {"identity": self.base_identity, "batch_tokens": most, "writer": writer}
                 return base_answers(model, tokenizer, prompts, max_new_tokens, **cached)
             written = None if writer is None else writer(prompts, max_new_tokens, most, None)
-            limits = {"max_new_tokens": max_new_tokens, "batch_tokens": most}
-            return written or generate(model, tokenizer, prompts, **limits)
+            return written or generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=most)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """The base model's own answers to general prompts, as the base model sees them.

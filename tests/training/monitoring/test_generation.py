@@ -36,8 +36,8 @@ def completion(text, tokens=None, stopped=True):
 
 def metrics(answers, *, expected="the right answer", log_prob=-1.0, base=None):
     texts = expected if isinstance(expected, list) else [expected] * len(answers)
-    judged = () if base is None else [np.full(len(answer.tokens), base) for answer in answers]
-    return answer_metrics(answers, texts, [np.array([log_prob])] * len(answers), judged)
+    base_scores = () if base is None else [np.full(len(answer.tokens), base) for answer in answers]
+    return answer_metrics(answers, texts, [np.array([log_prob])] * len(answers), base_scores)
 
 
 def compared(after, before=None, *, name=DATA, trained=True, **options):

@@ -185,7 +185,7 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     steps = FEWEST if timed else min(MOST, max(FEWEST, session.total_steps // 4))
     schedule = RisingRates("constant", usual * ABOVE, steps, lowest=usual / BELOW)
     seen: list[Step] = []
-    text_degrades, degraded = text_watch(session), []
+    text_degrades, degraded = text_watch(session), list[float]()
 
     def has_run_away() -> bool:
         first = sum(step.loss for step in seen[:FIRST]) / FIRST
