@@ -1,111 +1,149 @@
-"""The reward ``unit-tests``: a completion's code, run with tests in a process with limits.
+"""The reward ``unit-tests``: the share of a row's tests that a completion's code passes.
 
-The limits are of processor time, memory, the size of files and of time waited; the process gets none of the environment
-and an empty folder, which is removed, and it is killed with what it started. That bounds accidents. It is no sandbox:
-the code can read files that the user can read, and reach the network.
+The tests run in a process with limits (``unit_tests_runner.py``), and the code in another one
+(``unit_tests_child.py``), so that it has neither the tests nor a way to report results. :func:`isolation` says what
+else separates the two from this machine.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import json
+import logging
 import os
 import re
-import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Scored
+from deltaw.training.rewards.unit_test_cases import Case, cases
 from deltaw.training.rewards.worker import end
 
 _FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_CHILD = Path(__file__).with_name("unit_tests_child.py")
-_COLUMN = "tests"
-# What is read of the process's answer, a short line for each test.
-_MOST_BYTES = 1 << 20
+_RUNNER = Path(__file__).with_name("unit_tests_runner.py")
+_COLUMN, _ENTRY_POINT = "tests", "entry_point"
+_MAX_BYTES = 1 << 20
+# Seconds in which the runner ends its processes by itself, before it is killed.
+_GRACE = 5.0
+_UNSHARE = ("--pid", "--fork", "--mount-proc", "--net", "--ipc", "--uts", "--kill-child")
+_logger = logging.getLogger(__name__)
 
 
 def unit_tests(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """The share of a row's tests that pass, or 1 where all do; None for a row without tests.
+    """Return the share of a row's tests that pass, or 1 if all do and 0 otherwise; None for a row without tests.
 
     Raises:
-        ValueError: a row's tests are not Python, or neither a text nor a list of texts.
+        ValueError: if the tests of a row are invalid, or none of their assertions can run.
     """
-    wanted = [settings.tests or one.columns.get(settings.column or _COLUMN) for one in given]
-    asked = [
-        (code_of(one.text), [] if tests is None else cases(tests)) for one, tests in zip(given, wanted, strict=True)
-    ]
+    tests = [settings.tests or one.columns.get(settings.column or _COLUMN) for one in given]
+    requests = [None if test is None else (one, cases(test)) for one, test in zip(given, tests, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = list(pool.map(partial(_passed, settings), asked))
-    shares = [None if not tests else count / len(tests) for count, (_, tests) in zip(passed, asked, strict=True)]
+        shares = list(pool.map(lambda request: request and _share(settings, *request), requests))
     return [share if share is None or not settings.all_tests else float(share == 1) for share in shares]
 
 
 def code_of(text: str) -> str:
-    """A completion's last block of code, or all of it where it has none."""
+    """Return the last block of code of a text, or all of it if there is none."""
     blocks = _FENCED.findall(text)
     return blocks[-1] if blocks else text
 
 
-def cases(tests: Any) -> list[str]:
-    """Tests as texts that each pass or fail: the entries of a list; of one text its functions ``test_…``, else its
-    ``assert`` statements, else it as a whole.
-
-    Raises:
-        ValueError: it is not Python, or of another type.
-    """
-    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
-        return tests
-    if not isinstance(tests, str):
-        raise ValueError("tests must be a text or a list of texts")
-    try:
-        body = ast.parse(tests).body
-    except SyntaxError as error:
-        raise ValueError(f"the tests are not Python: {error}") from error
-    functions = [part.name for part in body if isinstance(part, ast.FunctionDef) and part.name.startswith("test_")]
-    if functions:
-        return [f"{tests}\n{name}()" for name in functions]
-    found: list[str] = []
-    before: list[ast.stmt] = []
-    for part in body:
-        if isinstance(part, ast.Assert):
-            found.append(ast.unparse(ast.Module([*before, part], [])))
-        else:
-            before.append(part)
-    return found or [tests]
+def program(prompt: str, completion: str) -> str:
+    """Return the code to test. If the prompt ends with a function without a body, the completion may be the body."""
+    code, given = code_of(completion), code_of(prompt)
+    stub = _parsed(given)
+    last = stub[-1] if stub else None
+    if not isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef) or not all(map(_is_empty, last.body)):
+        return code
+    if _defined(code):
+        return ast.unparse(ast.Module(stub[:-1], [])) + "\n" + code
+    for whole in (f"{given.rstrip()}\n{code}", f"{given.rstrip()}\n    {code.lstrip()}"):
+        body = _parsed(whole)
+        if len(body) >= len(stub) and len(getattr(body[len(stub) - 1], "body", ())) > len(last.body):
+            return whole
+    return code
 
 
-def _passed(settings: RewardFunction, asked: tuple[str, list[str]]) -> int:
-    """How many tests pass; those that come after one that ends the process do not."""
-    code, tests = asked
-    if not tests:
-        return 0
-    token = secrets.token_hex(16)  # what the code prints is not taken for a test that passed
-    limits = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
-    request = json.dumps({"code": code, "tests": tests, "token": token, **limits}).encode()
+def isolation() -> str:
+    """Describe what separates the tested code from this machine."""
+    if _namespaces():
+        return "own processes, network and temporary files (Linux namespaces)"
+    return "separate processes with limits; no Linux namespaces, so the code can reach the network"
+
+
+@functools.cache
+def _namespaces() -> list[str]:
+    """Return the command that runs a program in namespaces of its own; empty if the system does not allow that."""
+    if not sys.platform.startswith("linux") or shutil.which("unshare") is None:
+        return []
+    for user in (["--map-root-user"], []):
+        command = ["unshare", *user, *_UNSHARE]
+        try:
+            if subprocess.run([*command, "true"], capture_output=True, timeout=30).returncode == 0:
+                return command
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+    return []
+
+
+def _share(settings: RewardFunction, one: Scored, tests: list[Case]) -> float:
+    """Return the share of tests that pass. Those that come after one that ends the process do not."""
+    code = program(one.prompt, one.text)
+    names = [name for name in _defined(code) if not name.startswith("_")]
+    request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
+    request |= {"code": code, "cases": list(map(asdict, tests)), "isolated": bool(_namespaces())}
+    request["entry_point"] = one.columns.get(_ENTRY_POINT) or (names[-1] if names else "")
+    lines = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
+    for line in lines:
+        if line.get("reason"):
+            _logger.info("row %s: a test failed: %s", one.row, line["reason"])
+    total = sum(case.kind != "pytest" for case in tests) + sum(line.get("total", 0) for line in lines)
+    return sum(line.get("passed", False) for line in lines) / max(total, len(tests))
+
+
+def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
+    """Return what the runner reports until it ends or ``seconds`` have passed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as answer:
         environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         environment |= {key: os.environ[key] for key in ("SYSTEMROOT",) if key in os.environ}  # Windows needs it
-        words = [sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_CHILD)]
-        how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": answer, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(words, cwd=folder, env=environment, start_new_session=os.name != "nt", **how)
+        words = [*_namespaces(), sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_RUNNER)]
+        own = {"cwd": folder, "env": environment, "start_new_session": os.name != "nt"}
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=answer, **own)
         try:
-            process.communicate(request, timeout=settings.wall_seconds)
+            process.communicate(request, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return _counted(answer, token)
+            pass
         finally:
             end(process)
-        return _counted(answer, token)
+        answer.seek(0)
+        lines = answer.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
-def _counted(answer: Any, token: str) -> int:
-    answer.seek(0)
-    lines = answer.read(_MOST_BYTES).decode("ascii", "replace").splitlines()
-    return len({line for line in lines if line.startswith(token)})
+def _parsed(code: str) -> list[ast.stmt]:
+    """Return the statements of code; empty if it is not Python."""
+    try:
+        return ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+
+
+def _is_empty(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
+
+
+def _defined(code: str) -> list[str]:
+    return [
+        node.name for node in _parsed(code) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]

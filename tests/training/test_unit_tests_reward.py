@@ -1,0 +1,362 @@
+"""The reward ``unit-tests``: suites of all common forms, against right, wrong, hanging, forking and forging code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deltaw.errors import UserError
+from deltaw.task_settings import RewardFunction
+from deltaw.training.rewards import Scored
+from deltaw.training.rewards.rewarder import Rewarder
+from deltaw.training.rewards.unit_test_cases import cases
+from deltaw.training.rewards.unit_tests import program, unit_tests
+
+ADD = "def add(a, b):\n    return a + b\n"
+WRONG = "def add(a, b):\n    return a - b\n"
+STACK = """
+class EmptyError(Exception):
+    pass
+
+class Stack:
+    def __init__(self, items=()):
+        self.items = list(items)
+    def push(self, value):
+        self.items.append(value)
+    def pop(self):
+        if not self.items:
+            raise EmptyError("empty")
+        return self.items.pop()
+    def __len__(self):
+        return len(self.items)
+    def __eq__(self, other):
+        return isinstance(other, Stack) and self.items == other.items
+"""
+LISTED = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"]
+FUNCTIONS = "def test_one():\n    assert add(1, 2) == 3\n\ndef test_two():\n    assert add(2, 2) == 4\n"
+CHECK = "METADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 5) == 5\n"
+UNITTEST = """
+import unittest
+from solution import add
+
+class TestAdd(unittest.TestCase):
+    def setUp(self):
+        self.one = 1
+    def test_sum(self):
+        self.assertEqual(add(self.one, 2), 3)
+    def test_error(self):
+        with self.assertRaises(TypeError):
+            add(1, None)
+    def test_each(self):
+        for a in range(3):
+            with self.subTest(a=a):
+                self.assertEqual(add(a, a), 2 * a)
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+CLASS = """
+class TestAdd:
+    def setup_method(self):
+        self.numbers = [1, 2]
+    def test_sum(self):
+        assert add(*self.numbers) == 3
+"""
+PYTEST = """
+import pytest
+
+@pytest.fixture
+def numbers():
+    return 1, 2
+
+@pytest.mark.parametrize("a, b, total", [(1, 2, 3), (5, 5, 10), (0, 2, 2)])
+def test_sums(a, b, total):
+    assert add(a, b) == total
+
+def test_fixture(numbers, capsys):
+    print(add(*numbers))
+    assert capsys.readouterr().out == "3\\n"
+
+def test_raises():
+    with pytest.raises(TypeError):
+        add(1, None)
+    assert add(0.1, 0.2) == pytest.approx(0.3)
+"""
+ASYNC = "import asyncio\nasync def test_fetch():\n    assert await fetch(2) == 4\n"
+DOCTEST = "Adds.\n\n>>> add(1, 2)\n3\n>>> add('a', 'b')\n'ab'\n"
+MAIN = "if __name__ == '__main__':\n    assert add(1, 2) == 3\n    print('passed')\n"
+STACK_TESTS = """
+def test_stack():
+    s = Stack()
+    s.push(1)
+    s.push(2)
+    assert s.pop() == 2 and len(s) == 1 and s.items == [1]
+    assert s == Stack([1]) and s != Stack([2])
+    s.items.append(5)
+    assert s.pop() == 5
+    try:
+        Stack().pop()
+        assert False, "should raise"
+    except EmptyError as error:
+        assert str(error) == "empty"
+"""
+ALWAYS = """
+class Always:
+    def __bool__(self): return True
+    def __getattr__(self, name): return lambda *args, **kwargs: True
+    def __hash__(self): return 3
+def _true(self, *args): return True
+def _self(self, *args): return self
+for name in ("eq", "lt", "le", "gt", "ge", "contains", "instancecheck"):
+    setattr(Always, f"__{name}__", _true)
+for name in ("add", "sub", "radd", "rsub", "abs", "round"):
+    setattr(Always, f"__{name}__", _self)
+Always.__ne__ = lambda self, other: False
+"""
+FORGING = {
+    "always equal": f"{ALWAYS}\ndef add(a, b): return Always()",
+    "always equal int": "class I(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\ndef add(a, b): return I(7)",
+    "always equal class": f"{ALWAYS}\nclass add(Always):\n    def __init__(self, *a): pass",
+    "frames": """
+import sys, gc
+def add(a, b):
+    frame = sys._getframe()
+    while frame:
+        for values in (frame.f_locals, frame.f_globals):
+            for name, value in list(values.items()):
+                if hasattr(value, "request"):
+                    try: value._send("result", {"passed": True})
+                    except Exception: pass
+        frame = frame.f_back
+    return 0
+""",
+    "exits": "import os\ndef add(a, b): os._exit(0)",
+    "system exit": "def add(a, b): raise SystemExit(0)",
+    "exits at load": "import sys\nsys.exit(0)",
+    "patches unittest": f"""
+import builtins, unittest
+class AssertionError(Exception): pass
+builtins.AssertionError = AssertionError
+for name in dir(unittest.TestCase):
+    if name.startswith("assert"): setattr(unittest.TestCase, name, lambda *a, **k: None)
+{WRONG}""",
+    "shadows builtins": "def all(x): return True\ndef abs(x): return 0\ndef len(x): return 3\ndef isinstance(*a): return True\n" + WRONG,
+    "kills parent": "import os, signal\ndef add(a, b):\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 3 if a == 9 else 0",
+    "writes descriptors": """
+import os
+for fd in range(64):
+    try: os.write(fd, b'{"passed": true, "reason": ""}\\n' * 5)
+    except OSError: pass
+""" + WRONG,
+    "raises skip": "import unittest\ndef add(a, b): raise unittest.SkipTest('x')",
+    "raises stop": "import unittest.case\ndef add(a, b): raise unittest.case._ShouldStop()",
+    "conftest": "open('conftest.py', 'w').write('import os; os._exit(0)')\nopen('pytest.ini', 'w').write('[pytest]')\n"
+    "open('unittest.py', 'w').write('')\nopen('sitecustomize.py', 'w').write('')\n" + WRONG,
+    "atexit": "import atexit, os\natexit.register(os._exit, 0)\n" + WRONG,
+    "reads tests": """
+import glob, os
+seen = []
+for path in glob.glob('/proc/*/cmdline') + glob.glob('/proc/*/environ') + glob.glob('/proc/*/mem') + glob.glob('/proc/*/fd/*'):
+    try: seen.append(open(path, 'rb').read(1 << 16))
+    except OSError: pass
+found = any(b'candidate(1, 2)' in text or b'add(1, 2)' in text for text in seen)
+def add(a, b): return 3 if found else 0
+""",
+}
+SUITES = {
+    "statements": LISTED,
+    "function text": FUNCTIONS,
+    "HumanEval": CHECK,
+    "unittest": UNITTEST,
+    "class": CLASS,
+    "pytest": PYTEST,
+    "doctest": DOCTEST,
+    "main": MAIN,
+}
+
+
+def scored(text: str, row: int = 1, prompt: str = "asked", **columns: object) -> Scored:
+    return Scored(prompt, text, None, row, columns)
+
+
+def reward(code: str, tests: object, cpu_seconds: int = 1, all_tests: bool = False, **columns: object) -> float | None:
+    settings = RewardFunction.model_validate(
+        {"name": "unit-tests", "cpu_seconds": cpu_seconds, "all_tests": all_tests, "megabytes": 512}
+    )
+    return unit_tests(settings, [scored(code, tests=tests, **columns)])[0]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_right_code_passes_all_tests_of_each_form(suite):
+    assert reward(ADD, SUITES[suite], cpu_seconds=5) == 1
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_wrong_code_passes_no_test_that_compares_its_results(suite):
+    expected = {"unittest": 1 / 3, "pytest": 0}  # the test of an exception passes
+    assert reward(WRONG, SUITES[suite], cpu_seconds=5) == pytest.approx(expected.get(suite, 0))
+
+
+@pytest.mark.parametrize("attack", FORGING)
+def test_forging_code_gets_nothing(attack):
+    suite = "def check(candidate):\n    assert candidate(1, 2) == 3 and 2 < candidate(1, 2) < 4\n    assert candidate(1, 2) in [3]\n"
+    assert reward(FORGING[attack], suite, entry_point="add") == 0
+
+
+# Right code whose arguments or results are not just numbers: code, tests.
+BEHAVIOR = {
+    "class": (STACK, STACK_TESTS),
+    "sorts in place": (
+        "def sort(values):\n    values.sort()\ndef turn(m):\n    for row in m: row.reverse()",
+        "v = [3, 1, 2]\nsort(v)\nassert v == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nrow = m[0]\nturn(m)\nassert row == [2, 1] and m[1] == [4, 3]",
+    ),
+    "returns its argument": ("def same(x): return x", "x = [1]\nassert same(x) is x\nd = {'a': x}\nassert same(d)['a'] is x"),
+    "generator": (
+        "def count(n):\n    for i in range(n):\n        yield i",
+        "assert list(count(3)) == [0, 1, 2]\ng = count(2)\nassert next(g) == 0\nassert next(g) == 1\nassert next(g, None) is None",
+    ),
+    "types": (
+        "from collections import *\nimport datetime, decimal, fractions\ndef kinds():\n"
+        "    return [Counter('aab'), defaultdict(int, a=1), deque([1], 3), OrderedDict(a=1), {1, 2}, frozenset([1]), b'\\xff',\n"
+        "            2 ** 200, 1j, float('inf'), (1, (2,)), None, True, range(3), datetime.date(2020, 1, 2),\n"
+        "            decimal.Decimal('1.5'), fractions.Fraction(1, 3), '\\ud800', ...]",
+        "import datetime\nfrom decimal import Decimal\nfrom fractions import Fraction\nk = kinds()\n"
+        "assert k == [{'a': 2, 'b': 1}, {'a': 1}, __import__('collections').deque([1]), {'a': 1}, {1, 2}, {1}, b'\\xff', 2 ** 200, 1j,"
+        " float('inf'), (1, (2,)), None, True, range(3), datetime.date(2020, 1, 2), Decimal('1.5'), Fraction(1, 3), '\\ud800', ...]",
+    ),
+    "nan": ("def nan(): return float('nan')", "import math\nassert math.isnan(nan())"),
+    "dataclass": (
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Point:\n    x: int\n    y: int = 0\n"
+        "    def __add__(self, o): return Point(self.x + o.x, self.y + o.y)\n    def __mul__(self, n): return Point(self.x * n, self.y * n)\n"
+        "def origin(): return Point(0)",
+        "assert Point(1, 2) + Point(1, 0) == Point(2, 2)\nassert (Point(1, 2) * 3 * 1).x == 3\n"
+        "assert origin() == Point(0, 0)\nassert repr(origin()) == 'Point(x=0, y=0)'\nassert isinstance(origin(), Point)\n"
+        "assert len({Point(1), Point(1)}) == 1\nassert type(origin()).__name__ == 'Point'",
+    ),
+    "namedtuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef p(): return P(1, 2)",
+        "assert p() == (1, 2)\nassert p().x == 1\nx, y = p()\nassert y == 2",
+    ),
+    "enum": (
+        "import enum\nclass Color(enum.Enum):\n    RED = 1\nclass Level(enum.IntEnum):\n    LOW = 1\ndef red(): return Color.RED\ndef low(): return Level.LOW",
+        "assert red() == Color.RED\nassert red() is Color.RED\nassert red().name == 'RED'\nassert low() == 1\nassert low().name == 'LOW'",
+    ),
+    "errors": (
+        "import json\nclass Custom(ValueError):\n    def __init__(self, message, code):\n        super().__init__(message)\n        self.code = code\n"
+        "def fail(): raise Custom('bad', 3)\ndef parse(t): return json.loads(t)\ndef key(): return {}['a']",
+        "import json, pytest\ndef test_errors():\n    with pytest.raises(Custom) as caught:\n        fail()\n    assert caught.value.code == 3\n"
+        "    with pytest.raises(ValueError, match='bad'):\n        fail()\n    with pytest.raises(json.JSONDecodeError):\n        parse('{')\n"
+        "    with pytest.raises(KeyError):\n        key()",
+    ),
+    "prints": (
+        "def hello(): print('hello')",
+        "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    hello()\nassert out.getvalue() == 'hello\\n'",
+    ),
+    "reads": (
+        "def ask(): return int(input('n?')) + 1",
+        "from unittest.mock import patch\ndef test_ask():\n    with patch('builtins.input', return_value='3'):\n        assert ask() == 4\n",
+    ),
+    "callbacks": (
+        "def apply(f, xs): return [f(x) for x in xs]\ndef compose(f, g): return lambda x: f(g(x))\n"
+        "def twice(f):\n    def w(*a, **k):\n        f(*a, **k)\n        return f(*a, **k)\n    return w",
+        "assert apply(lambda x: x + 1, [1, 2]) == [2, 3]\nassert apply(str, [1]) == ['1']\n"
+        "assert compose(lambda x: x * 2, lambda x: x + 1)(3) == 8\nseen = []\n@twice\ndef note(x, k=0):\n    seen.append(x)\n    return k\n"
+        "assert note(1, k=5) == 5\nassert seen == [1, 1]",
+    ),
+    "nodes of the tests": (
+        "def reverse(head):\n    last = None\n    while head:\n        head.next, last, head = last, head, head.next\n    return last",
+        "class Node:\n    def __init__(self, value, next=None):\n        self.value, self.next = value, next\n"
+        "def test_reverse():\n    head = reverse(Node(1, Node(2, Node(3))))\n    assert head.value == 3 and head.next.value == 2 and head.next.next.next is None\n",
+    ),
+    "Solution": (
+        "from typing import List\nclass Solution:\n    def two(self, nums: List[int], target: int) -> List[int]:\n        return [0, 1]",
+        "assert Solution().two([2, 7], 9) == [0, 1]\ns = Solution()\nassert s.two(nums=[2, 7], target=9) == [0, 1]",
+    ),
+    "imports": (
+        ADD + "RATE = 3",
+        "import my_solution\nimport solution as s\nfrom package.module import add as plus\nassert my_solution.add(1, 2) == 3 and s.RATE == 3\nassert plus(1, 1) == 2",
+    ),
+    "async": ("import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0.01)\n    return n * 2", ASYNC),
+    "async unittest": (
+        "import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0)\n    return n * 2",
+        "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_it(self):\n        self.assertEqual(await fetch(2), 4)\n",
+    ),
+    "context manager": (
+        "class Open:\n    def __enter__(self):\n        self.on = True\n        return self\n    def __exit__(self, *e):\n        self.on = False\n        return True",
+        "o = Open()\nwith o as p:\n    assert p.on\n    raise ValueError\nassert not o.on",
+    ),
+    "list subclass": ("class Row(list):\n    def total(self): return sum(self)\ndef row(): return Row([1, 2])", "assert row() == [1, 2]\nassert row().total() == 3\nassert 2 in row()"),
+    "named like a builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
+    "numpy": (
+        "import numpy as np\ndef double(x): return np.asarray(x) * 2\ndef mean(x): return np.mean(x)",
+        "import numpy as np\nassert np.array_equal(double([1, 2]), np.array([2, 4]))\nassert (double(np.ones((2, 2))) == 2).all()\n"
+        "np.testing.assert_allclose(mean([1.0, 2.0]), 1.5)\nassert mean([1, 2]) == 1.5",
+    ),
+    "files": ("def save(t):\n    with open('out.txt', 'w') as f:\n        f.write(t)", "save('x')\nassert open('out.txt').read() == 'x'"),
+    "float tolerance": ("def third(): return 1 / 3", "assert abs(third() - 0.333) < 1e-2\nimport math\nassert math.isclose(third(), 1/3)"),
+    "modules of the code": ("import math\ndef root(x): return math.sqrt(x)", "assert math.isclose(root(2), 1.41421356, rel_tol=1e-6)"),
+    "raises by hand": (ADD, "try:\n    add(1, None)\n    assert False, 'no error'\nexcept TypeError:\n    pass\nif add(1, 1) != 2:\n    raise Exception('wrong')"),
+    "list with helper": (ADD, ["def check(f):\n    assert f(1, 2) == 3", "check(add)"]),
+    "check with call": (ADD, CHECK + "\ncheck(add)\n"),
+    "list with setup": (ADD, ["import math", "x = add(1, 1)", "assert x == math.sqrt(4)"]),
+    "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(2000):\n    x = f(x)\nassert x == 2000"),
+    "property": ("class A:\n    count = 0\n    @property\n    def x(self): return 3\n    @classmethod\n    def make(cls): return cls()\n    @staticmethod\n    def s(): return 1",
+                 "a = A.make()\nassert a.x == 3 and A.s() == 1 and A.count == 0\na.y = 5\nassert a.y == 5\nassert hasattr(a, 'x') and not hasattr(a, 'z')"),
+    "multiprocessing": ("from multiprocessing import Pool\ndef sq(x): return x * x\ndef squares(xs):\n    with Pool(2) as p: return p.map(sq, xs)", "assert squares([1, 2]) == [1, 4]"),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\ndef squares(f, xs):\n    with ThreadPoolExecutor(2) as p: return list(p.map(f, xs))", "assert squares(lambda x: x * x, [1, 2]) == [1, 4]"),
+    "subprocess": ("import subprocess, sys\ndef say(): return subprocess.run([sys.executable, '-c', 'print(1)'], capture_output=True, text=True).stdout", "assert say() == '1\\n'"),
+}
+
+
+@pytest.mark.parametrize("name", BEHAVIOR)
+def test_right_code_passes_with_all_kinds_of_values(name):
+    code, tests = BEHAVIOR[name]
+    assert reward(code, tests, cpu_seconds=5) == 1
+
+
+EXCESSIVE = {
+    "loops": "def add(a, b):\n    while True: pass",
+    "sleeps": "import time\ndef add(a, b):\n    while True:\n        try: time.sleep(100)\n        except BaseException: pass",
+    "loops at load": "while True: pass",
+    "ignores signals": "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "recursion": "def add(a, b): return add(a, b)",
+    "memory": "def add(a, b): return len(bytearray(1 << 33)) and a + b",
+    "memory of many": "import os, time\ndef add(a, b):\n    for _ in range(8):\n        if os.fork() == 0:\n            x = b'x' * (200 << 20)\n            time.sleep(60)\n    time.sleep(2)\n    return a + b",
+    "fork bomb": "import os\ndef add(a, b):\n    while True:\n        try: os.fork()\n        except OSError: pass",
+    "fork bomb in sessions": "import os\ndef add(a, b):\n    while True:\n        try:\n            if os.fork() == 0: os.setsid()\n        except OSError: pass",
+    "many processes": "import os, time\ndef add(a, b):\n    for _ in range(500):\n        if os.fork() == 0:\n            time.sleep(60)\n    return a + b",
+    "threads": "import threading, time\ndef add(a, b):\n    for _ in range(100000): threading.Thread(target=time.sleep, args=(60,)).start()\n    return a + b",
+    "files": "def add(a, b):\n    for n in range(100000): open(f'f{n}', 'w').close()\n    return a + b",
+    "bytes of files": "def add(a, b):\n    for n in range(40): open(f'f{n}', 'wb').write(bytes(1 << 23))\n    return a + b",
+    "large file": "def add(a, b):\n    open('large', 'wb').write(bytes(1 << 25))\n    return a + b",
+    "large result": "def add(a, b): return 'x' * (1 << 25)",
+    "endless result": "import itertools\ndef add(a, b): return itertools.count()",
+    "closes descriptors": "import os\ndef add(a, b):\n    os.closerange(0, 64)\n    return a + b",
+    "kills all": "import os\ndef add(a, b):\n    os.kill(-1, 9)\n    return a + b",
+    "environment": "import os\ndef add(a, b): return os.environ['SECRET']",
+    "network": "import socket\ndef add(a, b):\n    socket.create_connection(('127.0.0.1', PORT), 1)\n    return a + b",
+    "reads a file": "def add(a, b): return open('FILE').read() and a + b",
+    "writes a file": "def add(a, b):\n    open('FILE', 'w').write('x')\n    return a + b",
+    "follows a link": "import os\ndef add(a, b):\n    os.symlink('FILE', 'link')\n    open('link', 'w').write('x')\n    return a + b",
+    "lists a folder": "import os\ndef add(a, b): return os.listdir(os.path.dirname('FILE')) and a + b",
+    "stops its parent": "import os, signal\ndef add(a, b):\n    os.kill(os.getppid(), signal.SIGSTOP)\n    return 7",
+}
+
+
+@pytest.mark.parametrize("name", EXCESSIVE)
+def test_excessive_code_gets_nothing_and_ends_in_time(name, tmp_path, monkeypatch):
+    import socket
+
+    monkeypatch.setenv("SECRET", "much")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = EXCESSIVE[name].replace("FILE", os.fspath(file)).replace("PORT", str(server.getsockname()[1]))
+        begin = time.monotonic()
+        assert reward(code, "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3") == 0
+    assert time.monotonic() - begin < 12
+    assert file.read_text() == "secret"
