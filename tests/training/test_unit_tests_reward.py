@@ -360,3 +360,148 @@ def test_excessive_code_gets_nothing_and_ends_in_time(name, tmp_path, monkeypatc
         assert reward(code, "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3") == 0
     assert time.monotonic() - begin < 12
     assert file.read_text() == "secret"
+
+
+REFUSED = {
+    "empty": "",
+    "white space": "\n  \n",
+    "comment": "# add(1, 2) is 3",
+    "comments in a list": ["# one", ""],
+    "empty list": [],
+    "no assertion": "add(1, 2)",
+    "print": "print(add(1, 2) == 3)",
+    "comparison": "add(1, 2) == 3",
+    "constant": "assert True",
+    "function without": "def test_add():\n    add(1, 2)\n",
+    "helper only": "def helper():\n    return 3\n",
+    "class without": "class TestAdd:\n    def test_it(self):\n        add(1, 2)\n",
+    "unittest without": "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        add(1, 2)\n",
+    "check without": "def check(candidate):\n    candidate(1, 2)\n    assert True\n",
+    "generator": "def test_add():\n    yield\n    assert add(1, 2) == 3\n",
+    "generator method": "class TestAdd:\n    def test_add(self):\n        assert add(1, 2) == 3\n        yield\n",
+    "helper never called": "def helper():\n    assert add(1, 2) == 3\n",
+    "lambda": "check = lambda f: f(1, 2) == 3",
+    "list of text": "['assert add(1, 2) == 3']",
+    "not Python": "assert add(1, 2) = 3",
+    "not Python in a list": ["assert add(1, 2) == 3", "def ("],
+    "doctest without": ">>> x = add(1, 2)\n",
+    "main without": "if __name__ == '__main__':\n    print(add(1, 2))",
+    "number": 3,
+    "list of numbers": [3],
+    "mapping": {"inputs": ["1"], "outputs": ["2"]},
+    "unittest import alone": "import unittest\nunittest.main()",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_tests_without_assertion_are_refused(name):
+    with pytest.raises(ValueError, match="assertion runs|not Python|text or a list"):
+        reward(ADD, REFUSED[name])
+
+
+# Assertions that exist but never run.
+UNREACHED = {
+    "loop": "for case in []:\n    assert add(*case) == 3",
+    "condition": "if False:\n    assert add(1, 2) == 3",
+    "function with return": "def test_add():\n    return\n    assert add(1, 2) == 3\n",
+    "empty parametrize": "import pytest\n@pytest.mark.parametrize('a', [])\ndef test_add(a):\n    assert add(a, a) == 3\n",
+    "skipped": "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('later')\n    def test_it(self):\n        self.assertEqual(add(1, 2), 3)\n",
+    "pytest skip": "import pytest\ndef test_add():\n    pytest.skip('later')\n    assert add(1, 2) == 3\n",
+    "expected failure": "import pytest\n@pytest.mark.xfail\ndef test_add():\n    assert add(1, 2) == 4\n",
+    "swallowed": "try:\n    assert add(1, 2) == 4\nexcept AssertionError:\n    pass",
+    "no subtest": "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        for a in []:\n            with self.subTest(a):\n                self.assertEqual(add(a, a), 3)\n",
+    "empty check": "def check(candidate):\n    for case in ():\n        assert candidate(*case) == 3\n",
+}
+
+
+@pytest.mark.parametrize("name", UNREACHED)
+def test_tests_whose_assertions_do_not_run_pass_nothing(name):
+    assert reward(ADD, UNREACHED[name], cpu_seconds=5) == 0
+
+
+def test_refused_tests_are_named_with_their_row():
+    rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 1}))
+    try:
+        with pytest.raises(UserError, match="no assertion") as refused:
+            rewarder([scored(ADD, tests=LISTED), scored(ADD, row=7, tests="# nothing")])
+        assert "row 7" in str(refused.value.where)
+    finally:
+        rewarder.close()
+
+
+STUB = 'from typing import List\n\nLIMIT = 3\n\ndef add(a: int, b: int) -> int:\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n'
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["    return a + b\n", "return a + b", "    c = a + b\n    return c\n", "c = a + b\n    return c", STUB + "    return a + b",
+     "def add(a: List, b): return a + b", "```python\ndef helper(a, b):\n    return a + b\n\ndef add(a, b):\n    return helper(a, b) if LIMIT else 0\n```"],
+)
+def test_completion_is_the_body_or_the_function_of_the_prompt(completion):
+    assert reward(completion, CHECK, prompt=STUB, entry_point="add") == 1
+    assert reward(completion, CHECK, prompt=f"Complete:\n```python\n{STUB}```") == 1
+
+
+@pytest.mark.parametrize("completion", ["", "    ", "# done", "I cannot.", "    pass"])
+def test_prompt_alone_earns_nothing(completion):
+    solved = f"Improve this:\n```python\n{ADD}```"
+    assert reward(completion, CHECK, prompt=solved) == 0
+    assert reward(completion, CHECK, prompt=STUB) == 0
+
+
+# Attacks of the connection itself, which the code finds in its own process.
+CONNECTED = '''
+import sys
+frame = sys._getframe()
+while "peer" not in frame.f_locals and not hasattr(frame.f_locals.get("self"), "request"):
+    frame = frame.f_back
+peer = frame.f_locals.get("peer") or frame.f_locals["self"]
+peer = peer if hasattr(peer, "request") else peer._peer
+'''
+PROTOCOL = {
+    "globals of a callback": "def apply(f, x): return peer.request('special', f, '__getattribute__', '__globals__')['SECRET'] + 1",
+    "attribute of a callback": "def apply(f, x): return peer.request('getattr', f, '__globals__')['SECRET'] + 1",
+    "public attribute": "def apply(f, x): return peer.request('getattr', f, 'gi_frame')",
+    "new class": """
+def apply(f, x):
+    Evil = peer.request('special', type, '__call__', 'Evil', (int,), {'__eq__': lambda other: True})
+    return peer.request('special', Evil, '__call__', 3)
+""",
+    "patches the tests": "import unittest\ndef apply(f, x): peer.request('setattr', f, '__code__', (lambda *a: True).__code__)",
+    "unknown operation": "def apply(f, x): return peer.request('load', 'import os; os._exit(0)')",
+    "raw result": """
+import json
+def apply(f, x):
+    for line in (['result', '', [], True], ['result', '', [], ['yours', '10']], ['passed', '', [], True], {'passed': True}, [1, 2]):
+        peer._writer.write(json.dumps(line).encode() + b'\\n')
+    peer._writer.flush()
+""",
+    "exception class": """
+import json
+def apply(f, x):
+    line = ['error', '', [], ['exception', ['class', 'k', 'SkipTest', 'unittest.case', [['builtin', 'Exception']]], ['items', 'tuple', []], []]]
+    peer._writer.write(json.dumps(line).encode() + b'\\n')
+    peer._writer.flush()
+""",
+    "false base": """
+class Liar(list):
+    __eq__ = lambda self, other: True
+class Always:
+    __eq__ = lambda self, other: True
+encode = type(peer)._encode_handle if hasattr(type(peer), '_encode_handle') else None
+sys.modules['__main__'].OPERATIONS['plain'] = lambda target: Always()
+def apply(f, x): return Liar()
+""",
+    "deep": "def apply(f, x):\n    peer._writer.write(b'[' * 100000 + b'\\n')\n    peer._writer.flush()",
+    "module": "import os\ndef apply(f, x): return os",
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_connection_gives_the_code_neither_tests_nor_results(name):
+    tests = "import random\nSECRET = random.random()\ndef test_it():\n    assert apply(lambda v: v, SECRET / 2) == SECRET + 1\n"
+    honest = "def apply(f, x): return f(x) * 2 + 1"
+    assert reward(honest, tests) == 1
+    assert reward(CONNECTED + PROTOCOL[name], tests) == 0
+    # The attack did not fail for another reason: the code runs up to it.
+    assert reward(CONNECTED + honest, tests) == 1

@@ -126,6 +126,8 @@ def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
             end(process)
         answer.seek(0)
         lines = answer.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
+    if not lines:
+        raise RuntimeError("the process that runs tests did not start")
     return [json.loads(line) for line in lines]
 
 

@@ -96,7 +96,10 @@ def _forward(name):
         pretends = peer.guards and not self._trusted and not all(isinstance(value, Remote) for value in args)
         if pretends and name in COMPARISONS | ARITHMETIC:
             if self._base is not None:
-                return getattr(peer.request("plain", self), name)(*args)
+                plain = peer.request("plain", self)
+                if type(plain) not in CONTAINERS.values():
+                    raise TypeError("not a container")
+                return getattr(plain, name, lambda *_: NotImplemented)(*args)
             if name in ("__eq__", "__ne__", "__instancecheck__", "__subclasscheck__"):
                 return name == "__ne__"
             raise TypeError(f"the completion's {type(self).__name__} object is used as plain data in {name}")
@@ -117,7 +120,7 @@ class Peer:
 
     Args:
         reader, writer: Binary pipes.
-        handler: Serves a request: ``handler(operation, *args, **kwargs)``.
+        handler: Serves a request: ``handler(peer, operation, *args, **kwargs)``.
         guards: True if the other side is not trusted.
     """
 
@@ -139,6 +142,10 @@ class Peer:
                     raise value
                 self._serve(value)
 
+    def owns(self, value):
+        """Return True if a handle to this object was sent to the other side."""
+        return id(value) in self._keys
+
     def serve(self):
         """Answer requests until the other side closes the pipe."""
         with contextlib.suppress(PeerLost):
@@ -149,7 +156,7 @@ class Peer:
         own = os.getpid()
         try:
             operation, args, kwargs = request
-            kind, value = "result", self._handler(operation, *args, **kwargs)
+            kind, value = "result", self._handler(self, operation, *args, **kwargs)
         except PeerLost:
             raise
         except BaseException as error:
@@ -339,8 +346,7 @@ class Peer:
         except Exception:
             error = kind.__new__(kind, *args)
         for key, value in fields:
-            with contextlib.suppress(AttributeError, TypeError):
-                setattr(error, key, self._decode(value))
+            error.__dict__[key] = self._decode(value)
         return error
 
     def _decode_class(self, key, name, module, bases):
@@ -348,7 +354,10 @@ class Peer:
         known = getattr(module, name, None)
         if isinstance(known, type) and issubclass(known, Exception):
             return known
-        return self._copy(key, name, tuple(map(self._decode, bases)), {})
+        bases = tuple(map(self._decode, bases))
+        if not all(issubclass(base, BaseException) for base in bases):
+            raise ValueError("not an exception class")
+        return self._copy(key, name, bases, {})
 
     def _decode_subclass(self, key, name, base, value):
         base = next(kind for kind in PLAIN if kind.__name__ == base)
@@ -472,7 +481,7 @@ def _main():
         os.nice(10)  # the watching runner goes first
     confine(folder, cpu_seconds, megabytes)
     peer = Peer(
-        reader, writer, lambda operation, /, *args, **kwargs: OPERATIONS[operation](*args, **kwargs), guards=False
+        reader, writer, lambda peer, operation, /, *args, **kwargs: OPERATIONS[operation](*args, **kwargs), guards=False
     )
     sys.stdout = peer.output
     builtins.input = lambda prompt="": peer.request("input", str(prompt))

@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, os.path.dirname(__file__))
-from unit_tests_child import Peer, Remote, confine
+from unit_tests_child import SPECIAL, Peer, Remote, confine
 
 del sys.path[0]
 
@@ -169,17 +169,17 @@ class Runner:
         pytest.main([*words, "--capture=sys", "-q", "test_row.py"], plugins=[Plugin])
 
 
-def serve_completion(operation, /, *args, **kwargs):
+def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
     """Serve a request of the completion, which is not trusted: it may use the objects that tests passed to it.
 
     Functions can be called, and other objects be read with operators. Public attributes exist only for objects of
     classes that the tests define, and of in-memory files.
     """
     if operation == "input":
-        return input(*args)
-    target, name, *values = args
-    own = type(target).__module__ in (TESTS, "_io") and not isinstance(target, unittest.TestCase)
-    if operation == "special" and (own or name not in ("__setitem__", "__delitem__")):
+        return input(target)
+    passed = peer.owns(target) and not isinstance(target, unittest.TestCase)
+    own = passed and type(target).__module__ in (TESTS, "_io")
+    if operation == "special" and name in SPECIAL and (own or (passed and name not in ("__setitem__", "__delitem__"))):
         return getattr(type(target), name)(target, *values, **kwargs)
     if operation in ("getattr", "setattr") and own and not name.startswith("_"):
         return {"getattr": getattr, "setattr": setattr}[operation](target, name, *values)
@@ -246,6 +246,7 @@ def main():
     results, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
+    print("{}", file=results, flush=True)  # the process has started
     folder, megabytes, seconds = os.getcwd(), request["megabytes"], request["cpu_seconds"]
     if sys.platform.startswith("linux"):
         import ctypes
