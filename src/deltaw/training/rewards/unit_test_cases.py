@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib.util
 import re
@@ -16,17 +17,20 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Case:
-    """One test of a row, or all tests of a module that pytest runs.
+    """One test of a row, or a module whose tests the runner collects (``module``, ``pytest``).
 
     Attributes:
-        source: The module. Each of its assertions is followed by a call of ``_count_assertion``.
-        kind: How the module is run.
-        name: The function, or "class.method".
+        source: Python. Each of its assertions is followed by a call of ``_count_assertion``.
+        kind: How it is run.
     """
 
     source: str
-    kind: Literal["statements", "function", "method", "check", "doctest", "pytest"]
-    name: str = ""
+    kind: Literal["statements", "check", "doctest", "module", "pytest"]
+
+    @property
+    def is_collection(self) -> bool:
+        """True if the runner reports the number of tests."""
+        return self.kind in ("module", "pytest")
 
 
 def cases(tests: Any) -> list[Case]:
@@ -43,10 +47,8 @@ def cases(tests: Any) -> list[Case]:
     texts = [tests] if isinstance(tests, str) else tests
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("tests must be a text or a list of texts")
-    if any(re.match(r"\s*>>> ", line) for line in texts[0].split("\n")) if len(texts) == 1 else False:
-        found = _doctests(texts[0])
-        if found:
-            return found
+    if isinstance(tests, str) and (found := _doctests(tests)):
+        return found
     try:
         entries = [ast.parse(text).body for text in texts]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -62,54 +64,38 @@ def cases(tests: Any) -> list[Case]:
 
 
 def _doctests(text: str) -> list[Case]:
-    """Return a text of ``>>>`` examples with expected output as a case; nothing if the text is a module instead."""
-    with_code = [node for node in _parse_or_nothing(text) if not isinstance(node, ast.Expr)]
-    examples = [] if with_code else doctest.DocTestParser().get_examples(text)
-    return [Case(text, "doctest")] if any(example.want for example in examples) else []
-
-
-def _parse_or_nothing(text: str) -> list[ast.stmt]:
-    try:
-        return ast.parse(text).body
-    except (SyntaxError, ValueError):
-        return []
+    """Return ``>>>`` examples with expected output as a case; nothing if the text is a module with code."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        if not all(isinstance(node, ast.Expr) for node in ast.parse(text).body):
+            return []
+    with contextlib.suppress(ValueError):
+        if any(example.want for example in doctest.DocTestParser().get_examples(text)):
+            return [Case(text, "doctest")]
+    return []
 
 
 def _module_cases(statements: list[ast.stmt]) -> list[Case]:
-    """Return the cases of a module by its functions and classes, or else by its statements."""
+    """Return the cases of a module: its test functions and methods, its function ``check``, or its statements."""
     guarded = [part for node in statements if _is_main_guard(node) for part in node.body]
     statements = [node for node in statements if not _is_main_guard(node)]
-    functions = [node for node in statements if isinstance(node, _Function)]
-    tests = [node for node in functions if node.name.startswith("test") and not _is_fixture(node)]
-    methods = list(_methods([node for node in statements if isinstance(node, ast.ClassDef)]))
-    for function in [*tests, *(method for _, method in methods)]:
-        if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(function)):
-            raise ValueError(f"the test '{function.name}' is a generator, so no assertion runs")
-    if tests or methods:
-        names = {node.name for node in tests}
+    nodes = [node for part in statements for node in ast.walk(part)]
+    tests = [node for node in nodes if isinstance(node, _Function) and node.name.startswith("test")]
+    helpers = {node.name for node in statements if isinstance(node, _Function) and _asserts(node)}
+    check = next((node for node in statements if isinstance(node, _Function) and node.name == "check"), None)
+    if tests:
+        for test in tests:
+            if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(test)):
+                raise ValueError(f"the test '{test.name}' is a generator, so no assertion runs")
+        names = {test.name for test in tests}
         source = _counted([node for node in statements if not _starts_tests(node, names)])
-        if not source:
-            return []
-        if _uses_pytest(statements, tests, [method for _, method in methods]):
-            if importlib.util.find_spec("pytest") is None:
-                raise ValueError("the tests need pytest: pip install 'deltaw[reward]'")
-            return [Case(source, "pytest")]
-        return [Case(source, "function", node.name) for node in tests] + [
-            Case(source, "method", f"{name}.{method.name}") for name, method in methods
-        ]
-    everything = [*statements, *guarded]
-    called = {
-        node.func.id
-        for part in everything
-        for node in ast.walk(part)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    for function in functions:
-        if function.name == "check" and len(function.args.args) == 1 and "check" not in called:
-            source = _counted(statements)
-            return [Case(source, "check", "check")] if source else []
-    helpers = {node.name for node in functions if _asserts(node)}
-    return _statement_cases([[node] for node in everything], helpers)
+        kind: Literal["check", "module", "pytest"] = "pytest" if _uses_pytest(nodes, tests) else "module"
+        if kind == "pytest" and importlib.util.find_spec("pytest") is None:
+            raise ValueError("the tests need pytest: pip install 'deltaw[reward]'")
+    elif check and len(check.args.args) == 1 and not any(_calls(node, {"check"}) for node in [*statements, *guarded]):
+        source, kind = _counted(statements), "check"
+    else:
+        return _statement_cases([[node] for node in [*statements, *guarded]], helpers)
+    return [Case(source, kind)] if source else []
 
 
 def _statement_cases(entries: Sequence[list[ast.stmt]], helpers: set[str]) -> list[Case]:
@@ -126,32 +112,15 @@ def _statement_cases(entries: Sequence[list[ast.stmt]], helpers: set[str]) -> li
     return found
 
 
-def _methods(classes: list[ast.ClassDef]) -> Sequence[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Return the test methods of unittest's and pytest's classes, with the name of the class."""
-    found, collected = [], dict[str, dict[str, Any]]()
-    for node in classes:
-        bases = [ast.unparse(base).rpartition(".")[2] for base in node.bases]
-        own = {part.name: part for part in node.body if isinstance(part, _Function) and part.name.startswith("test")}
-        inherited = {name: part for base in bases for name, part in collected.get(base, {}).items()}
-        is_test = node.name.startswith("Test") or any(base.endswith("TestCase") or base in collected for base in bases)
-        if is_test:
-            collected[node.name] = inherited | own
-            found += [(node.name, part) for part in collected[node.name].values()]
-    return found
-
-
-def _uses_pytest(statements: list[ast.stmt], functions: Sequence[Any], methods: Sequence[Any]) -> bool:
-    """Return True if the tests import pytest or take fixtures."""
-    imported = [
-        getattr(node, "module", None) or alias.name
-        for part in statements
-        for node in ast.walk(part)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    ]
-    takes = [len(node.args.args) - len(node.args.defaults) for node in functions]
-    takes += [len(node.args.args) - len(node.args.defaults) - 1 for node in methods if not node.decorator_list]
-    return "pytest" in imported or any(count > 0 for count in takes)
+def _uses_pytest(nodes: list[ast.AST], tests: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> bool:
+    """Return True if the module imports pytest, or its tests take fixtures."""
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
+    for test in tests:
+        required = [argument.arg for argument in test.args.args if argument.arg not in ("self", "cls")]
+        if len(required) > len(test.args.defaults) and not test.decorator_list:
+            return True
+    return "pytest" in names
 
 
 class _Counter(ast.NodeTransformer):
@@ -183,16 +152,11 @@ def _is_assertion(node: ast.AST) -> bool:
     """Return True for a statement that checks something when it runs: constants check nothing."""
     if isinstance(node, ast.Assert):
         return not isinstance(node.test, ast.Constant)
-    if isinstance(node, ast.Expr | ast.Return | ast.Assign):
-        value = node.value.value if isinstance(node.value, ast.Await) else node.value
-        return isinstance(node, ast.Expr) and _is_check(value)
+    if isinstance(node, ast.Expr):
+        return _is_check(node.value.value if isinstance(node.value, ast.Await) else node.value)
     if isinstance(node, ast.With | ast.AsyncWith):
         return any(_is_check(item.context_expr) for item in node.items)
-    if isinstance(node, ast.If):
-        return any(map(_fails, [*node.body, *node.orelse]))
-    if isinstance(node, ast.Try):
-        return any(map(_fails, [*node.body, *node.orelse]))
-    return False
+    return isinstance(node, ast.If | ast.Try) and any(map(_fails, [*node.body, *node.orelse]))
 
 
 def _is_check(node: ast.AST) -> bool:
@@ -215,10 +179,6 @@ def _name(node: ast.AST) -> str:
 
 def _calls(node: ast.AST, names: set[str]) -> bool:
     return any(isinstance(part, ast.Call) and _name(part.func) in names for part in ast.walk(node))
-
-
-def _is_fixture(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any("fixture" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def _is_main_guard(node: ast.stmt) -> bool:

@@ -106,8 +106,8 @@ def _share(settings: RewardFunction, one: Scored, tests: list[Case]) -> float:
     for line in lines:
         if line.get("reason"):
             _logger.info("row %s: a test failed: %s", one.row, line["reason"])
-    total = sum(case.kind != "pytest" for case in tests) + sum(line.get("total", 0) for line in lines)
-    return sum(line.get("passed", False) for line in lines) / max(total, len(tests))
+    total = sum(not case.is_collection for case in tests) + sum(line.get("total", 0) for line in lines)
+    return sum(line.get("passed", False) for line in lines) / max(total, 1)
 
 
 def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import asyncio
 import builtins
 import contextlib
 import doctest
+import functools
 import importlib.util
 import inspect
 import io
@@ -52,23 +53,22 @@ class Runner:
         self._candidate = names.get(entry_point)
         self._assertions, self._module = 0, None
 
-    def run(self, source, kind, name):
-        """Run one test and report whether it passed, which takes at least one assertion."""
+    def run(self, source, kind):
+        """Run one test, or the tests of a module, and report each that passes with at least one assertion."""
         reason = ""
-        if kind != "statements" or self._module is None:
-            self._module = self._new_module()
         try:
+            if kind != "statements" or self._module is None:
+                self._module = self._new_module()
             self._assertions = 0
             if kind != "doctest":
                 self._execute(source)
             if kind != "statements":
                 self._assertions = 0
-                getattr(self, f"_run_{kind}")(self._module, source, name)
-            if kind == "pytest":
-                return
+                getattr(self, f"_run_{kind}")(self._module, source)
         except BaseException as error:  # exits and interrupts included
             reason = f"{type(error).__name__}: {error}"
-        self.report(reason)
+        if kind not in ("module", "pytest"):
+            self.report(reason)
 
     def report(self, reason="", **more):
         """Report a test as failed for a reason, or as passed if there is none."""
@@ -98,7 +98,7 @@ class Runner:
                         vars(sys.modules[part]).update(self._names)
         exec(compile(tree, TESTS, "exec"), vars(self._module))
 
-    def _run_doctest(self, module, source, name):
+    def _run_doctest(self, module, source):
         test = doctest.DocTestParser().get_doctest(source, vars(module), TESTS, None, 0)
         output = io.StringIO()
         result = doctest.DocTestRunner(verbose=False).run(test, out=output.write)
@@ -106,33 +106,27 @@ class Runner:
         if result.failed:
             raise AssertionError(output.getvalue())
 
-    def _run_check(self, module, source, name):
-        self._call(getattr(module, name), self._candidate)
+    def _run_check(self, module, source):
+        _call(module.check, self._candidate)
 
-    def _run_function(self, module, source, name):
-        self._call(getattr(module, name))
+    def _run_module(self, module, source):
+        """Run unittest's classes, and the functions and classes that pytest would find, without fixtures."""
+        tests = [test for suite in unittest.defaultTestLoader.loadTestsFromModule(module) for test in suite]
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and name.startswith("test"):
+                tests.append(unittest.FunctionTestCase(functools.partial(_call, value)))
+            elif name.startswith("Test") and isinstance(value, type) and not issubclass(value, unittest.TestCase):
+                methods = [method for method in dir(value) if method.startswith("test")]
+                tests += [unittest.FunctionTestCase(functools.partial(_call_method, value, name)) for name in methods]
+        self.report(total=len(tests))
+        for test in tests:
+            self._assertions = 0
+            result = unittest.TestSuite([test]).run(unittest.TestResult())
+            problems = [result.errors, result.failures, result.skipped, result.expectedFailures]
+            texts = [text for found in problems for _, text in found] + ["unexpected"] * len(result.unexpectedSuccesses)
+            self.report(str(texts[0])[-500:] if texts else "")
 
-    def _run_method(self, module, source, name):
-        name, _, method = name.partition(".")
-        kind = getattr(module, name)
-        if issubclass(kind, unittest.TestCase):
-            result = unittest.TestSuite([kind(method)]).run(unittest.TestResult())
-            for problem in result.errors + result.failures + result.skipped + result.expectedFailures:
-                raise AssertionError(str(problem[1]))
-            if not result.wasSuccessful():
-                raise AssertionError("unexpected success")
-            return
-        instance = kind()
-        for hook in ("setup_class", "setup_method", method, "teardown_method", "teardown_class"):
-            function = getattr(instance, hook, lambda: None)
-            self._call(function, *[None for _ in inspect.signature(function).parameters])
-
-    def _call(self, function, *args):
-        result = function(*args)
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
-
-    def _run_pytest(self, module, source, name):
+    def _run_pytest(self, module, source):
         """Let pytest collect and run a module that exists only in memory."""
         import pytest
 
@@ -167,6 +161,20 @@ class Runner:
         words = ["-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, "--rootdir", ".", "--confcutdir", "."]
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         pytest.main([*words, "--capture=sys", "-q", "test_row.py"], plugins=[Plugin])
+
+
+def _call(function, *args):
+    result = function(*args)
+    if inspect.iscoroutine(result):
+        asyncio.run(result)
+
+
+def _call_method(kind, name):
+    """Call a method of a pytest class between its setup and teardown."""
+    instance = kind()
+    for hook in ("setup_class", "setup_method", name, "teardown_method", "teardown_class"):
+        function = getattr(instance, hook, lambda: None)
+        _call(function, *[None for _ in inspect.signature(function).parameters])
 
 
 def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
@@ -246,7 +254,8 @@ def main():
     results, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
-    print("{}", file=results, flush=True)  # the process has started
+    results.write("{}\n")  # the process has started
+    results.flush()
     folder, megabytes, seconds = os.getcwd(), request["megabytes"], request["cpu_seconds"]
     if sys.platform.startswith("linux"):
         import ctypes
