@@ -1,14 +1,12 @@
-"""Rewards that other programs give: unit tests of code, a judge, a reward model, math-verify and reasoning-gym."""
+"""Rewards that other programs give: a judge, a reward model, math-verify and reasoning-gym."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from deltaw.training.origin import score_run
 from deltaw.training.rewards import Scored, reward_of
 from deltaw.training.rewards.judge import judge
 from deltaw.training.rewards.rewarder import Rewarder
-from deltaw.training.rewards.unit_tests import cases, code_of, unit_tests
 from tests.conftest import COLORS, write_rows
 from tests.training.runs import held_out_rows, opened
 
@@ -32,93 +29,6 @@ def scored(text: str, answer: str | None = None, row: int = 1, **columns: object
 
 def settings_of(name: str, **more: object) -> RewardFunction:
     return RewardFunction.model_validate({"name": name, **more})
-
-
-DOUBLE = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0) == 1"]
-
-
-def share_passed(code: str, tests: object = DOUBLE, **settings: object) -> float | None:
-    return unit_tests(settings_of("unit-tests", cpu_seconds=1, **settings), [scored(code, tests=tests)])[0]
-
-
-def test_the_share_of_passed_tests_or_all_of_them():
-    code = "So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
-    assert share_passed(code) == pytest.approx(2 / 3)
-    assert share_passed(code, all_tests=True) == 0 and share_passed(code, DOUBLE[:2], all_tests=True) == 1
-    assert share_passed("def double(x): return x + x", DOUBLE[0]) == 1
-    assert share_passed("def double(x: return", DOUBLE) == 0
-    assert share_passed(code, None) is None
-    assert unit_tests(settings_of("unit-tests", tests=DOUBLE[0]), [scored(code), scored("x = 1")]) == [1, 0]
-
-
-def test_tests_are_counted_one_by_one():
-    functions = "import math\ndef test_a():\n    assert double(2) == 4\ndef test_b():\n    assert math.pi == 3\n"
-    assert share_passed("def double(x): return 2 * x", functions) == 0.5
-    assert (
-        share_passed("def double(x): return 2 * x", "n = 3\nassert double(n) == 6\nn = 4\nassert double(n) == 6") == 0.5
-    )
-    assert len(cases("def check(f): pass\ncheck(1)")) == 1
-    with pytest.raises(ValueError, match="not Python"):
-        cases("def (")
-    assert code_of("```py\na\n```\n```\nb\n```") == "b\n" and code_of("plain") == "plain"
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import os\nos._exit(0)",
-        "raise SystemExit(0)",
-        "while True: pass",
-        "import time\ntime.sleep(60)",
-        "x = bytearray(1 << 32)",
-        "import os\nassert os.environ.get('SECRET') == 'much'",
-        "import os\nassert os.listdir()",
-        "open('large', 'wb').write(bytes(1 << 25))",
-    ],
-    ids=["exits", "raises", "loops", "sleeps", "memory", "environment", "folder", "file"],
-)
-def test_code_that_exits_hangs_or_takes_too_much_passes_nothing_in_its_time(code, monkeypatch):
-    monkeypatch.setenv("SECRET", "much")
-    begin = time.monotonic()
-    assert share_passed(f"{code}\ndef double(x): return 2 * x", DOUBLE[0]) == 0
-    assert time.monotonic() - begin < 10
-
-
-def test_code_cannot_claim_that_tests_pass():
-    claim = "for fd in range(8):\n    try: os.write(fd, b'0\\n1\\n2\\n')\n    except OSError: pass"
-    assert share_passed(f"import os\n{claim}\ndef double(x): return 2 * x") == pytest.approx(2 / 3)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
-def test_what_code_left_running_is_killed_and_its_folder_removed(tmp_path):
-    kept = tmp_path / "kept.json"
-    code = f"""
-import json, os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-json.dump([child.pid, os.getcwd()], open({os.fspath(kept)!r}, "w"))
-"""
-    assert share_passed(code, "assert True") == 1
-    pid, folder = json.loads(kept.read_text())
-    assert not os.path.exists(folder)
-    for _ in range(100):
-        status = Path(f"/proc/{pid}/status")
-        if not status.exists() or "(zombie)" in status.read_text():
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the child runs on")
-
-
-def test_a_loop_takes_its_own_time_only_and_bad_tests_are_named_with_their_row():
-    rewarder = Rewarder(settings_of("unit-tests", seconds=1, cpu_seconds=1))
-    try:
-        given = [scored("while True: pass", tests=["assert 1"]), scored("x = 1", tests=["assert x == 1"], row=2)]
-        assert rewarder(given) == [0, 1]
-        with pytest.raises(UserError, match="text or a list") as refused:
-            rewarder([scored("x = 1", tests=3, row=9)])
-        assert "row 9" in str(refused.value.where)
-    finally:
-        rewarder.close()
 
 
 class _Judge(BaseHTTPRequestHandler):

@@ -1,8 +1,11 @@
 """The reward ``unit-tests``: suites of all common forms, against right, wrong, hanging, forking and forging code."""
 
+# ruff: noqa: E501 (suites and completions are source code in strings)
+
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,7 +17,7 @@ from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards import Scored
 from deltaw.training.rewards.rewarder import Rewarder
 from deltaw.training.rewards.unit_test_cases import cases
-from deltaw.training.rewards.unit_tests import program, unit_tests
+from deltaw.training.rewards.unit_tests import code_of, program, unit_tests
 
 ADD = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
@@ -144,14 +147,16 @@ builtins.AssertionError = AssertionError
 for name in dir(unittest.TestCase):
     if name.startswith("assert"): setattr(unittest.TestCase, name, lambda *a, **k: None)
 {WRONG}""",
-    "shadows builtins": "def all(x): return True\ndef abs(x): return 0\ndef len(x): return 3\ndef isinstance(*a): return True\n" + WRONG,
+    "shadows builtins": "def all(x): return True\ndef abs(x): return 0\ndef len(x): return 3\ndef isinstance(*a): return True\n"
+    + WRONG,
     "kills parent": "import os, signal\ndef add(a, b):\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 3 if a == 9 else 0",
     "writes descriptors": """
 import os
 for fd in range(64):
     try: os.write(fd, b'{"passed": true, "reason": ""}\\n' * 5)
     except OSError: pass
-""" + WRONG,
+"""
+    + WRONG,
     "raises skip": "import unittest\ndef add(a, b): raise unittest.SkipTest('x')",
     "raises stop": "import unittest.case\ndef add(a, b): raise unittest.case._ShouldStop()",
     "conftest": "open('conftest.py', 'w').write('import os; os._exit(0)')\nopen('pytest.ini', 'w').write('[pytest]')\n"
@@ -214,7 +219,10 @@ BEHAVIOR = {
         "def sort(values):\n    values.sort()\ndef turn(m):\n    for row in m: row.reverse()",
         "v = [3, 1, 2]\nsort(v)\nassert v == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nrow = m[0]\nturn(m)\nassert row == [2, 1] and m[1] == [4, 3]",
     ),
-    "returns its argument": ("def same(x): return x", "x = [1]\nassert same(x) is x\nd = {'a': x}\nassert same(d)['a'] is x"),
+    "returns its argument": (
+        "def same(x): return x",
+        "x = [1]\nassert same(x) is x\nd = {'a': x}\nassert same(d)['a'] is x",
+    ),
     "generator": (
         "def count(n):\n    for i in range(n):\n        yield i",
         "assert list(count(3)) == [0, 1, 2]\ng = count(2)\nassert next(g) == 0\nassert next(g) == 1\nassert next(g, None) is None",
@@ -289,26 +297,52 @@ BEHAVIOR = {
         "class Open:\n    def __enter__(self):\n        self.on = True\n        return self\n    def __exit__(self, *e):\n        self.on = False\n        return True",
         "o = Open()\nwith o as p:\n    assert p.on\n    raise ValueError\nassert not o.on",
     ),
-    "list subclass": ("class Row(list):\n    def total(self): return sum(self)\ndef row(): return Row([1, 2])", "assert row() == [1, 2]\nassert row().total() == 3\nassert 2 in row()"),
+    "list subclass": (
+        "class Row(list):\n    def total(self): return sum(self)\ndef row(): return Row([1, 2])",
+        "assert row() == [1, 2]\nassert row().total() == 3\nassert 2 in row()",
+    ),
     "named like a builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
     "numpy": (
         "import numpy as np\ndef double(x): return np.asarray(x) * 2\ndef mean(x): return np.mean(x)",
         "import numpy as np\nassert np.array_equal(double([1, 2]), np.array([2, 4]))\nassert (double(np.ones((2, 2))) == 2).all()\n"
         "np.testing.assert_allclose(mean([1.0, 2.0]), 1.5)\nassert mean([1, 2]) == 1.5",
     ),
-    "files": ("def save(t):\n    with open('out.txt', 'w') as f:\n        f.write(t)", "save('x')\nassert open('out.txt').read() == 'x'"),
-    "float tolerance": ("def third(): return 1 / 3", "assert abs(third() - 0.333) < 1e-2\nimport math\nassert math.isclose(third(), 1/3)"),
-    "modules of the code": ("import math\ndef root(x): return math.sqrt(x)", "assert math.isclose(root(2), 1.41421356, rel_tol=1e-6)"),
-    "raises by hand": (ADD, "try:\n    add(1, None)\n    assert False, 'no error'\nexcept TypeError:\n    pass\nif add(1, 1) != 2:\n    raise Exception('wrong')"),
+    "files": (
+        "def save(t):\n    with open('out.txt', 'w') as f:\n        f.write(t)",
+        "save('x')\nassert open('out.txt').read() == 'x'",
+    ),
+    "float tolerance": (
+        "def third(): return 1 / 3",
+        "assert abs(third() - 0.333) < 1e-2\nimport math\nassert math.isclose(third(), 1/3)",
+    ),
+    "modules of the code": (
+        "import math\ndef root(x): return math.sqrt(x)",
+        "assert math.isclose(root(2), 1.41421356, rel_tol=1e-6)",
+    ),
+    "raises by hand": (
+        ADD,
+        "try:\n    add(1, None)\n    assert False, 'no error'\nexcept TypeError:\n    pass\nif add(1, 1) != 2:\n    raise Exception('wrong')",
+    ),
     "list with helper": (ADD, ["def check(f):\n    assert f(1, 2) == 3", "check(add)"]),
     "check with call": (ADD, CHECK + "\ncheck(add)\n"),
     "list with setup": (ADD, ["import math", "x = add(1, 1)", "assert x == math.sqrt(4)"]),
     "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(2000):\n    x = f(x)\nassert x == 2000"),
-    "property": ("class A:\n    count = 0\n    @property\n    def x(self): return 3\n    @classmethod\n    def make(cls): return cls()\n    @staticmethod\n    def s(): return 1",
-                 "a = A.make()\nassert a.x == 3 and A.s() == 1 and A.count == 0\na.y = 5\nassert a.y == 5\nassert hasattr(a, 'x') and not hasattr(a, 'z')"),
-    "multiprocessing": ("from multiprocessing import Pool\ndef sq(x): return x * x\ndef squares(xs):\n    with Pool(2) as p: return p.map(sq, xs)", "assert squares([1, 2]) == [1, 4]"),
-    "threads": ("from concurrent.futures import ThreadPoolExecutor\ndef squares(f, xs):\n    with ThreadPoolExecutor(2) as p: return list(p.map(f, xs))", "assert squares(lambda x: x * x, [1, 2]) == [1, 4]"),
-    "subprocess": ("import subprocess, sys\ndef say(): return subprocess.run([sys.executable, '-c', 'print(1)'], capture_output=True, text=True).stdout", "assert say() == '1\\n'"),
+    "property": (
+        "class A:\n    count = 0\n    @property\n    def x(self): return 3\n    @classmethod\n    def make(cls): return cls()\n    @staticmethod\n    def s(): return 1",
+        "a = A.make()\nassert a.x == 3 and A.s() == 1 and A.count == 0\na.y = 5\nassert a.y == 5\nassert hasattr(a, 'x') and not hasattr(a, 'z')",
+    ),
+    "multiprocessing": (
+        "from multiprocessing import Pool\ndef sq(x): return x * x\ndef squares(xs):\n    with Pool(2) as p: return p.map(sq, xs)",
+        "assert squares([1, 2]) == [1, 4]",
+    ),
+    "threads": (
+        "from concurrent.futures import ThreadPoolExecutor\ndef squares(f, xs):\n    with ThreadPoolExecutor(2) as p: return list(p.map(f, xs))",
+        "assert squares(lambda x: x * x, [1, 2]) == [1, 4]",
+    ),
+    "subprocess": (
+        "import subprocess, sys\ndef say(): return subprocess.run([sys.executable, '-c', 'print(1)'], capture_output=True, text=True).stdout",
+        "assert say() == '1\\n'",
+    ),
 }
 
 
@@ -336,7 +370,6 @@ EXCESSIVE = {
     "large result": "def add(a, b): return 'x' * (1 << 25)",
     "endless result": "import itertools\ndef add(a, b): return itertools.count()",
     "closes descriptors": "import os\ndef add(a, b):\n    os.closerange(0, 64)\n    return a + b",
-    "kills all": "import os\ndef add(a, b):\n    os.kill(-1, 9)\n    return a + b",
     "environment": "import os\ndef add(a, b): return os.environ['SECRET']",
     "network": "import socket\ndef add(a, b):\n    socket.create_connection(('127.0.0.1', PORT), 1)\n    return a + b",
     "reads a file": "def add(a, b): return open('FILE').read() and a + b",
@@ -347,17 +380,30 @@ EXCESSIVE = {
 }
 
 
-@pytest.mark.parametrize("name", EXCESSIVE)
-def test_excessive_code_gets_nothing_and_ends_in_time(name, tmp_path, monkeypatch):
-    import socket
+UNTIL_THE_LIMIT = {
+    "sleeps",
+    "loops at load",
+    "ignores signals",
+    "endless result",
+    "memory of many",
+    "fork bomb in sessions",
+}
 
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in UNTIL_THE_LIMIT)) for name in EXCESSIVE]
+)
+def test_excessive_code_gets_nothing_and_ends_in_time(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "much")
     file = tmp_path / "rows.jsonl"
     file.write_text("secret")
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = EXCESSIVE[name].replace("FILE", os.fspath(file)).replace("PORT", str(server.getsockname()[1]))
         begin = time.monotonic()
-        assert reward(code, "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3") == 0
+        assert (
+            reward(code, "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3")
+            == 0
+        )
     assert time.monotonic() - begin < 12
     assert file.read_text() == "secret"
 
@@ -395,7 +441,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_tests_without_assertion_are_refused(name):
-    with pytest.raises(ValueError, match="assertion runs|not Python|text or a list"):
+    with pytest.raises(ValueError, match=r"assertion runs|not Python|text or a list"):
         reward(ADD, REFUSED[name])
 
 
@@ -434,8 +480,15 @@ STUB = 'from typing import List\n\nLIMIT = 3\n\ndef add(a: int, b: int) -> int:\
 
 @pytest.mark.parametrize(
     "completion",
-    ["    return a + b\n", "return a + b", "    c = a + b\n    return c\n", "c = a + b\n    return c", STUB + "    return a + b",
-     "def add(a: List, b): return a + b", "```python\ndef helper(a, b):\n    return a + b\n\ndef add(a, b):\n    return helper(a, b) if LIMIT else 0\n```"],
+    [
+        "    return a + b\n",
+        "return a + b",
+        "    c = a + b\n    return c\n",
+        "c = a + b\n    return c",
+        STUB + "    return a + b",
+        "def add(a: List, b): return a + b",
+        "```python\ndef helper(a, b):\n    return a + b\n\ndef add(a, b):\n    return helper(a, b) if LIMIT else 0\n```",
+    ],
 )
 def test_completion_is_the_body_or_the_function_of_the_prompt(completion):
     assert reward(completion, CHECK, prompt=STUB, entry_point="add") == 1
@@ -450,14 +503,14 @@ def test_prompt_alone_earns_nothing(completion):
 
 
 # Attacks of the connection itself, which the code finds in its own process.
-CONNECTED = '''
+CONNECTED = """
 import sys
 frame = sys._getframe()
 while "peer" not in frame.f_locals and not hasattr(frame.f_locals.get("self"), "request"):
     frame = frame.f_back
 peer = frame.f_locals.get("peer") or frame.f_locals["self"]
 peer = peer if hasattr(peer, "request") else peer._peer
-'''
+"""
 PROTOCOL = {
     "globals of a callback": "def apply(f, x): return peer.request('special', f, '__getattribute__', '__globals__')['SECRET'] + 1",
     "attribute of a callback": "def apply(f, x): return peer.request('getattr', f, '__globals__')['SECRET'] + 1",
@@ -505,3 +558,121 @@ def test_connection_gives_the_code_neither_tests_nor_results(name):
     assert reward(CONNECTED + PROTOCOL[name], tests) == 0
     # The attack did not fail for another reason: the code runs up to it.
     assert reward(CONNECTED + honest, tests) == 1
+
+
+MODULE = sys.modules["deltaw.training.rewards.unit_tests"]
+
+
+@pytest.fixture(params=["namespaces", "without"])
+def namespaces(request, monkeypatch):
+    """Whether the code runs in namespaces of its own, or in plain processes."""
+    if request.param == "without":
+        monkeypatch.setattr(MODULE, "_namespaces", list)
+    elif not MODULE._namespaces():
+        pytest.skip("the system allows no namespaces")
+
+
+ESCAPES = {
+    "session": "subprocess.Popen(words, start_new_session=True)",
+    "orphan": "if os.fork() == 0:\n    subprocess.Popen(words, start_new_session=True)\n    os._exit(0)",
+    "orphan of an orphan": "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: os.execv(words[0], words)\n    os._exit(0)",
+    "no environment": "subprocess.Popen(words, env={}, cwd='/', start_new_session=True, process_group=None)",
+}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_processes_that_the_code_started_are_gone(escape, namespaces):
+    mark = f"time.sleep(61.{os.getpid()}{len(escape)})"
+    code = (
+        f"import os, subprocess, sys, time\nwords = [sys.executable, '-c', 'import time; {mark}']\n{ESCAPES[escape]}\n"
+    )
+    running = "assert subprocess_count() > 2"
+    count = (
+        "def subprocess_count():\n    time.sleep(0.2)\n    return len([n for n in os.listdir('/proc') if n.isdigit()])"
+    )
+    assert reward(code + count, running) == 1
+    commands = [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark in _text(path)]
+    assert commands == []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize("attack", ["kills parent", "reads tests", "frames", "always equal"])
+def test_forging_code_gets_nothing_with_and_without_namespaces(attack, namespaces):
+    assert reward(FORGING[attack], CHECK.replace("(1, 2) == 3", "(2, 2) == 4"), entry_point="add") == 0
+
+
+def test_the_folder_of_the_code_is_removed(tmp_path, monkeypatch, namespaces):
+    monkeypatch.setattr(MODULE.tempfile, "tempdir", os.fspath(tmp_path))
+    code = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)\ndef f(): return os.getcwd()"
+    assert reward(code, f"assert f().startswith({os.fspath(tmp_path)!r})") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_isolation_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(MODULE, "_namespaces", list)
+    monkeypatch.setattr(MODULE, "landlock_version", lambda: 0)
+    monkeypatch.setattr(MODULE, "_warned", set())
+    assert reward(ADD, LISTED) == 1 and reward(ADD, LISTED) == 1
+    assert [record.message for record in caplog.records].count(caplog.messages[0]) == 1
+    for danger in ("read your files", "use the network", "signal your processes"):
+        assert danger in caplog.messages[0]
+
+
+def test_reason_of_a_failed_test_is_logged(caplog):
+    caplog.set_level("INFO")
+    reward("class V: pass\ndef add(a, b): return V()", ["assert add(1, 2) < 4"])
+    assert "used as plain data" in caplog.text and "row 1" in caplog.text
+
+
+def test_a_call_of_many_completions_gives_each_its_own_reward():
+    settings = RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 2})
+    given = [scored(code, tests=LISTED) for code in (ADD, WRONG, ADD, "def add(a, b): return 3", "")]
+    assert unit_tests(settings, given) == [1, 0, 1, 0.5, 0]
+
+
+def test_program_keeps_a_completion_that_needs_nothing_of_the_prompt():
+    assert program("asked", f"Sure:\n```python\n{ADD}```") == ADD
+    assert len(cases(["assert f(1)\nassert f(2)", "assert f(3)"])) == 2 and len(cases("assert f(1)\nassert f(2)")) == 2
+
+
+DOUBLE = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0) == 1"]
+
+
+def test_reward_is_the_share_of_passed_tests_or_all_of_them():
+    code = "So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
+    assert reward(code, DOUBLE) == pytest.approx(2 / 3)
+    assert reward(code, DOUBLE, all_tests=True) == 0 and reward(code, DOUBLE[:2], all_tests=True) == 1
+    assert reward("def double(x: return", DOUBLE) == 0
+    assert reward(code, None) is None
+
+
+def test_tests_of_the_settings_hold_for_all_rows():
+    settings = RewardFunction.model_validate({"name": "unit-tests", "tests": DOUBLE[0]})
+    assert unit_tests(settings, [scored("def double(x): return 2 * x"), scored("x = 1")]) == [1, 0]
+
+
+def test_tests_of_a_text_are_counted_one_by_one():
+    functions = "import math\ndef test_a():\n    assert double(2) == 4\ndef test_b():\n    assert math.pi == 3\n"
+    assert reward("def double(x): return 2 * x", functions) == 0.5
+    statements = "n = 3\nassert double(n) == 5\nn = 4\nassert double(n) == 8"
+    assert reward("def double(x): return 2 * x", statements) == 0.5
+
+
+def test_last_fenced_block_is_the_code():
+    assert code_of("```py\na\n```\n```\nb\n```") == "b\n" and code_of("plain") == "plain"
+
+
+def test_a_loop_takes_only_its_own_time():
+    rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "seconds": 1, "cpu_seconds": 1}))
+    try:
+        given = [scored("while True: pass", tests=LISTED), scored("x = 1", tests=["assert x == 1"], row=2)]
+        assert rewarder(given) == [0, 1]
+    finally:
+        rewarder.close()

@@ -1,8 +1,8 @@
 """The reward ``unit-tests``: the share of a row's tests that a completion's code passes.
 
 The tests run in a process with limits (``unit_tests_runner.py``), and the code in another one
-(``unit_tests_child.py``), so that it has neither the tests nor a way to report results. :func:`isolation` says what
-else separates the two from this machine.
+(``unit_tests_child.py``), so that it has neither the tests nor a way to report results. :func:`missing_isolation` says
+what the system does not prevent.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from deltaw.task_settings import RewardFunction
 from deltaw.training.rewards.base import Scored
 from deltaw.training.rewards.unit_test_cases import Case, cases
+from deltaw.training.rewards.unit_tests_child import landlock_version
 from deltaw.training.rewards.worker import end
 
 _FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -36,6 +37,7 @@ _MAX_BYTES = 1 << 20
 _GRACE = 5.0
 _UNSHARE = ("--pid", "--fork", "--mount-proc", "--net", "--ipc", "--uts", "--kill-child")
 _logger = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 def unit_tests(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
@@ -46,6 +48,9 @@ def unit_tests(settings: RewardFunction, given: Sequence[Scored]) -> list[float 
     """
     tests = [settings.tests or one.columns.get(settings.column or _COLUMN) for one in given]
     requests = [None if test is None else (one, cases(test)) for one, test in zip(given, tests, strict=True)]
+    if (missing := missing_isolation()) and missing not in _warned:
+        _logger.warning("unit-tests: the code under test can %s: docs/reward.md", missing)
+        _warned.add(missing)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shares = list(pool.map(lambda request: request and _share(settings, *request), requests))
     return [share if share is None or not settings.all_tests else float(share == 1) for share in shares]
@@ -73,11 +78,16 @@ def program(prompt: str, completion: str) -> str:
     return code
 
 
-def isolation() -> str:
-    """Describe what separates the tested code from this machine."""
-    if _namespaces():
-        return "own processes, network and temporary files (Linux namespaces)"
-    return "separate processes with limits; no Linux namespaces, so the code can reach the network"
+def missing_isolation() -> str:
+    """Return what the tested code can do on this machine for lack of isolation; empty if nothing."""
+    version = landlock_version()
+    dangers = {
+        "read your files": version < 1,
+        "write your files": version < 1,
+        "use the network": not _namespaces(),
+        "signal your processes": not _namespaces() and version < 6,
+    }
+    return ", ".join(danger for danger, possible in dangers.items() if possible)
 
 
 @functools.cache

@@ -391,6 +391,13 @@ def _identical(before, after):
     return before is not None and len(before) == len(after) and all(map(operator.is_, before, after))
 
 
+def landlock_version():
+    """Return the version of Landlock's interface, or 0 or less if the system has none."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    return ctypes.CDLL(None).syscall(444, None, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
+
+
 def confine(folder, cpu_seconds, megabytes):
     """Restrict this process and its descendants as far as the system allows.
 
@@ -413,10 +420,9 @@ def confine(folder, cpu_seconds, megabytes):
             resource.setrlimit(kind, (limit, limit))
     if not sys.platform.startswith("linux"):
         return
-    libc = ctypes.CDLL(None)
+    libc, version = ctypes.CDLL(None), landlock_version()
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
     if version < 1:
         return
     everything = (1 << min(15, 12 + version)) - 1

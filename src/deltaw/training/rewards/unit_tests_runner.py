@@ -215,10 +215,19 @@ def watch(deadline, megabytes, isolated):
         for process in (own, *own.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 sizes.append(process.memory_info().rss)  # 0 if it has ended
-        files = 0 if isolated else sum(len(names) for _, _, names in os.walk("."))
-        if sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20 or files > MAX_FILES:
+        files = [] if isolated else list(_file_sizes("."))  # its file system has the limits
+        if sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20:
+            break
+        if len(files) > MAX_FILES or sum(files) > MAX_TOTAL_BYTES:
             break
     end(1)
+
+
+def _file_sizes(folder):
+    for parent, folders, names in os.walk(folder):
+        for name in folders + names:
+            with contextlib.suppress(OSError):
+                yield os.lstat(os.path.join(parent, name)).st_size
 
 
 def _limit_processes():
