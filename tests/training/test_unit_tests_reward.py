@@ -219,6 +219,10 @@ BEHAVIOR = {
         "def sort(values):\n    values.sort()\ndef turn(m):\n    for row in m: row.reverse()",
         "v = [3, 1, 2]\nsort(v)\nassert v == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nrow = m[0]\nturn(m)\nassert row == [2, 1] and m[1] == [4, 3]",
     ),
+    "large matrix in place": (
+        "def clear(m):\n    for row in m: row[:] = [0] * len(row)\n    m.append([])",
+        "m = [[1] * 5 for _ in range(500)]\nclear(m)\nassert sum(map(sum, m)) == 0 and len(m) == 501",
+    ),
     "returns its argument": (
         "def same(x): return x",
         "x = [1]\nassert same(x) is x\nd = {'a': x}\nassert same(d)['a'] is x",
@@ -326,7 +330,7 @@ BEHAVIOR = {
     "list with helper": (ADD, ["def check(f):\n    assert f(1, 2) == 3", "check(add)"]),
     "check with call": (ADD, CHECK + "\ncheck(add)\n"),
     "list with setup": (ADD, ["import math", "x = add(1, 1)", "assert x == math.sqrt(4)"]),
-    "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(2000):\n    x = f(x)\nassert x == 2000"),
+    "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(500):\n    x = f([x][0])\nassert x == 500"),
     "property": (
         "class A:\n    count = 0\n    @property\n    def x(self): return 3\n    @classmethod\n    def make(cls): return cls()\n    @staticmethod\n    def s(): return 1",
         "a = A.make()\nassert a.x == 3 and A.s() == 1 and A.count == 0\na.y = 5\nassert a.y == 5\nassert hasattr(a, 'x') and not hasattr(a, 'z')",

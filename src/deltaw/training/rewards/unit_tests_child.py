@@ -22,7 +22,7 @@ import types
 
 MAX_MESSAGE_BYTES = 1 << 24
 MAX_FILE_BYTES, MAX_OPEN_FILES = 1 << 24, 64
-MAX_SHARED, MAX_OUTPUT = 256, 1 << 20
+MAX_SHARED, MAX_OUTPUT = 64, 1 << 20
 
 
 def _dunder(names, prefixes=("",)):
@@ -133,7 +133,7 @@ class Peer:
     def request(self, operation, /, *args, **kwargs):
         """Run an operation on the other side, and return its result or raise its exception."""
         with self._lock:
-            self._send("request", (operation, args, kwargs))
+            self._send("request", (operation, args, tuple(kwargs.items())))
             while True:
                 kind, value = self._receive()
                 if kind == "result":
@@ -156,7 +156,7 @@ class Peer:
         own = os.getpid()
         try:
             operation, args, kwargs = request
-            kind, value = "result", self._handler(self, operation, *args, **kwargs)
+            kind, value = "result", self._handler(self, operation, *args, **dict(kwargs))
         except PeerLost:
             raise
         except BaseException as error:
@@ -166,7 +166,7 @@ class Peer:
         self._send(kind, value)
 
     def _send(self, kind, value):
-        self._evict()
+        self._evict(kind)
         count = len(self._shared)
         try:
             changed = [
@@ -194,9 +194,9 @@ class Peer:
         line = self._reader.readline(MAX_MESSAGE_BYTES)
         if not line.endswith(b"\n"):
             raise self._lose("the process of the completion ended, or its result is too large")
-        self._evict()
         try:
             kind, text, changed, body = json.loads(line)
+            self._evict(kind)
             for index, contents in changed:
                 self._fill(self._shared[index][0], contents)
             value = self._decode(body)
@@ -213,8 +213,9 @@ class Peer:
         self.lost = self.lost or reason
         return PeerLost(reason)
 
-    def _evict(self):
-        while len(self._shared) > MAX_SHARED:
+    def _evict(self, kind):
+        """Forget the oldest containers, at the same moment on both sides; none of a request before its answer."""
+        while kind == "request" and len(self._shared) > MAX_SHARED:
             container, _ = self._shared.pop(next(iter(self._shared)))
             self._indices.pop(id(container))
 
@@ -484,7 +485,7 @@ def _main():
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     with contextlib.suppress(AttributeError):
-        os.nice(10)  # the watching runner goes first
+        os.nice(5)  # the watching runner goes first
     confine(folder, cpu_seconds, megabytes)
     peer = Peer(
         reader, writer, lambda peer, operation, /, *args, **kwargs: OPERATIONS[operation](*args, **kwargs), guards=False
