@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from deltaw.training.rewards import Scored
 from deltaw.training.rewards.rewarder import Rewarder
 from deltaw.training.rewards.unit_test_cases import cases
 from deltaw.training.rewards.unit_tests import code_of, program, unit_tests
+from deltaw.training.rewards.worker import end
 
 ADD = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
@@ -680,3 +682,14 @@ def test_a_loop_takes_only_its_own_time():
         assert rewarder(given) == [0, 1]
     finally:
         rewarder.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
+def test_ending_a_worker_ends_processes_in_sessions_of_their_own():
+    words = [sys.executable, "-c", "import time; time.sleep(62.5)"]
+    code = f"import subprocess, time\nsubprocess.Popen({words!r}, start_new_session=True)\nprint(1, flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    end(process)
+    process.stdout.close()
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if "time.sleep(62.5)" in _text(path)]
