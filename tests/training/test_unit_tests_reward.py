@@ -295,6 +295,15 @@ BEHAVIOR = {
         "import my_solution\nimport solution as s\nfrom package.module import add as plus\nassert my_solution.add(1, 2) == 3 and s.RATE == 3\nassert plus(1, 1) == 2",
     ),
     "async": ("import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0.01)\n    return n * 2", ASYNC),
+    "async pytest": (
+        "async def fetch(n): return n * 2",
+        "import pytest\n@pytest.mark.asyncio\n@pytest.mark.parametrize('n', [1, 2])\nasync def test_fetch(n):\n    assert await fetch(n) == 2 * n\n",
+    ),
+    "relative import": (ADD, "from .solution import add as plus\nassert plus(1, 2) == 3"),
+    "function named like a test": (
+        "def test_equal(a, b): return a == b",
+        ["assert test_equal(1, 1)", "assert test_equal(1, 2) == False"],
+    ),
     "async unittest": (
         "import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0)\n    return n * 2",
         "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_it(self):\n        self.assertEqual(await fetch(2), 4)\n",

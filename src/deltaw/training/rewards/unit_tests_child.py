@@ -19,6 +19,7 @@ import struct
 import sys
 import threading
 import types
+from typing import Any
 
 MAX_MESSAGE_BYTES = 1 << 24
 MAX_FILE_BYTES, MAX_OPEN_FILES = 1 << 24, 64
@@ -45,8 +46,8 @@ SPECIAL = (
 QUESTIONS = {
     name for kind in (str, set, float) for name in dir(kind) if name.startswith(("is", "startswith", "endswith"))
 }
-MAPPINGS = dict, collections.Counter, collections.OrderedDict, collections.defaultdict
-CONTAINERS = {kind.__name__: kind for kind in (list, set, bytearray, collections.deque, *MAPPINGS)}
+MAPPINGS: tuple[Any, ...] = dict, collections.Counter, collections.OrderedDict, collections.defaultdict
+CONTAINERS: dict[str, Any] = {kind.__name__: kind for kind in (list, set, bytearray, collections.deque, *MAPPINGS)}
 # Immutable types that are rebuilt from the arguments of their constructor, which ``__reduce__`` gives for most.
 VALUES = {f"datetime.{name}" for name in ("date", "time", "datetime", "timedelta", "timezone")} | {
     *("builtins.int", "builtins.bytes", "builtins.complex", "builtins.range", "builtins.slice"),
@@ -57,7 +58,7 @@ ARGUMENTS = {
     bytes: lambda value: (value.decode("latin-1"), "latin-1"),
     complex: lambda value: (value.real, value.imag),
 }
-PLAIN = int, float, str, bytes, tuple
+PLAIN: tuple[Any, ...] = int, float, str, bytes, tuple
 # Modules whose exception classes are looked up by name on the other side.
 ERROR_MODULES = {"json", "decimal", "asyncio", "re", "struct", "queue", "subprocess", "csv", "dataclasses"}
 
@@ -293,8 +294,8 @@ class Peer:
         base = next((base for base in PLAIN if isinstance(value, base)), None)
         if base is not None:  # whatever the subclass overrides
             return ["subclass", key, kind.__name__, base.__name__, self._encode(base.__getnewargs__(value)[0])]
-        base = next((name for name, base in CONTAINERS.items() if isinstance(value, base)), None)
-        return ["handle", key, kind.__name__, sorted(name for name in SPECIAL if hasattr(kind, name)), base]
+        container = next((name for name, base in CONTAINERS.items() if isinstance(value, base)), None)
+        return ["handle", key, kind.__name__, sorted(name for name in SPECIAL if hasattr(kind, name)), container]
 
     def _decode(self, data):
         """Rebuild a value. Everything that JSON can hold may arrive here."""
@@ -304,10 +305,7 @@ class Peer:
         return self._shared[index][0]
 
     def _decode_container(self, index, name, contents):
-        if name == "deque":
-            container = collections.deque(maxlen=self._decode(contents[0]))
-        else:
-            container = CONTAINERS[name]()
+        container = CONTAINERS[name](*[[], self._decode(contents[0])] if name == "deque" else [])
         self._share(index, container)
         self._fill(container, contents)
         return container
@@ -474,7 +472,7 @@ def _await(target, loops=[]):  # noqa: B006
     return loops[0].run_until_complete(awaited())
 
 
-OPERATIONS = {"load": _load, "special": _special, "plain": _plain, "await": _await}
+OPERATIONS: dict[str, Any] = {"load": _load, "special": _special, "plain": _plain, "await": _await}
 OPERATIONS |= {"getattr": getattr, "setattr": setattr, "delattr": delattr}
 
 

@@ -24,6 +24,7 @@ import types
 import typing
 import unittest
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -67,7 +68,7 @@ class Runner:
                 getattr(self, f"_run_{kind}")(self._module, source)
         except BaseException as error:  # exits and interrupts included
             reason = f"{type(error).__name__}: {error}"
-        if kind not in ("module", "pytest"):
+        if reason or kind not in ("module", "pytest"):
             self.report(reason)
 
     def report(self, reason="", **more):
@@ -88,11 +89,12 @@ class Runner:
         """Execute source in the module of the tests. Imported modules that do not exist are the completion."""
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported, node.level = [node.module], 0
             for name in imported:
                 top = name.partition(".")[0]
-                if top and top not in sys.modules and importlib.util.find_spec(top) is None:
+                if top not in sys.modules and importlib.util.find_spec(top) is None:
                     for part in (top, name):
                         sys.modules[part] = types.ModuleType(part)
                         vars(sys.modules[part]).update(self._names)
@@ -111,7 +113,8 @@ class Runner:
 
     def _run_module(self, module, source):
         """Run unittest's classes, and the functions and classes that pytest would find, without fixtures."""
-        tests = [test for suite in unittest.defaultTestLoader.loadTestsFromModule(module) for test in suite]
+        suites: Any = unittest.defaultTestLoader.loadTestsFromModule(module)
+        tests = [test for suite in suites for test in suite]
         for name, value in vars(module).items():
             if inspect.isfunction(value) and name.startswith("test"):
                 tests.append(unittest.FunctionTestCase(functools.partial(_call, value)))
@@ -148,6 +151,12 @@ class Runner:
                 self._assertions = 0
 
             @staticmethod
+            def pytest_pyfunc_call(pyfuncitem):
+                if inspect.iscoroutinefunction(pyfuncitem.obj):
+                    _call(pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in pyfuncitem.fixturenames})
+                    return True
+
+            @staticmethod
             def pytest_runtest_logreport(report):
                 failed[report.nodeid] = failed.get(report.nodeid, "") or (
                     "" if report.passed and not hasattr(report, "wasxfail") else str(report.longrepr or "expected")
@@ -163,8 +172,8 @@ class Runner:
         pytest.main([*words, "--capture=sys", "-q", "test_row.py"], plugins=[Plugin])
 
 
-def _call(function, *args):
-    result = function(*args)
+def _call(function, *args, **kwargs):
+    result = function(*args, **kwargs)
     if inspect.iscoroutine(result):
         asyncio.run(result)
 
@@ -286,7 +295,7 @@ def main():
     ).start()
     child = os.path.join(os.path.dirname(__file__), "unit_tests_child.py")
     words = [sys.executable, "-I", "-B", "-X", "utf8", child, folder, str(seconds), str(megabytes)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, **pipes)
     peer = Peer(process.stdout, process.stdin, serve_completion, guards=True)
     cases, entry_point = request["cases"], request["entry_point"]

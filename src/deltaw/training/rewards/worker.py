@@ -99,13 +99,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
     descendants: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         descendants = psutil.Process(process.pid).children(recursive=True)
-    for running in (process, *descendants):
+    process.kill()
+    for descendant in descendants:
         with contextlib.suppress(psutil.Error):
-            running.kill()
+            descendant.kill()
     if os.name != "nt":
         with contextlib.suppress(OSError):  # started meanwhile
             os.killpg(process.pid, 9)
     process.wait()
+    psutil.wait_procs(descendants, timeout=5)
 
 
 def answer_requests(make: Callable[[], Answering]) -> None:
