@@ -480,6 +480,28 @@ def test_tests_whose_assertions_do_not_run_pass_nothing(name):
     assert reward(ADD, UNREACHED[name], cpu_seconds=5) == 0
 
 
+SWALLOWED = {
+    "context manager": (
+        "class Sure:\n    def __enter__(self): return self\n    def __exit__(self, *e): return True\n    def value(self): return 4",
+        "def test_it():\n    s = Sure()\n    with s:\n        assert s.value() == 3\n    assert s.value() > 0\n",
+    ),
+    "callback": (
+        "def each(f, xs):\n    for x in xs:\n        try: f(0)\n        except BaseException: pass\n    return len(xs)",
+        "def test_it():\n    def check(x):\n        assert x > 0\n    assert each(check, [1, 2]) == 2\n",
+    ),
+    "broad except": (
+        "def fail(): return 1",
+        "def test_it():\n    try:\n        fail()\n        assert False, 'no error'\n    except Exception:\n        pass\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWALLOWED)
+def test_failed_assertion_counts_even_if_something_catches_it(name):
+    code, tests = SWALLOWED[name]
+    assert reward(code, tests) == 0
+
+
 def test_refused_tests_are_named_with_their_row():
     rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 1}))
     try:

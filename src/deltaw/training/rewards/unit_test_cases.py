@@ -125,13 +125,18 @@ def _uses_pytest(nodes: list[ast.AST], tests: list[ast.FunctionDef | ast.AsyncFu
 
 
 class _Counter(ast.NodeTransformer):
-    """Adds a call of ``_count_assertion`` behind each assertion."""
+    """Adds a call of ``_count_assertion`` behind each assertion, and one of ``_failed_assertion`` to each message.
+
+    Python evaluates the message if an assertion fails, even if something catches the AssertionError.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
     def visit(self, node: ast.AST) -> Any:
         node = self.generic_visit(node)
+        if isinstance(node, ast.Assert):
+            node.msg = ast.Call(ast.Name("_failed_assertion", ast.Load()), [node.msg] if node.msg else [], [])
         if not _is_assertion(node):
             return node
         self.count += 1

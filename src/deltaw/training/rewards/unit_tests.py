@@ -114,7 +114,7 @@ def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | Non
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
     request |= {"code": code, "cases": list(map(asdict, tests)), "isolated": bool(_namespaces())}
-    request["entry_point"] = completion.columns.get(_ENTRY_POINT) or (names[-1] if names else "")
+    request["entry_point"] = str(completion.columns.get(_ENTRY_POINT) or (names or [""])[-1])
     results = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
     for result in results:
         if result.get("reason"):

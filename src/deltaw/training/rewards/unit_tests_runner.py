@@ -52,7 +52,8 @@ class Runner:
     def __init__(self, results, peer, names, entry_point):
         self._results, self._peer, self._names = results, peer, names
         self._candidate = names.get(entry_point)
-        self._assertions, self._module = 0, None
+        self._module = None
+        self._reset()
 
     def run(self, source, kind):
         """Run one test, or the tests of a module, and report each that passes with at least one assertion."""
@@ -60,11 +61,11 @@ class Runner:
         try:
             if kind != "statements" or self._module is None:
                 self._module = self._new_module()
-            self._assertions = 0
+            self._reset()
             if kind != "doctest":
                 self._execute(source)
             if kind != "statements":
-                self._assertions = 0
+                self._reset()
                 getattr(self, f"_run_{kind}")(self._module, source)
         except BaseException as error:  # exits and interrupts included
             reason = f"{type(error).__name__}: {error}"
@@ -73,16 +74,24 @@ class Runner:
 
     def report(self, reason="", **more):
         """Report a test as failed for a reason, or as passed if there is none."""
-        reason = self._peer.lost or reason or ("" if self._assertions else "no assertion ran")
+        reason = self._peer.lost or reason or self._failure or ("" if self._assertions else "no assertion ran")
         self._results.write(json.dumps(more or {"passed": not reason, "reason": reason[:500]}) + "\n")
         self._results.flush()
+
+    def _reset(self):
+        self._assertions, self._failure = 0, ""
 
     def _count(self):
         self._assertions += 1
 
+    def _fail(self, message=None):
+        self._failure = f"AssertionError: {message}"
+        return message
+
     def _new_module(self):
         module = sys.modules[TESTS] = types.ModuleType(TESTS)
         vars(module).update({"candidate": self._candidate, **self._names, "_count_assertion": self._count})
+        vars(module)["_failed_assertion"] = self._fail
         return module
 
     def _execute(self, source):
@@ -123,7 +132,7 @@ class Runner:
                 tests += [unittest.FunctionTestCase(functools.partial(_call_method, value, name)) for name in methods]
         self.report(total=len(tests))
         for test in tests:
-            self._assertions = 0
+            self._reset()
             result = unittest.TestSuite([test]).run(unittest.TestResult())
             problems = [result.errors, result.failures, result.skipped, result.expectedFailures]
             texts = [text for found in problems for _, text in found] + ["unexpected"] * len(result.unexpectedSuccesses)
@@ -148,7 +157,7 @@ class Runner:
 
             @staticmethod
             def pytest_runtest_setup(item):
-                self._assertions = 0
+                self._reset()
 
             @staticmethod
             def pytest_pyfunc_call(pyfuncitem):
