@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from deltaw.training.rewards import Scored
 from deltaw.training.rewards.rewarder import Rewarder
 from deltaw.training.rewards.unit_test_cases import cases
 from deltaw.training.rewards.unit_tests import code_of, program, unit_tests
+from deltaw.training.rewards.worker import end
 
 ADD = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
@@ -219,6 +221,10 @@ BEHAVIOR = {
         "def sort(values):\n    values.sort()\ndef turn(m):\n    for row in m: row.reverse()",
         "v = [3, 1, 2]\nsort(v)\nassert v == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nrow = m[0]\nturn(m)\nassert row == [2, 1] and m[1] == [4, 3]",
     ),
+    "large matrix in place": (
+        "def clear(m):\n    for row in m: row[:] = [0] * len(row)\n    m.append([])",
+        "m = [[1] * 5 for _ in range(500)]\nclear(m)\nassert sum(map(sum, m)) == 0 and len(m) == 501",
+    ),
     "returns its argument": (
         "def same(x): return x",
         "x = [1]\nassert same(x) is x\nd = {'a': x}\nassert same(d)['a'] is x",
@@ -289,6 +295,15 @@ BEHAVIOR = {
         "import my_solution\nimport solution as s\nfrom package.module import add as plus\nassert my_solution.add(1, 2) == 3 and s.RATE == 3\nassert plus(1, 1) == 2",
     ),
     "async": ("import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0.01)\n    return n * 2", ASYNC),
+    "async pytest": (
+        "async def fetch(n): return n * 2",
+        "import pytest\n@pytest.mark.asyncio\n@pytest.mark.parametrize('n', [1, 2])\nasync def test_fetch(n):\n    assert await fetch(n) == 2 * n\n",
+    ),
+    "relative import": (ADD, "from .solution import add as plus\nassert plus(1, 2) == 3"),
+    "function named like a test": (
+        "def test_equal(a, b): return a == b",
+        ["assert test_equal(1, 1)", "assert test_equal(1, 2) == False"],
+    ),
     "async unittest": (
         "import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0)\n    return n * 2",
         "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_it(self):\n        self.assertEqual(await fetch(2), 4)\n",
@@ -326,7 +341,7 @@ BEHAVIOR = {
     "list with helper": (ADD, ["def check(f):\n    assert f(1, 2) == 3", "check(add)"]),
     "check with call": (ADD, CHECK + "\ncheck(add)\n"),
     "list with setup": (ADD, ["import math", "x = add(1, 1)", "assert x == math.sqrt(4)"]),
-    "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(2000):\n    x = f(x)\nassert x == 2000"),
+    "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(500):\n    x = f([x][0])\nassert x == 500"),
     "property": (
         "class A:\n    count = 0\n    @property\n    def x(self): return 3\n    @classmethod\n    def make(cls): return cls()\n    @staticmethod\n    def s(): return 1",
         "a = A.make()\nassert a.x == 3 and A.s() == 1 and A.count == 0\na.y = 5\nassert a.y == 5\nassert hasattr(a, 'x') and not hasattr(a, 'z')",
@@ -463,6 +478,28 @@ UNREACHED = {
 @pytest.mark.parametrize("name", UNREACHED)
 def test_tests_whose_assertions_do_not_run_pass_nothing(name):
     assert reward(ADD, UNREACHED[name], cpu_seconds=5) == 0
+
+
+SWALLOWED = {
+    "context manager": (
+        "class Sure:\n    def __enter__(self): return self\n    def __exit__(self, *e): return True\n    def value(self): return 4",
+        "def test_it():\n    s = Sure()\n    with s:\n        assert s.value() == 3\n    assert s.value() > 0\n",
+    ),
+    "callback": (
+        "def each(f, xs):\n    for x in xs:\n        try: f(0)\n        except BaseException: pass\n    return len(xs)",
+        "def test_it():\n    def check(x):\n        assert x > 0\n    assert each(check, [1, 2]) == 2\n",
+    ),
+    "broad except": (
+        "def fail(): return 1",
+        "def test_it():\n    try:\n        fail()\n        assert False, 'no error'\n    except Exception:\n        pass\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWALLOWED)
+def test_failed_assertion_counts_even_if_something_catches_it(name):
+    code, tests = SWALLOWED[name]
+    assert reward(code, tests) == 0
 
 
 def test_refused_tests_are_named_with_their_row():
@@ -676,3 +713,14 @@ def test_a_loop_takes_only_its_own_time():
         assert rewarder(given) == [0, 1]
     finally:
         rewarder.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
+def test_ending_a_worker_ends_processes_in_sessions_of_their_own():
+    words = [sys.executable, "-c", "import time; time.sleep(62.5)"]
+    code = f"import subprocess, time\nsubprocess.Popen({words!r}, start_new_session=True)\nprint(1, flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    end(process)
+    process.stdout.close()
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if "time.sleep(62.5)" in _text(path)]

@@ -47,20 +47,20 @@ def cases(tests: Any) -> list[Case]:
     texts = [tests] if isinstance(tests, str) else tests
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("tests must be a text or a list of texts")
-    if isinstance(tests, str) and (found := _doctests(tests)):
-        return found
+    if isinstance(tests, str) and (doctests := _doctests(tests)):
+        return doctests
     try:
         entries = [ast.parse(text).body for text in texts]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests are not Python: {error}") from error
     statements = [statement for entry in entries for statement in entry]
     if isinstance(tests, str) or any(isinstance(node, _Function | ast.ClassDef) for node in statements):
-        found = _module_cases(statements)
+        split = _module_cases(statements)
     else:
-        found = _statement_cases(entries, set())
-    if not found:
+        split = _statement_cases(entries, set())
+    if not split:
         raise ValueError("no assertion runs in the tests")
-    return found
+    return split
 
 
 def _doctests(text: str) -> list[Case]:
@@ -76,7 +76,8 @@ def _doctests(text: str) -> list[Case]:
 
 def _module_cases(statements: list[ast.stmt]) -> list[Case]:
     """Return the cases of a module: its test functions and methods, its function ``check``, or its statements."""
-    guarded = [part for node in statements if _is_main_guard(node) for part in node.body]
+    guards = [node for node in statements if isinstance(node, ast.If) and _is_main_guard(node)]
+    guarded = [part for node in guards for part in node.body]
     statements = [node for node in statements if not _is_main_guard(node)]
     nodes = [node for part in statements for node in ast.walk(part)]
     tests = [node for node in nodes if isinstance(node, _Function) and node.name.startswith("test")]
@@ -100,16 +101,16 @@ def _module_cases(statements: list[ast.stmt]) -> list[Case]:
 
 def _statement_cases(entries: Sequence[list[ast.stmt]], helpers: set[str]) -> list[Case]:
     """Return a case for each entry with assertions, preceded by entries without. All are run in one module."""
-    found: list[Case] = []
+    grouped: list[Case] = []
     setup: list[ast.stmt] = []
     for entry in entries:
         defines = all(isinstance(node, _Function | ast.ClassDef) for node in entry)
         if not defines and any(_asserts(node) or _calls(node, helpers) for node in entry):
-            found.append(Case(_counted([*setup, *entry]), "statements"))
+            grouped.append(Case(_counted([*setup, *entry]), "statements"))
             setup = []
         else:
             setup += entry
-    return found
+    return grouped
 
 
 def _uses_pytest(nodes: list[ast.AST], tests: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> bool:
@@ -124,13 +125,18 @@ def _uses_pytest(nodes: list[ast.AST], tests: list[ast.FunctionDef | ast.AsyncFu
 
 
 class _Counter(ast.NodeTransformer):
-    """Adds a call of ``_count_assertion`` behind each assertion."""
+    """Adds a call of ``_count_assertion`` behind each assertion, and one of ``_failed_assertion`` to each message.
+
+    Python evaluates the message if an assertion fails, even if something catches the AssertionError.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
     def visit(self, node: ast.AST) -> Any:
         node = self.generic_visit(node)
+        if isinstance(node, ast.Assert):
+            node.msg = ast.Call(ast.Name("_failed_assertion", ast.Load()), [node.msg] if node.msg else [], [])
         if not _is_assertion(node):
             return node
         self.count += 1

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,19 @@ _logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-def unit_tests(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
+def unit_tests(settings: RewardFunction, completions: Sequence[Scored]) -> list[float | None]:
     """Return the share of a row's tests that pass, or 1 if all do and 0 otherwise; None for a row without tests.
 
     Raises:
         ValueError: if the tests of a row are invalid, or none of their assertions can run.
     """
-    tests = [settings.tests or one.columns.get(settings.column or _COLUMN) for one in given]
-    requests = [None if test is None else (one, cases(test)) for one, test in zip(given, tests, strict=True)]
     if (missing := missing_isolation()) and missing not in _warned:
         _logger.warning("unit-tests: the code under test can %s: docs/reward.md", missing)
         _warned.add(missing)
+    columns = [settings.tests or completion.columns.get(settings.column or _COLUMN) for completion in completions]
+    suites = [None if tests is None else cases(tests) for tests in columns]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        shares = list(pool.map(lambda request: request and _share(settings, *request), requests))
+        shares = list(pool.map(partial(_share, settings), completions, suites))
     return [share if share is None or not settings.all_tests else float(share == 1) for share in shares]
 
 
@@ -64,17 +65,17 @@ def code_of(text: str) -> str:
 
 def program(prompt: str, completion: str) -> str:
     """Return the code to test. If the prompt ends with a function without a body, the completion may be the body."""
-    code, given = code_of(completion), code_of(prompt)
-    stub = _parsed(given)
+    code, prefix = code_of(completion), code_of(prompt)
+    stub = _parsed(prefix)
     last = stub[-1] if stub else None
     if not isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef) or not all(map(_is_empty, last.body)):
         return code
     if _defined(code):
         return ast.unparse(ast.Module(stub[:-1], [])) + "\n" + code
-    for whole in (f"{given.rstrip()}\n{code}", f"{given.rstrip()}\n    {code.lstrip()}"):
-        body = _parsed(whole)
+    for source in (f"{prefix.rstrip()}\n{code}", f"{prefix.rstrip()}\n    {code.lstrip()}"):
+        body = _parsed(source)
         if len(body) >= len(stub) and len(getattr(body[len(stub) - 1], "body", ())) > len(last.body):
-            return whole
+            return source
     return code
 
 
@@ -105,37 +106,39 @@ def _namespaces() -> list[str]:
     return []
 
 
-def _share(settings: RewardFunction, one: Scored, tests: list[Case]) -> float:
-    """Return the share of tests that pass. Those that come after one that ends the process do not."""
-    code = program(one.prompt, one.text)
+def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | None) -> float | None:
+    """Return the share of tests that pass. Tests after one that ends the process fail."""
+    if tests is None:
+        return None
+    code = program(completion.prompt, completion.text)
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
     request |= {"code": code, "cases": list(map(asdict, tests)), "isolated": bool(_namespaces())}
-    request["entry_point"] = one.columns.get(_ENTRY_POINT) or (names[-1] if names else "")
-    lines = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
-    for line in lines:
-        if line.get("reason"):
-            _logger.info("row %s: a test failed: %s", one.row, line["reason"])
-    total = sum(not case.is_collection for case in tests) + sum(line.get("total", 0) for line in lines)
-    return sum(line.get("passed", False) for line in lines) / max(total, 1)
+    request["entry_point"] = str(completion.columns.get(_ENTRY_POINT) or (names or [""])[-1])
+    results = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
+    for result in results:
+        if result.get("reason"):
+            _logger.info("row %s: a test failed: %s", completion.row, result["reason"])
+    total = sum(not case.is_collection for case in tests) + sum(result.get("total", 0) for result in results)
+    return sum(result.get("passed", False) for result in results) / max(total, 1)
 
 
 def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
-    """Return what the runner reports until it ends or ``seconds`` have passed."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as answer:
+    """Return the lines that the runner reports until it exits or ``seconds`` have passed."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
         environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         environment |= {key: os.environ[key] for key in ("SYSTEMROOT",) if key in os.environ}  # Windows needs it
-        words = [*_namespaces(), sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_RUNNER)]
-        own = {"cwd": folder, "env": environment, "start_new_session": os.name != "nt"}
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=answer, **own)
+        command = [*_namespaces(), sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_RUNNER)]
+        options: Any = {"cwd": folder, "env": environment, "start_new_session": os.name != "nt"}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, **options)
         try:
             process.communicate(request, timeout=seconds)
         except subprocess.TimeoutExpired:
             pass
         finally:
             end(process)
-        answer.seek(0)
-        lines = answer.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
+        output.seek(0)
+        lines = output.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
     if not lines:
         raise RuntimeError("the process that runs tests did not start")
     return [json.loads(line) for line in lines]

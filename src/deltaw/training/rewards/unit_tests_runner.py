@@ -24,6 +24,7 @@ import types
 import typing
 import unittest
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -51,7 +52,8 @@ class Runner:
     def __init__(self, results, peer, names, entry_point):
         self._results, self._peer, self._names = results, peer, names
         self._candidate = names.get(entry_point)
-        self._assertions, self._module = 0, None
+        self._module = None
+        self._reset()
 
     def run(self, source, kind):
         """Run one test, or the tests of a module, and report each that passes with at least one assertion."""
@@ -59,40 +61,49 @@ class Runner:
         try:
             if kind != "statements" or self._module is None:
                 self._module = self._new_module()
-            self._assertions = 0
+            self._reset()
             if kind != "doctest":
                 self._execute(source)
             if kind != "statements":
-                self._assertions = 0
+                self._reset()
                 getattr(self, f"_run_{kind}")(self._module, source)
         except BaseException as error:  # exits and interrupts included
             reason = f"{type(error).__name__}: {error}"
-        if kind not in ("module", "pytest"):
+        if reason or kind not in ("module", "pytest"):
             self.report(reason)
 
     def report(self, reason="", **more):
         """Report a test as failed for a reason, or as passed if there is none."""
-        reason = self._peer.lost or reason or ("" if self._assertions else "no assertion ran")
+        reason = self._peer.lost or reason or self._failure or ("" if self._assertions else "no assertion ran")
         self._results.write(json.dumps(more or {"passed": not reason, "reason": reason[:500]}) + "\n")
         self._results.flush()
+
+    def _reset(self):
+        self._assertions, self._failure = 0, ""
 
     def _count(self):
         self._assertions += 1
 
+    def _fail(self, message=None):
+        self._failure = f"AssertionError: {message}"
+        return message
+
     def _new_module(self):
         module = sys.modules[TESTS] = types.ModuleType(TESTS)
         vars(module).update({"candidate": self._candidate, **self._names, "_count_assertion": self._count})
+        vars(module)["_failed_assertion"] = self._fail
         return module
 
     def _execute(self, source):
         """Execute source in the module of the tests. Imported modules that do not exist are the completion."""
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported, node.level = [node.module], 0
             for name in imported:
                 top = name.partition(".")[0]
-                if top and top not in sys.modules and importlib.util.find_spec(top) is None:
+                if top not in sys.modules and importlib.util.find_spec(top) is None:
                     for part in (top, name):
                         sys.modules[part] = types.ModuleType(part)
                         vars(sys.modules[part]).update(self._names)
@@ -111,7 +122,8 @@ class Runner:
 
     def _run_module(self, module, source):
         """Run unittest's classes, and the functions and classes that pytest would find, without fixtures."""
-        tests = [test for suite in unittest.defaultTestLoader.loadTestsFromModule(module) for test in suite]
+        suites: Any = unittest.defaultTestLoader.loadTestsFromModule(module)
+        tests = [test for suite in suites for test in suite]
         for name, value in vars(module).items():
             if inspect.isfunction(value) and name.startswith("test"):
                 tests.append(unittest.FunctionTestCase(functools.partial(_call, value)))
@@ -120,7 +132,7 @@ class Runner:
                 tests += [unittest.FunctionTestCase(functools.partial(_call_method, value, name)) for name in methods]
         self.report(total=len(tests))
         for test in tests:
-            self._assertions = 0
+            self._reset()
             result = unittest.TestSuite([test]).run(unittest.TestResult())
             problems = [result.errors, result.failures, result.skipped, result.expectedFailures]
             texts = [text for found in problems for _, text in found] + ["unexpected"] * len(result.unexpectedSuccesses)
@@ -145,7 +157,13 @@ class Runner:
 
             @staticmethod
             def pytest_runtest_setup(item):
-                self._assertions = 0
+                self._reset()
+
+            @staticmethod
+            def pytest_pyfunc_call(pyfuncitem):
+                if inspect.iscoroutinefunction(pyfuncitem.obj):
+                    _call(pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in pyfuncitem.fixturenames})
+                    return True
 
             @staticmethod
             def pytest_runtest_logreport(report):
@@ -163,8 +181,8 @@ class Runner:
         pytest.main([*words, "--capture=sys", "-q", "test_row.py"], plugins=[Plugin])
 
 
-def _call(function, *args):
-    result = function(*args)
+def _call(function, *args, **kwargs):
+    result = function(*args, **kwargs)
     if inspect.iscoroutine(result):
         asyncio.run(result)
 
@@ -286,7 +304,7 @@ def main():
     ).start()
     child = os.path.join(os.path.dirname(__file__), "unit_tests_child.py")
     words = [sys.executable, "-I", "-B", "-X", "utf8", child, folder, str(seconds), str(megabytes)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, **pipes)
     peer = Peer(process.stdout, process.stdin, serve_completion, guards=True)
     cases, entry_point = request["cases"], request["entry_point"]

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
+import psutil
+
 from deltaw.errors import UserError, redact
 
 Answering = Callable[[Any], dict[str, Any]]
@@ -106,15 +108,19 @@ def _read(pipe: IO[bytes], answers: queue.Queue[bytes]) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads a session of its own, with what it started."""
-    if os.name == "nt":
-        process.kill()
-    else:
-        try:
+    """Kill a process and its descendants, including those that lead sessions of their own."""
+    descendants: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        descendants = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for descendant in descendants:
+        with contextlib.suppress(psutil.Error):
+            descendant.kill()
+    if os.name != "nt":
+        with contextlib.suppress(OSError):  # started meanwhile
             os.killpg(process.pid, 9)
-        except ProcessLookupError:
-            process.kill()
     process.wait()
+    psutil.wait_procs(descendants, timeout=5)
 
 
 def answer_requests(make: Callable[[], Answering]) -> None:
