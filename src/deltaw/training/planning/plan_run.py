@@ -46,6 +46,7 @@ from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.runtime.recognition import blocks_of
 from deltaw.settings import RunConfig
 from deltaw.tensor_files import StoredTensor, read_header
+from deltaw.training.approximations import applicable
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift import DriftMeter
 from deltaw.training.embedding.objective import EmbeddingObjective
@@ -657,7 +658,8 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     # A search for the learning rate trains as the run does, beside a copy of what is trained.
     searches = session.config.train.learning_rate == "search"
     copied = as_it_was(session) if searches else contextlib.nullcontext()
-    if session.approximations.names and session.config.train.approximate == "auto":
+    offered = applicable(session.model, session.objective, session.approximations.names)
+    if offered and session.config.train.approximate == "auto":
         with session.running(), session.method.evaluating(session.model):
             for _ in gradient_check(session).gradients((), wide=True):
                 pass
