@@ -13,7 +13,7 @@ import yaml
 
 from deltaw.export.hub_card import PublicBase
 from deltaw.export.push import contents, push
-from deltaw.export.secret_scan import without_secrets
+from deltaw.export.secret_scan import remove_secrets
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import read_run
 from deltaw.training.origin import read_folder
@@ -266,7 +266,7 @@ def test_secret_in_a_file_that_is_sent_as_it_is_stops_the_push(run, tmp_path):
 
 def test_hashes_and_words_are_no_secrets():
     for text in (f"`{'ab12' * 16}`", "0a" * 20, "the AWS documentation", "hf_hub_download", "sk-learn", "a 1.2.3.4 b"):
-        assert without_secrets(text) == (text, [])
+        assert remove_secrets(text) == (text, [])
 
 
 @pytest.mark.slow

@@ -76,14 +76,14 @@ def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:
 
 def local_paths(config: RunConfig) -> list[str]:
     """Return all texts of a run's settings that :func:`public_settings` shortens."""
-    found: list[str] = []
+    paths: list[str] = []
 
     def collect(text: str, kind: Kind, key: str) -> str:
-        found.extend([text] if _public(text, kind, key) != text else [])
+        paths.extend([text] if _public(text, kind, key) != text else [])
         return text
 
     replace_names(config.model_dump(mode="json"), RunConfig, collect)
-    return found
+    return paths
 
 
 def _public(text: str, kind: Kind, key: str) -> str:

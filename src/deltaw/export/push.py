@@ -19,7 +19,7 @@ from deltaw.contained import require_contained
 from deltaw.errors import UserError, checked_key
 from deltaw.export.base import MergeOptions, Say, base_of
 from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
-from deltaw.export.secret_scan import without_secrets
+from deltaw.export.secret_scan import remove_secrets
 from deltaw.hub.folders import already_here, require_own_files, resolve, resolve_hub_id, settings_in
 from deltaw.hub.refusals import LOGIN, refused_push
 from deltaw.hub.sentence_layout import layout_files
@@ -46,7 +46,7 @@ _TOKENIZER = (*TOKENIZER_FILES, *(name for name in BESIDE if name != "config.jso
 _OF_MODEL = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _REPOSITORY = re.compile(r"(?=.{3,96}\Z)[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w-]*(?:\.[\w-]+)*")
 # Files that people write into, in which secrets are looked for; a tokenizer's vocabulary is none of them.
-_WRITTEN = (".json", ".jinja", ".txt", ".md")
+_TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".md")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
@@ -202,8 +202,10 @@ def contents(
     if merged is None:
         settings = mapping(settings_in(run.path / ADAPTER_CONFIG))
         paths = [value for value in settings.values() if isinstance(value, str) and value.startswith(("/", "~"))]
-        shown = {**{path: public_name(path) for path in paths}, config.model: base.name}
-        changed = {key: shown.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+        replacements = {**{path: public_name(path) for path in paths}, config.model: base.name}
+        changed = {
+            key: replacements.get(value, value) if isinstance(value, str) else value for key, value in settings.items()
+        }
         texts[ADAPTER_CONFIG] = json.dumps({**changed, **base_settings(base.reference)}, indent=2) + "\n"
         files[ADAPTER_WEIGHTS] = run.path / ADAPTER_WEIGHTS
         files |= {name: run.path / name for name in _TOKENIZER if (run.path / name).is_file()}
@@ -220,13 +222,13 @@ def contents(
     sent = run.path if merged is None else Path(merged)
     files |= {file.relative_to(sent).as_posix(): file for file in layout_files(sent)}
     for name, file in files.items():
-        if Path(name).suffix in _WRITTEN and Path(name).name not in _VOCABULARY and isinstance(file, Path):
-            _, kinds = without_secrets(file.read_text(encoding="utf-8", errors="replace"))
+        if Path(name).suffix in _TEXT_SUFFIXES and Path(name).name not in _VOCABULARY and isinstance(file, Path):
+            _, kinds = remove_secrets(file.read_text(encoding="utf-8", errors="replace"))
             if kinds:
                 hint = "remove it there; nothing was sent"
                 raise UserError(f"the file contains a secret: {', '.join(kinds)}", where=str(file), hint=hint)
     for name, text in texts.items():
-        public_text, kinds = without_secrets(text)
+        public_text, kinds = remove_secrets(text)
         if kinds:
             say(f"warning: removed from {name}: {', '.join(kinds)}")
         files[name] = public_text.encode()

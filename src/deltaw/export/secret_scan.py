@@ -11,7 +11,7 @@ import re
 
 from deltaw.errors import redact
 
-REMOVED = "REMOVED"
+MARK = "REMOVED"
 # Of kinds that detect-secrets does not know, or of which it finds only a part.
 _PATTERNS = {
     "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----"
@@ -31,23 +31,23 @@ _PATTERNS = {
 _IGNORED = ("Public IP (ipv4)", "Basic Auth Credentials")
 
 
-def without_secrets(text: str) -> tuple[str, list[str]]:
-    """Return a text with each secret replaced by :data:`REMOVED`, and the kinds of the secrets.
+def remove_secrets(text: str) -> tuple[str, list[str]]:
+    """Return a text with each secret replaced by :data:`MARK`, and the kinds of the secrets.
 
     Values of environment variables such as HF_TOKEN, and users and passwords in URLs, are secrets too.
     """
-    known = redact(text, REMOVED)
-    kinds = ["key or password that this machine uses or a URL contains"] * (known != text)
-    text = known
+    redacted = redact(text, MARK)
+    kinds = ["key or password that this machine uses or a URL contains"] * (redacted != text)
+    text = redacted
     for kind, pattern in _patterns():
-        text, count = pattern.subn(_removed, text)
+        text, count = pattern.subn(_replacement, text)
         kinds += [kind] * bool(count)
     return text, list(dict.fromkeys(kinds))
 
 
-def _removed(found: re.Match[str]) -> str:
+def _replacement(match: re.Match[str]) -> str:
     """Return what replaces a match; quotes and white space that belong to a pattern stay."""
-    return re.sub(r"(?s)\A([\s:=\"']*).*?([\s\"']*)\Z", rf"\1{REMOVED}\2", found[0])
+    return re.sub(r"(?s)\A([\s:=\"']*).*?([\s\"']*)\Z", rf"\1{MARK}\2", match[0])
 
 
 @functools.cache
@@ -56,6 +56,8 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     from detect_secrets.plugins.base import RegexBasedDetector
 
     kinds = get_mapping_from_secret_type_to_class().items()
-    found = {kind: plugin for kind, plugin in kinds if issubclass(plugin, RegexBasedDetector) and kind not in _IGNORED}
-    own = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
-    return own + [(kind, pattern) for kind, plugin in found.items() for pattern in plugin.denylist]  # type: ignore[attr-defined]
+    detectors = {
+        kind: plugin for kind, plugin in kinds if issubclass(plugin, RegexBasedDetector) and kind not in _IGNORED
+    }
+    patterns = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
+    return patterns + [(kind, pattern) for kind, plugin in detectors.items() for pattern in plugin.denylist]  # type: ignore[attr-defined]

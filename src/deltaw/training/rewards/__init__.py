@@ -34,7 +34,7 @@ from deltaw.training.rewards.texts import (
 )
 from deltaw.training.rewards.unit_tests import unit_tests
 
-__all__ = ["BUILT_IN", "Reward", "Scored", "needs_of", "reward_of"]
+__all__ = ["BUILT_IN", "Reward", "Scored", "required_columns", "reward_of"]
 
 BUILT_IN: Mapping[str, Callable[[RewardFunction, Sequence[Scored]], list[float | None]]] = {
     "exact": exact,
@@ -51,9 +51,9 @@ BUILT_IN: Mapping[str, Callable[[RewardFunction, Sequence[Scored]], list[float |
 }
 _MODEL = "model"
 # Parameters of a user's function that are no columns, and the columns that built-in rewards need.
-_GIVEN = ("prompt", "prompts", "completion", "completions")
-_NEEDED = dict.fromkeys(("exact", "contains", "number", "math"), ("answer",))
-_NEEDED |= {"unit-tests": ("tests",), "reasoning-gym": ("metadata",)}
+_TEXT_PARAMETERS = ("prompt", "prompts", "completion", "completions")
+_REQUIRED_COLUMNS = dict.fromkeys(("exact", "contains", "number", "math"), ("answer",))
+_REQUIRED_COLUMNS |= {"unit-tests": ("tests",), "reasoning-gym": ("metadata",)}
 
 
 def reward_of(settings: RewardFunction) -> Reward:
@@ -74,7 +74,7 @@ def reward_of(settings: RewardFunction) -> Reward:
     return partial(BUILT_IN[name], settings)
 
 
-def needs_of(settings: RewardFunction, reward: Reward) -> list[str]:
+def required_columns(settings: RewardFunction, reward: Reward) -> list[str]:
     """Return the columns that a reward cannot do without; "answer" may also be the answer that a row has.
 
     Raises:
@@ -87,14 +87,14 @@ def needs_of(settings: RewardFunction, reward: Reward) -> list[str]:
     if settings.name == "json-schema":
         schema_validator(settings)
     if ":" in settings.name and isinstance(reward, partial):
-        return _required(inspect.signature(reward.args[0]).parameters)
-    return [settings.column] if settings.column is not None else list(_NEEDED.get(settings.name, ()))
+        return _required_parameters(inspect.signature(reward.args[0]).parameters)
+    return [settings.column] if settings.column is not None else list(_REQUIRED_COLUMNS.get(settings.name, ()))
 
 
-def _required(takes: Mapping[str, inspect.Parameter]) -> list[str]:
+def _required_parameters(takes: Mapping[str, inspect.Parameter]) -> list[str]:
     """Return the parameters without a default that columns must provide."""
-    named = [one for one in takes.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    return [one.name for one in named if one.default is one.empty and one.name not in _GIVEN]
+    by_name = [one for one in takes.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    return [one.name for one in by_name if one.default is one.empty and one.name not in _TEXT_PARAMETERS]
 
 
 def _of_user(function: Callable[..., Any], given: Sequence[Scored]) -> list[float | None]:
@@ -103,15 +103,15 @@ def _of_user(function: Callable[..., Any], given: Sequence[Scored]) -> list[floa
     rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     values = [{**({} if one.answer is None else {"answer": one.answer}), **one.columns} for one in given]
     named = {name for columns in values for name in columns if rest or name in takes}
-    wanted = sorted(named.difference(_GIVEN).union(_required(takes)))
+    arguments = sorted(named.difference(_TEXT_PARAMETERS).union(_required_parameters(takes)))
     if "completion" in takes:
         found = []
-        for one, known in zip(given, values, strict=True):
-            columns = {name: known.get(name) for name in wanted}
+        for one, row_columns in zip(given, values, strict=True):
+            columns = {name: row_columns.get(name) for name in arguments}
             asked = {"prompt": one.prompt} if rest or "prompt" in takes else {}
             found.append(function(completion=one.text, **asked, **columns))
         return found
-    lists = {name: [columns.get(name) for columns in values] for name in wanted}
+    lists = {name: [columns.get(name) for columns in values] for name in arguments}
     if rest or "prompts" in takes:
         lists["prompts"] = [one.prompt for one in given]
     return list(function(completions=[one.text for one in given], **lists))

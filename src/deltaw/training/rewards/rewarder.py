@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards import Reward, needs_of, reward_of
+from deltaw.training.rewards import Reward, required_columns, reward_of
 from deltaw.training.rewards.base import Scored, place_of
 from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number, described
 
@@ -144,7 +144,7 @@ def _answering() -> Answering:
         if given is not None:
             return _answer(reward, [Scored(**one) for one in given])
         try:
-            return {"needs": needs_of(settings, reward)}
+            return {"needs": required_columns(settings, reward)}
         except UserError as error:
             return {"error": error.what, "hint": error.hint}
 

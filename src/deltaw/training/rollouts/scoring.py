@@ -76,7 +76,7 @@ class Scorer:
         """
         for rewarder in self._rewarders:
             rewarder.check(
-                (_scored(prompt, prompt.answer or last_asked(prompt.columns)) for prompt in prompts), call=call
+                (_scored_text(prompt, prompt.answer or last_asked(prompt.columns)) for prompt in prompts), call=call
             )
 
     def __call__(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
@@ -85,7 +85,7 @@ class Scorer:
         Raises:
             UserError: if a function fails, or if a weighted reward is too large to compute with.
         """
-        given = [_scored(prompt, one.text, one.ended) for prompt, one in zip(prompts, drawn, strict=True)]
+        given = [_scored_text(prompt, one.text, one.ended) for prompt, one in zip(prompts, drawn, strict=True)]
         found = [rewarder(given) for rewarder in self._rewarders]
         if len(self.names) > len(found):
             found.append([one.reward for one in drawn])
@@ -126,7 +126,7 @@ class Scorer:
             rewarder.close()
 
 
-def _scored(prompt: Prompt, text: str, ended: bool = True) -> Scored:
+def _scored_text(prompt: Prompt, text: str, ended: bool = True) -> Scored:
     return Scored(last_asked(prompt.columns), text, prompt.answer, prompt.row, prompt.columns, ended)
 
 
