@@ -332,7 +332,11 @@ def _answer(sample: SampleAnswer, exact: bool, reference: list[str] | None) -> d
     """
     right = None if sample.expected is None or not exact else sample.answer.strip() == sample.expected.strip()
     lines = pretty_json(sample.answer) if reference else None
-    found = {"when": f"step {sample.step:,}", "answer": _cut(sample.answer) or "(nothing)", "right": right}
+    found: dict[str, Any] = {
+        "when": f"step {sample.step:,}",
+        "answer": _cut(sample.answer) or "(nothing)",
+        "right": right,
+    }
     found |= {"lines": lines and marked_lines(lines, reference), "invalid": bool(reference) and lines is None}
     return found | {"alike": right is False and lines is not None and lines == reference}
 
