@@ -393,3 +393,10 @@ def test_garbage_of_reading_is_not_part_of_the_planned_process(config_of):
     plan = plan_run(config, task, data)
     release_free_memory()
     assert plan.resident["process"] - LASTING < resident_bytes() + 30e6
+
+
+@pytest.mark.parametrize("method", ["input", "last"])
+def test_comparison_that_fails_on_fake_tensors_does_not_end_the_plan(method, config_of, monkeypatch):
+    offered = SimpleNamespace(approximations=("int8_gradients",))
+    monkeypatch.setattr("deltaw.training.planning.plan_run.settle_kernels", lambda *_: offered)
+    assert planned(config_of("llama", method, "bf16", train={"approximate": "auto"})).peak_bytes > 0
