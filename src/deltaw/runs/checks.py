@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deltaw.data.check import Check, Finding
 from deltaw.data.row_reader import RunData
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runs.folder import FOLDER, Run, check_output
 from deltaw.runs.record import decide_start
@@ -91,8 +91,9 @@ def with_refusal(found: Check, config: RunConfig, *, folder: bool) -> Check:
                 plan_run(config, task, data)
             except UserError:
                 raise
-            except Exception:  # the dry run of a foreign model may fail although the model trains
-                pass
+            except Exception as error:  # the dry run of a foreign model may fail although the model trains
+                text = f"the dry run failed, so the model was not checked: {first_line(error)}"
+                found = replace(found, findings=(*found.findings, Finding("not_checked", "note", 1, text)))
         if folder:
             check_folder(config)
     except UserError as error:
