@@ -77,6 +77,7 @@ def test_rows_are_made_by_all_that_reads_them():
     from deltaw.data.stored_rows import MADE_BY
 
     apart = {"kernels", "errors", "durable", "cache", "contained", "working", "registry", "private_names", "platforms"}
+    apart |= {"local_names"}
     apart |= {"hub.packages", "hub.folders", "hub.refusals", "machine.processor", "machine.memory", "lora.config"}
     used = {i.target for i in all_imports(SOURCE)[1] if i.module.startswith("deltaw.data")}
     used -= {"deltaw.hub"}  # of which a name is imported

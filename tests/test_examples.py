@@ -36,7 +36,7 @@ EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 # Names of files that look like settings, such as ``train.yaml``.
-_FILES = (".py", ".yaml", ".md", ".jsonl", ".json", ".csv")
+_FILES = (".py", ".txt", ".yaml", ".md", ".jsonl", ".json", ".csv")
 
 
 def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from deltaw import platforms
 from deltaw.data.chat_template import with_date
 from deltaw.data.rendering import dated
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError
+from deltaw.errors import UserError, escape_control_characters
 from deltaw.hub.packages import _check_inside
 from deltaw.lora.files import read_tensors
 from deltaw.machine import memory
@@ -204,7 +204,7 @@ def test_features_that_are_closed_can_be_removed(like_windows, tmp_path):
 
 @pytest.mark.parametrize("name", ["CON", "nul.txt", "com1", "LPT9.log", "run.", "run ", "a:b", "what?", "a|b", "\x07"])
 def test_names_that_windows_cannot_have_are_refused(windows, tmp_path, name):
-    with pytest.raises(UserError, match=re.escape(f"named '{name}'")), replacing(tmp_path / "new" / name):
+    with pytest.raises(UserError, match=re.escape(f"named '{escape_control_characters(name)}'")), replacing(tmp_path / "new" / name):
         pass
     assert os.listdir(tmp_path) == []
 

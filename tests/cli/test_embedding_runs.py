@@ -114,7 +114,7 @@ def test_the_adapter_of_a_base_in_a_package_names_its_path(bases, tmp_path, monk
 def test_the_verbs_show_a_runs_metrics(call, runs, family):
     told = json.loads(call("eval", runs[family], "--base", "--json", status=0).out)
     for metrics in (told["eval"], told["base"]):
-        assert set(metrics) == {"loss", "ndcg@10", "mrr@10", "recall@1", "recall@10"}
+        assert set(metrics) == {"loss", "ndcg@10", "mrr@10", "recall@1", "recall@10", "passages_searched"}
     assert told["eval"]["loss"] < told["base"]["loss"]
     assert told["score"]["metric"] == "ndcg@10" and set(told["intervals"]) == {"mrr@10", "recall@1", "recall@10"}
     shown = call("eval", runs[family], "--base", status=0).out
@@ -179,7 +179,7 @@ def test_data_verbs_read_rows_for_retrieval(call, bases, tmp_path):
     path = write_rows(tmp_path / "d.jsonl", rows)
     flags = ["--model", bases["bert"], "--task", "embedding"]
     checked = " ".join(call("data", "check", path, *flags).out.split())
-    assert "7 rows read as queries with passages" in checked and "row 7: 'answer' is empty" in checked
+    assert "7 rows read as queries with passages" in checked and "row 7 (line 7): 'answer' is empty" in checked
     assert "1 row whose passage is that of an earlier one" in checked and "unusable" in checked
     assert "warnings" in call("data", "check", path, *flags, "--data.bad_rows", "skip", status=0).out
     shown = call("data", "show", path, *flags, "--rows", 7, status=0).out

@@ -297,7 +297,7 @@ def test_an_evaluation_is_expected_to_take_what_its_completions_do(finished):
     read, data = RunConfig.read(config), SimpleNamespace(sets={"": rows}, every=rows)
     session = SimpleNamespace(
         data=data,
-        task=SimpleNamespace(writes_text=True),
+        task=SimpleNamespace(writes_text=True, checks_generation=False, evaluated_rows=lambda rows: [rows]),
         written=RewardTask.written(SimpleNamespace(settings=read.reward), data, 4),
         config=read,
         method=SimpleNamespace(parameters=lambda model: []),
