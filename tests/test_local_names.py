@@ -17,9 +17,7 @@ SECRET = "/outside/private place/file"
 TEXTS = {"task", "method", "data.date", "data.system", "data.columns", "data.group", "data.classes", "train.time"}
 TEXTS |= {"memory", "device", "distill.prompt.text", "embedding.query_prompt", "embedding.passage_prompt"}
 TEXTS |= {f"reranking.{name}" for name in ("template", "yes", "no")}
-TEXTS |= {
-    f"reward.functions.{name}" for name in ("column", "pattern", "tests", "url", "template", "key_from", "dataset")
-}
+TEXTS |= {f"reward.functions.{name}" for name in ("column", "pattern", "tests", "template", "key_from", "dataset")}
 # Names of modules, tokens and initializations.
 TEXTS |= {f"lora.{name}" for name in ("target_modules", "exclude_modules", "layers", "init", "bias", "activation")}
 TEXTS |= {f"lora.{name}" for name in ("target_parameters", "train_modules", "invocation_tokens")}
@@ -101,3 +99,14 @@ def test_published_settings_keep_the_last_part_of_each_path(path):
 
 def test_sections_are_models_or_dataclasses():
     assert all(issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind) for kind in _sections(RunConfig))
+
+
+def test_set_named_from_does_not_hide_other_references():
+    seen = []
+    values = {"data": {"train": ["a.jsonl", {"from": "b.jsonl", "weight": 2}], "eval": {"from": "c", "b": "d"}}}
+    changed = replace_names(values, RunConfig, lambda text, kind, key: seen.append(text) or f"/x/{text}")
+    assert sorted(seen) == ["a.jsonl", "b.jsonl", "c", "d"]
+    assert changed["data"] == {
+        "train": ["/x/a.jsonl", {"from": "/x/b.jsonl", "weight": 2}],
+        "eval": {"from": "/x/c", "b": "/x/d"},
+    }

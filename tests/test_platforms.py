@@ -204,7 +204,10 @@ def test_features_that_are_closed_can_be_removed(like_windows, tmp_path):
 
 @pytest.mark.parametrize("name", ["CON", "nul.txt", "com1", "LPT9.log", "run.", "run ", "a:b", "what?", "a|b", "\x07"])
 def test_names_that_windows_cannot_have_are_refused(windows, tmp_path, name):
-    with pytest.raises(UserError, match=re.escape(f"named '{escape_control_characters(name)}'")), replacing(tmp_path / "new" / name):
+    with (
+        pytest.raises(UserError, match=re.escape(f"named '{escape_control_characters(name)}'")),
+        replacing(tmp_path / "new" / name),
+    ):
         pass
     assert os.listdir(tmp_path) == []
 

@@ -6,6 +6,7 @@ message and exit status 2. Any other exception is a bug in deltaw.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import functools
 import json
@@ -22,8 +23,11 @@ _SECRET_VARIABLE = re.compile(r"(?:TOKEN|SECRET|PASSWORD|KEY)\Z", re.IGNORECASE)
 _SHORTEST_SECRET, _SHORTEST_VALUE = 6, 8
 # Ends of texts that begin as a secret does, which other programs may have truncated.
 _TAIL = r"[^\s\"'<>\\]*"
-# User names and passwords in URLs.
-_PATTERNS = {r"(?<=://)[^/\s@\"'<>]+(?=@)": None}
+# User names, passwords and keys in URLs.
+_PATTERNS = {
+    r"(?<=//)[^/\s\"'<>]+(?=@)": None,
+    r"(?<=[?&])[\w-]*(?:token|key|secret|password|signature)=[^\s&\"'<>]+": None,
+}
 
 
 class UserError(Exception):
@@ -119,7 +123,10 @@ _compiled = functools.lru_cache(maxsize=1)(re.compile)
 
 
 def _register(secret: str) -> None:
-    forms = {secret, *secret.split(), quote(secret, safe=""), quote_plus(secret), json.dumps(secret)[1:-1]}
+    escaped = json.dumps(secret)[1:-1]
+    forms = {secret, *secret.split(), quote(secret), quote(secret, safe=""), quote_plus(secret), escaped}
+    forms |= {escaped.replace("/", r"\/"), secret.encode().hex()}
+    forms |= {base64.b64encode(text.encode()).decode().rstrip("=") for text in (secret, f"Bearer {secret}")}
     for form in sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True):
         start = form[: max(_SHORTEST_SECRET, len(form) // 2)]
         _PATTERNS.update(dict.fromkeys((re.escape(form), re.escape(start) + _TAIL)))

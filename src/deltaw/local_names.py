@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
-Kind = Literal["path", "reference", "code"]
+Kind = Literal["path", "reference", "code", "address"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Names:
     """Marks a type whose texts name something on this machine.
 
     Attributes:
-        kind: "path" of a file or folder; "reference", which may also be a hub id or a package; "code", FILE.py:NAME.
+        kind: "path" of a file or folder; "reference", which may also be a hub id or a package; "code", FILE.py:NAME;
+            "address" of a server.
     """
 
     kind: Kind
@@ -29,6 +30,7 @@ class Names:
 LocalPath = Annotated[str, Names("path")]
 Reference = Annotated[str, Names("reference")]
 CodeName = Annotated[str, Names("code")]
+Address = Annotated[str, Names("address")]
 # Receives a text, its kind and the dotted key of its setting, and returns another text.
 Change = Callable[[str, Kind, str], str]
 
@@ -40,8 +42,8 @@ def replace_names(value: Any, annotation: Any, change: Change, key: str = "", ki
         value: Settings as dictionaries and lists.
         annotation: Their type: a settings class, or a type that consists of them.
         key: Dotted key of the value.
-        kind: Set if the type is marked. All texts in a marked list or dictionary are names; of a dictionary with the
-            key "from", as ``data.train`` may have it, only that text.
+        kind: Set if the type is marked. All texts in a marked list or dictionary are names; of a source in a list,
+            as ``data.train`` may have it, only the text with the key "from".
     """
     if get_origin(annotation) is Annotated:
         kind = _mark(annotation) or kind
@@ -52,12 +54,18 @@ def replace_names(value: Any, annotation: Any, change: Change, key: str = "", ki
     if isinstance(value, list):
         lists = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is list]
         inner = get_args(lists[0])[0] if lists else str
-        return [replace_names(item, inner, change, key, kind) for item in value]
+        if kind is None:
+            return [replace_names(item, inner, change, key) for item in value]
+        sources = [{"from": item["from"]} if isinstance(item, Mapping) and "from" in item else item for item in value]
+        changed_sources = [replace_names(source, str, change, key, kind) for source in sources]
+        return [
+            {**item, **changed} if isinstance(item, Mapping) else changed
+            for item, changed in zip(value, changed_sources, strict=True)
+        ]
     if not isinstance(value, Mapping):
         return value
     if kind is not None:
-        named = [name for name in value if name == "from" or "from" not in value]
-        return {**value, **{name: replace_names(value[name], str, change, key, kind) for name in named}}
+        return {name: replace_names(item, str, change, key, kind) for name, item in value.items()}
     changed = dict(value)
     for section in _sections(annotation):
         for name, inner in _fields(section).items():

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from deltaw.errors import UserError, did_you_mean, files_near
-from deltaw.local_names import CodeName, LocalPath, Reference
+from deltaw.local_names import Address, CodeName, LocalPath, Reference
 
 Auto = Literal["auto"]
 LossName = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
@@ -121,7 +121,9 @@ class RewardFunction(BaseModel):
     all_tests: bool = setting(False, "of unit-tests: 1 if all pass, else 0; false: the share that passes")
     cpu_seconds: int = setting(5, "of unit-tests: the most processor time of a completion", ge=1, le=600)
     megabytes: int = setting(1024, "of unit-tests: the most memory of a completion", ge=64)
-    url: str | None = setting(None, "of judge: OpenAI's API, such as http://localhost:8000/v1", pattern="^https?://")
+    url: Address | None = setting(
+        None, "of judge: OpenAI's API, such as http://localhost:8000/v1", pattern="^https?://"
+    )
     model: Reference | None = setting(None, "of judge: its name there; of model: a reward model's folder")
     template: str | None = setting(None, "of judge: what it is asked, with {prompt}, {completion} and {answer}")
     scale: tuple[float, float] = setting((0.0, 10.0), "of judge: the least and the most that it may give")

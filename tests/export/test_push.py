@@ -13,7 +13,7 @@ import yaml
 
 from deltaw.export.hub_card import PublicBase
 from deltaw.export.push import contents, push
-from deltaw.export.secret_scan import remove_secrets
+from deltaw.export.secret_scan import path_in, remove_secrets
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import read_run
 from deltaw.training.origin import read_folder
@@ -262,6 +262,12 @@ def test_secret_in_a_file_that_is_sent_as_it_is_stops_the_push(run, tmp_path):
     (copy / "chat_template.jinja").write_text("{{ messages }} " + KEYS["GitHub token"])
     refused = refusal(push, copy, "me/x", dry_run=True)
     assert "contains a secret: GitHub token" in refused.what and str(refused.where).endswith("chat_template.jinja")
+
+
+def test_text_that_looks_like_a_path_of_this_machine_is_reported(run, tmp_path):
+    assert path_in("as in /srv/models/private/gguf, of 3/4") == "/srv/models/private/gguf"
+    assert path_in(r"see C:\Users\me\x.jsonl") and path_in("~/rows.jsonl")
+    assert path_in("a/b, https://host/home/x and 1/2") is None
 
 
 def test_hashes_and_words_are_no_secrets():

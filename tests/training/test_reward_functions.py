@@ -97,6 +97,8 @@ def test_a_judges_number_is_placed_on_its_scale(judged):
         ("9,5", 9.5),
         *[(text, None) for text in ("", "no idea", "11", "-1", "6 or 7", "8-9", "1. Right\n2. Short", "<think>5")],
         ("Score for style: 3\nScore for content: 8", None),
+        *[(text, None) for text in ("Score: 10/10? No, 2/10", "Score: 7-8", "Rating: 3 - 4")],
+        ("Score: 8. Lines 3-4 are not clear.", 8),
     ],
 )
 def test_score_is_read_by_the_scale_of_the_prompt(text, score):
@@ -188,6 +190,23 @@ def test_schema_that_refers_to_others_is_refused_when_settings_are_read(schema, 
     file.write_text(json.dumps(schema))
     with pytest.raises(UserError, match="nothing is fetched"):
         reward_of(settings_of("json-schema", schema=str(file)))([scored("{}")])
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"$ref": "#/$defs/none"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}}])
+def test_schema_whose_reference_leads_nowhere_is_refused_when_it_is_read(schema):
+    pytest.importorskip("jsonschema", reason="the extra reward is not installed")
+    schema = {**schema, "$ref": schema.get("$ref", "#/$defs/a")}
+    with pytest.raises(UserError, match="refers to nothing, or to itself"):
+        reward_of(settings_of("json-schema", schema=schema))([scored("{}")])
+
+
+def test_completion_that_the_schema_cannot_be_applied_to_is_other_json():
+    pytest.importorskip("jsonschema", reason="the extra reward is not installed")
+    schema = {"properties": {"a": {"multipleOf": 0.5}, "b": {"$ref": "#"}}}
+    deep = '{"b":' * 900 + "1" + "}" * 900
+    reward = reward_of(settings_of("json-schema", schema=schema))
+    assert reward([scored('{"a": Infinity}'), scored(deep), scored('{"a": 1}')]) == [0.5, 0.5, 1.0]
+    assert reward_of(settings_of("json-schema", schema={"type": "null"}))([scored("null")]) == [1.0]
 
 
 def test_schema_may_refer_to_itself_and_must_be_valid():

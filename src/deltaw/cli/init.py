@@ -87,6 +87,9 @@ def _data(data: str | None, model: str | None, task: str | None, ask: bool) -> t
 
 
 def _look(data: str, model: str | None, task: str | None) -> Look | None:
+    from deltaw.data.sources import KINDS
+    from deltaw.hub.packages import is_package_reference
     from deltaw.reports.starter import is_here, look_at
 
-    return look_at(data, model, task) if is_here(data) else None
+    is_file = not is_package_reference(data) and Path(data).suffix in KINDS
+    return look_at(data, model, task) if is_file or is_here(data) else None

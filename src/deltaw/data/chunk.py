@@ -188,11 +188,13 @@ class LongRows:
         return UserError(what, where=self.first, hint=hint)
 
 
-def nothing_left(name: str, account: Account, skipped: int, hint: str) -> UserError:
-    """The error for a file of which no row can be used."""
+def nothing_left(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
+    """Return the error for a file without usable rows. It contains the first reason if rows cannot be used."""
     long, bare = account["dropped_long"], account["without_label"]
     unusable = f", {skipped:,} cannot be used" if skipped else ""
     what = f"no row is left to train on: {long:,} are too long, and {bare:,} have no label{unusable}"
+    if skipped and (first := next(bad.lines(), None)) is not None:
+        hint = f"{first['where']}: {first['error']}"
     return UserError(what, where=name, hint=hint)
 
 

@@ -355,7 +355,7 @@ class RowReader(abc.ABC, Generic[Item]):
             raise self.long.error(self.settings.max_length, can_split=False)
         if not items:
             skipped = (self.bad.counts - known).total()
-            raise nothing_left(rows.name, self.account, skipped, "raise data.max_length, or check the labels")
+            raise nothing_left(rows.name, self.account, self.bad, skipped, "raise data.max_length, or check the labels")
         used = self.used_columns() | {self.settings.group}
         report = Report(
             source=rows.name,

@@ -589,7 +589,7 @@ class _Reading:
         """
         if not kept:
             hint = "raise data.max_length, or check the answers: empty and truncated ones have no label"
-            raise nothing_left(self.name, account, len(self.bad), hint)
+            raise nothing_left(self.name, account, self.bad, len(self.bad), hint)
         names = dict.fromkeys(form.name for form in forms)
         templates = dict.fromkeys("plain" if form.name == "text" else self.encoder.template for form in forms)
         unused: dict[str, None] = {}

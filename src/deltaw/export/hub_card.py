@@ -87,7 +87,9 @@ def local_paths(config: RunConfig) -> list[str]:
 
 
 def _public(text: str, kind: Kind, key: str) -> str:
-    """Return what names the same elsewhere, or the last part of a path."""
+    """Return what names the same elsewhere, or the last part of a path. The address of a server is not published."""
+    if kind == "address":
+        return f"{text.partition('://')[0]}://address.invalid"
     file, colon, name = text.rpartition(":") if kind == "code" else (text, "", "")
     return public_name(text) if kind == "reference" else f"{_last_part(file)}{colon}{name}"
 

@@ -19,7 +19,7 @@ from deltaw.contained import require_contained
 from deltaw.errors import UserError, checked_key
 from deltaw.export.base import MergeOptions, Say, base_of
 from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
-from deltaw.export.secret_scan import remove_secrets
+from deltaw.export.secret_scan import path_in, remove_secrets
 from deltaw.hub.folders import already_here, require_own_files, resolve, resolve_hub_id, settings_in
 from deltaw.hub.refusals import LOGIN, refused_push
 from deltaw.hub.sentence_layout import layout_files
@@ -192,7 +192,7 @@ def contents(
     chosen = {
         key: (choice["value"], choice.get("why", ""))
         for key, choice in run.chosen.items()
-        if isinstance(choice, Mapping) and not any(path in str(choice) for path in local)
+        if isinstance(choice, Mapping) and not any(path in str(choice) for path in local) and not path_in(str(choice))
     }
     texts = {
         CARD: model_card(run, config, base, repository, merged=merged is not None),
@@ -231,6 +231,8 @@ def contents(
         public_text, kinds = remove_secrets(text)
         if kinds:
             say(f"warning: removed from {name}: {', '.join(kinds)}")
+        if path := path_in(public_text):
+            say(f"warning: {name} contains what looks like a path of this machine: {path[:80]}")
         files[name] = public_text.encode()
     return files
 

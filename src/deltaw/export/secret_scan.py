@@ -27,6 +27,10 @@ _PATTERNS = {
     "bearer token": r"(?i:\bbearer\s+)[\w.~+/-]{20,}=*",
     "API key": r"\b(?:sk-|gsk_|r8_|xai-|pplx-|nvapi-|tvly-|dop_v1_|dapi|hvs\.|glpat-)[\w-]{16,}",
 }
+_PATH = re.compile(
+    r"(?<![\w.:/~-])(?:~/|/(?:home|Users|root|srv|mnt|media|data|opt|var|tmp|private|Volumes|work)/|[A-Za-z]:\\)"
+    r"[\w./\\-]+"
+)
 # Detectors whose findings are no secrets, or are covered above.
 _IGNORED = ("Public IP (ipv4)", "Basic Auth Credentials")
 
@@ -43,6 +47,12 @@ def remove_secrets(text: str) -> tuple[str, list[str]]:
         text, count = pattern.subn(_replacement, text)
         kinds += [kind] * bool(count)
     return text, list(dict.fromkeys(kinds))
+
+
+def path_in(text: str) -> str | None:
+    """Return the first text that looks like a path of a user's machine, or None."""
+    match = _PATH.search(text)
+    return None if match is None else match[0].rstrip()
 
 
 def _replacement(match: re.Match[str]) -> str:

@@ -7,6 +7,7 @@ the processor, and commands to go on with. It knows nothing of how any of this i
 from __future__ import annotations
 
 import functools
+import html
 import itertools
 import math
 import os
@@ -26,6 +27,7 @@ from deltaw.data.pieces import pieces
 from deltaw.data.settings import eval_sets
 from deltaw.data.sources import commit_of
 from deltaw.durable import write_text
+from deltaw.errors import escape_control_characters
 from deltaw.hub.folders import already_here, resolve_hub_id
 from deltaw.machine.processor import processor_name, usable_processors
 from deltaw.platforms import shell_word
@@ -87,8 +89,8 @@ def write_card(
         lines += [f"**{generation['line']}**", ""]
     if outcome.interrupted:
         lines += ["**The training was interrupted before its last step.**", ""]
-    lines += ["| | |", "| --- | --- |", *[f"| {name} | {value} |" for name, value in facts.items()], ""]
-    lines += ["## Data", "", *[f"- {line}" for line in session.data.report.lines()], "", "## Use", "", "```bash"]
+    lines += ["| | |", "| --- | --- |", *[f"| {name} | {_cell(value)} |" for name, value in facts.items()], ""]
+    lines += ["## Data", "", *[f"- {_cell(line)}" for line in session.data.report.lines()], "", "## Use", "", "```bash"]
     lines += [f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if writes_text else []
     lines += [
         f"deltaw eval {folder}",
@@ -99,6 +101,11 @@ def write_card(
     if of_peft:
         lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _cell(text: str) -> str:
+    """Return a text as it appears in a Markdown table: without HTML, column marks and control characters."""
+    return html.escape(escape_control_characters(text), quote=False).replace("|", "\\|").replace("\n", " ")
 
 
 def _scores(evaluation: Evaluation) -> dict[str, str]:

@@ -213,8 +213,10 @@ class Allowed:
             if key.startswith("reward."):
                 what = f"an agent cannot name what reads files or runs code: {str(value)[:200]}"
                 raise UserError(what, where=key, hint="name rewards that compare texts, such as exact")
-        allow = {"path": self.path, "reference": self.reference, "code": lambda text, key: text}  # code: refused above
-        found = replace_names(found, RunConfig, lambda text, kind, key: allow[kind](text, key))
+        allow = {"path": self.path, "reference": self.reference}  # rewards with code or an address are refused above
+        found = replace_names(
+            found, RunConfig, lambda text, kind, key: allow[kind](text, key) if kind in allow else text
+        )
         if (prompt := found["distill"]["prompt"]) and "file" in prompt:  # read now: the agent may replace the file
             require_small_file(Path(prompt["file"]), "distill.prompt")
             found["distill"]["prompt"] = {"text": TextSource(**prompt).read("distill.prompt")}

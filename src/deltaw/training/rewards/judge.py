@@ -76,7 +76,8 @@ def score_in(text: str, low: float, high: float) -> float | None:
     """Return the score that a judge's reply gives on the scale from ``low`` to ``high``, or None if it is not clear.
 
     Candidates, in this order: the final score; a first or last line that is a score alone; numbers behind a word such
-    as "score"; fractions of the upper end; all numbers. All of them must agree. "3/5" is 6 on a scale from 0 to 10.
+    as "score" and fractions of the upper end; all numbers. All of them must agree, and a range such as "7-8" is not
+    clear. "3/5" is 6 on a scale from 0 to 10.
     """
     text = re.sub(r"[*_`#$]+", "", _THOUGHT.sub("", text)).replace("−", "-").strip()
     text = _RANGE.sub(lambda found: "" if (_value(found[1]), _value(found[2])) == (low, high) else found[0], text)
@@ -84,8 +85,12 @@ def score_in(text: str, low: float, high: float) -> float | None:
     alone = [found for line in (lines[0], lines[-1]) if (found := _ALONE.fullmatch(line.strip()))]
     finals, marked, every = (list(pattern.finditer(text)) for pattern in (_FINAL, _MARKED, _SCORE))
     fractions = [found for found in every if found["of"] and _value(found["of"]) == high]
-    scores = {_on_scale(found, low, high) for found in finals or alone or marked or fractions or every}
-    return scores.pop() if len(scores) == 1 else None
+    ranges = {found.start(1) for found in _RANGE.finditer(text)}
+    candidates = finals or alone or [*marked, *fractions] or every
+    scores = {_on_scale(found, low, high) for found in candidates}
+    if len(scores) != 1 or (candidates is not alone and ranges & {found.start("value") for found in candidates}):
+        return None
+    return scores.pop()
 
 
 def _on_scale(found: re.Match[str], low: float, high: float) -> float | None:

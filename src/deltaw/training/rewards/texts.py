@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_line
 from deltaw.task_settings import RewardFunction, refuse_remote_references
 from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
 
@@ -65,8 +65,18 @@ def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float
         UserError: if the package is missing, or if the schema cannot be used.
     """
     validator = schema_validator(settings)
-    parsed = [_parsed(one.text) for one in given]
-    return [0.0 if value is None else 1.0 if validator.is_valid(value) else 0.5 for value in parsed]
+    return [_schema_reward(validator, one.text) for one in given]
+
+
+def _schema_reward(validator: Any, text: str) -> float:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return 0.0
+    try:
+        return 1.0 if validator.is_valid(value) else 0.5
+    except (RecursionError, ArithmeticError):  # of a value that is nested too deeply, or infinite
+        return 0.5
 
 
 def schema_validator(settings: RewardFunction) -> Any:
@@ -79,6 +89,7 @@ def schema_validator(settings: RewardFunction) -> Any:
         from jsonschema import Draft202012Validator, SchemaError
         from jsonschema.validators import validator_for
         from referencing import Registry
+        from referencing.exceptions import Unresolvable
     except ImportError as error:
         raise needs_extra("jsonschema", error, place_of(settings)) from error
     schema = _schema(settings)
@@ -89,7 +100,14 @@ def schema_validator(settings: RewardFunction) -> Any:
     except SchemaError as error:
         what = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
         raise UserError(what, where=place_of(settings), hint="correct the schema") from error
-    return kind(schema, registry=Registry())
+    validator = kind(schema, registry=Registry())
+    try:
+        for example in (None, True, 0, "", [], {}):  # a reference that leads nowhere, or to itself, fails for any value
+            validator.is_valid(example)
+    except (RecursionError, Unresolvable) as error:
+        what = f"the schema refers to nothing, or to itself: {first_line(error)}"
+        raise UserError(what, where=place_of(settings), hint="correct its $ref") from error
+    return validator
 
 
 def length(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
@@ -102,14 +120,6 @@ def last_number(text: str | None) -> float | None:
     """The last number that stands in a text; None where there is none."""
     found = _NUMBER.findall(text or "")
     return float(found[-1].replace(",", "")) if found else None
-
-
-def _parsed(text: str) -> object:
-    """What a text is as JSON; None where it is not, or ``null``."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _schema(settings: RewardFunction) -> Any:
