@@ -126,7 +126,7 @@ class SettingsFile(click.Path):
         from deltaw.data.row_files import kind_of
 
         path, verb, what, hint = Path(value), str(ctx and ctx.info_name), None, ""
-        if kind_of(path) is not None and path.suffix != ".json":
+        if kind_of(path) is not None and path.suffix != ".json" and path.exists():
             what, hint = "holds rows", _with(value, verb, ctx.params.get("setting_model") if ctx else None)
         elif path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith("pypi:"):
             what, hint = "is a model", f"deltaw {verb} --model {shell_word(value)} --data FILE"

@@ -56,9 +56,13 @@ class RowKind:
     inferred: tuple[tuple[str, ...], ...] = ()
     unless: tuple[str, ...] = ()
 
+    def missing(self, columns: Collection[str]) -> list[tuple[str, ...]]:
+        """Return the required columns, each with its alternative names, that ``columns`` lack."""
+        return [names for names in self.required if not any(name in columns for name in names)]
+
     def fits(self, columns: Collection[str]) -> bool:
         """Return True if ``columns`` contain one name of each required column."""
-        return all(any(name in columns for name in names) for names in self.required)
+        return not self.missing(columns)
 
     def infer(self, columns: Collection[str]) -> dict[str, str] | None:
         """Return ``data.columns`` if the task follows from the names, regardless of case, else None."""
@@ -139,11 +143,25 @@ def listed(names: Sequence[str]) -> str:
     return shown + (", …" if len(names) > 20 else "") if shown else "none"
 
 
+def known_names() -> list[str]:
+    """Return all names of columns that a task takes."""
+    names = [name for kind in ROW_KINDS for group in (*kind.required, kind.optional) for name in group]
+    return list(dict.fromkeys(names))
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names[:3])
+
+
 def wrong_columns(task: str, columns: Collection[str], file: str) -> UserError:
     """Return the error for columns that fit no kind of rows of the task."""
     kinds = kinds_of(task)
     others = [kind for kind in ROW_KINDS if task not in kind.tasks and kind.infer(columns) is not None]
-    hint = f"for {others[0].name} set task: {others[0].tasks[0]}. " if others else ""
+    missing = [lacking[0] for kind in kinds if len(lacking := kind.missing(columns)) == 1 < len(kind.required)]
+    hint = ""
+    if missing:
+        hint = f"is one of them {_alternatives(missing[0])}? Write data.columns: {{{missing[0][0]}: its name}}. "
+    hint += f"For {others[0].name} set task: {others[0].tasks[0]}. " if others else ""
     if task == "reranking" and others and others[0].tasks[0] == "embedding":
         hint += "deltaw data mine finds negatives. "
     hint += f"{task} takes {'; '.join(map(str, kinds))}. Map other names with data.columns: "

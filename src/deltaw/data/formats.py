@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from deltaw.data.columns import PAIR_COLUMNS, kinds_of, listed, wrong_columns
+from deltaw.data.columns import kinds_of, known_names, listed, wrong_columns
 from deltaw.data.messages import (
     MALFORMED,
     ROLES,
@@ -90,8 +90,7 @@ class Form:
 def known_columns() -> tuple[str, ...]:
     """Every column name that a format, or another task, reads."""
     of_forms = [column for form in FORMS for column in form.needs + form.can_use]
-    of_retrieval = ["anchor", "positive", "negative", "score"]
-    return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *PAIR_COLUMNS, *of_retrieval]))
+    return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *known_names()]))
 
 
 def check_columns(rows: Rows | RowStream, columns: Mapping[str, str]) -> None:

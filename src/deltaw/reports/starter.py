@@ -59,10 +59,12 @@ _LOSSES = {
     "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
     "single answers": "  loss: kto               # of single answers, desired (label: true) or not",
 }
+# Least rows per step of an embedding model in a file of settings.
+EMBEDDING_BATCH = 16
 # Rewards of prompts without answers and with answers, and a teacher.
 _REWARDS = (
     "  functions:              # or your own: {name: FILE.py:FUNCTION}, see docs/reward.md",
-    "    - {name: length, target: 50}",
+    "    - {name: length, target: 50}  # a placeholder: answers of 50 words",
 )
 _COMPARED = (_REWARDS[0], "    - {name: contains}      # the row's answer occurs in the completion")
 _TEACHER = (
@@ -240,7 +242,7 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
             loss,
             "  beta: auto              # how closely the model stays with the base model",
         ),
-        "reward": ("reward:", *(_REWARDS if look is None or look.form == "prompts" else _COMPARED)),
+        "reward": ("reward:", *_reward_lines(look)),
         "distill": ("distill:", *_TEACHER),
     }
     limit, long = (0, 0) if look is None or not len(look.lengths) else look.length()
@@ -249,6 +251,8 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
     share = held_out_share(kept) if rows else 0.05
     held_out = round((share or 0) * kept)
     epochs, batch_size = suited(kept - held_out) if rows else (1, 16)
+    if task == "embedding":  # the passages of a step's other rows are the negatives
+        batch_size = max(batch_size, EMBEDDING_BATCH)
     steps = count_steps(kept - held_out, batch_size, epochs, None)
     lines = [
         f"# Settings of a run:  deltaw train {file}",
@@ -377,6 +381,13 @@ def _is_index(values: Sequence[object]) -> bool:
 
 def _are_pairs(rows: Rows) -> bool:
     return set(PAIR_COLUMNS) <= set(rows.columns)
+
+
+def _reward_lines(look: Look | None) -> tuple[str, ...]:
+    """Return the reward functions for the columns of the rows."""
+    if look is not None and "tests" in look.columns:
+        return (_REWARDS[0], "    - {name: unit-tests}    # runs the code of the completion with the row's tests")
+    return _REWARDS if look is None or look.form == "prompts" else _COMPARED
 
 
 def _have_answers(rows: Rows, mapped: Mapping[str, str]) -> bool:
