@@ -71,6 +71,7 @@ class LabelReader(RowReader[AnyExample]):
     ) -> None:
         super().__init__(settings, tokenizer)
         self.labeled = labeled
+        self.predicts = ("prediction",) if task == "regression" else ("prediction", "probabilities")
         self.task = task
         self._reads_images = task == "image-classification"
         self.classes = None if classes is None else tuple(classes)
@@ -185,10 +186,7 @@ class LabelReader(RowReader[AnyExample]):
             texts: dict[int, tuple[str, ...]] = {}
             for index in part:
                 try:
-                    found = tokenize.texts(rows[index][1], rows.place(index))
-                    if not self.labeled and not "".join(found).strip():
-                        raise BadRowError("the text is empty", reason="an empty text", where=rows.place(index))
-                    texts[index] = found
+                    texts[index] = tokenize.texts(rows[index][1], rows.place(index))
                 except BadRowError as error:
                     self.skip(rows, index, error)
             tokens = dict(zip(texts, tokenize(list(texts.values())) if texts else [], strict=True))

@@ -77,6 +77,8 @@ class QuestionReader(PromptReader):
         continues: Read the column ``text`` as the beginning of a plain text to continue.
     """
 
+    predicts = ("completion", "finish")
+
     def __init__(
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, continues: bool, say: Say = silent
     ) -> None:

@@ -116,6 +116,7 @@ class RerankReader(RetrievalReader):
     """
 
     columns_task = "reranking"
+    predicts = ("score", "ranking")
     _range_setting = "reranking.score_range"
 
     def __init__(self, *args: Any, loss: str = "auto", **how: Any) -> None:

@@ -161,11 +161,13 @@ class RowReader(abc.ABC, Generic[Item]):
         too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
             each other. torn_by_content: whether these are counted by their contents, or by rows.
         classes: names of the classes, of labeled rows. date: that the template writes into rows.
+        predicts: names of the predictions for rows that were read to predict them.
         bad: rows that cannot be used. errors: the same by index, of the rows that were read last.
         account, long: what became of the others. systems: their system messages.
     """
 
     columns_task = ""
+    predicts: tuple[str, ...] = ()
     form = "rows"
     noun = "a row"
     template = ""

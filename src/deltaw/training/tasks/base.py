@@ -40,8 +40,8 @@ Classes: TypeAlias = Sequence[str] | None
 # Rows of a data set, or groups of them.
 Rows: TypeAlias = Sequence[Any]
 Named: TypeAlias = Sequence[tuple[str, nn.Parameter]]
-# A value for each row by the name of a column.
-Predictions: TypeAlias = dict[str, list[Any]]
+# Of each prediction that a reader names, a value for each row.
+Predictions: TypeAlias = Sequence[Sequence[Any]]
 # A batcher, and by setting the value chosen with its reason.
 Batched: TypeAlias = tuple[AnyBatcher, dict[str, Choice]]
 
@@ -181,8 +181,8 @@ class Task(abc.ABC):
         raise UserError(f"there are no predictions for the task {self.name}", hint="use deltaw eval")
 
     def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
-        """Return what the model predicts for rows that :meth:`input_reader` read. Tasks that write text need none:
-        their predictions are completions."""
+        """Return a list for each of the predictions that the reader of the rows names in ``predicts``. Tasks that write
+        text have no such method: their predictions are completions."""
         raise NotImplementedError
 
     def outputs(self, data: RunData) -> int | None:

@@ -84,10 +84,8 @@ class EmbeddingTask(Task):
         numbers = {key: [float(str(value)) for value in one.float().numpy()] for key, one in vectors.items()}
         check_finite("the vectors are", np.array([*numbers.values()]))
         found = [[numbers[key_of_text(text)] for text in row.rows] for row in rows]
-        if not self._inputs.has_both:
-            return {"embedding": [of_row[0] if len(of_row) == 1 else of_row for of_row in found]}
-        passages = [of_row[1] if len(of_row) == 2 else of_row[1:] for of_row in found]
-        return {"query_embedding": [of_row[0] for of_row in found], "passage_embedding": passages}
+        queries = [[of_row.pop(0) for of_row in found]] if len(self._inputs.predicts) == 2 else []
+        return [*queries, [of_row[0] if len(of_row) == 1 else of_row for of_row in found]]
 
     def reader(self, settings: DataSettings, classes: Classes = None, **how: Any) -> EmbeddingReader:
         self._max_length = settings.max_length

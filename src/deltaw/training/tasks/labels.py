@@ -450,18 +450,13 @@ class LabelTask(Task):
     def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
         found = predicted(objective, rows, batcher).astype(np.float64)  # type: ignore[arg-type]
         if self.name == "regression":
-            return {"prediction": found.tolist()}
+            return [found.tolist()]
         if self._rewards(classes):
-            if all(len(rows_of(row)) == 2 for row in rows):
-                return {"score_chosen": found[::2, 0].tolist(), "score_rejected": found[1::2, 0].tolist()}
-            return {"score": found[:, 0].tolist()}
+            return found.reshape(len(rows), -1).T.tolist()
         names = classes or ()
         chances = np.exp(found - found.max(1, keepdims=True))
         table = [[float(f"{p:.7g}") for p in row] for row in chances / chances.sum(1, keepdims=True)]
-        return {
-            "prediction": [names[place] for place in found.argmax(1)],
-            "probabilities": [dict(zip(names, row, strict=True)) for row in table],
-        }
+        return [names[index] for index in found.argmax(1)], [dict(zip(names, row, strict=True)) for row in table]
 
     def _rewards(self, classes: Classes) -> bool:
         """True if the model has one output that is a reward."""
