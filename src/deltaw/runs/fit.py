@@ -260,7 +260,7 @@ def _assembled(
         callback.on_line(line)
     session.said += lines
     if start.found is not None:
-        require_same_model(start.found.values["model"], session, Path(config.output), callback.on_line)
+        require_same_model(start.found.values["model"], session, Path(config.output))
     start.check_length(session.total_steps)
     return loaded, session
 

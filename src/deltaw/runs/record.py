@@ -380,7 +380,7 @@ def _nothing(run: Run) -> UserError:
         state = KILLED if run.state == RUNNING else run.state  # by a process of another host: this one has the lock
         why = f"the run ended before its first one ({state} after {run.steps:,} steps)"
     else:
-        why = "none was kept, as in a comparison and by early versions"
+        why = "none was kept, as in a comparison"
     anew = f"start anew: deltaw train {shell_word(str(run.path / SETTINGS))} --fresh"
     return UserError(f"there is no checkpoint to resume from:\n  {why}", where=str(run.path), hint=anew)
 
