@@ -29,7 +29,7 @@ from deltaw.durable import write_text
 from deltaw.errors import UserError, clean, first_line
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
-from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
+from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest
 from deltaw.runs.folder import (
     DIVERGED,
     FAILED,
@@ -552,7 +552,7 @@ class RunRecord:
         found = self._start.found
         if found is None:
             return None
-        saved = training_of(found)
+        saved = SavedState(found.values["training"], found.tensors)
         return saved.lasting(self._session.total_steps) if self._start.longer else saved
 
     def restore(self) -> None:

@@ -144,11 +144,6 @@ class Around:
         return (at(self.cosine, self.picked), at(self.sine, self.picked)), of_keys
 
 
-def run_attention(x: Tensor, half: AttentionHalf, around: Around) -> Tensor:
-    """The first half of a block over rows x (T, hidden); (P or T, hidden)."""
-    return _Attention.apply(x, half, around, *factors_of(half.projections))
-
-
 def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
     """The second half of a block over rows x (T, hidden), added to ``stream`` (T, hidden), or to x."""
     return _MLP.apply(x, stream, half, *factors_of(half.projections))
@@ -584,7 +579,7 @@ class FusedBlock:
                 whole = whole.settled()
             y = _Whole.apply(x, whole, around, *self._factors)
         else:
-            y = run_attention(x, halves[0], around)
+            y = _Attention.apply(x, halves[0], around, *factors_of(halves[0].projections))
             y = run_mlp(at(x, picked), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
         y = y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
         return y.view(hidden.shape)

@@ -25,6 +25,7 @@ from deltaw.data.sources import open_source, walk
 from deltaw.errors import UserError
 from deltaw.hub.packages import local_path
 from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.serving.engine import Engine
 from deltaw.serving.opening import open_engine
 from deltaw.serving.prediction_file import Progress, json_lines
 from deltaw.serving.request import Request
@@ -126,7 +127,7 @@ class Predictor:
         self._reader = session.task.input_reader(settings, columns, session.classes)
         self._flat_classes = session.classes if flat and "probabilities" in self._reader.predicts else None
         self._engine = open_engine(session, say=say) if session.task.writes_text else None
-        self._objective = session.task.objective(session.model) if self._engine is None else None
+        self._objective: Any = session.task.objective(session.model) if self._engine is None else None
         limit = text_positions(session.model) if self._engine is None else self._engine.positions - 1
         self._limit = settings.max_length if limit is None else limit
         self._too_long = f"longer than {min(settings.max_length, self._limit):,} tokens"
@@ -151,7 +152,10 @@ class Predictor:
             if end <= progress.rows:
                 continue
             predictions, errors = self._predict(rows, indices, start)
-            names = [_unused_name(name, source.columns) for name in (*self._names(), "error")]
+            predicted = self._reader.predicts  # which the reader knows after it has read a chunk
+            if self._flat_classes is not None:
+                predicted = (predicted[0], *(f"p_{name}" for name in self._flat_classes))
+            names = [_unused_name(name, source.columns) for name in (*predicted, "error")]
             progress.columns, records = [*place, *source.columns, *names], []
             for index in indices:
                 error = errors.get(index)
@@ -167,11 +171,6 @@ class Predictor:
         if not progress.predicted:
             raise UserError(f"no row can be used; the first error: {progress.first_error}", where=source.name)
 
-    def _names(self) -> Sequence[str]:
-        """Return the names of the predictions, which the reader knows after it has read a chunk."""
-        names = self._reader.predicts
-        return names if self._flat_classes is None else (names[0], *(f"p_{name}" for name in self._flat_classes))
-
     def _predict(
         self, rows: Rows, indices: Sequence[int], start: int
     ) -> tuple[dict[int, Sequence[Any]], dict[int, BadRowError]]:
@@ -180,40 +179,32 @@ class Predictor:
         Args:
             start: Number of rows of earlier chunks; the seeds of completions depend on it.
         """
-        reader = self._reader
+        reader, session = self._reader, self._session
         errors = {i: row.error for i in indices if isinstance(row := rows[i][1], UnreadableRow)}
         reader.bad, reader.errors = BadRows("skip"), errors
         readable = reader.usable(rows, [index for index in indices if index not in errors])
         items = dict(zip(readable, reader.examples(rows, readable), strict=True))
         items = {index: item for index, item in items.items() if item is not None and index not in errors}
         items = dict(zip(items, reader.completed([*items.values()], 0), strict=True))
-        inputs = {index: self._session.example(item) for index, item in items.items()}
+        inputs = {index: session.example(item) for index, item in items.items()}
         inputs = {i: item for i, item in inputs.items() if max(map(len, rows_of(item))) <= self._limit}
         for index in indices:
             if index not in inputs and index not in errors:
                 what, where = f"the row is {self._too_long}", rows.place(index)
                 errors[index] = BadRowError(what, reason=self._too_long, where=where)
-        if not inputs:
-            columns: Sequence[Sequence[Any]] = []
-        elif self._engine is None:
-            columns = self._compute([*inputs.values()])
-        else:
-            columns = self._complete({start + i - indices[0]: items[i].tokens for i in inputs}, start)
+        columns: Sequence[Sequence[Any]] = []
+        if inputs and self._engine is not None:
+            prompts = {start + i - indices[0]: items[i].tokens for i in inputs}
+            columns = self._complete(self._engine, prompts, start)
+        elif inputs:
+            examples, batcher = [*inputs.values()], session.batcher([*inputs.values()])
+            with session.task.running(session.model, batcher):
+                columns = session.task.predict(self._objective, examples, batcher, session.classes)
+            if self._flat_classes is not None:
+                columns = [columns[0], *zip(*(row.values() for row in columns[1]), strict=True)]
         return dict(zip(inputs, zip(*columns, strict=True), strict=True)), errors
 
-    def _compute(self, examples: Sequence[Any]) -> Sequence[Sequence[Any]]:
-        session, objective = self._session, self._objective
-        assert objective is not None
-        batcher = session.batcher(examples)
-        with session.task.running(session.model, batcher):
-            columns = session.task.predict(objective, examples, batcher, session.classes)
-        if self._flat_classes is not None:
-            columns = [columns[0], *zip(*(row.values() for row in columns[1]), strict=True)]
-        return columns
-
-    def _complete(self, prompts: Mapping[int, Any], start: int) -> Sequence[Sequence[Any]]:
-        engine = self._engine
-        assert engine is not None
+    def _complete(self, engine: Engine, prompts: Mapping[int, Any], start: int) -> Sequence[Sequence[Any]]:
         if not start and (line := self._session.not_invoked([*prompts.values()])) is not None:
             self._say(line)
         built = (self._build_request(prompt, engine.own_adapter, number=n) for n, prompt in prompts.items())
