@@ -15,7 +15,7 @@ import numpy as np
 from deltaw.data.columns import PROMPT_ANSWERS
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import FORMS, PAIR_COLUMNS, Pair, Record
-from deltaw.data.messages import Conversation, Message
+from deltaw.data.messages import Conversation, Message, empty_text, is_blank
 from deltaw.data.preferences import AnswerReader, records_of
 from deltaw.data.report import BadRowError, Report, Say, silent
 from deltaw.data.rows import Row
@@ -91,8 +91,8 @@ class QuestionReader(PromptReader):
             row = {"prompt": row.get("text")}
         record = answered(row, _ANY, where)
         last = record.prompt if isinstance(record, Pair) else record.messages[-2]["content"]  # type: ignore[union-attr]
-        if not str(last).strip():
-            raise BadRowError("the prompt is empty", reason="an empty prompt", where=where)
+        if is_blank(str(last)):
+            raise empty_text("the prompt", where)
         return (record,)
 
 

@@ -37,7 +37,7 @@ def without_secrets(text: str) -> tuple[str, list[str]]:
     Values of environment variables such as HF_TOKEN, and users and passwords in URLs, are secrets too.
     """
     known = redact(text, REMOVED)
-    kinds = ["key or password that this machine uses or a URL contains"] * (known != text)
+    kinds: list[str] = ["key or password that this machine uses or a URL contains"] * (known != text)
     text = known
     for kind, pattern in _patterns():
         text, count = pattern.subn(_removed, text)

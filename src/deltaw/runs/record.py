@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltaw.data.example import rows_of
 from deltaw.durable import write_text
-from deltaw.errors import UserError, clean, first_line
+from deltaw.errors import UserError, clean, first_line, first_names
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest
@@ -115,7 +115,7 @@ class Diagnosis:
         session = self._session
         broken = [name for name, p in session.model.named_parameters() if not _finite(p)]
         if broken:
-            return f"the weights were not finite before the step: {_listed(broken)}"
+            return f"the weights were not finite before the step: {first_names([repr(name) for name in broken])}"
         units = session.objective.units(items)
         trained = [(name, p) for name, p in session.model.named_parameters() if p.requires_grad]
         for batch in session.batcher.batches(items):
@@ -187,11 +187,6 @@ def _arrays_of(row: Any) -> dict[str, np.ndarray]:
         return {}
     values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
     return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass

@@ -29,6 +29,7 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
+from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, named
@@ -242,9 +243,11 @@ class Task(abc.ABC):
     def objective(self, model: PreTrainedModel) -> AnyObjective:
         """The sum of a batch's losses."""
 
-    @abc.abstractmethod
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        """While open, the model takes the batches of ``batcher``."""
+        """Return a context in which the model takes the batches of ``batcher``."""
+        if getattr(batcher, "padded", True):
+            return padded_rows(model)
+        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     @abc.abstractmethod
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values, read_config
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.packed import packed_rows, padded_rows, without_cache
+from deltaw.runtime.packed import without_cache
 from deltaw.training.evaluation.base import (
     Evaluation,
     Outcomes,
@@ -502,11 +501,6 @@ class LabelTask(Task):
 
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name)
-
-    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        if getattr(batcher, "padded", True):
-            return padded_rows(model)
-        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         return evaluate_labels(objective, rows, batcher, classes or ())  # type: ignore[arg-type]
