@@ -183,10 +183,10 @@ class Predictor:
         errors = {i: row.error for i in indices if isinstance(row := rows[i][1], UnreadableRow)}
         reader.bad, reader.errors = BadRows("skip"), errors
         readable = reader.usable(rows, [index for index in indices if index not in errors])
-        items = dict(zip(readable, reader.examples(rows, readable), strict=True))
-        items = {index: item for index, item in items.items() if item is not None and index not in errors}
-        items = dict(zip(items, reader.completed([*items.values()], 0), strict=True))
-        inputs = {index: session.example(item) for index, item in items.items()}
+        examples = zip(readable, reader.examples(rows, readable), strict=True)
+        found = {index: item for index, item in examples if item is not None}
+        items: dict[int, Any] = dict(zip(found, reader.completed([*found.values()], 0), strict=True))
+        inputs = {index: session.example(item) for index, item in items.items() if index not in errors}
         inputs = {i: item for i, item in inputs.items() if max(map(len, rows_of(item))) <= self._limit}
         for index in indices:
             if index not in inputs and index not in errors:
@@ -197,9 +197,10 @@ class Predictor:
             prompts = {start + i - indices[0]: items[i].tokens for i in inputs}
             columns = self._complete(self._engine, prompts, start)
         elif inputs:
-            examples, batcher = [*inputs.values()], session.batcher([*inputs.values()])
+            batched = [*inputs.values()]
+            batcher = session.batcher(batched)
             with session.task.running(session.model, batcher):
-                columns = session.task.predict(self._objective, examples, batcher, session.classes)
+                columns = session.task.predict(self._objective, batched, batcher, session.classes)
             if self._flat_classes is not None:
                 columns = [columns[0], *zip(*(row.values() for row in columns[1]), strict=True)]
         return dict(zip(inputs, zip(*columns, strict=True), strict=True)), errors
