@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+SCHEDULES = ("constant", "linear", "cosine")
+
 
 def adamw(
     parameters: Sequence[nn.Parameter],
@@ -59,7 +61,7 @@ class Schedule:
     """The learning rate over a training.
 
     Attributes:
-        name: ``constant``, ``linear`` or ``cosine``. learning_rate: its peak. total_steps: of the training.
+        name: of :data:`SCHEDULES`. learning_rate: its peak. total_steps: of the training.
         warmup: steps of linear warm-up, or a share of ``total_steps`` where below 1.
         planned: whether ``total_steps`` was planned on the way (:meth:`replanned`).
         since: the step that this was done at, after the warm-up; else 0. decayed: the share of the decay that
