@@ -13,7 +13,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -161,3 +161,8 @@ def checked_key(value: str, source: str, where: str | None = None) -> str:
             what, where=where or source, hint="set it to the key alone, for example without the final newline"
         )
     return value
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

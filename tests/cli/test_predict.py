@@ -139,6 +139,37 @@ def test_leading_unusable_rows_do_not_decide_the_columns(predict, classifier, mo
     assert len(found) == 4 and found[0]["error"] and found[3]["prediction"] in CLASSES
 
 
+def test_records_with_errors_are_written_before_the_first_prediction(predict, classifier, monkeypatch):
+    monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
+    real, sizes = PredictionFile.write, []
+
+    def write(self, lines):
+        sizes.append(lines.count(b"\n"))
+        real(self, lines)
+
+    monkeypatch.setattr(PredictionFile, "write", write)
+    assert_refused(predict(classifier, [{"text": ""}] * 5, status=2), "no row can be used")
+    assert sizes == [2, 2, 1]
+
+
+def test_a_missing_file_is_reported_before_the_model_is_loaded(predict, classifier, monkeypatch, tmp_path):
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("deltaw.training.origin.open_run", load)
+    assert_refused(predict(classifier, tmp_path / "rwos.jsonl", status=2), "rwos.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_values_without_a_form_in_the_output_are_replaced(predict, classifier, tmp_path, suffix):
+    file = tmp_path / "in.jsonl"
+    rows = ('{"text": "cat", "odd": "\\ud800", "number": NaN}', '{"text": "dog", "odd": "\\\\ud800", "number": 1.5}')
+    file.write_text("\n".join(rows))
+    first, second = predict(classifier, file, suffix=suffix)
+    assert first["odd"] == {".jsonl": "\ud800"}.get(suffix, "\ufffd") and second["odd"] == "\\ud800"
+    assert not first["number"] and float(second["number"]) == 1.5
+
+
 def test_columns_of_the_rows_are_kept_beside_predictions_of_the_same_name(predict, classifier):
     (found,) = predict(classifier, [{"text": "cat", "prediction": "mine", "row": 9, "error": "e"}], suffix=".parquet")
     assert (found["prediction"], found["row"], found["error"]) == ("mine", 9, "e")
@@ -317,11 +348,10 @@ def test_accuracy_of_predicted_image_classes_is_that_of_eval(call, predict, fold
 def killed(call, classifier, tmp_path, monkeypatch):
     """Predict rows with a process that is killed in the midst of them, then again to the end."""
     monkeypatch.setattr(predicting, "CHUNK_ROWS", 8)
-    monkeypatch.setattr("deltaw.serving.prediction_file.JOURNAL_SECONDS", 0)
     file = write_rows(tmp_path / "rows.jsonl", [*labeled(50), {"text": ""}, *labeled(49)])
 
     def run(output: Path, *flags):
-        real, done = predicting.Predictor.__call__, []
+        real, done = predicting.Predictor._predict, []
 
         def dying(self, *args):
             done.append(args)
@@ -330,7 +360,7 @@ def killed(call, classifier, tmp_path, monkeypatch):
             return real(self, *args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(predicting.Predictor, "__call__", dying)
+            patched.setattr(predicting.Predictor, "_predict", dying)
             call("predict", classifier, file, "-o", output, *flags, status=130)
         with output.with_name(output.name + ".partial").open("ab") as partial:
             partial.write(b"half a rec")  # written after the journal was
@@ -350,6 +380,16 @@ def test_a_resumed_file_is_equal_to_one_written_at_once(call, killed, classifier
     call("predict", classifier, file, "-o", whole, status=0)
     assert output.read_bytes() == whole.read_bytes() and len(read(output)) == 100
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["rows.jsonl", output.name, whole.name])
+
+
+def test_a_file_that_is_complete_but_not_renamed_is_finished(call, classifier, tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "rows.jsonl", labeled(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(PredictionFile, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        call("predict", classifier, file, "-o", tmp_path / "o.csv", status=130)
+    monkeypatch.setattr(predicting.Predictor, "_predict", None)
+    call("predict", classifier, file, "-o", tmp_path / "o.csv", status=0)
+    assert len(read(tmp_path / "o.csv")) == 3
 
 
 def test_other_rows_or_settings_do_not_resume_a_file(call, killed, classifier, tmp_path):

@@ -7,7 +7,7 @@ import gzip
 import pandas
 import pytest
 
-from deltaw.data.passages import EMPTY, read_pairs, read_passages, text_key
+from deltaw.data.passages import read_pairs, read_passages, text_key
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.errors import UserError
 from tests.conftest import write_rows
@@ -63,8 +63,8 @@ def test_columns_that_are_not_there_or_one_for_both_are_refused(tmp_path):
 BAD = [
     ({"query": "Peru?"}, "'passage' is missing"),
     ({"query": "Peru?", "passage": None}, "'passage' is empty (null)"),
-    ({"query": "Peru?", "passage": " \n"}, EMPTY),
-    ({"query": "", "passage": "Lima."}, EMPTY),
+    ({"query": "Peru?", "passage": " \n"}, "an empty text"),
+    ({"query": "", "passage": "Lima."}, "an empty text"),
     ({"query": "Peru?", "passage": ["Lima."]}, "a value of the wrong type"),
 ]
 GOOD = {"query": "Chile?", "passage": "Santiago."}
@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted_if_asked(tmp_path):
     file.write_text(file.read_text() + "not JSON\n")
     bad = BadRows("skip")
     assert read_pairs(str(file), bad) == [("Chile?", "Santiago.")]
-    assert len(bad) == 6 and bad.counts[EMPTY] == 2
+    assert len(bad) == 6 and bad.counts["an empty text"] == 2
     with pytest.raises(UserError, match="no row of the file can be used"):
         read_pairs(str(write_rows(tmp_path / "e.jsonl", [BAD[2][0]])), BadRows("skip"))
 

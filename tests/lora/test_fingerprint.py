@@ -142,12 +142,6 @@ def test_a_swapped_value_is_noticed_when_an_adapter_is_loaded(saved):
             load_adapter(other, folder)
 
 
-def test_an_adapter_of_an_earlier_version_is_loaded_and_said_to_be_unverified(saved):
-    with pytest.warns(UserWarning, match="earlier version of deltaw.*not verified") as told:
-        load_adapter(causal_model("llama"), saved("9c51f54953adfdd3055f53c5523bcc39"))
-    assert not any(issubclass(one.category, OtherBaseModelWarning) for one in told)
-
-
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("fingerprint", [(), (None,)])
 def test_nothing_is_said_of_the_same_model_in_another_precision_or_without_a_fingerprint(fingerprint, saved):

@@ -106,9 +106,6 @@ def test_an_arithmetic_is_read_as_it_was_written():
     rough = Arithmetic("a", "dot", "wide", "dot", int8_logits=True)
     for written in (rough, replace(rough, int8_gradients=True), Arithmetic("a"), Arithmetic()):
         assert Arithmetic.read(written.as_dict()) == written
-    # Earlier versions always summed classes, and did not say so.
-    older = {"kernels": "a", "fp32": "dot", "bf16": "dot", "int8": "dot"}
-    assert Arithmetic.read(older) == Arithmetic("a", "dot", "dot", "dot", summed_classes=True)
 
 
 def test_rates_are_measured_once_and_remembered(measuring):

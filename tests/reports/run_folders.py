@@ -25,7 +25,7 @@ PEAK = sum(PARTS.values())
 
 
 def write_run(folder, *, steps=60, every=20, state="finished", settings=None, text="a plain row", seed=0) -> Path:
-    """A run's folder; ``state`` None leaves run.json out, as an earlier version did.
+    """A run's folder; ``state`` None leaves run.json out.
 
     Args:
         every: steps between evaluations. text: stands in rows, samples, notes and reasons.

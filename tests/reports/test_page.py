@@ -119,7 +119,7 @@ def test_states_of_a_run_are_told(tmp_path):
     assert "killed before its end" in page_of(tmp_path / "running").text
 
 
-def test_a_run_of_an_earlier_version_has_a_page_without_a_summary(tmp_path):
+def test_a_run_without_run_json_has_a_page_without_a_summary(tmp_path):
     folder = write_factors(write_run(tmp_path / "old", state=None))
     page = page_of(folder)
     assert "state not known" in page.text and "Loss" in page.words and "Where it learned" in page.words

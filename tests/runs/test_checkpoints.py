@@ -16,7 +16,7 @@ import deltaw
 from deltaw.errors import UserError
 from deltaw.runs import checkpoints as files
 from deltaw.runs.checkpoints import Checkpoints, listed, newest
-from deltaw.runs.folder import EARLIER, RUN, Run
+from deltaw.runs.folder import Run
 from deltaw.runs.resuming import dumped, with_choices
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Calling
@@ -221,41 +221,6 @@ def test_another_model_under_the_same_name_is_refused(settings, tmp_path, model_
             deltaw.fit(made)
     shutil.copytree(model_folder, model, dirs_exist_ok=True)
     assert deltaw.fit(made).resumed_from_step == 3
-
-
-def test_a_run_of_an_earlier_version_goes_on_and_that_is_said(settings, tmp_path, monkeypatch):
-    made = settings(tmp_path / "run", train=TRAIN)
-    with monkeypatch.context() as earlier:
-        earlier.setattr("deltaw.training.session.identity_of", lambda *of: "9c51f54953adfdd3-torch.float32")
-        stopped_run(made, 3)
-    told = Told()
-    assert deltaw.fit(made, callback=told).resumed_from_step == 3
-    assert "not verified: whether the model is the one of the checkpoint" in told
-
-
-def as_earlier_versions_wrote(run):
-    """Two files in the place of run.json."""
-    values = json.loads((run / RUN).read_text())
-    (run / RUN).unlink()
-    status = {"version": 1, "process": values["process"]["id"], **values.pop("training")}
-    status |= {key: values[key] for key in ("state", "total_steps")}
-    summary, checkpoints = (run / name for name in EARLIER)
-    checkpoints.write_text(json.dumps(status))
-    values["state"] = "failed" if values["state"] == "diverged" else values["state"]
-    summary.write_text(json.dumps(values))
-    return values
-
-
-def test_a_folder_of_an_earlier_version_is_read_and_resumed(settings, stopped, whole):
-    values, earlier = as_earlier_versions_wrote(stopped), Run(stopped)
-    assert (earlier.state, earlier.steps, earlier.total_steps) == ("interrupted", 3, 12)
-    assert earlier.result == values["result"] and earlier.started == values["started"] and earlier.chosen
-    assert deltaw.fit(settings(stopped, train=TRAIN)).resumed_from_step == 3
-    assert_same_run(stopped, whole)
-    assert Run(stopped).started == values["started"] and not any((stopped / name).exists() for name in EARLIER)
-    as_earlier_versions_wrote(stopped)
-    assert Run(stopped).state == "finished"
-    assert deltaw.fit({"train": {"epochs": 5}}, resume=stopped).resumed_from_step == 12
 
 
 def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path, whole):

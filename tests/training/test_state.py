@@ -81,10 +81,7 @@ def test_a_training_that_goes_on_with_another_arithmetic_says_so(whole):
     assert state.values["arithmetic"] == loader.arithmetic().as_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArithmeticChangedWarning)
-        # States that were written before some products could be in int8 do not name them.
-        older = {name: way for name, way in state.values["arithmetic"].items() if not name.startswith("int8_")}
-        with loader.computing(replace(loader.arithmetic(), int8_logits=False, int8_gradients=False)):
-            Training().go(replace(state, values=state.values | {"arithmetic": older}))
+        Training().go(state)
     own = loader.arithmetic()
     other = replace(own, fp32="torch") if own.fp32 != "torch" else replace(own, kernels="another")
     with pytest.MonkeyPatch.context() as patch:

@@ -50,14 +50,18 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
     system, columns = options.pop("system"), _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
     with working("starting"):
-        from deltaw.data.report import count_of
-        from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings, predict_rows
-        from deltaw.serving.prediction_file import PredictionFile, check_output
+        from deltaw.data.report import MAX_ROW_BYTES, count_of
+        from deltaw.data.sources import open_source
+        from deltaw.hub.packages import local_path
+        from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings
+        from deltaw.serving.prediction_file import PredictionFile, Progress, check_output
         from deltaw.training.origin import open_run
     if output is not None:
         check_output(output, file, force=force)
+    if not local_path(file).is_dir():  # a folder may hold rows or images, depending on the model
+        open_source(file)
     session = open_run(run, say=notes.say, **options)
-    max_bytes = None if session.data is None else session.data.max_row_bytes
+    max_bytes = MAX_ROW_BYTES if session.data is None else session.data.max_row_bytes
     source = InputRows(file, images=session.task.tokenizer is None, limit=rows, max_bytes=max_bytes)
     settings = input_settings(session, source, {name: value for name, value in overrides.items() if value is not None})
     if session.task.writes_text:
@@ -66,23 +70,26 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
     else:
         _reject_text_flags(session.task.name)
     with contextlib.ExitStack() as stack:
-        predictor = Predictor(session, settings, source, text.request, notes.say)
+        flat = output is not None and output.suffix.lower() != ".jsonl"
+        predictor = Predictor(session, settings, source, text.request, notes.say, flat=flat)
         stack.callback(predictor.close)
-        target = None
-        if output is not None:
-            named = {"the run": identity_of_run(session), "the file": source.identity()}
+        if output is None:
+            progress = Progress()
+            predictor.run(progress, lambda lines: click.echo(lines, nl=False))
+        else:
+            named = {"the run": identity_of_run(session), "the file": source.identity}
             named["the settings"] = [asdict(settings), asdict(text), rows]
             target = stack.enter_context(contextlib.closing(PredictionFile(output, named, force=force)))
-        progress = predict_rows(predictor, source, target, lambda data: click.echo(data, nl=False), notes.say)
-        if target is not None:
+            progress = target.progress
+            predictor.run(progress, target.write)
             target.finish()
-    failed = progress.errors.total()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in progress.errors.most_common(5))
-    notes.say(count_of(progress.rows) + (f", {failed:,} of them without a prediction: {reasons}" if failed else ""))
+    failed = f", {progress.rows - progress.predicted:,} of them without a prediction: {reasons}" if reasons else ""
+    notes.say(count_of(progress.rows) + failed)
     if output is not None:
         notes.say(f"written: {output}")
     if as_json:
-        counts = {"rows": progress.rows, "predicted": progress.rows - failed, "errors": dict(progress.errors)}
+        counts = {"rows": progress.rows, "predicted": progress.predicted, "errors": progress.errors}
         seconds = round(time.monotonic() - start_time, 3)
         print_json({"output": str(output), "task": session.task.name, **counts, "seconds": seconds})
 

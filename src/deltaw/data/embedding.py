@@ -25,9 +25,9 @@ class EmbeddingReader(RetrievalReader):
         self._prompts = prompts
 
     @property
-    def has_both(self) -> bool:
-        """True if the rows have a query and a passage."""
-        return self._columns.query is not None and self._columns.passage is not None
+    def predicts(self) -> tuple[str, ...]:  # type: ignore[override]
+        has_both = self._columns.query is not None and self._columns.passage is not None
+        return ("query_embedding", "passage_embedding") if has_both else ("embedding",)
 
     def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
         texts: list[str] = []

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.check import Finding
-from deltaw.data.chunk import LongRows
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, empty_label, find_columns, number
 from deltaw.data.example import LabeledExample
 from deltaw.data.messages import empty_text, written_text
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     from deltaw.data.images import ImageEncoder
 
-_CHUNK = 4096  # rows tokenized at once
 # A class with less than this share of the largest one's rows is rare.
 _RARE = 0.1
 
@@ -71,6 +69,7 @@ class LabelReader(RowReader[AnyExample]):
     ) -> None:
         super().__init__(settings, tokenizer)
         self.labeled = labeled
+        self.predicts = ("prediction",) if task == "regression" else ("prediction", "probabilities")
         self.task = task
         self._reads_images = task == "image-classification"
         self.classes = None if classes is None else tuple(classes)
@@ -180,36 +179,18 @@ class LabelReader(RowReader[AnyExample]):
         if not indices:
             return
         tokenize = _Tokenizing(self.tokenizer, self.settings.max_length, self._columns)
-        for start in range(0, len(indices), _CHUNK):
-            part = indices[start : start + _CHUNK]
-            texts: dict[int, tuple[str, ...]] = {}
-            for index in part:
-                try:
-                    found = tokenize.texts(rows[index][1], rows.place(index))
-                    if not self.labeled and not "".join(found).strip():
-                        raise BadRowError("the text is empty", reason="an empty text", where=rows.place(index))
-                    texts[index] = found
-                except BadRowError as error:
-                    self.skip(rows, index, error)
-            tokens = dict(zip(texts, tokenize(list(texts.values())) if texts else [], strict=True))
-            for index in part:
-                yield self._text(rows, index, texts[index], tokens[index], tokenize) if index in texts else None
+        read = lambda index: tokenize.texts(rows[index][1], rows.place(index))  # noqa: E731
+        for found in self.encoded(rows, indices, read, tokenize):
+            yield found and self._text(rows, *found, tokenize)
 
     def _text(
         self, rows: Rows, index: int, text: tuple[str, ...], tokens: _Tokens, tokenize: _Tokenizing
     ) -> LabeledExample | None:
         """A text of at most ``data.max_length`` tokens; None if it is skipped or dropped, which is counted."""
-        where, length, way = rows.place(index), len(tokens[0]), self.settings.long_rows
-        excess = length - self.settings.max_length
-        if excess > 0 and way == "error":
-            self.long.add(LongRows(1, where, length, length))
+        where, length = rows.place(index), len(tokens[0])
+        if not self.is_kept(where, [length]):
             return None
-        if excess > 0 and way == "drop":
-            self.account["dropped_long"] += 1
-            return None
-        if excess > 0:
-            self.account["cut"] += 1
-            self.account["tokens_cut"] += excess
+        if length > self.settings.max_length:
             (tokens,) = tokenize([text], cut=True)
         ids, segments = tokens
         if len(ids) <= tokenize.special:  # a tokenizer may drop characters

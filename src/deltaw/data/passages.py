@@ -11,7 +11,7 @@ from pathlib import Path
 from deltaw.data.columns import PASSAGES as POSITIVES
 from deltaw.data.columns import QUERIES, listed
 from deltaw.data.formats import require
-from deltaw.data.messages import text_of
+from deltaw.data.messages import written_text
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError, BadRows, too_long
 from deltaw.data.row_files import COMPRESSED, Opened, decode, reading
 from deltaw.data.sources import open_source, skipping_named
@@ -19,7 +19,6 @@ from deltaw.errors import UserError, did_you_mean
 
 # Usual names of the columns; the first that a file has is read.
 PASSAGES = ("text", "passage", "document", "content", "positive", "answer", "completion", "body")
-EMPTY = "an empty text"
 
 
 def read_pairs(
@@ -76,7 +75,7 @@ def _read(
             where = rows.place(index)
             try:
                 require(row, columns, where, f"every row has {listed(columns)}")
-                found.append([_text(row[column], column, where) for column in columns])
+                found.append([written_text(row[column], column, where) for column in columns])
             except BadRowError as error:
                 bad.add(error, row)
     if not found:
@@ -95,14 +94,6 @@ def _column(reference: str, there: Sequence[str], what: str, given: str | None, 
         hint = f"name it with {flag}; usual names are {listed(usual)}"
         raise UserError(f"no column is known to hold the {what}", where=where, hint=hint)
     return found
-
-
-def _text(value: object, column: str, where: str) -> str:
-    text = text_of(value, column, where)
-    if not text.strip():
-        hint = "give it a text, or remove the row"
-        raise BadRowError(f"'{column}' is empty", reason=EMPTY, where=where, hint=hint)
-    return text
 
 
 def _lines(path: Path, name: str, bad: BadRows, max_bytes: int) -> Iterator[str]:

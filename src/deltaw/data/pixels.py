@@ -90,8 +90,7 @@ def image_rows(
     Raises:
         UserError: there is no such file or folder, a class's folder has no image, or the data cannot be read.
     """
-    is_package = packages.is_package_reference(reference)
-    path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
+    path = packages.local_path(reference)
     if not path.is_dir():
         return read_rows(reference, on_bad, max_bytes=max_bytes), 0
     if not labeled and (images := [file for file in walk(path) if file.suffix.lower() in IMAGE_SUFFIXES]):

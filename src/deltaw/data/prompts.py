@@ -15,7 +15,7 @@ import numpy as np
 from deltaw.data.columns import PROMPT_ANSWERS
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import FORMS, PAIR_COLUMNS, Pair, Record
-from deltaw.data.messages import Conversation, Message
+from deltaw.data.messages import Conversation, Message, empty_text, is_blank
 from deltaw.data.preferences import AnswerReader, records_of
 from deltaw.data.report import BadRowError, Report, Say, silent
 from deltaw.data.rows import Row
@@ -77,6 +77,8 @@ class QuestionReader(PromptReader):
         continues: Read the column ``text`` as the beginning of a plain text to continue.
     """
 
+    predicts = ("completion", "finish")
+
     def __init__(
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, continues: bool, say: Say = silent
     ) -> None:
@@ -89,8 +91,8 @@ class QuestionReader(PromptReader):
             row = {"prompt": row.get("text")}
         record = answered(row, _ANY, where)
         last = record.prompt if isinstance(record, Pair) else record.messages[-2]["content"]  # type: ignore[union-attr]
-        if not str(last).strip():
-            raise BadRowError("the prompt is empty", reason="an empty prompt", where=where)
+        if is_blank(str(last)):
+            raise empty_text("the prompt", where)
         return (record,)
 
 

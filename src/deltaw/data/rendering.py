@@ -269,7 +269,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {f" {name}": getattr(self, f"_{name}") for name in _PAYMENTS}
         for name in _COMPARED:
             self.filters[f" {name}"] = functools.partial(self._compared, name)
-        tests: dict[str, Any] = {name: functools.partial(self._tested, how) for name, how in _TESTS.items()}
+        tests: dict[str, Any] = {
+            name: lambda left, right, how=how: self._compared(how, [left, right]) for name, how in _TESTS.items()
+        }
         of_case: dict[str, Any] = {name: self.tests[name] for name in ("upper", "lower")}
         self.tests |= tests | {name: self._measured(test) for name, test in of_case.items()}
         kept = {"range": self.globals["range"], "dict": Dictionary(), "namespace": self._namespace}
@@ -410,9 +412,6 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif isinstance(left, _SIZED) and isinstance(right, _SIZED):
             self._pay(1 + min(self._size(left), self._size(right)))
         return _COMPARED[name](left, right)
-
-    def _tested(self, name: str, left: Any, right: Any) -> Any:
-        return self._compared(name, [left, right])
 
     def _read(self, value: Any) -> Any:
         self._pay(1 + self._size(value))

@@ -219,6 +219,13 @@ def _shown(row: object) -> object:
         return text
 
 
+def class_counts_line(counts: Mapping[str, int]) -> str:
+    """Return a line with the number of rows of the first classes."""
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:12])
+    more = f", and {len(counts) - 12:,} more" if len(counts) > 12 else ""
+    return f"{len(counts)} classes, rows of each: {shown}{more}"
+
+
 @dataclass(frozen=True)
 class Report:
     """The row counts of one preparation.
@@ -374,9 +381,7 @@ class Report:
             sides = f"{self.groups:,} groups to train on, {self.held_out_groups:,} held out"
             lines.append(Detail(f"rows with the same '{self.group}' stay together: {sides}"))
         if self.class_counts:
-            shown = [f"{name} {count:,}" for name, count in list(self.class_counts.items())[:12]]
-            more = f", and {len(self.class_counts) - 12:,} more" if len(self.class_counts) > 12 else ""
-            lines.append(Detail(f"{len(self.class_counts)} classes, rows of each: {', '.join(shown)}{more}"))
+            lines.append(Detail(class_counts_line(self.class_counts)))
             few = [name for name, count in self.class_counts.items() if count < 2]
             if few and not self.duplicates_kept:
                 lines.append(f"classes with fewer than 2 training rows: {', '.join(few[:12])}")

@@ -33,11 +33,6 @@ _ROLES = {"query": "query", "passage": "document"}
 _ROLE = '{%% set %s = messages | selectattr("role", "equalto", "%s") | map(attribute="content") | first %%}'
 
 
-def is_prompt(template: str) -> bool:
-    """Whether a text has a place for the query and one for the passage."""
-    return set(_PLACES.findall(template)) == {"{query}", "{passage}"}
-
-
 def as_chat_template(prompt: str) -> str:
     """The chat template that writes a prompt, a text with ``{query}`` and ``{passage}``."""
     roles = "".join(_ROLE % names for names in _ROLES.items())
@@ -60,7 +55,7 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
         found = rendered(template, messages, generation=False, variables=tokenizer.special_tokens_map)
     except FAULTS:
         return None
-    return found if is_prompt(found) else None
+    return found if set(_PLACES.findall(found)) == {"{query}", "{passage}"} else None
 
 
 class PairEncoder:
@@ -116,6 +111,7 @@ class RerankReader(RetrievalReader):
     """
 
     columns_task = "reranking"
+    predicts = ("score", "ranking")
     _range_setting = "reranking.score_range"
 
     def __init__(self, *args: Any, loss: str = "auto", **how: Any) -> None:

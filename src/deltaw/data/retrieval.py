@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.check import Finding
-from deltaw.data.chunk import LongRows
 from deltaw.data.classes import class_name
 from deltaw.data.columns import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS, named_columns, wrong_columns
 from deltaw.data.example import LabeledExample, RowGroup
@@ -29,7 +28,6 @@ from deltaw.data.row_reader import RowReader, ShownExample
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError
 
-_CHUNK = 4096  # rows tokenized at once
 _NUMBERED = re.compile(r"negative_\d+")
 
 
@@ -168,19 +166,9 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         return chosen
 
     def examples(self, rows: Rows, indices: Sequence[int]) -> Iterator[TextGroup | None]:
-        for start in range(0, len(indices), _CHUNK):
-            part = indices[start : start + _CHUNK]
-            row_texts: dict[int, RowTexts] = {}
-            for index in part:
-                try:
-                    row_texts[index] = self.row_texts(self.row(rows, index), rows.place(index))
-                except BadRowError as error:
-                    self.skip(rows, index, error)
-            encoded = dict(
-                zip(row_texts, self.encode(list(row_texts.values()), None) if row_texts else [], strict=True)
-            )
-            for index in part:
-                yield self._group(rows, index, row_texts[index], encoded[index]) if index in row_texts else None
+        read = lambda index: self.row_texts(self.row(rows, index), rows.place(index))  # noqa: E731
+        for found in self.encoded(rows, indices, read, lambda texts: self.encode(texts, None)):
+            yield found and self._group(rows, *found)
 
     def row_texts(self, row: Row, where: str) -> RowTexts:
         """A row's texts and scores.
@@ -251,16 +239,10 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         if any(np.array_equal(ids, empty) for ids, _ in encoded for empty in self._empty):
             self.skip(rows, index, empty_text("a text", rows.place(index)))
             return None
-        longest, limit, way = max(len(ids) for ids, _ in encoded), self.settings.max_length, self.settings.long_rows
-        if longest > limit and way == "error":
-            self.long.add(LongRows(1, rows.place(index), longest, longest))
+        lengths, limit = [len(ids) for ids, _ in encoded], self.settings.max_length
+        if not self.is_kept(rows.place(index), lengths):
             return None
-        if longest > limit and way == "drop":
-            self.account["dropped_long"] += 1
-            return None
-        if longest > limit:
-            self.account["cut"] += 1
-            self.account["tokens_cut"] += sum(max(0, len(ids) - limit) for ids, _ in encoded)
+        if max(lengths) > limit:
             (encoded,) = self.encode([row_texts], limit)
         label = None if row_texts.name is None else self._names.setdefault(row_texts.name, len(self._names))
         number, scores = rows.number(index), row_texts.scores

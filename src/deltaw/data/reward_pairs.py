@@ -63,6 +63,7 @@ class RewardReader(PairReader):
     """Reads files of pairs for a classifier."""
 
     can_use = (*PairReader.can_use, "margin")
+    predicts: tuple[str, ...] = ("score_chosen", "score_rejected")
 
     def encode(self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse) -> list[list[Encoded]]:
         if self.encoder.chat or self.settings.template == "plain":
@@ -99,6 +100,7 @@ class AnswerScoreReader(RewardReader):
     """Reads single answers with their prompts, for a reward model to score."""
 
     needs, answers = (), ("answer",)  # type: ignore[assignment]
+    predicts = ("score",)
 
     def records(self, row: Row, where: str) -> tuple[Record, ...]:  # type: ignore[override]
         record, has_answer = read_prompt_row(row, where)

@@ -48,7 +48,12 @@ if TYPE_CHECKING:
 UNLIMITED = 2**30
 _SHOWN = 5  # places that a finding names
 
+# Rows that are tokenized at once.
+ROWS_AT_ONCE = 4096
+
 Item = TypeVar("Item")
+Text = TypeVar("Text")
+Tokens = TypeVar("Tokens")
 
 
 @dataclass(frozen=True)
@@ -161,11 +166,13 @@ class RowReader(abc.ABC, Generic[Item]):
         too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
             each other. torn_by_content: whether these are counted by their contents, or by rows.
         classes: names of the classes, of labeled rows. date: that the template writes into rows.
+        predicts: names of the predictions for rows that were read to predict them.
         bad: rows that cannot be used. errors: the same by index, of the rows that were read last.
         account, long: what became of the others. systems: their system messages.
     """
 
     columns_task = ""
+    predicts: tuple[str, ...] = ()
     form = "rows"
     noun = "a row"
     template = ""
@@ -291,6 +298,39 @@ class RowReader(abc.ABC, Generic[Item]):
         if rows is None or not isinstance(item, RowGroup):
             return rows and rows[0]  # type: ignore[return-value]
         return replace(item, rows=rows)
+
+    def encoded(
+        self,
+        rows: Rows,
+        indices: Sequence[int],
+        read: Callable[[int], Text],
+        encode: Callable[[list[Text]], Sequence[Tokens]],
+    ) -> Iterator[tuple[int, Text, Tokens] | None]:
+        """Yield the index, the texts and the tokens of each row, many of which are tokenized at once. Yield None for a
+        row that ``read`` rejects, which is skipped."""
+        for start in range(0, len(indices), ROWS_AT_ONCE):
+            part = indices[start : start + ROWS_AT_ONCE]
+            texts: dict[int, Text] = {}
+            for index in part:
+                try:
+                    texts[index] = read(index)
+                except BadRowError as error:
+                    self.skip(rows, index, error)
+            tokens = dict(zip(texts, encode(list(texts.values())) if texts else [], strict=True))
+            yield from ((index, texts[index], tokens[index]) if index in texts else None for index in part)
+
+    def is_kept(self, where: str, lengths: Sequence[int]) -> bool:
+        """Apply ``data.long_rows`` to a row whose texts have these lengths in tokens, and count it if one is too long.
+        Return False if it is not used."""
+        longest, limit, way = max(lengths), self.settings.max_length, self.settings.long_rows
+        if longest > limit and way == "error":
+            self.long.add(LongRows(1, where, longest, longest))
+        elif longest > limit and way == "drop":
+            self.account["dropped_long"] += 1
+        elif longest > limit:
+            self.account["cut"] += 1
+            self.account["tokens_cut"] += sum(max(0, length - limit) for length in lengths)
+        return longest <= limit or way == "cut"
 
     def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
         """Those of the chosen rows that :meth:`examples` is asked for."""

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +198,7 @@ class RowStream:
     Attributes:
         columns: names of all columns, in the order in which they first appear; known after :meth:`scan`.
         rows: how many rows there are, without the skipped ones. bad: how many were skipped.
+        files: The number of files.
     """
 
     def __init__(
@@ -205,6 +207,7 @@ class RowStream:
         self.name = name
         self.columns: list[str] = []
         self.rows = self.bad = 0
+        self.files = len(parts)
         self.fills_nulls = any(part.fills_nulls for part in parts)
         self._parts = list(parts)
         self._most = max_bytes
@@ -222,11 +225,6 @@ class RowStream:
     def position(self) -> int:
         """Bytes read so far in the present reading."""
         return sum(part.position for part in self._parts)
-
-    @property
-    def files(self) -> int:
-        """The number of files."""
-        return len(self._parts)
 
     def identity(self) -> list[object] | None:
         """What tells this content from any other; None where something does not say."""
@@ -326,20 +324,15 @@ def _with_unreadable(part: Part) -> Iterator[NumberedRow]:
     """All rows of a part; rows that cannot be read have the number that the error names, or the next one."""
     failed: list[BadRowError] = []
     last = 0
-
-    def pending() -> Iterator[NumberedRow]:
-        nonlocal last
-        for error in failed:
+    for row in chain(part.read(lambda error, _: failed.append(error)), [None]):
+        while failed:
+            error = failed.pop(0)
             named = re.search(r"(?:row|line) (\d+)$", error.where or "")
             last = int(named[1]) if named else last + 1
             yield last, UnreadableRow(error), 0
-        failed.clear()
-
-    for row in part.read(lambda error, _: failed.append(error)):
-        yield from pending()
-        last = row[0]
-        yield row
-    yield from pending()
+        if row is not None:
+            last = row[0]
+            yield row
 
 
 def _told_before(error: BadRowError, row: object) -> None:

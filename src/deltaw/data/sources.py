@@ -311,7 +311,7 @@ def with_lines(places: Sequence[str]) -> list[str]:
 
 def _lines_of(file: str, numbers: set[int]) -> dict[int, int]:
     try:
-        path = packages.member(file) if packages.is_package_reference(file) else Path(os.path.expanduser(file))
+        path = packages.local_path(file)
         return FilePart(path, file).lines_of(numbers) if path.is_file() and kind_of(path) else {}
     except (UserError, OSError, ValueError):  # the first error is more important
         return {}

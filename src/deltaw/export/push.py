@@ -152,7 +152,7 @@ def public_base(run: Run, config: RunConfig, given: str | None, say: Say) -> Pub
     named = PublicBase(str(source.location), source.revision)
     if given is None or given == config.model:
         commit = run.part("revisions").get(config.model)
-        if commit is None:  # a run of an earlier version, or a path that only looks like a hub id
+        if commit is None:  # a path that only looks like a hub id
             say(f"warning: the run does not note which commit of '{config.model}' it used, nor that it is on the hub")
         return replace(named, revision=commit or source.revision)
     here = already_here(given)

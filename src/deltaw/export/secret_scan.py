@@ -41,7 +41,7 @@ def remove_secrets(text: str) -> tuple[str, list[str]]:
     Values of environment variables such as HF_TOKEN, and users and passwords in URLs, are secrets too.
     """
     redacted = redact(text, MARK)
-    kinds = ["key or password that this machine uses or a URL contains"] * (redacted != text)
+    kinds: list[str] = ["key or password that this machine uses or a URL contains"] * (redacted != text)
     text = redacted
     for kind, pattern in _patterns():
         text, count = pattern.subn(_replacement, text)

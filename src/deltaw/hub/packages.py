@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,15 @@ def member(reference: str) -> Path:
     """
     wanted = parse(reference)
     return _installed(wanted) or _cached(wanted) or _fetched(wanted)
+
+
+def local_path(reference: str) -> Path:
+    """The local file or folder that a reference to a package or a path names; of a path it may not exist.
+
+    Raises:
+        UserError: as :func:`member`.
+    """
+    return member(reference) if is_package_reference(reference) else Path(os.path.expanduser(reference))
 
 
 def is_here(reference: str) -> bool:

@@ -24,8 +24,6 @@ TORCH = "torch"
 # What may be computed approximately in training, by the field that says whether it is. None of it is on
 # unless a run verified it; see :mod:`deltaw.training.approximations`.
 APPROXIMATIONS = ("int8_gradients", "int8_logits", "summed_classes")
-# What earlier versions did that did not write it down.
-UNSAID = {"int8_gradients": "no", "int8_logits": "no", "summed_classes": "yes"}
 # What promises most where nothing was measured comes first.
 _BY_PROMISE = ("tiles", "dot", "wide")
 
@@ -87,9 +85,8 @@ class Arithmetic:
         if any(found[stored] not in ARITHMETICS for stored in STORED) or not isinstance(found["kernels"], str):
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
-        said = UNSAID | dict(values)
         exact = cls(kernels).but({s: str(found[s]) for s in STORED})
-        return exact.approximating(name for name in APPROXIMATIONS if said[name] == "yes")
+        return exact.approximating(name for name in APPROXIMATIONS if values.get(name) == "yes")
 
 
 def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:

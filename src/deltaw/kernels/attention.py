@@ -376,7 +376,7 @@ def attend(
         return out, [logs]
     if not how.get("causal", True):
         raise NotImplementedError("attention both ways needs the compiled kernel")
-    q, k, v = (t.transpose(0, 1) for t in (_at_all_places(query, picked, len(key)), key, value))
+    q, k, v = (t.transpose(0, 1) for t in (spread_rows(query, picked, len(key)), key, value))
     out, kept = _tiles_forward(q, k, v, layout.tiles(how.get("window")), how)
     out = out.transpose(0, 1)
     return (out if picked is None else out.index_select(0, picked)), kept
@@ -403,7 +403,7 @@ def attend_backward(
     if out is not None and is_compiled(query, key, value):
         (logs,) = kept
         return _attention_backward(grad, query, key, value, out, logs, layout.segments(), *_numbers(how), picked)
-    spread = (_at_all_places(t, picked, len(key)) for t in (grad, query))
+    spread = (spread_rows(t, picked, len(key)) for t in (grad, query))
     d, q, k, v = (t.transpose(0, 1) for t in (*spread, key, value))
     grads = _tiles_backward(d, q, k, v, kept, layout.tiles(how.get("window")), how)
     of_q, of_k, of_v = (t.transpose(0, 1) for t in grads)
@@ -429,8 +429,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, pic
         check_places(picked, length)
 
 
-def _at_all_places(rows: Tensor, picked: Tensor | None, length: int) -> Tensor:
-    """(P, …) rows at their places of ``length``, zeros elsewhere."""
+def spread_rows(rows: Tensor, picked: Tensor | None, length: int) -> Tensor:
+    """Return (length, …) with rows (P, …) at the positions ``picked``, zeros elsewhere; ``rows`` if that is None."""
     return rows if picked is None else rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, picked, rows)
 
 

@@ -157,29 +157,24 @@ def fingerprint_of(tensors: Mapping[str, Values]) -> str | None:
 
 def same_base(first: str | None, second: str | None) -> bool | None:
     """Whether two fingerprints are of the same weights, which may be rounded to bf16 in one of them; None if
-    that cannot be told: one is missing, or of an earlier version, which read a few values of each tensor."""
-    if first is None or second is None or not (first.startswith(FORMAT) and second.startswith(FORMAT)):
+    one is missing."""
+    if first is None or second is None:
         return None
     levels = [name.removeprefix(FORMAT).split(".") for name in (first, second)]
     return all(one == other for one, other in zip(*levels, strict=False))
 
 
 def warn_of_base(what: str, metadata: Mapping[str, str], own: str | None, folder: object, named: object) -> None:
-    """Warn if an adapter was trained on another base model than the one at hand, or if that is not verified.
+    """Warn if an adapter was trained on another base model than the one at hand.
 
     Args:
         what: begins the message, as "the adapter". metadata: of its file, in ``folder``.
         own: the fingerprint of the model at hand. named: what the adapter calls its base model.
     """
-    theirs = metadata.get(FINGERPRINT_KEY)
-    same = same_base(theirs, own)
-    trained_on = f" ({named})" if named else ""
-    if same is False:
+    if same_base(metadata.get(FINGERPRINT_KEY), own) is False:
+        trained_on = f" ({named})" if named else ""
         said = f"{what} was trained on another base model{trained_on}: {folder}"
         warnings.warn(said, OtherBaseModelWarning, stacklevel=3)
-    elif same is None and theirs is not None and own is not None:
-        said = f"{what} is of an earlier version of deltaw, so its base model{trained_on} is not verified"
-        warnings.warn(f"{said}: {folder}", UserWarning, stacklevel=3)
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

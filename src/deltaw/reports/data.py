@@ -11,7 +11,7 @@ from rich.text import Text
 
 from deltaw.data.check import Check, Lengths
 from deltaw.data.pieces import Piece
-from deltaw.data.report import BadRows, count_of, quoted
+from deltaw.data.report import BadRows, class_counts_line, count_of, quoted
 from deltaw.data.row_reader import ShownExample, ShownRow
 from deltaw.reports.tables import folded
 
@@ -38,9 +38,7 @@ def check_lines(check: Check) -> Iterator[Text]:
         labels = f"{check.label_tokens:,} of them labels ({share:.1%})"
         yield Text(f"{check.examples:,} examples: {check.tokens:,} tokens, {labels}")
     if check.class_counts:
-        shown = [f"{name} {count:,}" for name, count in list(check.class_counts.items())[:12]]
-        more = f", and {len(check.class_counts) - 12:,} more" if len(check.class_counts) > 12 else ""
-        yield Text(folded(f"{len(check.class_counts)} classes, rows of each: {', '.join(shown)}{more}"))
+        yield Text(folded(class_counts_line(check.class_counts)))
     if check.ends:
         shown = [f"{name} in {count:,} examples" for name, count in check.ends.items()]
         yield Text(folded(f"trained to end with {', '.join(shown)}"))

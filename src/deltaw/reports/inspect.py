@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from deltaw.errors import first_names
 from deltaw.experiments.comparison import without_nan
 from deltaw.export.combine import angles, inner, norm
 from deltaw.hub.folders import adapter_folder
@@ -224,10 +225,10 @@ class AdapterReport:
             head.add_row("bias on B", f"norm {self.bias_norm:.4g}, {self.bias_parameters:,} parameters")
         if self.token_rows:
             rows = [f"{count} of {name}" for name, count in self.token_rows.items()]
-            head.add_row("token rows", shortened(rows))
+            head.add_row("token rows", first_names(rows))
         trained = f"{self.trained_parameters:,} parameters"
         if self.other_parameters:
-            trained += f", {self.other_parameters:,} of them outside A and B ({shortened(self.other_tensors)})"
+            trained += f", {self.other_parameters:,} of them outside A and B ({first_names(self.other_tensors)})"
         head.add_row("trained", trained)
         head.add_row("on disk", f"{self.size_bytes / 1e6:.2f} MB")
         return head
@@ -305,13 +306,13 @@ def _warnings(modules: list[ModuleUpdate], content: FileContent, tensors: Mappin
         left = "only what is outside A and B can change the model" if others else "the adapter is untrained"
         found.append(f"B is zero in all modules: {left}")
     elif untrained:
-        found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {shortened(untrained)}")
+        found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {first_names(untrained)}")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        found.append(f"{len(broken)} tensors hold numbers that are not finite: {shortened(broken)}")
+        found.append(f"{len(broken)} tensors hold numbers that are not finite: {first_names(broken)}")
     if content.halves:
-        found.append(f"{len(content.halves)} modules have one factor without the other: {shortened(content.halves)}")
+        found.append(f"{len(content.halves)} modules have one factor without the other: {first_names(content.halves)}")
     if unsure := [update.name for update in content.updates if not update.certain]:
-        found.append(f"rank and norm are uncertain for {shortened(unsure)}: a pattern names single parameters")
+        found.append(f"rank and norm are uncertain for {first_names(unsure)}: a pattern names single parameters")
     return found
 
 
@@ -338,11 +339,6 @@ def _sparkline(layers: Mapping[str, float]) -> Text:
     bars = "".join(_BARS[round(norm * steps)] if math.isfinite(norm) else "?" for norm in layers.values())
     names = list(layers)
     return Text(f"‖ΔW‖ by layer, {names[0]} to {names[-1]} (highest {top:.3g})\n{bars}")
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def root_sum_of_squares(values: Iterable[float]) -> float:
@@ -422,7 +418,7 @@ class AdapterComparison:
             parts += [Text(), self._layers()]
         for letter, names in zip("AB", self.only, strict=True):
             if names:
-                parts.append(Text(f"only {letter} has {len(names)}: {shortened(names)}"))
+                parts.append(Text(f"only {letter} has {len(names)}: {first_names(names)}"))
         parts += [Text(f"note: {note}") for note in self.notes]
         return Group(*parts)
 
@@ -486,7 +482,7 @@ def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison
     )
     norms = [root_sum_of_squares(norm(*pair) for u in own.values() for pair in _matrices(u)) for own in updates]
     if uncertain := {update.name for own in updates for update in own.values() if not update.certain}:
-        notes.append(f"rank and alpha of {shortened(sorted(uncertain))} cannot be told from the files")
+        notes.append(f"rank and alpha of {first_names(sorted(uncertain))} cannot be told from the files")
     configs = [dataclasses.asdict(adapter.config) for adapter in adapters]
     metadata = [adapter.metadata for adapter in adapters]
     bases = [known.get("base_model_name_or_path") or None for known in metadata]

@@ -30,7 +30,7 @@ from deltaw.durable import open_to_all, sync_file, sync_folder
 from deltaw.errors import UserError
 from deltaw.tensor_files import TensorFile, write_tensors
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.state import SavedState, TrainState
+from deltaw.training.state import TrainState
 
 # A checkpoint on disk: tensors in safetensors, plain values in JSON, and a manifest of checksums.
 #
@@ -437,11 +437,6 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
         except DamagedCheckpoint as error:
             damaged.append((path, str(error)))
     return None, damaged
-
-
-def training_of(found: Checkpoint) -> SavedState:
-    """The training's state in a checkpoint."""
-    return SavedState(found.values["training"], found.tensors)
 
 
 def _steps_in(folder: Path) -> list[int]:

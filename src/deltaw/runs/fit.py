@@ -205,7 +205,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         folder.path,
         outcome,
         evaluation,
-        _peak_bytes(device),
+        torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes(),
         plan=plan,
         trained_parameters=trained,
         method=config.method,
@@ -260,7 +260,7 @@ def _assembled(
         callback.on_line(line)
     session.said += lines
     if start.found is not None:
-        require_same_model(start.found.values["model"], session, Path(config.output), callback.on_line)
+        require_same_model(start.found.values["model"], session, Path(config.output))
     start.check_length(session.total_steps)
     return loaded, session
 
@@ -507,7 +507,3 @@ def save_adapter(session: Session, folder: Path) -> None:
 def _arithmetic(session: Session) -> dict[str, str]:
     with session.approximations.on():
         return loader.arithmetic().as_dict()
-
-
-def _peak_bytes(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes()

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 RUN, METRICS, LEARNING_RATES = "run.json", "metrics.jsonl", "learning_rate.json"
 FOLDER, LOCK = "checkpoints", ".lock"
-# Where earlier versions kept what is in run.json now; still read.
-EARLIER = ("summary.json", f"{FOLDER}/status.json")
 # Of the layout of run.json; another number where an older reader would misread it.
 VERSION = 1
 # States of a run: in training; stopped by a signal or a callback; ended by an error; diverged; done.
@@ -61,7 +59,7 @@ _LONGEST_NAME = 255
 class Run:
     """A run as its folder describes it. Files are read when they are first needed.
 
-    Files of another kind, damaged or of an earlier version lead to missing values, never to an error.
+    Files of another kind, damaged or of another version lead to missing values, never to an error.
 
     Attributes:
         path: of the folder.
@@ -74,15 +72,7 @@ class Run:
     def values(self) -> Mapping[str, Any]:
         """What ``run.json`` holds; empty where there is none."""
         found = mapping(_json(self.path / RUN))
-        if found:
-            return found if found.get("version") == VERSION else {}
-        summary, status = (mapping(_json(self.path / name)) for name in EARLIER)
-        if not status or status.get("version") != VERSION:
-            return summary
-        training = {key: status[key] for key in ("steps", "settings", "features", "finished") if key in status}
-        process = {"id": status.get("process")}
-        earlier = {"total_steps": status.get("total_steps"), "process": process, "training": training}
-        return {**earlier, **summary, "state": status.get("state")}
+        return found if found.get("version") == VERSION else {}
 
     @property
     def training(self) -> Mapping[str, Any] | None:
@@ -104,7 +94,7 @@ class Run:
             return KILLED
         if state in STATES:
             return str(state)
-        # Trainings of a comparison, and those of early versions, wrote the model card last.
+        # Trainings of a comparison write the model card last.
         card = _text(self.path / "README.md")
         if card is None:
             return UNKNOWN
@@ -194,7 +184,7 @@ class Run:
     @cached_property
     def changed(self) -> float:
         """When the run last wrote anything, in seconds since 1970."""
-        files = [self.path / name for name in (SETTINGS, METRICS, RUN, *EARLIER)]
+        files = [self.path / name for name in (SETTINGS, METRICS, RUN)]
         return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
     @property
@@ -663,8 +653,6 @@ class RunFolder(Run):
         self.values = {**self.values, **values}
         parts = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.values.items())
         write_text(self.path / RUN, "{\n" + ",\n".join(parts) + "\n}\n")
-        for name in EARLIER:
-            platforms.removed(self.path / name)
 
     def write_settings(self, config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> None:
         """``run.yaml`` with every value; ``chosen`` gives, by dotted key, what ``auto`` became and why."""

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from deltaw.data.example import rows_of
 from deltaw.durable import write_text
-from deltaw.errors import UserError, clean, first_line
+from deltaw.errors import UserError, clean, first_line, first_names
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
-from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest, training_of
+from deltaw.runs.checkpoints import Checkpoint, Checkpoints, Stateful, listed, newest
 from deltaw.runs.folder import (
     DIVERGED,
     FAILED,
@@ -115,7 +115,7 @@ class Diagnosis:
         session = self._session
         broken = [name for name, p in session.model.named_parameters() if not _finite(p)]
         if broken:
-            return f"the weights were not finite before the step: {_listed(broken)}"
+            return f"the weights were not finite before the step: {first_names([repr(name) for name in broken])}"
         units = session.objective.units(items)
         trained = [(name, p) for name, p in session.model.named_parameters() if p.requires_grad]
         for batch in session.batcher.batches(items):
@@ -187,11 +187,6 @@ def _arrays_of(row: Any) -> dict[str, np.ndarray]:
         return {}
     values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
     return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass
@@ -380,7 +375,7 @@ def _nothing(run: Run) -> UserError:
         state = KILLED if run.state == RUNNING else run.state  # by a process of another host: this one has the lock
         why = f"the run ended before its first one ({state} after {run.steps:,} steps)"
     else:
-        why = "none was kept, as in a comparison and by early versions"
+        why = "none was kept, as in a comparison"
     anew = f"start anew: deltaw train {shell_word(str(run.path / SETTINGS))} --fresh"
     return UserError(f"there is no checkpoint to resume from:\n  {why}", where=str(run.path), hint=anew)
 
@@ -552,7 +547,7 @@ class RunRecord:
         found = self._start.found
         if found is None:
             return None
-        saved = training_of(found)
+        saved = SavedState(found.values["training"], found.tensors)
         return saved.lasting(self._session.total_steps) if self._start.longer else saved
 
     def restore(self) -> None:

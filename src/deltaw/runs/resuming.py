@@ -22,7 +22,6 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import STORED, Arithmetic
-from deltaw.lora.fingerprint import FORMAT
 from deltaw.machine.choices import Choice, choose_device
 from deltaw.methods import registry
 from deltaw.platforms import shell_word
@@ -161,19 +160,13 @@ def choices_of(session: Session, loaded: Mapping[str, Choice]) -> dict[str, obje
     }
 
 
-def require_same_model(before: str | None, session: Session, run: Path, say: Say) -> None:
-    """Refuse weights that are not those that a run began with.
-
-    Args:
-        before: the run's identity then. say: told if an earlier version wrote that, so that it cannot be
-            compared.
+def require_same_model(before: str | None, session: Session, run: Path) -> None:
+    """Refuse weights that are not those that a run began with, whose identity was ``before``.
 
     Raises:
         UserError: they differ.
     """
-    if before is not None and not before.startswith(FORMAT):
-        say("not verified: whether the model is the one of the checkpoint, which an earlier version of deltaw wrote")
-    elif before is not None and session.identity is not None and before != session.identity:
+    if before is not None and session.identity is not None and before != session.identity:
         what = "the model's weights are not those that the run began with, so it cannot be resumed"
         hint = f"restore the model to resume, or {START_ANEW}".format(run=run)
         raise UserError(what, where=f"model: {session.config.model}", hint=hint)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaw.kernels import rows
-from deltaw.kernels.attention import attend, attend_backward
+from deltaw.kernels.attention import attend, attend_backward, spread_rows
 from deltaw.kernels.block import Block
 from deltaw.kernels.block import serves as serves_block
 from deltaw.kernels.layout import Layout
@@ -34,17 +34,7 @@ from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_private import are_hooked, own_buffers, own_modules, own_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.runtime.partial import PartialLayout, number_of
-from deltaw.runtime.projections import (
-    Projection,
-    Steps,
-    at,
-    can_project,
-    factors_of,
-    head_views,
-    joined_heads,
-    norm_of,
-    spread,
-)
+from deltaw.runtime.projections import Projection, Steps, at, can_project, factors_of, head_views, joined_heads, norm_of
 from deltaw.runtime.recognition import BlockRoles, Norms, Told, activation_kind, part, signature
 
 # The two halves of a block are functions, each with a backward of its own that keeps what it must.
@@ -144,11 +134,6 @@ class Around:
         return (at(self.cosine, self.picked), at(self.sine, self.picked)), of_keys
 
 
-def run_attention(x: Tensor, half: AttentionHalf, around: Around) -> Tensor:
-    """The first half of a block over rows x (T, hidden); (P or T, hidden)."""
-    return _Attention.apply(x, half, around, *factors_of(half.projections))
-
-
 def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
     """The second half of a block over rows x (T, hidden), added to ``stream`` (T, hidden), or to x."""
     return _MLP.apply(x, stream, half, *factors_of(half.projections))
@@ -206,7 +191,7 @@ class _Attention(torch.autograd.Function):
         if half.key_norm is not None:
             d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
         need_x = ctx.needs_input_grad[0]
-        above = spread(grad, picked, x.shape[0]) if need_x else grad
+        above = spread_rows(grad, picked, x.shape[0]) if need_x else grad
         begun = above if need_x and norms.before is None else None
         n = _input_again(x, half.inputs, norms.before)
         d_n, of_inputs = _back_to_input(n, h, (d_q, d_k, d_v), half, picked, begun, need_x)
@@ -292,7 +277,7 @@ def _back_to_input(
     """The gradient of attention's input, added to ``begun``, and those of its input layers' factors."""
     length = of_heads[1].shape[0]
     if len(half.inputs) == 1:
-        whole = joined_heads(spread(of_heads[0], picked, length), *of_heads[1:], half.grouped)
+        whole = joined_heads(spread_rows(of_heads[0], picked, length), *of_heads[1:], half.grouped)
         d_n, narrow = half.inputs[0].backward(whole, begun, need_x)
         found = (None, None) if n is None else half.inputs[0].factors_backward(n, h[0], whole, narrow)
         return (d_n if need_x else None), list(found)
@@ -301,7 +286,7 @@ def _back_to_input(
     for layer, h_in, d, places in zip(half.inputs, h, of_heads, (picked, None, None), strict=True):
         flat = d.reshape(d.shape[0], -1)
         d_x, narrow = layer.backward(flat, d_x, need_x)
-        d_x = spread(d_x, places, length) if need_x else None
+        d_x = spread_rows(d_x, places, length) if need_x else None
         if places is not None and begun is not None and d_x is not None:
             d_x = d_x + begun
         of_layers += (None, None) if n is None else layer.factors_backward(at(n, places), h_in, flat, narrow)
@@ -584,7 +569,7 @@ class FusedBlock:
                 whole = whole.settled()
             y = _Whole.apply(x, whole, around, *self._factors)
         else:
-            y = run_attention(x, halves[0], around)
+            y = _Attention.apply(x, halves[0], around, *factors_of(halves[0].projections))
             y = run_mlp(at(x, picked), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
         y = y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
         return y.view(hidden.shape)

@@ -117,11 +117,6 @@ def at(x: Tensor, places: Tensor | None) -> Tensor:
     return x if places is None else x.index_select(0, places)
 
 
-def spread(rows: Tensor, places: Tensor | None, length: int) -> Tensor:
-    """Rows (P, …) at their places of ``length``, zeros elsewhere; as they are where they stand at all."""
-    return rows if places is None else rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, places, rows)
-
-
 def head_views(y: Tensor, heads: int, key_heads: int, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (M, heads, d), keys and values (M, key heads, d) of one layer's outputs y (M, n); views where
     the layout allows it. See :data:`deltaw.runtime.recognition.Split`."""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltaw.errors import first_names
 from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
 from deltaw.kernels.quantize import quantized, quantized_rows, spread_scales
@@ -98,12 +99,8 @@ class Int8Report:
         if self.errors:
             said += f", with outputs off by {sum(self.errors.values()) / len(self.errors):.1%} on average"
         worst = sorted(self.kept, key=lambda name: -self.kept[name])
-        shown = _first_three([f"{name} ({self.kept[name]:.0%})" for name in worst])
+        shown = first_names([f"{name} ({self.kept[name]:.0%})" for name in worst])
         return f"{said}; off by more than {LARGEST_ERROR:.0%}, and so left as they were: {shown}" if worst else said
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def quantize_int8(
@@ -293,7 +290,7 @@ class Nf4Report:
         if not self.layers:
             return "no linear layer stands in the blocks, so no weight is rounded to NF4"
         said = f"{self.layers - len(self.kept)} of {self.layers} layers are in NF4"
-        return f"{said}; their inputs are no multiple of 64: {_first_three(self.kept)}" if self.kept else said
+        return f"{said}; their inputs are no multiple of 64: {first_names(self.kept)}" if self.kept else said
 
 
 def quantize_nf4(model: nn.Module) -> Nf4Report:

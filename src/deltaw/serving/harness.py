@@ -363,15 +363,13 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
             continue
         pairs = [pair for node in nodes if isinstance(node, yaml.MappingNode) for pair in node.value]
         taken = [inner.value for key, value in pairs if key.value == "include" for inner in _nodes(value)]
-        leaving = [one for one in taken if isinstance(one, str) and not _is_within(file.parent / one, root)]
+        leaving = [
+            one for one in taken if isinstance(one, str) and not (file.parent / one).resolve().is_relative_to(root)
+        ]
         if leaving or any(not node.tag.startswith("tag:yaml.org,2002:") for node in nodes):
             what = f"the task file includes '{leaving[0]}', outside of the folder" if leaving else "the task runs code"
             hint = "read it; if you trust it, add --trust-remote-code"
             raise UserError(what, where=str(file), hint=hint)
-
-
-def _is_within(file: Path, root: Path) -> bool:
-    return file.resolve().is_relative_to(root)
 
 
 def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:

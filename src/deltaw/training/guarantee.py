@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, first_names
 from deltaw.lora.fingerprint import has_values
 
 # Steps that are checked.
@@ -99,12 +99,13 @@ class TrainedCheck:
     def _refuse(self, names: Sequence[str], what: str) -> None:
         skipped = [name for name in names if self._may_skip(name)]
         if skipped:
-            warnings.warn(f"{_listed(skipped)} {what}", UntrainedParameterWarning, stacklevel=3)
+            text = f"{first_names([repr(name) for name in skipped])} {what}"
+            warnings.warn(text, UntrainedParameterWarning, stacklevel=3)
             self._still.difference_update(skipped)
         failed = [name for name in names if name not in skipped]
         if failed:
             raise UntrainedParameterError(
-                f"{_listed(failed)} {what}, though said to be trained",
+                f"{first_names([repr(name) for name in failed])} {what}, though said to be trained",
                 where="the parameters handed to the optimizer",
                 hint="leave out what the model does not use; nothing was saved as trained",
             )
@@ -133,8 +134,3 @@ def may_skip(model: nn.Module) -> Callable[[str], bool]:
             skipped |= {id(p) for p in module.parameters()}
     names = tuple(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in skipped)
     return lambda name: bool(names) and name.startswith(names)  # a part of one is named after it
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

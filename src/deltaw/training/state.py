@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
-from deltaw.kernels.arithmetic import UNSAID
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
 
@@ -466,7 +465,7 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     """Say where this process computes products otherwise than the one that saved a state."""
     if saved is None:
         return
-    ours, theirs = loader.arithmetic().as_dict(), UNSAID | dict(saved)
+    ours, theirs = loader.arithmetic().as_dict(), saved
     differing = [name for name in ours if theirs.get(name) != ours[name]]
     if not differing:
         return

@@ -75,10 +75,6 @@ class Layout:
         }
         return cls(**{name: value.to(device) for name, value in found.items()})
 
-    def in_rows(self, values: Tensor) -> Tensor:
-        """(rows, k / rows) of (k,) values of further passages, as many for each row."""
-        return values.view(len(self.queries), -1)
-
 
 VectorLoss: TypeAlias = Callable[[Tensor, Layout, EmbeddingSettings], Tensor]
 
@@ -168,7 +164,7 @@ def _of_passages(vectors: Tensor, rows: Layout) -> tuple[Tensor, Tensor]:
     queries = vectors[rows.queries]
     own = (queries * vectors[rows.passages]).sum(1)
     others = (queries[rows.owners] * vectors[rows.others]).sum(1)
-    return own[:, None], rows.in_rows(others)
+    return own[:, None], others.view(len(queries), -1)
 
 
 LOSSES: dict[str, VectorLoss] = {

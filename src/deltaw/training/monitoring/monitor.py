@@ -43,7 +43,7 @@ from deltaw.training.monitoring.generation import choose_rows
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import Answer, answers, exact_answers
+from deltaw.training.tasks.causal import Answer, answers
 from deltaw.working import Detail, working
 
 # Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
@@ -522,7 +522,7 @@ class Monitor:
             found[name] = session.evaluate(rows)
             if asked := scored.get(name):
                 with working("answering held-out prompts"):
-                    share = float(exact_answers(write(session, asked, max_new_tokens=None)).mean())
+                    share = statistics.fmean(one.exact for one in write(session, asked, max_new_tokens=None))
                 metrics, intervals = (
                     {**found[name].metrics, WRITTEN: share},
                     {WRITTEN: wilson_interval(share, len(asked))},

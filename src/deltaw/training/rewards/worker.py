@@ -146,12 +146,8 @@ def answer_requests(make: Callable[[], Answering]) -> None:
         answer = answering(json.loads(line))
         if os.getpid() != own:  # the code forked, and this is the other one
             os._exit(0)
-        out.write(json.dumps(answer, default=_not_json).encode() + b"\n")
+        out.write(json.dumps(answer, default=lambda value: {"not JSON": repr(value)[:100]}).encode() + b"\n")
         out.flush()
-
-
-def _not_json(value: Any) -> dict[str, str]:
-    return {"not JSON": repr(value)[:100]}
 
 
 def as_number(value: Any) -> Any:

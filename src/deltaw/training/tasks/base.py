@@ -29,6 +29,7 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
+from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import PairLosses, named
@@ -40,8 +41,8 @@ Classes: TypeAlias = Sequence[str] | None
 # Rows of a data set, or groups of them.
 Rows: TypeAlias = Sequence[Any]
 Named: TypeAlias = Sequence[tuple[str, nn.Parameter]]
-# A value for each row by the name of a column.
-Predictions: TypeAlias = dict[str, list[Any]]
+# Of each prediction that a reader names, a value for each row.
+Predictions: TypeAlias = Sequence[Sequence[Any]]
 # A batcher, and by setting the value chosen with its reason.
 Batched: TypeAlias = tuple[AnyBatcher, dict[str, Choice]]
 
@@ -181,8 +182,8 @@ class Task(abc.ABC):
         raise UserError(f"there are no predictions for the task {self.name}", hint="use deltaw eval")
 
     def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
-        """Return what the model predicts for rows that :meth:`input_reader` read. Tasks that write text need none:
-        their predictions are completions."""
+        """Return a list for each of the predictions that the reader of the rows names in ``predicts``. Tasks that write
+        text have no such method: their predictions are completions."""
         raise NotImplementedError
 
     def outputs(self, data: RunData) -> int | None:
@@ -242,9 +243,11 @@ class Task(abc.ABC):
     def objective(self, model: PreTrainedModel) -> AnyObjective:
         """The sum of a batch's losses."""
 
-    @abc.abstractmethod
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        """While open, the model takes the batches of ``batcher``."""
+        """Return a context in which the model takes the batches of ``batcher``."""
+        if getattr(batcher, "padded", True):
+            return padded_rows(model)
+        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     @abc.abstractmethod
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:

@@ -149,11 +149,6 @@ def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return "\n".join(lines[speaker + 1 :])
 
 
-def exact_answers(given: Sequence[Answer]) -> np.ndarray:
-    """fp64 (answers,): 1 where an answer is equal to what the data says, else 0."""
-    return np.array([answer.exact for answer in given], dtype=np.float64)
-
-
 @dataclass(frozen=True)
 class Score:
     """What a model came to on examples, and the answers that it wrote to some of them."""

@@ -462,7 +462,8 @@ class CausalObjective:
         self.rough_rows = ROWS_FOR_APART
         # Whether the blocks' weights are int8, and the head may be multiplied so too in training. Its weight
         # stays as it is, for evaluation.
-        self._int8 = self.chunked and _may_round(head) and _is_int8(self.backbone)
+        is_int8 = any(weight_scales(module) is not None for module in self.backbone.modules())
+        self._int8 = self.chunked and _may_round(head) and is_int8
 
     def __call__(self, batch: Batch) -> Tensor:
         """The sum of the batch's losses, a scalar in fp32."""
@@ -590,10 +591,6 @@ def _chunk(model: PreTrainedModel) -> int:
     """Labels whose fp32 logits fit in what a chunk may take on the model's device."""
     room = DEVICE_CHUNK_BYTES.get(model.device.type, CHUNK_BYTES)
     return max(1, room // (4 * model.config.get_text_config().vocab_size))
-
-
-def _is_int8(model: nn.Module) -> bool:
-    return any(weight_scales(module) is not None for module in model.modules())
 
 
 def _may_round(head: nn.Module) -> bool:

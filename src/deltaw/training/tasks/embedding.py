@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
 from deltaw.machine.choices import Choice
-from deltaw.runtime.packed import can_pack, packed_rows, padded_rows
+from deltaw.runtime.packed import can_pack
 from deltaw.task_settings import EmbeddingSettings
 from deltaw.training.callbacks import Say
 from deltaw.training.embedding.losses import loss_for, loss_of_step
@@ -84,10 +83,8 @@ class EmbeddingTask(Task):
         numbers = {key: [float(str(value)) for value in one.float().numpy()] for key, one in vectors.items()}
         check_finite("the vectors are", np.array([*numbers.values()]))
         found = [[numbers[key_of_text(text)] for text in row.rows] for row in rows]
-        if not self._inputs.has_both:
-            return {"embedding": [of_row[0] if len(of_row) == 1 else of_row for of_row in found]}
-        passages = [of_row[1] if len(of_row) == 2 else of_row[1:] for of_row in found]
-        return {"query_embedding": [of_row[0] for of_row in found], "passage_embedding": passages}
+        queries = [[of_row.pop(0) for of_row in found]] if len(self._inputs.predicts) == 2 else []
+        return [*queries, [of_row[0] if len(of_row) == 1 else of_row for of_row in found]]
 
     def reader(self, settings: DataSettings, classes: Classes = None, **how: Any) -> EmbeddingReader:
         self._max_length = settings.max_length
@@ -155,11 +152,6 @@ class EmbeddingTask(Task):
         if real:
             self._layout = found
         return found
-
-    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        if getattr(batcher, "padded", True):
-            return padded_rows(model)
-        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     def write_beside(self, model: PreTrainedModel, folder: Path) -> None:
         """The files that sentence-transformers reads."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values, read_config
 from deltaw.machine.choices import Choice
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.packed import packed_rows, padded_rows, without_cache
+from deltaw.runtime.packed import without_cache
 from deltaw.training.evaluation.base import (
     Evaluation,
     Outcomes,
@@ -450,18 +449,13 @@ class LabelTask(Task):
     def predict(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes) -> Predictions:
         found = predicted(objective, rows, batcher).astype(np.float64)  # type: ignore[arg-type]
         if self.name == "regression":
-            return {"prediction": found.tolist()}
+            return [found.tolist()]
         if self._rewards(classes):
-            if all(len(rows_of(row)) == 2 for row in rows):
-                return {"score_chosen": found[::2, 0].tolist(), "score_rejected": found[1::2, 0].tolist()}
-            return {"score": found[:, 0].tolist()}
+            return found.reshape(len(rows), -1).T.tolist()
         names = classes or ()
         chances = np.exp(found - found.max(1, keepdims=True))
         table = [[float(f"{p:.7g}") for p in row] for row in chances / chances.sum(1, keepdims=True)]
-        return {
-            "prediction": [names[place] for place in found.argmax(1)],
-            "probabilities": [dict(zip(names, row, strict=True)) for row in table],
-        }
+        return [names[index] for index in found.argmax(1)], [dict(zip(names, row, strict=True)) for row in table]
 
     def _rewards(self, classes: Classes) -> bool:
         """True if the model has one output that is a reward."""
@@ -507,11 +501,6 @@ class LabelTask(Task):
 
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name)
-
-    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        if getattr(batcher, "padded", True):
-            return padded_rows(model)
-        return packed_rows(model, apart=getattr(batcher, "apart", False))
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         return evaluate_labels(objective, rows, batcher, classes or ())  # type: ignore[arg-type]

@@ -148,7 +148,7 @@ class RerankingTask(LabelTask):
             several = len(part) > 1
             scores.append(chances if several else chances[0])
             ranking.append(np.argsort(-part, kind="stable").tolist() if several else None)
-        return {"score": scores, "ranking": ranking}
+        return scores, ranking
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         if self.own_outputs is not None:

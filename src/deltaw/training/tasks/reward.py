@@ -171,7 +171,8 @@ class RewardTask(CausalTask):
             sampled = {f"sampled {name}": values.reshape(-1, count).mean(1) for name, values in given.items()}
             bounds |= {name: interval_of(values) for name, values in sampled.items()}
             passed = given["reward"].reshape(-1, count) >= threshold - _ROUNDING
-            chances = {f"pass@{k}": pass_at(passed, k) for k in sorted({*_powers(count), count})}
+            powers = {1 << n for n in range(count.bit_length())}
+            chances = {f"pass@{k}": pass_at(passed, k) for k in sorted({*powers, count})}
             # Chances vary less over prompts than a share with their mean does.
             bounds |= {name: mean_interval(values, share=True) for name, values in chances.items()}
             found |= sampled | chances
@@ -179,8 +180,3 @@ class RewardTask(CausalTask):
         known = {name: bound for name, bound in bounds.items() if bound is not None and name != "reward"}
         evaluation = Evaluation(means, "reward", per_row=totals, interval=bounds["reward"], intervals=known)
         return Score(evaluation, list(written))
-
-
-def _powers(count: int) -> list[int]:
-    """1, 2, 4, … up to ``count``."""
-    return [1 << n for n in range(count.bit_length())]
