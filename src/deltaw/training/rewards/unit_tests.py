@@ -114,12 +114,13 @@ def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | Non
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
     request |= {"code": code, "cases": list(map(asdict, tests)), "isolated": bool(_namespaces())}
+    request["defined"] = _defined(code)
     request["entry_point"] = str(completion.columns.get(_ENTRY_POINT) or (names or [""])[-1])
     results = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
     for result in results:
         if result.get("reason"):
             _logger.info("row %s: a test failed: %s", completion.row, result["reason"])
-    total = sum(not case.is_collection for case in tests) + sum(result.get("total", 0) for result in results)
+    total = sum(case.kind != "pytest" for case in tests) + sum(result.get("total", 0) for result in results)
     return sum(result.get("passed", False) for result in results) / max(total, 1)
 
 
