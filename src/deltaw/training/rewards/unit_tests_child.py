@@ -8,7 +8,6 @@ nothing of deltaw and trusts nothing that it receives: each value is rebuilt fro
 import builtins
 import contextlib
 import ctypes
-import functools
 import importlib
 import io
 import itertools
@@ -44,17 +43,21 @@ SPECIAL = COMPARISONS | _dunder(
 QUESTIONS = {
     name for kind in (str, set, float) for name in dir(kind) if name.startswith(("is", "startswith", "endswith"))
 }
-CONTAINERS: dict[str, Any] = {
-    kind.__name__: kind for kind in (list, set, bytearray, dict, deque, Counter, OrderedDict, defaultdict)
+SEQUENCES: Any = list, tuple, set, frozenset, bytearray, deque
+MAPPINGS: Any = dict, OrderedDict, Counter, defaultdict
+MUTABLE: Any = list, set, bytearray, deque, dict, OrderedDict, Counter
+# Types of plain data, and the parts from which they are rebuilt.
+PARTS: dict[Any, Any] = {
+    **dict.fromkeys(SEQUENCES, list),
+    **dict.fromkeys(MAPPINGS, lambda value: value.items()),
+    **dict.fromkeys(
+        (range, slice, Decimal, Fraction, date, time, datetime, timedelta), lambda value: value.__reduce__()[1]
+    ),
+    int: lambda value: (hex(value), 16),
+    bytes: lambda value: (value.decode("latin-1"), "latin-1"),
+    complex: lambda value: (value.real, value.imag),
 }
-# Immutable types, and the arguments from which their constructors rebuild a value.
-VALUES: dict[Any, Any] = dict.fromkeys(
-    (range, slice, Decimal, Fraction, date, time, datetime, timedelta), lambda value: value.__reduce__()[1]
-)
-VALUES[int] = lambda value: (hex(value), 16)
-VALUES[bytes] = lambda value: (value.decode("latin-1"), "latin-1")
-VALUES[complex] = lambda value: (value.real, value.imag)
-VALUE_TYPES = {kind.__name__: kind for kind in VALUES}
+TYPES = {kind.__name__: kind for kind in PARTS} | {"defaultdict": dict}
 PLAIN: tuple[Any, ...] = int, float, str, bytes, tuple
 # Modules whose exception classes are looked up by name on the other side.
 ERROR_MODULES = {"json", "decimal", "asyncio", "re", "struct", "queue", "subprocess", "csv", "dataclasses"}
@@ -89,20 +92,6 @@ def _forward(name):
     return method
 
 
-class Exchange:
-    """The containers of a request and its answer. They travel by index, and changes of arguments are sent back."""
-
-    def __init__(self):
-        self.containers, self.received, self._indices = [], [], {}
-
-    def index(self, container):
-        """Return the index of a container, which is added if it is new."""
-        if id(container) not in self._indices:
-            self._indices[id(container)] = len(self.containers)
-            self.containers.append(container)
-        return self._indices[id(container)]
-
-
 class Peer:
     """One end of the connection between the runner and the completion. Requests may nest in both directions.
 
@@ -119,14 +108,20 @@ class Peer:
         self._numbers, self._lock, self.output = itertools.count(), threading.RLock(), io.StringIO()
 
     def request(self, operation, /, *args, **kwargs):
-        """Run an operation on the other side, and return its result or raise its exception."""
+        """Run an operation on the other side, and return its result or raise its exception.
+
+        Changes of containers among the arguments are made to the caller's containers, too.
+        """
         with self._lock:
-            exchange = Exchange()
-            self._send("request", (operation, args, tuple(kwargs.items())), exchange)
-            kind, value, received = self._receive(exchange)
+            self._send("request", (operation, args, kwargs))
+            kind, value, changes = self._receive()
             while kind == "request":
-                self._serve(value, received)
-                kind, value, received = self._receive(exchange)
+                self._serve(value)
+                kind, value, changes = self._receive()
+        for argument, content in zip([*args, *kwargs.values()], changes, strict=False):
+            if type(argument) is type(content) and type(content) in MUTABLE:
+                argument.clear()
+                (argument.extend if hasattr(argument, "extend") else argument.update)(content)
         if kind == "error":
             raise value
         return value
@@ -138,75 +133,52 @@ class Peer:
     def serve(self):
         """Answer requests until the other side closes the pipe."""
         while True:
-            self._serve(*self._receive(Exchange())[1:])
+            self._serve(self._receive()[1])
 
-    def _serve(self, request, exchange):
+    def _serve(self, request):
+        operation, args, kwargs = request
+        arguments = [*args, *kwargs.values()]
+        received = list(map(self._encode, arguments))
         try:
-            operation, args, kwargs = request
-            kind, value = "result", self._handler(self, operation, *args, **dict(kwargs))
+            kind, value = "result", self._handler(self, operation, *args, **kwargs)
         except BaseException as error:
             kind, value = "error", error
-        self._send(kind, value, exchange)
+        contents = zip(received, map(self._encode, arguments), strict=True)
+        self._send(kind, value, [None if before == after else after for before, after in contents])
 
-    def _send(self, kind, value, exchange):
-        body, contents = self._encode(value, exchange), []
-        for container in exchange.containers:  # grows meanwhile
-            items = itertools.chain(*container.items()) if isinstance(container, dict) else container
-            contents.append([type(container).__name__, [self._encode(item, exchange) for item in items]])
-        pairs = itertools.zip_longest(contents, exchange.received)
-        changed = [None if content == received else content for content, received in pairs]
+    def _send(self, kind, value, changes=()):
         text = self.output.getvalue()[:MAX_OUTPUT]
-        self.output.seek(0)
-        self.output.truncate()
+        self.output.truncate(self.output.seek(0))
         try:
-            self._writer.write(json.dumps([kind, text, changed, body]).encode() + b"\n")
+            self._writer.write(json.dumps([kind, text, changes, self._encode(value)]).encode() + b"\n")
             self._writer.flush()
         except (OSError, ValueError):
             self._lost("the process of the completion ended")
 
-    def _receive(self, exchange):
+    def _receive(self):
         line = self._reader.readline(MAX_MESSAGE_BYTES)
         if not line.endswith(b"\n"):
             self._lost("the process of the completion ended, or its result is too large")
         try:
-            kind, text, contents, body = json.loads(line)
-            if kind == "request":
-                exchange = Exchange()
-                exchange.received = contents
-            for name, _ in contents[len(exchange.containers) :]:
-                exchange.index(CONTAINERS[name]())
-            for container, content in zip(exchange.containers, contents, strict=True):
-                if content is not None:
-                    self._fill(container, [self._decode(item, exchange) for item in content[1]])
-            value = self._decode(body, exchange)
+            kind, text, changes, value = json.loads(line)
+            value, changes = self._decode(value), list(map(self._decode, changes))
             if kind == "error" and not isinstance(value, BaseException):
                 raise ValueError("not an exception")
         except Exception as error:
             self._lost(f"the completion sent an invalid message: {error!r}")
         if text:
             sys.stdout.write(str(text))
-        return kind, value, exchange
+        return kind, value, changes
 
-    def _fill(self, container, items):
-        container.clear()
-        if isinstance(container, dict):
-            container.update(dict(zip(items[::2], items[1::2], strict=True)))
-        else:
-            (container.update if isinstance(container, set) else container.extend)(items)
-
-    def _encode(self, value, exchange):
+    def _encode(self, value):
         """Return a value as JSON: plain data by value, other objects as handles."""
         kind = type(value)
         if value is None or kind in (bool, str, float) or (kind is int and abs(value) < 1 << 53):
             return value
         if id(value) in self._foreign:
             return ["yours", self._foreign[id(value)]]
-        if CONTAINERS.get(kind.__name__) is kind:
-            return ["container", exchange.index(value)]
-        if kind in (tuple, frozenset):
-            return ["items", kind.__name__, [self._encode(item, exchange) for item in value]]
-        if kind in VALUES:
-            return ["value", kind.__name__, [self._encode(item, exchange) for item in VALUES[kind](value)]]
+        if kind in PARTS:
+            return ["value", kind.__name__, [self._encode(part) for part in PARTS[kind](value)]]
         if kind.__module__ == "numpy" and hasattr(value, "dtype") and not value.dtype.hasobject:
             return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()]
         if isinstance(value, types.ModuleType):
@@ -215,31 +187,29 @@ class Peer:
             return ["builtin", getattr(value, "__name__", repr(value))]
         if isinstance(value, PLAIN):  # of a subclass, which may override anything
             base = next(base for base in PLAIN if isinstance(value, base))
-            return self._encode(base.__getnewargs__(value)[0], exchange)
+            return self._encode(base.__getnewargs__(value)[0])
         if isinstance(value, BaseException):
-            fields = [[key, self._encode(item, exchange)] for key, item in vars(value).items()]
-            return ["exception", self._encode(kind, exchange), self._encode(value.args, exchange), fields]
+            fields = [[key, self._encode(item)] for key, item in vars(value).items()]
+            return ["exception", self._encode(kind), self._encode(value.args), fields]
         key = self._keys.setdefault(id(value), next(self._numbers))
         self._owned[key] = value
         if isinstance(value, type) and issubclass(value, BaseException):
-            bases = [self._encode(base, exchange) for base in value.__bases__ if issubclass(base, BaseException)]
+            bases = [self._encode(base) for base in value.__bases__ if issubclass(base, BaseException)]
             return ["class", key, value.__name__, value.__module__, bases]
         return ["handle", key, kind.__name__, sorted(name for name in SPECIAL if hasattr(kind, name))]
 
-    def _decode(self, data, exchange):
+    def _decode(self, data):
         """Rebuild a value. Everything that JSON can hold may arrive here."""
         if not isinstance(data, list):
             return data
-        decode = functools.partial(self._decode, exchange=exchange)
         match data:
             case ["yours", key]:
                 return self._owned[key]
-            case ["container", index]:
-                return exchange.containers[index]
-            case ["items", name, items]:
-                return {"tuple": tuple, "frozenset": frozenset}[name](map(decode, items))
-            case ["value", name, args]:
-                return VALUE_TYPES[name](*map(decode, args))
+            case ["value", name, parts]:
+                kind, parts = TYPES[name], list(map(self._decode, parts))
+                if kind in MAPPINGS:
+                    return kind(dict(parts))
+                return kind(parts) if kind in SEQUENCES else kind(*parts)
             case ["numpy", dtype, shape, values]:
                 numpy = importlib.import_module("numpy")
                 return numpy.frombuffer(bytes.fromhex(values), numpy.dtype(dtype)).reshape(shape).copy()[()]
@@ -249,20 +219,20 @@ class Peer:
             case ["builtin", name] if name in ("NotImplemented", "Ellipsis") or isinstance(vars(builtins)[name], type):
                 return vars(builtins)[name]
             case ["exception", kind, args, fields]:
-                kind, args = decode(kind), decode(args)
+                kind, args = self._decode(kind), self._decode(args)
                 if not issubclass(kind, BaseException):
                     raise ValueError("not an exception")
                 error = kind.__new__(kind, *args)
                 with contextlib.suppress(Exception):  # some constructors take other arguments
                     error.__init__(*args)
-                vars(error).update((key, decode(item)) for key, item in fields)
+                vars(error).update((key, self._decode(item)) for key, item in fields)
                 return error
             case ["class", key, name, module, bases]:
                 module = sys.modules.get(module) if module.partition(".")[0] in ERROR_MODULES else None
                 known = getattr(module, name, None)
                 if isinstance(known, type) and issubclass(known, Exception):
                     return known
-                bases = tuple(map(decode, bases))
+                bases = tuple(map(self._decode, bases))
                 if not all(issubclass(base, BaseException) for base in bases):
                     raise ValueError("not an exception class")
                 return self._adopt(key, lambda: type(name, bases, {}))
@@ -300,16 +270,10 @@ def confine(folder, cpu_seconds, megabytes):
         return
     import resource
 
-    limits = {
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_CPU: cpu_seconds,
-        resource.RLIMIT_AS: megabytes << 20,
-        resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
-        resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
-    }
-    for kind, limit in limits.items():
+    limits = {"CORE": 0, "CPU": cpu_seconds, "AS": megabytes << 20, "FSIZE": MAX_FILE_BYTES, "NOFILE": MAX_OPEN_FILES}
+    for name, limit in limits.items():
         with contextlib.suppress(OSError, ValueError):  # macOS has no memory limit
-            resource.setrlimit(kind, (limit, limit))
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     if not sys.platform.startswith("linux"):
         return
     libc, version = ctypes.CDLL(None), landlock_version()
@@ -320,10 +284,9 @@ def confine(folder, cpu_seconds, megabytes):
     everything = (1 << min(15, 12 + version)) - 1
     handled = struct.pack("QQQ", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     rules = libc.syscall(444, handled, 8 if version < 4 else 16 if version < 6 else 24, 0)
-    read, write_file = 0b1101, 0b110
     system = "/usr", "/bin", "/lib", "/lib64", "/etc", "/opt", "/proc", "/sys", sys.prefix, sys.base_prefix
-    paths = {**dict.fromkeys(system, read), folder: everything, __file__: 0b101}
-    paths |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"), write_file)
+    devices = "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"
+    paths = {**dict.fromkeys(system, 0b1101), **dict.fromkeys(devices, 0b110), folder: everything, __file__: 0b101}
     for path, access in paths.items():
         with contextlib.suppress(OSError):
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -33,6 +33,8 @@ MAX_PROCESSES, MAX_FILES, MAX_TOTAL_BYTES = 64, 4096, 1 << 26
 # Memory beyond that of the completion, for a test framework.
 RUNNER_MEGABYTES = 1024
 TESTS = "tests"
+# Names by which pytest finds functions to call, with the tests as arguments.
+RESERVED = "__", "pytest", "setup_", "teardown_", "setUp", "tearDown"
 PYTEST_OPTIONS = "-q -p no:cacheprovider --noconftest --rootdir . --confcutdir . --capture=sys test_row.py -c"
 
 
@@ -56,17 +58,14 @@ class Runner:
         except BaseException as error:  # exits included
             self.lost(f"the code does not run: {type(error).__name__}: {error}")
         sources = "\n".join(case["source"] for case in self._request["cases"])
-        visible = exported(names, sources, self._request["defined"])
+        self._names = exported(names, sources, self._request["defined"])
+        self._names["candidate"] = names.get(self._request["entry_point"])
         sys.modules[TESTS] = self._module
-        vars(self._module).update(
-            {"candidate": names.get(self._request["entry_point"]), **visible},
-            _count_assertion=self._count,
-            _failed_assertion=self._fail,
-        )
+        vars(self._module).update(self._names, _count_assertion=self._count, _failed_assertion=self._fail)
         for case in self._request["cases"]:
             self.pytest_runtest_logstart()
             try:
-                getattr(self, f"_run_{case['kind']}")(case["source"], visible)
+                getattr(self, f"_run_{case['kind']}")(case["source"])
             except BaseException as error:
                 self._failure = f"{type(error).__name__}: {error}"
             if case["kind"] != "pytest":
@@ -94,7 +93,7 @@ class Runner:
         self._failure = f"AssertionError: {message}"
         return message
 
-    def _run_statements(self, source, visible):
+    def _run_statements(self, source):
         """Execute source in the module of the tests. Imported modules that do not exist are the completion."""
         tree = ast.parse(source)
         for node in ast.walk(tree):
@@ -106,10 +105,10 @@ class Runner:
                 if top not in sys.modules and importlib.util.find_spec(top) is None:
                     for part in (top, name):
                         sys.modules[part] = types.ModuleType(part)
-                        vars(sys.modules[part]).update(visible)
+                        vars(sys.modules[part]).update(self._names)
         exec(compile(tree, TESTS, "exec"), vars(self._module))
 
-    def _run_doctest(self, source, visible):
+    def _run_doctest(self, source):
         import doctest
 
         test = doctest.DocTestParser().get_doctest(source, vars(self._module), TESTS, None, 0)
@@ -118,11 +117,11 @@ class Runner:
         if doctest.DocTestRunner(verbose=False).run(test, out=output.write).failed:
             self._failure = output.getvalue()
 
-    def _run_pytest(self, source, visible):
+    def _run_pytest(self, source):
         """Let pytest collect and run a module that exists only in memory."""
         import pytest
 
-        self._run_statements(source, visible)
+        self._run_statements(source)
         Path("test_row.py").touch()
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         pytest.main([*PYTEST_OPTIONS.split(), os.devnull], plugins=[self])
@@ -180,23 +179,22 @@ def exported(names, sources, defined):
     """Return the names that tests see: none that hide a builtin or a module of the tests, unless it is the only one."""
     hidden = set(dir(builtins)) | {name for name in [*sys.stdlib_module_names, "np", "pytest"] if f"{name}." in sources}
     hidden -= set(defined if len(defined) == 1 else ())
-    return {key: value for key, value in names.items() if key not in hidden or isinstance(value, types.ModuleType)}
+    shown = [key for key, value in names.items() if key not in hidden or isinstance(value, types.ModuleType)]
+    return {key: names[key] for key in shown if not key.startswith(RESERVED)}
 
 
 def watch(seconds, megabytes, isolated):
     """End this process and its descendants after some time, or if they exceed the limits together."""
-    deadline, own = time.monotonic() + seconds, psutil.Process()
-    while time.monotonic() < deadline:
+    deadline, own, exceeded = time.monotonic() + seconds, psutil.Process(), False
+    while time.monotonic() < deadline and not exceeded:
         time.sleep(0.05)
         sizes = []
         for process in (own, *own.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 sizes.append(process.memory_info().rss)  # 0 if it has ended
         files = [] if isolated else list(_file_sizes("."))  # its file system has the limits
-        if sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20:
-            break
-        if len(files) > MAX_FILES or sum(files) > MAX_TOTAL_BYTES:
-            break
+        exceeded = sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20
+        exceeded |= len(files) > MAX_FILES or sum(files) > MAX_TOTAL_BYTES
     end(1)
 
 
