@@ -8,15 +8,13 @@ import doctest
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 _COUNT = ast.Expr(ast.Call(ast.Name("_count_assertion", ast.Load()), [], []))
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One test of a row, or a module whose tests pytest collects.
 
     Attributes:
@@ -49,16 +47,16 @@ def cases(tests: Any) -> list[Case]:
         raise ValueError(f"the tests are not Python: {error}") from error
     statements = [node for entry in entries for node in entry]
     methods = [part for node in statements for part in (node.body if isinstance(node, ast.ClassDef) else [node])]
-    functions = {node.name: node for node in methods if isinstance(node, _Function)}
-    if any(name.startswith("test") for name in functions):
-        split = _pytest_cases(statements, functions)
+    functions = [node for node in methods if isinstance(node, _Function)]
+    if test_functions := [node for node in functions if node.name.startswith("test")]:
+        split = _pytest_cases(statements, test_functions)
     else:
         if isinstance(tests, str):
             entries = [[part] for node in statements for part in (node.body if _is_main_guard(node) else [node])]
-        check = functions.get("check")
-        if check and len(check.args.args) == 1 and not any(_calls(node, {"check"}) for node in statements):
+        names = {node.name for node in functions if node in statements and len(node.args.args) == 1}
+        if "check" in names and not any(_calls(node, {"check"}) for node in statements):
             entries.append(ast.parse("check(candidate)").body)
-        split = _statement_cases(entries, {name for name, node in functions.items() if _asserts(node)})
+        split = _statement_cases(entries, {node.name for node in functions if _asserts(node)})
     if not split:
         raise ValueError("no assertion runs in the tests")
     return split
@@ -74,16 +72,14 @@ def _is_doctest(text: str) -> bool:
     return False
 
 
-def _pytest_cases(
-    statements: list[ast.stmt], functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef]
-) -> list[Case]:
+def _pytest_cases(statements: list[ast.stmt], functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[Case]:
     """Return a module with test functions or methods, without calls that run them, as a case."""
-    for name, function in functions.items():
-        if name.startswith("test") and any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(function)):
-            raise ValueError(f"the test '{name}' is a generator, so no assertion runs")
+    for function in functions:
+        if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(function)):
+            raise ValueError(f"the test '{function.name}' is a generator, so no assertion runs")
     if importlib.util.find_spec("pytest") is None:
         raise ValueError("the tests need pytest: pip install 'deltaw[reward]'")
-    starts = {*functions, "main"}
+    starts = {"main", *(function.name for function in functions)}
     module = [node for node in statements if not (isinstance(node, ast.Expr) and _calls(node, starts))]
     return [Case(_counted(module), "pytest")] if any(map(_asserts, module)) else []
 

@@ -46,17 +46,12 @@ QUESTIONS = {
 SEQUENCES: Any = list, tuple, set, frozenset, bytearray, deque
 MAPPINGS: Any = dict, OrderedDict, Counter, defaultdict
 MUTABLE: Any = list, set, bytearray, deque, dict, OrderedDict, Counter
+REDUCED: Any = range, slice, Decimal, Fraction, date, time, datetime, timedelta
 # Types of plain data, and the parts from which they are rebuilt.
-PARTS: dict[Any, Any] = {
-    **dict.fromkeys(SEQUENCES, list),
-    **dict.fromkeys(MAPPINGS, lambda value: value.items()),
-    **dict.fromkeys(
-        (range, slice, Decimal, Fraction, date, time, datetime, timedelta), lambda value: value.__reduce__()[1]
-    ),
-    int: lambda value: (hex(value), 16),
-    bytes: lambda value: (value.decode("latin-1"), "latin-1"),
-    complex: lambda value: (value.real, value.imag),
-}
+PARTS: dict[Any, Any] = dict.fromkeys(SEQUENCES, list) | dict.fromkeys(MAPPINGS, lambda value: value.items())
+PARTS |= dict.fromkeys(REDUCED, lambda value: value.__reduce__()[1])
+PARTS |= {int: lambda value: (hex(value), 16), complex: lambda value: (value.real, value.imag)}
+PARTS[bytes] = lambda value: (value.decode("latin-1"), "latin-1")
 TYPES = {kind.__name__: kind for kind in PARTS} | {"defaultdict": dict}
 PLAIN: tuple[Any, ...] = int, float, str, bytes, tuple
 # Modules whose exception classes are looked up by name on the other side.
@@ -64,10 +59,7 @@ ERROR_MODULES = {"json", "decimal", "asyncio", "re", "struct", "queue", "subproc
 
 
 class Remote:
-    """Base of handles to objects of the other process. Subclasses have the special methods of the object's type."""
-
-    def __init__(self, peer):
-        self.__dict__.update(_peer=peer)
+    """Base of handles to objects of the other process. Subclasses have ``_peer`` and the object's special methods."""
 
     def __getattr__(self, name):
         if self._peer.guards and (name in QUESTIONS or name.startswith("__array")):  # NumPy reads any address
@@ -114,10 +106,7 @@ class Peer:
         """
         with self._lock:
             self._send("request", (operation, args, kwargs))
-            kind, value, changes = self._receive()
-            while kind == "request":
-                self._serve(value)
-                kind, value, changes = self._receive()
+            kind, value, changes = self.receive()
         for argument, content in zip([*args, *kwargs.values()], changes, strict=False):
             if type(argument) is type(content) and type(content) in MUTABLE:
                 argument.clear()
@@ -129,11 +118,6 @@ class Peer:
     def owns(self, value):
         """Return True if a handle to this object was sent to the other side."""
         return id(value) in self._keys
-
-    def serve(self):
-        """Answer requests until the other side closes the pipe."""
-        while True:
-            self._serve(self._receive()[1])
 
     def _serve(self, request):
         operation, args, kwargs = request
@@ -155,19 +139,21 @@ class Peer:
         except (OSError, ValueError):
             self._lost("the process of the completion ended")
 
-    def _receive(self):
-        line = self._reader.readline(MAX_MESSAGE_BYTES)
-        if not line.endswith(b"\n"):
-            self._lost("the process of the completion ended, or its result is too large")
-        try:
-            kind, text, changes, value = json.loads(line)
-            value, changes = self._decode(value), list(map(self._decode, changes))
-            if kind == "error" and not isinstance(value, BaseException):
-                raise ValueError("not an exception")
-        except Exception as error:
-            self._lost(f"the completion sent an invalid message: {error!r}")
-        if text:
+    def receive(self):
+        """Serve requests until an answer arrives, and return its kind, its value and the changed arguments."""
+        kind = "request"
+        while kind == "request":
+            line = self._reader.readline(MAX_MESSAGE_BYTES)
+            if not line.endswith(b"\n"):
+                self._lost("the process of the completion ended, or its result is too large")
+            try:
+                kind, text, changes, value = json.loads(line)
+                value, changes = self._decode(value), list(map(self._decode, changes))
+            except Exception as error:
+                self._lost(f"the completion sent an invalid message: {error!r}")
             sys.stdout.write(str(text))
+            if kind == "request":
+                self._serve(value)
         return kind, value, changes
 
     def _encode(self, value):
@@ -211,7 +197,8 @@ class Peer:
                     return kind(dict(parts))
                 return kind(parts) if kind in SEQUENCES else kind(*parts)
             case ["numpy", dtype, shape, values]:
-                numpy = importlib.import_module("numpy")
+                import numpy
+
                 return numpy.frombuffer(bytes.fromhex(values), numpy.dtype(dtype)).reshape(shape).copy()[()]
             case ["module", name]:
                 allowed = sys.stdlib_module_names - {"antigravity", "this"} | {"numpy"}
@@ -238,7 +225,7 @@ class Peer:
                 return self._adopt(key, lambda: type(name, bases, {}))
             case ["handle", key, name, special]:
                 methods = {method: _forward(method) for method in SPECIAL.intersection(special)}
-                handle = self._adopt(key, lambda: type(name, (Remote,), methods)(self))
+                handle = self._adopt(key, lambda: type(name, (Remote,), methods | {"_peer": self})())
                 return self._awaited(handle) if "__await__" in special else handle
         raise ValueError("not a value")
 
@@ -255,9 +242,8 @@ class Peer:
 
 def landlock_version():
     """Return the version of Landlock's interface, or 0 or less if the system has none."""
-    if not sys.platform.startswith("linux"):
-        return 0
-    return ctypes.CDLL(None).syscall(444, None, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
+    # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
+    return ctypes.CDLL(None).syscall(444, None, 0, 1) if sys.platform.startswith("linux") else 0
 
 
 def confine(folder, cpu_seconds, megabytes):
@@ -339,8 +325,7 @@ def _main():
     confine(folder, cpu_seconds, megabytes)
     peer = Peer(reader, writer, _serve, lost=lambda reason: os._exit(1))
     sys.stdout, sys.argv = peer.output, [""]
-    builtins.input = lambda prompt="": peer.request("input", str(prompt))
-    peer.serve()
+    peer.receive()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import time
 import types
 import unittest
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -103,9 +102,8 @@ class Runner:
             for name in imported:
                 top = name.partition(".")[0]
                 if top not in sys.modules and importlib.util.find_spec(top) is None:
-                    for part in (top, name):
-                        sys.modules[part] = types.ModuleType(part)
-                        vars(sys.modules[part]).update(self._names)
+                    sys.modules[top] = sys.modules[name] = types.ModuleType(name)
+                    vars(sys.modules[name]).update(self._names)
         exec(compile(tree, TESTS, "exec"), vars(self._module))
 
     def _run_doctest(self, source):
@@ -123,7 +121,6 @@ class Runner:
 
         self._run_statements(source)
         Path("test_row.py").touch()
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         pytest.main([*PYTEST_OPTIONS.split(), os.devnull], plugins=[self])
 
     def pytest_pycollect_makemodule(self, module_path, parent):
@@ -164,8 +161,6 @@ def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
     Functions can be called, and other objects be read with operators. Public attributes exist only for objects of
     classes that the tests define, and of in-memory files.
     """
-    if operation == "input":
-        return input(target)
     passed = peer.owns(target) and not isinstance(target, unittest.TestCase)
     own = passed and type(target).__module__ in (TESTS, "_io")
     if operation == "special" and name in SPECIAL and (own or (passed and name not in ("__setitem__", "__delitem__"))):
@@ -249,8 +244,7 @@ def main():
     threading.Thread(target=watch, args=limits, daemon=True).start()
     child = os.path.join(os.path.dirname(__file__), "unit_tests_child.py")
     words = [sys.executable, "-I", "-B", "-X", "utf8", child, folder, str(request["cpu_seconds"]), str(megabytes)]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, **pipes)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         runner.run(Peer(process.stdout, process.stdin, serve_completion, runner.lost, guards=True))
     finally:

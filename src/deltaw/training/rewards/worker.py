@@ -88,10 +88,9 @@ class Worker:
 
     def _next(self, seconds: float) -> bytes:
         """The next line; an empty one where none comes in time or at all."""
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._answers.get(timeout=seconds)
-        except queue.Empty:
-            return b""
+        return b""
 
 
 def _write(pipe: IO[bytes], line: bytes) -> None:
