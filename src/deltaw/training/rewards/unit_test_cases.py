@@ -29,8 +29,8 @@ class Case(NamedTuple):
 def cases(tests: Any) -> list[Case]:
     """Return the test cases of a text or a list of texts.
 
-    The cases are the functions and methods ``test…``. If there are none, each entry of a list or top-level statement of
-    a text that contains assertions is a case, and so is a function ``check(candidate)`` that nothing calls.
+    The cases are the functions and methods ``test…``. Without any, each entry of a list or top-level statement of a
+    text that contains assertions is a case, and so is a function ``check(candidate)`` that is not called.
 
     Raises:
         ValueError: if the tests are not Python, are of another type, contain no assertion, or need pytest, which is not

@@ -90,7 +90,7 @@ class Peer:
     Args:
         reader, writer: Binary pipes.
         handler: Serves a request: ``handler(peer, operation, *args, **kwargs)``.
-        lost: Called with a reason if the other side has ended or sent something invalid. Does not return.
+        lost: Called with a reason if the other side exits or sends an invalid message. Does not return.
         guards: True if the other side is not trusted.
     """
 
@@ -102,7 +102,7 @@ class Peer:
     def request(self, operation, /, *args, **kwargs):
         """Run an operation on the other side, and return its result or raise its exception.
 
-        Changes of containers among the arguments are made to the caller's containers, too.
+        Changes of containers among the arguments are applied to the caller's containers.
         """
         with self._lock:
             self._send("request", (operation, args, kwargs))
@@ -321,7 +321,7 @@ def _main():
     folder, cpu_seconds, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     reader, writer = take_standard_streams()
     if hasattr(os, "nice"):
-        os.nice(5)  # the watching runner goes first
+        os.nice(5)  # the runner, which watches, has priority
     confine(folder, cpu_seconds, megabytes)
     peer = Peer(reader, writer, _serve, lost=lambda reason: os._exit(1))
     sys.stdout, sys.argv = peer.output, [""]

@@ -162,29 +162,30 @@ def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
     classes that the tests define, and of in-memory files.
     """
     passed = peer.owns(target) and not isinstance(target, unittest.TestCase)
-    own = passed and type(target).__module__ in (TESTS, "_io")
-    if operation == "special" and name in SPECIAL and (own or (passed and name not in ("__setitem__", "__delitem__"))):
+    is_defined_by_tests = passed and type(target).__module__ in (TESTS, "_io")
+    allowed = SPECIAL if is_defined_by_tests else SPECIAL - {"__setitem__", "__delitem__"}
+    if operation == "special" and passed and name in allowed:
         return getattr(type(target), name)(target, *values, **kwargs)
-    if operation in ("getattr", "setattr") and own and not name.startswith("_"):
+    if operation in ("getattr", "setattr") and is_defined_by_tests and not name.startswith("_"):
         return {"getattr": getattr, "setattr": setattr}[operation](target, name, *values)
     raise PermissionError(f"the completion may not use '{name}' of {type(target).__name__}")
 
 
 def exported(names, sources, defined):
-    """Return the names that tests see: none that hide a builtin or a module of the tests, unless it is the only one."""
+    """Return the names that tests see: no names of builtins and modules of the tests, unless it is the only one."""
     hidden = set(dir(builtins)) | {name for name in [*sys.stdlib_module_names, "np", "pytest"] if f"{name}." in sources}
     hidden -= set(defined if len(defined) == 1 else ())
-    shown = [key for key, value in names.items() if key not in hidden or isinstance(value, types.ModuleType)]
-    return {key: names[key] for key in shown if not key.startswith(RESERVED)}
+    visible = [key for key, value in names.items() if key not in hidden or isinstance(value, types.ModuleType)]
+    return {key: names[key] for key in visible if not key.startswith(RESERVED)}
 
 
 def watch(seconds, megabytes, isolated):
     """End this process and its descendants after some time, or if they exceed the limits together."""
-    deadline, own, exceeded = time.monotonic() + seconds, psutil.Process(), False
+    deadline, runner, exceeded = time.monotonic() + seconds, psutil.Process(), False
     while time.monotonic() < deadline and not exceeded:
         time.sleep(0.05)
         sizes = []
-        for process in (own, *own.children(recursive=True)):
+        for process in (runner, *runner.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 sizes.append(process.memory_info().rss)  # 0 if it has ended
         files = [] if isolated else list(_file_sizes("."))  # its file system has the limits
