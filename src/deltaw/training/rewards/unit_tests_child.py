@@ -302,13 +302,8 @@ def _await(target):
     return asyncio.run(awaited())
 
 
-OPERATIONS: dict[str, Any] = {
-    "load": _load,
-    "special": _special,
-    "await": _await,
-    "getattr": getattr,
-    "setattr": setattr,
-}
+OPERATIONS: dict[str, Any] = {"load": _load, "special": _special, "await": _await}
+OPERATIONS |= {"getattr": getattr, "setattr": setattr}
 
 
 def _serve(peer, operation, /, *args, **kwargs):
