@@ -8,16 +8,14 @@ import doctest
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 _COUNT = ast.Expr(ast.Call(ast.Name("_count_assertion", ast.Load()), [], []))
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@dataclass(frozen=True)
-class Case:
-    """One test of a row, or a module whose tests the runner collects (``module``, ``pytest``).
+class Case(NamedTuple):
+    """One test of a row, or a module whose tests pytest collects.
 
     Attributes:
         source: Python. Each of its assertions is followed by a call of ``_count_assertion``.
@@ -25,20 +23,14 @@ class Case:
     """
 
     source: str
-    kind: Literal["statements", "check", "doctest", "module", "pytest"]
-
-    @property
-    def is_collection(self) -> bool:
-        """True if the runner reports the number of tests."""
-        return self.kind in ("module", "pytest")
+    kind: Literal["statements", "doctest", "pytest"]
 
 
 def cases(tests: Any) -> list[Case]:
     """Return the test cases of a text or a list of texts.
 
-    Each entry of a list is a case, unless an entry defines functions: then the list is read like one text. The cases of
-    a text are its functions ``test…``, its methods ``test…``, its function ``check(candidate)``, or its top-level
-    statements that contain assertions.
+    The cases are the functions and methods ``test…``. Without any, each entry of a list or top-level statement of a
+    text that contains assertions is a case, and so is a function ``check(candidate)`` that is not called.
 
     Raises:
         ValueError: if the tests are not Python, are of another type, contain no assertion, or need pytest, which is not
@@ -47,56 +39,49 @@ def cases(tests: Any) -> list[Case]:
     texts = [tests] if isinstance(tests, str) else tests
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("tests must be a text or a list of texts")
-    if isinstance(tests, str) and (doctests := _doctests(tests)):
-        return doctests
+    if isinstance(tests, str) and _is_doctest(tests):
+        return [Case(tests, "doctest")]
     try:
         entries = [ast.parse(text).body for text in texts]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests are not Python: {error}") from error
-    statements = [statement for entry in entries for statement in entry]
-    if isinstance(tests, str) or any(isinstance(node, _Function | ast.ClassDef) for node in statements):
-        split = _module_cases(statements)
+    statements = [node for entry in entries for node in entry]
+    methods = [part for node in statements for part in (node.body if isinstance(node, ast.ClassDef) else [node])]
+    functions = [node for node in methods if isinstance(node, _Function)]
+    if test_functions := [node for node in functions if node.name.startswith("test")]:
+        split = _pytest_cases(statements, test_functions)
     else:
-        split = _statement_cases(entries, set())
+        if isinstance(tests, str):
+            entries = [[part] for node in statements for part in (node.body if _is_main_guard(node) else [node])]
+        names = {node.name for node in functions if node in statements and len(node.args.args) == 1}
+        if "check" in names and not any(_calls(node, {"check"}) for node in statements):
+            entries.append(ast.parse("check(candidate)").body)
+        split = _statement_cases(entries, {node.name for node in functions if _asserts(node)})
     if not split:
         raise ValueError("no assertion runs in the tests")
     return split
 
 
-def _doctests(text: str) -> list[Case]:
-    """Return ``>>>`` examples with expected output as a case; nothing if the text is a module with code."""
+def _is_doctest(text: str) -> bool:
+    """Return True for ``>>>`` examples with expected output, unless they are in a module with code."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         if not all(isinstance(node, ast.Expr) for node in ast.parse(text).body):
-            return []
+            return False
     with contextlib.suppress(ValueError):
-        if any(example.want for example in doctest.DocTestParser().get_examples(text)):
-            return [Case(text, "doctest")]
-    return []
+        return any(example.want for example in doctest.DocTestParser().get_examples(text))
+    return False
 
 
-def _module_cases(statements: list[ast.stmt]) -> list[Case]:
-    """Return the cases of a module: its test functions and methods, its function ``check``, or its statements."""
-    guards = [node for node in statements if isinstance(node, ast.If) and _is_main_guard(node)]
-    guarded = [part for node in guards for part in node.body]
-    statements = [node for node in statements if not _is_main_guard(node)]
-    nodes = [node for part in statements for node in ast.walk(part)]
-    tests = [node for node in nodes if isinstance(node, _Function) and node.name.startswith("test")]
-    helpers = {node.name for node in statements if isinstance(node, _Function) and _asserts(node)}
-    check = next((node for node in statements if isinstance(node, _Function) and node.name == "check"), None)
-    if tests:
-        for test in tests:
-            if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(test)):
-                raise ValueError(f"the test '{test.name}' is a generator, so no assertion runs")
-        names = {test.name for test in tests}
-        source = _counted([node for node in statements if not _starts_tests(node, names)])
-        kind: Literal["check", "module", "pytest"] = "pytest" if _uses_pytest(nodes, tests) else "module"
-        if kind == "pytest" and importlib.util.find_spec("pytest") is None:
-            raise ValueError("the tests need pytest: pip install 'deltaw[reward]'")
-    elif check and len(check.args.args) == 1 and not any(_calls(node, {"check"}) for node in [*statements, *guarded]):
-        source, kind = _counted(statements), "check"
-    else:
-        return _statement_cases([[node] for node in [*statements, *guarded]], helpers)
-    return [Case(source, kind)] if source else []
+def _pytest_cases(statements: list[ast.stmt], functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[Case]:
+    """Return a module with test functions or methods, without calls that run them, as a case."""
+    for function in functions:
+        if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(function)):
+            raise ValueError(f"the test '{function.name}' is a generator, so no assertion runs")
+    if importlib.util.find_spec("pytest") is None:
+        raise ValueError("the tests need pytest: pip install 'deltaw[reward]'")
+    starts = {"main", *(function.name for function in functions)}
+    module = [node for node in statements if not (isinstance(node, ast.Expr) and _calls(node, starts))]
+    return [Case(_counted(module), "pytest")] if any(map(_asserts, module)) else []
 
 
 def _statement_cases(entries: Sequence[list[ast.stmt]], helpers: set[str]) -> list[Case]:
@@ -104,24 +89,12 @@ def _statement_cases(entries: Sequence[list[ast.stmt]], helpers: set[str]) -> li
     grouped: list[Case] = []
     setup: list[ast.stmt] = []
     for entry in entries:
+        setup += entry
         defines = all(isinstance(node, _Function | ast.ClassDef) for node in entry)
         if not defines and any(_asserts(node) or _calls(node, helpers) for node in entry):
-            grouped.append(Case(_counted([*setup, *entry]), "statements"))
+            grouped.append(Case(_counted(setup), "statements"))
             setup = []
-        else:
-            setup += entry
     return grouped
-
-
-def _uses_pytest(nodes: list[ast.AST], tests: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> bool:
-    """Return True if the module imports pytest, or its tests take fixtures."""
-    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
-    for test in tests:
-        required = [argument.arg for argument in test.args.args if argument.arg not in ("self", "cls")]
-        if len(required) > len(test.args.defaults) and not test.decorator_list:
-            return True
-    return "pytest" in names
 
 
 class _Counter(ast.NodeTransformer):
@@ -130,24 +103,16 @@ class _Counter(ast.NodeTransformer):
     Python evaluates the message if an assertion fails, even if something catches the AssertionError.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-
     def visit(self, node: ast.AST) -> Any:
         node = self.generic_visit(node)
         if isinstance(node, ast.Assert):
             node.msg = ast.Call(ast.Name("_failed_assertion", ast.Load()), [node.msg] if node.msg else [], [])
-        if not _is_assertion(node):
-            return node
-        self.count += 1
-        return [node, _COUNT]
+        return [node, _COUNT] if _is_assertion(node) else node
 
 
 def _counted(statements: list[ast.stmt]) -> str:
-    """Return the source of statements with their assertions counted; empty if there are none."""
-    counter = _Counter()
-    module = counter.visit(ast.parse(ast.unparse(ast.Module(statements, []))))
-    return ast.unparse(module) if counter.count else ""
+    """Return the source of statements with their assertions counted."""
+    return ast.unparse(_Counter().visit(ast.parse(ast.unparse(ast.Module(statements, [])))))
 
 
 def _asserts(node: ast.AST) -> bool:
@@ -189,9 +154,3 @@ def _calls(node: ast.AST, names: set[str]) -> bool:
 
 def _is_main_guard(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
-
-
-def _starts_tests(node: ast.stmt, names: set[str]) -> bool:
-    """Return True for a statement that runs the tests itself, as ``unittest.main()`` does."""
-    call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and (_name(call.func) in names or _name(call.func) == "main")

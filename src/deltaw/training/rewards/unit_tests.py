@@ -8,18 +8,17 @@ what the system does not prevent.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,9 @@ _COLUMN, _ENTRY_POINT = "tests", "entry_point"
 _MAX_BYTES = 1 << 20
 # Seconds in which the runner ends its processes by itself, before it is killed.
 _GRACE = 5.0
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 _UNSHARE = ("--pid", "--fork", "--mount-proc", "--net", "--ipc", "--uts", "--kill-child")
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
@@ -94,15 +95,11 @@ def missing_isolation() -> str:
 @functools.cache
 def _namespaces() -> list[str]:
     """Return the command that runs a program in namespaces of its own; empty if the system does not allow that."""
-    if not sys.platform.startswith("linux") or shutil.which("unshare") is None:
-        return []
     for user in (["--map-root-user"], []):
         command = ["unshare", *user, *_UNSHARE]
-        try:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if subprocess.run([*command, "true"], capture_output=True, timeout=30).returncode == 0:
                 return command
-        except (OSError, subprocess.TimeoutExpired):
-            continue
     return []
 
 
@@ -113,28 +110,27 @@ def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | Non
     code = program(completion.prompt, completion.text)
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
-    request |= {"code": code, "cases": list(map(asdict, tests)), "isolated": bool(_namespaces())}
-    request["entry_point"] = str(completion.columns.get(_ENTRY_POINT) or (names or [""])[-1])
+    request |= {"code": code, "cases": [case._asdict() for case in tests], "isolated": bool(_namespaces())}
+    request |= {"defined": names, "entry_point": completion.columns.get(_ENTRY_POINT) or (names or [""])[-1]}
     results = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
     for result in results:
         if result.get("reason"):
             _logger.info("row %s: a test failed: %s", completion.row, result["reason"])
-    total = sum(not case.is_collection for case in tests) + sum(result.get("total", 0) for result in results)
+    total = sum(case.kind != "pytest" for case in tests) + sum(result.get("total", 0) for result in results)
     return sum(result.get("passed", False) for result in results) / max(total, 1)
 
 
 def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
     """Return the lines that the runner reports until it exits or ``seconds`` have passed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
-        environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+        environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, **_ENVIRONMENT}
         environment |= {key: os.environ[key] for key in ("SYSTEMROOT",) if key in os.environ}  # Windows needs it
         command = [*_namespaces(), sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_RUNNER)]
         options: Any = {"cwd": folder, "env": environment, "start_new_session": os.name != "nt"}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, **options)
         try:
-            process.communicate(request, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(request, timeout=seconds)
         finally:
             end(process)
         output.seek(0)
@@ -146,10 +142,9 @@ def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
 
 def _parsed(code: str) -> list[ast.stmt]:
     """Return the statements of code; empty if it is not Python."""
-    try:
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
+    return []
 
 
 def _is_empty(statement: ast.stmt) -> bool:
@@ -159,6 +154,4 @@ def _is_empty(statement: ast.stmt) -> bool:
 
 
 def _defined(code: str) -> list[str]:
-    return [
-        node.name for node in _parsed(code) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    ]
+    return [node.name for node in _parsed(code) if isinstance(node, _Definition)]

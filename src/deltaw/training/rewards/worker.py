@@ -88,10 +88,9 @@ class Worker:
 
     def _next(self, seconds: float) -> bytes:
         """The next line; an empty one where none comes in time or at all."""
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._answers.get(timeout=seconds)
-        except queue.Empty:
-            return b""
+        return b""
 
 
 def _write(pipe: IO[bytes], line: bytes) -> None:
@@ -109,18 +108,18 @@ def _read(pipe: IO[bytes], answers: queue.Queue[bytes]) -> None:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and its descendants, including those that lead sessions of their own."""
-    descendants: list[psutil.Process] = []
+    family: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        descendants = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for descendant in descendants:
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
+    for member in family:
         with contextlib.suppress(psutil.Error):
-            descendant.kill()
+            member.kill()
     if os.name != "nt":
         with contextlib.suppress(OSError):  # started meanwhile
             os.killpg(process.pid, 9)
     process.wait()
-    psutil.wait_procs(descendants, timeout=5)
+    psutil.wait_procs(family, timeout=5)
 
 
 def answer_requests(make: Callable[[], Answering]) -> None:
