@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.columns import PROMPT_ANSWERS
+from deltaw.data.columns import PAIR_COLUMNS, PROMPT_ANSWERS
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.formats import FORMS, PAIR_COLUMNS, Pair, Record
+from deltaw.data.formats import FORMS, Pair, Record
 from deltaw.data.messages import Conversation, Message, empty_text, is_blank
 from deltaw.data.preferences import AnswerReader, records_of
 from deltaw.data.report import BadRowError, Report, Say, silent

@@ -102,7 +102,8 @@ def schema_validator(settings: RewardFunction) -> Any:
         raise UserError(what, where=place_of(settings), hint="correct the schema") from error
     validator = kind(schema, registry=Registry())
     try:
-        for example in (None, True, 0, "", [], {}):  # a reference that leads nowhere, or to itself, fails for any value
+        examples: tuple[object, ...] = (None, True, 0, "", [], {})
+        for example in examples:  # a reference that leads nowhere, or to itself, fails for any value
             validator.is_valid(example)
     except (RecursionError, Unresolvable) as error:
         what = f"the schema refers to nothing, or to itself: {first_line(error)}"

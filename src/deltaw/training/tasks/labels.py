@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
+from deltaw.data.columns import PAIR_COLUMNS
 from deltaw.data.example import RowGroup, rows_of
-from deltaw.data.formats import PAIR_COLUMNS
 from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
 from deltaw.data.labels import LabelReader
 from deltaw.data.pixels import AnyExample, ImageExample
