@@ -515,6 +515,11 @@ def test_tests_whose_assertions_do_not_run_pass_nothing(name):
 
 
 SWALLOWED = {
+    "callback of unittest": (
+        "def each(f):\n    try: f(99)\n    except BaseException: pass\n    return 1",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n"
+        "        self.assertEqual(each(lambda x: self.assertEqual(x, 1)), 1)\n",
+    ),
     "context manager": (
         "class Sure:\n    def __enter__(self): return self\n    def __exit__(self, *e): return True\n    def value(self): return 4",
         "def test_it():\n    s = Sure()\n    with s:\n        assert s.value() == 3\n    assert s.value() > 0\n",
@@ -534,6 +539,36 @@ SWALLOWED = {
 def test_failed_assertion_counts_even_if_something_catches_it(name):
     code, tests = SWALLOWED[name]
     assert reward(code, tests) == 0
+
+
+IMPORTS = """
+import types
+with open("test_x.py", "w") as file:
+    file.write("import os\\nfor fd in range(3, 30):\\n    try: os.write(fd, b'{}\\\\n' * 20)\\n    except OSError: pass\\nos._exit(0)")
+def add(a, b): return types.ModuleType("unittest.__main__")
+"""
+
+
+@pytest.mark.parametrize("line", ['{"passed": true, "reason": ""}', "garbage"])
+def test_module_of_the_code_is_not_imported_into_the_process_of_the_tests(line):
+    assert reward(IMPORTS.replace("{}", line), LISTED) == 0
+
+
+def test_results_that_are_not_those_of_the_runner_earn_nothing(monkeypatch):
+    module = sys.modules["deltaw.training.rewards.unit_tests"]
+    monkeypatch.setattr(module, "_results", lambda *args: [{"passed": True}] * 20)
+    assert reward(ADD, LISTED) == 0
+
+
+@pytest.mark.parametrize(("body", "share"), [("0", 0), ("functools.reduce(operator.add, xs, 0)", 1)])
+def test_function_that_is_named_like_a_builtin_is_tested_itself(body, share):
+    code = f"import functools, operator\ndef sum(xs):\n    return {body}\ndef helper(): pass\n"
+    assert reward(code, ["assert sum([1, 2]) == 3"]) == share
+
+
+def test_code_is_the_last_block_that_defines_something():
+    text = f"<think>\n```python\n{WRONG}```\n</think>\n```python\n{ADD}```\nUse it:\n```python\nprint(add(1, 2))\n```"
+    assert code_of(text) == ADD and code_of(f"<think>```\nx = 1\n```</think>\n{ADD}") == f"\n{ADD}"
 
 
 def test_refused_tests_are_named_with_their_row():

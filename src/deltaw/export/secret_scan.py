@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 from deltaw.errors import redact
 
@@ -65,9 +66,9 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
-    kinds = get_mapping_from_secret_type_to_class().items()
+    kinds: Any = get_mapping_from_secret_type_to_class().items()
     detectors = {
         kind: plugin for kind, plugin in kinds if issubclass(plugin, RegexBasedDetector) and kind not in _IGNORED
     }
     patterns = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
-    return patterns + [(kind, pattern) for kind, plugin in detectors.items() for pattern in plugin.denylist]  # type: ignore[attr-defined]
+    return patterns + [(kind, pattern) for kind, plugin in detectors.items() for pattern in plugin.denylist]

@@ -8,6 +8,7 @@ what the system does not prevent.
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import functools
 import json
@@ -59,9 +60,13 @@ def unit_tests(settings: RewardFunction, completions: Sequence[Scored]) -> list[
 
 
 def code_of(text: str) -> str:
-    """Return the last block of code of a text, or all of it if there is none."""
+    """Return the last block of code of a text that defines something, or its last block, or all of it without blocks.
+
+    What a model thinks aloud before ``</think>`` is not part of the text.
+    """
+    text = text.rpartition("</think>")[2]
     blocks = _FENCED.findall(text)
-    return blocks[-1] if blocks else text
+    return next((block for block in reversed(blocks) if _defined(block)), blocks[-1] if blocks else text)
 
 
 def program(prompt: str, completion: str) -> str:
@@ -111,13 +116,22 @@ def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | Non
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
     request |= {"code": code, "cases": [case._asdict() for case in tests], "isolated": bool(_namespaces())}
-    request |= {"defined": names, "entry_point": completion.columns.get(_ENTRY_POINT) or (names or [""])[-1]}
-    results = _results(json.dumps(request).encode(), settings.wall_seconds + _GRACE)
+    request["entry_point"] = completion.columns.get(_ENTRY_POINT) or (names or [""])[-1]
+    # A function that is named like a builtin may be the one to test, or replace one that the tests use: both must pass.
+    hiding = [name for name in names if name in dir(builtins) and any(name in case.source for case in tests)]
+    variants: list[list[str]] = [names] if len(names) == 1 else [[], names] if hiding else [[]]
+    return min(_variant_share(request | {"defined": defined}, tests, completion.row) for defined in variants)
+
+
+def _variant_share(request: dict[str, Any], tests: list[Case], row: int) -> float:
+    """Return the share of tests that pass in one run of the code; 0 if the results are not those of the runner."""
+    results = _results(json.dumps(request).encode(), request["wall_seconds"] + _GRACE)
     for result in results:
         if result.get("reason"):
-            _logger.info("row %s: a test failed: %s", completion.row, result["reason"])
+            _logger.info("row %s: a test failed: %s", row, result["reason"])
     total = sum(case.kind != "pytest" for case in tests) + sum(result.get("total", 0) for result in results)
-    return sum(result.get("passed", False) for result in results) / max(total, 1)
+    passed = sum(result.get("passed") is True for result in results)
+    return passed / total if 0 < passed <= total else 0.0
 
 
 def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
@@ -137,7 +151,10 @@ def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
         lines = output.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
     if not lines:
         raise RuntimeError("the process that runs tests did not start")
-    return [json.loads(line) for line in lines]
+    try:
+        return [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError):  # the runner writes JSON only
+        return [{"reason": "the results are not valid"}]
 
 
 def _parsed(code: str) -> list[ast.stmt]:

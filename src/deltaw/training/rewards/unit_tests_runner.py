@@ -50,6 +50,13 @@ class Runner:
         self._module, self._assertions, self._failure = types.ModuleType(TESTS), 0, ""
         self.write()  # the process has started
 
+        def failed(error, *args):
+            self._fail(*args[:1])
+            AssertionError.__init__(error, *args)
+
+        # A failed assertion of unittest counts even if something catches its exception.
+        unittest.TestCase.failureException = type("AssertionFailed", (AssertionError,), {"__init__": failed})
+
     def run(self, peer):
         """Run the cases of the request, and report each test that passes with at least one assertion."""
         try:
@@ -172,9 +179,9 @@ def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
 
 
 def exported(names, sources, defined):
-    """Return the names that tests see: no names of builtins and modules of the tests, unless it is the only one."""
+    """Return the names that tests see: of names of builtins and modules of the tests, only those in ``defined``."""
     hidden = set(dir(builtins)) | {name for name in [*sys.stdlib_module_names, "np", "pytest"] if f"{name}." in sources}
-    hidden -= set(defined if len(defined) == 1 else ())
+    hidden -= set(defined)
     visible = [key for key, value in names.items() if key not in hidden or isinstance(value, types.ModuleType)]
     return {key: names[key] for key in visible if not key.startswith(RESERVED)}
 
