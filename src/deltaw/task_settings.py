@@ -113,7 +113,7 @@ class RewardFunction(BaseModel):
     column: str | None = setting(None, "the row's column with the right answer, or the tests; null: the row's own")
     pattern: str | None = setting(None, "of regex: what the whole completion must match")
     schema_: LocalPath | dict[str, Any] | None = Field(
-        None, alias="schema", description="of json-schema: it, or its file"
+        None, alias="schema", description="json-schema: the schema itself, or a path to it"
     )
     tolerance: float = setting(1e-6, "of number: how far off it may be", ge=0)
     target: int | None = setting(None, "of length: how many words", ge=1)
@@ -210,7 +210,11 @@ _REWARD_NEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 def refuse_remote_references(schema: Any, where: str) -> None:
-    """Raise a UserError if a JSON schema refers to something outside of it, other than the drafts of JSON schema."""
+    """Reject a JSON schema with external references. The drafts of json-schema.org are allowed.
+
+    Raises:
+        UserError: if a reference leads to another file or address.
+    """
     pending, bases, references = [schema], [""], []
     while pending:
         if isinstance(part := pending.pop(), dict):
@@ -223,7 +227,9 @@ def refuse_remote_references(schema: Any, where: str) -> None:
         target = urljoin(root, reference.partition("#")[0])
         if target not in inside and not re.match(r"https?://json-schema\.org/draft[-/]", target):
             hint = "copy the definition into '$defs', and refer to it as '#/$defs/NAME'"
-            raise UserError(f"the schema refers to '{reference}', and nothing is fetched", where=where, hint=hint)
+            raise UserError(
+                f"the schema refers to '{reference}'; external references are not fetched", where=where, hint=hint
+            )
 
 
 class RewardSettings(BaseModel):
@@ -292,11 +298,11 @@ class TeacherSettings(BaseModel):
 class TextSource(BaseModel):
     """A text, or a file that contains it.
 
-    Which of the two a plain text in the settings means is decided once, when they are read: what is written to a
-    file of settings afterwards says it, so that a text never becomes the name of a file.
+    A plain string is classified once, when the settings are loaded. Saved settings store the result explicitly, so that
+    a text is never reinterpreted as a path.
 
     Raises:
-        UserError: if neither or both are given.
+        ValueError: if not exactly one of ``text`` and ``file`` is given.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -305,22 +311,26 @@ class TextSource(BaseModel):
     file: LocalPath | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TextSource:
+    def _check_exactly_one(self) -> TextSource:
         if (self.text is None) == (self.file is None):
             raise ValueError("Input should be a text, {text: …} or {file: …}")
         return self
 
     @model_serializer
-    def _given(self) -> dict[str, str]:
+    def _serialize(self) -> dict[str, str]:
         return {"text": self.text} if self.text is not None else {"file": str(self.file)}
 
     @classmethod
     def of(cls, given: str) -> TextSource | None:
-        """Decide if a text is the name of a file: of one that exists, or a text that looks like a name alone."""
+        """Parse a plain string.
+
+        Return a file source if it names an existing file or looks like a path, otherwise a text source. Return None if
+        it is blank.
+        """
         if not given.strip():
             return None
-        may_be = "\n" not in given and len(given) <= 1024
-        is_file = may_be and (_FILE_NAME.fullmatch(given) or Path(os.path.expanduser(given)).is_file())
+        could_be_path = "\n" not in given and len(given) <= 1024
+        is_file = could_be_path and (_FILE_NAME.fullmatch(given) or Path(os.path.expanduser(given)).is_file())
         return cls(file=given) if is_file else cls(text=given)
 
     def read(self, where: str) -> str:
@@ -333,23 +343,23 @@ class TextSource(BaseModel):
             return (self.text or "").strip()
         path = Path(os.path.expanduser(self.file))
         try:
-            found = path.read_text(encoding="utf-8").strip()
+            content = path.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             near = ", ".join(files_near(path, lambda file: file.suffix == path.suffix)[:3])
             hint = f"there is: {near}" if near else "write {text: …}, or name a file in UTF-8"
             raise UserError(f"the prompt cannot be read: {error}", where=f"{where}: {path}", hint=hint) from error
-        if not found:
-            raise UserError("the file is empty", where=f"{where}: {path}", hint="write the prompt into it")
-        return found
+        if not content:
+            raise UserError("the prompt file is empty", where=f"{where}: {path}", hint="add the prompt to it")
+        return content
 
 
 _FILE_NAME = re.compile(r"\S+\.(?:txt|md|jinja|json|text)|(?:~|\.{1,2})?/\S+/\S*|(?:~|\.{1,2})/\S+")
 _ONE_TEXT = {"minProperties": 1, "maxProperties": 1, "additionalProperties": {"type": "string"}}
-_EITHER = {"type": "object", "propertyNames": {"enum": ["text", "file"]}, **_ONE_TEXT}
+_TEXT_OR_FILE_SCHEMA = {"type": "object", "propertyNames": {"enum": ["text", "file"]}, **_ONE_TEXT}
 _TextOrFile = Annotated[
     TextSource | None,
     BeforeValidator(lambda given: TextSource.of(given) if isinstance(given, str) else given),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _EITHER, {"type": "null"}]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_OR_FILE_SCHEMA, {"type": "null"}]}),
 ]
 
 

@@ -61,7 +61,7 @@ def test_rows_that_cannot_be_used_are_an_error_or_skipped_listed_and_counted_by_
     apart = prepared(write(BAD[:2], "train.jsonl"), "gemma2", bad_rows="skip", eval=path)
     assert apart.report.evaluation is not None and apart.report.skipped == 0
     assert apart.report.evaluation.skipped == 5 == len(apart.skipped)
-    assert "no row is left" in refusal(prepared, write(BAD[2:6]), "gemma2", bad_rows="skip").what
+    assert "no usable rows" in refusal(prepared, write(BAD[2:6]), "gemma2", bad_rows="skip").what
 
 
 # Unrolled rows

@@ -124,7 +124,7 @@ def test_duplicates_empty_answers_and_long_rows_are_counted(read):
     told = refusal(read, rows, **limited)
     assert "1 row is longer than 40 tokens" in told.what and "row 3" in told.where and "split" not in told.hint
     assert "cannot be divided" in refusal(read, rows, long_rows="split").what
-    assert "no row is left" in refusal(read, [long], **limited, long_rows="drop").what
+    assert "no usable rows" in refusal(read, [long], **limited, long_rows="drop").what
 
 
 def test_pairs_of_one_prompt_are_on_one_side_of_the_split(read):

@@ -59,8 +59,8 @@ def test_long_rows_are_refused_with_their_number_and_a_hint_that_works(write: Wr
 def test_data_without_a_label_or_with_too_few_rows_to_hold_out_are_refused(write: Write) -> None:
     rows = [{"prompt": "a" * 30, "completion": "b"}, {"prompt": "a", "completion": " "}]
     cut = {"max_length": 10, "long_rows": "cut", "template": "plain"}
-    assert "no row is left" in refusal(prepared, write(rows), **cut).what
-    assert "no row is left" in refusal(prepared, write(texts("", " "))).what
+    assert "no usable rows" in refusal(prepared, write(rows), **cut).what
+    assert "no usable rows" in refusal(prepared, write(texts("", " "))).what
     said = refusal(prepared, write(texts("a1", "b1", "c1")), eval=3).what
     assert "asks for 3 rows, and there are 3 distinct" in said
 

@@ -183,12 +183,12 @@ def test_key_that_no_header_can_have_is_refused_and_is_in_no_message(ending, mon
     ],
 )
 def test_schema_that_refers_to_others_is_refused_when_settings_are_read(schema, tmp_path):
-    with pytest.raises(UserError, match="nothing is fetched"):
+    with pytest.raises(UserError, match="not fetched"):
         settings_of("json-schema", schema=schema)
     pytest.importorskip("jsonschema", reason="the extra reward is not installed")
     file = tmp_path / "schema.json"
     file.write_text(json.dumps(schema))
-    with pytest.raises(UserError, match="nothing is fetched"):
+    with pytest.raises(UserError, match="not fetched"):
         reward_of(settings_of("json-schema", schema=str(file)))([scored("{}")])
 
 

@@ -29,7 +29,11 @@ TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 @click.argument("run", type=RunArgument())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help=OUTPUT_HELP)
-@click.option("--force", is_flag=True, help="overwrite the output, and discard unfinished predictions of another run, file or settings")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="overwrite the output, and discard unfinished predictions of another run, file or settings",
+)
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="only the first N rows")
 @click.option("--data.columns", "columns", metavar="YAML", help=COLUMNS_HELP)
 @click.option("--data.max_length", "max_length", type=click.IntRange(2), help="the most tokens in a row")

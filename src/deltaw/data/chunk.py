@@ -191,10 +191,10 @@ class LongRows:
 def nothing_left(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
     """Return the error for a file without usable rows. It contains the first reason if rows cannot be used."""
     long, bare = account["dropped_long"], account["without_label"]
-    unusable = f", {skipped:,} cannot be used" if skipped else ""
-    what = f"no row is left to train on: {long:,} are too long, and {bare:,} have no label{unusable}"
+    invalid = f", {skipped:,} invalid" if skipped else ""
+    what = f"no usable rows: {long:,} too long, {bare:,} without a label{invalid}"
     if skipped and (first := next(bad.lines(), None)) is not None:
-        hint = f"{first['where']}: {first['error']}"
+        hint = f"correct the rows; the first error is in {first['where']}: {first['error']}"
     return UserError(what, where=name, hint=hint)
 
 

@@ -437,6 +437,8 @@ class RowReader(abc.ABC, Generic[Item]):
         found.append(_finding("duplicates", again, source, f"{self.same} ({kept})"))
         found.append(_finding("contradictions", torn, source, self.torn, self.torn_hint, several))
         found += reader.findings(items, report)
+        if bare := report.without_label:
+            found.append(Finding("without_label", "warning", bare, f"{count_of(bare)} without a label (dropped)"))
         for name in apart:
             of_file = reader._whole()
             others = of_file._read_apart(name)[0]

@@ -331,19 +331,20 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
 
 
 def _incomplete(missing: list[str], model: PreTrainedModel, task: str, folder: Path) -> UserError:
-    what = f"the folder's weights lack {len(missing)} of the model's tensors, the first is '{missing[0]}'"
+    what = f"the weights in the folder are missing {len(missing)} of the model's tensors, for example '{missing[0]}'"
     kind = model.config.model_type
-    hint = f"this {kind} model may be made for another task than '{task}', or its files for another config.json"
+    hint = f"check that this {kind} model supports the task '{task}' and that config.json matches its weights"
     return UserError(what, where=str(folder), hint=hint)
 
 
 def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: str, trust_remote_code: bool) -> None:
-    """Check by the headers of a model's files that they contain the head that the task needs.
+    """Check that the model's weight files contain the head that the task needs. Only the file headers are read.
 
-    Files that were saved for another class than the task's may lack it. Heads that a task creates are not needed.
+    The head may be missing if the files were saved from a different model class. Tasks that create a new head are not
+    checked.
 
     Raises:
-        UserError: the files lack it.
+        UserError: if the head is missing.
     """
     entry = tasks.entry_of(task)
     if entry.new_head or entry.auto_model == "AutoModel" or type(model).__name__ in (model.config.architectures or ()):
@@ -412,15 +413,16 @@ def has_values(model: nn.Module) -> bool:
 
 
 def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
-    """Return the modules outside of the backbone whose weights the model's files lack, by the files' headers."""
+    """Return the modules outside the backbone whose weights are missing from the files. Only headers are read."""
     missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
     return sorted({name.rpartition(".")[0] for name in missing})
 
 
 def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool) -> list[str]:
-    """Return the tensors outside of the backbone that the model's files lack; none if there are no files.
+    """Return the names of tensors outside the backbone that are missing from the weight files, if there are any files.
 
-    A file may contain names with or without the prefix of the backbone, since other tasks have other prefixes.
+    Tensor names may or may not start with the prefix of the backbone, because checkpoints of other tasks use different
+    prefixes.
     """
     known: set[str] = set()
     for path in config_folder(reference, dtype, trust_remote_code).glob("*.safetensors"):

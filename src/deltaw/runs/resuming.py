@@ -160,14 +160,17 @@ def choices_of(session: Session, loaded: Mapping[str, Choice]) -> dict[str, obje
     }
 
 
-def require_same_model(before: str | None, session: Session, run: Path) -> None:
-    """Refuse weights that are not those that a run began with, whose identity was ``before``.
+def require_same_model(run_identity: str | None, session: Session, run: Path) -> None:
+    """Check that the model weights are the ones the run started with.
+
+    Args:
+        run_identity: Identity of the weights that the run recorded, or None.
 
     Raises:
-        UserError: they differ.
+        UserError: if they differ.
     """
-    if before is not None and session.identity is not None and before != session.identity:
-        what = "the model's weights are not those that the run began with, so it cannot be resumed"
+    if run_identity is not None and session.identity is not None and run_identity != session.identity:
+        what = "the model's weights have changed since the run started, so it cannot be resumed"
         hint = f"restore the model to resume, or {START_ANEW}".format(run=run)
         raise UserError(what, where=f"model: {session.config.model}", hint=hint)
 

@@ -1,8 +1,8 @@
-"""Runs the code of a completion for the reward ``unit-tests``, and the connection between it and the tests.
+"""Child process of the reward ``unit-tests``: executes the completion and exchanges calls with the tests.
 
 The completion runs in a process without tests or results. The runner (``unit_tests_runner.py``) calls its functions
 through :class:`Peer`: plain data travels by value, other objects as handles that forward operations. This file imports
-nothing of deltaw and trusts nothing that it receives: each value is rebuilt from JSON.
+nothing of deltaw. All received data is untrusted and is decoded from JSON.
 """
 
 import builtins
@@ -31,34 +31,34 @@ def _dunder(names, prefixes=("",)):
     return {f"__{prefix}{name}__" for name in names.split() for prefix in prefixes}
 
 
-# Operators that show a value to the object, which could claim to be equal to it.
-COMPARISONS = _dunder("eq ne lt le gt ge contains instancecheck subclasscheck neg pos abs invert") | _dunder(
+# Operators that could let an untrusted object pass for plain data, for example an ``__eq__`` that returns True.
+GUARDED_OPERATORS = _dunder("eq ne lt le gt ge contains instancecheck subclasscheck neg pos abs invert") | _dunder(
     "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod", ("", "r", "i")
 )
-SPECIAL = COMPARISONS | _dunder(
+SPECIAL = GUARDED_OPERATORS | _dunder(
     "call len iter next reversed getitem setitem delitem enter exit bool int float index complex round trunc floor "
     "ceil str repr format hash bytes aiter anext await fspath"
 )
-# Methods that answer a question about plain data. An object that only pretends to be data could always answer True.
-QUESTIONS = {
+# Methods that return a bool about plain data, such as ``startswith``. An untrusted object could always return True.
+PREDICATE_METHODS = {
     name for kind in (str, set, float) for name in dir(kind) if name.startswith(("is", "startswith", "endswith"))
 }
 SEQUENCES: Any = list, tuple, set, frozenset, bytearray, deque
 MAPPINGS: Any = dict, OrderedDict, Counter, defaultdict
 MUTABLE: Any = list, set, bytearray, deque, dict, OrderedDict, Counter
-REDUCED: Any = range, slice, Decimal, Fraction, date, time, datetime, timedelta
-# Types of plain data, and the parts from which they are rebuilt.
-PARTS: dict[Any, Any] = dict.fromkeys(SEQUENCES, list) | dict.fromkeys(MAPPINGS, lambda value: value.items())
-PARTS |= dict.fromkeys(REDUCED, lambda value: value.__reduce__()[1])
-PARTS |= {int: lambda value: (hex(value), 16), complex: lambda value: (value.real, value.imag)}
-PARTS[bytes] = lambda value: (value.decode("latin-1"), "latin-1")
-TYPES = {kind.__name__: kind for kind in PARTS} | {"defaultdict": dict}
-PLAIN: tuple[Any, ...] = int, float, str, bytes, tuple
+REDUCIBLE_TYPES: Any = range, slice, Decimal, Fraction, date, time, datetime, timedelta
+# Encoders of plain data types. Each returns the arguments that rebuild the value.
+ENCODERS: dict[Any, Any] = dict.fromkeys(SEQUENCES, list) | dict.fromkeys(MAPPINGS, lambda value: value.items())
+ENCODERS |= dict.fromkeys(REDUCIBLE_TYPES, lambda value: value.__reduce__()[1])
+ENCODERS |= {int: lambda value: (hex(value), 16), complex: lambda value: (value.real, value.imag)}
+ENCODERS[bytes] = lambda value: (value.decode("latin-1"), "latin-1")
+TYPES_BY_NAME = {kind.__name__: kind for kind in ENCODERS} | {"defaultdict": dict}
+SUBCLASSABLE_TYPES: tuple[Any, ...] = int, float, str, bytes, tuple
 # Modules whose exception classes are looked up by name on the other side.
 ERROR_MODULES = {"json", "decimal", "asyncio", "re", "struct", "queue", "subprocess", "csv", "dataclasses"}
 
 
-# Modules that travel by name. Importing any other could run code: unittest.__main__ runs tests of the current folder.
+# Modules that may be sent by name. Importing another one could run code: unittest.__main__ runs tests of the folder.
 MODULES = {
     "math",
     "cmath",
@@ -80,7 +80,9 @@ class Remote:
     """Base of handles to objects of the other process. Subclasses have ``_peer`` and the object's special methods."""
 
     def __getattr__(self, name):
-        if self._peer.guards and (name in QUESTIONS or name.startswith("__array")):  # NumPy reads any address
+        if self._peer.is_untrusted and (
+            name in PREDICATE_METHODS or name.startswith("__array")
+        ):  # NumPy reads any address
             raise AttributeError(f"the completion's {type(self).__name__} object is used as plain data in {name}")
         return self._peer.request("getattr", self, name)
 
@@ -89,11 +91,15 @@ class Remote:
 
 
 def _forward(name):
-    """Return a special method that runs in the other process, unless it compares the object with plain data."""
+    """Return a special method that forwards to the other process.
+
+    If the other process is not trusted, a comparison with plain data is unequal, and other operators with plain data
+    raise TypeError.
+    """
 
     def method(self, /, *args, **kwargs):
         peer = self._peer
-        if peer.guards and name in COMPARISONS and not all(isinstance(value, Remote) for value in args):
+        if peer.is_untrusted and name in GUARDED_OPERATORS and not all(isinstance(value, Remote) for value in args):
             if name in ("__eq__", "__ne__", "__instancecheck__", "__subclasscheck__"):
                 return name == "__ne__"
             raise TypeError(f"the completion's {type(self).__name__} object is used as plain data in {name}")
@@ -108,19 +114,25 @@ class Peer:
     Args:
         reader, writer: Binary pipes.
         handler: Serves a request: ``handler(peer, operation, *args, **kwargs)``.
-        lost: Called with a reason if the other side exits or sends an invalid message. Does not return.
-        guards: True if the other side is not trusted.
+        on_disconnect: Called with the reason if the other process exits or sends an invalid message. Must not return.
+        is_untrusted: True if the other process is untrusted.
     """
 
-    def __init__(self, reader, writer, handler, lost, guards=False):
-        self._reader, self._writer, self._handler, self._lost, self.guards = reader, writer, handler, lost, guards
-        self._owned, self._keys, self._handles, self._foreign = {}, {}, {}, {}
+    def __init__(self, reader, writer, handler, on_disconnect, is_untrusted=False):
+        self._reader, self._writer, self._handler, self._on_disconnect, self.is_untrusted = (
+            reader,
+            writer,
+            handler,
+            on_disconnect,
+            is_untrusted,
+        )
+        self._exported_objects, self._exported_keys, self._imported_handles, self._imported_keys = {}, {}, {}, {}
         self._numbers, self._lock, self.output = itertools.count(), threading.RLock(), io.StringIO()
 
     def request(self, operation, /, *args, **kwargs):
         """Run an operation on the other side, and return its result or raise its exception.
 
-        Changes of containers among the arguments are applied to the caller's containers.
+        Mutable arguments that the callee changed are updated in place.
         """
         with self._lock:
             self._send("request", (operation, args, kwargs))
@@ -135,9 +147,9 @@ class Peer:
 
     def owns(self, value):
         """Return True if a handle to this object was sent to the other side."""
-        return id(value) in self._keys
+        return id(value) in self._exported_keys
 
-    def _serve(self, request):
+    def _handle_request(self, request):
         operation, args, kwargs = request
         arguments = [*args, *kwargs.values()]
         received = list(map(self._encode, arguments))
@@ -155,23 +167,23 @@ class Peer:
             self._writer.write(json.dumps([kind, text, changes, self._encode(value)]).encode() + b"\n")
             self._writer.flush()
         except (OSError, ValueError):
-            self._lost("the process of the completion ended")
+            self._on_disconnect("the process of the completion ended")
 
     def receive(self):
-        """Serve requests until an answer arrives, and return its kind, its value and the changed arguments."""
+        """Process requests until a response arrives. Return its kind, its value and the updated arguments."""
         kind = "request"
         while kind == "request":
             line = self._reader.readline(MAX_MESSAGE_BYTES)
             if not line.endswith(b"\n"):
-                self._lost("the process of the completion ended, or its result is too large")
+                self._on_disconnect("the process of the completion ended, or its result exceeds 16 MiB")
             try:
                 kind, text, changes, value = json.loads(line)
                 value, changes = self._decode(value), list(map(self._decode, changes))
             except Exception as error:
-                self._lost(f"the completion sent an invalid message: {error!r}")
+                self._on_disconnect(f"the completion sent an invalid message: {error!r}")
             sys.stdout.write(str(text))
             if kind == "request":
-                self._serve(value)
+                self._handle_request(value)
         return kind, value, changes
 
     def _encode(self, value):
@@ -179,38 +191,38 @@ class Peer:
         kind = type(value)
         if value is None or kind in (bool, str, float) or (kind is int and abs(value) < 1 << 53):
             return value
-        if id(value) in self._foreign:
-            return ["yours", self._foreign[id(value)]]
-        if kind in PARTS:
-            return ["value", kind.__name__, [self._encode(part) for part in PARTS[kind](value)]]
+        if id(value) in self._imported_keys:
+            return ["owned_by_receiver", self._imported_keys[id(value)]]
+        if kind in ENCODERS:
+            return ["value", kind.__name__, [self._encode(part) for part in ENCODERS[kind](value)]]
         if kind.__module__ == "numpy" and hasattr(value, "dtype") and not value.dtype.hasobject:
             return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()]
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
         if value is NotImplemented or value is Ellipsis or (kind is type and value.__module__ == "builtins"):
             return ["builtin", getattr(value, "__name__", repr(value))]
-        if isinstance(value, PLAIN):  # of a subclass, which may override anything
-            base = next(base for base in PLAIN if isinstance(value, base))
+        if isinstance(value, SUBCLASSABLE_TYPES):  # a subclass may override methods
+            base = next(base for base in SUBCLASSABLE_TYPES if isinstance(value, base))
             return self._encode(base.__getnewargs__(value)[0])
         if isinstance(value, BaseException):
             fields = [[key, self._encode(item)] for key, item in vars(value).items()]
             return ["exception", self._encode(kind), self._encode(value.args), fields]
-        key = self._keys.setdefault(id(value), next(self._numbers))
-        self._owned[key] = value
+        key = self._exported_keys.setdefault(id(value), next(self._numbers))
+        self._exported_objects[key] = value
         if isinstance(value, type) and issubclass(value, BaseException):
             bases = [self._encode(base) for base in value.__bases__ if issubclass(base, BaseException)]
             return ["class", key, value.__name__, value.__module__, bases]
         return ["handle", key, kind.__name__, sorted(name for name in SPECIAL if hasattr(kind, name))]
 
     def _decode(self, data):
-        """Rebuild a value. Everything that JSON can hold may arrive here."""
+        """Decode a value. The input is untrusted and may be any JSON."""
         if not isinstance(data, list):
             return data
         match data:
-            case ["yours", key]:
-                return self._owned[key]
+            case ["owned_by_receiver", key]:
+                return self._exported_objects[key]
             case ["value", name, parts]:
-                kind, parts = TYPES[name], list(map(self._decode, parts))
+                kind, parts = TYPES_BY_NAME[name], list(map(self._decode, parts))
                 if kind in MAPPINGS:
                     return kind(dict(parts))
                 return kind(parts) if kind in SEQUENCES else kind(*parts)
@@ -244,14 +256,14 @@ class Peer:
                 methods = {method: _forward(method) for method in SPECIAL.intersection(special)}
                 handle = self._adopt(key, lambda: type(name, (Remote,), methods | {"_peer": self})())
                 return self._awaited(handle) if "__await__" in special else handle
-        raise ValueError("not a value")
+        raise ValueError("unknown value encoding")
 
     def _adopt(self, key, make):
         """Return the local object that represents an object of the other process."""
-        if key not in self._handles:
-            self._handles[key] = make()
-            self._foreign[id(self._handles[key])] = key
-        return self._handles[key]
+        if key not in self._imported_handles:
+            self._imported_handles[key] = make()
+            self._imported_keys[id(self._imported_handles[key])] = key
+        return self._imported_handles[key]
 
     async def _awaited(self, handle):
         return self.request("await", handle)
@@ -266,8 +278,9 @@ def landlock_version():
 def confine(folder, cpu_seconds, megabytes):
     """Restrict this process and its descendants as far as the system allows.
 
-    Sets resource limits, drops all capabilities, and allows Landlock (Linux) only the interpreter, the system and
-    ``folder``, no TCP connections and no signals to other processes.
+    Sets resource limits. On Linux, also drops capabilities and applies Landlock: only the interpreter, system folders
+    and ``folder`` are accessible. Newer kernels also block TCP connections (Landlock 4) and signals to other processes
+    (Landlock 6).
     """
     if os.name == "nt":
         return
@@ -300,7 +313,7 @@ def confine(folder, cpu_seconds, megabytes):
 
 
 def _load(code):
-    """Run the code of the completion, and return its names."""
+    """Execute the completion and return its module-level names and values."""
     module = sys.modules["completion"] = types.ModuleType("completion")
     exec(compile(code, "completion", "exec"), vars(module))
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
@@ -323,12 +336,12 @@ OPERATIONS: dict[str, Any] = {"load": _load, "special": _special, "await": _awai
 OPERATIONS |= {"getattr": getattr, "setattr": setattr}
 
 
-def _serve(peer, operation, /, *args, **kwargs):
+def _execute_operation(peer, operation, /, *args, **kwargs):
     return OPERATIONS[operation](*args, **kwargs)
 
 
 def take_standard_streams():
-    """Return binary standard input and output, which this process replaces by the null device with standard error."""
+    """Return stdin and stdout as binary pipes, and redirect stdin, stdout and stderr to the null device."""
     streams, null = (os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -339,9 +352,9 @@ def _main():
     folder, cpu_seconds, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     reader, writer = take_standard_streams()
     if hasattr(os, "nice"):
-        os.nice(5)  # the runner, which watches, has priority
+        os.nice(5)  # lower priority than the runner, which enforces the limits
     confine(folder, cpu_seconds, megabytes)
-    peer = Peer(reader, writer, _serve, lost=lambda reason: os._exit(1))
+    peer = Peer(reader, writer, _execute_operation, on_disconnect=lambda reason: os._exit(1))
     sys.stdout, sys.argv = peer.output, [""]
     peer.receive()
 

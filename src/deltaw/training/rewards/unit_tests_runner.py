@@ -254,7 +254,7 @@ def main():
     words = [sys.executable, "-I", "-B", "-X", "utf8", child, folder, str(request["cpu_seconds"]), str(megabytes)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        runner.run(Peer(process.stdout, process.stdin, serve_completion, runner.lost, guards=True))
+        runner.run(Peer(process.stdout, process.stdin, serve_completion, runner.lost, is_untrusted=True))
     finally:
         end(0)
 
