@@ -109,6 +109,8 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
     if is_checked(session) or (session.task.writes_text and session.config.train.drift is not False):
         touched += GENERAL_TOKENS * max(region, row_bytes)
+    # Sampled completions may contain any token.
+    touched += session.total_steps * session.written.at_once * session.written.longest * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
 
@@ -660,10 +662,9 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     copied = as_it_was(session) if searches else contextlib.nullcontext()
     offered = applicable(session.model, session.objective, session.approximations.names)
     if offered and session.config.train.approximate == "auto":
-        # What a model's code cannot do in fp32 is left out of the run, too.
+        # The run also continues if a model's own code fails in fp32.
         with contextlib.suppress(Exception), session.running(), session.method.evaluating(session.model):
-            for _ in gradient_check(session).gradients((), wide=True):
-                pass
+            gradient_check(session).choose(offered)
         session.model.zero_grad()
     with session.running(), copied, WorkCounter() as work:
         session.train(
