@@ -397,6 +397,15 @@ def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp
     assert (session.approximations.names == ("summed_classes",)) == taken, session.said
 
 
+def test_each_pass_of_a_comparison_starts_without_freed_memory(bf16_run, monkeypatch):
+    """Holes that fp32 blocks leave would otherwise remain while bf16 gradients are computed."""
+    trims = []
+    monkeypatch.setattr(approximations, "trim_memory", lambda: trims.append(1))
+    with guest():
+        session_of(bf16_run("trimmed"), offered=APPROXIMATIONS)
+    assert len(trims) >= 3
+
+
 def test_a_comparison_of_gradients_reports_the_share_that_is_done():
     model, seen = torch.nn.Linear(2, 1), []
     batches = [SimpleNamespace(tokens=3, inputs=torch.ones(3, 2)) for _ in range(2)]
