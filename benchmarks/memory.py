@@ -11,6 +11,7 @@ compared with its plan, and under torch's profiler, whose allocator events give 
     python benchmarks/memory.py --set families
     python benchmarks/memory.py --only gpt2         # runs whose line matches an expression
     python benchmarks/memory.py --json out.json --models DIR   # keep the figures, and the models
+    python benchmarks/memory.py --append out.jsonl  # continue later where this was stopped
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="runs whose line matches this expression")
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
+    parser.add_argument("--append", type=Path, default=None, help="add each run to this file, and skip those in it")
     parser.add_argument("--set", default="all", choices=["families", "methods", "tasks", "all"])
     parser.add_argument("--models", type=Path, default=None, help="make the models there, and leave them")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
@@ -176,7 +178,8 @@ def main() -> None:
         print(json.dumps(answer))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        rows = []
+        rows: list[dict] = []
+        before = {} if arguments.append is None else runs_in(arguments.append)
         models = arguments.models or Path(scratch) / "models"
         print_machine()
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
@@ -185,18 +188,23 @@ def main() -> None:
             line = f"{model:8} {method:7} {shown(changes):52}"
             if not re.search(arguments.only, line):
                 continue
-            measured = {}
+            measured = before.get(line, {})
             # The profiler keeps every event, so it sees half of the steps.
             sides = [
                 ("phases" if arguments.phases else "resident", arguments.steps),
                 ("tensors", max(2, arguments.steps // 2)),
             ]
-            for what, steps in sides[:1] if changes in [run[2] for run in TASKS] else sides:
+            if (model, method, changes) in TASKS:
+                sides = sides[:1]
+            for what, steps in sides if line not in before else ():
                 reference = made_apart(model, models)
                 settings = settings_of(model, method, changes, reference, steps, Path(scratch) / "run")
                 measured |= child(what, settings)
                 shutil.rmtree(settings["output"], ignore_errors=True)
             rows.append({"model": model, "method": method, "settings": changes, **measured})
+            if arguments.append is not None and line not in before:
+                with arguments.append.open("a") as file:
+                    file.write(json.dumps({"line": line, **measured}) + "\n")
             shares = [
                 compared(measured[f"planned_{of}"], measured[of]) for of in ("tensors", "resident") if of in measured
             ]
@@ -208,6 +216,12 @@ def main() -> None:
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(rows, indent=1))
         summarize(rows)
+
+
+def runs_in(path: Path) -> dict[str, dict]:
+    """Return the measurements in a file that an earlier call appended to, by the line of each run."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {run.pop("line"): run for run in map(json.loads, lines)}
 
 
 def shown(changes: dict) -> str:
@@ -379,8 +393,13 @@ def phases(settings: dict) -> dict:
     import deltaw.serving.rollouts as rollouts
     from deltaw.machine.memory import keep_freed_memory, peak_resident_bytes
     from deltaw.reports.run import fit as train
+    from deltaw.training import session
+    from deltaw.training.planning.remembered import Remembered
     from deltaw.training.session import Session
 
+    # A first run: neither its plan nor its comparison of gradients is remembered.
+    Remembered.of = classmethod(lambda *args, **kwargs: None)  # type: ignore[assignment, method-assign]
+    session._what_gradients_follow_from = lambda *args: None  # type: ignore[assignment]
     keep_freed_memory()
     peaks: dict[str, int] = {}
     current = ["start"]

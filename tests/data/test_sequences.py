@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,3 +52,8 @@ def test_a_digest_tells_parts_apart():
 
 def test_rows_without_tokens_have_none():
     assert len(used_tokens(["a", "b"])) == 0
+
+
+def test_tokens_of_groups_are_those_of_their_rows():
+    rows = [SimpleNamespace(tokens=np.array(tokens)) for tokens in ([5, 3], [9], [3])]
+    assert used_tokens([SimpleNamespace(rows=tuple(rows[:2])), rows[2]]).tolist() == [3, 5, 9]

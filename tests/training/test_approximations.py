@@ -192,6 +192,19 @@ def test_fused_blocks_in_fp32_let_go_of_their_weights():
         assert not wide().keys() - before.keys()
 
 
+def test_trained_weights_of_fused_blocks_are_compared_in_fp32():
+    """Full fine-tuning trains the blocks' weights, so that they are fp32 copies of parameters while a block runs."""
+    tokens = torch.arange(20)[None] + 3
+    inputs = {"input_ids": tokens, "position_ids": tokens - 3, "packed_layout": Layout.of_lengths([20])}
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny_llama(num_hidden_layers=2).bfloat16().to(dtype)
+        with packed_rows(model), widened(model):
+            model(**inputs, use_cache=False).logits.log_softmax(-1)[..., 5].sum().backward()
+        gradients.append(model.model.layers[0].self_attn.o_proj.weight.grad.float())
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
 @pytest.mark.slow
 @compiled_only
 def test_what_is_off_computes_with_products_in_bf16(approximate, bf16_run, monkeypatch):
@@ -384,6 +397,15 @@ def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp
     assert (session.approximations.names == ("summed_classes",)) == taken, session.said
 
 
+def test_each_pass_of_a_comparison_starts_without_freed_memory(bf16_run, monkeypatch):
+    """Holes that fp32 blocks leave would otherwise remain while bf16 gradients are computed."""
+    trims = []
+    monkeypatch.setattr(approximations, "trim_memory", lambda: trims.append(1))
+    with guest():
+        session_of(bf16_run("trimmed"), offered=APPROXIMATIONS)
+    assert len(trims) >= 3
+
+
 def test_a_comparison_of_gradients_reports_the_share_that_is_done():
     model, seen = torch.nn.Linear(2, 1), []
     batches = [SimpleNamespace(tokens=3, inputs=torch.ones(3, 2)) for _ in range(2)]
@@ -391,5 +413,5 @@ def test_a_comparison_of_gradients_reports_the_share_that_is_done():
     named = dict(model.named_parameters())
     check = GradientCheck(model, lambda batch: model(batch.inputs).sum(), batcher, named, [1, 2], seen.append)
     for _ in range(3):
-        assert dict(check._gradients(())).keys() == named.keys()
+        assert dict(check.gradients(())).keys() == named.keys()
     assert seen == pytest.approx([1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 0.99])

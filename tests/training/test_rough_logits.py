@@ -120,3 +120,9 @@ def test_few_rows_of_a_bf16_head_are_not_rounded(monkeypatch):
     monkeypatch.setattr(causal_objective, "RoughLogits", mock.Mock(side_effect=AssertionError("few rows were rounded")))
     hidden, weight = rows_with_outliers(1, rows=causal_objective.ROWS_FOR_APART - 1)
     frozen_head_log_probs(hidden, torch.arange(len(hidden)), weight, rough=RoughHead.of(weight))
+
+
+@pytest.mark.parametrize(("classes", "served"), [(CLASSES + 4, True), (CLASSES + 1, False)])
+def test_a_head_that_the_int8_kernel_does_not_serve_is_not_rounded(classes, served):
+    head = torch.nn.Linear(8, classes, bias=False, dtype=torch.bfloat16)
+    assert causal_objective._may_round(head) == served

@@ -92,8 +92,8 @@ def lengths_of(rows: Sequence[Any]) -> np.ndarray:
 
 
 def used_tokens(rows: Sequence[Any]) -> np.ndarray:
-    """Different tokens of rows that have some, ascending."""
+    """Return the distinct tokens of rows and of the rows of groups, in ascending order."""
     if hasattr(rows, "used_tokens"):
         return rows.used_tokens()
-    found = [row.tokens for row in rows if hasattr(row, "tokens")]
+    found = [row.tokens for group in rows for row in getattr(group, "rows", (group,)) if hasattr(row, "tokens")]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int32)

@@ -85,9 +85,11 @@ def quantized_as(module: nn.Module) -> str | None:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of the weight that a layer stands for."""
+    """Return the shape of a layer's weight. A block-quantized weight has the shape of the matrix that it represents."""
     stored = block_weight(module)
-    return tuple(module.get_parameter("weight").shape if stored is None else stored.shape)
+    # The weight is no parameter during the comparison of gradients, but an fp32 copy of one.
+    weight: Any = module.weight if stored is None else stored
+    return tuple(weight.shape)
 
 
 def count_numbers(model: nn.Module) -> int:

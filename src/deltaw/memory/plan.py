@@ -261,7 +261,8 @@ def resident_parts(
         "saving": process_bytes + weights + kinds["trained"] + saving_bytes,
     }
     if rollout_bytes:
-        kept = process_bytes + lasting - unread_bytes + training["kernels"] + decoder_bytes
+        # Gradients are freed after a step, before text is generated.
+        kept = process_bytes + lasting - kinds["gradients"] - unread_bytes + training["kernels"] + decoder_bytes
         phases["rollouts"] = kept + int((1 + SLACK) * rollout_bytes)
     return _with_excess(training, phases), phases
 

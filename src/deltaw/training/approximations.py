@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.machine.choices import Choice
+from deltaw.machine.memory import trim_memory
 from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.widened import widened
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
@@ -203,6 +204,7 @@ class GradientCheck:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         apart = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []
         exact = widened(self.model, apart=apart) if wide else contextlib.nullcontext()
+        trim_memory()  # blocks in fp32 and bf16 leave holes of different sizes, which would add up over the passes
         with torch.random.fork_rng(devices=[]), _with(approximations), _as_with_many_labels(self.objective), exact:
             if (begin := getattr(self.objective, "begin", None)) is not None:
                 begin(self.rows, self.batcher, ALONE)

@@ -109,6 +109,8 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
     if is_checked(session) or (session.task.writes_text and session.config.train.drift is not False):
         touched += GENERAL_TOKENS * max(region, row_bytes)
+    # Sampled completions may contain any token.
+    touched += session.total_steps * session.written.at_once * session.written.longest * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
 
@@ -157,8 +159,9 @@ def _resident_at(address: int) -> int:
 # made, and objects of the model, the method and the decoder: 17 to 40 MB on Linux. The upper
 # end is taken, since a plan may be high and not low.
 LASTING = 40 << 20
-# Bytes per logit while a decoder's logits are compared with the model's own, and tokens that are compared.
-COMPARED_BYTES, COMPARED_TOKENS = 9, 40
+# Tokens on which a decoder's logits are compared with the model's own: the model's are computed in its data type, and
+# half of them and of the decoder's are in fp32 at the same time.
+COMPARED_TOKENS = 40
 
 
 def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int | None = None) -> tuple[int, int]:
@@ -185,7 +188,7 @@ def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int
     running = min(running, pages)
     number = 4 if session.model.dtype == torch.float32 else 2
     cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
-    logits = max(LOGIT_COPIES * running, COMPARED_BYTES * COMPARED_TOKENS) * config.vocab_size
+    logits = max(LOGIT_COPIES * running, (number + 4) * COMPARED_TOKENS) * config.vocab_size
     has_int8 = any(parameter.dtype == torch.int8 for parameter in session.model.parameters())
     return config.vocab_size * width if has_int8 else 0, cache + logits
 
@@ -660,10 +663,9 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     copied = as_it_was(session) if searches else contextlib.nullcontext()
     offered = applicable(session.model, session.objective, session.approximations.names)
     if offered and session.config.train.approximate == "auto":
-        # What a model's code cannot do in fp32 is left out of the run, too.
+        # The run also continues if a model's own code fails in fp32.
         with contextlib.suppress(Exception), session.running(), session.method.evaluating(session.model):
-            for _ in gradient_check(session).gradients((), wide=True):
-                pass
+            gradient_check(session).choose(offered)
         session.model.zero_grad()
     with session.running(), copied, WorkCounter() as work:
         session.train(

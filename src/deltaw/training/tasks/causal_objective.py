@@ -503,11 +503,12 @@ class CausalObjective:
     @property
     def approximable(self) -> tuple[str, ...]:
         """What of the head can be approximate: those of ``APPROXIMATIONS`` that would change something."""
-        if not (self.chunked and _may_round(self.head) and self._head_is_frozen()):
+        if not (self.chunked and _is_plain_bf16(self.head) and self._head_is_frozen()):
             return ()
+        rounded = ("int8_logits",) if _may_round(self.head) else ()
         if self.head.weight.shape[0] < CLASSES:
-            return ("int8_logits",) if self._int8 else ()
-        return "int8_logits", "summed_classes"
+            return rounded if self._int8 else ()
+        return *rounded, "summed_classes"
 
     @cached_property
     def _rough_head(self) -> RoughHead:
@@ -576,9 +577,9 @@ def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *,
     """Mean cross-entropy of targets (P,) from the backbone's outputs (P, d), the head as training computes it
     with int8-quantized weights or without."""
     head = model.get_output_embeddings()
-    if _may_round(head):
+    if _is_plain_bf16(head):
         change = logits_change(model.config.get_text_config())
-        rough = RoughHead.of(head.weight) if int8 else None
+        rough = RoughHead.of(head.weight) if int8 and _may_round(head) else None
         scales = None if rough is None else rough.scales
         values = frozen_head_log_probs(outputs, targets, head.weight, head.bias, *change, scales=scales, rough=rough)
     else:
@@ -594,7 +595,15 @@ def _chunk(model: PreTrainedModel) -> int:
 
 
 def _may_round(head: nn.Module) -> bool:
-    """Whether logits can be computed in int8: of a plain bf16 matrix, on a processor."""
+    """Return True if the compiled kernel can compute a head's logits in int8. It takes groups of four numbers.
+
+    Without the kernel, an int8 product would need two copies of the head in fp32.
+    """
+    return _is_plain_bf16(head) and not (head.weight.shape[0] % 4 or head.weight.shape[1] % 4)
+
+
+def _is_plain_bf16(head: nn.Module) -> bool:
+    """Return True for a plain bf16 matrix on a CPU."""
     return type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and head.weight.device.type == "cpu"
 
 
