@@ -80,9 +80,8 @@ class Remote:
     """Base of handles to objects of the other process. Subclasses have ``_peer`` and the object's special methods."""
 
     def __getattr__(self, name):
-        if self._peer.is_untrusted and (
-            name in PREDICATE_METHODS or name.startswith("__array")
-        ):  # NumPy reads any address
+        # NumPy reads any address that an __array_interface__ names.
+        if self._peer.is_untrusted and (name in PREDICATE_METHODS or name.startswith("__array")):
             raise AttributeError(f"the completion's {type(self).__name__} object is used as plain data in {name}")
         return self._peer.request("getattr", self, name)
 
@@ -119,13 +118,8 @@ class Peer:
     """
 
     def __init__(self, reader, writer, handler, on_disconnect, is_untrusted=False):
-        self._reader, self._writer, self._handler, self._on_disconnect, self.is_untrusted = (
-            reader,
-            writer,
-            handler,
-            on_disconnect,
-            is_untrusted,
-        )
+        self._reader, self._writer, self._handler = reader, writer, handler
+        self._on_disconnect, self.is_untrusted = on_disconnect, is_untrusted
         self._exported_objects, self._exported_keys, self._imported_handles, self._imported_keys = {}, {}, {}, {}
         self._numbers, self._lock, self.output = itertools.count(), threading.RLock(), io.StringIO()
 
