@@ -20,7 +20,7 @@ from urllib.parse import quote, quote_plus
 
 # Environment variables whose values are secrets. Shorter values are not removed: they would match ordinary words.
 _SECRET_VARIABLE = re.compile(r"(?:TOKEN|SECRET|PASSWORD|KEY)\Z", re.IGNORECASE)
-_SHORTEST_SECRET, _SHORTEST_VALUE = 6, 8
+_SHORTEST_SECRET, _SHORTEST_VALUE, _SHORTEST_TRUNCATED = 6, 8, 16
 # Ends of texts that begin as a secret does, which other programs may have truncated.
 _TAIL = r"[^\s\"'<>\\]*"
 # User names, passwords and keys in URLs.
@@ -128,8 +128,9 @@ def _register(secret: str) -> None:
     forms |= {escaped.replace("/", r"\/"), secret.encode().hex()}
     forms |= {base64.b64encode(text.encode()).decode().rstrip("=") for text in (secret, f"Bearer {secret}")}
     for form in sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True):
-        start = form[: max(_SHORTEST_SECRET, len(form) // 2)]
-        _PATTERNS.update(dict.fromkeys((re.escape(form), re.escape(start) + _TAIL)))
+        _PATTERNS[re.escape(form)] = None
+        if len(form) >= _SHORTEST_TRUNCATED:
+            _PATTERNS[re.escape(form[: len(form) // 2]) + _TAIL] = None
 
 
 for _name, _value in os.environ.items():

@@ -172,7 +172,7 @@ def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
     refuses("config.json", tmp_path / "empty", model=tmp_path / "empty")
     shutil.copytree(model_folder, tmp_path / "odd")
     words = {"multiple": {"num_attention_heads": 7}, "zero": {"num_attention_heads": 0}, "shapes": {"hidden_size": 64}}
-    words |= {"lack": {"num_hidden_layers": 3}, "nonsense": {"model_type": "nonsense"}}
+    words |= {"missing": {"num_hidden_layers": 3}, "nonsense": {"model_type": "nonsense"}}
     for word, changes in words.items():
         shutil.copy(model_folder / "config.json", tmp_path / "odd")
         changed(tmp_path / "odd" / "config.json", **changes)

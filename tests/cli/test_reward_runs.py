@@ -301,7 +301,7 @@ def test_an_evaluation_is_expected_to_take_what_its_completions_do(finished):
         written=RewardTask.written(SimpleNamespace(settings=read.reward), data, 4),
         config=read,
         method=SimpleNamespace(parameters=lambda model: []),
-        model=None,
+        model=SimpleNamespace(config=None),
     )
 
     def estimated(trained: int) -> float:

@@ -86,7 +86,7 @@ def test_truncated_weights_are_refused(copied: Path) -> None:
 def test_weights_of_another_shape_or_missing_tensors_are_refused_and_not_made_up(copied: Path) -> None:
     refusal(quietly, changed(copied, intermediate_size=64))
     refused = refusal(quietly, changed(copied, intermediate_size=48, num_hidden_layers=3))
-    assert re.search(r"lack .*layers\.2", refused.what)
+    assert re.search(r"missing .*layers\.2", refused.what)
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "never-heard-of"}'])
@@ -111,7 +111,7 @@ def test_encoder_gets_a_new_head_for_classification_and_says_so(tmp_path: Path) 
     assert loaded.model.config.num_labels == 3
     assert quietly(tmp_path, task="regression").model.config.problem_type == "regression"
     assert quietly(tmp_path, task="features").new_modules == []
-    assert "lack" in refusal(quietly, tmp_path).what
+    assert "missing" in refusal(quietly, tmp_path).what
 
 
 def test_code_that_came_with_a_model_is_not_run_unasked(copied: Path) -> None:

@@ -161,7 +161,7 @@ HOSTILE = [
                 task="reward", reward={"functions": [{"name": "json-schema", "schema": {"$ref": "http://a/b"}}]}
             )
         },
-        "nothing is fetched",
+        "not fetched",
     ),
     (
         "train",

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw.errors import UserError
+from deltaw.runs.checks import with_refusal
 from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data
 from tests.conftest import write_rows
@@ -91,10 +92,13 @@ def test_reward_that_does_not_fit_the_rows_is_refused_before_a_model_is_loaded(r
     with pytest.raises(UserError, match="ZeroDivisionError"):
         deltaw.fit(reward_run("run", name="broken"))
     exact = reward_run("run", reward={"functions": ["exact"]})
-    for refuse in (deltaw.fit, deltaw.plan, lambda config: check_data(RunConfig.read(config))):
+    for refuse in (deltaw.fit, deltaw.plan):
         with pytest.raises(UserError, match="needs 'answer', which no row has") as refused:
             refuse(exact)
         assert refused.value.hint == "the rows have: prompt"
+    config = RunConfig.read(exact)
+    first = with_refusal(check_data(config), config, folder=False).findings[0]
+    assert first.level == "error" and "needs 'answer', which no row has" in first.text
     (tmp_path / "own.py").write_text(
         "class Few:\n  def reset(self, row): return None\n  def step(self, text): return 1\n"
     )

@@ -115,7 +115,11 @@ def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | Non
     code = program(completion.prompt, completion.text)
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
-    request |= {"code": code, "cases": [case._asdict() for case in tests], "isolated": bool(_namespaces())}
+    request |= {
+        "code": code,
+        "cases": [{"source": case.source, "kind": case.kind} for case in tests],
+        "isolated": bool(_namespaces()),
+    }
     request["entry_point"] = completion.columns.get(_ENTRY_POINT) or (names or [""])[-1]
     # A function that is named like a builtin may be the one to test, or replace one that the tests use: both must pass.
     hiding = [name for name in names if name in dir(builtins) and any(name in case.source for case in tests)]

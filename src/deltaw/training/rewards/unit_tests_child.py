@@ -77,16 +77,16 @@ MODULES |= {"typing", "dataclasses", "enum"}
 
 
 class Remote:
-    """Base of handles to objects of the other process. Subclasses have ``_peer`` and the object's special methods."""
+    """Handle to an object of the other process. Subclasses define ``remote_peer`` and forwarding special methods."""
 
     def __getattr__(self, name):
         # NumPy reads any address that an __array_interface__ names.
-        if self._peer.is_untrusted and (name in PREDICATE_METHODS or name.startswith("__array")):
+        if self.remote_peer.is_untrusted and (name in PREDICATE_METHODS or name.startswith("__array")):
             raise AttributeError(f"the completion's {type(self).__name__} object is used as plain data in {name}")
-        return self._peer.request("getattr", self, name)
+        return self.remote_peer.request("getattr", self, name)
 
     def __setattr__(self, name, value):
-        self._peer.request("setattr", self, name, value)
+        self.remote_peer.request("setattr", self, name, value)
 
 
 def _forward(name):
@@ -97,7 +97,7 @@ def _forward(name):
     """
 
     def method(self, /, *args, **kwargs):
-        peer = self._peer
+        peer = self.remote_peer
         if peer.is_untrusted and name in GUARDED_OPERATORS and not all(isinstance(value, Remote) for value in args):
             if name in ("__eq__", "__ne__", "__instancecheck__", "__subclasscheck__"):
                 return name == "__ne__"
@@ -248,7 +248,7 @@ class Peer:
                 return self._adopt(key, lambda: type(name, bases, {}))
             case ["handle", key, name, special]:
                 methods = {method: _forward(method) for method in SPECIAL.intersection(special)}
-                handle = self._adopt(key, lambda: type(name, (Remote,), methods | {"_peer": self})())
+                handle = self._adopt(key, lambda: type(name, (Remote,), methods | {"remote_peer": self})())
                 return self._awaited(handle) if "__await__" in special else handle
         raise ValueError("unknown value encoding")
 

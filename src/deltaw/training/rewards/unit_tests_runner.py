@@ -231,7 +231,7 @@ def isolate(folder):
     resource.setrlimit(resource.RLIMIT_NPROC, (4 * MAX_PROCESSES, 4 * MAX_PROCESSES))  # threads count
     if [int(part) for part in platform.release().split(".")[:2]] >= [6, 14]:  # before, the limit is of the machine
         with contextlib.suppress(OSError):
-            Path("/proc/sys/kernel/pid_max").write_text("301")  # the smallest that the kernel allows
+            Path("/proc/sys/kernel/pid_max").write_text("301", encoding="utf-8")  # the smallest that the kernel allows
 
 
 def main():

@@ -599,7 +599,8 @@ def _may_round(head: nn.Module) -> bool:
 
     Without the kernel, an int8 product would need two copies of the head in fp32.
     """
-    return _is_plain_bf16(head) and not (head.weight.shape[0] % 4 or head.weight.shape[1] % 4)
+    weight = head.weight
+    return _is_plain_bf16(head) and isinstance(weight, Tensor) and not any(size % 4 for size in weight.shape)
 
 
 def _is_plain_bf16(head: nn.Module) -> bool:
