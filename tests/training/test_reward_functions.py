@@ -179,7 +179,7 @@ def test_key_that_no_header_can_have_is_refused_and_is_in_no_message(ending, mon
         {"$ref": "file:///etc/hostname"},
         {"$defs": {"a": {"items": [{"$ref": "other.json#/a"}]}}},
         {"$dynamicRef": "https://example.org/schema#here"},
-        {"$id": "http://example.org/root/", "properties": {"a": {"$ref": "next"}}},
+        {"$id": "http://example.org/schemas/", "properties": {"a": {"$ref": "next"}}},
     ],
 )
 def test_schema_that_refers_to_others_is_refused_when_settings_are_read(schema, tmp_path):
