@@ -357,7 +357,7 @@ def tensors(settings: dict) -> dict:
         )
 
     # Weights are counted as they stand when the run begins: bytes where they are exchanged for bytes.
-    ready = assembled() if config.precision == "int8" else None
+    ready = assembled() if config.precision in ("int8", "nf4") else None
 
     def run() -> None:
         session = ready or assembled()

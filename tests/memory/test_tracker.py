@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.machine.memory import LARGEST_KEPT
+from deltaw.machine.memory import LARGEST_KEPT, trim_memory
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.simulation import MemoryTracker
 from deltaw.memory.work import WorkCounter
@@ -103,3 +103,11 @@ def test_a_block_of_the_allocators_limit_does_not_reuse_freed_blocks() -> None:
         torch.zeros(LARGEST_KEPT // 2, dtype=torch.uint8)
         torch.zeros(LARGEST_KEPT, dtype=torch.uint8)
     assert tracker.footprint().held_bytes == LARGEST_KEPT // 2
+
+
+def test_trimmed_memory_is_not_counted_as_held() -> None:
+    with MemoryTracker() as tracker:
+        torch.zeros(LARGEST_KEPT // 2, dtype=torch.uint8)
+        trim_memory()
+        torch.zeros(LARGEST_KEPT, dtype=torch.uint8)
+    assert tracker.footprint().held_bytes == 0

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -98,11 +99,17 @@ def release_free_memory() -> None:
     trim_memory()
 
 
+# Called when freed memory is returned to the system, so that a simulated allocator can do the same.
+trim_listeners: list[Callable[[], None]] = []
+
+
 def trim_memory() -> None:
     """The same without collecting unreachable objects: holes that tensors of many sizes left go back."""
     library = _allocator()
     if library is not None and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+    for listener in trim_listeners:
+        listener()
 
 
 def keep_freed_memory() -> None:

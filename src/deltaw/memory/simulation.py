@@ -38,7 +38,7 @@ from deltaw.kernels.torch_private import (
     tree_map_only,
     without_dispatch,
 )
-from deltaw.machine.memory import LARGEST_KEPT
+from deltaw.machine.memory import LARGEST_KEPT, trim_listeners
 from deltaw.memory.plan import KINDS, PHASES, Footprint, coarse
 from deltaw.memory.scratch import arena_bytes, scratch_bytes
 
@@ -293,13 +293,18 @@ class MemoryTracker(DispatchMode):
             register_optimizer_step_pre_hook(self._begin_step),
             register_optimizer_step_post_hook(self._end_step),
         ]
+        trim_listeners.append(self._forget_freed)
         super().__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)  # type: ignore[arg-type]
+        trim_listeners.remove(self._forget_freed)
         for hook in self._hooks:
             hook.remove()
+
+    def _forget_freed(self) -> None:
+        self._most_small = self._small
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}

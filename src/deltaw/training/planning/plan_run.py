@@ -35,7 +35,7 @@ from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_numbers
 from deltaw.machine.choices import choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import settle_kernels
-from deltaw.machine.memory import release_free_memory, resident_bytes
+from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import basis
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
@@ -109,7 +109,8 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
     if is_checked(session) or (session.task.writes_text and session.config.train.drift is not False):
         touched += GENERAL_TOKENS * max(region, row_bytes)
-    # Sampled completions may contain any token.
+    # Generated answers and completions may contain any token.
+    touched += _answer_count(session) * ANSWER_TOKENS * max(region, row_bytes)
     touched += session.total_steps * session.written.at_once * session.written.longest * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
@@ -193,20 +194,27 @@ def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int
     return config.vocab_size * width if has_int8 else 0, cache + logits
 
 
+def _answer_count(session: Session) -> int:
+    """Return the largest number of answers that a run generates at one time, besides completions to train on."""
+    train, checked = session.config.train, is_checked(session)
+    if not (session.task.writes_text or checked):
+        return 0
+    samples = SAMPLES if train.samples == "auto" else int(train.samples)
+    general = len(MEASURED) if checked or train.drift is not False or train.keep_general else 0
+    return max(min(samples, len(session.data.held_out)), train.eval_answers, general, PROMPTS if checked else 0)
+
+
 def generation_bytes(session: Session) -> tuple[int, int]:
     """Return the bytes that a decoder keeps during training, and those that it takes while it generates.
 
     Texts are completions to train on, sample answers, scored answers, answers to general prompts, and the answers that
     are compared before and after training.
     """
-    written, train = session.written, session.config.train
+    written = session.written
     kept, rollouts = decoding_bytes(session, written.at_once, written.longest)
-    checked = is_checked(session)
-    if not (session.task.writes_text or checked):
+    checked, texts = is_checked(session), _answer_count(session)
+    if not texts:
         return kept, rollouts
-    samples = SAMPLES if train.samples == "auto" else int(train.samples)
-    general = len(MEASURED) if checked or train.drift is not False or train.keep_general else 0
-    texts = max(min(samples, len(session.data.held_out)), train.eval_answers, general, PROMPTS if checked else 0)
     longest = max(map(_longest, session.data.every)) + (max(ANSWER_TOKENS, MOST_TOKENS) if checked else ANSWER_TOKENS)
     most = max(GENERAL_BATCH, getattr(session.batcher, "tokens_per_pass", GENERAL_BATCH))
     copied, answers = decoding_bytes(session, texts, longest, most)
@@ -562,36 +570,40 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
             quantize_int8(model.base_model)
         if config.precision == "nf4":
             quantize_nf4(model.base_model)
-        block_bytes = _block_bytes(model)
     new = new_modules(model, config.model, **how) if task.has_labels else []
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
     made: list[_DryRun] = []
+    models = [model]
 
     def run() -> None:
-        session = assemble(config, task, data, model, device="cpu", new_modules=new, offered=kernels.approximations)
+        session = assemble(config, task, data, models[0], device="cpu", new_modules=new, offered=kernels.approximations)
         made.append(_dry_run(session, processes))
 
-    footprint = simulate(run, models=[model], vocabularies=vocabularies)
+    footprint = simulate(run, models=models, vocabularies=vocabularies)
     (done,) = made
     store = done.session.feed.store
     with fake_tensors():
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
     converted = converted_bytes(model, config.model, **how)
     folder = config_folder(config.model, dtype, config.trust_remote_code)
-    release_free_memory()
-    copied, written = generation_bytes(done.session)
-    resident, phases = resident_parts(
-        footprint,
-        process_bytes=process_bytes or resident_bytes() + LASTING,
-        kernel_bytes=done.kernel_bytes(),
-        feature_bytes=0 if store is None else store.resident_bytes,
-        reading_bytes=data.read_peak_bytes,
-        mapped_bytes=converted + MOVED_AT_ONCE,
-        saving_bytes=0 if task.tokenizer is None else saving_bytes(folder),
-        unread_bytes=unread_bytes(done.session, dtype=dtype, converted=converted),
-        decoder_bytes=copied,
-        rollout_bytes=written,
-    )
+    decoder_bytes, rollout_bytes = generation_bytes(done.session)
+    parts = {
+        "kernel_bytes": done.kernel_bytes(),
+        "feature_bytes": 0 if store is None else store.resident_bytes,
+        "reading_bytes": data.read_peak_bytes,
+        "mapped_bytes": converted + MOVED_AT_ONCE,
+        "saving_bytes": 0 if task.tokenizer is None else saving_bytes(folder),
+        "unread_bytes": unread_bytes(done.session, dtype=dtype, converted=converted),
+        "decoder_bytes": decoder_bytes,
+        "rollout_bytes": rollout_bytes,
+    }
+    block_bytes, disk_bytes = _block_bytes(model), 0 if store is None else store.shape.bytes
+    heaviest, operations, operators = done.heaviest, done.operations, done.operators
+    del model, store, done
+    made.clear()
+    models.clear()
+    release_free_memory()  # the run has none of the objects of its simulation
+    resident, phases = resident_parts(footprint, process_bytes=process_bytes or resident_bytes() + LASTING, **parts)
     found = Plan(
         method=config.method,
         total_parameters=total,
@@ -603,20 +615,20 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         phase=footprint.phase,
         module=footprint.module,
         activations=footprint.activations_by_module,
-        tokens=max(token_counts(done.heaviest.shapes), default=0),
-        rows=len(done.heaviest.rows),
+        tokens=max(token_counts(heaviest.shapes), default=0),
+        rows=len(heaviest.rows),
         timeline=footprint.timeline,
         precision=dtype,
-        operations=done.operations,
-        operators=done.operators,
+        operations=operations,
+        operators=operators,
         phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
-        disk_bytes=0 if store is None else store.shape.bytes,
+        disk_bytes=disk_bytes,
         block_bytes=block_bytes,
     )
-    if not done.heaviest.long:
+    if not heaviest.long:
         return found
-    limit, long, tokens = done.heaviest.long
+    limit, long, tokens = heaviest.long
     return found.without_long_rows(limit, long, len(data.train), tokens)
 
 
@@ -656,6 +668,7 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     """A few of the heaviest steps of the process with most to do, an evaluation of the longest rows, and the
     measurement of drift."""
     heaviest = heaviest_step(session, processes)
+    trim_memory()  # as before the first step of a run
     telling, marks = TellingBatcher(session, heaviest.labeled), [(0, 0)]
     meter = DriftMeter(session)
     # A search for the learning rate trains as the run does, beside a copy of what is trained.
